@@ -1,0 +1,41 @@
+"""Everything that ragkv raises on purpose derives from :class:`RagKVError`."""
+
+
+class RagKVError(Exception):
+    """Base of all errors that ragkv raises on purpose."""
+
+
+class UnsupportedModelError(RagKVError):
+    """The model cannot be driven exactly: the message names the reason and what to do."""
+
+
+class PromptError(RagKVError, ValueError):
+    """A prompt cannot be built: empty question, empty chunk, ids out of the vocabulary, bad template."""
+
+
+class PromptTooLongError(PromptError):
+    """The prompt (and the room for its answer) exceeds the model's positions."""
+
+
+class MethodError(RagKVError, ValueError):
+    """A method's knob is out of range, or a method asked fusion for something impossible."""
+
+
+class StoreError(RagKVError):
+    """The KV store cannot do what was asked. What was stored before is still readable."""
+
+
+class StoreFullError(StoreError):
+    """An entry cannot be stored: larger than the budget, or the disk or the map is full."""
+
+
+class RecordError(StoreError):
+    """A stored record is damaged or of a format that this version does not read."""
+
+
+class IncompatibleFolderError(RagKVError):
+    """A folder was made with another model, tokenizer or embedder than the one given."""
+
+
+class DocumentError(RagKVError):
+    """A file or document cannot be read as text."""
