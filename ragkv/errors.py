@@ -39,3 +39,11 @@ class IncompatibleFolderError(RagKVError):
 
 class DocumentError(RagKVError):
     """A file or document cannot be read as text."""
+
+
+class RetrievalError(RagKVError, ValueError):
+    """The chunker, embedder, index, catalogue or retriever was asked for something impossible."""
+
+
+class MissingPackageError(RagKVError, ImportError):
+    """An optional package is not installed: the message names the command that installs it."""

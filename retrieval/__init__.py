@@ -1,0 +1,33 @@
+"""Retrieval: files in, passages cut, embedded and listed, the nearest ones found. Knows no language model.
+
+Nothing here imports faiss, sentence-transformers, lmdb or pypdf before it is needed.
+"""
+
+from ragkv.retrieval.catalogue import Catalogue
+from ragkv.retrieval.chunker import TokenChunker
+from ragkv.retrieval.embedder import Embedder, SentenceTransformerEmbedder, offline_embedder
+from ragkv.retrieval.index import FaissIndex, VectorIndex
+from ragkv.retrieval.loaders import LoadedFile, SkippedFile, load_files, read_file
+from ragkv.retrieval.records import Change, Document, Passage
+from ragkv.retrieval.retriever import Hit, Retriever
+from ragkv.retrieval.snapshot import Snapshot
+
+__all__ = [
+    "Catalogue",
+    "Change",
+    "Document",
+    "Embedder",
+    "FaissIndex",
+    "Hit",
+    "LoadedFile",
+    "Passage",
+    "Retriever",
+    "SentenceTransformerEmbedder",
+    "SkippedFile",
+    "Snapshot",
+    "TokenChunker",
+    "VectorIndex",
+    "load_files",
+    "offline_embedder",
+    "read_file",
+]

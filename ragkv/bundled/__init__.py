@@ -1,0 +1,69 @@
+"""The model that ragkv ships, its documents and questions, and the generator of more of them.
+
+Light to import: torch and transformers are loaded by `load` only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ragkv.bundled.generator import KINDS, Case, cases
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["KINDS", "MODEL_PATH", "TEMPLATE", "Case", "cases", "documents", "load", "questions"]
+
+_HERE = Path(__file__).parent
+
+MODEL_PATH = _HERE / "model"
+"""The folder that ``AutoModelForCausalLM.from_pretrained`` takes."""
+
+TEMPLATE: dict[str, str] = {
+    "prefix": "Read the documents, then answer the question.\n",
+    "before_chunk": "",
+    "after_chunk": "\n",
+    "before_question": "Question:",
+    "after_question": "\nAnswer:",
+}
+"""The arguments of ``ragkv.PromptTemplate`` for this model; the tokenizer's BOS goes before the prefix, once."""
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads the model, in fp32 and in eval mode, and its tokenizer; needs no network."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32, local_files_only=True)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
+
+
+@dataclass(frozen=True)
+class DemoQuestion:
+    """A fixed question on the fixed documents.
+
+    Attributes:
+        question: The question.
+        answer: Its answer.
+        kind: One of `KINDS`.
+        documents: The file names of the documents that it rests on.
+    """
+
+    question: str
+    answer: str
+    kind: str
+    documents: tuple[str, ...]
+
+
+def documents() -> dict[str, str]:
+    """The fixed documents: file name to text, in the order of their names; chunks are separated by blank lines."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted((_HERE / "documents").glob("*.md"))}
+
+
+def questions() -> list[DemoQuestion]:
+    """The fixed questions on the fixed documents."""
+    rows = json.loads((_HERE / "questions.json").read_text(encoding="utf-8"))
+    return [DemoQuestion(r["question"], r["answer"], r["kind"], tuple(r["documents"])) for r in rows]

@@ -1,0 +1,387 @@
+"""Makes documents about people, firms and towns, and questions on them.
+
+A `Context` is a few documents cut into chunks with every question that can be asked of it; a `Case` is one of these
+questions. Names are drawn afresh for each context; a fifth of all name parts is kept out of training.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field
+
+from ragkv.bundled import language as lang
+
+KINDS = ("direct", "local", "cross", "two-hop", "cross-document", "order", "absent")
+TYPES = ("person", "firm", "town")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a context is; every pair is an inclusive range.
+
+    Attributes:
+        documents: Documents about a subject of their own (notes on the previous document come on top).
+        chunks: Chunks a document.
+        words: Words a chunk (a word is about 1.3 tokens), before the last sentence is completed.
+        facts: Facts a chunk.
+        types: How many types of subject a context has.
+        notes: Chance that a document is followed by a note that speaks of "the document above".
+    """
+
+    documents: tuple[int, int] = (6, 6)
+    chunks: tuple[int, int] = (1, 3)
+    words: tuple[int, int] = (30, 75)
+    facts: tuple[int, int] = (1, 3)
+    types: tuple[int, int] = (1, 3)
+    notes: float = 0.25
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A subject: its full name, its type, and the key of its pronouns."""
+
+    name: str
+    type: str
+    pronoun: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A stated value and where it stands.
+
+    Attributes:
+        subject: Whom it is about.
+        relation: What is said.
+        value: The text of the value.
+        kind: "direct", "local", "cross" or "cross-document".
+        chunk: The chunk it stands in.
+        start: The first character of the value in that chunk.
+    """
+
+    subject: Entity
+    relation: lang.Relation
+    value: str
+    kind: str
+    chunk: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer; ``facts`` are what it rests on, in the order in which the answer needs them."""
+
+    text: str
+    answer: str
+    kind: str
+    facts: tuple[Fact, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question over some documents.
+
+    Attributes:
+        chunks: The texts of the chunks, in document order.
+        chunk_documents: For each chunk the number of its document.
+        question: The question.
+        answer: Its answer.
+        kind: One of `KINDS`.
+    """
+
+    chunks: tuple[str, ...]
+    chunk_documents: tuple[int, ...]
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass
+class Context:
+    """Documents cut into chunks, with all that is stated in them."""
+
+    chunks: list[str] = field(default_factory=list)
+    chunk_documents: list[int] = field(default_factory=list)
+    entities: list[Entity] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
+
+
+def is_heldout(part: str) -> bool:
+    """Whether a name part is one of the fifth that training never sees."""
+    return zlib.crc32(part.encode()) % 5 == 0
+
+
+def parts(heads: list[str], tails: list[str], heldout: bool) -> list[str]:
+    """All name parts made of one of ``heads`` and one of ``tails``, on one side of the split."""
+    return [head + tail for head in heads for tail in tails if is_heldout(head + tail) == heldout]
+
+
+class Names:
+    """Draws names that are not yet taken, all their parts on one side of the split."""
+
+    def __init__(self, heldout: bool):
+        """Collects the parts that may be used: only held-out ones, or none of them."""
+        self.first = parts(lang.FIRST_HEADS, lang.FIRST_TAILS, heldout)
+        self.last = parts(lang.LAST_HEADS, lang.LAST_TAILS, heldout)
+        self.firm = parts(lang.FIRM_HEADS, lang.FIRM_TAILS, heldout)
+        self.town = parts(lang.TOWN_HEADS, lang.TOWN_TAILS, heldout)
+
+    def draw(self, rng: random.Random, type_: str, taken: set[str]) -> Entity:
+        """Makes an entity of a type; its name is added to ``taken``."""
+        while True:
+            entity = self._draw(rng, type_)
+            if entity.name not in taken:
+                taken.add(entity.name)
+                return entity
+
+    def _draw(self, rng: random.Random, type_: str) -> Entity:
+        if type_ == "person":
+            return Entity(f"{rng.choice(self.first)} {rng.choice(self.last)}", type_, rng.choice(("woman", "man")))
+        if type_ == "firm":
+            return Entity(f"{rng.choice(self.firm)} {rng.choice(lang.FIRM_ENDINGS)}", type_, "firm")
+        return Entity(rng.choice(self.town), type_, "town")
+
+
+TRAINING_NAMES, HELDOUT_NAMES = Names(heldout=False), Names(heldout=True)
+
+
+class _Writer:
+    """Writes one context; holds what must stay consistent while it is written."""
+
+    def __init__(self, rng: random.Random, names: Names, shape: Shape):
+        self.rng, self.names, self.shape = rng, names, shape
+        self.context = Context()
+        self.taken: set[str] = set()
+        self.values: dict[str, list[str]] = {}
+
+    def write(self) -> Context:
+        rng, shape = self.rng, self.shape
+        for type_ in self._types():
+            self.context.entities.append(self.names.draw(rng, type_, self.taken))
+        self.relations = {type_: self._popular(type_) for type_ in TYPES}
+        document = 0
+        for entity in self.context.entities:
+            todo = self._facts(entity)
+            note = bool(todo) and rng.random() < shape.notes
+            held_back = [todo.pop() for _ in range(min(len(todo), rng.randint(1, 2)))] if note else []
+            self._document(document, entity, todo, note=False)
+            document += 1
+            if note:
+                self._document(document, entity, held_back, note=True)
+                document += 1
+        return self.context
+
+    def _types(self) -> list[str]:
+        """Types of the documents, each at least twice as long as there are two documents or more."""
+        count = self.rng.randint(*self.shape.documents)
+        kinds = self.rng.sample(TYPES, min(self.rng.randint(*self.shape.types), max(1, count // 2)))
+        types = (kinds * 2 + [self.rng.choice(kinds) for _ in range(count)])[:count]
+        self.rng.shuffle(types)
+        return types
+
+    def _popular(self, type_: str) -> list[lang.Relation]:
+        """The relations that documents of a type use here: few, so that several subjects share each."""
+        relations = lang.RELATIONS[type_]
+        return self.rng.sample(relations, self.rng.randint(min(5, len(relations)), len(relations)))
+
+    def _facts(self, entity: Entity) -> list[tuple[lang.Relation, str]]:
+        chunks = self.rng.randint(*self.shape.chunks)
+        self.chunk_count = chunks
+        count = sum(self.rng.randint(*self.shape.facts) for _ in range(chunks))
+        relations = self.relations[entity.type]
+        return [(r, self._value(r, entity)) for r in self.rng.sample(relations, min(count, len(relations)))]
+
+    def _value(self, relation: lang.Relation, subject: Entity) -> str:
+        """A value that no other subject here has for this relation."""
+        if relation.name not in self.values:
+            self.values[relation.name] = self._candidates(relation)
+        pool = self.values[relation.name]
+        if pool and not (relation.link and pool[-1] == subject.name):
+            return pool.pop()
+        return (
+            self.names.draw(self.rng, relation.link, self.taken).name
+            if relation.link
+            else self.rng.choice(relation.values)
+        )
+
+    def _candidates(self, relation: lang.Relation) -> list[str]:
+        """Values in the order in which they are used up; a link prefers entities that have a document."""
+        rng = self.rng
+        if not relation.link:
+            return rng.sample(relation.values, len(relation.values))
+        return rng.sample(here := [e.name for e in self.context.entities if e.type == relation.link], len(here))
+
+    def _document(self, number: int, entity: Entity, facts: list[tuple[lang.Relation, str]], note: bool) -> None:
+        count = 1 if note else self.chunk_count
+        shares: list[list[tuple[lang.Relation, str]]] = [[] for _ in range(count)]
+        for fact in facts:
+            self.rng.choice(shares).append(fact)
+        for index, share in enumerate(shares):
+            self._chunk(number, entity, share, first=index == 0, note=note)
+
+    def _chunk(
+        self, document: int, entity: Entity, facts: list[tuple[lang.Relation, str]], first: bool, note: bool
+    ) -> None:
+        """Writes a chunk: an opening, then facts and fillers in any order."""
+        rng, target = self.rng, self.rng.randint(*self.shape.words)
+        pronouns = rng.choice(lang.PRONOUNS[entity.pronoun])
+        text, words, found = "", 0, []
+        plan: list[tuple[lang.Relation, str] | None] = list(facts)
+        while sum(8 if fact else 9 for fact in plan) + 5 < target:
+            plan.insert(rng.randint(0, len(plan)), None)
+        named = False
+        if note:
+            text = rng.choice(lang.CONTINUATIONS)
+        elif first and (not facts or rng.random() < 0.6):
+            text, named = rng.choice(lang.INTRODUCTIONS).format(n=entity.name), True
+        may_name = not note and (first or rng.random() < 0.4)
+        for fact in plan:
+            if fact is None:
+                text = self._join(text, self._filler())
+                continue
+            must = first and not note and not named
+            direct = may_name and (must or rng.random() < 0.5)
+            kind = "direct" if direct else "cross-document" if note else "local" if named else "cross"
+            sentence, start = self._sentence(fact, entity, pronouns, direct)
+            named |= direct
+            joined = self._join(text, sentence)
+            found.append(
+                Fact(entity, fact[0], fact[1], kind, len(self.context.chunks), len(joined) - len(sentence) + start)
+            )
+            text = joined
+        del words
+        self.context.facts.extend(found)
+        self.context.chunks.append(text)
+        self.context.chunk_documents.append(document)
+
+    def _join(self, text: str, sentence: str) -> str:
+        """Appends a sentence, mostly on the same line."""
+        return f"{text}{' ' if self.rng.random() < 0.95 else chr(10)}{sentence}" if text else sentence
+
+    def _filler(self) -> str:
+        slots = lang.FILLER_SLOTS
+        words = self.rng.choice(lang.FILLERS).split(" ")
+        return " ".join(
+            word.format(**{slot: self.rng.choice(options) for slot, options in slots.items()}) if "{" in word else word
+            for word in words
+        )
+
+    def _sentence(
+        self, fact: tuple[lang.Relation, str], entity: Entity, pronouns: tuple[str, str, str], direct: bool
+    ) -> tuple[str, int]:
+        """The sentence of a fact and the place of its value in it."""
+        name = entity.name
+        subject = (name, name, f"{name}'s") if direct else pronouns
+        before, after = self.rng.choice(fact[0].sentences).split("{v}")
+        before = before.format(S=subject[0], s=subject[1], P=subject[2])
+        return before + fact[1] + after, len(before)
+
+
+def write_context(rng: random.Random, shape: Shape, heldout: bool = False) -> Context:
+    """Writes documents.
+
+    Args:
+        rng: What all choices are drawn from.
+        shape: How large the context is.
+        heldout: Use only name parts that training never sees; otherwise none of them.
+    """
+    return _Writer(rng, HELDOUT_NAMES if heldout else TRAINING_NAMES, shape).write()
+
+
+def questions(rng: random.Random, context: Context, heldout: bool = False) -> list[Question]:
+    """Every fact once, and as many questions of the other kinds as the context gives, in random order."""
+    names = HELDOUT_NAMES if heldout else TRAINING_NAMES
+    found = _fact_questions(rng, context) + _two_hop(rng, context)
+    found += _order(rng, context, count=3) + _absent(rng, context, names, count=2)
+    rng.shuffle(found)
+    return found
+
+
+def _ask(rng: random.Random, relation: lang.Relation, name: str) -> str:
+    return rng.choice(relation.questions).format(n=name)
+
+
+def _fact_questions(rng: random.Random, context: Context) -> list[Question]:
+    """Questions on facts whose relation is also stated of another subject with another value."""
+    found = []
+    for fact in context.facts:
+        rivals = [f for f in context.facts if f.relation == fact.relation and f.value != fact.value]
+        if rivals:
+            found.append(Question(_ask(rng, fact.relation, fact.subject.name), fact.value, fact.kind, (fact,)))
+    return found
+
+
+def _two_hop(rng: random.Random, context: Context) -> list[Question]:
+    """Questions on what is said of the entity that another document links to; the answer names that entity first."""
+    found = []
+    for link in (f for f in context.facts if f.relation.link):
+        if sum(f.relation == link.relation for f in context.facts) < 2:
+            continue
+        ends = [f for f in context.facts if f.subject.name == link.value]
+        ends = [f for f in ends if sum(g.relation == f.relation for g in context.facts) > 1]
+        if ends:
+            end = rng.choice(ends)
+            text = _ask(rng, end.relation, link.relation.phrase.format(n=link.subject.name))
+            found.append(Question(text, f"{link.value}: {end.value}", "two-hop", (link, end)))
+    return found
+
+
+def _order(rng: random.Random, context: Context, count: int) -> list[Question]:
+    """Which of two subjects is mentioned first, wherever that mention stands."""
+    text = "\n".join(context.chunks)
+    if len(context.entities) < 2:
+        return []
+    found = []
+    for _ in range(count):
+        a, b = (entity.name for entity in rng.sample(context.entities, 2))
+        place_a, place_b = text.find(a), text.find(b)
+        if min(place_a, place_b) >= 0:
+            question = rng.choice(lang.ORDER_QUESTIONS).format(a=a, b=b)
+            found.append(Question(question, a if place_a < place_b else b, "order"))
+    return found
+
+
+def _absent(rng: random.Random, context: Context, names: Names, count: int) -> list[Question]:
+    """Questions on what is said of others but not of this subject, or on somebody whom no document knows."""
+    stated = {(f.subject.name, f.relation.name) for f in context.facts}
+    found = []
+    for _ in range(count):
+        model = rng.choice(context.facts) if context.facts else None
+        if model is None:
+            break
+        type_ = model.subject.type
+        others = [e for e in context.entities if e.type == type_ and (e.name, model.relation.name) not in stated]
+        taken = {e.name for e in context.entities} | {f.value for f in context.facts}
+        subject = rng.choice(others) if others and rng.random() < 0.7 else names.draw(rng, type_, taken)
+        found.append(Question(_ask(rng, model.relation, subject.name), lang.ABSENT, "absent"))
+    return found
+
+
+def cases(seed: int, n: int, documents: int = 6, heldout: bool = True) -> list[Case]:
+    """Makes cases, each over documents of its own, the kinds in turn.
+
+    Args:
+        seed: The same seed gives the same cases.
+        n: How many cases, at least 0.
+        documents: Documents in a case, 2 to 12; of three sizes of chunk, about 40 to 150 tokens.
+        heldout: Use only name parts that the model never saw in training; otherwise only parts that it saw.
+
+    Raises:
+        ValueError: If ``n`` or ``documents`` is out of range.
+    """
+    if n < 0 or not 2 <= documents <= 12:
+        raise ValueError(f"n must be 0 or more and documents 2 to 12; got n={n}, documents={documents}.")
+    return [_case(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)], documents, heldout) for i in range(n)]
+
+
+def _case(rng: random.Random, kind: str, documents: int, heldout: bool) -> Case:
+    """Writes contexts until one has a question of the kind."""
+    shape = Shape(documents=(documents, documents), notes=1.0 if kind == "cross-document" else 0.25)
+    while True:
+        context = write_context(rng, shape, heldout)
+        fitting = [q for q in questions(rng, context, heldout) if q.kind == kind]
+        if fitting:
+            question = rng.choice(fitting)
+            return Case(
+                tuple(context.chunks), tuple(context.chunk_documents), question.text, question.answer, question.kind
+            )

@@ -1,0 +1,140 @@
+"""The transformers cache that fusion fills and decoding grows: allocated once, written in place.
+
+L layers, B sequences, H kv heads, N tokens held, C tokens allocated, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+#: Called with the layer, fresh keys and fresh values ``[B, H, S, D]``; returns what attention shall see.
+Writer = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class LayerSpec(NamedTuple):
+    """What one layer's keys and values look like."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class FusedLayer(CacheLayerMixin):
+    """One layer's keys and values, with room to grow in place."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, spec: LayerSpec, capacity: int):
+        self.dtype, self.device = spec.dtype, spec.device
+        self.length = 0
+        self.is_initialized = True
+        self.key_room = torch.empty(1, spec.heads, capacity, spec.key_dim, dtype=spec.dtype, device=spec.device)
+        self.value_room = torch.empty(1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device)
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """``[B, H, N, D]``, a view without the room kept for the answer."""
+        return self.key_room[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """``[B, H, N, D]``, a view without the room kept for the answer."""
+        return self.value_room[:, :, : self.length]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the room is allocated when the layer is made."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append ``[B, H, S, D]`` behind what is held and return all of it, without copying what is held."""
+        end = self.length + key_states.shape[2]
+        if end > self.key_room.shape[2]:
+            self._grow(end)
+        self.key_room[:, :, self.length : end] = key_states
+        self.value_room[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys, self.values
+
+    def _grow(self, needed: int) -> None:
+        capacity = max(needed, self.key_room.shape[2] * 3 // 2)  # amortised: each token is moved O(1) times
+        for name in ("key_room", "value_room"):
+            old = getattr(self, name)
+            room = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            room[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, room)
+
+    def get_seq_length(self) -> int:
+        """N."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` new tokens will see."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: it grows."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.key_room.shape[0]
+
+    def reset(self) -> None:
+        """Forget everything, keep the room."""
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (transformers passes a number <= 0)."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.key_room, self.value_room = change(self.key_room), change(self.value_room)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick sequences, for beam search."""
+        self._map(lambda room: room.index_select(0, beam_idx.to(room.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        self._map(lambda room: room.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self._map(lambda room: room[indices.to(room.device)])
+
+
+class FusedCache(Cache):
+    """A :class:`transformers.Cache` of :class:`FusedLayer`.
+
+    Fusion sets ``writer`` for the one forward pass in which fresh keys and values go to scattered positions; without it the
+    cache appends, as any other. ``prepare`` is called with a layer's number before that layer is written or read, so that
+    stored keys and values can arrive layer by layer.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], capacity: int):
+        super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
+        self.writer: Writer | None = None
+        self.prepare: Callable[[int], None] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Take fresh keys and values ``[B, H, S, D]`` of one layer; return all that attention shall see."""
+        if self.prepare is not None:
+            self.prepare(layer_idx)
+        if self.writer is not None:
+            return self.writer(layer_idx, key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def set_length(self, tokens: int) -> None:
+        """Declare the first ``tokens`` slots of every layer as held."""
+        for layer in self.layers:
+            layer.length = tokens

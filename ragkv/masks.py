@@ -1,0 +1,89 @@
+"""The model's own attention rules, evaluated at scattered positions.
+
+transformers builds masks for queries that stand one behind the other at the end of the cache. Fusion's queries are scattered,
+so the rule itself (causal, window, attention chunk) is taken from transformers' mask builders and evaluated where the
+queries really stand: a token at position p sees the keys at positions <= p inside its layer's window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
+
+#: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+_RECORDER = "ragkv_rule"
+
+
+def layer_rules(config: PreTrainedConfig, layers: int, device: torch.device) -> list[Rule]:
+    """The attention rule of every layer, as transformers builds it from the config.
+
+    Args:
+        config: the text config of a decoder.
+        layers: L.
+        device: where the rules' own tensors shall live.
+    """
+    # The builders hand their rule to whatever mask interface the config names; ours returns it instead of a mask.
+    probe = copy(config)
+    probe._attn_implementation_internal = _RECORDER
+    registry = AttentionMaskInterface._global_mapping
+    registry[_RECORDER] = lambda *, mask_function, **kwargs: mask_function
+    try:
+        rules = create_masks_for_generate(probe, torch.empty(1, 1, 1, device=device), None, None)
+    finally:
+        registry.pop(_RECORDER, None)
+    if isinstance(rules, dict):
+        return [rules[kind] for kind in config.layer_types[:layers]]
+    return [rules] * layers
+
+
+class MaskBuilder:
+    """Masks for one set of query positions, made once per distinct rule.
+
+    Args:
+        rules: one rule a layer.
+        positions: ``[S]`` query positions, ascending.
+        keys: N, the number of key positions ``0 .. N - 1``.
+        dtype: of the model's activations, used where ``additive``.
+        additive: float masks (0 or the dtype's minimum), as eager attention takes them, instead of boolean ones.
+    """
+
+    def __init__(self, rules: list[Rule], positions: Tensor, keys: int, dtype: torch.dtype, additive: bool):
+        self.rules, self.positions, self.keys, self.dtype, self.additive = rules, positions, keys, dtype, additive
+        self._made: dict[int, Tensor] = {}
+
+    def layer(self, layer: int) -> Tensor:
+        """``[1, 1, S, N]``, true (or 0) where the query may see the key."""
+        rule = self.rules[layer]
+        if id(rule) not in self._made:
+            self._made[id(rule)] = self._make(rule)
+        return self._made[id(rule)]
+
+    def _make(self, rule: Rule) -> Tensor:
+        at = self.positions
+        zero = torch.zeros((), dtype=torch.long, device=at.device)
+        kv = torch.arange(self.keys, device=at.device)
+        mask = rule(zero, zero, at[None, None, :, None], kv[None, None, None, :])
+        mask = mask.expand(1, 1, len(at), self.keys)
+        if not self.additive:
+            return mask
+        return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+
+
+def for_model(masks: MaskBuilder, config: PreTrainedConfig) -> Tensor | dict[str, Tensor]:
+    """The masks in the form in which the model's forward takes ready-made ones: a tensor, or one a layer type."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return masks.layer(0)
+    return {kind: masks.layer(kinds.index(kind)) for kind in set(kinds)}
+
+
+def takes_masks(attention: nn.Module | str) -> bool:
+    """Whether an attention implementation reads a dense mask, as scattered queries need it."""
+    return attention in ("eager", "sdpa")

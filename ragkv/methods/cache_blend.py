@@ -1,0 +1,85 @@
+"""CacheBlend: the tokens whose keys and values deviate most are computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ragkv.errors import MethodError
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+
+if TYPE_CHECKING:
+    from ragkv.fusion import Check
+
+_SIGNALS = ("key", "value", "both")
+
+
+@dataclass(frozen=True)
+class CacheBlend(Method):
+    """Compute all tokens up to a check layer, go on with those of high KV deviation (CacheBlend, arXiv:2405.16444).
+
+    The deviation of a token is the squared distance of its fresh and stored KV at the check layer, over heads and dimensions.
+    Layers before the check run on all tokens and the check layer on all tokens as far as its keys and values, so that a ratio of
+    0.15 is charged 0.20 on 32 layers. The paper's own code scores values, a well-known serving layer scores keys.
+
+    Attributes:
+        ratio: share of the reusable tokens computed behind the check layer, 0 to 1; 0.15 in the paper.
+        check_layer: the layer whose KV are compared, >= 1: layer 0's depend on the token alone and never deviate.
+        signal: deviation of ``"key"``, of ``"value"``, or of ``"both"``, each then scaled to a sum of 1.
+        gradual: the paper's gradual filtering (section 4.3): shares kept at the check layer and at the layers behind it, not
+            rising, in place of the one selection by ``ratio``.
+        threshold: keep the tokens whose deviation exceeds this many times the mean, in place of ``ratio``.
+    """
+
+    ratio: float = 0.15
+    check_layer: int = 1
+    signal: str = "value"
+    gradual: tuple[float, ...] = ()
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not all(0 <= share <= 1 for share in (self.ratio, *self.gradual)):
+            raise MethodError(f"CacheBlend: ratio and gradual must lie in [0, 1], got {self.ratio} and {self.gradual}")
+        if list(self.gradual) != sorted(self.gradual, reverse=True):
+            raise MethodError(f"CacheBlend: gradual shares must not rise, got {self.gradual}")
+        if self.check_layer < 1:
+            raise MethodError(f"CacheBlend: check_layer must be >= 1 (layer 0 never deviates), got {self.check_layer}")
+        if self.signal not in _SIGNALS:
+            raise MethodError(f"CacheBlend: signal must be one of {', '.join(_SIGNALS)}, got {self.signal!r}")
+        if self.threshold is not None and self.threshold < 0:
+            raise MethodError(f"CacheBlend: threshold must be >= 0, got {self.threshold}")
+        if self.threshold is not None and self.gradual:
+            raise MethodError("CacheBlend: give threshold or gradual, not both")
+
+    def start(self, layout: Layout) -> Tensor:
+        """All, or none where every chunk is exact already or nothing is to be kept."""
+        nothing = self.threshold is None and not self.gradual and self.ratio == 0
+        return layout.reusable[:0] if nothing or not len(layout.inexact) else layout.reusable
+
+    def checks(self, layers: int) -> Sequence[int]:
+        """The check layer, and with gradual filtering those right behind it."""
+        if self.check_layer >= layers:
+            raise MethodError(f"CacheBlend: check_layer {self.check_layer} of a model with {layers} layers")
+        return range(self.check_layer, min(layers, self.check_layer + max(1, len(self.gradual))))
+
+    def narrow(self, check: "Check") -> Tensor:
+        """The tokens that deviate most."""
+        score = self._score(check)
+        if self.threshold is not None:
+            return check.positions[score > self.threshold * score.mean()]
+        share = self.gradual[check.layer - self.check_layer] if self.gradual else self.ratio
+        reusable = check.layout.suffix_start - check.layout.chunks_start
+        wanted = min(len(score), round(share * reusable))
+        return check.positions[torch.topk(score, wanted).indices]
+
+    def _score(self, check: "Check") -> Tensor:
+        if self.signal == "key":
+            return check.key_deviation()
+        if self.signal == "value":
+            return check.value_deviation()
+        keys, values = check.key_deviation(), check.value_deviation()
+        tiny = torch.finfo(torch.float32).tiny
+        return keys / keys.sum().clamp_min(tiny) + values / values.sum().clamp_min(tiny)

@@ -1,0 +1,17 @@
+"""Full prefill: every token is computed."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+
+
+@dataclass(frozen=True)
+class FullPrefill(Method):
+    """Compute the whole prompt, as a model without stored KV does. Exact; the yardstick of all others."""
+
+    def start(self, layout: Layout) -> Tensor:
+        """All of it."""
+        return layout.reusable

@@ -1,0 +1,31 @@
+"""LegoLink: the first tokens of every chunk are computed."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ragkv.errors import MethodError
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+
+
+@dataclass(frozen=True)
+class LegoLink(Method):
+    """Recompute the first k tokens of every chunk that is not exact where it stands, in all layers (EPIC, arXiv:2410.15332).
+
+    A chunk's first tokens took the place of attention sinks when the chunk was prefilled behind little. The paper spares the
+    first chunk, which stands right behind the prefix; here every exact chunk is spared, which is the same for chunks read alone.
+
+    Attributes:
+        k: tokens of a chunk, >= 0; 16 or 32 in the paper. With 0 only the shared prefix links the chunks.
+    """
+
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise MethodError(f"LegoLink: k must be >= 0 tokens, got {self.k}")
+
+    def start(self, layout: Layout) -> Tensor:
+        """The first k tokens of the chunks that are not exact."""
+        return layout.span(*[placed for placed in layout.chunks if not placed.exact], first=self.k)

@@ -1,0 +1,21 @@
+"""Reuse: nothing but the suffix is computed."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Reuse(Method):
+    """Take every chunk as stored, rotated to its place (0 % recompute).
+
+    Exact for a document's chunks, all of them in order right behind the prefix. Elsewhere a chunk knows its own document and
+    nothing of the other chunks. It is also what models trained for block attention need (Block-Attention, arXiv:2409.15355).
+    """
+
+    def start(self, layout: Layout) -> Tensor:
+        """None."""
+        return layout.reusable[:0]

@@ -1,0 +1,229 @@
+"""What a model is to ragkv: its layers, rotations and attention rules; and which models are refused.
+
+Nothing here knows a model by name. A model is asked what it does: where its decoder layers are, what it writes into a cache,
+how its keys turn, which keys its layers see.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ragkv.cache import FusedCache, LayerSpec
+from ragkv.errors import UnsupportedModelError
+from ragkv.masks import MaskBuilder, layer_rules, takes_masks
+from ragkv.rope import TOLERANCE, Layers, probe_rotations
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_PROBE_TOKENS = 8
+_CHECK_TOKENS = 24
+
+
+class Decoder:
+    """A transformers decoder as fusion sees it.
+
+    Attributes:
+        model: the model itself, never changed.
+        config: its text config.
+        layers: the decoder layers.
+        specs: shape, dtype and device of every layer's keys and values.
+        rotations: how every layer's keys turn with their position; ``None`` where they carry none.
+        rules: which keys every layer's queries may see.
+        max_positions: positions of the longest prompt, or ``None``.
+        vocab_size: ids are below it.
+
+    Raises:
+        UnsupportedModelError: by name of the reason, when the model cannot be driven exactly.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        _refuse_by_config(self.config)
+        if model.training:
+            raise UnsupportedModelError(
+                "the model is in training mode, where dropout makes KV random: call model.eval()"
+            )
+        self.layers = _decoder_layers(model, self.config.num_hidden_layers)
+        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.specs = self._probe_specs()
+        self.dtype = self.specs[0].dtype
+        positions = getattr(self.config, "max_position_embeddings", None)
+        self.rotations, movable = probe_rotations(model, self._run_at, positions)
+        self.max_positions: int | None = movable or positions
+        self.rules = layer_rules(self.config, len(self.layers), self.device)
+        self._check_scattered()
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that the model was loaded with."""
+        return self.config._attn_implementation
+
+    def cache(self, capacity: int) -> FusedCache:
+        """An empty cache with room for ``capacity`` tokens."""
+        return FusedCache(self.specs, capacity)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, cache: FusedCache, start: int) -> None:
+        """Run ``ids [S]`` behind what the cache holds, for their keys and values alone; no logits are computed.
+
+        Args:
+            ids: token ids on the model's device.
+            cache: appended to.
+            start: position of the first token.
+        """
+        self.backbone(
+            input_ids=ids[None], position_ids=self._span(start, len(ids)), past_key_values=cache, use_cache=True
+        )
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
+        """Run ``ids [S]`` at ``positions [S]`` and return the last one's next-token logits ``[1, V]``."""
+        keep = {"logits_to_keep": 1} if self._keeps_last else {}
+        out = self.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **keep,
+        )
+        return out.logits[:, -1]
+
+    def masks(self, positions: Tensor, keys: int) -> MaskBuilder:
+        """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions."""
+        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention != "sdpa")
+
+    @contextmanager
+    def scattered_attention(self) -> Iterator[str]:
+        """Attention that takes dense masks, for one pass over scattered tokens; yields its name.
+
+        Flash and flex attention know no scattered queries: for this one pass the model's eager attention serves, with its
+        own soft caps, sinks and windows, and the model's setting is put back whatever happens.
+        """
+        loaded = self.attention
+        if takes_masks(loaded):
+            yield loaded
+            return
+        self.model.set_attn_implementation("eager")
+        try:
+            yield "eager"
+        finally:
+            self.model.set_attn_implementation(loaded)
+
+    def _span(self, start: int, tokens: int) -> Tensor:
+        return torch.arange(start, start + tokens, device=self.device)[None]
+
+    def _random_ids(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.vocab_size, (tokens,), generator=generator).to(self.device)
+
+    def _probe_specs(self) -> list[LayerSpec]:
+        recorder = _Recorder()
+        try:
+            self.read(self._random_ids(_PROBE_TOKENS), recorder, 0)  # type: ignore[arg-type]
+        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            raise UnsupportedModelError(f"the model does not run over a plain key-value cache: {error}") from error
+        if sorted(recorder.seen) != list(range(len(self.layers))):
+            raise UnsupportedModelError(
+                f"the model wrote keys and values for layers {sorted(recorder.seen)} of {len(self.layers)}: recurrent layers, or "
+                "layers that share another's cache, are not supported"
+            )
+        return [
+            LayerSpec(k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
+            for _, (k, v) in sorted(recorder.seen.items())
+        ]
+
+    def _run_at(self, offset: int) -> Layers:
+        cache = self.cache(_PROBE_TOKENS)
+        try:
+            self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
+        except IndexError as error:
+            raise UnsupportedModelError(
+                f"the model cannot run at position {offset}: it looks positions up in a table ({error})"
+            ) from error
+        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+    @torch.no_grad()
+    def _check_scattered(self) -> None:
+        """Recomputing scattered tokens of an exact cache must change nothing: the rules and the driving are right."""
+        tokens = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
+        ids, everywhere = self._random_ids(tokens), self._span(0, tokens)[0]
+        cache = self.cache(tokens)
+        want = self.step(ids, everywhere, cache)
+        rows = everywhere[tokens % 2 :: 2] if tokens > 2 else everywhere
+        rows = torch.cat([rows[rows < tokens - 1], everywhere[-1:]])
+        from ragkv.fusion import recompute
+
+        with self.scattered_attention():
+            got = recompute(self, cache, ids, rows)
+        error = float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
+        if not error <= TOLERANCE[self.dtype]:
+            raise UnsupportedModelError(
+                f"recomputing scattered tokens changes the model's logits (relative difference {error:.2g}): its attention does "
+                "not follow the masks that transformers builds for it"
+            )
+
+
+class _Recorder(FusedCache):
+    """A cache that only looks at what is written, to learn the shapes."""
+
+    def __init__(self) -> None:
+        super().__init__([], 0)
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        self.seen[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+
+def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    # A mixture's experts may be as many as the layers are: the layers are the list that holds the others.
+    if not lists:
+        raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
+    return lists[0]
+
+
+def _refuse_by_config(config) -> None:
+    name = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: ragkv drives decoders only")
+    if getattr(config, "alibi", False):
+        raise UnsupportedModelError(
+            f"{name} uses ALiBi: its attention depends on absolute key positions, which ragkv does not move"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it"
+        )
+    foreign = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
+    if foreign:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(sorted(foreign))}: recurrent and other states cannot be cut into chunks. ragkv "
+            f"supports {', '.join(sorted(_ATTENTION_KINDS))}."
+        )
+    for kind in _rope_kinds(getattr(config, "rope_parameters", None)):
+        if kind in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"{name} uses rope type '{kind}', whose frequencies depend on the prompt's length: keys of one length do not fit "
+                "another. Use a checkpoint or a config with rope type default, linear, llama3 or yarn."
+            )
+
+
+def _rope_kinds(parameters) -> list[str]:
+    if not isinstance(parameters, dict):
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [kind for value in parameters.values() for kind in _rope_kinds(value)]

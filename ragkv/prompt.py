@@ -1,0 +1,171 @@
+"""Prompt templates: every segment is tokenised once, on its own, and spliced as ids.
+
+So a chunk's ids never depend on its neighbours, and a stored chunk is found again whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ragkv.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Text, or token ids in its place.
+Text = str | Sequence[int]
+
+_CHUNKS, _QUESTION = "\u2983ragkv chunks\u2984", "\u2983ragkv question\u2984"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The parts of a prompt: prefix, then every chunk in its wrapper, then the question in its own. Each is text or ids.
+
+    Attributes:
+        prefix: what every prompt begins with; a tokenizer that puts a BOS in front puts it here, once, and nowhere else.
+        anchor: what documents are prefilled behind; ``None``: the prefix itself, and then reuse in place is exact. A fixed neutral
+            text lets the prefix change without reading the documents again. It begins with BOS like the prefix.
+        before_chunk: stands before every chunk.
+        after_chunk: stands behind every chunk.
+        before_question: stands between the chunks and the question.
+        after_question: stands behind the question (the assistant header).
+    """
+
+    prefix: Text = ""
+    anchor: Text | None = None
+    before_chunk: Text = ""
+    after_chunk: Text = ""
+    before_question: Text = ""
+    after_question: Text = ""
+
+    @classmethod
+    def from_chat_template(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        instruction: str = "Answer the question with the help of these passages.",
+        after_chunk: str = "\n\n",
+        **chat_options: Any,
+    ) -> PromptTemplate:
+        """Render the tokenizer's chat template around marks and cut it there.
+
+        Args:
+            tokenizer: must have a chat template.
+            system: the system message, if any.
+            instruction: begins the user's message, before the passages.
+            after_chunk: stands behind every passage.
+            **chat_options: for ``apply_chat_template``, ``enable_thinking=False`` say.
+
+        Raises:
+            PromptError: no chat template, or one that does not carry the user's message through whole.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise PromptError("the tokenizer has no chat template: give PromptTemplate(prefix=..., ...) instead")
+        user = f"{instruction}\n\n{_CHUNKS}Question: {_QUESTION}"
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": user})
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat_options)
+        if not isinstance(rendered, str) or rendered.count(_CHUNKS) != 1 or rendered.count(_QUESTION) != 1:
+            raise PromptError(
+                "the tokenizer's chat template changes the user's message: give PromptTemplate(...) yourself"
+            )
+        prefix, rest = rendered.split(_CHUNKS)
+        before_question, after_question = rest.split(_QUESTION)
+        return cls(
+            prefix=prefix, after_chunk=after_chunk, before_question=before_question, after_question=after_question
+        )
+
+    @classmethod
+    def default(cls, tokenizer: PreTrainedTokenizerBase | None) -> PromptTemplate:
+        """The chat template's parts where there is one, a plain question-answer form otherwise; nothing without tokenizer."""
+        if tokenizer is None:
+            return cls()
+        if getattr(tokenizer, "chat_template", None):
+            return cls.from_chat_template(tokenizer)
+        return cls(after_chunk="\n\n", before_question="Question: ", after_question="\nAnswer:")
+
+
+class Encoder:
+    """A template and a tokenizer: turns text into the ids of each segment.
+
+    Args:
+        template: the parts.
+        tokenizer: ``None`` where everything is given as ids.
+        vocab_size: ids must be below it.
+
+    Raises:
+        PromptError: text without a tokenizer, or ids out of the vocabulary.
+    """
+
+    def __init__(self, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int):
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        parts = {part.name: getattr(template, part.name) for part in fields(template)}
+        self.prefix = self._opening(parts["prefix"])
+        self.anchor = self.prefix if template.anchor is None else self._opening(parts["anchor"])
+        self._before_chunk = self.ids(parts["before_chunk"], trusted=True)
+        self._after_chunk = self.ids(parts["after_chunk"], trusted=True)
+        self._before_question = self.ids(parts["before_question"], trusted=True)
+        self._after_question = self.ids(parts["after_question"], trusted=True)
+
+    def chunk(self, passage: Text) -> tuple[int, ...]:
+        """A passage's ids with its wrapper.
+
+        Raises:
+            PromptError: the passage is empty.
+        """
+        inner = self.ids(passage)
+        if not inner:
+            raise PromptError("a chunk is empty: give at least one token of text (whitespace alone may be none)")
+        return (*self._before_chunk, *inner, *self._after_chunk)
+
+    def suffix(self, question: Text) -> tuple[int, ...]:
+        """The question's ids and what stands around it.
+
+        Raises:
+            PromptError: the question is empty.
+        """
+        inner = self.ids(question)
+        if not inner:
+            raise PromptError("the question is empty: give at least one token")
+        return (*self._before_question, *inner, *self._after_question)
+
+    def ids(self, text: Text, *, trusted: bool = False) -> tuple[int, ...]:
+        """Token ids of a segment on its own; ids are checked and passed through.
+
+        Args:
+            text: text or ids.
+            trusted: the text may hold special tokens. In documents and questions they are read as plain text, so that a document
+                cannot end the user's turn.
+        """
+        if isinstance(text, str):
+            if not text:
+                return ()
+            if self.tokenizer is None:
+                raise PromptError(
+                    f"got text ({text[:40]!r}) but the engine has no tokenizer: give token ids, or a tokenizer"
+                )
+            options = {} if trusted else {"split_special_tokens": True}
+            return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        ids = tuple(int(i) for i in text)
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise PromptError(
+                f"token id {wrong[0]} is out of the vocabulary: ids must be in 0 .. {self.vocab_size - 1}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out; empty without a tokenizer."""
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _opening(self, text: Text) -> tuple[int, ...]:
+        ids = self.ids(text, trusted=True)
+        if self.tokenizer is None or not isinstance(text, str):
+            return ids
+        bos = self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return (bos, *ids) if adds_bos and ids[:1] != (bos,) else ids

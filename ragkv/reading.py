@@ -1,0 +1,149 @@
+"""Reading: documents are prefilled as a whole, in pieces, and cut into chunks afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ragkv.cache import FusedCache
+from ragkv.chunk import Chunk, ChunkKV
+from ragkv.model import Decoder
+
+
+def with_window(parts: Sequence[Chunk], window_tokens: int) -> list[Chunk]:
+    """Chain a document's chunks, so that each one's context is the document's earlier text.
+
+    Where the next chunk would exceed the window, the context begins anew with the last chunks that fill at most a quarter of it.
+
+    Args:
+        parts: the document's chunks in order, without context.
+        window_tokens: tokens of context and chunk together, at most.
+    """
+    chained: list[Chunk] = []
+    last: Chunk | None = None
+    for part in parts:
+        if last is not None and last.offset + len(last) + len(part) > window_tokens:
+            last = _tail(chained, min(window_tokens // 4, window_tokens - len(part)))
+        last = Chunk(part.ids, part.text, last)
+        chained.append(last)
+    return chained
+
+
+def _tail(chained: Sequence[Chunk], tokens: int) -> Chunk | None:
+    kept: list[Chunk] = []
+    for chunk in reversed(chained):
+        tokens -= len(chunk)
+        if tokens < 0:
+            break
+        kept.append(chunk)
+    last: Chunk | None = None
+    for chunk in reversed(kept):
+        last = Chunk(chunk.ids, chunk.text, last)
+    return last
+
+
+class Reader:
+    """Prefills chunks behind the anchor and their context.
+
+    Args:
+        decoder: the model.
+        anchor: ids that everything is read behind.
+        piece_tokens: tokens of one forward pass.
+    """
+
+    def __init__(self, decoder: Decoder, anchor: Sequence[int], piece_tokens: int):
+        if piece_tokens < 1:
+            raise ValueError(f"piece_tokens must be >= 1, got {piece_tokens}")
+        self.decoder, self.piece_tokens = decoder, piece_tokens
+        self.anchor = self.opening(anchor)
+
+    def opening(self, ids: Sequence[int]) -> ChunkKV | None:
+        """KV of the ids that stand at position 0; ``None`` for no ids."""
+        if not ids:
+            return None
+        cache = self.decoder.cache(len(ids))
+        self._run(ids, cache, 0)
+        return _slice(cache, 0, len(ids))
+
+    def read(
+        self, wanted: Sequence[Chunk], stored: Callable[[Chunk], ChunkKV | None]
+    ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
+        """Prefill chunks, several of one document in one pass.
+
+        Args:
+            wanted: chunks whose KV are missing.
+            stored: looks up the KV of a chunk that may be stored; a document's stored beginning is not read again.
+
+        Yields:
+            A chunk, its KV, and the seconds that reading it took.
+        """
+        left = {(chunk.ids, chunk.context): chunk for chunk in wanted}
+        for chunk in sorted(wanted, key=lambda c: -c.offset):  # the longest chain covers the others of its document
+            if (chunk.ids, chunk.context) not in left:
+                continue
+            chain = chunk.lineage()
+            yield from self._read_chain(chain, left, stored)
+
+    def _read_chain(self, chain: list[Chunk], left: dict, stored: Callable) -> Iterator[tuple[Chunk, ChunkKV, float]]:
+        cache = self.decoder.cache(self._behind(chain[-1]))
+        if self.anchor is not None:
+            _append(cache, self.anchor)
+        first = self._append_stored(cache, chain, left, stored)
+        for group in _pieces(chain[first:], self.piece_tokens):
+            begin = perf_counter()
+            self._run([i for chunk in group for i in chunk.ids], cache, group[0].offset + self._anchor_tokens)
+            per_token = (perf_counter() - begin) / sum(len(chunk) for chunk in group)
+            for chunk in group:
+                mine = left.pop((chunk.ids, chunk.context), None)
+                if mine is not None:
+                    end = self._behind(chunk)
+                    yield mine, _slice(cache, end - len(chunk), end), per_token * len(chunk)
+
+    def _append_stored(self, cache: FusedCache, chain: list[Chunk], left: dict, stored: Callable) -> int:
+        """Take the stored beginning of a chain; returns the number of the first chunk to read."""
+        for number, chunk in enumerate(chain):
+            kv = None if (chunk.ids, chunk.context) in left else stored(chunk)
+            if kv is None:
+                return number
+            _append(cache, kv)
+        return len(chain)
+
+    @property
+    def _anchor_tokens(self) -> int:
+        return 0 if self.anchor is None else len(self.anchor)
+
+    def _behind(self, chunk: Chunk) -> int:
+        return self._anchor_tokens + chunk.offset + len(chunk)
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
+        tensor = torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+        for at in range(0, len(ids), self.piece_tokens):
+            self.decoder.read(tensor[at : at + self.piece_tokens], cache, start + at)
+
+
+def _pieces(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
+    """Consecutive chunks, gathered until a piece is full; a chunk longer than a piece stands alone."""
+    piece: list[Chunk] = []
+    for chunk in chunks:
+        if piece and sum(len(c) for c in piece) + len(chunk) > tokens:
+            yield piece
+            piece = []
+        piece.append(chunk)
+    if piece:
+        yield piece
+
+
+def _append(cache: FusedCache, kv: ChunkKV) -> None:
+    for layer, (keys, values) in zip(cache.layers, kv, strict=True):
+        layer.update(keys[None].to(layer.device), values[None].to(layer.device))
+
+
+def _slice(cache: FusedCache, start: int, end: int) -> ChunkKV:
+    def cut(held: Tensor) -> Tensor:
+        return held[0, :, start:end].clone()
+
+    return ChunkKV([cut(layer.keys) for layer in cache.layers], [cut(layer.values) for layer in cache.layers], start)

@@ -1,0 +1,105 @@
+"""What a fusion and an answer cost, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+@dataclass
+class FusionReport:
+    """What one fusion did.
+
+    Attributes:
+        method: the method with its knobs, as it ran.
+        attention: the attention implementation that ran.
+        prefix_tokens: tokens of the prefix.
+        chunk_tokens: tokens of all chunks.
+        suffix_tokens: tokens of the suffix.
+        hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
+            ``"unused"``: the method computes everything itself.
+        sources: the same for each chunk of the prompt, in order.
+        bytes_read: bytes read from disk.
+        milliseconds: by stage: ``read`` (chunks that were not stored), ``place`` (load, decode, rotate), ``select``,
+            ``compute``, and ``total``, from the call to the next-token logits.
+        budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
+        fresh_by_layer: reusable tokens computed, layer by layer.
+    """
+
+    method: str
+    attention: str
+    prefix_tokens: int
+    chunk_tokens: int
+    suffix_tokens: int
+    hits: dict[str, int] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    budget: float = 0.0
+    fresh_by_layer: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class FusedPrompt:
+    """A prompt whose keys and values are ready. N tokens, vocabulary V.
+
+    Attributes:
+        input_ids: LongTensor ``[1, N]``: the ids that a full prefill would be given.
+        logits: FloatTensor ``[1, V]``: next-token logits.
+        past_key_values: transformers ``Cache`` that holds the N tokens; generation appends to it.
+        recomputed: LongTensor ``[R]``: positions computed afresh in the last layer, the suffix among them.
+        report: what it cost.
+    """
+
+    input_ids: Tensor
+    logits: Tensor
+    past_key_values: Cache
+    recomputed: Tensor
+    report: FusionReport
+
+
+@dataclass
+class AnswerReport:
+    """What one answer cost.
+
+    Attributes:
+        fusion: the prompt's report.
+        first_token_ms: from the call to the first token.
+        decode_ms: for all further tokens.
+        new_tokens: tokens generated, an end token included.
+    """
+
+    fusion: FusionReport
+    first_token_ms: float = 0.0
+    decode_ms: float = 0.0
+    new_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Answer:
+    """A generated answer.
+
+    Attributes:
+        text: without special tokens; empty when the engine has no tokenizer.
+        token_ids: the generated ids, an end token included.
+        report: what it cost.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    report: AnswerReport
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,144 @@
+"""How the model turns its keys, found out by trying instead of being assumed.
+
+A few random tokens are run at position 0 and at a large offset. The right rotation takes the one's keys to the other's in
+every layer, and the values are the same. L layers, H kv heads, T tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ragkv.errors import UnsupportedModelError
+from ragkv.kernels import Rotation, place, rotation_tables
+
+#: Keys and values per layer, ``[H, T, D]`` each.
+Layers = list[tuple[Tensor, Tensor]]
+#: Runs the probe tokens with the first one at the given position.
+Run = Callable[[int], Layers]
+
+#: Largest relative error (Frobenius) at which two runs count as equal. A wrong rotation is off by about 1.
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+_FIRST_OFFSET = 1000
+
+
+def rope_frequencies(model: nn.Module) -> list[Tensor]:
+    """The distinct frequency tables that the model's rotary modules hold, ``[R / 2]`` each.
+
+    Raises:
+        UnsupportedModelError: a table was cast to half precision.
+    """
+    tables: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        leaf = name.rsplit(".", 1)[-1]
+        if not leaf.endswith("inv_freq") or "original" in leaf or buffer.dim() != 1:
+            continue
+        if buffer.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedModelError(
+                f"the rotary frequencies ({name}) are {buffer.dtype}: they must be float32, or positions blur into each other. "
+                "model.to(dtype) and model.half() cast them; load with from_pretrained(..., dtype=...) instead."
+            )
+        if not any(table.shape == buffer.shape and torch.equal(table, buffer) for table in tables):
+            tables.append(buffer.detach().clone())
+    return tables
+
+
+def probe_rotations(model: nn.Module, run: Run, max_positions: int | None) -> tuple[list[Rotation | None], int | None]:
+    """Find every layer's rotation, and up to which position keys can be moved.
+
+    Args:
+        model: the decoder, searched for frequency tables.
+        run: runs the same few tokens with the first one at a given position.
+        max_positions: the model's positions, if limited.
+
+    Returns:
+        One :class:`Rotation` a layer (``None``: the layer's keys carry no position), and the number of positions within which
+        moved keys are those that the model would compute (``None``: no limit was found).
+
+    Raises:
+        UnsupportedModelError: values change with the position, or no known rotation explains the keys.
+    """
+    start = run(0)
+    tokens = start[0][0].shape[1]
+    furthest = None if max_positions is None else max_positions - tokens
+    offset = _FIRST_OFFSET if furthest is None else min(_FIRST_OFFSET, furthest)
+    if offset < 1:
+        raise UnsupportedModelError(f"the model has {max_positions} positions: too few to place a chunk")
+    candidates = _candidates(rope_frequencies(model))
+    moved = run(offset)
+    _check_values(start, moved)
+    rotations = [
+        _explain(layer, a[0], b[0], offset, candidates) for layer, (a, b) in enumerate(zip(start, moved, strict=True))
+    ]
+    if all(rotation is None for rotation in rotations):
+        raise UnsupportedModelError(
+            "no layer's keys turn with their position (ALiBi, or no positions at all): moving a chunk could not be told from "
+            "leaving it. ragkv needs a decoder with rotary positions."
+        )
+    return rotations, _movable(run, start, rotations, offset, furthest)
+
+
+def _candidates(tables: Sequence[Tensor]) -> list[Rotation | None]:
+    return [None] + [Rotation(table, interleaved) for table in tables for interleaved in (False, True)]
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
+
+
+def _check_values(start: Layers, moved: Layers) -> None:
+    worst = max(_error(b[1], a[1]) for a, b in zip(start, moved, strict=True))
+    if not worst <= TOLERANCE[start[0][1].dtype]:
+        raise UnsupportedModelError(
+            f"the model's values change with the absolute position (relative difference {worst:.2g}): learned or absolute "
+            "position embeddings cannot be moved. ragkv needs a decoder with rotary positions."
+        )
+
+
+def turned(keys: Tensor, rotation: Rotation | None, old: int, new: int) -> Tensor:
+    """Keys ``[H, T, D]`` whose first token stood at ``old``, as they would be at ``new``."""
+    if rotation is None or old == new:
+        return keys.clone()
+    steps = torch.arange(keys.shape[1], device=keys.device)
+    out = torch.empty_like(keys)
+    place(out, keys, *rotation_tables(rotation, old + steps, new + steps), interleaved=rotation.interleaved)
+    return out
+
+
+def _explain(
+    layer: int, at_zero: Tensor, at_offset: Tensor, offset: int, candidates: list[Rotation | None]
+) -> Rotation | None:
+    fitting = [c for c in candidates if c is None or c.rotary_dim <= at_zero.shape[-1]]
+    errors = [_error(turned(at_zero, c, 0, offset), at_offset) for c in fitting]
+    best = min(range(len(fitting)), key=errors.__getitem__)
+    if not errors[best] <= TOLERANCE[at_zero.dtype]:
+        raise UnsupportedModelError(
+            f"layer {layer}: no known rotation explains how its keys change with the position (tried {len(fitting)}, best "
+            f"relative error {errors[best]:.2g}). ragkv knows rotary embedding of halves and of interleaved pairs, on all or "
+            "the first dimensions of a head."
+        )
+    return fitting[best]
+
+
+def _movable(
+    run: Run, start: Layers, rotations: list[Rotation | None], passed: int, furthest: int | None
+) -> int | None:
+    """The positions within which the rotations hold; attention that changes with the absolute position ends them."""
+
+    def holds(offset: int) -> bool:
+        pairs = zip(start, run(offset), rotations, strict=True)
+        limit = TOLERANCE[start[0][0].dtype]
+        return all(
+            _error(turned(a[0], rotation, 0, offset), b[0]) <= limit and _error(b[1], a[1]) <= limit
+            for a, b, rotation in pairs
+        )
+
+    if furthest is None or furthest <= passed or holds(furthest):
+        return None
+    low, high = passed, furthest  # holds at low, fails at high
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low + start[0][0].shape[1]

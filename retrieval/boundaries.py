@@ -1,0 +1,125 @@
+"""Where a text may be cut: headings, paragraphs and sentences of plain text and Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Rank(IntEnum):
+    """How good a place is to cut at; a cut prefers the highest rank within reach."""
+
+    CHARACTER = 0
+    WORD = 1
+    LINE = 2
+    SENTENCE = 3
+    PARAGRAPH = 4
+    HEADING = 5
+
+
+class Boundary(NamedTuple):
+    """A place to cut: before the character at ``position``."""
+
+    position: int
+    rank: Rank
+
+
+_HEADING = re.compile(r" {0,3}#{1,6}(\s|\Z)")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# Items of a list, rows of a table and quoted lines stand alone even without a full stop.
+_ITEM = re.compile(r"\s*([-*+•|>]\s|\d{1,3}[.)]\s|\|)")
+# A full stop with its closing quotes and the white space behind it, or an ideographic one with nothing behind it.
+# The look behind lets a run of dots be tried once, not once from each of its dots.
+_SENTENCE_END = re.compile(r"(?<![.!?…؟।])[.!?…؟।]++[\"'”’»)\]*_]*+\s+|(?<![。！？])[。！？]++[”’」』）]*+\s*")
+_LAST_WORD = re.compile(r"[^\s(\[\"“‘']*\Z")
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof st sr jr vs etc al fig figs eq eqs sec no nos vol pp p ch ed eds dept inc ltd co corp gen col lt "
+    "sgt capt rev hon gov sen rep approx est cf e.g i.e a.m p.m u.s u.k u.n ph.d jan feb mar apr jun jul aug sep sept "
+    "oct nov dec z.b d.h bzw usw ca".split()
+)
+
+
+def boundaries(text: str) -> Iterator[Boundary]:
+    """The places to cut between sentences, paragraphs and sections, in order.
+
+    A heading keeps the text that follows it, and a fenced block of code is cut between lines only. What lies between
+    two boundaries is a sentence, an item, a heading or a line of code.
+
+    Args:
+        text: plain text or Markdown, line ends as ``\\n``.
+
+    Yields:
+        boundaries with increasing positions; the start of the text is not one of them.
+    """
+    fence = ""
+    block_start = position = 0
+    blank = heading = False
+    for line in text.splitlines(keepends=True):
+        rank = _line_rank(line, bool(fence), blank, heading)
+        if rank is not None and position:
+            yield from _sentences(text, block_start, position)
+            yield Boundary(position, rank)
+            block_start = position
+        if line.isspace():
+            blank = True
+        else:
+            heading = not fence and bool(_HEADING.match(line))
+            fence, before = _fence_after(line, fence), fence
+            blank = bool(before and not fence)
+        position += len(line)
+    yield from _sentences(text, block_start, position)
+
+
+def _line_rank(line: str, in_fence: bool, blank: bool, heading: bool) -> Rank | None:
+    """The rank of the boundary before a line; None where the line goes on with what stands before it.
+
+    ``blank`` says that blank lines or the end of a fenced block stand before it, ``heading`` that the last line with
+    text is a heading.
+    """
+    if line.isspace():
+        return None
+    if in_fence or heading:
+        return Rank.LINE
+    if _HEADING.match(line):
+        return Rank.HEADING
+    if blank:
+        return Rank.PARAGRAPH
+    if _ITEM.match(line) or _FENCE.match(line):
+        return Rank.SENTENCE
+    return None
+
+
+def _fence_after(line: str, fence: str) -> str:
+    """The mark of the fence that is open behind the line; empty when none is."""
+    match = _FENCE.match(line)
+    if match is None:
+        return fence
+    if not fence:
+        return match[1]
+    closes = match[1][0] == fence[0] and len(match[1]) >= len(fence) and not line[match.end() :].strip()
+    return "" if closes else fence
+
+
+def _sentences(text: str, start: int, end: int) -> Iterator[Boundary]:
+    """Boundaries between the sentences of ``text[start:end]``."""
+    for match in _SENTENCE_END.finditer(text, start, end):
+        if match.end() < end and _ends_sentence(text, start, match):
+            yield Boundary(match.end(), Rank.SENTENCE)
+
+
+def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
+    mark = text[match.start()]
+    if mark in "。！？":
+        return True
+    following = text[match.end()]
+    if following.islower():
+        return False
+    if mark != "." or match[0].startswith(".."):
+        return True
+    word = _LAST_WORD.search(text, max(start, match.start() - 24), match.start())
+    last = word[0] if word else ""
+    # An initial ("J. R. Tolkien") or an abbreviation ("Dr. Who"): one cut too few is better than half a name.
+    initial = len(last) == 1 and last.isupper()
+    return not (initial or last.lower() in _ABBREVIATIONS)

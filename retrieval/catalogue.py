@@ -1,0 +1,329 @@
+"""The durable list of documents, passages and vectors: one LMDB environment, every change one transaction."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkv.chunk import digest
+from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
+from ragkv.retrieval import records
+from ragkv.retrieval.checks import problems
+from ragkv.retrieval.environment import Environment, Transaction
+from ragkv.retrieval.records import Change, Document, Passage
+from ragkv.retrieval.snapshot import Snapshot
+
+_FORMAT = b"ragkv.catalogue/1"
+
+# documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
+# uses: text key or lineage key -> the ids that stand under it. meta: format, settings, state, next id.
+_DATABASES: dict[str, dict[str, bool]] = {
+    "meta": {},
+    "documents": {},
+    "passages": {},
+    "vectors": {},
+    "uses": {"dupsort": True, "dupfixed": True},
+}
+
+Embed = Callable[[list[str]], NDArray[np.float32]]
+
+
+class Catalogue:
+    """Which documents there are, their passages in order, and the passages' vectors.
+
+    A change is kept whole or not at all, also when the process is killed in the middle of it, and it is on the disk
+    when the call returns. Several processes may read and write; writers queue. Threads may share one object. A folder
+    is opened once a process, and not used across a fork.
+
+    Args:
+        path: the folder, made if it is not there; None for a temporary one that goes with the object.
+        map_bytes: the most it may ever hold. Address space, not disk.
+
+    Raises:
+        RetrievalError: the folder cannot be used, or this process has it open already.
+        RecordError: the folder holds something else, is damaged, or was made by a newer version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, map_bytes: int = 1 << 38) -> None:
+        self.temporary = path is None
+        self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
+        self._environment = Environment(self.path, _DATABASES, map_bytes)
+        if self.temporary:
+            weakref.finalize(self, _discard, self._environment, self.path)
+        with self._environment.transaction() as txn:
+            found = txn.get("meta", b"format")
+        if found is None:
+            with self._environment.transaction(write=True) as txn:
+                txn.put("meta", b"format", _FORMAT)
+                txn.put("meta", b"state", _new_state())
+        elif found != _FORMAT:
+            self.close()
+            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
+
+    def require(self, what: str, fingerprint: str, name: str = "") -> None:
+        """States what the folder is made with, or checks that it was made with just that.
+
+        While the folder has no documents, the last statement counts.
+
+        Args:
+            what: a word for it: ``"embedder"``, ``"model"``, ``"chunker"``.
+            fingerprint: equal exactly when the folder can be used.
+            name: what people call it.
+
+        Raises:
+            IncompatibleFolderError: the folder was made with another one.
+        """
+        given = {"fingerprint": fingerprint, "name": name}
+        if self.settings.get(what) == given:
+            return
+        with self._environment.transaction(write=True) as txn:
+            view = Snapshot(txn)
+            stored = view.settings.get(what)
+            if stored and stored["fingerprint"] != fingerprint and len(view):
+                raise IncompatibleFolderError(
+                    f"{self.path} was made with the {what} {_spoken(stored)}, got {_spoken(given)}: open it with the "
+                    f"former, or add the documents to another folder"
+                )
+            txn.put("meta", b"settings", json.dumps({**view.settings, what: given}).encode())
+
+    def put(self, source: str, passages: list[str], embed: Embed, metadata: dict[str, Any] | None = None) -> Change:
+        """Adds a document, or replaces the one of the same source.
+
+        Passages whose text was in the version before keep their ids. Nothing is embedded whose text any document
+        has. A document that is there already, with equal passages and metadata, changes nothing.
+
+        Args:
+            source: what the document is called.
+            passages: its texts in order, none blank.
+            embed: gives the vectors, float32 ``[n, d]``, of texts; called outside of any transaction.
+            metadata: anything that JSON can hold.
+
+        Raises:
+            DocumentError: the document cannot be stored as it is.
+            RetrievalError: ``embed`` gave something else than one vector a text.
+            StoreFullError: disk or map are full; nothing was changed.
+        """
+        source, passages, metadata = records.checked_document(source, passages, metadata)
+        document = Document(source, digest(*passages).hex(), (), metadata)
+        vectors: dict[str, NDArray[np.float32]] = {}
+        while True:
+            with self.snapshot() as view:
+                old = view.get(source)
+                if old is not None and replace(old, passage_ids=()) == document:
+                    return Change(old, kept=old.passage_ids, old_passages=tuple(passages))
+                missing = [text for text in dict.fromkeys(passages) if text not in vectors and not _known(view, text)]
+            vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())
+            with self._environment.transaction(write=True) as txn:
+                # Another process may have removed a text whose vector was counted on.
+                if all(text in vectors or _known(Snapshot(txn), text) for text in passages):
+                    change = _replace(txn, document, passages, vectors)
+                    return replace(change, embedded=len(vectors))
+
+    def remove(self, source: str) -> Change:
+        """Removes a document with its passages and vectors.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        with self._environment.transaction(write=True) as txn:
+            document = Snapshot(txn).get(source)
+            if document is None:
+                raise DocumentError(f"there is no document {source!r}")
+            change = _replace(txn, replace(document, passage_ids=()), [], {})
+            return replace(change, document=document)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Everything as it is now, whatever is written meanwhile. To be left soon: it keeps deleted pages alive."""
+        with self._environment.transaction() as txn:
+            yield Snapshot(txn)
+
+    @property
+    def state(self) -> str:
+        """Differs between any two states whose passages differ."""
+        with self.snapshot() as view:
+            return view.state
+
+    @property
+    def settings(self) -> dict[str, dict[str, str]]:
+        """What the folder was made with: ``{what: {"fingerprint": ..., "name": ...}}``."""
+        with self.snapshot() as view:
+            return view.settings
+
+    def documents(self) -> list[Document]:
+        """All documents, by source."""
+        with self.snapshot() as view:
+            return sorted(view.documents(), key=lambda document: document.source)
+
+    def get(self, source: str) -> Document | None:
+        """The document of a source; None where there is none."""
+        with self.snapshot() as view:
+            return view.get(source)
+
+    def texts(self, source: str) -> list[str]:
+        """The passages of a document, in order.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        with self.snapshot() as view:
+            document = view.get(source)
+            if document is None:
+                raise DocumentError(f"there is no document {source!r}")
+            return view.texts(document)
+
+    def passage(self, passage_id: int) -> Passage:
+        """The passage of an id.
+
+        Raises:
+            RetrievalError: there is no such passage.
+        """
+        with self.snapshot() as view:
+            return view.passage(passage_id)
+
+    def check(self) -> list[str]:
+        """Reads every record and says what is wrong, a line each; nothing for a sound catalogue."""
+        with self._environment.transaction() as txn:
+            return problems(txn)
+
+    def __len__(self) -> int:
+        with self.snapshot() as view:
+            return len(view)
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.documents())
+
+    def __contains__(self, source: object) -> bool:
+        return isinstance(source, str) and self.get(source) is not None
+
+    def close(self) -> None:
+        """Closes the folder, and deletes it where it is a temporary one. Closing twice is no error."""
+        self._environment.close()
+        if self.temporary:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> Catalogue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _replace(txn: Transaction, document: Document, passages: list[str], vectors: dict[str, NDArray]) -> Change:
+    """Puts a document in the place of the version before; no passages remove it."""
+    view = Snapshot(txn)
+    old = view.get(document.source)
+    old_ids = old.passage_ids if old else ()
+    old_texts = view.texts(old) if old else []
+    ids, new = _matched(txn, passages, old_texts, old_ids)
+    key = records.source_key(document.source)
+    for text, passage_id in zip(passages, ids, strict=True):
+        if passage_id in new:
+            vector = vectors[text] if text in vectors else view.vector_of(text)
+            _write(txn, "passages", records.passage_key(passage_id), key + text.encode())
+            _write(txn, "vectors", records.passage_key(passage_id), records.vector_payload(vector))
+    removed = tuple(sorted(set(old_ids) - set(ids)))
+    for passage_id in removed:
+        txn.delete("passages", records.passage_key(passage_id))
+        txn.delete("vectors", records.passage_key(passage_id))
+    _write_uses(txn, _uses(old_texts, old_ids), _uses(passages, ids))
+    document = replace(document, passage_ids=tuple(ids))
+    if passages:
+        _write(txn, "documents", key, records.document_payload(document))
+    else:
+        txn.delete("documents", key)
+    if passages != old_texts:
+        txn.put("meta", b"state", _new_state())
+    return Change(
+        document,
+        new=tuple(sorted(new)),
+        kept=tuple(sorted(set(ids) & set(old_ids))),
+        removed=removed,
+        old_passages=tuple(old_texts),
+        first_changed=_first_changed(passages, old_texts),
+        orphans=tuple(i for i, use in enumerate(records.lineage_keys(old_texts)) if not view.used(use)),
+        orphan_texts=tuple(i for i, text in enumerate(old_texts) if not view.used(records.text_key(text))),
+    )
+
+
+def _matched(
+    txn: Transaction, passages: list[str], old_texts: list[str], old_ids: tuple[int, ...]
+) -> tuple[list[int], set[int]]:
+    """The id of every passage, one it had before where its text was there; and which of them are new."""
+    known: defaultdict[str, deque[int]] = defaultdict(deque)
+    for text, passage_id in zip(old_texts, old_ids, strict=True):
+        known[text].append(passage_id)
+    first = following = int.from_bytes(txn.get("meta", b"next id") or b"", "big")
+    ids = []
+    for text in passages:
+        if known[text]:
+            ids.append(known[text].popleft())
+        else:
+            ids.append(following)
+            following += 1
+    txn.put("meta", b"next id", records.passage_key(following))
+    return ids, set(range(first, following))
+
+
+def _uses(texts: list[str], ids: tuple[int, ...] | list[int]) -> set[tuple[bytes, bytes]]:
+    """What stands in ``uses`` for a document."""
+    values = [records.passage_key(passage_id) for passage_id in ids]
+    keys = [records.text_key(text) for text in texts]
+    return {*zip(keys, values, strict=True), *zip(records.lineage_keys(texts), values, strict=True)}
+
+
+def _write_uses(txn: Transaction, before: set[tuple[bytes, bytes]], now: set[tuple[bytes, bytes]]) -> None:
+    for key, value in sorted(before - now):
+        txn.delete("uses", key, value)
+    for key, value in sorted(now - before):
+        txn.put("uses", key, value)
+
+
+def _write(txn: Transaction, database: str, key: bytes, payload: bytes) -> None:
+    txn.put(database, key, records.sealed(key, payload))
+
+
+def _first_changed(passages: list[str], old: list[str]) -> int | None:
+    same = 0
+    while same < min(len(passages), len(old)) and passages[same] == old[same]:
+        same += 1
+    return same if same < len(passages) else None
+
+
+def _known(view: Snapshot, text: str) -> bool:
+    return view.used(records.text_key(text))
+
+
+def _checked(vectors: Any, count: int) -> NDArray[np.float32]:
+    array = np.asarray(vectors, np.float32)
+    if array.ndim != 2 or len(array) != count or not array.shape[1]:
+        raise RetrievalError(f"the embedder must give vectors of shape [{count}, d], got {array.shape}")
+    if not np.isfinite(array).all():
+        raise RetrievalError("the embedder gave a vector with a number that is not finite")
+    return array
+
+
+def _new_state() -> bytes:
+    return uuid.uuid4().hex.encode()
+
+
+def _spoken(setting: dict[str, str]) -> str:
+    return " ".join(part for part in (setting["name"], f"({setting['fingerprint']})") if part)
+
+
+def _discard(environment: Environment, path: Path) -> None:
+    environment.close()
+    shutil.rmtree(path, ignore_errors=True)

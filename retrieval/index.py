@@ -1,0 +1,260 @@
+"""Finding the nearest vectors: the protocol and an exact faiss index.
+
+n vectors, d dimensions, k results.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from xxhash import xxh3_128
+
+from ragkv.errors import MissingPackageError, RecordError, RetrievalError
+
+_FORMAT = "ragkv.index/1"
+
+
+@runtime_checkable
+class VectorIndex(Protocol):
+    """Vectors under int64 ids, searched by inner product. All of it is safe to call from several threads.
+
+    An index is a copy of what the catalogue holds: whatever is lost can be added again.
+
+    Attributes:
+        dimension: d, the numbers in a vector.
+    """
+
+    dimension: int
+
+    def __len__(self) -> int: ...
+
+    def ids(self) -> NDArray[np.int64]:
+        """The ids of all vectors, int64 ``[n]``, in no particular order."""
+        ...
+
+    def add(self, ids: ArrayLike, vectors: ArrayLike) -> None:
+        """Adds vectors, ``[n, d]``, under new ids, ``[n]``: all of them or, where it raises, none."""
+        ...
+
+    def remove(self, ids: ArrayLike) -> int:
+        """Removes vectors and says how many there were; ids that it does not have are passed over."""
+        ...
+
+    def search(self, vector: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The ids and inner products of the ``min(k, n)`` nearest vectors, best first."""
+        ...
+
+    def clear(self) -> None:
+        """Removes all vectors."""
+        ...
+
+    def save(self, path: str | os.PathLike[str], state: str) -> None:
+        """Writes the index to a file that is there whole or not at all, under the name of the state it holds."""
+        ...
+
+    def load(self, path: str | os.PathLike[str]) -> str:
+        """Replaces the index by a saved one and returns its state.
+
+        Raises:
+            RecordError: the file is missing, damaged or of another kind; the index is empty then.
+        """
+        ...
+
+
+class FaissIndex:
+    """Exact search over all vectors (faiss ``IndexFlatIP``): right up to about a million passages.
+
+    Args:
+        dimension: d, the numbers in a vector.
+
+    Raises:
+        MissingPackageError: faiss is not installed.
+        RetrievalError: ``dimension`` is not positive.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise MissingPackageError("faiss is not installed: pip install faiss-cpu") from error
+        if not isinstance(dimension, int) or dimension < 1:
+            raise RetrievalError(f"dimension must be a positive whole number, got {dimension!r}")
+        self.dimension = dimension
+        self._faiss = faiss
+        # faiss allows searches side by side, but no change beside them.
+        self._lock = threading.RLock()
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def clear(self) -> None:
+        """Removes all vectors."""
+        with self._lock:
+            self._index = self._faiss.IndexIDMap2(self._faiss.IndexFlatIP(self.dimension))
+            # faiss itself takes an id twice without a word.
+            self._known: set[int] = set()
+
+    def ids(self) -> NDArray[np.int64]:
+        """The ids of all vectors, int64 ``[n]``, in no particular order."""
+        with self._lock:
+            return np.fromiter(self._known, np.int64, len(self._known))
+
+    def add(self, ids: ArrayLike, vectors: ArrayLike) -> None:
+        """Adds vectors under new ids: all of them or, where it raises, none.
+
+        Args:
+            ids: ``[n]`` whole numbers that the index does not have yet.
+            vectors: ``[n, d]``, finite.
+
+        Raises:
+            RetrievalError: shapes do not fit, a number is not finite, an id is given twice or known already.
+        """
+        keys, rows = _checked_ids(ids), self._checked_vectors(vectors, rank=2)
+        if len(keys) != len(rows):
+            raise RetrievalError(f"every vector needs one id: got {len(keys)} ids for {len(rows)} vectors")
+        with self._lock:
+            fresh = set(keys.tolist())
+            if len(fresh) != len(keys):
+                raise RetrievalError("the same id is given twice in one call")
+            if known := fresh & self._known:
+                raise RetrievalError(f"id {min(known)} is in the index already: remove it first")
+            if len(keys):
+                self._index.add_with_ids(rows, keys)
+                self._known |= fresh
+
+    def remove(self, ids: ArrayLike) -> int:
+        """Removes vectors and says how many there were; ids that it does not have are passed over."""
+        keys = _checked_ids(ids)
+        with self._lock:
+            gone = self._known.intersection(keys.tolist())
+            if gone:
+                self._index.remove_ids(np.fromiter(gone, np.int64, len(gone)))
+                self._known -= gone
+            return len(gone)
+
+    def search(self, vector: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The nearest vectors, best first; among equals the smaller id first.
+
+        Args:
+            vector: ``[d]``, finite.
+            k: how many, at least 1.
+
+        Returns:
+            ids, int64 ``[min(k, n)]``, and inner products, float32 ``[min(k, n)]``.
+
+        Raises:
+            RetrievalError: the vector has another dimension or is not finite, or ``k`` is below 1.
+        """
+        query = self._checked_vectors(vector, rank=1)
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise RetrievalError(f"the number of results must be a whole number of at least 1, got {k!r}")
+        with self._lock:
+            # faiss pads missing results with id -1.
+            count = min(int(k), len(self))
+            if not count:
+                return np.empty(0, np.int64), np.empty(0, np.float32)
+            scores, ids = self._index.search(query[None], count)
+        order = np.lexsort((ids[0], -scores[0]))
+        return ids[0][order], scores[0][order]
+
+    def save(self, path: str | os.PathLike[str], state: str) -> None:
+        """Writes the index to a file that is there whole or not at all.
+
+        The file is a safetensors file with ``ids`` int64 ``[n]`` and ``vectors`` float32 ``[n, d]``.
+
+        Args:
+            path: the file, replaced if it is there.
+            state: a name for what the index holds, handed back by :meth:`load`.
+
+        Raises:
+            RetrievalError: the file cannot be written; the one that was there is untouched.
+        """
+        from safetensors.numpy import save
+
+        with self._lock:
+            ids = self._faiss.vector_to_array(self._index.id_map).astype(np.int64)
+            flat = self._faiss.downcast_index(self._index.index)
+            vectors = flat.reconstruct_n(0, len(ids)) if len(ids) else np.empty((0, self.dimension), np.float32)
+        metadata = {"format": _FORMAT, "state": state, "checksum": _checksum(ids, vectors)}
+        _write_whole(Path(path), save({"ids": ids, "vectors": vectors}, metadata))
+
+    def load(self, path: str | os.PathLike[str]) -> str:
+        """Replaces the index by a saved one.
+
+        Returns:
+            the state under which it was saved.
+
+        Raises:
+            RecordError: the file is missing, damaged, of another format or dimension; the index is empty then.
+        """
+        self.clear()
+        ids, vectors, state = _read_whole(Path(path))
+        if vectors.shape[1:] != (self.dimension,):
+            raise RecordError(f"{path}: holds vectors of shape {vectors.shape}, expected [n, {self.dimension}]")
+        self.add(ids, vectors)
+        return state
+
+    def _checked_vectors(self, vectors: ArrayLike, rank: int) -> NDArray[np.float32]:
+        array = np.ascontiguousarray(vectors, np.float32)
+        if array.ndim != rank or array.shape[-1] != self.dimension:
+            wanted = [self.dimension] if rank == 1 else ["n", self.dimension]
+            raise RetrievalError(
+                f"expected {'a vector' if rank == 1 else 'vectors'} of shape {wanted}, got {array.shape}"
+            )
+        if not np.isfinite(array).all():
+            raise RetrievalError("a vector has a number that is not finite")
+        return array
+
+
+def _checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise RetrievalError(f"ids must be whole numbers of shape [n], got {array.dtype} of shape {array.shape}")
+    # faiss says "no result" with id -1.
+    if array.size and (array.min() < 0 or array.max() >= 2**63):
+        raise RetrievalError("ids must be at least 0 and fit int64")
+    return array.astype(np.int64)
+
+
+def _checksum(ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> str:
+    hasher = xxh3_128(np.ascontiguousarray(ids).data)
+    hasher.update(np.ascontiguousarray(vectors).data)
+    return hasher.hexdigest()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside the file, to the disk, and only then in its place."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RetrievalError(f"the index cannot be written to {path}: {error}") from error
+
+
+def _read_whole(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise RecordError(f"{path}: of format {metadata.get('format')!r}, expected {_FORMAT!r}")
+            ids, vectors = file.get_tensor("ids"), file.get_tensor("vectors")
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"{path}: no index can be read from it: {error}") from error
+    if ids.dtype != np.int64 or vectors.dtype != np.float32 or len(ids) != len(vectors):
+        raise RecordError(f"{path}: damaged, shapes or types do not fit")
+    if _checksum(ids, vectors) != metadata.get("checksum"):
+        raise RecordError(f"{path}: damaged, its checksum does not fit")
+    return ids, vectors, metadata["state"]

@@ -1,0 +1,180 @@
+"""What the catalogue holds, and the bytes it is kept in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
+
+from ragkv.chunk import digest
+from ragkv.errors import DocumentError, RecordError
+
+_CHECKSUM_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document in the catalogue.
+
+    Attributes:
+        source: what it is called: a path, a URL, any name. One document a source.
+        content_hash: digest of its passages, 64 hex digits.
+        passage_ids: its passages in order. An id is never given to another text.
+        metadata: what was given with it.
+    """
+
+    source: str
+    content_hash: str
+    passage_ids: tuple[int, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Digest of the source, 64 hex digits: stays when the content changes."""
+        return source_key(self.source).hex()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage where it stands.
+
+    Attributes:
+        id: its id in catalogue and index.
+        text: its text.
+        position: its place among the passages of its document, from 0.
+        document: the document that it is a part of.
+    """
+
+    id: int
+    text: str
+    position: int
+    document: Document
+
+
+@dataclass(frozen=True)
+class Change:
+    """What adding, replacing or removing a document changed.
+
+    Attributes:
+        document: as it is now; a removed document as it was.
+        new: ids of the passages that were added.
+        kept: ids of the passages that were there before, perhaps at another position.
+        removed: ids of the passages that are gone.
+        embedded: passages whose vector had to be computed; the others' were known from equal texts.
+        old_passages: the texts of the version before, in order; none where there was no version before.
+        first_changed: the first position whose text, or the text before it, is not what it was: from here on a
+            document has to be read again. None where nothing has to be.
+        orphans: positions in ``old_passages`` that no document has now behind the same earlier passages.
+        orphan_texts: positions in ``old_passages`` whose text no document has now, wherever it stood.
+    """
+
+    document: Document
+    new: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    embedded: int = 0
+    old_passages: tuple[str, ...] = ()
+    first_changed: int | None = None
+    orphans: tuple[int, ...] = ()
+    orphan_texts: tuple[int, ...] = ()
+
+
+def source_key(source: str) -> bytes:
+    """The key of a document."""
+    return digest("source", source)
+
+
+def passage_key(passage_id: int) -> bytes:
+    """The key of a passage and of its vector; keys sort as ids do."""
+    return passage_id.to_bytes(8, "big")
+
+
+def text_key(text: str) -> bytes:
+    """The key under which the passages of a text are found, wherever they stand."""
+    return digest("text", text)
+
+
+def lineage_keys(texts: tuple[str, ...] | list[str]) -> list[bytes]:
+    """For every passage of a document the key of it behind all passages before it."""
+    keys, before = [], b""
+    for text in texts:
+        before = digest("lineage", before, text)
+        keys.append(before)
+    return keys
+
+
+def sealed(key: bytes, payload: bytes) -> bytes:
+    """A record: a checksum over key and payload, then the payload."""
+    return xxh3_128_digest(key + payload) + payload
+
+
+def opened(what: str, key: bytes, record: bytes) -> bytes:
+    """The payload of a record.
+
+    Raises:
+        RecordError: it is not what was written under this key.
+    """
+    payload = record[_CHECKSUM_BYTES:]
+    if xxh3_128_digest(key + payload) != record[:_CHECKSUM_BYTES]:
+        raise RecordError(f"the catalogue's record of {what} is damaged: remove the document and add it again")
+    return payload
+
+
+def document_payload(document: Document) -> bytes:
+    """A document's record, JSON."""
+    fields = {
+        "source": document.source,
+        "content_hash": document.content_hash,
+        "passage_ids": document.passage_ids,
+        "metadata": document.metadata,
+    }
+    return json.dumps(fields, ensure_ascii=False).encode()
+
+
+def document_from(payload: bytes) -> Document:
+    """The document of a record."""
+    fields = json.loads(payload)
+    return Document(fields["source"], fields["content_hash"], tuple(fields["passage_ids"]), fields["metadata"])
+
+
+def vector_payload(vector: NDArray[np.float32]) -> bytes:
+    """A vector's record, little-endian float32."""
+    return vector.astype("<f4").tobytes()
+
+
+def vector_from(payload: bytes) -> NDArray[np.float32]:
+    """The vector of a record."""
+    return np.frombuffer(payload, "<f4").astype(np.float32)
+
+
+def checked_document(source: Any, passages: Any, metadata: Any) -> tuple[str, list[str], dict[str, Any]]:
+    """A document as it can be stored.
+
+    Raises:
+        DocumentError: no source, no passages, a blank passage, text that is not valid Unicode, metadata that JSON
+            cannot hold.
+    """
+    if not isinstance(source, str) or not source.strip():
+        raise DocumentError(f"a document needs a source, a str that is not blank; got {source!r}")
+    if isinstance(passages, str) or not all(isinstance(passage, str) for passage in (passages := list(passages))):
+        raise DocumentError(f"{source}: passages must be a list of str")
+    if not passages:
+        raise DocumentError(f"{source}: a document needs at least one passage")
+    for position, passage in enumerate(passages):
+        if not passage.strip():
+            raise DocumentError(f"{source}: passage {position} is blank")
+    try:
+        encoded = json.dumps(metadata or {}, ensure_ascii=False, allow_nan=False)
+        "".join([source, encoded, *passages]).encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{source!a}: not valid Unicode: half a surrogate pair") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DocumentError(f"{source}: metadata must be what JSON can hold: {error}") from error
+    parsed = json.loads(encoded)
+    if not isinstance(parsed, dict):
+        raise DocumentError(f"{source}: metadata must be a dict, got {type(metadata).__name__}")
+    return source, passages, parsed

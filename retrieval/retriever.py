@@ -1,0 +1,216 @@
+"""Embedder, index and catalogue as one: documents in, the nearest passages out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkv.errors import RecordError, RetrievalError
+from ragkv.retrieval.catalogue import Catalogue
+from ragkv.retrieval.embedder import Embedder, offline_embedder
+from ragkv.retrieval.index import FaissIndex, VectorIndex
+from ragkv.retrieval.records import Change
+from ragkv.retrieval.snapshot import Snapshot
+
+_LOG = logging.getLogger("ragkv.retrieval")
+
+INDEX_FILE = "index.safetensors"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage that was found.
+
+    Attributes:
+        passage_id: its id in the catalogue.
+        text: its text.
+        score: inner product of its vector and the question's.
+        source: the source of its document.
+        document_id: the id of its document.
+        position: its place among the passages of its document, from 0.
+        metadata: of its document.
+    """
+
+    passage_id: int
+    text: str
+    score: float
+    source: str
+    document_id: str
+    position: int
+    metadata: dict[str, Any]
+
+
+class Retriever:
+    """Finds passages by meaning. The catalogue is the truth; the index is a copy that follows it.
+
+    When it is made, the index is read from the file beside the catalogue if that is whole and of the catalogue's
+    state, and is else filled from the stored vectors: nothing is embedded again. Before each search it takes in what
+    other processes have changed. Threads may share one object.
+
+    Args:
+        embedder: turns texts into vectors.
+        index: searches them; empty, and of the embedder's dimension.
+        catalogue: holds documents, passages and vectors. It is closed with the retriever.
+
+    Raises:
+        IncompatibleFolderError: the catalogue's vectors were made by another embedder.
+        RetrievalError: the index has another dimension.
+    """
+
+    def __init__(self, embedder: Embedder, index: VectorIndex, catalogue: Catalogue) -> None:
+        if index.dimension != embedder.dimension:
+            raise RetrievalError(
+                f"the index has dimension {index.dimension}, the embedder {embedder.name!r} {embedder.dimension}"
+            )
+        catalogue.require("embedder", embedder.fingerprint, embedder.name)
+        self.embedder = embedder
+        self.index = index
+        self.catalogue = catalogue
+        self._lock = threading.RLock()
+        self._saved = self._state = self._restored()
+        with self._lock, catalogue.snapshot() as view:
+            self._follow(view)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None = None, embedder: Embedder | None = None) -> Retriever:
+        """A retriever over a folder, with faiss, and with the offline embedder where none is given.
+
+        Args:
+            path: the folder, made if it is not there; None keeps nothing.
+            embedder: turns texts into vectors.
+        """
+        embedder = embedder or offline_embedder()
+        return cls(embedder, FaissIndex(embedder.dimension), Catalogue(path))
+
+    def add(self, source: str, passages: list[str], metadata: dict[str, Any] | None = None) -> Change:
+        """Adds a document, or replaces the one of the same source; embeds only texts that no document has.
+
+        Args:
+            source: what the document is called: a path, a URL, any name.
+            passages: its texts in order, none blank.
+            metadata: anything that JSON can hold.
+
+        Raises:
+            DocumentError: the document cannot be stored as it is.
+            RetrievalError: the embedder gave something else than a vector a text.
+            StoreFullError: the disk is full; nothing was changed.
+        """
+        return self.catalogue.put(source, passages, self._embed, metadata)
+
+    def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
+        """Adds documents, each as (source, passages, metadata), with one call of the embedder for all of them.
+
+        Each document is one transaction: where one cannot be stored, those before it are.
+        """
+        documents = list(documents)
+        texts = [text for _, passages, _ in documents for text in passages]
+        with self.catalogue.snapshot() as view:
+            missing = [text for text in dict.fromkeys(texts) if view.vector_of(text) is None]
+        vectors = dict(zip(missing, self._embed(missing), strict=True))
+
+        def embed(texts: list[str]) -> NDArray[np.float32]:
+            return np.stack([vectors[text] if text in vectors else self._embed([text])[0] for text in texts])
+
+        return [self.catalogue.put(source, passages, embed, metadata) for source, passages, metadata in documents]
+
+    def remove(self, source: str) -> Change:
+        """Removes a document with its passages and vectors.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        return self.catalogue.remove(source)
+
+    def search(self, query: str, top_k: int = 5) -> list[Hit]:
+        """The passages nearest to a question, best first.
+
+        Args:
+            query: a question, not blank.
+            top_k: how many, at least 1. Fewer come back where there are fewer.
+
+        Raises:
+            RetrievalError: the question is blank, ``top_k`` is below 1, or the embedder gave no vector.
+        """
+        if not isinstance(query, str) or not query.strip():
+            raise RetrievalError(f"the question must be a str that is not blank, got {query!r}")
+        vector = self.embedder.encode_query(query)
+        # Under the lock index and snapshot are of one state, so every id found has its passage.
+        with self._lock, self.catalogue.snapshot() as view:
+            self._follow(view)
+            ids, scores = self.index.search(vector, top_k)
+            return [_hit(view, int(i), float(score)) for i, score in zip(ids, scores, strict=True)]
+
+    def save(self) -> None:
+        """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
+        with self._lock, self.catalogue.snapshot() as view:
+            self._follow(view)
+            if self._saved != self._state and not self.catalogue.temporary:
+                self.index.save(self.catalogue.path / INDEX_FILE, self._state)
+                self._saved = self._state
+
+    def close(self) -> None:
+        """Saves the index and closes the catalogue."""
+        try:
+            self.save()
+        finally:
+            self.catalogue.close()
+
+    def __enter__(self) -> Retriever:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _restored(self) -> str:
+        """The state of the saved index, now in memory; empty where there is none that fits."""
+        path = self.catalogue.path / INDEX_FILE
+        self.index.clear()
+        if not path.exists():
+            return ""
+        try:
+            state = self.index.load(path)
+        except RecordError as error:
+            _LOG.warning("the index is filled again from the stored vectors: %s", error)
+            self.index.clear()
+            return ""
+        if state != self.catalogue.state:
+            # Its ids may be of a history that is not the catalogue's, as after a backup was put back.
+            self.index.clear()
+            return ""
+        return state
+
+    def _follow(self, view: Snapshot) -> None:
+        """Brings the index to the state of a snapshot. An id's vector never changes, so ids say it all."""
+        state = view.state
+        if state == self._state:
+            return
+        wanted, present = view.passage_ids(), self.index.ids()
+        self.index.remove(np.setdiff1d(present, wanted))
+        new = np.setdiff1d(wanted, present)
+        for at in range(0, len(new), 4096):
+            self.index.add(new[at : at + 4096], view.vectors(new[at : at + 4096]))
+        self._state = state
+
+    def _embed(self, texts: list[str]) -> NDArray[np.float32]:
+        if not texts:
+            return np.empty((0, self.embedder.dimension), np.float32)
+        vectors = np.asarray(self.embedder.encode_documents(texts), np.float32)
+        if vectors.shape != (len(texts), self.embedder.dimension):
+            raise RetrievalError(
+                f"the embedder {self.embedder.name!r} must give vectors of shape "
+                f"[{len(texts)}, {self.embedder.dimension}], got {vectors.shape}"
+            )
+        return vectors
+
+
+def _hit(view: Snapshot, passage_id: int, score: float) -> Hit:
+    passage = view.passage(passage_id)
+    document = passage.document
+    return Hit(passage_id, passage.text, score, document.source, document.id, passage.position, document.metadata)

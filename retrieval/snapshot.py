@@ -1,0 +1,106 @@
+"""The catalogue as it was at one moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkv.errors import RecordError, RetrievalError
+from ragkv.retrieval import records
+from ragkv.retrieval.environment import Transaction
+from ragkv.retrieval.records import Document, Passage
+
+
+class Snapshot:
+    """Reads one committed state of the catalogue; valid inside its ``with`` block only.
+
+    Whatever it returns is a copy and stays valid.
+    """
+
+    def __init__(self, txn: Transaction) -> None:
+        self._txn = txn
+
+    @property
+    def state(self) -> str:
+        """Differs between any two states whose passages differ."""
+        return (self._txn.get("meta", b"state") or b"").decode()
+
+    @property
+    def settings(self) -> dict[str, dict[str, str]]:
+        """What the folder was made with: ``{what: {"fingerprint": ..., "name": ...}}``."""
+        return json.loads(self._txn.get("meta", b"settings") or b"{}")
+
+    def __len__(self) -> int:
+        return self._txn.count("documents")
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in no particular order."""
+        for key, record in self._txn.items("documents"):
+            yield records.document_from(records.opened("a document", key, record))
+
+    def get(self, source: str) -> Document | None:
+        """The document of a source; None where there is none."""
+        return self._document(records.source_key(source))
+
+    def texts(self, document: Document) -> list[str]:
+        """The passages of a document, in order."""
+        return [self._text(passage_id)[1] for passage_id in document.passage_ids]
+
+    def passage(self, passage_id: int) -> Passage:
+        """The passage of an id.
+
+        Raises:
+            RetrievalError: there is no such passage.
+        """
+        key, text = self._text(passage_id)
+        document = self._document(key)
+        if document is None or passage_id not in document.passage_ids:
+            raise RecordError(f"the catalogue is damaged: passage {passage_id} belongs to no document")
+        return Passage(passage_id, text, document.passage_ids.index(passage_id), document)
+
+    def passage_ids(self) -> NDArray[np.int64]:
+        """The ids of all passages, int64 ``[n]``, ascending."""
+        keys = b"".join(self._txn.keys("passages"))
+        return np.frombuffer(keys, ">i8").astype(np.int64)
+
+    def vectors(self, passage_ids: Iterable[int]) -> NDArray[np.float32]:
+        """The vectors of passages, float32 ``[n, d]``; ``[0, 0]`` for no ids."""
+        rows = [self.vector(int(passage_id)) for passage_id in passage_ids]
+        return np.stack(rows) if rows else np.empty((0, 0), np.float32)
+
+    def vector(self, passage_id: int) -> NDArray[np.float32]:
+        """The vector of a passage, float32 ``[d]``.
+
+        Raises:
+            RecordError: it is missing or damaged.
+        """
+        key = records.passage_key(passage_id)
+        record = self._txn.get("vectors", key)
+        if record is None:
+            raise RecordError(f"the catalogue is damaged: passage {passage_id} has no vector")
+        return records.vector_from(records.opened(f"the vector of passage {passage_id}", key, record))
+
+    def vector_of(self, text: str) -> NDArray[np.float32] | None:
+        """The vector of a text that some passage has, float32 ``[d]``; None where none has it."""
+        key = self._txn.get("uses", records.text_key(text))
+        return None if key is None else self.vector(int.from_bytes(key, "big"))
+
+    def used(self, key: bytes) -> bool:
+        """Whether any passage stands under a text key or a lineage key."""
+        return self._txn.get("uses", key) is not None
+
+    def _document(self, key: bytes) -> Document | None:
+        record = self._txn.get("documents", key)
+        return None if record is None else records.document_from(records.opened("a document", key, record))
+
+    def _text(self, passage_id: int) -> tuple[bytes, str]:
+        """The key of a passage's document, and its text."""
+        key = records.passage_key(passage_id)
+        record = self._txn.get("passages", key)
+        if record is None:
+            raise RetrievalError(f"there is no passage {passage_id}: it was removed, or never added")
+        payload = records.opened(f"passage {passage_id}", key, record)
+        return payload[:32], payload[32:].decode()

@@ -1,0 +1,28 @@
+"""Tensors as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ragkv.errors import RecordError
+from ragkv.store.codecs.base import Codec, Side
+
+
+class Raw(Codec):
+    """Stores the tensor's own bytes; decoding is a view."""
+
+    name = "raw"
+
+    def encode(self, tensor: Tensor, side: Side) -> dict[str, Tensor]:
+        """See the base class."""
+        return {"": tensor}
+
+    def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
+        """See the base class."""
+        tensor = parts[""]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise RecordError(
+                f"a raw part must be {dtype} {tuple(shape)}, the record has {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        return tensor

@@ -1,0 +1,28 @@
+"""Eviction policies, one a file."""
+
+from __future__ import annotations
+
+from ragkv.errors import StoreError
+from ragkv.store.policy.base import Policy, Usage
+from ragkv.store.policy.gdsf import GDSF
+from ragkv.store.policy.lfu import LFU
+from ragkv.store.policy.lru import LRU
+from ragkv.store.policy.pgdsf import PGDSF
+
+POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (PGDSF, LRU, LFU, GDSF)}
+
+
+def get_policy(policy: str | Policy) -> Policy:
+    """The policy of that name, or the policy itself.
+
+    Raises:
+        StoreError: no policy has that name.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise StoreError(f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy, got {policy!r}")
+    return POLICIES[policy]()
+
+
+__all__ = ["GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]

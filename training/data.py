@@ -1,0 +1,224 @@
+"""Training batches: each context is read once, many questions are asked of it.
+
+Shapes: B contexts, C context tokens, M question tokens (several questions one after the other), K tokens of a name.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ragkv.bundled import TEMPLATE
+from ragkv.bundled.generator import Context, Fact, Question, Shape, questions, write_context
+
+NAME_TOKENS = 6
+IGNORED = -100
+
+
+@dataclass
+class Batch:
+    """What one step reads.
+
+    Attributes:
+        context: Ids, ``[B, C]`` int64, padded at the end with 0.
+        context_positions: ``[B, C]`` int64.
+        length: Tokens of each context, ``[B]`` int64.
+        asked: Ids of the questions and answers, ``[B, M]`` int64.
+        asked_positions: ``[B, M]`` int64; every question stands right behind the context.
+        segment: Number of the question that a token belongs to, ``[B, M]`` int64, -1 for padding.
+        target: The next token where it is a token of an answer, else `IGNORED`; ``[B, M]`` int64.
+        evidence: Where in the context the next answer token stands, else -1; ``[B, M]`` int64.
+        fact: Context positions of the first tokens of values, ``[B, F]`` int64, -1 for padding.
+        subject: Ids of the name of each fact's subject, ``[B, F, K]`` int64, `IGNORED` for padding.
+    """
+
+    context: Tensor
+    context_positions: Tensor
+    length: Tensor
+    asked: Tensor
+    asked_positions: Tensor
+    segment: Tensor
+    target: Tensor
+    evidence: Tensor
+    fact: Tensor
+    subject: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+class Encoder:
+    """Turns the segments of a prompt into ids the way ``ragkv.PromptTemplate`` does: each on its own, then spliced."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        """Encodes the fixed parts once."""
+        self.tokenizer = tokenizer
+        self.part = {name: self.ids(text) for name, text in TEMPLATE.items()}
+        self.prefix = [tokenizer.bos_token_id, *self.part["prefix"]]
+        self.eos = tokenizer.eos_token_id
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def chunk(self, text: str) -> list[int]:
+        """Ids of a chunk with its wrapper."""
+        return self.part["before_chunk"] + self.ids(text) + self.part["after_chunk"]
+
+    def question(self, text: str) -> list[int]:
+        """Ids of a question with its wrapper."""
+        return self.part["before_question"] + self.ids(text) + self.part["after_question"]
+
+
+@dataclass
+class Example:
+    """One context in ids, with the places of its facts: ``places[fact] = (first token, tokens)`` of the value."""
+
+    ids: list[int]
+    positions: list[int]
+    places: dict[int, tuple[int, int]]
+
+
+def encode_context(encoder: Encoder, context: Context, rng: random.Random, longest_gap: int) -> Example:
+    """Splices prefix and chunks; the positions may jump between documents, up to ``longest_gap`` in all."""
+    ids, places = list(encoder.prefix), {}
+    positions = list(range(len(ids)))
+    encoded = encoder.tokenizer._tokenizer.encode_batch(context.chunks, add_special_tokens=False)
+    starts = [i == 0 or d != context.chunk_documents[i - 1] for i, d in enumerate(context.chunk_documents)]
+    gap_total = rng.randint(0, longest_gap) if longest_gap and rng.random() < 0.5 else 0
+    for index, (encoding, starts_document) in enumerate(zip(encoded, starts, strict=True)):
+        gap = rng.randint(0, 2 * gap_total // max(1, sum(starts))) if starts_document else 0
+        base = len(ids) + len(encoder.part["before_chunk"])
+        for fact in (f for f in context.facts if f.chunk == index):
+            first, last = fact.start, fact.start + len(fact.value)
+            tokens = [t for t, (a, b) in enumerate(encoding.offsets) if a < last and b > first]
+            places[id(fact)] = (base + tokens[0], len(tokens))
+        chunk = encoder.part["before_chunk"] + encoding.ids + encoder.part["after_chunk"]
+        at = positions[-1] + 1 + gap
+        positions.extend(range(at, at + len(chunk)))
+        ids.extend(chunk)
+    return Example(ids, positions, places)
+
+
+def _answer_evidence(encoder: Encoder, question: Question, example: Example) -> tuple[list[int], list[int]]:
+    """Ids of the answer with EOS, and for each the place in the context that it can be copied from, or -1."""
+    answer = encoder.ids(question.answer) + [encoder.eos]
+    evidence = [-1] * len(answer)
+    runs = [example.places[id(fact)] for fact in question.facts]
+    if not runs:
+        return answer, evidence
+    evidence[: runs[0][1]] = range(runs[0][0], sum(runs[0]))
+    if len(runs) == 2:
+        start = len(answer) - 1 - runs[1][1]
+        evidence[start:-1] = range(runs[1][0], sum(runs[1]))
+    return answer, evidence
+
+
+class Row:
+    """Questions laid one after the other, as many as fit."""
+
+    def __init__(self, room: int):
+        """Starts empty with ``room`` tokens."""
+        self.room = room
+        self.ids: list[int] = []
+        self.offsets: list[int] = []
+        self.segment: list[int] = []
+        self.target: list[int] = []
+        self.evidence: list[int] = []
+
+    def add(self, question: list[int], answer: list[int], evidence: list[int], number: int) -> bool:
+        """Adds a question; False, and nothing is added, if it does not fit."""
+        ids = question + answer[:-1]
+        if len(self.ids) + len(ids) > self.room:
+            return False
+        quiet = len(question) - 1
+        self.ids += ids
+        self.offsets += range(len(ids))
+        self.segment += [number] * len(ids)
+        self.target += [IGNORED] * quiet + answer
+        self.evidence += [-1] * quiet + evidence
+        return True
+
+
+def _pad(rows: list[list[int]], width: int, value: int) -> Tensor:
+    return torch.tensor([row[:width] + [value] * (width - len(row)) for row in rows])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum.
+
+    Attributes:
+        steps: How many steps.
+        shape: What contexts look like.
+        context: Tokens of a context at most; longer ones are drawn again.
+        asked: Tokens of its questions.
+        batch: Contexts a step.
+        longest_gap: How far the positions may jump in all; the text behind a jump is read as if much lay between.
+    """
+
+    steps: int
+    shape: Shape
+    context: int
+    asked: int
+    batch: int
+    longest_gap: int = 0
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Iterator[Batch]:
+    """Endless batches of a stage, the same for the same seed."""
+    rng, encoder = random.Random(seed), Encoder(tokenizer)
+    while True:
+        yield _batch([_draw(encoder, stage, rng) for _ in range(stage.batch)], encoder, stage, rng)
+
+
+def _draw(encoder: Encoder, stage: Stage, rng: random.Random) -> tuple[Context, Example]:
+    while True:
+        context = write_context(rng, stage.shape)
+        example = encode_context(encoder, context, rng, stage.longest_gap)
+        if len(example.ids) <= stage.context and context.facts:
+            return context, example
+
+
+def _spread(found: list[Question]) -> list[Question]:
+    """Questions with the kinds in turn, so that rare kinds are not left out where room is short."""
+    by_kind: dict[str, list[Question]] = {}
+    for question in found:
+        by_kind.setdefault(question.kind, []).append(question)
+    longest = max(map(len, by_kind.values()), default=0)
+    return [group[i] for i in range(longest) for group in by_kind.values() if i < len(group)]
+
+
+def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage, rng: random.Random) -> Batch:
+    rows = []
+    for context, example in drawn:
+        row = Row(stage.asked)
+        for number, question in enumerate(_spread(questions(rng, context))):
+            answer, evidence = _answer_evidence(encoder, question, example)
+            row.add(encoder.question(question.text), answer, evidence, number)
+        rows.append(row)
+    examples = [example for _, example in drawn]
+    ends = [example.positions[-1] + 1 for example in examples]
+    most = 32
+    facts: list[list[Fact]] = [context.facts[:most] for context, _ in drawn]
+    names = [[_pad([encoder.ids(f.subject.name)], NAME_TOKENS, IGNORED)[0] for f in row] for row in facts]
+    blank = torch.full((NAME_TOKENS,), IGNORED)
+    width = stage.context
+    return Batch(
+        context=_pad([e.ids for e in examples], width, 0),
+        context_positions=_pad([e.positions for e in examples], width, 0),
+        length=torch.tensor([len(e.ids) for e in examples]),
+        asked=_pad([r.ids for r in rows], stage.asked, 0),
+        asked_positions=_pad([[end + o for o in r.offsets] for r, end in zip(rows, ends, strict=True)], stage.asked, 0),
+        segment=_pad([r.segment for r in rows], stage.asked, -1),
+        target=_pad([r.target for r in rows], stage.asked, IGNORED),
+        evidence=_pad([r.evidence for r in rows], stage.asked, -1),
+        fact=_pad([[e.places[id(f)][0] for f in row] for row, e in zip(facts, examples, strict=True)], most, -1),
+        subject=torch.stack([torch.stack(row + [blank] * (most - len(row))) for row in names]),
+    )

@@ -1,0 +1,183 @@
+"""Trains the bundled model: `python -m training.train`. Stops and goes on where it was.
+
+Writes ``checkpoint.pt`` and ``log.csv`` (one row every few steps) into ``training/results/<run>``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from ragkv.bundled.generator import Shape
+from training.data import Batch, Stage, batches
+from training.model import SIZES, Reader, Size
+from training.optim import optimizers
+from training.tokenizer import DEFAULT_PATH as TOKENIZER_PATH
+
+RESULTS = Path(__file__).parent / "results"
+
+SHORT = Shape(documents=(3, 5), chunks=(1, 2), words=(6, 14), facts=(1, 2), types=(1, 2))
+MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
+LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
+FULL = Shape(documents=(2, 12), chunks=(1, 3), words=(30, 104), facts=(1, 3))
+
+CURRICULUM = (
+    Stage(1500, SHORT, context=176, asked=176, batch=10),
+    Stage(1800, MIDDLE, context=512, asked=400, batch=4, longest_gap=600),
+    Stage(1500, LONG, context=1152, asked=448, batch=3, longest_gap=1000),
+    Stage(200, FULL, context=2048, asked=512, batch=2, longest_gap=1000),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Learning rates and the weights of the loss terms beside the answers'.
+
+    Attributes:
+        matrix_lr: Of Muon.
+        other_lr: Of AdamW.
+        read: Weight of the language-model loss on the context.
+        helper: Weight of the two helpers (subject, evidence), until they fade.
+        fade: Shares of all steps at which the helpers begin to fade and are gone.
+        decay: Share of all steps from which the learning rates go down to a twentieth, linearly.
+    """
+
+    matrix_lr: float = 0.02
+    other_lr: float = 0.004
+    read: float = 0.1
+    helper: float = 0.5
+    fade: tuple[float, float] = (0.3, 0.5)
+    decay: float = 0.5
+
+    def helper_weight(self, done: float) -> float:
+        """Weight of the helpers when a share ``done`` of all steps is behind."""
+        start, end = self.fade
+        return self.helper * min(1.0, max(0.0, (end - done) / (end - start)))
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Warm-up over 100 steps, then constant, then down."""
+        left = (steps - step) / (steps * (1 - self.decay))
+        return min(1.0, (step + 1) / 100, max(0.05, left))
+
+
+class Run:
+    """A training run: the model, its optimizers and where it stands."""
+
+    def __init__(self, folder: Path, size: Size, plan: Plan, curriculum: tuple[Stage, ...], device: str, seed: int):
+        """Makes a new run, or takes up the one in ``folder``."""
+        torch.manual_seed(seed)
+        self.folder, self.size, self.plan, self.curriculum, self.seed = folder, size, plan, curriculum, seed
+        self.device = torch.device(device)
+        self.model = Reader(size).to(self.device)
+        self.optimizers = optimizers(self.model, plan.matrix_lr, plan.other_lr)
+        self.base_lrs = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "checkpoint.pt").exists():
+            self._load()
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.curriculum)
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+
+    def save(self) -> None:
+        """Writes the checkpoint; an interrupted write leaves the old one."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "size": asdict(self.size),
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+        torch.save(state, self.folder / "checkpoint.part")
+        os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
+
+    def stage(self) -> Stage:
+        """The stage of the step at hand."""
+        left = self.step
+        for stage in self.curriculum:
+            if left < stage.steps:
+                return stage
+            left -= stage.steps
+        return self.curriculum[-1]
+
+    def update(self, batch: Batch, losses_of) -> dict[str, float]:
+        """One step; returns the loss terms."""
+        factor = self.plan.lr_factor(self.step, self.steps)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, base in zip(groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            losses: dict[str, Tensor] = losses_of(batch.to(self.device), 4)
+        helper = self.plan.helper_weight(self.step / self.steps)
+        total = losses["answer"] + self.plan.read * losses["read"] + helper * (losses["subject"] + losses["evidence"])
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += int(batch.length.sum()) + int((batch.segment >= 0).sum())
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def train(self, tokenizer: PreTrainedTokenizerFast, compiled: bool, every: int = 20, save_every: int = 200) -> None:
+        """Trains to the end of the curriculum."""
+        losses_of = torch.compile(self.model.losses, dynamic=False) if compiled else self.model.losses
+        stage, source, sums, begun = None, None, {}, time.monotonic()
+        with (self.folder / "log.csv").open("a", newline="") as file:
+            log = csv.writer(file)
+            if self.step == 0:
+                log.writerow(("step", "seconds", "tokens", "answer", "read", "subject", "evidence"))
+            for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, mininterval=10):
+                if self.stage() is not stage:
+                    stage = self.stage()
+                    source = batches(tokenizer, stage, self.seed * 1_000_003 + self.step)
+                losses = self.update(next(source), losses_of)
+                sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+                self.seconds, begun = self.seconds + time.monotonic() - begun, time.monotonic()
+                if self.step % every == 0:
+                    log.writerow((self.step, round(self.seconds), self.tokens, *(f"{s / every:.4f}" for s in sums.values())))
+                    file.flush()
+                    sums = {}
+                if self.step % save_every == 0 or self.step == self.steps:
+                    self.save()
+
+
+def main() -> None:
+    """Reads the arguments and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", default="bundled", help="name of the folder under training/results")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    parser.add_argument("--helper", type=float, default=Plan.helper, help="weight of the two helpers; 0 leaves them out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    curriculum = tuple(Stage(**{**vars(s), "steps": round(s.steps * args.scale)}) for s in CURRICULUM)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_PATH)
+    run = Run(RESULTS / args.run, SIZES[args.size], Plan(helper=args.helper), curriculum, args.device, args.seed)
+    run.train(tokenizer, compiled=not args.no_compile)
+    print(f"{run.step} steps, {run.tokens} tokens, {run.seconds / 60:.1f} minutes on {run.device}")
+
+
+if __name__ == "__main__":
+    main()
