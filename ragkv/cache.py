@@ -27,14 +27,19 @@ class LayerSpec(NamedTuple):
 
 
 class FusedLayer(CacheLayerMixin):
-    """One layer's keys and values, with room to grow in place."""
+    """One layer's keys and values, with room to grow in place.
+
+    Attributes:
+        length: N.
+        dropped: positions in front that are claimed to have been read and forgotten, as by a sliding window; 0 but in probes.
+    """
 
     is_sliding = False
     is_croppable = True
 
     def __init__(self, spec: LayerSpec, capacity: int):
         self.dtype, self.device = spec.dtype, spec.device
-        self.length = 0
+        self.length = self.dropped = 0
         self.is_initialized = True
         self.key_room = torch.empty(1, spec.heads, capacity, spec.key_dim, dtype=spec.dtype, device=spec.device)
         self.value_room = torch.empty(1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device)
@@ -71,12 +76,12 @@ class FusedLayer(CacheLayerMixin):
             setattr(self, name, room)
 
     def get_seq_length(self) -> int:
-        """N."""
-        return self.length
+        """The position of the next token: N, unless something in front was dropped."""
+        return self.dropped + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that ``query_length`` new tokens will see."""
-        return self.length + query_length, 0
+        return self.length + query_length, self.dropped
 
     def get_max_length(self) -> int:
         """-1: it grows."""

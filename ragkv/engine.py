@@ -229,8 +229,8 @@ class Engine:
         chunk = Chunk(self.encoder.chunk(passage), passage if isinstance(passage, str) else None)
         if len(chunk) > self.document_tokens:
             raise PromptTooLongError(
-                f"a passage of {len(chunk)} tokens is {len(chunk) - self.document_tokens} more than the {self.document_tokens} that "
-                "are read at once: split it into smaller parts"
+                f"a passage of {len(chunk)} tokens is {len(chunk) - self.document_tokens} more than the "
+                f"{self.document_tokens} that are read at once: split it into smaller parts"
             )
         return chunk
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ragkv.cache import FusedCache, LayerSpec
 from ragkv.errors import UnsupportedModelError
 from ragkv.masks import MaskBuilder, layer_rules, takes_masks
-from ragkv.rope import TOLERANCE, Layers, probe_rotations
+from ragkv.rope import TOLERANCE, Probe, probe_rotations
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _PROBE_TOKENS = 8
@@ -72,17 +72,20 @@ class Decoder:
         return FusedCache(self.specs, capacity)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, cache: FusedCache, start: int) -> None:
-        """Run ``ids [S]`` behind what the cache holds, for their keys and values alone; no logits are computed.
+    def read(self, ids: Tensor, cache: FusedCache, start: int) -> Tensor:
+        """Run ``ids [S]`` behind what the cache holds, for their keys and values; no logits are computed.
 
         Args:
             ids: token ids on the model's device.
             cache: appended to.
             start: position of the first token.
+
+        Returns:
+            The last hidden states ``[S, hidden size]``.
         """
-        self.backbone(
-            input_ids=ids[None], position_ids=self._span(start, len(ids)), past_key_values=cache, use_cache=True
-        )
+        positions = self._span(start, len(ids))
+        out = self.backbone(input_ids=ids[None], position_ids=positions, past_key_values=cache, use_cache=True)
+        return out[0][0]
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
@@ -142,15 +145,17 @@ class Decoder:
             for _, (k, v) in sorted(recorder.seen.items())
         ]
 
-    def _run_at(self, offset: int) -> Layers:
+    def _run_at(self, offset: int) -> Probe:
         cache = self.cache(_PROBE_TOKENS)
+        for layer in cache.layers:
+            layer.dropped = offset  # some models take positions from the cache's length besides position_ids
         try:
-            self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
+            hidden = self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
         except IndexError as error:
             raise UnsupportedModelError(
                 f"the model cannot run at position {offset}: it looks positions up in a table ({error})"
             ) from error
-        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        return Probe([layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers], hidden)
 
     @torch.no_grad()
     def _check_scattered(self) -> None:

@@ -7,6 +7,7 @@ every layer, and the values are the same. L layers, H kv heads, T tokens, D head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,17 @@ from torch import Tensor, nn
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import Rotation, place, rotation_tables
 
-#: Keys and values per layer, ``[H, T, D]`` each.
-Layers = list[tuple[Tensor, Tensor]]
+
+class Probe(NamedTuple):
+    """What a few tokens gave: keys and values of every layer, ``[H, T, D]`` each, and the last hidden states."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    hidden: Tensor
+
+
 #: Runs the probe tokens with the first one at the given position.
-Run = Callable[[int], Layers]
+Run = Callable[[int], Probe]
 
 #: Largest relative error (Frobenius) at which two runs count as equal. A wrong rotation is off by about 1.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -61,17 +69,20 @@ def probe_rotations(model: nn.Module, run: Run, max_positions: int | None) -> tu
         UnsupportedModelError: values change with the position, or no known rotation explains the keys.
     """
     start = run(0)
-    tokens = start[0][0].shape[1]
+    tokens = start.keys[0].shape[1]
     furthest = None if max_positions is None else max_positions - tokens
     offset = _FIRST_OFFSET if furthest is None else min(_FIRST_OFFSET, furthest)
     if offset < 1:
         raise UnsupportedModelError(f"the model has {max_positions} positions: too few to place a chunk")
     candidates = _candidates(rope_frequencies(model))
     moved = run(offset)
-    _check_values(start, moved)
-    rotations = [
-        _explain(layer, a[0], b[0], offset, candidates) for layer, (a, b) in enumerate(zip(start, moved, strict=True))
-    ]
+    if not _same_content(start, moved):
+        raise UnsupportedModelError(
+            "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved. ragkv "
+            "needs a decoder with rotary positions."
+        )
+    pairs = zip(start.keys, moved.keys, strict=True)
+    rotations = [_explain(layer, a, b, offset, candidates) for layer, (a, b) in enumerate(pairs)]
     if all(rotation is None for rotation in rotations):
         raise UnsupportedModelError(
             "no layer's keys turn with their position (ALiBi, or no positions at all): moving a chunk could not be told from "
@@ -88,13 +99,10 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
 
 
-def _check_values(start: Layers, moved: Layers) -> None:
-    worst = max(_error(b[1], a[1]) for a, b in zip(start, moved, strict=True))
-    if not worst <= TOLERANCE[start[0][1].dtype]:
-        raise UnsupportedModelError(
-            f"the model's values change with the absolute position (relative difference {worst:.2g}): learned or absolute "
-            "position embeddings cannot be moved. ragkv needs a decoder with rotary positions."
-        )
+def _same_content(start: Probe, moved: Probe) -> bool:
+    """Whether all but the keys is the same at both places, as it must be where only rotations tell positions."""
+    pairs = zip([*start.values, start.hidden], [*moved.values, moved.hidden], strict=True)
+    return all(_error(b, a) <= TOLERANCE[a.dtype] for a, b in pairs)
 
 
 def turned(keys: Tensor, rotation: Rotation | None, old: int, new: int) -> Tensor:
@@ -122,17 +130,14 @@ def _explain(
     return fitting[best]
 
 
-def _movable(
-    run: Run, start: Layers, rotations: list[Rotation | None], passed: int, furthest: int | None
-) -> int | None:
+def _movable(run: Run, start: Probe, rotations: list[Rotation | None], passed: int, furthest: int | None) -> int | None:
     """The positions within which the rotations hold; attention that changes with the absolute position ends them."""
 
     def holds(offset: int) -> bool:
-        pairs = zip(start, run(offset), rotations, strict=True)
-        limit = TOLERANCE[start[0][0].dtype]
-        return all(
-            _error(turned(a[0], rotation, 0, offset), b[0]) <= limit and _error(b[1], a[1]) <= limit
-            for a, b, rotation in pairs
+        moved = run(offset)
+        turns = zip(start.keys, moved.keys, rotations, strict=True)
+        return _same_content(start, moved) and all(
+            _error(turned(a, rotation, 0, offset), b) <= TOLERANCE[a.dtype] for a, b, rotation in turns
         )
 
     if furthest is None or furthest <= passed or holds(furthest):
@@ -141,4 +146,4 @@ def _movable(
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    return low + start[0][0].shape[1]
+    return low + start.keys[0].shape[1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 #: Small sizes that nearly every decoder config takes.
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -68,7 +69,9 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
         seed: of its weights.
         **overrides: config values that replace the small defaults; ``attn_implementation`` among them.
     """
-    settings = {**SMALL, **ARCHITECTURES.get(architecture, {}), **overrides}
+    settings = deepcopy(
+        {**SMALL, **ARCHITECTURES.get(architecture, {}), **overrides}
+    )  # configs write into what they get
     attention = settings.pop("attn_implementation")
     settings = {name: value for name, value in settings.items() if value is not None}
     config = AutoConfig.for_model(architecture, **settings)
@@ -84,3 +87,9 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
             if isinstance(parameter, torch.nn.Parameter):
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def random_ids(count: int, seed: int | None = None) -> list[int]:
+    """``count`` random token ids that every tiny model knows; by default those of ``seed = count``."""
+    generator = torch.Generator().manual_seed(count if seed is None else seed)
+    return torch.randint(3, SMALL["vocab_size"], (count,), generator=generator).tolist()

@@ -1,5 +1,7 @@
 """Where a text may be cut: headings, paragraphs and sentences of plain text and Markdown."""
 
+# ruff: noqa: RUF001 - quotes and full stops of many scripts are meant
+
 from __future__ import annotations
 
 import re
@@ -34,11 +36,14 @@ _ITEM = re.compile(r"\s*([-*+•|>]\s|\d{1,3}[.)]\s|\|)")
 # The look behind lets a run of dots be tried once, not once from each of its dots.
 _SENTENCE_END = re.compile(r"(?<![.!?…؟।])[.!?…؟।]++[\"'”’»)\]*_]*+\s+|(?<![。！？])[。！？]++[”’」』）]*+\s*")
 _LAST_WORD = re.compile(r"[^\s(\[\"“‘']*\Z")
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st sr jr vs etc al fig figs eq eqs sec no nos vol pp p ch ed eds dept inc ltd co corp gen col lt "
-    "sgt capt rev hon gov sen rep approx est cf e.g i.e a.m p.m u.s u.k u.n ph.d jan feb mar apr jun jul aug sep sept "
-    "oct nov dec z.b d.h bzw usw ca".split()
-)
+# fmt: off
+_ABBREVIATIONS = frozenset((
+    "a.m", "al", "approx", "apr", "aug", "bzw", "ca", "capt", "cf", "ch", "co", "col", "corp", "d.h", "dec", "dept", "dr",
+    "e.g", "ed", "eds", "eq", "eqs", "est", "etc", "feb", "fig", "figs", "gen", "gov", "hon", "i.e", "inc", "jan", "jr",
+    "jul", "jun", "lt", "ltd", "mar", "mr", "mrs", "ms", "no", "nos", "nov", "oct", "p", "p.m", "ph.d", "pp", "prof",
+    "rep", "rev", "sec", "sen", "sep", "sept", "sgt", "sr", "st", "u.k", "u.n", "u.s", "usw", "vol", "vs", "z.b",
+))
+# fmt: on
 
 
 def boundaries(text: str) -> Iterator[Boundary]:
@@ -113,8 +118,8 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     mark = text[match.start()]
     if mark in "。！？":
         return True
-    following = text[match.end()]
-    if following.islower():
+    # Small letters follow inside a sentence ('"Why?" he said', "so ... and"), or where all text is in small letters.
+    if text[match.end()].islower() and len(match[0].rstrip()) > 1:
         return False
     if mark != "." or match[0].startswith(".."):
         return True

@@ -30,7 +30,7 @@ _FORMAT = b"ragkv.catalogue/1"
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key or lineage key -> the ids that stand under it. meta: format, settings, state, next id.
-_DATABASES: dict[str, dict[str, bool]] = {
+_DATABASES: dict[str, dict[str, Any]] = {
     "meta": {},
     "documents": {},
     "passages": {},
@@ -60,7 +60,7 @@ class Catalogue:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, map_bytes: int = 1 << 38) -> None:
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        self._environment = Environment(self.path, _DATABASES, map_bytes)
+        self._environment = Environment(self.path, _DATABASES, map_bytes, durable=not self.temporary)
         if self.temporary:
             weakref.finalize(self, _discard, self._environment, self.path)
         with self._environment.transaction() as txn:
@@ -124,11 +124,12 @@ class Catalogue:
                 old = view.get(source)
                 if old is not None and replace(old, passage_ids=()) == document:
                     return Change(old, kept=old.passage_ids, old_passages=tuple(passages))
-                missing = [text for text in dict.fromkeys(passages) if text not in vectors and not _known(view, text)]
+                missing = [text for text in dict.fromkeys(passages) if text not in vectors and not view.has_text(text)]
             vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())
             with self._environment.transaction(write=True) as txn:
+                view = Snapshot(txn)
                 # Another process may have removed a text whose vector was counted on.
-                if all(text in vectors or _known(Snapshot(txn), text) for text in passages):
+                if all(text in vectors or view.has_text(text) for text in passages):
                     change = _replace(txn, document, passages, vectors)
                     return replace(change, embedded=len(vectors))
 
@@ -211,9 +212,10 @@ class Catalogue:
 
     def close(self) -> None:
         """Closes the folder, and deletes it where it is a temporary one. Closing twice is no error."""
-        self._environment.close()
         if self.temporary:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _discard(self._environment, self.path)
+        else:
+            self._environment.close()
 
     def __enter__(self) -> Catalogue:
         return self
@@ -255,7 +257,7 @@ def _replace(txn: Transaction, document: Document, passages: list[str], vectors:
         old_passages=tuple(old_texts),
         first_changed=_first_changed(passages, old_texts),
         orphans=tuple(i for i, use in enumerate(records.lineage_keys(old_texts)) if not view.used(use)),
-        orphan_texts=tuple(i for i, text in enumerate(old_texts) if not view.used(records.text_key(text))),
+        orphan_texts=tuple(i for i, text in enumerate(old_texts) if not view.has_text(text)),
     )
 
 
@@ -303,10 +305,6 @@ def _first_changed(passages: list[str], old: list[str]) -> int | None:
     return same if same < len(passages) else None
 
 
-def _known(view: Snapshot, text: str) -> bool:
-    return view.used(records.text_key(text))
-
-
 def _checked(vectors: Any, count: int) -> NDArray[np.float32]:
     array = np.asarray(vectors, np.float32)
     if array.ndim != 2 or len(array) != count or not array.shape[1]:
@@ -325,5 +323,6 @@ def _spoken(setting: dict[str, str]) -> str:
 
 
 def _discard(environment: Environment, path: Path) -> None:
-    environment.close()
-    shutil.rmtree(path, ignore_errors=True)
+    if environment.ours:
+        environment.close()
+        shutil.rmtree(path, ignore_errors=True)

@@ -122,7 +122,7 @@ class TokenChunker:
         counts = self._counts([part.strip() for part in parts])
         for mark, part, count in zip(marks, parts, counts, strict=True):
             if count <= self.chunk_tokens:
-                yield _Piece(mark.position, mark.rank, xxh3_64_intdigest(part.strip()), count)
+                yield _Piece(mark.position, mark.rank, xxh3_64_intdigest(part.strip().encode()), count)
                 continue
             if len(part.strip()) == 1:
                 raise DocumentError(f"{part.strip()!r} alone has {count} tokens, chunk_tokens is {self.chunk_tokens}")

@@ -114,7 +114,7 @@ class SentenceTransformerEmbedder:
         limit, tokenizer = self._model.max_seq_length, self._model.tokenizer
         if limit is None or not callable(tokenizer) or len(text) < 2:
             return [text]
-        prompt = max(self._model.prompts.values(), key=len, default="")
+        prompt = max((prompt or "" for prompt in self._model.prompts.values()), key=len, default="")
         # No tokenizer makes a token of no characters, so short texts need not be counted.
         if len(prompt) + len(text) < limit // 2 or len(tokenizer(prompt + text, verbose=False)["input_ids"]) <= limit:
             return [text]

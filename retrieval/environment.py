@@ -23,12 +23,14 @@ class Environment:
         map_bytes: the most it can ever hold. Address space, not disk; it does not grow later, since growing it under
             other processes is where LMDB is fragile.
 
+        durable: a committed change is on the disk, not only with the operating system.
+
     Raises:
         RetrievalError: the folder cannot be used, or this process has it open already.
         RecordError: the folder holds something else, or is damaged.
     """
 
-    def __init__(self, folder: Path, databases: dict[str, dict[str, bool]], map_bytes: int) -> None:
+    def __init__(self, folder: Path, databases: dict[str, dict[str, Any]], map_bytes: int, durable: bool) -> None:
         import lmdb
 
         self._lmdb = lmdb
@@ -39,7 +41,9 @@ class Environment:
         except OSError as error:
             raise RetrievalError(f"{folder} cannot be made: {error}") from error
         with self._our_errors():
-            self._env: Any = lmdb.open(str(folder), map_size=map_bytes, max_dbs=len(databases), max_readers=1024)
+            self._env: Any = lmdb.open(
+                str(folder), map_size=map_bytes, max_dbs=len(databases), max_readers=1024, sync=durable
+            )
             # A reader that was killed would keep its snapshot, and with it the room of all that is deleted later.
             self._env.reader_check()
             self._databases = {name: self._env.open_db(name.encode(), **flags) for name, flags in databases.items()}
@@ -53,7 +57,7 @@ class Environment:
             RetrievalError: the environment is closed, or the process was forked.
             RecordError: a page of the file is damaged.
         """
-        if os.getpid() != self._pid:
+        if not self.ours:
             raise RetrievalError(
                 f"{self.folder} was opened before this process was forked: close it before forking, or start the "
                 "process with the 'spawn' method and open the folder there"
@@ -61,9 +65,14 @@ class Environment:
         with self._our_errors(), self._env.begin(write=write) as txn:
             yield Transaction(txn, self._databases)
 
+    @property
+    def ours(self) -> bool:
+        """Whether this process opened it, rather than one that this was forked from."""
+        return os.getpid() == self._pid
+
     def close(self) -> None:
-        """Close it; closing twice is no error."""
-        if os.getpid() == self._pid:
+        """Closes it, in the process that opened it; closing twice is no error."""
+        if self.ours:
             self._env.close()
 
     @contextmanager

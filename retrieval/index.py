@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -96,7 +96,7 @@ class FaissIndex:
     def clear(self) -> None:
         """Removes all vectors."""
         with self._lock:
-            self._index = self._faiss.IndexIDMap2(self._faiss.IndexFlatIP(self.dimension))
+            self._index: Any = self._faiss.IndexIDMap2(self._faiss.IndexFlatIP(self.dimension))
             # faiss itself takes an id twice without a word.
             self._known: set[int] = set()
 

@@ -160,7 +160,8 @@ def checked_document(source: Any, passages: Any, metadata: Any) -> tuple[str, li
     """
     if not isinstance(source, str) or not source.strip():
         raise DocumentError(f"a document needs a source, a str that is not blank; got {source!r}")
-    if isinstance(passages, str) or not all(isinstance(passage, str) for passage in (passages := list(passages))):
+    passages = None if isinstance(passages, str) else list(passages)
+    if passages is None or not all(isinstance(passage, str) for passage in passages):
         raise DocumentError(f"{source}: passages must be a list of str")
     if not passages:
         raise DocumentError(f"{source}: a document needs at least one passage")

@@ -16,7 +16,7 @@ from ragkv.errors import RecordError, RetrievalError
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
-from ragkv.retrieval.records import Change
+from ragkv.retrieval.records import Change, checked_document
 from ragkv.retrieval.snapshot import Snapshot
 
 _LOG = logging.getLogger("ragkv.retrieval")
@@ -87,7 +87,12 @@ class Retriever:
             embedder: turns texts into vectors.
         """
         embedder = embedder or offline_embedder()
-        return cls(embedder, FaissIndex(embedder.dimension), Catalogue(path))
+        index, catalogue = FaissIndex(embedder.dimension), Catalogue(path)
+        try:
+            return cls(embedder, index, catalogue)
+        except BaseException:
+            catalogue.close()
+            raise
 
     def add(self, source: str, passages: list[str], metadata: dict[str, Any] | None = None) -> Change:
         """Adds a document, or replaces the one of the same source; embeds only texts that no document has.
@@ -107,18 +112,18 @@ class Retriever:
     def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
         """Adds documents, each as (source, passages, metadata), with one call of the embedder for all of them.
 
-        Each document is one transaction: where one cannot be stored, those before it are.
+        Each document is one transaction, and none is begun where one of them cannot be stored as it is.
         """
-        documents = list(documents)
-        texts = [text for _, passages, _ in documents for text in passages]
+        checked = [checked_document(*document) for document in documents]
+        texts = dict.fromkeys(text for _, passages, _ in checked for text in passages)
         with self.catalogue.snapshot() as view:
-            missing = [text for text in dict.fromkeys(texts) if view.vector_of(text) is None]
+            missing = [text for text in texts if not view.has_text(text)]
         vectors = dict(zip(missing, self._embed(missing), strict=True))
 
         def embed(texts: list[str]) -> NDArray[np.float32]:
             return np.stack([vectors[text] if text in vectors else self._embed([text])[0] for text in texts])
 
-        return [self.catalogue.put(source, passages, embed, metadata) for source, passages, metadata in documents]
+        return [self.catalogue.put(source, passages, embed, metadata) for source, passages, metadata in checked]
 
     def remove(self, source: str) -> Change:
         """Removes a document with its passages and vectors.

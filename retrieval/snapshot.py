@@ -88,6 +88,10 @@ class Snapshot:
         key = self._txn.get("uses", records.text_key(text))
         return None if key is None else self.vector(int.from_bytes(key, "big"))
 
+    def has_text(self, text: str) -> bool:
+        """Whether any passage has this text."""
+        return self.used(records.text_key(text))
+
     def used(self, key: bytes) -> bool:
         """Whether any passage stands under a text key or a lineage key."""
         return self._txn.get("uses", key) is not None

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreFullError
 from ragkv.store.environment import Environment
+from ragkv.store.layout import Payload
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.record import Record
 
@@ -71,7 +71,6 @@ class DiskTier:
     _touch_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         self.environment = Environment.open(self.path, map_bytes=4 * self.budget_bytes)
         self._check_version()
 
@@ -79,7 +78,7 @@ class DiskTier:
         """A view of the folder as it is now, which no eviction changes."""
         return Snapshot(self.environment, self.environment.begin())
 
-    def put(self, key: bytes, record: Record, payload: Tensor, cost_s: float) -> list[bytes]:
+    def put(self, key: bytes, record: Record, payload: Payload, cost_s: float) -> list[bytes]:
         """Stores a record in one transaction; durable when it returns.
 
         Returns:
@@ -92,7 +91,7 @@ class DiskTier:
         size = _pages(len(header)) + sum(_pages(stop - start) for start, stop in _spans(record))
         if size > self.budget_bytes:
             raise StoreFullError(f"an entry takes {size} bytes on disk, disk_bytes is {self.budget_bytes}")
-        data = payload.numpy()
+        data = payload.data.numpy()
         with self.environment.write() as txn:
             self._apply_touches(txn)
             row = self._drop(txn, key) or Row(Usage(0))
@@ -271,8 +270,11 @@ class Snapshot:
             data = bytes(data)
         return Record.unpack(key, data)
 
-    def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> None:
+    def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
         """Copies a segment to its place in ``out`` (uint8 ``[payload_bytes]``) and verifies it there.
+
+        Returns:
+            Its bytes.
 
         Raises:
             RecordError: it is not what was stored.
@@ -286,6 +288,7 @@ class Snapshot:
                 )
             out.numpy()[start:stop] = memoryview(data)
         record.check_segment(index, out[start:stop])
+        return stop - start
 
     def close(self) -> None:
         """Ends the transaction."""
@@ -299,20 +302,21 @@ class Loading:
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record) -> None:
         self.key = key
         self.record = record
-        self.payload = torch.empty(record.payload_bytes, dtype=torch.uint8)
+        self.payload = Payload(record.payload_bytes)
         self._snapshot = snapshot
         self._missing = set(range(len(record.checksums)))
         self._lock = threading.Lock()
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V of a layer, and the bytes that were read for it."""
-        with self._lock:
-            wanted = [index for index in self.record.segments_of(layer) if index in self._missing]
-            for index in wanted:
-                self._snapshot.segment(self.key, self.record, index, self.payload)
-                self._missing.discard(index)
-        spans = [self.record.segment_span(index) for index in wanted]
-        return self.record.layer(self.payload, layer), sum(stop - start for start, stop in spans)
+        count = 0
+        if self._missing:
+            with self._lock:
+                for index in self.record.segments_of(layer):
+                    if index in self._missing:
+                        count += self._snapshot.segment(self.key, self.record, index, self.payload.data)
+                        self._missing.discard(index)
+        return self.record.layer(self.payload, layer), count
 
     @property
     def complete(self) -> bool:

@@ -8,37 +8,38 @@ from torch import Tensor
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Side
-from ragkv.store.record import SEGMENT_BYTES, Part, Record, checksum
+from ragkv.store.layout import Layout, Payload
+from ragkv.store.record import SEGMENT_BYTES, Record, Shape, checksum
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def encode(kv: ChunkKV, *, codec: Codec, space: str = "", segment_bytes: int = SEGMENT_BYTES) -> tuple[Record, Tensor]:
-    """A chunk's KV as a record's header and its payload.
-
-    Returns:
-        The header, and a uint8 tensor ``[payload_bytes]`` that shares no memory with ``kv``.
+def encode(kv: ChunkKV, *, codec: Codec, space: str = "", segment_bytes: int = SEGMENT_BYTES) -> tuple[Record, Payload]:
+    """A chunk's KV as a record's header and its payload, which shares no memory with ``kv``.
 
     Raises:
         StoreError: the tensors are not L pairs ``[H, T, D]`` of one T in fp32, bf16 or fp16.
     """
     validate(kv)
-    named: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for layer, (key, value) in enumerate(kv):
         sides: tuple[tuple[Side, Tensor], ...] = (("k", key), ("v", value))
         for side, tensor in sides:
             for suffix, part in codec.encode(tensor.detach().cpu(), side).items():
-                named[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
-    parts, payload = _lay_out(named)
+                tensors[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
+    layout = Layout.of(tensors)
+    payload = Payload(layout.payload_bytes)
+    for name, tensor in tensors.items():
+        payload.fill(layout.parts[name], tensor)
     record = Record(
-        parts=parts,
+        layout=layout,
         shapes=[(_shape(key), _shape(value)) for key, value in kv],
         dtypes=[key.dtype for key in kv.keys],
         base=kv.base,
         codec=codec.name,
         space=space,
         segment_bytes=segment_bytes,
-        checksums=tuple(checksum(piece) for piece in payload.split(segment_bytes)),
+        checksums=tuple(checksum(piece) for piece in payload.data.split(segment_bytes)),
     )
     return record, payload
 
@@ -58,22 +59,6 @@ def validate(kv: ChunkKV) -> None:
             raise StoreError(f"layer {layer} must be fp32, bf16 or fp16 in K and V, got {key.dtype} and {value.dtype}")
 
 
-def _lay_out(named: dict[str, Tensor]) -> tuple[dict[str, Part], Tensor]:
-    parts: dict[str, Part] = {}
-    end = 0
-    for name, tensor in named.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        parts[name] = Part(tensor.dtype, tuple(tensor.shape), start, end)
-    payload = torch.empty(end, dtype=torch.uint8)
-    for name, tensor in named.items():
-        part = parts[name]
-        if part.start % part.dtype.itemsize:
-            payload[part.start : part.stop] = tensor.contiguous().view(-1).view(torch.uint8)
-        else:
-            payload[part.start : part.stop].view(part.dtype).view(part.shape).copy_(tensor)
-    return parts, payload
-
-
-def _shape(tensor: Tensor) -> tuple[int, int, int]:
+def _shape(tensor: Tensor) -> Shape:
     heads, tokens, dim = tensor.shape
     return heads, tokens, dim

@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
+from ragkv.store.filesystem import prepare
 
 logger = logging.getLogger("ragkv.store")
 
-DATABASES = (b"entries", b"segments", b"usage", b"order", b"facts", b"state")
+DATABASES = (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
 # Address space, not disk: never grown, because growing a map that others have open is what goes wrong.
 MIN_MAP_BYTES = 1 << 40
 MAX_READERS = 1024
+_UNFILLED_BYTES = 1 << 16
+_FULL = ("No space left", "File too large", "quota exceeded")
 
 
 class Environment:
     """A folder's LMDB environment. Obtained by :meth:`open`, given back by :meth:`close`.
 
-    Args:
-        path: the folder; it must exist.
-        map_bytes: address space for the data.
-        readonly: open without a lock file and without ever writing.
-
     Attributes:
+        path: the folder.
+        readonly: whether it can only be read: then there is no lock file.
         write_lock: held by the thread of this process that writes.
     """
 
@@ -47,22 +47,29 @@ class Environment:
         self.write_lock = threading.RLock()
         self._map_bytes = map_bytes
         self._users = 0
-        self._handles: tuple[Any, dict[bytes, Any]] | None = self._connect()
+        self._connection: _Connection | None = _Connection(path, map_bytes, readonly)
 
     @classmethod
     def open(cls, path: Path, *, map_bytes: int, readonly: bool = False) -> Environment:
         """The environment of a folder: the one that is open in this process, or a new one.
 
+        Args:
+            path: the folder; made with its parents unless it is for reading only.
+            map_bytes: address space that the data may take.
+            readonly: never write. A folder that may not be written to is opened so by itself.
+
         Raises:
             StoreError: the folder cannot be opened, or is open for reading only and writing is asked for.
+            RecordError: the file is damaged.
         """
+        only_reading = prepare(path, readonly=readonly)
         status = path.stat()
         identity = (status.st_dev, status.st_ino)
         with cls._registry_lock:
             environment = cls._open.get(identity)
             if environment is None:
-                environment = cls._open[identity] = cls(path, max(map_bytes, MIN_MAP_BYTES), readonly)
-            elif environment.readonly and not readonly:
+                environment = cls._open[identity] = cls(path, max(map_bytes, MIN_MAP_BYTES), only_reading)
+            elif environment.readonly and not only_reading:
                 raise StoreError(f"{path} is open for reading only in this process: close that store first")
             environment._users += 1
             return environment
@@ -74,40 +81,31 @@ class Environment:
             if self._users == 0:
                 for identity in [key for key, value in self._open.items() if value is self]:
                     del self._open[identity]
-                self._env.close()
-
-    @property
-    def _env(self) -> Any:
-        if self._handles is None:
-            self._handles = self._connect()
-        return self._handles[0]
+                if self._connection is not None:
+                    self._connection.env.close()
 
     def db(self, name: bytes) -> Any:
         """The handle of a database."""
-        if self._handles is None:
-            self._handles = self._connect()
-        return self._handles[1][name]
+        return self._live.dbs[name]
 
     def begin(self) -> Any:
         """A read transaction with buffers, to be aborted by the caller.
 
         Raises:
             StoreError: every reader slot is taken.
+            RecordError: the file was cut short and may not be written to.
         """
         import lmdb
 
-        try:
-            return self._env.begin(buffers=True)
-        except lmdb.ReadersFullError:
-            # Slots of killed processes stay taken until somebody looks.
-            self._env.reader_check()
-        try:
-            return self._env.begin(buffers=True)
-        except lmdb.ReadersFullError as error:
-            raise StoreError(
-                f"{self.path} has {self._env.max_readers()} concurrent readers, as many as it can: "
-                "close batches that are no longer needed"
-            ) from error
+        connection = self._live
+        connection.ensure_length()
+        with translated(self.path):
+            try:
+                return connection.env.begin(buffers=True)
+            except lmdb.ReadersFullError:
+                # Slots of killed processes stay taken until somebody looks.
+                connection.env.reader_check()
+                return connection.env.begin(buffers=True)
 
     @contextmanager
     def read(self) -> Iterator[Any]:
@@ -121,57 +119,131 @@ class Environment:
 
     @contextmanager
     def write(self) -> Iterator[Any]:
-        """A write transaction: committed, and on disk, when the block ends; undone when it raises."""
+        """A write transaction: committed, and on disk, when the block ends; undone when it raises.
+
+        Raises:
+            StoreError: the folder is for reading only, or was deleted.
+            StoreFullError: the disk or the map is full.
+        """
         if self.readonly:
             raise StoreError(f"{self.path} is open for reading only")
-        with self.write_lock, translated(self.path), self._env.begin(write=True) as txn:
-            yield txn
+        with self.write_lock, translated(self.path):
+            connection = self._live
+            connection.ensure_length()
+            connection.check_place()
+            with connection.env.begin(write=True) as txn:
+                yield txn
 
-    def info(self) -> dict[str, int]:
-        """LMDB's own figures."""
-        return {**self._env.info(), **self._env.stat()}
+    def clear_stale_readers(self) -> int:
+        """Frees the reader slots of processes that are gone; how many."""
+        return 0 if self.readonly else self._live.env.reader_check()
+
+    def copy(self, target: Path) -> None:
+        """Writes a copy without free pages into an empty folder."""
+        with translated(self.path):
+            self._live.env.copy(str(target), compact=True)
+
+    def file_bytes(self) -> int:
+        """The length of the data file."""
+        return (self.path / "data.mdb").stat().st_size
 
     def sync(self) -> None:
         """Writes what the operating system still holds to the disk."""
         if not self.readonly:
-            self._env.sync(True)
+            with translated(self.path):
+                self._live.env.sync(True)
 
-    def _connect(self) -> tuple[Any, dict[bytes, Any]]:
-        import lmdb
-
-        with translated(self.path):
-            env = lmdb.open(
-                str(self.path),
-                map_size=self._map_bytes,
-                max_dbs=len(DATABASES),
-                max_readers=MAX_READERS,
-                readonly=self.readonly,
-                lock=not self.readonly,
-                create=not self.readonly,
-                metasync=False,
-                sync=True,
-                writemap=False,
-            )
-            try:
-                dbs = self._open_databases(env)
-            except lmdb.Error:
-                env.close()
-                raise
-            if not self.readonly:
-                env.reader_check()
-            return env, dbs
-
-    def _open_databases(self, env: Any) -> dict[bytes, Any]:
-        with env.begin(write=not self.readonly) as txn:
-            return {name: env.open_db(name, txn=txn, create=not self.readonly) for name in DATABASES}
+    @property
+    def _live(self) -> _Connection:
+        connection = self._connection
+        if connection is None:
+            with self._registry_lock:
+                if self._connection is None:
+                    self._connection = _Connection(self.path, self._map_bytes, self.readonly)
+                connection = self._connection
+        return connection
 
     @classmethod
     def _after_fork(cls) -> None:
         cls._registry_lock = threading.Lock()
         for environment in cls._open.values():
-            cls._inherited.append(environment._handles)
-            environment._handles = None
+            cls._inherited.append(environment._connection)
+            environment._connection = None
             environment.write_lock = threading.RLock()
+
+
+class _Connection:
+    """What one process has open: the LMDB environment and its databases."""
+
+    def __init__(self, path: Path, map_bytes: int, readonly: bool) -> None:
+        import lmdb
+
+        self._path = path
+        self._readonly = readonly
+        self._data = str(path / "data.mdb")
+        with translated(path):
+            self.env = lmdb.open(
+                str(path),
+                map_size=map_bytes,
+                max_dbs=len(DATABASES),
+                max_readers=MAX_READERS,
+                readonly=readonly,
+                lock=not readonly,
+                create=not readonly,
+                metasync=False,
+                sync=True,
+                writemap=False,
+            )
+            try:
+                status = os.stat(self._data)
+                self._identity = (status.st_dev, status.st_ino)
+                self._page_bytes = self.env.stat()["psize"]
+                self.ensure_length()
+                with self.env.begin(write=not readonly) as txn:
+                    self.dbs = {name: self.env.open_db(name, txn=txn, create=not readonly) for name in DATABASES}
+                if not readonly:
+                    self.env.reader_check()
+            except (lmdb.Error, RecordError, OSError):
+                self.env.close()
+                raise
+
+    def ensure_length(self) -> None:
+        """Lengthens a file that is shorter than its pages: to touch what is missing would kill the process.
+
+        What was cut off then reads as zeros, which no checksum and no page header takes for data.
+
+        Raises:
+            RecordError: it is short and may not be written to.
+        """
+        try:
+            if os.stat(self._data).st_size >= self._needed_bytes():
+                return
+        except FileNotFoundError:
+            return  # deleted: what is mapped stays whole
+        if self._readonly:
+            raise RecordError(f"{self._data} was cut short, and it may not be repaired here")
+        # The lock of a write transaction keeps the other processes from lengthening it at the same time.
+        with self.env.begin(write=True) as txn:
+            missing = self._needed_bytes() - os.stat(self._data).st_size
+            if missing > 0:
+                os.truncate(self._data, self._needed_bytes())
+            # LMDB leaves out pages at the end that it never filled; more than that is damage.
+            if missing > _UNFILLED_BYTES:
+                logger.warning("%s was %d bytes too short: what stood there is lost", self._data, missing)
+            txn.abort()
+
+    def _needed_bytes(self) -> int:
+        info = self.env.info()
+        return (info["last_pgno"] + 1) * self._page_bytes if info["last_txnid"] else 0
+
+    def check_place(self) -> None:
+        """Raises StoreError where the path no longer leads to the file that is open."""
+        try:
+            status = os.stat(self._data)
+        except FileNotFoundError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != self._identity:
+            raise StoreError(f"{self._path} was deleted or replaced under this process: close the store and open it")
 
 
 @contextmanager
@@ -183,14 +255,18 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except lmdb.MapFullError as error:
         raise StoreFullError(f"{path}: the map is full ({error}): give it a larger disk_bytes") from error
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError) as error:
-        raise RecordError(
-            f"{path} is damaged ({error}): repair it, or delete the folder and let it be computed anew"
+    except lmdb.ReadersFullError as error:
+        raise StoreError(
+            f"{path} has {MAX_READERS} batches open, as many as it can: close those that are done ({error})"
         ) from error
     except lmdb.VersionMismatchError as error:
         raise RecordError(f"{path} was written by another version of LMDB ({error})") from error
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError) as error:
+        raise RecordError(
+            f"{path} is damaged ({error}): repair it (ragkv.store.repair), or delete the folder"
+        ) from error
     except lmdb.Error as error:
-        if "No space left" in str(error) or "File too large" in str(error) or "quota" in str(error).lower():
+        if any(word in str(error) for word in _FULL):
             raise StoreFullError(f"{path}: the disk is full ({error}); nothing was changed") from error
         raise StoreError(f"{path}: {error}") from error
 

@@ -108,7 +108,7 @@ def encode_context(encoder: Encoder, context: Context, rng: random.Random, longe
 
 def _answer_evidence(encoder: Encoder, question: Question, example: Example) -> tuple[list[int], list[int]]:
     """Ids of the answer with EOS, and for each the place in the context that it can be copied from, or -1."""
-    answer = encoder.ids(question.answer) + [encoder.eos]
+    answer = [*encoder.ids(question.answer), encoder.eos]
     evidence = [-1] * len(answer)
     runs = [example.places[id(fact)] for fact in question.facts]
     if not runs:

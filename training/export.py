@@ -68,6 +68,8 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: 
         tokenizer.save_pretrained(fresh)
         for path in (path for path in fresh.iterdir() if path.name not in SHIPPED):
             path.unlink()
+        for path in fresh.iterdir():
+            path.chmod(0o644)
         size = sum(path.stat().st_size for path in fresh.iterdir())
         if size > MAX_BYTES:
             raise ValueError(f"the exported model must be {MAX_BYTES} bytes at most; got {size}.")

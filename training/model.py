@@ -73,7 +73,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size.hidden, kv, bias=False)
         self.o_proj = nn.Linear(size.hidden, size.hidden, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x ``[B, C + M, d]``, mask ``[B, 1, M, C + M]``; returns the output, and q and k for the evidence helper."""
         size = self.size
         heads = lambda y, n: y.unflatten(-1, (n, size.head_dim)).transpose(1, 2)  # noqa: E731
@@ -112,7 +114,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(size.hidden)
         self.mlp = MLP(size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer; see `Attention.forward`."""
         y, q, k = self.self_attn(self.input_layernorm(x), rope, mask, width)
         x = x + y

@@ -154,7 +154,9 @@ class Run:
                 sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
                 self.seconds, begun = self.seconds + time.monotonic() - begun, time.monotonic()
                 if self.step % every == 0:
-                    log.writerow((self.step, round(self.seconds), self.tokens, *(f"{s / every:.4f}" for s in sums.values())))
+                    log.writerow(
+                        (self.step, round(self.seconds), self.tokens, *(f"{s / every:.4f}" for s in sums.values()))
+                    )
                     file.flush()
                     sums = {}
                 if self.step % save_every == 0 or self.step == self.steps:
@@ -168,7 +170,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
-    parser.add_argument("--helper", type=float, default=Plan.helper, help="weight of the two helpers; 0 leaves them out")
+    parser.add_argument(
+        "--helper", type=float, default=Plan.helper, help="weight of the two helpers; 0 leaves them out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()

@@ -31,7 +31,7 @@ class Shape:
 
     documents: tuple[int, int] = (6, 6)
     chunks: tuple[int, int] = (1, 3)
-    words: tuple[int, int] = (30, 75)
+    words: tuple[int, int] = (34, 100)
     facts: tuple[int, int] = (1, 3)
     types: tuple[int, int] = (1, 3)
     notes: float = 0.25
@@ -209,7 +209,8 @@ class _Writer:
         rng = self.rng
         if not relation.link:
             return rng.sample(relation.values, len(relation.values))
-        return rng.sample(here := [e.name for e in self.context.entities if e.type == relation.link], len(here))
+        here = [entity.name for entity in self.context.entities if entity.type == relation.link]
+        return rng.sample(here, len(here))
 
     def _document(self, number: int, entity: Entity, facts: list[tuple[lang.Relation, str]], note: bool) -> None:
         count = 1 if note else self.chunk_count
@@ -222,37 +223,43 @@ class _Writer:
     def _chunk(
         self, document: int, entity: Entity, facts: list[tuple[lang.Relation, str]], first: bool, note: bool
     ) -> None:
-        """Writes a chunk: an opening, then facts and fillers in any order."""
-        rng, target = self.rng, self.rng.randint(*self.shape.words)
-        pronouns = rng.choice(lang.PRONOUNS[entity.pronoun])
-        text, words, found = "", 0, []
-        plan: list[tuple[lang.Relation, str] | None] = list(facts)
-        while sum(8 if fact else 9 for fact in plan) + 5 < target:
-            plan.insert(rng.randint(0, len(plan)), None)
-        named = False
-        if note:
-            text = rng.choice(lang.CONTINUATIONS)
-        elif first and (not facts or rng.random() < 0.6):
-            text, named = rng.choice(lang.INTRODUCTIONS).format(n=entity.name), True
-        may_name = not note and (first or rng.random() < 0.4)
+        """Writes a chunk: an opening, then facts and fillers in any order.
+
+        A first chunk names its subject before it says anything of it, a note never does, another chunk may.
+        """
+        pronouns = self.rng.choice(lang.PRONOUNS[entity.pronoun])
+        plan = self._plan(facts)
+        text, named = self._opening(entity, first and not note, note, empty=not facts)
+        may_name = not note and (first or self.rng.random() < 0.4)
         for fact in plan:
             if fact is None:
                 text = self._join(text, self._filler())
                 continue
-            must = first and not note and not named
-            direct = may_name and (must or rng.random() < 0.5)
+            direct = may_name and ((first and not named) or self.rng.random() < 0.5)
             kind = "direct" if direct else "cross-document" if note else "local" if named else "cross"
             sentence, start = self._sentence(fact, entity, pronouns, direct)
             named |= direct
-            joined = self._join(text, sentence)
-            found.append(
-                Fact(entity, fact[0], fact[1], kind, len(self.context.chunks), len(joined) - len(sentence) + start)
-            )
-            text = joined
-        del words
-        self.context.facts.extend(found)
+            text = self._join(text, sentence)
+            start += len(text) - len(sentence)
+            self.context.facts.append(Fact(entity, *fact, kind, len(self.context.chunks), start))
         self.context.chunks.append(text)
         self.context.chunk_documents.append(document)
+
+    def _plan(self, facts: list[tuple[lang.Relation, str]]) -> list[tuple[lang.Relation, str] | None]:
+        """The facts with fillers (None) between them, until there are enough words."""
+        target = self.rng.randint(*self.shape.words)
+        plan: list[tuple[lang.Relation, str] | None] = list(facts)
+        while sum(8 if fact else 9 for fact in plan) + 5 < target:
+            plan.insert(self.rng.randint(0, len(plan)), None)
+        return plan
+
+    def _opening(self, entity: Entity, introduces: bool, note: bool, empty: bool) -> tuple[str, bool]:
+        """The first sentence, or nothing, and whether it names the subject."""
+        if note:
+            return self.rng.choice(lang.CONTINUATIONS), False
+        if introduces and (empty or self.rng.random() < 0.6):
+            return self.rng.choice(lang.INTRODUCTIONS).format(n=entity.name), True
+        return "", False
 
     def _join(self, text: str, sentence: str) -> str:
         """Appends a sentence, mostly on the same line."""

@@ -4,43 +4,63 @@ Every sentence names its subject before its value, so a causal reader can bind t
 Slots: ``{S}`` and ``{s}`` subject at the start of a sentence and inside it, ``{P}`` and ``{p}`` its possessive,
 ``{v}`` the value, ``{n}`` the full name in a question.
 """
+# ruff: noqa: SIM905 - a list of words reads better as a line of words
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_HEADS = ["Mi", "Ka", "Lo", "Te", "Ra", "Sel", "Bo", "Ni", "Da", "Fe", "Gu", "Ha", "Jo", "Pe", "Ru", "Va", "Wen", "Yo", "Zi", "El", "An", "Or", "Is", "Ul", "Cla", "Tri"]
-FIRST_TAILS = ["ra", "lin", "vek", "dor", "mas", "tia", "nna", "rik", "so", "bel", "ven", "la", "nas", "mir", "ton", "gan", "lde", "shi"]
-LAST_HEADS = ["Kol", "Bren", "Har", "Ost", "Vel", "Mar", "Tor", "Lin", "Gra", "Sto", "Fen", "Ash", "Dun", "Pol", "Wes", "Cor", "Hol", "Ber", "Cas", "Jor", "Nor", "Ris", "Sal", "Thorn", "Quin", "Eld", "Yar", "Zan", "Pem", "Drey"]
+FIRST_HEADS = "Mi Ka Lo Te Ra Sel Bo Ni Da Fe Gu Ha Jo Pe Ru Va Wen Yo Zi El An Or Is Ul Cla Tri".split()
+FIRST_TAILS = "ra lin vek dor mas tia nna rik so bel ven la nas mir ton gan lde shi".split()
+LAST_HEADS = (
+    "Kol Bren Har Ost Vel Mar Tor Lin Gra Sto Fen Ash Dun Pol Wes Cor Hol Ber Cas Jor Nor Ris Sal Thorn Quin Eld Yar "
+    "Zan Pem Drey"
+).split()
 LAST_TAILS = (
-    ["vane", "ford", "sen", "ley", "wick", "man", "mont", "ski", "dale", "berg", "lock", "well", "stad", "grove", "ham", "ridge", "more", "by", "ker", "quist", "rell", "nett"]
-)
-FIRM_HEADS = ["Bel", "Ark", "Nov", "Cal", "Dex", "Omni", "Hex", "Lumo", "Vert", "Sol", "Ter", "Rad", "Alt", "Zen", "Fal", "Gryph", "Ire", "Jun", "Kest", "Luth", "Mon", "Pax"]
-FIRM_TAILS = ["mar", "tek", "don", "via", "rion", "cor", "tis", "gard", "lux", "wen", "phar", "stor", "nix", "dyne", "ros"]
-FIRM_ENDINGS = ["Works", "Mills", "Partners", "Motors", "Foods", "Trading", "Brothers", "Labs"]
+    "vane ford sen ley wick man mont ski dale berg lock well stad grove ham ridge more by ker quist rell nett"
+).split()
+FIRM_HEADS = "Bel Ark Nov Cal Dex Omni Hex Lumo Vert Sol Ter Rad Alt Zen Fal Gryph Ire Jun Kest Luth Mon Pax".split()
+FIRM_TAILS = "mar tek don via rion cor tis gard lux wen phar stor nix dyne ros".split()
+FIRM_ENDINGS = "Works Mills Partners Motors Foods Trading Brothers Labs".split()
 TOWN_HEADS = (
-    ["Amber", "Black", "Clear", "Dray", "East", "Fox", "Glen", "High", "Iron", "King", "Long", "Moor", "North", "Oak", "Raven", "Silver", "Stone", "West", "Win", "Yew"]
-)
-TOWN_TAILS = ["haven", "port", "bridge", "minster", "burg", "mouth", "field", "stead", "ville", "gate", "wich", "fell"]
+    "Amber Black Clear Dray East Fox Glen High Iron King Long Moor North Oak Raven Silver Stone West Win Yew"
+).split()
+TOWN_TAILS = "haven port bridge minster burg mouth field stead ville gate wich fell".split()
 
-JOBS = ["painter", "baker", "teacher", "lawyer", "farmer", "doctor", "nurse", "sailor", "tailor", "printer", "carpenter", "driver", "gardener", "miner", "surgeon", "translator", "hunter", "librarian", "dentist", "weaver", "butcher", "plumber", "singer", "potter"]
-INSTRUMENTS = ["violin", "harp", "flute", "trumpet", "piano", "guitar", "drum", "cello", "clarinet", "banjo", "tuba", "horn", "lute", "fiddle", "bassoon", "zither", "sitar", "whistle"]
-PETS = ["cat", "dog", "parrot", "rabbit", "turtle", "pony", "goat", "snake", "hamster", "lizard", "ferret", "duck", "goose", "donkey", "falcon", "spider"]
-FOODS = ["soup", "rice", "fish", "bread", "pasta", "beans", "lamb", "cheese", "noodles", "trout", "cabbage", "potatoes", "lentils", "mushrooms", "pancakes", "salad"]
+JOBS = (
+    "painter baker teacher lawyer farmer doctor nurse sailor tailor printer carpenter driver gardener miner surgeon "
+    "translator hunter librarian dentist weaver butcher plumber singer potter"
+).split()
+INSTRUMENTS = (
+    "violin harp flute trumpet piano guitar drum cello clarinet banjo tuba horn lute fiddle bassoon zither sitar "
+    "whistle"
+).split()
+PETS = "cat dog parrot rabbit turtle pony goat snake hamster lizard ferret duck goose donkey falcon spider".split()
+FOODS = (
+    "soup rice fish bread pasta beans lamb cheese noodles trout cabbage potatoes lentils mushrooms pancakes salad"
+).split()
 TREASURES = (
-    ["coins", "stamps", "maps", "clocks", "books", "bottles", "shells", "postcards", "knives", "masks", "dolls", "keys", "buttons", "lamps", "spoons", "hats"]
-)
-TONGUES = ["Greek", "Latin", "Dutch", "Polish", "Danish", "Welsh", "Hindi", "Arabic", "Turkish", "Finnish", "Czech", "Korean", "Persian", "Swedish", "Russian", "Spanish"]
-GOODS = ["glass", "paper", "bicycles", "shoes", "candles", "furniture", "soap", "rope", "tractors", "cement", "paint", "carpets", "radios", "tyres", "chocolate", "batteries", "pianos", "umbrellas", "tents", "boats", "pencils", "engines"]
-LANDS = ["Norway", "Egypt", "Brazil", "Canada", "Japan", "Kenya", "Chile", "Iceland", "France", "Peru", "Nepal", "Cuba", "Ireland", "Spain", "Ghana", "Fiji"]
-BEASTS = ["lion", "eagle", "bear", "wolf", "swan", "stag", "bull", "dragon", "fox", "owl", "dolphin", "horse", "crane", "tiger", "beaver", "raven"]
+    "coins stamps maps clocks books bottles shells postcards knives masks dolls keys buttons lamps spoons hats"
+).split()
+TONGUES = (
+    "Greek Latin Dutch Polish Danish Welsh Hindi Arabic Turkish Finnish Czech Korean Persian Swedish Russian Spanish"
+).split()
+GOODS = (
+    "glass paper bicycles shoes candles furniture soap rope tractors cement paint carpets radios tyres chocolate "
+    "batteries pianos umbrellas tents boats pencils engines"
+).split()
+LANDS = "Norway Egypt Brazil Canada Japan Kenya Chile Iceland France Peru Nepal Cuba Ireland Spain Ghana Fiji".split()
+BEASTS = "lion eagle bear wolf swan stag bull dragon fox owl dolphin horse crane tiger beaver raven".split()
 COLOURS = (
-    ["red", "blue", "green", "yellow", "black", "white", "purple", "brown", "grey", "pink", "silver", "golden", "scarlet", "violet", "beige", "turquoise"]
-)
-SIGHTS = ["lighthouse", "castle", "cathedral", "windmill", "fountain", "museum", "theatre", "tower", "monastery", "market", "library", "bridge", "palace", "aquarium", "observatory", "garden"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
-CROPS = ["apples", "wheat", "barley", "hops", "cherries", "plums", "tobacco", "corn", "grapes", "roses", "hay", "tulips", "oats", "pears", "flax", "onions"]
-RIVERS = ["Ouse", "Tamar", "Wye", "Severn", "Tyne", "Avon", "Dee", "Exe", "Forth", "Lune", "Mersey", "Nene", "Tees", "Trent", "Usk", "Wear"]
+    "red blue green yellow black white purple brown grey pink silver golden scarlet violet beige turquoise"
+).split()
+SIGHTS = (
+    "lighthouse castle cathedral windmill fountain museum theatre tower monastery market library bridge palace "
+    "aquarium observatory garden"
+).split()
+MONTHS = "January February March April May June July August September October November December".split()
+CROPS = "apples wheat barley hops cherries plums tobacco corn grapes roses hay tulips oats pears flax onions".split()
+RIVERS = "Ouse Tamar Wye Severn Tyne Avon Dee Exe Forth Lune Mersey Nene Tees Trent Usk Wear".split()
 YEARS = [str(year) for year in range(1900, 2000)]
 SIZES = [str(size) for size in range(110, 990, 10)]
 
@@ -277,10 +297,10 @@ FILLERS = (
     "That is how the {mood} {period} came to an end.",
 )
 FILLER_SLOTS = {
-    "period": ["year", "week", "month", "season", "decade", "summer", "spring", "autumn"],
-    "mood": ["long", "cold", "quiet", "bright", "narrow", "heavy", "plain", "strange", "gentle", "busy", "empty", "pleasant"],
-    "thing": ["table", "wagon", "painting", "statue", "wall", "letter", "chair", "mirror", "barrel", "ladder", "basket", "curtain"],
-    "place": ["station", "harbour", "square", "church", "valley", "school", "hall", "village", "street", "courtyard", "inn", "forest"],
+    "period": "year week month season decade summer spring autumn".split(),
+    "mood": "long cold quiet bright narrow heavy plain strange gentle busy empty pleasant".split(),
+    "thing": "table wagon painting statue wall letter chair mirror barrel ladder basket curtain".split(),
+    "place": "station harbour square church valley school hall village street courtyard inn forest".split(),
 }
 ABSENT = "not stated"
 ORDER_QUESTIONS = ("Which is mentioned first, {a} or {b}?", "Which comes first in the text, {a} or {b}?")

@@ -1,0 +1,72 @@
+"""Memory for payloads: recycled, because a page touched for the first time costs more than copying into it."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from bisect import bisect_left
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Smaller ones are left to the allocator, which recycles them itself.
+_LARGE_BYTES = 1 << 20
+_SPARE_BYTES = 256 << 20
+_WASTE = 8  # a recycled buffer may be larger than asked for by one part in this many
+
+
+class _Spares:
+    """Maps whose tensors are all gone, by size."""
+
+    def __init__(self) -> None:
+        # Reentrant: a tensor may be collected, and come here, while this very thread holds the lock.
+        self._lock = threading.RLock()
+        self._maps: list[tuple[int, mmap.mmap]] = []
+        self._total = 0
+
+    def take(self, size: int) -> mmap.mmap | None:
+        """A map of at least ``size`` bytes and not much more."""
+        with self._lock:
+            at = bisect_left(self._maps, size, key=lambda item: item[0])
+            if at == len(self._maps) or self._maps[at][0] > size + size // _WASTE:
+                return None
+            length, spare = self._maps.pop(at)
+            self._total -= length
+            return spare
+
+    def give(self, spare: mmap.mmap) -> None:
+        """Keeps a map for later, if not too many are kept."""
+        with self._lock:
+            length = len(spare)
+            if self._total + length <= _SPARE_BYTES:
+                self._maps.insert(bisect_left(self._maps, length, key=lambda item: item[0]), (length, spare))
+                self._total += length
+
+
+_spares = _Spares()
+
+
+def allocate(size: int) -> Tensor:
+    """uint8 ``[size]``, not cleared; pinned where there is a GPU.
+
+    The memory is used again once no tensor refers to it, be it a view of a view.
+    """
+    if torch.cuda.is_available():
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    if size < _LARGE_BYTES:
+        return torch.empty(size, dtype=torch.uint8)
+    region = _spares.take(size) or _map(size)
+    array: Any = np.frombuffer(region, dtype=np.uint8, count=size)
+    # The tensor's storage holds the array: this runs when the last view has gone.
+    weakref.finalize(array, _spares.give, region).atexit = False
+    return torch.from_numpy(array)
+
+
+def _map(size: int) -> mmap.mmap:
+    region = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return region

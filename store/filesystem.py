@@ -1,0 +1,66 @@
+"""Where a folder may lie: LMDB's locks and its memory map need a local file system."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ragkv.errors import StoreError
+
+MOUNTS = Path("/proc/mounts")
+NETWORK = frozenset(
+    (
+        *("9p", "afs", "afpfs", "beegfs", "ceph", "cifs", "coda", "davfs", "fuse.ceph", "fuse.glusterfs"),
+        *("fuse.rclone", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
+        *("ocfs2", "orangefs", "pvfs2", "smb3", "smbfs", "vboxsf"),
+    )
+)
+
+
+def prepare(path: Path, *, readonly: bool) -> bool:
+    """Makes the folder, unless it is for reading only, and checks that LMDB can work on it.
+
+    Returns:
+        Whether it can only be read, because that was asked for or because it may not be written to.
+
+    Raises:
+        StoreError: the folder lies on a network file system, is not there to be read, or cannot be made.
+    """
+    if sys.byteorder != "little":
+        raise StoreError("records are little-endian: the disk tier needs a little-endian machine")
+    kind = filesystem_of(path)
+    if kind in NETWORK:
+        raise StoreError(
+            f"{path} lies on {kind}, a network file system, where LMDB's locks and memory map are not reliable: "
+            "choose a local folder"
+        )
+    try:
+        if not readonly:
+            path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+        data = path / "data.mdb"
+        if not path.is_dir() or ((readonly or not writable) and not data.exists()):
+            raise StoreError(f"{path} is not a folder of a store that could be read")
+        return readonly or not writable or (data.exists() and not os.access(data, os.W_OK))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be a store's folder: {error}") from error
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the file system that a path lies on or would be made on; empty where that is not known."""
+    try:
+        lines = MOUNTS.read_text().splitlines()
+    except OSError:
+        return ""
+    place = path.resolve()
+    best, kind = -1, ""
+    for line in lines:
+        fields = line.split()
+        if len(fields) < 3:
+            continue
+        # Blanks in a mount point are written as octal escapes.
+        point = Path(fields[1].encode().decode("unicode_escape"))
+        if (place == point or point in place.parents) and len(point.parts) >= best:
+            best, kind = len(point.parts), fields[2]
+    return kind

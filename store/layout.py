@@ -1,0 +1,153 @@
+"""Where the tensors of a record lie in its payload."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ragkv.store.buffers import allocate
+
+DTYPES: dict[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor: its dtype, shape and place in the payload, in bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    strides: tuple[int, ...] = field(init=False, repr=False)
+    stop: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        strides, count = [], 1
+        for size in reversed(self.shape):
+            strides.append(count)
+            count *= size
+        object.__setattr__(self, "strides", tuple(reversed(strides)))
+        object.__setattr__(self, "stop", self.start + count * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one layer, by the names that the codec gave them, and the bytes between which they lie."""
+
+    keys: dict[str, Part]
+    values: dict[str, Part]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All parts by name (``k.3``, ``v.3``, ``k.3.scale``), in the order of the payload, without holes."""
+
+    parts: Mapping[str, Part]
+    layers: tuple[Layer, ...] = field(init=False)
+    payload_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        end = 0
+        for name, part in self.parts.items():
+            if part.start != end:
+                raise ValueError(f"{name} begins at byte {part.start}, the part before it ends at {end}")
+            end = part.stop
+        if not end:
+            raise ValueError("no bytes")
+        object.__setattr__(self, "payload_bytes", end)
+        object.__setattr__(self, "layers", tuple(_layers(self.parts)))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The tensors one after the other."""
+        parts: dict[str, Part] = {}
+        end = 0
+        for name, tensor in tensors.items():
+            parts[name] = Part(tensor.dtype, tuple(tensor.shape), end)
+            end = parts[name].stop
+        return cls(parts)
+
+    def to_json(self) -> str:
+        """The tensors of a safetensors header, without the outer braces."""
+        table = {
+            name: {"dtype": NAMES[part.dtype], "shape": part.shape, "data_offsets": [part.start, part.stop]}
+            for name, part in self.parts.items()
+        }
+        return json.dumps(table, separators=(",", ":"))[1:-1]
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_json(text: str) -> Layout:
+        """Reads :meth:`to_json`. Chunks of one length and model share one layout.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is none, or contradicts itself.
+        """
+        return Layout({name: _part(entry) for name, entry in json.loads("{" + text + "}").items()})
+
+
+class Payload:
+    """The bytes of a record in memory.
+
+    Attributes:
+        data: uint8 ``[payload_bytes]``.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._buffer = allocate(-(-size // _ALIGNMENT) * _ALIGNMENT)
+        self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self._buffer}
+        self.data = self._buffer[:size]
+
+    def view(self, part: Part) -> Tensor:
+        """A part as the tensor that it is; shares the payload's memory where alignment allows."""
+        if part.start % part.dtype.itemsize:
+            return self.data[part.start : part.stop].clone().view(part.dtype).view(part.shape)
+        typed = self._typed.get(part.dtype)
+        if typed is None:
+            typed = self._typed[part.dtype] = self._buffer.view(part.dtype)
+        return typed.as_strided(part.shape, part.strides, part.start // part.dtype.itemsize)
+
+    def fill(self, part: Part, tensor: Tensor) -> None:
+        """Copies a tensor to its place."""
+        if part.start % part.dtype.itemsize:
+            self.data[part.start : part.stop] = tensor.contiguous().view(-1).view(torch.uint8)
+        else:
+            self.view(part).copy_(tensor)
+
+
+def _part(entry: dict) -> Part:
+    start, stop = entry["data_offsets"]
+    part = Part(DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]), int(start))
+    if start < 0 or min(part.shape, default=1) < 0 or part.stop != stop:
+        raise ValueError(f"a tensor {part.shape} of {part.dtype} cannot lie in bytes {start} to {stop}")
+    return part
+
+
+def _layers(parts: Mapping[str, Part]) -> list[Layer]:
+    grouped: dict[int, tuple[dict[str, Part], dict[str, Part]]] = {}
+    for name, part in parts.items():
+        side, layer, *rest = name.split(".", 2)
+        grouped.setdefault(int(layer), ({}, {}))[("k", "v").index(side)]["".join(rest)] = part
+    layers = []
+    for number in range(len(grouped)):
+        keys, values = grouped[number]
+        if "" not in keys or "" not in values:
+            raise ValueError(f"layer {number} is not complete")
+        both = [*keys.values(), *values.values()]
+        layers.append(Layer(keys, values, min(part.start for part in both), max(part.stop for part in both)))
+    return layers

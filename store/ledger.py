@@ -1,0 +1,294 @@
+"""The books of a folder: how its entries were used, in which order they go, and when something falls due.
+
+They lie in the folder itself, so that there is no index in memory to load, to bound, or to keep in step with other
+processes. All changes are made through a :class:`Ledger`, inside one write transaction.
+
+    usage   key -> Row, also of entries that were evicted (ghosts: their frequency and cost are remembered)
+    order   group, priority, key -> nothing: the entries that may be evicted, and the ghosts, least first
+    alarms  time, kind, key -> nothing: when entries expire and pins end
+    state   counters; bytes and quotas of namespaces
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from ragkv.errors import StoreFullError
+from ragkv.store.environment import Environment
+from ragkv.store.policy import Policy, Usage
+
+_ROW = struct.Struct("<QddQQQdddddd8s")
+_STATE = struct.Struct("<QdQQQ")
+_SPACE = struct.Struct("<QQ")
+_SIGN = 1 << 63
+_EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
+_EXPIRES, _UNPINS = b"x", b"p"
+_GHOSTS_PER_ENTRY, _LEAST_GHOSTS = 4, 1024
+NO_QUOTA = (1 << 64) - 1
+NOBODY = bytes(8)
+
+
+@dataclass(slots=True)
+class Row:
+    """What the books say of an entry. Times are seconds of the wall clock.
+
+    Attributes:
+        usage: what the policy looks at. ``size_bytes`` is 0 for a ghost.
+        priority: its place in the order.
+        created_s: when it was put.
+        used_s: when it was last used.
+        expires_s: until when it may be read; infinite by default.
+        pinned_from_s: when it was pinned.
+        pinned_until_s: until when it is pinned; 0 where it is not.
+        namespace: id of its namespace.
+    """
+
+    usage: Usage
+    priority: float = 0.0
+    created_s: float = 0.0
+    used_s: float = 0.0
+    expires_s: float = math.inf
+    pinned_from_s: float = 0.0
+    pinned_until_s: float = 0.0
+    namespace: bytes = NOBODY
+
+    def alive(self, now: float) -> bool:
+        """Whether it may be read. A lifetime is an interval: a clock set back does not make it longer."""
+        return self.usage.size_bytes > 0 and (self.expires_s == math.inf or self.created_s <= now < self.expires_s)
+
+    def pinned(self, now: float) -> bool:
+        """Whether it must not be evicted. A clock set back ends a pin that has a lifetime."""
+        return self.pinned_until_s == math.inf or self.pinned_from_s <= now < self.pinned_until_s
+
+    def pack(self) -> bytes:
+        """The row as bytes."""
+        use = self.usage
+        return _ROW.pack(
+            *(use.size_bytes, use.cost_s, use.last_cost_s, use.computed, use.frequency, use.tick),
+            *(self.priority, self.created_s, self.used_s, self.expires_s, self.pinned_from_s, self.pinned_until_s),
+            self.namespace,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Row:
+        """The row of :meth:`pack`."""
+        fields = _ROW.unpack(data)
+        return cls(Usage(*fields[:6]), *fields[6:])
+
+
+@dataclass
+class Counters:
+    """What the books sum up: bytes of all entries, the policy's clock and tick, ghosts, and the removals so far."""
+
+    bytes: int = 0
+    clock: float = 0.0
+    tick: int = 0
+    ghosts: int = 0
+    removals: int = 0
+
+    @classmethod
+    def read(cls, environment: Environment, txn: Any) -> Counters:
+        """The counters of a folder."""
+        data = txn.get(b"counters", db=environment.db(b"state"))
+        return cls() if data is None else cls(*_STATE.unpack(data))
+
+    def pack(self) -> bytes:
+        """The counters as bytes."""
+        return _STATE.pack(self.bytes, self.clock, self.tick, self.ghosts, self.removals)
+
+
+@dataclass
+class Ledger:
+    """The books, open for changes in a write transaction; :meth:`close` must be called before it is committed."""
+
+    environment: Environment
+    txn: Any
+    policy: Policy
+    held: Container[bytes]
+    now: float
+    counters: Counters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counters = Counters.read(self.environment, self.txn)
+
+    def row(self, key: bytes) -> Row | None:
+        """What is known of an entry, also of one that was evicted."""
+        data = self.txn.get(key, db=self.environment.db(b"usage"))
+        return None if data is None else Row.unpack(bytes(data))
+
+    def enter(self, key: bytes, row: Row) -> None:
+        """Writes down an entry that was not there, and counts a use of it."""
+        self._add_bytes(row.namespace, row.usage.size_bytes)
+        if row.expires_s < math.inf:
+            self._put(b"alarms", sortable(row.expires_s) + _EXPIRES + key)
+        self.use(key, row, 1)
+
+    def leave(self, key: bytes, row: Row, *, remember: bool) -> None:
+        """Strikes an entry out; what is remembered becomes a ghost."""
+        for place in self._places(key, row):
+            self._delete(b"order", place)
+        if row.usage.size_bytes:
+            self._add_bytes(row.namespace, -row.usage.size_bytes)
+        else:
+            self.counters.ghosts -= 1
+        self._delete(b"alarms", sortable(row.expires_s) + _EXPIRES + key)
+        self._delete(b"alarms", sortable(row.pinned_until_s) + _UNPINS + key)
+        row.usage.size_bytes = 0
+        row.expires_s, row.pinned_from_s, row.pinned_until_s = math.inf, 0.0, 0.0
+        if remember:
+            self.counters.ghosts += 1
+            self._write(key, row)
+            self._trim_ghosts()
+        else:
+            self._delete(b"usage", key)
+
+    def use(self, key: bytes, row: Row, times: int) -> None:
+        """Counts uses of an entry and moves it to its new place in the order."""
+        self._strike(key, row)
+        self.counters.tick += 1
+        row.used_s = self.now
+        row.usage.frequency += times
+        row.usage.tick = self.counters.tick
+        row.priority = self.policy.priority(key, row.usage, self.counters.clock)
+        self._write(key, row)
+
+    def pin(self, key: bytes, row: Row, until_s: float) -> None:
+        """Pins an entry until a time, 0 for not at all."""
+        self._strike(key, row)
+        self._delete(b"alarms", sortable(row.pinned_until_s) + _UNPINS + key)
+        row.pinned_from_s, row.pinned_until_s = self.now, until_s
+        if 0 < until_s < math.inf:
+            self._put(b"alarms", sortable(until_s) + _UNPINS + key)
+        self._write(key, row)
+
+    def due(self) -> list[bytes]:
+        """Ends the pins whose time has come; returns the keys whose lifetime has passed."""
+        expired = []
+        with self.txn.cursor(self.environment.db(b"alarms")) as cursor:
+            items = []
+            for item in cursor.iternext(values=False):
+                if number(bytes(item[:8])) > self.now:
+                    break
+                items.append(bytes(item))
+        for item in items:
+            kind, key = item[8:9], item[9:]
+            row = self.row(key)
+            if kind == _EXPIRES:
+                expired.append(key)
+            elif row is not None:
+                self.pin(key, row, 0.0)
+            self._delete(b"alarms", item)
+        return expired
+
+    def victims(self, missing: int, namespace: bytes | None = None) -> list[bytes]:
+        """The entries to evict, least priority first, until ``missing`` bytes are free.
+
+        Raises:
+            StoreFullError: what may be evicted is not enough.
+        """
+        found: list[bytes] = []
+        group = _EVICTABLE if namespace is None else _SPACES + namespace
+        for key in self._in_order(group) if missing > 0 else ():
+            row = self.row(key)
+            if key in self.held or row is None:
+                continue
+            found.append(key)
+            missing -= row.usage.size_bytes
+            if missing <= 0:
+                break
+        if missing > 0:
+            raise StoreFullError(f"what is pinned or in use leaves {missing} bytes too few")
+        return found
+
+    def age(self, priority: float) -> None:
+        """Sets the clock forward: an entry of this priority was evicted."""
+        self.counters.clock = max(self.counters.clock, priority)
+
+    def space(self, namespace: bytes) -> tuple[int, int]:
+        """Bytes of a namespace's entries, and its quota."""
+        data = self.txn.get(_SPACES + namespace, db=self.environment.db(b"state"))
+        return (0, NO_QUOTA) if data is None else _SPACE.unpack(data)
+
+    def set_quota(self, namespace: bytes, quota_bytes: int) -> None:
+        """Bounds a namespace's bytes."""
+        self.txn.put(
+            _SPACES + namespace,
+            _SPACE.pack(self.space(namespace)[0], quota_bytes),
+            db=self.environment.db(b"state"),
+        )
+
+    def close(self) -> None:
+        """Writes the counters down."""
+        self.txn.put(b"counters", self.counters.pack(), db=self.environment.db(b"state"))
+
+    def _write(self, key: bytes, row: Row) -> None:
+        self.txn.put(key, row.pack(), db=self.environment.db(b"usage"))
+        for place in self._places(key, row):
+            self._put(b"order", place)
+
+    def _strike(self, key: bytes, row: Row) -> None:
+        for place in self._places(key, row):
+            self._delete(b"order", place)
+
+    def _places(self, key: bytes, row: Row) -> list[bytes]:
+        """Where an entry stands in the order; what is pinned stands nowhere."""
+        if not row.usage.size_bytes:
+            return [_GHOSTS + sortable(row.usage.tick) + key]
+        if row.pinned_until_s:
+            return []
+        place = sortable(row.priority) + key
+        return [_EVICTABLE + place] + ([_SPACES + row.namespace + place] if row.namespace != NOBODY else [])
+
+    def _in_order(self, group: bytes) -> Iterator[bytes]:
+        with self.txn.cursor(self.environment.db(b"order")) as cursor:
+            if cursor.set_range(group):
+                for item in cursor.iternext(values=False):
+                    if item[: len(group)] != group:
+                        return
+                    yield bytes(item[len(group) + 8 :])
+
+    def _trim_ghosts(self) -> None:
+        entries = self.txn.stat(self.environment.db(b"entries"))["entries"]
+        if self.counters.ghosts <= max(_LEAST_GHOSTS, _GHOSTS_PER_ENTRY * entries):
+            return
+        oldest = next(self._in_order(_GHOSTS), None)
+        row = None if oldest is None else self.row(oldest)
+        if oldest is not None and row is not None:
+            self.leave(oldest, row, remember=False)
+
+    def _add_bytes(self, namespace: bytes, count: int) -> None:
+        self.counters.bytes += count
+        if namespace != NOBODY:
+            used, quota = self.space(namespace)
+            self.txn.put(
+                _SPACES + namespace, _SPACE.pack(used + count, quota), db=self.environment.db(b"state")
+            )
+
+    def _put(self, db: bytes, key: bytes) -> None:
+        self.txn.put(key, b"", db=self.environment.db(db))
+
+    def _delete(self, db: bytes, key: bytes) -> None:
+        self.txn.delete(key, db=self.environment.db(db))
+
+
+def namespace_id(name: str) -> bytes:
+    """8 bytes for a namespace, zeros for the empty one."""
+    return blake2b(name.encode(), digest_size=8).digest() if name else NOBODY
+
+
+def sortable(value: float) -> bytes:
+    """8 bytes that sort as the numbers do."""
+    (bits,) = struct.unpack(">Q", struct.pack(">d", value))
+    return struct.pack(">Q", bits ^ (_SIGN if bits < _SIGN else 2 * _SIGN - 1))
+
+
+def number(data: bytes) -> float:
+    """The number of :func:`sortable`."""
+    (bits,) = struct.unpack(">Q", data)
+    (value,) = struct.unpack(">d", struct.pack(">Q", bits ^ (_SIGN if bits >= _SIGN else 2 * _SIGN - 1)))
+    return float(value)

@@ -1,0 +1,97 @@
+"""The shipped model, its tokenizer and its fixed documents."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ragkv.bundled as bundled
+from ragkv.bundled import TEMPLATE, cases
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return bundled.load()
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+
+def prompt_ids(tokenizer, case):
+    """The ids that ``ragkv.PromptTemplate(**TEMPLATE)`` makes: every segment on its own, BOS once."""
+    parts = [TEMPLATE["prefix"]]
+    for chunk in case.chunks:
+        parts += [TEMPLATE["before_chunk"], chunk, TEMPLATE["after_chunk"]]
+    parts += [TEMPLATE["before_question"], case.question, TEMPLATE["after_question"]]
+    return [tokenizer.bos_token_id] + [token for part in parts for token in encode(tokenizer, part)]
+
+
+def answer(model, tokenizer, ids):
+    out = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def test_size_and_shape(loaded):
+    model, tokenizer = loaded
+    assert sum(path.stat().st_size for path in bundled.MODEL_PATH.iterdir()) <= 16 << 20
+    assert model.dtype == torch.float32 and not model.training
+    config = model.config
+    assert 6 <= config.num_hidden_layers <= 8
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.max_position_embeddings >= 4096
+    assert len(tokenizer) == config.vocab_size
+
+
+def test_answers_like_a_model_that_reads(loaded):
+    """A model that only looks the relation up gets one in three; a broken one nothing."""
+    model, tokenizer = loaded
+    asked = [c for c in cases(11, 70, documents=4) if c.kind in ("direct", "local", "cross")]
+    right = sum(answer(model, tokenizer, prompt_ids(tokenizer, case)) == case.answer for case in asked)
+    assert right / len(asked) >= 0.8, f"{right} of {len(asked)}"
+
+
+def test_no_context_no_answer(loaded):
+    model, tokenizer = loaded
+    asked = [c for c in cases(12, 28, documents=2) if c.kind in ("direct", "local", "cross")]
+    alone = [bundled.Case((), (), c.question, c.answer, c.kind) for c in asked]
+    right = sum(answer(model, tokenizer, prompt_ids(tokenizer, case)) == case.answer for case in alone)
+    assert right / len(asked) < 0.25
+
+
+@pytest.mark.parametrize("text", ["", "one", "two  spaces", "line\nbreaks\n\n", "tab\there", "naïve 1947 €", "\n"])
+def test_text_survives_the_tokenizer(loaded, text):
+    _, tokenizer = loaded
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_a_name_has_the_same_ids_wherever_it_stands(loaded):
+    _, tokenizer = loaded
+    name = encode(tokenizer, "Mira Kolvane")
+    inside = encode(tokenizer, "They met Mira Kolvane there")
+    assert any(inside[i : i + len(name)] == name for i in range(len(inside)))
+
+
+def test_tokenizer_adds_nothing(loaded):
+    _, tokenizer = loaded
+    ids = tokenizer("Mira").input_ids
+    assert tokenizer.bos_token_id not in ids and tokenizer.eos_token_id not in ids
+
+
+def test_questions_rest_on_the_documents():
+    documents, asked = bundled.documents(), bundled.questions()
+    assert 24 <= len(documents) <= 60
+    assert len(asked) >= 20
+    for question in asked:
+        text = "\n".join(documents[name] for name in question.documents)
+        if question.kind == "absent":
+            assert not question.documents
+        else:
+            assert all(part in text for part in question.answer.split(": "))
+
+
+def test_import_is_light():
+    code = "import sys, ragkv.bundled.generator as g; g.cases(0, 7); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert found.returncode == 0
