@@ -35,8 +35,8 @@ class Settings:
     """
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, arguments: dict[str, Any]):
+        self.decoder, self.tokenizer, self.arguments = decoder, tokenizer, arguments
         arguments = dict(arguments)
-        self.decoder, self.tokenizer = decoder, tokenizer
         self.own_processors = arguments.pop("logits_processor", None)
         self.own_criteria = arguments.pop("stopping_criteria", None)
         given: GenerationConfig | None = arguments.pop("generation_config", None)
@@ -114,9 +114,7 @@ def beam_search(settings: Settings, prompt: FusedPrompt) -> list[int]:
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        generation_config=settings.config,
-        logits_processor=settings.own_processors,
-        stopping_criteria=settings.own_criteria,
+        **{"max_new_tokens": settings.new_tokens, **settings.arguments},
         tokenizer=settings.tokenizer,
     )
     return out[0, ids.shape[1] :].tolist()

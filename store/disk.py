@@ -1,57 +1,30 @@
-"""The disk tier: records in LMDB, kept within a budget by a policy whose state lies beside them.
-
-Everything that eviction needs stands in the folder: how an entry was used (``usage``), and the entries in the order of
-their priority (``order``). So there is no index in memory to load, to bound, or to keep in step with other processes.
-"""
+"""The disk tier: records in LMDB, kept within a budget."""
 
 from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ragkv.errors import RecordError, StoreFullError
-from ragkv.store.environment import Environment
+from ragkv.errors import RecordError, StoreError, StoreFullError
+from ragkv.store.environment import Environment, translated
 from ragkv.store.layout import Payload
+from ragkv.store.ledger import NO_QUOTA, Counters, Ledger, Row, namespace_id
+from ragkv.store.limits import Limits
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.record import Record
+from ragkv.store.snapshot import Snapshot, segment_key
 
 FOLDER_VERSION = 1
 PAGE_BYTES = 4096
-_USAGE = struct.Struct("<QddQQQd")
-_DOUBLE = struct.Struct("<d")
-_COUNT = struct.Struct("<Q")
-_SEGMENT = struct.Struct(">I")
-_SIGN = 1 << 63
+_VERSION = struct.Struct("<Q")
 
 
-@dataclass(slots=True)
-class Row:
-    """What the folder keeps of an entry besides its record."""
-
-    usage: Usage
-    priority: float = 0.0
-
-    def pack(self) -> bytes:
-        """The row as bytes."""
-        use = self.usage
-        return _USAGE.pack(
-            use.size_bytes, use.cost_s, use.last_cost_s, use.computed, use.frequency, use.tick, self.priority
-        )
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Row:
-        """The row of :meth:`pack`."""
-        *usage, priority = _USAGE.unpack(data)
-        return cls(Usage(*usage), priority)
-
-
-@dataclass
 class DiskTier:
     """Entries in a folder. Safe for several threads and processes.
 
@@ -60,91 +33,134 @@ class DiskTier:
         budget_bytes: what the records may take, in whole pages.
         policy: which entries go first.
         held: keys that must not be evicted now.
+        selective: keep a new entry only where it is worth more than what it would evict.
+        readonly: never write.
+        now: the wall clock, in seconds.
+
+    Attributes:
+        evictions: entries dropped by this process, by reason.
     """
 
-    path: Path
-    budget_bytes: int
-    policy: Policy
-    held: Container[bytes] = ()
-    evictions: int = 0
-    _touched: dict[bytes, int] = field(default_factory=dict)
-    _touch_lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self,
+        path: Path,
+        budget_bytes: int,
+        policy: Policy,
+        held: Container[bytes] = (),
+        *,
+        selective: bool = False,
+        readonly: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = path
+        self.budget_bytes = budget_bytes
+        self.evictions: Counter[str] = Counter()
+        self._policy = policy
+        self._held = held
+        self._selective = selective
+        self._now = now
+        self._touched: dict[bytes, int] = {}
+        self._touch_lock = threading.Lock()
+        self.environment = Environment.open(path, map_bytes=4 * budget_bytes, readonly=readonly)
+        try:
+            self._check_version()
+        except BaseException:
+            self.environment.close()
+            raise
 
-    def __post_init__(self) -> None:
-        self.environment = Environment.open(self.path, map_bytes=4 * self.budget_bytes)
-        self._check_version()
+    @property
+    def readonly(self) -> bool:
+        """Whether nothing can be written."""
+        return self.environment.readonly
 
-    def begin(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """A view of the folder as it is now, which no eviction changes."""
-        return Snapshot(self.environment, self.environment.begin())
+        return Snapshot(self.environment)
 
-    def put(self, key: bytes, record: Record, payload: Payload, cost_s: float) -> list[bytes]:
+    def put(self, key: bytes, record: Record, payload: Payload, limits: Limits, cost_s: float) -> Row | None:
         """Stores a record in one transaction; durable when it returns.
 
         Returns:
-            The keys that were evicted for it.
+            What the books say of it now; None where it was not worth what it would have evicted.
 
         Raises:
             StoreFullError: it cannot fit; nothing was changed.
         """
         header = record.pack(key)
         size = _pages(len(header)) + sum(_pages(stop - start) for start, stop in _spans(record))
-        if size > self.budget_bytes:
-            raise StoreFullError(f"an entry takes {size} bytes on disk, disk_bytes is {self.budget_bytes}")
-        data = payload.data.numpy()
-        with self.environment.write() as txn:
-            self._apply_touches(txn)
-            row = self._drop(txn, key) or Row(Usage(0))
-            evicted = self._make_room(txn, size)
-            row.usage.size_bytes = size
+        with self._ledger() as ledger:
+            row = self._drop(ledger, key, remember=False) or Row(Usage(0))
             row.usage.add_cost(cost_s)
-            txn.put(key, header, db=self.environment.db(b"entries"))
-            segments = self.environment.db(b"segments")
-            for index, (start, stop) in enumerate(_spans(record)):
-                txn.put(key + _SEGMENT.pack(index), data[start:stop], db=segments)
-            self._use(txn, key, row, 1)
-            self._add_bytes(txn, size)
-        self.evictions += len(evicted)
-        return evicted
+            row.usage.size_bytes = size
+            row.namespace = namespace_id(limits.namespace)
+            row.created_s, row.expires_s = ledger.now, ledger.now + limits.lifetime_s
+            if not self._make_room(ledger, key, row):
+                return None
+            self._write(ledger.txn, key, header, record, payload)
+            ledger.enter(key, row)
+        return row
 
-    def remove(self, key: bytes) -> bool:
-        """Forgets an entry; whether there was one."""
-        if not self.contains(key):
+    def remove(self, key: bytes, reason: str | None = None) -> bool:
+        """Forgets an entry; whether there was one. A reason is counted among the evictions."""
+        if not self.contains(key, alive=False):
             return False
-        with self.environment.write() as txn:
-            return self._drop(txn, key) is not None
+        with self._ledger() as ledger:
+            removed = self._drop(ledger, key, remember=reason is not None) is not None
+            ledger.counters.removals += removed
+        if removed and reason is not None:
+            self.evictions[reason] += 1
+        return removed
 
-    def contains(self, key: bytes) -> bool:
-        """Whether a record is stored under the key."""
-        with self.environment.read() as txn:
-            return txn.get(key, db=self.environment.db(b"entries")) is not None
+    def pin(self, key: bytes, lifetime_s: float) -> bool:
+        """Keeps an entry from being evicted for some seconds, 0 for no longer; whether it is stored."""
+        with self._ledger() as ledger:
+            row = ledger.row(key)
+            if row is None or not row.alive(ledger.now):
+                return False
+            ledger.pin(key, row, ledger.now + lifetime_s if lifetime_s > 0 else 0.0)
+            return True
+
+    def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
+        """Bounds what a namespace's entries may take. Takes effect with its next put."""
+        with self._ledger() as ledger:
+            ledger.set_quota(namespace_id(namespace), NO_QUOTA if quota_bytes is None else quota_bytes)
+
+    def contains(self, key: bytes, *, alive: bool = True) -> bool:
+        """Whether a record is stored under the key, and has not expired."""
+        row = self.row(key)
+        return row is not None and (row.alive(self._now()) if alive else row.usage.size_bytes > 0)
+
+    def row(self, key: bytes) -> Row | None:
+        """What the books say of an entry, also of one that was evicted."""
+        data = self._get(b"usage", key)
+        return None if data is None else Row.unpack(data)
+
+    def rows(self) -> Iterator[tuple[bytes, Row]]:
+        """All entries that are stored, in the order of their keys."""
+        with self.environment.read() as txn, txn.cursor(self.environment.db(b"usage")) as cursor:
+            for key, data in cursor:
+                row = Row.unpack(bytes(data))
+                if row.usage.size_bytes:
+                    yield bytes(key), row
 
     def touch(self, key: bytes) -> None:
-        """Notes a use of an entry; the next write stores it."""
+        """Notes a use of an entry; the next write puts it into the books."""
         with self._touch_lock:
             self._touched[key] = self._touched.pop(key, 0) + 1
 
-    def usage(self, key: bytes) -> Usage | None:
-        """How an entry was used, as far as it is stored."""
-        with self.environment.read() as txn:
-            data = txn.get(key, db=self.environment.db(b"usage"))
-            return None if data is None else Row.unpack(bytes(data)).usage
+    def now(self) -> float:
+        """The wall clock, in seconds."""
+        return self._now()
 
-    def keys(self) -> list[bytes]:
-        """All keys, in their order."""
-        with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
-            return [bytes(key) for key in cursor.iternext(values=False)]
-
-    def counts(self) -> tuple[int, int]:
-        """Entries, and the bytes that they take."""
+    def counts(self) -> tuple[int, Counters]:
+        """How many entries there are, and what the books sum up."""
         with self.environment.read() as txn:
-            return txn.stat(self.environment.db(b"entries"))["entries"], self._state(txn, b"bytes", _COUNT, 0)
+            entries = txn.stat(self.environment.db(b"entries"))["entries"]
+            return entries, Counters.read(self.environment, txn)
 
     def fact(self, name: str) -> bytes | None:
         """A small durable value."""
-        with self.environment.read() as txn:
-            value = txn.get(name.encode(), db=self.environment.db(b"facts"))
-            return None if value is None else bytes(value)
+        return self._get(b"facts", name.encode())
 
     def set_fact(self, name: str, value: bytes) -> None:
         """Stores a small durable value."""
@@ -152,176 +168,91 @@ class DiskTier:
             txn.put(name.encode(), value, db=self.environment.db(b"facts"))
 
     def flush(self) -> None:
-        """Stores the uses that were noted and syncs the folder."""
-        if self._touched and not self.environment.readonly:
-            with self.environment.write() as txn:
-                self._apply_touches(txn)
+        """Puts the uses that were noted into the books and syncs the folder."""
+        if self._touched and not self.readonly:
+            with self._ledger():
+                pass
         self.environment.sync()
 
     def close(self) -> None:
-        """Stores the uses that were noted and gives the folder back."""
-        self.flush()
-        self.environment.close()
-
-    def _check_version(self) -> None:
-        with self.environment.read() as txn:
-            version = self._state(txn, b"format", _COUNT, None)
-        if version is None:
-            with self.environment.write() as txn:
-                txn.put(b"format", _COUNT.pack(FOLDER_VERSION), db=self.environment.db(b"state"))
-        elif version != FOLDER_VERSION:
+        """Flushes and gives the folder back, also when flushing fails."""
+        try:
+            self.flush()
+        finally:
             self.environment.close()
-            raise RecordError(
-                f"{self.path} has format version {version}, this version of ragkv reads {FOLDER_VERSION}: "
-                "use another folder, or delete it and let it be computed anew"
-            )
 
-    def _make_room(self, txn: Any, size: int) -> list[bytes]:
-        missing = self._state(txn, b"bytes", _COUNT, 0) + size - self.budget_bytes
-        if missing <= 0:
-            return []
-        victims: list[tuple[bytes, float]] = []
-        for key, priority in self._by_priority(txn):
-            data = txn.get(key, db=self.environment.db(b"usage"))
-            victims.append((key, priority))
-            missing -= Row.unpack(bytes(data)).usage.size_bytes
-            if missing <= 0:
-                break
-        if missing > 0:
-            raise StoreFullError(
-                f"an entry of {size} bytes does not fit into disk_bytes = {self.budget_bytes}: "
-                f"what is in use leaves {missing} bytes too few"
-            )
-        for key, _ in victims:
-            self._drop(txn, key)
-        clock = self._state(txn, b"clock", _DOUBLE, 0.0)
-        txn.put(b"clock", _DOUBLE.pack(max(clock, victims[-1][1])), db=self.environment.db(b"state"))
-        return [key for key, _ in victims]
-
-    def _by_priority(self, txn: Any) -> Iterator[tuple[bytes, float]]:
-        with txn.cursor(self.environment.db(b"order")) as cursor:
-            for item in cursor.iternext(values=False):
-                key = bytes(item[8:])
-                if key not in self.held:
-                    yield key, _number(bytes(item[:8]))
-
-    def _drop(self, txn: Any, key: bytes) -> Row | None:
-        data = txn.get(key, db=self.environment.db(b"usage"))
-        if data is None:
-            return None
-        row = Row.unpack(bytes(data))
-        txn.delete(key, db=self.environment.db(b"usage"))
-        txn.delete(_sortable(row.priority) + key, db=self.environment.db(b"order"))
-        txn.delete(key, db=self.environment.db(b"entries"))
-        index = 0
-        while txn.delete(key + _SEGMENT.pack(index), db=self.environment.db(b"segments")):
-            index += 1
-        self._add_bytes(txn, -row.usage.size_bytes)
-        return row
-
-    def _use(self, txn: Any, key: bytes, row: Row, times: int) -> None:
-        """Counts uses of an entry and moves it to its new place in the order."""
-        tick = self._state(txn, b"tick", _COUNT, 0) + 1
-        txn.put(b"tick", _COUNT.pack(tick), db=self.environment.db(b"state"))
-        row.usage.frequency += times
-        row.usage.tick = tick
-        order = self.environment.db(b"order")
-        txn.delete(_sortable(row.priority) + key, db=order)
-        row.priority = self.policy.priority(key, row.usage, self._state(txn, b"clock", _DOUBLE, 0.0))
-        txn.put(_sortable(row.priority) + key, b"", db=order)
-        txn.put(key, row.pack(), db=self.environment.db(b"usage"))
-
-    def _apply_touches(self, txn: Any) -> None:
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger]:
+        """The books in a write transaction, with noted uses entered and what has expired dropped."""
         with self._touch_lock:
             touched, self._touched = self._touched, {}
-        for key, times in touched.items():
-            data = txn.get(key, db=self.environment.db(b"usage"))
-            if data is not None:
-                self._use(txn, key, Row.unpack(bytes(data)), times)
+        expired: list[bytes] = []
+        try:
+            with self.environment.write() as txn:
+                ledger = Ledger(self.environment, txn, self._policy, self._held, self._now())
+                for key, times in touched.items():
+                    row = ledger.row(key)
+                    if row is not None and row.usage.size_bytes:
+                        ledger.use(key, row, times)
+                expired = [key for key in ledger.due() if self._drop(ledger, key, remember=True)]
+                yield ledger
+                ledger.close()
+        except BaseException:
+            with self._touch_lock:
+                self._touched = {**touched, **self._touched}
+            raise
+        self.evictions["expired"] += len(expired)
 
-    def _add_bytes(self, txn: Any, count: int) -> None:
-        total = self._state(txn, b"bytes", _COUNT, 0) + count
-        txn.put(b"bytes", _COUNT.pack(total), db=self.environment.db(b"state"))
+    def _make_room(self, ledger: Ledger, key: bytes, row: Row) -> bool:
+        """Evicts for an entry that is not in the books yet; whether it is worth that."""
+        size = row.usage.size_bytes
+        used, quota = ledger.space(row.namespace)
+        if size > min(self.budget_bytes, quota):
+            raise StoreFullError(f"an entry takes {size} bytes on disk, the most is {min(self.budget_bytes, quota)}")
+        try:
+            own = ledger.victims(used + size - quota, row.namespace)
+            freed = sum(victim.usage.size_bytes for victim in map(ledger.row, own) if victim)
+            others = ledger.victims(ledger.counters.bytes + size - freed - self.budget_bytes)
+        except StoreFullError as error:
+            raise StoreFullError(f"an entry of {size} bytes does not fit into {self.budget_bytes}: {error}") from error
+        for reason, victims in (("quota", own), ("budget", [other for other in others if other not in own])):
+            for victim in victims:
+                ...
+        return True
 
-    def _state(self, txn: Any, name: bytes, kind: struct.Struct, default: Any) -> Any:
-        data = txn.get(name, db=self.environment.db(b"state"))
-        return default if data is None else kind.unpack(data)[0]
+    def _drop(self, ledger: Ledger, key: bytes, *, remember: bool) -> Row | None:
+        """Deletes a record and strikes it out of the books; what they said of it."""
+        row = ledger.row(key)
+        if row is None:
+            return None
+        ledger.txn.delete(key, db=self.environment.db(b"entries"))
+        index = 0
+        while ledger.txn.delete(segment_key(key, index), db=self.environment.db(b"segments")):
+            index += 1
+        ledger.leave(key, row, remember=remember)
+        return row
 
+    def _write(self, txn: Any, key: bytes, header: bytes, record: Record, payload: Payload) -> None:
+        data, segments = payload.data.numpy(), self.environment.db(b"segments")
+        txn.put(key, header, db=self.environment.db(b"entries"))
+        for index, (start, stop) in enumerate(_spans(record)):
+            txn.put(segment_key(key, index), data[start:stop], db=segments)
 
-class Snapshot:
-    """The folder as it was at one moment. Close it soon: pages that it sees are not used again until then."""
+    def _get(self, db: bytes, key: bytes) -> bytes | None:
+        with self.environment.read() as txn:
+            data = txn.get(key, db=self.environment.db(db))
+            return None if data is None else bytes(data)
 
-    def __init__(self, environment: Environment, txn: Any) -> None:
-        self._environment = environment
-        self._txn = txn
-        # A transaction may change threads, and may not be used by two at once.
-        self._lock = threading.Lock()
-
-    def record(self, key: bytes) -> Record | None:
-        """The header stored under a key.
-
-        Raises:
-            RecordError: it is damaged.
-        """
-        with self._lock:
-            data = self._txn.get(key, db=self._environment.db(b"entries"))
-            if data is None:
-                return None
-            data = bytes(data)
-        return Record.unpack(key, data)
-
-    def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
-        """Copies a segment to its place in ``out`` (uint8 ``[payload_bytes]``) and verifies it there.
-
-        Returns:
-            Its bytes.
-
-        Raises:
-            RecordError: it is not what was stored.
-        """
-        start, stop = record.segment_span(index)
-        with self._lock:
-            data = self._txn.get(key + _SEGMENT.pack(index), db=self._environment.db(b"segments"))
-            if data is None or len(data) != stop - start:
-                raise RecordError(
-                    f"segment {index} must have {stop - start} bytes, got {None if data is None else len(data)}"
-                )
-            out.numpy()[start:stop] = memoryview(data)
-        record.check_segment(index, out[start:stop])
-        return stop - start
-
-    def close(self) -> None:
-        """Ends the transaction."""
-        with self._lock:
-            self._txn.abort()
-
-
-class Loading:
-    """A record on its way from a snapshot to memory, segment by segment."""
-
-    def __init__(self, snapshot: Snapshot, key: bytes, record: Record) -> None:
-        self.key = key
-        self.record = record
-        self.payload = Payload(record.payload_bytes)
-        self._snapshot = snapshot
-        self._missing = set(range(len(record.checksums)))
-        self._lock = threading.Lock()
-
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V of a layer, and the bytes that were read for it."""
-        count = 0
-        if self._missing:
-            with self._lock:
-                for index in self.record.segments_of(layer):
-                    if index in self._missing:
-                        count += self._snapshot.segment(self.key, self.record, index, self.payload.data)
-                        self._missing.discard(index)
-        return self.record.layer(self.payload, layer), count
-
-    @property
-    def complete(self) -> bool:
-        """Whether every segment was read and verified."""
-        return not self._missing
+    def _check_version(self) -> None:
+        version = self._get(b"state", b"format")
+        if version is None and not self.readonly:
+            with self.environment.write() as txn:
+                txn.put(b"format", _VERSION.pack(FOLDER_VERSION), db=self.environment.db(b"state"))
+        elif version != _VERSION.pack(FOLDER_VERSION):
+            raise RecordError(
+                f"{self.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
+                f"{version!r}): use another folder, or delete it and let it be computed anew"
+            )
 
 
 def _spans(record: Record) -> list[tuple[int, int]]:
@@ -331,16 +262,3 @@ def _spans(record: Record) -> list[tuple[int, int]]:
 def _pages(count: int) -> int:
     """Bytes of the pages that a value of ``count`` bytes takes, its page header included."""
     return -(-(count + 16) // PAGE_BYTES) * PAGE_BYTES
-
-
-def _sortable(number: float) -> bytes:
-    """8 bytes that sort as the numbers do."""
-    (bits,) = struct.unpack(">Q", struct.pack(">d", number))
-    return struct.pack(">Q", bits ^ (_SIGN if bits < _SIGN else 2 * _SIGN - 1))
-
-
-def _number(data: bytes) -> float:
-    """The number of :func:`_sortable`."""
-    (bits,) = struct.unpack(">Q", data)
-    (number,) = struct.unpack(">d", struct.pack(">Q", bits ^ (_SIGN if bits >= _SIGN else 2 * _SIGN - 1)))
-    return float(number)

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 from ragkv.errors import StoreFullError
@@ -124,8 +125,7 @@ class Ledger:
     def enter(self, key: bytes, row: Row) -> None:
         """Writes down an entry that was not there, and counts a use of it."""
         self._add_bytes(row.namespace, row.usage.size_bytes)
-        if row.expires_s < math.inf:
-            self._put(b"alarms", sortable(row.expires_s) + _EXPIRES + key)
+        self._alarm(key, row)
         self.use(key, row, 1)
 
     def leave(self, key: bytes, row: Row, *, remember: bool) -> None:
@@ -136,8 +136,7 @@ class Ledger:
             self._add_bytes(row.namespace, -row.usage.size_bytes)
         else:
             self.counters.ghosts -= 1
-        self._delete(b"alarms", sortable(row.expires_s) + _EXPIRES + key)
-        self._delete(b"alarms", sortable(row.pinned_until_s) + _UNPINS + key)
+        self._silence(key, row)
         row.usage.size_bytes = 0
         row.expires_s, row.pinned_from_s, row.pinned_until_s = math.inf, 0.0, 0.0
         if remember:
@@ -160,10 +159,9 @@ class Ledger:
     def pin(self, key: bytes, row: Row, until_s: float) -> None:
         """Pins an entry until a time, 0 for not at all."""
         self._strike(key, row)
-        self._delete(b"alarms", sortable(row.pinned_until_s) + _UNPINS + key)
+        self._silence(key, row)
         row.pinned_from_s, row.pinned_until_s = self.now, until_s
-        if 0 < until_s < math.inf:
-            self._put(b"alarms", sortable(until_s) + _UNPINS + key)
+        self._alarm(key, row)
         self._write(key, row)
 
     def due(self) -> list[bytes]:
@@ -193,14 +191,12 @@ class Ledger:
         """
         found: list[bytes] = []
         group = _EVICTABLE if namespace is None else _SPACES + namespace
-        for key in self._in_order(group) if missing > 0 else ():
+        candidates = chain(self._in_order(group), self._lapsed_pins(namespace))
+        while missing > 0 and (key := next(candidates, None)) is not None:
             row = self.row(key)
-            if key in self.held or row is None:
-                continue
-            found.append(key)
-            missing -= row.usage.size_bytes
-            if missing <= 0:
-                break
+            if key not in self.held and row is not None:
+                found.append(key)
+                missing -= row.usage.size_bytes
         if missing > 0:
             raise StoreFullError(f"what is pinned or in use leaves {missing} bytes too few")
         return found
@@ -251,6 +247,25 @@ class Ledger:
                     if item[: len(group)] != group:
                         return
                     yield bytes(item[len(group) + 8 :])
+
+    def _lapsed_pins(self, namespace: bytes | None) -> Iterator[bytes]:
+        """Entries whose pin is over though its alarm has not come: the clock was set back."""
+        with self.txn.cursor(self.environment.db(b"alarms")) as cursor:
+            for item in cursor.iternext(values=False):
+                key = bytes(item[9:])
+                row = self.row(key) if item[8:9] == _UNPINS else None
+                if row is not None and not row.pinned(self.now) and namespace in (None, row.namespace):
+                    yield key
+
+    def _alarm(self, key: bytes, row: Row) -> None:
+        for time_s, kind in ((row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)):
+            if 0 < time_s < math.inf:
+                self._put(b"alarms", sortable(time_s) + kind + key)
+
+    def _silence(self, key: bytes, row: Row) -> None:
+        for time_s, kind in ((row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)):
+            if 0 < time_s < math.inf:
+                self._delete(b"alarms", sortable(time_s) + kind + key)
 
     def _trim_ghosts(self) -> None:
         entries = self.txn.stat(self.environment.db(b"entries"))["entries"]
