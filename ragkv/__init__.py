@@ -2,51 +2,48 @@
 
 Every chunk of a document is prefilled once; its keys and values are stored. At query time they are placed in any order, keys are
 rotated to their new positions, the few tokens that need it are recomputed, and decoding starts.
+
+Names are loaded when they are first used, so that ``import ragkv`` costs nothing; ``__init__.pyi`` lists them for type checkers.
 """
 
-from ragkv.chunk import Chunk, ChunkKV
-from ragkv.engine import Engine
-from ragkv.errors import (
-    DocumentError,
-    IncompatibleFolderError,
-    MethodError,
-    PromptError,
-    PromptTooLongError,
-    RagKVError,
-    RecordError,
-    StoreError,
-    StoreFullError,
-    UnsupportedModelError,
-)
-from ragkv.methods import CacheBlend, FullPrefill, LegoLink, Method, Reuse
-from ragkv.prompt import PromptTemplate
-from ragkv.report import Answer, FusedPrompt, FusionReport
-from ragkv.store import TieredStore
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Answer",
-    "CacheBlend",
-    "Chunk",
-    "ChunkKV",
-    "DocumentError",
-    "Engine",
-    "FullPrefill",
-    "FusedPrompt",
-    "FusionReport",
-    "IncompatibleFolderError",
-    "LegoLink",
-    "Method",
-    "MethodError",
-    "PromptError",
-    "PromptTemplate",
-    "PromptTooLongError",
-    "RagKVError",
-    "RecordError",
-    "Reuse",
-    "StoreError",
-    "StoreFullError",
-    "TieredStore",
-    "UnsupportedModelError",
-]
+_HOMES = {
+    "chunk": ("Chunk", "ChunkKV"),
+    "engine": ("Engine",),
+    "errors": (
+        "DocumentError",
+        "IncompatibleFolderError",
+        "MethodError",
+        "PromptError",
+        "PromptTooLongError",
+        "RagKVError",
+        "RecordError",
+        "StoreError",
+        "StoreFullError",
+        "UnsupportedModelError",
+    ),
+    "fusion": ("Check",),
+    "layout": ("Layout",),
+    "methods": ("CacheBlend", "FullPrefill", "LegoLink", "Method", "Reuse"),
+    "prompt": ("PromptTemplate",),
+    "rag": ("RAG",),
+    "report": ("Answer", "FusedPrompt", "FusionReport"),
+    "store": ("TieredStore",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ragkv' has no attribute {name!r}")
+    return getattr(import_module(f"ragkv.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -45,12 +45,12 @@ class FusedLayer(CacheLayerMixin):
         self.value_room = torch.empty(1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device)
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         """``[B, H, N, D]``, a view without the room kept for the answer."""
         return self.key_room[:, :, : self.length]
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """``[B, H, N, D]``, a view without the room kept for the answer."""
         return self.value_room[:, :, : self.length]
 
@@ -123,6 +123,8 @@ class FusedCache(Cache):
     cache appends, as any other. ``prepare`` is called with a layer's number before that layer is written or read, so that
     stored keys and values can arrive layer by layer.
     """
+
+    layers: list[FusedLayer]
 
     def __init__(self, specs: Sequence[LayerSpec], capacity: int):
         super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])

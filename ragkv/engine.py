@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.decoding import Settings, beam_search, decode
 from ragkv.errors import PromptError, PromptTooLongError, RecordError, StoreFullError
-from ragkv.fingerprint import space_fingerprint
+from ragkv.fingerprint import model_fingerprint
 from ragkv.fusion import fuse, plan
 from ragkv.layout import Layout, Placed, lay_out
 from ragkv.methods import Method, Reuse
@@ -73,9 +73,10 @@ class Engine:
         self.decoder = Decoder(model)
         self.encoder = Encoder(self.template, tokenizer, self.decoder.vocab_size)
         self.store = TieredStore() if store is None else store
-        self.space = space_fingerprint(
-            model, self.decoder.config, self.decoder.dtype, self.decoder.attention, digest(self.encoder.anchor)
+        self.model_fingerprint = model_fingerprint(
+            model, self.decoder.config, self.decoder.dtype, self.decoder.attention
         )
+        self.space = digest(self.model_fingerprint, self.encoder.anchor).hex()
         room = (self.decoder.max_positions or 1 << 30) - len(self.encoder.anchor)
         self.document_tokens = min(document_tokens or 8192, room)
         self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens)
@@ -114,11 +115,29 @@ class Engine:
         Raises:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
-        chunks = [self._chunk(part) for part in _several(parts, "parts")]
-        if self.context == "document":
-            chunks = with_window(chunks, self.document_tokens)
+        chunks = self.cut_document(parts)
         self._store_missing(chunks)
         return chunks
+
+    def cut_document(self, parts: Sequence[Text]) -> list[Chunk]:
+        """The chunks of a document as :meth:`add_document` returns them, without reading anything.
+
+        Args:
+            parts: text or token ids each, in document order.
+
+        Raises:
+            PromptError, PromptTooLongError: as for :meth:`add`.
+        """
+        chunks = [self._chunk(part) for part in _several(parts, "parts")]
+        return with_window(chunks, self.document_tokens) if self.context == "document" else chunks
+
+    def forget(self, chunks: Sequence[Chunk]) -> int:
+        """Remove chunks' KV from the store; returns how many were there. A prompt that needs one reads it again."""
+        return sum(self.store.remove(self.chunk_key(chunk)) for chunk in chunks)
+
+    def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Those of the chunks that the store does not hold."""
+        return [chunk for chunk in chunks if self.chunk_key(chunk) not in self.store]
 
     def chunk_key(self, chunk: Chunk) -> bytes:
         """The key of a chunk's KV in the store: space, namespace, ids and context."""
@@ -235,9 +254,7 @@ class Engine:
         return chunk
 
     def _store_missing(self, chunks: Sequence[Chunk]) -> None:
-        keys = [self.chunk_key(chunk) for chunk in chunks]
-        missing = [chunk for chunk, key in zip(chunks, keys, strict=True) if key not in self.store]
-        for chunk, kv, seconds in self._read(missing):
+        for chunk, kv, seconds in self._read(self.missing(chunks)):
             self.store.put(self.chunk_key(chunk), kv, space=self.space, cost_s=seconds, namespace=self.namespace)
 
     def _read(self, missing: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkKV, float]]:
@@ -268,7 +285,7 @@ class Engine:
         keys = {self.chunk_key(item.chunk): item for item in placed}
         with self.store.read(list(keys)) as batch:
             start = perf_counter()
-            fresh = self._keep(self._missing(keys, batch))
+            fresh = self._keep(self._lost(keys, batch))
             read_ms = _ms(start) if fresh else 0.0
             placement = Placement(self.decoder, cache, layout, self._prefix, batch, list(keys), fresh, self.chunk_key)
             logits, trace = fuse(self.decoder, cache, layout, work, placement.layer)
@@ -280,7 +297,7 @@ class Engine:
         report.milliseconds = {"read": read_ms, **stages, "total": _ms(begin)}
         return FusedPrompt(layout.ids[None], logits, cache, trace.rows, report)
 
-    def _missing(self, keys: dict[bytes, Placed], batch: Batch) -> list[Chunk]:
+    def _lost(self, keys: dict[bytes, Placed], batch: Batch) -> list[Chunk]:
         """The chunks that the store does not hold; a record that is not what its key promises is dropped, and missing."""
         missing = []
         for (key, item), tier, base, tokens in zip(keys.items(), batch.tiers, batch.bases, batch.lengths, strict=True):

@@ -1,4 +1,4 @@
-"""The space that keys and values live in: everything they depend on besides the token ids."""
+"""What keys and values depend on besides the token ids: the model, as it was loaded."""
 
 from __future__ import annotations
 
@@ -39,19 +39,16 @@ def _bits_digest(tensor: Tensor) -> bytes:
     return total.to_bytes(8, "little", signed=True) + bits[::step].cpu().numpy().tobytes()
 
 
-def space_fingerprint(
-    model: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, attention: str, anchor: bytes
-) -> str:
-    """Hex digest of model weights (an adapter's among them), configuration, rope, dtype, attention kind and anchor.
+def model_fingerprint(model: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> str:
+    """Hex digest of model weights (an adapter's among them), configuration, rope, dtype and attention kind.
 
     Args:
         model: the loaded decoder.
         config: its text config.
         dtype: of keys and values.
         attention: the attention implementation that the model was loaded with.
-        anchor: digest of the ids that documents are prefilled behind.
     """
     skip = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
     settings = {key: value for key, value in config.to_dict().items() if key not in skip}
     described = json.dumps(settings, sort_keys=True, default=str)
-    return digest(weight_digest(model), described, str(dtype), attention, anchor).hex()
+    return digest(weight_digest(model), described, str(dtype), attention).hex()

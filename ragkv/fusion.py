@@ -62,14 +62,14 @@ class Trace:
     """What one pass did.
 
     Attributes:
-        fresh: reusable tokens whose KV were computed, layer by layer.
         rows: ``[S]`` positions computed in the last layer.
+        fresh: reusable tokens whose KV were computed, layer by layer.
         attention: the attention implementation that ran.
         seconds: time by stage: ``place`` (load, decode and rotate stored KV), ``select`` (look and choose), ``compute``.
     """
 
+    rows: Tensor
     fresh: list[int] = field(default_factory=list)
-    rows: Tensor | None = None
     attention: str = ""
     seconds: dict[str, float] = field(default_factory=lambda: {"place": 0.0, "select": 0.0, "compute": 0.0})
 
@@ -176,7 +176,7 @@ class _Pass:
         self.masks = decoder.masks(rows, layout.tokens)
         self.place, self.placed = place, -1  # stored KV are placed up to this layer
         self.seen: tuple[Tensor, Tensor] | None = None
-        self.trace = Trace()
+        self.trace = Trace(rows)
 
     def logits(self) -> Tensor:
         """Run, in the cheapest way that is exact for these rows."""

@@ -132,7 +132,7 @@ class Decoder:
     def _probe_specs(self) -> list[LayerSpec]:
         recorder = _Recorder()
         try:
-            self.read(self._random_ids(_PROBE_TOKENS), recorder, 0)  # type: ignore[arg-type]
+            self.read(self._random_ids(_PROBE_TOKENS), recorder, 0)
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise UnsupportedModelError(f"the model does not run over a plain key-value cache: {error}") from error
         if sorted(recorder.seen) != list(range(len(self.layers))):

@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 import weakref
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,10 +19,11 @@ from numpy.typing import NDArray
 from ragkv.chunk import digest
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
 from ragkv.retrieval import records
-from ragkv.retrieval.checks import problems
-from ragkv.retrieval.environment import Environment, Transaction
+from ragkv.retrieval.changes import new_state, replaced
+from ragkv.retrieval.environment import Environment
 from ragkv.retrieval.records import Change, Document, Passage
 from ragkv.retrieval.snapshot import Snapshot
+from ragkv.retrieval.upkeep import damage, mend, problems
 
 _FORMAT = b"ragkv.catalogue/1"
 
@@ -68,7 +67,7 @@ class Catalogue:
         if found is None:
             with self._environment.transaction(write=True) as txn:
                 txn.put("meta", b"format", _FORMAT)
-                txn.put("meta", b"state", _new_state())
+                txn.put("meta", b"state", new_state())
         elif found != _FORMAT:
             self.close()
             raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
@@ -130,7 +129,7 @@ class Catalogue:
                 view = Snapshot(txn)
                 # Another process may have removed a text whose vector was counted on.
                 if all(text in vectors or view.has_text(text) for text in passages):
-                    change = _replace(txn, document, passages, vectors)
+                    change = replaced(txn, document, passages, vectors)
                     return replace(change, embedded=len(vectors))
 
     def remove(self, source: str) -> Change:
@@ -143,7 +142,7 @@ class Catalogue:
             document = Snapshot(txn).get(source)
             if document is None:
                 raise DocumentError(f"there is no document {source!r}")
-            change = _replace(txn, replace(document, passage_ids=()), [], {})
+            change = replaced(txn, replace(document, passage_ids=()), [], {})
             return replace(change, document=document)
 
     @contextmanager
@@ -200,6 +199,27 @@ class Catalogue:
         with self._environment.transaction() as txn:
             return problems(txn)
 
+    def repair(self, embed: Embed) -> list[str]:
+        """Computes damaged vectors again, and deletes documents that cannot be read whole.
+
+        Args:
+            embed: gives the vectors, float32 ``[n, d]``, of texts.
+
+        Returns:
+            what was done, a line each; the deleted documents have to be added again.
+        """
+        with self._environment.transaction() as txn:
+            found = damage(txn)
+        texts = list(found.vectors.values())
+        vectors = _checked(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
+        with self._environment.transaction(write=True) as txn:
+            mend(txn, found, vectors)
+            txn.put("meta", b"state", new_state())
+        return [
+            *(f"{name}: damaged and deleted, add it again" for name in found.lost.values()),
+            *(f"passage {passage_id}: its vector was computed again" for passage_id in found.vectors),
+        ]
+
     def __len__(self) -> int:
         with self.snapshot() as view:
             return len(view)
@@ -224,87 +244,6 @@ class Catalogue:
         self.close()
 
 
-def _replace(txn: Transaction, document: Document, passages: list[str], vectors: dict[str, NDArray]) -> Change:
-    """Puts a document in the place of the version before; no passages remove it."""
-    view = Snapshot(txn)
-    old = view.get(document.source)
-    old_ids = old.passage_ids if old else ()
-    old_texts = view.texts(old) if old else []
-    ids, new = _matched(txn, passages, old_texts, old_ids)
-    key = records.source_key(document.source)
-    for text, passage_id in zip(passages, ids, strict=True):
-        if passage_id in new:
-            vector = vectors[text] if text in vectors else view.vector_of(text)
-            _write(txn, "passages", records.passage_key(passage_id), key + text.encode())
-            _write(txn, "vectors", records.passage_key(passage_id), records.vector_payload(vector))
-    removed = tuple(sorted(set(old_ids) - set(ids)))
-    for passage_id in removed:
-        txn.delete("passages", records.passage_key(passage_id))
-        txn.delete("vectors", records.passage_key(passage_id))
-    _write_uses(txn, _uses(old_texts, old_ids), _uses(passages, ids))
-    document = replace(document, passage_ids=tuple(ids))
-    if passages:
-        _write(txn, "documents", key, records.document_payload(document))
-    else:
-        txn.delete("documents", key)
-    if passages != old_texts:
-        txn.put("meta", b"state", _new_state())
-    return Change(
-        document,
-        new=tuple(sorted(new)),
-        kept=tuple(sorted(set(ids) & set(old_ids))),
-        removed=removed,
-        old_passages=tuple(old_texts),
-        first_changed=_first_changed(passages, old_texts),
-        orphans=tuple(i for i, use in enumerate(records.lineage_keys(old_texts)) if not view.used(use)),
-        orphan_texts=tuple(i for i, text in enumerate(old_texts) if not view.has_text(text)),
-    )
-
-
-def _matched(
-    txn: Transaction, passages: list[str], old_texts: list[str], old_ids: tuple[int, ...]
-) -> tuple[list[int], set[int]]:
-    """The id of every passage, one it had before where its text was there; and which of them are new."""
-    known: defaultdict[str, deque[int]] = defaultdict(deque)
-    for text, passage_id in zip(old_texts, old_ids, strict=True):
-        known[text].append(passage_id)
-    first = following = int.from_bytes(txn.get("meta", b"next id") or b"", "big")
-    ids = []
-    for text in passages:
-        if known[text]:
-            ids.append(known[text].popleft())
-        else:
-            ids.append(following)
-            following += 1
-    txn.put("meta", b"next id", records.passage_key(following))
-    return ids, set(range(first, following))
-
-
-def _uses(texts: list[str], ids: tuple[int, ...] | list[int]) -> set[tuple[bytes, bytes]]:
-    """What stands in ``uses`` for a document."""
-    values = [records.passage_key(passage_id) for passage_id in ids]
-    keys = [records.text_key(text) for text in texts]
-    return {*zip(keys, values, strict=True), *zip(records.lineage_keys(texts), values, strict=True)}
-
-
-def _write_uses(txn: Transaction, before: set[tuple[bytes, bytes]], now: set[tuple[bytes, bytes]]) -> None:
-    for key, value in sorted(before - now):
-        txn.delete("uses", key, value)
-    for key, value in sorted(now - before):
-        txn.put("uses", key, value)
-
-
-def _write(txn: Transaction, database: str, key: bytes, payload: bytes) -> None:
-    txn.put(database, key, records.sealed(key, payload))
-
-
-def _first_changed(passages: list[str], old: list[str]) -> int | None:
-    same = 0
-    while same < min(len(passages), len(old)) and passages[same] == old[same]:
-        same += 1
-    return same if same < len(passages) else None
-
-
 def _checked(vectors: Any, count: int) -> NDArray[np.float32]:
     array = np.asarray(vectors, np.float32)
     if array.ndim != 2 or len(array) != count or not array.shape[1]:
@@ -312,10 +251,6 @@ def _checked(vectors: Any, count: int) -> NDArray[np.float32]:
     if not np.isfinite(array).all():
         raise RetrievalError("the embedder gave a vector with a number that is not finite")
     return array
-
-
-def _new_state() -> bytes:
-    return uuid.uuid4().hex.encode()
 
 
 def _spoken(setting: dict[str, str]) -> str:

@@ -39,8 +39,8 @@ class TokenChunker:
     """Cuts text into passages, without overlap, the same text always in the same way.
 
     A passage has at most ``chunk_tokens`` tokens when it is tokenised alone, special tokens not counted. It is cut
-    where structure is strongest within the second half of that room: before a heading, else between paragraphs, else
-    between sentences. Between equals a hash of the words behind the boundary decides, not the distance from the
+    where structure is strongest within the second half of that room: before a heading (also in the second quarter),
+    else between paragraphs, else between sentences. Between equals a hash of the words behind the boundary decides, not the distance from the
     passage's start: so boundaries fall back in step soon after an edit, and the passages behind it are those that
     were there before (the cut points of content-defined chunking; Muthitacharoen et al., "A Low-bandwidth Network
     File System", 2001). A sentence that is too long is cut between lines, then words, then characters.
@@ -148,13 +148,13 @@ def _cut(pieces: list[_Piece], totals: list[int], first: int, room: int) -> int:
     # A last passage of a few words is of no use: leave it a quarter of the room.
     most = min(room, rest - room // 4)
     beyond = max(bisect_right(totals, begin + most) - 1, first + 1)
-    lowest = max(bisect_left(totals, begin + (room + 1) // 2), first + 1)
-    within = range(min(lowest, beyond), beyond + 1)
-    best = max(within, key=lambda i: (pieces[i].rank, pieces[i].key))
+    half = min(max(bisect_left(totals, begin + (room + 1) // 2), first + 1), beyond)
+    quarter = min(max(bisect_left(totals, begin + (room + 3) // 4), first + 1), half)
+    headings = [i for i in range(quarter, half) if pieces[i].rank == Rank.HEADING]
+    best = max([*headings, *range(half, beyond + 1)], key=lambda i: (pieces[i].rank, pieces[i].key))
     if pieces[best].rank >= Rank.SENTENCE:
         return best
-    earlier = range(first + 1, within[0])
-    return next((i for i in reversed(earlier) if pieces[i].rank >= Rank.SENTENCE), best)
+    return next((i for i in range(half - 1, first, -1) if pieces[i].rank >= Rank.SENTENCE), best)
 
 
 def _lines(text: str) -> list[Boundary]:

@@ -117,6 +117,10 @@ class Transaction:
         """Deletes a key, or one of its values; what is not there is passed over."""
         self._txn.delete(key, value, db=self._databases[database])
 
+    def clear(self, database: str) -> None:
+        """Deletes all keys."""
+        self._txn.drop(self._databases[database], delete=False)
+
     def items(self, database: str) -> Iterator[tuple[bytes, bytes]]:
         """All keys and values, by key."""
         with self._txn.cursor(self._databases[database]) as cursor:

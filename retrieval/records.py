@@ -98,13 +98,20 @@ def text_key(text: str) -> bytes:
     return digest("text", text)
 
 
-def lineage_keys(texts: tuple[str, ...] | list[str]) -> list[bytes]:
+def lineage_keys(texts: list[str]) -> list[bytes]:
     """For every passage of a document the key of it behind all passages before it."""
     keys, before = [], b""
     for text in texts:
         before = digest("lineage", before, text)
         keys.append(before)
     return keys
+
+
+def uses(texts: list[str], ids: tuple[int, ...] | list[int]) -> set[tuple[bytes, bytes]]:
+    """What stands for a document in ``uses``: every passage under its text key and under its lineage key."""
+    values = [passage_key(passage_id) for passage_id in ids]
+    keys = [text_key(text) for text in texts]
+    return {*zip(keys, values, strict=True), *zip(lineage_keys(texts), values, strict=True)}
 
 
 def sealed(key: bytes, payload: bytes) -> bytes:
@@ -120,7 +127,7 @@ def opened(what: str, key: bytes, record: bytes) -> bytes:
     """
     payload = record[_CHECKSUM_BYTES:]
     if xxh3_128_digest(key + payload) != record[:_CHECKSUM_BYTES]:
-        raise RecordError(f"the catalogue's record of {what} is damaged: remove the document and add it again")
+        raise RecordError(f"the catalogue's record of {what} is damaged: Catalogue.repair() mends or names it")
     return payload
 
 

@@ -58,7 +58,9 @@ class Snapshot:
         key, text = self._text(passage_id)
         document = self._document(key)
         if document is None or passage_id not in document.passage_ids:
-            raise RecordError(f"the catalogue is damaged: passage {passage_id} belongs to no document")
+            raise RecordError(
+                f"the catalogue is damaged: passage {passage_id} belongs to no document; Catalogue.repair() mends it"
+            )
         return Passage(passage_id, text, document.passage_ids.index(passage_id), document)
 
     def passage_ids(self) -> NDArray[np.int64]:
@@ -80,7 +82,9 @@ class Snapshot:
         key = records.passage_key(passage_id)
         record = self._txn.get("vectors", key)
         if record is None:
-            raise RecordError(f"the catalogue is damaged: passage {passage_id} has no vector")
+            raise RecordError(
+                f"the catalogue is damaged: passage {passage_id} has no vector; Catalogue.repair() mends it"
+            )
         return records.vector_from(records.opened(f"the vector of passage {passage_id}", key, record))
 
     def vector_of(self, text: str) -> NDArray[np.float32] | None:

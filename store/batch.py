@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -10,28 +11,71 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.disk import Loading, Snapshot
-
-Source = ChunkKV | Loading
+from ragkv.store.snapshot import Loading, Snapshot
 
 
-class _Owner(Protocol):
+class Source(Protocol):
+    """Where a batch takes a chunk's layers from."""
+
+    @property
+    def tier(self) -> str:
+        """Its tier's name."""
+
+    @property
+    def base(self) -> int:
+        """Position at which the chunk's first token stood."""
+
+    @property
+    def tokens(self) -> int:
+        """T, the chunk's tokens."""
+
+    @property
+    def layers(self) -> int:
+        """L."""
+
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it."""
+
+
+class InMemory:
+    """A chunk that lies in memory."""
+
+    tier = "cpu"
+
+    def __init__(self, kv: ChunkKV) -> None:
+        self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
+        self._kv = kv
+
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """See the protocol."""
+        return (self._kv.keys[layer], self._kv.values[layer]), 0
+
+
+class Owner(Protocol):
     """What a batch asks of its store."""
 
-    def _finish(self, loading: Loading) -> None: ...
-    def _drop_damaged(self, key: bytes, error: RecordError) -> None: ...
-    def _release(self, keys: Sequence[bytes]) -> None: ...
-    def _count_bytes(self, count: int) -> None: ...
+    def finish(self, loading: Loading) -> None:
+        """A record was read to its end: memory may keep it."""
+
+    def drop_damaged(self, key: bytes, error: RecordError) -> None:
+        """A record proved damaged."""
+
+    def release(self, keys: Sequence[bytes]) -> None:
+        """The lease is over."""
+
+    def count_bytes(self, count: int) -> None:
+        """So many bytes were read from disk."""
 
 
 class Batch:
     """Chunks opened by :meth:`TieredStore.read`. Use it as a context manager, and close it soon.
 
-    Until it is closed nothing of it is evicted, and no other process's removal changes it.
+    Until it is closed nothing of it is evicted from memory, and no eviction or removal, by whatever process, changes
+    what it reads.
 
     Attributes:
         keys: the keys that were asked for.
-        tiers: per key ``"cpu"``, ``"disk"`` or None for a miss.
+        tiers: per key ``"gpu"``, ``"cpu"``, ``"disk"`` or None for a miss.
         bases: per key the position at which the chunk's first token stood, or None.
         lengths: per key T, the chunk's tokens, or None.
         layers: per key L, or None.
@@ -39,29 +83,26 @@ class Batch:
     """
 
     def __init__(
-        self, store: _Owner, keys: list[bytes], sources: dict[bytes, Source], snapshot: Snapshot | None
+        self, owner: Owner, keys: Sequence[bytes], sources: Mapping[bytes, Source], snapshot: Snapshot | None
     ) -> None:
-        found = [sources.get(key) for key in keys]
-        self.keys = keys
-        self.tiers = [None if it is None else "disk" if isinstance(it, Loading) else "cpu" for it in found]
-        self.bases = [None if it is None else it.record.base if isinstance(it, Loading) else it.base for it in found]
-        self.lengths = [
-            None if it is None else it.record.tokens if isinstance(it, Loading) else len(it) for it in found
-        ]
-        self.layers = [
-            None if it is None else len(it.record.shapes) if isinstance(it, Loading) else len(it.keys) for it in found
-        ]
+        self.keys = list(keys)
+        self._found = [sources.get(key) for key in keys]
+        self.tiers = [None if source is None else source.tier for source in self._found]
+        self.bases = [None if source is None else source.base for source in self._found]
+        self.lengths = [None if source is None else source.tokens for source in self._found]
+        self.layers = [None if source is None else source.layers for source in self._found]
         self.bytes_read = 0
-        self._store = store
-        self._found = found
-        self._sources = sources
+        self._owner = owner
+        self._loading = [source for source in sources.values() if isinstance(source, Loading)]
         self._snapshot = snapshot
+        self._lock = threading.Lock()
+        self._ahead: threading.Thread | None = None
         self._closed = False
 
     def layer(self, index: int, layer: int) -> tuple[Tensor, Tensor]:
         """K and V ``[H, T, D]`` of one layer of the chunk at ``index``.
 
-        They may be the store's own: do not write to them.
+        They may be the store's own: do not write to them. They stay valid after the batch is closed.
 
         Raises:
             StoreError: the chunk is a miss, or the batch is closed.
@@ -69,30 +110,56 @@ class Batch:
         """
         source = self._found[index]
         if self._closed or source is None:
-            what = "the batch is closed" if self._closed else f"chunk {index} is a miss: see Batch.tiers"
-            raise StoreError(what)
-        if isinstance(source, ChunkKV):
-            return source.keys[layer], source.values[layer]
+            raise StoreError("the batch is closed" if self._closed else f"chunk {index} is a miss: see Batch.tiers")
         try:
             pair, count = source.layer(layer)
         except RecordError as error:
-            self._store._drop_damaged(source.key, error)
-            raise RecordError(f"the record {source.key.hex()} is damaged and was dropped: {error}") from error
-        self.bytes_read += count
+            self._owner.drop_damaged(self.keys[index], error)
+            raise RecordError(f"the record {self.keys[index].hex()} is damaged and was dropped: {error}") from error
+        if count:
+            self._count(count)
         return pair
 
+    def read_ahead(self) -> Batch:
+        """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.
+
+        What proves damaged is left to :meth:`layer`, which raises.
+        """
+        if self._loading and self._ahead is None and not self._closed:
+            self._ahead = threading.Thread(target=self._load_layers, name="ragkv-read-ahead", daemon=True)
+            self._ahead.start()
+        return self
+
     def close(self) -> None:
-        """Ends the lease. Tensors that were handed out stay valid. Closing twice is fine."""
-        if self._closed:
-            return
-        self._closed = True
+        """Ends the lease. Closing twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._ahead is not None:
+            self._ahead.join()
         if self._snapshot is not None:
             self._snapshot.close()
-        for source in self._sources.values():
-            if isinstance(source, Loading) and source.complete:
-                self._store._finish(source)
-        self._store._release(self.keys)
-        self._store._count_bytes(self.bytes_read)
+        for source in self._loading:
+            if source.complete:
+                self._owner.finish(source)
+        self._owner.release(self.keys)
+        self._owner.count_bytes(self.bytes_read)
+
+    def _load_layers(self) -> None:
+        for layer in range(max(source.layers for source in self._loading)):
+            for source in self._loading:
+                if self._closed:
+                    return
+                if layer < source.layers:
+                    try:
+                        self._count(source.load(source.record.segments_of(layer)))
+                    except RecordError:
+                        return
+
+    def _count(self, count: int) -> None:
+        with self._lock:
+            self.bytes_read += count
 
     def __enter__(self) -> Batch:
         return self

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ragkv.errors import RecordError, StoreError, StoreFullError
-from ragkv.store.environment import Environment, translated
+from ragkv.errors import RecordError, StoreFullError
+from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
-from ragkv.store.ledger import NO_QUOTA, Counters, Ledger, Row, namespace_id
-from ragkv.store.limits import Limits
+from ragkv.store.ledger import NO_QUOTA, Ledger
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.record import Record
+from ragkv.store.rows import Counters, Row, namespace_id
 from ragkv.store.snapshot import Snapshot, segment_key
+from ragkv.store.terms import Terms
 
 FOLDER_VERSION = 1
 PAGE_BYTES = 4096
@@ -77,7 +78,7 @@ class DiskTier:
         """A view of the folder as it is now, which no eviction changes."""
         return Snapshot(self.environment)
 
-    def put(self, key: bytes, record: Record, payload: Payload, limits: Limits, cost_s: float) -> Row | None:
+    def put(self, key: bytes, record: Record, payload: Payload, terms: Terms) -> Row | None:
         """Stores a record in one transaction; durable when it returns.
 
         Returns:
@@ -90,14 +91,21 @@ class DiskTier:
         size = _pages(len(header)) + sum(_pages(stop - start) for start, stop in _spans(record))
         with self._ledger() as ledger:
             row = self._drop(ledger, key, remember=False) or Row(Usage(0))
-            row.usage.add_cost(cost_s)
+            row.usage.add_cost(terms.cost_s)
             row.usage.size_bytes = size
-            row.namespace = namespace_id(limits.namespace)
-            row.created_s, row.expires_s = ledger.now, ledger.now + limits.lifetime_s
-            if not self._make_room(ledger, key, row):
+            row.namespace = namespace_id(terms.namespace)
+            row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
+            victims = self._victims_for(ledger, row)
+            worth = ledger.promise(key, row)
+            if self._selective and any(victim.priority > worth for victim, _ in victims.values()):
+                ledger.refuse(key, row)
                 return None
+            for victim, (old, _) in victims.items():
+                ledger.age(old.priority)
+                self._drop(ledger, victim, remember=True)
             self._write(ledger.txn, key, header, record, payload)
             ledger.enter(key, row)
+        self.evictions.update(reason for _, reason in victims.values())
         return row
 
     def remove(self, key: bytes, reason: str | None = None) -> bool:
@@ -203,22 +211,18 @@ class DiskTier:
             raise
         self.evictions["expired"] += len(expired)
 
-    def _make_room(self, ledger: Ledger, key: bytes, row: Row) -> bool:
-        """Evicts for an entry that is not in the books yet; whether it is worth that."""
+    def _victims_for(self, ledger: Ledger, row: Row) -> dict[bytes, tuple[Row, str]]:
+        """The entries to evict for one that is not in the books yet, with the reason."""
         size = row.usage.size_bytes
         used, quota = ledger.space(row.namespace)
         if size > min(self.budget_bytes, quota):
             raise StoreFullError(f"an entry takes {size} bytes on disk, the most is {min(self.budget_bytes, quota)}")
-        try:
-            own = ledger.victims(used + size - quota, row.namespace)
-            freed = sum(victim.usage.size_bytes for victim in map(ledger.row, own) if victim)
-            others = ledger.victims(ledger.counters.bytes + size - freed - self.budget_bytes)
-        except StoreFullError as error:
-            raise StoreFullError(f"an entry of {size} bytes does not fit into {self.budget_bytes}: {error}") from error
-        for reason, victims in (("quota", own), ("budget", [other for other in others if other not in own])):
-            for victim in victims:
-                ...
-        return True
+        own = ledger.victims(used + size - quota, (), row.namespace)
+        freed = sum(victim.usage.size_bytes for victim in own.values())
+        others = ledger.victims(ledger.counters.used_bytes - freed + size - self.budget_bytes, own)
+        return {key: (victim, "quota") for key, victim in own.items()} | {
+            key: (victim, "budget") for key, victim in others.items()
+        }
 
     def _drop(self, ledger: Ledger, key: bytes, *, remember: bool) -> Row | None:
         """Deletes a record and strikes it out of the books; what they said of it."""

@@ -14,93 +14,20 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 from ragkv.errors import StoreFullError
 from ragkv.store.environment import Environment
-from ragkv.store.policy import Policy, Usage
+from ragkv.store.policy import Policy
+from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 
-_ROW = struct.Struct("<QddQQQdddddd8s")
-_STATE = struct.Struct("<QdQQQ")
 _SPACE = struct.Struct("<QQ")
-_SIGN = 1 << 63
 _EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
 _EXPIRES, _UNPINS = b"x", b"p"
 _GHOSTS_PER_ENTRY, _LEAST_GHOSTS = 4, 1024
 NO_QUOTA = (1 << 64) - 1
-NOBODY = bytes(8)
-
-
-@dataclass(slots=True)
-class Row:
-    """What the books say of an entry. Times are seconds of the wall clock.
-
-    Attributes:
-        usage: what the policy looks at. ``size_bytes`` is 0 for a ghost.
-        priority: its place in the order.
-        created_s: when it was put.
-        used_s: when it was last used.
-        expires_s: until when it may be read; infinite by default.
-        pinned_from_s: when it was pinned.
-        pinned_until_s: until when it is pinned; 0 where it is not.
-        namespace: id of its namespace.
-    """
-
-    usage: Usage
-    priority: float = 0.0
-    created_s: float = 0.0
-    used_s: float = 0.0
-    expires_s: float = math.inf
-    pinned_from_s: float = 0.0
-    pinned_until_s: float = 0.0
-    namespace: bytes = NOBODY
-
-    def alive(self, now: float) -> bool:
-        """Whether it may be read. A lifetime is an interval: a clock set back does not make it longer."""
-        return self.usage.size_bytes > 0 and (self.expires_s == math.inf or self.created_s <= now < self.expires_s)
-
-    def pinned(self, now: float) -> bool:
-        """Whether it must not be evicted. A clock set back ends a pin that has a lifetime."""
-        return self.pinned_until_s == math.inf or self.pinned_from_s <= now < self.pinned_until_s
-
-    def pack(self) -> bytes:
-        """The row as bytes."""
-        use = self.usage
-        return _ROW.pack(
-            *(use.size_bytes, use.cost_s, use.last_cost_s, use.computed, use.frequency, use.tick),
-            *(self.priority, self.created_s, self.used_s, self.expires_s, self.pinned_from_s, self.pinned_until_s),
-            self.namespace,
-        )
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Row:
-        """The row of :meth:`pack`."""
-        fields = _ROW.unpack(data)
-        return cls(Usage(*fields[:6]), *fields[6:])
-
-
-@dataclass
-class Counters:
-    """What the books sum up: bytes of all entries, the policy's clock and tick, ghosts, and the removals so far."""
-
-    bytes: int = 0
-    clock: float = 0.0
-    tick: int = 0
-    ghosts: int = 0
-    removals: int = 0
-
-    @classmethod
-    def read(cls, environment: Environment, txn: Any) -> Counters:
-        """The counters of a folder."""
-        data = txn.get(b"counters", db=environment.db(b"state"))
-        return cls() if data is None else cls(*_STATE.unpack(data))
-
-    def pack(self) -> bytes:
-        """The counters as bytes."""
-        return _STATE.pack(self.bytes, self.clock, self.tick, self.ghosts, self.removals)
 
 
 @dataclass
@@ -183,27 +110,41 @@ class Ledger:
             self._delete(b"alarms", item)
         return expired
 
-    def victims(self, missing: int, namespace: bytes | None = None) -> list[bytes]:
+    def victims(self, missing: int, passed: Container[bytes] = (), namespace: bytes | None = None) -> dict[bytes, Row]:
         """The entries to evict, least priority first, until ``missing`` bytes are free.
 
         Raises:
             StoreFullError: what may be evicted is not enough.
         """
-        found: list[bytes] = []
+        found: dict[bytes, Row] = {}
         group = _EVICTABLE if namespace is None else _SPACES + namespace
         candidates = chain(self._in_order(group), self._lapsed_pins(namespace))
         while missing > 0 and (key := next(candidates, None)) is not None:
             row = self.row(key)
-            if key not in self.held and row is not None:
-                found.append(key)
+            if row is not None and key not in self.held and key not in passed:
+                found[key] = row
                 missing -= row.usage.size_bytes
         if missing > 0:
             raise StoreFullError(f"what is pinned or in use leaves {missing} bytes too few")
         return found
 
     def age(self, priority: float) -> None:
-        """Sets the clock forward: an entry of this priority was evicted."""
+        """Sets the clock forward: an entry of this priority was evicted, or not admitted."""
         self.counters.clock = max(self.counters.clock, priority)
+
+    def promise(self, key: bytes, row: Row) -> float:
+        """The priority that an entry would be given."""
+        usage = replace(row.usage, frequency=row.usage.frequency + 1, tick=self.counters.tick + 1)
+        return self.policy.priority(key, usage, self.counters.clock)
+
+    def refuse(self, key: bytes, row: Row) -> None:
+        """Remembers, as a ghost, an entry that is not in the books and was not worth its place."""
+        self.age(self.promise(key, row))
+        row.usage.size_bytes = 0
+        row.expires_s = math.inf
+        self.counters.ghosts += 1
+        self.use(key, row, 1)
+        self._trim_ghosts()
 
     def space(self, namespace: bytes) -> tuple[int, int]:
         """Bytes of a namespace's entries, and its quota."""
@@ -277,33 +218,13 @@ class Ledger:
             self.leave(oldest, row, remember=False)
 
     def _add_bytes(self, namespace: bytes, count: int) -> None:
-        self.counters.bytes += count
+        self.counters.used_bytes += count
         if namespace != NOBODY:
             used, quota = self.space(namespace)
-            self.txn.put(
-                _SPACES + namespace, _SPACE.pack(used + count, quota), db=self.environment.db(b"state")
-            )
+            self.txn.put(_SPACES + namespace, _SPACE.pack(used + count, quota), db=self.environment.db(b"state"))
 
     def _put(self, db: bytes, key: bytes) -> None:
         self.txn.put(key, b"", db=self.environment.db(db))
 
     def _delete(self, db: bytes, key: bytes) -> None:
         self.txn.delete(key, db=self.environment.db(db))
-
-
-def namespace_id(name: str) -> bytes:
-    """8 bytes for a namespace, zeros for the empty one."""
-    return blake2b(name.encode(), digest_size=8).digest() if name else NOBODY
-
-
-def sortable(value: float) -> bytes:
-    """8 bytes that sort as the numbers do."""
-    (bits,) = struct.unpack(">Q", struct.pack(">d", value))
-    return struct.pack(">Q", bits ^ (_SIGN if bits < _SIGN else 2 * _SIGN - 1))
-
-
-def number(data: bytes) -> float:
-    """The number of :func:`sortable`."""
-    (bits,) = struct.unpack(">Q", data)
-    (value,) = struct.unpack(">d", struct.pack(">Q", bits ^ (_SIGN if bits >= _SIGN else 2 * _SIGN - 1)))
-    return float(value)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ragkv.errors import RecordError
 from ragkv.store.environment import Environment, translated
 from ragkv.store.layout import Payload
-from ragkv.store.ledger import Counters, Row
 from ragkv.store.record import Record
+from ragkv.store.rows import Counters, Row
 
 _SEGMENT = struct.Struct(">I")
 
@@ -78,6 +78,8 @@ class Snapshot:
 class Loading:
     """A record on its way from a snapshot to memory, segment by segment. Safe for several threads.
 
+    It is what a batch reads the chunk from.
+
     Attributes:
         key: what it is stored under.
         record: its header.
@@ -85,7 +87,10 @@ class Loading:
         payload: its bytes, as far as they were read.
     """
 
+    tier = "disk"
+
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row) -> None:
+        self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
         self.key = key
         self.record = record
         self.row = row

@@ -28,13 +28,11 @@ RESULTS = Path(__file__).parent / "results"
 SHORT = Shape(documents=(3, 5), chunks=(1, 2), words=(6, 14), facts=(1, 2), types=(1, 2))
 MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
 LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
-FULL = Shape(documents=(2, 12), chunks=(1, 3), words=(30, 104), facts=(1, 3))
 
 CURRICULUM = (
-    Stage(1500, SHORT, context=176, asked=176, batch=10),
-    Stage(1800, MIDDLE, context=512, asked=400, batch=4, longest_gap=600),
-    Stage(1500, LONG, context=1152, asked=448, batch=3, longest_gap=1000),
-    Stage(200, FULL, context=2048, asked=512, batch=2, longest_gap=1000),
+    Stage(1000, SHORT, context=176, asked=176, batch=10),
+    Stage(1100, MIDDLE, context=512, asked=400, batch=4, longest_gap=600),
+    Stage(1100, LONG, context=1152, asked=448, batch=3, longest_gap=1000),
 )
 
 

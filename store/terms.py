@@ -1,0 +1,29 @@
+"""The terms on which an entry is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ragkv.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What whoever puts an entry says of it.
+
+    Attributes:
+        namespace: whose it is, for quotas.
+        lifetime_s: seconds for which it may be read.
+        cost_s: seconds that computing it took.
+    """
+
+    namespace: str = ""
+    lifetime_s: float = math.inf
+    cost_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.lifetime_s > 0:
+            raise StoreError(f"a lifetime is more than 0 seconds, got {self.lifetime_s}")
+        if not 0 <= self.cost_s < math.inf:
+            raise StoreError(f"a cost is at least 0 seconds and finite, got {self.cost_s}")

@@ -1,0 +1,157 @@
+"""How chunks move between the tiers: found for a batch, promoted to memory, dropped where they prove damaged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from ragkv.chunk import ChunkKV
+from ragkv.errors import RagKVError, RecordError, StoreFullError
+from ragkv.store.batch import InMemory, Source
+from ragkv.store.disk import DiskTier
+from ragkv.store.memory import MemoryTier
+from ragkv.store.rows import Row
+from ragkv.store.snapshot import Loading, Snapshot
+from ragkv.store.stats import Tally
+from ragkv.store.terms import Terms
+
+logger = logging.getLogger("ragkv.store")
+
+
+class Tiers:
+    """The tiers of one store, and what its threads share. The owner of its batches.
+
+    Args:
+        cpu: the CPU tier; calls to it hold ``lock``.
+        disk: the disk tier, if there is one.
+        leases: open batches by key; both tiers evict nothing that stands in it.
+
+    Attributes:
+        lock: held for moments only, never while the disk is written.
+        tally: what was done so far.
+    """
+
+    def __init__(self, cpu: MemoryTier, disk: DiskTier | None, leases: Counter[bytes]) -> None:
+        self.cpu = cpu
+        self.disk = disk
+        self.leases = leases
+        self.lock = threading.RLock()
+        self.tally = Tally()
+        # Damaged records that could not be deleted.
+        self.unreadable: set[bytes] = set()
+        self._removals = 0 if disk is None else disk.counts()[1].removals
+
+    def lease(self, keys: Sequence[bytes]) -> None:
+        """Keeps chunks from being evicted until :meth:`release`."""
+        with self.lock:
+            self.leases.update(keys)
+
+    def release(self, keys: Sequence[bytes]) -> None:
+        """Ends a lease."""
+        with self.lock:
+            self.leases.subtract(keys)
+            for key in set(keys):
+                if self.leases[key] <= 0:
+                    del self.leases[key]
+
+    def contains(self, key: bytes) -> bool:
+        """Whether a chunk can be read, from any tier."""
+        if self.disk is not None:
+            snapshot = self.disk.snapshot()
+            try:
+                self._forget_removed(snapshot)
+            finally:
+                snapshot.close()
+            if key not in self.unreadable and self.disk.contains(key):
+                return True
+        with self.lock:
+            return key in self.cpu
+
+    def find(self, keys: Sequence[bytes]) -> tuple[dict[bytes, Source], Snapshot | None]:
+        """Where each of ``keys`` can be read from, and the snapshot that those on disk are read through."""
+        snapshot = None if self.disk is None else self.disk.snapshot()
+        sources: dict[bytes, Source] = {}
+        try:
+            if snapshot is not None:
+                self._forget_removed(snapshot)
+            with self.lock:
+                residents = {key: self.cpu.use(key) for key in keys}
+            sources = {key: InMemory(entry.kv) for key, entry in residents.items() if entry is not None}
+            if snapshot is not None:
+                sources |= self._open(snapshot, [key for key in residents if key not in sources])
+        finally:
+            if snapshot is not None and not any(isinstance(source, Loading) for source in sources.values()):
+                snapshot.close()
+                snapshot = None
+        if self.disk is not None:
+            for key in sources:
+                self.disk.touch(key)
+        return sources, snapshot
+
+    def finish(self, loading: Loading) -> None:
+        """A batch has read a record to its end: memory keeps it if it is worth that."""
+        if self.cpu.budget_bytes:
+            self.promote(loading.key, loading.record.decode(loading.payload), loading.row)
+
+    def promote(self, key: bytes, kv: ChunkKV, row: Row) -> None:
+        """Keeps in memory what is on disk, if it fits and is worth what it would evict."""
+        if self.disk is None or not self.cpu.budget_bytes:
+            return
+        with self.lock:
+            self.cpu.remove(key)
+            # Asked under the lock: what is removed from disk after this is removed from memory after this.
+            if not self.disk.contains(key):
+                return
+            terms = Terms(lifetime_s=max(row.expires_s - self.disk.now(), 1e-9))
+            try:
+                self.cpu.put(key, kv, terms, row.usage, selective=True)
+            except StoreFullError as error:
+                logger.debug("%s stays on disk: %s", key.hex(), error)
+
+    def drop_damaged(self, key: bytes, error: RecordError) -> None:
+        """Forgets a record that proved damaged, so that its next read is a miss."""
+        logger.warning("dropped the damaged record %s: %s", key.hex(), error)
+        with self.lock:
+            self.unreadable.add(key)
+            self.cpu.remove(key)
+        if self.disk is None or self.disk.readonly:
+            return
+        try:
+            self.disk.remove(key, "damaged")
+        except RagKVError as failure:
+            logger.warning("the damaged record %s could not be deleted: %s", key.hex(), failure)
+        else:
+            self.unreadable.discard(key)
+
+    def count_bytes(self, count: int) -> None:
+        """Counts bytes read from disk."""
+        with self.lock:
+            self.tally.bytes_read += count
+
+    def _open(self, snapshot: Snapshot, keys: Sequence[bytes]) -> dict[bytes, Loading]:
+        """What of ``keys`` is on disk and can be read."""
+        loading: dict[bytes, Loading] = {}
+        for key in keys:
+            if key in self.unreadable or self.disk is None:
+                continue
+            try:
+                found = snapshot.find(key, self.disk.now())
+            except RecordError as error:
+                self.drop_damaged(key, error)
+                continue
+            if found is not None:
+                loading[key] = Loading(snapshot, key, *found)
+        return loading
+
+    def _forget_removed(self, snapshot: Snapshot) -> None:
+        """Drops from memory what another process has removed from the folder."""
+        removals = snapshot.counters().removals
+        if removals == self._removals or self.disk is None:
+            return
+        with self.lock:
+            for key in self.cpu:
+                if not self.disk.contains(key):
+                    self.cpu.remove(key)
+            self._removals = removals

@@ -1,0 +1,139 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ragkv.errors import DocumentError, RetrievalError
+from ragkv.retrieval import TokenChunker
+
+from .conftest import PROSE, TOKENIZERS
+
+# Prose, structure and anything else that Unicode has.
+PIECES = st.sampled_from(
+    ["A sentence stands here. ", "another one? ", "\n\n", "\n", "# Head\n", "- item\n", "```\n", "word ", "é😀", "他来了。", "x" * 70]
+)
+TEXTS = st.lists(PIECES | st.text(max_size=30), max_size=40).map("".join)
+
+
+def count(tokenizer, text):
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def bare(text):
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS, chunk_tokens=st.integers(8, 60))
+def test_passages_fit_and_are_the_text(name, text, chunk_tokens):
+    tokenizer = TOKENIZERS[name]
+    passages = TokenChunker(tokenizer, chunk_tokens).split(text)
+    assert all(count(tokenizer, passage) <= chunk_tokens for passage in passages)
+    assert bare("".join(passages)) == bare(text)
+    at = 0
+    for passage in passages:
+        assert passage == passage.strip() != ""
+        at = text.index(passage, at) + len(passage)
+    assert passages == TokenChunker(tokenizer, chunk_tokens).split(text)
+
+
+def test_sentences_stay_whole(tokenizer):
+    text = " ".join(f"Sentence number {i} stands here." for i in range(40))
+    passages = TokenChunker(tokenizer, 120).split(text)
+    assert len(passages) > 1
+    assert all(passage.startswith("Sentence") and passage.endswith("here.") for passage in passages)
+
+
+def test_headings_begin_passages_and_keep_their_text():
+    text = "\n\n".join(f"# Head {i}\n\nThe text of section {i} is this one. It has two sentences." for i in range(30))
+    passages = TokenChunker(TOKENIZERS["byte-level"], 80).split(text)
+    assert all(passage.startswith("# Head") and passage.endswith("sentences.") for passage in passages)
+
+
+def test_a_sentence_that_would_be_cut_moves_to_the_next_passage():
+    short, long = "Short one here.", "Long " + "word " * 30 + "end."
+    tokenizer = TOKENIZERS["byte-level"]
+    room = count(tokenizer, long) + 5
+    assert TokenChunker(tokenizer, room).split(f"{short} {long} {long}") == [short, long, long]
+
+
+def test_no_passage_of_a_few_words_is_left_at_the_end():
+    tokenizer = TOKENIZERS["byte-level"]
+    for sentences in range(12, 40):
+        text = " ".join(f"Sentence {i} is here." for i in range(sentences))
+        last = TokenChunker(tokenizer, 100).split(text)[-1]
+        assert count(tokenizer, last) >= 20
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_edit_changes_passages_around_it_only(seed):
+    rng = random.Random(seed)
+    words = "the harbour company sold nets rope tar boats letters engine price end story nobody".split()
+    sentences = [" ".join(rng.choices(words, k=rng.randint(5, 14))).capitalize() + "." for _ in range(600)]
+    chunker = TokenChunker(TOKENIZERS["byte-level"], 128)
+    before = chunker.split(" ".join(sentences))
+    at = rng.randrange(100, 150)
+    sentences[at : at + 1] = rng.choice([[], ["Something else."], [sentences[at], "One more sentence than there was."]])
+    after = chunker.split(" ".join(sentences))
+    first = next(i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
+    same_end = next(i for i, (a, b) in enumerate(zip(before[::-1], after[::-1], strict=False)) if a != b)
+    # Cut greedily, all behind the edit would change: three quarters of the text.
+    assert len(after) - first - same_end <= 12
+    assert len(before) > 60
+
+
+def test_a_change_in_one_section_leaves_the_others():
+    tokenizer = TOKENIZERS["byte-level"]
+    sections = [f"# Section {i}\n\n" + " ".join(f"Fact {i}.{j} is told." for j in range(12)) for i in range(10)]
+    chunker = TokenChunker(tokenizer, 150)
+    before = chunker.split("\n\n".join(sections))
+    sections[4] += " One more fact is told here, and it is long."
+    after = chunker.split("\n\n".join(sections))
+    assert len(set(after) - set(before)) <= 2
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\u2003"], ids=["empty", "blank"])
+def test_no_text_no_passages(tokenizer, text):
+    assert TokenChunker(tokenizer).split(text) == []
+
+
+def test_prose_as_a_whole_is_one_passage(tokenizer):
+    assert TokenChunker(tokenizer, 2000).split(PROSE) == [PROSE.strip()]
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 0, -1, 2.5, True, None, "256"])
+def test_bad_size_is_refused(chunk_tokens):
+    with pytest.raises(RetrievalError, match="chunk_tokens must be a whole number of at least 8"):
+        TokenChunker(TOKENIZERS["slow"], chunk_tokens)
+
+
+def test_bad_text_is_refused(tokenizer):
+    chunker = TokenChunker(tokenizer)
+    with pytest.raises(DocumentError, match="must be a str, got bytes"):
+        chunker.split(b"bytes")
+    with pytest.raises(DocumentError, match="half a surrogate pair at 2"):
+        chunker.split("ab\ud800")
+    with pytest.raises(RetrievalError, match="must be a transformers tokenizer, got NoneType"):
+        TokenChunker(None)
+
+
+def test_a_character_that_cannot_fit_is_named():
+    def nine_each(texts, add_special_tokens):
+        return {"input_ids": [[0] * 9 * len(text) for text in texts]}
+
+    with pytest.raises(DocumentError, match="'a' alone has 9 tokens, chunk_tokens is 8"):
+        TokenChunker(nine_each, 8).split("abc")
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 20_000, "x" * 60_000, "a,b,c\n" * 15_000, "A b. " * 20_000], ids=["words", "one word", "lines", "sentences"]
+)
+def test_long_text_of_one_kind(text):
+    tokenizer = TOKENIZERS["byte-level"]
+    passages = TokenChunker(tokenizer, 256).split(text)
+    assert bare("".join(passages)) == bare(text)
+    counts = [count(tokenizer, passage) for passage in passages]
+    assert max(counts) <= 256
+    assert sum(counts) / len(counts) > 110

@@ -1,0 +1,161 @@
+import builtins
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from ragkv.errors import DocumentError, MissingPackageError
+from ragkv.retrieval import LoadedFile, SkippedFile, load_files, read_file
+
+
+def pdf(text, password=None):
+    """A one-page PDF with a line of text, made by hand: pypdf writes none."""
+    from pypdf import PdfReader, PdfWriter
+
+    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out = b"%PDF-1.4\n"
+    offsets = []
+    for number, body in enumerate(objects, 1):
+        offsets.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    start = len(out)
+    out += b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    out += b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % start
+    if password is None:
+        return out
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(out)))
+    writer.encrypt(user_password=password, owner_password="owner", algorithm="RC4-128")
+    buffer = io.BytesIO()
+    writer.write(buffer)
+    return buffer.getvalue()
+
+
+def by_name(found):
+    return {Path(file.source).name: file for file in found}
+
+
+def test_a_folder_of_everything(tmp_path):
+    (tmp_path / "sub" / ".hidden").mkdir(parents=True)
+    files = {
+        "a.txt": "Plain.\r\nTwo lines.\rThree.".encode(),
+        "b.md": "\ufeff# Head\n\nText with é.".encode(),
+        "c.pdf": pdf("Words in a page"),
+        "d.pdf": pdf("Nobody may print", password=""),
+        "e.pdf": pdf("Secret", password="x"),
+        "f.pdf": b"%PDF-1.4 broken",
+        "g.pdf": pdf(""),
+        "h.txt": "sixteen \N{SNOWMAN}".encode("utf-16"),
+        "i.txt": "thirty-two".encode("utf-32"),
+        "j.bin": b"\x00\x01\x02",
+        "k.txt": "é".encode("latin-1"),
+        "l.txt": b" \n ",
+        "m.txt": b"x" * 5000,
+        "sub/n.md": b"inner",
+        "sub/.o.txt": b"hidden",
+        "sub/.hidden/p.txt": b"hidden",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = list(load_files(tmp_path, max_bytes=4096))
+    sources = [file.source for file in found]
+    assert sources == sorted(sources) and all(os.path.isabs(source) for source in sources)
+    named = by_name(found)
+    assert {name: file.text.strip() for name, file in named.items() if isinstance(file, LoadedFile)} == {
+        "a.txt": "Plain.\nTwo lines.\nThree.",
+        "b.md": "# Head\n\nText with é.",
+        "c.pdf": "Words in a page",
+        "d.pdf": "Nobody may print",
+        "h.txt": "sixteen ☃",
+        "i.txt": "thirty-two",
+        "n.md": "inner",
+    }
+    reasons = {name: file.reason for name, file in named.items() if isinstance(file, SkippedFile)}
+    assert reasons.keys() == {"e.pdf", "f.pdf", "g.pdf", "j.bin", "k.txt", "l.txt", "m.txt", "pipe", "gone.txt"}
+    for name, reason in {
+        "e.pdf": "encrypted",
+        "f.pdf": "not a readable PDF",
+        "g.pdf": "no text in it",
+        "j.bin": "binary",
+        "k.txt": "not utf-8: byte 0",
+        "l.txt": "empty",
+        "m.txt": "too large: 5000 bytes, at most 4096",
+        "pipe": "not a regular file",
+        "gone.txt": "cannot be read",
+    }.items():
+        assert reason in reasons[name] and "\n" not in reasons[name]
+
+
+def test_paths_are_read_in_order_and_once(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", ".hidden.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    found = [Path(file.source).name for file in load_files(["b.txt", ".", "./a.txt", tmp_path / ".hidden.txt"])]
+    assert found == ["b.txt", "a.txt", ".hidden.txt"]
+
+
+def test_missing_and_unreadable_are_skipped(tmp_path, monkeypatch):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.txt").write_text("bad")
+    (tmp_path / "folder").mkdir()
+    read_bytes, listdir = Path.read_bytes, os.listdir
+
+    def refused(path):
+        if path.name == "bad.txt":
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    def unlisted(path):
+        if path.endswith("folder"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(os, "listdir", unlisted)
+    named = by_name(load_files([tmp_path / "nowhere", tmp_path]))
+    assert named["good.txt"].text == "good"
+    assert named["nowhere"].reason == "cannot be read: No such file or directory"
+    assert named["bad.txt"].reason == "cannot be read: Permission denied"
+    assert named["folder"].reason == "the folder cannot be listed: Permission denied"
+
+
+def test_another_encoding_can_be_named(tmp_path):
+    path = tmp_path / "old.txt"
+    path.write_bytes("é".encode("latin-1"))
+    assert read_file(path, encoding="latin-1") == "é"
+    with pytest.raises(LookupError):
+        list(load_files(path, encoding="no such"))
+
+
+def test_without_pypdf_the_command_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.pdf").write_bytes(pdf("text"))
+    (tmp_path / "b.txt").write_text("text")
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: _no_pypdf(real, name, *a, **k))
+    with pytest.raises(MissingPackageError, match=r"pip install 'ragkv\[pdf\]'"):
+        read_file(tmp_path / "a.pdf")
+    skipped, loaded = load_files(tmp_path)
+    assert "pip install 'ragkv[pdf]'" in skipped.reason and loaded.text == "text"
+
+
+def _no_pypdf(real, name, *args, **kwargs):
+    if name == "pypdf":
+        raise ImportError(name)
+    return real(name, *args, **kwargs)
+
+
+def test_read_file_says_why(tmp_path):
+    with pytest.raises(DocumentError, match="No such file"):
+        read_file(tmp_path / "nowhere.txt")
+    with pytest.raises(DocumentError, match="not a regular file"):
+        read_file(tmp_path)

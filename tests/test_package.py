@@ -1,0 +1,109 @@
+"""The house: what an installed ragkv puts on the path, what importing it loads, and who may import whom."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ragkv
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"triton", "faiss", "lmdb", "sentence_transformers", "pypdf"}
+
+
+def fresh(code: str, **env: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        cwd="/",
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_import_is_light():
+    code = (
+        "import torch, transformers, sys; before = set(sys.modules); import ragkv; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    loaded = set(ast.literal_eval(fresh(code)))
+    assert not loaded & HEAVY
+    assert loaded <= {"ragkv"}
+
+
+def test_fusion_runs_without_the_optional_packages():
+    """Where triton, faiss, sentence-transformers and pypdf are not installed, an engine still works in memory."""
+    blocked = {"faiss", "sentence_transformers", "pypdf", "triton", "lmdb"}
+    code = (
+        "import sys\n"
+        f"for name in {sorted(blocked)}: sys.modules[name] = None\n"
+        "import ragkv; from ragkv.testing import tiny_model\n"
+        "engine = ragkv.Engine(tiny_model())\n"
+        "print(engine.fuse(engine.add([[5, 6, 7]]), [4]).logits.shape[0])"
+    )
+    assert fresh(code) == "1"
+
+
+def test_public_names():
+    stub = ast.parse((ROOT / "ragkv" / "__init__.pyi").read_text())
+    declared = {alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert declared == set(ragkv.__all__)
+    for name in ragkv.__all__:
+        assert getattr(ragkv, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonsense"):
+        ragkv.nonsense  # noqa: B018
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("kernels", {"ragkv.kernels"}),
+        ("store", {"ragkv.store", "ragkv.chunk", "ragkv.errors"}),
+        ("retrieval", {"ragkv.retrieval", "ragkv.chunk", "ragkv.errors"}),
+    ],
+)
+def test_imports_go_one_way(room, allowed):
+    for path in (ROOT / room).rglob("*.py"):
+        for name in imports(path):
+            if name == "ragkv" or name.startswith("ragkv."):
+                assert any(name == home or name.startswith(home + ".") for home in allowed), f"{path}: {name}"
+            assert not (room in ("kernels", "store") and name.split(".")[0] == "transformers"), path
+
+
+def test_the_wheel_has_one_top_level_name(tmp_path):
+    source = tmp_path / "source"  # built from a copy: a build leaves folders behind that a later one would pick up
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks", "training")
+    shutil.copytree(ROOT, source, ignore=skip)
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names} == {"ragkv", f"ragkv-{ragkv.__version__}.dist-info"}
+    for needed in ("ragkv/py.typed", "ragkv/__init__.pyi", "ragkv/kernels/__init__.py", "ragkv/store/__init__.py"):
+        assert needed in names
+    assert any(name.startswith("ragkv/bundled/model/") and name.endswith(".safetensors") for name in names)
+    assert any(name.startswith("ragkv/bundled/documents/") for name in names)
+    packages = sysconfig.get_paths()["purelib"]
+    assert not any((Path(packages) / name).exists() for name in ("kernels", "store", "retrieval"))

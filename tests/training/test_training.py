@@ -1,0 +1,179 @@
+"""Data, model, optimizer and export of the bundled model's training, on small sizes."""
+
+import random
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from ragkv.bundled import MODEL_PATH, TEMPLATE
+from ragkv.bundled.generator import Shape, questions, write_context
+from training.data import IGNORED, Encoder, Stage, batches, encode_context
+from training.evaluate import context_kv, evaluate, prefill, right
+from training.export import export, to_llama
+from training.model import Reader, Size
+from training.optim import orthogonalize
+from training.tokenizer import split_names
+from training.train import Plan, Run
+
+SHAPE = Shape(documents=(3, 4), chunks=(1, 2), words=(6, 14), facts=(1, 2))
+STAGE = Stage(4, SHAPE, context=192, asked=160, batch=2, longest_gap=100)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PreTrainedTokenizerFast.from_pretrained(MODEL_PATH)
+
+
+@pytest.fixture
+def size(tokenizer):
+    return Size(
+        layers=3,
+        hidden=32,
+        heads=2,
+        kv_heads=1,
+        intermediate=48,
+        vocabulary=len(tokenizer),
+        subject_layer=0,
+        evidence_layer=1,
+    )
+
+
+def test_places_point_at_values(tokenizer):
+    rng, encoder = random.Random(0), Encoder(tokenizer)
+    for _ in range(20):
+        context = write_context(rng, SHAPE)
+        example = encode_context(encoder, context, rng, longest_gap=50)
+        assert len(example.ids) == len(example.positions)
+        assert all(b > a for a, b in zip(example.positions, example.positions[1:], strict=False))
+        for fact in context.facts:
+            first, count = example.places[id(fact)]
+            assert tokenizer.decode(example.ids[first : first + count]).strip() == fact.value
+
+
+def test_segments_are_tokenised_alone(tokenizer):
+    rng, encoder = random.Random(1), Encoder(tokenizer)
+    context = write_context(rng, SHAPE)
+    ids = [tokenizer.bos_token_id, *encoder.ids(TEMPLATE["prefix"])]
+    for text in context.chunks:
+        ids += encoder.ids(TEMPLATE["before_chunk"]) + encoder.ids(text) + encoder.ids(TEMPLATE["after_chunk"])
+    assert encode_context(encoder, context, rng, longest_gap=0).ids == ids
+
+
+def test_batches_repeat_and_targets_are_answers(tokenizer):
+    one, two = next(batches(tokenizer, STAGE, 7)), next(batches(tokenizer, STAGE, 7))
+    assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+    wanted = one.target != IGNORED
+    assert wanted.any() and (one.segment[wanted] >= 0).all()
+    copied = one.evidence >= 0
+    assert torch.equal(one.context.gather(1, one.evidence.clamp(min=0))[copied], one.target[copied])
+
+
+def test_losses_equal_the_exported_model(tokenizer, size):
+    """Reading a context once with packed questions is what the exported model computes on each prompt alone."""
+    torch.manual_seed(0)
+    reader = Reader(size)
+    for layer in reader.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.2)
+    batch = next(batches(tokenizer, STAGE, 3))
+    llama = to_llama(reader.state_dict(), size, tokenizer)
+    nll = []
+    for b in range(STAGE.batch):
+        length = int(batch.length[b])
+        for number in range(int(batch.segment[b].max()) + 1):
+            own = batch.segment[b] == number
+            ids = torch.cat((batch.context[b, :length], batch.asked[b, own]))[None]
+            positions = torch.cat((batch.context_positions[b, :length], batch.asked_positions[b, own]))[None]
+            with torch.no_grad():
+                logits = llama(ids, position_ids=positions).logits[0, length:]
+            target = batch.target[b, own]
+            nll.append(
+                torch.nn.functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")[
+                    target != IGNORED
+                ]
+            )
+    with torch.no_grad():
+        losses = reader.losses(batch, 4)
+    torch.testing.assert_close(losses["answer"], torch.cat(nll).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_newton_schulz_makes_orthogonal():
+    torch.manual_seed(0)
+    for shape in [(2, 8, 8), (1, 16, 6), (1, 6, 16)]:
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.4 and values.max() < 1.4
+
+
+def test_run_resumes_where_it_was(tokenizer, size, tmp_path):
+    def run(folder, steps):
+        stage = Stage(**{**vars(STAGE), "steps": steps})
+        made = Run(folder, size, Plan(), (stage,), "cpu", seed=0)
+        made.train(tokenizer, compiled=False, every=1, save_every=1)
+        return made
+
+    first = run(tmp_path / "a", 2)
+    again = run(tmp_path / "a", 3)
+    assert (first.step, again.step) == (2, 3)
+    rows = (tmp_path / "a" / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
+
+
+def test_export_is_loadable_and_whole(tokenizer, size, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    reader = Reader(size)
+    llama = to_llama(reader.state_dict(), size, tokenizer)
+    ids = torch.tensor([[1, 5, 9]])
+    expected = llama(ids).logits
+    for _ in range(2):
+        export(llama, tokenizer, tmp_path / "model")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=2e-2, rtol=2e-2)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_helpers_fade_out():
+    plan = Plan()
+    assert plan.helper_weight(0.0) == plan.helper
+    assert plan.helper_weight(0.5) == plan.helper_weight(1.0) == 0.0
+    assert plan.lr_factor(99, 1000) == 1.0 and plan.lr_factor(999, 1000) == pytest.approx(0.05)
+
+
+def test_names_are_split_for_the_tokenizer():
+    assert split_names("Mira Kolvane lives in Amberhaven.") == "Mi|ra Kol|vane lives in Amber|haven."
+
+
+def test_document_in_place_is_exact(tokenizer, size):
+    """One document right behind the prefix: prefilled alone it has the KV that the whole prompt has."""
+    torch.manual_seed(0)
+    llama, encoder, rng = to_llama(Reader(size).state_dict(), size, tokenizer), Encoder(tokenizer), random.Random(2)
+    context = write_context(rng, Shape(documents=(1, 1), types=(1, 1), chunks=(2, 2), words=(6, 10), notes=0.0))
+    with torch.no_grad():
+        full, reuse = (context_kv(llama, encoder, context, arm) for arm in ("full", "document"))
+    for (k, v), (k2, v2) in zip(full, reuse, strict=True):
+        torch.testing.assert_close(k, k2, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(v, v2, atol=1e-4, rtol=1e-4)
+
+
+def test_teacher_forcing_is_greedy_decoding(tokenizer):
+    from ragkv.bundled import load
+
+    model, _ = load()
+    encoder, rng = Encoder(tokenizer), random.Random(4)
+    context = write_context(rng, SHAPE)
+    asked = questions(rng, context)[:6]
+    ids = encoder.prefix + [token for text in context.chunks for token in encoder.chunk(text)]
+    with torch.no_grad():
+        results = right(model, encoder, prefill(model, ids), asked)
+        for question, good in zip(asked, results, strict=True):
+            prompt = ids + encoder.question(question.text)
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+            assert good == (out == [*encoder.ids(question.answer), encoder.eos])
+
+
+def test_evaluate_counts_every_kind(tokenizer, size):
+    torch.manual_seed(0)
+    llama = to_llama(Reader(size).state_dict(), size, tokenizer)
+    shape = Shape(documents=(4, 5), chunks=(1, 2), words=(6, 14))
+    results = evaluate(llama, tokenizer, shape, 2, seed=0, heldout=True, arms=("full", "none"))
+    assert all(n >= 2 for row in results.values() for _, n in row.values())
