@@ -4,10 +4,12 @@ from ragkv.engine import Engine as Engine
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import MethodError as MethodError
+from ragkv.errors import MissingPackageError as MissingPackageError
 from ragkv.errors import PromptError as PromptError
 from ragkv.errors import PromptTooLongError as PromptTooLongError
 from ragkv.errors import RagKVError as RagKVError
 from ragkv.errors import RecordError as RecordError
+from ragkv.errors import RetrievalError as RetrievalError
 from ragkv.errors import StoreError as StoreError
 from ragkv.errors import StoreFullError as StoreFullError
 from ragkv.errors import UnsupportedModelError as UnsupportedModelError

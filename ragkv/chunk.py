@@ -41,6 +41,8 @@ class Chunk:
         text: the passage as it was given; ``None`` when ids were given.
         previous: the chunk before it in the same document; ``None`` for a document's first chunk and for a passage
             that stands alone. The chain of predecessors is the chunk's context, behind the anchor.
+        mark: not empty where KV from here on were repaired after an edit instead of read: a part of the context, so that they are
+            never taken for exact ones.
         offset: tokens of its context, the anchor not counted.
         context: digest of the ids of its context, the anchor not counted.
     """
@@ -48,13 +50,15 @@ class Chunk:
     ids: tuple[int, ...]
     text: str | None = None
     previous: Chunk | None = field(default=None, repr=False)
+    mark: str = ""
     offset: int = field(init=False)
     context: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         before = self.previous
         object.__setattr__(self, "offset", 0 if before is None else before.offset + len(before))
-        object.__setattr__(self, "context", b"" if before is None else digest(before.context, before.ids))
+        context = b"" if before is None else digest(before.context, before.ids)
+        object.__setattr__(self, "context", digest(context, self.mark) if self.mark else context)
 
     @property
     def id(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -11,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.chunk import Chunk
 from ragkv.decoding import Settings, beam_search, decode
-from ragkv.errors import PromptError, PromptTooLongError, RecordError, StoreFullError
-from ragkv.fingerprint import model_fingerprint
+from ragkv.errors import PromptError, PromptTooLongError, RecordError
 from ragkv.fusion import fuse, plan
 from ragkv.layout import Layout, Placed, lay_out
+from ragkv.library import Library, several
 from ragkv.methods import Method, Reuse
-from ragkv.model import Decoder
 from ragkv.placement import Placement
-from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.reading import Reader, with_window
+from ragkv.prompt import PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, FusedPrompt, FusionReport
-from ragkv.store import Batch, TieredStore, chunk_key
+from ragkv.store import Batch, TieredStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(Library):
     """Answers over documents that the model has already read.
 
     An engine may be used from several threads; the model runs for one of them at a time. It never changes the model.
@@ -42,11 +39,7 @@ class Engine:
         store: where KV are kept; CPU memory by default.
         method: how prompts are put together, unless a call says otherwise; :class:`~ragkv.Reuse` by default.
         template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
-        context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
-        document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
-            one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
-        piece_tokens: tokens of a document that one forward pass reads.
-        namespace: chunks stored under another namespace are never found.
+        **reading: ``context``, ``document_tokens``, ``piece_tokens``, ``namespace``: see :class:`~ragkv.library.Library`.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
@@ -60,88 +53,11 @@ class Engine:
         store: TieredStore | None = None,
         method: Method | None = None,
         template: PromptTemplate | None = None,
-        context: str = "document",
-        document_tokens: int | None = None,
-        piece_tokens: int = 512,
-        namespace: str = "",
+        **reading: Any,
     ):
-        if context not in ("document", "chunk"):
-            raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
-        self.model, self.tokenizer, self.context, self.namespace = model, tokenizer, context, namespace
         self.method = _method(method or Reuse())
-        self.template = template or PromptTemplate.default(tokenizer)
-        self.decoder = Decoder(model)
-        self.encoder = Encoder(self.template, tokenizer, self.decoder.vocab_size)
-        self.store = TieredStore() if store is None else store
-        self.model_fingerprint = model_fingerprint(
-            model, self.decoder.config, self.decoder.dtype, self.decoder.attention
-        )
-        self.space = digest(self.model_fingerprint, self.encoder.anchor).hex()
-        room = (self.decoder.max_positions or 1 << 30) - len(self.encoder.anchor)
-        self.document_tokens = min(document_tokens or 8192, room)
-        self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens)
+        super().__init__(model, tokenizer, store=store, template=template, **reading)
         self._prefix = self._reader.opening(self.encoder.prefix)
-        self._lock = threading.RLock()
-
-    def add(self, passages: Sequence[Text]) -> list[Chunk]:
-        """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
-
-        Args:
-            passages: text or token ids each.
-
-        Returns:
-            One chunk a passage, in order.
-
-        Raises:
-            PromptError: a passage is empty, or ids are out of the vocabulary.
-            PromptTooLongError: a passage is longer than the model reads at once.
-            StoreFullError: a chunk does not fit into the store; those before it are stored.
-        """
-        chunks = [self._chunk(passage) for passage in _several(passages, "passages")]
-        self._store_missing(chunks)
-        return chunks
-
-    def add_document(self, parts: Sequence[Text]) -> list[Chunk]:
-        """Read one document, given as its consecutive parts; each part becomes a chunk that knows the text before it.
-
-        The document is prefilled as a whole, once, in pieces. Parts in front that are stored already are not read again.
-
-        Args:
-            parts: text or token ids each, in document order.
-
-        Returns:
-            One chunk a part, in order.
-
-        Raises:
-            PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
-        """
-        chunks = self.cut_document(parts)
-        self._store_missing(chunks)
-        return chunks
-
-    def cut_document(self, parts: Sequence[Text]) -> list[Chunk]:
-        """The chunks of a document as :meth:`add_document` returns them, without reading anything.
-
-        Args:
-            parts: text or token ids each, in document order.
-
-        Raises:
-            PromptError, PromptTooLongError: as for :meth:`add`.
-        """
-        chunks = [self._chunk(part) for part in _several(parts, "parts")]
-        return with_window(chunks, self.document_tokens) if self.context == "document" else chunks
-
-    def forget(self, chunks: Sequence[Chunk]) -> int:
-        """Remove chunks' KV from the store; returns how many were there. A prompt that needs one reads it again."""
-        return sum(self.store.remove(self.chunk_key(chunk)) for chunk in chunks)
-
-    def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Those of the chunks that the store does not hold."""
-        return [chunk for chunk in chunks if self.chunk_key(chunk) not in self.store]
-
-    def chunk_key(self, chunk: Chunk) -> bytes:
-        """The key of a chunk's KV in the store: space, namespace, ids and context."""
-        return chunk_key(self.space, chunk.ids, chunk.context, self.namespace)
 
     def fuse(
         self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | None = None, room_tokens: int = 64
@@ -164,7 +80,7 @@ class Engine:
         begin = perf_counter()
         chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
-        known = [chunk if isinstance(chunk, Chunk) else self.add([chunk])[0] for chunk in _several(chunks, "chunks")]
+        known = [chunk if isinstance(chunk, Chunk) else self.add([chunk])[0] for chunk in several(chunks, "chunks")]
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device)
         self._check_length(layout.tokens)
         with self._lock, torch.no_grad():
@@ -234,35 +150,6 @@ class Engine:
         if len(rest) > len(shown):
             yield rest[len(shown) :]
 
-    def close(self) -> None:
-        """Close the store."""
-        self.store.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _chunk(self, passage: Text) -> Chunk:
-        chunk = Chunk(self.encoder.chunk(passage), passage if isinstance(passage, str) else None)
-        if len(chunk) > self.document_tokens:
-            raise PromptTooLongError(
-                f"a passage of {len(chunk)} tokens is {len(chunk) - self.document_tokens} more than the "
-                f"{self.document_tokens} that are read at once: split it into smaller parts"
-            )
-        return chunk
-
-    def _store_missing(self, chunks: Sequence[Chunk]) -> None:
-        for chunk, kv, seconds in self._read(self.missing(chunks)):
-            self.store.put(self.chunk_key(chunk), kv, space=self.space, cost_s=seconds, namespace=self.namespace)
-
-    def _read(self, missing: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkKV, float]]:
-        """Prefill chunks, each in its context, as the stored beginning of its document allows."""
-        if missing:
-            with self._lock:
-                yield from self._reader.read(missing, lambda chunk: self.store.get(self.chunk_key(chunk)))
-
     def _check_length(self, tokens: int) -> None:
         limit = self.decoder.max_positions
         if limit is not None and tokens > limit:
@@ -287,7 +174,8 @@ class Engine:
             start = perf_counter()
             fresh = self._keep(self._lost(keys, batch))
             read_ms = _ms(start) if fresh else 0.0
-            placement = Placement(self.decoder, cache, layout, self._prefix, batch, list(keys), fresh, self.chunk_key)
+            held = {item.chunk: self.chunk_key(item.chunk) for item in placed}
+            placement = Placement(self.decoder, cache, layout, self._prefix, batch, held, fresh)
             logits, trace = fuse(self.decoder, cache, layout, work, placement.layer)
             report.sources = placement.sources() if placed else ["unused"] * len(layout.chunks)
             report.bytes_read = batch.bytes_read
@@ -307,18 +195,6 @@ class Engine:
                 self.store.remove(key)
             missing.append(item.chunk)
         return missing
-
-    def _keep(self, missing: Sequence[Chunk]) -> dict[bytes, ChunkKV]:
-        """Read what the store does not hold, store it if it fits, and keep it in hand for this prompt."""
-        held: dict[bytes, ChunkKV] = {}
-        for chunk, kv, seconds in self._read(missing):
-            key = self.chunk_key(chunk)
-            held[key] = kv
-            try:
-                self.store.put(key, kv, space=self.space, cost_s=seconds, namespace=self.namespace)
-            except StoreFullError as error:
-                logger.warning("a chunk of %d tokens is used but not stored: %s", len(chunk), error)
-        return held
 
     def _begin(
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | None, generation: dict[str, Any]
@@ -342,12 +218,6 @@ class Engine:
 
 def _ms(begin: float) -> float:
     return (perf_counter() - begin) * 1e3
-
-
-def _several(items: Sequence, what: str) -> Sequence:
-    if isinstance(items, str):
-        raise PromptError(f"{what} must be a list, got one string: write [{items[:20]!r}]")
-    return items
 
 
 def _method(method: Method) -> Method:

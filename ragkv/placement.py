@@ -5,7 +5,7 @@ N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +28,10 @@ class Placement:
         decoder: the model.
         cache: written.
         layout: the prompt.
-        prefix: KV of the prefix, or ``None`` where it is empty.
+        opening: KV of what stands in front of the chunks, or ``None`` where nothing does.
         batch: an open read of the store.
-        keys: the batch's keys, in its order.
-        fresh: chunks that the batch does not hold, by key.
-        key_of: the key of a chunk.
+        keys: for every chunk to place, the key of the KV that it takes.
+        fresh: KV that the batch does not hold, by key.
     """
 
     def __init__(
@@ -40,17 +39,15 @@ class Placement:
         decoder: Decoder,
         cache: FusedCache,
         layout: Layout,
-        prefix: ChunkKV | None,
+        opening: ChunkKV | None,
         batch: Batch,
-        keys: list[bytes],
-        fresh: dict[bytes, ChunkKV],
-        key_of: Callable[[Chunk], bytes],
+        keys: Mapping[Chunk, bytes],
+        fresh: Mapping[bytes, ChunkKV],
     ):
-        self.decoder, self.cache, self.layout, self.prefix = decoder, cache, layout, prefix
+        self.decoder, self.cache, self.layout, self.opening = decoder, cache, layout, opening
         self.batch, self.fresh = batch, fresh
-        index = {key: number for number, key in enumerate(keys)}
-        self.chunks = [(placed, key_of(placed.chunk)) for placed in layout.chunks] if keys else []
-        self.index = index
+        self.chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
+        self.index = {key: number for number, key in enumerate(batch.keys)}
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def sources(self) -> list[str]:
@@ -58,12 +55,12 @@ class Placement:
         return ["computed" if key in self.fresh else str(self.batch.tiers[self.index[key]]) for _, key in self.chunks]
 
     def layer(self, layer: int) -> None:
-        """Write one layer's prefix and chunks to their slots: keys rotated by their change of position, values as they are."""
+        """Write one layer's opening and chunks to their slots: keys rotated by their change of position, values as they are."""
         held = self.cache.layers[layer]
         keys, values = held.key_room[0], held.value_room[0]
-        if self.prefix is not None:
-            keys[:, : len(self.prefix)] = self.prefix.keys[layer]
-            values[:, : len(self.prefix)] = self.prefix.values[layer]
+        if self.opening is not None:
+            keys[:, : len(self.opening)] = self.opening.keys[layer]
+            values[:, : len(self.opening)] = self.opening.values[layer]
         rotation = self.decoder.rotations[layer]
         for placed, key in self.chunks:
             stored_keys, stored_values = self._stored(key, layer)
@@ -98,5 +95,5 @@ class Placement:
     def _whole_table(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Tables ``[all chunk tokens, R / 2]``, made once a prompt for each distinct rotation."""
         new = self.layout.reusable
-        shift = torch.cat([torch.full((len(p.chunk),), p.base - p.start) for p, _ in self.chunks]).to(new.device)
+        shift = torch.cat([torch.full((len(p.chunk),), p.base - p.start) for p in self.layout.chunks]).to(new.device)
         return rotation_tables(rotation, new + shift, new)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ragkv.engine import Engine
 from ragkv.errors import DocumentError, RagKVError
 from ragkv.methods import Method
 from ragkv.prompt import PromptTemplate
+from ragkv.repair import marked
 from ragkv.report import Answer
 from ragkv.retrieval import (
     Change,
@@ -69,15 +72,23 @@ class RAG:
         engine: reads and answers; closed with this object.
         retriever: finds; closed with this object.
         chunker: cuts texts into passages; by default of at most 256 of the model's tokens.
+        repair_tokens: read a changed document by computing the changed passages and this many tokens behind each change (see
+            :meth:`Engine.repair_document`); ``None``: read it exactly, from the first changed passage on.
 
     Raises:
         IncompatibleFolderError: the retriever's folder was made with another model.
     """
 
-    def __init__(self, engine: Engine, retriever: Retriever, chunker: TokenChunker | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        retriever: Retriever,
+        chunker: TokenChunker | None = None,
+        repair_tokens: int | None = None,
+    ):
         if engine.tokenizer is None:
             raise ValueError("RAG reads text: the engine needs a tokenizer")
-        self.engine, self.retriever = engine, retriever
+        self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
         self.chunker = chunker or TokenChunker(engine.tokenizer)
         name = getattr(engine.decoder.config, "_name_or_path", "") or type(engine.model).__name__
         retriever.catalogue.require("model", engine.model_fingerprint, str(name))
@@ -93,6 +104,7 @@ class RAG:
         chunk_tokens: int | None = None,
         method: Method | None = None,
         template: PromptTemplate | None = None,
+        repair_tokens: int | None = None,
         device: str | None = None,
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
@@ -108,6 +120,7 @@ class RAG:
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
             method: how prompts are put together.
             template: the prompt's parts.
+            repair_tokens: how a changed document is read, see above.
             device: ``"cuda"`` where there is one, by default.
             cpu_bytes: memory for KV.
             disk_bytes: disk for KV.
@@ -118,16 +131,17 @@ class RAG:
             IncompatibleFolderError: the folder was made with another model or embedder.
         """
         folder = None if path is None else Path(path)
-        retriever = Retriever.open(None if folder is None else folder / "documents", _embedder(embedder))
-        try:
+        with ExitStack() as opened:
+            retriever = Retriever.open(None if folder is None else folder / "documents", _embedder(embedder))
+            opened.callback(retriever.close)
             loaded, tokenizer, own = _load(model, device, model_options)
             store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
+            opened.callback(store.close)
             engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own)
             default_tokens = 96 if model == BUNDLED else 256
-            return cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens))
-        except BaseException:
-            retriever.close()
-            raise
+            rag = cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens)
+            opened.pop_all()  # all went well: from here on they are closed with the object
+            return rag
 
     def add_texts(
         self,
@@ -280,15 +294,28 @@ class RAG:
         if not passages:
             raise DocumentError(f"{source}: no text in it")
         change = self.retriever.add(source, passages, metadata)
-        self._forget_orphans(change)
         added.changes.append(change)
-        added.tokens_read += self._read(passages)
+        added.tokens_read += self._read(passages, change)
+        self._forget_orphans(change)
 
-    def _read(self, passages: Sequence[str]) -> int:
+    def _read(self, passages: Sequence[str], change: Change | None = None) -> int:
         chunks = self._document(passages)
-        tokens = sum(len(chunk) for chunk in self.engine.missing(chunks))
-        self.engine.add_document(passages)
-        return tokens
+        missing = self.engine.missing(chunks)
+        if missing and change and change.old_passages and self.repair_tokens is not None:
+            old = self._document(change.old_passages)
+            repaired = self.engine.repair_document(old, list(passages), self.repair_tokens)
+            self._keep_mark(passages, repaired)
+        elif missing:
+            self.engine.add_chunks(chunks)
+        return sum(len(chunk) for chunk in missing)
+
+    def _keep_mark(self, passages: Sequence[str], chunks: list[Chunk]) -> None:
+        """Remember where a document was repaired, beside its KV: they are found by it."""
+        first = next((number for number, chunk in enumerate(chunks) if chunk.mark), None)
+        if first is not None:
+            fact = json.dumps({"first": first, "mark": chunks[first].mark}).encode()
+            self.engine.store.meta_put(_mark_name(passages), fact)
+            self._known[digest(*passages)] = chunks
 
     def _forget_orphans(self, change: Change) -> None:
         orphans = change.orphans if self.engine.context == "document" else change.orphan_texts
@@ -300,11 +327,16 @@ class RAG:
         """A document's chunks; tokenising a long one takes a while, so the latest are kept."""
         key = digest(*passages)
         if key not in self._known:
-            self._known[key] = self.engine.cut_document(list(passages))
+            chunks, fact = self.engine.cut_document(list(passages)), self.engine.store.meta_get(_mark_name(passages))
+            self._known[key] = chunks if fact is None else marked(chunks, **json.loads(fact))
             if len(self._known) > _KNOWN_DOCUMENTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+
+def _mark_name(passages: Sequence[str]) -> str:
+    return f"repaired:{digest(*passages).hex()}"
 
 
 def _embedder(embedder: str | Embedder | None) -> Embedder | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from ragkv.cache import FusedCache
 from ragkv.chunk import Chunk, ChunkKV
@@ -66,7 +65,7 @@ class Reader:
             return None
         cache = self.decoder.cache(len(ids))
         self._run(ids, cache, 0)
-        return _slice(cache, 0, len(ids))
+        return cut(cache, 0, len(ids))
 
     def read(
         self, wanted: Sequence[Chunk], stored: Callable[[Chunk], ChunkKV | None]
@@ -100,7 +99,7 @@ class Reader:
                 mine = left.pop((chunk.ids, chunk.context), None)
                 if mine is not None:
                     end = self._behind(chunk)
-                    yield mine, _slice(cache, end - len(chunk), end), per_token * len(chunk)
+                    yield mine, cut(cache, end - len(chunk), end), per_token * len(chunk)
 
     def _append_stored(self, cache: FusedCache, chain: list[Chunk], left: dict, stored: Callable) -> int:
         """Take the stored beginning of a chain; returns the number of the first chunk to read."""
@@ -142,8 +141,7 @@ def _append(cache: FusedCache, kv: ChunkKV) -> None:
         layer.update(keys[None].to(layer.device), values[None].to(layer.device))
 
 
-def _slice(cache: FusedCache, start: int, end: int) -> ChunkKV:
-    def cut(held: Tensor) -> Tensor:
-        return held[0, :, start:end].clone()
-
-    return ChunkKV([cut(layer.keys) for layer in cache.layers], [cut(layer.values) for layer in cache.layers], start)
+def cut(cache: FusedCache, start: int, end: int) -> ChunkKV:
+    """A copy of what a cache holds at positions ``start .. end - 1``."""
+    keys = [layer.keys[0, :, start:end].clone() for layer in cache.layers]
+    return ChunkKV(keys, [layer.values[0, :, start:end].clone() for layer in cache.layers], start)

@@ -122,7 +122,7 @@ class Catalogue:
             with self.snapshot() as view:
                 old = view.get(source)
                 if old is not None and replace(old, passage_ids=()) == document:
-                    return Change(old, kept=old.passage_ids, old_passages=tuple(passages))
+                    return Change(old, kept=old.passage_ids, old_passages=tuple(passages), states=(view.state,) * 2)
                 missing = [text for text in dict.fromkeys(passages) if text not in vectors and not view.has_text(text)]
             vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())
             with self._environment.transaction(write=True) as txn:

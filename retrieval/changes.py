@@ -29,6 +29,7 @@ def replaced(txn: Transaction, document: Document, passages: list[str], vectors:
         vectors: vectors by text, float32 ``[d]``; of the other texts some passage has to have one.
     """
     view = Snapshot(txn)
+    before = view.state
     old = view.get(document.source)
     old_ids = old.passage_ids if old else ()
     old_texts = view.texts(old) if old else []
@@ -60,6 +61,7 @@ def replaced(txn: Transaction, document: Document, passages: list[str], vectors:
         first_changed=_first_changed(passages, old_texts),
         orphans=tuple(i for i, use in enumerate(records.lineage_keys(old_texts)) if not view.used(use)),
         orphan_texts=tuple(i for i, text in enumerate(old_texts) if not view.has_text(text)),
+        states=(before, view.state),
     )
 
 

@@ -15,8 +15,10 @@ from ragkv.retrieval.boundaries import Boundary, Rank, boundaries
 
 _LINE = re.compile(r"(?<=\n)(?=[^\n])")
 _WORD = re.compile(r"(?<=\S)(?=\s)")
-# Whole words cost least: texts are counted in batches of this many.
+# Texts that are tokenised in one call: enough to be fast, few enough to be small.
 _BATCH = 4096
+# Text that looks like a special token is text: the engine reads a document's words in the same way.
+_COUNTED = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
 class _Piece(NamedTuple):
@@ -38,18 +40,19 @@ class _Piece(NamedTuple):
 class TokenChunker:
     """Cuts text into passages, without overlap, the same text always in the same way.
 
-    A passage has at most ``chunk_tokens`` tokens when it is tokenised alone, special tokens not counted. It is cut
-    where structure is strongest within the second half of that room: before a heading (also in the second quarter),
-    else between paragraphs, else between sentences. Between equals a hash of the words behind the boundary decides, not the distance from the
-    passage's start: so boundaries fall back in step soon after an edit, and the passages behind it are those that
-    were there before (the cut points of content-defined chunking; Muthitacharoen et al., "A Low-bandwidth Network
-    File System", 2001). A sentence that is too long is cut between lines, then words, then characters.
+    A passage has at most ``chunk_tokens`` tokens when it is tokenised alone, with no special tokens: what looks like
+    one is split as other text is. It is cut where structure is strongest within the second half of that room: before
+    a heading (the second quarter counts too), else between paragraphs, else between sentences. A sentence that is too
+    long is cut between lines, then words, then characters.
+
+    Between equals a hash of the words behind the boundary decides, not the distance from the passage's start: so
+    boundaries fall back in step soon after an edit, and the passages behind it are those that were there before. This
+    is content-defined chunking (Muthitacharoen et al., "A Low-bandwidth Network File System", 2001) on sentences.
 
     White space at the two ends of a passage is dropped. Nothing else is: the passages are the text, in order.
 
     Args:
-        tokenizer: a transformers tokenizer, fast or slow, or anything that is called alike:
-            ``tokenizer(list_of_texts, add_special_tokens=False)["input_ids"]``.
+        tokenizer: a transformers tokenizer, fast or slow, or anything that is called as one is.
         chunk_tokens: the most tokens a passage may have, at least 8.
 
     Raises:
@@ -135,7 +138,7 @@ class TokenChunker:
         """Tokens of every text when it is tokenised alone, without special tokens."""
         counts: list[int] = []
         for at in range(0, len(texts), _BATCH):
-            encoded = self.tokenizer(texts[at : at + _BATCH], add_special_tokens=False)
+            encoded = self.tokenizer(texts[at : at + _BATCH], **_COUNTED)
             counts.extend(len(ids) for ids in encoded["input_ids"])
         return counts
 

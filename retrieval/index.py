@@ -181,7 +181,7 @@ class FaissIndex:
             ids = self._faiss.vector_to_array(self._index.id_map).astype(np.int64)
             flat = self._faiss.downcast_index(self._index.index)
             vectors = flat.reconstruct_n(0, len(ids)) if len(ids) else np.empty((0, self.dimension), np.float32)
-        metadata = {"format": _FORMAT, "state": state, "checksum": _checksum(ids, vectors)}
+        metadata = {"format": _FORMAT, "state": state, "checksum": _checksum(state, ids, vectors)}
         _write_whole(Path(path), save({"ids": ids, "vectors": vectors}, metadata))
 
     def load(self, path: str | os.PathLike[str]) -> str:
@@ -222,8 +222,9 @@ def _checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _checksum(ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> str:
-    hasher = xxh3_128(np.ascontiguousarray(ids).data)
+def _checksum(state: str, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> str:
+    hasher = xxh3_128(state.encode())
+    hasher.update(np.ascontiguousarray(ids).data)
     hasher.update(np.ascontiguousarray(vectors).data)
     return hasher.hexdigest()
 
@@ -232,6 +233,9 @@ def _write_whole(path: Path, data: bytes) -> None:
     """Write beside the file, to the disk, and only then in its place."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        for left in path.parent.glob(f"{path.name}.*.tmp"):
+            if not _runs(left.name.split(".")[-2]):
+                left.unlink(missing_ok=True)
         with beside.open("wb") as file:
             file.write(data)
             file.flush()
@@ -240,6 +244,17 @@ def _write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise RetrievalError(f"the index cannot be written to {path}: {error}") from error
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this id is there: what a killed one was writing can go."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _read_whole(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], str]:
@@ -255,6 +270,7 @@ def _read_whole(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], str
         raise RecordError(f"{path}: no index can be read from it: {error}") from error
     if ids.dtype != np.int64 or vectors.dtype != np.float32 or len(ids) != len(vectors):
         raise RecordError(f"{path}: damaged, shapes or types do not fit")
-    if _checksum(ids, vectors) != metadata.get("checksum"):
+    state = metadata.get("state", "")
+    if _checksum(state, ids, vectors) != metadata.get("checksum"):
         raise RecordError(f"{path}: damaged, its checksum does not fit")
-    return ids, vectors, metadata["state"]
+    return ids, vectors, state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,7 @@ class Change:
             document has to be read again. None where nothing has to be.
         orphans: positions in ``old_passages`` that no document has now behind the same earlier passages.
         orphan_texts: positions in ``old_passages`` whose text no document has now, wherever it stood.
+        states: the catalogue's state before and after.
     """
 
     document: Document
@@ -81,6 +83,7 @@ class Change:
     first_changed: int | None = None
     orphans: tuple[int, ...] = ()
     orphan_texts: tuple[int, ...] = ()
+    states: tuple[str, str] = ("", "")
 
 
 def source_key(source: str) -> bytes:
@@ -167,17 +170,17 @@ def checked_document(source: Any, passages: Any, metadata: Any) -> tuple[str, li
     """
     if not isinstance(source, str) or not source.strip():
         raise DocumentError(f"a document needs a source, a str that is not blank; got {source!r}")
-    passages = None if isinstance(passages, str) else list(passages)
-    if passages is None or not all(isinstance(passage, str) for passage in passages):
+    texts = [] if isinstance(passages, str) or not isinstance(passages, Iterable) else list(passages)
+    if not all(isinstance(text, str) for text in texts):
         raise DocumentError(f"{source}: passages must be a list of str")
-    if not passages:
-        raise DocumentError(f"{source}: a document needs at least one passage")
-    for position, passage in enumerate(passages):
-        if not passage.strip():
+    if not texts:
+        raise DocumentError(f"{source}: a document needs at least one passage, as a list of str; got {passages!r}")
+    for position, text in enumerate(texts):
+        if not text.strip():
             raise DocumentError(f"{source}: passage {position} is blank")
     try:
         encoded = json.dumps(metadata or {}, ensure_ascii=False, allow_nan=False)
-        "".join([source, encoded, *passages]).encode()
+        "".join([source, encoded, *texts]).encode()
     except UnicodeEncodeError as error:
         raise DocumentError(f"{source!a}: not valid Unicode: half a surrogate pair") from error
     except (TypeError, ValueError, RecursionError) as error:
@@ -185,4 +188,4 @@ def checked_document(source: Any, passages: Any, metadata: Any) -> tuple[str, li
     parsed = json.loads(encoded)
     if not isinstance(parsed, dict):
         raise DocumentError(f"{source}: metadata must be a dict, got {type(metadata).__name__}")
-    return source, passages, parsed
+    return source, texts, parsed

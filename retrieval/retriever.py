@@ -74,6 +74,7 @@ class Retriever:
         self.index = index
         self.catalogue = catalogue
         self._lock = threading.RLock()
+        self._closed = False
         self._saved = self._state = self._restored()
         with self._lock, catalogue.snapshot() as view:
             self._follow(view)
@@ -107,7 +108,7 @@ class Retriever:
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        return self.catalogue.put(source, passages, self._embed, metadata)
+        return self._applied(self.catalogue.put(source, passages, self._embed, metadata))
 
     def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
         """Adds documents, each as (source, passages, metadata), with one call of the embedder for all of them.
@@ -123,7 +124,7 @@ class Retriever:
         def embed(texts: list[str]) -> NDArray[np.float32]:
             return np.stack([vectors[text] if text in vectors else self._embed([text])[0] for text in texts])
 
-        return [self.catalogue.put(source, passages, embed, metadata) for source, passages, metadata in checked]
+        return [self._applied(self.catalogue.put(source, texts, embed, extra)) for source, texts, extra in checked]
 
     def remove(self, source: str) -> Change:
         """Removes a document with its passages and vectors.
@@ -131,7 +132,7 @@ class Retriever:
         Raises:
             DocumentError: there is no such document.
         """
-        return self.catalogue.remove(source)
+        return self._applied(self.catalogue.remove(source))
 
     def search(self, query: str, top_k: int = 5) -> list[Hit]:
         """The passages nearest to a question, best first.
@@ -161,7 +162,10 @@ class Retriever:
                 self._saved = self._state
 
     def close(self) -> None:
-        """Saves the index and closes the catalogue."""
+        """Saves the index and closes the catalogue. Closing twice is no error."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.save()
         finally:
@@ -190,6 +194,17 @@ class Retriever:
             self.index.clear()
             return ""
         return state
+
+    def _applied(self, change: Change) -> Change:
+        """The change, made in the index too where nothing else has happened in between."""
+        before, after = change.states
+        with self._lock, self.catalogue.snapshot() as view:
+            if before == self._state and after == view.state:
+                self.index.remove(change.removed)
+                if change.new:
+                    self.index.add(change.new, view.vectors(change.new))
+                self._state = after
+        return change
 
     def _follow(self, view: Snapshot) -> None:
         """Brings the index to the state of a snapshot. An id's vector never changes, so ids say it all."""

@@ -22,6 +22,7 @@ class Snapshot:
 
     def __init__(self, txn: Transaction) -> None:
         self._txn = txn
+        self._documents: dict[bytes, Document | None] = {}
 
     @property
     def state(self) -> str:
@@ -101,12 +102,14 @@ class Snapshot:
         return self._txn.get("uses", key) is not None
 
     def _document(self, key: bytes) -> Document | None:
-        record = self._txn.get("documents", key)
-        return None if record is None else records.document_from(records.opened("a document", key, record))
+        if key not in self._documents:
+            record = self._txn.get("documents", key)
+            self._documents[key] = record and records.document_from(records.opened("a document", key, record))
+        return self._documents[key]
 
     def _text(self, passage_id: int) -> tuple[bytes, str]:
         """The key of a passage's document, and its text."""
-        key = records.passage_key(passage_id)
+        key = records.passage_key(passage_id) if 0 <= passage_id < 2**63 else b"none"
         record = self._txn.get("passages", key)
         if record is None:
             raise RetrievalError(f"there is no passage {passage_id}: it was removed, or never added")

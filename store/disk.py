@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ragkv.errors import RecordError, StoreFullError
+from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
 from ragkv.store.ledger import NO_QUOTA, Ledger
@@ -20,6 +21,8 @@ from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row, namespace_id
 from ragkv.store.snapshot import Snapshot, segment_key
 from ragkv.store.terms import Terms
+
+logger = logging.getLogger("ragkv.store")
 
 FOLDER_VERSION = 1
 PAGE_BYTES = 4096
@@ -110,10 +113,12 @@ class DiskTier:
 
     def remove(self, key: bytes, reason: str | None = None) -> bool:
         """Forgets an entry; whether there was one. A reason is counted among the evictions."""
-        if not self.contains(key, alive=False):
+        if self._get(b"entries", key) is None:
             return False
-        with self._ledger() as ledger:
-            removed = self._drop(ledger, key, remember=reason is not None) is not None
+        # On a full disk there may be room to remove an entry, and none to rewrite many rows.
+        with self._ledger(enter_uses=False) as ledger:
+            removed = ledger.txn.get(key, db=self.environment.db(b"entries")) is not None
+            self._drop(ledger, key, remember=reason is not None)
             ledger.counters.removals += removed
         if removed and reason is not None:
             self.evictions[reason] += 1
@@ -133,21 +138,24 @@ class DiskTier:
         with self._ledger() as ledger:
             ledger.set_quota(namespace_id(namespace), NO_QUOTA if quota_bytes is None else quota_bytes)
 
-    def contains(self, key: bytes, *, alive: bool = True) -> bool:
+    def contains(self, key: bytes) -> bool:
         """Whether a record is stored under the key, and has not expired."""
         row = self.row(key)
-        return row is not None and (row.alive(self._now()) if alive else row.usage.size_bytes > 0)
+        return row is not None and row.alive(self._now())
 
     def row(self, key: bytes) -> Row | None:
-        """What the books say of an entry, also of one that was evicted."""
+        """What the books say of an entry, also of one that was evicted; None where they are damaged."""
         data = self._get(b"usage", key)
-        return None if data is None else Row.unpack(data)
+        try:
+            return None if data is None else Row.unpack(key, data)
+        except RecordError:
+            return None
 
     def rows(self) -> Iterator[tuple[bytes, Row]]:
         """All entries that are stored, in the order of their keys."""
         with self.environment.read() as txn, txn.cursor(self.environment.db(b"usage")) as cursor:
             for key, data in cursor:
-                row = Row.unpack(bytes(data))
+                row = Row.unpack(bytes(key), bytes(data))
                 if row.usage.size_bytes:
                     yield bytes(key), row
 
@@ -163,8 +171,8 @@ class DiskTier:
     def counts(self) -> tuple[int, Counters]:
         """How many entries there are, and what the books sum up."""
         with self.environment.read() as txn:
-            entries = txn.stat(self.environment.db(b"entries"))["entries"]
-            return entries, Counters.read(self.environment, txn)
+            data = txn.get(b"counters", db=self.environment.db(b"state"))
+            return txn.stat(self.environment.db(b"entries"))["entries"], Counters.unpack(data)
 
     def fact(self, name: str) -> bytes | None:
         """A small durable value."""
@@ -183,17 +191,21 @@ class DiskTier:
         self.environment.sync()
 
     def close(self) -> None:
-        """Flushes and gives the folder back, also when flushing fails."""
+        """Flushes and gives the folder back; where flushing fails, only uses that were noted are lost."""
         try:
             self.flush()
+        except StoreError as error:
+            logger.warning("how often entries were used could not be written down: %s", error)
         finally:
             self.environment.close()
 
     @contextmanager
-    def _ledger(self) -> Iterator[Ledger]:
+    def _ledger(self, *, enter_uses: bool = True) -> Iterator[Ledger]:
         """The books in a write transaction, with noted uses entered and what has expired dropped."""
-        with self._touch_lock:
-            touched, self._touched = self._touched, {}
+        touched: dict[bytes, int] = {}
+        if enter_uses:
+            with self._touch_lock:
+                touched, self._touched = self._touched, {}
         expired: list[bytes] = []
         try:
             with self.environment.write() as txn:
@@ -225,15 +237,14 @@ class DiskTier:
         }
 
     def _drop(self, ledger: Ledger, key: bytes, *, remember: bool) -> Row | None:
-        """Deletes a record and strikes it out of the books; what they said of it."""
+        """Deletes a record, also one that the books do not know, and strikes it out of them; what they said of it."""
         row = ledger.row(key)
-        if row is None:
-            return None
         ledger.txn.delete(key, db=self.environment.db(b"entries"))
         index = 0
         while ledger.txn.delete(segment_key(key, index), db=self.environment.db(b"segments")):
             index += 1
-        ledger.leave(key, row, remember=remember)
+        if row is not None:
+            ledger.leave(key, row, remember=remember)
         return row
 
     def _write(self, txn: Any, key: bytes, header: bytes, record: Record, payload: Payload) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ DATABASES = (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b
 MIN_MAP_BYTES = 1 << 40
 MAX_READERS = 1024
 _UNFILLED_BYTES = 1 << 16
-_FULL = ("No space left", "File too large", "quota exceeded")
+# A write that the system cuts short, as it does at the end of a disk, is reported by LMDB as an I/O error.
+_FULL = ("No space left", "File too large", "quota exceeded", "Input/output error")
 
 
 class Environment:
@@ -38,8 +40,6 @@ class Environment:
 
     _open: ClassVar[dict[tuple[int, int], Environment]] = {}
     _registry_lock: ClassVar[threading.Lock] = threading.Lock()
-    # Environments of the parent process: neither used nor closed here, only kept from being collected.
-    _inherited: ClassVar[list[Any]] = []
 
     def __init__(self, path: Path, map_bytes: int, readonly: bool) -> None:
         self.path = path
@@ -47,6 +47,8 @@ class Environment:
         self.write_lock = threading.RLock()
         self._map_bytes = map_bytes
         self._users = 0
+        self._readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+        self._inherited: _Connection | None = None
         self._connection: _Connection | None = _Connection(path, map_bytes, readonly)
 
     @classmethod
@@ -88,8 +90,8 @@ class Environment:
         """The handle of a database."""
         return self._live.dbs[name]
 
-    def begin(self) -> Any:
-        """A read transaction with buffers, to be aborted by the caller.
+    def begin(self) -> Reading:
+        """A read transaction with buffers, to be closed by the caller.
 
         Raises:
             StoreError: every reader slot is taken.
@@ -101,21 +103,23 @@ class Environment:
         connection.ensure_length()
         with translated(self.path):
             try:
-                return connection.env.begin(buffers=True)
+                reading = Reading(connection.env.begin(buffers=True))
             except lmdb.ReadersFullError:
                 # Slots of killed processes stay taken until somebody looks.
                 connection.env.reader_check()
-                return connection.env.begin(buffers=True)
+                reading = Reading(connection.env.begin(buffers=True))
+        self._readings.add(reading)
+        return reading
 
     @contextmanager
     def read(self) -> Iterator[Any]:
         """A read transaction. What it hands out is valid inside only: copy it."""
-        txn = self.begin()
+        reading = self.begin()
         try:
             with translated(self.path):
-                yield txn
+                yield reading.txn
         finally:
-            txn.abort()
+            reading.close()
 
     @contextmanager
     def write(self) -> Iterator[Any]:
@@ -158,18 +162,37 @@ class Environment:
         connection = self._connection
         if connection is None:
             with self._registry_lock:
+                if self._inherited is not None:
+                    self._inherited.env.close()
+                    self._inherited = None
                 if self._connection is None:
                     self._connection = _Connection(self.path, self._map_bytes, self.readonly)
                 connection = self._connection
         return connection
 
-    @classmethod
-    def _after_fork(cls) -> None:
-        cls._registry_lock = threading.Lock()
-        for environment in cls._open.values():
-            cls._inherited.append(environment._connection)
-            environment._connection = None
-            environment.write_lock = threading.RLock()
+    def _disown(self) -> None:
+        """In a child: lets go of the parent's transactions and of its environment, which the next use reopens.
+
+        A transaction of the parent is dropped, not ended: its slot in the lock file is the parent's.
+        """
+        for reading in self._readings:
+            reading.txn = None
+        self._readings = weakref.WeakSet()
+        self._inherited, self._connection = self._connection or self._inherited, None
+        self.write_lock = threading.RLock()
+
+
+class Reading:
+    """A read transaction that knows its process. ``txn`` is None once it is closed, and in a forked child."""
+
+    def __init__(self, txn: Any) -> None:
+        self.txn = txn
+
+    def close(self) -> None:
+        """Ends the transaction."""
+        txn, self.txn = self.txn, None
+        if txn is not None:
+            txn.abort()
 
 
 class _Connection:
@@ -199,13 +222,18 @@ class _Connection:
                 self._identity = (status.st_dev, status.st_ino)
                 self._page_bytes = self.env.stat()["psize"]
                 self.ensure_length()
-                with self.env.begin(write=not readonly) as txn:
-                    self.dbs = {name: self.env.open_db(name, txn=txn, create=not readonly) for name in DATABASES}
+                self.dbs = self._open_databases()
                 if not readonly:
                     self.env.reader_check()
             except (lmdb.Error, RecordError, OSError):
                 self.env.close()
                 raise
+
+    def _open_databases(self) -> dict[bytes, Any]:
+        if self._readonly:
+            return {name: self.env.open_db(name, create=False) for name in DATABASES}
+        with self.env.begin(write=True) as txn:
+            return {name: self.env.open_db(name, txn=txn) for name in DATABASES}
 
     def ensure_length(self) -> None:
         """Lengthens a file that is shorter than its pages: to touch what is missing would kill the process.
@@ -271,5 +299,24 @@ def translated(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: {error}") from error
 
 
+def _before_fork() -> None:
+    """No thread may be writing, opening or closing while the process is forked."""
+    Environment._registry_lock.acquire()
+    for environment in Environment._open.values():
+        environment.write_lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for environment in Environment._open.values():
+        environment.write_lock.release()
+    Environment._registry_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    Environment._registry_lock = threading.Lock()
+    for environment in Environment._open.values():
+        environment._disown()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=Environment._after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -15,10 +15,9 @@ import math
 import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
-from ragkv.errors import StoreFullError
+from ragkv.errors import RecordError, StoreFullError
 from ragkv.store.environment import Environment
 from ragkv.store.policy import Policy
 from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
@@ -42,12 +41,21 @@ class Ledger:
     counters: Counters = field(init=False)
 
     def __post_init__(self) -> None:
-        self.counters = Counters.read(self.environment, self.txn)
+        data = self.txn.get(b"counters", db=self.environment.db(b"state"))
+        try:
+            self.counters = Counters.unpack(data)
+        except RecordError:
+            self.counters = self._recount()
 
     def row(self, key: bytes) -> Row | None:
-        """What is known of an entry, also of one that was evicted."""
+        """What is known of an entry, also of one that was evicted; a damaged row is struck out."""
         data = self.txn.get(key, db=self.environment.db(b"usage"))
-        return None if data is None else Row.unpack(bytes(data))
+        try:
+            return None if data is None else Row.unpack(key, data)
+        except RecordError:
+            self._delete(b"usage", key)
+            self.counters = self._recount()
+            return None
 
     def enter(self, key: bytes, row: Row) -> None:
         """Writes down an entry that was not there, and counts a use of it."""
@@ -108,6 +116,8 @@ class Ledger:
             elif row is not None:
                 self.pin(key, row, 0.0)
             self._delete(b"alarms", item)
+        if self.now < self.counters.written_s:
+            self._end_lapsed_pins()
         return expired
 
     def victims(self, missing: int, passed: Container[bytes] = (), namespace: bytes | None = None) -> dict[bytes, Row]:
@@ -118,7 +128,7 @@ class Ledger:
         """
         found: dict[bytes, Row] = {}
         group = _EVICTABLE if namespace is None else _SPACES + namespace
-        candidates = chain(self._in_order(group), self._lapsed_pins(namespace))
+        candidates = self._in_order(group)
         while missing > 0 and (key := next(candidates, None)) is not None:
             row = self.row(key)
             if row is not None and key not in self.held and key not in passed:
@@ -161,10 +171,11 @@ class Ledger:
 
     def close(self) -> None:
         """Writes the counters down."""
+        self.counters.written_s = self.now
         self.txn.put(b"counters", self.counters.pack(), db=self.environment.db(b"state"))
 
     def _write(self, key: bytes, row: Row) -> None:
-        self.txn.put(key, row.pack(), db=self.environment.db(b"usage"))
+        self.txn.put(key, row.pack(key), db=self.environment.db(b"usage"))
         for place in self._places(key, row):
             self._put(b"order", place)
 
@@ -189,14 +200,14 @@ class Ledger:
                         return
                     yield bytes(item[len(group) + 8 :])
 
-    def _lapsed_pins(self, namespace: bytes | None) -> Iterator[bytes]:
-        """Entries whose pin is over though its alarm has not come: the clock was set back."""
+    def _end_lapsed_pins(self) -> None:
+        """The clock was set back: pins from what is now the future are over, though their alarm will not come soon."""
         with self.txn.cursor(self.environment.db(b"alarms")) as cursor:
-            for item in cursor.iternext(values=False):
-                key = bytes(item[9:])
-                row = self.row(key) if item[8:9] == _UNPINS else None
-                if row is not None and not row.pinned(self.now) and namespace in (None, row.namespace):
-                    yield key
+            pinned = [bytes(item[9:]) for item in cursor.iternext(values=False) if item[8:9] == _UNPINS]
+        for key in pinned:
+            row = self.row(key)
+            if row is not None and not row.pinned(self.now):
+                self.pin(key, row, 0.0)
 
     def _alarm(self, key: bytes, row: Row) -> None:
         for time_s, kind in ((row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)):
@@ -207,6 +218,20 @@ class Ledger:
         for time_s, kind in ((row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)):
             if 0 < time_s < math.inf:
                 self._delete(b"alarms", sortable(time_s) + kind + key)
+
+    def _recount(self) -> Counters:
+        """The counters from the rows; ticks go on behind the last one, removals are counted as one more."""
+        counters = Counters(removals=1)
+        with self.txn.cursor(self.environment.db(b"usage")) as cursor:
+            for key, data in cursor:
+                try:
+                    row = Row.unpack(bytes(key), bytes(data))
+                except RecordError:
+                    continue
+                counters.used_bytes += row.usage.size_bytes
+                counters.ghosts += not row.usage.size_bytes
+                counters.tick = max(counters.tick, row.usage.tick)
+        return counters
 
     def _trim_ghosts(self) -> None:
         entries = self.txn.stat(self.environment.db(b"entries"))["entries"]
@@ -221,7 +246,9 @@ class Ledger:
         self.counters.used_bytes += count
         if namespace != NOBODY:
             used, quota = self.space(namespace)
-            self.txn.put(_SPACES + namespace, _SPACE.pack(used + count, quota), db=self.environment.db(b"state"))
+            self.txn.put(
+                _SPACES + namespace, _SPACE.pack(max(used + count, 0), quota), db=self.environment.db(b"state")
+            )
 
     def _put(self, db: bytes, key: bytes) -> None:
         self.txn.put(key, b"", db=self.environment.db(db))

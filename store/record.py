@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError
-from ragkv.store.codecs import get_codec
+from ragkv.store.codecs import decoder
 from ragkv.store.layout import DTYPES, NAMES, Layout, Part, Payload
 
 VERSION = 1
@@ -97,7 +97,7 @@ class Record:
 
         With the codec ``raw`` they are views of the payload.
         """
-        codec, place, dtype = get_codec(self.codec), self.layout.layers[layer], self.dtypes[layer]
+        codec, place, dtype = decoder(self.codec), self.layout.layers[layer], self.dtypes[layer]
         key_shape, value_shape = self.shapes[layer]
         return (
             codec.decode(_views(payload, place.keys), key_shape, dtype, "k"),

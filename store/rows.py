@@ -6,14 +6,15 @@ import math
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
-from ragkv.store.environment import Environment
+import xxhash
+
+from ragkv.errors import RecordError
 from ragkv.store.policy import Usage
 
 NOBODY = bytes(8)
 _ROW = struct.Struct("<QddQQQdddddd8s")
-_STATE = struct.Struct("<QdQQQ")
+_STATE = struct.Struct("<QdQQQd")
 _SIGN = 1 << 63
 
 
@@ -49,41 +50,62 @@ class Row:
         """Whether it must not be evicted. A clock set back ends a pin that has a lifetime."""
         return self.pinned_until_s == math.inf or self.pinned_from_s <= now < self.pinned_until_s
 
-    def pack(self) -> bytes:
-        """The row as bytes."""
+    def pack(self, key: bytes) -> bytes:
+        """The row as bytes, bound to its key."""
         use = self.usage
-        return _ROW.pack(
+        data = _ROW.pack(
             *(use.size_bytes, use.cost_s, use.last_cost_s, use.computed, use.frequency, use.tick),
             *(self.priority, self.created_s, self.used_s, self.expires_s, self.pinned_from_s, self.pinned_until_s),
             self.namespace,
         )
+        return _seal(key, data)
 
     @classmethod
-    def unpack(cls, data: bytes) -> Row:
-        """The row of :meth:`pack`."""
-        fields = _ROW.unpack(data)
+    def unpack(cls, key: bytes, data: bytes) -> Row:
+        """The row of :meth:`pack`.
+
+        Raises:
+            RecordError: it is damaged.
+        """
+        fields = _ROW.unpack(_unseal(key, data, _ROW.size))
         return cls(Usage(*fields[:6]), *fields[6:])
 
 
 @dataclass
 class Counters:
-    """What the books sum up: what all entries take, the policy's clock and tick, ghosts, and the removals so far."""
+    """What the books sum up.
+
+    Attributes:
+        used_bytes: what all entries take.
+        clock: the policy's clock.
+        tick: how many uses there were.
+        ghosts: rows of entries that are no longer there.
+        removals: how many entries were removed on purpose.
+        written_s: the wall clock when the books were last written.
+    """
 
     used_bytes: int = 0
     clock: float = 0.0
     tick: int = 0
     ghosts: int = 0
     removals: int = 0
+    written_s: float = 0.0
 
     @classmethod
-    def read(cls, environment: Environment, txn: Any) -> Counters:
-        """The counters of a folder."""
-        data = txn.get(b"counters", db=environment.db(b"state"))
-        return cls() if data is None else cls(*_STATE.unpack(data))
+    def unpack(cls, data: bytes | None) -> Counters:
+        """The counters of :meth:`pack`; of an empty folder where there are none.
+
+        Raises:
+            RecordError: they are damaged.
+        """
+        return cls() if data is None else cls(*_STATE.unpack(_unseal(b"counters", data, _STATE.size)))
 
     def pack(self) -> bytes:
         """The counters as bytes."""
-        return _STATE.pack(self.used_bytes, self.clock, self.tick, self.ghosts, self.removals)
+        # A damaged folder may give back more than was counted.
+        used, ghosts = max(self.used_bytes, 0), max(self.ghosts, 0)
+        state = _STATE.pack(used, self.clock, self.tick, ghosts, self.removals, self.written_s)
+        return _seal(b"counters", state)
 
 
 def namespace_id(name: str) -> bytes:
@@ -102,3 +124,13 @@ def number(data: bytes) -> float:
     (bits,) = struct.unpack(">Q", data)
     (value,) = struct.unpack(">d", struct.pack(">Q", bits ^ (_SIGN if bits >= _SIGN else 2 * _SIGN - 1)))
     return float(value)
+
+
+def _seal(key: bytes, data: bytes) -> bytes:
+    return data + xxhash.xxh3_64_digest(key + data)
+
+
+def _unseal(key: bytes, data: bytes, size: int) -> bytes:
+    if len(data) != size + 8 or xxhash.xxh3_64_digest(key + data[:size]) != data[size:]:
+        raise RecordError("the books are damaged: a checksum differs")
+    return data[:size]

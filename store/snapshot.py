@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ragkv.errors import RecordError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store.environment import Environment, translated
 from ragkv.store.layout import Payload
 from ragkv.store.record import Record
@@ -22,7 +22,7 @@ class Snapshot:
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
-        self._txn: Any = environment.begin()
+        self._reading = environment.begin()
         # A transaction may change threads, and may not be used by two at once.
         self._lock = threading.Lock()
 
@@ -35,10 +35,7 @@ class Snapshot:
         header, row = self._get(b"entries", key), self._get(b"usage", key)
         if header is None or row is None:
             return None
-        try:
-            books = Row.unpack(row)
-        except struct.error as error:
-            raise RecordError(f"the record's books cannot be read: {error}") from error
+        books = Row.unpack(key, row)
         return (Record.unpack(key, header), books) if books.alive(now) else None
 
     def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
@@ -60,14 +57,23 @@ class Snapshot:
         return stop - start
 
     def counters(self) -> Counters:
-        """What the books sum up."""
-        with self._lock:
-            return Counters.read(self._environment, self._txn)
+        """What the books sum up.
+
+        Raises:
+            RecordError: that is damaged; the next write mends it.
+        """
+        return Counters.unpack(self._get(b"state", b"counters"))
 
     def close(self) -> None:
         """Ends the transaction."""
         with self._lock:
-            self._txn.abort()
+            self._reading.close()
+
+    @property
+    def _txn(self) -> Any:
+        if self._reading.txn is None:
+            raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
+        return self._reading.txn
 
     def _get(self, db: bytes, key: bytes) -> bytes | None:
         with self._lock, translated(self._environment.path):

@@ -13,7 +13,7 @@ from types import TracebackType
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.batch import Batch
-from ragkv.store.codecs import get_codec
+from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier
 from ragkv.store.encode import encode
 from ragkv.store.memory import MemoryTier
@@ -35,7 +35,8 @@ class TieredStore:
         cpu_bytes: budget of the CPU tier; 0 switches it off.
         disk_bytes: budget of the disk tier, in whole pages of the file; 0 switches it off.
         policy: name of the eviction policy, or one of your own. Each tier keeps its own clock.
-        codec: how KV is encoded on disk.
+        codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, or one of these with other
+            settings. Memory keeps what decoding gives.
         selective: refuse a new entry where the tier is full and it is worth less than what it would evict, so that
             chunks that are asked for once do not flush the store; :meth:`put` then returns False.
         readonly: open the folder for reading only. A folder that may not be written to is opened so by itself.
@@ -53,7 +54,7 @@ class TieredStore:
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
         policy: str | Policy = "pgdsf",
-        codec: str = "raw",
+        codec: str | Codec = "raw",
         selective: bool = False,
         readonly: bool = False,
     ) -> None:
@@ -76,7 +77,7 @@ class TieredStore:
                 self.path, disk_bytes, get_policy(policy), leases, selective=selective, readonly=readonly
             )
         self._tiers = Tiers(self._cpu, self._disk, leases)
-        self._lock, self._tally = self._tiers.lock, self._tiers.tally
+        self._tally = self._tiers.tally
 
     def put(
         self,
@@ -111,7 +112,7 @@ class TieredStore:
         record, payload = encode(kv, codec=self._codec, space=space)
         encoded = perf_counter()
         if self._disk is None:
-            with self._lock:
+            with self._tiers.lock:
                 kept = self._cpu.put(key, record.decode(payload), terms, selective=self._selective)
         else:
             row = self._disk.put(key, record, payload, terms)
@@ -119,7 +120,7 @@ class TieredStore:
             if row is not None:
                 self._tiers.unreadable.discard(key)
                 self._tiers.promote(key, record.decode(payload), row)
-        with self._lock:
+        with self._tiers.lock:
             self._tally.seconds["encode"] += encoded - started
             self._tally.seconds["write"] += perf_counter() - encoded
             self._tally.bytes_written += record.payload_bytes if kept and self._disk is not None else 0
@@ -153,7 +154,7 @@ class TieredStore:
         except BaseException:
             self._tiers.release(keys)
             raise
-        with self._lock:
+        with self._tiers.lock:
             self._tally.count_reads(keys, sources)
             self._tally.seconds["find"] += perf_counter() - started
         return Batch(self._tiers, keys, sources, snapshot)
@@ -167,7 +168,7 @@ class TieredStore:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
         self._check_open()
         removed = self._disk is not None and self._disk.remove(key)
-        with self._lock:
+        with self._tiers.lock:
             return self._cpu.remove(key) or removed
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
@@ -196,13 +197,13 @@ class TieredStore:
         if self._disk is not None:
             self._disk.set_quota(namespace, quota_bytes)
         else:
-            with self._lock:
+            with self._tiers.lock:
                 self._cpu.set_quota(namespace, quota_bytes)
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did since it was opened."""
         self._check_open()
-        with self._lock:
+        with self._tiers.lock:
             entries, sizes = {"cpu": len(self._cpu)}, {"cpu": self._cpu.used_bytes}
             evictions = {"cpu": dict(self._cpu.evictions)}
             file_bytes = 0
@@ -234,7 +235,7 @@ class TieredStore:
 
     def close(self) -> None:
         """Flushes and closes; closing twice is fine. Batches must be closed before."""
-        with self._lock:
+        with self._tiers.lock:
             if self._closed:
                 return
             if self._tiers.leases:
@@ -246,7 +247,7 @@ class TieredStore:
     def _set_pin(self, key: bytes, lifetime_s: float) -> bool:
         if self._disk is not None:
             return self._disk.pin(key, lifetime_s)
-        with self._lock:
+        with self._tiers.lock:
             return self._cpu.pin(key, lifetime_s)
 
     def _check_open(self) -> None:

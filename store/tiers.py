@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +20,8 @@ from ragkv.store.stats import Tally
 from ragkv.store.terms import Terms
 
 logger = logging.getLogger("ragkv.store")
+
+_tiers: weakref.WeakSet[Tiers] = weakref.WeakSet()
 
 
 class Tiers:
@@ -41,7 +45,9 @@ class Tiers:
         self.tally = Tally()
         # Damaged records that could not be deleted.
         self.unreadable: set[bytes] = set()
-        self._removals = 0 if disk is None else disk.counts()[1].removals
+        # What was removed before is in no memory yet.
+        self._removals = -1
+        _tiers.add(self)
 
     def lease(self, keys: Sequence[bytes]) -> None:
         """Keeps chunks from being evicted until :meth:`release`."""
@@ -147,7 +153,10 @@ class Tiers:
 
     def _forget_removed(self, snapshot: Snapshot) -> None:
         """Drops from memory what another process has removed from the folder."""
-        removals = snapshot.counters().removals
+        try:
+            removals = snapshot.counters().removals
+        except RecordError:
+            removals = -1
         if removals == self._removals or self.disk is None:
             return
         with self.lock:
@@ -155,3 +164,14 @@ class Tiers:
                 if not self.disk.contains(key):
                     self.cpu.remove(key)
             self._removals = removals
+
+
+def _after_fork() -> None:
+    """Whatever thread held a lock, it is not in the child; and the parent's batches are not the child's."""
+    for tiers in _tiers:
+        tiers.lock = threading.RLock()
+        tiers.leases.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -252,7 +252,7 @@ def test_bad_methods(engine):
             make()
     with pytest.raises(MethodError, match="check_layer 9"):
         engine.fuse([chunk, chunk], QUESTION, method=CacheBlend(check_layer=9))
-    with pytest.raises(TypeError, match="ragkv.Method"):
+    with pytest.raises(TypeError, match=r"ragkv\.Method"):
         engine.fuse([chunk], QUESTION, method=LegoLink)
 
 
@@ -409,3 +409,43 @@ def test_beam_bookkeeping_of_the_cache(engine):
     cache.batch_select_indices(torch.tensor([0]))
     cache.reset()
     assert cache.layers[0].keys.shape == (1, 2, 0, 16)
+
+
+def test_repair_with_everything_behind_is_exact(engine, monkeypatch):
+    parts = [random_ids(n) for n in (12, 20, 15, 18)]
+    old = engine.add_document(parts)
+    for changed in (
+        [parts[0], random_ids(9), parts[2], parts[3]],
+        [parts[0], parts[2], parts[3]],
+        [parts[0], parts[1], random_ids(7), parts[2], parts[3]],
+        [random_ids(5), *parts],
+    ):
+        seen = reads(engine, monkeypatch)
+        repaired = engine.repair_document(old, changed, behind_tokens=1000)
+        assert not seen and engine.missing(repaired) == []
+        exact = engine.cut_document(changed)
+        first = next(i for i, (a, b) in enumerate(zip(repaired, exact, strict=True)) if a.context != b.context)
+        assert [engine.chunk_key(c) for c in repaired[:first]] == [engine.chunk_key(c) for c in exact[:first]]
+        prompt = engine.fuse(repaired, QUESTION, method=Reuse())
+        assert float((prompt.logits - full(engine.model, prompt.input_ids)).abs().max()) < 1e-4
+        assert all(chunk.ids == want.ids for chunk, want in zip(repaired, exact, strict=True))
+        monkeypatch.undo()
+
+
+def test_repair_computes_little_and_says_so(engine, monkeypatch):
+    parts = [random_ids(n) for n in (12, 20, 15, 40)]
+    old = engine.add_document(parts)
+    rows, step = [], engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda ids, *rest: (rows.append(len(ids)), step(ids, *rest))[1])
+    repaired = engine.repair_document(old, [parts[0], random_ids(9), parts[2], parts[3]], behind_tokens=24)
+    assert rows == [10 + 24]
+    monkeypatch.undo()
+    assert repaired[1].mark and engine.fuse(repaired, QUESTION, method=LegoLink(k=1)).report.budget > 0
+    # an unrepaired copy of the same document is another variant, and exact
+    exact = engine.add_document([parts[0], random_ids(9), parts[2], parts[3]])
+    assert engine.chunk_key(exact[3]) != engine.chunk_key(repaired[3])
+    # lost KV: read again; several windows, or nothing left of the old text: read as ever
+    engine.store.remove(engine.chunk_key(old[2]))
+    again = engine.repair_document(old, [parts[0], random_ids(8), parts[2], parts[3]])
+    assert not any(chunk.mark for chunk in again) and engine.missing(again) == []
+    assert not any(chunk.mark for chunk in engine.repair_document(old, [random_ids(30), random_ids(31)]))

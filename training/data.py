@@ -58,14 +58,14 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         """Encodes the fixed parts once."""
-        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
         self.part = {name: self.ids(text) for name, text in TEMPLATE.items()}
         self.prefix = [tokenizer.bos_token_id, *self.part["prefix"]]
         self.eos = tokenizer.eos_token_id
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        return self.backend.encode(text, add_special_tokens=False).ids if text else []
 
     def chunk(self, text: str) -> list[int]:
         """Ids of a chunk with its wrapper."""
@@ -78,45 +78,68 @@ class Encoder:
 
 @dataclass
 class Example:
-    """One context in ids, with the places of its facts: ``places[fact] = (first token, tokens)`` of the value."""
+    """One context in ids.
+
+    Attributes:
+        ids: Prefix and chunks.
+        positions: A position for each id.
+        offsets: For each chunk the characters ``(start, end)`` of each of its text's tokens.
+        bases: For each chunk where its text begins in ``ids``.
+    """
 
     ids: list[int]
     positions: list[int]
-    places: dict[int, tuple[int, int]]
+    offsets: list[list[tuple[int, int]]]
+    bases: list[int]
+
+    def place(self, chunk: int, start: int, text: str) -> range:
+        """Where in ``ids`` the text stands that begins at character ``start`` of a chunk."""
+        end = start + len(text)
+        inside = [i for i, (first, last) in enumerate(self.offsets[chunk]) if first < end and last > start]
+        return range(self.bases[chunk] + inside[0], self.bases[chunk] + inside[-1] + 1)
+
+    def place_of(self, fact: Fact) -> range:
+        """Where a fact's value stands."""
+        return self.place(fact.chunk, fact.start, fact.value)
 
 
 def encode_context(encoder: Encoder, context: Context, rng: random.Random, longest_gap: int) -> Example:
     """Splices prefix and chunks; the positions may jump between documents, up to ``longest_gap`` in all."""
-    ids, places = list(encoder.prefix), {}
-    positions = list(range(len(ids)))
-    encoded = encoder.tokenizer._tokenizer.encode_batch(context.chunks, add_special_tokens=False)
+    encoded = encoder.backend.encode_batch(context.chunks, add_special_tokens=False)
+    example = Example(list(encoder.prefix), list(range(len(encoder.prefix))), [e.offsets for e in encoded], [])
     starts = [i == 0 or d != context.chunk_documents[i - 1] for i, d in enumerate(context.chunk_documents)]
     gap_total = rng.randint(0, longest_gap) if longest_gap and rng.random() < 0.5 else 0
-    for index, (encoding, starts_document) in enumerate(zip(encoded, starts, strict=True)):
-        gap = rng.randint(0, 2 * gap_total // max(1, sum(starts))) if starts_document else 0
-        base = len(ids) + len(encoder.part["before_chunk"])
-        for fact in (f for f in context.facts if f.chunk == index):
-            first, last = fact.start, fact.start + len(fact.value)
-            tokens = [t for t, (a, b) in enumerate(encoding.offsets) if a < last and b > first]
-            places[id(fact)] = (base + tokens[0], len(tokens))
+    for encoding, starts_document in zip(encoded, starts, strict=True):
+        gap = rng.randint(0, 2 * gap_total // sum(starts)) if starts_document else 0
         chunk = encoder.part["before_chunk"] + encoding.ids + encoder.part["after_chunk"]
-        at = positions[-1] + 1 + gap
-        positions.extend(range(at, at + len(chunk)))
-        ids.extend(chunk)
-    return Example(ids, positions, places)
+        at = example.positions[-1] + 1 + gap
+        example.bases.append(len(example.ids) + len(encoder.part["before_chunk"]))
+        example.ids.extend(chunk)
+        example.positions.extend(range(at, at + len(chunk)))
+    return example
 
 
-def _answer_evidence(encoder: Encoder, question: Question, example: Example) -> tuple[list[int], list[int]]:
+def _places(question: Question, context: Context, example: Example) -> list[range]:
+    """Where the parts of an answer can be copied from: the values, or the first mention of the subject that is first."""
+    if question.kind != "order":
+        return [example.place_of(fact) for fact in question.facts]
+    mentions = ((number, chunk.find(question.answer)) for number, chunk in enumerate(context.chunks))
+    number, start = next((number, start) for number, start in mentions if start >= 0)
+    return [example.place(number, start, question.answer)]
+
+
+def _answer_evidence(
+    encoder: Encoder, question: Question, context: Context, example: Example
+) -> tuple[list[int], list[int]]:
     """Ids of the answer with EOS, and for each the place in the context that it can be copied from, or -1."""
     answer = [*encoder.ids(question.answer), encoder.eos]
     evidence = [-1] * len(answer)
-    runs = [example.places[id(fact)] for fact in question.facts]
-    if not runs:
-        return answer, evidence
-    evidence[: runs[0][1]] = range(runs[0][0], sum(runs[0]))
-    if len(runs) == 2:
-        start = len(answer) - 1 - runs[1][1]
-        evidence[start:-1] = range(runs[1][0], sum(runs[1]))
+    places = _places(question, context, example)
+    ends = (0, len(answer) - 1 - len(places[-1])) if places else ()
+    for start, place in zip(ends, places, strict=False):
+        # Behind a line break a word's first token is another one.
+        if [example.ids[i] for i in place] == answer[start : start + len(place)]:
+            evidence[start : start + len(place)] = place
     return answer, evidence
 
 
@@ -161,6 +184,7 @@ class Stage:
         asked: Tokens of its questions.
         batch: Contexts a step.
         longest_gap: How far the positions may jump in all; the text behind a jump is read as if much lay between.
+        fewest: Tokens of a context at least; shorter ones, which are mostly padding, are drawn again.
     """
 
     steps: int
@@ -169,6 +193,7 @@ class Stage:
     asked: int
     batch: int
     longest_gap: int = 0
+    fewest: int = 0
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Iterator[Batch]:
@@ -182,7 +207,7 @@ def _draw(encoder: Encoder, stage: Stage, rng: random.Random) -> tuple[Context, 
     while True:
         context = write_context(rng, stage.shape)
         example = encode_context(encoder, context, rng, stage.longest_gap)
-        if len(example.ids) <= stage.context and context.facts:
+        if stage.fewest <= len(example.ids) <= stage.context and context.facts:
             return context, example
 
 
@@ -199,8 +224,9 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
     rows = []
     for context, example in drawn:
         row = Row(stage.asked)
-        for number, question in enumerate(_spread(questions(rng, context))):
-            answer, evidence = _answer_evidence(encoder, question, example)
+        # Twice: the second time in other words, with other pairs and absentees, where there is room left.
+        for number, question in enumerate(_spread(questions(rng, context) + questions(rng, context))):
+            answer, evidence = _answer_evidence(encoder, question, context, example)
             row.add(encoder.question(question.text), answer, evidence, number)
         rows.append(row)
     examples = [example for _, example in drawn]
@@ -219,6 +245,6 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
         segment=_pad([r.segment for r in rows], stage.asked, -1),
         target=_pad([r.target for r in rows], stage.asked, IGNORED),
         evidence=_pad([r.evidence for r in rows], stage.asked, -1),
-        fact=_pad([[e.places[id(f)][0] for f in row] for row, e in zip(facts, examples, strict=True)], most, -1),
+        fact=_pad([[e.place_of(f)[0] for f in row] for row, e in zip(facts, examples, strict=True)], most, -1),
         subject=torch.stack([torch.stack(row + [blank] * (most - len(row))) for row in names]),
     )

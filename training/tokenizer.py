@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
@@ -64,6 +64,7 @@ def train(vocabulary: int, contexts: int, seed: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL + bytes_, show_progress=False)
     tokenizer.train_from_iterator(corpus(contexts, seed), trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

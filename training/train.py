@@ -31,8 +31,8 @@ LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
 CURRICULUM = (
     Stage(1000, SHORT, context=176, asked=176, batch=10),
-    Stage(1100, MIDDLE, context=512, asked=400, batch=4, longest_gap=600),
-    Stage(1100, LONG, context=1152, asked=448, batch=3, longest_gap=1000),
+    Stage(1000, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300),
+    Stage(1030, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500),
 )
 
 
@@ -53,7 +53,7 @@ class Plan:
     other_lr: float = 0.004
     read: float = 0.1
     helper: float = 0.5
-    fade: tuple[float, float] = (0.3, 0.5)
+    fade: tuple[float, float] = (0.3, 0.85)
     decay: float = 0.5
 
     def helper_weight(self, done: float) -> float:

@@ -1,0 +1,58 @@
+"""The ``ragkv`` command.
+
+Light to import: models, index and store are loaded by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ragkv.cli.arguments import parser
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code: 0, 1 for a failure (one line on stderr says which), 130 for Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 for a usage error, with 0 for ``--help``.
+    """
+    args = parser().parse_args(argv)
+    try:
+        code = import_module(f"ragkv.cli.{args.command}").run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has left; python would complain once more while it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        return _fail(_message(error), 1)
+
+
+def _message(error: Exception) -> str:
+    from ragkv.errors import RagKVError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, RagKVError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ragkv: {message}", file=sys.stderr)
+    return code

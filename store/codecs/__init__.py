@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from ragkv.errors import RecordError
+from functools import cache
+
+from ragkv.errors import RecordError, StoreError
 from ragkv.store.codecs.base import Codec, Side
+from ragkv.store.codecs.fp8 import Fp8
+from ragkv.store.codecs.int4 import Int4
+from ragkv.store.codecs.int8 import Int8
+from ragkv.store.codecs.lossless import Lossless
 from ragkv.store.codecs.raw import Raw
 
-CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (Raw,)}
+CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (Raw, Lossless, Int8, Int4, Fp8)}
 
 
-def get_codec(name: str) -> Codec:
-    """The codec of that name.
+def get_codec(codec: str | Codec) -> Codec:
+    """The codec of that name, or the codec itself.
 
     Raises:
-        RecordError: this version has no codec of that name.
+        StoreError: no codec has that name.
+    """
+    if isinstance(codec, Codec):
+        return codec
+    if codec not in CODECS:
+        raise StoreError(f"codec must be one of {', '.join(sorted(CODECS))}, got {codec!r}")
+    return CODECS[codec]()
+
+
+@cache
+def decoder(name: str) -> Codec:
+    """The codec that decodes what was recorded under a name.
+
+    Raises:
+        RecordError: this version has none.
     """
     if name not in CODECS:
-        raise RecordError(f"codec must be one of {', '.join(sorted(CODECS))}, got {name!r}")
+        raise RecordError(f"the record's codec is {name!r}, this version reads {', '.join(sorted(CODECS))}")
     return CODECS[name]()
 
 
-__all__ = ["CODECS", "Codec", "Raw", "Side", "get_codec"]
+__all__ = ["CODECS", "Codec", "Fp8", "Int4", "Int8", "Lossless", "Raw", "Side", "decoder", "get_codec"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ragkv.errors import StoreError
 from ragkv.store.policy.base import Policy, Usage
+from ragkv.store.policy.belady import Belady
 from ragkv.store.policy.gdsf import GDSF
 from ragkv.store.policy.lfu import LFU
 from ragkv.store.policy.lru import LRU
@@ -25,4 +26,4 @@ def get_policy(policy: str | Policy) -> Policy:
     return POLICIES[policy]()
 
 
-__all__ = ["GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]
+__all__ = ["Belady", "GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]

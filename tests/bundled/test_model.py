@@ -47,7 +47,7 @@ def test_size_and_shape(loaded):
 def test_answers_like_a_model_that_reads(loaded):
     """A model that only looks the relation up gets one in three; a broken one nothing."""
     model, tokenizer = loaded
-    asked = [c for c in cases(11, 70, documents=4) if c.kind in ("direct", "local", "cross")]
+    asked = [c for c in cases(11, 56, documents=4) if c.kind in ("direct", "local", "cross")]
     right = sum(answer(model, tokenizer, prompt_ids(tokenizer, case)) == case.answer for case in asked)
     assert right / len(asked) >= 0.8, f"{right} of {len(asked)}"
 
@@ -73,10 +73,9 @@ def test_a_name_has_the_same_ids_wherever_it_stands(loaded):
     assert any(inside[i : i + len(name)] == name for i in range(len(inside)))
 
 
-def test_tokenizer_adds_nothing(loaded):
+def test_tokenizer_puts_one_bos_in_front(loaded):
     _, tokenizer = loaded
-    ids = tokenizer("Mira").input_ids
-    assert tokenizer.bos_token_id not in ids and tokenizer.eos_token_id not in ids
+    assert tokenizer("Mira").input_ids == [tokenizer.bos_token_id, *encode(tokenizer, "Mira")]
 
 
 def test_questions_rest_on_the_documents():

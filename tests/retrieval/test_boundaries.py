@@ -1,4 +1,7 @@
+# ruff: noqa: RUF001 - full stops of other scripts are meant
+
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -7,7 +10,7 @@ from ragkv.retrieval.boundaries import Rank, boundaries
 
 def parts(text):
     stops = [0, *(mark.position for mark in boundaries(text)), len(text)]
-    return [text[a:b].strip() for a, b in zip(stops, stops[1:], strict=False)]
+    return [text[a:b].strip() for a, b in pairwise(stops)]
 
 
 def ranks(text):
@@ -28,13 +31,27 @@ def ranks(text):
         ("", [""]),
         (" \n\n ", [""]),
     ],
-    ids=["marks", "abbreviations", "initials", "quotes", "lower case", "numbers", "ideographs", "wrapped", "empty", "blank"],
+    ids=[
+        "marks",
+        "abbreviations",
+        "initials",
+        "quotes",
+        "lower case",
+        "numbers",
+        "ideographs",
+        "wrapped",
+        "empty",
+        "blank",
+    ],
 )
 def test_sentences_are_found(text, expected):
-    expected = expected or {
-        "She": ["She met Dr. Smith, e.g. at 5 p.m. on Fig. 3.", "Then she left."],
-        "all": ["all of it in small letters.", "even this.", "etc. and that"],
-    }[text[:3]]
+    expected = (
+        expected
+        or {
+            "She": ["She met Dr. Smith, e.g. at 5 p.m. on Fig. 3.", "Then she left."],
+            "all": ["all of it in small letters.", "even this.", "etc. and that"],
+        }[text[:3]]
+    )
     assert parts(text) == expected
 
 
@@ -68,8 +85,10 @@ def test_a_fenced_block_is_cut_between_lines_only():
     ]
 
 
-@pytest.mark.parametrize("text", ["." * 300_000, ". " * 150_000, "\n" * 300_000, "#" * 300_000, "`" * 300_000, '."' * 150_000])
+@pytest.mark.parametrize(
+    "text", ["." * 100_000, ". " * 50_000, "\n" * 100_000, "#" * 100_000, "`" * 100_000, '."' * 50_000]
+)
 def test_hostile_text_takes_linear_time(text):
     start = time.perf_counter()
     list(boundaries(text))
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 5

@@ -45,7 +45,7 @@ def by_name(found):
 def test_a_folder_of_everything(tmp_path):
     (tmp_path / "sub" / ".hidden").mkdir(parents=True)
     files = {
-        "a.txt": "Plain.\r\nTwo lines.\rThree.".encode(),
+        "a.txt": b"Plain.\r\nTwo lines.\rThree.",
         "b.md": "\ufeff# Head\n\nText with é.".encode(),
         "c.pdf": pdf("Words in a page"),
         "d.pdf": pdf("Nobody may print", password=""),

@@ -47,8 +47,7 @@ def test_places_point_at_values(tokenizer):
         assert len(example.ids) == len(example.positions)
         assert all(b > a for a, b in zip(example.positions, example.positions[1:], strict=False))
         for fact in context.facts:
-            first, count = example.places[id(fact)]
-            assert tokenizer.decode(example.ids[first : first + count]).strip() == fact.value
+            assert tokenizer.decode([example.ids[i] for i in example.place_of(fact)]).strip() == fact.value
 
 
 def test_segments_are_tokenised_alone(tokenizer):
@@ -135,7 +134,7 @@ def test_export_is_loadable_and_whole(tokenizer, size, tmp_path):
 def test_helpers_fade_out():
     plan = Plan()
     assert plan.helper_weight(0.0) == plan.helper
-    assert plan.helper_weight(0.5) == plan.helper_weight(1.0) == 0.0
+    assert plan.helper_weight(plan.fade[1]) == plan.helper_weight(1.0) == 0.0
     assert plan.lr_factor(99, 1000) == 1.0 and plan.lr_factor(999, 1000) == pytest.approx(0.05)
 
 
@@ -177,3 +176,24 @@ def test_evaluate_counts_every_kind(tokenizer, size):
     shape = Shape(documents=(4, 5), chunks=(1, 2), words=(6, 14))
     results = evaluate(llama, tokenizer, shape, 2, seed=0, heldout=True, arms=("full", "none"))
     assert all(n >= 2 for row in results.values() for _, n in row.values())
+
+
+def test_documents_are_the_ones_that_ship(tmp_path, monkeypatch):
+    from ragkv import bundled
+    from training import documents
+
+    monkeypatch.setattr("sys.argv", ["documents", "--out", str(tmp_path)])
+    documents.main()
+    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "documents").iterdir()}
+    assert written == bundled.documents()
+    shipped = bundled.MODEL_PATH.parent / "questions.json"
+    assert (tmp_path / "questions.json").read_text(encoding="utf-8") == shipped.read_text(encoding="utf-8")
+
+
+def test_curves_are_drawn(tmp_path):
+    from training.curves import draw
+
+    (tmp_path / "log.csv").write_text(
+        "step,seconds,tokens,answer,read,subject,evidence\n20,1,50,3,2,2,1\n40,2,90,1,1,1,1\n"
+    )
+    assert draw(tmp_path).read_text(encoding="utf-8").count("<svg") == 1

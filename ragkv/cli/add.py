@@ -1,0 +1,62 @@
+"""``ragkv add``: files in, read once."""
+
+from __future__ import annotations
+
+import argparse
+from time import perf_counter
+from typing import Any
+
+from ragkv.cli import show
+from ragkv.cli.arguments import folder
+from ragkv.cli.opening import open_rag
+from ragkv.rag import Added
+from ragkv.retrieval import Change
+
+
+def run(args: argparse.Namespace) -> int:
+    """Add files; 1 where none of them could be."""
+    path = folder(args)
+    with open_rag(path, model=args.model, embedder=args.embedder) as rag:
+        begin = perf_counter()
+        with show.progress(unit=" files") as bar:
+            added = rag.add_files(args.paths, progress=lambda file: _step(bar, file.source))
+        summary = _summary(added, perf_counter() - begin)
+    for skipped in added.skipped:
+        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    if args.json:
+        show.as_json({"path": str(path), **summary})
+    else:
+        _show(summary)
+    if not added.changes:
+        show.hint("ragkv: nothing could be added")
+    return 0 if added.changes else 1
+
+
+def _step(bar: Any, source: str) -> None:
+    bar.set_postfix_str(show.short(source), refresh=False)
+    bar.update()
+
+
+def _summary(added: Added, seconds: float) -> dict[str, Any]:
+    kinds = [_kind(change) for change in added.changes]
+    return {
+        "documents": {kind: kinds.count(kind) for kind in ("added", "changed", "unchanged")},
+        "passages": sum(len(change.document.passage_ids) for change in added.changes),
+        "tokens_read": added.tokens_read,
+        "seconds": round(seconds, 3),
+        "skipped": [{"source": skipped.source, "reason": skipped.reason} for skipped in added.skipped],
+    }
+
+
+def _show(summary: dict[str, Any]) -> None:
+    documents = [f"{count} {kind}" for kind, count in summary["documents"].items() if count]
+    if summary["skipped"]:
+        documents.append(f"{len(summary['skipped'])} skipped")
+    read = f"{show.number(summary['tokens_read'], 'token')} read in {summary['seconds']:.1f} s"
+    print(f"documents: {', '.join(documents) or 'none'}; {show.number(summary['passages'], 'passage')}; {read}")
+
+
+def _kind(change: Change) -> str:
+    if not change.old_passages:
+        return "added"
+    return "changed" if change.removed or change.first_changed is not None else "unchanged"

@@ -1,0 +1,109 @@
+"""What the command line takes. Imports nothing heavy, so that help and usage errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ragkv.methods import Method
+
+_METHOD_HELP = (
+    "how prompts are put together: reuse, lego-link:k=16, cache-blend:ratio=0.15,signal=key, full-prefill, ..."
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    top = argparse.ArgumentParser(
+        prog="ragkv",
+        description="Answer questions over documents that a language model has already read.",
+        epilog="'ragkv demo' needs no model, no documents and no network. 'ragkv COMMAND --help' says more.",
+        allow_abbrev=False,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    shared, model, method = _shared(), _model(), _method()
+
+    def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, parents=[*parents, shared], help=summary, description=summary, allow_abbrev=False
+        )
+
+    demo = command("demo", method, summary="Let the bundled model read the bundled documents and answer questions.")
+    demo.add_argument("--questions", type=_count, metavar="N", help="ask only the first N questions")
+    demo.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to read (default: 5)")
+
+    add = command("add", model, summary="Read files, and folders with all that is in them: text, Markdown, PDF.")
+    add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
+
+    ask = command("ask", model, method, summary="Answer a question over the documents that were added.")
+    ask.add_argument("question", type=_question, metavar="QUESTION")
+    ask.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to read (default: 5)")
+    ask.add_argument(
+        "--max-new-tokens", type=_count, default=128, metavar="N", help="the longest answer (default: 128)"
+    )
+
+    command("stats", summary="Show what the folder holds.")
+    return top
+
+
+def home() -> Path:
+    """Where folders are kept unless ``--path`` says otherwise: ``$RAGKV_HOME``, or ``ragkv`` in the user's cache folder."""
+    chosen = os.environ.get("RAGKV_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ragkv"
+
+
+def folder(args: argparse.Namespace, default: str = "default") -> Path:
+    """The folder that a command works on."""
+    return home() / default if args.path is None else Path(args.path).expanduser()
+
+
+def _shared() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--path", metavar="FOLDER", help=f"documents, vectors and KV (default: in $RAGKV_HOME, now {home()})"
+    )
+    shared.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return shared
+
+
+def _model() -> argparse.ArgumentParser:
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", default="bundled", help="name or path of a transformers decoder (default: bundled)")
+    model.add_argument(
+        "--embedder", help="name or path of a sentence-transformers model (default: all-MiniLM-L6-v2, offline)"
+    )
+    return model
+
+
+def _method() -> argparse.ArgumentParser:
+    method = argparse.ArgumentParser(add_help=False)
+    method.add_argument("--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: reuse)")
+    return method
+
+
+def _parsed_method(text: str) -> Method:
+    from ragkv.cli.methods import parse_method
+    from ragkv.errors import MethodError
+
+    try:
+        return parse_method(text)
+    except MethodError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the question is blank")
+    return text

@@ -1,0 +1,116 @@
+"""``ragkv ask``: one question, its answer as it grows, where it comes from and where the time went."""
+
+from __future__ import annotations
+
+import argparse
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from ragkv.cli import show
+from ragkv.cli.arguments import folder
+from ragkv.cli.opening import open_rag, require_documents
+from ragkv.rag import RAG, SourcedAnswer
+
+#: Stages of an answer's time line, in order, and what they are called.
+_STAGES = {
+    "retrieve": "retrieve",
+    "read": "read what was missing",
+    "place": "load + place",
+    "select": "select",
+    "compute": "recompute",
+    "first_token": "first token after",
+    "decode": "decode",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the question."""
+    path = folder(args)
+    require_documents(path)
+    with open_rag(path, model=args.model, embedder=args.embedder, method=args.method) as rag:
+        answer, stages = _answered(rag, args)
+    if args.json:
+        show.as_json(_as_dict(args.question, answer, stages))
+    else:
+        _show(answer, stages)
+    return 0
+
+
+class _Printer(StoppingCriteria):
+    """Writes the answer while it is generated: it is asked behind every token, and never says stop."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._ids.append(int(input_ids[0, -1]))
+        text = self._text()
+        if not text.endswith("\ufffd"):  # half a character waits for its other half
+            print(text[len(self._shown) :], end="", flush=True)
+            self._shown = text
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def end(self) -> None:
+        """Write what is left and end the line."""
+        print(self._text()[len(self._shown) :])
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
+
+
+def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[str, float]]:
+    printers = [] if args.json else [_Printer(rag.engine.tokenizer)]
+    begin = perf_counter()
+    answer = rag.ask(
+        args.question,
+        top_k=args.top_k,
+        max_new_tokens=args.max_new_tokens,
+        stopping_criteria=StoppingCriteriaList(printers),
+    )
+    total_ms = (perf_counter() - begin) * 1e3
+    for printer in printers:
+        printer.end()
+    return answer, _milliseconds(answer, total_ms)
+
+
+def _milliseconds(answer: SourcedAnswer, total_ms: float) -> dict[str, float]:
+    """By stage; ``first_token`` and ``total`` count from the question on, so that retrieval is in them."""
+    report = answer.report
+    retrieve = max(0.0, total_ms - report.first_token_ms - report.decode_ms)
+    stages = {stage: report.fusion.milliseconds[stage] for stage in ("read", "place", "select", "compute")}
+    first_token = retrieve + report.first_token_ms
+    return {"retrieve": retrieve, **stages, "first_token": first_token, "decode": report.decode_ms, "total": total_ms}
+
+
+def _as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
+    sources = [
+        {"source": hit.source, "position": hit.position, "score": hit.score, "kv": kv, "text": hit.text}
+        for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True)
+    ]
+    return {
+        "question": question,
+        "answer": answer.text.strip(),
+        "sources": sources,
+        "milliseconds": {stage: round(value, 3) for stage, value in milliseconds.items()},
+        "report": answer.report.as_dict(),
+    }
+
+
+def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
+    print(f"\n{show.paint('sources', 'bold')}")
+    rows = [("", "passage", "score", "KV from")]
+    for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True):
+        rows.append((show.short(hit.source), str(hit.position + 1), f"{hit.score:.2f}", kv))
+    show.table(rows)
+    print(f"\n{show.paint('time', 'bold')}")
+    stages = [
+        f"{name} {show.milliseconds(milliseconds[stage])}"
+        for stage, name in _STAGES.items()
+        if stage != "read" or milliseconds[stage]
+    ]
+    print(f"{' · '.join(stages)} ({show.number(answer.report.new_tokens, 'token')})")

@@ -1,0 +1,189 @@
+"""``ragkv demo``: the bundled model reads the bundled documents and answers the bundled questions. No network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports: huggingface_hub looks once
+
+import torch
+
+from ragkv import bundled
+from ragkv.bundled import DemoQuestion
+from ragkv.chunk import Chunk, digest
+from ragkv.cli import show
+from ragkv.cli.arguments import folder
+from ragkv.cli.opening import open_rag
+from ragkv.errors import RagKVError
+from ragkv.methods import FullPrefill, Method
+from ragkv.rag import RAG
+from ragkv.report import FusedPrompt
+
+_NEW_TOKENS = 24
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, answer, compare."""
+    path = folder(args, default=f"demo-{_model_name()}")
+    with open_rag(path, method=args.method) as rag:
+        read = _read_documents(rag, path)
+        if not args.json:
+            _show_read(read)
+        turns = []
+        _warm_up(rag)
+        for number, question in enumerate(bundled.questions()[: args.questions]):
+            turns.append(_answer(rag, question, args.top_k, full_first=bool(number % 2)))
+            if not args.json:
+                _show_turn(number, turns[-1])
+        summary = _summary(turns)
+        method = repr(rag.engine.method)
+    if args.json:
+        show.as_json(
+            {"read": read, "method": method, "questions": [asdict(turn) for turn in turns], "summary": summary}
+        )
+    else:
+        _show_summary(summary, read, method)
+    return 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and what came of it.
+
+    Attributes:
+        question: as it was asked.
+        answer: what the model said over the stored KV.
+        expected: the right answer.
+        right: whether they are the same.
+        full_prefill_right: whether the model is right when it reads the same passages afresh.
+        sources: file and passage, from 0, in the order of the prompt.
+        kv: where each passage's KV came from.
+        first_token_ms: from the passages to the first token, with the method.
+        full_prefill_ms: the same with a full prefill of the same ids.
+        prompt_tokens: tokens of the prompt.
+        computed_tokens: those computed afresh, the question's among them.
+        budget: the recompute charged, a share of the passages' tokens.
+    """
+
+    question: str
+    answer: str
+    expected: str
+    right: bool
+    full_prefill_right: bool
+    sources: list[tuple[str, int]]
+    kv: list[str]
+    first_token_ms: float
+    full_prefill_ms: float
+    prompt_tokens: int
+    computed_tokens: int
+    budget: float
+
+
+def _model_name() -> str:
+    """Differs for every version of the bundled model: a folder is of one model, and ragkv may bring another one."""
+    return digest((bundled.MODEL_PATH / "model.safetensors").read_bytes()).hex()[:8]
+
+
+def _read_documents(rag: RAG, path: Path) -> dict[str, Any]:
+    begin, tokens, documents = perf_counter(), 0, bundled.documents()
+    for name, text in show.progress(documents.items(), desc="reading", unit=" documents"):
+        tokens += rag.add_texts([text], [name]).tokens_read
+    return {"path": str(path), "documents": len(documents), "tokens_read": tokens, "seconds": perf_counter() - begin}
+
+
+def _warm_up(rag: RAG) -> None:
+    """The first forward pass of a process is slow, and would be charged to whoever comes first."""
+    rag.engine.fuse([], "Is it warm?", method=FullPrefill())
+
+
+def _answer(rag: RAG, question: DemoQuestion, top_k: int, full_first: bool) -> Turn:
+    hits = rag.retrieve(question.question, top_k)
+    chunks = rag.chunks(hits)
+    method, full = rag.engine.method, FullPrefill()
+    arms = {arm: _first_token(rag, chunks, question, arm) for arm in ([full, method] if full_first else [method, full])}
+    prompt, first_token_ms = arms[method]
+    if not torch.equal(prompt.input_ids, arms[full][0].input_ids):
+        raise RagKVError("the two prompts that are compared differ: this is a bug, please report it")
+    said = {arm: _said(rag, chunks, question, arm) for arm in arms}
+    return Turn(
+        question=question.question,
+        answer=said[method],
+        expected=question.answer,
+        right=_same(said[method], question.answer),
+        full_prefill_right=_same(said[full], question.answer),
+        sources=[(hit.source, hit.position) for hit in hits],
+        kv=prompt.report.sources,
+        first_token_ms=first_token_ms,
+        full_prefill_ms=arms[full][1],
+        prompt_tokens=prompt.input_ids.shape[1],
+        computed_tokens=len(prompt.recomputed),
+        budget=prompt.report.budget,
+    )
+
+
+def _first_token(rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method) -> tuple[FusedPrompt, float]:
+    begin = perf_counter()
+    prompt = rag.engine.fuse(chunks, question.question, method=method)
+    int(prompt.logits.argmax())  # waits for the device
+    return prompt, (perf_counter() - begin) * 1e3
+
+
+def _said(rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method) -> str:
+    return rag.engine.generate(chunks, question.question, method=method, max_new_tokens=_NEW_TOKENS).text.strip()
+
+
+def _same(answer: str, expected: str) -> bool:
+    return _normal(answer) == _normal(expected)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .")
+
+
+def _summary(turns: list[Turn]) -> dict[str, Any]:
+    return {
+        "questions": len(turns),
+        "right": sum(turn.right for turn in turns),
+        "full_prefill_right": sum(turn.full_prefill_right for turn in turns),
+        "median_first_token_ms": median(turn.first_token_ms for turn in turns),
+        "median_full_prefill_ms": median(turn.full_prefill_ms for turn in turns),
+        "median_speedup": median(turn.full_prefill_ms / turn.first_token_ms for turn in turns),
+    }
+
+
+def _show_read(read: dict[str, Any]) -> None:
+    documents, tokens = show.number(read["documents"], "document"), show.number(read["tokens_read"], "token")
+    if read["tokens_read"]:
+        print(f"Read {documents}, {tokens}, in {read['seconds']:.1f} s. Run it again: they are on disk now.\n")
+    else:
+        print(f"Warm start: {documents} found on disk, {tokens} read.\n")
+
+
+def _show_turn(number: int, turn: Turn) -> None:
+    verdict = show.paint("right", "green") if turn.right else show.paint("wrong", "red")
+    instead = "" if turn.right else f"  (right: {turn.expected})"
+    kv = ", ".join(f"{turn.kv.count(tier)} {tier}" for tier in sorted(set(turn.kv)))
+    sources = ", ".join(f"{source} {position + 1}" for source, position in turn.sources)
+    print(f"{number + 1:2}  {show.paint(turn.question, 'bold')}")
+    print(f"    {verdict}: {turn.answer or '(nothing)'}{instead}")
+    print(
+        f"    first token {show.milliseconds(turn.first_token_ms)}, full prefill {show.milliseconds(turn.full_prefill_ms)}"
+        f" · computed {turn.computed_tokens} of {turn.prompt_tokens} tokens · KV: {kv}"
+    )
+    print(show.paint(f"    passages: {sources}", "dim"))
+
+
+def _show_summary(summary: dict[str, Any], read: dict[str, Any], method: str) -> None:
+    print(
+        f"\n{method}: {summary['right']} of {summary['questions']} right (full prefill of the same passages: "
+        f"{summary['full_prefill_right']}). First token after {show.milliseconds(summary['median_first_token_ms'])}, full "
+        f"prefill {show.milliseconds(summary['median_full_prefill_ms'])}, {summary['median_speedup']:.1f} times faster "
+        f"(medians, retrieval not counted). {show.number(read['tokens_read'], 'token')} read at start."
+    )
+    show.hint(f"documents, vectors and KV are in {read['path']}")

@@ -1,0 +1,62 @@
+"""Methods as words: ``cache-blend:ratio=0.15,signal=key`` is ``CacheBlend(ratio=0.15, signal="key")``.
+
+Names and knobs are read off the classes, so that a new method needs nothing here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ragkv import methods
+from ragkv.errors import MethodError
+from ragkv.methods import Method
+
+
+def parse_method(text: str) -> Method:
+    """The method that a text names.
+
+    Args:
+        text: ``name`` or ``name:knob=value,...``; the shares of a list are separated by ``/``.
+
+    Raises:
+        MethodError: no such method or knob, or a value that is out of range; the message lists what there is.
+    """
+    name, _, knobs = text.partition(":")
+    known = _known()
+    if name not in known:
+        raise MethodError(f"no method {name!r}; there are: {', '.join(_spelled(*item) for item in known.items())}")
+    kind = known[name]
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for item in filter(None, knobs.split(",")):
+        knob, equals, value = item.partition("=")
+        if not equals or knob not in {field.name for field in fields(kind)}:  # type: ignore[arg-type]
+            raise MethodError(f"{name} has no setting {item!r}; it is spelled {_spelled(name, kind)}")
+        given[knob] = _value(f"{name}: {knob}", value, hints[knob])
+    return kind(**given)
+
+
+def _known() -> dict[str, type[Method]]:
+    exported = [getattr(methods, name) for name in methods.__all__]
+    kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method]
+    return {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in kinds}
+
+
+def _spelled(name: str, kind: type[Method]) -> str:
+    knobs = ",".join(f"{field.name}=..." for field in fields(kind))  # type: ignore[arg-type]
+    return f"{name}:{knobs}" if knobs else name
+
+
+def _value(what: str, text: str, hint: Any) -> Any:
+    """A text as a knob's type: one of a union's, or the items of a tuple."""
+    if get_origin(hint) is UnionType:
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is tuple:
+        return tuple(_value(what, part, get_args(hint)[0]) for part in text.split("/") if part)
+    try:
+        return text.lower() in ("1", "true", "yes") if hint is bool else hint(text)
+    except (TypeError, ValueError):
+        raise MethodError(f"{what} must be of type {getattr(hint, '__name__', hint)}, got {text!r}") from None

@@ -1,0 +1,69 @@
+"""How things are shown: results on stdout, hints and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+_COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
+
+
+def as_json(value: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def hint(text: str) -> None:
+    """Say something that is not the result."""
+    print(text, file=sys.stderr)
+
+
+def paint(text: str, colour: str) -> str:
+    """Coloured text on a terminal that wants it, the text itself elsewhere (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return text if plain else f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def progress(items: Iterable[Item] | None = None, **options: Any) -> Any:
+    """A tqdm bar on stderr; silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, **options)
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns, the first one to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``1.5 MiB``."""
+    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def milliseconds(value: float) -> str:
+    """A time for people: ``3.2 ms``, ``1.25 s``."""
+    return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.1f} ms"
+
+
+def number(count: int, noun: str) -> str:
+    """A count with its noun: ``1 file``, ``2 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def short(source: str) -> str:
+    """A file below the working folder by its relative path, anything else as it is."""
+    path = Path(source)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else source

@@ -1,0 +1,76 @@
+"""Replays a stream of requests against one tier, without the tensors: how policies are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ragkv.chunk import ChunkKV
+from ragkv.errors import StoreFullError
+from ragkv.store.memory import MemoryTier
+from ragkv.store.policy import Belady, Policy
+from ragkv.store.terms import Terms
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chunk that is asked for: its key, its bytes, its tokens, and the seconds that computing it takes."""
+
+    key: bytes
+    size_bytes: int
+    tokens: int
+    cost_s: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy reached.
+
+    Attributes:
+        hit_rate: share of the requests that were found.
+        token_hit_rate: share of the tokens that were found.
+        saved_s: seconds of prefill that were saved.
+        saved_share: of the seconds that computing everything takes.
+    """
+
+    hit_rate: float
+    token_hit_rate: float
+    saved_s: float
+    saved_share: float
+
+
+def replay(requests: Sequence[Request], policy: Policy, budget_bytes: int, *, selective: bool = False) -> Outcome:
+    """Serves requests from an empty tier; what is missing is computed and put."""
+    tier = MemoryTier(budget_bytes, policy)
+    hits, tokens, saved = 0, 0, 0.0
+    for position, request in enumerate(requests):
+        if isinstance(policy, Belady):
+            policy.position = position
+        if tier.use(request.key) is not None:
+            hits, tokens, saved = hits + 1, tokens + request.tokens, saved + request.cost_s
+            continue
+        try:
+            tier.put(request.key, _Weight(request.size_bytes), Terms(cost_s=request.cost_s), selective=selective)
+        except StoreFullError:
+            continue  # larger than the tier: it is computed each time
+    total = sum(request.cost_s for request in requests)
+    return Outcome(hits / len(requests), tokens / _tokens(requests), saved, saved / total if total else 0.0)
+
+
+class _Weight(ChunkKV):
+    """A chunk of so many bytes that takes none."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__([torch.empty(0)], [], 0)
+        self._size_bytes = size_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it stands for."""
+        return self._size_bytes
+
+
+def _tokens(requests: Iterable[Request]) -> int:
+    return sum(request.tokens for request in requests)

@@ -1,0 +1,136 @@
+"""add, ask, stats and demo, with the bundled model and the offline embedder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ragkv import bundled
+from ragkv.cli import main
+from ragkv.retrieval import offline_embedder
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return bundled.load(), offline_embedder()
+
+
+@pytest.fixture(autouse=True)
+def shared(loaded, tmp_path, monkeypatch):
+    """Model and embedder are loaded once for all commands."""
+    model, embedder = loaded
+    monkeypatch.setattr("ragkv.bundled.load", lambda: model)
+    monkeypatch.setattr("ragkv.retrieval.retriever.offline_embedder", lambda: embedder)
+    monkeypatch.setenv("RAGKV_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("blackstead.md", "clearport.md"):
+        (folder / name).write_text(bundled.documents()[name])
+    return folder
+
+
+def run(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+def test_add_ask_stats(files, tmp_path, capsys):
+    (files / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    code, out, err = run(capsys, "add", files)
+    assert code == 0
+    assert out.startswith("documents: 2 added, 1 skipped; ") and " tokens read in " in out
+    assert err == f"skipped {files}/picture.png: binary\n"
+
+    code, out, _ = run(capsys, "add", files, "--json")
+    added = json.loads(out)
+    assert (code, added["tokens_read"], added["documents"]) == (0, 0, {"added": 0, "changed": 0, "unchanged": 2})
+    assert added["skipped"] == [{"source": f"{files}/picture.png", "reason": "binary"}]
+
+    (files / "clearport.md").write_text((files / "clearport.md").read_text() + " One more sentence.")
+    code, out, _ = run(capsys, "add", files / "clearport.md")
+    assert code == 0 and out.startswith("documents: 1 changed; ")
+
+    question = "On which river does Clearport lie?"
+    code, out, _ = run(capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8)
+    answer, *_ = out.splitlines()
+    assert code == 0
+    assert f"{files}/clearport.md" in out and "disk" in out and "first token after" in out
+
+    code, out, _ = run(
+        capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8, "--json", "--method", "lego-link:k=4"
+    )
+    found = json.loads(out)
+    assert code == 0 and found["question"] == question
+    assert found["report"]["fusion"]["method"] == "LegoLink(k=4)"
+    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} == {"disk"}
+    times = found["milliseconds"]
+    assert times["retrieve"] > 0 and times["retrieve"] + times["compute"] < times["first_token"] < times["total"]
+
+    code, out, _ = run(capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8, "--json")
+    assert json.loads(out)["answer"] == answer
+
+    code, out, _ = run(capsys, "stats", "--json")
+    stats = json.loads(out)
+    assert code == 0 and stats["documents"] == 2 and stats["path"] == str(tmp_path / "home" / "default")
+    assert stats["store"]["tiers"]["disk"]["entries"] == stats["passages"] > 2
+    code, out, _ = run(capsys, "stats")
+    assert code == 0 and out.startswith("2 documents, ") and "embedder: all-MiniLM-L6-v2" in out
+
+
+def test_nothing_could_be_added(tmp_path, capsys):
+    code, out, err = run(capsys, "add", tmp_path / "missing.txt", "--path", tmp_path / "kv")
+    assert code == 1
+    assert out.startswith("documents: 1 skipped; 0 passages; 0 tokens read")
+    assert err.splitlines()[0] == f"skipped {tmp_path}/missing.txt: cannot be read: No such file or directory"
+    code, _, err = run(capsys, "ask", "What?", "--path", tmp_path / "kv")
+    assert (code, err.count("\n")) == (1, 1) and "no documents yet" in err
+
+
+def test_failures_are_one_line(files, tmp_path, capsys):
+    code, out, err = run(capsys, "add", files, "--model", tmp_path / "no-model")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "no-model" in err
+    code, out, err = run(capsys, "add", files, "--embedder", tmp_path / "no-embedder")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "no-embedder" in err
+    (tmp_path / "a-file").write_text("")
+    code, out, err = run(capsys, "add", files, "--path", tmp_path / "a-file")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "a-file" in err
+
+
+def test_demo_starts_warm_the_second_time(tmp_path, capsys):
+    code, out, err = run(capsys, "demo", "--questions", 3)
+    assert code == 0
+    assert out.startswith("Read 36 documents, ") and "they are on disk now" in out
+    assert out.count("full prefill ") == 3 + 2  # each question, and twice in the summary
+    assert " of 3 right (full prefill of the same passages: " in out
+    (folder,) = (tmp_path / "home").iterdir()
+    assert err == f"documents, vectors and KV are in {folder}\n"
+
+    code, out, _ = run(capsys, "demo", "--questions", 3, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["read"]["documents"], found["read"]["tokens_read"]) == (36, 0)
+    assert found["summary"]["questions"] == 3
+    for turn in found["questions"]:
+        assert set(turn["kv"]) <= {"disk", "cpu"} and len(turn["kv"]) == len(turn["sources"]) == 5
+        assert turn["right"] == (turn["answer"].lower() == turn["expected"].lower())
+        assert 0 < turn["computed_tokens"] < turn["prompt_tokens"]
+        assert turn["first_token_ms"] > 0 and turn["full_prefill_ms"] > 0
+    assert "disk" in found["questions"][0]["kv"]
+
+    code, out, _ = run(capsys, "demo", "--questions", 1)
+    assert code == 0 and out.startswith("Warm start: 36 documents found on disk, 0 tokens read.")
+
+
+def test_as_a_program(tmp_path):
+    """The real thing in its own process: exit code, one line, no traceback."""
+    argv = [sys.executable, "-m", "ragkv.cli", "ask", "What?", "--path", str(tmp_path / "nowhere")]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ragkv: no documents in ") and done.stderr.count("\n") == 1

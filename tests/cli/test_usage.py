@@ -1,0 +1,153 @@
+"""What the command line takes, and what it says where it cannot go on. No model is loaded here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ragkv
+from ragkv.cli import main, show
+from ragkv.cli.arguments import parser
+from ragkv.cli.methods import parse_method
+from ragkv.errors import MethodError
+from ragkv.methods import CacheBlend, FullPrefill, LegoLink, Reuse
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAGKV_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["add"], "PATH"),
+        (["ask"], "QUESTION"),
+        (["ask", "  "], "the question is blank"),
+        (["ask", "what?", "--top-k", "0"], "whole number of at least 1, got '0'"),
+        (["ask", "what?", "--method", "magic"], "no method 'magic'; there are: cache-blend:ratio=..."),
+        (["ask", "what?", "--method", "lego-link:k=-1"], "k must be >= 0 tokens, got -1"),
+        (["demo", "--questions", "x"], "got 'x'"),
+        (["stats", "--model", "bundled"], "unrecognized arguments"),
+        (["stats", "--js"], "unrecognized arguments"),
+    ],
+)
+def test_usage_errors_exit_with_2(argv, reason, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert reason in err
+    assert out == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("reuse", Reuse()),
+        ("full-prefill", FullPrefill()),
+        ("lego-link", LegoLink()),
+        ("lego-link:k=32", LegoLink(k=32)),
+        ("cache-blend:ratio=0.2,signal=key", CacheBlend(ratio=0.2, signal="key")),
+        ("cache-blend:gradual=0.3/0.2/0.1,check_layer=2", CacheBlend(gradual=(0.3, 0.2, 0.1), check_layer=2)),
+        ("cache-blend:threshold=1.5", CacheBlend(threshold=1.5)),
+    ],
+)
+def test_methods_as_words(text, method):
+    assert parse_method(text) == method
+    assert parser().parse_args(["ask", "what?", "--method", text]).method == method
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no method ''; there are: .*lego-link:k=.*reuse"),
+        ("Reuse", "no method 'Reuse'"),
+        ("reuse:k=1", "reuse has no setting 'k=1'; it is spelled reuse"),
+        ("lego-link:16", "no setting '16'; it is spelled lego-link:k="),
+        ("lego-link:k=many", "k must be of type int, got 'many'"),
+        ("cache-blend:threshold=high", "threshold must be of type float, got 'high'"),
+        ("cache-blend:ratio=2", r"ratio and gradual must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_methods(text, reason):
+    with pytest.raises(MethodError, match=reason):
+        parse_method(text)
+
+
+@pytest.mark.parametrize("argv", [["ask", "what?"], ["stats"], ["stats", "--json"]])
+def test_nothing_was_added_yet(argv, home, capsys):
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert (
+        err
+        == f"ragkv: no documents in {home}/default: add some with 'ragkv add PATH...', or name another folder with --path\n"
+    )
+    assert out == "" and not home.exists()
+
+
+def test_an_unexpected_failure_is_one_line(monkeypatch, capsys):
+    def broken(_):
+        raise TypeError("two\nlines")
+
+    monkeypatch.setattr("ragkv.cli.stats.run", broken)
+    assert main(["stats"]) == 1
+    assert capsys.readouterr().err == "ragkv: TypeError: two lines (--debug shows where)\n"
+    with pytest.raises(TypeError):
+        main(["stats", "--debug"])
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ragkv.cli.stats.run", interrupted)
+    assert main(["stats"]) == 130
+    assert capsys.readouterr().err == "ragkv: interrupted\n"
+
+
+def test_help_loads_no_model_library():
+    """In a fresh interpreter, with ragkv's own namespace bare: only the command line's modules are looked at."""
+    root = Path(ragkv.__file__).parent
+    code = (
+        "import sys, types; bare = types.ModuleType('ragkv'); bare.__path__ = [sys.argv[1]]; sys.modules['ragkv'] = bare\n"
+        "from ragkv.cli import main\n"
+        "for argv in (['--help'], ['ask', '--help'], ['ask', '']):\n"
+        "    try: main(argv)\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'faiss', 'lmdb', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0, run.stderr
+    assert "demo" in run.stdout
+
+
+def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
+    assert show.paint("right", "green") == "right"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert show.paint("right", "green") == "\033[32mright\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert show.paint("right", "green") == "right"
+
+
+def test_numbers_for_people(tmp_path, monkeypatch, capsys):
+    assert [show.size(count) for count in (0, 1023, 1536, 3 << 20, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "3.0 MiB",
+        "5120.0 GiB",
+    ]
+    assert [show.milliseconds(value) for value in (0.04, 12.34, 1234.5)] == ["0.0 ms", "12.3 ms", "1.23 s"]
+    assert [show.number(count, "file") for count in (0, 1, 1200)] == ["0 files", "1 file", "1,200 files"]
+    monkeypatch.chdir(tmp_path)
+    assert [show.short(name) for name in (f"{tmp_path}/a/b.md", "/b.md", "name")] == ["a/b.md", "/b.md", "name"]
+    show.table([("name", "size"), ("a long one", "5")])
+    assert capsys.readouterr().out == "name        size\na long one     5\n"

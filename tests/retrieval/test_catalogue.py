@@ -1,0 +1,377 @@
+import gc
+import threading
+
+import lmdb
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError, StoreFullError
+from ragkv.retrieval import Catalogue
+
+from .conftest import HashEmbedder
+
+
+@pytest.fixture
+def catalogue():
+    with Catalogue() as catalogue:
+        yield catalogue
+
+
+def put(catalogue, source, passages, metadata=None, embedder=None):
+    return catalogue.put(source, passages, (embedder or HashEmbedder()).encode_documents, metadata)
+
+
+def test_what_is_put_is_there(catalogue, embedder):
+    metadata = {"title": "Über", "pages": [1, 2], "deep": {"x": None}}
+    change = put(catalogue, "a.md", ["first", "second é😀"], metadata, embedder)
+    document = catalogue.get("a.md")
+    assert change.document == document and document.metadata == metadata and document.passage_ids == change.new
+    assert catalogue.texts("a.md") == ["first", "second é😀"]
+    passage = catalogue.passage(document.passage_ids[1])
+    assert (passage.text, passage.position, passage.document) == ("second é😀", 1, document)
+    with catalogue.snapshot() as view:
+        np.testing.assert_array_equal(
+            view.vectors(document.passage_ids), embedder.encode_documents(["first", "second é😀"])
+        )
+    assert len(catalogue) == 1 and "a.md" in catalogue and "b.md" not in catalogue and 3 not in catalogue
+    assert catalogue.check() == []
+
+
+def test_the_same_again_does_nothing(catalogue, embedder):
+    first = put(catalogue, "a", ["one", "two"], {"x": (1, 2)}, embedder)
+    state = catalogue.state
+    again = put(catalogue, "a", ["one", "two"], {"x": [1, 2]}, embedder)
+    assert embedder.embedded == ["one", "two"] and catalogue.state == state
+    assert again.document == first.document and again.kept == first.new
+    assert not (again.new or again.removed or again.embedded or again.orphans or again.orphan_texts)
+    assert again.first_changed is None
+
+
+def test_other_metadata_embeds_nothing(catalogue, embedder):
+    put(catalogue, "a", ["one"], {"x": 1}, embedder)
+    state = catalogue.state
+    change = put(catalogue, "a", ["one"], {"x": 2}, embedder)
+    assert catalogue.get("a").metadata == {"x": 2} and embedder.embedded == ["one"]
+    assert catalogue.state == state and change.first_changed is None and change.new == ()
+
+
+def test_a_replaced_document_keeps_what_it_can(catalogue, embedder):
+    old = put(catalogue, "a", ["one", "two", "three", "two"], embedder=embedder).new
+    change = put(catalogue, "a", ["zero", "two", "one", "four"], embedder=embedder)
+    assert change.document.passage_ids == (change.new[0], old[1], old[0], change.new[1])
+    assert change.kept == (old[0], old[1]) and change.removed == (old[2], old[3])
+    assert embedder.embedded == ["one", "two", "three", "zero", "four"] and change.embedded == 2
+    assert change.old_passages == ("one", "two", "three", "two") and change.first_changed == 0
+    assert change.orphans == (0, 1, 2, 3) and change.orphan_texts == (2,)
+    assert [catalogue.passage(i).position for i in change.document.passage_ids] == [0, 1, 2, 3]
+    for gone in change.removed:
+        with pytest.raises(RetrievalError, match=f"no passage {gone}"):
+            catalogue.passage(gone)
+    assert catalogue.check() == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "first_changed", "orphans"),
+    [
+        ("abc", "abd", 2, (2,)),
+        ("abc", "ab", None, (2,)),
+        ("abc", "abcd", 3, ()),
+        ("abc", "xbc", 0, (0, 1, 2)),
+        ("abc", "acb", 1, (1, 2)),
+    ],
+)
+def test_where_reading_begins_again(catalogue, before, after, first_changed, orphans):
+    put(catalogue, "a", list(before))
+    change = put(catalogue, "a", list(after))
+    assert (change.first_changed, change.orphans) == (first_changed, orphans)
+
+
+def test_orphans_are_what_nothing_else_uses(catalogue):
+    put(catalogue, "a", ["one", "two", "three"])
+    put(catalogue, "b", ["one", "two", "four"])
+    change = catalogue.remove("a")
+    # "one" and "one, two" are read in b as well; "three" is nowhere.
+    assert change.orphans == (2,) and change.orphan_texts == (2,) and change.old_passages == ("one", "two", "three")
+    put(catalogue, "c", ["two"])
+    change = catalogue.remove("b")
+    assert change.orphans == (0, 1, 2) and change.orphan_texts == (0, 2)
+    assert [document.source for document in catalogue] == ["c"] and catalogue.check() == []
+
+
+def test_equal_texts_are_embedded_once(catalogue, embedder):
+    change = put(catalogue, "a", ["same", "same", "other"], embedder=embedder)
+    assert len(set(change.new)) == 3 and change.embedded == 2
+    assert put(catalogue, "b", ["other", "same"], embedder=embedder).embedded == 0
+    assert embedder.embedded == ["same", "other"]
+    with catalogue.snapshot() as view:
+        rows = view.vectors(change.new)
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_ids_are_never_given_again(catalogue):
+    seen = set()
+    for round in range(3):
+        new = put(catalogue, "a", [f"text {round}"]).new
+        assert not seen & set(new)
+        seen |= set(new)
+        catalogue.remove("a")
+
+
+def test_embedding_holds_no_lock(catalogue):
+    """A text counted on goes away while others are embedded: it is embedded after all."""
+    put(catalogue, "a", ["shared"])
+    embedder = HashEmbedder()
+
+    def embed(texts):
+        if "shared" not in texts:
+            catalogue.remove("a")
+        return embedder.encode_documents(texts)
+
+    change = catalogue.put("b", ["shared", "own"], embed)
+    assert embedder.embedded == ["own", "shared"] and change.embedded == 2 and catalogue.check() == []
+
+
+def test_a_failing_embedder_changes_nothing(catalogue):
+    put(catalogue, "a", ["one"])
+    state = catalogue.state
+    with pytest.raises(ZeroDivisionError):
+        catalogue.put("a", ["two"], lambda texts: 1 / 0)
+    for wrong in (np.zeros((2, 4)), np.zeros(4), np.zeros((1, 0))):
+        with pytest.raises(RetrievalError, match=r"must give vectors of shape \[1, d\]"):
+            catalogue.put("a", ["two"], lambda texts, wrong=wrong: wrong)
+    with pytest.raises(RetrievalError, match="not finite"):
+        catalogue.put("a", ["two"], lambda texts: np.full((1, 4), np.nan))
+    assert catalogue.state == state and catalogue.texts("a") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("source", "passages", "metadata", "message"),
+    [
+        ("", ["x"], None, "needs a source"),
+        (None, ["x"], None, "needs a source"),
+        ("a", [], None, "at least one passage"),
+        ("a", "text", None, "list of str"),
+        ("a", ["x", 3], None, "list of str"),
+        ("a", 3, None, "list of str"),
+        ("a", ["x", " \n"], None, "passage 1 is blank"),
+        ("a", ["\ud800"], None, "not valid Unicode"),
+        ("\ud800", ["x"], None, "not valid Unicode"),
+        ("a", ["x"], {"y": object()}, "JSON"),
+        ("a", ["x"], {"y": float("nan")}, "JSON"),
+        ("a", ["x"], ["y"], "metadata must be a dict, got list"),
+    ],
+)
+def test_bad_documents(catalogue, source, passages, metadata, message):
+    with pytest.raises(DocumentError, match=message):
+        put(catalogue, source, passages, metadata)
+    assert len(catalogue) == 0
+
+
+def test_what_is_not_there(catalogue):
+    assert catalogue.get("a") is None
+    for call in (catalogue.remove, catalogue.texts):
+        with pytest.raises(DocumentError, match="no document 'a'"):
+            call("a")
+    for passage_id in (0, -1, 2**64):
+        with pytest.raises(RetrievalError, match=f"no passage {passage_id}"):
+            catalogue.passage(passage_id)
+
+
+def test_long_names_and_many_passages(catalogue):
+    passages = [f"passage {i}" for i in range(3000)]
+    put(catalogue, "name" * 5000, passages)
+    assert catalogue.texts("name" * 5000) == passages and catalogue.check() == []
+
+
+def test_it_is_there_after_a_restart(tmp_path):
+    with Catalogue(tmp_path / "deep" / "folder") as catalogue:
+        document = put(catalogue, "a", ["one", "two"], {"x": 1}).document
+        state = catalogue.state
+    with Catalogue(tmp_path / "deep" / "folder") as catalogue:
+        assert catalogue.get("a") == document and catalogue.state == state and catalogue.texts("a") == ["one", "two"]
+        assert put(catalogue, "b", ["three"]).new[0] not in document.passage_ids
+    catalogue.close()
+    with pytest.raises(RetrievalError, match="is closed"):
+        catalogue.get("a")
+
+
+def test_a_temporary_one_leaves_nothing():
+    catalogue = Catalogue()
+    path = catalogue.path
+    put(catalogue, "a", ["one"])
+    assert path.exists()
+    catalogue.close()
+    assert not path.exists()
+    forgotten = Catalogue()
+    path = forgotten.path
+    del forgotten
+    gc.collect()
+    assert not path.exists()
+
+
+def test_a_folder_belongs_to_what_it_was_made_with(tmp_path):
+    with Catalogue(tmp_path) as catalogue:
+        catalogue.require("embedder", "123", "first")
+        catalogue.require("embedder", "456", "second")  # no documents yet: nothing is lost
+        put(catalogue, "a", ["one"])
+        catalogue.require("model", "789")
+    with Catalogue(tmp_path) as catalogue:
+        catalogue.require("embedder", "456", "second under another name")
+        with pytest.raises(IncompatibleFolderError) as caught:
+            catalogue.require("embedder", "123", "first")
+        for part in (str(tmp_path), "embedder second", "(456)", "first (123)", "another folder"):
+            assert part in str(caught.value)
+        with pytest.raises(IncompatibleFolderError, match=r"made with the model \(789\), got \(000\)"):
+            catalogue.require("model", "000")
+        assert catalogue.settings["model"] == {"fingerprint": "789", "name": ""}
+
+
+def test_a_full_map_changes_nothing(tmp_path):
+    with Catalogue(tmp_path, map_bytes=1 << 20) as catalogue:
+        put(catalogue, "a", ["one"])
+        with pytest.raises(StoreFullError, match="full"):
+            put(catalogue, "b", ["x" * 1000 + str(i) for i in range(2000)])
+        assert catalogue.check() == [] and [document.source for document in catalogue] == ["a"]
+        put(catalogue, "b", ["two"])
+
+
+def test_foreign_folders_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RetrievalError, match="cannot be made"):
+        Catalogue(tmp_path / "file")
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "data.mdb").write_bytes(b"junk" * 5000)
+    with pytest.raises(RecordError, match="no LMDB environment"):
+        Catalogue(tmp_path / "junk")
+    with Catalogue(tmp_path / "new") as catalogue, catalogue._environment.transaction(write=True) as txn:
+        txn.put("meta", b"format", b"ragkv.catalogue/99")
+    with pytest.raises(RecordError, match="catalogue/99, this version reads ragkv"):
+        Catalogue(tmp_path / "new")
+
+
+def test_a_snapshot_does_not_move(catalogue):
+    put(catalogue, "a", ["one"])
+    with catalogue.snapshot() as view:
+        document = view.get("a")
+        put_in_thread(catalogue, "a", ["two"])
+        assert view.get("a") == document and view.texts(document) == ["one"]
+        vector = view.vector(document.passage_ids[0])
+    assert catalogue.texts("a") == ["two"]
+    catalogue.close()
+    assert vector.sum() > 0  # a copy, not a view of what LMDB may use again
+
+
+def put_in_thread(catalogue, *args):
+    thread = threading.Thread(target=put, args=(catalogue, *args))
+    thread.start()
+    thread.join()
+
+
+def damaged(path, database, key):
+    """Flips a bit in the middle of a record."""
+    with lmdb.open(str(path), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        db = env.open_db(database.encode(), txn)
+        record = txn.get(key, db=db)
+        txn.put(key, record[:20] + bytes([record[20] ^ 1]) + record[21:], db=db)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with Catalogue(tmp_path) as catalogue:
+        put(catalogue, "a", ["one", "two"])
+        put(catalogue, "b", ["two", "three"])
+    return tmp_path
+
+
+def test_a_damaged_text_is_never_served(folder, embedder):
+    damaged(folder, "passages", (0).to_bytes(8, "big"))
+    with Catalogue(folder) as catalogue:
+        with pytest.raises(RecordError, match=r"passage 0 is damaged: Catalogue.repair\(\)"):
+            catalogue.texts("a")
+        assert "a: the catalogue's record of passage 0" in catalogue.check()[0]
+        assert catalogue.repair(embedder.encode_documents) == ["a: damaged and deleted, add it again"]
+        assert catalogue.check() == [] and catalogue.texts("b") == ["two", "three"] and "a" not in catalogue
+        assert embedder.embedded == []
+        put(catalogue, "a", ["one", "two"])
+        assert catalogue.check() == []
+
+
+def test_a_damaged_vector_is_computed_again(folder, embedder):
+    damaged(folder, "vectors", (1).to_bytes(8, "big"))
+    with Catalogue(folder) as catalogue:
+        with catalogue.snapshot() as view, pytest.raises(RecordError, match="vector of passage 1"):
+            view.vector(1)
+        assert len(catalogue.check()) == 1
+        assert catalogue.repair(embedder.encode_documents) == ["passage 1: its vector was computed again"]
+        with catalogue.snapshot() as view:
+            np.testing.assert_array_equal(view.vector(1), embedder.encode_query("two"))
+        assert catalogue.check() == [] and embedder.embedded == ["two"]
+
+
+def test_a_damaged_document_is_deleted(folder, embedder):
+    from ragkv.retrieval.records import source_key
+
+    damaged(folder, "documents", source_key("a"))
+    with Catalogue(folder) as catalogue:
+        with pytest.raises(RecordError, match="a document is damaged"):
+            catalogue.get("a")
+        assert catalogue.repair(embedder.encode_documents) == [
+            "a document whose name is lost: damaged and deleted, add it again"
+        ]
+        assert [document.source for document in catalogue] == ["b"] and catalogue.check() == []
+
+
+def test_check_finds_what_does_not_belong(catalogue, embedder):
+    put(catalogue, "a", ["one"], embedder=embedder)
+    with catalogue._environment.transaction(write=True) as txn:
+        txn.put("uses", b"x" * 32, (7).to_bytes(8, "big"))
+    assert catalogue.check() == ["3 records in uses, its documents have 2"]
+    assert catalogue.repair(embedder.encode_documents) == [] and catalogue.check() == []
+
+
+class Model(RuleBasedStateMachine):
+    """Any sequence of puts and removals leaves what a dict would hold, and a catalogue that fits together."""
+
+    sources = st.sampled_from("abc")
+    texts = st.lists(st.sampled_from("uvwxyz"), min_size=1, max_size=6)
+
+    @initialize()
+    def open(self):
+        self.catalogue, self.expected = Catalogue(), {}
+
+    @rule(source=sources, texts=texts)
+    def put(self, source, texts):
+        old = self.expected.get(source, [])
+        self.expected[source] = texts
+        change = put(self.catalogue, source, texts)
+        assert list(change.old_passages) == old
+        assert len(change.new) + len(change.kept) == len(texts)
+        assert len(change.removed) + len(change.kept) == len(old)
+        self.check_orphans(change, old)
+
+    @rule(source=sources)
+    def remove(self, source):
+        if source in self.expected:
+            old = self.expected.pop(source)
+            self.check_orphans(self.catalogue.remove(source), old)
+
+    def check_orphans(self, change, old):
+        prefixes = {tuple(texts[: i + 1]) for texts in self.expected.values() for i in range(len(texts))}
+        assert change.orphans == tuple(i for i in range(len(old)) if tuple(old[: i + 1]) not in prefixes)
+        texts = {text for texts in self.expected.values() for text in texts}
+        assert change.orphan_texts == tuple(i for i, text in enumerate(old) if text not in texts)
+
+    @invariant()
+    def fits(self):
+        assert {d.source: self.catalogue.texts(d.source) for d in self.catalogue} == self.expected
+        assert self.catalogue.check() == []
+
+    def teardown(self):
+        self.catalogue.close()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)

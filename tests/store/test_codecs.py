@@ -1,0 +1,117 @@
+"""Every codec: exact or within its step, for odd shapes and hard numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ragkv.errors import RecordError, StoreError
+from ragkv.store import TieredStore
+from ragkv.store.codecs import CODECS, Int4, get_codec
+
+SHAPES = {"even": (2, 64, 16), "one-token": (3, 1, 8), "odd": (2, 65, 7), "prime": (1, 131, 33), "one": (1, 1, 1)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def numbers(shape, dtype, seed=0):
+    """Normal numbers of which some channels are far larger, as in real K."""
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(shape, generator=generator)
+    return (tensor * torch.logspace(-2, 1, shape[2])).to(dtype)
+
+
+def through(name, tensor, side):
+    codec = get_codec(name)
+    parts = codec.encode(tensor, side)
+    return codec.decode(parts, tuple(tensor.shape), tensor.dtype, side), parts
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_error_is_bounded_by_the_step(name, shape, dtype, side):
+    tensor = numbers(shape, dtype)
+    got, _ = through(name, tensor, side)
+    assert got.shape == tensor.shape
+    assert got.dtype == dtype
+    if name in ("raw", "lossless"):
+        assert torch.equal(got.view(torch.uint8), tensor.view(torch.uint8))
+        return
+    # Of a line that shares a scale, the largest span; a half of a step, and what half precision and the dtype round.
+    line = tensor.float().transpose(1, 2) if side == "k" else tensor.float()
+    span = (line.amax(-1) - line.amin(-1)).max() if name.startswith("int") else line.abs().max()
+    step = {"int8": 1 / 255, "int4": 1 / 15, "fp8": 1 / 8}[name]
+    slack = line.abs().max() * (2 * torch.finfo(dtype).eps + 2 * torch.finfo(torch.half).eps)
+    assert (got.float() - tensor.float()).abs().max() <= span * step / 2 + slack
+
+
+@pytest.mark.parametrize("name", ["raw", "lossless"])
+def test_exact_codecs_keep_every_bit(name):
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(4, 128, 128)
+    for dtype in (torch.bfloat16, torch.float16):
+        tensor = bits.view(dtype)
+        got, _ = through(name, tensor, "k")
+        assert torch.equal(got.view(torch.int16), bits)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("value", [0.0, 3.25, -70_000.0, 1e-30])
+def test_constant_lines(name, value):
+    tensor = torch.full((2, 5, 6), value)
+    got, _ = through(name, tensor, "k")
+    assert torch.allclose(got, tensor, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(name, value):
+    tensor = torch.ones(2, 5, 6)
+    tensor[1, 2, 3] = value
+    with pytest.raises(StoreError, match="finite"):
+        get_codec(name).encode(tensor, "v")
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_parts_of_another_shape_are_refused(name):
+    codec = get_codec(name)
+    parts = codec.encode(numbers((2, 64, 16), torch.bfloat16), "k")
+    for shape in ((2, 200, 16), (3, 64, 16), (2, 64, 5)):
+        with pytest.raises(RecordError):
+            codec.decode(parts, shape, torch.bfloat16, "k")
+    parts.pop("low", None)
+    parts.pop("scale", None)
+    if name != "raw":
+        with pytest.raises(RecordError):
+            codec.decode(parts, (2, 64, 16), torch.bfloat16, "k")
+
+
+@pytest.mark.parametrize(("name", "at_most"), [("lossless", 0.85), ("int8", 0.56), ("fp8", 0.56), ("int4", 0.36)])
+def test_bytes_against_raw_bf16(name, at_most):
+    tensor = numbers((4, 256, 64), torch.bfloat16)
+    for side in ("k", "v"):
+        _, parts = through(name, tensor, side)
+        stored = sum(part.numel() * part.element_size() for part in parts.values())
+        assert stored <= at_most * tensor.numel() * 2
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_codec_is_recorded_with_the_entry(folder, kv, key, same, name):
+    """What was stored with one codec is read by a store with another."""
+    want = kv(1, tokens=70, dtype=torch.bfloat16)
+    with TieredStore(folder, cpu_bytes=0, codec=name) as store:
+        store.put(key(1), want)
+        first = store.get(key(1))
+    with TieredStore(folder, codec="raw") as store:
+        store.put(key(2), want)
+        same(store.get(key(1)), first)
+        same(store.get(key(2)), want)
+    assert (first.keys[0].float() - want.keys[0].float()).abs().mean() < 0.15
+
+
+def test_codec_with_settings(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0, codec=Int4(group=16)) as store:
+        store.put(key(1), kv(1, tokens=70))
+        assert store.get(key(1)).keys[0].shape == (2, 70, 8)

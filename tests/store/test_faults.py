@@ -1,0 +1,308 @@
+"""Faults that are really done to a folder: what was reported stored is there and equal, or a miss, or a named error."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import subprocess
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+
+from ragkv.errors import RagKVError, StoreError, StoreFullError
+from ragkv.store import TieredStore, environment
+
+SIZES = (5, 60, 300)
+
+
+def tokens_of(number: int) -> int:
+    return SIZES[number % len(SIZES)]
+
+
+def put_for_ever(folder, kv, key, first):
+    """Puts, replaces and evicts without end; says which entries the store has taken, and which it may have dropped."""
+    store = TieredStore(folder, cpu_bytes=0, disk_bytes=3_000_000)
+    for number in range(first, first + 10_000):
+        os.write(1, f"begin {number}\n".encode())
+        store.put(key(number), kv(number, tokens=tokens_of(number), heads=4, dim=32))
+        os.write(1, f"done {number}\n".encode())
+
+
+def check_after_kill(folder, kv, key, said: Counter) -> str:
+    """Every entry is a miss or equal; with room for the last few, those are there."""
+    numbers = [int(word) for line in said if line.startswith("done") for word in line.split()[1:]]
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=3_000_000) as store:
+        for number in numbers:
+            got = store.get(key(number))
+            if got is None:
+                assert number not in numbers[-3:], f"{number} was reported stored and is gone"
+                continue
+            want = kv(number, tokens=tokens_of(number), heads=4, dim=32)
+            assert all(torch.equal(a, b) for a, b in zip(got.keys + got.values, want.keys + want.values, strict=True))
+        assert store.stats().bytes["disk"] <= 3_000_000
+        assert not store.stats().evictions["disk"].get("damaged")
+    return "ok"
+
+
+def kill_writers(times, folder, kv, key, forked):
+    chance = random.Random(3)
+    said: dict[str, None] = {}
+    for _ in range(times):
+        first = 1 + len(said)
+        text = forked(partial(put_for_ever, folder, kv, key, first), kill_after_s=chance.uniform(0, 0.25))
+        assert text.endswith("signal 9"), text
+        said |= dict.fromkeys(line for line in text.splitlines() if not line.startswith("signal"))
+        assert forked(partial(check_after_kill, folder, kv, key, said)) == "ok"
+    assert any(line.startswith("done") for line in said)
+
+
+def test_kill_minus_nine(folder, kv, key, forked):
+    kill_writers(8, folder, kv, key, forked)
+
+
+@pytest.mark.long
+def test_kill_minus_nine_300_times(folder, kv, key, forked):
+    kill_writers(300, folder, kv, key, forked)
+
+
+@pytest.fixture
+def filled(folder, kv, key, forked):
+    """A folder of 12 entries, made by a process that is gone."""
+
+    def fill():
+        with TieredStore(folder, cpu_bytes=0) as store:
+            for number in range(12):
+                store.put(key(number), kv(number, tokens=tokens_of(number), heads=4, dim=32))
+            store.remove(key(0))
+            store.put(key(0), kv(0, tokens=tokens_of(0), heads=4, dim=32))
+        return "ok"
+
+    assert forked(fill) == "ok"
+    return folder
+
+
+def read_all(folder, kv, key) -> str:
+    """``equal``, ``miss`` and the names of errors, as a set; raises for a wrong tensor or another error."""
+    seen = set()
+    try:
+        with TieredStore(folder, cpu_bytes=0) as store:
+            for number in range(12):
+                try:
+                    got = store.get(key(number))
+                except RagKVError as error:
+                    seen.add(type(error).__name__)
+                    continue
+                if got is None:
+                    seen.add("miss")
+                    continue
+                want = kv(number, tokens=tokens_of(number), heads=4, dim=32)
+                assert got.base == want.base
+                same = zip(got.keys + got.values, want.keys + want.values, strict=True)
+                assert all(torch.equal(a, b) for a, b in same), "a wrong tensor"
+                seen.add("equal")
+            store.put(key(99), kv(1))
+    except RagKVError as error:
+        seen.add(type(error).__name__)
+    return " ".join(sorted(seen))
+
+
+def damage(times, filled, tmp_path, kv, key, forked, harm):
+    outcomes: Counter[str] = Counter()
+    copy = tmp_path / "copy"
+    for _ in range(times):
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
+        shutil.copy(filled / "data.mdb", copy)
+        with open(copy / "data.mdb", "r+b") as file:
+            harm(file)
+        outcome = forked(lambda: read_all(copy, kv, key))
+        assert "raised" not in outcome and "signal" not in outcome, outcome
+        outcomes[outcome] += 1
+    return outcomes
+
+
+def flip_bits(seed):
+    chance = random.Random(seed)
+
+    def harm(file):
+        size = os.fstat(file.fileno()).st_size
+        for _ in range(chance.choice((1, 1, 8, 64))):
+            place = chance.randrange(size)
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+
+    return harm
+
+
+def cut_short(seed):
+    chance = random.Random(seed)
+    return lambda file: file.truncate(chance.randrange(os.fstat(file.fileno()).st_size))
+
+
+@pytest.mark.parametrize("harm", [flip_bits(5), cut_short(5)], ids=["flipped", "cut"])
+def test_damage_is_a_miss_or_a_named_error(filled, tmp_path, kv, key, forked, harm):
+    outcomes = damage(15, filled, tmp_path, kv, key, forked, harm)
+    assert any(outcome != "equal" for outcome in outcomes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("harm", "times"), [(flip_bits(7), 1500), (cut_short(7), 500)], ids=["flipped", "cut"])
+def test_damage_2000_times(filled, tmp_path, kv, key, forked, harm, times):
+    damage(times, filled, tmp_path, kv, key, forked, harm)
+
+
+def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, caplog):
+    want = kv(1, tokens=2_000, heads=4, dim=64)
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), want)
+        store.put(key(2), kv(2))
+        with store._disk.environment.write() as txn:
+            segment = key(1) + bytes([0, 0, 0, 40])
+            data = bytearray(txn.get(segment, db=store._disk.environment.db(b"segments")))
+            data[1000] ^= 4
+            txn.put(segment, bytes(data), db=store._disk.environment.db(b"segments"))
+        with store.read([key(1), key(2)]) as batch:
+            assert torch.equal(batch.layer(0, 0)[0], want.keys[0])
+            with pytest.raises(RagKVError, match=key(1).hex()):
+                batch.layer(0, 2)
+            assert torch.equal(batch.layer(1, 2)[0], kv(2).keys[2])
+        assert not store.contains(key(1))
+        assert store.get(key(1)) is None
+        assert store.stats().evictions["disk"]["damaged"] == 1
+        assert key(1).hex() in caplog.text
+        store.put(key(1), want)
+        same(store.get(key(1)), want)
+
+
+def test_record_under_another_key_is_never_served(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        store.put(key(2), kv(2))
+        env = store._disk.environment
+        with env.write() as txn:
+            txn.put(key(2), txn.get(key(1), db=env.db(b"entries")), db=env.db(b"entries"))
+        assert store.get(key(2)) is None
+        assert store.get(key(1)) is not None
+
+
+def full_disk(folder, kv, key, limit):
+    """Puts until the disk is full; then everything that was stored is there, and with room a put succeeds."""
+    with TieredStore(folder, cpu_bytes=0) as store:
+        stored = []
+        with limit(), pytest.raises(StoreFullError, match="full"):
+            for number in range(10_000):
+                store.put(key(number), kv(number, tokens=100))
+                stored.append(number)
+        assert stored
+        for number in stored:
+            assert torch.equal(store.get(key(number)).keys[0], kv(number, tokens=100).keys[0])
+        assert not store.contains(key(len(stored)))
+        room(store, key)
+        store.put(key(77_777), kv(1))
+        assert store.get(key(77_777)) is not None
+    with TieredStore(folder, cpu_bytes=0) as store:
+        assert all(store.contains(key(number)) for number in stored[2:])
+    return "ok"
+
+
+def room(store, key):
+    store.remove(key(0))
+    store.remove(key(1))
+
+
+class FileSizeLimit:
+    """No file of this process may grow beyond 1 MB: the kernel refuses, as on a full disk."""
+
+    def __enter__(self):
+        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, self._before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+
+
+def test_disk_full(folder, kv, key, forked):
+    assert forked(lambda: full_disk(folder, kv, key, FileSizeLimit)) == "ok"
+
+
+def test_disk_full_on_a_small_file_system(tmp_path, kv, key, forked):
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+
+    class Nothing:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    try:
+        assert forked(lambda: full_disk(place / "kv", kv, key, Nothing)) == "ok"
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_map_full(folder, kv, key, same, monkeypatch):
+    monkeypatch.setattr(environment, "MIN_MAP_BYTES", 1 << 20)
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=300_000) as store:
+        store._disk.budget_bytes = 1 << 40
+        with pytest.raises(StoreFullError, match="map is full"):
+            for number in range(10_000):
+                store.put(key(number), kv(number, tokens=100))
+        same(store.get(key(0)), kv(0, tokens=100))
+        for number in range(5):
+            store.remove(key(number))
+        store.put(key(1), kv(1))
+        same(store.get(key(1)), kv(1))
+
+
+def test_too_many_readers(folder, kv, key, monkeypatch):
+    monkeypatch.setattr(environment, "MAX_READERS", 3)
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        with (
+            store.read([key(1)]),
+            store.read([key(1)]),
+            store.read([key(1)]),
+            pytest.raises(StoreError, match="batches"),
+        ):
+            store.read([key(1)])
+        assert store.get(key(1)) is not None
+
+
+def test_stale_readers_of_killed_processes_are_cleared(folder, kv, key, forked, monkeypatch):
+    monkeypatch.setattr(environment, "MAX_READERS", 3)
+
+    def hold():
+        store = TieredStore(folder, cpu_bytes=0)
+        store.read([key(1)])
+        os.kill(os.getpid(), 9)
+
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        for _ in range(5):
+            assert forked(hold) == "signal 9"
+        with store.read([key(1)]) as batch:
+            assert batch.tiers == ["disk"]
+
+
+def test_deleted_folder_under_a_running_process(folder, kv, key, same):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        shutil.rmtree(folder)
+        with pytest.raises(StoreError, match="deleted"):
+            store.put(key(2), kv(2))
+        same(store.get(key(1)), kv(1))
+    with TieredStore(folder, cpu_bytes=0) as store:
+        assert len(store) == 0
+        store.put(key(2), kv(2))
+        same(store.get(key(2)), kv(2))

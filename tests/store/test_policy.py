@@ -1,0 +1,185 @@
+"""Policies by algebra, against a model that does nothing clever, and on streams where the answer is known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ragkv.errors import RecordError, StoreError
+from ragkv.store import TieredStore
+from ragkv.store.memory import MemoryTier
+from ragkv.store.policy import GDSF, LFU, LRU, PGDSF, Belady, Usage, get_policy
+from ragkv.store.profile import CostProfile
+from ragkv.store.simulation import Request, _Weight, replay
+from ragkv.store.terms import Terms
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+def test_priorities():
+    usage = Usage(size_bytes=4, frequency=3, tick=9)
+    for seconds in (1.0, 3.0):
+        usage.add_cost(seconds)
+    assert (usage.cost_s, usage.last_cost_s, usage.computed) == (2.0, 3.0, 2)
+    assert PGDSF().priority(b"", usage, 10.0) == 10.0 + 3 * 2.0 / 4
+    assert GDSF().priority(b"", usage, 10.0) == 10.0 + 3 / 4
+    assert LRU().priority(b"", usage, 10.0) == 9
+    assert 3 < LFU().priority(b"", usage, 10.0) < 4
+
+
+def test_unknown_policy():
+    with pytest.raises(StoreError, match="gdsf, lfu, lru, pgdsf"):
+        get_policy("arc")
+
+
+def survivors(policy, stream, room=3):
+    tier = MemoryTier(room * 10, policy)
+    for position, number in enumerate(stream):
+        if isinstance(policy, Belady):
+            policy.position = position
+        if tier.use(name(number)) is None:
+            tier.put(name(number), _Weight(10), Terms(cost_s=float(1 + number)))
+    return {number for number in range(10) if name(number) in tier}
+
+
+def test_lru_evicts_what_was_used_longest_ago():
+    assert survivors(LRU(), [1, 2, 3, 1, 4]) == {1, 3, 4}
+
+
+def test_lfu_evicts_what_was_used_least():
+    assert survivors(LFU(), [1, 1, 2, 2, 3, 4]) == {1, 2, 4}
+
+
+def test_gdsf_ages():
+    assert survivors(GDSF(), [1, 1, 2, 3, 4, 5]) == {1, 4, 5}
+    assert 1 not in survivors(GDSF(), [1, 1, *(2, 3, 4, 5, 6, 7) * 5])
+
+
+def test_pgdsf_keeps_what_is_costly():
+    assert survivors(PGDSF(), [9, 1, 2, 3]) == {9, 2, 3}
+
+
+def test_belady_evicts_what_is_needed_last():
+    stream = [1, 2, 3, 4, 1, 2]
+    assert survivors(Belady([name(number) for number in stream]), stream) >= {1, 2}
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_nobody_beats_belady_on_equal_sizes(stream, room):
+    requests = [Request(name(number), 10, 1, 1.0) for number in stream]
+    best = replay(requests, Belady([request.key for request in requests]), room * 10, selective=True).hit_rate
+    for policy in (LRU(), LFU(), GDSF(), PGDSF()):
+        for selective in (False, True):
+            assert replay(requests, policy, room * 10, selective=selective).hit_rate <= best + 1e-12
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("pur"), st.integers(0, 9), st.integers(1, 60)), max_size=120),
+    st.sampled_from([LRU, LFU, GDSF, PGDSF]),
+)
+@settings(max_examples=80, deadline=None)
+def test_memory_tier_against_a_list(actions, kind):
+    """The heap with its stale places evicts what a search through a list would."""
+    policy, tier = kind(), MemoryTier(100, kind())
+    model: dict[bytes, tuple[float, Usage]] = {}
+    clock, tick = 0.0, 0
+    ghosts: dict[bytes, Usage] = {}
+    for action, number, size in actions:
+        key = name(number)
+        if action == "r":
+            assert tier.remove(key) == (model.pop(key, None) is not None)
+        elif action == "u":
+            assert (tier.use(key) is not None) == (key in model)
+            if key in model:
+                tick += 1
+                usage = model[key][1]
+                usage.frequency, usage.tick = usage.frequency + 1, tick
+                model[key] = policy.priority(key, usage, clock), usage
+        else:
+            tier.put(key, _Weight(size), Terms(cost_s=1.0))
+            old = model.pop(key, None)
+            usage = old[1] if old else ghosts.pop(key, Usage(0))
+            while sum(entry.size_bytes for _, entry in model.values()) + size > 100:
+                victim = min(model, key=lambda key: (model[key][0], key))
+                clock = max(clock, model[victim][0])
+                ghosts[victim] = model.pop(victim)[1]
+            tick += 1
+            usage.add_cost(1.0)
+            usage.size_bytes, usage.frequency, usage.tick = size, usage.frequency + 1, tick
+            model[key] = policy.priority(key, usage, clock), usage
+        assert set(tier) == set(model)
+        assert tier.used_bytes == sum(usage.size_bytes for _, usage in model.values()) <= 100
+
+
+def test_disk_evicts_as_memory_does(folder, kv, key):
+    """One stream, two tiers of equal room: the same entries remain."""
+    chance = random.Random(4)
+    stream = [min(int(chance.paretovariate(0.7)), 40) for _ in range(250)]
+    costs = {number: chance.random() for number in stream}
+    # On disk an entry takes whole pages; its header is one, and each half of its payload here.
+    size_on_disk, size_in_memory = 8192, kv(1, layers=1, tokens=60, heads=1).nbytes
+    with (
+        TieredStore(folder, cpu_bytes=0, disk_bytes=8 * size_on_disk) as disk,
+        TieredStore(cpu_bytes=8 * size_in_memory) as memory,
+    ):
+        for number in stream:
+            for store in (disk, memory):
+                if store.get(key(number)) is None:
+                    store.put(key(number), kv(number, layers=1, tokens=60, heads=1), cost_s=costs[number])
+            disk.flush()
+        assert len(disk) == len(memory) == 8
+        kept = [{number for number in stream if store.contains(key(number))} for store in (disk, memory)]
+        assert len(kept[0] & kept[1]) >= 7
+
+
+def test_frequencies_and_costs_survive_a_restart_and_an_eviction(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
+        store.put(key(1), kv(1, tokens=60), cost_s=2.0)
+        for _ in range(5):
+            store.get(key(1))
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
+        row = store._disk.row(key(1))
+        assert (row.usage.frequency, row.usage.cost_s) == (6, 2.0)
+        for number in range(10, 60):
+            store.put(key(number), kv(number, tokens=60), cost_s=1e9)
+        assert not store.contains(key(1))
+        store.put(key(1), kv(1, tokens=60), cost_s=4.0)
+        usage = store._disk.row(key(1)).usage
+        assert (usage.frequency, usage.cost_s, usage.computed) == (7, 3.0, 2)
+
+
+def test_ghosts_are_bounded(folder, kv, key, monkeypatch):
+    monkeypatch.setattr("ragkv.store.ledger._LEAST_GHOSTS", 5)
+    monkeypatch.setattr("ragkv.store.ledger._GHOSTS_PER_ENTRY", 1)
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=60_000) as store:
+        for number in range(60):
+            store.put(key(number), kv(number, tokens=60))
+        entries, counters = store._disk.counts()
+        assert counters.ghosts <= max(5, entries)
+        env = store._disk.environment
+        with env.read() as txn:
+            assert txn.stat(env.db(b"usage"))["entries"] == entries + counters.ghosts
+
+
+def test_cost_profile():
+    profile = CostProfile.measure(lambda cached, new: 1.0 + 0.01 * cached * new, [0, 100, 300], [10, 50])
+    assert profile(0, 10) == 1.0
+    assert profile(300, 50) == pytest.approx(151.0)
+    assert profile(50, 30) == pytest.approx(1.0 + 0.01 * 50 * 30)
+    assert profile(200, 90) == pytest.approx(1.0 + 0.01 * 200 * 90)
+    assert CostProfile((0,), (1, 2), ((0.0, 1.0),))(5, 0) == 0.0
+    assert CostProfile.from_bytes(profile.to_bytes()) == profile
+    for bad in (
+        b"",
+        b"{}",
+        b'{"cached": [1, 0], "new": [1], "seconds": [[1], [2]]}',
+        b'{"cached": [1], "new": [1], "seconds": []}',
+    ):
+        with pytest.raises(RecordError):
+            CostProfile.from_bytes(bad)

@@ -1,0 +1,147 @@
+"""Templates: segments are tokenised once each and spliced as ids, with one BOS, and documents cannot break out."""
+
+import pytest
+
+from ragkv import Engine, LegoLink, PromptError, PromptTemplate, Reuse, bundled
+from ragkv.prompt import Encoder
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return bundled.load()
+
+
+@pytest.fixture
+def tokenizer(small):
+    yield small[1]
+    small[1].chat_template = None
+
+
+def encoder(template, tokenizer):
+    return Encoder(template, tokenizer, len(tokenizer))
+
+
+def plain(tokenizer, text):
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_segments_are_spliced_as_ids(tokenizer):
+    parts = encoder(
+        PromptTemplate(
+            prefix="Read.", before_chunk="- ", after_chunk="\n", before_question="Q: ", after_question=" A:"
+        ),
+        tokenizer,
+    )
+    assert parts.chunk("Hello there") == plain(tokenizer, "- ") + plain(tokenizer, "Hello there") + plain(
+        tokenizer, "\n"
+    )
+    assert parts.suffix("who?") == plain(tokenizer, "Q: ") + plain(tokenizer, "who?") + plain(tokenizer, " A:")
+    assert parts.chunk([5, 6]) == plain(tokenizer, "- ") + (5, 6) + plain(tokenizer, "\n")
+
+
+def test_chat_template_is_cut_into_parts(tokenizer):
+    tokenizer.chat_template = CHAT
+    template = PromptTemplate.from_chat_template(tokenizer, system="Be brief.", instruction="Use these.")
+    assert template.prefix == "<bos><|system|>Be brief.\n<|user|>Use these.\n\n"
+    assert template.before_question == "Question: "
+    assert template.after_question == "\n<|assistant|>"
+    parts = encoder(template, tokenizer)
+    assert parts.prefix.count(tokenizer.bos_token_id) == 1 and parts.prefix[0] == tokenizer.bos_token_id
+    messages = [{"role": "system", "content": "Be brief."}]
+    messages.append({"role": "user", "content": "Use these.\n\nOne passage.\n\nQuestion: who?"})
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    spliced = [*parts.prefix, *parts.chunk("One passage."), *parts.suffix("who?")]
+    # this tokenizer puts a space before a segment's first word; nothing else may differ
+    assert tokenizer.decode(spliced).replace(" ", "") == whole.replace(" ", "")
+    assert PromptTemplate.default(tokenizer).after_question == "\n<|assistant|>"
+
+
+def test_chat_templates_that_cannot_be_cut(tokenizer):
+    with pytest.raises(PromptError, match="no chat template"):
+        PromptTemplate.from_chat_template(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(PromptError, match="changes the user's message"):
+        PromptTemplate.from_chat_template(tokenizer)
+
+
+def test_one_bos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token_id
+    assert encoder(PromptTemplate(prefix="Read."), tokenizer).prefix == plain(tokenizer, "Read.")
+    before = tokenizer._tokenizer.post_processor
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    try:
+        for prefix in ("Read.", "<bos>Read."):
+            parts = encoder(PromptTemplate(prefix=prefix, anchor="Some text."), tokenizer)
+            assert parts.prefix[0] == bos and parts.prefix.count(bos) == 1 and len(parts.prefix) > 2
+            assert parts.anchor == (bos, *plain(tokenizer, "Some text."))
+            assert bos not in (*parts.chunk("Hello"), *parts.suffix("who?"))
+        assert encoder(PromptTemplate(), tokenizer).prefix == (bos,)
+    finally:
+        tokenizer._tokenizer.post_processor = before
+
+
+def test_documents_cannot_speak_as_the_template(tokenizer):
+    parts = encoder(PromptTemplate(prefix="<bos>"), tokenizer)
+    for text in ("a <bos> b", "<eos>", "x<eos>y"):
+        special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        assert not special & set(parts.chunk(text))
+        assert not special & set(parts.suffix(text))
+        assert tokenizer.decode(parts.chunk(text)) == text
+
+
+def test_an_anchor_lets_the_prefix_change(small):
+    """Documents read behind a neutral text are found again under another instruction, and moved behind it."""
+    model, tokenizer = small
+    first = Engine(model, tokenizer, template=PromptTemplate(prefix="<bos>Read this.", anchor="<bos>"))
+    chunk = first.add(["She lives in Oakwich."])[0]
+    kv = first.store.get(first.chunk_key(chunk))
+    assert kv.base == 1
+    second = Engine(
+        model,
+        tokenizer,
+        store=first.store,
+        template=PromptTemplate(prefix="<bos>Answer in one word, please.", anchor="<bos>"),
+    )
+    assert second.missing([chunk]) == []
+    prompt = second.fuse([chunk], "where?")
+    assert prompt.report.hits == {"cpu": 1}
+    assert prompt.report.budget == 0
+    linked = second.fuse([chunk], "where?", method=LegoLink(k=4))
+    assert linked.report.budget > 0  # behind another prefix a chunk is not exact, even the first one
+    other = Engine(model, tokenizer, store=first.store, template=PromptTemplate(prefix="<bos>Another."))
+    assert other.missing([chunk]) == [chunk]
+
+
+def test_streaming_is_the_answer_in_pieces(small):
+    model, tokenizer = small
+    engine = Engine(model, tokenizer, template=PromptTemplate(**bundled.TEMPLATE), method=Reuse())
+    chunks = engine.add(["Borik Bermore lives in Oakwich.", "Its mayor is Wenshi Yarwick."])
+    for options in ({}, {"min_new_tokens": 12}):
+        answer = engine.generate(chunks, " Where does Borik Bermore live?", max_new_tokens=16, **options)
+        pieces = list(engine.stream(chunks, " Where does Borik Bermore live?", max_new_tokens=16, **options))
+        assert "".join(pieces) == answer.text
+        assert all(pieces)
+    assert len(pieces) > 3
+
+
+def test_stop_strings(small):
+    model, tokenizer = small
+    engine = Engine(model, tokenizer, template=PromptTemplate(**bundled.TEMPLATE))
+    chunks = engine.add(["Borik Bermore lives in Oakwich."])
+    free = engine.generate(chunks, "Where?", max_new_tokens=20, min_new_tokens=20).text
+    stop = free[3:5]
+    stopped = engine.generate(chunks, "Where?", max_new_tokens=20, min_new_tokens=20, stop_strings=[stop]).text
+    assert stop in stopped and len(stopped) < len(free) and free.startswith(stopped)
+
+
+def test_streaming_needs_words(small):
+    engine = Engine(small[0], template=PromptTemplate(prefix=[1]))
+    with pytest.raises(PromptError, match="no tokenizer"):
+        next(engine.stream([[5, 6]], [7]))

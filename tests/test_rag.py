@@ -1,0 +1,385 @@
+"""RAG end to end: documents in, questions answered, folders that survive restarts and crashes.
+
+Run as a program, ``python test_rag.py FOLDER``, it is the process that is killed again and again while it adds documents.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from ragkv import (
+    RAG,
+    DocumentError,
+    Engine,
+    IncompatibleFolderError,
+    PromptTemplate,
+    RagKVError,
+    StoreFullError,
+    TieredStore,
+)
+from ragkv.bundled import MODEL_PATH, documents
+from ragkv.errors import RetrievalError
+from ragkv.retrieval import Retriever, SkippedFile, TokenChunker
+from ragkv.testing import tiny_model
+
+DOCUMENTS = dict(list(documents().items())[:6])
+QUESTION = "On which river does Clearport lie?"
+TEMPLATE = PromptTemplate(prefix="Read.\n", after_chunk="\n", before_question="Question:", after_question="\nAnswer:")
+
+
+class WordEmbedder:
+    """Deterministic and instant: a bag of hashed words."""
+
+    dimension = 128
+
+    def __init__(self, name="words"):
+        self.name = self.fingerprint = name
+
+    def encode_query(self, text):
+        vector = np.zeros(self.dimension, np.float32)
+        for word in text.lower().replace("?", "").replace(".", "").split():
+            vector[zlib.crc32(word.encode()) % self.dimension] += 1 / len(word) ** 0.1
+        return vector / np.linalg.norm(vector)
+
+    def encode_documents(self, texts):
+        return np.stack([self.encode_query(text) for text in texts])
+
+
+def small_model(seed=0):
+    return tiny_model(vocab_size=1792, seed=seed)
+
+
+TOKENIZER = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
+
+
+def open_rag(path=None, model=None, embedder=None, template=TEMPLATE, **engine_options):
+    retriever = Retriever.open(None if path is None else path / "documents", embedder or WordEmbedder())
+    try:
+        store = TieredStore(None if path is None else path / "kv", cpu_bytes=64 << 20, disk_bytes=1 << 30)
+        engine_options = {"store": store, **engine_options}
+        return RAG(
+            Engine(model or small_model(), TOKENIZER, template=template, **engine_options),
+            retriever,
+            TokenChunker(TOKENIZER, 48),
+        )
+    except BaseException:
+        retriever.close()
+        store.close()
+        raise
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def rag(model):
+    with open_rag(model=model) as opened:
+        opened.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        yield opened
+
+
+def reads(rag, monkeypatch):
+    """A list that grows by the number of tokens of every forward pass that reads documents."""
+    seen, read = [], rag.engine.decoder.read
+    monkeypatch.setattr(rag.engine.decoder, "read", lambda ids, *rest: (seen.append(len(ids)), read(ids, *rest))[1])
+    return seen
+
+
+def tokens_of(rag, text, begin=0):
+    return sum(len(chunk) for chunk in rag.engine.cut_document(rag.chunker.split(text))[begin:])
+
+
+def keys(rag, text):
+    return [rag.engine.chunk_key(chunk) for chunk in rag.engine.cut_document(rag.chunker.split(text))]
+
+
+def test_ask(rag):
+    answer = rag.ask(QUESTION, top_k=3, max_new_tokens=5)
+    assert "clearport.md" in [hit.source for hit in answer.sources]
+    assert len(answer.sources) == 3
+    assert answer.report.fusion.sources == ["cpu"] * 3
+    chunks = rag.chunks(answer.sources)
+    assert [chunk.text for chunk in chunks] == [hit.text for hit in answer.sources]
+    want = rag.engine.generate(chunks, QUESTION, max_new_tokens=5)
+    assert (answer.text, answer.token_ids) == (want.text, want.token_ids)
+
+
+def test_stream_joins_to_the_answer(rag):
+    hits, pieces = rag.stream(QUESTION, top_k=3, max_new_tokens=8)
+    want = rag.ask(QUESTION, top_k=3, max_new_tokens=8)
+    assert hits == want.sources
+    assert "".join(pieces) == want.text
+
+
+def test_passages_of_a_document_stand_in_its_order(rag):
+    hits = rag.retrieve(QUESTION, top_k=12)
+    assert len({hit.passage_id for hit in hits}) == 12
+    for one, next_one in pairwise(hits):
+        assert one.source != next_one.source or one.position < next_one.position
+    sources = [hit.source for hit in hits]
+    assert all(
+        sources[i:].index(sources[i]) == 0 and sources.index(sources[i]) + sources.count(sources[i]) > i
+        for i in range(12)
+    )
+
+
+def test_adding_again_reads_nothing(rag, monkeypatch):
+    seen = reads(rag, monkeypatch)
+    again = rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+    assert (again.tokens_read, seen) == (0, [])
+    assert all(change.first_changed is None and not change.new for change in again.changes)
+    copy = rag.add_texts([DOCUMENTS["clearport.md"]], ["a copy of it"])
+    assert (copy.tokens_read, seen) == (0, [])
+    assert copy.changes[0].embedded == 0
+
+
+def test_a_changed_file_is_read_from_the_change_on(model, tmp_path, monkeypatch):
+    file = tmp_path / "notes.md"
+    file.write_text("\n\n".join(DOCUMENTS.values()))
+    with open_rag(model=model) as rag:
+        first = rag.add_files(file)
+        passages = rag.chunker.split(file.read_text())
+        assert first.tokens_read == tokens_of(rag, file.read_text())
+        file.write_text(file.read_text().replace(passages[-2], passages[-2].replace(".", " indeed.")))
+        seen = reads(rag, monkeypatch)
+        changed = rag.add_files(file)
+        begin = changed.changes[0].first_changed
+        assert begin > len(passages) - 6
+        assert changed.tokens_read == sum(seen) == tokens_of(rag, file.read_text(), begin)
+        assert 0 < changed.tokens_read < first.tokens_read / 3
+        assert len(rag.engine.store) == len(rag.chunker.split(file.read_text()))  # the old version's KV are gone
+
+
+def test_removal_drops_what_nothing_else_uses(rag):
+    text = DOCUMENTS["clearport.md"]
+    rag.add_texts([text + " And then it was sold, as all the harbours were."], ["longer"])
+    shared = set(keys(rag, text)) & set(keys(rag, text + " And then it was sold, as all the harbours were."))
+    assert shared
+    rag.remove("clearport.md")
+    assert all(key in rag.engine.store for key in shared)
+    assert all(key not in rag.engine.store for key in set(keys(rag, text)) - shared)
+    rag.remove("longer")
+    assert not any(key in rag.engine.store for key in shared)
+    assert "clearport.md" not in {hit.source for hit in rag.retrieve(QUESTION, 50)}
+    with pytest.raises(DocumentError, match="no document 'longer'"):
+        rag.remove("longer")
+    for name in set(DOCUMENTS) - {"clearport.md"}:
+        rag.remove(name)
+    assert len(rag.engine.store) == len(rag.retriever.catalogue) == 0
+
+
+def test_passages_read_alone_are_dropped_by_their_text(model):
+    """With context="chunk" a passage's KV serve every document that has its text."""
+    with open_rag(model=model, context="chunk") as rag:
+        rag.add_texts(["One sentence. " * 12 + "\n\n# Second\n\n" + "Another one. " * 12], ["one"])
+        rag.add_texts(["# Second\n\n" + "Another one. " * 12], ["two"])
+        kept = keys(rag, "# Second\n\n" + "Another one. " * 12)
+        rag.remove("one")
+        assert all(key in rag.engine.store for key in kept)
+        assert len(rag.engine.store) == len(set(kept))
+
+
+def test_lost_kv_are_read_again(rag):
+    want = rag.ask(QUESTION, max_new_tokens=5)
+    every = sum(tokens_of(rag, text) for text in DOCUMENTS.values())
+    for text in DOCUMENTS.values():
+        for key in keys(rag, text):
+            rag.engine.store.remove(key)
+    got = rag.ask(QUESTION, max_new_tokens=5)
+    assert got.report.fusion.hits == {"computed": 5}
+    assert got.token_ids == want.token_ids
+    named = []
+    assert 0 < rag.refresh(named.append) < every
+    assert named == sorted(DOCUMENTS)
+    assert rag.refresh() == 0
+
+
+def test_a_restart_keeps_everything(model, tmp_path, monkeypatch):
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        want = rag.ask(QUESTION, max_new_tokens=5)
+    with open_rag(tmp_path, model) as rag:
+        seen = reads(rag, monkeypatch)
+        got = rag.ask(QUESTION, max_new_tokens=5)
+        assert got.report.fusion.hits == {"disk": 5}
+        assert (got.token_ids, [hit.text for hit in got.sources]) == (
+            want.token_ids,
+            [hit.text for hit in want.sources],
+        )
+        assert rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).tokens_read == rag.refresh() == sum(seen) == 0
+    with open_rag(tmp_path, model, template=PromptTemplate(prefix="Another instruction.\n", after_chunk="\n")) as rag:
+        assert rag.refresh() == sum(tokens_of(rag, text) for text in DOCUMENTS.values())
+
+
+def test_a_folder_of_another_model_or_embedder(model, tmp_path):
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+    with pytest.raises(IncompatibleFolderError, match=r"made with the model LlamaForCausalLM .* another folder"):
+        open_rag(tmp_path, small_model(seed=1))
+    with pytest.raises(IncompatibleFolderError, match=r"made with the embedder words .*, got others"):
+        open_rag(tmp_path, model, WordEmbedder("others"))
+    with pytest.raises(IncompatibleFolderError, match="model"):
+        RAG.from_pretrained(path=tmp_path, embedder=WordEmbedder())
+    with open_rag(tmp_path, model) as rag:  # nothing was left open, and nothing was lost
+        assert rag.refresh() == 0
+        assert rag.ask(QUESTION, max_new_tokens=2).report.fusion.hits == {"disk": 5}
+
+
+def test_unreadable_files_are_named_and_skipped(model, tmp_path):
+    (tmp_path / "a.md").write_text(DOCUMENTS["clearport.md"])
+    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "c.txt").write_text(" \n")
+    (tmp_path / "d.pdf").write_bytes(b"no PDF at all")
+    (tmp_path / "e.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "g.txt").write_text(DOCUMENTS["blackfield.md"])
+    seen = []
+    with open_rag(model=model) as rag:
+        added = rag.add_files([tmp_path, tmp_path / "missing.txt"], progress=seen.append)
+        assert [Path(change.document.source).name for change in added.changes] == ["a.md", "g.txt"]
+        assert [Path(skipped.source).name for skipped in added.skipped] == [
+            "b.bin",
+            "c.txt",
+            "d.pdf",
+            "e.txt",
+            "missing.txt",
+        ]
+        assert all(skipped.reason for skipped in added.skipped)
+        assert len(seen) == 7 and sum(isinstance(file, SkippedFile) for file in seen) == 5
+        assert "Clearport" in rag.ask(QUESTION, top_k=1, max_new_tokens=2).sources[0].text
+
+
+def test_bad_input(model):
+    with open_rag(model=model) as rag:
+        for ask in (rag.ask, rag.stream):
+            with pytest.raises(RagKVError, match="no documents yet"):
+                ask(QUESTION)
+        with pytest.raises(RetrievalError, match="blank"):
+            rag.ask("  ")
+        with pytest.raises(DocumentError, match="got one str"):
+            rag.add_texts("one text")
+        with pytest.raises(DocumentError, match="2 texts, 1 sources"):
+            rag.add_texts(["one", "two"], ["one"])
+        with pytest.raises(DocumentError, match="no text"):
+            rag.add_texts(["good", "  "], ["good", "blank"])
+        assert len(rag.retriever.catalogue) == 1
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        RAG(Engine(model), Retriever.open(None, WordEmbedder()))
+
+
+def test_a_full_store_loses_no_document(model):
+    with open_rag(model=model, store=TieredStore(cpu_bytes=1000)) as rag:
+        with pytest.raises(StoreFullError):
+            rag.add_texts([DOCUMENTS["clearport.md"]], ["clearport.md"])
+        answer = rag.ask(QUESTION, top_k=2, max_new_tokens=3)
+        assert answer.report.fusion.hits == {"computed": 2}
+
+
+def test_from_pretrained(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    for tier in ("cpu", "disk"):
+        with RAG.from_pretrained(
+            tmp_path / "model", path=tmp_path / "kept", embedder=WordEmbedder(), dtype="float32"
+        ) as rag:
+            added = rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+            assert (added.tokens_read > 0) == (tier == "cpu")
+            assert rag.chunker.chunk_tokens == 256
+            assert rag.ask(QUESTION, max_new_tokens=2).report.fusion.hits == {tier: 5}
+    with RAG.from_pretrained(embedder=WordEmbedder()) as rag:
+        assert rag.chunker.chunk_tokens == 96
+    with pytest.raises(OSError):
+        RAG.from_pretrained(tmp_path / "no model", path=tmp_path / "kept", embedder=WordEmbedder())
+
+
+def test_killed_while_adding(model, tmp_path):
+    """After every kill the folder opens and answers; in the end it holds what a folder holds that was never killed."""
+    child = [sys.executable, __file__, str(tmp_path)]
+    run = subprocess.run(child, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rounds = json.loads(run.stdout.splitlines()[-1])
+    assert any(done["killed"] for done in rounds)
+    counts = [done["documents"] for done in rounds]
+    assert counts == sorted(counts)  # what was committed stays
+    with open_rag(tmp_path / "killed", model) as killed, open_rag(tmp_path / "calm", model) as calm:
+        killed.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        assert killed.refresh() == calm.refresh() == 0
+        got, want = killed.ask(QUESTION, max_new_tokens=5), calm.ask(QUESTION, max_new_tokens=5)
+        assert got.token_ids == want.token_ids
+        assert "computed" not in got.report.fusion.hits
+
+
+def _in_child(work):
+    """Fork and do it there; no LMDB folder may be open yet."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def _add_all(folder, model, pipe):
+    with open_rag(folder, model) as rag:
+        os.write(pipe, b"begun")
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        os.write(pipe, b"done")
+
+
+def _check(folder, model, report):
+    with open_rag(folder, model) as rag:
+        if rag.retriever.catalogue.check():
+            raise AssertionError(rag.retriever.catalogue.check())
+        if len(rag.retriever.catalogue):
+            rag.ask(QUESTION, max_new_tokens=2)
+        report.write_text(str(len(rag.retriever.catalogue)))
+
+
+def _begin_adding(folder, model):
+    """The process that adds, once it has begun to, and a pipe that says when it is done."""
+    reading, writing = os.pipe()
+    pid = _in_child(lambda: _add_all(folder, model, writing))
+    os.close(writing)
+    os.read(reading, 5)
+    return pid, reading
+
+
+def _kill_again_and_again(folder, times=5):
+    model, chance, rounds = small_model(), random.Random(7), []
+    pid, done = _begin_adding(folder / "calm", model)
+    begin = time.monotonic()
+    os.read(done, 4)
+    adding_s = time.monotonic() - begin
+    os.waitpid(pid, 0)
+    for _ in range(times):
+        pid, _ = _begin_adding(folder / "killed", model)
+        time.sleep(chance.uniform(0, 0.8) * adding_s)
+        os.kill(pid, signal.SIGKILL)
+        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        checking = _in_child(lambda: _check(folder / "killed", model, folder / "report"))
+        if os.waitpid(checking, 0)[1]:
+            sys.exit("the folder of a killed process cannot be used")
+        rounds.append({"killed": killed, "documents": int((folder / "report").read_text())})
+    print(json.dumps(rounds))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _kill_again_and_again(Path(sys.argv[1]))
