@@ -175,10 +175,10 @@ class Engine(Library):
             fresh = self._keep(self._lost(keys, batch))
             read_ms = _ms(start) if fresh else 0.0
             held = {item.chunk: self.chunk_key(item.chunk) for item in placed}
-            placement = Placement(self.decoder, cache, layout, self._prefix, batch, held, fresh)
+            placement = Placement(self.decoder, cache, layout, self._prefix, self.store, batch, held, fresh)
             logits, trace = fuse(self.decoder, cache, layout, work, placement.layer)
             report.sources = placement.sources() if placed else ["unused"] * len(layout.chunks)
-            report.bytes_read = batch.bytes_read
+            report.bytes_read = placement.bytes_read
         report.hits = {source: report.sources.count(source) for source in sorted(set(report.sources))}
         report.attention, report.fresh_by_layer, report.budget = trace.attention, trace.fresh, trace.budget(layout)
         stages = {name: seconds * 1e3 for name, seconds in trace.seconds.items()}

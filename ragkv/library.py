@@ -216,7 +216,7 @@ class Library:
             if None in batch.tiers:
                 return False
             cache = self.decoder.cache(len(ids))
-            placement = Placement(self.decoder, cache, layout, self._reader.anchor, batch, keys, {})
+            placement = Placement(self.decoder, cache, layout, self._reader.anchor, self.store, batch, keys, {})
             for layer in range(len(self.decoder.layers)):
                 placement.layer(layer)
             with self.decoder.scattered_attention():

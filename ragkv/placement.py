@@ -18,20 +18,28 @@ from ragkv.layout import Layout, Placed
 
 if TYPE_CHECKING:
     from ragkv.model import Decoder
-    from ragkv.store import Batch
+    from ragkv.store import Batch, TieredStore
 
 
 class Placement:
     """Where each stored chunk of one prompt comes from, and how its keys turn on the way.
+
+    Chunks are taken one after the other, so that besides the prompt's cache no more than one chunk's KV is in memory. On an
+    accelerator they are taken layer by layer instead, and the next layers are loaded while one computes.
 
     Args:
         decoder: the model.
         cache: written.
         layout: the prompt.
         opening: KV of what stands in front of the chunks, or ``None`` where nothing does.
-        batch: an open read of the store.
+        store: holds the chunks.
+        batch: an open read of them, so that none is evicted meanwhile.
         keys: for every chunk to place, the key of the KV that it takes.
         fresh: KV that the batch does not hold, by key.
+        by_layer: layer by layer; by default on an accelerator.
+
+    Attributes:
+        bytes_read: bytes read from disk so far.
     """
 
     def __init__(
@@ -40,46 +48,77 @@ class Placement:
         cache: FusedCache,
         layout: Layout,
         opening: ChunkKV | None,
+        store: TieredStore,
         batch: Batch,
         keys: Mapping[Chunk, bytes],
         fresh: Mapping[bytes, ChunkKV],
+        by_layer: bool | None = None,
     ):
         self.decoder, self.cache, self.layout, self.opening = decoder, cache, layout, opening
-        self.batch, self.fresh = batch, fresh
+        self.store, self.batch, self.fresh = store, batch, fresh
         self.chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
         self.index = {key: number for number, key in enumerate(batch.keys)}
+        self.by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
+        self.bytes_read = 0
+        self._whole_from: int | None = None  # with whole chunks, layers from this one on are placed
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.by_layer:
+            batch.read_ahead()
 
     def sources(self) -> list[str]:
         """Where each chunk's KV came from, in prompt order."""
         return ["computed" if key in self.fresh else str(self.batch.tiers[self.index[key]]) for _, key in self.chunks]
 
     def layer(self, layer: int) -> None:
-        """Write one layer's opening and chunks to their slots: keys rotated by their change of position, values as they are."""
-        held = self.cache.layers[layer]
-        keys, values = held.key_room[0], held.value_room[0]
+        """Write a layer's opening and chunks to their slots: keys rotated by their change of position, values as they are.
+
+        Layers must be asked for in ascending order.
+
+        Raises:
+            RecordError: a record proved damaged; the store has dropped it.
+        """
+        if self.by_layer:
+            self._place_opening(layer)
+            for placed, key in self.chunks:
+                self._place(placed, layer, *self._stored(key, layer))
+            self.bytes_read = self.batch.bytes_read
+        elif self._whole_from is None:
+            self._whole_from = layer
+            layers = range(layer, len(self.decoder.layers))
+            for number in layers:
+                self._place_opening(number)
+            for placed, key in self.chunks:
+                self._place_whole(placed, key, layers)
+
+    def _place_whole(self, placed: Placed, key: bytes, layers: range) -> None:
+        if key in self.fresh:
+            for layer in layers:
+                self._place(placed, layer, *self._stored(key, layer))
+            return
+        with self.store.read([key]) as alone:
+            for layer in layers:
+                self._place(placed, layer, *alone.layer(0, layer))
+            self.bytes_read += alone.bytes_read
+
+    def _place_opening(self, layer: int) -> None:
         if self.opening is not None:
-            keys[:, : len(self.opening)] = self.opening.keys[layer]
-            values[:, : len(self.opening)] = self.opening.values[layer]
-        rotation = self.decoder.rotations[layer]
-        for placed, key in self.chunks:
-            stored_keys, stored_values = self._stored(key, layer)
-            slots = slice(placed.start, placed.stop)
-            cos, sin = self._turn(rotation, placed, keys.device)
-            place(
-                keys[:, slots],
-                stored_keys.to(keys.device, non_blocking=True),
-                cos,
-                sin,
-                interleaved=rotation is not None and rotation.interleaved,
-            )
-            values[:, slots] = stored_values.to(values.device, non_blocking=True)
+            held, tokens = self.cache.layers[layer], len(self.opening)
+            held.key_room[0, :, :tokens] = self.opening.keys[layer]
+            held.value_room[0, :, :tokens] = self.opening.values[layer]
 
     def _stored(self, key: bytes, layer: int) -> tuple[Tensor, Tensor]:
         if key in self.fresh:
-            kv = self.fresh[key]
-            return kv.keys[layer], kv.values[layer]
+            return self.fresh[key].keys[layer], self.fresh[key].values[layer]
         return self.batch.layer(self.index[key], layer)
+
+    def _place(self, placed: Placed, layer: int, stored_keys: Tensor, stored_values: Tensor) -> None:
+        held, rotation = self.cache.layers[layer], self.decoder.rotations[layer]
+        slots, device = slice(placed.start, placed.stop), held.key_room.device
+        cos, sin = self._turn(rotation, placed, device)
+        moved = stored_keys.to(device, non_blocking=True)
+        interleaved = rotation is not None and rotation.interleaved
+        place(held.key_room[0, :, slots], moved, cos, sin, interleaved=interleaved)
+        held.value_room[0, :, slots] = stored_values.to(device, non_blocking=True)
 
     def _turn(
         self, rotation: Rotation | None, placed: Placed, device: torch.device

@@ -151,13 +151,10 @@ class DiskTier:
         except RecordError:
             return None
 
-    def rows(self) -> Iterator[tuple[bytes, Row]]:
-        """All entries that are stored, in the order of their keys."""
-        with self.environment.read() as txn, txn.cursor(self.environment.db(b"usage")) as cursor:
-            for key, data in cursor:
-                row = Row.unpack(bytes(key), bytes(data))
-                if row.usage.size_bytes:
-                    yield bytes(key), row
+    def keys(self) -> list[bytes]:
+        """All records that are stored, also those that have expired or that the books do not know."""
+        with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
+            return [bytes(key) for key in cursor.iternext(values=False)]
 
     def touch(self, key: bytes) -> None:
         """Notes a use of an entry; the next write puts it into the books."""

@@ -22,7 +22,7 @@ logger = logging.getLogger("ragkv.store")
 
 DATABASES = (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
 # Address space, not disk: never grown, because growing a map that others have open is what goes wrong.
-MIN_MAP_BYTES = 1 << 40
+MIN_MAP_BYTES, MAX_MAP_BYTES = 1 << 40, 1 << 45
 MAX_READERS = 1024
 _UNFILLED_BYTES = 1 << 16
 # A write that the system cuts short, as it does at the end of a disk, is reported by LMDB as an I/O error.
@@ -70,11 +70,22 @@ class Environment:
         with cls._registry_lock:
             environment = cls._open.get(identity)
             if environment is None:
-                environment = cls._open[identity] = cls(path, max(map_bytes, MIN_MAP_BYTES), only_reading)
+                environment = cls._open[identity] = cls(
+                    path, min(max(map_bytes, MIN_MAP_BYTES), MAX_MAP_BYTES), only_reading
+                )
             elif environment.readonly and not only_reading:
                 raise StoreError(f"{path} is open for reading only in this process: close that store first")
             environment._users += 1
             return environment
+
+    @classmethod
+    def is_open(cls, path: Path) -> bool:
+        """Whether a store of this process has the folder open."""
+        if not path.is_dir():
+            return False
+        status = path.stat()
+        with cls._registry_lock:
+            return (status.st_dev, status.st_ino) in cls._open
 
     def close(self) -> None:
         """Gives the environment back; the last one to do so closes it."""

@@ -6,6 +6,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ragkv.errors import RecordError, StoreError
 
@@ -26,7 +27,7 @@ class CostProfile:
 
     def __post_init__(self) -> None:
         for name, counts in (("cached", self.cached), ("new", self.new)):
-            if not counts or any(a >= b for a, b in zip(counts, counts[1:], strict=False)) or counts[0] < 0:
+            if not counts or any(a >= b for a, b in pairwise(counts)) or counts[0] < 0:
                 raise StoreError(f"{name} must be rising token counts, got {counts}")
         if len(self.seconds) != len(self.cached) or any(len(row) != len(self.new) for row in self.seconds):
             raise StoreError(f"seconds must be {len(self.cached)} rows of {len(self.new)}")

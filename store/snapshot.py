@@ -26,8 +26,12 @@ class Snapshot:
         # A transaction may change threads, and may not be used by two at once.
         self._lock = threading.Lock()
 
-    def find(self, key: bytes, now: float) -> tuple[Record, Row] | None:
+    def find(self, key: bytes, now: float | None) -> tuple[Record, Row] | None:
         """The header stored under a key and what the books say of it; None where there is none or it has expired.
+
+        Args:
+            key: which.
+            now: the wall clock; None to find what has expired too.
 
         Raises:
             RecordError: it is damaged.
@@ -36,7 +40,7 @@ class Snapshot:
         if header is None or row is None:
             return None
         books = Row.unpack(key, row)
-        return (Record.unpack(key, header), books) if books.alive(now) else None
+        return (Record.unpack(key, header), books) if now is None or books.alive(now) else None
 
     def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
         """Copies a segment to its place in ``out`` (uint8 ``[payload_bytes]``) and verifies it there.

@@ -449,3 +449,22 @@ def test_repair_computes_little_and_says_so(engine, monkeypatch):
     again = engine.repair_document(old, [parts[0], random_ids(8), parts[2], parts[3]])
     assert not any(chunk.mark for chunk in again) and engine.missing(again) == []
     assert not any(chunk.mark for chunk in engine.repair_document(old, [random_ids(30), random_ids(31)]))
+
+
+def test_layer_by_layer_and_chunk_by_chunk_place_the_same(shared_model, tmp_path, monkeypatch):
+    """Accelerators load by layer, the CPU by chunk: the bytes are the same, also where a check begins in the middle."""
+    from ragkv import placement
+
+    with Engine(shared_model, template=TEMPLATE, store=TieredStore(tmp_path / "kv", cpu_bytes=0)) as engine:
+        chunks = engine.add([random_ids(20), random_ids(31), random_ids(7)])[::-1]
+        for method in (Reuse(), LegoLink(k=4), CacheBlend(ratio=0.3, check_layer=2)):
+            one = engine.fuse(chunks, QUESTION, method=method)
+            init = placement.Placement.__init__
+            with monkeypatch.context() as patch:
+                patch.setattr(placement.Placement, "__init__", lambda *a: init(*a, by_layer=True))
+                two = engine.fuse(chunks, QUESTION, method=method)
+            assert torch.equal(one.logits, two.logits)
+            for a, b in zip(one.past_key_values.layers, two.past_key_values.layers, strict=True):
+                assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+            assert one.report.hits == two.report.hits == {"disk": 3}
+            assert one.report.bytes_read == two.report.bytes_read > 0

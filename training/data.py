@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
@@ -196,11 +197,32 @@ class Stage:
     fewest: int = 0
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Iterator[Batch]:
-    """Endless batches of a stage, the same for the same seed."""
-    rng, encoder = random.Random(seed), Encoder(tokenizer)
-    while True:
-        yield _batch([_draw(encoder, stage, rng) for _ in range(stage.batch)], encoder, stage, rng)
+class Source(IterableDataset):
+    """Endless batches of a stage; each worker of a loader has a seed of its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int):
+        """Nothing is made before it is iterated over."""
+        self.encoder, self.stage, self.seed = Encoder(tokenizer), stage, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches, the same for the same seed and worker."""
+        worker = get_worker_info()
+        rng = random.Random(self.seed if worker is None else f"{self.seed}/{worker.id}")
+        while True:
+            drawn = [_draw(self.encoder, self.stage, rng) for _ in range(self.stage.batch)]
+            yield _batch(drawn, self.encoder, self.stage, rng)
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, workers: int = 0) -> Iterator[Batch]:
+    """Endless batches of a stage, the same for the same seed and number of worker processes (0: made here)."""
+    source = Source(tokenizer, stage, seed)
+    if workers == 0:
+        return iter(source)
+    return iter(DataLoader(source, batch_size=None, collate_fn=_same, num_workers=workers, prefetch_factor=4))
 
 
 def _draw(encoder: Encoder, stage: Stage, rng: random.Random) -> tuple[Context, Example]:

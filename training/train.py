@@ -9,7 +9,7 @@ import argparse
 import csv
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -136,8 +136,23 @@ class Run:
         self.tokens += int(batch.length.sum()) + int((batch.segment >= 0).sum())
         return {name: loss.item() for name, loss in losses.items()}
 
-    def train(self, tokenizer: PreTrainedTokenizerFast, compiled: bool, every: int = 20, save_every: int = 200) -> None:
-        """Trains to the end of the curriculum."""
+    def train(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        compiled: bool,
+        workers: int = 0,
+        every: int = 20,
+        save_every: int = 200,
+    ) -> None:
+        """Trains to the end of the curriculum.
+
+        Args:
+            tokenizer: The one that `training.tokenizer` made.
+            compiled: Use torch.compile; minutes for each stage, a fifth off each step.
+            workers: Processes that make batches; 0 makes them here.
+            every: Steps between rows of the log.
+            save_every: Steps between checkpoints.
+        """
         losses_of = torch.compile(self.model.losses, dynamic=False) if compiled else self.model.losses
         stage, source, sums, begun = None, None, {}, time.monotonic()
         with (self.folder / "log.csv").open("a", newline="") as file:
@@ -147,7 +162,7 @@ class Run:
             for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, mininterval=10):
                 if self.stage() is not stage:
                     stage = self.stage()
-                    source = batches(tokenizer, stage, self.seed * 1_000_003 + self.step)
+                    source = batches(tokenizer, stage, self.seed * 1_000_003 + self.step, workers)
                 losses = self.update(next(source), losses_of)
                 sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
                 self.seconds, begun = self.seconds + time.monotonic() - begun, time.monotonic()
@@ -171,13 +186,17 @@ def main() -> None:
     parser.add_argument(
         "--helper", type=float, default=Plan.helper, help="weight of the two helpers; 0 leaves them out"
     )
+    parser.add_argument("--batch", type=int, default=1, help="multiplies the contexts of a step")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches; a GPU needs some")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
-    curriculum = tuple(Stage(**{**vars(s), "steps": round(s.steps * args.scale)}) for s in CURRICULUM)
+    curriculum = tuple(
+        replace(stage, steps=round(stage.steps * args.scale), batch=stage.batch * args.batch) for stage in CURRICULUM
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_PATH)
     run = Run(RESULTS / args.run, SIZES[args.size], Plan(helper=args.helper), curriculum, args.device, args.seed)
-    run.train(tokenizer, compiled=not args.no_compile)
+    run.train(tokenizer, compiled=not args.no_compile, workers=args.workers)
     print(f"{run.step} steps, {run.tokens} tokens, {run.seconds / 60:.1f} minutes on {run.device}")
 
 

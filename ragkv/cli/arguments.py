@@ -64,9 +64,7 @@ def folder(args: argparse.Namespace, default: str = "default") -> Path:
 
 def _shared() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--path", metavar="FOLDER", help=f"documents, vectors and KV (default: in $RAGKV_HOME, now {home()})"
-    )
+    shared.add_argument("--path", metavar="FOLDER", help="documents, vectors and KV (default: a folder in $RAGKV_HOME)")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     shared.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return shared

@@ -174,7 +174,7 @@ def test_quota_survives(folder, kv, key):
 
 def test_selective_store_is_not_flushed_by_what_is_asked_for_once(make, kv, key):
     with make(selective=True) as store:
-        hot = range(8)  # as many as fit
+        hot = range(8 if store._disk is None else 6)  # as many as fit
         for number in hot:
             assert store.put(key(number), kv(number, tokens=60), cost_s=1.0)
         for _ in range(20):

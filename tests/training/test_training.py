@@ -68,6 +68,16 @@ def test_batches_repeat_and_targets_are_answers(tokenizer):
     assert torch.equal(one.context.gather(1, one.evidence.clamp(min=0))[copied], one.target[copied])
 
 
+def test_workers_make_batches_that_repeat(tokenizer):
+    def first_three():
+        source = batches(tokenizer, STAGE, 7, workers=2)
+        return [next(source) for _ in range(3)]
+
+    one, two = first_three(), first_three()
+    assert all(torch.equal(a.asked, b.asked) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0].asked, one[1].asked)
+
+
 def test_losses_equal_the_exported_model(tokenizer, size):
     """Reading a context once with packed questions is what the exported model computes on each prompt alone."""
     torch.manual_seed(0)

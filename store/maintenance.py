@@ -1,0 +1,252 @@
+"""Care for a folder: list, verify, prune, compact, repair. What the command line calls.
+
+The functions that take a path open the folder themselves; it may be in use by other processes, except for
+:func:`repair` and :func:`compact`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ragkv.errors import RecordError, StoreError
+from ragkv.store.disk import DiskTier
+from ragkv.store.environment import Environment
+from ragkv.store.layout import Payload
+from ragkv.store.policy import LRU
+from ragkv.store.record import Record
+from ragkv.store.rows import Row
+from ragkv.store.snapshot import Loading
+from ragkv.store.terms import Terms
+
+logger = logging.getLogger("ragkv.store")
+
+_DATA, _LOCK = "data.mdb", "lock.mdb"
+_NO_BUDGET = 1 << 62
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored chunk, as a list shows it.
+
+    Attributes:
+        key: what it is stored under.
+        space: fingerprint of the model and all else that it depends on; None where its header is damaged.
+        codec: how it is encoded; None where its header is damaged.
+        tokens: T; 0 where its header is damaged.
+        size_bytes: what it takes on disk.
+        frequency: how often it was put or read.
+        cost_s: mean seconds that computing it took.
+        created_s: when it was put, in seconds of the wall clock.
+        used_s: when its last use was written down.
+        expires_s: until when it may be read; infinite for ever.
+        pinned: whether it must not be evicted now.
+    """
+
+    key: bytes
+    space: str | None
+    codec: str | None
+    tokens: int
+    size_bytes: int
+    frequency: int
+    cost_s: float
+    created_s: float
+    used_s: float
+    expires_s: float
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What :func:`verify` found.
+
+    Attributes:
+        checked: records read to their end.
+        bytes_read: bytes of their payloads.
+        damaged: key and reason of each that failed.
+        dropped: how many of these were removed.
+    """
+
+    checked: int
+    bytes_read: int
+    damaged: list[tuple[bytes, str]]
+    dropped: int
+
+
+def entries(path: str | os.PathLike[str]) -> Iterator[Entry]:
+    """What a folder holds, in the order of the keys."""
+    with opened(path) as tier:
+        for key in tier.keys():
+            entry = _entry(tier, key)
+            if entry is not None:
+                yield entry
+
+
+def verify(
+    path: str | os.PathLike[str], *, drop: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Verdict:
+    """Reads every record to its end and compares every checksum.
+
+    Args:
+        path: the folder.
+        drop: remove what is damaged, so that it is computed anew.
+        progress: called with the records done and their number.
+
+    Raises:
+        RecordError: the folder itself is damaged: see :func:`repair`.
+    """
+    damaged: list[tuple[bytes, str]] = []
+    read = dropped = 0
+    with opened(path) as tier:
+        keys = tier.keys()
+        for done, key in enumerate(keys, 1):
+            try:
+                read += load(tier, key, expired=True)[0].payload_bytes
+            except RecordError as error:
+                damaged.append((key, str(error)))
+                dropped += drop and tier.remove(key, "damaged")
+            if progress is not None:
+                progress(done, len(keys))
+    return Verdict(len(keys), read, damaged, int(dropped))
+
+
+def prune(path: str | os.PathLike[str], wanted: Callable[[Entry], bool], *, dry_run: bool = False) -> list[Entry]:
+    """Removes the entries that are wanted gone, such as those of another model's space; which they are."""
+    chosen = [entry for entry in entries(path) if wanted(entry)]
+    if not dry_run:
+        with opened(path) as tier:
+            for entry in chosen:
+                tier.remove(entry.key)
+    return chosen
+
+
+def compact(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Rewrites a folder's file without its free pages; its length before and after.
+
+    No store may have the folder open. Until the new file is complete the old one stays in place.
+
+    Raises:
+        StoreError: it is open in this process.
+    """
+    folder = Path(path)
+    _refuse_open(folder)
+    target = folder / "compacting"
+    before = (folder / _DATA).stat().st_size
+    _clear(target)
+    with opened(folder) as tier:
+        tier.environment.copy(target)
+    after = (target / _DATA).stat().st_size
+    with open(target / _DATA, "rb") as file:
+        os.fsync(file.fileno())
+    (folder / _LOCK).unlink(missing_ok=True)
+    os.replace(target / _DATA, folder / _DATA)
+    _clear(target, remove=True)
+    return before, after
+
+
+def repair(path: str | os.PathLike[str]) -> int:
+    """Makes a folder usable that does not open or fails in its structure: what can be read is kept.
+
+    The damaged file stays beside the new one as ``data.mdb.damaged``; delete it when it is no longer of interest.
+    No store may have the folder open.
+
+    Returns:
+        How many records were saved.
+    """
+    folder = Path(path)
+    _refuse_open(folder)
+    broken = folder / "data.mdb.damaged"
+    os.replace(folder / _DATA, broken)
+    (folder / _LOCK).unlink(missing_ok=True)
+    rescue = folder / "rescue"
+    _clear(rescue)
+    os.link(broken, rescue / _DATA)
+    saved = 0
+    try:
+        # A file that does not open, or no further, ends the rescue: what was saved so far is what there is.
+        with suppress(RecordError), opened(rescue) as old, opened(folder, _NO_BUDGET - 1) as tier:
+            for key in old.keys():
+                saved += _save(old, tier, key)
+    finally:
+        _clear(rescue, remove=True)
+    return saved
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], disk_bytes: int = _NO_BUDGET) -> Iterator[DiskTier]:
+    """A folder's disk tier, for as long as a function needs it; without a budget it evicts nothing.
+
+    Raises:
+        StoreError: there is no folder, and no budget to make one with.
+    """
+    if disk_bytes == _NO_BUDGET and not (Path(path) / _DATA).exists():
+        raise StoreError(f"{path} is not a folder of a store")
+    tier = DiskTier(Path(path), disk_bytes, LRU())
+    try:
+        yield tier
+    finally:
+        tier.close()
+
+
+def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, Payload, Row]:
+    """A record, read to its end and verified.
+
+    Raises:
+        RecordError: it is damaged, the books do not know it, or it has expired and that was not asked for.
+    """
+    snapshot = tier.snapshot()
+    try:
+        found = snapshot.find(key, None if expired else tier.now())
+        if found is None:
+            raise RecordError("the books do not know it, or it has expired")
+        loading = Loading(snapshot, key, *found)
+        loading.load(range(len(found[0].checksums)))
+    finally:
+        snapshot.close()
+    return loading.record, loading.payload, loading.row
+
+
+def _save(old: DiskTier, new: DiskTier, key: bytes) -> bool:
+    """Copies a record with its lifetime, if it can be read."""
+    try:
+        record, payload, row = load(old, key)
+    except RecordError as error:
+        logger.warning("%s is lost: %s", key.hex(), error)
+        return False
+    lifetime_s = row.expires_s - old.now()
+    return new.put(key, record, payload, Terms(lifetime_s=lifetime_s, cost_s=row.usage.cost_s)) is not None
+
+
+def _entry(tier: DiskTier, key: bytes) -> Entry | None:
+    row = tier.row(key)
+    if row is None:
+        return None
+    record = None
+    snapshot = tier.snapshot()
+    try:
+        found = snapshot.find(key, None)
+        record = found[0] if found else None
+    except RecordError as error:
+        logger.warning("the header of %s is damaged: %s", key.hex(), error)
+    finally:
+        snapshot.close()
+    facts = (record.space, record.codec, record.tokens) if record else (None, None, 0)
+    use, times = row.usage, (row.created_s, row.used_s, row.expires_s)
+    return Entry(key, *facts, use.size_bytes, use.frequency, use.cost_s, *times, row.pinned(tier.now()))
+
+
+def _refuse_open(folder: Path) -> None:
+    if Environment.is_open(folder):
+        raise StoreError(f"{folder} is open in this process: close its stores first")
+
+
+def _clear(folder: Path, *, remove: bool = False) -> None:
+    folder.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+    if remove:
+        folder.rmdir()
