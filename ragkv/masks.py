@@ -11,14 +11,24 @@ from collections.abc import Callable
 from copy import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 #: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _RECORDER = "ragkv_rule"
+_BUILDERS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "chunked_attention": create_chunked_causal_mask,
+}
 
 
 def layer_rules(config: PreTrainedConfig, layers: int, device: torch.device) -> list[Rule]:
@@ -34,13 +44,23 @@ def layer_rules(config: PreTrainedConfig, layers: int, device: torch.device) -> 
     probe._attn_implementation_internal = _RECORDER
     registry = AttentionMaskInterface._global_mapping
     registry[_RECORDER] = lambda *, mask_function, **kwargs: mask_function
+    kinds = list(getattr(config, "layer_types", None) or [_only_kind(config)] * layers)[:layers]
+    one = torch.empty(1, 1, 1, device=device)
     try:
-        rules = create_masks_for_generate(probe, torch.empty(1, 1, 1, device=device), None, None)
+        rules = {
+            kind: _BUILDERS[kind](config=probe, inputs_embeds=one, attention_mask=None, past_key_values=None)
+            for kind in set(kinds)
+        }
     finally:
         registry.pop(_RECORDER, None)
-    if isinstance(rules, dict):
-        return [rules[kind] for kind in config.layer_types[:layers]]
-    return [rules] * layers
+    return [rules[kind] for kind in kinds]
+
+
+def _only_kind(config: PreTrainedConfig) -> str:
+    """The kind of all layers, where the config does not list them."""
+    if getattr(config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
 
 
 class MaskBuilder:
@@ -84,6 +104,6 @@ def for_model(masks: MaskBuilder, config: PreTrainedConfig) -> Tensor | dict[str
     return {kind: masks.layer(kinds.index(kind)) for kind in set(kinds)}
 
 
-def takes_masks(attention: nn.Module | str) -> bool:
+def takes_masks(attention: str) -> bool:
     """Whether an attention implementation reads a dense mask, as scattered queries need it."""
     return attention in ("eager", "sdpa")

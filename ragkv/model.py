@@ -151,9 +151,9 @@ class Decoder:
             layer.dropped = offset  # some models take positions from the cache's length besides position_ids
         try:
             hidden = self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
-        except IndexError as error:
+        except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
-                f"the model cannot run at position {offset}: it looks positions up in a table ({error})"
+                f"the model cannot run at position {offset}: positions from a table, or ALiBi ({error})"
             ) from error
         return Probe([layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers], hidden)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -36,6 +37,9 @@ class Source(Protocol):
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it."""
 
+    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
+        """Copies a layer to tensors of the caller; the bytes read from disk for it."""
+
 
 class InMemory:
     """A chunk that lies in memory."""
@@ -49,6 +53,12 @@ class InMemory:
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """See the protocol."""
         return (self._kv.keys[layer], self._kv.values[layer]), 0
+
+    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
+        """See the protocol."""
+        keys.copy_(self._kv.keys[layer])
+        values.copy_(self._kv.values[layer])
+        return 0
 
 
 class Owner(Protocol):
@@ -108,17 +118,27 @@ class Batch:
             StoreError: the chunk is a miss, or the batch is closed.
             RecordError: the record proved damaged; it was dropped, and the next read of its key is a miss.
         """
-        source = self._found[index]
-        if self._closed or source is None:
-            raise StoreError("the batch is closed" if self._closed else f"chunk {index} is a miss: see Batch.tiers")
-        try:
+        with self._reading(index) as source:
             pair, count = source.layer(layer)
-        except RecordError as error:
-            self._owner.drop_damaged(self.keys[index], error)
-            raise RecordError(f"the record {self.keys[index].hex()} is damaged and was dropped: {error}") from error
-        if count:
             self._count(count)
         return pair
+
+    def copy_layer(self, index: int, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Copies one layer of the chunk at ``index`` to where the caller wants it, such as a slice of a prompt's cache.
+
+        What lies on disk and would not be kept in memory is copied straight from the file.
+
+        Args:
+            index: which chunk.
+            layer: which layer.
+            keys: ``[H, T, D]``, gets K; heads may lie apart from each other.
+            values: ``[H, T, D]``, gets V.
+
+        Raises:
+            StoreError, RecordError: as :meth:`layer`, and where the shapes differ.
+        """
+        with self._reading(index) as source:
+            self._count(source.copy_layer(layer, keys, values))
 
     def read_ahead(self) -> Batch:
         """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.
@@ -146,6 +166,17 @@ class Batch:
         self._owner.release(self.keys)
         self._owner.count_bytes(self.bytes_read)
 
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[Source]:
+        source = self._found[index]
+        if self._closed or source is None:
+            raise StoreError("the batch is closed" if self._closed else f"chunk {index} is a miss: see Batch.tiers")
+        try:
+            yield source
+        except RecordError as error:
+            self._owner.drop_damaged(self.keys[index], error)
+            raise RecordError(f"the record {self.keys[index].hex()} is damaged and was dropped: {error}") from error
+
     def _load_layers(self) -> None:
         for layer in range(max(source.layers for source in self._loading)):
             for source in self._loading:
@@ -158,8 +189,9 @@ class Batch:
                         return
 
     def _count(self, count: int) -> None:
-        with self._lock:
-            self.bytes_read += count
+        if count:
+            with self._lock:
+                self.bytes_read += count
 
     def __enter__(self) -> Batch:
         return self

@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,34 +82,31 @@ class DiskTier:
         return Snapshot(self.environment)
 
     def put(self, key: bytes, record: Record, payload: Payload, terms: Terms) -> Row | None:
-        """Stores a record in one transaction; durable when it returns.
+        """Stores one record: see :meth:`put_many`."""
+        return self.put_many([(key, record, payload, terms)])[0]
+
+    def put_many(self, items: Sequence[tuple[bytes, Record, Payload, Terms]]) -> list[Row | None]:
+        """Stores records in one transaction, all or none; durable when it returns.
 
         Returns:
-            What the books say of it now; None where it was not worth what it would have evicted.
+            What the books say of each now; None where one was not worth what it would have evicted.
 
         Raises:
-            StoreFullError: it cannot fit; nothing was changed.
+            StoreFullError: they cannot fit; nothing was changed.
         """
-        header = record.pack(key)
-        size = _pages(len(header)) + sum(_pages(stop - start) for start, stop in _spans(record))
+        reasons: list[str] = []
+        rows: list[Row | None] = []
         with self._ledger() as ledger:
-            row = self._drop(ledger, key, remember=False) or Row(Usage(0))
-            row.usage.add_cost(terms.cost_s)
-            row.usage.size_bytes = size
-            row.namespace = namespace_id(terms.namespace)
-            row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
-            victims = self._victims_for(ledger, row)
-            worth = ledger.promise(key, row)
-            if self._selective and any(victim.priority > worth for victim, _ in victims.values()):
-                ledger.refuse(key, row)
-                return None
-            for victim, (old, _) in victims.items():
-                ledger.age(old.priority)
-                self._drop(ledger, victim, remember=True)
-            self._write(ledger.txn, key, header, record, payload)
-            ledger.enter(key, row)
-        self.evictions.update(reason for _, reason in victims.values())
-        return row
+            together: set[bytes] = set()
+            for key, record, payload, terms in items:
+                row = self._admit(ledger, key, record, terms, together, reasons)
+                if row is not None:
+                    self._write(ledger.txn, key, record, payload)
+                    ledger.enter(key, row)
+                rows.append(row)
+                together.add(key)
+        self.evictions.update(reasons)
+        return rows
 
     def remove(self, key: bytes, reason: str | None = None) -> bool:
         """Forgets an entry; whether there was one. A reason is counted among the evictions."""
@@ -151,7 +148,7 @@ class DiskTier:
         except RecordError:
             return None
 
-    def keys(self) -> list[bytes]:
+    def stored(self) -> list[bytes]:
         """All records that are stored, also those that have expired or that the books do not know."""
         with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
             return [bytes(key) for key in cursor.iternext(values=False)]
@@ -220,15 +217,46 @@ class DiskTier:
             raise
         self.evictions["expired"] += len(expired)
 
-    def _victims_for(self, ledger: Ledger, row: Row) -> dict[bytes, tuple[Row, str]]:
+    def _admit(
+        self, ledger: Ledger, key: bytes, record: Record, terms: Terms, passed: set[bytes], reasons: list[str]
+    ) -> Row | None:
+        """Makes room for a record; its row, not yet in the books, or None where it is not worth that.
+
+        Args:
+            ledger: the books.
+            key: what it is to be stored under; what is stored there now is dropped.
+            record: its header.
+            terms: on which it is kept.
+            passed: entries that must stay.
+            reasons: gets one for each entry that was evicted.
+        """
+        row = self._drop(ledger, key, remember=False) or Row(Usage(0))
+        row.usage.add_cost(terms.cost_s)
+        row.usage.size_bytes = _pages(len(record.pack(key))) + sum(
+            _pages(stop - start) for start, stop in _spans(record)
+        )
+        row.namespace = namespace_id(terms.namespace)
+        row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
+        victims = self._victims_for(ledger, row, passed)
+        worth = ledger.promise(key, row)
+        if self._selective and any(victim.priority > worth for victim, _ in victims.values()):
+            ledger.refuse(key, row)
+            return None
+        for victim, (old, reason) in victims.items():
+            ledger.age(old.priority)
+            self._drop(ledger, victim, remember=True)
+            reasons.append(reason)
+        return row
+
+    def _victims_for(self, ledger: Ledger, row: Row, passed: set[bytes]) -> dict[bytes, tuple[Row, str]]:
         """The entries to evict for one that is not in the books yet, with the reason."""
         size = row.usage.size_bytes
         used, quota = ledger.space(row.namespace)
         if size > min(self.budget_bytes, quota):
             raise StoreFullError(f"an entry takes {size} bytes on disk, the most is {min(self.budget_bytes, quota)}")
-        own = ledger.victims(used + size - quota, (), row.namespace)
+        own = ledger.victims(used + size - quota, passed, row.namespace)
         freed = sum(victim.usage.size_bytes for victim in own.values())
-        others = ledger.victims(ledger.counters.used_bytes - freed + size - self.budget_bytes, own)
+        others = ledger.victims(ledger.counters.used_bytes - freed + size - self.budget_bytes, passed | own.keys())
         return {key: (victim, "quota") for key, victim in own.items()} | {
             key: (victim, "budget") for key, victim in others.items()
         }
@@ -244,9 +272,9 @@ class DiskTier:
             ledger.leave(key, row, remember=remember)
         return row
 
-    def _write(self, txn: Any, key: bytes, header: bytes, record: Record, payload: Payload) -> None:
+    def _write(self, txn: Any, key: bytes, record: Record, payload: Payload) -> None:
         data, segments = payload.data.numpy(), self.environment.db(b"segments")
-        txn.put(key, header, db=self.environment.db(b"entries"))
+        txn.put(key, record.pack(key), db=self.environment.db(b"entries"))
         for index, (start, stop) in enumerate(_spans(record)):
             txn.put(segment_key(key, index), data[start:stop], db=segments)
 

@@ -25,7 +25,7 @@ def export(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     written = 0
     with opened(path) as tier:
-        for key in tier.keys():
+        for key in tier.stored():
             try:
                 record, payload, _ = load(tier, key)
             except RecordError as error:

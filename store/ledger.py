@@ -150,10 +150,12 @@ class Ledger:
     def refuse(self, key: bytes, row: Row) -> None:
         """Remembers, as a ghost, an entry that is not in the books and was not worth its place."""
         self.age(self.promise(key, row))
-        row.usage.size_bytes = 0
-        row.expires_s = math.inf
+        self.counters.tick += 1
         self.counters.ghosts += 1
-        self.use(key, row, 1)
+        row.usage.size_bytes, row.expires_s = 0, math.inf
+        row.usage.frequency += 1
+        row.usage.tick, row.used_s = self.counters.tick, self.now
+        self._write(key, row)
         self._trim_ghosts()
 
     def space(self, namespace: bytes) -> tuple[int, int]:

@@ -80,7 +80,7 @@ class Verdict:
 def entries(path: str | os.PathLike[str]) -> Iterator[Entry]:
     """What a folder holds, in the order of the keys."""
     with opened(path) as tier:
-        for key in tier.keys():
+        for key in tier.stored():
             entry = _entry(tier, key)
             if entry is not None:
                 yield entry
@@ -102,7 +102,7 @@ def verify(
     damaged: list[tuple[bytes, str]] = []
     read = dropped = 0
     with opened(path) as tier:
-        keys = tier.keys()
+        keys = tier.stored()
         for done, key in enumerate(keys, 1):
             try:
                 read += load(tier, key, expired=True)[0].payload_bytes
@@ -169,7 +169,7 @@ def repair(path: str | os.PathLike[str]) -> int:
     try:
         # A file that does not open, or no further, ends the rescue: what was saved so far is what there is.
         with suppress(RecordError), opened(rescue) as old, opened(folder, _NO_BUDGET - 1) as tier:
-            for key in old.keys():
+            for key in old.stored():
                 saved += _save(old, tier, key)
     finally:
         _clear(rescue, remove=True)
@@ -234,12 +234,24 @@ def _entry(tier: DiskTier, key: bytes) -> Entry | None:
         logger.warning("the header of %s is damaged: %s", key.hex(), error)
     finally:
         snapshot.close()
-    facts = (record.space, record.codec, record.tokens) if record else (None, None, 0)
-    use, times = row.usage, (row.created_s, row.used_s, row.expires_s)
-    return Entry(key, *facts, use.size_bytes, use.frequency, use.cost_s, *times, row.pinned(tier.now()))
+    return Entry(
+        key=key,
+        space=record.space if record else None,
+        codec=record.codec if record else None,
+        tokens=record.tokens if record else 0,
+        size_bytes=row.usage.size_bytes,
+        frequency=row.usage.frequency,
+        cost_s=row.usage.cost_s,
+        created_s=row.created_s,
+        used_s=row.used_s,
+        expires_s=row.expires_s,
+        pinned=row.pinned(tier.now()),
+    )
 
 
 def _refuse_open(folder: Path) -> None:
+    if not (folder / _DATA).exists():
+        raise StoreError(f"{folder} is not a folder of a store")
     if Environment.is_open(folder):
         raise StoreError(f"{folder} is open in this process: close its stores first")
 

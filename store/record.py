@@ -18,7 +18,9 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -87,8 +89,8 @@ class Record:
         place = self.layout.layers[layer]
         return range(place.start // self.segment_bytes, -(-place.stop // self.segment_bytes))
 
-    def check_segment(self, index: int, data: Tensor) -> None:
-        """Raises RecordError where a segment's bytes (uint8) are not those that were stored."""
+    def check_segment(self, index: int, data: Any) -> None:
+        """Raises RecordError where a segment's bytes (a uint8 tensor or array) are not those that were stored."""
         if checksum(data) != self.checksums[index]:
             raise RecordError(f"segment {index} of {len(self.checksums)} is damaged: its checksum differs")
 
@@ -198,9 +200,9 @@ class Record:
         }
 
 
-def checksum(data: Tensor) -> int:
-    """xxh3_64 of a uint8 tensor."""
-    return xxhash.xxh3_64_intdigest(data.numpy().data)
+def checksum(data: Any) -> int:
+    """xxh3_64 of a uint8 tensor or array."""
+    return xxhash.xxh3_64_intdigest(np.asarray(data).data)
 
 
 def _header_checksum(key: bytes, header: bytes) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import struct
 import threading
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.environment import Environment, translated
-from ragkv.store.layout import Payload
+from ragkv.store.layout import Part, Payload
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
 
@@ -53,12 +56,32 @@ class Snapshot:
         """
         start, stop = record.segment_span(index)
         with self._lock, translated(self._environment.path):
-            data = self._txn.get(segment_key(key, index), db=self._environment.db(b"segments"))
-            if data is None or len(data) != stop - start:
-                raise RecordError(f"segment {index} is missing or cut short")
-            out.numpy()[start:stop] = memoryview(data)
+            out.numpy()[start:stop] = self._view(key, record, index)
         record.check_segment(index, out[start:stop])
         return stop - start
+
+    def scatter(self, key: bytes, record: Record, index: int, runs: list[tuple[int, Any]], verify: bool) -> None:
+        """Copies parts of a segment straight from the file.
+
+        Args:
+            key: the record's.
+            record: its header.
+            index: which segment.
+            runs: places in the payload, and uint8 arrays that what stands there is copied to.
+            verify: compare the segment's checksum before.
+
+        Raises:
+            RecordError: it is not what was stored; then nothing was copied.
+        """
+        start, stop = record.segment_span(index)
+        with self._lock, translated(self._environment.path):
+            view = self._view(key, record, index)
+            if verify:
+                record.check_segment(index, view)
+            for place, target in runs:
+                first, last = max(place, start), min(place + len(target), stop)
+                if first < last:
+                    target[first - place : last - place] = view[first - start : last - start]
 
     def counters(self) -> Counters:
         """What the books sum up.
@@ -79,6 +102,14 @@ class Snapshot:
             raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
         return self._reading.txn
 
+    def _view(self, key: bytes, record: Record, index: int) -> Any:
+        """A segment in the file, as a uint8 array that is valid while the lock is held."""
+        start, stop = record.segment_span(index)
+        data = self._txn.get(segment_key(key, index), db=self._environment.db(b"segments"))
+        if data is None or len(data) != stop - start:
+            raise RecordError(f"segment {index} is missing or cut short")
+        return np.frombuffer(data, dtype=np.uint8)
+
     def _get(self, db: bytes, key: bytes) -> bytes | None:
         with self._lock, translated(self._environment.path):
             data = self._txn.get(key, db=self._environment.db(db))
@@ -94,20 +125,25 @@ class Loading:
         key: what it is stored under.
         record: its header.
         row: what the books said of it.
-        payload: its bytes, as far as they were read.
     """
 
     tier = "disk"
 
-    def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row) -> None:
+    def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
         self.key = key
         self.record = record
         self.row = row
-        self.payload = Payload(record.payload_bytes)
+        self._keep = keep
         self._snapshot = snapshot
         self._missing = set(range(len(record.checksums)))
+        self._verified: set[int] = set()
         self._lock = threading.Lock()
+
+    @cached_property
+    def payload(self) -> Payload:
+        """Its bytes, as far as they were read."""
+        return Payload(self.record.payload_bytes)
 
     @property
     def complete(self) -> bool:
@@ -127,6 +163,39 @@ class Loading:
                 count += self._snapshot.segment(self.key, self.record, index, self.payload.data)
                 self._missing.discard(index)
             return count
+
+    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
+        """Copies a layer into the caller's tensors; the bytes that were read for it.
+
+        What memory would not keep anyway is copied straight from the file.
+        """
+        place = self.record.layout.layers[layer]
+        direct = self.record.codec == "raw" and not self._keep and _plain(keys) and _plain(values)
+        if not direct or len(self._missing) < len(self.record.checksums):
+            (source_keys, source_values), count = self.layer(layer)
+            keys.copy_(source_keys)
+            values.copy_(source_values)
+            return count
+        runs = _runs(keys, place.keys[""]) + _runs(values, place.values[""])
+        with self._lock:
+            for index in self.record.segments_of(layer):
+                self._snapshot.scatter(self.key, self.record, index, runs, index not in self._verified)
+                self._verified.add(index)
+        return place.stop - place.start
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether the tokens of each head lie one after the other in CPU memory."""
+    return tensor.device.type == "cpu" and tensor.stride()[1:] == (tensor.shape[2], 1)
+
+
+def _runs(tensor: Tensor, part: Part) -> list[tuple[int, Any]]:
+    """For each head its place in the payload, and the memory that it is to be copied to."""
+    if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
+        raise StoreError(f"the layer is {part.dtype} {part.shape}, the target {tensor.dtype} {tuple(tensor.shape)}")
+    length = tensor.shape[1] * tensor.shape[2] * tensor.element_size()
+    heads = tensor.view(torch.uint8).numpy()
+    return [(part.start + head * length, heads[head].reshape(-1)) for head in range(tensor.shape[0])]
 
 
 def segment_key(key: bytes, index: int) -> bytes:

@@ -106,26 +106,43 @@ class TieredStore:
             StoreFullError: it cannot fit beside what is pinned or in use, or the disk is full. Nothing was evicted.
             StoreError: it is no KV that can be stored, or the folder is for reading only.
         """
+        return self.put_many([(key, kv, cost_s)], space=space, namespace=namespace, lifetime_s=lifetime_s)[0]
+
+    def put_many(
+        self,
+        items: Sequence[tuple[bytes, ChunkKV, float]],
+        *,
+        space: str = "",
+        namespace: str = "",
+        lifetime_s: float = math.inf,
+    ) -> list[bool]:
+        """Stores several chunks, on disk in one transaction: all or none, and synced once.
+
+        Args:
+            items: key, KV and seconds that the prefill took, of each.
+            space: see :meth:`put`, as for the rest.
+            namespace: whose entries they are.
+            lifetime_s: seconds after which they are misses.
+
+        Returns:
+            Whether each is stored now.
+
+        Raises:
+            StoreFullError, StoreError: see :meth:`put`. On disk nothing was changed.
+        """
         self._check_open()
-        terms = Terms(namespace, lifetime_s, cost_s)
         started = perf_counter()
-        record, payload = encode(kv, codec=self._codec, space=space)
-        encoded = perf_counter()
-        if self._disk is None:
-            with self._tiers.lock:
-                kept = self._cpu.put(key, record.decode(payload), terms, selective=self._selective)
-        else:
-            row = self._disk.put(key, record, payload, terms)
-            kept = row is not None
-            if row is not None:
-                self._tiers.unreadable.discard(key)
-                self._tiers.promote(key, record.decode(payload), row)
+        encoded = [
+            (key, *encode(kv, codec=self._codec, space=space), Terms(namespace, lifetime_s, cost_s))
+            for key, kv, cost_s in items
+        ]
+        between = perf_counter()
+        kept = self._tiers.put_many(encoded, selective=self._selective)
         with self._tiers.lock:
-            self._tally.seconds["encode"] += encoded - started
-            self._tally.seconds["write"] += perf_counter() - encoded
-            self._tally.bytes_written += record.payload_bytes if kept and self._disk is not None else 0
-            self._tally.puts += kept
-            self._tally.refused += not kept
+            self._tally.seconds["encode"] += between - started
+            self._tally.seconds["write"] += perf_counter() - between
+            self._tally.puts += sum(kept)
+            self._tally.refused += len(kept) - sum(kept)
         return kept
 
     def get(self, key: bytes) -> ChunkKV | None:

@@ -13,7 +13,9 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RagKVError, RecordError, StoreFullError
 from ragkv.store.batch import InMemory, Source
 from ragkv.store.disk import DiskTier
+from ragkv.store.layout import Payload
 from ragkv.store.memory import MemoryTier
+from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.snapshot import Loading, Snapshot
 from ragkv.store.stats import Tally
@@ -61,6 +63,24 @@ class Tiers:
             for key in set(keys):
                 if self.leases[key] <= 0:
                     del self.leases[key]
+
+    def put_many(self, items: Sequence[tuple[bytes, Record, Payload, Terms]], *, selective: bool) -> list[bool]:
+        """Stores records on disk, where there is one, and in memory, as far as they are worth that."""
+        if self.disk is None:
+            with self.lock:
+                return [
+                    self.cpu.put(key, record.decode(payload), terms, selective=selective)
+                    for key, record, payload, terms in items
+                ]
+        rows = self.disk.put_many(items)
+        for (key, record, payload, _), row in zip(items, rows, strict=True):
+            if row is not None:
+                self.unreadable.discard(key)
+                if self.cpu.budget_bytes:
+                    self.promote(key, record.decode(payload), row)
+                with self.lock:
+                    self.tally.bytes_written += record.payload_bytes
+        return [row is not None for row in rows]
 
     def contains(self, key: bytes) -> bool:
         """Whether a chunk can be read, from any tier."""
@@ -148,7 +168,8 @@ class Tiers:
                 self.drop_damaged(key, error)
                 continue
             if found is not None:
-                loading[key] = Loading(snapshot, key, *found)
+                fits = found[0].payload_bytes <= self.cpu.budget_bytes
+                loading[key] = Loading(snapshot, key, *found, keep=fits)
         return loading
 
     def _forget_removed(self, snapshot: Snapshot) -> None:
