@@ -198,9 +198,9 @@ class _Pass:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
         self.cache.set_length(self.layout.tokens - len(self.rows))
         self.cache.prepare = self._prepare
-        self.trace.attention = self.decoder.attention
         self.trace.fresh = [self._reusable_rows()] * len(self.decoder.layers)
-        return self.decoder.step(self.layout.ids[self.rows], self.rows, self.cache)
+        with self.decoder.fusion_attention(scattered=False) as self.trace.attention:
+            return self.decoder.step(self.layout.ids[self.rows], self.rows, self.cache)
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their positions, and attention sees the whole prompt through masks."""
@@ -212,7 +212,7 @@ class _Pass:
             if self.checks and number >= self.checks[0]
         ]
         try:
-            with self.decoder.scattered_attention() as self.trace.attention:
+            with self.decoder.fusion_attention(scattered=True) as self.trace.attention:
                 self.masks = self.decoder.masks(self.rows, self.layout.tokens)
                 mask = None if self._everything() else for_model(self.masks, self.decoder.config)
                 return self.decoder.step(self.layout.ids[self.rows], self.rows, self.cache, mask)

@@ -219,8 +219,7 @@ class Library:
             placement = Placement(self.decoder, cache, layout, self._reader.anchor, self.store, batch, keys, {})
             for layer in range(len(self.decoder.layers)):
                 placement.layer(layer)
-            with self.decoder.scattered_attention():
-                recompute(self.decoder, cache, layout.ids, (anchor + repair.rows).to(self.decoder.device))
+            recompute(self.decoder, cache, layout.ids, (anchor + repair.rows).to(self.decoder.device))
             cache.set_length(len(ids))
         cost = (perf_counter() - begin) / len(ids)
         for item in placed[repair.first :]:

@@ -102,8 +102,3 @@ def for_model(masks: MaskBuilder, config: PreTrainedConfig) -> Tensor | dict[str
     if kinds is None:
         return masks.layer(0)
     return {kind: masks.layer(kinds.index(kind)) for kind in set(kinds)}
-
-
-def takes_masks(attention: str) -> bool:
-    """Whether an attention implementation reads a dense mask, as scattered queries need it."""
-    return attention in ("eager", "sdpa")

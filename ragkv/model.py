@@ -7,16 +7,16 @@ how its keys turn, which keys its layers see.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ragkv.attention import fusion_attention
 from ragkv.cache import FusedCache, LayerSpec
 from ragkv.errors import UnsupportedModelError
-from ragkv.masks import MaskBuilder, layer_rules, takes_masks
+from ragkv.masks import MaskBuilder, layer_rules
 from ragkv.rope import TOLERANCE, Probe, probe_rotations
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -103,24 +103,11 @@ class Decoder:
 
     def masks(self, positions: Tensor, keys: int) -> MaskBuilder:
         """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions."""
-        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention != "sdpa")
+        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention == "eager")
 
-    @contextmanager
-    def scattered_attention(self) -> Iterator[str]:
-        """Attention that takes dense masks, for one pass over scattered tokens; yields its name.
-
-        Flash and flex attention know no scattered queries: for this one pass the model's eager attention serves, with its
-        own soft caps, sinks and windows, and the model's setting is put back whatever happens.
-        """
-        loaded = self.attention
-        if takes_masks(loaded):
-            yield loaded
-            return
-        self.model.set_attn_implementation("eager")
-        try:
-            yield "eager"
-        finally:
-            self.model.set_attn_implementation(loaded)
+    def fusion_attention(self, *, scattered: bool) -> AbstractContextManager[str]:
+        """See :func:`ragkv.attention.fusion_attention`."""
+        return fusion_attention(self.model, self.config, scattered)
 
     def _span(self, start: int, tokens: int) -> Tensor:
         return torch.arange(start, start + tokens, device=self.device)[None]
@@ -168,8 +155,7 @@ class Decoder:
         rows = torch.cat([rows[rows < tokens - 1], everywhere[-1:]])
         from ragkv.fusion import recompute
 
-        with self.scattered_attention():
-            got = recompute(self, cache, ids, rows)
+        got = recompute(self, cache, ids, rows)
         error = float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
         if not error <= TOLERANCE[self.dtype]:
             raise UnsupportedModelError(

@@ -232,9 +232,7 @@ class DiskTier:
         """
         row = self._drop(ledger, key, remember=False) or Row(Usage(0))
         row.usage.add_cost(terms.cost_s)
-        row.usage.size_bytes = _pages(len(record.pack(key))) + sum(
-            _pages(stop - start) for start, stop in _spans(record)
-        )
+        row.usage.size_bytes = _pages(len(record.pack(key))) + sum(_pages(stop - start) for start, stop in record.spans)
         row.namespace = namespace_id(terms.namespace)
         row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
         victims = self._victims_for(ledger, row, passed)
@@ -275,7 +273,7 @@ class DiskTier:
     def _write(self, txn: Any, key: bytes, record: Record, payload: Payload) -> None:
         data, segments = payload.data.numpy(), self.environment.db(b"segments")
         txn.put(key, record.pack(key), db=self.environment.db(b"entries"))
-        for index, (start, stop) in enumerate(_spans(record)):
+        for index, (start, stop) in enumerate(record.spans):
             txn.put(segment_key(key, index), data[start:stop], db=segments)
 
     def _get(self, db: bytes, key: bytes) -> bytes | None:
@@ -293,10 +291,6 @@ class DiskTier:
                 f"{self.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
                 f"{version!r}): use another folder, or delete it and let it be computed anew"
             )
-
-
-def _spans(record: Record) -> list[tuple[int, int]]:
-    return [record.segment_span(index) for index in range(len(record.checksums))]
 
 
 def _pages(count: int) -> int:

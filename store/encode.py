@@ -8,7 +8,7 @@ from torch import Tensor
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Side
-from ragkv.store.layout import Layout, Payload
+from ragkv.store.layout import Layout, Payload, Segments
 from ragkv.store.record import SEGMENT_BYTES, Record, Shape, checksum
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,6 +31,7 @@ def encode(kv: ChunkKV, *, codec: Codec, space: str = "", segment_bytes: int = S
     payload = Payload(layout.payload_bytes)
     for name, tensor in tensors.items():
         payload.fill(layout.parts[name], tensor)
+    spans = Segments.cut(layout, segment_bytes).spans
     record = Record(
         layout=layout,
         shapes=[(_shape(key), _shape(value)) for key, value in kv],
@@ -39,7 +40,7 @@ def encode(kv: ChunkKV, *, codec: Codec, space: str = "", segment_bytes: int = S
         codec=codec.name,
         space=space,
         segment_bytes=segment_bytes,
-        checksums=tuple(checksum(piece) for piece in payload.data.split(segment_bytes)),
+        checksums=tuple(checksum(payload.data[start:stop]) for start, stop in spans),
     )
     return record, payload
 

@@ -53,7 +53,7 @@ class Layer:
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """All parts by name (``k.3``, ``v.3``, ``k.3.scale``), in the order of the payload, without holes."""
 
@@ -99,6 +99,41 @@ class Layout:
             ValueError, KeyError, TypeError: it is none, or contradicts itself.
         """
         return Layout({name: _part(entry) for name, entry in json.loads("{" + text + "}").items()})
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How a payload is cut: layers that follow each other as long as they fit, a layer that does not in equal pieces.
+
+    Attributes:
+        spans: first byte of each segment, and the byte behind its last.
+        of_layer: per layer the segments that it lies in.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    of_layer: tuple[range, ...]
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def cut(layout: Layout, bound: int) -> Segments:
+        """Cuts a payload into segments of at most ``bound`` bytes."""
+        spans: list[tuple[int, int]] = []
+        of_layer: list[range] = []
+        for layer in layout.layers:
+            size = layer.stop - layer.start
+            if size > bound:
+                pieces = -(-size // bound)
+                piece = -(-size // (pieces * _ALIGNMENT)) * _ALIGNMENT
+                starts = range(layer.start, layer.stop, min(piece, bound))
+                of_layer.append(range(len(spans), len(spans) + len(starts)))
+                spans += [(start, min(start + starts.step, layer.stop)) for start in starts]
+            elif spans and of_layer and layer.stop - spans[-1][0] <= bound:
+                spans[-1] = (spans[-1][0], layer.stop)
+                of_layer.append(range(len(spans) - 1, len(spans)))
+            else:
+                spans.append((layer.start, layer.stop))
+                of_layer.append(range(len(spans) - 1, len(spans)))
+        return Segments(tuple(spans), tuple(of_layer))
 
 
 class Payload:

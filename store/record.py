@@ -3,7 +3,7 @@
 A record is a safetensors file (header, then the tensors' bytes: layer 0's K, V, layer 1's K, V ...), kept as
 
     header   b"RAGKV" | version u8 | 0 u16 | xxh3_64 of key and rest u64 | safetensors header (length u64, JSON)
-    payload  the tensors' bytes, cut into segments of ``segment_bytes``; the last one is shorter
+    payload  the tensors' bytes, cut into segments of at most ``segment_bytes``, between layers where that is possible
 
 so that a header and its segments, one after the other, *are* a safetensors file. The checksums of the segments stand in
 the header, whose own checksum covers the key: a record that is found under another's key is damaged. All numbers are
@@ -28,14 +28,13 @@ from torch import Tensor
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError
 from ragkv.store.codecs import decoder
-from ragkv.store.layout import DTYPES, NAMES, Layout, Part, Payload
+from ragkv.store.layout import DTYPES, NAMES, Layout, Part, Payload, Segments
 
 VERSION = 1
 MAGIC = b"RAGKV"
-# An overflow page of LMDB has a header of 16 bytes: with it a segment fills its pages exactly, and as all full
-# segments are equally long, the room that one leaves fits the next. Small enough to be hashed in the second-level
-# cache right after it was copied.
-SEGMENT_BYTES = (1 << 18) - 16
+# Small enough to be copied out of the second-level cache right after it was hashed, and bounded so that the room
+# that a segment leaves in the file fits another.
+SEGMENT_BYTES = 1 << 19
 
 _PREFIX = struct.Struct("<5sBHQ")
 _LENGTH = struct.Struct("<Q")
@@ -56,7 +55,7 @@ class Record:
         base: position at which the chunk's first token stood when the KV was made.
         codec: how tensors were encoded.
         space: fingerprint of all that the KV depends on besides its ids.
-        segment_bytes: bytes of each segment but the last.
+        segment_bytes: the most that a segment has.
         checksums: xxh3_64 of each segment.
     """
 
@@ -79,15 +78,14 @@ class Record:
         """Bytes of all segments together."""
         return self.layout.payload_bytes
 
-    def segment_span(self, index: int) -> tuple[int, int]:
-        """First byte of a segment in the payload, and the byte behind its last."""
-        start = index * self.segment_bytes
-        return start, min(start + self.segment_bytes, self.payload_bytes)
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Per segment its first byte in the payload, and the byte behind its last."""
+        return Segments.cut(self.layout, self.segment_bytes).spans
 
     def segments_of(self, layer: int) -> range:
         """The segments in which a layer's bytes lie."""
-        place = self.layout.layers[layer]
-        return range(place.start // self.segment_bytes, -(-place.stop // self.segment_bytes))
+        return Segments.cut(self.layout, self.segment_bytes).of_layer[layer]
 
     def check_segment(self, index: int, data: Any) -> None:
         """Raises RecordError where a segment's bytes (a uint8 tensor or array) are not those that were stored."""
@@ -176,8 +174,8 @@ class Record:
         )
         if len(layers) != len(layout.layers) or record.base < 0 or record.segment_bytes < 1:
             raise ValueError(f"{len(layers)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
-        if len(record.checksums) != -(-layout.payload_bytes // record.segment_bytes):
-            raise ValueError(f"{len(record.checksums)} checksums for {layout.payload_bytes} bytes")
+        if len(record.checksums) != len(record.spans):
+            raise ValueError(f"{len(record.checksums)} checksums for {len(record.spans)} segments")
         return record
 
     def _metadata(self) -> dict[str, str]:

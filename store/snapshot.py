@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -54,34 +55,32 @@ class Snapshot:
         Raises:
             RecordError: it is not what was stored.
         """
-        start, stop = record.segment_span(index)
+        start, stop = record.spans[index]
         with self._lock, translated(self._environment.path):
             out.numpy()[start:stop] = self._view(key, record, index)
         record.check_segment(index, out[start:stop])
         return stop - start
 
-    def scatter(self, key: bytes, record: Record, index: int, runs: list[tuple[int, Any]], verify: bool) -> None:
+    def scatter(self, key: bytes, record: Record, index: int, runs: Sequence[tuple[int, Any]], verify: bool) -> None:
         """Copies parts of a segment straight from the file.
 
         Args:
             key: the record's.
             record: its header.
             index: which segment.
-            runs: places in the payload, and uint8 arrays that what stands there is copied to.
+            runs: places in the payload, and uint8 arrays ``[H, bytes of a head]`` that what stands there is copied to.
             verify: compare the segment's checksum before.
 
         Raises:
             RecordError: it is not what was stored; then nothing was copied.
         """
-        start, stop = record.segment_span(index)
+        start = record.spans[index][0]
         with self._lock, translated(self._environment.path):
             view = self._view(key, record, index)
             if verify:
                 record.check_segment(index, view)
             for place, target in runs:
-                first, last = max(place, start), min(place + len(target), stop)
-                if first < last:
-                    target[first - place : last - place] = view[first - start : last - start]
+                _copy(view, start, place, target)
 
     def counters(self) -> Counters:
         """What the books sum up.
@@ -104,7 +103,7 @@ class Snapshot:
 
     def _view(self, key: bytes, record: Record, index: int) -> Any:
         """A segment in the file, as a uint8 array that is valid while the lock is held."""
-        start, stop = record.segment_span(index)
+        start, stop = record.spans[index]
         data = self._txn.get(segment_key(key, index), db=self._environment.db(b"segments"))
         if data is None or len(data) != stop - start:
             raise RecordError(f"segment {index} is missing or cut short")
@@ -176,7 +175,7 @@ class Loading:
             keys.copy_(source_keys)
             values.copy_(source_values)
             return count
-        runs = _runs(keys, place.keys[""]) + _runs(values, place.values[""])
+        runs = _target(keys, place.keys[""]), _target(values, place.values[""])
         with self._lock:
             for index in self.record.segments_of(layer):
                 self._snapshot.scatter(self.key, self.record, index, runs, index not in self._verified)
@@ -189,13 +188,24 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.stride()[1:] == (tensor.shape[2], 1)
 
 
-def _runs(tensor: Tensor, part: Part) -> list[tuple[int, Any]]:
-    """For each head its place in the payload, and the memory that it is to be copied to."""
-    if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
+def _target(tensor: Tensor, part: Part) -> tuple[int, Any]:
+    """A part's place in the payload, and the memory that it is to be copied to as an array ``[H, bytes of a head]``."""
+    if tensor.shape != part.shape or tensor.dtype != part.dtype:
         raise StoreError(f"the layer is {part.dtype} {part.shape}, the target {tensor.dtype} {tuple(tensor.shape)}")
-    length = tensor.shape[1] * tensor.shape[2] * tensor.element_size()
-    heads = tensor.view(torch.uint8).numpy()
-    return [(part.start + head * length, heads[head].reshape(-1)) for head in range(tensor.shape[0])]
+    return part.start, tensor.view(torch.uint8).numpy().reshape(tensor.shape[0], -1)
+
+
+def _copy(view: Any, start: int, place: int, target: Any) -> None:
+    """Copies what a segment, which begins at ``start``, has of the part at ``place``."""
+    row, stop = target.shape[1], start + len(view)
+    if start <= place and place + target.size <= stop:
+        target[:] = view[place - start : place - start + target.size].reshape(target.shape)
+        return
+    for head in range(len(target)):
+        first, last = max(place + head * row, start), min(place + (head + 1) * row, stop)
+        if first < last:
+            offset = place + head * row
+            target[head, first - offset : last - offset] = view[first - start : last - start]
 
 
 def segment_key(key: bytes, index: int) -> bytes:

@@ -457,9 +457,9 @@ def test_layer_by_layer_and_chunk_by_chunk_place_the_same(shared_model, tmp_path
 
     with Engine(shared_model, template=TEMPLATE, store=TieredStore(tmp_path / "kv", cpu_bytes=0)) as engine:
         chunks = engine.add([random_ids(20), random_ids(31), random_ids(7)])[::-1]
+        init = placement.Placement.__init__
         for method in (Reuse(), LegoLink(k=4), CacheBlend(ratio=0.3, check_layer=2)):
             one = engine.fuse(chunks, QUESTION, method=method)
-            init = placement.Placement.__init__
             with monkeypatch.context() as patch:
                 patch.setattr(placement.Placement, "__init__", lambda *a: init(*a, by_layer=True))
                 two = engine.fuse(chunks, QUESTION, method=method)

@@ -41,7 +41,7 @@ def test_segments_are_spliced_as_ids(tokenizer):
         tokenizer, "\n"
     )
     assert parts.suffix("who?") == plain(tokenizer, "Q: ") + plain(tokenizer, "who?") + plain(tokenizer, " A:")
-    assert parts.chunk([5, 6]) == plain(tokenizer, "- ") + (5, 6) + plain(tokenizer, "\n")
+    assert parts.chunk([5, 6]) == (*plain(tokenizer, "- "), 5, 6, *plain(tokenizer, "\n"))
 
 
 def test_chat_template_is_cut_into_parts(tokenizer):

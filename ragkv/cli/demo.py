@@ -183,7 +183,7 @@ def _show_summary(summary: dict[str, Any], read: dict[str, Any], method: str) ->
     print(
         f"\n{method}: {summary['right']} of {summary['questions']} right (full prefill of the same passages: "
         f"{summary['full_prefill_right']}). First token after {show.milliseconds(summary['median_first_token_ms'])}, full "
-        f"prefill {show.milliseconds(summary['median_full_prefill_ms'])}, {summary['median_speedup']:.1f} times faster "
+        f"prefill {show.milliseconds(summary['median_full_prefill_ms'])}, {summary['median_speedup']:.1f} times as fast "
         f"(medians, retrieval not counted). {show.number(read['tokens_read'], 'token')} read at start."
     )
     show.hint(f"documents, vectors and KV are in {read['path']}")

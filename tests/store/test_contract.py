@@ -101,6 +101,39 @@ class StoreContract:
         with pytest.raises(StoreError, match="closed"):
             batch.layer(0, 0)
 
+    @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+    def test_layers_are_copied_into_a_prompt(self, store, kv, key, kind):
+        want, other = kv(1, **kind), kv(2, tokens=3, **{k: v for k, v in kind.items() if k != "tokens"})
+        store.put(key(1), want)
+        store.put(key(2), other)
+        heads, tokens, dim = want.keys[0].shape
+        for layer in range(len(want.keys)):
+            prompt = torch.full((2, 1, heads, tokens + 9, dim), torch.nan, dtype=want.keys[0].dtype)
+            with store.read([key(2), key(1), key(1)]) as batch:
+                batch.copy_layer(0, layer, prompt[0, 0, :, 1:4], prompt[1, 0, :, 1:4])
+                batch.copy_layer(1, layer, prompt[0, 0, :, 4 : 4 + tokens], prompt[1, 0, :, 4 : 4 + tokens])
+                assert torch.equal(batch.layer(2, layer)[0], want.keys[layer])
+            assert torch.equal(prompt[0, 0, :, 1 : 4 + tokens], torch.cat([other.keys[layer], want.keys[layer]], 1))
+            assert torch.equal(prompt[1, 0, :, 1 : 4 + tokens], torch.cat([other.values[layer], want.values[layer]], 1))
+            assert prompt[:, :, :, 0].isnan().all()
+            assert prompt[:, :, :, 4 + tokens :].isnan().all()
+
+    def test_read_ahead_changes_nothing(self, store, kv, key):
+        want = kv(1, tokens=700, heads=4, dim=64, layers=4)
+        store.put(key(1), want)
+        with store.read([key(1), key(9)]).read_ahead() as batch:
+            for layer in range(4):
+                assert torch.equal(batch.layer(0, layer)[1], want.values[layer])
+
+    def test_several_are_put_at_once(self, make, kv, key, same):
+        with make(200_000) as store:
+            assert store.put_many([(key(number), kv(number), 0.5) for number in range(5)]) == [True] * 5
+            for number in range(5):
+                same(store.get(key(number)), kv(number))
+            with pytest.raises(StoreFullError):
+                store.put_many([(key(9), kv(9), 0.0), (key(10), kv(10, tokens=5_000), 0.0)])
+            same(store.get(key(3)), kv(3))
+
     def test_budget_is_kept(self, make, kv, key):
         budget = 200_000
         with make(budget) as store:

@@ -15,6 +15,7 @@ import torch
 
 from ragkv.errors import RagKVError, StoreError, StoreFullError
 from ragkv.store import TieredStore, environment
+from ragkv.store.snapshot import segment_key
 
 SIZES = (5, 60, 300)
 
@@ -180,8 +181,10 @@ def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, c
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), want)
         store.put(key(2), kv(2))
+        snapshot = store._disk.snapshot()
+        segment = segment_key(key(1), snapshot.find(key(1), None)[0].segments_of(2)[1])
+        snapshot.close()
         with store._disk.environment.write() as txn:
-            segment = key(1) + bytes([0, 0, 0, 40])
             data = bytearray(txn.get(segment, db=store._disk.environment.db(b"segments")))
             data[1000] ^= 4
             txn.put(segment, bytes(data), db=store._disk.environment.db(b"segments"))
