@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -44,6 +44,9 @@ class Library:
         piece_tokens: tokens of a document that one forward pass reads.
         namespace: chunks stored under another namespace are never found.
 
+    Attributes:
+        tokens_read: tokens of documents that the model has read since this object was made.
+
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
     """
@@ -75,6 +78,7 @@ class Library:
         self.document_tokens = min(document_tokens or 8192, room)
         self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens)
         self._lock = threading.RLock()
+        self.tokens_read = 0
 
     def add(self, passages: Sequence[Text]) -> list[Chunk]:
         """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
@@ -176,7 +180,7 @@ class Library:
         """Close the store."""
         self.store.close()
 
-    def __enter__(self) -> Library:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -195,7 +199,11 @@ class Library:
         """Prefill chunks, each in its context, as the stored beginning of its document allows."""
         if missing:
             with self._lock:
-                yield from self._reader.read(missing, lambda chunk: self.store.get(self.chunk_key(chunk)))
+                for chunk, kv, seconds in self._reader.read(
+                    missing, lambda chunk: self.store.get(self.chunk_key(chunk))
+                ):
+                    self.tokens_read += len(chunk)
+                    yield chunk, kv, seconds
 
     def _one_window(self, chunks: Sequence[Chunk]) -> bool:
         return self.context == "document" and all(b.offset == a.offset + len(a) for a, b in pairwise(chunks))
@@ -221,6 +229,7 @@ class Library:
                 placement.layer(layer)
             recompute(self.decoder, cache, layout.ids, (anchor + repair.rows).to(self.decoder.device))
             cache.set_length(len(ids))
+        self.tokens_read += len(repair.rows)
         cost = (perf_counter() - begin) / len(ids)
         for item in placed[repair.first :]:
             kv = cut(cache, item.start, item.stop)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ragkv.chunk import Chunk, digest
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError, RagKVError
+from ragkv.loading import BUNDLED, load_embedder, load_model
 from ragkv.methods import Method
 from ragkv.prompt import PromptTemplate
-from ragkv.repair import marked
 from ragkv.report import Answer
 from ragkv.retrieval import (
     Change,
@@ -24,16 +22,12 @@ from ragkv.retrieval import (
     Hit,
     LoadedFile,
     Retriever,
-    SentenceTransformerEmbedder,
     SkippedFile,
     TokenChunker,
     load_files,
 )
+from ragkv.shelf import Shelf
 from ragkv.store import TieredStore
-
-#: The name under which the model that ragkv ships is asked for.
-BUNDLED = "bundled"
-_KNOWN_DOCUMENTS = 256
 
 
 @dataclass
@@ -74,6 +68,7 @@ class RAG:
         chunker: cuts texts into passages; by default of at most 256 of the model's tokens.
         repair_tokens: read a changed document by computing the changed passages and this many tokens behind each change (see
             :meth:`Engine.repair_document`); ``None``: read it exactly, from the first changed passage on.
+        model_name: what the model is called where a folder of another model is refused.
 
     Raises:
         IncompatibleFolderError: the retriever's folder was made with another model.
@@ -85,14 +80,14 @@ class RAG:
         retriever: Retriever,
         chunker: TokenChunker | None = None,
         repair_tokens: int | None = None,
+        model_name: str = "",
     ):
         if engine.tokenizer is None:
             raise ValueError("RAG reads text: the engine needs a tokenizer")
-        self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
+        self.engine, self.retriever, self.shelf = engine, retriever, Shelf(engine, repair_tokens)
         self.chunker = chunker or TokenChunker(engine.tokenizer)
-        name = getattr(engine.decoder.config, "_name_or_path", "") or type(engine.model).__name__
+        name = model_name or getattr(engine.decoder.config, "_name_or_path", "") or type(engine.model).__name__
         retriever.catalogue.require("model", engine.model_fingerprint, str(name))
-        self._known: OrderedDict[bytes, list[Chunk]] = OrderedDict()
 
     @classmethod
     def from_pretrained(
@@ -132,14 +127,16 @@ class RAG:
         """
         folder = None if path is None else Path(path)
         with ExitStack() as opened:
-            retriever = Retriever.open(None if folder is None else folder / "documents", _embedder(embedder))
+            retriever = Retriever.open(None if folder is None else folder / "documents", load_embedder(embedder))
             opened.callback(retriever.close)
-            loaded, tokenizer, own = _load(model, device, model_options)
+            loaded, tokenizer, own = load_model(model, device, model_options)
             store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
             opened.callback(store.close)
             engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own)
             default_tokens = 96 if model == BUNDLED else 256
-            rag = cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens)
+            rag = cls(
+                engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens, str(model)
+            )
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
 
@@ -211,7 +208,7 @@ class RAG:
             DocumentError: there is no such document.
         """
         change = self.retriever.remove(source)
-        self._forget_orphans(change)
+        self.shelf.forget(change)
         return change
 
     def refresh(self, progress: Callable[[str], None] | None = None) -> int:
@@ -225,49 +222,84 @@ class RAG:
         """
         tokens = 0
         for document in self.retriever.catalogue.documents():
-            tokens += self._read(self.retriever.catalogue.texts(document.source))
+            tokens += self.shelf.read(self.retriever.catalogue.texts(document.source))
             if progress is not None:
                 progress(document.source)
         return tokens
 
-    def retrieve(self, question: str, top_k: int = 5) -> list[Hit]:
-        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order."""
+    def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
+        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
+
+        Args:
+            question: not blank.
+            top_k: passages to find.
+            neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
+                is found less well than the one before it that names her; with stored KV the extra tokens cost little.
+        """
         hits = self.retriever.search(question, top_k)
-        first = {hit.document_id: rank for rank, hit in reversed(list(enumerate(hits)))}
-        return sorted(hits, key=lambda hit: (first[hit.document_id], hit.position))
+        found = {(hit.document_id, hit.position): hit for hit in reversed(hits)}
+        for hit in hits if neighbours > 0 else ():
+            for beside in self._around(hit, neighbours):
+                found.setdefault((beside.document_id, beside.position), beside)
+        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+        return sorted(found.values(), key=lambda hit: (rank[hit.document_id], hit.position))
+
+    def _around(self, hit: Hit, neighbours: int) -> Iterator[Hit]:
+        """The passages on either side of a hit, with its score."""
+        document, texts = self.retriever.catalogue.get(hit.source), self.retriever.catalogue.texts(hit.source)
+        ids = () if document is None else document.passage_ids
+        near = range(max(0, hit.position - neighbours), min(len(ids), len(texts), hit.position + neighbours + 1))
+        for position in near:
+            yield replace(hit, passage_id=ids[position], text=texts[position], position=position)
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
-        return [self._document(self.retriever.catalogue.texts(hit.source))[hit.position] for hit in hits]
+        return [self.shelf.chunks(self.retriever.catalogue.texts(hit.source))[hit.position] for hit in hits]
 
-    def ask(self, question: str, *, top_k: int = 5, method: Method | None = None, **generation: Any) -> SourcedAnswer:
+    def ask(
+        self,
+        question: str,
+        *,
+        top_k: int = 5,
+        neighbours: int = 0,
+        method: Method | None = None,
+        **generation: Any,
+    ) -> SourcedAnswer:
         """Answer a question over the documents.
 
         Args:
             question: not blank.
-            top_k: passages to read.
+            top_k: passages to find.
+            neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             **generation: what ``model.generate`` takes.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
         """
-        hits = self._found(question, top_k)
+        hits = self._found(question, top_k, neighbours)
         answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
         return SourcedAnswer(answer.text, answer.token_ids, answer.report, hits)
 
     def stream(
-        self, question: str, *, top_k: int = 5, method: Method | None = None, **generation: Any
+        self,
+        question: str,
+        *,
+        top_k: int = 5,
+        neighbours: int = 0,
+        method: Method | None = None,
+        **generation: Any,
     ) -> tuple[list[Hit], Iterator[str]]:
         """The passages for a question, and the answer over them piece by piece.
 
         Args:
             question: not blank.
-            top_k: passages to read.
+            top_k: passages to find.
+            neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             **generation: what ``model.generate`` takes.
         """
-        hits = self._found(question, top_k)
+        hits = self._found(question, top_k, neighbours)
         return hits, self.engine.stream(self.chunks(hits), question, method=method, **generation)
 
     def close(self) -> None:
@@ -283,8 +315,8 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int) -> list[Hit]:
-        hits = self.retrieve(question, top_k)
+    def _found(self, question: str, top_k: int, neighbours: int) -> list[Hit]:
+        hits = self.retrieve(question, top_k, neighbours)
         if not hits:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
         return hits
@@ -295,66 +327,5 @@ class RAG:
             raise DocumentError(f"{source}: no text in it")
         change = self.retriever.add(source, passages, metadata)
         added.changes.append(change)
-        added.tokens_read += self._read(passages, change)
-        self._forget_orphans(change)
-
-    def _read(self, passages: Sequence[str], change: Change | None = None) -> int:
-        chunks = self._document(passages)
-        missing = self.engine.missing(chunks)
-        if missing and change and change.old_passages and self.repair_tokens is not None:
-            old = self._document(change.old_passages)
-            repaired = self.engine.repair_document(old, list(passages), self.repair_tokens)
-            self._keep_mark(passages, repaired)
-        elif missing:
-            self.engine.add_chunks(chunks)
-        return sum(len(chunk) for chunk in missing)
-
-    def _keep_mark(self, passages: Sequence[str], chunks: list[Chunk]) -> None:
-        """Remember where a document was repaired, beside its KV: they are found by it."""
-        first = next((number for number, chunk in enumerate(chunks) if chunk.mark), None)
-        if first is not None:
-            fact = json.dumps({"first": first, "mark": chunks[first].mark}).encode()
-            self.engine.store.meta_put(_mark_name(passages), fact)
-            self._known[digest(*passages)] = chunks
-
-    def _forget_orphans(self, change: Change) -> None:
-        orphans = change.orphans if self.engine.context == "document" else change.orphan_texts
-        if orphans:
-            chunks = self._document(change.old_passages)
-            self.engine.forget([chunks[position] for position in orphans])
-
-    def _document(self, passages: Sequence[str]) -> list[Chunk]:
-        """A document's chunks; tokenising a long one takes a while, so the latest are kept."""
-        key = digest(*passages)
-        if key not in self._known:
-            chunks, fact = self.engine.cut_document(list(passages)), self.engine.store.meta_get(_mark_name(passages))
-            self._known[key] = chunks if fact is None else marked(chunks, **json.loads(fact))
-            if len(self._known) > _KNOWN_DOCUMENTS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
-
-
-def _mark_name(passages: Sequence[str]) -> str:
-    return f"repaired:{digest(*passages).hex()}"
-
-
-def _embedder(embedder: str | Embedder | None) -> Embedder | None:
-    return SentenceTransformerEmbedder(embedder) if isinstance(embedder, str) else embedder
-
-
-def _load(model: str | os.PathLike[str], device: str | None, options: dict[str, Any]):
-    """A model in eval mode on its device, its tokenizer, and the template that it brings along, if any."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if model == BUNDLED:
-        from ragkv import bundled
-
-        small, words = bundled.load()
-        return small.to(device), words, PromptTemplate(**bundled.TEMPLATE)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
-    loaded = loaded if "device_map" in options else loaded.to(device)
-    return loaded.eval(), AutoTokenizer.from_pretrained(model), None
+        added.tokens_read += self.shelf.read(passages, change)
+        self.shelf.forget(change, passages)

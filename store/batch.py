@@ -64,8 +64,8 @@ class InMemory:
 class Owner(Protocol):
     """What a batch asks of its store."""
 
-    def finish(self, loading: Loading) -> None:
-        """A record was read to its end: memory may keep it."""
+    def finish(self, key: bytes, source: Source) -> None:
+        """The batch is done with a chunk: the tiers above may keep it."""
 
     def drop_damaged(self, key: bytes, error: RecordError) -> None:
         """A record proved damaged."""
@@ -103,6 +103,7 @@ class Batch:
         self.layers = [None if source is None else source.layers for source in self._found]
         self.bytes_read = 0
         self._owner = owner
+        self._sources = dict(sources)
         self._loading = [source for source in sources.values() if isinstance(source, Loading)]
         self._snapshot = snapshot
         self._lock = threading.Lock()
@@ -160,9 +161,8 @@ class Batch:
             self._ahead.join()
         if self._snapshot is not None:
             self._snapshot.close()
-        for source in self._loading:
-            if source.complete:
-                self._owner.finish(source)
+        for key, source in self._sources.items():
+            self._owner.finish(key, source)
         self._owner.release(self.keys)
         self._owner.count_bytes(self.bytes_read)
 

@@ -8,8 +8,8 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
 
-from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreFullError
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.terms import Terms
@@ -17,8 +17,19 @@ from ragkv.store.terms import Terms
 _GHOSTS_PER_ENTRY, _LEAST_GHOSTS = 4, 1024
 
 
+Held = TypeVar("Held", bound="Weighed")
+
+
+class Weighed(Protocol):
+    """What the tier may hold: anything that knows its bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+
 @dataclass(slots=True, eq=False)
-class Resident:
+class Resident(Generic[Held]):
     """An entry in memory. Times are seconds of a clock that never jumps.
 
     Attributes:
@@ -30,7 +41,7 @@ class Resident:
         priority: its place in the order of eviction.
     """
 
-    kv: ChunkKV
+    kv: Held
     usage: Usage
     namespace: str
     expires_s: float
@@ -38,7 +49,7 @@ class Resident:
     priority: float = 0.0
 
 
-class MemoryTier:
+class MemoryTier(Generic[Held]):
     """Entries in memory. Not safe for several threads by itself: the store holds its lock around every call.
 
     Args:
@@ -66,7 +77,7 @@ class MemoryTier:
         self._policy = policy
         self._held = held
         self._now = now
-        self._entries: dict[bytes, Resident] = {}
+        self._entries: dict[bytes, Resident[Held]] = {}
         self._ghosts: OrderedDict[bytes, Usage] = OrderedDict()
         self._order: list[tuple[float, bytes]] = []
         self._spaces: Counter[str] = Counter()
@@ -83,7 +94,11 @@ class MemoryTier:
     def __iter__(self) -> Iterator[bytes]:
         return iter(list(self._entries))
 
-    def use(self, key: bytes) -> Resident | None:
+    def find(self, key: bytes) -> Resident[Held] | None:
+        """The entry; that is no use of it."""
+        return self._alive(key)
+
+    def use(self, key: bytes) -> Resident[Held] | None:
         """The entry, and counts a use of it."""
         entry = self._alive(key)
         if entry is not None:
@@ -91,9 +106,7 @@ class MemoryTier:
             self._rank(key, entry)
         return entry
 
-    def put(
-        self, key: bytes, kv: ChunkKV, terms: Terms, usage: Usage | None = None, *, selective: bool = False
-    ) -> bool:
+    def put(self, key: bytes, kv: Held, terms: Terms, usage: Usage | None = None, *, selective: bool = False) -> bool:
         """Keeps an entry and counts a use of it.
 
         Args:
@@ -146,6 +159,10 @@ class MemoryTier:
             self._remember(key, entry.usage)
         return True
 
+    def replace(self, key: bytes, kv: Held) -> None:
+        """Swaps the tensors of an entry for others of as many bytes."""
+        self._entries[key].kv = kv
+
     def pin(self, key: bytes, lifetime_s: float) -> bool:
         """Keeps an entry from being evicted for some seconds, 0 for no longer; whether it is here."""
         entry = self._alive(key)
@@ -159,14 +176,14 @@ class MemoryTier:
         if quota_bytes is not None:
             self._quotas[namespace] = quota_bytes
 
-    def _alive(self, key: bytes) -> Resident | None:
+    def _alive(self, key: bytes) -> Resident[Held] | None:
         entry = self._entries.get(key)
         if entry is not None and entry.expires_s <= self._now():
             self.remove(key, "expired")
             return None
         return entry
 
-    def _victims_for(self, key: bytes, entry: Resident, size: int) -> dict[bytes, str]:
+    def _victims_for(self, key: bytes, entry: Resident[Held], size: int) -> dict[bytes, str]:
         """The entries to evict for a new one, with the reason."""
         quota = self._quotas.get(entry.namespace, math.inf)
         if size > min(self.budget_bytes, quota):
@@ -210,7 +227,7 @@ class MemoryTier:
             if entry is not None and entry.priority == item[0]:
                 yield item
 
-    def _rank(self, key: bytes, entry: Resident) -> None:
+    def _rank(self, key: bytes, entry: Resident[Held]) -> None:
         """Gives an entry that has just been used its new place."""
         self._tick += 1
         entry.usage.tick = self._tick
@@ -220,7 +237,7 @@ class MemoryTier:
             self._order = [(entry.priority, key) for key, entry in self._entries.items()]
             heapq.heapify(self._order)
 
-    def _priority(self, key: bytes, entry: Resident) -> float:
+    def _priority(self, key: bytes, entry: Resident[Held]) -> float:
         """The priority that an entry would be given."""
         entry.usage.tick = self._tick + 1
         return self._policy.priority(key, entry.usage, self._clock)

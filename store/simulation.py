@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreFullError
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import Belady, Policy
@@ -43,7 +40,7 @@ class Outcome:
 
 def replay(requests: Sequence[Request], policy: Policy, budget_bytes: int, *, selective: bool = False) -> Outcome:
     """Serves requests from an empty tier; what is missing is computed and put."""
-    tier = MemoryTier(budget_bytes, policy)
+    tier: MemoryTier[Weight] = MemoryTier(budget_bytes, policy)
     hits, tokens, saved = 0, 0, 0.0
     for position, request in enumerate(requests):
         if isinstance(policy, Belady):
@@ -52,24 +49,18 @@ def replay(requests: Sequence[Request], policy: Policy, budget_bytes: int, *, se
             hits, tokens, saved = hits + 1, tokens + request.tokens, saved + request.cost_s
             continue
         try:
-            tier.put(request.key, _Weight(request.size_bytes), Terms(cost_s=request.cost_s), selective=selective)
+            tier.put(request.key, Weight(request.size_bytes), Terms(cost_s=request.cost_s), selective=selective)
         except StoreFullError:
             continue  # larger than the tier: it is computed each time
     total = sum(request.cost_s for request in requests)
     return Outcome(hits / len(requests), tokens / _tokens(requests), saved, saved / total if total else 0.0)
 
 
-class _Weight(ChunkKV):
-    """A chunk of so many bytes that takes none."""
+@dataclass(frozen=True)
+class Weight:
+    """Stands for a chunk of so many bytes."""
 
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__([torch.empty(0)], [], 0)
-        self._size_bytes = size_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that it stands for."""
-        return self._size_bytes
+    nbytes: int
 
 
 def _tokens(requests: Iterable[Request]) -> int:

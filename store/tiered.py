@@ -6,9 +6,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+
+import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
@@ -16,6 +19,7 @@ from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier
 from ragkv.store.encode import encode
+from ragkv.store.gpu import GpuTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import Policy, get_policy
 from ragkv.store.stats import StoreStats
@@ -40,6 +44,7 @@ class TieredStore:
         selective: refuse a new entry where the tier is full and it is worth less than what it would evict, so that
             chunks that are asked for once do not flush the store; :meth:`put` then returns False.
         readonly: open the folder for reading only. A folder that may not be written to is opened so by itself.
+        device: where the GPU tier lies.
 
     Raises:
         StoreError: no tier is left, or the folder cannot be opened.
@@ -57,11 +62,10 @@ class TieredStore:
         codec: str | Codec = "raw",
         selective: bool = False,
         readonly: bool = False,
+        device: torch.device | str = "cuda",
     ) -> None:
         if min(gpu_bytes, cpu_bytes, disk_bytes) < 0:
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes}, cpu {cpu_bytes}, disk {disk_bytes}")
-        if gpu_bytes:
-            raise StoreError("this version has no GPU tier: gpu_bytes must be 0")
         self.path = None if path is None or not disk_bytes else Path(path)
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
@@ -70,13 +74,14 @@ class TieredStore:
         self._selective = selective
         self._closed = False
         self._codec = get_codec(codec)
-        self._cpu = MemoryTier(cpu_bytes, get_policy(policy), leases)
+        self._gpu = GpuTier(gpu_bytes, device, get_policy(policy), leases)
+        self._cpu: MemoryTier[ChunkKV] = MemoryTier(cpu_bytes, get_policy(policy), leases)
         self._disk: DiskTier | None = None
         if self.path is not None:
             self._disk = DiskTier(
                 self.path, disk_bytes, get_policy(policy), leases, selective=selective, readonly=readonly
             )
-        self._tiers = Tiers(self._cpu, self._disk, leases)
+        self._tiers = Tiers(self._gpu, self._cpu, self._disk, leases)
         self._tally = self._tiers.tally
 
     def put(
@@ -176,6 +181,17 @@ class TieredStore:
             self._tally.seconds["find"] += perf_counter() - started
         return Batch(self._tiers, keys, sources, snapshot)
 
+    def prefetch(self, keys: Sequence[bytes]) -> Future[int]:
+        """Starts moving chunks from disk to memory while the caller does something else, such as embedding a question.
+
+        Chunks are loaded one after the other by one thread of the store; that is no use of them for the policy.
+
+        Returns:
+            A future of the bytes read; nobody needs to wait for it.
+        """
+        self._check_open()
+        return self._tiers.background.submit(self._tiers.load, list(keys))
+
     def contains(self, key: bytes) -> bool:
         """Whether the chunk is stored, in any tier. Does not count as a use."""
         self._check_open()
@@ -184,9 +200,7 @@ class TieredStore:
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
         self._check_open()
-        removed = self._disk is not None and self._disk.remove(key)
-        with self._tiers.lock:
-            return self._cpu.remove(key) or removed
+        return self._tiers.remove(key)
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
         """Keeps a chunk from being evicted from the store for some seconds; whether it is stored.
@@ -221,8 +235,10 @@ class TieredStore:
         """What the store holds, and what it did since it was opened."""
         self._check_open()
         with self._tiers.lock:
-            entries, sizes = {"cpu": len(self._cpu)}, {"cpu": self._cpu.used_bytes}
-            evictions = {"cpu": dict(self._cpu.evictions)}
+            memory: dict[str, GpuTier | MemoryTier[ChunkKV]] = {"gpu": self._gpu, "cpu": self._cpu}
+            entries = {name: len(tier) for name, tier in memory.items()}
+            sizes = {name: tier.used_bytes for name, tier in memory.items()}
+            evictions = {name: dict(tier.evictions) for name, tier in memory.items()}
             file_bytes = 0
             if self._disk is not None:
                 entries["disk"], counters = self._disk.counts()
@@ -258,6 +274,8 @@ class TieredStore:
             if self._tiers.leases:
                 raise StoreError("the store cannot be closed while batches are open")
             self._closed = True
+        # A prefetch reads from the map: it must be over before that is gone.
+        self._tiers.background.shutdown(cancel_futures=True)
         if self._disk is not None:
             self._disk.close()
 

@@ -8,11 +8,14 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RagKVError, RecordError, StoreFullError
 from ragkv.store.batch import InMemory, Source
 from ragkv.store.disk import DiskTier
+from ragkv.store.gpu import GpuTier
 from ragkv.store.layout import Payload
 from ragkv.store.memory import MemoryTier
 from ragkv.store.record import Record
@@ -30,7 +33,8 @@ class Tiers:
     """The tiers of one store, and what its threads share. The owner of its batches.
 
     Args:
-        cpu: the CPU tier; calls to it hold ``lock``.
+        gpu: the GPU tier; calls to it hold ``lock``.
+        cpu: the CPU tier; likewise.
         disk: the disk tier, if there is one.
         leases: open batches by key; both tiers evict nothing that stands in it.
 
@@ -39,7 +43,8 @@ class Tiers:
         tally: what was done so far.
     """
 
-    def __init__(self, cpu: MemoryTier, disk: DiskTier | None, leases: Counter[bytes]) -> None:
+    def __init__(self, gpu: GpuTier, cpu: MemoryTier[ChunkKV], disk: DiskTier | None, leases: Counter[bytes]) -> None:
+        self.gpu = gpu
         self.cpu = cpu
         self.disk = disk
         self.leases = leases
@@ -50,6 +55,31 @@ class Tiers:
         # What was removed before is in no memory yet.
         self._removals = -1
         _tiers.add(self)
+
+    @cached_property
+    def background(self) -> ThreadPoolExecutor:
+        """The thread that prefetches; begun when it is first needed."""
+        return ThreadPoolExecutor(1, "ragkv-prefetch")
+
+    def load(self, keys: Sequence[bytes]) -> int:
+        """Moves chunks from disk to memory; the bytes that were read. What proves damaged is dropped."""
+        count = 0
+        for key in keys:
+            with self.lock:
+                resident = key in self.cpu or key in self.gpu
+            if resident or self.disk is None or not (self.cpu.budget_bytes or self.gpu.budget_bytes):
+                continue
+            snapshot = self.disk.snapshot()
+            try:
+                for loading in self._open(snapshot, [key]).values():
+                    count += loading.load(range(len(loading.record.checksums)))
+                    self.finish(key, loading)
+            except RecordError as error:
+                self.drop_damaged(key, error)
+            finally:
+                snapshot.close()
+        self.count_bytes(count)
+        return count
 
     def lease(self, keys: Sequence[bytes]) -> None:
         """Keeps chunks from being evicted until :meth:`release`."""
@@ -76,7 +106,7 @@ class Tiers:
         for (key, record, payload, _), row in zip(items, rows, strict=True):
             if row is not None:
                 self.unreadable.discard(key)
-                if self.cpu.budget_bytes:
+                if self.cpu.budget_bytes or self.gpu.budget_bytes:
                     self.promote(key, record.decode(payload), row)
                 with self.lock:
                     self.tally.bytes_written += record.payload_bytes
@@ -93,7 +123,7 @@ class Tiers:
             if key not in self.unreadable and self.disk.contains(key):
                 return True
         with self.lock:
-            return key in self.cpu
+            return key in self.cpu or key in self.gpu
 
     def find(self, keys: Sequence[bytes]) -> tuple[dict[bytes, Source], Snapshot | None]:
         """Where each of ``keys`` can be read from, and the snapshot that those on disk are read through."""
@@ -103,10 +133,9 @@ class Tiers:
             if snapshot is not None:
                 self._forget_removed(snapshot)
             with self.lock:
-                residents = {key: self.cpu.use(key) for key in keys}
-            sources = {key: InMemory(entry.kv) for key, entry in residents.items() if entry is not None}
+                sources = self._in_memory(keys)
             if snapshot is not None:
-                sources |= self._open(snapshot, [key for key in residents if key not in sources])
+                sources |= self._open(snapshot, [key for key in dict.fromkeys(keys) if key not in sources])
         finally:
             if snapshot is not None and not any(isinstance(source, Loading) for source in sources.values()):
                 snapshot.close()
@@ -116,32 +145,45 @@ class Tiers:
                 self.disk.touch(key)
         return sources, snapshot
 
-    def finish(self, loading: Loading) -> None:
-        """A batch has read a record to its end: memory keeps it if it is worth that."""
-        if self.cpu.budget_bytes:
-            self.promote(loading.key, loading.record.decode(loading.payload), loading.row)
+    def finish(self, key: bytes, source: Source) -> None:
+        """A batch is done with a chunk: the tiers above keep it if it is worth that."""
+        if isinstance(source, Loading) and source.complete and (self.cpu.budget_bytes or self.gpu.budget_bytes):
+            self.promote(key, source.record.decode(source.payload), source.row)
+        elif isinstance(source, InMemory) and self.gpu.budget_bytes:
+            with self.lock:
+                entry = self.cpu.find(key)
+                if entry is not None:
+                    self.gpu.put(key, entry.kv, Terms(), entry.usage)
+
+    def remove(self, key: bytes) -> bool:
+        """Forgets a chunk in every tier; whether it was stored."""
+        removed = self.disk is not None and self.disk.remove(key)
+        with self.lock:
+            return any([self.cpu.remove(key), self.gpu.remove(key), removed])
 
     def promote(self, key: bytes, kv: ChunkKV, row: Row) -> None:
         """Keeps in memory what is on disk, if it fits and is worth what it would evict."""
-        if self.disk is None or not self.cpu.budget_bytes:
+        if self.disk is None:
             return
         with self.lock:
-            self.cpu.remove(key)
+            self._forget(key)
             # Asked under the lock: what is removed from disk after this is removed from memory after this.
             if not self.disk.contains(key):
                 return
             terms = Terms(lifetime_s=max(row.expires_s - self.disk.now(), 1e-9))
-            try:
-                self.cpu.put(key, kv, terms, row.usage, selective=True)
-            except StoreFullError as error:
-                logger.debug("%s stays on disk: %s", key.hex(), error)
+            self.gpu.put(key, kv, terms, row.usage)
+            if self.cpu.budget_bytes:
+                try:
+                    self.cpu.put(key, kv, terms, row.usage, selective=True)
+                except StoreFullError as error:
+                    logger.debug("%s stays on disk: %s", key.hex(), error)
 
     def drop_damaged(self, key: bytes, error: RecordError) -> None:
         """Forgets a record that proved damaged, so that its next read is a miss."""
         logger.warning("dropped the damaged record %s: %s", key.hex(), error)
         with self.lock:
             self.unreadable.add(key)
-            self.cpu.remove(key)
+            self._forget(key)
         if self.disk is None or self.disk.readonly:
             return
         try:
@@ -156,6 +198,22 @@ class Tiers:
         with self.lock:
             self.tally.bytes_read += count
 
+    def _in_memory(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
+        """What of ``keys`` is in memory, on the device first; counts a use of each."""
+        sources: dict[bytes, Source] = {}
+        for key in dict.fromkeys(keys):
+            pooled, entry = self.gpu.use(key), self.cpu.use(key)
+            if pooled is not None:
+                sources[key] = pooled
+            elif entry is not None:
+                sources[key] = InMemory(entry.kv)
+        return sources
+
+    def _forget(self, key: bytes) -> None:
+        """Drops a chunk from memory; held by the lock."""
+        self.cpu.remove(key)
+        self.gpu.remove(key)
+
     def _open(self, snapshot: Snapshot, keys: Sequence[bytes]) -> dict[bytes, Loading]:
         """What of ``keys`` is on disk and can be read."""
         loading: dict[bytes, Loading] = {}
@@ -168,7 +226,7 @@ class Tiers:
                 self.drop_damaged(key, error)
                 continue
             if found is not None:
-                fits = found[0].payload_bytes <= self.cpu.budget_bytes
+                fits = found[0].payload_bytes <= max(self.cpu.budget_bytes, self.gpu.budget_bytes)
                 loading[key] = Loading(snapshot, key, *found, keep=fits)
         return loading
 
@@ -181,9 +239,9 @@ class Tiers:
         if removals == self._removals or self.disk is None:
             return
         with self.lock:
-            for key in self.cpu:
+            for key in {*self.cpu, *self.gpu}:
                 if not self.disk.contains(key):
-                    self.cpu.remove(key)
+                    self._forget(key)
             self._removals = removals
 
 
@@ -192,6 +250,7 @@ def _after_fork() -> None:
     for tiers in _tiers:
         tiers.lock = threading.RLock()
         tiers.leases.clear()
+        tiers.__dict__.pop("background", None)
 
 
 if hasattr(os, "register_at_fork"):

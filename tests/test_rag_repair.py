@@ -69,3 +69,29 @@ def test_a_changed_file_is_repaired(tmp_path, monkeypatch):
         source = rag.retriever.catalogue.documents()[0].source
         rag.remove(source)
         assert len(rag.engine.store) == 0
+
+
+def test_neighbours_come_along(tmp_path):
+    with open_rag(tmp_path / "rag", repair_tokens=None) as rag:
+        rag.add_texts(["\n\n".join(PARAGRAPHS), "Quite another text, of a river too."], ["a", "b"])
+        alone = rag.retrieve(PARAGRAPHS[2], 1)
+        assert [(hit.source, hit.position) for hit in alone] == [("a", 2)]
+        more = rag.retrieve(PARAGRAPHS[2], 1, neighbours=1)
+        assert [hit.position for hit in more] == [1, 2, 3]
+        assert [hit.text for hit in more] == rag.retriever.catalogue.texts("a")[1:]
+        assert len({hit.passage_id for hit in more}) == 3
+        every = rag.retrieve(PARAGRAPHS[2], 2, neighbours=9)
+        assert len(every) == len({(hit.source, hit.position) for hit in every})
+        assert len(rag.ask("Which river?", top_k=1, neighbours=1, max_new_tokens=2).sources) > 1
+
+
+def test_an_edit_keeps_what_later_windows_still_use(tmp_path):
+    """A long document is read in windows: those behind the one that changed keep their KV."""
+    engine = Engine(MODEL, TOKENIZER, template=PromptTemplate(prefix="Read.\n"), document_tokens=64)
+    with RAG(engine, Retriever.open(None, Embedder()), TokenChunker(TOKENIZER, 30)) as rag:
+        text = "\n\n".join(PARAGRAPHS * 3)
+        rag.add_texts([text], ["long"])
+        rag.add_texts([text.replace("narrow", "empty", 1)], ["long"])
+        passages = rag.retriever.catalogue.texts("long")
+        assert rag.engine.missing(rag.engine.cut_document(passages)) == []
+        assert len(rag.engine.store) == len({rag.engine.chunk_key(c) for c in rag.engine.cut_document(passages)})

@@ -24,23 +24,23 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    shared, model, method = _shared(), _model(), _method()
+    shared, model, method, search = _shared(), _model(), _method(), _search()
 
     def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(
             name, parents=[*parents, shared], help=summary, description=summary, allow_abbrev=False
         )
 
-    demo = command("demo", method, summary="Let the bundled model read the bundled documents and answer questions.")
+    demo = command(
+        "demo", method, search, summary="Let the bundled model read the bundled documents and answer questions."
+    )
     demo.add_argument("--questions", type=_count, metavar="N", help="ask only the first N questions")
-    demo.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to read (default: 5)")
 
     add = command("add", model, summary="Read files, and folders with all that is in them: text, Markdown, PDF.")
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
 
-    ask = command("ask", model, method, summary="Answer a question over the documents that were added.")
+    ask = command("ask", model, method, search, summary="Answer a question over the documents that were added.")
     ask.add_argument("question", type=_question, metavar="QUESTION")
-    ask.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to read (default: 5)")
     ask.add_argument(
         "--max-new-tokens", type=_count, default=128, metavar="N", help="the longest answer (default: 128)"
     )
@@ -70,6 +70,19 @@ def _shared() -> argparse.ArgumentParser:
     return shared
 
 
+def _search() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to find (default: 5)")
+    options.add_argument(
+        "--neighbours",
+        type=_whole,
+        default=1,
+        metavar="N",
+        help="passages to take along on either side of each, from its own document (default: 1)",
+    )
+    return options
+
+
 def _model() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", default="bundled", help="name or path of a transformers decoder (default: bundled)")
@@ -93,6 +106,12 @@ def _parsed_method(text: str) -> Method:
         return parse_method(text)
     except MethodError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

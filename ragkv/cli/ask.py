@@ -69,6 +69,7 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     answer = rag.ask(
         args.question,
         top_k=args.top_k,
+        neighbours=args.neighbours,
         max_new_tokens=args.max_new_tokens,
         stopping_criteria=StoppingCriteriaList(printers),
     )

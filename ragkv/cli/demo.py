@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         turns = []
         _warm_up(rag)
         for number, question in enumerate(bundled.questions()[: args.questions]):
-            turns.append(_answer(rag, question, args.top_k, full_first=bool(number % 2)))
+            turns.append(_answer(rag, question, args, full_first=bool(number % 2)))
             if not args.json:
                 _show_turn(number, turns[-1])
         summary = _summary(turns)
@@ -102,8 +102,8 @@ def _warm_up(rag: RAG) -> None:
     rag.engine.fuse([], "Is it warm?", method=FullPrefill())
 
 
-def _answer(rag: RAG, question: DemoQuestion, top_k: int, full_first: bool) -> Turn:
-    hits = rag.retrieve(question.question, top_k)
+def _answer(rag: RAG, question: DemoQuestion, args: argparse.Namespace, full_first: bool) -> Turn:
+    hits = rag.retrieve(question.question, args.top_k, args.neighbours)
     chunks = rag.chunks(hits)
     method, full = rag.engine.method, FullPrefill()
     arms = {arm: _first_token(rag, chunks, question, arm) for arm in ([full, method] if full_first else [method, full])}

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from ragkv.errors import RagKVError
+from ragkv.loading import BUNDLED
 from ragkv.methods import Method
-from ragkv.rag import BUNDLED, RAG
+from ragkv.rag import RAG
 
 
 def open_rag(folder: Path, *, model: str = BUNDLED, embedder: str | None = None, method: Method | None = None) -> RAG:

@@ -249,3 +249,19 @@ class TestMemoryAndDisk(StoreContract):
     @pytest.fixture
     def make(self, folder):
         return lambda budget=1 << 30: TieredStore(folder, cpu_bytes=budget // 2, disk_bytes=budget)
+
+
+class TestGpuAndMemory(StoreContract):
+    """The block pool, on the CPU: its code is the same on every device."""
+
+    @pytest.fixture
+    def make(self):
+        return lambda budget=1 << 28: TieredStore(gpu_bytes=budget, cpu_bytes=budget, device="cpu")
+
+
+class TestGpuAndDisk(StoreContract):
+    @pytest.fixture
+    def make(self, folder):
+        return lambda budget=1 << 28: TieredStore(
+            folder, gpu_bytes=budget // 2, cpu_bytes=0, disk_bytes=budget, device="cpu"
+        )

@@ -13,7 +13,7 @@ from ragkv.store import TieredStore
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import GDSF, LFU, LRU, PGDSF, Belady, Usage, get_policy
 from ragkv.store.profile import CostProfile
-from ragkv.store.simulation import Request, _Weight, replay
+from ragkv.store.simulation import Request, Weight, replay
 from ragkv.store.terms import Terms
 
 
@@ -43,7 +43,7 @@ def survivors(policy, stream, room=3):
         if isinstance(policy, Belady):
             policy.position = position
         if tier.use(name(number)) is None:
-            tier.put(name(number), _Weight(10), Terms(cost_s=float(1 + number)))
+            tier.put(name(number), Weight(10), Terms(cost_s=float(1 + number)))
     return {number for number in range(10) if name(number) in tier}
 
 
@@ -102,7 +102,7 @@ def test_memory_tier_against_a_list(actions, kind):
                 usage.frequency, usage.tick = usage.frequency + 1, tick
                 model[key] = policy.priority(key, usage, clock), usage
         else:
-            tier.put(key, _Weight(size), Terms(cost_s=1.0))
+            tier.put(key, Weight(size), Terms(cost_s=1.0))
             old = model.pop(key, None)
             usage = old[1] if old else ghosts.pop(key, Usage(0))
             while sum(entry.size_bytes for _, entry in model.values()) + size > 100:

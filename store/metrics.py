@@ -1,0 +1,67 @@
+"""A store's numbers for Prometheus. Needs ``prometheus-client``; starts no server and touches no global registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ragkv.errors import StoreError
+from ragkv.store.tiered import TieredStore
+
+
+class StoreCollector:
+    """Reads a store's :meth:`TieredStore.stats` whenever Prometheus asks.
+
+    Args:
+        store: whose numbers.
+        registry: a ``prometheus_client.CollectorRegistry`` to register with; None to do that yourself.
+
+    Raises:
+        StoreError: ``prometheus-client`` is not installed.
+    """
+
+    def __init__(self, store: TieredStore, registry: Any = None) -> None:
+        try:
+            from prometheus_client import core
+        except ImportError as error:
+            raise StoreError(
+                "metrics need prometheus-client. Install it with: pip install prometheus-client"
+            ) from error
+        self._store = store
+        self._core: Any = core
+        if registry is not None:
+            registry.register(self)
+
+    def describe(self) -> list[Any]:
+        """Nothing, so that registering does not read the store."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """The metrics now."""
+        stats = self._store.stats()
+        yield self._family("Gauge", "ragkv_store_entries", "Chunks stored.", stats.entries)
+        yield self._family("Gauge", "ragkv_store_bytes", "Bytes of the chunks stored.", stats.bytes)
+        yield self._family("Counter", "ragkv_store_hits", "Reads that found their chunk.", stats.hits)
+        yield self._core.CounterMetricFamily("ragkv_store_misses", "Reads that found nothing.", stats.misses)
+        yield self._core.CounterMetricFamily("ragkv_store_tokens_hit", "Tokens found.", stats.tokens_hit)
+        yield self._core.CounterMetricFamily("ragkv_store_puts", "Chunks stored so far.", stats.puts)
+        yield self._core.CounterMetricFamily("ragkv_store_refused", "Chunks not admitted.", stats.refused)
+        yield self._core.CounterMetricFamily("ragkv_store_read_bytes", "Bytes read from disk.", stats.bytes_read)
+        yield self._core.CounterMetricFamily("ragkv_store_written_bytes", "Bytes written.", stats.bytes_written)
+        seconds = self._core.CounterMetricFamily("ragkv_store_seconds", "Time spent, by stage.", labels=["stage"])
+        for stage, value in stats.seconds.items():
+            seconds.add_metric([stage], value)
+        yield seconds
+        evictions = self._core.CounterMetricFamily(
+            "ragkv_store_evictions", "Chunks dropped.", labels=["tier", "reason"]
+        )
+        for tier, reasons in stats.evictions.items():
+            for reason, count in reasons.items():
+                evictions.add_metric([tier, reason], count)
+        yield evictions
+
+    def _family(self, kind: str, name: str, text: str, by_tier: dict[str, int]) -> Any:
+        family = getattr(self._core, f"{kind}MetricFamily")(name, text, labels=["tier"])
+        for tier, value in by_tier.items():
+            family.add_metric([tier], value)
+        return family

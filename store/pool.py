@@ -1,0 +1,148 @@
+"""Blocks of KV on a device, allocated once (PagedAttention's idea, arXiv:2309.06180, section 4).
+
+A chunk is a list of blocks of equally many tokens, anywhere in the pool: what one leaves fits any other.
+
+L layers, H kv heads, T tokens, D head_dim, P tokens of a block, N blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ragkv.chunk import ChunkKV
+from ragkv.errors import StoreError, StoreFullError
+
+Kind = tuple[int, int, int, int, torch.dtype]  # heads and dim of K, heads and dim of V, dtype
+
+
+class BlockPool:
+    """N blocks, shared and counted. Safe for several threads.
+
+    Args:
+        like: KV of whose layers, heads, dims and dtype all others must be.
+        budget_bytes: the most that the pool may take.
+        device: where.
+        block_tokens: P.
+
+    Raises:
+        StoreFullError: not one block fits.
+    """
+
+    def __init__(self, like: ChunkKV, budget_bytes: int, device: torch.device | str, block_tokens: int = 16) -> None:
+        self.block_tokens = block_tokens
+        self.kinds = kinds_of(like)
+        self.block_bytes = block_tokens * sum((hk * dk + hv * dv) * t.itemsize for hk, dk, hv, dv, t in self.kinds)
+        self.count = budget_bytes // self.block_bytes
+        if not self.count:
+            raise StoreFullError(f"a block takes {self.block_bytes} bytes, gpu_bytes is {budget_bytes}")
+        shape = (self.count, block_tokens)
+        self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
+        self._values = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds]
+        self._references = [0] * self.count
+        self._free = list(range(self.count))
+        # Reentrant: blocks are given back when their chunk is collected, which may be here.
+        self._lock = threading.RLock()
+
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks nobody uses."""
+        return len(self._free)
+
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks so many tokens take."""
+        return -(-tokens // self.block_tokens)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes blocks.
+
+        Raises:
+            StoreFullError: fewer are free; none was taken.
+        """
+        with self._lock:
+            if count > len(self._free):
+                raise StoreFullError(f"{count} blocks are needed, {len(self._free)} of {self.count} are free")
+            blocks = [self._free.pop() for _ in range(count)]
+            for block in blocks:
+                self._references[block] = 1
+            return blocks
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Counts one more user of blocks."""
+        with self._lock:
+            for block in blocks:
+                self._references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Counts one user less; blocks without any are free."""
+        with self._lock:
+            for block in blocks:
+                self._references[block] -= 1
+                if not self._references[block]:
+                    self._free.append(block)
+
+    def write(self, blocks: list[int], kv: ChunkKV, first: int = 0) -> None:
+        """Copies a chunk's KV into blocks, from token ``first`` on; a block that is shared is replaced by a copy."""
+        for at in range(first // self.block_tokens, self.blocks_for(first + len(kv))):
+            self._own(blocks, at)
+        place = torch.arange(first, first + len(kv), device=self._keys[0].device)
+        index = torch.tensor(blocks, device=place.device)[place // self.block_tokens]
+        for layer, (keys, values) in enumerate(kv):
+            self._keys[layer][index, :, place % self.block_tokens] = keys.transpose(0, 1).to(place.device)
+            self._values[layer][index, :, place % self.block_tokens] = values.transpose(0, 1).to(place.device)
+
+    def read(self, blocks: Tensor, tokens: int, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H, T, D]`` of one layer, gathered from its blocks."""
+        keys, values = (store[layer].index_select(0, blocks).transpose(0, 1) for store in (self._keys, self._values))
+        return keys.flatten(1, 2)[:, :tokens], values.flatten(1, 2)[:, :tokens]
+
+    def _own(self, blocks: list[int], at: int) -> None:
+        """Makes the block at a place of a list its own."""
+        with self._lock:
+            if self._references[blocks[at]] == 1:
+                return
+            (fresh,) = self.allocate(1)
+            for store in (*self._keys, *self._values):
+                store[fresh] = store[blocks[at]]
+            self.release([blocks[at]])
+            blocks[at] = fresh
+
+
+class Pooled:
+    """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch.
+
+    It is what a batch reads the chunk from.
+    """
+
+    tier = "gpu"
+
+    def __init__(self, pool: BlockPool, kv: ChunkKV) -> None:
+        if kinds_of(kv) != pool.kinds:
+            raise StoreError("the chunk has other layers, heads or dtypes than the pool")
+        self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
+        self._pool = pool
+        blocks = pool.allocate(pool.blocks_for(len(kv)))
+        pool.write(blocks, kv)
+        self.nbytes = len(blocks) * pool.block_bytes
+        self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
+        weakref.finalize(self, pool.release, blocks).atexit = False
+
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
+        return self._pool.read(self._blocks, self.tokens, layer), 0
+
+    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
+        """Copies a layer to tensors of the caller."""
+        (mine, own), _ = self.layer(layer)
+        keys.copy_(mine)
+        values.copy_(own)
+        return 0
+
+
+def kinds_of(kv: ChunkKV) -> tuple[Kind, ...]:
+    """What must be equal in all chunks of a pool."""
+    return tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2], k.dtype) for k, v in kv)

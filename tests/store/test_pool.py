@@ -1,0 +1,105 @@
+"""The block pool and the GPU tier, on whatever device there is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from ragkv.errors import StoreError, StoreFullError
+from ragkv.store import TieredStore
+from ragkv.store.pool import BlockPool, Pooled
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def test_chunks_come_and_go_without_a_hole(kv, device):
+    """After any order of puts and releases every block is usable, whatever the sizes were."""
+    pool = BlockPool(kv(0), 40 * 16 * 2 * 8 * 4 * 6, device)
+    assert pool.count == 40
+    chance, held = random.Random(1), {}
+    for step in range(200):
+        number = chance.randrange(30)
+        tokens = chance.choice((1, 15, 16, 17, 100))
+        held.pop(chance.choice(list(held)), None) if held and chance.random() < 0.5 else None
+        if pool.blocks_for(tokens) <= pool.free_blocks:
+            held[step] = Pooled(pool, kv(number, tokens=tokens)), kv(number, tokens=tokens)
+        for pooled, want in held.values():
+            (keys, values), _ = pooled.layer(2)
+            assert torch.equal(keys.cpu(), want.keys[2])
+            assert torch.equal(values.cpu(), want.values[2])
+    assert pool.free_blocks == 40 - sum(pool.blocks_for(pooled.tokens) for pooled, _ in held.values())
+    del pooled
+    held.clear()
+    assert pool.free_blocks == 40
+    assert Pooled(pool, kv(1, tokens=640)).tokens == 640
+
+
+def test_shared_blocks_are_copied_when_they_are_written(kv, device):
+    pool = BlockPool(kv(0), 1 << 20, device)
+    first = pool.allocate(3)
+    pool.write(first, kv(1, tokens=40))
+    second = list(first)
+    pool.share(second)
+    free = pool.free_blocks
+    pool.write(second, kv(2, tokens=8), first=32)
+    assert pool.free_blocks == free - 1
+    assert second[:2] == first[:2] and second[2] != first[2]
+
+    def keys(blocks, tokens):
+        return pool.read(torch.tensor(blocks, device=device), tokens, 1)[0].cpu()
+
+    assert torch.equal(keys(first, 40), kv(1, tokens=40).keys[1])
+    assert torch.equal(keys(second, 40)[:, :32], kv(1, tokens=40).keys[1][:, :32])
+    assert torch.equal(keys(second, 40)[:, 32:], kv(2, tokens=8).keys[1])
+    pool.release(first)
+    pool.release(second)
+    assert pool.free_blocks == pool.count
+
+
+def test_a_pool_that_is_full_takes_nothing(kv, device):
+    pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
+    with pytest.raises(StoreFullError):
+        pool.allocate(5)
+    assert pool.free_blocks == 4
+    with pytest.raises(StoreFullError):
+        BlockPool(kv(0), 1000, device)
+    with pytest.raises(StoreError, match="other layers"):
+        Pooled(pool, kv(1, heads=4))
+
+
+def test_second_read_comes_from_the_device(folder, kv, key, device):
+    with TieredStore(folder, gpu_bytes=1 << 22, cpu_bytes=0, device=device) as store:
+        store.put(key(1), kv(1))
+        with store.read([key(1)]) as batch:
+            assert batch.tiers == ["gpu"]
+            assert batch.layer(0, 0)[0].device.type == device
+    with TieredStore(folder, gpu_bytes=1 << 22, cpu_bytes=1 << 22, device=device) as store:
+        store.prefetch([key(1)]).result(30)
+        with store.read([key(1)]) as batch:
+            assert batch.tiers == ["gpu"]
+            keys, _ = batch.layer(0, 2)
+        assert torch.equal(keys.cpu(), kv(1).keys[2])
+        store.remove(key(1))
+        assert store.get(key(1)) is None
+
+
+def test_chunks_of_other_shapes_stay_below(folder, kv, key, same, device):
+    with TieredStore(folder, gpu_bytes=1 << 22, device=device) as store:
+        store.put(key(1), kv(1))
+        store.put(key(2), kv(2, heads=4))
+        with store.read([key(1), key(2)]) as batch:
+            assert batch.tiers == ["gpu", "cpu"]
+        same(store.get(key(2)), kv(2, heads=4))
+
+
+def test_no_gpu_is_named():
+    if not torch.cuda.is_available():
+        with pytest.raises(StoreError, match="gpu_bytes"):
+            TieredStore(gpu_bytes=1 << 20)
