@@ -70,14 +70,12 @@ def get_into_prompt(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     with TieredStore(folder / "get", cpu_bytes=0) as store:
         store.put_many([(key, make_kv(number), 0.1) for number, key in enumerate(keys)])
 
-        places = [prompt[:, :, :, index * TOKENS : (index + 1) * TOKENS].unbind(1) for index in range(CHUNKS)]
-        targets = [[tuple(layer) for layer in place] for place in places]
+        starts = list(range(0, CHUNKS * TOKENS, TOKENS))
 
-        def copied() -> None:
+        def placed() -> None:
             with store.read(keys) as batch:
                 for layer in range(LAYERS):
-                    for index in range(CHUNKS):
-                        batch.copy_layer(index, layer, *targets[index][layer])
+                    batch.place_layer(layer, prompt[0, layer], prompt[1, layer], starts)
 
         def layers() -> None:
             with store.read(keys) as batch:
@@ -86,7 +84,7 @@ def get_into_prompt(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
                         batch.layer(index, layer)
 
         results = {
-            "get into the prompt / plain copy": compare(copied, lambda: flat.copy_(plain), rounds),
+            "get into the prompt / plain copy": compare(placed, lambda: flat.copy_(plain), rounds),
             "get as tensors of the store's / plain copy": compare(layers, lambda: flat.copy_(plain), rounds),
         }
         with store.read(keys) as batch:
@@ -111,6 +109,24 @@ def put_against_file(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
             "put / write and fsync a file": compare(
                 lambda: store.put(key_of(next(numbers)), kv, cost_s=0.1), write, rounds
             )
+        }
+
+
+def churn(folder: Path, policy: str) -> dict[str, float]:
+    """The file against the budget after entries of mixed sizes of eleven times the budget were put."""
+    budget, chance, written = 200 << 20, random.Random(1), 0
+    base = torch.randn(HEADS, 2000, DIM)
+    with TieredStore(folder / f"churn {policy}", cpu_bytes=0, disk_bytes=budget, policy=policy) as store:
+        for number in range(400):
+            part = base[:, : int(min(1500, max(20, chance.lognormvariate(5.2, 0.8))))]
+            kv = ChunkKV([part] * LAYERS, [part] * LAYERS, 0)
+            written += kv.nbytes
+            store.put(key_of(number), kv)
+        stats = store.stats()
+        return {
+            "written / budget": written / budget,
+            "live / budget": stats.bytes["disk"] / budget,
+            "file / budget": stats.file_bytes / budget,
         }
 
 
@@ -269,6 +285,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         results["speed"] = get_into_prompt(folder, arguments.rounds) | put_against_file(folder, arguments.rounds)
+        results["churn"] = {policy: churn(folder, policy) for policy in ("lru", "pgdsf")}
         results["many entries"] = many_entries(folder, arguments.entries)
     results["codecs"] = codecs()
     results["policies"] = policies(arguments.dataset, arguments.requests)

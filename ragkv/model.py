@@ -103,7 +103,7 @@ class Decoder:
 
     def masks(self, positions: Tensor, keys: int) -> MaskBuilder:
         """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions."""
-        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention == "eager")
+        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention != "sdpa")
 
     def fusion_attention(self, *, scattered: bool) -> AbstractContextManager[str]:
         """See :func:`ragkv.attention.fusion_attention`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.snapshot import Loading, Snapshot
+from ragkv.store.target import Target
 
 
 class Source(Protocol):
@@ -37,8 +38,8 @@ class Source(Protocol):
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it."""
 
-    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
-        """Copies a layer to tensors of the caller; the bytes read from disk for it."""
+    def place(self, layer: int, target: Target, start: int) -> int:
+        """Copies a layer into a prompt from token ``start`` on; the bytes read from disk for it."""
 
 
 class InMemory:
@@ -54,10 +55,9 @@ class InMemory:
         """See the protocol."""
         return (self._kv.keys[layer], self._kv.values[layer]), 0
 
-    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
+    def place(self, layer: int, target: Target, start: int) -> int:
         """See the protocol."""
-        keys.copy_(self._kv.keys[layer])
-        values.copy_(self._kv.values[layer])
+        target.fill(start, self._kv.keys[layer], self._kv.values[layer])
         return 0
 
 
@@ -124,22 +124,25 @@ class Batch:
             self._count(count)
         return pair
 
-    def copy_layer(self, index: int, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Copies one layer of the chunk at ``index`` to where the caller wants it, such as a slice of a prompt's cache.
+    def place_layer(self, layer: int, keys: Tensor, values: Tensor, starts: Sequence[int | None]) -> None:
+        """Copies one layer of the chunks into a prompt's K and V, where they stand.
 
         What lies on disk and would not be kept in memory is copied straight from the file.
 
         Args:
-            index: which chunk.
             layer: which layer.
-            keys: ``[H, T, D]``, gets K; heads may lie apart from each other.
-            values: ``[H, T, D]``, gets V.
+            keys: ``[H, N, D]``, gets K; heads may lie apart from each other.
+            values: ``[H, N, D]``, gets V.
+            starts: per chunk the token at which it begins; None to leave it out.
 
         Raises:
-            StoreError, RecordError: as :meth:`layer`, and where the shapes differ.
+            StoreError, RecordError: as :meth:`layer`, and where a chunk does not fit.
         """
-        with self._reading(index) as source:
-            self._count(source.copy_layer(layer, keys, values))
+        target = Target(keys, values)
+        for index, start in enumerate(starts):
+            if start is not None:
+                with self._reading(index) as source:
+                    self._count(source.place(layer, target, start))
 
     def read_ahead(self) -> Batch:
         """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.

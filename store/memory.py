@@ -57,6 +57,7 @@ class MemoryTier(Generic[Held]):
         policy: which entries go first.
         held: keys that must not be evicted now.
         now: a clock that never jumps, in seconds.
+        gone: told the key of every entry that leaves.
 
     Attributes:
         used_bytes: what the tensors take.
@@ -70,6 +71,7 @@ class MemoryTier(Generic[Held]):
         held: Container[bytes] = (),
         *,
         now: Callable[[], float] = time.monotonic,
+        gone: Callable[[bytes], object] = lambda key: None,
     ) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
@@ -77,6 +79,7 @@ class MemoryTier(Generic[Held]):
         self._policy = policy
         self._held = held
         self._now = now
+        self._gone = gone
         self._entries: dict[bytes, Resident[Held]] = {}
         self._ghosts: OrderedDict[bytes, Usage] = OrderedDict()
         self._order: list[tuple[float, bytes]] = []
@@ -97,6 +100,11 @@ class MemoryTier(Generic[Held]):
     def find(self, key: bytes) -> Resident[Held] | None:
         """The entry; that is no use of it."""
         return self._alive(key)
+
+    def remaining_s(self, key: bytes) -> float:
+        """The seconds for which an entry may still be read; 0 where there is none."""
+        entry = self._alive(key)
+        return 0.0 if entry is None else entry.expires_s - self._now()
 
     def use(self, key: bytes) -> Resident[Held] | None:
         """The entry, and counts a use of it."""
@@ -154,6 +162,7 @@ class MemoryTier(Generic[Held]):
         if entry is None:
             return False
         self._add_bytes(entry.namespace, -entry.usage.size_bytes)
+        self._gone(key)
         if reason is not None:
             self.evictions[reason] += 1
             self._remember(key, entry.usage)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
+from ragkv.store.target import Target
 
 Kind = tuple[int, int, int, int, torch.dtype]  # heads and dim of K, heads and dim of V, dtype
 
@@ -135,11 +136,9 @@ class Pooled:
         """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
         return self._pool.read(self._blocks, self.tokens, layer), 0
 
-    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
-        """Copies a layer to tensors of the caller."""
-        (mine, own), _ = self.layer(layer)
-        keys.copy_(mine)
-        values.copy_(own)
+    def place(self, layer: int, target: Target, start: int) -> int:
+        """Copies a layer into a prompt."""
+        target.fill(start, *self.layer(layer)[0])
         return 0
 
 

@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.environment import Environment, translated
-from ragkv.store.layout import Part, Payload
+from ragkv.store.layout import Payload
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
+from ragkv.store.target import Target
 
 _SEGMENT = struct.Struct(">I")
 
@@ -68,7 +68,7 @@ class Snapshot:
             key: the record's.
             record: its header.
             index: which segment.
-            runs: places in the payload, and uint8 arrays ``[H, bytes of a head]`` that what stands there is copied to.
+            runs: places in the payload, and uint8 arrays ``[H, T, bytes of a token]`` that what stands there is copied to.
             verify: compare the segment's checksum before.
 
         Raises:
@@ -163,19 +163,18 @@ class Loading:
                 self._missing.discard(index)
             return count
 
-    def copy_layer(self, layer: int, keys: Tensor, values: Tensor) -> int:
-        """Copies a layer into the caller's tensors; the bytes that were read for it.
+    def place(self, layer: int, target: Target, start: int) -> int:
+        """Copies a layer into a prompt; the bytes that were read for it.
 
         What memory would not keep anyway is copied straight from the file.
         """
-        place = self.record.layout.layers[layer]
-        direct = self.record.codec == "raw" and not self._keep and _plain(keys) and _plain(values)
+        direct = not self._keep and self.record.codec == "raw" and target.plain
         if not direct or len(self._missing) < len(self.record.checksums):
-            (source_keys, source_values), count = self.layer(layer)
-            keys.copy_(source_keys)
-            values.copy_(source_values)
+            pair, count = self.layer(layer)
+            target.fill(start, *pair)
             return count
-        runs = _target(keys, place.keys[""]), _target(values, place.values[""])
+        place = self.record.layout.layers[layer]
+        runs = target.memory(start, place.keys[""], place.values[""])
         with self._lock:
             for index in self.record.segments_of(layer):
                 self._snapshot.scatter(self.key, self.record, index, runs, index not in self._verified)
@@ -183,29 +182,18 @@ class Loading:
         return place.stop - place.start
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether the tokens of each head lie one after the other in CPU memory."""
-    return tensor.device.type == "cpu" and tensor.stride()[1:] == (tensor.shape[2], 1)
-
-
-def _target(tensor: Tensor, part: Part) -> tuple[int, Any]:
-    """A part's place in the payload, and the memory that it is to be copied to as an array ``[H, bytes of a head]``."""
-    if tensor.shape != part.shape or tensor.dtype != part.dtype:
-        raise StoreError(f"the layer is {part.dtype} {part.shape}, the target {tensor.dtype} {tuple(tensor.shape)}")
-    return part.start, tensor.view(torch.uint8).numpy().reshape(tensor.shape[0], -1)
-
-
 def _copy(view: Any, start: int, place: int, target: Any) -> None:
     """Copies what a segment, which begins at ``start``, has of the part at ``place``."""
-    row, stop = target.shape[1], start + len(view)
-    if start <= place and place + target.size <= stop:
-        target[:] = view[place - start : place - start + target.size].reshape(target.shape)
+    stop, size = start + len(view), target.size
+    if start <= place and place + size <= stop:
+        target[:] = view[place - start : place - start + size].reshape(target.shape)
         return
+    row = size // len(target)
     for head in range(len(target)):
-        first, last = max(place + head * row, start), min(place + (head + 1) * row, stop)
+        offset = place + head * row
+        first, last = max(offset, start), min(offset + row, stop)
         if first < last:
-            offset = place + head * row
-            target[head, first - offset : last - offset] = view[first - start : last - start]
+            target[head].reshape(-1)[first - offset : last - offset] = view[first - start : last - start]
 
 
 def segment_key(key: bytes, index: int) -> bytes:

@@ -75,7 +75,9 @@ class TieredStore:
         self._closed = False
         self._codec = get_codec(codec)
         self._gpu = GpuTier(gpu_bytes, device, get_policy(policy), leases)
-        self._cpu: MemoryTier[ChunkKV] = MemoryTier(cpu_bytes, get_policy(policy), leases)
+        # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
+        gone = self._gpu.remove if self.path is None else (lambda key: None)
+        self._cpu: MemoryTier[ChunkKV] = MemoryTier(cpu_bytes, get_policy(policy), leases, gone=gone)
         self._disk: DiskTier | None = None
         if self.path is not None:
             self._disk = DiskTier(

@@ -153,7 +153,7 @@ class Tiers:
             with self.lock:
                 entry = self.cpu.find(key)
                 if entry is not None:
-                    self.gpu.put(key, entry.kv, Terms(), entry.usage)
+                    self.gpu.put(key, entry.kv, Terms(lifetime_s=max(self.cpu.remaining_s(key), 1e-9)), entry.usage)
 
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored."""

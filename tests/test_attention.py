@@ -19,7 +19,8 @@ def test_grouped_is_transformers_own(heads, groups, queries):
     key, value = torch.randn(2, 1, heads // groups, 33, 16, generator=generator).unbind(0)
     mask = torch.rand(1, 1, queries, 33, generator=generator) > 0.3
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
-    got, none = attention.grouped_sdpa(module, query, key, value, mask, scaling=0.3)
+    additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    got, none = attention.grouped_sdpa(module, query, key, value, additive, scaling=0.3)
     want, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     assert none is None and got.shape == want.shape == (1, queries, heads, 16)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

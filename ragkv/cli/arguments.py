@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     demo = command(
         "demo", method, search, summary="Let the bundled model read the bundled documents and answer questions."
     )
+    demo.set_defaults(neighbours=1)
     demo.add_argument("--questions", type=_count, metavar="N", help="ask only the first N questions")
 
     add = command("add", model, summary="Read files, and folders with all that is in them: text, Markdown, PDF.")
@@ -76,9 +77,9 @@ def _search() -> argparse.ArgumentParser:
     options.add_argument(
         "--neighbours",
         type=_whole,
-        default=1,
+        default=0,
         metavar="N",
-        help="passages to take along on either side of each, from its own document (default: 1)",
+        help="passages to take along on either side of each, from its own document (default: 0, for demo 1)",
     )
     return options
 

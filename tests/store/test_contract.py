@@ -102,7 +102,7 @@ class StoreContract:
             batch.layer(0, 0)
 
     @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-    def test_layers_are_copied_into_a_prompt(self, store, kv, key, kind):
+    def test_layers_are_placed_in_a_prompt(self, store, kv, key, kind):
         want, other = kv(1, **kind), kv(2, tokens=3, **{k: v for k, v in kind.items() if k != "tokens"})
         store.put(key(1), want)
         store.put(key(2), other)
@@ -110,9 +110,10 @@ class StoreContract:
         for layer in range(len(want.keys)):
             prompt = torch.full((2, 1, heads, tokens + 9, dim), torch.nan, dtype=want.keys[0].dtype)
             with store.read([key(2), key(1), key(1)]) as batch:
-                batch.copy_layer(0, layer, prompt[0, 0, :, 1:4], prompt[1, 0, :, 1:4])
-                batch.copy_layer(1, layer, prompt[0, 0, :, 4 : 4 + tokens], prompt[1, 0, :, 4 : 4 + tokens])
+                batch.place_layer(layer, prompt[0, 0], prompt[1, 0], [1, 4, None])
                 assert torch.equal(batch.layer(2, layer)[0], want.keys[layer])
+                with pytest.raises(StoreError, match="needs"):
+                    batch.place_layer(layer, prompt[0, 0], prompt[1, 0], [tokens + 7, None, None])
             assert torch.equal(prompt[0, 0, :, 1 : 4 + tokens], torch.cat([other.keys[layer], want.keys[layer]], 1))
             assert torch.equal(prompt[1, 0, :, 1 : 4 + tokens], torch.cat([other.values[layer], want.values[layer]], 1))
             assert prompt[:, :, :, 0].isnan().all()
