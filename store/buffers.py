@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import weakref
 from bisect import bisect_left
@@ -47,6 +48,16 @@ class _Spares:
 
 
 _spares = _Spares()
+
+
+def _after_fork() -> None:
+    global _spares
+    _spares = _Spares()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held the lock, and it is not in the child.
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def allocate(size: int) -> Tensor:

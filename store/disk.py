@@ -158,6 +158,10 @@ class DiskTier:
         with self._touch_lock:
             self._touched[key] = self._touched.pop(key, 0) + 1
 
+    def after_fork(self) -> None:
+        """In a child: the thread that may have held the lock is not there."""
+        self._touch_lock = threading.Lock()
+
     def now(self) -> float:
         """The wall clock, in seconds."""
         return self._now()

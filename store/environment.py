@@ -1,7 +1,7 @@
 """One LMDB environment a folder and process: shared by the stores on it, reopened after a fork.
 
-LMDB forbids opening a folder twice in one process and using an environment across ``fork``. This is the only module
-that imports lmdb, and it does so when a folder is opened.
+LMDB forbids opening a folder twice in one process and using an environment across ``fork``. lmdb is
+imported when a folder is opened.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ragkv.errors import RecordError, StoreError, StoreFullError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store.filesystem import prepare
+from ragkv.store.gate import Gate
+from ragkv.store.translation import translated
 
 logger = logging.getLogger("ragkv.store")
 
@@ -25,8 +27,6 @@ DATABASES = (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b
 MIN_MAP_BYTES, MAX_MAP_BYTES = 1 << 40, 1 << 45
 MAX_READERS = 1024
 _UNFILLED_BYTES = 1 << 16
-# A write that the system cuts short, as it does at the end of a disk, is reported by LMDB as an I/O error.
-_FULL = ("No space left", "File too large", "quota exceeded", "Input/output error")
 
 
 class Environment:
@@ -36,6 +36,7 @@ class Environment:
         path: the folder.
         readonly: whether it can only be read: then there is no lock file.
         write_lock: held by the thread of this process that writes.
+        gate: entered by every thread that reads, for as long as it is inside LMDB.
     """
 
     _open: ClassVar[dict[tuple[int, int], Environment]] = {}
@@ -45,6 +46,7 @@ class Environment:
         self.path = path
         self.readonly = readonly
         self.write_lock = threading.RLock()
+        self.gate = Gate()
         self._map_bytes = map_bytes
         self._users = 0
         self._readings: weakref.WeakSet[Reading] = weakref.WeakSet()
@@ -110,9 +112,9 @@ class Environment:
         """
         import lmdb
 
-        connection = self._live
-        connection.ensure_length()
-        with translated(self.path):
+        with self.gate, translated(self.path):
+            connection = self._live
+            connection.ensure_length()
             try:
                 reading = Reading(connection.env.begin(buffers=True))
             except lmdb.ReadersFullError:
@@ -125,12 +127,13 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[Any]:
         """A read transaction. What it hands out is valid inside only: copy it."""
-        reading = self.begin()
-        try:
-            with translated(self.path):
-                yield reading.txn
-        finally:
-            reading.close()
+        with self.gate:
+            reading = self.begin()
+            try:
+                with translated(self.path):
+                    yield reading.txn
+            finally:
+                reading.close()
 
     @contextmanager
     def write(self) -> Iterator[Any]:
@@ -165,7 +168,7 @@ class Environment:
     def sync(self) -> None:
         """Writes what the operating system still holds to the disk."""
         if not self.readonly:
-            with translated(self.path):
+            with self.gate, translated(self.path):
                 self._live.env.sync(True)
 
     @property
@@ -191,6 +194,7 @@ class Environment:
         self._readings = weakref.WeakSet()
         self._inherited, self._connection = self._connection or self._inherited, None
         self.write_lock = threading.RLock()
+        self.gate = Gate()
 
 
 class Reading:
@@ -285,45 +289,29 @@ class _Connection:
             raise StoreError(f"{self._path} was deleted or replaced under this process: close the store and open it")
 
 
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turns LMDB's errors into ours."""
-    import lmdb
-
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise StoreFullError(f"{path}: the map is full ({error}): give it a larger disk_bytes") from error
-    except lmdb.ReadersFullError as error:
-        raise StoreError(
-            f"{path} has {MAX_READERS} batches open, as many as it can: close those that are done ({error})"
-        ) from error
-    except lmdb.VersionMismatchError as error:
-        raise RecordError(f"{path} was written by another version of LMDB ({error})") from error
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError) as error:
-        raise RecordError(
-            f"{path} is damaged ({error}): repair it (ragkv.store.repair), or delete the folder"
-        ) from error
-    except lmdb.Error as error:
-        if any(word in str(error) for word in _FULL):
-            raise StoreFullError(f"{path}: the disk is full ({error}); nothing was changed") from error
-        raise StoreError(f"{path}: {error}") from error
+_forking: list[Environment] = []
 
 
 def _before_fork() -> None:
-    """No thread may be writing, opening or closing while the process is forked."""
-    Environment._registry_lock.acquire()
-    for environment in Environment._open.values():
+    """No thread may be reading, writing, opening or closing while the process is forked."""
+    _forking[:] = list(Environment._open.values())
+    for environment in _forking:
         environment.write_lock.acquire()
+    for environment in _forking:
+        environment.gate.shut()
+    Environment._registry_lock.acquire()
 
 
 def _after_fork_in_parent() -> None:
-    for environment in Environment._open.values():
-        environment.write_lock.release()
     Environment._registry_lock.release()
+    for environment in _forking:
+        environment.gate.open()
+        environment.write_lock.release()
+    _forking.clear()
 
 
 def _after_fork_in_child() -> None:
+    _forking.clear()
     Environment._registry_lock = threading.Lock()
     for environment in Environment._open.values():
         environment._disown()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.environment import Environment, translated
+from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
 from ragkv.store.target import Target
+from ragkv.store.translation import translated
 
 _SEGMENT = struct.Struct(">I")
 
@@ -56,7 +56,7 @@ class Snapshot:
             RecordError: it is not what was stored.
         """
         start, stop = record.spans[index]
-        with self._lock, translated(self._environment.path):
+        with self._environment.gate, self._lock, translated(self._environment.path):
             out.numpy()[start:stop] = self._view(key, record, index)
         record.check_segment(index, out[start:stop])
         return stop - start
@@ -75,7 +75,7 @@ class Snapshot:
             RecordError: it is not what was stored; then nothing was copied.
         """
         start = record.spans[index][0]
-        with self._lock, translated(self._environment.path):
+        with self._environment.gate, self._lock, translated(self._environment.path):
             view = self._view(key, record, index)
             if verify:
                 record.check_segment(index, view)
@@ -92,7 +92,7 @@ class Snapshot:
 
     def close(self) -> None:
         """Ends the transaction."""
-        with self._lock:
+        with self._environment.gate, self._lock:
             self._reading.close()
 
     @property
@@ -110,7 +110,7 @@ class Snapshot:
         return np.frombuffer(data, dtype=np.uint8)
 
     def _get(self, db: bytes, key: bytes) -> bytes | None:
-        with self._lock, translated(self._environment.path):
+        with self._environment.gate, self._lock, translated(self._environment.path):
             data = self._txn.get(key, db=self._environment.db(db))
             return None if data is None else bytes(data)
 
@@ -137,12 +137,15 @@ class Loading:
         self._snapshot = snapshot
         self._missing = set(range(len(record.checksums)))
         self._verified: set[int] = set()
+        self._payload: Payload | None = None
         self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def payload(self) -> Payload:
         """Its bytes, as far as they were read."""
-        return Payload(self.record.payload_bytes)
+        if self._payload is None:
+            self._payload = Payload(self.record.payload_bytes)
+        return self._payload
 
     @property
     def complete(self) -> bool:

@@ -9,7 +9,6 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RagKVError, RecordError, StoreFullError
@@ -54,12 +53,9 @@ class Tiers:
         self.unreadable: set[bytes] = set()
         # What was removed before is in no memory yet.
         self._removals = -1
+        # Prefetches; its thread begins when it is first needed.
+        self.background = ThreadPoolExecutor(1, "ragkv-prefetch")
         _tiers.add(self)
-
-    @cached_property
-    def background(self) -> ThreadPoolExecutor:
-        """The thread that prefetches; begun when it is first needed."""
-        return ThreadPoolExecutor(1, "ragkv-prefetch")
 
     def load(self, keys: Sequence[bytes]) -> int:
         """Moves chunks from disk to memory; the bytes that were read. What proves damaged is dropped."""
@@ -250,7 +246,9 @@ def _after_fork() -> None:
     for tiers in _tiers:
         tiers.lock = threading.RLock()
         tiers.leases.clear()
-        tiers.__dict__.pop("background", None)
+        tiers.background = ThreadPoolExecutor(1, "ragkv-prefetch")
+        if tiers.disk is not None:
+            tiers.disk.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -32,7 +32,7 @@ LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 CURRICULUM = (
     Stage(1000, SHORT, context=176, asked=176, batch=10),
     Stage(1000, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300),
-    Stage(800, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500),
+    Stage(760, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500),
 )
 
 

@@ -1,0 +1,45 @@
+"""Keeps threads out of LMDB while the process is forked."""
+
+from __future__ import annotations
+
+import threading
+
+
+class Gate:
+    """Lets any number of threads in, and keeps new ones out while the process is forked.
+
+    LMDB's handle can only be closed in the child if no thread was inside it: that thread is not there to come out.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: dict[int, int] = {}
+        self._shut = False
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            while self._shut and thread not in self._inside:
+                self._changed.wait()
+            self._inside[thread] = self._inside.get(thread, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            self._inside[thread] -= 1
+            if not self._inside[thread]:
+                del self._inside[thread]
+                self._changed.notify_all()
+
+    def shut(self) -> None:
+        """Waits until no other thread is inside, and keeps all out."""
+        with self._changed:
+            self._shut = True
+            while self._inside.keys() - {threading.get_ident()}:
+                self._changed.wait()
+
+    def open(self) -> None:
+        """Lets threads in again."""
+        with self._changed:
+            self._shut = False
+            self._changed.notify_all()
