@@ -1,10 +1,12 @@
-"""Tiers that keep chunks' KV: CPU memory and LMDB on disk, under an eviction policy."""
+"""Tiers that keep chunks' KV: a block pool on the GPU, CPU memory, and LMDB on disk, under an eviction policy."""
 
 from __future__ import annotations
 
 from ragkv.store.batch import Batch
 from ragkv.store.keys import chunk_key
 from ragkv.store.policy import Policy
-from ragkv.store.tiered import StoreStats, TieredStore
+from ragkv.store.profile import CostProfile
+from ragkv.store.stats import StoreStats
+from ragkv.store.tiered import TieredStore
 
-__all__ = ["Batch", "Policy", "StoreStats", "TieredStore", "chunk_key"]
+__all__ = ["Batch", "CostProfile", "Policy", "StoreStats", "TieredStore", "chunk_key"]

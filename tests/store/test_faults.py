@@ -181,8 +181,14 @@ def test_damage_2000_times(filled, tmp_path, kv, key, forked, harm, times):
 def test_damage_aimed_at_index_pages(filled, tmp_path, kv, key, forked):
     """LMDB trusts its own pages: a few flips in a thousand end the process. None gives a wrong tensor."""
     raw = (filled / "data.mdb").read_bytes()
-    branch_leaf_or_meta = 0x0B
-    pages = [at for at in range(0, len(raw), 4096) if raw[at + 10] & branch_leaf_or_meta]
+    # A page begins with its own number; its kind is a branch, a leaf or a meta page, and not one of an entry's bytes.
+    pages = [
+        at
+        for at in range(0, len(raw), 4096)
+        if int.from_bytes(raw[at : at + 8], "little") == at // 4096
+        and raw[at + 10 : at + 12] in (b"\1\0", b"\2\0", b"\10\0")
+    ]
+    assert 5 < len(pages) < len(raw) / 4096 / 4
     chance = random.Random(11)
 
     def harm(file):
