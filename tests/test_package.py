@@ -101,8 +101,16 @@ def test_the_wheel_has_one_top_level_name(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names} == {"ragkv", f"ragkv-{ragkv.__version__}.dist-info"}
-    for needed in ("ragkv/py.typed", "ragkv/__init__.pyi", "ragkv/kernels/__init__.py", "ragkv/store/__init__.py"):
-        assert needed in names
+    for room, home in (
+        ("ragkv", "ragkv"),
+        ("kernels", "ragkv/kernels"),
+        ("store", "ragkv/store"),
+        ("retrieval", "ragkv/retrieval"),
+    ):
+        for path in (ROOT / room).rglob("*.py*"):
+            if path.suffix != ".pyc":
+                assert f"{home}/{path.relative_to(ROOT / room)}" in names, "pyproject.toml lists packages by name"
+    assert "ragkv/py.typed" in names
     assert any(name.startswith("ragkv/bundled/model/") and name.endswith(".safetensors") for name in names)
     assert any(name.startswith("ragkv/bundled/documents/") for name in names)
     packages = sysconfig.get_paths()["purelib"]
