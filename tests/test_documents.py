@@ -1,7 +1,7 @@
 """Documents are read as documents: what the bundled model shows on held-out names (docs/design.md).
 
-A fact of a later chunk that says "she" or "the company" is asked for, with nothing recomputed. Read in its document, the chunk knows
-of whom it speaks: in any order, and when the naming chunk was not retrieved, where a full prefill of the same chunks fails.
+A fact of a later chunk that says "she" or "the company" is asked for, with nothing recomputed. Read in its document, the chunk
+knows of whom it speaks: in any order, and when the naming chunk was not retrieved, where a full prefill of the same chunks fails.
 """
 
 from collections import defaultdict
