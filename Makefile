@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python -P
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long lint format bench wheel clean
+.PHONY: demo test test-long lint format bench train-bundled wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,12 @@ format: $(READY)
 
 bench: $(READY)
 	$(PY) benchmarks/ttft.py --json benchmarks/results/ttft-cpu.json
+
+# Two hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
+train-bundled: $(READY)
+	$(BIN)/python -m training.tokenizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.train
+	$(BIN)/python -m training.export
 
 wheel: $(READY)
 	$(BIN)/python -m build -q --outdir dist

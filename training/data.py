@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
-from ragkv.bundled.generator import Context, Fact, Question, Shape, questions, write_context
+from ragkv.bundled.generator import Question, questions
+from ragkv.bundled.writer import Context, Fact, Shape, write_context
 
 NAME_TOKENS = 6
 IGNORED = -100

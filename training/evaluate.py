@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ragkv.bundled import KINDS, MODEL_PATH
-from ragkv.bundled.generator import Context, Question, Shape, questions, write_context
+from ragkv.bundled import MODEL_PATH
+from ragkv.bundled.generator import Question, possible_kinds, questions
+from ragkv.bundled.writer import Context, Shape, write_context
 from training.data import Encoder
 from training.train import RESULTS
 
@@ -107,13 +108,13 @@ def evaluate(
     Returns:
         For each kind and arm: right answers and questions.
     """
-    encoder, rng = Encoder(tokenizer), random.Random(f"evaluate/{seed}")
-    count: dict[str, dict[str, list[int]]] = {kind: {arm: [0, 0] for arm in arms} for kind in KINDS}
+    encoder, rng, kinds = Encoder(tokenizer), random.Random(f"evaluate/{seed}"), possible_kinds(shape.documents[1])
+    count: dict[str, dict[str, list[int]]] = {kind: {arm: [0, 0] for arm in arms} for kind in kinds}
     lengths: list[int] = []
-    with torch.inference_mode(), tqdm(total=n * len(KINDS), mininterval=5) as bar:
-        while any(count[kind][arms[0]][1] < n for kind in KINDS):
+    with torch.inference_mode(), tqdm(total=n * len(kinds), mininterval=5) as bar:
+        while any(count[kind][arms[0]][1] < n for kind in kinds):
             context = write_context(rng, shape, heldout)
-            wanted = [q for q in questions(rng, context, heldout) if count[q.kind][arms[0]][1] < n]
+            wanted = [q for q in questions(rng, context, heldout) if q.kind in kinds and count[q.kind][arms[0]][1] < n]
             lengths.append(sum(len(encoder.chunk(text)) for text in context.chunks))
             if not wanted or lengths[-1] > longest:
                 continue

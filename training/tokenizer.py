@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
 from ragkv.bundled import language as lang
-from ragkv.bundled.generator import Shape, questions, write_context
+from ragkv.bundled.generator import questions
+from ragkv.bundled.writer import Shape, write_context
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 DEFAULT_PATH = Path(__file__).parent / "results" / "tokenizer"

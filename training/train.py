@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ragkv.bundled.generator import Shape
+from ragkv.bundled.writer import Shape
 from training.data import Batch, Stage, batches
 from training.model import SIZES, Reader, Size
 from training.optim import optimizers

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from ragkv.bundled import KINDS, TEMPLATE, cases, language, load
-from ragkv.bundled.generator import HELDOUT_NAMES, TRAINING_NAMES, Shape, questions, write_context
+from ragkv.bundled.generator import questions
+from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Shape, write_context
 
 
 @pytest.fixture(scope="module")

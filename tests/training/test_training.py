@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH, TEMPLATE
-from ragkv.bundled.generator import Shape, questions, write_context
+from ragkv.bundled.generator import questions
+from ragkv.bundled.writer import Shape, write_context
 from training.data import IGNORED, Encoder, Stage, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
