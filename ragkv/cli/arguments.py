@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    shared, model, method, search = _shared(), _model(), _method(), _search()
+    shared, model, method = _shared(), _model(), _method()
 
     def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -32,15 +32,19 @@ def parser() -> argparse.ArgumentParser:
         )
 
     demo = command(
-        "demo", method, search, summary="Let the bundled model read the bundled documents and answer questions."
+        "demo",
+        method,
+        _search(neighbours=1),
+        summary="Let the bundled model read the bundled documents and answer questions.",
     )
-    demo.set_defaults(neighbours=1)
     demo.add_argument("--questions", type=_count, metavar="N", help="ask only the first N questions")
 
     add = command("add", model, summary="Read files, and folders with all that is in them: text, Markdown, PDF.")
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
 
-    ask = command("ask", model, method, search, summary="Answer a question over the documents that were added.")
+    ask = command(
+        "ask", model, method, _search(neighbours=0), summary="Answer a question over the documents that were added."
+    )
     ask.add_argument("question", type=_question, metavar="QUESTION")
     ask.add_argument(
         "--max-new-tokens", type=_count, default=128, metavar="N", help="the longest answer (default: 128)"
@@ -71,15 +75,15 @@ def _shared() -> argparse.ArgumentParser:
     return shared
 
 
-def _search() -> argparse.ArgumentParser:
+def _search(neighbours: int) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to find (default: 5)")
     options.add_argument(
         "--neighbours",
         type=_whole,
-        default=0,
+        default=neighbours,
         metavar="N",
-        help="passages to take along on either side of each, from its own document (default: 0, for demo 1)",
+        help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
     )
     return options
 

@@ -118,7 +118,8 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
     assert (found["read"]["documents"], found["read"]["tokens_read"]) == (36, 0)
     assert found["summary"]["questions"] == 3
     for turn in found["questions"]:
-        assert set(turn["kv"]) <= {"disk", "cpu"} and len(turn["kv"]) == len(turn["sources"]) == 5
+        assert set(turn["kv"]) <= {"disk", "cpu"}
+        assert len(turn["kv"]) == len(turn["sources"]) >= 5  # five are found, their neighbours come along
         assert turn["right"] == (turn["answer"].lower() == turn["expected"].lower())
         assert 0 < turn["computed_tokens"] < turn["prompt_tokens"]
         assert turn["first_token_ms"] > 0 and turn["full_prefill_ms"] > 0
