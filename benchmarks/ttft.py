@@ -71,9 +71,7 @@ class Limit:
         self.model, self.layout = engine.model, layout
         self.kv = [(layer.keys, layer.values) for layer in prompt.past_key_values.layers]
         self.rows, self.last = work.rows, prompt.recomputed
-        fresh = prompt.report.fresh_by_layer
         # A check layer is run on all tokens for its keys and values only; the rest of it on those that were kept.
-        self.wide = [count == fresh[0] for count in fresh]
         self.checks = set(work.checks)
 
     @torch.no_grad()

@@ -180,10 +180,9 @@ class _Recorder(FusedCache):
 
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    # A mixture's experts may be as many as the layers are: the layers are the list that holds the others.
     if not lists:
         raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
-    return lists[0]
+    return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
 
 
 def _refuse_by_config(config) -> None:

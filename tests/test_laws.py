@@ -52,7 +52,10 @@ def worst(prompt, kv):
 @pytest.fixture(params=ARCHITECTURES, scope="module")
 def scene(request):
     """An engine that has read a document and two unrelated passages, and a question."""
-    engine = Engine(tiny_model(request.param), template=TEMPLATE)
+    model = tiny_model(request.param)
+    attention = model.config._attn_implementation
+    engine = Engine(model, template=TEMPLATE)
+    assert model.config._attn_implementation == attention  # no trace of the engine's own probing either
     document = engine.add_document([random_ids(n) for n in (13, 1, 22, 30)])
     lone = engine.add([random_ids(17), random_ids(40)])
     return engine, document, lone, random_ids(9)
