@@ -19,7 +19,7 @@ from ragkv.library import Library, several
 from ragkv.methods import Method, Reuse
 from ragkv.placement import Placement
 from ragkv.prompt import PromptTemplate, Text
-from ragkv.report import Answer, AnswerReport, FusedPrompt, FusionReport
+from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
 from ragkv.store import Batch, TieredStore
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class Engine(Library):
 
     def stream(
         self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | None = None, **generation: Any
-    ) -> Iterator[str]:
-        """Answer a question over chunks, piece by piece as text; the pieces joined are the answer's text.
+    ) -> AnswerStream:
+        """Answer a question over chunks, piece by piece as text.
 
         The prompt is fused when the first piece is asked for.
 
@@ -129,26 +129,24 @@ class Engine(Library):
             method: instead of the engine's.
             **generation: as for :meth:`generate`; no beams.
 
+        Returns:
+            The pieces; joined they are the answer's text. Its ``report`` and ``token_ids`` grow with them.
+
         Raises:
-            As :meth:`generate`; PromptError where the engine has no tokenizer.
+            As :meth:`generate`, when the first piece is asked for; PromptError where the engine has no tokenizer.
         """
         if self.tokenizer is None:
             raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
-        begin = perf_counter()
-        settings, prompt = self._begin(chunks, question, method, generation)
-        if settings.beams > 1:
-            raise ValueError("beam search knows its text only at the end: use generate()")
-        ids, shown = [], ""
-        for token in self._tokens(settings, prompt, AnswerReport(prompt.report), begin):
-            ids.append(token)
-            text = self.encoder.decode(ids)
-            if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
-                if len(text) > len(shown):
-                    yield text[len(shown) :]
-                shown = text
-        rest = self.encoder.decode(ids)
-        if len(rest) > len(shown):
-            yield rest[len(shown) :]
+
+        def start() -> tuple[AnswerReport, Iterator[int]]:
+            begin = perf_counter()
+            settings, prompt = self._begin(chunks, question, method, generation)
+            if settings.beams > 1:
+                raise ValueError("beam search knows its text only at the end: use generate()")
+            report = AnswerReport(prompt.report)
+            return report, self._tokens(settings, prompt, report, begin)
+
+        return AnswerStream(start, self.encoder.decode)
 
     def _check_length(self, tokens: int) -> None:
         limit = self.decoder.max_positions
@@ -176,7 +174,7 @@ class Engine(Library):
             read_ms = _ms(start) if fresh else 0.0
             held = {item.chunk: self.chunk_key(item.chunk) for item in placed}
             placement = Placement(self.decoder, cache, layout, self._prefix, self.store, batch, held, fresh)
-            logits, trace = fuse(self.decoder, cache, layout, work, placement.layer)
+            logits, trace = fuse(self.decoder, cache, layout, work, self._reader.piece_tokens, placement.layer)
             report.sources = placement.sources() if placed else ["unused"] * len(layout.chunks)
             report.bytes_read = placement.bytes_read
         report.hits = {source: report.sources.count(source) for source in sorted(set(report.sources))}

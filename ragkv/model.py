@@ -83,8 +83,18 @@ class Decoder:
         Returns:
             The last hidden states ``[S, hidden size]``.
         """
-        positions = self._span(start, len(ids))
-        out = self.backbone(input_ids=ids[None], position_ids=positions, past_key_values=cache, use_cache=True)
+        return self.run(ids, self._span(start, len(ids))[0], cache)
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
+        """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
+        out = self.backbone(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
         return out[0][0]
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from ragkv.errors import DocumentError, RagKVError
 from ragkv.loading import BUNDLED, load_embedder, load_model
 from ragkv.methods import Method
 from ragkv.prompt import PromptTemplate
-from ragkv.report import Answer
+from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import (
     Change,
     Embedder,
@@ -289,7 +289,7 @@ class RAG:
         neighbours: int = 0,
         method: Method | None = None,
         **generation: Any,
-    ) -> tuple[list[Hit], Iterator[str]]:
+    ) -> tuple[list[Hit], AnswerStream]:
         """The passages for a question, and the answer over them piece by piece.
 
         Args:

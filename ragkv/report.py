@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,3 +103,35 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+class AnswerStream(Iterator[str]):
+    """A generated answer, piece by piece; the pieces joined are its text.
+
+    Attributes:
+        token_ids: the ids generated so far, an end token included.
+        report: what it cost so far; ``None`` until the first piece was asked for.
+    """
+
+    def __init__(self, start: Callable[[], tuple[AnswerReport, Iterator[int]]], decode: Callable[[list[int]], str]):
+        self.token_ids: list[int] = []
+        self.report: AnswerReport | None = None
+        self._start, self._decode = start, decode
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self) -> Iterator[str]:
+        self.report, tokens = self._start()
+        shown = ""
+        for token in tokens:
+            self.token_ids.append(token)
+            text = self._decode(self.token_ids)
+            if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
+                if len(text) > len(shown):
+                    yield text[len(shown) :]
+                shown = text
+        rest = self._decode(self.token_ids)
+        if len(rest) > len(shown):
+            yield rest[len(shown) :]

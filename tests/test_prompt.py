@@ -124,9 +124,12 @@ def test_streaming_is_the_answer_in_pieces(small):
     chunks = engine.add(["Borik Bermore lives in Oakwich.", "Its mayor is Wenshi Yarwick."])
     for options in ({}, {"min_new_tokens": 12}):
         answer = engine.generate(chunks, " Where does Borik Bermore live?", max_new_tokens=16, **options)
-        pieces = list(engine.stream(chunks, " Where does Borik Bermore live?", max_new_tokens=16, **options))
+        stream = engine.stream(chunks, " Where does Borik Bermore live?", max_new_tokens=16, **options)
+        pieces = list(stream)
         assert "".join(pieces) == answer.text
         assert all(pieces)
+        assert stream.token_ids == answer.token_ids
+        assert stream.report.new_tokens == len(stream.token_ids) and stream.report.first_token_ms > 0
     assert len(pieces) > 3
 
 

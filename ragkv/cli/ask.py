@@ -6,9 +6,6 @@ import argparse
 from time import perf_counter
 from typing import Any
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, require_documents
@@ -39,43 +36,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Printer(StoppingCriteria):
-    """Writes the answer while it is generated: it is asked behind every token, and never says stop."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = ""
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._ids.append(int(input_ids[0, -1]))
-        text = self._text()
-        if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(text[len(self._shown) :], end="", flush=True)
-            self._shown = text
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def end(self) -> None:
-        """Write what is left and end the line."""
-        print(self._text()[len(self._shown) :])
-
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
-
-
 def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[str, float]]:
-    printers = [] if args.json else [_Printer(rag.engine.tokenizer)]
     begin = perf_counter()
-    answer = rag.ask(
-        args.question,
-        top_k=args.top_k,
-        neighbours=args.neighbours,
-        max_new_tokens=args.max_new_tokens,
-        stopping_criteria=StoppingCriteriaList(printers),
+    hits, pieces = rag.stream(
+        args.question, top_k=args.top_k, neighbours=args.neighbours, max_new_tokens=args.max_new_tokens
     )
+    text = ""
+    for piece in pieces:
+        if not args.json:
+            print(piece if text else piece.lstrip(), end="", flush=True)
+        text += piece
     total_ms = (perf_counter() - begin) * 1e3
-    for printer in printers:
-        printer.end()
+    if not args.json:
+        print()
+    assert pieces.report is not None
+    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits)
     return answer, _milliseconds(answer, total_ms)
 
 
