@@ -187,6 +187,8 @@ class Stage:
         batch: Contexts a step.
         longest_gap: How far the positions may jump in all; the text behind a jump is read as if much lay between.
         fewest: Tokens of a context at least; shorter ones, which are mostly padding, are drawn again.
+        rate: Factor of the learning rates at the stage's first step and at its last, linear between.
+        helper: Factor of the helpers' weight, likewise.
     """
 
     steps: int
@@ -196,6 +198,8 @@ class Stage:
     batch: int
     longest_gap: int = 0
     fewest: int = 0
+    rate: tuple[float, float] = (1.0, 1.0)
+    helper: tuple[float, float] = (1.0, 1.0)
 
 
 class Source(IterableDataset):

@@ -28,11 +28,35 @@ RESULTS = Path(__file__).parent / "results"
 SHORT = Shape(documents=(3, 5), chunks=(1, 2), words=(6, 14), facts=(1, 2), types=(1, 2))
 MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
 LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
+LONGEST = Shape(documents=(3, 12), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
+# Two rounds from short to long. In the second the learning rate rises again and the helpers are back for a while.
 CURRICULUM = (
     Stage(1000, SHORT, context=176, asked=176, batch=10),
-    Stage(1000, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300),
-    Stage(760, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500),
+    Stage(
+        1000, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300, rate=(1.0, 0.55), helper=(1.0, 0.3)
+    ),
+    Stage(
+        760, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500, rate=(0.55, 0.05), helper=(0.3, 0.0)
+    ),
+    Stage(500, SHORT, context=176, asked=176, batch=12, rate=(0.5, 0.5)),
+    Stage(
+        500, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300, rate=(0.5, 0.45), helper=(1.0, 0.4)
+    ),
+    Stage(
+        900, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500, rate=(0.45, 0.25), helper=(0.4, 0.0)
+    ),
+    Stage(
+        450,
+        LONGEST,
+        context=2048,
+        asked=640,
+        batch=2,
+        longest_gap=1500,
+        fewest=1000,
+        rate=(0.25, 0.02),
+        helper=(0.0, 0.0),
+    ),
 )
 
 
@@ -44,27 +68,18 @@ class Plan:
         matrix_lr: Of Muon.
         other_lr: Of AdamW.
         read: Weight of the language-model loss on the context.
-        helper: Weight of the two helpers (subject, evidence), until they fade.
-        fade: Shares of all steps at which the helpers begin to fade and are gone.
-        decay: Share of all steps from which the learning rates go down to a twentieth, linearly.
+        helper: Weight of the two helpers (subject, evidence) where a stage does not lessen it.
     """
 
     matrix_lr: float = 0.02
     other_lr: float = 0.004
     read: float = 0.1
     helper: float = 0.5
-    fade: tuple[float, float] = (0.3, 0.85)
-    decay: float = 0.5
 
-    def helper_weight(self, done: float) -> float:
-        """Weight of the helpers when a share ``done`` of all steps is behind."""
-        start, end = self.fade
-        return self.helper * min(1.0, max(0.0, (end - done) / (end - start)))
 
-    def lr_factor(self, step: int, steps: int) -> float:
-        """Warm-up over 100 steps, then constant, then down."""
-        left = (steps - step) / (steps * (1 - self.decay))
-        return min(1.0, (step + 1) / 100, max(0.05, left))
+def between(ends: tuple[float, float], share: float) -> float:
+    """The value a ``share`` of the way from the first to the second."""
+    return ends[0] + (ends[1] - ends[0]) * share
 
 
 class Run:
@@ -108,24 +123,25 @@ class Run:
         torch.save(state, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
 
-    def stage(self) -> Stage:
-        """The stage of the step at hand."""
+    def stage(self) -> tuple[Stage, float]:
+        """The stage of the step at hand, and the share of it that is behind."""
         left = self.step
         for stage in self.curriculum:
             if left < stage.steps:
-                return stage
+                return stage, left / stage.steps
             left -= stage.steps
-        return self.curriculum[-1]
+        return self.curriculum[-1], 1.0
 
     def update(self, batch: Batch, losses_of) -> dict[str, float]:
         """One step; returns the loss terms."""
-        factor = self.plan.lr_factor(self.step, self.steps)
+        stage, done = self.stage()
+        factor = min(between(stage.rate, done), (self.step + 1) / 100)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, base in zip(groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             losses: dict[str, Tensor] = losses_of(batch.to(self.device), 4)
-        helper = self.plan.helper_weight(self.step / self.steps)
+        helper = self.plan.helper * between(stage.helper, done)
         total = losses["answer"] + self.plan.read * losses["read"] + helper * (losses["subject"] + losses["evidence"])
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -160,8 +176,8 @@ class Run:
             if self.step == 0:
                 log.writerow(("step", "seconds", "tokens", "answer", "read", "subject", "evidence"))
             for _ in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, mininterval=10):
-                if self.stage() is not stage:
-                    stage = self.stage()
+                if self.stage()[0] is not stage:
+                    stage = self.stage()[0]
                     source = batches(tokenizer, stage, self.seed * 1_000_003 + self.step, workers)
                 losses = self.update(next(source), losses_of)
                 sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}

@@ -15,7 +15,7 @@ from training.export import export, to_llama
 from training.model import Reader, Size
 from training.optim import orthogonalize
 from training.tokenizer import split_names
-from training.train import Plan, Run
+from training.train import Plan, Run, between
 
 SHAPE = Shape(documents=(3, 4), chunks=(1, 2), words=(6, 14), facts=(1, 2))
 STAGE = Stage(4, SHAPE, context=192, asked=160, batch=2, longest_gap=100)
@@ -142,11 +142,15 @@ def test_export_is_loadable_and_whole(tokenizer, size, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_helpers_fade_out():
-    plan = Plan()
-    assert plan.helper_weight(0.0) == plan.helper
-    assert plan.helper_weight(plan.fade[1]) == plan.helper_weight(1.0) == 0.0
-    assert plan.lr_factor(99, 1000) == 1.0 and plan.lr_factor(999, 1000) == pytest.approx(0.05)
+def test_a_stage_sets_rates_and_helpers(tokenizer, size, tmp_path):
+    first = Stage(**{**vars(STAGE), "steps": 4, "rate": (1.0, 0.5), "helper": (1.0, 0.0)})
+    last = Stage(**{**vars(STAGE), "steps": 2, "rate": (0.5, 0.1)})
+    run = Run(tmp_path, size, Plan(), (first, last), "cpu", seed=0)
+    seen = []
+    for run.step in range(6):
+        stage, done = run.stage()
+        seen.append((between(stage.rate, done), between(stage.helper, done)))
+    assert seen == [(1.0, 1.0), (0.875, 0.75), (0.75, 0.5), (0.625, 0.25), (0.5, 1.0), (pytest.approx(0.3), 1.0)]
 
 
 def test_names_are_split_for_the_tokenizer():
