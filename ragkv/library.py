@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Self
@@ -13,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import PromptError, PromptTooLongError, StoreError
+from ragkv.costs import cost_profile
+from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
 from ragkv.fingerprint import model_fingerprint
 from ragkv.fusion import recompute
 from ragkv.layout import Layout, Placed
@@ -22,12 +24,17 @@ from ragkv.placement import Placement
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.reading import Reader, cut, with_window
 from ragkv.repair import Repair, plan_repair
-from ragkv.store import TieredStore, chunk_key
+from ragkv.retrieval.records import text_key
+from ragkv.sensitivity import FOREIGN
+from ragkv.store import CostProfile, Item, TieredStore, chunk_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+# KV that wait to be written together: one transaction and one sync for all of them.
+_WRITTEN_TOGETHER_BYTES = 64 << 20
 
 
 class Library:
@@ -41,8 +48,13 @@ class Library:
         context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
         document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
             one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
-        piece_tokens: tokens of a document that one forward pass reads.
+        piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes.
         namespace: chunks stored under another namespace are never found.
+        sensitivity: measure how sensitive each token is to the text in front of its document, for methods that need it; every
+            document is read twice for that. An engine does so if its own method needs it. Where a single call's method does,
+            what was not measured is read again.
+        foreign: text or ids of what documents are read behind the second time; by default a few plain English sentences.
+            Something like your documents does a little better.
 
     Attributes:
         tokens_read: tokens of documents that the model has read since this object was made.
@@ -62,6 +74,8 @@ class Library:
         document_tokens: int | None = None,
         piece_tokens: int = 512,
         namespace: str = "",
+        sensitivity: bool = False,
+        foreign: Text | None = None,
     ):
         if context not in ("document", "chunk"):
             raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
@@ -76,7 +90,8 @@ class Library:
         self.space = digest(self.model_fingerprint, self.encoder.anchor).hex()
         room = (self.decoder.max_positions or 1 << 30) - len(self.encoder.anchor)
         self.document_tokens = min(document_tokens or 8192, room)
-        self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens)
+        self._measured = sensitivity
+        self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens, self._foreign(foreign))
         self._lock = threading.RLock()
         self.tokens_read = 0
 
@@ -125,8 +140,17 @@ class Library:
         Raises:
             StoreFullError: a chunk does not fit into the store; those before it are stored.
         """
-        for chunk, kv, seconds in self._read(self.missing(chunks)):
-            self.store.put(self.chunk_key(chunk), kv, space=self.space, cost_s=seconds, namespace=self.namespace)
+        waiting: dict[bytes, Item] = {}
+        size = 0
+        try:
+            for item in self._read(self.missing(chunks), waiting):
+                waiting[item.key] = item
+                size += item.kv.nbytes
+                if size >= _WRITTEN_TOGETHER_BYTES:
+                    size = 0
+                    self._put(waiting)
+        finally:
+            self._put(waiting)
 
     def repair_document(self, old: Sequence[Chunk], parts: Sequence[Text], behind_tokens: int = 32) -> list[Chunk]:
         """Read a changed document by computing only the changed parts and some tokens behind each (arXiv:2609.17983).
@@ -195,15 +219,57 @@ class Library:
             )
         return chunk
 
-    def _read(self, missing: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkKV, float]]:
-        """Prefill chunks, each in its context, as the stored beginning of its document allows."""
+    def _foreign(self, given: Text | None) -> tuple[int, ...]:
+        if given is not None:
+            return self.encoder.chunk(given)
+        if self.tokenizer is not None:
+            return self.encoder.chunk(FOREIGN)
+        draw = torch.randint(self.decoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+        return self.encoder.chunk(draw.tolist())
+
+    def _read(
+        self, missing: Sequence[Chunk], waiting: Mapping[bytes, Item] | None = None, measured: bool = False
+    ) -> Iterator[Item]:
+        """Prefill chunks, each in its context, as the beginning of its document that is stored, or waits to be, allows."""
+        waiting = {} if waiting is None else waiting
+
+        def known(chunk: Chunk) -> ChunkKV | None:
+            key = self.chunk_key(chunk)
+            return waiting[key].kv if key in waiting else self.store.get(key)
+
         if missing:
             with self._lock:
-                for chunk, kv, seconds in self._reader.read(
-                    missing, lambda chunk: self.store.get(self.chunk_key(chunk))
-                ):
+                for chunk, kv, seconds in self._reader.read(missing, known, measured or self._measured):
                     self.tokens_read += len(chunk)
-                    yield chunk, kv, seconds
+                    yield self._item(chunk, kv, seconds)
+
+    @cached_property
+    def _costs(self) -> CostProfile | None:
+        return cost_profile(self.decoder, self.store, self.model_fingerprint, self.document_tokens)
+
+    def _item(self, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
+        """What is stored of a chunk: what it costs to compute behind its context, and the name of its passage.
+
+        A namespace's passages are not named: whoever has the text could tell that it is there.
+        """
+        if self._costs is not None:
+            seconds = self._costs(len(self.encoder.anchor) + chunk.offset, len(chunk))
+        label = text_key(chunk.text).hex() if chunk.text and not self.namespace else ""
+        return Item(self.chunk_key(chunk), kv, seconds, label)
+
+    def _put(self, waiting: dict[bytes, Item]) -> None:
+        """Store what waits, together; one by one where it does not fit together."""
+        items = list(waiting.values())
+        waiting.clear()
+        if not items:
+            return
+        try:
+            self.store.put_many(items, space=self.space, namespace=self.namespace)
+        except StoreFullError:
+            if len(items) == 1:
+                raise
+            for item in items:
+                self.store.put_many([item], space=self.space, namespace=self.namespace)
 
     def _one_window(self, chunks: Sequence[Chunk]) -> bool:
         return self.context == "document" and all(b.offset == a.offset + len(a) for a, b in pairwise(chunks))
@@ -229,24 +295,27 @@ class Library:
                 placement.layer(layer)
             recompute(self.decoder, cache, layout.ids, (anchor + repair.rows).to(self.decoder.device))
             cache.set_length(len(ids))
+            known = dict(zip(sources, batch.sensitivities, strict=True))
         self.tokens_read += len(repair.rows)
-        cost = (perf_counter() - begin) / len(ids)
-        for item in placed[repair.first :]:
-            kv = cut(cache, item.start, item.stop)
-            key, seconds = self.chunk_key(item.chunk), cost * len(item.chunk)
-            self.store.put(key, kv, space=self.space, cost_s=seconds, namespace=self.namespace)
+        seconds = (perf_counter() - begin) / len(ids)
+        made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
+        for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
+            kv.sensitivity = known.get(
+                chunk, torch.zeros(len(chunk)) if any(s is not None for s in known.values()) else None
+            )
+        items = [self._item(chunk, kv, seconds * len(chunk)) for chunk, kv in made]
+        self._put({item.key: item for item in items})
         return True
 
-    def _keep(self, missing: Sequence[Chunk]) -> dict[bytes, ChunkKV]:
+    def _keep(self, missing: Sequence[Chunk], measured: bool = False) -> dict[bytes, ChunkKV]:
         """Read what the store does not hold, store it if it fits, and keep it in hand for this prompt."""
         held: dict[bytes, ChunkKV] = {}
-        for chunk, kv, seconds in self._read(missing):
-            key = self.chunk_key(chunk)
-            held[key] = kv
+        for item in self._read(missing, measured=measured):
+            held[item.key] = item.kv
             try:
-                self.store.put(key, kv, space=self.space, cost_s=seconds, namespace=self.namespace)
+                self._put({item.key: item})
             except StoreError as error:  # full, or open for reading only
-                logger.warning("a chunk of %d tokens is used but not stored: %s", len(chunk), error)
+                logger.warning("a chunk of %d tokens is used but not stored: %s", len(item.kv), error)
         return held
 
 

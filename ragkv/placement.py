@@ -15,6 +15,7 @@ from ragkv.cache import FusedCache
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.kernels import Rotation, place, rotation_tables
 from ragkv.layout import Layout, Placed
+from ragkv.store import Target
 
 if TYPE_CHECKING:
     from ragkv.model import Decoder
@@ -62,6 +63,7 @@ class Placement:
         self.bytes_read = 0
         self._whole_from: int | None = None  # with whole chunks, layers from this one on are placed
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._targets: dict[int, Target] = {}
         if self.by_layer:
             batch.read_ahead()
 
@@ -95,9 +97,14 @@ class Placement:
             for layer in layers:
                 self._place(placed, layer, *self._stored(key, layer))
             return
-        with self.store.read([key]) as alone:
-            for layer in layers:
-                self._place(placed, layer, *alone.layer(0, layer))
+        with self.store.read([key], again=True) as alone:
+            if alone.direct(0):
+                alone.place(0, layers, [self._target(layer) for layer in layers], placed.start)
+                for layer in layers:
+                    self._turn_in_place(placed, layer)
+            else:
+                for layer in layers:
+                    self._place(placed, layer, *alone.layer(0, layer))
             self.bytes_read += alone.bytes_read
 
     def _place_opening(self, layer: int) -> None:
@@ -112,13 +119,28 @@ class Placement:
         return self.batch.layer(self.index[key], layer)
 
     def _place(self, placed: Placed, layer: int, stored_keys: Tensor, stored_values: Tensor) -> None:
-        held, rotation = self.cache.layers[layer], self.decoder.rotations[layer]
-        slots, device = slice(placed.start, placed.stop), held.key_room.device
-        cos, sin = self._turn(rotation, placed, device)
-        moved = stored_keys.to(device, non_blocking=True)
+        held, rotation, keys = self.cache.layers[layer], self.decoder.rotations[layer], self._slots(placed, layer)
+        cos, sin = self._turn(rotation, placed, keys.device)
         interleaved = rotation is not None and rotation.interleaved
-        place(held.key_room[0, :, slots], moved, cos, sin, interleaved=interleaved)
-        held.value_room[0, :, slots] = stored_values.to(device, non_blocking=True)
+        place(keys, stored_keys.to(keys.device, non_blocking=True), cos, sin, interleaved=interleaved)
+        held.value_room[0, :, placed.start : placed.stop] = stored_values.to(keys.device, non_blocking=True)
+
+    def _turn_in_place(self, placed: Placed, layer: int) -> None:
+        """Rotate keys that stand in their slots already."""
+        rotation, keys = self.decoder.rotations[layer], self._slots(placed, layer)
+        cos, sin = self._turn(rotation, placed, keys.device)
+        if rotation is not None and cos is not None:
+            place(keys, keys.clone(), cos, sin, interleaved=rotation.interleaved)
+
+    def _slots(self, placed: Placed, layer: int) -> Tensor:
+        """Where a chunk's keys ``[H, T, D]`` of a layer go."""
+        return self.cache.layers[layer].key_room[0, :, placed.start : placed.stop]
+
+    def _target(self, layer: int) -> Target:
+        if layer not in self._targets:
+            held = self.cache.layers[layer]
+            self._targets[layer] = Target(held.key_room[0], held.value_room[0])
+        return self._targets[layer]
 
     def _turn(
         self, rotation: Rotation | None, placed: Placed, device: torch.device

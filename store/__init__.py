@@ -7,6 +7,8 @@ from ragkv.store.keys import chunk_key
 from ragkv.store.policy import Policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.stats import StoreStats
+from ragkv.store.target import Target
+from ragkv.store.terms import Item
 from ragkv.store.tiered import TieredStore
 
-__all__ = ["Batch", "CostProfile", "Policy", "StoreStats", "TieredStore", "chunk_key"]
+__all__ = ["Batch", "CostProfile", "Item", "Policy", "StoreStats", "Target", "TieredStore", "chunk_key"]

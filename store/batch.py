@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from types import TracebackType
 from typing import Protocol
 
@@ -35,11 +36,15 @@ class Source(Protocol):
     def layers(self) -> int:
         """L."""
 
+    @property
+    def sensitivity(self) -> Tensor | None:
+        """``[T]``, see :class:`~ragkv.chunk.ChunkKV`."""
+
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it."""
 
-    def place(self, layer: int, target: Target, start: int) -> int:
-        """Copies a layer into a prompt from token ``start`` on; the bytes read from disk for it."""
+    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
+        """Copies layers into a prompt, each to its target, from token ``start`` on; the bytes read from disk for it."""
 
 
 class InMemory:
@@ -49,15 +54,17 @@ class InMemory:
 
     def __init__(self, kv: ChunkKV) -> None:
         self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
+        self.sensitivity = kv.sensitivity
         self._kv = kv
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """See the protocol."""
         return (self._kv.keys[layer], self._kv.values[layer]), 0
 
-    def place(self, layer: int, target: Target, start: int) -> int:
+    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
         """See the protocol."""
-        target.fill(start, self._kv.keys[layer], self._kv.values[layer])
+        for layer, target in zip(layers, targets, strict=True):
+            target.fill(start, self._kv.keys[layer], self._kv.values[layer])
         return 0
 
 
@@ -73,8 +80,8 @@ class Owner(Protocol):
     def release(self, keys: Sequence[bytes]) -> None:
         """The lease is over."""
 
-    def count_bytes(self, count: int) -> None:
-        """So many bytes were read from disk."""
+    def count_load(self, count: int, seconds: float) -> None:
+        """So many bytes were read from disk, in so many seconds."""
 
 
 class Batch:
@@ -89,6 +96,7 @@ class Batch:
         bases: per key the position at which the chunk's first token stood, or None.
         lengths: per key T, the chunk's tokens, or None.
         layers: per key L, or None.
+        sensitivities: per key ``[T]``, see :class:`~ragkv.chunk.ChunkKV`; None where it was not measured.
         bytes_read: bytes read from disk so far.
     """
 
@@ -101,7 +109,9 @@ class Batch:
         self.bases = [None if source is None else source.base for source in self._found]
         self.lengths = [None if source is None else source.tokens for source in self._found]
         self.layers = [None if source is None else source.layers for source in self._found]
+        self.sensitivities = [None if source is None else source.sensitivity for source in self._found]
         self.bytes_read = 0
+        self._seconds = 0.0
         self._owner = owner
         self._sources = dict(sources)
         self._loading = [source for source in sources.values() if isinstance(source, Loading)]
@@ -119,9 +129,10 @@ class Batch:
             StoreError: the chunk is a miss, or the batch is closed.
             RecordError: the record proved damaged; it was dropped, and the next read of its key is a miss.
         """
+        started = perf_counter()
         with self._reading(index) as source:
             pair, count = source.layer(layer)
-            self._count(count)
+            self._count(count, started)
         return pair
 
     def place_layer(self, layer: int, keys: Tensor, values: Tensor, starts: Sequence[int | None]) -> None:
@@ -138,11 +149,30 @@ class Batch:
         Raises:
             StoreError, RecordError: as :meth:`layer`, and where a chunk does not fit.
         """
-        target = Target(keys, values)
+        targets = [Target(keys, values)]
         for index, start in enumerate(starts):
             if start is not None:
-                with self._reading(index) as source:
-                    self._count(source.place(layer, target, start))
+                self.place(index, range(layer, layer + 1), targets, start)
+
+    def direct(self, index: int) -> bool:
+        """Whether :meth:`place` copies the chunk straight from the file: then it is the fastest way to read it."""
+        return isinstance(source := self._found[index], Loading) and source.direct
+
+    def place(self, index: int, layers: range, targets: Sequence[Target], start: int) -> None:
+        """Copies layers of the chunk at ``index`` into a prompt's K and V.
+
+        Args:
+            index: which chunk.
+            layers: which layers.
+            targets: the prompt's K and V of each of them; made once for all chunks of a prompt.
+            start: the token at which the chunk begins.
+
+        Raises:
+            StoreError, RecordError: as :meth:`place_layer`.
+        """
+        started = perf_counter()
+        with self._reading(index) as source:
+            self._count(source.place(layers, targets, start), started)
 
     def read_ahead(self) -> Batch:
         """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.
@@ -167,7 +197,7 @@ class Batch:
         for key, source in self._sources.items():
             self._owner.finish(key, source)
         self._owner.release(self.keys)
-        self._owner.count_bytes(self.bytes_read)
+        self._owner.count_load(self.bytes_read, self._seconds)
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[Source]:
@@ -186,15 +216,17 @@ class Batch:
                 if self._closed:
                     return
                 if layer < source.layers:
+                    started = perf_counter()
                     try:
-                        self._count(source.load(source.record.segments_of(layer)))
+                        self._count(source.load(source.record.segments_of(layer)), started)
                     except RecordError:
                         return
 
-    def _count(self, count: int) -> None:
+    def _count(self, count: int, started: float) -> None:
         if count:
             with self._lock:
                 self.bytes_read += count
+                self._seconds += perf_counter() - started
 
     def __enter__(self) -> Batch:
         return self

@@ -18,8 +18,9 @@ from ragkv.store.layout import Payload
 from ragkv.store.ledger import NO_QUOTA, Ledger
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.record import Record
-from ragkv.store.rows import Counters, Row, namespace_id
+from ragkv.store.rows import Counters, Row, namespace_id, seal, unseal
 from ragkv.store.snapshot import Snapshot, segment_key
+from ragkv.store.stats import Tally
 from ragkv.store.terms import Terms
 
 logger = logging.getLogger("ragkv.store")
@@ -110,15 +111,19 @@ class DiskTier:
 
     def remove(self, key: bytes, reason: str | None = None) -> bool:
         """Forgets an entry; whether there was one. A reason is counted among the evictions."""
-        if self._get(b"entries", key) is None:
-            return False
+        return self._get(b"entries", key) is not None and self.remove_many([key], reason) == 1
+
+    def remove_many(self, keys: Sequence[bytes], reason: str | None = None) -> int:
+        """Forgets entries in one transaction, see :meth:`remove`; how many there were."""
+        removed = 0
         # On a full disk there may be room to remove an entry, and none to rewrite many rows.
-        with self._ledger(enter_uses=False) as ledger:
-            removed = ledger.txn.get(key, db=self.environment.db(b"entries")) is not None
-            self._drop(ledger, key, remember=reason is not None)
+        with self._ledger(enter_uses=False, suspicious=reason == "damaged") as ledger:
+            for key in keys:
+                removed += ledger.txn.get(key, db=self.environment.db(b"entries")) is not None
+                self._drop(ledger, key, remember=reason is not None)
             ledger.counters.removals += removed
         if removed and reason is not None:
-            self.evictions[reason] += 1
+            self.evictions[reason] += removed
         return removed
 
     def pin(self, key: bytes, lifetime_s: float) -> bool:
@@ -181,24 +186,41 @@ class DiskTier:
         with self.environment.write() as txn:
             txn.put(name.encode(), value, db=self.environment.db(b"facts"))
 
-    def flush(self) -> None:
-        """Puts the uses that were noted into the books and syncs the folder."""
-        if self._touched and not self.readonly:
-            with self._ledger():
-                pass
+    def flush(self, done: Tally | None = None) -> None:
+        """Puts the uses that were noted into the books and syncs the folder.
+
+        Args:
+            done: what a process did, to be added to the folder's history.
+        """
+        if (self._touched or (done is not None and done.any)) and not self.readonly:
+            with self._ledger() as ledger:
+                if done is not None:
+                    history = self._read_history(ledger.txn)
+                    history.merge(done)
+                    data = seal(b"history", history.to_bytes())
+                    ledger.txn.put(b"history", data, db=self.environment.db(b"state"))
         self.environment.sync()
 
-    def close(self) -> None:
-        """Flushes and gives the folder back; where flushing fails, only uses that were noted are lost."""
+    def history(self) -> Tally:
+        """What all processes that closed the folder in good order did, since it was made."""
+        with self.environment.read() as txn:
+            return self._read_history(txn)
+
+    def close(self, done: Tally | None = None) -> None:
+        """Flushes and gives the folder back; where flushing fails, only uses that were noted are lost.
+
+        Args:
+            done: see :meth:`flush`.
+        """
         try:
-            self.flush()
+            self.flush(done)
         except StoreError as error:
             logger.warning("how often entries were used could not be written down: %s", error)
         finally:
             self.environment.close()
 
     @contextmanager
-    def _ledger(self, *, enter_uses: bool = True) -> Iterator[Ledger]:
+    def _ledger(self, *, enter_uses: bool = True, suspicious: bool = False) -> Iterator[Ledger]:
         """The books in a write transaction, with noted uses entered and what has expired dropped."""
         touched: dict[bytes, int] = {}
         if enter_uses:
@@ -206,7 +228,7 @@ class DiskTier:
                 touched, self._touched = self._touched, {}
         expired: list[bytes] = []
         try:
-            with self.environment.write() as txn:
+            with self.environment.write(suspicious=suspicious) as txn:
                 ledger = Ledger(self.environment, txn, self._policy, self._held, self._now())
                 for key, times in touched.items():
                     row = ledger.row(key)
@@ -236,6 +258,7 @@ class DiskTier:
         """
         row = self._drop(ledger, key, remember=False) or Row(Usage(0))
         row.usage.add_cost(terms.cost_s)
+        row.usage.frequency += terms.uses
         row.usage.size_bytes = _pages(len(record.pack(key))) + sum(_pages(stop - start) for start, stop in record.spans)
         row.namespace = namespace_id(terms.namespace)
         row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
@@ -284,6 +307,13 @@ class DiskTier:
         with self.environment.read() as txn:
             data = txn.get(key, db=self.environment.db(db))
             return None if data is None else bytes(data)
+
+    def _read_history(self, txn: Any) -> Tally:
+        data = txn.get(b"history", db=self.environment.db(b"state"))
+        try:
+            return Tally() if data is None else Tally.from_bytes(unseal(b"history", bytes(data)))
+        except RecordError:
+            return Tally()
 
     def _check_version(self) -> None:
         version = self._get(b"state", b"format")

@@ -12,20 +12,25 @@ from ragkv.store.layout import Layout, Payload, Segments
 from ragkv.store.record import SEGMENT_BYTES, Record, Shape, checksum
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LONGEST_LABEL = 256
 
 
-def encode(kv: ChunkKV, *, codec: Codec, space: str = "", segment_bytes: int = SEGMENT_BYTES) -> tuple[Record, Payload]:
+def encode(
+    kv: ChunkKV, *, codec: Codec, space: str = "", label: str = "", segment_bytes: int = SEGMENT_BYTES
+) -> tuple[Record, Payload]:
     """A chunk's KV as a record's header and its payload, which shares no memory with ``kv``.
 
     Raises:
-        StoreError: the tensors are not L pairs ``[H, T, D]`` of one T in fp32, bf16 or fp16.
+        StoreError: the tensors are not L pairs ``[H, T, D]`` of one T in fp32, bf16 or fp16; a label is too long.
     """
     validate(kv)
+    if len(label) > _LONGEST_LABEL:
+        raise StoreError(f"a label has at most {_LONGEST_LABEL} characters, got {len(label)}")
     tensors: dict[str, Tensor] = {}
     for layer, (key, value) in enumerate(kv):
         sides: tuple[tuple[Side, Tensor], ...] = (("k", key), ("v", value))
         for side, tensor in sides:
-            for suffix, part in codec.encode(tensor.detach().cpu(), side).items():
+            for suffix, part in codec.encode(tensor.detach().cpu(), side, layer / len(kv.keys)).items():
                 tensors[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
     layout = Layout.of(tensors)
     payload = Payload(layout.payload_bytes)
@@ -41,6 +46,9 @@ def encode(kv: ChunkKV, *, codec: Codec, space: str = "", segment_bytes: int = S
         space=space,
         segment_bytes=segment_bytes,
         checksums=tuple(checksum(payload.data[start:stop]) for start, stop in spans),
+        label=label,
+        # As exact as it is on disk, so that a chunk is the same wherever it comes from.
+        sensitivity=None if kv.sensitivity is None else kv.sensitivity.detach().cpu().half().float(),
     )
     return record, payload
 
@@ -52,6 +60,8 @@ def validate(kv: ChunkKV) -> None:
     if kv.base < 0:
         raise StoreError(f"a chunk's base is a position, got {kv.base}")
     tokens = kv.keys[0].shape[1] if kv.keys[0].dim() == 3 else 0
+    if kv.sensitivity is not None and kv.sensitivity.shape != (tokens,):
+        raise StoreError(f"sensitivity must be [T] with T = {tokens}, got {tuple(kv.sensitivity.shape)}")
     for layer, (key, value) in enumerate(kv):
         for name, tensor in (("keys", key), ("values", value)):
             if tensor.dim() != 3 or tensor.shape[1] != tokens or not tensor.numel():

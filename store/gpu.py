@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
-from ragkv.store.memory import MemoryTier
+from ragkv.store.memory import MemoryTier, Resident
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.pool import BlockPool, Pooled, kinds_of
 from ragkv.store.terms import Terms
@@ -55,14 +56,17 @@ class GpuTier:
         return self._index.used_bytes
 
     @property
-    def evictions(self) -> dict[str, int]:
+    def evictions(self) -> Counter[str]:
         """Entries dropped, by reason."""
-        return dict(self._index.evictions)
+        return self._index.evictions
+
+    def find(self, key: bytes) -> Pooled | None:
+        """The chunk; that is no use of it."""
+        return _pooled(self._index.find(key) if self.budget_bytes else None)
 
     def use(self, key: bytes) -> Pooled | None:
         """The chunk, and counts a use of it."""
-        entry = self._index.use(key) if self.budget_bytes else None
-        return entry.kv if entry is not None and isinstance(entry.kv, Pooled) else None
+        return _pooled(self._index.use(key) if self.budget_bytes else None)
 
     def put(self, key: bytes, kv: ChunkKV, terms: Terms, usage: Usage) -> bool:
         """Keeps a chunk if it is worth what it would evict and has the pool's shapes; whether it does."""
@@ -94,6 +98,10 @@ class GpuTier:
             self._index.remove(key)
             raise
         return True
+
+
+def _pooled(entry: Resident[Pooled | _Size] | None) -> Pooled | None:
+    return entry.kv if entry is not None and isinstance(entry.kv, Pooled) else None
 
 
 class _Size:

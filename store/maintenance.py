@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,17 @@ from ragkv.errors import RecordError, StoreError
 from ragkv.store.disk import DiskTier
 from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
-from ragkv.store.policy import LRU
+from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.snapshot import Loading
-from ragkv.store.terms import Terms
+from ragkv.store.stats import Tally
 
 logger = logging.getLogger("ragkv.store")
 
 _DATA, _LOCK = "data.mdb", "lock.mdb"
 _NO_BUDGET = 1 << 62
+_REMOVED_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Entry:
 
     Attributes:
         key: what it is stored under.
+        label: what whoever put it knows it by; empty where nothing was said.
         space: fingerprint of the model and all else that it depends on; None where its header is damaged.
         codec: how it is encoded; None where its header is damaged.
         tokens: T; 0 where its header is damaged.
         size_bytes: what it takes on disk.
         frequency: how often it was put or read.
+        hits: how often it was read.
         cost_s: mean seconds that computing it took.
         created_s: when it was put, in seconds of the wall clock.
         used_s: when its last use was written down.
@@ -48,11 +51,13 @@ class Entry:
     """
 
     key: bytes
+    label: str
     space: str | None
     codec: str | None
     tokens: int
     size_bytes: int
     frequency: int
+    hits: int
     cost_s: float
     created_s: float
     used_s: float
@@ -114,14 +119,34 @@ def verify(
     return Verdict(len(keys), read, damaged, int(dropped))
 
 
+def structure(path: str | os.PathLike[str]) -> list[str]:
+    """What is wrong with LMDB's own pages, a line each; where there is something, :func:`repair` makes a new file."""
+    try:
+        with opened(path) as tier:
+            return tier.environment.problems()
+    except RecordError as error:
+        return [str(error)]
+
+
 def prune(path: str | os.PathLike[str], wanted: Callable[[Entry], bool], *, dry_run: bool = False) -> list[Entry]:
     """Removes the entries that are wanted gone, such as those of another model's space; which they are."""
     chosen = [entry for entry in entries(path) if wanted(entry)]
     if not dry_run:
-        with opened(path) as tier:
-            for entry in chosen:
-                tier.remove(entry.key)
+        remove(path, [entry.key for entry in chosen])
     return chosen
+
+
+def remove(path: str | os.PathLike[str], keys: Sequence[bytes]) -> int:
+    """Removes entries, many in one transaction; how many there were."""
+    with opened(path) as tier:
+        parts = range(0, len(keys), _REMOVED_AT_ONCE)
+        return sum(tier.remove_many(keys[start : start + _REMOVED_AT_ONCE]) for start in parts)
+
+
+def history(path: str | os.PathLike[str]) -> Tally:
+    """What the processes that used a folder and closed it did, all together."""
+    with opened(path) as tier:
+        return tier.history()
 
 
 def compact(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -168,7 +193,7 @@ def repair(path: str | os.PathLike[str]) -> int:
     saved = 0
     try:
         # A file that does not open, or no further, ends the rescue: what was saved so far is what there is.
-        with suppress(RecordError), opened(rescue) as old, opened(folder, _NO_BUDGET - 1) as tier:
+        with opened(folder, _NO_BUDGET - 1) as tier, suppress(RecordError), opened(rescue) as old:
             for key in old.stored():
                 saved += _save(old, tier, key)
     finally:
@@ -185,7 +210,7 @@ def opened(path: str | os.PathLike[str], disk_bytes: int = _NO_BUDGET) -> Iterat
     """
     if disk_bytes == _NO_BUDGET and not (Path(path) / _DATA).exists():
         raise StoreError(f"{path} is not a folder of a store")
-    tier = DiskTier(Path(path), disk_bytes, LRU())
+    tier = DiskTier(Path(path), disk_bytes, PGDSF())
     try:
         yield tier
     finally:
@@ -217,8 +242,7 @@ def _save(old: DiskTier, new: DiskTier, key: bytes) -> bool:
     except RecordError as error:
         logger.warning("%s is lost: %s", key.hex(), error)
         return False
-    lifetime_s = row.expires_s - old.now()
-    return new.put(key, record, payload, Terms(lifetime_s=lifetime_s, cost_s=row.usage.cost_s)) is not None
+    return new.put(key, record, payload, row.terms(old.now())) is not None
 
 
 def _entry(tier: DiskTier, key: bytes) -> Entry | None:
@@ -236,11 +260,13 @@ def _entry(tier: DiskTier, key: bytes) -> Entry | None:
         snapshot.close()
     return Entry(
         key=key,
+        label=record.label if record else "",
         space=record.space if record else None,
         codec=record.codec if record else None,
         tokens=record.tokens if record else 0,
         size_bytes=row.usage.size_bytes,
         frequency=row.usage.frequency,
+        hits=max(row.usage.frequency - row.usage.computed, 0),
         cost_s=row.usage.cost_s,
         created_s=row.created_s,
         used_s=row.used_s,
@@ -254,6 +280,22 @@ def _refuse_open(folder: Path) -> None:
         raise StoreError(f"{folder} is not a folder of a store")
     if Environment.is_open(folder):
         raise StoreError(f"{folder} is open in this process: close its stores first")
+    if (folder / _LOCK).exists() and _locked(folder / _LOCK):
+        raise StoreError(f"{folder} is open in another process: stop it first")
+
+
+def _locked(file: Path) -> bool:
+    """Whether another process holds the lock that LMDB keeps on this file for as long as it is open."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    with open(file, "r+b") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _clear(folder: Path, *, remove: bool = False) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from ragkv.errors import StoreError
 from ragkv.store.tiered import TieredStore
 
+_BUCKETS_S = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
+
 
 class StoreCollector:
     """Reads a store's :meth:`TieredStore.stats` whenever Prometheus asks.
@@ -48,9 +50,10 @@ class StoreCollector:
         yield self._core.CounterMetricFamily("ragkv_store_refused", "Chunks not admitted.", stats.refused)
         yield self._core.CounterMetricFamily("ragkv_store_read_bytes", "Bytes read from disk.", stats.bytes_read)
         yield self._core.CounterMetricFamily("ragkv_store_written_bytes", "Bytes written.", stats.bytes_written)
-        seconds = self._core.CounterMetricFamily("ragkv_store_seconds", "Time spent, by stage.", labels=["stage"])
-        for stage, value in stats.seconds.items():
-            seconds.add_metric([stage], value)
+        seconds = self._core.HistogramMetricFamily("ragkv_store_seconds", "Time by stage.", labels=["stage"])
+        for stage, latency in stats.latency.items():
+            buckets = [(str(bound), latency.below(bound)) for bound in _BUCKETS_S]
+            seconds.add_metric([stage], [*buckets, ("+Inf", latency.count)], latency.total_s)
         yield seconds
         evictions = self._core.CounterMetricFamily(
             "ragkv_store_evictions", "Chunks dropped.", labels=["tier", "reason"]

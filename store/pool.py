@@ -125,6 +125,7 @@ class Pooled:
         if kinds_of(kv) != pool.kinds:
             raise StoreError("the chunk has other layers, heads or dtypes than the pool")
         self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
+        self.sensitivity = kv.sensitivity
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)
@@ -136,9 +137,10 @@ class Pooled:
         """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
         return self._pool.read(self._blocks, self.tokens, layer), 0
 
-    def place(self, layer: int, target: Target, start: int) -> int:
-        """Copies a layer into a prompt."""
-        target.fill(start, *self.layer(layer)[0])
+    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
+        """Copies layers into a prompt."""
+        for layer, target in zip(layers, targets, strict=True):
+            target.fill(start, *self.layer(layer)[0])
         return 0
 
 

@@ -14,6 +14,7 @@ L layers, H kv heads, T tokens, D head_dim.
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ SEGMENT_BYTES = 1 << 19
 _PREFIX = struct.Struct("<5sBHQ")
 _LENGTH = struct.Struct("<Q")
 _METADATA = '{"__metadata__":'
+_MOST_LAYERS = 1 << 16
 _UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, IndexError, struct.error, RecursionError)
 
 Shape = tuple[int, int, int]
@@ -57,6 +59,8 @@ class Record:
         space: fingerprint of all that the KV depends on besides its ids.
         segment_bytes: the most that a segment has.
         checksums: xxh3_64 of each segment.
+        label: what whoever stored it knows it by; never looked at by the store.
+        sensitivity: of each token, see :class:`~ragkv.chunk.ChunkKV`; ``None`` where it was not measured.
     """
 
     layout: Layout
@@ -67,6 +71,8 @@ class Record:
     space: str
     segment_bytes: int
     checksums: tuple[int, ...]
+    label: str = ""
+    sensitivity: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -79,13 +85,18 @@ class Record:
         return self.layout.payload_bytes
 
     @property
+    def segments(self) -> Segments:
+        """How the payload is cut."""
+        return Segments.cut(self.layout, self.segment_bytes)
+
+    @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Per segment its first byte in the payload, and the byte behind its last."""
-        return Segments.cut(self.layout, self.segment_bytes).spans
+        return self.segments.spans
 
     def segments_of(self, layer: int) -> range:
         """The segments in which a layer's bytes lie."""
-        return Segments.cut(self.layout, self.segment_bytes).of_layer[layer]
+        return self.segments.of_layer[layer]
 
     def check_segment(self, index: int, data: Any) -> None:
         """Raises RecordError where a segment's bytes (a uint8 tensor or array) are not those that were stored."""
@@ -107,7 +118,7 @@ class Record:
     def decode(self, payload: Payload) -> ChunkKV:
         """All layers of a whole payload."""
         pairs = [self.layer(payload, layer) for layer in range(len(self.shapes))]
-        return ChunkKV([key for key, _ in pairs], [value for _, value in pairs], self.base)
+        return ChunkKV([key for key, _ in pairs], [value for _, value in pairs], self.base, self.sensitivity)
 
     def safetensors_header(self) -> bytes:
         """``length u64, JSON``: what a safetensors file begins with."""
@@ -171,7 +182,11 @@ class Record:
             space=str(facts["space"]),
             segment_bytes=int(facts["segment_bytes"]),
             checksums=tuple(int(digits[at : at + 16], 16) for at in range(0, len(digits), 16)),
+            label=str(facts.get("label", "")),
+            sensitivity=_from_text(facts["sensitivity"]) if "sensitivity" in facts else None,
         )
+        if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
+            raise ValueError(f"{len(record.sensitivity)} sensitivities for {record.tokens} tokens")
         if len(layers) != len(layout.layers) or record.base < 0 or record.segment_bytes < 1:
             raise ValueError(f"{len(layers)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
         if len(record.checksums) != len(record.spans):
@@ -189,6 +204,8 @@ class Record:
         return {
             "format": f"ragkv-{VERSION}",
             "space": self.space,
+            **({"label": self.label} if self.label else {}),
+            **({} if self.sensitivity is None else {"sensitivity": _to_text(self.sensitivity)}),
             "codec": self.codec,
             "base": str(self.base),
             "tokens": str(self.tokens),
@@ -196,6 +213,15 @@ class Record:
             "segment_bytes": str(self.segment_bytes),
             "xxh3_64": "".join(f"{number:016x}" for number in self.checksums),
         }
+
+
+def _to_text(numbers: Tensor) -> str:
+    """fp16, little-endian, in base64."""
+    return base64.b64encode(numbers.detach().cpu().numpy().astype("<f2").tobytes()).decode()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float32))
 
 
 def checksum(data: Any) -> int:
@@ -209,10 +235,10 @@ def _header_checksum(key: bytes, header: bytes) -> int:
 
 def _expand(runs: Sequence[Sequence], tokens: int) -> list[tuple[torch.dtype, tuple[Shape, Shape]]]:
     """``[[count, dtype, key heads, key dim, value heads, value dim]...]`` as one item a layer."""
-    layers = []
+    layers: list[tuple[torch.dtype, tuple[Shape, Shape]]] = []
     for count, dtype, key_heads, key_dim, value_heads, value_dim in runs:
-        if not 0 < count <= 1 << 16:
-            raise ValueError(f"{count} layers of one kind")
+        if not 0 < count <= _MOST_LAYERS - len(layers):
+            raise ValueError(f"{count} layers of one kind behind {len(layers)} others")
         layers += [(DTYPES[dtype], ((key_heads, tokens, key_dim), (value_heads, tokens, value_dim)))] * count
     return layers
 

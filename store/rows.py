@@ -11,6 +11,7 @@ import xxhash
 
 from ragkv.errors import RecordError
 from ragkv.store.policy import Usage
+from ragkv.store.terms import Terms
 
 NOBODY = bytes(8)
 _ROW = struct.Struct("<QddQQQdddddd8s")
@@ -50,6 +51,11 @@ class Row:
         """Whether it must not be evicted. A clock set back ends a pin that has a lifetime."""
         return self.pinned_until_s == math.inf or self.pinned_from_s <= now < self.pinned_until_s
 
+    def terms(self, now: float) -> Terms:
+        """On what terms another folder may keep the entry."""
+        left_s = max(self.expires_s - now, 1e-9)
+        return Terms(self.namespace, left_s, self.usage.cost_s, max(self.usage.frequency - 1, 0))
+
     def pack(self, key: bytes) -> bytes:
         """The row as bytes, bound to its key."""
         use = self.usage
@@ -58,7 +64,7 @@ class Row:
             *(self.priority, self.created_s, self.used_s, self.expires_s, self.pinned_from_s, self.pinned_until_s),
             self.namespace,
         )
-        return _seal(key, data)
+        return seal(key, data)
 
     @classmethod
     def unpack(cls, key: bytes, data: bytes) -> Row:
@@ -67,7 +73,7 @@ class Row:
         Raises:
             RecordError: it is damaged.
         """
-        fields = _ROW.unpack(_unseal(key, data, _ROW.size))
+        fields = _ROW.unpack(unseal(key, data, _ROW.size))
         return cls(Usage(*fields[:6]), *fields[6:])
 
 
@@ -98,18 +104,20 @@ class Counters:
         Raises:
             RecordError: they are damaged.
         """
-        return cls() if data is None else cls(*_STATE.unpack(_unseal(b"counters", data, _STATE.size)))
+        return cls() if data is None else cls(*_STATE.unpack(unseal(b"counters", data, _STATE.size)))
 
     def pack(self) -> bytes:
         """The counters as bytes."""
         # A damaged folder may give back more than was counted.
         used, ghosts = max(self.used_bytes, 0), max(self.ghosts, 0)
         state = _STATE.pack(used, self.clock, self.tick, ghosts, self.removals, self.written_s)
-        return _seal(b"counters", state)
+        return seal(b"counters", state)
 
 
-def namespace_id(name: str) -> bytes:
-    """8 bytes for a namespace, zeros for the empty one."""
+def namespace_id(name: str | bytes) -> bytes:
+    """8 bytes for a namespace, zeros for the empty one; an id stays as it is."""
+    if isinstance(name, bytes):
+        return name
     return blake2b(name.encode(), digest_size=8).digest() if name else NOBODY
 
 
@@ -126,11 +134,18 @@ def number(data: bytes) -> float:
     return float(value)
 
 
-def _seal(key: bytes, data: bytes) -> bytes:
+def seal(key: bytes, data: bytes) -> bytes:
+    """Data with a checksum behind it that binds it to its key."""
     return data + xxhash.xxh3_64_digest(key + data)
 
 
-def _unseal(key: bytes, data: bytes, size: int) -> bytes:
-    if len(data) != size + 8 or xxhash.xxh3_64_digest(key + data[:size]) != data[size:]:
+def unseal(key: bytes, data: bytes, size: int | None = None) -> bytes:
+    """The data of :func:`seal`.
+
+    Raises:
+        RecordError: it is damaged, or has not as many bytes as it must.
+    """
+    size = len(data) - 8 if size is None else size
+    if size < 0 or len(data) != size + 8 or xxhash.xxh3_64_digest(key + data[:size]) != data[size:]:
         raise RecordError("the books are damaged: a checksum differs")
     return data[:size]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ragkv.errors import StoreFullError
 from ragkv.store.memory import MemoryTier
-from ragkv.store.policy import Belady, Policy
+from ragkv.store.policy import POLICIES, Belady, Policy
 from ragkv.store.terms import Terms
 
 
@@ -54,6 +54,28 @@ def replay(requests: Sequence[Request], policy: Policy, budget_bytes: int, *, se
             continue  # larger than the tier: it is computed each time
     total = sum(request.cost_s for request in requests)
     return Outcome(hits / len(requests), tokens / _tokens(requests), saved, saved / total if total else 0.0)
+
+
+def compare(
+    requests: Sequence[Request], shares: Sequence[float], *, selective: bool = False
+) -> dict[str, list[Outcome]]:
+    """Every policy, Belady's optimum among them, on one stream.
+
+    Args:
+        requests: the stream.
+        shares: capacities, as shares of the bytes of all that is asked for.
+        selective: admit only what is worth more than what it would evict.
+
+    Returns:
+        By the policy's name an outcome for each capacity.
+    """
+    total = sum({request.key: request.size_bytes for request in requests}.values())
+    future = [request.key for request in requests]
+    makers: dict[str, Callable[[], Policy]] = {**POLICIES, Belady.name: lambda: Belady(future)}
+    return {
+        name: [replay(requests, make(), int(share * total), selective=selective) for share in shares]
+        for name, make in makers.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from ragkv.store.target import Target
 from ragkv.store.translation import translated
 
 _SEGMENT = struct.Struct(">I")
+
+# A place in the payload, and the uint8 array [H, T, bytes of a token] that what stands there is copied to.
+Run = tuple[int, Any]
 
 
 class Snapshot:
@@ -61,26 +64,33 @@ class Snapshot:
         record.check_segment(index, out[start:stop])
         return stop - start
 
-    def scatter(self, key: bytes, record: Record, index: int, runs: Sequence[tuple[int, Any]], verify: bool) -> None:
-        """Copies parts of a segment straight from the file.
+    def scatter(self, key: bytes, record: Record, runs: Mapping[int, list[Run]], verified: set[int]) -> int:
+        """Copies parts of segments straight from the file.
 
         Args:
             key: the record's.
             record: its header.
-            index: which segment.
-            runs: places in the payload, and uint8 arrays ``[H, T, bytes of a token]`` that what stands there is copied to.
-            verify: compare the segment's checksum before.
+            runs: what to copy, by segment.
+            verified: segments whose checksum was compared; the others' are, before they are copied, and they are added.
+
+        Returns:
+            Bytes of the segments that were read for the first time.
 
         Raises:
-            RecordError: it is not what was stored; then nothing was copied.
+            RecordError: a segment is not what was stored; then nothing of it was copied.
         """
-        start = record.spans[index][0]
+        spans, count = record.spans, 0
         with self._environment.gate, self._lock, translated(self._environment.path):
-            view = self._view(key, record, index)
-            if verify:
-                record.check_segment(index, view)
-            for place, target in runs:
-                _copy(view, start, place, target)
+            for index, parts in runs.items():
+                view = self._view(key, record, index)
+                # A segment that was just hashed is copied out of the processor's cache.
+                if index not in verified:
+                    record.check_segment(index, view)
+                    verified.add(index)
+                    count += len(view)
+                for place, target in parts:
+                    _copy(view, spans[index][0], place, target)
+        return count
 
     def counters(self) -> Counters:
         """What the books sum up.
@@ -130,6 +140,7 @@ class Loading:
 
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
+        self.sensitivity = record.sensitivity
         self.key = key
         self.record = record
         self.row = row
@@ -152,6 +163,11 @@ class Loading:
         """Whether every segment was read and verified."""
         return not self._missing
 
+    @property
+    def direct(self) -> bool:
+        """Whether layers can be copied straight from the file: they are stored as they are, and memory would not keep them."""
+        return not self._keep and self.record.codec == "raw" and len(self._missing) == len(self.record.checksums)
+
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V of a layer, and the bytes that were read for it."""
         count = self.load(self.record.segments_of(layer)) if self._missing else 0
@@ -166,23 +182,30 @@ class Loading:
                 self._missing.discard(index)
             return count
 
-    def place(self, layer: int, target: Target, start: int) -> int:
-        """Copies a layer into a prompt; the bytes that were read for it.
+    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
+        """Copies layers into a prompt; the bytes that were read for them.
 
         What memory would not keep anyway is copied straight from the file.
         """
-        direct = not self._keep and self.record.codec == "raw" and target.plain
-        if not direct or len(self._missing) < len(self.record.checksums):
-            pair, count = self.layer(layer)
+        if self.direct and all(target.plain for target in targets):
+            return self._place_directly(layers, targets, start)
+        count = 0
+        for layer, target in zip(layers, targets, strict=True):
+            pair, read = self.layer(layer)
             target.fill(start, *pair)
-            return count
-        place = self.record.layout.layers[layer]
-        runs = target.memory(start, place.keys[""], place.values[""])
+            count += read
+        return count
+
+    def _place_directly(self, layers: range, targets: Sequence[Target], start: int) -> int:
+        runs: dict[int, list[Run]] = {}
+        places, segments = self.record.layout.layers, self.record.segments
+        for layer, target in zip(layers, targets, strict=True):
+            place = places[layer]
+            parts = target.memory(start, place.keys[""], place.values[""])
+            for index in segments.of_layer[layer]:
+                runs.setdefault(index, []).extend(parts)
         with self._lock:
-            for index in self.record.segments_of(layer):
-                self._snapshot.scatter(self.key, self.record, index, runs, index not in self._verified)
-                self._verified.add(index)
-        return place.stop - place.start
+            return self._snapshot.scatter(self.key, self.record, runs, self._verified)
 
 
 def _copy(view: Any, start: int, place: int, target: Any) -> None:

@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from ragkv.errors import RecordError
 from ragkv.store.batch import Source
+
+_GROWTH = math.log(1.1)
+_LEAST_S = 1e-9
+_COUNTS = ("misses", "tokens_hit", "puts", "refused", "bytes_read", "bytes_written")
+
+
+@dataclass
+class Latency:
+    """Times of one stage, counted in buckets that grow by a tenth: quantiles are right to 5 %, and sums can be added up.
+
+    Attributes:
+        count: how many there were.
+        total_s: seconds of all together.
+        buckets: how many by the power of 1.1 seconds that they are nearest to.
+    """
+
+    count: int = 0
+    total_s: float = 0.0
+    buckets: Counter[int] = field(default_factory=Counter)
+
+    def add(self, seconds: float) -> None:
+        """Counts one time."""
+        self.count += 1
+        self.total_s += seconds
+        self.buckets[round(math.log(max(seconds, _LEAST_S)) / _GROWTH)] += 1
+
+    def merge(self, other: Latency) -> None:
+        """Counts all times of another."""
+        self.count += other.count
+        self.total_s += other.total_s
+        self.buckets.update(other.buckets)
+
+    def quantile(self, share: float) -> float:
+        """Seconds that this share of the times did not exceed; 0 where there were none."""
+        missing = share * self.count
+        for bucket in sorted(self.buckets):
+            missing -= self.buckets[bucket]
+            if missing <= 0:
+                return math.exp(bucket * _GROWTH)
+        return 0.0
+
+    @property
+    def median_s(self) -> float:
+        """Seconds that one in two did not exceed."""
+        return self.quantile(0.5)
+
+    @property
+    def p95_s(self) -> float:
+        """Seconds that 95 in 100 did not exceed."""
+        return self.quantile(0.95)
+
+    def below(self, seconds: float) -> int:
+        """How many times did not exceed so many seconds."""
+        bound = math.log(seconds) / _GROWTH
+        return sum(count for bucket, count in self.buckets.items() if bucket <= bound)
 
 
 @dataclass(frozen=True)
@@ -25,7 +84,7 @@ class StoreStats:
         evictions: entries dropped, by tier and reason (``budget``, ``quota``, ``expired``, ``damaged``).
         bytes_read: bytes read from disk.
         bytes_written: bytes of the records written to disk.
-        seconds: time spent, by stage (``encode``, ``write``, ``find``).
+        latency: times by stage: ``encode`` and ``write`` of a put, ``find`` and ``load`` (from disk) of a batch.
     """
 
     entries: dict[str, int]
@@ -39,7 +98,7 @@ class StoreStats:
     evictions: dict[str, dict[str, int]]
     bytes_read: int
     bytes_written: int
-    seconds: dict[str, float]
+    latency: dict[str, Latency]
 
 
 @dataclass
@@ -53,7 +112,13 @@ class Tally:
     refused: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    evictions: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    latency: defaultdict[str, Latency] = field(default_factory=lambda: defaultdict(Latency))
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was done."""
+        return bool(self.latency)
 
     def count_reads(self, keys: Sequence[bytes], sources: Mapping[bytes, Source]) -> None:
         """Counts what a batch found."""
@@ -65,9 +130,17 @@ class Tally:
                 self.hits[source.tier] += 1
                 self.tokens_hit += source.tokens
 
-    def stats(
-        self, entries: dict[str, int], sizes: dict[str, int], evictions: dict[str, dict[str, int]], file_bytes: int
-    ) -> StoreStats:
+    def merge(self, other: Tally) -> None:
+        """Adds the numbers of another."""
+        self.hits.update(other.hits)
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for tier, reasons in other.evictions.items():
+            self.evictions[tier].update(reasons)
+        for stage, latency in other.latency.items():
+            self.latency[stage].merge(latency)
+
+    def stats(self, entries: dict[str, int], sizes: dict[str, int], file_bytes: int) -> StoreStats:
         """The numbers so far, beside what the tiers hold."""
         return StoreStats(
             entries=entries,
@@ -78,8 +151,36 @@ class Tally:
             tokens_hit=self.tokens_hit,
             puts=self.puts,
             refused=self.refused,
-            evictions=evictions,
+            evictions={tier: dict(reasons) for tier, reasons in self.evictions.items()},
             bytes_read=self.bytes_read,
             bytes_written=self.bytes_written,
-            seconds=dict(self.seconds),
+            latency={
+                stage: Latency(item.count, item.total_s, item.buckets.copy()) for stage, item in self.latency.items()
+            },
         )
+
+    def to_bytes(self) -> bytes:
+        """The numbers as JSON."""
+        return json.dumps(self, default=vars, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Tally:
+        """Reads :meth:`to_bytes`.
+
+        Raises:
+            RecordError: these are none.
+        """
+        try:
+            facts: dict[str, Any] = json.loads(data)
+            tally = cls()
+            for name in _COUNTS:
+                setattr(tally, name, int(facts[name]))
+            tally.hits.update(facts["hits"])
+            for tier, reasons in facts["evictions"].items():
+                tally.evictions[tier].update(reasons)
+            for stage, item in facts["latency"].items():
+                buckets = Counter({int(bucket): int(count) for bucket, count in item["buckets"].items()})
+                tally.latency[stage] = Latency(int(item["count"]), float(item["total_s"]), buckets)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"the numbers of a store cannot be read: {error}") from error
+        return tally

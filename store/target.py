@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,32 +23,34 @@ class Target:
         self._keys, self._values = keys, values
         self.plain = _plain(keys) and _plain(values)
         self._bytes = (keys.view(torch.uint8).numpy(), values.view(torch.uint8).numpy()) if self.plain else None
+        self._kinds = [(*tensor.shape, tensor.dtype) for tensor in (keys, values)]
 
     def fill(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Copies a chunk's layer to the tokens from ``start`` on."""
         stop = start + keys.shape[1]
-        self._check(self._keys, keys.shape[0], stop, keys.shape[2], keys.dtype)
-        self._check(self._values, values.shape[0], stop, values.shape[2], values.dtype)
+        _check(self._kinds[0], keys.shape, keys.dtype, start)
+        _check(self._kinds[1], values.shape, values.dtype, start)
         self._keys[:, start:stop].copy_(keys)
         self._values[:, start:stop].copy_(values)
 
-    def memory(self, start: int, keys: Part, values: Part) -> tuple[tuple[int, Any], tuple[int, Any]]:
+    def memory(self, start: int, keys: Part, values: Part) -> list[tuple[int, Any]]:
         """For both parts their place in the payload, and the memory for them as uint8 ``[H, T, bytes of a token]``."""
-        heads, tokens, dim = keys.shape
-        self._check(self._keys, heads, start + tokens, dim, keys.dtype)
-        heads, tokens, dim = values.shape
-        self._check(self._values, heads, start + tokens, dim, values.dtype)
+        _check(self._kinds[0], keys.shape, keys.dtype, start)
+        _check(self._kinds[1], values.shape, values.dtype, start)
         if self._bytes is None:
             raise StoreError("the target's tokens do not lie one after the other in CPU memory")
-        mine, own = self._bytes
-        return (keys.start, mine[:, start : start + tokens]), (values.start, own[:, start : start + tokens])
+        tokens = slice(start, start + keys.shape[1])
+        return [(keys.start, self._bytes[0][:, tokens]), (values.start, self._bytes[1][:, tokens])]
 
-    def _check(self, target: Tensor, heads: int, stop: int, dim: int, dtype: torch.dtype) -> None:
-        shape = target.shape
-        if shape[0] != heads or shape[1] < stop or shape[2] != dim or target.dtype != dtype:
-            raise StoreError(
-                f"the chunk needs {dtype} [{heads}, at least {stop}, {dim}], the target is {target.dtype} {tuple(shape)}"
-            )
+
+def _check(kind: tuple[Any, ...], shape: Sequence[int], dtype: torch.dtype, start: int) -> None:
+    """Raises StoreError where a chunk's tensor does not fit into a prompt's, of this shape and dtype, at ``start``."""
+    heads, tokens, dim, own = kind
+    if heads != shape[0] or tokens < start + shape[1] or dim != shape[2] or own != dtype or start < 0:
+        raise StoreError(
+            f"the chunk needs {dtype} [{shape[0]}, at least {start + shape[1]}, {shape[2]}], the target is {own} "
+            f"{[heads, tokens, dim]}"
+        )
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError
+
+
+class Item(NamedTuple):
+    """One chunk to put: its key, its KV, the seconds that its prefill took, and what whoever puts it knows it by."""
+
+    key: bytes
+    kv: ChunkKV
+    cost_s: float = 0.0
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,14 +24,16 @@ class Terms:
     """What whoever puts an entry says of it.
 
     Attributes:
-        namespace: whose it is, for quotas.
+        namespace: whose it is, for quotas: a name, or the id that the books have for one.
         lifetime_s: seconds for which it may be read.
         cost_s: seconds that computing it took.
+        uses: how often it was used before, in another folder.
     """
 
-    namespace: str = ""
+    namespace: str | bytes = ""
     lifetime_s: float = math.inf
     cost_s: float = 0.0
+    uses: int = 0
 
     def __post_init__(self) -> None:
         if not self.lifetime_s > 0:

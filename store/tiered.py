@@ -23,7 +23,7 @@ from ragkv.store.gpu import GpuTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import Policy, get_policy
 from ragkv.store.stats import StoreStats
-from ragkv.store.terms import Terms
+from ragkv.store.terms import Item, Terms
 from ragkv.store.tiers import Tiers
 
 
@@ -39,8 +39,8 @@ class TieredStore:
         cpu_bytes: budget of the CPU tier; 0 switches it off.
         disk_bytes: budget of the disk tier, in whole pages of the file; 0 switches it off.
         policy: name of the eviction policy, or one of your own. Each tier keeps its own clock.
-        codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, or one of these with other
-            settings. Memory keeps what decoding gives.
+        codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, ``cachegen``, or one of these
+            with other settings. Memory keeps what decoding gives.
         selective: refuse a new entry where the tier is full and it is worth less than what it would evict, so that
             chunks that are asked for once do not flush the store; :meth:`put` then returns False.
         readonly: open the folder for reading only. A folder that may not be written to is opened so by itself.
@@ -74,6 +74,7 @@ class TieredStore:
         self._selective = selective
         self._closed = False
         self._codec = get_codec(codec)
+        self._policy = get_policy(policy)
         self._gpu = GpuTier(gpu_bytes, device, get_policy(policy), leases)
         # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
         gone = self._gpu.remove if self.path is None else (lambda key: None)
@@ -84,7 +85,6 @@ class TieredStore:
                 self.path, disk_bytes, get_policy(policy), leases, selective=selective, readonly=readonly
             )
         self._tiers = Tiers(self._gpu, self._cpu, self._disk, leases)
-        self._tally = self._tiers.tally
 
     def put(
         self,
@@ -95,6 +95,7 @@ class TieredStore:
         cost_s: float = 0.0,
         namespace: str = "",
         lifetime_s: float = math.inf,
+        label: str = "",
     ) -> bool:
         """Stores a chunk's KV; what was stored under the key is replaced. Durable, with a path, when it returns.
 
@@ -105,6 +106,7 @@ class TieredStore:
             cost_s: seconds that its prefill took; what the policy weighs.
             namespace: whose entry it is, for quotas. The key already keeps namespaces apart.
             lifetime_s: seconds after which it is a miss.
+            label: what you know it by, at most 256 characters; kept in the record and shown by lists.
 
         Returns:
             Whether it is stored now: always, unless the store is selective.
@@ -113,11 +115,12 @@ class TieredStore:
             StoreFullError: it cannot fit beside what is pinned or in use, or the disk is full. Nothing was evicted.
             StoreError: it is no KV that can be stored, or the folder is for reading only.
         """
-        return self.put_many([(key, kv, cost_s)], space=space, namespace=namespace, lifetime_s=lifetime_s)[0]
+        item = Item(key, kv, cost_s, label)
+        return self.put_many([item], space=space, namespace=namespace, lifetime_s=lifetime_s)[0]
 
     def put_many(
         self,
-        items: Sequence[tuple[bytes, ChunkKV, float]],
+        items: Sequence[Item | tuple[bytes, ChunkKV, float]],
         *,
         space: str = "",
         namespace: str = "",
@@ -126,7 +129,7 @@ class TieredStore:
         """Stores several chunks, on disk in one transaction: all or none, and synced once.
 
         Args:
-            items: key, KV and seconds that the prefill took, of each.
+            items: key, KV, seconds that the prefill took, and a label, of each.
             space: see :meth:`put`, as for the rest.
             namespace: whose entries they are.
             lifetime_s: seconds after which they are misses.
@@ -140,16 +143,20 @@ class TieredStore:
         self._check_open()
         started = perf_counter()
         encoded = [
-            (key, *encode(kv, codec=self._codec, space=space), Terms(namespace, lifetime_s, cost_s))
-            for key, kv, cost_s in items
+            (
+                item.key,
+                *encode(item.kv, codec=self._codec, space=space, label=item.label),
+                Terms(namespace, lifetime_s, item.cost_s),
+            )
+            for item in (Item(*item) for item in items)
         ]
         between = perf_counter()
         kept = self._tiers.put_many(encoded, selective=self._selective)
         with self._tiers.lock:
-            self._tally.seconds["encode"] += between - started
-            self._tally.seconds["write"] += perf_counter() - between
-            self._tally.puts += sum(kept)
-            self._tally.refused += len(kept) - sum(kept)
+            self._tiers.tally.latency["encode"].add(between - started)
+            self._tiers.tally.latency["write"].add(perf_counter() - between)
+            self._tiers.tally.puts += sum(kept)
+            self._tiers.tally.refused += len(kept) - sum(kept)
         return kept
 
     def get(self, key: bytes) -> ChunkKV | None:
@@ -162,25 +169,28 @@ class TieredStore:
                 pairs = [batch.layer(0, layer) for layer in range(layers)]
             except RecordError:
                 return None
-            return ChunkKV([key.clone() for key, _ in pairs], [value.clone() for _, value in pairs], base)
+            keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
+            return ChunkKV(keys, values, base, batch.sensitivities[0])
 
-    def read(self, keys: Sequence[bytes]) -> Batch:
+    def read(self, keys: Sequence[bytes], *, again: bool = False) -> Batch:
         """Opens chunks for reading, layer by layer; nothing of them is evicted while the batch is open.
 
         Args:
             keys: may repeat and may be unknown: see :attr:`Batch.tiers`.
+            again: another batch that is open has them: that is one use, and one hit or miss, and not two.
         """
         self._check_open()
         started = perf_counter()
         self._tiers.lease(keys)
         try:
-            sources, snapshot = self._tiers.find(keys)
+            sources, snapshot = self._tiers.find(keys, used=not again)
         except BaseException:
             self._tiers.release(keys)
             raise
         with self._tiers.lock:
-            self._tally.count_reads(keys, sources)
-            self._tally.seconds["find"] += perf_counter() - started
+            if not again:
+                self._tiers.tally.count_reads(keys, sources)
+            self._tiers.tally.latency["find"].add(perf_counter() - started)
         return Batch(self._tiers, keys, sources, snapshot)
 
     def prefetch(self, keys: Sequence[bytes]) -> Future[int]:
@@ -193,6 +203,11 @@ class TieredStore:
         """
         self._check_open()
         return self._tiers.background.submit(self._tiers.load, list(keys))
+
+    @property
+    def uses_costs(self) -> bool:
+        """Whether the eviction policy looks at what entries cost to compute."""
+        return self._policy.uses_costs
 
     def contains(self, key: bytes) -> bool:
         """Whether the chunk is stored, in any tier. Does not count as a use."""
@@ -240,14 +255,12 @@ class TieredStore:
             memory: dict[str, GpuTier | MemoryTier[ChunkKV]] = {"gpu": self._gpu, "cpu": self._cpu}
             entries = {name: len(tier) for name, tier in memory.items()}
             sizes = {name: tier.used_bytes for name, tier in memory.items()}
-            evictions = {name: dict(tier.evictions) for name, tier in memory.items()}
             file_bytes = 0
             if self._disk is not None:
                 entries["disk"], counters = self._disk.counts()
                 sizes["disk"] = counters.used_bytes
-                evictions["disk"] = dict(self._disk.evictions)
                 file_bytes = self._disk.environment.file_bytes()
-            return self._tally.stats(entries, sizes, evictions, file_bytes)
+            return self._tiers.counted().stats(entries, sizes, file_bytes)
 
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""
@@ -279,7 +292,7 @@ class TieredStore:
         # A prefetch reads from the map: it must be over before that is gone.
         self._tiers.background.shutdown(cancel_futures=True)
         if self._disk is not None:
-            self._disk.close()
+            self._disk.close(self._tiers.counted())
 
     def _set_pin(self, key: bytes, lifetime_s: float) -> bool:
         if self._disk is not None:

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RagKVError, RecordError, StoreFullError
@@ -59,7 +60,7 @@ class Tiers:
 
     def load(self, keys: Sequence[bytes]) -> int:
         """Moves chunks from disk to memory; the bytes that were read. What proves damaged is dropped."""
-        count = 0
+        count, started = 0, perf_counter()
         for key in keys:
             with self.lock:
                 resident = key in self.cpu or key in self.gpu
@@ -74,7 +75,7 @@ class Tiers:
                 self.drop_damaged(key, error)
             finally:
                 snapshot.close()
-        self.count_bytes(count)
+        self.count_load(count, perf_counter() - started)
         return count
 
     def lease(self, keys: Sequence[bytes]) -> None:
@@ -121,22 +122,27 @@ class Tiers:
         with self.lock:
             return key in self.cpu or key in self.gpu
 
-    def find(self, keys: Sequence[bytes]) -> tuple[dict[bytes, Source], Snapshot | None]:
-        """Where each of ``keys`` can be read from, and the snapshot that those on disk are read through."""
+    def find(self, keys: Sequence[bytes], used: bool) -> tuple[dict[bytes, Source], Snapshot | None]:
+        """Where each of ``keys`` can be read from, and the snapshot that those on disk are read through.
+
+        Args:
+            keys: which.
+            used: count a use of each.
+        """
         snapshot = None if self.disk is None else self.disk.snapshot()
         sources: dict[bytes, Source] = {}
         try:
             if snapshot is not None:
                 self._forget_removed(snapshot)
             with self.lock:
-                sources = self._in_memory(keys)
+                sources = self._in_memory(keys, used)
             if snapshot is not None:
                 sources |= self._open(snapshot, [key for key in dict.fromkeys(keys) if key not in sources])
         finally:
             if snapshot is not None and not any(isinstance(source, Loading) for source in sources.values()):
                 snapshot.close()
                 snapshot = None
-        if self.disk is not None:
+        if self.disk is not None and used:
             for key in sources:
                 self.disk.touch(key)
         return sources, snapshot
@@ -189,16 +195,34 @@ class Tiers:
         else:
             self.unreadable.discard(key)
 
-    def count_bytes(self, count: int) -> None:
-        """Counts bytes read from disk."""
-        with self.lock:
-            self.tally.bytes_read += count
+    def count_load(self, count: int, seconds: float) -> None:
+        """Counts bytes read from disk, and the time that it took."""
+        if count:
+            with self.lock:
+                self.tally.bytes_read += count
+                self.tally.latency["load"].add(seconds)
 
-    def _in_memory(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
-        """What of ``keys`` is in memory, on the device first; counts a use of each."""
+    def forget_counts(self) -> None:
+        """Begins to count anew: in a forked child, whose parent's numbers are not its own."""
+        self.tally = Tally()
+        for tier in (self.gpu, self.cpu, self.disk):
+            if tier is not None:
+                tier.evictions.clear()
+
+    def counted(self) -> Tally:
+        """What was done so far, the evictions of all tiers among it."""
+        tiers = {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}
+        self.tally.evictions.update(
+            {name: +Counter(tier.evictions) for name, tier in tiers.items() if tier is not None}
+        )
+        return self.tally
+
+    def _in_memory(self, keys: Sequence[bytes], used: bool) -> dict[bytes, Source]:
+        """What of ``keys`` is in memory, on the device first."""
         sources: dict[bytes, Source] = {}
         for key in dict.fromkeys(keys):
-            pooled, entry = self.gpu.use(key), self.cpu.use(key)
+            pooled = self.gpu.use(key) if used else self.gpu.find(key)
+            entry = self.cpu.use(key) if used else self.cpu.find(key)
             if pooled is not None:
                 sources[key] = pooled
             elif entry is not None:
@@ -246,6 +270,7 @@ def _after_fork() -> None:
     for tiers in _tiers:
         tiers.lock = threading.RLock()
         tiers.leases.clear()
+        tiers.forget_counts()
         tiers.background = ThreadPoolExecutor(1, "ragkv-prefetch")
         if tiers.disk is not None:
             tiers.disk.after_fork()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
 
+HOW_TO_REPAIR = "repair it ('ragkv verify --repair', ragkv.store.maintenance.repair), or delete the folder"
+
 # A write that the system cuts short, as it does at the end of a disk, is reported by LMDB as an I/O error.
 _FULL = ("No space left", "File too large", "quota exceeded", "Input/output error")
 
@@ -40,9 +42,7 @@ def _translate(path: Path, error: Exception) -> StoreError:
     if isinstance(error, lmdb.VersionMismatchError):
         return RecordError(f"{path} was written by another version of LMDB ({error})")
     if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.PanicError | lmdb.InvalidError):
-        return RecordError(
-            f"{path} is damaged ({error}): repair it (ragkv.store.maintenance.repair), or delete the folder"
-        )
+        return RecordError(f"{path} is damaged ({error}): {HOW_TO_REPAIR}")
     if any(word in str(error) for word in _FULL):
         return StoreFullError(f"{path}: the disk is full ({error}); nothing was changed")
     return StoreError(f"{path}: {error}")

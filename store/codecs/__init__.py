@@ -6,13 +6,14 @@ from functools import cache
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.codecs.base import Codec, Side
+from ragkv.store.codecs.cachegen import CacheGen
 from ragkv.store.codecs.fp8 import Fp8
 from ragkv.store.codecs.int4 import Int4
 from ragkv.store.codecs.int8 import Int8
 from ragkv.store.codecs.lossless import Lossless
 from ragkv.store.codecs.raw import Raw
 
-CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (Raw, Lossless, Int8, Int4, Fp8)}
+CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (Raw, Lossless, Int8, Int4, Fp8, CacheGen)}
 
 
 def get_codec(codec: str | Codec) -> Codec:
@@ -40,4 +41,4 @@ def decoder(name: str) -> Codec:
     return CODECS[name]()
 
 
-__all__ = ["CODECS", "Codec", "Fp8", "Int4", "Int8", "Lossless", "Raw", "Side", "decoder", "get_codec"]
+__all__ = ["CODECS", "CacheGen", "Codec", "Fp8", "Int4", "Int8", "Lossless", "Raw", "Side", "decoder", "get_codec"]

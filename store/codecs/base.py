@@ -20,8 +20,14 @@ class Codec(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def encode(self, tensor: Tensor, side: Side) -> dict[str, Tensor]:
-        """The parts of ``tensor`` ``[H, T, D]`` on CPU; K and V may be treated differently."""
+    def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
+        """The parts of ``tensor`` ``[H, T, D]`` on CPU.
+
+        Args:
+            tensor: one layer's K or V.
+            side: which of them: they may be treated differently.
+            depth: where the layer stands, from 0 for the first to less than 1: early ones may be kept better.
+        """
 
     @abstractmethod
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:

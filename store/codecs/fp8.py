@@ -19,7 +19,7 @@ class Fp8(Codec):
 
     name = "fp8"
 
-    def encode(self, tensor: Tensor, side: Side) -> dict[str, Tensor]:
+    def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
         """See the base class: ``""`` holds the numbers, ``scale`` one a channel or token.
 
         Raises:

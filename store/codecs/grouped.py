@@ -28,7 +28,7 @@ class Grouped(Codec):
     def __init__(self, group: int = 64) -> None:
         self.group = group
 
-    def encode(self, tensor: Tensor, side: Side) -> dict[str, Tensor]:
+    def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
         """See the base class: ``""`` holds the integers, ``step`` and ``low`` a number a group.
 
         Raises:

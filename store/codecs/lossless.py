@@ -26,10 +26,10 @@ class Lossless(Codec):
     def __init__(self, level: int = 1) -> None:
         self.level = level
 
-    def encode(self, tensor: Tensor, side: Side) -> dict[str, Tensor]:
+    def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
         """See the base class: ``""`` is the compressed plane, ``low`` the others, one after the other."""
         planes = tensor.contiguous().view(-1).view(torch.uint8).view(tensor.numel(), -1).t().contiguous()
-        packed = _zstd().ZstdCompressor(level=self.level).compress(planes[-1].numpy().data)
+        packed = zstd().ZstdCompressor(level=self.level).compress(planes[-1].numpy().data)
         return {"": torch.frombuffer(bytearray(packed), dtype=torch.uint8), "low": planes[:-1].reshape(-1)}
 
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
@@ -39,8 +39,8 @@ class Lossless(Codec):
         if low is None or low.numel() != count * (dtype.itemsize - 1) or {low.dtype, packed.dtype} != {torch.uint8}:
             raise RecordError(f"the byte planes do not make up {shape} numbers of {dtype}")
         try:
-            high = _zstd().ZstdDecompressor().decompress(packed.numpy().data, max_output_size=count)
-        except _zstd().ZstdError as error:
+            high = zstd().ZstdDecompressor().decompress(packed.numpy().data, max_output_size=count)
+        except zstd().ZstdError as error:
             raise RecordError(f"a plane cannot be decompressed: {error}") from error
         if len(high) != count:
             raise RecordError(f"a plane has {len(high)} bytes and must have {count}")
@@ -50,9 +50,12 @@ class Lossless(Codec):
         return joined.view(-1).view(dtype).view(shape)
 
 
-def _zstd() -> Any:
+def zstd() -> Any:
+    """The package ``zstandard``; StoreError where it is not installed."""
     try:
         import zstandard
     except ImportError as error:
-        raise StoreError("the codec 'lossless' needs zstandard. Install it with: pip install zstandard") from error
+        raise StoreError(
+            "the codecs 'lossless' and 'cachegen' need zstandard. Install it with: pip install zstandard"
+        ) from error
     return zstandard

@@ -14,7 +14,7 @@ class Raw(Codec):
 
     name = "raw"
 
-    def encode(self, tensor: Tensor, side: Side) -> dict[str, Tensor]:
+    def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
         """See the base class."""
         return {"": tensor}
 

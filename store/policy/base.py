@@ -43,6 +43,8 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether it looks at what entries cost: measuring that takes time.
+    uses_costs: ClassVar[bool] = True
 
     @abstractmethod
     def priority(self, key: bytes, usage: Usage, clock: float) -> float:

@@ -21,6 +21,7 @@ class Belady(Policy):
     """
 
     name = "belady"
+    uses_costs = False
 
     def __init__(self, stream: Sequence[bytes]) -> None:
         self.position = 0

@@ -9,6 +9,7 @@ class GDSF(Policy):
     """``clock + frequency x cost / size`` with the same cost for every entry, which makes hits the aim."""
 
     name = "gdsf"
+    uses_costs = False
 
     def priority(self, key: bytes, usage: Usage, clock: float) -> float:
         """See the class."""

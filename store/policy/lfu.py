@@ -11,6 +11,7 @@ class LFU(Policy):
     """The entry with the fewest uses goes first; among equals the one whose last use is longest ago."""
 
     name = "lfu"
+    uses_costs = False
 
     def priority(self, key: bytes, usage: Usage, clock: float) -> float:
         """See the class."""

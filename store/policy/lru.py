@@ -9,6 +9,7 @@ class LRU(Policy):
     """The entry whose last use is longest ago goes first."""
 
     name = "lru"
+    uses_costs = False
 
     def priority(self, key: bytes, usage: Usage, clock: float) -> float:
         """See the class."""
