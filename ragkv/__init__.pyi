@@ -15,16 +15,24 @@ from ragkv.errors import StoreFullError as StoreFullError
 from ragkv.errors import UnsupportedModelError as UnsupportedModelError
 from ragkv.fusion import Check as Check
 from ragkv.layout import Layout as Layout
+from ragkv.methods import Auto as Auto
 from ragkv.methods import CacheBlend as CacheBlend
 from ragkv.methods import FullPrefill as FullPrefill
 from ragkv.methods import LegoLink as LegoLink
 from ragkv.methods import Method as Method
+from ragkv.methods import Oracle as Oracle
+from ragkv.methods import QuestionAware as QuestionAware
+from ragkv.methods import Random as Random
 from ragkv.methods import Reuse as Reuse
+from ragkv.methods import SensitiveTokens as SensitiveTokens
+from ragkv.methods import Union as Union
 from ragkv.prompt import PromptTemplate as PromptTemplate
 from ragkv.rag import RAG as RAG
 from ragkv.report import Answer as Answer
+from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
+from ragkv.scene import Scene as Scene
 from ragkv.store import TieredStore as TieredStore
 
 __version__: str

@@ -60,6 +60,17 @@ def grouped_sdpa(
 
 
 @contextmanager
+def eager_attention(model: PreTrainedModel, config) -> Iterator[None]:
+    """The model's own eager attention, which returns its weights; what it was loaded with is put back whatever happens."""
+    loaded = config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(loaded)
+
+
+@contextmanager
 def fusion_attention(model: PreTrainedModel, config, scattered: bool) -> Iterator[str]:
     """The attention of one pass; what the model was loaded with is put back whatever happens. Yields its name.
 
@@ -85,8 +96,5 @@ def fusion_attention(model: PreTrainedModel, config, scattered: bool) -> Iterato
     elif loaded in ("eager", "sdpa") or not scattered:
         yield loaded
     else:
-        model.set_attn_implementation("eager")
-        try:
+        with eager_attention(model, config):
             yield "eager"
-        finally:
-            model.set_attn_implementation(loaded)

@@ -86,11 +86,14 @@ class ChunkKV:
         keys: L tensors ``[H, T, D]``, with rotary embedding applied for positions ``base .. base + T - 1``.
         values: L tensors ``[H, T, D]``.
         base: position at which the chunk's first token stood when the KV was made.
+        sensitivity: ``[T]`` how much each token's values change when another text stands in front of the document; ``None`` where
+            it was not measured. See :mod:`ragkv.sensitivity`.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     base: int
+    sensitivity: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -105,4 +108,5 @@ class ChunkKV:
 
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same KV on another device; tensors that are there already are not copied."""
-        return ChunkKV([k.to(device) for k in self.keys], [v.to(device) for v in self.values], self.base)
+        keys, values = [k.to(device) for k in self.keys], [v.to(device) for v in self.values]
+        return ChunkKV(keys, values, self.base, self.sensitivity)

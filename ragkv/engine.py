@@ -8,18 +8,20 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ragkv.chunk import Chunk
+from ragkv.chunk import Chunk, ChunkKV
 from ragkv.decoding import Settings, beam_search, decode
 from ragkv.errors import PromptError, PromptTooLongError, RecordError
 from ragkv.fusion import fuse, plan
 from ragkv.layout import Layout, Placed, lay_out
 from ragkv.library import Library, several
-from ragkv.methods import Method, Reuse
+from ragkv.methods import Auto, Method, SensitiveTokens
 from ragkv.placement import Placement
 from ragkv.prompt import PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
+from ragkv.scene import Once, Scene
 from ragkv.store import Batch, TieredStore
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ class Engine(Library):
         model: any transformers decoder with rotary positions, in eval mode.
         tokenizer: ``None`` where everything is given as token ids.
         store: where KV are kept; CPU memory by default.
-        method: how prompts are put together, unless a call says otherwise; :class:`~ragkv.Reuse` by default.
+        method: how prompts are put together, unless a call says otherwise; :class:`~ragkv.SensitiveTokens` by default.
         template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
-        **reading: ``context``, ``document_tokens``, ``piece_tokens``, ``namespace``: see :class:`~ragkv.library.Library`.
+        **reading: ``context``, ``document_tokens``, ``piece_tokens``, ``namespace``, ``sensitivity``, ``foreign``: see
+            :class:`~ragkv.library.Library`.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
@@ -51,16 +54,22 @@ class Engine(Library):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         store: TieredStore | None = None,
-        method: Method | None = None,
+        method: Method | str | None = None,
         template: PromptTemplate | None = None,
         **reading: Any,
     ):
-        self.method = _method(method or Reuse())
+        self.method = _method(SensitiveTokens() if method is None else method)
+        reading.setdefault("sensitivity", self.method.measured)
         super().__init__(model, tokenizer, store=store, template=template, **reading)
         self._prefix = self._reader.opening(self.encoder.prefix)
 
     def fuse(
-        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | None = None, room_tokens: int = 64
+        self,
+        chunks: Sequence[Chunk | Text],
+        question: Text,
+        *,
+        method: Method | str | None = None,
+        room_tokens: int = 64,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
 
@@ -91,7 +100,7 @@ class Engine(Library):
                 return self._fuse(layout, chosen, room_tokens, begin)
 
     def generate(
-        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | None = None, **generation: Any
+        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
     ) -> Answer:
         """Answer a question over chunks.
 
@@ -117,7 +126,7 @@ class Engine(Library):
         return Answer(self.encoder.decode(ids), ids, report)
 
     def stream(
-        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | None = None, **generation: Any
+        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
     ) -> AnswerStream:
         """Answer a question over chunks, piece by piece as text.
 
@@ -157,7 +166,8 @@ class Engine(Library):
             )
 
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
-        work = plan(method, layout, len(self.decoder.layers))
+        method, layers = method.pick(layout), len(self.decoder.layers)
+        work = None if method.looks else plan(method, layout, layers)
         report = FusionReport(
             method=repr(method),
             attention=self.decoder.attention,
@@ -166,15 +176,24 @@ class Engine(Library):
             suffix_tokens=layout.tokens - layout.suffix_start,
         )
         cache = self.decoder.cache(layout.tokens + room_tokens)
-        placed = layout.chunks if work.uses_stored else ()
+        placed = layout.chunks if work is None or work.uses_stored else ()
         keys = {self.chunk_key(item.chunk): item for item in placed}
         with self.store.read(list(keys)) as batch:
             start = perf_counter()
-            fresh = self._keep(self._lost(keys, batch))
+            fresh = self._keep(self._lost(keys, batch, method.measured), method.measured)
             read_ms = _ms(start) if fresh else 0.0
             held = {item.chunk: self.chunk_key(item.chunk) for item in placed}
             placement = Placement(self.decoder, cache, layout, self._prefix, self.store, batch, held, fresh)
-            logits, trace = fuse(self.decoder, cache, layout, work, self._reader.piece_tokens, placement.layer)
+            pieces, place, look_s = self._reader.piece_tokens, Once(placement.layer), 0.0
+            if work is None:
+                start = perf_counter()
+                scene = Scene(self.decoder, cache, layout, pieces, place, self._sensitivities(layout, batch, fresh))
+                work = plan(method, layout, layers, scene)
+                look_s = perf_counter() - start - place.seconds
+            looked_place_s = place.seconds
+            logits, trace = fuse(self.decoder, cache, layout, work, pieces, place)
+            trace.seconds["select"] += look_s
+            trace.seconds["place"] += looked_place_s
             report.sources = placement.sources() if placed else ["unused"] * len(layout.chunks)
             report.bytes_read = placement.bytes_read
         report.hits = {source: report.sources.count(source) for source in sorted(set(report.sources))}
@@ -183,19 +202,29 @@ class Engine(Library):
         report.milliseconds = {"read": read_ms, **stages, "total": _ms(begin)}
         return FusedPrompt(layout.ids[None], logits, cache, trace.rows, report)
 
-    def _lost(self, keys: dict[bytes, Placed], batch: Batch) -> list[Chunk]:
-        """The chunks that the store does not hold; a record that is not what its key promises is dropped, and missing."""
+    def _sensitivities(self, layout: Layout, batch: Batch, fresh: dict[bytes, ChunkKV]) -> list[Tensor | None]:
+        known = dict(zip(batch.keys, batch.sensitivities, strict=True))
+        keys = [self.chunk_key(item.chunk) for item in layout.chunks]
+        return [fresh[key].sensitivity if key in fresh else known[key] for key in keys]
+
+    def _lost(self, keys: dict[bytes, Placed], batch: Batch, measured: bool) -> list[Chunk]:
+        """The chunks that the store does not hold, or not with the sensitivity that is needed.
+
+        A record that is not what its key promises is dropped, and missing.
+        """
         missing = []
-        for (key, item), tier, base, tokens in zip(keys.items(), batch.tiers, batch.bases, batch.lengths, strict=True):
-            if tier is not None and (base, tokens) == (item.base, len(item.chunk)):
+        found = zip(batch.tiers, batch.bases, batch.lengths, batch.sensitivities, strict=True)
+        for (key, item), (tier, base, tokens, sensitivity) in zip(keys.items(), found, strict=True):
+            intact = tier is not None and (base, tokens) == (item.base, len(item.chunk))
+            if intact and not (measured and sensitivity is None):
                 continue
-            if tier is not None:
+            if tier is not None and not intact:
                 self.store.remove(key)
             missing.append(item.chunk)
         return missing
 
     def _begin(
-        self, chunks: Sequence[Chunk | Text], question: Text, method: Method | None, generation: dict[str, Any]
+        self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]
     ) -> tuple[Settings, FusedPrompt]:
         settings = Settings(self.decoder, self.tokenizer, generation)
         return settings, self.fuse(chunks, question, method=method, room_tokens=settings.new_tokens)
@@ -218,7 +247,11 @@ def _ms(begin: float) -> float:
     return (perf_counter() - begin) * 1e3
 
 
-def _method(method: Method) -> Method:
+def _method(method: Method | str) -> Method:
+    if method == "auto":
+        return Auto()
     if not isinstance(method, Method):
-        raise TypeError(f"method must be a ragkv.Method, as ragkv.Reuse() or ragkv.LegoLink(k=16); got {method!r}")
+        raise TypeError(
+            f"method must be a ragkv.Method, as ragkv.Reuse() or ragkv.LegoLink(k=16), or 'auto'; got {method!r}"
+        )
     return method

@@ -21,6 +21,7 @@ from ragkv.passes import Pass, Trace
 if TYPE_CHECKING:
     from ragkv.methods.base import Method
     from ragkv.model import Decoder
+    from ragkv.scene import Scene
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Check:
 
     Attributes:
         layer: the decoder layer about to run.
+        layers: L.
         layout: the whole prompt.
         positions: ``[R]`` positions of the reusable tokens being computed, ascending.
         fresh_keys: ``[H, R, D]``, rotated to their positions in the prompt; like ``stored_keys``.
@@ -38,6 +40,7 @@ class Check:
     """
 
     layer: int
+    layers: int
     layout: Layout
     positions: Tensor
     fresh_keys: Tensor
@@ -71,13 +74,20 @@ class Work:
     uses_stored: bool
 
 
-def plan(method: Method, layout: Layout, layers: int) -> Work:
+def plan(method: Method, layout: Layout, layers: int, scene: Scene | None = None) -> Work:
     """Ask a method for its first choice.
+
+    Args:
+        method: to be asked.
+        layout: the prompt.
+        layers: L.
+        scene: for a method that looks at the prompt first.
 
     Raises:
         MethodError: it chose positions outside ``layout.reusable``, or layers that do not exist.
     """
-    active = _subset(method.start(layout), layout.reusable, method)
+    chosen = method.start(layout) if scene is None else method.survey(scene)
+    active = _subset(chosen, layout.reusable, method)
     checks = tuple(sorted(set(method.checks(layers)))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
@@ -108,7 +118,7 @@ def fuse(
     def narrow(layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         held = cache.layers[layer]
         stored = held.key_room[0].index_select(1, positions), held.value_room[0].index_select(1, positions)
-        chosen = work.method.narrow(Check(layer, layout, positions, keys, values, *stored))
+        chosen = work.method.narrow(Check(layer, len(decoder.layers), layout, positions, keys, values, *stored))
         return _subset(chosen, positions, work.method)
 
     run = Pass(decoder, cache, layout, work.rows, piece_tokens, place, work.checks, narrow)

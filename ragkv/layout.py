@@ -21,6 +21,7 @@ class Placed:
         base: position of its first token when its KV was made.
         exact: it stands where and behind what its KV was made, so that nothing of it needs recomputing.
         continues: the chunk before it in the prompt is the one before it in its document.
+        behind_another: some chunk in front of it in the prompt is of another document.
     """
 
     chunk: Chunk
@@ -28,6 +29,7 @@ class Placed:
     base: int
     exact: bool
     continues: bool
+    behind_another: bool = True
 
     @property
     def stop(self) -> int:
@@ -67,6 +69,11 @@ class Layout:
         return self.span(*[placed for placed in self.chunks if not placed.exact])
 
     @property
+    def behind_another(self) -> Tensor:
+        """Those of ``inexact`` that stand behind some text of another document, ascending: what that text may bear upon."""
+        return self.span(*[placed for placed in self.chunks if placed.behind_another and not placed.exact])
+
+    @property
     def suffix(self) -> Tensor:
         """Positions of the suffix, ascending."""
         return torch.arange(self.suffix_start, self.tokens, device=self.ids.device)
@@ -95,14 +102,25 @@ def lay_out(
     at, context, previous = len(prefix), b"", None
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
+    documents: set[tuple[int, ...]] = set()
     for chunk in chunks:
         base = len(anchor) + chunk.offset
         exact = behind_anchor and base == at and chunk.context == context
-        placed.append(Placed(chunk, at, base, exact, continues=_follows(chunk, previous)))
+        document = _first(chunk).ids
+        behind_another = bool(documents - {document})
+        placed.append(Placed(chunk, at, base, exact, _follows(chunk, previous), behind_another))
+        documents.add(document)
         at += len(chunk)
         context, previous = digest(context, chunk.ids), chunk
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]
     return Layout(torch.tensor(ids, dtype=torch.long, device=device), tuple(placed), len(prefix), at)
+
+
+def _first(chunk: Chunk) -> Chunk:
+    """The chunk that its document begins with."""
+    while chunk.previous is not None:
+        chunk = chunk.previous
+    return chunk
 
 
 def _follows(chunk: Chunk, previous: Chunk | None) -> bool:

@@ -5,6 +5,7 @@ So a chunk's ids never depend on its neighbours, and a stored chunk is found aga
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from ragkv.errors import PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 #: Text, or token ids in its place.
 Text = str | Sequence[int]
@@ -61,14 +64,19 @@ class PromptTemplate:
             **chat_options: for ``apply_chat_template``, ``enable_thinking=False`` say.
 
         Raises:
-            PromptError: no chat template, or one that does not carry the user's message through whole.
+            PromptError: no chat template, or one that fails or does not carry the user's message through whole.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise PromptError("the tokenizer has no chat template: give PromptTemplate(prefix=..., ...) instead")
         user = f"{instruction}\n\n{_CHUNKS}Question: {_QUESTION}"
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat_options)
+        rendered = _render(tokenizer, messages, chat_options)
+        if rendered != _render(tokenizer, messages, {"chat_template": _long_ago(tokenizer), **chat_options}):
+            logger.warning(
+                "the chat template writes today's date into the prefix, so every document will be read again tomorrow: "
+                "fix the date (date_string=... with Llama 3), or give the template an anchor="
+            )
         if not isinstance(rendered, str) or rendered.count(_CHUNKS) != 1 or rendered.count(_QUESTION) != 1:
             raise PromptError(
                 "the tokenizer's chat template changes the user's message: give PromptTemplate(...) yourself"
@@ -87,6 +95,25 @@ class PromptTemplate:
         if getattr(tokenizer, "chat_template", None):
             return cls.from_chat_template(tokenizer)
         return cls(after_chunk="\n\n", before_question="Question: ", after_question="\nAnswer:")
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any]) -> Any:
+    from jinja2 import TemplateError  # what transformers renders with
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        raise PromptError(
+            f"the tokenizer's chat template fails: {error} (has it no place for a system message?)"
+        ) from error
+
+
+def _long_ago(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The chat template as it would render in another year."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return template
+    return "{% macro long_ago(form) %}1 Jan 2000{% endmacro %}" + template.replace("strftime_now", "long_ago")
 
 
 class Encoder:

@@ -10,6 +10,7 @@ import torch
 from ragkv.cache import FusedCache
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.model import Decoder
+from ragkv.sensitivity import sensitivity
 
 
 def with_window(parts: Sequence[Chunk], window_tokens: int) -> list[Chunk]:
@@ -51,13 +52,15 @@ class Reader:
         decoder: the model.
         anchor: ids that everything is read behind.
         piece_tokens: tokens of one forward pass.
+        foreign: ids of a text to stand in front of documents for their sensitivity to be measured.
     """
 
-    def __init__(self, decoder: Decoder, anchor: Sequence[int], piece_tokens: int):
+    def __init__(self, decoder: Decoder, anchor: Sequence[int], piece_tokens: int, foreign: Sequence[int] = ()):
         if piece_tokens < 1:
             raise ValueError(f"piece_tokens must be >= 1, got {piece_tokens}")
         self.decoder, self.piece_tokens = decoder, piece_tokens
         self.anchor = self.opening(anchor)
+        self._anchor_ids, self._foreign_ids = list(anchor), list(foreign)
 
     def opening(self, ids: Sequence[int]) -> ChunkKV | None:
         """KV of the ids that stand at position 0; ``None`` for no ids."""
@@ -68,13 +71,14 @@ class Reader:
         return cut(cache, 0, len(ids))
 
     def read(
-        self, wanted: Sequence[Chunk], stored: Callable[[Chunk], ChunkKV | None]
+        self, wanted: Sequence[Chunk], stored: Callable[[Chunk], ChunkKV | None], measured: bool = False
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         """Prefill chunks, several of one document in one pass.
 
         Args:
             wanted: chunks whose KV are missing.
             stored: looks up the KV of a chunk that may be stored; a document's stored beginning is not read again.
+            measured: read documents a second time, behind the foreign text, for their sensitivity.
 
         Yields:
             A chunk, its KV, and the seconds that reading it took.
@@ -84,22 +88,49 @@ class Reader:
             if (chunk.ids, chunk.context) not in left:
                 continue
             chain = chunk.lineage()
-            yield from self._read_chain(chain, left, stored)
+            yield from self._read_chain(chain, left, stored, measured)
 
-    def _read_chain(self, chain: list[Chunk], left: dict, stored: Callable) -> Iterator[tuple[Chunk, ChunkKV, float]]:
+    def _read_chain(
+        self, chain: list[Chunk], left: dict, stored: Callable, measured: bool
+    ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         cache = self.decoder.cache(self._behind(chain[-1]))
         if self.anchor is not None:
             _append(cache, self.anchor)
         first = self._append_stored(cache, chain, left, stored)
+        second = self._second(chain, chain[:first]) if measured else None
         for group in _pieces(chain[first:], self.piece_tokens):
             begin = perf_counter()
-            self._run([i for chunk in group for i in chunk.ids], cache, group[0].offset + self._anchor_tokens)
+            ids = [i for chunk in group for i in chunk.ids]
+            self._run(ids, cache, group[0].offset + self._anchor_tokens)
+            if second is not None:
+                self._run(ids, second, second.get_seq_length())
             per_token = (perf_counter() - begin) / sum(len(chunk) for chunk in group)
             for chunk in group:
                 mine = left.pop((chunk.ids, chunk.context), None)
                 if mine is not None:
                     end = self._behind(chunk)
-                    yield mine, cut(cache, end - len(chunk), end), per_token * len(chunk)
+                    kv = cut(cache, end - len(chunk), end)
+                    if second is not None:
+                        kv.sensitivity = self._sensitivity(
+                            kv, second, end + second.get_seq_length() - cache.get_seq_length()
+                        )
+                    yield mine, kv, per_token * len(chunk)
+
+    def _sensitivity(self, kv: ChunkKV, second: FusedCache, end: int) -> torch.Tensor:
+        """Of a chunk that ends at ``end`` in the second reading."""
+        later = end - len(kv) - kv.base  # by so much a token stands later there: the foreign text's length
+        behind = [layer.values[0, :, end - len(kv) : end] for layer in second.layers]
+        foreign = [layer.values[0, :, self._anchor_tokens : self._anchor_tokens + later] for layer in second.layers]
+        return sensitivity(kv.values, behind, foreign)
+
+    def _second(self, chain: list[Chunk], stored: list[Chunk]) -> FusedCache:
+        """The cache of a second reading: anchor, as much of the foreign text as the positions allow, and what is stored."""
+        limit = self.decoder.max_positions
+        room = len(self._foreign_ids) if limit is None else max(0, limit - self._behind(chain[-1]))
+        ids = [*self._anchor_ids, *self._foreign_ids[:room], *(i for chunk in stored for i in chunk.ids)]
+        cache = self.decoder.cache(self._behind(chain[-1]) + len(self._foreign_ids[:room]))
+        self._run(ids, cache, 0)
+        return cache
 
     def _append_stored(self, cache: FusedCache, chain: list[Chunk], left: dict, stored: Callable) -> int:
         """Take the stored beginning of a chain; returns the number of the first chunk to read."""

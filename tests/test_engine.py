@@ -36,7 +36,7 @@ def shared_model():
 
 @pytest.fixture
 def engine(shared_model):
-    return Engine(shared_model, template=TEMPLATE)
+    return Engine(shared_model, template=TEMPLATE, method=Reuse())
 
 
 def reads(engine, monkeypatch):
@@ -61,7 +61,7 @@ def test_each_chunk_is_read_once(engine, monkeypatch):
 
 
 def test_a_document_is_read_as_a_whole_in_pieces(shared_model, monkeypatch):
-    engine = Engine(shared_model, template=TEMPLATE, piece_tokens=16)
+    engine = Engine(shared_model, template=TEMPLATE, method=Reuse(), piece_tokens=16)
     seen = reads(engine, monkeypatch)
     document = engine.add_document([random_ids(n) for n in (12, 40, 3, 3, 3)])
     assert sum(seen) == sum(len(chunk) for chunk in document)
@@ -85,7 +85,7 @@ def test_context_is_part_of_the_key(engine):
     alone = engine.add([random_ids(20)])[0]
     assert document[1].ids == alone.ids and document[1].id == alone.id
     assert engine.chunk_key(document[1]) != engine.chunk_key(alone)
-    chunkwise = Engine(engine.model, template=TEMPLATE, context="chunk")
+    chunkwise = Engine(engine.model, template=TEMPLATE, method=Reuse(), context="chunk")
     parts = chunkwise.add_document([random_ids(12), random_ids(20)])
     assert chunkwise.chunk_key(parts[1]) == engine.chunk_key(alone)
 
@@ -105,7 +105,7 @@ def test_a_chunk_of_a_document_is_what_the_whole_pass_computed(engine):
 
 
 def test_long_documents_are_read_in_windows(shared_model, monkeypatch):
-    engine = Engine(shared_model, template=TEMPLATE, document_tokens=64)
+    engine = Engine(shared_model, template=TEMPLATE, method=Reuse(), document_tokens=64)
     largest = []
     make = engine.decoder.cache
     monkeypatch.setattr(engine.decoder, "cache", lambda capacity: (largest.append(capacity), make(capacity))[1])

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from ragkv import CacheBlend, Engine, FullPrefill, LegoLink, Method, PromptTemplate, Reuse
+from ragkv import (
+    CacheBlend,
+    Engine,
+    FullPrefill,
+    LegoLink,
+    Method,
+    MethodError,
+    PromptTemplate,
+    QuestionAware,
+    Reuse,
+    SensitiveTokens,
+)
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 EXACT = 1e-4  # on fp32 logits; the models' noise is 5e-6 at most, and leaving one token out shows as 1e-2 or more
@@ -14,6 +25,8 @@ EVERYTHING = [
     CacheBlend(ratio=1.0),
     CacheBlend(ratio=1.0, signal="key", check_layer=2),
     CacheBlend(gradual=(1.0, 1.0), signal="both"),
+    SensitiveTokens(ratio=1.0),
+    QuestionAware(ratio=1.0),
 ]
 
 
@@ -65,6 +78,10 @@ def test_exact_at_100_percent(scene):
     engine, document, lone, question = scene
     mixed = [lone[1], document[2], document[0], lone[0], document[2]]
     for method in EVERYTHING:
+        if isinstance(method, QuestionAware) and not engine.model._supports_attention_backend:
+            with pytest.raises(MethodError, match="not open to view"):
+                engine.fuse(mixed, question, method=method)
+            continue
         prompt = engine.fuse(mixed, question, method=method)
         logits, kv = reference(engine.model, prompt)
         assert float((prompt.logits - logits).abs().max()) < EXACT, method
@@ -77,7 +94,7 @@ def test_exact_at_100_percent(scene):
 def test_exact_where_it_was_made(scene):
     engine, document, lone, question = scene
     for chunks in (document, document[:2], lone[:1]):
-        for method in (Reuse(), LegoLink(k=4), CacheBlend(ratio=0.2)):
+        for method in (Reuse(), LegoLink(k=4), CacheBlend(ratio=0.2), SensitiveTokens(ratio=0.2)):
             prompt = engine.fuse(chunks, question, method=method)
             logits, kv = reference(engine.model, prompt)
             assert float((prompt.logits - logits).abs().max()) < EXACT, method
@@ -134,10 +151,17 @@ def test_no_trace(scene):
         def narrow(self, check):
             raise Boom
 
-    for attempt in (CacheBlend(), Failing()):
+    class Looking(Some):
+        looks = True
+
+        def survey(self, scene):
+            scene.attention()
+            raise Boom
+
+    for attempt in (CacheBlend(), Failing(), SensitiveTokens(), QuestionAware(), Looking()):
         try:
             engine.fuse([lone[0], document[2]], question, method=attempt)
-        except Boom:
+        except (Boom, MethodError):
             pass
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
         assert model.config._attn_implementation == attention

@@ -61,6 +61,22 @@ def test_chat_template_is_cut_into_parts(tokenizer):
     assert PromptTemplate.default(tokenizer).after_question == "\n<|assistant|>"
 
 
+def test_a_date_in_the_prefix_is_pointed_out(tokenizer, caplog):
+    tokenizer.chat_template = (
+        "{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    PromptTemplate.from_chat_template(tokenizer, date_string="1 Jan 2026")
+    assert not caplog.records
+    PromptTemplate.from_chat_template(tokenizer)
+    assert "read again tomorrow" in caplog.text
+
+
+def test_a_chat_template_that_fails(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(PromptError, match="System role not supported"):
+        PromptTemplate.from_chat_template(tokenizer, system="Be brief.")
+
+
 def test_chat_templates_that_cannot_be_cut(tokenizer):
     with pytest.raises(PromptError, match="no chat template"):
         PromptTemplate.from_chat_template(tokenizer)

@@ -26,6 +26,7 @@ from ragkv import (
     IncompatibleFolderError,
     PromptTemplate,
     RagKVError,
+    Reuse,
     StoreFullError,
     TieredStore,
 )
@@ -68,7 +69,7 @@ def open_rag(path=None, model=None, embedder=None, template=TEMPLATE, **engine_o
     retriever = Retriever.open(None if path is None else path / "documents", embedder or WordEmbedder())
     try:
         store = TieredStore(None if path is None else path / "kv", cpu_bytes=64 << 20, disk_bytes=1 << 30)
-        engine_options = {"store": store, **engine_options}
+        engine_options = {"store": store, "method": Reuse(), **engine_options}
         return RAG(
             Engine(model or small_model(), TOKENIZER, template=template, **engine_options),
             retriever,

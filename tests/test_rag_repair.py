@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ragkv import RAG, Engine, PromptTemplate, TieredStore
+from ragkv import RAG, Engine, PromptTemplate, Reuse, TieredStore
 from ragkv.bundled import MODEL_PATH
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.testing import tiny_model
@@ -37,7 +37,11 @@ class Embedder:
 
 def open_rag(path, repair_tokens):
     engine = Engine(
-        MODEL, TOKENIZER, store=TieredStore(path / "kv", cpu_bytes=0), template=PromptTemplate(prefix="Read.\n")
+        MODEL,
+        TOKENIZER,
+        store=TieredStore(path / "kv", cpu_bytes=0),
+        method=Reuse(),
+        template=PromptTemplate(prefix="Read.\n"),
     )
     return RAG(engine, Retriever.open(path / "documents", Embedder()), TokenChunker(TOKENIZER, 30), repair_tokens)
 

@@ -1,0 +1,44 @@
+"""Auto: picks a method for each prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+from ragkv.methods.full_prefill import FullPrefill
+from ragkv.methods.reuse import Reuse
+from ragkv.methods.sensitive_tokens import SensitiveTokens
+
+
+@dataclass(frozen=True)
+class Auto(Method):
+    """Pick by what stands in the prompt; the report names what was picked. ``method="auto"`` is short for it.
+
+    Every chunk exact where it stands, or all of one document: :class:`Reuse`. No more chunk tokens than suffix tokens:
+    :class:`FullPrefill`, for there is nothing to gain. Else ``repair``.
+
+    Attributes:
+        repair: the method for prompts that put chunks where they were not made.
+    """
+
+    repair: Method = field(default_factory=SensitiveTokens)
+
+    @property
+    def measured(self) -> bool:  # type: ignore[override]
+        """Whether the repair needs sensitivities."""
+        return self.repair.measured
+
+    def pick(self, layout: Layout) -> Method:
+        """The method for this prompt."""
+        if not len(layout.behind_another):
+            return Reuse()
+        if len(layout.reusable) <= len(layout.suffix):
+            return FullPrefill()
+        return self.repair.pick(layout)
+
+    def start(self, layout: Layout) -> Tensor:
+        """What the picked method starts with."""
+        return self.pick(layout).start(layout)

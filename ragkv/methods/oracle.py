@@ -1,0 +1,52 @@
+"""Oracle: the tokens whose stored KV are furthest from a full prefill's. For measuring only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ragkv.errors import MethodError
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+from ragkv.methods.choice import highest
+
+if TYPE_CHECKING:
+    from ragkv.scene import Scene
+
+
+@dataclass(frozen=True)
+class Oracle(Method):
+    """Compute, in all layers, the tokens that deviate most from a true full prefill: the bound of selection by deviation.
+
+    It runs the full prefill that it is to spare, to know; the budget counts the tokens recomputed. Use it to tell what a better
+    signal could bring, and what none can.
+
+    Attributes:
+        ratio: share of the reusable tokens computed, 0 to 1.
+        layer: the layer at which the deviation is read; by default the mean over all layers but the first.
+    """
+
+    ratio: float = 0.15
+    layer: int | None = None
+
+    looks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise MethodError(f"Oracle: ratio must lie in [0, 1], got {self.ratio}")
+        if self.layer is not None and self.layer < 1:
+            raise MethodError(f"Oracle: layer must be >= 1 (layer 0 never deviates), got {self.layer}")
+
+    def start(self, layout: Layout) -> Tensor:
+        """Those that may be chosen."""
+        return layout.inexact
+
+    def survey(self, scene: Scene) -> Tensor:
+        """Those of them that deviate most."""
+        deviation = scene.deviation()
+        if self.layer is not None and self.layer >= len(deviation):
+            raise MethodError(f"Oracle: layer {self.layer} of a model with {len(deviation)} layers")
+        scores = deviation[1:].mean(0) if self.layer is None else deviation[self.layer]
+        return highest(scores, self.start(scene.layout), self.ratio, scene.layout)

@@ -1,0 +1,55 @@
+"""QuestionAware: the tokens that the question looks at are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ragkv.errors import MethodError
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+from ragkv.methods.choice import highest
+
+if TYPE_CHECKING:
+    from ragkv.scene import Scene
+
+_QUERIES = ("all", "last")
+
+
+@dataclass(frozen=True)
+class QuestionAware(Method):
+    """Run the question over the stored chunks, then compute the tokens it attends to, in all layers (ProphetKV, arXiv:2602.02579).
+
+    The attention is the model's own, over keys at their places in this prompt and from the question's final position
+    (InfoFlow KV, arXiv:2603.05353), averaged over heads, layers and the suffix's tokens. Weak, so the paper, for chunks of
+    less than 256 tokens. The budget counts the tokens recomputed; the look itself is in the report's ``select`` time.
+
+    Attributes:
+        ratio: share of the reusable tokens computed, 0 to 1; 0.2 in the paper.
+        queries: average over ``"all"`` suffix tokens, as in the paper, or take the ``"last"`` one's attention, where the answer
+            begins.
+    """
+
+    ratio: float = 0.2
+    queries: str = "all"
+
+    looks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise MethodError(f"QuestionAware: ratio must lie in [0, 1], got {self.ratio}")
+        if self.queries not in _QUERIES:
+            raise MethodError(f"QuestionAware: queries must be one of {', '.join(_QUERIES)}, got {self.queries!r}")
+
+    def start(self, layout: Layout) -> Tensor:
+        """Those that may be chosen."""
+        return layout.inexact
+
+    def survey(self, scene: Scene) -> Tensor:
+        """Those of them that the question attends to most."""
+        candidates = self.start(scene.layout)
+        if not len(candidates) or not self.ratio:
+            return candidates[:0]
+        return highest(scene.attention(self.queries).mean(0), candidates, self.ratio, scene.layout)

@@ -1,0 +1,37 @@
+"""Random: a control. Any other choice has to beat it at the same budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkv.chunk import digest
+from ragkv.errors import MethodError
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Compute tokens drawn at random, in all layers: the control at equal budget.
+
+    Attributes:
+        ratio: share of the reusable tokens computed, 0 to 1.
+        seed: the same seed and prompt give the same tokens.
+    """
+
+    ratio: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise MethodError(f"Random: ratio must lie in [0, 1], got {self.ratio}")
+
+    def start(self, layout: Layout) -> Tensor:
+        """Some of the tokens of chunks that are not exact."""
+        candidates = layout.inexact
+        seed = int.from_bytes(digest(str(self.seed), layout.ids.tolist())[:7], "little")
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).to(candidates.device)
+        return candidates[order[: round(self.ratio * len(layout.reusable))]]

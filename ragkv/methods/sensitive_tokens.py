@@ -1,0 +1,48 @@
+"""SensitiveTokens: what depends on the text in front of its document is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ragkv.errors import MethodError
+from ragkv.layout import Layout
+from ragkv.methods.base import Method
+from ragkv.methods.choice import highest
+
+if TYPE_CHECKING:
+    from ragkv.scene import Scene
+
+
+@dataclass(frozen=True)
+class SensitiveTokens(Method):
+    """Compute, in all layers, the tokens whose values change most when another text stands in front of their document.
+
+    A method of this library. A token is as sensitive as it proved to be when its document was read, once behind the anchor
+    alone and once behind a foreign text (:mod:`ragkv.sensitivity`). Reading costs twice as much; at query time nothing is run to
+    choose, so that the budget charged is the ratio. CacheBlend (arXiv:2405.16444) measures what deviates at query time, in
+    layers that it has to run on all tokens for it. Chunks that are exact where they stand, or have no text of
+    another document in front of them, are spared.
+
+    Attributes:
+        ratio: share of the reusable tokens computed, 0 to 1.
+    """
+
+    ratio: float = 0.1
+
+    looks: ClassVar[bool] = True
+    measured: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise MethodError(f"SensitiveTokens: ratio must lie in [0, 1], got {self.ratio}")
+
+    def start(self, layout: Layout) -> Tensor:
+        """Those that may be chosen."""
+        return layout.behind_another
+
+    def survey(self, scene: Scene) -> Tensor:
+        """The most sensitive ones among them."""
+        return highest(scene.sensitivity(), self.start(scene.layout), self.ratio, scene.layout)

@@ -1,0 +1,45 @@
+"""Sensitivity: how much a token's values change when another text stands in front of its document.
+
+A document's KV are made behind the anchor. In a prompt other documents stand in front. Most tokens read nothing into that; those
+that do ("the document above", "the second firm") are the ones to recompute. Which they are shows when the document is read: it is
+read a second time, behind a foreign text, and the values of both readings are compared. At query time nothing has to be run to
+find them, unlike the deviation that CacheBlend measures there (arXiv:2405.16444).
+
+L layers, H kv heads, T tokens of a document, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Names a person, a firm and a place, so that whatever refers to something in front of its document finds something there.
+FOREIGN = (
+    "Anna Marsh runs a small bakery in the old town of Leeds. She opened it in 1998, and the company now has forty people. "
+    "The first of her two brothers, a tall man, drives the van. Last year the town gave the firm a prize for its bread. The report "
+    "above says more about the second shop, which lies by the river."
+)
+
+
+def sensitivity(alone: Sequence[Tensor], behind: Sequence[Tensor], foreign: Sequence[Tensor]) -> Tensor:
+    """Squared change of the values, in each layer relative to the foreign text's mean square, averaged over layers.
+
+    Layer 0 is left out: its values depend on the token alone. Values only, for they do not turn with the position.
+
+    Args:
+        alone: L values ``[H, T, D]`` of tokens of a document behind the anchor.
+        behind: the same tokens' values behind the anchor and the foreign text.
+        foreign: L values ``[H, F, D]`` of the foreign text: a yardstick that is the same for all documents.
+
+    Returns:
+        ``[T]`` fp32, on the CPU; 0 everywhere where there was no room for a foreign text.
+    """
+    total = torch.zeros(alone[0].shape[1])
+    if not foreign[0].shape[1]:
+        return total
+    for own, other, unit in zip(alone[1:], behind[1:], foreign[1:], strict=True):
+        size = unit.float().square().sum((0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        total += ((own.float() - other.float()).square().sum((0, 2)) / size).cpu()
+    return total / max(1, len(alone) - 1)

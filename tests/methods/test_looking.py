@@ -1,0 +1,245 @@
+"""Methods that look at the prompt before they choose, and what they look at."""
+
+import pytest
+import torch
+
+from ragkv import (
+    CacheBlend,
+    Engine,
+    FullPrefill,
+    LegoLink,
+    Method,
+    MethodError,
+    Oracle,
+    PromptTemplate,
+    QuestionAware,
+    Random,
+    Reuse,
+    SensitiveTokens,
+    TieredStore,
+    Union,
+)
+from ragkv.methods import Auto
+from ragkv.sensitivity import sensitivity
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
+QUESTION = random_ids(6)
+PARTS = [random_ids(n) for n in (20, 31, 9)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def engine(model):
+    return Engine(model, template=TEMPLATE)
+
+
+def chosen(prompt):
+    """Chunk tokens computed afresh."""
+    return set(prompt.recomputed[prompt.recomputed < prompt.input_ids.shape[1] - len(QUESTION)].tolist())
+
+
+class Keep(Method):
+    """Looks, and keeps what it saw."""
+
+    looks = True
+
+    def __init__(self, look):
+        self.look, self.seen = look, None
+
+    def start(self, layout):
+        return layout.reusable[:0]
+
+    def survey(self, scene):
+        self.seen = self.look(scene)
+        return self.start(scene.layout)
+
+
+def see(engine, chunks, look):
+    keep = Keep(look)
+    engine.fuse(chunks, QUESTION, method=keep)
+    return keep.seen
+
+
+def test_attention_is_the_models_own(engine, model):
+    document = engine.add_document(PARTS)  # exact where it stands, so that full prefill gives the same attention
+    prompt = engine.fuse(document, QUESTION)
+    model.set_attn_implementation("eager")
+    try:
+        weights = model(input_ids=prompt.input_ids, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation("sdpa")
+    start, end = 3, prompt.input_ids.shape[1] - len(QUESTION)
+    for queries, rows in (("all", slice(end, None)), ("last", slice(-1, None))):
+        want = torch.stack([layer[0, :, rows, start:end].mean((0, 1)) for layer in weights])
+        torch.testing.assert_close(
+            see(engine, document, lambda s, q=queries: s.attention(q)), want, atol=1e-6, rtol=1e-4
+        )
+
+
+def test_question_aware_takes_what_the_question_looks_at(engine):
+    chunks = engine.add(PARTS)
+    attention = see(engine, chunks, lambda scene: scene.attention("last")).mean(0)
+    prompt = engine.fuse(chunks, QUESTION, method=QuestionAware(ratio=0.25, queries="last"))
+    exact = len(PARTS[0]) + 1  # the first chunk stands where it was made
+    best = attention[exact:].topk(round(0.25 * len(attention))).indices + exact + 3
+    assert chosen(prompt) == set(best.tolist())
+    assert prompt.report.budget == pytest.approx(0.25, abs=0.02)
+
+
+def test_oracle_sees_the_deviation_from_full_prefill(engine):
+    chunks = engine.add(PARTS)[::-1]
+    deviation = see(engine, chunks, lambda scene: scene.deviation())
+    stored = engine.fuse(chunks, QUESTION, method=Reuse())
+    full = engine.fuse(chunks, QUESTION, method=FullPrefill())
+    span, layer = slice(3, stored.input_ids.shape[1] - len(QUESTION)), 2
+    want = 0
+    for name in ("keys", "values"):
+        a, b = (getattr(p.past_key_values.layers[layer], name)[0, :, span] for p in (stored, full))
+        distance = (a - b).square().sum((0, 2))
+        want = want + distance / distance.mean()
+    torch.testing.assert_close(deviation[layer], want, atol=1e-4, rtol=1e-3)
+    prompt = engine.fuse(chunks, QUESTION, method=Oracle(ratio=0.2, layer=layer))
+    assert chosen(prompt) == set((want.topk(round(0.2 * len(want))).indices + 3).tolist())
+    with pytest.raises(MethodError, match="layer 9 of a model"):
+        engine.fuse(chunks, QUESTION, method=Oracle(layer=9))
+
+
+def test_sensitivity_is_the_change_behind_a_foreign_text(model):
+    foreign = random_ids(15)
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(), foreign=foreign, piece_tokens=16)
+    document = engine.add_document(PARTS)
+    ids = [i for chunk in document for i in chunk.ids]
+
+    def values(front):
+        with torch.no_grad():
+            cache = model(input_ids=torch.tensor([[*front, *ids]]), use_cache=True).past_key_values
+        return [layer.values[0] for layer in cache.layers]
+
+    alone, behind = [v[:, 3:] for v in values([1, 5, 6])], values([1, 5, 6, *foreign, 10])
+    want = sensitivity(alone, [v[:, 19:] for v in behind], [v[:, 3:19] for v in behind])
+    got = torch.cat([engine.store.get(engine.chunk_key(chunk)).sensitivity for chunk in document])
+    assert want.max() > 1e-3
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=2e-3)  # kept as fp16
+
+
+def test_only_the_later_part_of_a_document_is_measured_anew(model):
+    def engine():
+        return Engine(model, template=TEMPLATE, method=SensitiveTokens())
+
+    at_once, later = engine(), engine()
+    whole = at_once.add_document(PARTS)
+    later.add_document(PARTS[:2])
+    later.add_document(PARTS)
+    for chunk in whole:
+        one, two = (e.store.get(e.chunk_key(chunk)).sensitivity for e in (at_once, later))
+        torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("tiers", [{"cpu_bytes": 0}, {"cpu_bytes": 1 << 24}, {"gpu_bytes": 1 << 20, "device": "cpu"}])
+def test_sensitivity_is_kept_with_the_chunk(model, tmp_path, tiers):
+    kept = []
+    for _ in range(3):
+        with Engine(
+            model, template=TEMPLATE, method=SensitiveTokens(0.2), store=TieredStore(tmp_path, **tiers)
+        ) as engine:
+            chunks = engine.add(PARTS)
+            for _ in range(2):
+                prompt = engine.fuse(chunks, QUESTION)
+                kept.append((chosen(prompt), engine.store.get(engine.chunk_key(chunks[1])).sensitivity.tolist()))
+    assert all(item == kept[0] for item in kept) and kept[0][0]
+
+
+def test_what_was_not_measured_is_made_up_for(model):
+    engine = Engine(model, template=TEMPLATE, method=Reuse())
+    chunks = engine.add(PARTS)
+    for source in ("computed", "cpu"):
+        prompt = engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.2))
+        assert prompt.report.sources == [source] * 3
+        assert prompt.report.budget == pytest.approx(0.2, abs=0.02)
+    assert engine.fuse(chunks, QUESTION, method=Reuse()).report.budget == 0
+
+
+def test_a_foreign_text_takes_only_the_positions_there_are(model):
+    longest = model.config.max_position_embeddings
+    engine = Engine(model, template=PromptTemplate(prefix=[1]), method=SensitiveTokens())
+    chunk = engine.add([random_ids(longest - 1)])[0]
+    assert len(engine.store.get(engine.chunk_key(chunk)).sensitivity) == longest - 1
+
+
+def test_a_repaired_document_keeps_what_was_measured(model):
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.3))
+    old = engine.add_document(PARTS)
+    new = engine.repair_document(old, [PARTS[0], random_ids(12), PARTS[2]], behind_tokens=2)
+    kept, changed, moved = (engine.store.get(engine.chunk_key(chunk)).sensitivity for chunk in new)
+    assert kept.any() and not changed.any()
+    assert torch.equal(moved, engine.store.get(engine.chunk_key(old[2])).sensitivity)
+    prompt = engine.fuse(engine.add([random_ids(8)]) + new[::-1], QUESTION)
+    assert prompt.report.hits == {"cpu": 4}
+
+
+def test_only_what_stands_behind_another_document_is_recomputed(model):
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(1.0))
+    document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
+    assert not chosen(engine.fuse(document[::-1], QUESTION))
+    prompt = engine.fuse([document[2], document[0], *other, document[1]], QUESTION)
+    spared = 3 + len(document[2]) + len(document[0])
+    assert chosen(prompt) == set(range(spared, prompt.input_ids.shape[1] - len(QUESTION)))
+
+
+def test_random_is_a_fair_control(engine):
+    chunks = engine.add(PARTS)[::-1]
+    first, again, other = (engine.fuse(chunks, QUESTION, method=Random(0.3, seed)) for seed in (0, 0, 1))
+    assert chosen(first) == chosen(again) != chosen(other)
+    assert len(chosen(first)) == round(0.3 * 63)
+
+
+def test_union_computes_what_either_does(engine):
+    chunks = engine.add(PARTS)[::-1]
+    for a, b in [
+        (LegoLink(3), SensitiveTokens(0.1)),
+        (Random(0.1), QuestionAware(0.2)),
+        (LegoLink(5), CacheBlend(0.2)),
+        (CacheBlend(0.2), LegoLink(5)),
+    ]:
+        apart = [chosen(engine.fuse(chunks, QUESTION, method=method)) for method in (a, b)]
+        assert chosen(engine.fuse(chunks, QUESTION, method=Union(a, b))) == apart[0] | apart[1]
+    for a, b in [(CacheBlend(), CacheBlend(0.3)), (CacheBlend(), QuestionAware())]:
+        with pytest.raises(MethodError, match="Union"):
+            engine.fuse(chunks, QUESTION, method=Union(a, b))
+
+
+def test_auto_says_what_it_picked(model):
+    engine = Engine(model, template=TEMPLATE, method="auto")
+    document = engine.add_document(PARTS)
+    assert engine.fuse(document, QUESTION).report.method == "Reuse()"
+    assert engine.fuse(document[::-1], QUESTION).report.method == "Reuse()"
+    other = engine.add([random_ids(30)])
+    assert engine.fuse(document[::-1] + other, QUESTION).report.method == "SensitiveTokens(ratio=0.1)"
+    assert engine.fuse(engine.add([[7, 8], [9, 8]]), QUESTION).report.method == "FullPrefill()"
+    assert engine.fuse(other + document, QUESTION, method=Auto(LegoLink(2))).report.method == "LegoLink(k=2)"
+    with pytest.raises(TypeError, match="'auto'"):
+        engine.fuse(document, QUESTION, method="automatic")
+
+
+@pytest.mark.parametrize("make", [SensitiveTokens, QuestionAware, Random, Oracle])
+def test_ratios_are_checked(make):
+    for ratio in (-0.1, 1.1):
+        with pytest.raises(MethodError, match=r"ratio must lie in \[0, 1\]"):
+            make(ratio=ratio)
+
+
+def test_reading_for_sensitivity_reads_twice(model, monkeypatch):
+    for method, times in ((Reuse(), 1), (SensitiveTokens(), 2)):
+        engine = Engine(model, template=TEMPLATE, method=method, foreign=random_ids(9))
+        seen, read = [], engine.decoder.read
+        monkeypatch.setattr(
+            engine.decoder, "read", lambda ids, *rest, s=seen, r=read: (s.append(len(ids)), r(ids, *rest))[1]
+        )
+        document = engine.add_document(PARTS)
+        own = sum(map(len, document))
+        assert sum(seen) == own if times == 1 else sum(seen) == 2 * own + len(TEMPLATE.prefix) + 9 + 1
