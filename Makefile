@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python -P
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long lint format bench train-bundled wheel clean
+.PHONY: demo test test-long lint format bench eval train-bundled wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(PY) benchmarks/ttft.py --json benchmarks/results/ttft-cpu.json
+
+# Gates, rows, table and build/eval/report.html; stopped and started again, it goes on where it was.
+eval: $(READY)
+	$(BIN)/ragkv eval --out build/eval --limit 192 --budgets 0.1 --max-new-tokens 16
 
 # Two hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
 train-bundled: $(READY)

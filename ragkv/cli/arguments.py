@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ragkv.cli import care, evaluating
+
 if TYPE_CHECKING:
     from ragkv.methods import Method
 
@@ -50,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_count, default=128, metavar="N", help="the longest answer (default: 128)"
     )
 
-    command("stats", summary="Show what the folder holds.")
+    care.add_commands(command)
+    care.add_bench(command)
+    evaluating.add_command(commands.add_parser)
     return top
 
 
@@ -104,8 +108,8 @@ def _method() -> argparse.ArgumentParser:
 
 
 def _parsed_method(text: str) -> Method:
-    from ragkv.cli.methods import parse_method
     from ragkv.errors import MethodError
+    from ragkv.methods.words import parse_method
 
     try:
         return parse_method(text)

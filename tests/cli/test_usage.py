@@ -9,9 +9,9 @@ import pytest
 import ragkv
 from ragkv.cli import main, show
 from ragkv.cli.arguments import parser
-from ragkv.cli.methods import parse_method
 from ragkv.errors import MethodError
 from ragkv.methods import CacheBlend, FullPrefill, LegoLink, Reuse
+from ragkv.methods.words import parse_method
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def home(tmp_path, monkeypatch):
         (["ask"], "QUESTION"),
         (["ask", "  "], "the question is blank"),
         (["ask", "what?", "--top-k", "0"], "whole number of at least 1, got '0'"),
-        (["ask", "what?", "--method", "magic"], "no method 'magic'; there are: cache-blend:ratio=..."),
+        (["ask", "what?", "--method", "magic"], "no method 'magic'; there are: "),
         (["ask", "what?", "--method", "lego-link:k=-1"], "k must be >= 0 tokens, got -1"),
         (["demo", "--questions", "x"], "got 'x'"),
         (["stats", "--model", "bundled"], "unrecognized arguments"),

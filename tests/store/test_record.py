@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load as load_safetensors
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import RecordError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store import TieredStore
 from ragkv.store.codecs import get_codec
 from ragkv.store.encode import encode
@@ -51,6 +51,24 @@ def test_bytes_are_frozen():
     record, payload = record_of(small(), space="s", segment_bytes=16)
     assert record.pack(KEY).hex() == FROZEN_HEADER
     assert bytes(payload.data.numpy()).hex() == FROZEN_PAYLOAD
+
+
+def test_sensitivity_travels_in_the_header():
+    kv = small()
+    kv.sensitivity = torch.tensor([0.5, 1.25])
+    record, payload = record_of(kv)
+    packed = record.pack(KEY)
+    again = Record.unpack(KEY, packed)
+    assert again.sensitivity.tolist() == [0.5, 1.25]
+    assert again.decode(payload).sensitivity.tolist() == [0.5, 1.25]
+    assert Record.unpack(KEY, record_of(small())[0].pack(KEY)).sensitivity is None
+    with pytest.raises(StoreError, match=r"\[T\] with T = 2, got \(3,\)"):
+        record_of(ChunkKV(kv.keys, kv.values, 11, torch.zeros(3)))
+    header = record.safetensors_header()
+    short = header.replace(b"ADgAPQ==", b"ADg=    ")
+    assert short != header
+    with pytest.raises(RecordError, match="cannot be read"):
+        Record.from_safetensors_header(short)
 
 
 def test_frozen_bytes_are_read(same):

@@ -25,7 +25,7 @@ def parse_method(text: str) -> Method:
         MethodError: no such method or knob, or a value that is out of range; the message lists what there is.
     """
     name, _, knobs = text.partition(":")
-    known = _known()
+    known = known_methods()
     if name not in known:
         raise MethodError(f"no method {name!r}; there are: {', '.join(_spelled(*item) for item in known.items())}")
     kind = known[name]
@@ -39,7 +39,8 @@ def parse_method(text: str) -> Method:
     return kind(**given)
 
 
-def _known() -> dict[str, type[Method]]:
+def known_methods() -> dict[str, type[Method]]:
+    """The methods of ``ragkv.methods`` by the names that they have in words."""
     exported = [getattr(methods, name) for name in methods.__all__]
     kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method]
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in kinds}

@@ -1,0 +1,140 @@
+"""``ragkv eval``: gates, then a table of what each arm is worth and costs, raw rows, and a page with plots."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ragkv.cli import show
+from ragkv.evaluation import Bench, Case, Plan, evaluate, generated_cases, parse_arms, read_cases
+from ragkv.evaluation.gates import Gate
+from ragkv.evaluation.report import write_markdown, write_page
+from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
+from ragkv.loading import BUNDLED, load_model
+
+_BUNDLED_CASES = 320
+"""Forty of each of eight kinds."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate."""
+    upwards, arms = metric(args.metric), parse_arms(args.arms, args.budgets)
+    data, cases = _cases(args)
+    plan = Plan(
+        model=args.model,
+        data=data,
+        cases=cases,
+        arms=arms,
+        limit=args.limit,
+        orders=args.orders,
+        timed=args.timed,
+        seed=args.seed,
+        command=shlex.join(["ragkv", *sys.argv[1:]]),
+    )
+    bench = _bench(args)
+    folder = Path(args.out).expanduser()
+    page = folder / "report.html"
+    passed = show.hint if args.json else print  # --json keeps stdout for its object
+    result = evaluate(bench, plan, folder, passed=lambda gate: passed(_said(gate)), progress=_progress)
+    write_page(page, result.summary, result.tokens, upwards)
+    write_markdown(folder / "tables.md", result.summary, upwards)
+    if args.json:
+        show.as_json({**result.summary, "page": str(page)})
+    else:
+        _show(result.summary, upwards)
+        print(f"\nreport: {page}")
+    return 0
+
+
+def _cases(args: argparse.Namespace) -> tuple[str, list[Case]]:
+    """The data's name and its cases."""
+    if args.data == BUNDLED:
+        return f"generated cases of the bundled model, seed {args.seed}", generated_cases(
+            args.seed, args.limit or _BUNDLED_CASES
+        )
+    form, cases = read_cases(args.data, args.chunk_words)
+    return f"{Path(args.data).name} ({form})", cases
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    from transformers.utils import logging
+
+    if args.model == BUNDLED:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.model == BUNDLED or not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of loading weights
+    model, tokenizer, template = load_model(args.model, None, {})
+    return Bench(model, tokenizer, template, max_new_tokens=args.max_new_tokens)
+
+
+def _said(gate: Gate) -> str:
+    verdict = show.paint("passed", "green") if gate.passed else show.paint("FAILED", "red")
+    return f"gate {verdict}: {gate.name}; off by {gate.error:.1e}, at most {gate.limit:.1e} ({gate.note})"
+
+
+def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    return show.progress(items, desc=what, unit="")
+
+
+def _show(summary: dict[str, Any], upwards: Metric) -> None:
+    print(f"\n{show.paint('Against gold and full prefill, and what it costs', 'bold')}\n")
+    show.table([_HEAD, *[_row(arm) for arm in _ran(summary)]])
+    print(f"\n{show.paint(f'{upwards.label} by kind of question and order of chunks', 'bold')}\n")
+    names = list(summary["slices"])
+    heads = [("arm", *names), ("cases", *[f"{summary['slices'][name]}" for name in names])]
+    show.table([*heads, *[(arm["name"], *[_mean(arm, name, upwards) for name in names]) for arm in _ran(summary)]])
+    for why, count in summary["left_out"].items():
+        print(f"\nleft out: {show.number(count, 'case')}, {why}")
+    for arm in summary["arms"]:
+        for why, count in arm["refused"].items():
+            print(f"\nrefused by {arm['name']}: {show.number(count, 'prompt')}, {why}")
+
+
+def _ran(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return [arm for arm in summary["arms"] if arm["cost"]]
+
+
+_HEAD = (
+    "arm",
+    "n",
+    "EM",
+    "95 %",
+    "F1",
+    "perplexity",
+    "KL chunks",
+    "KL documents",
+    "same answer",
+    "budget",
+    "TTFT",
+    "cold",
+)
+
+
+def _row(arm: dict[str, Any]) -> tuple[str, ...]:
+    cost, scores = arm["cost"], arm["scores"][ALL]
+    _, low, high, _ = scores["em"]
+    return (
+        arm["name"],
+        str(arm["n"]),
+        _mean(arm, ALL, METRICS["em"]),
+        f"{100 * low:.0f}-{100 * high:.0f}",
+        *[
+            _mean(arm, ALL, METRICS[name])
+            for name in ("f1", "perplexity", "kl_chunks", "kl_documents", "same_documents")
+        ],
+        f"{cost['budget']:.1%}",
+        f"{cost['ttft_ms']:.1f} ms",
+        f"{cost['cold_ms']:.1f} ms" if "cold_ms" in cost else "",
+    )
+
+
+def _mean(arm: dict[str, Any], slice_: str, wanted: Metric) -> str:
+    held = arm["scores"].get(slice_, {}).get(wanted.name)
+    if held is None:
+        return ""
+    return f"{100 * held[0]:.1f}" if wanted.share else f"{held[0]:.3g}"

@@ -1,0 +1,183 @@
+"""The bench: one model with its engine, on which arms are run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from ragkv.chunk import Chunk
+from ragkv.engine import Engine
+from ragkv.errors import PromptError
+from ragkv.evaluation.answering import Reply, reply
+from ragkv.evaluation.cases import Case, Place
+from ragkv.evaluation.errors import EvaluationError
+from ragkv.methods import FullPrefill, Method
+from ragkv.prompt import PromptTemplate
+from ragkv.report import FusedPrompt
+from ragkv.store import TieredStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A case's chunks as the model has read them.
+
+    Attributes:
+        chunks: for each of ``arms.CONTEXTS``, the chunk at each place.
+    """
+
+    chunks: dict[str, dict[Place, Chunk]]
+
+    def at(self, places: Sequence[Place], context: str) -> list[Chunk]:
+        """Chunks in the order of their places."""
+        return [self.chunks[context or "document"][place] for place in places]
+
+    def all(self) -> list[Chunk]:
+        """Every chunk of every context."""
+        return [chunk for held in self.chunks.values() for chunk in held.values()]
+
+
+@dataclass(eq=False)
+class Run:
+    """One prompt and its answer.
+
+    Attributes:
+        prompt: fused; its cache is used up.
+        reply: what the model says.
+        text: the reply as text.
+        ttft_ms: from the call to the first token.
+    """
+
+    prompt: FusedPrompt
+    reply: Reply
+    text: str
+    ttft_ms: float
+
+
+class Bench:
+    """One model, its engine, and the same engine without rotation.
+
+    Args:
+        model: as for :class:`ragkv.Engine`.
+        tokenizer: cases are texts, so there must be one.
+        template: the prompt's parts.
+        max_new_tokens: tokens of the longest answer.
+        store: where KV are kept; CPU memory by default.
+        measured: measure how sensitive tokens are when documents are read, for methods that need it.
+
+    Raises:
+        UnsupportedModelError: ragkv refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | None = None,
+        *,
+        max_new_tokens: int = 32,
+        store: TieredStore | None = None,
+        measured: bool = True,
+    ):
+        if max_new_tokens < 1:
+            raise EvaluationError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+        # Nothing is evicted, so no policy needs to know what prefilling costs.
+        held = TieredStore(policy="lru") if store is None else store
+        self.engine = Engine(model, tokenizer, template=template, store=held, sensitivity=measured)
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.unrotated = without_rotation(self.engine)
+        self.ends = _end_ids(model, tokenizer)
+        # Behind ragkv's own plain "Answer:" a word comes with its space; chat templates end where the answer begins.
+        plain = template is None and not getattr(tokenizer, "chat_template", None)
+        self._before_answer = " " if plain else ""
+
+    def read(self, case: Case) -> Reading:
+        """Let the model read a case's documents, each chunk alone and in its document."""
+        engine, whole = self.engine, {}
+        alone = dict(zip(case.whole, engine.add([case.text(place) for place in case.whole]), strict=True))
+        for document in dict.fromkeys(document for document, _ in case.whole):
+            for number, chunk in enumerate(engine.add_document(list(case.documents[document]))):
+                whole[document, number] = chunk
+        return Reading({"alone": alone, "document": whole})
+
+    def forget(self, reading: Reading) -> None:
+        """Drop what was read, so that memory holds one case at a time."""
+        self.engine.forget(reading.all())
+
+    def tokens(self, case: Case, places: Sequence[Place]) -> int:
+        """Tokens of the prompt that holds these chunks, its answer not counted."""
+        encoder = self.engine.encoder
+        segments = [
+            encoder.prefix,
+            *(encoder.chunk(case.text(place)) for place in places),
+            encoder.suffix(case.question),
+        ]
+        return sum(map(len, segments))
+
+    def room(self, case: Case) -> int:
+        """Tokens that the cache keeps for the answer."""
+        return max(self.max_new_tokens, len(self.gold_ids(case))) + 1
+
+    def readable(self, case: Case) -> bool:
+        """Whether every chunk is short enough to be read."""
+        encoder, most = self.engine.encoder, self.engine.document_tokens
+        return all(len(encoder.chunk(case.text(place))) <= most for place in case.whole)
+
+    def fits(self, case: Case, places: Sequence[Place]) -> bool:
+        """Whether the prompt and its answer fit into the model's positions."""
+        limit = self.engine.decoder.max_positions
+        return limit is None or self.tokens(case, places) + self.room(case) <= limit
+
+    def gold_ids(self, case: Case) -> tuple[int, ...]:
+        """Ids of the first gold answer, as it would stand behind the prompt.
+
+        Raises:
+            PromptError: it has no tokens.
+        """
+        answer = next(answer for answer in case.answers if answer.strip())
+        ids = self.engine.encoder.ids(self._before_answer + answer)
+        if not ids:
+            raise PromptError(f"case {case.id}: the answer {answer!r} has no tokens")
+        return ids
+
+    def fuse(
+        self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True
+    ) -> tuple[FusedPrompt, float]:
+        """The prompt, and the milliseconds to its first token."""
+        engine = self.engine if rotated else self.unrotated
+        begin = perf_counter()
+        prompt = engine.fuse(chunks, case.question, method=method, room_tokens=self.room(case))
+        int(prompt.logits.argmax())  # waits for the device
+        return prompt, (perf_counter() - begin) * 1e3
+
+    def run(self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True) -> Run:
+        """Fuse and answer."""
+        prompt, ttft_ms = self.fuse(chunks, case, method, rotated)
+        said = reply(self.engine.decoder, prompt, self.gold_ids(case), self.ends, self.max_new_tokens)
+        return Run(prompt, said, self.engine.encoder.decode(said.ids).strip(), ttft_ms)
+
+    def warm_up(self, case: Case) -> None:
+        """The first passes of a process are slow, and would be charged to whoever comes first."""
+        for _ in range(2):
+            self.run([], case, FullPrefill())
+
+
+def without_rotation(engine: Engine) -> Engine:
+    """The same engine, which leaves keys as they were made wherever it places them."""
+    twin = copy(engine)
+    twin.decoder = copy(engine.decoder)
+    twin.decoder.rotations = [None] * len(engine.decoder.rotations)
+    return twin
+
+
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    known = getattr(model.generation_config, "eos_token_id", None)
+    listed = known if isinstance(known, list) else [known]
+    return frozenset(int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None)

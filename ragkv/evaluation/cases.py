@@ -1,0 +1,112 @@
+"""Cases: questions with their documents, what was retrieved of them, and the right answers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from ragkv.chunk import digest
+from ragkv.evaluation.errors import EvaluationError
+
+#: A chunk of a case: number of its document, number of the chunk in it.
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question.
+
+    Attributes:
+        id: unique in its data.
+        kind: questions of one kind are counted together.
+        question: as it is asked.
+        answers: every answer that counts as right, the usual one first.
+        documents: each one the texts of its chunks, in order.
+        retrieved: the chunks that the prompt holds, in the order of the prompt.
+        gold: the chunks that the answer rests on, in document order; empty where the data does not say.
+        ordered: the answer hangs on the order of the chunks, so that they are never shuffled.
+    """
+
+    id: str
+    kind: str
+    question: str
+    answers: tuple[str, ...]
+    documents: tuple[tuple[str, ...], ...]
+    retrieved: tuple[Place, ...]
+    gold: tuple[Place, ...] = ()
+    ordered: bool = False
+
+    def __post_init__(self) -> None:
+        for document, chunk in (*self.retrieved, *self.gold):
+            if not (0 <= document < len(self.documents) and 0 <= chunk < len(self.documents[document])):
+                raise EvaluationError(
+                    f"case {self.id}: there is no chunk {chunk} of document {document} among its {len(self.documents)} documents"
+                )
+
+    @property
+    def whole(self) -> tuple[Place, ...]:
+        """All chunks of the documents that something was retrieved of: documents in prompt order, chunks in document order."""
+        documents = dict.fromkeys(document for document, _ in self.retrieved)
+        return tuple((document, chunk) for document in documents for chunk in range(len(self.documents[document])))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal cases."""
+        return digest(repr(self)).hex()[:16]
+
+    def text(self, place: Place) -> str:
+        """A chunk's text."""
+        return self.documents[place[0]][place[1]]
+
+    def arranged(self, orders: int, seed: int) -> Iterator[tuple[int, Case]]:
+        """The case in several orders of its chunks.
+
+        Args:
+            orders: at most so many: 0 is the order as it is, the others are shuffled.
+            seed: of the shuffling.
+
+        Yields:
+            The number of the order and the case in it. Only the first where the order matters or there is nothing to shuffle.
+        """
+        yield 0, self
+        if self.ordered or len(self.retrieved) < 2:
+            return
+        for order in range(1, orders):
+            retrieved = list(self.retrieved)
+            random.Random(f"{seed}/{self.id}/{order}").shuffle(retrieved)
+            yield order, replace(self, retrieved=tuple(retrieved))
+
+
+def everything(documents: Iterable[Iterable[str]]) -> tuple[Place, ...]:
+    """All chunks of all documents, in order."""
+    return tuple((number, chunk) for number, parts in enumerate(documents) for chunk, _ in enumerate(parts))
+
+
+def usable(cases: Iterable[Case]) -> tuple[list[Case], Counter[str]]:
+    """Leave out what cannot be scored.
+
+    Returns:
+        The cases that can be, and how many cannot, by reason.
+
+    Raises:
+        EvaluationError: none can be, or two have the same id.
+    """
+    kept: list[Case] = []
+    left_out: Counter[str] = Counter()
+    for case in cases:
+        if not any(answer.strip() for answer in case.answers):
+            left_out["no answer"] += 1
+        elif not case.question.strip():
+            left_out["no question"] += 1
+        elif not case.retrieved or any(not case.text(place).strip() for place in case.whole):
+            left_out["no passages, or an empty one"] += 1
+        else:
+            kept.append(case)
+    if not kept:
+        raise EvaluationError(f"no case can be scored; left out: {dict(left_out) or 'nothing, there were none'}")
+    twice = [name for name, count in Counter(case.id for case in kept).items() if count > 1]
+    if twice:
+        raise EvaluationError(f"case ids must be unique, {len(twice)} are not, {twice[0]!r} among them")
+    return kept, left_out

@@ -1,0 +1,236 @@
+"""Data sets, recognised by what is in the file, as cases. One function a form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ragkv.evaluation.cases import Case, Place, everything
+from ragkv.evaluation.errors import EvaluationError
+
+Record = dict[str, Any]
+_PASSAGE = re.compile(r"^Passage \d+:\n", re.MULTILINE)
+_DOCUMENT = re.compile(r"^Document \d+:\n?", re.MULTILINE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of data.
+
+    Attributes:
+        name: what people call it.
+        fields: what a record of this form has.
+        parse: makes a case of a record, its number and the words of the longest chunk.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    parse: Callable[[Record, int, int], Case]
+
+
+def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case]]:
+    """Read a file of one of :data:`FORMS`, JSON or JSON lines.
+
+    Args:
+        path: the file.
+        chunk_words: longer passages are cut into chunks of at most so many words; not those of the native form.
+
+    Returns:
+        The form's name, and the cases.
+
+    Raises:
+        EvaluationError: the file is of no known form, or a record is not of the first one's form.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path} is not text in UTF-8: {error}") from error
+    records = _records(text)
+    form = next((form for form in FORMS if records and _fits(records[0], form)), None)
+    if form is None:
+        lines = text.strip().splitlines()
+        known = "; ".join(f"{form.name} ({', '.join(form.fields)})" for form in FORMS)
+        first = f"it begins with {lines[0][:160]!r}" if lines else "it is empty"
+        raise EvaluationError(
+            f"{path} is of no known form; {first}. Expected JSON or JSON lines whose records have the fields of one of: {known}"
+        )
+    cases = []
+    for number, record in enumerate(records):
+        if not _fits(record, form):
+            raise EvaluationError(f"{path}: record {number + 1} is not of the form {form.name}: {str(record)[:160]!r}")
+        try:
+            cases.append(form.parse(record, number, chunk_words))
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
+    return form.name, cases
+
+
+def _records(text: str) -> list[Any]:
+    """A JSON list, a JSON object that holds one, or JSON lines; empty where it is none of these."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError:
+            return []
+    if isinstance(whole, dict):
+        return whole["data"] if isinstance(whole.get("data"), list) else [whole]
+    return whole if isinstance(whole, list) else []
+
+
+def _fits(record: Any, form: Form) -> bool:
+    return isinstance(record, dict) and all(field in record for field in form.fields)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """One answer, several, or several lists of them."""
+    if isinstance(value, list | tuple):
+        return tuple(text for item in value for text in _texts(item))
+    return () if value is None else (str(value),)
+
+
+def cut(text: str, words: int) -> tuple[str, ...]:
+    """A text as chunks of at most ``words`` words, cut at ends of sentences where that can be."""
+    chunks: list[str] = []
+    held: list[str] = []
+    for sentence in _SENTENCE_END.split(text.strip()):
+        pieces = sentence.split()
+        if len(held) + len(pieces) > words and held:
+            chunks.append(" ".join(held))
+            held = []
+        held += pieces
+        while len(held) > words:
+            chunks.append(" ".join(held[:words]))
+            held = held[words:]
+    return (*chunks, " ".join(held)) if held or not chunks else tuple(chunks)
+
+
+def _whole_or_cut(text: str, words: int) -> tuple[str, ...]:
+    text = text.strip()
+    return (text,) if len(text.split()) <= words else cut(text, words)
+
+
+def _titled(title: str, text: str) -> str:
+    return f"{title.strip()}\n{text}" if title.strip() else text
+
+
+def _case(number: int, documents: Sequence[tuple[str, ...]], gold: Sequence[Place] = (), **rest: Any) -> Case:
+    documents = tuple(documents)
+    identity = str(rest.pop("id", None) or number)
+    return Case(id=identity, documents=documents, retrieved=everything(documents), gold=tuple(gold), **rest)
+
+
+def _longbench(record: Record, number: int, words: int) -> Case:
+    pieces = [piece for piece in _PASSAGE.split(record["context"]) if piece.strip()]
+    return _case(
+        number,
+        [_whole_or_cut(piece, words) for piece in pieces],
+        id=record.get("_id"),
+        kind=str(record.get("dataset") or "longbench"),
+        question=str(record["input"]),
+        answers=_texts(record["answers"]),
+    )
+
+
+def _cacheblend(record: Record, number: int, words: int) -> Case:
+    texts = [_titled(str(ctx.get("title") or ""), str(ctx["text"])) for ctx in record["ctxs"]]
+    return _case(
+        number,
+        [_whole_or_cut(text, words) for text in texts],
+        id=record.get("id"),
+        kind="cacheblend",
+        question=str(record["question"]),
+        answers=_texts(record["answers"]),
+    )
+
+
+def _hotpot(record: Record, number: int, words: int) -> Case:
+    """HotpotQA and 2WikiMultihopQA: as first published, or with columns as in the Parquet files."""
+    context, facts = record["context"], record.get("supporting_facts") or []
+    if isinstance(context, dict):
+        context = list(zip(context["title"], context.get("sentences") or context["content"], strict=True))
+    if isinstance(facts, dict):
+        facts = list(zip(facts["title"], facts["sent_id"], strict=True))
+    supporting = {title for title, _ in facts}
+    documents = [
+        _whole_or_cut(_titled(title, " ".join(sentence.strip() for sentence in text)), words) for title, text in context
+    ]
+    gold = [
+        (index, chunk)
+        for index, (title, _) in enumerate(context)
+        if title in supporting
+        for chunk in range(len(documents[index]))
+    ]
+    return _case(
+        number,
+        documents,
+        gold,
+        id=record.get("_id") or record.get("id"),
+        kind=str(record.get("type") or "multi-hop"),
+        question=str(record["question"]),
+        answers=_texts(record["answer"]),
+    )
+
+
+def _musique(record: Record, number: int, words: int) -> Case:
+    paragraphs = record["paragraphs"]
+    documents = [_whole_or_cut(_titled(str(p.get("title") or ""), p["paragraph_text"]), words) for p in paragraphs]
+    gold = [(n, c) for n, p in enumerate(paragraphs) if p.get("is_supporting") for c in range(len(documents[n]))]
+    answerable = record.get("answerable", True)
+    return _case(
+        number,
+        documents,
+        gold,
+        id=record.get("id"),
+        kind=str(record.get("id") or "musique").split("__")[0],
+        question=str(record["question"]),
+        answers=_texts([record["answer"], record.get("answer_aliases") or []]) if answerable else (),
+    )
+
+
+def _ruler(record: Record, number: int, words: int) -> Case:
+    """RULER writes context and question into one text: the question is its last paragraph."""
+    context, _, question = str(record["input"]).rstrip().rpartition("\n")
+    opening, *listed = [piece for piece in _DOCUMENT.split(context) if piece.strip()]
+    # With listed documents, what stands before the first one is the task's instruction.
+    passages = [_whole_or_cut(piece, words) for piece in listed] or [cut(opening, words)]
+    return _case(
+        number,
+        passages,
+        id=record.get("index"),
+        kind=str(record.get("task") or "ruler"),
+        question=question.strip(),
+        answers=_texts(record["outputs"]),
+    )
+
+
+def _native(record: Record, number: int, words: int) -> Case:
+    documents = tuple((text,) if isinstance(text, str) else tuple(text) for text in record["documents"])
+    retrieved = record.get("retrieved")
+    return Case(
+        id=str(record.get("id", number)),
+        kind=str(record.get("kind", "all")),
+        question=record["question"],
+        answers=_texts(record["answers"]),
+        documents=documents,
+        retrieved=everything(documents) if retrieved is None else tuple((int(d), int(c)) for d, c in retrieved),
+        gold=tuple((int(d), int(c)) for d, c in record.get("gold", ())),
+        ordered=bool(record.get("ordered", False)),
+    )
+
+
+FORMS = (
+    Form("ragkv", ("question", "answers", "documents"), _native),
+    Form("CacheBlend", ("ctxs", "question", "answers"), _cacheblend),
+    Form("LongBench", ("input", "context", "answers"), _longbench),
+    Form("MuSiQue", ("paragraphs", "question", "answer"), _musique),
+    Form("HotpotQA or 2WikiMultihopQA", ("context", "question", "answer"), _hotpot),
+    Form("RULER", ("input", "outputs"), _ruler),
+)
+"""Every form that is read; a record fits the first one whose fields it has."""

@@ -1,0 +1,77 @@
+"""What an answer is worth, and how far a next-token distribution is from another."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and double spaces: the normalisation of SQuAD (arXiv:1606.05250)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, gold: Sequence[str]) -> float:
+    """1 if the answer is one of the gold answers, both normalised."""
+    return float(any(normalised(answer) == normalised(right) for right in gold))
+
+
+def contains(answer: str, gold: Sequence[str]) -> float:
+    """1 if a gold answer stands in the answer, word by word, both normalised."""
+    padded = f" {normalised(answer)} "
+    return float(any(f" {normalised(right)} " in padded for right in gold if normalised(right)))
+
+
+def f1(answer: str, gold: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over words, the best over the gold answers (SQuAD)."""
+    return max(_word_f1(normalised(answer).split(), normalised(right).split()) for right in gold)
+
+
+def rouge_l(answer: str, gold: Sequence[str]) -> float:
+    """F-measure over the longest common subsequence of words, the best over the gold answers (Lin, 2004)."""
+    words = normalised(answer).split()
+    return max(_rouge(words, normalised(right).split()) for right in gold)
+
+
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """KL(reference || other) in nats of two next-token distributions, given as logits ``[1, V]``."""
+    p, q = (logits.double().log_softmax(-1) for logits in (reference, other))
+    # Clamped at 0: rounding may take the sum of two equal distributions a little below.
+    return max(0.0, float((p.exp() * (p - q)).nan_to_num(0.0).sum()))
+
+
+def same_top(reference: Tensor, other: Tensor) -> float:
+    """1 if both logits ``[1, V]`` have their maximum at the same token."""
+    return float(torch.equal(reference.argmax(-1), other.argmax(-1)))
+
+
+def _word_f1(answer: list[str], right: list[str]) -> float:
+    if not answer or not right:
+        return float(answer == right)
+    common = sum((Counter(answer) & Counter(right)).values())
+    return 2 * common / (len(answer) + len(right))
+
+
+def _rouge(answer: list[str], right: list[str]) -> float:
+    if not answer or not right:
+        return float(answer == right)
+    return 2 * _common_subsequence(answer, right) / (len(answer) + len(right))
+
+
+def _common_subsequence(a: list[str], b: list[str]) -> int:
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for column, other in enumerate(b, start=1):
+            above = row[column]
+            row[column] = diagonal + 1 if word == other else max(above, row[column - 1])
+            diagonal = above
+    return row[-1]

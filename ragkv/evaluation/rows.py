@@ -1,0 +1,96 @@
+"""Raw rows on disk, one JSON object a line, and the settings of the run that they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ragkv.evaluation.errors import EvaluationError
+
+Row = dict[str, Any]
+#: What tells a row: its case, the number of its order of chunks, its arm.
+Key = tuple[str, int, str]
+
+
+def key_of(row: Row) -> Key:
+    """What tells a row from others."""
+    return row["case"], row["order"], row["arm"]
+
+
+class Rows:
+    """The rows of one run, kept in a folder. A stopped run goes on where it was.
+
+    Args:
+        folder: made if it is not there.
+        settings: what every row of the run has in common.
+
+    Attributes:
+        kept: the rows so far.
+
+    Raises:
+        EvaluationError: the folder holds rows of other settings, or cannot be read.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "rows.jsonl"
+        self._agree(folder / "settings.json", settings)
+        self.kept: dict[Key, Row] = {}
+        self._load()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.kept
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Keep rows, on disk before the call returns."""
+        rows = list(rows)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.kept.update((key_of(row), row) for row in rows)
+
+    def _agree(self, path: Path, settings: dict[str, Any]) -> None:
+        wanted = json.loads(json.dumps(settings))
+        if not path.exists():
+            if self._path.exists():
+                raise EvaluationError(f"{self._path} is there without {path.name}: give another folder with --out")
+            write_json(path, wanted)
+            return
+        held = _parsed(path)
+        differ = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+        if differ:
+            changes = "; ".join(f"{name}: {held.get(name)!r} there, {wanted.get(name)!r} now" for name in differ)
+            raise EvaluationError(
+                f"{path.parent} holds a run of other settings ({changes}): give another folder with --out, or remove it"
+            )
+
+    def _load(self) -> None:
+        if not self._path.exists():
+            return
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):  # stopped while a row was being written
+            self._path.write_bytes(whole)
+        for number, line in enumerate(whole.splitlines()):
+            try:
+                row = json.loads(line)
+                self.kept[key_of(row)] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(f"{self._path}, line {number + 1} is no row of an evaluation: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(half, path)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{path} is damaged: {error}") from error
+    return held if isinstance(held, dict) else {}

@@ -1,0 +1,209 @@
+"""A whole evaluation: gates, then every arm on every case, rows on disk, and what they add up to."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ragkv.evaluation.arms import FULL, Arm
+from ragkv.evaluation.bench import Bench
+from ragkv.evaluation.cases import Case, usable
+from ragkv.evaluation.conditions import conditions, versions
+from ragkv.evaluation.errors import EvaluationError, GateError
+from ragkv.evaluation.gates import Gate, run_gates
+from ragkv.evaluation.rows import Row, Rows, write_json
+from ragkv.evaluation.scoring import Group, missing
+from ragkv.evaluation.summary import summarise
+from ragkv.evaluation.timing import Clock
+from ragkv.evaluation.tokens import look_at
+
+#: Shows the progress of an iteration: takes the items and how they are called.
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What shall be evaluated.
+
+    Attributes:
+        model: the model's name, as it is shown.
+        data: the data's name, as it is shown.
+        cases: before anything is left out.
+        arms: from :func:`~ragkv.evaluation.arms.parse_arms`.
+        limit: at most so many cases.
+        orders: orders of chunks for each case: as given, and shuffled.
+        timed: cases for which cold and disk times and memory are measured too.
+        seed: of shuffling and resampling.
+        command: the command line, for the report.
+    """
+
+    model: str
+    data: str
+    cases: Sequence[Case]
+    arms: Sequence[Arm]
+    limit: int | None = None
+    orders: int = 3
+    timed: int = 4
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("orders", 1), ("timed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        summary: all figures, as plain values.
+        tokens: one prompt's tokens, for the heat map.
+    """
+
+    summary: dict[str, Any]
+    tokens: dict[str, Any]
+
+
+def evaluate(
+    bench: Bench,
+    plan: Plan,
+    folder: Path,
+    *,
+    passed: Callable[[Gate], None] = lambda gate: None,
+    progress: Progress = lambda items, what: items,
+) -> Result:
+    """Run what is not there yet and add everything up.
+
+    Args:
+        bench: the model.
+        plan: what to run.
+        folder: where rows are kept; a stopped run goes on from them.
+        passed: told of every gate, also of one that fails.
+        progress: shows how far it is.
+
+    Raises:
+        EvaluationError: nothing can be scored, or the folder holds a run of other settings.
+        GateError: the model is not driven exactly.
+    """
+    cases, left_out = _cases(bench, plan)
+    rows = Rows(folder, _settings(bench, plan, cases))
+    gates = _gates(bench, cases[0], passed)
+    bench.warm_up(cases[0])
+    _score(bench, plan, cases, rows, progress)
+    timed = _times(bench, plan, cases, rows, folder, progress)
+    tokens = _tokens(bench, plan, cases, rows)
+    summary = summarise(
+        rows.kept.values(), timed, [arm.name for arm in plan.arms], [case.id for case in cases], plan.seed
+    )
+    head = {
+        "model": plan.model,
+        "data": plan.data,
+        "seed": plan.seed,
+        "orders": plan.orders,
+        "max_new_tokens": bench.max_new_tokens,
+        "cases": len(cases),
+        "left_out": dict(left_out),
+        "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
+        "conditions": conditions(bench.engine, plan.command),
+    }
+    found = {**head, **summary, "families": {arm.name: (arm.family, arm.context) for arm in plan.arms}}
+    write_json(folder / "summary.json", found)
+    return Result(found, tokens)
+
+
+def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
+    kept, left_out = usable(plan.cases)
+    fitting = [case for case in kept if bench.readable(case) and bench.fits(case, case.retrieved)]
+    left_out["longer than the model's positions"] = len(kept) - len(fitting)
+    if not fitting:
+        raise EvaluationError(
+            f"no case fits into the model's {bench.engine.decoder.max_positions} positions; left out: {dict(+left_out)}"
+        )
+    return fitting[: plan.limit], +left_out
+
+
+def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]:
+    """What all rows of a run have in common. Further arms, cases and orders may join a run, so these are not here."""
+    return {
+        "model": plan.model,
+        "weights": bench.engine.space[:16],
+        "device": str(bench.engine.decoder.device),
+        "data": plan.data,
+        "first case": cases[0].fingerprint,
+        "seed": plan.seed,
+        "max_new_tokens": bench.max_new_tokens,
+        "versions": versions(),
+    }
+
+
+def _gates(bench: Bench, case: Case, passed: Callable[[Gate], None]) -> list[Gate]:
+    gates = []
+    for gate in run_gates(bench, case):
+        passed(gate)
+        gates.append(gate)
+        if not gate.passed:
+            raise GateError(
+                f"gate '{gate.name}' failed: off by {gate.error:.1e}, at most {gate.limit:.1e} ({gate.note}). No score would mean "
+                "anything."
+            )
+    return gates
+
+
+def _score(bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows, progress: Progress) -> None:
+    groups = [
+        (case, order, arranged)
+        for case in cases
+        for order, arranged in case.arranged(plan.orders, plan.seed)
+        if missing(case, order, plan.arms, rows.kept)
+    ]
+    read, reading = None, None
+    for case, order, arranged in progress(groups, "prompts"):
+        if read is not case:
+            if reading is not None:
+                bench.forget(reading)
+            read, reading = case, bench.read(case)
+        assert reading is not None
+        group = Group(bench, arranged, order, reading, _charged(plan, case, order, rows))
+        rows.add(group.rows(missing(case, order, plan.arms, rows.kept), plan.seed))
+    if reading is not None:
+        bench.forget(reading)
+
+
+def _times(
+    bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows, folder: Path, progress: Progress
+) -> list[dict[str, Row]]:
+    """Times by arm for the first cases, kept in a file of their own."""
+    path = folder / "times.json"
+    held: dict[str, dict[str, Row]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    wanted = cases[: plan.timed]
+    todo = [case for case in wanted if not _charged(plan, case, 0, rows).keys() <= held.get(case.id, {}).keys()]
+    if todo:
+        with Clock(bench) as clock:
+            for case in progress(todo, "timed cases"):
+                held[case.id] = clock.times(case, plan.arms, _charged(plan, case, 0, rows))
+                write_json(path, held)
+    return [held[case.id] for case in wanted]
+
+
+def _charged(plan: Plan, case: Case, order: int, rows: Rows) -> dict[str, float]:
+    """The budgets that arms were charged for one prompt, by name; of those that ran."""
+    held = {arm.name: rows.kept.get((case.id, order, arm.name), {}) for arm in plan.arms}
+    return {name: row["budget"] for name, row in held.items() if "budget" in row}
+
+
+def _tokens(bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows) -> dict[str, Any]:
+    """Of a case that naive reuse answers wrong and full prefill right, if there is one: there the tokens have something to show."""
+
+    def right(case: Case, arm: str) -> float:
+        return rows.kept.get((case.id, 0, arm), {}).get("em", 0.0)
+
+    telling = (case for case in cases if right(case, FULL) and not right(case, "reuse@alone"))
+    case = next(telling, cases[0])
+    return look_at(bench, case, plan.arms, _charged(plan, case, 0, rows))

@@ -1,0 +1,150 @@
+"""One row: what an arm answered to a case, what it is worth and what it cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkv.chunk import Chunk, digest
+from ragkv.errors import MethodError, PromptTooLongError, UnsupportedModelError
+from ragkv.evaluation import metrics
+from ragkv.evaluation.arms import Arm
+from ragkv.evaluation.bench import Bench, Reading
+from ragkv.evaluation.cases import Case
+from ragkv.evaluation.errors import EvaluationError
+from ragkv.evaluation.rows import Row
+from ragkv.methods import FullPrefill, Method
+from ragkv.report import FusionReport
+
+_FULL = FullPrefill()
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one prompt gave, without its cache.
+
+    Attributes:
+        ids: the prompt, ``[N]``.
+        logits: next-token logits ``[1, V]``.
+        answer: greedy ids, without the end token.
+        text: the answer.
+        gold_nll: nats a token of the gold answer.
+        report: of the fusion.
+        ttft_ms: from the call to the first token.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    answer: tuple[int, ...]
+    text: str
+    gold_nll: float
+    report: FusionReport
+    ttft_ms: float
+
+
+class Group:
+    """All arms of one case in one order of its chunks.
+
+    Prompts that are the same for several arms are run once: the whole documents' where everything was retrieved, say.
+
+    Args:
+        bench: the model.
+        case: in its order.
+        order: the order's number.
+        reading: the case's chunks.
+        charged: budgets charged to arms whose rows are there already.
+    """
+
+    def __init__(
+        self, bench: Bench, case: Case, order: int, reading: Reading, charged: Mapping[str, float] | None = None
+    ):
+        self.bench, self.case, self.order, self.reading = bench, case, order, reading
+        self.charged = dict(charged or {})
+        self._known: dict[tuple, Outcome] = {}
+
+    def rows(self, arms: Sequence[Arm], seed: int = 0) -> Iterator[Row]:
+        """A row for each arm that the case has chunks for.
+
+        Args:
+            arms: in random order, so that a machine whose speed drifts slows all alike; random controls stay last.
+            seed: of that order.
+        """
+        shuffled = random.Random(f"{seed}/{self.case.id}/{self.order}").sample(arms, len(arms))
+        chunks = self._reference(self.case.retrieved)
+        documents = self._reference(self.case.whole)
+        for arm in sorted(shuffled, key=lambda arm: bool(arm.like)):
+            if arm.reads != "gold" or self.case.gold:
+                yield self._row(arm, chunks, documents)
+
+    def _reference(self, places: Sequence) -> Outcome | None:
+        if not self.bench.fits(self.case, places):
+            return None
+        return self._outcome(self.reading.at(places, "document"), _FULL, True)
+
+    def _row(self, arm: Arm, chunks: Outcome | None, documents: Outcome | None) -> Row:
+        row: Row = {"case": self.case.id, "kind": self.case.kind, "order": self.order, "arm": arm.name}
+        try:
+            held = self.reading.at(arm.places(self.case), arm.context)
+            method = arm.method_for([len(chunk) for chunk in held], self.charged)
+            outcome = self._outcome(held, method, arm.rotated)
+        except (MethodError, UnsupportedModelError, PromptTooLongError) as error:
+            return {**row, "refused": " ".join(str(error).split())}
+        self.charged[arm.name] = outcome.report.budget
+        self._same_ids(arm, outcome, {"retrieved": chunks, "documents": documents}.get(arm.reads))
+        return {**row, **self._scores(outcome, chunks, documents), **_costs(outcome)}
+
+    def _outcome(self, chunks: Sequence[Chunk], method: Method, rotated: bool) -> Outcome:
+        contexts = () if method == _FULL else tuple(chunk.context for chunk in chunks)
+        key = (method, rotated, contexts, tuple(chunk.ids for chunk in chunks))
+        if key not in self._known:
+            run = self.bench.run(chunks, self.case, method, rotated)
+            ids, logits = run.prompt.input_ids[0], run.prompt.logits
+            said = run.reply
+            self._known[key] = Outcome(ids, logits, said.ids, run.text, said.gold_nll, run.prompt.report, run.ttft_ms)
+        return self._known[key]
+
+    def _same_ids(self, arm: Arm, outcome: Outcome, reference: Outcome | None) -> None:
+        if reference is not None and not torch.equal(outcome.ids, reference.ids):
+            raise EvaluationError(
+                f"case {self.case.id}: {arm.name} was given other token ids than the full prefill that it is compared with; this "
+                "is a bug of ragkv, please report it"
+            )
+
+    def _scores(self, outcome: Outcome, chunks: Outcome | None, documents: Outcome | None) -> Row:
+        gold = self.case.answers
+        scores: Row = {
+            "answer": outcome.text,
+            "em": metrics.exact_match(outcome.text, gold),
+            "f1": metrics.f1(outcome.text, gold),
+            "rouge_l": metrics.rouge_l(outcome.text, gold),
+            "contained": metrics.contains(outcome.text, gold),
+            "gold_nll": outcome.gold_nll,
+        }
+        for name, reference in (("chunks", chunks), ("documents", documents)):
+            if reference is not None:
+                scores[f"kl_{name}"] = metrics.divergence(reference.logits, outcome.logits)
+                scores[f"top1_{name}"] = metrics.same_top(reference.logits, outcome.logits)
+                scores[f"same_{name}"] = float(reference.answer == outcome.answer)
+        return scores
+
+
+def _costs(outcome: Outcome) -> Row:
+    report = outcome.report
+    stages = {name: round(value, 3) for name, value in report.milliseconds.items() if name != "total"}
+    return {
+        "method": report.method,
+        "ids": digest(outcome.ids.tolist()).hex()[:16],
+        "tokens": len(outcome.ids),
+        "budget": report.budget,
+        "ttft_ms": round(outcome.ttft_ms, 3),
+        "stages": stages,
+    }
+
+
+def missing(case: Case, order: int, arms: Sequence[Arm], done: Collection[tuple[str, int, str]]) -> list[Arm]:
+    """The arms whose rows are still to be made."""
+    return [arm for arm in arms if (case.id, order, arm.name) not in done and (arm.reads != "gold" or case.gold)]

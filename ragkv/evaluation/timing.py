@@ -1,0 +1,128 @@
+"""What a prompt costs when nothing is in memory: cold, from disk, and the most memory that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from ragkv.errors import MethodError, PromptTooLongError, UnsupportedModelError
+from ragkv.evaluation.arms import Arm
+from ragkv.evaluation.bench import Bench, Reading
+from ragkv.evaluation.cases import Case
+from ragkv.evaluation.rows import Row
+from ragkv.report import FusedPrompt
+from ragkv.store import TieredStore
+
+
+class Clock:
+    """Times arms on the same model with nothing in memory. Use as a context manager: it keeps KV on disk in a temporary folder.
+
+    Args:
+        bench: the model.
+    """
+
+    def __init__(self, bench: Bench):
+        self._memory = bench
+        self._folder = tempfile.TemporaryDirectory(prefix="ragkv-eval-")
+        engine, words, longest = bench.engine, bench.tokenizer, bench.max_new_tokens
+        disk = TieredStore(Path(self._folder.name), cpu_bytes=0, policy="lru")
+        self._disk = Bench(engine.model, words, engine.template, max_new_tokens=longest, store=disk)
+        # Without measuring what an arm does not need: that would be charged to it.
+        self._cold = Bench(engine.model, words, engine.template, max_new_tokens=longest, measured=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._disk.engine.close()
+        self._folder.cleanup()
+
+    def times(self, case: Case, arms: Sequence[Arm], charged: Mapping[str, float]) -> dict[str, Row]:
+        """For each arm that can run: ``cold_ms``, ``disk_ms``, their stages, ``bytes_read``, ``kv_bytes``, ``peak_bytes``.
+
+        Cold: the model has read nothing yet, so the documents are read on the way. Disk: every chunk's KV come from disk, which the
+        page cache may serve.
+        """
+        reading = self._memory.read(case)
+        self._disk.read(case)
+        found = {}
+        for arm in arms:
+            if arm.reads == "gold" and not case.gold:
+                continue
+            try:
+                found[arm.name] = self._one(case, arm, reading, charged)
+            except (MethodError, UnsupportedModelError, PromptTooLongError):
+                continue  # the row of its answer says why
+        for bench in (self._memory, self._disk, self._cold):
+            bench.forget(reading)
+        return found
+
+    def _one(self, case: Case, arm: Arm, reading: Reading, charged: Mapping[str, float]) -> Row:
+        chunks = reading.at(arm.places(case), arm.context)
+        method = arm.method_for([len(chunk) for chunk in chunks], charged)
+        with Peak(self._memory.engine.decoder.device) as peak:
+            prompt, _ = self._memory.fuse(chunks, case, method, arm.rotated)
+        kv_bytes = _kv_bytes(prompt)
+        del prompt
+        self._cold.forget(reading)
+        cold, cold_ms = self._cold.fuse(chunks, case, method, arm.rotated)
+        disk, disk_ms = self._disk.fuse(chunks, case, method, arm.rotated)
+        return {
+            "cold_ms": round(cold_ms, 3),
+            "cold_read_ms": round(cold.report.milliseconds["read"], 3),
+            "disk_ms": round(disk_ms, 3),
+            "disk_place_ms": round(disk.report.milliseconds["place"], 3),
+            "bytes_read": disk.report.bytes_read,
+            "kv_bytes": kv_bytes,
+            "peak_bytes": peak.bytes,
+        }
+
+
+class Peak:
+    """The most memory that a block takes above what was taken before it.
+
+    Attributes:
+        bytes: on CUDA what torch allocated; on Linux the process's resident memory; ``None`` where neither can be known.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device if device.type == "cuda" else None
+        self.bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before: int | None = torch.cuda.memory_allocated(self._cuda)
+            return self
+        with contextlib.suppress(OSError, AttributeError):  # glibc: freed memory would hide what is taken next
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+            self._before = _high_water()
+        except (OSError, StopIteration):
+            self._before = None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._cuda is not None:
+            self.bytes = torch.cuda.max_memory_allocated(self._cuda) - (self._before or 0)
+        elif self._before is not None:
+            self.bytes = max(0, _high_water() - self._before)
+
+
+def _high_water() -> int:
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def _kv_bytes(prompt: FusedPrompt) -> int:
+    tensors = [tensor for layer in prompt.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

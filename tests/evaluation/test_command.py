@@ -1,0 +1,119 @@
+"""``ragkv eval`` as it is typed."""
+
+import json
+
+import pytest
+
+from ragkv.cli import main
+from ragkv.evaluation import GateError
+
+
+@pytest.fixture(autouse=True)
+def shared(loaded, monkeypatch):
+    monkeypatch.setattr("ragkv.bundled.load", lambda: loaded)
+
+
+def run(capsys, *argv):
+    code = main(["eval", *map(str, argv)])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "cases.jsonl"
+    record = {
+        "question": "Which river does it lie on?",
+        "documents": [["Draycliff is a town."], ["It lies on the Tees."]],
+    }
+    rows = [{**record, "id": "a", "answers": ["Tees"]}, {**record, "id": "b", "answers": []}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_rows_table_and_page(data, tmp_path, capsys):
+    argv = (
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--arms",
+        "full-prefill",
+        "reuse",
+        "--timed",
+        0,
+        "--max-new-tokens",
+        4,
+    )
+    code, out, err = run(capsys, *argv)
+    assert (code, err) == (0, "")
+    assert out.count("gate passed: ") == 5 and out.index("gate passed") < out.index("reuse@alone")
+    assert "left out: 1 case, no answer" in out and f"report: {tmp_path}/out/report.html" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "rows.jsonl",
+        "settings.json",
+        "summary.json",
+        "report.html",
+        "tables.md",
+    }
+
+    quoted = (tmp_path / "out" / "tables.md").read_text()
+    assert "| `reuse@alone` | 1 |" in quoted and "`ragkv " in quoted
+
+    code, out, err = run(capsys, *argv, "--json")
+    found = json.loads(out)
+    assert code == 0 and err.count("gate passed: ") == 5
+    assert [arm["name"] for arm in found["arms"]] == ["full-prefill", "reuse@alone", "reuse@document"]
+    assert found["left_out"] == {"no answer": 1} and found["data"] == "cases.jsonl (ragkv)"
+
+
+def test_the_bundled_data(tmp_path, capsys):
+    argv = ("--limit", 2, "--orders", 1, "--arms", "full-prefill", "--timed", 0, "--out", tmp_path / "out", "--json")
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and json.loads(out)["slices"] == {"all": 2, "direct": 1, "local": 1}
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (("--arms", "magic"), "no arm 'magic'. Besides methods there are: full-prefill,"),
+        (("--metric", "beauty"), "no metric 'beauty'; there are: em, f1,"),
+        (("--data", "/nowhere/x.jsonl"), "/nowhere/x.jsonl"),
+        (("--model", "/nowhere/model"), "/nowhere/model"),
+    ],
+)
+def test_failures_are_one_line(argv, reason, tmp_path, capsys):
+    code, out, err = run(capsys, *argv, "--out", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (1, "", 1) and reason in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_form_shows_its_first_line(tmp_path, capsys):
+    (tmp_path / "odd.csv").write_text("question;answer\n")
+    code, _, err = run(capsys, "--data", tmp_path / "odd.csv", "--out", tmp_path / "out")
+    assert code == 1 and "begins with 'question;answer'" in err and "LongBench (input, context, answers)" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (("--limit", "0"), "at least 1, got '0'"),
+        (("--budgets", "15"), "a share from 0 to 1, got '15'"),
+        (("--seed", "-1"), "at least 0"),
+    ],
+)
+def test_usage_errors(argv, reason, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", *argv])
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_failing_gate_ends_with_exit_code_1(tmp_path, capsys, monkeypatch):
+    def fails(*args):
+        raise GateError("gate '100 % = full prefill' failed")
+        yield
+
+    monkeypatch.setattr("ragkv.evaluation.run.run_gates", fails)
+    code, out, err = run(capsys, "--limit", 1, "--out", tmp_path / "out")
+    assert (code, out) == (1, "") and "gate '100 % = full prefill' failed" in err

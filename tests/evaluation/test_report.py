@@ -1,0 +1,159 @@
+"""The page: what stands in it, and in a real browser whether it is drawn."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from ragkv.evaluation import Plan, evaluate, parse_arms
+from ragkv.evaluation.report import page
+from ragkv.evaluation.report.markup import Markup, tag
+from ragkv.evaluation.report.scatter import BUDGET, TTFT
+from ragkv.evaluation.summary import METRICS
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "input"}
+
+
+class Elements(HTMLParser):
+    """Reads a page; fails where tags are not closed in the order in which they were opened."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, name, attributes):
+        self.found.append((name, dict(attributes), list(self.open)))
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, name, **wanted):
+        wanted = {key.replace("_", "-"): value for key, value in wanted.items()}
+        return [attributes for tag, attributes, _ in self.found if tag == name and wanted.items() <= attributes.items()]
+
+
+@pytest.fixture(scope="module")
+def result(loaded, tmp_path_factory, small_case):
+    from ragkv import PromptTemplate, bundled
+    from ragkv.evaluation import Bench
+    from ragkv.testing import tiny_model
+
+    bench = Bench(tiny_model(vocab_size=1792), loaded[1], PromptTemplate(**bundled.TEMPLATE), max_new_tokens=4)
+    arms = parse_arms(
+        ["full-prefill", "full-documents", "no-context", "reuse", "lego-link", "cache-blend", "random"], [0.1, 0.3]
+    )
+    arms += parse_arms(["cache-blend:check_layer=9@alone"], [])
+    cases = [
+        small_case("<a&b>", question='Who is "<b>Anna</b>"?'),
+        small_case("b", kind="direct"),
+        small_case("c", answers=()),
+    ]
+    plan = Plan("tiny <model>", "ours", cases, arms, orders=2, timed=1, command="ragkv eval --model 'tiny <model>'")
+    return evaluate(bench, plan, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def html(result):
+    return page(result.summary, result.tokens, METRICS["kl_chunks"])
+
+
+def test_every_plot_is_there(html, result):
+    found = Elements(html)
+    slices = list(result.summary["slices"])
+    assert slices == ["all", "cross", "direct", "order as given", "order shuffled"]
+    points = len([arm for arm in result.summary["arms"] if arm["cost"]]) - 2  # two are lines, not points
+    for axis in (BUDGET, TTFT):
+        assert [svg["data-slice"] for svg in found.all("svg", data_plot=axis.name)] == slices
+    dots = [tag for tag, attributes, _ in found.found if attributes.get("class") in ("dot", "dot hollow")]
+    assert len(dots) == 2 * len(slices) * points and {"circle", "rect"} == set(dots)
+    assert len(found.all("svg", data_plot="stages")) == len(found.all("svg", data_plot="tokens")) == 1
+    assert found.all("path", **{"class": "front"})
+
+
+def test_every_arm_gate_and_condition_is_told(html, result):
+    words = " ".join(Elements(html).texts)
+    for arm in result.summary["arms"]:
+        assert arm["name"] in words
+    for gate in result.summary["gates"]:
+        assert gate["name"] in words
+    for name in ("torch", "transformers", "dtype", "seed", "command"):
+        assert name in words
+    assert "cases left out: no answer" in words
+    assert "check_layer 9 of a model with 4 layers" in words
+
+
+def test_the_page_stands_alone(html):
+    found = Elements(html)
+    names = {name for name, _, _ in found.found}
+    assert not names & {"script", "link", "img", "iframe", "object"}
+    for _, attributes, _ in found.found:
+        assert not {"src", "href", "xlink:href", "onclick", "onload"} & set(attributes)
+    assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_what_comes_from_data_is_escaped(html):
+    assert "<b>Anna</b>" not in html and "&lt;b&gt;Anna&lt;/b&gt;" in html
+    assert "tiny <model>" not in html and "tiny &lt;model&gt;" in html
+
+
+def test_markup():
+    assert tag("p", "a < b", Markup("<b>c</b>"), None, class_="x") == '<p class="x">a &lt; b<b>c</b></p>'
+    assert tag("input", type="radio", checked=True, hidden=False) == '<input type="radio" checked>'
+    assert tag("rect", x=1.04, y=2.0) == '<rect x="1" y="2"></rect>'
+
+
+MEASURE = """<script>
+const shown = [...document.querySelectorAll('svg[data-plot]')].filter(svg => svg.getBoundingClientRect().width > 0);
+const inside = (svg, mark) => {
+  const outer = svg.getBoundingClientRect(), inner = mark.getBoundingClientRect();
+  return inner.width > 0 && inner.left >= outer.left - 1 && inner.right <= outer.right + 1 && inner.top >= outer.top - 1
+    && inner.bottom <= outer.bottom + 1;
+};
+const marks = 'circle, rect, text';
+document.body.innerHTML = '<pre id="measured">' + JSON.stringify({
+  plots: shown.map(svg => ({name: svg.dataset.plot, width: svg.getBoundingClientRect().width,
+    height: svg.getBoundingClientRect().height, circles: svg.querySelectorAll('circle').length,
+    outside: [...svg.querySelectorAll(marks)].filter(mark => !inside(svg, mark)).map(mark => mark.outerHTML)})),
+  wider: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  coloured: [...document.querySelectorAll('.tokens span')]
+    .filter(span => getComputedStyle(span).backgroundColor !== 'rgba(0, 0, 0, 0)').length,
+}).replaceAll('<', '&lt;') + '</pre>';
+</script></body>"""
+
+
+@pytest.mark.skipif(
+    BROWSER is None, reason="chromium is not installed: the page is not drawn, only its structure is looked at"
+)
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_draws_the_plots(html, tmp_path, width):
+    path = tmp_path / "page.html"
+    path.write_text(html.replace("</body>", MEASURE))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+    ]
+    run = subprocess.run([BROWSER, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="measured">(.*)</pre>', run.stdout, re.DOTALL)
+    assert found, run.stderr[-2000:]
+    measured = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert [plot["name"] for plot in measured["plots"]] == ["budget", "ttft", "stages", "tokens"]
+    for plot in measured["plots"]:
+        assert plot["width"] >= 760 and plot["height"] > 50
+        assert plot["outside"] == []
+    assert measured["plots"][0]["circles"] > 5
+    assert measured["wider"] <= 0, "the page scrolls sideways"
+    assert measured["coloured"] > 10
