@@ -1,6 +1,6 @@
-"""The store against its limits: ratios within one run, and policies on a stream of real passages.
+"""The store against its limits: ratios within one run, and what codecs cost. Policies: ``ragkv bench store``.
 
-    python benchmarks/store.py [--dataset FILE] [--entries N] [--out FOLDER]
+    python benchmarks/store.py [--entries N] [--only codecs|speed] [--out FOLDER]
 
 Every ratio is taken from alternating rounds of both sides in this process; the median of the rounds is reported.
 """
@@ -12,7 +12,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +20,10 @@ from pathlib import Path
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.store import TieredStore, chunk_key
-from ragkv.store.codecs import CODECS, get_codec
+from ragkv.store import Target, TieredStore, chunk_key
+from ragkv.store.codecs import CODECS, CacheGen, Codec, get_codec
 from ragkv.store.encode import encode
-from ragkv.store.policy import POLICIES, Belady
-from ragkv.store.simulation import Request, replay
+from ragkv.store.record import SEGMENT_BYTES, checksum
 
 LAYERS, HEADS, DIM, TOKENS, CHUNKS = 24, 2, 64, 256, 8  # a Qwen2 of 0.5B, 8 chunks
 
@@ -71,10 +69,17 @@ def get_into_prompt(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         store.put_many([(key, make_kv(number), 0.1) for number, key in enumerate(keys)])
 
         starts = list(range(0, CHUNKS * TOKENS, TOKENS))
+        every = range(LAYERS)
 
-        def placed() -> None:
+        def whole() -> None:
+            targets = [Target(prompt[0, layer], prompt[1, layer]) for layer in every]
             with store.read(keys) as batch:
-                for layer in range(LAYERS):
+                for index, start in enumerate(starts):
+                    batch.place(index, every, targets, start)
+
+        def by_layer() -> None:
+            with store.read(keys) as batch:
+                for layer in every:
                     batch.place_layer(layer, prompt[0, layer], prompt[1, layer], starts)
 
         def layers() -> None:
@@ -84,12 +89,31 @@ def get_into_prompt(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
                         batch.layer(index, layer)
 
         results = {
-            "get into the prompt / plain copy": compare(placed, lambda: flat.copy_(plain), rounds),
+            "get into the prompt / plain copy": compare(whole, lambda: flat.copy_(plain), rounds),
+            "get into the prompt, layer by layer / plain copy": compare(by_layer, lambda: flat.copy_(plain), rounds),
             "get as tensors of the store's / plain copy": compare(layers, lambda: flat.copy_(plain), rounds),
         }
+        parts = {
+            "get": whole,
+            "open and close": lambda: store.read(keys).close(),
+            "plain copy": lambda: flat.copy_(plain),
+        }
+        parts["checksums alone"] = lambda: [checksum(piece) for piece in flat.view(torch.uint8).split(SEGMENT_BYTES)]
+        results["warm get, processor ms"] = {name: processor_ms(work, rounds) for name, work in parts.items()}
         with store.read(keys) as batch:
             assert torch.equal(prompt[0, 5, :, :TOKENS], batch.layer(0, 5)[0])
     return results
+
+
+def processor_ms(work: Callable[[], object], rounds: int) -> float:
+    """Median time on the processor: what other programs take is not in it."""
+    work()
+    times = []
+    for _ in range(rounds):
+        started = time.process_time()
+        work()
+        times.append((time.process_time() - started) * 1e3)
+    return statistics.median(times)
 
 
 def put_against_file(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
@@ -174,129 +198,92 @@ def unshared_bytes() -> int:
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def codecs() -> dict[str, dict[str, float]]:
-    """Bytes against raw, speed, and error, on numbers with the spread of real K."""
-    kv = make_kv(1, layers=4, dtype=torch.bfloat16)
-    results = {}
-    for name in CODECS:
-        record, payload = encode(kv, codec=get_codec(name))
-        encode_s = timed(lambda name=name: encode(kv, codec=get_codec(name)))
-        decoded = record.decode(payload)
-        decode_s = statistics.median(timed(lambda r=record, p=payload: r.decode(p)) for _ in range(5))
-        error = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(decoded.keys, kv.keys, strict=True)])
-        scale = torch.cat([b.float().flatten() for b in kv.keys])
-        results[name] = {
-            "bytes": record.payload_bytes / kv.nbytes,
-            "encode_gb_s": kv.nbytes / encode_s / 1e9,
-            "decode_gb_s": kv.nbytes / decode_s / 1e9,
-            "relative_error_k": float(error.norm() / scale.norm()),
-        }
+def bundled_kv() -> list[ChunkKV]:
+    """KV of bundled documents, read by the bundled model."""
+    from ragkv import Engine, PromptTemplate, bundled
+    from ragkv.retrieval import TokenChunker
+
+    model, tokenizer = bundled.load()
+    engine = Engine(model, tokenizer, template=PromptTemplate(**bundled.TEMPLATE))
+    chunks = []
+    for text in list(bundled.documents().values())[:12]:
+        chunks += engine.add_document(TokenChunker(tokenizer, 96).split(text))
+    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks]
+
+
+def tiny_kv() -> list[ChunkKV]:
+    """KV of random ids, read by a tiny model with random weights."""
+    from ragkv import Engine, PromptTemplate
+    from ragkv.testing import random_ids, tiny_model
+
+    engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1]))
+    chunks = engine.add([random_ids(96) for _ in range(8)])
+    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks]
+
+
+def made_up_kv() -> list[ChunkKV]:
+    """Numbers with the spread of real K: what speed is measured on."""
+    return [make_kv(1, layers=4)]
+
+
+def codecs() -> dict[str, dict[str, dict[str, float]]]:
+    """Bytes against raw bf16, relative errors, and speed of one thread, by source of the KV and codec."""
+    kinds = {name: get_codec(name) for name in CODECS} | {"cachegen, groups of 10": CacheGen(group_tokens=10)}
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
+        chunks = [ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in make()]
+        results[source] = {name: coded(chunks, codec) for name, codec in kinds.items()}
     return results
 
 
-def read_passages(file: Path) -> list[str]:
-    """Passages of a CacheBlend JSON or of a LongBench JSONL."""
-    if file.suffix == ".jsonl":
-        contexts = [json.loads(line)["context"] for line in file.read_text().splitlines() if line]
-        return [part for context in contexts for part in context.split("Passage ") if part.strip()]
-    return [f"{passage['title']} {passage['text']}" for row in json.loads(file.read_text()) for passage in row["ctxs"]]
+def coded(chunks: list[ChunkKV], codec: Codec) -> dict[str, float]:
+    encoded = [encode(kv, codec=codec) for kv in chunks]
+    encode_s = timed(lambda: [encode(kv, codec=codec) for kv in chunks])
+    decode_s = statistics.median(timed(lambda: [r.decode(p) for r, p in encoded]) for _ in range(3))
+    decoded = [record.decode(payload) for record, payload in encoded]
+    total = sum(kv.nbytes for kv in chunks)
+    return {
+        "bytes": sum(record.payload_bytes for record, _ in encoded) / total,
+        "relative_error_k": error([kv.keys for kv in decoded], [kv.keys for kv in chunks]),
+        "relative_error_v": error([kv.values for kv in decoded], [kv.values for kv in chunks]),
+        "encode_gb_s": total / encode_s / 1e9,
+        "decode_gb_s": total / decode_s / 1e9,
+    }
 
 
-def zipf_stream(passages: list[str], length: int, exponent: float, seed: int) -> list[Request]:
-    """Passages asked for with a Zipf law; a prefill takes time linear and quadratic in the tokens."""
-    chance = random.Random(seed)
-    order = chance.sample(range(len(passages)), len(passages))
-    weights = [1 / rank**exponent for rank in range(1, len(order) + 1)]
-    catalogue = []
-    for number in order:
-        tokens = max(1, round(len(passages[number].split()) * 1.3))
-        cost_s = 1e-4 * tokens + 1e-7 * tokens**2
-        catalogue.append(Request(key_of(number), tokens * 12_288, tokens, cost_s))
-    return chance.choices(catalogue, weights, k=length)
-
-
-def policies(file: Path | None, length: int) -> dict[str, object]:
-    """Hit rate by tokens and saved seconds of every policy, over capacities and three seeds."""
-    if file is None:
-        chance = random.Random(0)
-        passages = [" word" * int(chance.lognormvariate(4.6, 0.8) + 8) for _ in range(750)]
-    else:
-        passages = read_passages(file)
-    rows = []
-    for share in (0.05, 0.1, 0.2, 0.4):
-        for seed in range(3):
-            stream = zipf_stream(passages, length, 0.9, seed)
-            total = sum({request.key: request.size_bytes for request in stream}.values())
-            for name in [*POLICIES, "belady"]:
-                for selective in (False, True):
-                    policy = Belady([request.key for request in stream]) if name == "belady" else POLICIES[name]()
-                    outcome = replay(stream, policy, int(share * total), selective=selective)
-                    rows.append(
-                        {
-                            "policy": name + ("+admission" if selective else ""),
-                            "capacity": share,
-                            "seed": seed,
-                            "token_hit_rate": outcome.token_hit_rate,
-                            "saved_seconds": outcome.saved_s,
-                            "saved_share": outcome.saved_share,
-                        }
-                    )
-    return {"passages": len(passages), "requests": length, "rows": rows}
-
-
-def summary(rows: list[dict]) -> dict[str, dict[float, float]]:
-    """Mean hit rate by tokens, by policy and capacity."""
-    table: dict[str, dict[float, float]] = {}
-    for row in rows:
-        table.setdefault(row["policy"], {}).setdefault(row["capacity"], []).append(row["token_hit_rate"])
-    return {name: {share: statistics.mean(rates) for share, rates in line.items()} for name, line in table.items()}
-
-
-def plot(table: dict[str, dict[float, float]], target: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, line in table.items():
-        axes.plot(list(line), list(line.values()), marker="o", linestyle="--" if "+" in name else "-", label=name)
-    axes.set(xlabel="capacity, share of the corpus", ylabel="hit rate by tokens", xscale="log")
-    axes.legend(fontsize=7, ncol=2)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+def error(got: list[list[torch.Tensor]], want: list[list[torch.Tensor]]) -> float:
+    """Norm of the difference over the norm, of all numbers together."""
+    pairs = [
+        (a.float(), b.float())
+        for mine, theirs in zip(got, want, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    wrong = sum(float((a - b).square().sum()) for a, b in pairs)
+    return (wrong / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, help="CacheBlend JSON or LongBench JSONL; without it, made-up lengths")
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--only", choices=["codecs", "speed"])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, for both sides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results: dict[str, object] = {"torch": torch.__version__, "threads": arguments.threads}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        results["speed"] = get_into_prompt(folder, arguments.rounds) | put_against_file(folder, arguments.rounds)
-        results["churn"] = {policy: churn(folder, policy) for policy in ("lru", "pgdsf")}
-        results["many entries"] = many_entries(folder, arguments.entries)
-    results["codecs"] = codecs()
-    results["policies"] = policies(arguments.dataset, arguments.requests)
-    table = summary(results["policies"]["rows"])
-    results["token hit rate"] = {
-        name: {str(share): rate for share, rate in line.items()} for name, line in table.items()
-    }
+    if arguments.only != "codecs":
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            results["speed"] = get_into_prompt(folder, arguments.rounds) | put_against_file(folder, arguments.rounds)
+            results["churn"] = {policy: churn(folder, policy) for policy in ("lru", "pgdsf")}
+            results["many entries"] = many_entries(folder, arguments.entries)
+    if arguments.only != "speed":
+        results["codecs"] = codecs()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "store.json").write_text(json.dumps(results, indent=1))
-    plot(table, arguments.out / "store_policies.png")
-    results["policies"] = {key: value for key, value in results["policies"].items() if key != "rows"}
+    (arguments.out / f"store{'-' + arguments.only if arguments.only else ''}.json").write_text(
+        json.dumps(results, indent=1)
+    )
     print(json.dumps(results, indent=1))
 
 

@@ -97,7 +97,7 @@ class RAG:
         path: str | os.PathLike[str] | None = None,
         embedder: str | Embedder | None = None,
         chunk_tokens: int | None = None,
-        method: Method | None = None,
+        method: Method | str | None = None,
         template: PromptTemplate | None = None,
         repair_tokens: int | None = None,
         device: str | None = None,
@@ -262,7 +262,7 @@ class RAG:
         *,
         top_k: int = 5,
         neighbours: int = 0,
-        method: Method | None = None,
+        method: Method | str | None = None,
         **generation: Any,
     ) -> SourcedAnswer:
         """Answer a question over the documents.
@@ -287,7 +287,7 @@ class RAG:
         *,
         top_k: int = 5,
         neighbours: int = 0,
-        method: Method | None = None,
+        method: Method | str | None = None,
         **generation: Any,
     ) -> tuple[list[Hit], AnswerStream]:
         """The passages for a question, and the answer over them piece by piece.

@@ -14,6 +14,9 @@ from ragkv.cli.arguments import parser
 
 __all__ = ["main"]
 
+#: Where a command does not stand in the module of its name.
+_MODULES = {"export": "exchange", "import": "exchange"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        code = import_module(f"ragkv.cli.{args.command}").run(args)
+        code = import_module(f"ragkv.cli.{_MODULES.get(args.command, args.command)}").run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

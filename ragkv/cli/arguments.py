@@ -103,7 +103,7 @@ def _model() -> argparse.ArgumentParser:
 
 def _method() -> argparse.ArgumentParser:
     method = argparse.ArgumentParser(add_help=False)
-    method.add_argument("--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: reuse)")
+    method.add_argument("--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: sensitive-tokens)")
     return method
 
 

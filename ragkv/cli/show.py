@@ -24,6 +24,14 @@ def hint(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def confirmed(question: str) -> bool:
+    """Ask on stderr; no where nobody can be asked."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return False
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def paint(text: str, colour: str) -> str:
     """Coloured text on a terminal that wants it, the text itself elsewhere (https://no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
@@ -37,11 +45,13 @@ def progress(items: Iterable[Item] | None = None, **options: Any) -> Any:
     return tqdm(items, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, **options)
 
 
-def table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns, the first one to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print rows in columns, the first ones to the left and numbers to the right; what a terminal would obey is not."""
+    shown = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
+        cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
         print("  ".join(cells).rstrip())
 
 
@@ -58,9 +68,17 @@ def milliseconds(value: float) -> str:
     return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.1f} ms"
 
 
-def number(count: int, noun: str) -> str:
+def duration(seconds: float) -> str:
+    """A long time for people: ``5 s``, ``3 min``, ``2 h``, ``9 d``."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def number(count: int, noun: str, nouns: str = "") -> str:
     """A count with its noun: ``1 file``, ``2 files``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def short(source: str) -> str:

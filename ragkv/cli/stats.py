@@ -1,4 +1,4 @@
-"""``ragkv stats``: what a folder holds. No model is loaded."""
+"""``ragkv stats``: what a folder holds, and how it was used. No model is loaded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.opening import require_documents
 from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
+from ragkv.store.maintenance import history
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show documents, passages and stored KV."""
+    """Show documents, passages, stored KV, and what all processes that used them did."""
     path = folder(args)
     require_documents(path)
-    found = {"path": str(path), **_documents(path), "store": _store(path)}
+    found = {"path": str(path), **_documents(path), "store": _store(path), "history": _history(path)}
     if args.json:
         show.as_json(found)
     else:
@@ -39,8 +40,29 @@ def _store(path: Path) -> dict[str, Any]:
     """The tiers that outlive a process: memory is this process's own, and empty."""
     with TieredStore(path / "kv", cpu_bytes=0) as store:
         stats = store.stats()
-    tiers = {tier: {"entries": count, "bytes": stats.bytes[tier]} for tier, count in stats.entries.items()}
-    return {"tiers": {tier: held for tier, held in tiers.items() if tier != "cpu"}, "file_bytes": stats.file_bytes}
+    return {
+        "tiers": {"disk": {"entries": stats.entries["disk"], "bytes": stats.bytes["disk"]}},
+        "file_bytes": stats.file_bytes,
+    }
+
+
+def _history(path: Path) -> dict[str, Any]:
+    """What processes wrote down when they closed the folder; those that were killed are missing."""
+    done = history(path / "kv")
+    return {
+        "hits": dict(done.hits),
+        "misses": done.misses,
+        "tokens_hit": done.tokens_hit,
+        "puts": done.puts,
+        "refused": done.refused,
+        "bytes_read": done.bytes_read,
+        "bytes_written": done.bytes_written,
+        "evictions": {tier: dict(reasons) for tier, reasons in done.evictions.items() if reasons},
+        "latency_ms": {
+            stage: {"count": item.count, "median": item.median_s * 1e3, "p95": item.p95_s * 1e3}
+            for stage, item in done.latency.items()
+        },
+    }
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -49,7 +71,29 @@ def _show(found: dict[str, Any]) -> None:
     )
     for what, name in found["made_with"].items():
         print(f"{what}: {name}")
+    tiers = found["store"]["tiers"]
     rows = [("KV", "entries", "size")]
-    rows += [(tier, f"{held['entries']:,}", show.size(held["bytes"])) for tier, held in found["store"]["tiers"].items()]
+    rows += [(tier, f"{held['entries']:,}", show.size(held["bytes"])) for tier, held in tiers.items()]
+    rows.append(("the file, with free pages", "", show.size(found["store"]["file_bytes"])))
     print()
     show.table(rows)
+    _show_history(found["history"])
+
+
+def _show_history(done: dict[str, Any]) -> None:
+    reads = [("reads", "chunks"), *((f"from {tier}", f"{count:,}") for tier, count in done["hits"].items())]
+    print()
+    show.table([*reads, ("missed", f"{done['misses']:,}")])
+    if done["evictions"]:
+        evicted = [
+            (tier, why, f"{count:,}") for tier, reasons in done["evictions"].items() for why, count in reasons.items()
+        ]
+        print()
+        show.table([("evicted from", "reason", "chunks"), *evicted], left=2)
+    if done["latency_ms"]:
+        times = [
+            (stage, f"{item['count']:,}", show.milliseconds(item["median"]), show.milliseconds(item["p95"]))
+            for stage, item in done["latency_ms"].items()
+        ]
+        print()
+        show.table([("time", "count", "median", "p95"), *times])

@@ -1,11 +1,23 @@
-"""What several methods do: take the tokens of the highest scores."""
+"""What several methods do: check a share, take the tokens of the highest scores."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ragkv.errors import MethodError
 from ragkv.layout import Layout
+from ragkv.methods.base import Method
+
+
+def check_share(method: Method, name: str, share: float) -> None:
+    """Refuse a share of the tokens that is none.
+
+    Raises:
+        MethodError: it lies outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share}")
 
 
 def highest(scores: Tensor, candidates: Tensor, ratio: float, layout: Layout) -> Tensor:

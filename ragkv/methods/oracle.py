@@ -10,7 +10,7 @@ from torch import Tensor
 from ragkv.errors import MethodError
 from ragkv.layout import Layout
 from ragkv.methods.base import Method
-from ragkv.methods.choice import highest
+from ragkv.methods.choice import check_share, highest
 
 if TYPE_CHECKING:
     from ragkv.scene import Scene
@@ -34,8 +34,7 @@ class Oracle(Method):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise MethodError(f"Oracle: ratio must lie in [0, 1], got {self.ratio}")
+        check_share(self, "ratio", self.ratio)
         if self.layer is not None and self.layer < 1:
             raise MethodError(f"Oracle: layer must be >= 1 (layer 0 never deviates), got {self.layer}")
 

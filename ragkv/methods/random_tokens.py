@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import digest
-from ragkv.errors import MethodError
 from ragkv.layout import Layout
 from ragkv.methods.base import Method
+from ragkv.methods.choice import check_share
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise MethodError(f"Random: ratio must lie in [0, 1], got {self.ratio}")
+        check_share(self, "ratio", self.ratio)
 
     def start(self, layout: Layout) -> Tensor:
         """Some of the tokens of chunks that are not exact."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ragkv.errors import MethodError
 from ragkv.layout import Layout
 from ragkv.methods.base import Method
-from ragkv.methods.choice import highest
+from ragkv.methods.choice import check_share, highest
 
 if TYPE_CHECKING:
     from ragkv.scene import Scene
@@ -36,8 +35,7 @@ class SensitiveTokens(Method):
     measured: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise MethodError(f"SensitiveTokens: ratio must lie in [0, 1], got {self.ratio}")
+        check_share(self, "ratio", self.ratio)
 
     def start(self, layout: Layout) -> Tensor:
         """Those that may be chosen."""

@@ -9,7 +9,7 @@ import torch
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store import TieredStore
-from ragkv.store.codecs import CODECS, Int4, get_codec
+from ragkv.store.codecs import CODECS, CacheGen, Int4, get_codec
 
 SHAPES = {"even": (2, 64, 16), "one-token": (3, 1, 8), "odd": (2, 65, 7), "prime": (1, 131, 33), "one": (1, 1, 1)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +43,7 @@ def test_error_is_bounded_by_the_step(name, shape, dtype, side):
     # Of a line that shares a scale, the largest span; a half of a step, and what half precision and the dtype round.
     line = tensor.float().transpose(1, 2) if side == "k" else tensor.float()
     span = (line.amax(-1) - line.amin(-1)).max() if name.startswith("int") else line.abs().max()
-    step = {"int8": 1 / 255, "int4": 1 / 15, "fp8": 1 / 8}[name]
+    step = {"int8": 1 / 255, "int4": 1 / 15, "fp8": 1 / 8, "cachegen": 0.2}[name]
     slack = line.abs().max() * (2 * torch.finfo(dtype).eps + 2 * torch.finfo(torch.half).eps)
     assert (got.float() - tensor.float()).abs().max() <= span * step / 2 + slack
 
@@ -57,7 +57,7 @@ def test_exact_codecs_keep_every_bit(name):
         assert torch.equal(got.view(torch.int16), bits)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "cachegen"])
 @pytest.mark.parametrize("value", [0.0, 3.25, -70_000.0, 1e-30])
 def test_constant_lines(name, value):
     tensor = torch.full((2, 5, 6), value)
@@ -65,7 +65,7 @@ def test_constant_lines(name, value):
     assert torch.allclose(got, tensor, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "cachegen"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(name, value):
     tensor = torch.ones(2, 5, 6)
@@ -83,12 +83,16 @@ def test_parts_of_another_shape_are_refused(name):
             codec.decode(parts, shape, torch.bfloat16, "k")
     parts.pop("low", None)
     parts.pop("scale", None)
+    if name == "cachegen":
+        parts.pop("step")
     if name != "raw":
         with pytest.raises(RecordError):
             codec.decode(parts, (2, 64, 16), torch.bfloat16, "k")
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("lossless", 0.85), ("int8", 0.56), ("fp8", 0.56), ("int4", 0.36)])
+@pytest.mark.parametrize(
+    ("name", "at_most"), [("lossless", 0.85), ("int8", 0.56), ("fp8", 0.56), ("int4", 0.36), ("cachegen", 0.30)]
+)
 def test_bytes_against_raw_bf16(name, at_most):
     tensor = numbers((4, 256, 64), torch.bfloat16)
     for side in ("k", "v"):
@@ -115,3 +119,53 @@ def test_codec_with_settings(folder, kv, key):
     with TieredStore(folder, cpu_bytes=0, codec=Int4(group=16)) as store:
         store.put(key(1), kv(1, tokens=70))
         assert store.get(key(1)).keys[0].shape == (2, 70, 8)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("group", [1, 10, 64])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cachegen_errs_by_half_a_step(shape, group, side):
+    """With and without differences: an error does not grow along a group, for it is taken from what is decoded."""
+    codec, tensor = CacheGen(bins=(0.1,), group_tokens=group), numbers(shape, torch.float32)
+    parts = codec.encode(tensor, side)
+    got = codec.decode(parts, shape, torch.float32, side)
+    assert ((got - tensor).abs() <= parts["step"].float() * 0.5001 + 1e-6).all()
+    assert get_codec("cachegen").decode(parts, shape, torch.float32, side).equal(got), "settings are recorded"
+
+
+def test_cachegen_is_finer_in_early_layers(folder, kv, key):
+    want = kv(1, tokens=300, layers=6, dim=32)
+    with TieredStore(folder, cpu_bytes=0, codec=CacheGen(bins=(0.1, 0.4))) as store:
+        store.put(key(1), want)
+        got = store.get(key(1))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(got.keys, want.keys, strict=True)]
+    assert max(errors[:3]) < 0.04 < 0.1 < min(errors[3:])
+
+
+@pytest.mark.parametrize("harm", ["claims more", "nonsense", "too few", "group"])
+def test_cachegen_refuses_what_it_did_not_make(harm):
+    import zstandard
+
+    codec, tensor = CacheGen(), torch.zeros(2, 8, 4)
+    parts = codec.encode(tensor, "k")
+    shape = (2, 8, 4)
+    if harm == "claims more":
+        shape = (2, 1 << 40, 4)
+        packed = zstandard.ZstdCompressor().compressobj(size=2 << 42)
+        parts[""] = torch.frombuffer(
+            bytearray(packed.compress(b"x") + packed.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)), dtype=torch.uint8
+        )
+    elif harm == "nonsense":
+        parts[""] = torch.arange(40, dtype=torch.uint8)
+    elif harm == "too few":
+        parts[""] = parts[""][:-3]
+    else:
+        parts["group"] = torch.tensor([math.nan])
+    with pytest.raises(RecordError):
+        codec.decode(parts, shape, torch.float32, "k")
+
+
+@pytest.mark.parametrize("settings", [{"bins": ()}, {"bins": (0.0,)}, {"group_tokens": 0}])
+def test_cachegen_settings(settings):
+    with pytest.raises(StoreError):
+        CacheGen(**settings)

@@ -9,7 +9,7 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
-from ragkv.store import TieredStore
+from ragkv.store import Target, TieredStore
 
 KINDS = {
     "fp32": {"dtype": torch.float32},
@@ -118,6 +118,37 @@ class StoreContract:
             assert torch.equal(prompt[1, 0, :, 1 : 4 + tokens], torch.cat([other.values[layer], want.values[layer]], 1))
             assert prompt[:, :, :, 0].isnan().all()
             assert prompt[:, :, :, 4 + tokens :].isnan().all()
+
+    @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+    def test_a_whole_chunk_is_placed_in_a_prompt(self, store, kv, key, kind):
+        """All layers in one call, and some of them: into one prompt's K and V, or tokens that lie apart."""
+        want = kv(1, **kind)
+        store.put(key(1), want)
+        heads, tokens, dim = want.keys[0].shape
+        layers = range(len(want.keys))
+        for apart in (1, 2):
+            prompt = torch.full((2, len(layers), heads, apart * (tokens + 9), dim), torch.nan, dtype=want.keys[0].dtype)
+            prompt = prompt[..., ::apart, :]
+            targets = [Target(prompt[0, layer], prompt[1, layer]) for layer in layers]
+            with store.read([key(1)]) as batch:
+                batch.place(0, layers, targets, 4)
+                count = batch.bytes_read
+                batch.place(0, layers[1:], targets[1:], 4)
+                assert batch.bytes_read == count in (0, want.nbytes)
+                for start in (-1, 10):
+                    with pytest.raises(StoreError, match="needs"):
+                        batch.place(0, layers[:1], targets[:1], start)
+            for layer in layers:
+                assert torch.equal(prompt[0, layer, :, 4 : 4 + tokens], want.keys[layer])
+                assert torch.equal(prompt[1, layer, :, 4 : 4 + tokens], want.values[layer])
+            assert prompt[:, :, :, :4].isnan().all() and prompt[:, :, :, 4 + tokens :].isnan().all()
+
+    def test_a_use_is_counted_once(self, store, kv, key):
+        store.put(key(1), kv(1))
+        with store.read([key(1)]) as batch, store.read([key(1)], again=True) as second:
+            assert second.tiers == batch.tiers
+        stats = store.stats()
+        assert (sum(stats.hits.values()), stats.misses) == (1, 0)
 
     def test_read_ahead_changes_nothing(self, store, kv, key):
         want = kv(1, tokens=700, heads=4, dim=64, layers=4)

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 
-from ragkv.errors import RagKVError, StoreError, StoreFullError
+from ragkv.errors import RagKVError, RecordError, StoreError, StoreFullError
 from ragkv.store import TieredStore, environment
 from ragkv.store.snapshot import segment_key
 
@@ -177,6 +177,48 @@ def test_damage_2000_times(filled, tmp_path, kv, key, forked, harm, times):
     damage(times, filled, tmp_path, kv, key, forked, harm)
 
 
+def test_damaged_pages_are_not_written_to(filled, kv, key, forked):
+    """A checksum fails, and LMDB's own pages are damaged too: to delete the record would end the process."""
+    raw = bytearray((filled / "data.mdb").read_bytes())
+    leaves = [
+        at
+        for at in range(8192, len(raw), 4096)
+        if raw[at + 10 : at + 12] == b"\2\0" and b"RAGKV" in raw[at : at + 4096]
+    ]
+    assert leaves
+    for at in leaves:  # the first node of each leaf lies at the page's very end
+        raw[at + 16 : at + 18] = (4094).to_bytes(2, "little")
+    for at in range(8192, len(raw), 4096):  # and the payload of every large value is not what was stored
+        if raw[at + 10 : at + 12] == b"\4\0":
+            raw[at + 64] ^= 1
+
+    def use():
+        with TieredStore(filled, cpu_bytes=0) as store:
+            for number in range(12):
+                try:
+                    store.get(key(number))
+                except RecordError:
+                    continue
+            with pytest.raises(RecordError, match="verify --repair"):
+                store.put(key(99), kv(1))
+        return "refused"
+
+    (filled / "data.mdb").write_bytes(raw)
+    assert forked(use) == "refused"
+
+
+@pytest.mark.parametrize("pages", [1 << 29, 1 << 34, 1 << 50])
+def test_a_file_that_claims_to_be_far_longer(filled, key, pages):
+    """The meta pages' last page number is damaged: refused by name, and no giant file is made of it."""
+    raw = bytearray((filled / "data.mdb").read_bytes())
+    for at in (0, 4096):
+        raw[at + 136 : at + 144] = pages.to_bytes(8, "little")
+    (filled / "data.mdb").write_bytes(raw)
+    with pytest.raises(StoreError):
+        TieredStore(filled, cpu_bytes=0, disk_bytes=1 << 20)
+    assert (filled / "data.mdb").stat().st_size == len(raw)
+
+
 @pytest.mark.long
 def test_damage_aimed_at_index_pages(filled, tmp_path, kv, key, forked):
     """LMDB trusts its own pages: a few flips in a thousand end the process. None gives a wrong tensor."""
@@ -314,7 +356,7 @@ def test_map_full(folder, kv, key, same, monkeypatch):
 
 
 def test_too_many_readers(folder, kv, key, monkeypatch):
-    monkeypatch.setattr(environment, "MAX_READERS", 3)
+    monkeypatch.setattr("ragkv.store.connection.MAX_READERS", 3)
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1))
         with (
@@ -328,7 +370,7 @@ def test_too_many_readers(folder, kv, key, monkeypatch):
 
 
 def test_stale_readers_of_killed_processes_are_cleared(folder, kv, key, forked, monkeypatch):
-    monkeypatch.setattr(environment, "MAX_READERS", 3)
+    monkeypatch.setattr("ragkv.store.connection.MAX_READERS", 3)
 
     def hold():
         store = TieredStore(folder, cpu_bytes=0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ragkv.errors import StoreError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store import TieredStore
+from ragkv.store.maintenance import history
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.stats import Latency, Tally
 
 
 def test_prefetched_chunks_are_read_from_memory(folder, kv, key, same):
@@ -60,7 +62,66 @@ def test_stats(folder, kv, key):
         assert stats.bytes["cpu"] == stats.bytes_written == kv(1, tokens=300).nbytes
         assert stats.bytes["disk"] <= stats.file_bytes
         assert (stats.hits["cpu"], stats.misses, stats.tokens_hit, stats.puts) == (1, 1, 300, 1)
-        assert {"encode", "write", "find"} <= set(stats.seconds)
+        assert {"encode", "write", "find"} <= set(stats.latency)
+
+
+def test_latency_quantiles_and_sums():
+    one, two = Latency(), Latency()
+    for number in range(1, 101):
+        (one if number % 2 else two).add(number / 1000)
+    one.merge(two)
+    assert (one.count, one.total_s) == (100, pytest.approx(5.05))
+    assert one.median_s == pytest.approx(0.050, rel=0.06)
+    assert one.p95_s == pytest.approx(0.095, rel=0.06)
+    assert one.quantile(1.0) == pytest.approx(0.100, rel=0.06)
+    assert one.below(1.0) == 100 and 9 <= one.below(0.0101) <= 11
+    assert (Latency().median_s, Latency().p95_s) == (0.0, 0.0)
+
+
+def test_history_adds_up_over_processes_and_survives_damage(folder, kv, key, forked):
+    def use():
+        with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
+            for number in range(60):
+                store.put(key(number), kv(number, tokens=60))
+            store.get(key(59)), store.get(key(404))
+            done = store.stats()
+        return done.evictions["disk"]["budget"]
+
+    evicted = [int(forked(use)) for _ in range(3)]
+    with TieredStore(folder, cpu_bytes=0) as store:
+        assert store.stats().puts == 0, "in this process"
+    done = history(folder)
+    assert (done.puts, done.hits["disk"], done.misses) == (180, 3, 3)
+    assert done.evictions["disk"]["budget"] == sum(evicted) > 0
+    assert done.latency["write"].count == 180 and done.latency["load"].count == 3
+    assert done.bytes_written == 180 * kv(0, tokens=60).nbytes
+    with TieredStore(folder, cpu_bytes=0) as store:
+        env = store._disk.environment
+        with env.write() as txn:
+            txn.put(b"history", b"{}" + bytes(8), db=env.db(b"state"))
+        store.get(key(59))
+    assert history(folder).hits["disk"] == 1, "numbers that are lost begin anew"
+
+
+def test_a_forked_child_does_not_count_what_its_parent_did(folder, kv, key, forked):
+    with TieredStore(folder, disk_bytes=100_000) as store:
+        for number in range(40):
+            store.put(key(number), kv(number, tokens=60))
+        evicted = store.stats().evictions["disk"]["budget"]
+
+        def child():
+            with store:
+                store.get(key(404))
+
+        assert "raised" not in forked(child)
+    done = history(folder)
+    assert (done.puts, done.misses, done.evictions["disk"]["budget"]) == (40, 1, evicted)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"hits": 3}', Tally().to_bytes().replace(b"0", b'"x"', 1)])
+def test_numbers_that_cannot_be_read(data):
+    with pytest.raises(RecordError):
+        Tally.from_bytes(data)
 
 
 def test_metrics(folder, kv, key):
@@ -73,3 +134,7 @@ def test_metrics(folder, kv, key):
         assert registry.get_sample_value("ragkv_store_hits_total", {"tier": "cpu"}) == 1
         assert registry.get_sample_value("ragkv_store_entries", {"tier": "disk"}) == 1
         assert registry.get_sample_value("ragkv_store_puts_total") == 1
+        assert registry.get_sample_value("ragkv_store_seconds_count", {"stage": "write"}) == 1
+        assert registry.get_sample_value("ragkv_store_seconds_bucket", {"stage": "write", "le": "+Inf"}) == 1
+        assert registry.get_sample_value("ragkv_store_seconds_bucket", {"stage": "write", "le": "1e-05"}) == 0
+        assert registry.get_sample_value("ragkv_store_seconds_sum", {"stage": "write"}) > 0

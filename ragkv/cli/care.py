@@ -1,0 +1,120 @@
+"""What the commands that care for stored KV take. Imports nothing heavy, as :mod:`ragkv.cli.arguments`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from ragkv.cli import filters
+
+_FILTER_HELP = (
+    "only entries for which this holds, as 'size>10MB', 'idle>30d', 'hits<2', 'document=docs/*', 'codec=raw'; may be "
+    f"repeated. Fields: {', '.join(filters.FIELDS)}"
+)
+
+
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Registers ``ls``, ``rm``, ``prune``, ``verify``, ``stats``, ``compact``, ``export`` and ``import``.
+
+    Args:
+        command: makes a command's parser from its name, its parents and ``summary=``.
+    """
+    chosen, removal = _filter(), _removal()
+    command("stats", summary="Show what the folder holds and how it was used.")
+
+    listing = command("ls", chosen, summary="List the stored KV, an entry for each passage that was read.")
+    listing.add_argument(
+        "--sort",
+        type=_parsed(filters.parse_order),
+        metavar="FIELD[:asc|:desc]",
+        help="order of the list (default: by document)",
+    )
+    listing.add_argument("--limit", type=_parsed(filters.parse_count), metavar="N", help="show only the first N")
+    listing.add_argument("-q", "--quiet", action="store_true", help="print ids only, one a line")
+
+    rm = command(
+        "rm", removal, summary="Remove KV by id or by document. Passages are read again when they are asked for."
+    )
+    rm.add_argument(
+        "targets", nargs="+", metavar="ID|DOCUMENT", help="the first digits of an id (at least 4), or a document"
+    )
+
+    prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
+    prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")
+    prune.add_argument(
+        "--max-size", type=_parsed(filters.parse_size), metavar="SIZE", help="what is idle longest, until this is left"
+    )
+    prune.set_defaults(refuse=prune.error)
+
+    verify = command(
+        "verify", summary="Read every record and compare every checksum; exit code 1 where something is damaged."
+    )
+    verify.add_argument("--repair", action="store_true", help="remove what is damaged, so that it is computed anew")
+
+    command("compact", summary="Give free pages back to the disk. Nothing else may use the folder meanwhile.")
+
+    export = command("export", chosen, summary="Write the stored KV into one file.")
+    export.add_argument("file", metavar="FILE")
+    export.add_argument("--force", action="store_true", help="replace the file where it is there")
+
+    taking = command("import", summary="Take in the KV of a file that 'ragkv export' wrote.")
+    taking.add_argument("file", metavar="FILE")
+    taking.add_argument(
+        "--disk-size",
+        type=_parsed(filters.parse_size),
+        default="100GiB",
+        metavar="SIZE",
+        help="budget (default: 100GiB)",
+    )
+
+
+def add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Registers ``bench``."""
+    bench = command(
+        "bench", summary="Compare eviction policies on a stream of real passages, with a model's prefill times."
+    )
+    bench.add_argument("what", choices=["store"], help="what to measure")
+    bench.add_argument(
+        "--dataset", required=True, metavar="FILE", help="JSON with 'ctxs' of 'title' and 'text', or LongBench's JSONL"
+    )
+    bench.add_argument("--model", default="bundled", help="whose tokens and prefill times (default: bundled)")
+    bench.add_argument("--requests", type=_parsed(filters.parse_positive), default=20_000, metavar="N")
+    bench.add_argument("--exponent", type=float, default=0.9, metavar="X", help="of the Zipf law (default: 0.9)")
+    bench.add_argument(
+        "--seeds", type=_parsed(filters.parse_positive), default=3, metavar="N", help="streams to take means of"
+    )
+    bench.add_argument("--plot", metavar="FILE", help="draw it, as PNG, PDF or SVG (needs matplotlib)")
+
+
+def _filter() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "-f",
+        "--filter",
+        dest="filters",
+        action="append",
+        default=[],
+        type=_parsed(filters.parse_filter),
+        metavar="EXPR",
+        help=_FILTER_HELP,
+    )
+    return options
+
+
+def _removal() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    options.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
+    return options
+
+
+def _parsed(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """A parser of one argument whose message argparse shows."""
+
+    def parsed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed

@@ -1,0 +1,164 @@
+"""The entries of a store beside the documents that they belong to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ragkv.cli import show
+from ragkv.errors import RagKVError
+from ragkv.retrieval import Catalogue
+from ragkv.retrieval.records import text_key
+from ragkv.store.maintenance import Entry, entries, remove
+
+_SHORT = 12
+_DATA = "data.mdb"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An entry, and where its passage stands.
+
+    Attributes:
+        entry: what the store says.
+        places: source and position from 0 of every passage with its text; none where no document has it.
+        now: the wall clock in seconds, by which it is aged.
+    """
+
+    entry: Entry
+    places: tuple[tuple[str, int], ...]
+    now: float
+
+    @property
+    def id(self) -> str:
+        """Its key, as 64 digits."""
+        return self.entry.key.hex()
+
+    @property
+    def orphan(self) -> bool:
+        """Whether it was made for a document's passage, and no document has that any more."""
+        return bool(self.entry.label) and not self.places
+
+    def field(self, name: str) -> Any:
+        """What filters and orders look at, see :data:`ragkv.cli.filters.FIELDS`."""
+        entry = self.entry
+        match name:
+            case "size":
+                return entry.size_bytes
+            case "age":
+                return max(self.now - entry.created_s, 0.0)
+            case "idle":
+                return max(self.now - entry.used_s, 0.0)
+            case "cost":
+                return entry.cost_s
+            case "document":
+                return show.short(self.places[0][0]) if self.places else ""
+            case "id":
+                return self.id
+            case "codec" | "space":
+                return getattr(entry, name) or ""
+            case _:
+                return getattr(entry, name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        entry = self.entry
+        return {
+            "id": self.id,
+            "places": [{"source": source, "position": position} for source, position in self.places],
+            "orphan": self.orphan,
+            "tier": "disk",
+            "bytes": entry.size_bytes,
+            "tokens": entry.tokens,
+            "codec": entry.codec,
+            "space": entry.space,
+            "hits": entry.hits,
+            "cost_s": entry.cost_s,
+            "created_s": entry.created_s,
+            "used_s": entry.used_s,
+            "expires_s": None if entry.expires_s == math.inf else entry.expires_s,
+            "pinned": entry.pinned,
+        }
+
+
+def store_folder(path: Path) -> Path:
+    """The folder of KV in a folder of documents, or the folder itself where it is one of KV alone.
+
+    Raises:
+        RagKVError: there is neither.
+    """
+    for folder in (path / "kv", path):
+        if (folder / _DATA).is_file():
+            return folder
+    raise RagKVError(
+        f"no stored KV in {path}: add documents with 'ragkv add PATH...', or name another folder with --path"
+    )
+
+
+def listed(path: Path) -> list[Listed]:
+    """All entries, by document and passage; what belongs to none comes last."""
+    places = _places(path / "documents")
+    now = time.time()
+    found = [Listed(entry, tuple(places.get(entry.label, ())), now) for entry in entries(store_folder(path))]
+    return sorted(found, key=lambda item: (not item.places, item.places, item.id))
+
+
+def removed(path: Path, chosen: Sequence[Listed], *, ask: bool, dry_run: bool, as_json: bool) -> int:
+    """Shows what is to be removed, asks, removes it, and says so; the exit code."""
+    size = sum(item.entry.size_bytes for item in chosen)
+    amount = f"{show.number(len(chosen), 'entry', 'entries')}, {show.size(size)}"
+    if not as_json and chosen:
+        table(chosen)
+    if chosen and not dry_run:
+        if ask and not show.confirmed(f"Remove {amount}?"):
+            show.hint("ragkv: nothing was removed; --yes removes without asking")
+            return 1
+        with show.progress(unit=" entries", total=len(chosen)) as bar:
+            remove(store_folder(path), [item.entry.key for item in chosen])
+            bar.update(len(chosen))
+    if as_json:
+        ids = [item.id for item in chosen]
+        show.as_json({"path": str(path), "dry_run": dry_run, "removed": ids, "bytes": size})
+    else:
+        print(f"would remove {amount}" if dry_run else f"removed {amount}")
+    return 0
+
+
+def table(items: Iterable[Listed]) -> None:
+    """Prints entries, one a line."""
+    rows = [("id", "document", "passage", "tokens", "size", "tier", "codec", "age", "idle", "hits", "")]
+    for item in items:
+        source, position = item.places[0] if item.places else ("", -1)
+        entry = item.entry
+        rows.append(
+            (
+                item.id[:_SHORT],
+                show.short(source) or ("(orphan)" if item.orphan else "(none)"),
+                str(position + 1) if item.places else "",
+                f"{entry.tokens:,}",
+                show.size(entry.size_bytes),
+                "disk",
+                entry.codec or "damaged",
+                show.duration(item.field("age")),
+                show.duration(item.field("idle")),
+                f"{entry.hits:,}",
+                "pinned" if entry.pinned else "",
+            )
+        )
+    show.table(rows, left=2)
+
+
+def _places(folder: Path) -> dict[str, list[tuple[str, int]]]:
+    """Where each passage's text stands, by what the store calls it."""
+    places: dict[str, list[tuple[str, int]]] = {}
+    if not (folder / _DATA).is_file():
+        return places
+    with Catalogue(folder) as catalogue, catalogue.snapshot() as view:
+        for document in sorted(view.documents(), key=lambda document: document.source):
+            for position, text in enumerate(view.texts(document)):
+                places.setdefault(text_key(text).hex(), []).append((document.source, position))
+    return places

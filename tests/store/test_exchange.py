@@ -1,0 +1,237 @@
+"""Export and import: one file there and back, and files that are damaged, cut short, or made by an enemy."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from typing import NamedTuple
+
+import pytest
+import torch
+import xxhash
+from safetensors import safe_open
+
+from ragkv.errors import RecordError, StoreError
+from ragkv.store import TieredStore
+from ragkv.store.exchange import export, import_records
+from ragkv.store.maintenance import entries
+
+ROOM = 1 << 30
+
+
+@pytest.fixture
+def archive(folder, tmp_path, kv, key):
+    """A file of three records."""
+    with TieredStore(folder, cpu_bytes=0) as store:
+        for number in range(3):
+            store.put(key(number), kv(number, tokens=30), space="model", cost_s=0.5, label=f"passage {number}")
+    file = tmp_path / "kv.tar"
+    assert export(folder, file) == 3
+    return file
+
+
+def stored(tmp_path):
+    """How many entries a refused file has left behind."""
+    place = tmp_path / "other"
+    return len(list(entries(place))) if place.exists() else 0
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_there_and_back(folder, tmp_path, kv, key, same, codec):
+    with TieredStore(folder, cpu_bytes=0, codec=codec) as store:
+        for number in range(3):
+            store.put(key(number), kv(number, tokens=3000, dtype=torch.bfloat16), space="model", cost_s=2.5)
+        store.put(key(3), kv(3), lifetime_s=1e-6)
+        want = [store.get(key(number)) for number in range(3)]
+        store.get(key(1))
+    seen = []
+    assert export(folder, tmp_path / "kv.tar", progress=seen.append) == 3
+    assert seen == [1, 2, 3]
+    assert import_records(tmp_path / "other", tmp_path / "kv.tar", disk_bytes=ROOM) == 3
+    with TieredStore(tmp_path / "other") as store:
+        for number in range(3):
+            same(store.get(key(number)), want[number])
+    before = {entry.key: entry for entry in entries(folder)}
+    for entry in entries(tmp_path / "other"):
+        old = before[entry.key]
+        assert (entry.space, entry.codec, entry.label) == (old.space, old.codec, old.label)
+        assert (entry.cost_s, entry.frequency) == (old.cost_s, old.frequency + 1)  # the read above
+    with tarfile.open(tmp_path / "kv.tar") as packed:
+        packed.extractall(tmp_path / "files", filter="data")
+    with safe_open(tmp_path / "files" / f"{key(1).hex()}.safetensors", "pt") as file:
+        assert file.metadata()["space"] == "model"
+        if codec == "raw":
+            assert torch.equal(file.get_tensor("k.2"), want[1].keys[2])
+
+
+def test_some_keys_lifetimes_and_quotas(folder, tmp_path, kv, key):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1), lifetime_s=1e6, namespace="a")
+        store.put(key(2), kv(2))
+    assert export(folder, tmp_path / "kv.tar", wanted=lambda name: name == key(1)) == 1
+    with TieredStore(tmp_path / "other", cpu_bytes=0) as store:
+        store.set_quota("a", 100_000)
+    assert import_records(tmp_path / "other", tmp_path / "kv.tar", disk_bytes=ROOM) == 1
+    (entry,) = entries(tmp_path / "other")
+    assert 9e5 < entry.expires_s - entry.created_s <= 1e6
+    with TieredStore(tmp_path / "other", cpu_bytes=0) as store:
+        for number in range(10, 30):
+            store.put(key(number), kv(number, tokens=60), namespace="a", cost_s=1e6)
+        assert not store.contains(key(1)), "it counts in its namespace's quota"
+
+
+def test_an_old_file_stays_where_export_fails(archive, tmp_path, monkeypatch):
+    before = archive.read_bytes()
+    with pytest.raises(StoreError, match="not a folder"):
+        export(tmp_path / "nothing", archive)
+    assert archive.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir() if file.name.endswith(".part")] == []
+
+
+def test_cut_short_at_every_kind_of_place(archive, tmp_path):
+    whole = archive.read_bytes()
+    with tarfile.open(archive) as packed:
+        members = packed.getmembers()
+    borders = [member.offset for member in members]
+    for length in {0, 1, 511, 512, 700, len(whole) // 2, *borders, *(border + 512 for border in borders)} - {
+        len(whole)
+    }:
+        archive.write_bytes(whole[:length])
+        with pytest.raises(RecordError):
+            import_records(tmp_path / "other", archive, disk_bytes=ROOM)
+        assert stored(tmp_path) == 0, f"cut at {length}"
+
+
+def test_flipped_bits(archive, tmp_path):
+    """Wherever a record's byte is wrong the file is refused; in tar's own padding nothing depends on it."""
+    whole = archive.read_bytes()
+    with tarfile.open(archive) as packed:
+        spans = [(member.offset_data, member.size) for member in packed.getmembers()]
+    for start, size in spans:
+        for place in {start, start + 3, start + size // 3, start + size // 2, start + size - 1}:
+            harmed = bytearray(whole)
+            harmed[place] ^= 4
+            archive.write_bytes(harmed)
+            with pytest.raises(RecordError):
+                import_records(tmp_path / "other", archive, disk_bytes=ROOM)
+            assert stored(tmp_path) == 0
+
+
+class Link(NamedTuple):
+    kind: bytes
+
+
+def packed(*members, about=None):
+    """An archive of names with their bytes, or of links."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT) as file:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                if about is not None and name != "end.json":
+                    length = int.from_bytes(content[:8], "little")
+                    checked = bytes.fromhex(name[:64]) + about.encode() + content[: 8 + length]
+                    digest = xxhash.xxh3_64_hexdigest(checked)
+                    member.pax_headers = {"RAGKV.terms": about, "RAGKV.xxh3_64": digest}
+                file.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content.kind, "/etc/passwd"
+                file.addfile(member)
+    return data.getvalue()
+
+
+def end(count):
+    return ("end.json", json.dumps({"format": "ragkv-archive-1", "records": count}).encode())
+
+
+TERMS = '{"cost_s": 1, "uses": 1, "lifetime_s": null, "namespace": ""}'
+NAME = "ab" * 32 + ".safetensors"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"no tar at all" * 100, "no archive"),
+        (packed(), "cut short"),
+        (packed(end(1)), "cut short"),
+        (packed(("end.json", b"[" * 4000)), "no archive"),
+        (packed(("end.json", b"{}" * 4000)), "more than there can be"),
+        (packed(("../../etc/cron", b"x"), end(1)), "only records belong there"),
+        (packed((NAME, Link(tarfile.SYMTYPE)), end(1)), "only records belong there"),
+        (packed((NAME, Link(tarfile.LNKTYPE)), end(1)), "only records belong there"),
+        (packed((NAME.upper(), b"x"), end(1)), "only records belong there"),
+        (packed((NAME, b""), end(1)), "no archive"),
+        (packed((NAME, b"\x02" + bytes(7) + b"{}"), end(1)), "no archive"),
+        (packed((NAME, b"\xff" * 100), end(1), about=TERMS), "cannot be read"),
+        (packed((NAME, b"\x02" + bytes(7) + b"{}"), end(1), about=TERMS), "cannot be read"),
+    ],
+)
+def test_hostile_files(tmp_path, data, reason):
+    file = tmp_path / "hostile.tar"
+    file.write_bytes(data)
+    with pytest.raises(RecordError, match=reason):
+        import_records(tmp_path / "other", file, disk_bytes=ROOM)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        None,
+        "nonsense",
+        "[]",
+        "{}",
+        TERMS.replace('"cost_s": 1', '"cost_s": NaN'),
+        TERMS.replace('"cost_s": 1', '"cost_s": -1'),
+        TERMS.replace('"uses": 1', '"uses": -1'),
+        TERMS.replace('"uses": 1', '"uses": 1e400'),
+        TERMS.replace('"lifetime_s": null', '"lifetime_s": 0'),
+        TERMS.replace('"namespace": ""', '"namespace": "abc"'),
+        TERMS.replace('"namespace": ""', '"namespace": "abcd"'),
+    ],
+)
+def test_terms_that_cannot_be(archive, tmp_path, about):
+    with tarfile.open(archive) as file:
+        member = file.getmembers()[0]
+        content = file.extractfile(member).read()
+    good, bad = packed((member.name, content), end(1), about=TERMS), packed((member.name, content), end(1), about=about)
+    archive.write_bytes(bad)
+    with pytest.raises(RecordError):
+        import_records(tmp_path / "other", archive, disk_bytes=ROOM)
+    archive.write_bytes(good)
+    assert import_records(tmp_path / "other", archive, disk_bytes=ROOM) == 1
+
+
+def test_a_size_that_lies(archive, tmp_path):
+    """A member that claims more bytes than the file has is refused before memory is asked for."""
+    data = bytearray(packed((NAME, b"x" * 600), end(1)))
+    data[124:136] = b"77777777777\0"
+    checksum = sum(data[:148]) + 8 * 32 + sum(data[156:512])
+    data[148:156] = b"%06o\0 " % checksum
+    archive.write_bytes(data)
+    with pytest.raises(RecordError):
+        import_records(tmp_path / "other", archive, disk_bytes=ROOM)
+
+
+def test_layers_without_end_are_not_made(archive, tmp_path):
+    """A header of a few KB that claims billions of layers."""
+    with tarfile.open(archive) as file:
+        member = file.getmembers()[0]
+        content = file.extractfile(member).read()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    (run,) = json.loads(header["__metadata__"]["layers"])
+    header["__metadata__"]["layers"] = json.dumps([[65_536, *run[1:]]] * 1000)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    archive.write_bytes(
+        packed((member.name, len(text).to_bytes(8, "little") + text + content[8 + length :]), end(1), about=TERMS)
+    )
+    with pytest.raises(RecordError, match="layers of one kind"):
+        import_records(tmp_path / "other", archive, disk_bytes=ROOM)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(StoreError, match="no file"):
+        import_records(tmp_path / "other", tmp_path / "nothing.tar", disk_bytes=ROOM)

@@ -1,0 +1,154 @@
+"""What chunks cost: measured once, kept in the store, and without a trace on the model."""
+
+import pytest
+import torch
+
+from ragkv import Engine, PromptTemplate, TieredStore
+from ragkv.costs import cost_profile, measure
+from ragkv.errors import StoreFullError
+from ragkv.model import Decoder
+from ragkv.store import CostProfile
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How often a profile was measured; the measured one says a millisecond a token, and a microsecond for each before it."""
+    calls = []
+
+    def pretend(decoder, most_tokens, limit_s):
+        calls.append(most_tokens)
+        return CostProfile.measure(lambda cached, new: new * (1e-3 + 1e-6 * cached), (0, 100), (0, 100))
+
+    monkeypatch.setattr("ragkv.costs.measure", pretend)
+    return calls
+
+
+def costs(engine, chunks):
+    return [engine.store._disk.row(engine.chunk_key(chunk)).usage.cost_s for chunk in chunks]
+
+
+def test_measured_once_for_a_folder(model, tmp_path, measured):
+    for _ in range(2):
+        with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
+            assert engine.missing(engine.cut_document([random_ids(9, seed=1)])) or len(measured) == 1
+            chunks = engine.add_document([random_ids(20, seed=1), random_ids(30, seed=2)])
+            first, second = costs(engine, chunks)
+            assert first == pytest.approx(20 * (1e-3 + 3e-6))
+            assert second == pytest.approx(30 * (1e-3 + 23e-6)), "behind the anchor and the first chunk"
+    assert len(measured) == 1
+
+
+def test_another_model_has_another_profile(model, tmp_path, measured):
+    for each in (model, tiny_model(seed=1)):
+        with Engine(each, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
+            engine.add([random_ids(9)])
+    assert len(measured) == 2
+
+
+def test_not_measured_where_nobody_asks(model, tmp_path, measured):
+    """Neither for policies that do not look at costs, nor before something is read."""
+    for policy in ("lru", "lfu", "gdsf"):
+        with Engine(model, template=TEMPLATE, store=TieredStore(policy=policy)) as engine:
+            engine.add([random_ids(9)])
+    with Engine(model, template=TEMPLATE) as engine:
+        engine.fuse([], random_ids(5))
+    assert measured == []
+
+
+def test_damaged_profile_is_measured_again(model, tmp_path, measured):
+    decoder = Decoder(model)
+    with TieredStore(tmp_path, cpu_bytes=0) as store:
+        assert cost_profile(decoder, store, "model", 1000) is not None
+        (name,) = [name for name in facts(store) if name.startswith("prefill seconds:")]
+        store.meta_put(name, b"{}")
+        profile = cost_profile(decoder, store, "model", 1000)
+        assert profile == cost_profile(decoder, store, "model", 1000)
+    assert len(measured) == 2
+    with TieredStore(tmp_path, cpu_bytes=0, readonly=True) as store:
+        assert cost_profile(decoder, store, "another", 1000) is not None
+    assert len(measured) == 3
+
+
+def facts(store):
+    env = store._disk.environment
+    with env.read() as txn, txn.cursor(env.db(b"facts")) as cursor:
+        return [bytes(key).decode() for key in cursor.iternext(values=False)]
+
+
+@pytest.mark.parametrize("most", [1, 7, 20, 300, 100_000])
+def test_grid_fits_the_model(model, most):
+    profile = measure(Decoder(model), most, 30.0)
+    assert profile.cached[-1] + profile.new[-1] <= most or most == 1
+    assert all(seconds > 0 for row in profile.seconds for seconds in row[1:])
+    assert profile(0, 0) == 0 and profile(0, 50) > 0
+
+
+def test_measurement_is_bounded(model, monkeypatch):
+    """What would take too long is left out: a slow model is asked for its two smallest cells only."""
+    asked, clock = [], [0.0]
+
+    def slow(decoder, cached, new):
+        asked.append((cached, new))
+        clock[0] += new * 0.5
+        return new * 0.5
+
+    monkeypatch.setattr("ragkv.costs._prefill", slow)
+    monkeypatch.setattr("ragkv.costs.perf_counter", lambda: clock[0])
+    profile = measure(Decoder(model), 10_000, 2.0)
+    assert asked == [(0, 16)] * 3 + [(1024, 16)] * 2
+    assert profile(0, 64) == pytest.approx(32.0), "it goes on along the line"
+
+
+def test_no_trace(model):
+    """Weights, hooks, attention, and the state of random numbers are as they were."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention, forward, chance = model.config._attn_implementation, model.forward, torch.get_rng_state()
+    measure(Decoder(model), 500, 30.0)
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert model.forward == forward and model.config._attn_implementation == attention
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_chunks_are_written_together(model, tmp_path, monkeypatch):
+    with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
+        calls, put_many = [], engine.store.put_many
+        monkeypatch.setattr(
+            engine.store, "put_many", lambda items, **o: (calls.append(len(items)), put_many(items, **o))[1]
+        )
+        chunks = engine.add_document([random_ids(20, seed=n) for n in range(6)])
+        assert calls == [6]
+        monkeypatch.setattr("ragkv.library._WRITTEN_TOGETHER_BYTES", 1)
+        more = engine.add([random_ids(20, seed=n) for n in range(10, 13)])
+        assert calls == [6, 1, 1, 1]
+        assert engine.missing([*chunks, *more]) == []
+
+
+def test_those_that_fit_are_stored(model, tmp_path):
+    """One of several does not fit: what stands before it is stored all the same."""
+    with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0, disk_bytes=120_000)) as engine:
+        parts = [random_ids(10, seed=1), random_ids(500, seed=2)]
+        with pytest.raises(StoreFullError):
+            engine.add(parts)
+        assert [len(chunk) for chunk in engine.missing(engine.cut_document(parts[:1]))] == []
+
+
+def test_passages_are_named_but_not_in_a_namespace(tmp_path):
+    from ragkv import bundled
+    from ragkv.retrieval.records import text_key
+    from ragkv.store.maintenance import entries
+
+    model, tokenizer = bundled.load()
+    for namespace, label in (("", text_key("A river.").hex()), ("tenant", "")):
+        path = tmp_path / f"kv{namespace}"
+        with Engine(model, tokenizer, store=TieredStore(path, cpu_bytes=0), namespace=namespace) as engine:
+            engine.add(["A river."])
+        assert [entry.label for entry in entries(path)] == [label]
