@@ -1,5 +1,28 @@
-"""Operations on keys and values, as plain functions of tensors; they know no model and no store."""
+"""Operations on keys and values, as plain functions of tensors; they know no model and no store.
 
-from ragkv.kernels.reference import Rotation, deviation, place, rotation_tables
+Each has a readable reference in torch and a fused version in Triton; triton is loaded when it first runs.
+"""
 
-__all__ = ["Rotation", "deviation", "place", "rotation_tables"]
+from ragkv.kernels.api import deviation, place, place_pieces, scatter
+from ragkv.kernels.api_attention import key_spans, question_scores, selective_attention
+from ragkv.kernels.dispatch import Impl, KernelError, implementation
+from ragkv.kernels.rotation import Rotation, rotation_tables
+from ragkv.kernels.stored import Piece, Stored, slots_of
+
+__all__ = [
+    "Impl",
+    "KernelError",
+    "Piece",
+    "Rotation",
+    "Stored",
+    "deviation",
+    "implementation",
+    "key_spans",
+    "place",
+    "place_pieces",
+    "question_scores",
+    "rotation_tables",
+    "scatter",
+    "selective_attention",
+    "slots_of",
+]

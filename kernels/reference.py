@@ -1,67 +1,26 @@
-"""The operations in plain torch: they run anywhere and define what the fused kernels compute.
+"""Placing, scattering and comparing in plain torch: it runs anywhere and defines what the fused kernels compute.
 
-H kv heads, T tokens, D head_dim, R rotated dimensions of a head (R <= D).
+H kv heads, T tokens, S fresh tokens, N tokens of the prompt, D head_dim, R rotated dimensions of a head (R <= D).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """How rotary embedding turns one layer's keys (RoFormer, arXiv:2104.09864).
-
-    Attributes:
-        inv_freq: ``[R / 2]`` fp32, radians per position of each pair.
-        interleaved: pairs are ``(2i, 2i + 1)``; otherwise ``(i, i + R / 2)``.
-    """
-
-    inv_freq: Tensor
-    interleaved: bool
-
-    @property
-    def rotary_dim(self) -> int:
-        """R, the rotated dimensions at the head's beginning."""
-        return 2 * self.inv_freq.shape[0]
+from ragkv.kernels.stored import Piece, Stored
 
 
-def rotation_tables(rotation: Rotation, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that carry keys from their old positions to their new ones.
-
-    A model rounds its angles to fp32, by up to 5e-3 at position 100,000. The difference is taken between the angles as
-    the model rounds them, in fp64, so that the rotation undoes exactly what the model did.
-
-    Args:
-        rotation: the layer's rotation.
-        old: ``[T]`` integer positions that the keys stand at.
-        new: ``[T]`` integer positions that they shall stand at.
-
-    Returns:
-        ``cos`` and ``sin``, each ``[T, R / 2]`` fp32.
-    """
-    freq = rotation.inv_freq.to(old.device)
-    angle = (new.float()[:, None] * freq).double() - (old.float()[:, None] * freq).double()
-    return angle.cos().float(), angle.sin().float()
+def place_pieces(pieces: Sequence[Piece]) -> None:
+    """See :func:`ragkv.kernels.place_pieces`."""
+    for piece in pieces:
+        place(piece.out, decode(piece.stored), piece.cos, piece.sin, interleaved=piece.interleaved)
 
 
-def place(
-    out: Tensor, keys: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, interleaved: bool = False
-) -> None:
-    """Copy keys to their slots and rotate them on the way; without tables, only copy.
-
-    Arithmetic is fp32, whatever the dtype of ``keys``.
-
-    Args:
-        out: ``[H, T, D]``, written; may be a strided view.
-        keys: ``[H, T, D]``.
-        cos: ``[T, R / 2]`` fp32, from :func:`rotation_tables`.
-        sin: ``[T, R / 2]`` fp32.
-        interleaved: which dimensions form a pair, see :class:`Rotation`.
-    """
+def place(out: Tensor, keys: Tensor, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool) -> None:
+    """Copy keys to their slots and rotate them on the way; without tables, only copy."""
     if cos is None or sin is None:
         out.copy_(keys)
         return
@@ -77,14 +36,39 @@ def place(
         out[..., dim:] = keys[..., dim:]
 
 
-def deviation(fresh: Tensor, stored: Tensor) -> Tensor:
-    """Squared distance of fresh and stored keys (or values) per token, over heads and dimensions, in fp32.
+def decode(stored: Stored) -> Tensor:
+    """The numbers ``[H, T, D]``: of their own dtype where they are raw, else fp32."""
+    if stored.codec == "raw":
+        if stored.slots is None:
+            return stored.numbers
+        page = stored.numbers.shape[2]
+        return stored.numbers[stored.slots // page, :, stored.slots % page].transpose(0, 1)
+    assert stored.scale is not None
+    if stored.codec == "fp8":
+        return stored.numbers.float() * stored.scale
+    assert stored.low is not None
+    lines, length = stored.lines
+    integers = stored.numbers if stored.codec == "int8" else _unpacked(stored.numbers)
+    grouped = integers.reshape(stored.shape[0], lines, stored.scale.shape[2], stored.group).float()
+    line = (grouped * stored.scale.float()[..., None] + stored.low.float()[..., None]).flatten(2)[..., :length]
+    return line.transpose(1, 2) if stored.side == "k" else line
 
-    Args:
-        fresh: ``[H, T, D]``.
-        stored: ``[H, T, D]``.
 
-    Returns:
-        ``[T]`` fp32.
-    """
-    return (fresh.float() - stored.float()).square_().sum(dim=(0, 2))
+def _unpacked(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def deviation(fresh: Tensor, stored: Tensor, rows: Tensor | None) -> Tensor:
+    """See :func:`ragkv.kernels.deviation`."""
+    held = stored if rows is None else stored.index_select(1, rows)
+    return (fresh.float() - held.float()).square_().sum(dim=(0, 2))
+
+
+def scatter(
+    fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor, deviations: bool
+) -> tuple[Tensor, Tensor] | None:
+    """See :func:`ragkv.kernels.scatter`."""
+    before = (deviation(fresh_keys, keys, rows), deviation(fresh_values, values, rows)) if deviations else None
+    keys.index_copy_(1, rows, fresh_keys)
+    values.index_copy_(1, rows, fresh_values)
+    return before

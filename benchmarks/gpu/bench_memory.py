@@ -1,0 +1,99 @@
+"""(b) place, scatter and deviation beside the measured copy bandwidth.
+
+Targets: place 0.85 of it for bf16 and int8 at 16K tokens, deviation 0.8.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from measure import Bench
+
+from ragkv.kernels import Piece, Rotation, Stored, deviation, place_pieces, rotation_tables, scatter, slots_of
+from ragkv.store.codecs import get_codec
+
+HEADS, DIM, LAYERS = 8, 128, 4  # four layers in one launch: more bytes than any cache of the GPU holds
+
+
+def run(bench: Bench) -> None:
+    """Every operation at several lengths."""
+    for tokens in (64,) if bench.tiny else (4096, 16384, 65536):
+        chunk = 32 if bench.tiny else 512
+        for kind in ("bf16", "pool", "int8", "fp8", "int4"):
+            pieces, stored_bytes = _pieces(bench, kind, tokens, chunk)
+            written = sum(piece.out.numel() * piece.out.element_size() for piece in pieces)
+            _row(
+                bench,
+                f"place {kind}",
+                tokens,
+                stored_bytes + written,
+                lambda p=pieces: place_pieces(p, impl=bench.impl),
+            )
+        _compare(bench, tokens)
+
+
+def _row(bench: Bench, operation: str, tokens: int, size: int, call: Callable[[], object]) -> None:
+    seconds = bench.seconds(call)
+    rate = size / statistics.median(seconds)
+    bench.write(
+        benchmark="memory",
+        operation=operation,
+        impl=bench.impl,
+        tokens=tokens,
+        bytes=size,
+        seconds=seconds,
+        host_seconds=bench.host(call),
+        bytes_per_s=rate,
+        of_copy=rate / bench.copy_bandwidth,
+    )
+
+
+def _pieces(bench: Bench, kind: str, tokens: int, chunk: int) -> tuple[list[Piece], int]:
+    """K and V of every chunk and layer, and the bytes that they take where they are stored."""
+    rotation = Rotation(10000.0 ** -(torch.arange(0, DIM, 2, device=bench.device) / DIM), False)
+    new = torch.arange(tokens, device=bench.device)
+    cos, sin = rotation_tables(rotation, new % chunk, new)
+    pieces, size = [], 0
+    for _ in range(LAYERS):
+        for side in ("k", "v"):
+            out = torch.empty(HEADS, tokens, DIM, device=bench.device, dtype=bench.dtype)
+            turn = (cos, sin) if side == "k" else (None, None)
+            if kind == "pool":
+                pool = bench.random(tokens // 16, HEADS, 16, DIM)
+                slots = slots_of(torch.randperm(tokens // 16, device=bench.device), 16, tokens)
+                pieces.append(Piece(out, Stored.paged(pool, slots), *turn))
+                size += pool.numel() * pool.element_size()
+                continue
+            for start in range(0, tokens, chunk):
+                stored, taken = _stored(bench, kind, chunk, side)
+                rows = slice(start, start + chunk)
+                tables = tuple(None if table is None else table[rows] for table in turn)
+                pieces.append(Piece(out[:, rows], stored, *tables))
+                size += taken
+    return pieces, size
+
+
+def _stored(bench: Bench, kind: str, tokens: int, side: str) -> tuple[Stored, int]:
+    numbers = bench.random(HEADS, tokens, DIM)
+    if kind == "bf16":
+        return Stored.raw(numbers), numbers.numel() * numbers.element_size()
+    parts = get_codec(kind).encode(numbers.float().cpu(), side)
+    parts = {name: part.to(bench.device) for name, part in parts.items()}
+    size = sum(part.numel() * part.element_size() for part in parts.values())
+    return Stored.encoded(kind, parts, (HEADS, tokens, DIM), side), size
+
+
+def _compare(bench: Bench, tokens: int) -> None:
+    fresh, stored = bench.random(HEADS, tokens, DIM), bench.random(HEADS, tokens, DIM)
+    size = 2 * fresh.numel() * fresh.element_size() + 4 * tokens
+    _row(bench, "deviation", tokens, size, lambda: deviation(fresh, stored, impl=bench.impl))
+    few = tokens * 15 // 100
+    rows = torch.randperm(tokens, device=bench.device)[:few].sort().values
+    keys, values = fresh[:, :few].contiguous(), stored[:, :few].contiguous()
+    for wanted in (False, True):
+        size = (3 if wanted else 2) * 2 * keys.numel() * keys.element_size()
+        name = "scatter with deviation" if wanted else "scatter"
+        call = lambda w=wanted: scatter(keys, values, rows, fresh, stored, deviations=w, impl=bench.impl)  # noqa: E731
+        _row(bench, name, tokens, size, call)

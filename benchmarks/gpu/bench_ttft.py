@@ -1,0 +1,126 @@
+"""(d) Time to first token of an 8B-shaped random Llama, by method and tier, beside its limit; (e) decode speed.
+
+Targets at 16K tokens: LegoLink(16) 15 times faster than full prefill from the GPU tier, 8 times from CPU memory; CacheBlend(0.15)
+4.5 times. The limit is the forward of as many tokens as the method computes, alone, plus the placed bytes over the copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from measure import Bench
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import ragkv
+
+SHAPE = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 65536,
+}
+TINY = {**SHAPE, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"intermediate_size": 96, "vocab_size": 512}
+METHODS = {
+    "LegoLink(16)": ragkv.LegoLink(k=16),
+    "CacheBlend(0.15)": ragkv.CacheBlend(ratio=0.15),
+    "Reuse": ragkv.Reuse(),
+}
+QUESTION = 32
+
+
+def run(bench: Bench) -> None:
+    """At several lengths, from every tier."""
+    model = _model(bench)
+    for tokens in (128,) if bench.tiny else (4096, 16384, 32768):
+        full = _full(bench, model, tokens)
+        for tier in ("cpu",) if bench.device.type == "cpu" else ("gpu", "cpu"):
+            _methods(bench, model, tokens, tier, full)
+
+
+def _model(bench: Bench) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**(TINY if bench.tiny else SHAPE))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(bench.dtype)
+    try:
+        with torch.device(bench.device):
+            model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def _ids(count: int, seed: int) -> list[int]:
+    return torch.randint(10, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def _full(bench: Bench, model: LlamaForCausalLM, tokens: int) -> float:
+    """Median seconds of the model's own prefill."""
+    ids = torch.tensor([_ids(tokens + QUESTION, 0)], device=bench.device)
+    seconds = bench.wall(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+    bench.write(benchmark="ttft", method="full prefill", tokens=tokens, seconds=seconds)
+    return statistics.median(seconds)
+
+
+def _methods(bench: Bench, model: LlamaForCausalLM, tokens: int, tier: str, full: float) -> None:
+    size = 32 if bench.tiny else 512
+    room = 4 << 30 if bench.tiny else 24 << 30
+    store = ragkv.TieredStore(gpu_bytes=room if tier == "gpu" else 0, cpu_bytes=room, device=bench.device)
+    engine = ragkv.Engine(model, store=store, template=ragkv.PromptTemplate(prefix=[1, 2, 3, 4]))
+    chunks = engine.add([_ids(size, seed) for seed in range(tokens // size)])
+    question = _ids(QUESTION, 10_000)
+    for name, method in METHODS.items():
+        call = lambda m=method: engine.fuse(chunks, question, method=m)  # noqa: E731
+        prompt = call()
+        seconds, busy = bench.wall(call), bench.seconds(call)
+        prompt = call()
+        limit = _limit(bench, model, prompt)
+        report = prompt.report
+        bench.write(
+            benchmark="ttft",
+            method=name,
+            tokens=tokens,
+            tier=tier,
+            hits=report.hits,
+            attention=report.attention,
+            seconds=seconds,
+            device_seconds=busy,
+            limit_seconds=limit,
+            faster_than_full=full / statistics.median(seconds),
+            over_limit=statistics.median(seconds) / limit,
+            stages_ms=report.milliseconds,
+            fresh_by_layer=report.fresh_by_layer,
+        )
+    _decode(bench, model, prompt, tokens, tier)
+    engine.close()
+
+
+@torch.no_grad()
+def _limit(bench: Bench, model: LlamaForCausalLM, prompt: ragkv.FusedPrompt) -> float:
+    """Seconds that the method's own work takes at least: its tokens' forward, and the placed bytes twice over the bus."""
+    fresh = prompt.report.fresh_by_layer
+    count = max(1, round(sum(fresh) / len(fresh)) + prompt.report.suffix_tokens)
+    ids = prompt.input_ids[:, :count]
+    forward = statistics.median(bench.wall(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)))
+    layers: Any = prompt.past_key_values.layers
+    size = sum(2 * tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    return forward + size / bench.copy_bandwidth
+
+
+@torch.no_grad()
+def _decode(bench: Bench, model: LlamaForCausalLM, prompt: ragkv.FusedPrompt, tokens: int, tier: str) -> None:
+    """(e) tokens per second over the fused cache, and over transformers' own."""
+    cache: Any = prompt.past_key_values
+    plain = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+    token = torch.tensor([[5]], device=bench.device)
+    for name, kept in (("ragkv", cache), ("transformers", plain)):
+        seconds = bench.wall(lambda kept=kept: model(input_ids=token, past_key_values=kept))
+        rate = 1 / statistics.median(seconds)
+        bench.write(benchmark="decode", cache=name, tokens=tokens, tier=tier, seconds=seconds, tokens_per_s=rate)

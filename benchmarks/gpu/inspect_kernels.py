@@ -1,0 +1,294 @@
+"""What the compiler makes of every Triton kernel: registers, shared memory, spills and the instructions that matter. Needs no GPU.
+
+    python benchmarks/gpu/inspect_kernels.py                      # sm_80, sm_90, as a table
+    python benchmarks/gpu/inspect_kernels.py --arch 100 --json sm100.json
+
+Kernels are compiled as they are launched: the same compile-time arguments, warps and stages. ``cuobjdump`` of the triton wheel
+tells registers and shared memory, and disassembles. The file is not named inspect.py: the standard library's module of that name
+would then not be found by programs in this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass
+class Case:
+    """One kernel with one set of compile-time arguments.
+
+    Attributes:
+        kernel: the operation.
+        label: what it is compiled for.
+        function: the jit function.
+        types: Triton types of the run-time arguments, by name.
+        constants: compile-time arguments, by name.
+        warps: of a program.
+        stages: of software pipelines.
+        tuned: width and dtype by which the launch chooses tile sizes, warps and stages, if it does.
+        wide: 16-byte loads are expected.
+        matrix: matrix instructions are expected.
+    """
+
+    kernel: str
+    label: str
+    function: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    tuned: tuple[int, torch.dtype] | None = None
+    wide: bool = False
+    matrix: bool = False
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel takes."""
+
+    kernel: str
+    label: str
+    arch: int
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    instructions: int
+    loads_16: int
+    loads: int
+    stores_16: int
+    matrix: int
+    wide_expected: bool = field(repr=False)
+    matrix_expected: bool = field(repr=False)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it; empty where nothing is."""
+        faults = [f"spills {self.spilled_bytes} bytes"] if self.spilled_bytes else []
+        faults += ["no 16-byte loads"] if self.wide_expected and not self.loads_16 else []
+        faults += ["no matrix instructions"] if self.matrix_expected and not self.matrix else []
+        return ", ".join(faults)
+
+
+def compiled(case: Case, arch: int) -> Resources:
+    """Compile for ``sm_<arch>`` and read what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.function.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    at = {name: (names.index(name),) for name in names}
+    # Launches specialise pointers and strides that are multiples of 16, as torch's are.
+    attributes = {
+        at[name]: [["tt.divisibility", 16]]
+        for name, kind in case.types.items()
+        if kind[0] == "*" or name.endswith("_stride")
+    }
+    fixed, options = dict(case.constants), {"num_warps": case.warps, "num_stages": case.stages}
+    if case.tuned:
+        from ragkv.kernels.triton_impl.attention import tuning
+
+        fixed |= tuning(*case.tuned, (arch // 10, arch % 10))
+        options = {name: fixed.pop(name) for name in options}
+    source = ASTSource(case.function, signature, {at[name]: value for name, value in fixed.items()}, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = _cuobjdump("--dump-resource-usage", file.name), _cuobjdump("--dump-sass", file.name)
+    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    count = lambda pattern: sum(bool(re.match(pattern, operation)) for operation in operations)  # noqa: E731
+    return Resources(
+        *(case.kernel, case.label, arch, int(used["REG"]), binary.metadata.shared),
+        spilled_bytes=int(used["LOCAL"]) + int(used["STACK"]) or 4 * count(r"(LDL|STL)\b"),
+        instructions=len(operations),
+        loads_16=count(r"(LDG|LDGSTS|UBLKCP)\b.*(128|BYPASS)|UTMALDG"),
+        loads=count(r"LDG|UTMALDG|UBLKCP"),
+        stores_16=count(r"STG\b.*128"),
+        matrix=count(r"HMMA|HGMMA|UTC\w*MMA"),
+        wide_expected=case.wide,
+        matrix_expected=case.matrix,
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}  # it calls nvdisasm
+    return subprocess.run(
+        [str(folder / "cuobjdump"), option, path], capture_output=True, text=True, check=True, env=env
+    ).stdout
+
+
+TRITON_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+
+
+def place_cases() -> Iterator[Case]:
+    from ragkv.kernels.triton_impl.place import constants, place_kernel
+
+    def case(
+        label: str, dim: int, half: int, codec: str, side: str, group: int, number: torch.dtype, page: int = 0, **more
+    ) -> Case:
+        dtypes = (number, FP32 if codec == "fp8" else FP16, FP16, BF16)
+        turn = more.pop("interleaved", False)
+        fixed = constants(dim, half, turn, codec, side, group, page=page, dtypes=dtypes, dense=True, heads=8)
+        return Case("place", label, place_kernel, {"table": "*i64"}, fixed, wide=codec != "int4")
+
+    yield case("bf16 D=128 halves", 128, 64, "raw", "v", 0, BF16)
+    yield case("bf16 D=128 halves, pool", 128, 64, "raw", "v", 0, BF16, page=16)
+    yield case("bf16 D=128 interleaved", 128, 64, "raw", "v", 0, BF16, interleaved=True)
+    yield case("bf16 D=128 copied", 128, 0, "raw", "v", 0, BF16)
+    yield case("bf16 D=64 halves", 64, 32, "raw", "v", 0, BF16)
+    yield case("bf16 D=80 R=32", 80, 16, "raw", "v", 0, BF16)
+    yield case("bf16 D=256 halves", 256, 128, "raw", "v", 0, BF16)
+    yield case("fp32 D=128 halves", 128, 64, "raw", "v", 0, FP32)
+    yield case("int8 K D=128 halves", 128, 64, "int8", "k", 64, torch.uint8)
+    yield case("int8 V D=128", 128, 0, "int8", "v", 64, torch.uint8)
+    yield case("int4 K D=128 halves", 128, 64, "int4", "k", 32, torch.uint8)
+    yield case("int4 V D=128", 128, 0, "int4", "v", 32, torch.uint8)
+    yield case("fp8 K D=128 halves", 128, 64, "fp8", "k", 0, torch.uint8)
+    yield case("fp8 V D=128", 128, 0, "fp8", "v", 0, torch.uint8)
+
+
+def attention_cases() -> Iterator[Case]:
+    from ragkv.kernels.triton_impl.attention import attention_kernel, constants
+
+    types = dict.fromkeys(("query", "key", "value", "out"), "") | {
+        "spans": "*i32",
+        "sinks": "*bf16",
+        "length": "i32",
+        "keys": "i32",
+    }
+    types |= {"scale": "fp32", "softcap": "fp32"}
+    types |= {name: "i32" for name in attention_kernel.arg_names if name.endswith("_stride")}
+
+    def case(dim: int, dtype: torch.dtype, groups: int = 4, capped: bool = False, sunk: bool = False) -> Case:
+        fixed = constants(groups, dim, dim, dtype, capped=capped, sunk=sunk)
+        name = TRITON_NAMES[dtype]
+        more = " capped" * capped + " sinks" * sunk + f" {groups} heads" * (groups == 7)
+        own = {key: kind or f"*{name}" for key, kind in types.items()}
+        return Case(
+            "selective_attention",
+            f"{name} D={dim}{more}",
+            attention_kernel,
+            own,
+            fixed,
+            matrix=dtype != FP32,
+            tuned=(dim, dtype),
+        )
+
+    for dtype in (BF16, FP16, FP32):
+        for dim in (64, 80, 96, 128, 256):
+            yield case(dim, dtype)
+    yield case(64, BF16, sunk=True, groups=8)
+    yield case(256, BF16, capped=True, groups=2)
+    yield case(128, BF16, groups=7)
+
+
+def scatter_cases() -> Iterator[Case]:
+    from ragkv.kernels.triton_impl.scatter import constants, scatter_kernel
+
+    names = ("fresh_keys", "fresh_values", "keys", "values")
+    for label, write, compare in (
+        ("scatter", True, False),
+        ("scatter with deviation", True, True),
+        ("deviation", False, True),
+    ):
+        for dtype, dim in ((BF16, 128), (BF16, 80), (FP32, 128)):
+            types = dict.fromkeys(names, f"*{TRITON_NAMES[dtype]}") | {
+                "rows": "*i64",
+                "moved": "*fp32",
+                "length": "i32",
+            }
+            types |= {name: "i32" for name in scatter_kernel.arg_names if name.endswith("_stride")}
+            fixed = constants(8, dim, dim, indexed=True, write=write, compare=compare)
+            yield Case(label, f"{TRITON_NAMES[dtype]} D={dim}", scatter_kernel, types, fixed, wide=True)
+
+
+def scores_cases() -> Iterator[Case]:
+    from ragkv.kernels.triton_impl.scores import PIECE, constants, mass_kernel, normaliser_kernel
+
+    for function, more in ((normaliser_kernel, {"PIECE": PIECE}), (mass_kernel, {})):
+        for dtype, dim in ((BF16, 128), (BF16, 256), (FP32, 128), (FP32, 256)):
+            number = f"*{TRITON_NAMES[dtype]}"
+            types = {
+                "query": number,
+                "key": number,
+                "spans": "*i32",
+                "length": "i32",
+                "keys": "i32",
+                "scale": "fp32",
+                "softcap": "fp32",
+            }
+            types |= dict.fromkeys(("greatest_of", "total_of", "normaliser", "out"), "*fp32") | {"kv_heads": "i32"}
+            types |= {name: "i32" for name in function.arg_names if name.endswith("_stride")}
+            own = {name: kind for name, kind in types.items() if name in function.arg_names}
+            fixed = {**constants(4, dim, dtype, capped=False), **more}
+            label = f"{function.__name__.removesuffix('_kernel')} {TRITON_NAMES[dtype]} D={dim}"
+            stages = fixed.pop("num_stages")
+            yield Case("question_scores", label, function, own, fixed, stages=stages, matrix=dtype != FP32)
+
+
+FAMILIES = {
+    "place": place_cases,
+    "selective_attention": attention_cases,
+    "scatter": scatter_cases,
+    "question_scores": scores_cases,
+}
+
+
+def table(rows: list[Resources]) -> str:
+    """As Markdown."""
+    heads = "| kernel | for | sm | registers | shared bytes | spilled bytes | 16-byte loads / loads | 16-byte stores | matrix |"
+    lines = [heads, "|---" * heads.count(" | ") + "|---|"]
+    lines += [
+        f"| {r.kernel} | {r.label} | {r.arch} | {r.registers} | {r.shared_bytes} | {r.spilled_bytes} | {r.loads_16} / {r.loads} "
+        f"| {r.stores_16} | {r.matrix} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--kernel", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--label", default="", help="only configurations whose label contains this")
+    parser.add_argument("--quick", action="store_true", help="of each kernel only the first configuration")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--json", help="write the figures to this file too")
+    args = parser.parse_args()
+    cases = [case for name in args.kernel for case in FAMILIES[name]() if args.label in case.label]
+    if args.quick:
+        cases = list({(case.kernel, case.function): case for case in reversed(cases)}.values())[::-1]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        os.environ["TRITON_CACHE_DIR"] = folder  # what is compiled for other GPUs does not belong into the user's cache
+        rows = []
+        for row in pool.map(lambda pair: compiled(*pair), [(case, arch) for arch in args.arch for case in cases]):
+            rows.append(row)
+            print(f"{row.kernel}, {row.label}, sm_{row.arch}: {row.fault or 'good'}", file=sys.stderr, flush=True)
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps([{**vars(row), "fault": row.fault} for row in rows], indent=1))
+    return int(any(row.fault for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

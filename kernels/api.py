@@ -1,0 +1,170 @@
+"""Moving keys and values: into the prompt, over what was there, and how far apart they are.
+
+H kv heads, T tokens, S fresh tokens, N tokens of the prompt, D head_dim, R rotated dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ragkv.kernels import reference
+from ragkv.kernels.dispatch import DTYPES, Impl, implementation
+from ragkv.kernels.stored import Piece, Stored
+from ragkv.kernels.validation import check_index, check_piece, check_same, check_shape, require
+
+
+def place(
+    out: Tensor,
+    stored: Tensor | Stored,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    impl: Impl = "auto",
+) -> None:
+    """Copy stored keys or values to their slots: decode, rotate on the way; without tables, only copy.
+
+    Arithmetic is fp32, whatever the dtypes.
+
+    Args:
+        out: ``[H, T, D]``, written; may be a strided view.
+        stored: ``[H, T, D]``, or what a codec or a pool holds.
+        cos: ``[T, R / 2]`` fp32, from :func:`~ragkv.kernels.rotation_tables`.
+        sin: ``[T, R / 2]`` fp32.
+        interleaved: which dimensions form a pair, see :class:`~ragkv.kernels.Rotation`.
+        impl: which implementation runs.
+
+    Raises:
+        KernelError: shapes, dtypes or devices do not fit together, or ``impl`` cannot run here.
+        MissingPackageError: ``impl`` names triton and it is not installed.
+    """
+    source = stored if isinstance(stored, Stored) else Stored.raw(stored)
+    place_pieces([Piece(out, source, cos, sin, interleaved)], impl=impl)
+
+
+def place_pieces(pieces: Sequence[Piece], *, impl: Impl = "auto") -> None:
+    """:func:`place` for any number of chunks and layers, K and V alike.
+
+    The Triton version takes one launch for all pieces of the same kind (codec, side, dtypes, heads, dims, pairing). It reads
+    pinned CPU memory too, straight over the bus: what lies there must not be freed or changed before the stream has run.
+
+    Args:
+        pieces: what goes where; their slots must not overlap.
+        impl: which implementation runs.
+
+    Raises:
+        KernelError, MissingPackageError: as :func:`place`.
+    """
+    for piece in pieces:
+        check_piece(piece)
+    if not pieces:
+        return
+    out = pieces[0].out
+    require(all(piece.out.device == out.device for piece in pieces), "all pieces must go to one device")
+    if implementation(impl, out.device, _computed(pieces)) == "reference":
+        reference.place_pieces(pieces)
+        return
+    from ragkv.kernels.triton_impl.place import place_pieces as fused
+
+    for piece in pieces:
+        _check_reachable(piece)
+        _check_dense("out", piece.out)
+    fused(pieces)
+
+
+def deviation(fresh: Tensor, stored: Tensor, *, rows: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """Squared distance of fresh and stored keys (or values) per token, over heads and dimensions, in fp32.
+
+    Args:
+        fresh: ``[H, S, D]``.
+        stored: ``[H, S, D]``; with ``rows`` ``[H, N, D]``, of which these rows are compared.
+        rows: ``[S]`` integers below N.
+        impl: which implementation runs.
+
+    Returns:
+        ``[S]`` fp32.
+
+    Raises:
+        KernelError, MissingPackageError: as :func:`place`.
+    """
+    check_shape("fresh", fresh, [None, None, None], "[H, S, D]")
+    heads, tokens, dim = fresh.shape
+    check_shape("stored", stored, [heads, tokens if rows is None else None, dim], "[H, S or N, D]")
+    check_same("fresh and stored", fresh=fresh, stored=stored)
+    if rows is not None:
+        check_index("rows", rows, tokens, "[S]")
+    if implementation(impl, fresh.device, fresh.dtype) == "reference":
+        return reference.deviation(fresh, stored, rows)
+    from ragkv.kernels.triton_impl.scatter import deviation as fused
+
+    return fused(fresh, stored, rows)
+
+
+def scatter(
+    fresh_keys: Tensor,
+    fresh_values: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    deviations: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor] | None:
+    """Write fresh K and V to their rows of the cache, and on the way tell how far they are from what was there.
+
+    Args:
+        fresh_keys: ``[H, S, D]``.
+        fresh_values: ``[H, S, Dv]``.
+        rows: ``[S]`` integers below N, each at most once.
+        keys: ``[H, N, D]``, written; may be a strided view.
+        values: ``[H, N, Dv]``, written; may be a strided view.
+        deviations: whether the distances are wanted.
+        impl: which implementation runs.
+
+    Returns:
+        The :func:`deviation` of keys and of values, ``[S]`` fp32 each; ``None`` where they are not wanted.
+
+    Raises:
+        KernelError, MissingPackageError: as :func:`place`.
+    """
+    check_shape("fresh_keys", fresh_keys, [None, None, None], "[H, S, D]")
+    heads, tokens, dim = fresh_keys.shape
+    check_shape("fresh_values", fresh_values, [heads, tokens, None], "[H, S, Dv]")
+    check_shape("keys", keys, [heads, None, dim], "[H, N, D]")
+    check_shape("values", values, [heads, keys.shape[1], fresh_values.shape[2]], "[H, N, Dv]")
+    check_index("rows", rows, tokens, "[S]")
+    check_same(
+        "keys and values, fresh and held", fresh_keys=fresh_keys, fresh_values=fresh_values, keys=keys, values=values
+    )
+    if implementation(impl, keys.device, keys.dtype) == "reference":
+        return reference.scatter(fresh_keys, fresh_values, rows, keys, values, deviations)
+    from ragkv.kernels.triton_impl.scatter import scatter as fused
+
+    _check_dense("keys", keys)
+    _check_dense("values", values)
+    return fused(fresh_keys, fresh_values, rows, keys, values, deviations)
+
+
+def _computed(pieces: Sequence[Piece]) -> torch.dtype:
+    """The dtype that decides whether triton can compute them: one that it cannot, if there is any."""
+    dtypes = [piece.out.dtype for piece in pieces]
+    dtypes += [piece.stored.numbers.dtype for piece in pieces if piece.stored.codec == "raw"]
+    return next((dtype for dtype in dtypes if dtype not in DTYPES), torch.float32)
+
+
+def _check_dense(name: str, written: Tensor) -> None:
+    """What triton writes has its dimensions side by side: it is never copied."""
+    dense = written.stride(-1) == 1 or written.shape[-1] <= 1
+    require(dense, f"{name} must have its dimensions side by side (a last stride of 1), got strides {written.stride()}")
+
+
+def _check_reachable(piece: Piece) -> None:
+    """The device can read it: it lies there, or in pinned CPU memory."""
+    stored, device = piece.stored, piece.out.device
+    parts = {"numbers": stored.numbers, "scale": stored.scale, "low": stored.low, "slots": stored.slots}
+    for name, part in {**parts, "cos": piece.cos, "sin": piece.sin}.items():
+        reachable = part is None or part.device == device or (part.device.type == "cpu" and part.is_pinned())
+        require(reachable, f"{name} must be on {device} or in pinned CPU memory")

@@ -1,0 +1,61 @@
+"""Attention of scattered queries in plain torch: it runs anywhere and defines what the fused kernels compute.
+
+H query heads, K kv heads, S queries, N keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_QUERIES = 256  # at once, so that scores [H, queries, N] stay small
+
+
+def selective_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See :func:`ragkv.kernels.selective_attention`."""
+    pieces = [
+        torch.einsum("kgsn,knd->skgd", weights, value.to(weights.dtype)).flatten(1, 2)
+        for weights in _weights(query, key, spans, scale, softcap, sinks)
+    ]
+    heads = query.shape[0]
+    return torch.cat(pieces).to(query.dtype) if pieces else query.new_empty(0, heads, value.shape[2])
+
+
+def question_scores(
+    query: Tensor, key: Tensor, spans: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """See :func:`ragkv.kernels.question_scores`."""
+    mass = torch.zeros(key.shape[1], device=key.device)
+    for weights in _weights(query, key, spans, scale, softcap, sinks):
+        mass += weights.sum((0, 1, 2))
+    return mass
+
+
+def _weights(
+    query: Tensor, key: Tensor, spans: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Iterator[Tensor]:
+    """Attention weights ``[K, H / K, queries, N]`` of one block of queries after the other, in fp32 (or fp64)."""
+    groups = query.shape[0] // key.shape[0]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, at = key.to(wide), torch.arange(key.shape[1], device=key.device)
+    for block, seen in zip(query.split(_QUERIES, 1), spans.split(_QUERIES), strict=True):
+        scores = torch.einsum("kgsd,knd->kgsn", block.to(wide).unflatten(0, (-1, groups)), keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        outside = (at < seen[:, :1]) | (at > seen[:, 1:])  # [queries, N]
+        scores = scores.masked_fill(outside, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(wide).view(-1, groups, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sink], -1)
+        weights = scores.softmax(-1)[..., : key.shape[1]]
+        yield weights.masked_fill(outside, 0.0)  # a query that sees nothing gets nothing

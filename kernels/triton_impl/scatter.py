@@ -1,0 +1,159 @@
+"""Fresh keys and values to their rows of the cache, and how far they are from what was there.
+
+H kv heads, S fresh tokens, N tokens of the prompt, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ragkv.kernels.triton_impl.launch import block, heads_at_once, in_rows
+
+_TILE = 2048  # numbers of a tile: 16 bytes of bf16 for each of 128 threads, twice
+
+
+@triton.jit
+def _one_side(
+    fresh,
+    held,
+    moved,
+    at,
+    token,
+    inside,
+    first_head,
+    fresh_head_stride,
+    fresh_stride,
+    held_head_stride,
+    held_stride,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WRITE: tl.constexpr,
+    COMPARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """K or V of a tile's tokens, in HEADS heads: compare, write."""
+    dim = tl.arange(0, BLOCK_D)
+    filled = inside[:, None] & (dim < DIM)[None, :]
+    source = fresh + token[:, None] * fresh_stride + dim[None, :]
+    target = held + at[:, None] * held_stride + dim[None, :]
+    distance = tl.zeros([BLOCK], tl.float32)
+    for number in range(HEADS):
+        head = (first_head + number).to(tl.int64)
+        new = tl.load(source + head * fresh_head_stride, mask=filled, other=0.0)
+        if COMPARE:
+            gap = new.to(tl.float32) - tl.load(target + head * held_head_stride, mask=filled, other=0.0).to(tl.float32)
+            distance += tl.sum(gap * gap, 1)
+        if WRITE:
+            tl.store(target + head * held_head_stride, new, mask=filled)
+    if COMPARE:
+        tl.store(moved + token, distance, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def scatter_kernel(
+    fresh_keys,
+    fresh_values,
+    rows,
+    keys,
+    values,
+    moved,
+    length,
+    fresh_key_head_stride,
+    fresh_key_stride,
+    fresh_value_head_stride,
+    fresh_value_stride,
+    key_head_stride,
+    key_stride,
+    value_head_stride,
+    value_stride,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    INDEXED: tl.constexpr,
+    WRITE: tl.constexpr,
+    COMPARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program: BLOCK tokens of HEADS heads, of K or of V. Grid: blocks of tokens, H / HEADS, K and V."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < length
+    at = tl.load(rows + token, mask=inside, other=0).to(tl.int64) if INDEXED else token
+    first_head = tl.program_id(1) * HEADS
+    if tl.program_id(2) == 0:
+        _one_side(
+            fresh_keys, keys, moved, at, token, inside, first_head,
+            fresh_key_head_stride, fresh_key_stride, key_head_stride, key_stride,
+            HEADS, DIM, WRITE, COMPARE, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _one_side(
+            fresh_values, values, moved + length, at, token, inside, first_head,
+            fresh_value_head_stride, fresh_value_stride, value_head_stride, value_stride,
+            HEADS, VALUE_DIM, WRITE, COMPARE, BLOCK, BLOCK_V,
+        )  # fmt: skip
+
+
+def constants(
+    heads: int, dim: int, value_dim: int, *, indexed: bool, write: bool, compare: bool
+) -> dict[str, int | bool]:
+    """The kernel's compile-time arguments. Distances sum over heads, so there one program takes all of them."""
+    width = block(max(dim, value_dim))
+    return {
+        "HEADS": heads if compare else heads_at_once(heads),
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "INDEXED": indexed,
+        "WRITE": write,
+        "COMPARE": compare,
+        "BLOCK": max(1, _TILE // width // (2 if compare else 1)),
+        "BLOCK_D": block(dim),
+        "BLOCK_V": block(value_dim),
+    }
+
+
+def scatter(
+    fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor, deviations: bool
+) -> tuple[Tensor, Tensor] | None:
+    """See :func:`ragkv.kernels.scatter`."""
+    moved = _launch(fresh_keys, fresh_values, rows, keys, values, write=True, compare=deviations)
+    return (moved[0], moved[1]) if deviations else None
+
+
+def deviation(fresh: Tensor, stored: Tensor, rows: Tensor | None) -> Tensor:
+    """See :func:`ragkv.kernels.deviation`."""
+    return _launch(fresh, None, rows, stored, None, write=False, compare=True)[0]
+
+
+def _launch(
+    fresh_keys: Tensor,
+    fresh_values: Tensor | None,
+    rows: Tensor | None,
+    keys: Tensor,
+    values: Tensor | None,
+    *,
+    write: bool,
+    compare: bool,
+) -> Tensor:
+    """Distances ``[sides, S]`` fp32, where they are wanted."""
+    fresh_keys, keys = in_rows(fresh_keys), keys if write else in_rows(keys)
+    sides = 1 if fresh_values is None else 2
+    fresh_values = fresh_keys if fresh_values is None else in_rows(fresh_values)
+    values = keys if values is None else values
+    heads, length, dim = fresh_keys.shape
+    moved = torch.zeros(sides, length if compare else 0, device=keys.device)
+    if not length or not heads:
+        return moved
+    fixed = constants(heads, dim, fresh_values.shape[2], indexed=rows is not None, write=write, compare=compare)
+    grid = (triton.cdiv(length, fixed["BLOCK"]), heads // fixed["HEADS"], sides)
+    scatter_kernel[grid](
+        *(fresh_keys, fresh_values, keys if rows is None else rows.contiguous(), keys, values, moved, length),
+        *(*fresh_keys.stride()[:2], *fresh_values.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
+        **fixed,
+    )
+    return moved

@@ -1,0 +1,54 @@
+"""Every kernel compiled for GPUs that need not be there: nothing spills, and the instructions that matter are used."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "inspect_kernels.py"
+
+
+def inspect(tmp_path, *arguments):
+    pytest.importorskip("triton")
+    out, home = tmp_path / "rows.json", tmp_path / "home"
+    run = subprocess.run(
+        [sys.executable, "-P", str(SCRIPT), "--json", str(out), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_HOME": str(home), "TRITON_INTERPRET": "0"},
+    )
+    assert out.exists(), run.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert rows and not [row for row in rows if row["fault"]], run.stderr
+    assert run.returncode == 0
+    assert not list(home.glob("**/*.cubin")), "the user's cache of compiled kernels must not be written to"
+    return rows
+
+
+def test_what_runs_most(tmp_path):
+    """bf16, head_dim 128: in `make test`; the rest in `make test-long`."""
+    rows = inspect(tmp_path, "--arch", "80", "90", "--label", "bf16 D=128", "--quick")
+    operations = {"place", "selective_attention", "scatter", "scatter with deviation", "deviation", "question_scores"}
+    assert {row["kernel"] for row in rows} == operations
+    assert all(row["registers"] > 0 and row["instructions"] > 50 for row in rows)
+    assert all(row["loads_16"] and not row["spilled_bytes"] for row in rows)
+    assert all(row["matrix"] for row in rows if row["kernel"] in ("selective_attention", "question_scores"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_everything(arch, tmp_path):
+    assert len(inspect(tmp_path, "--arch", str(arch))) > 40
+
+
+def test_faults_are_found(tmp_path, monkeypatch):
+    """A kernel that spills, and one without wide loads or matrix instructions, do not pass."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from inspect_kernels import Resources
+
+    row = Resources("k", "l", 90, 255, 0, 8, 100, 0, 4, 0, 0, True, True)
+    assert row.fault == "spills 8 bytes, no 16-byte loads, no matrix instructions"
+    assert Resources("k", "l", 90, 255, 0, 0, 100, 4, 4, 0, 8, True, True).fault == ""
