@@ -15,6 +15,7 @@ from ragkv.chunk import Chunk, ChunkKV
 from ragkv.decoding import Settings, beam_search, decode
 from ragkv.errors import PromptError, PromptTooLongError, RecordError
 from ragkv.fusion import fuse, plan
+from ragkv.kernels import implementation
 from ragkv.layout import Layout, Placed, lay_out
 from ragkv.library import Library, several
 from ragkv.methods import Auto, Method, SensitiveTokens
@@ -41,8 +42,8 @@ class Engine(Library):
         store: where KV are kept; CPU memory by default.
         method: how prompts are put together, unless a call says otherwise; :class:`~ragkv.SensitiveTokens` by default.
         template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
-        **reading: ``context``, ``document_tokens``, ``piece_tokens``, ``namespace``, ``sensitivity``, ``foreign``: see
-            :class:`~ragkv.library.Library`.
+        **reading: ``context``, ``document_tokens``, ``piece_tokens``, ``namespace``, ``sensitivity``, ``foreign``, ``kernels``:
+            see :class:`~ragkv.library.Library`.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
@@ -171,6 +172,7 @@ class Engine(Library):
         report = FusionReport(
             method=repr(method),
             attention=self.decoder.attention,
+            kernels=implementation(self.decoder.kernels, self.decoder.device, self.decoder.dtype),
             prefix_tokens=layout.chunks_start,
             chunk_tokens=layout.suffix_start - layout.chunks_start,
             suffix_tokens=layout.tokens - layout.suffix_start,

@@ -18,6 +18,7 @@ from ragkv.costs import cost_profile
 from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
 from ragkv.fingerprint import model_fingerprint
 from ragkv.fusion import recompute
+from ragkv.kernels import Impl
 from ragkv.layout import Layout, Placed
 from ragkv.model import Decoder
 from ragkv.placement import Placement
@@ -53,6 +54,7 @@ class Library:
         sensitivity: measure how sensitive each token is to the text in front of its document, for methods that need it; every
             document is read twice for that. An engine does so if its own method needs it. Where a single call's method does,
             what was not measured is read again.
+        kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
         foreign: text or ids of what documents are read behind the second time; by default a few plain English sentences.
             Something like your documents does a little better.
 
@@ -76,12 +78,13 @@ class Library:
         namespace: str = "",
         sensitivity: bool = False,
         foreign: Text | None = None,
+        kernels: Impl = "auto",
     ):
         if context not in ("document", "chunk"):
             raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
         self.model, self.tokenizer, self.context, self.namespace = model, tokenizer, context, namespace
         self.template = template or PromptTemplate.default(tokenizer)
-        self.decoder = Decoder(model)
+        self.decoder = Decoder(model, kernels)
         self.encoder = Encoder(self.template, tokenizer, self.decoder.vocab_size)
         self.store = TieredStore() if store is None else store
         self.model_fingerprint = model_fingerprint(

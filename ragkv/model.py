@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from ragkv.attention import fusion_attention
 from ragkv.cache import FusedCache, LayerSpec
 from ragkv.errors import UnsupportedModelError
+from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.kernels import Impl, implementation
 from ragkv.masks import MaskBuilder, layer_rules
 from ragkv.rope import TOLERANCE, Probe, probe_rotations
 
@@ -34,6 +36,8 @@ class Decoder:
         specs: shape, dtype and device of every layer's keys and values.
         rotations: how every layer's keys turn with their position; ``None`` where they carry none.
         rules: which keys every layer's queries may see.
+        kernels: which implementation of ``ragkv.kernels`` was asked for.
+        spans: the rules as selective attention takes them; ``None`` where scattered queries get masks instead.
         max_positions: positions of the longest prompt, or ``None``.
         vocab_size: ids are below it.
 
@@ -41,8 +45,8 @@ class Decoder:
         UnsupportedModelError: by name of the reason, when the model cannot be driven exactly.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, kernels: Impl = "auto"):
+        self.model, self.kernels = model, kernels
         self.config = model.config.get_text_config(decoder=True)
         _refuse_by_config(self.config)
         if model.training:
@@ -60,6 +64,7 @@ class Decoder:
         self.rotations, movable = probe_rotations(model, self._run_at, positions)
         self.max_positions: int | None = movable or positions
         self.rules = layer_rules(self.config, len(self.layers), self.device)
+        self.spans = self._span_rules()
         self._check_scattered()
 
     @property
@@ -111,13 +116,29 @@ class Decoder:
         )
         return out.logits[:, -1]
 
-    def masks(self, positions: Tensor, keys: int) -> MaskBuilder:
-        """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions."""
+    def masks(self, positions: Tensor, keys: int) -> MaskBuilder | SpanBuilder:
+        """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions, or what stands in their place."""
+        if self.spans is not None:
+            return SpanBuilder(self.spans, positions, keys)
         return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention != "sdpa")
 
     def fusion_attention(self, *, scattered: bool) -> AbstractContextManager[str]:
-        """See :func:`ragkv.attention.fusion_attention`."""
+        """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.attention`'s."""
+        if scattered and self.spans is not None:
+            return kernel_attention(self.config, self.device, self.dtype, self.kernels)
         return fusion_attention(self.model, self.config, scattered)
+
+    def _span_rules(self) -> list[SpanRule] | None:
+        ran = implementation(self.kernels, self.device, self.dtype)
+        if self.kernels == "auto" and ran == "reference":
+            return None  # sdpa with masks is faster than selective attention's reference
+        rules = span_rules(self.rules, self.device) if serves(self.model, self.config) else None
+        if rules is None and self.kernels != "auto":
+            raise UnsupportedModelError(
+                f"kernels={self.kernels!r} was asked for, and this model's attention is none that the kernel computes: use "
+                "kernels='auto'"
+            )
+        return rules
 
     def _span(self, start: int, tokens: int) -> Tensor:
         return torch.arange(start, start + tokens, device=self.device)[None]
@@ -154,6 +175,13 @@ class Decoder:
             ) from error
         return Probe([layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers], hidden)
 
+    def _error(self, cache: FusedCache, ids: Tensor, rows: Tensor, want: Tensor) -> float:
+        """Relative difference of the logits when ``rows`` of an exact cache are recomputed."""
+        from ragkv.fusion import recompute
+
+        got = recompute(self, cache, ids, rows)
+        return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
+
     @torch.no_grad()
     def _check_scattered(self) -> None:
         """Recomputing scattered tokens of an exact cache must change nothing: the rules and the driving are right."""
@@ -163,10 +191,11 @@ class Decoder:
         want = self.step(ids, everywhere, cache)
         rows = everywhere[tokens % 2 :: 2] if tokens > 2 else everywhere
         rows = torch.cat([rows[rows < tokens - 1], everywhere[-1:]])
-        from ragkv.fusion import recompute
-
-        got = recompute(self, cache, ids, rows)
-        error = float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
+        error = self._error(cache, ids, rows, want)
+        if not error <= TOLERANCE[self.dtype] and self.kernels == "auto" and self.spans is not None:
+            self.spans = None  # the model's attention does more than it says: masks serve
+            self.step(ids, everywhere, cache := self.cache(tokens))
+            error = self._error(cache, ids, rows, want)
         if not error <= TOLERANCE[self.dtype]:
             raise UnsupportedModelError(
                 f"recomputing scattered tokens changes the model's logits (relative difference {error:.2g}): its attention does "

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ragkv.cache import FusedCache, Writer
+from ragkv.kernel_attention import SpanBuilder
+from ragkv.kernels import scatter
 from ragkv.layout import Layout
 from ragkv.masks import MaskBuilder, for_model
 
@@ -185,7 +187,7 @@ class Pass:
         finally:
             self.cache.writer = None
 
-    def _masks(self, rows: Tensor) -> MaskBuilder:
+    def _masks(self, rows: Tensor) -> MaskBuilder | SpanBuilder:
         return self.decoder.masks(rows, self.layout.tokens)
 
     def _everything(self) -> bool:
@@ -207,9 +209,8 @@ class Pass:
     def _write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put fresh ``[1, H, S, D]`` to their positions; return all ``[1, H, N, D]``."""
         held, tokens = self.cache.layers[layer], self.layout.tokens
-        rows = self.piece.to(keys.device)
-        held.key_room.index_copy_(2, rows, keys)
-        held.value_room.index_copy_(2, rows, values)
+        rows, impl = self.piece.to(keys.device), self.decoder.kernels
+        scatter(keys[0], values[0], rows, held.key_room[0], held.value_room[0], impl=impl)
         return held.key_room[:, :, :tokens], held.value_room[:, :, :tokens]
 
     def _until(self, last: int) -> Writer:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragkv.cache import FusedCache
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.kernels import Rotation, place, rotation_tables
+from ragkv.kernels import Piece, Rotation, Stored, place, place_pieces, rotation_tables
 from ragkv.layout import Layout, Placed
 from ragkv.store import Target
 
@@ -81,8 +81,8 @@ class Placement:
         """
         if self.by_layer:
             self._place_opening(layer)
-            for placed, key in self.chunks:
-                self._place(placed, layer, *self._stored(key, layer))
+            pieces = [self._pieces(placed, layer, *self._stored(key, layer)) for placed, key in self.chunks]
+            place_pieces([piece for pair in pieces for piece in pair], impl=self.decoder.kernels)
             self.bytes_read = self.batch.bytes_read
         elif self._whole_from is None:
             self._whole_from = layer
@@ -119,18 +119,22 @@ class Placement:
         return self.batch.layer(self.index[key], layer)
 
     def _place(self, placed: Placed, layer: int, stored_keys: Tensor, stored_values: Tensor) -> None:
-        held, rotation, keys = self.cache.layers[layer], self.decoder.rotations[layer], self._slots(placed, layer)
+        place_pieces(self._pieces(placed, layer, stored_keys, stored_values), impl=self.decoder.kernels)
+
+    def _pieces(self, placed: Placed, layer: int, stored_keys: Tensor, stored_values: Tensor) -> tuple[Piece, Piece]:
+        rotation, keys = self.decoder.rotations[layer], self._slots(placed, layer)
+        values = self.cache.layers[layer].value_room[0, :, placed.start : placed.stop]
         cos, sin = self._turn(rotation, placed, keys.device)
         interleaved = rotation is not None and rotation.interleaved
-        place(keys, stored_keys.to(keys.device, non_blocking=True), cos, sin, interleaved=interleaved)
-        held.value_room[0, :, placed.start : placed.stop] = stored_values.to(keys.device, non_blocking=True)
+        moved = [tensor.to(keys.device, non_blocking=True) for tensor in (stored_keys, stored_values)]
+        return Piece(keys, Stored.raw(moved[0]), cos, sin, interleaved), Piece(values, Stored.raw(moved[1]))
 
     def _turn_in_place(self, placed: Placed, layer: int) -> None:
         """Rotate keys that stand in their slots already."""
         rotation, keys = self.decoder.rotations[layer], self._slots(placed, layer)
         cos, sin = self._turn(rotation, placed, keys.device)
         if rotation is not None and cos is not None:
-            place(keys, keys.clone(), cos, sin, interleaved=rotation.interleaved)
+            place(keys, keys.clone(), cos, sin, interleaved=rotation.interleaved, impl=self.decoder.kernels)
 
     def _slots(self, placed: Placed, layer: int) -> Tensor:
         """Where a chunk's keys ``[H, T, D]`` of a layer go."""

@@ -17,6 +17,7 @@ class FusionReport:
     Attributes:
         method: the method with its knobs, as it ran.
         attention: the attention implementation that ran.
+        kernels: the implementation of ``ragkv.kernels`` that ran: ``"triton"`` or ``"reference"``.
         prefix_tokens: tokens of the prefix.
         chunk_tokens: tokens of all chunks.
         suffix_tokens: tokens of the suffix.
@@ -32,6 +33,7 @@ class FusionReport:
 
     method: str
     attention: str
+    kernels: str
     prefix_tokens: int
     chunk_tokens: int
     suffix_tokens: int

@@ -89,7 +89,9 @@ class Scene:
             MethodError: the model does not show its attention.
         """
         if not getattr(self._decoder.model, "_supports_attention_backend", False):
-            raise MethodError("this model's attention is not open to view, so no method that follows the question runs on it")
+            raise MethodError(
+                "this model's attention is not open to view, so no method that follows the question runs on it"
+            )
         rows = self.layout.suffix
         seen: list[Tensor] = []
         span = slice(self.layout.chunks_start, self.layout.suffix_start)
