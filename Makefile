@@ -37,9 +37,9 @@ bench: $(READY)
 
 # Gates, rows, table and build/eval/report.html; stopped and started again, it goes on where it was.
 eval: $(READY)
-	$(BIN)/ragkv eval --out build/eval --limit 192 --budgets 0.1 --max-new-tokens 16
+	$(BIN)/ragkv eval --out build/eval --limit 168 --budgets 0.1 --max-new-tokens 16
 
-# Two hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
+# Four hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
 train-bundled: $(READY)
 	$(BIN)/python -m training.tokenizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.train
