@@ -37,7 +37,7 @@ bench: $(READY)
 
 # Gates, rows, table and build/eval/report.html; stopped and started again, it goes on where it was.
 eval: $(READY)
-	$(BIN)/ragkv eval --out build/eval --limit 168 --budgets 0.1 --max-new-tokens 16
+	$(BIN)/ragkv eval --out build/eval --limit 144 --budgets 0.1 --max-new-tokens 16
 
 # Four hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
 train-bundled: $(READY)
