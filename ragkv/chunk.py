@@ -106,6 +106,11 @@ class ChunkKV:
         """Bytes of all keys and values."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
+    def first(self, tokens: int) -> ChunkKV:
+        """The first ``tokens`` tokens, as views: by causality they know nothing of the others."""
+        keys, values = [k[:, :tokens] for k in self.keys], [v[:, :tokens] for v in self.values]
+        return ChunkKV(keys, values, self.base, None if self.sensitivity is None else self.sensitivity[:tokens])
+
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same KV on another device; tensors that are there already are not copied."""
         keys, values = [k.to(device) for k in self.keys], [v.to(device) for v in self.values]

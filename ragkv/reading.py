@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from time import perf_counter
 
 import torch
@@ -60,7 +61,8 @@ class Reader:
             raise ValueError(f"piece_tokens must be >= 1, got {piece_tokens}")
         self.decoder, self.piece_tokens = decoder, piece_tokens
         self.anchor = self.opening(anchor)
-        self._anchor_ids, self._foreign_ids = list(anchor), list(foreign)
+        room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
+        self._anchor_ids, self._foreign_ids = list(anchor), list(foreign)[:room]
 
     def opening(self, ids: Sequence[int]) -> ChunkKV | None:
         """KV of the ids that stand at position 0; ``None`` for no ids."""
@@ -125,12 +127,18 @@ class Reader:
 
     def _second(self, chain: list[Chunk], stored: list[Chunk]) -> FusedCache:
         """The cache of a second reading: anchor, as much of the foreign text as the positions allow, and what is stored."""
-        limit = self.decoder.max_positions
-        room = len(self._foreign_ids) if limit is None else max(0, limit - self._behind(chain[-1]))
-        ids = [*self._anchor_ids, *self._foreign_ids[:room], *(i for chunk in stored for i in chunk.ids)]
-        cache = self.decoder.cache(self._behind(chain[-1]) + len(self._foreign_ids[:room]))
-        self._run(ids, cache, 0)
+        limit, whole = self.decoder.max_positions, self._behind(chain[-1])
+        room = len(self._foreign_ids) if limit is None else min(len(self._foreign_ids), max(0, limit - whole))
+        cache = self.decoder.cache(whole + room)
+        if self._front is not None:
+            _append(cache, self._front.first(self._anchor_tokens + room))
+        self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
+
+    @cached_property
+    def _front(self) -> ChunkKV | None:
+        """KV of anchor and foreign text, read once."""
+        return self.opening([*self._anchor_ids, *self._foreign_ids])
 
     def _append_stored(self, cache: FusedCache, chain: list[Chunk], left: dict, stored: Callable) -> int:
         """Take the stored beginning of a chain; returns the number of the first chunk to read."""

@@ -242,4 +242,7 @@ def test_reading_for_sensitivity_reads_twice(model, monkeypatch):
         )
         document = engine.add_document(PARTS)
         own = sum(map(len, document))
-        assert sum(seen) == own if times == 1 else sum(seen) == 2 * own + len(TEMPLATE.prefix) + 9 + 1
+        front = len(TEMPLATE.prefix) + 9 + 1  # read once, however many documents follow
+        assert sum(seen) == times * own + front * (times - 1)
+        engine.add([random_ids(11)])
+        assert sum(seen) == times * (own + 12) + front * (times - 1)
