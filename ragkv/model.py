@@ -7,13 +7,13 @@ how its keys turn, which keys its layers see.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ragkv.attention import fusion_attention
+from ragkv.attention import eager_attention, fusion_attention
 from ragkv.cache import FusedCache, LayerSpec
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
@@ -167,8 +167,11 @@ class Decoder:
         cache = self.cache(_PROBE_TOKENS)
         for layer in cache.layers:
             layer.dropped = offset  # some models take positions from the cache's length besides position_ids
+        # Flex attention compiles a mask for the claimed length, which fails on a CPU; how keys turn does not hang on it.
+        plain = nullcontext() if self.attention in ("eager", "sdpa") else eager_attention(self.model, self.config)
         try:
-            hidden = self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
+            with plain:
+                hidden = self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"the model cannot run at position {offset}: positions from a table, or ALiBi ({error})"
