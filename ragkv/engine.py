@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.decoding import Settings, beam_search, decode
+from ragkv.documents import Documents, several
 from ragkv.errors import PromptError, PromptTooLongError, RecordError
 from ragkv.fusion import fuse, plan
 from ragkv.kernels import implementation
 from ragkv.layout import Layout, Placed, lay_out
-from ragkv.library import Library, several
 from ragkv.methods import Auto, Method, SensitiveTokens
 from ragkv.placement import Placement
 from ragkv.prompt import PromptTemplate, Text
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Engine(Library):
+class Engine(Documents):
     """Answers over documents that the model has already read.
 
     An engine may be used from several threads; the model runs for one of them at a time. It never changes the model.
@@ -43,7 +43,7 @@ class Engine(Library):
         method: how prompts are put together, unless a call says otherwise; :class:`~ragkv.SensitiveTokens` by default.
         template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
         **reading: ``context``, ``document_tokens``, ``piece_tokens``, ``namespace``, ``sensitivity``, ``foreign``, ``kernels``:
-            see :class:`~ragkv.library.Library`.
+            see :class:`~ragkv.documents.Documents`.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.

@@ -126,7 +126,7 @@ def test_chunks_are_written_together(model, tmp_path, monkeypatch):
         )
         chunks = engine.add_document([random_ids(20, seed=n) for n in range(6)])
         assert calls == [6]
-        monkeypatch.setattr("ragkv.library._WRITTEN_TOGETHER_BYTES", 1)
+        monkeypatch.setattr("ragkv.documents._WRITTEN_TOGETHER_BYTES", 1)
         more = engine.add([random_ids(20, seed=n) for n in range(10, 13)])
         assert calls == [6, 1, 1, 1]
         assert engine.missing([*chunks, *more]) == []

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
 from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import Context, Fact, Shape, write_context
+from ragkv.bundled.writer import MIXED_NAMES, TRAINING_NAMES, Context, Fact, Shape, write_context
 
 NAME_TOKENS = 6
 IGNORED = -100
@@ -189,6 +189,8 @@ class Stage:
         fewest: Tokens of a context at least; shorter ones, which are mostly padding, are drawn again.
         rate: Factor of the learning rates at the stage's first step and at its last, linear between.
         helper: Factor of the helpers' weight, likewise.
+        mixed: Share of the contexts whose names are any head with any tail; the others use the names of training.
+        orders: Pairs asked for *order*, twice a context.
     """
 
     steps: int
@@ -200,6 +202,8 @@ class Stage:
     fewest: int = 0
     rate: tuple[float, float] = (1.0, 1.0)
     helper: tuple[float, float] = (1.0, 1.0)
+    mixed: float = 0.0
+    orders: int = 3
 
 
 class Source(IterableDataset):
@@ -232,7 +236,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, workers
 
 def _draw(encoder: Encoder, stage: Stage, rng: random.Random) -> tuple[Context, Example]:
     while True:
-        context = write_context(rng, stage.shape)
+        names = MIXED_NAMES if stage.mixed and rng.random() < stage.mixed else TRAINING_NAMES
+        context = write_context(rng, stage.shape, names)
         example = encode_context(encoder, context, rng, stage.longest_gap)
         if stage.fewest <= len(example.ids) <= stage.context and context.facts:
             return context, example
@@ -251,8 +256,9 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
     rows = []
     for context, example in drawn:
         row = Row(stage.asked)
+        asked = [q for _ in range(2) for q in questions(rng, context, orders=stage.orders)]
         # Twice: the second time in other words, with other pairs and absentees, where there is room left.
-        for number, question in enumerate(_spread(questions(rng, context) + questions(rng, context))):
+        for number, question in enumerate(_spread(asked)):
             answer, evidence = _answer_evidence(encoder, question, context, example)
             row.add(encoder.question(question.text), answer, evidence, number)
         rows.append(row)

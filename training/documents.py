@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ragkv.bundled
 from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import Context, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, Context, Shape, write_context
 
 HOME = Path(ragkv.bundled.__file__).parent
 SHAPE = Shape(documents=(36, 36), chunks=(2, 3), words=(36, 80), facts=(2, 2), types=(3, 3), notes=0.0)
@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HOME)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    context = write_context(rng, SHAPE, heldout=True)
+    context = write_context(rng, SHAPE, HELDOUT_NAMES)
     shutil.rmtree(args.out / "documents", ignore_errors=True)
     (args.out / "documents").mkdir(parents=True)
     for name, text in texts(context).items():
         (args.out / "documents" / name).write_text(text, encoding="utf-8")
-    rows = [row(question) for question in choose(questions(rng, context, heldout=True))]
+    rows = [row(question) for question in choose(questions(rng, context, HELDOUT_NAMES))]
     (args.out / "questions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {len(context.entities)} documents and {len(rows)} questions")
 

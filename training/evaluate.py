@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, P
 
 from ragkv.bundled import MODEL_PATH
 from ragkv.bundled.generator import Question, possible_kinds, questions
-from ragkv.bundled.writer import Context, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Names, Shape, write_context
 from training.data import Encoder
 from training.train import RESULTS
 
@@ -99,7 +99,7 @@ def evaluate(
     shape: Shape,
     n: int,
     seed: int,
-    heldout: bool,
+    names: Names,
     arms: tuple[str, ...] = ARMS,
     longest: int = 4000,
 ) -> dict[str, dict[str, tuple[int, int]]]:
@@ -113,8 +113,8 @@ def evaluate(
     lengths: list[int] = []
     with torch.inference_mode(), tqdm(total=n * len(kinds), mininterval=5) as bar:
         while any(count[kind][arms[0]][1] < n for kind in kinds):
-            context = write_context(rng, shape, heldout)
-            wanted = [q for q in questions(rng, context, heldout) if q.kind in kinds and count[q.kind][arms[0]][1] < n]
+            context = write_context(rng, shape, names)
+            wanted = [q for q in questions(rng, context, names) if q.kind in kinds and count[q.kind][arms[0]][1] < n]
             lengths.append(sum(len(encoder.chunk(text)) for text in context.chunks))
             if not wanted or lengths[-1] > longest:
                 continue
@@ -158,7 +158,8 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     begun = time.monotonic()
     shape = Shape(documents=tuple(args.documents))
-    results = evaluate(model, tokenizer, shape, args.n, args.seed, not args.trained_names, tuple(args.arms))
+    names = TRAINING_NAMES if args.trained_names else HELDOUT_NAMES
+    results = evaluate(model, tokenizer, shape, args.n, args.seed, names, tuple(args.arms))
     print(table(results))
     print(f"{time.monotonic() - begun:.0f} s")
     args.out.parent.mkdir(parents=True, exist_ok=True)

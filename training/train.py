@@ -30,7 +30,8 @@ MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
 LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 LONGEST = Shape(documents=(3, 12), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
-# Two rounds from short to long. In the second the learning rate rises again and the helpers are back for a while.
+# Three rounds from short to long. In each the learning rate rises again and the helpers are back for a while; the third
+# has ten times as many names and asks more for the order.
 CURRICULUM = (
     Stage(1000, SHORT, context=176, asked=176, batch=10),
     Stage(
@@ -56,6 +57,46 @@ CURRICULUM = (
         fewest=1000,
         rate=(0.25, 0.02),
         helper=(0.0, 0.0),
+    ),
+    Stage(400, SHORT, context=176, asked=480, batch=8, rate=(0.5, 0.5), helper=(1.0, 0.5), mixed=0.7, orders=10),
+    Stage(
+        600,
+        MIDDLE,
+        context=512,
+        asked=480,
+        batch=4,
+        longest_gap=600,
+        fewest=300,
+        rate=(0.5, 0.4),
+        helper=(0.5, 0.2),
+        mixed=0.7,
+        orders=6,
+    ),
+    Stage(
+        1000,
+        LONG,
+        context=1024,
+        asked=640,
+        batch=3,
+        longest_gap=1000,
+        fewest=500,
+        rate=(0.4, 0.2),
+        helper=(0.2, 0.0),
+        mixed=0.6,
+        orders=6,
+    ),
+    Stage(
+        500,
+        LONGEST,
+        context=2048,
+        asked=640,
+        batch=2,
+        longest_gap=1500,
+        fewest=1000,
+        rate=(0.2, 0.02),
+        helper=(0.0, 0.0),
+        mixed=0.5,
+        orders=6,
     ),
 )
 

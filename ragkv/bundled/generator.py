@@ -40,11 +40,17 @@ class Case:
     kind: str
 
 
-def questions(rng: random.Random, context: Context, heldout: bool = False) -> list[Question]:
-    """Every fact once, and as many questions of the other kinds as the context gives, in random order."""
-    names = HELDOUT_NAMES if heldout else TRAINING_NAMES
+def questions(rng: random.Random, context: Context, names: Names = TRAINING_NAMES, orders: int = 3) -> list[Question]:
+    """Every fact once, and as many questions of the other kinds as the context gives, in random order.
+
+    Args:
+        rng: What all choices are drawn from.
+        context: What is asked about.
+        names: Where the names come from that no document knows (kind *absent*).
+        orders: How many pairs are drawn for *order*.
+    """
     found = _fact_questions(rng, context) + _two_hop(rng, context)
-    found += _order(rng, context, count=3) + _absent(rng, context, names, count=2)
+    found += _order(rng, context, count=orders) + _absent(rng, context, names, count=2)
     rng.shuffle(found)
     return found
 
@@ -135,9 +141,10 @@ def cases(seed: int, n: int, documents: int = 6, heldout: bool = True) -> list[C
 def _case(rng: random.Random, kind: str, documents: int, heldout: bool) -> Case:
     """Writes contexts until one has a question of the kind."""
     shape = Shape(documents=(documents, documents), notes=1.0 if kind == "cross-document" else 0.25)
+    names = HELDOUT_NAMES if heldout else TRAINING_NAMES
     while True:
-        context = write_context(rng, shape, heldout)
-        fitting = [q for q in questions(rng, context, heldout) if q.kind == kind]
+        context = write_context(rng, shape, names)
+        fitting = [q for q in questions(rng, context, names) if q.kind == kind]
         if fitting:
             question = rng.choice(fitting)
             return Case(

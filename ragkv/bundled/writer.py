@@ -88,12 +88,16 @@ def parts(heads: list[str], tails: list[str], heldout: bool) -> list[str]:
 class Names:
     """Draws names that are not yet taken, all their parts on one side of the split."""
 
-    def __init__(self, heldout: bool):
-        """Collects the parts that may be used: only held-out ones, or none of them."""
-        self.first = parts(lang.FIRST_HEADS, lang.FIRST_TAILS, heldout)
-        self.last = parts(lang.LAST_HEADS, lang.LAST_TAILS, heldout)
-        self.firm = parts(lang.FIRM_HEADS, lang.FIRM_TAILS, heldout)
-        self.town = parts(lang.TOWN_HEADS, lang.TOWN_TAILS, heldout)
+    def __init__(self, heldout: bool, mixed: bool = False):
+        """Collects the parts that may be used: only held-out ones, or none of them.
+
+        ``mixed`` lets a head take any tail, also one of another kind of name: ten times as many parts to train on.
+        """
+        every = lang.FIRST_TAILS + lang.LAST_TAILS + lang.FIRM_TAILS + lang.TOWN_TAILS
+        self.first = parts(lang.FIRST_HEADS, every if mixed else lang.FIRST_TAILS, heldout)
+        self.last = parts(lang.LAST_HEADS, every if mixed else lang.LAST_TAILS, heldout)
+        self.firm = parts(lang.FIRM_HEADS, every if mixed else lang.FIRM_TAILS, heldout)
+        self.town = parts(lang.TOWN_HEADS, every if mixed else lang.TOWN_TAILS, heldout)
 
     def draw(self, rng: random.Random, type_: str, taken: set[str]) -> Entity:
         """Makes an entity of a type; its name is added to ``taken``."""
@@ -112,6 +116,7 @@ class Names:
 
 
 TRAINING_NAMES, HELDOUT_NAMES = Names(heldout=False), Names(heldout=True)
+MIXED_NAMES = Names(heldout=False, mixed=True)
 
 
 class _Writer:
@@ -253,12 +258,12 @@ class _Writer:
         return before + fact[1] + after, len(before)
 
 
-def write_context(rng: random.Random, shape: Shape, heldout: bool = False) -> Context:
+def write_context(rng: random.Random, shape: Shape, names: Names = TRAINING_NAMES) -> Context:
     """Writes documents.
 
     Args:
         rng: What all choices are drawn from.
         shape: How large the context is.
-        heldout: Use only name parts that training never sees; otherwise none of them.
+        names: Where names come from: ``HELDOUT_NAMES`` are those that training never sees.
     """
-    return _Writer(rng, HELDOUT_NAMES if heldout else TRAINING_NAMES, shape).write()
+    return _Writer(rng, names, shape).write()

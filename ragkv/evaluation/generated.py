@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from ragkv.bundled.generator import Question, possible_kinds, questions
-from ragkv.bundled.writer import Context, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, Context, Shape, write_context
 from ragkv.evaluation.cases import Case, everything
 
 UNNAMED = "unnamed"
@@ -29,8 +29,8 @@ def _case(name: str, kind: str, documents: int) -> Case:
     rng, asked = random.Random(name), "cross" if kind == UNNAMED else kind
     shape = Shape(documents=(documents, documents), notes=1.0 if kind == "cross-document" else 0.25)
     while True:
-        context = write_context(rng, shape, heldout=True)
-        fitting = [question for question in questions(rng, context, heldout=True) if question.kind == asked]
+        context = write_context(rng, shape, HELDOUT_NAMES)
+        fitting = [question for question in questions(rng, context, HELDOUT_NAMES) if question.kind == asked]
         if kind == UNNAMED:  # the chunk of the fact must not name its subject further on
             fitting = [q for q in fitting if q.facts[0].subject.name not in context.chunks[q.facts[0].chunk]]
         if fitting:

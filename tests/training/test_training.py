@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH, TEMPLATE
 from ragkv.bundled.generator import questions
-from ragkv.bundled.writer import Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, Shape, write_context
 from training.data import IGNORED, Encoder, Stage, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
@@ -189,7 +189,7 @@ def test_evaluate_counts_every_kind(tokenizer, size):
     torch.manual_seed(0)
     llama = to_llama(Reader(size).state_dict(), size, tokenizer)
     shape = Shape(documents=(4, 5), chunks=(1, 2), words=(6, 14))
-    results = evaluate(llama, tokenizer, shape, 2, seed=0, heldout=True, arms=("full", "none"))
+    results = evaluate(llama, tokenizer, shape, 2, seed=0, names=HELDOUT_NAMES, arms=("full", "none"))
     assert all(n >= 2 for row in results.values() for _, n in row.values())
 
 

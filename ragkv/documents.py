@@ -1,4 +1,4 @@
-"""The library: documents that a model has read, as chunks whose KV are in a store."""
+"""Documents that a model has read, as chunks whose KV are in a store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _WRITTEN_TOGETHER_BYTES = 64 << 20
 
 
-class Library:
+class Documents:
     """Reads documents, once, and keeps their KV.
 
     Args:
