@@ -20,10 +20,13 @@ from pathlib import Path
 import torch
 
 from ragkv.chunk import ChunkKV
+from ragkv.kernels import Rotation
 from ragkv.store import Target, TieredStore, chunk_key
 from ragkv.store.codecs import CODECS, CacheGen, Codec, get_codec
 from ragkv.store.encode import encode
 from ragkv.store.record import SEGMENT_BYTES, checksum
+from ragkv.store.rope import Rope, ropes_of
+from ragkv.store.terms import Terms
 
 LAYERS, HEADS, DIM, TOKENS, CHUNKS = 24, 2, 64, 256, 8  # a Qwen2 of 0.5B, 8 chunks
 
@@ -93,16 +96,37 @@ def get_into_prompt(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
             "get into the prompt, layer by layer / plain copy": compare(by_layer, lambda: flat.copy_(plain), rounds),
             "get as tensors of the store's / plain copy": compare(layers, lambda: flat.copy_(plain), rounds),
         }
-        parts = {
-            "get": whole,
-            "open and close": lambda: store.read(keys).close(),
-            "plain copy": lambda: flat.copy_(plain),
+        results["warm get, processor ms"] = {
+            "get": processor_ms(whole, rounds),
+            "open and close": processor_ms(lambda: store.read(keys).close(), rounds),
+            "targets": processor_ms(lambda: [Target(prompt[0, layer], prompt[1, layer]) for layer in every], rounds),
+            **{name: processor_ms(work, rounds) for name, work in copies(plain, flat).items()},
         }
-        parts["checksums alone"] = lambda: [checksum(piece) for piece in flat.view(torch.uint8).split(SEGMENT_BYTES)]
-        results["warm get, processor ms"] = {name: processor_ms(work, rounds) for name, work in parts.items()}
         with store.read(keys) as batch:
             assert torch.equal(prompt[0, 5, :, :TOKENS], batch.layer(0, 5)[0])
     return results
+
+
+def copies(source: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """A plain copy, and one in pieces of a segment each that are verified: before they are copied, and behind that."""
+    pieces = list(
+        zip(*(tensor.view(torch.uint8).numpy().reshape(-1, SEGMENT_BYTES) for tensor in (source, target)), strict=True)
+    )
+
+    def verified(first: bool) -> None:
+        for piece, place in pieces:
+            if first:
+                checksum(piece)
+            place[:] = piece
+            if not first:
+                checksum(piece)
+
+    return {
+        "plain copy": lambda: target.copy_(source),
+        "checksums alone": lambda: [checksum(piece) for piece, _ in pieces],
+        "checksum, then copy": lambda: verified(first=True),
+        "copy, then checksum": lambda: verified(first=False),
+    }
 
 
 def processor_ms(work: Callable[[], object], rounds: int) -> float:
@@ -174,7 +198,7 @@ def many_entries(folder: Path, count: int) -> dict[str, float]:
     store.close()
     memory = TieredStore(cpu_bytes=1 << 40)
     for number in range(count):
-        memory._cpu.put(key_of(number), kv, _terms())
+        memory._cpu.put(key_of(number), kv, Terms(cost_s=0.1))
     ranked = timed(lambda: [memory._cpu.use(key) for key in keys]) / len(keys)
     return {
         "entries": count,
@@ -186,19 +210,16 @@ def many_entries(folder: Path, count: int) -> dict[str, float]:
     }
 
 
-def _terms():
-    from ragkv.store.terms import Terms
-
-    return Terms(cost_s=0.1)
-
-
 def unshared_bytes() -> int:
     """Memory of this process that is not a mapped file."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def bundled_kv() -> list[ChunkKV]:
+Source = tuple[list[ChunkKV], list[Rotation | None]]  # chunks, and how their layers turn keys
+
+
+def bundled_kv() -> Source:
     """KV of bundled documents, read by the bundled model."""
     from ragkv import Engine, PromptTemplate, bundled
     from ragkv.retrieval import TokenChunker
@@ -208,22 +229,22 @@ def bundled_kv() -> list[ChunkKV]:
     chunks = []
     for text in list(bundled.documents().values())[:12]:
         chunks += engine.add_document(TokenChunker(tokenizer, 96).split(text))
-    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks]
+    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks], engine.decoder.rotations
 
 
-def tiny_kv() -> list[ChunkKV]:
+def tiny_kv() -> Source:
     """KV of random ids, read by a tiny model with random weights."""
     from ragkv import Engine, PromptTemplate
     from ragkv.testing import random_ids, tiny_model
 
     engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1]))
     chunks = engine.add([random_ids(96) for _ in range(8)])
-    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks]
+    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks], engine.decoder.rotations
 
 
-def made_up_kv() -> list[ChunkKV]:
-    """Numbers with the spread of real K: what speed is measured on."""
-    return [make_kv(1, layers=4)]
+def made_up_kv() -> Source:
+    """Numbers with the spread of real K, which nothing turns: what speed is measured on."""
+    return [make_kv(1, layers=4)], []
 
 
 def codecs() -> dict[str, dict[str, dict[str, float]]]:
@@ -231,14 +252,19 @@ def codecs() -> dict[str, dict[str, dict[str, float]]]:
     kinds = {name: get_codec(name) for name in CODECS} | {"cachegen, groups of 10": CacheGen(group_tokens=10)}
     results: dict[str, dict[str, dict[str, float]]] = {}
     for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
-        chunks = [ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in make()]
-        results[source] = {name: coded(chunks, codec) for name, codec in kinds.items()}
+        kvs, rotations = make()
+        ropes = ropes_of(rotations)
+        chunks = [ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in kvs]
+        results[source] = {name: coded(chunks, codec, ropes) for name, codec in kinds.items()}
+        for name, codec in kinds.items():
+            if ropes and codec.before_rotation:
+                results[source][f"{name}, K as it is"] = coded(chunks, codec, ())
     return results
 
 
-def coded(chunks: list[ChunkKV], codec: Codec) -> dict[str, float]:
-    encoded = [encode(kv, codec=codec) for kv in chunks]
-    encode_s = timed(lambda: [encode(kv, codec=codec) for kv in chunks])
+def coded(chunks: list[ChunkKV], codec: Codec, ropes: tuple[Rope | None, ...]) -> dict[str, float]:
+    encoded = [encode(kv, codec=codec, ropes=ropes) for kv in chunks]
+    encode_s = timed(lambda: [encode(kv, codec=codec, ropes=ropes) for kv in chunks])
     decode_s = statistics.median(timed(lambda: [r.decode(p) for r, p in encoded]) for _ in range(3))
     decoded = [record.decode(payload) for record, payload in encoded]
     total = sum(kv.nbytes for kv in chunks)

@@ -11,10 +11,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
+from ragkv.store.layout import Payload
+from ragkv.store.record import Record
 from ragkv.store.snapshot import Loading, Snapshot
 from ragkv.store.target import Target
+
+# K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
+Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Source(Protocol):
@@ -40,6 +44,21 @@ class Source(Protocol):
     def sensitivity(self) -> Tensor | None:
         """``[T]``, see :class:`~ragkv.chunk.ChunkKV`."""
 
+    @property
+    def codec(self) -> str:
+        """How :meth:`parts` are encoded."""
+
+    @property
+    def unrotated(self) -> bool:
+        """Whether the keys among :meth:`parts` are as they were before rotary embedding."""
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """Where it lies in a pool, block by block; None elsewhere."""
+
+    def parts(self, layer: int) -> tuple[Parts, int]:
+        """K and V of a layer as they are held, and the bytes read from disk for it."""
+
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it."""
 
@@ -48,23 +67,34 @@ class Source(Protocol):
 
 
 class InMemory:
-    """A chunk that lies in memory."""
+    """A chunk in CPU memory, as a record: what the tier holds, and what a batch reads the chunk from."""
 
     tier = "cpu"
+    blocks = None
 
-    def __init__(self, kv: ChunkKV) -> None:
-        self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
-        self.sensitivity = kv.sensitivity
-        self._kv = kv
+    def __init__(self, record: Record, payload: Payload) -> None:
+        self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
+        self.sensitivity = record.sensitivity
+        self.codec, self.unrotated = record.codec, record.turned_back
+        self.record, self.payload = record, payload
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors take."""
+        return self.record.payload_bytes
+
+    def parts(self, layer: int) -> tuple[Parts, int]:
+        """See the protocol."""
+        return self.record.parts(self.payload, layer), 0
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """See the protocol."""
-        return (self._kv.keys[layer], self._kv.values[layer]), 0
+        return self.record.layer(self.payload, layer), 0
 
     def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
         """See the protocol."""
         for layer, target in zip(layers, targets, strict=True):
-            target.fill(start, self._kv.keys[layer], self._kv.values[layer])
+            target.fill(start, *self.record.layer(self.payload, layer))
         return 0
 
 
@@ -97,6 +127,9 @@ class Batch:
         lengths: per key T, the chunk's tokens, or None.
         layers: per key L, or None.
         sensitivities: per key ``[T]``, see :class:`~ragkv.chunk.ChunkKV`; None where it was not measured.
+        codecs: per key how :meth:`parts` are encoded; None for a miss.
+        unrotated: per key whether the keys among :meth:`parts` are as they were before rotary embedding.
+        blocks: per key the blocks ``[B]`` of a pool on the GPU in which it lies, or None.
         bytes_read: bytes read from disk so far.
     """
 
@@ -110,6 +143,9 @@ class Batch:
         self.lengths = [None if source is None else source.tokens for source in self._found]
         self.layers = [None if source is None else source.layers for source in self._found]
         self.sensitivities = [None if source is None else source.sensitivity for source in self._found]
+        self.codecs = [None if source is None else source.codec for source in self._found]
+        self.unrotated = [source is not None and source.unrotated for source in self._found]
+        self.blocks = [None if source is None else source.blocks for source in self._found]
         self.bytes_read = 0
         self._seconds = 0.0
         self._owner = owner
@@ -134,6 +170,21 @@ class Batch:
             pair, count = source.layer(layer)
             self._count(count, started)
         return pair
+
+    def parts(self, index: int, layer: int) -> Parts:
+        """K and V of one layer of the chunk at ``index`` as they are held, for kernels that decode on their way.
+
+        Where it has :attr:`blocks`, ``""`` is the layer's whole pool ``[N, H, P, D]``. Else they are what
+        :meth:`Codec.encode` made for K and V: see :attr:`codecs`.
+
+        Raises:
+            StoreError, RecordError: as :meth:`layer`.
+        """
+        started = perf_counter()
+        with self._reading(index) as source:
+            parts, count = source.parts(layer)
+            self._count(count, started)
+        return parts
 
     def place_layer(self, layer: int, keys: Tensor, values: Tensor, starts: Sequence[int | None]) -> None:
         """Copies one layer of the chunks into a prompt's K and V, where they stand.
@@ -168,7 +219,7 @@ class Batch:
             start: the token at which the chunk begins.
 
         Raises:
-            StoreError, RecordError: as :meth:`place_layer`.
+            StoreError, RecordError: as :meth:`place_layer`; what stands at the chunk's place then is worthless.
         """
         started = perf_counter()
         with self._reading(index) as source:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ragkv.errors import RecordError, StoreError, StoreFullError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
 from ragkv.store.ledger import NO_QUOTA, Ledger
@@ -186,6 +186,11 @@ class DiskTier:
         with self.environment.write() as txn:
             txn.put(name.encode(), value, db=self.environment.db(b"facts"))
 
+    def remove_fact(self, name: str) -> None:
+        """Forgets a small durable value, if there is one."""
+        with self.environment.write() as txn:
+            txn.delete(name.encode(), db=self.environment.db(b"facts"))
+
     def flush(self, done: Tally | None = None) -> None:
         """Puts the uses that were noted into the books and syncs the folder.
 
@@ -262,7 +267,7 @@ class DiskTier:
         row.usage.size_bytes = _pages(len(record.pack(key))) + sum(_pages(stop - start) for start, stop in record.spans)
         row.namespace = namespace_id(terms.namespace)
         row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
-        victims = self._victims_for(ledger, row, passed)
+        victims = ledger.room_for(row, self.budget_bytes, passed)
         worth = ledger.promise(key, row)
         if self._selective and any(victim.priority > worth for victim, _ in victims.values()):
             ledger.refuse(key, row)
@@ -272,19 +277,6 @@ class DiskTier:
             self._drop(ledger, victim, remember=True)
             reasons.append(reason)
         return row
-
-    def _victims_for(self, ledger: Ledger, row: Row, passed: set[bytes]) -> dict[bytes, tuple[Row, str]]:
-        """The entries to evict for one that is not in the books yet, with the reason."""
-        size = row.usage.size_bytes
-        used, quota = ledger.space(row.namespace)
-        if size > min(self.budget_bytes, quota):
-            raise StoreFullError(f"an entry takes {size} bytes on disk, the most is {min(self.budget_bytes, quota)}")
-        own = ledger.victims(used + size - quota, passed, row.namespace)
-        freed = sum(victim.usage.size_bytes for victim in own.values())
-        others = ledger.victims(ledger.counters.used_bytes - freed + size - self.budget_bytes, passed | own.keys())
-        return {key: (victim, "quota") for key, victim in own.items()} | {
-            key: (victim, "budget") for key, victim in others.items()
-        }
 
     def _drop(self, ledger: Ledger, key: bytes, *, remember: bool) -> Row | None:
         """Deletes a record, also one that the books do not know, and strikes it out of them; what they said of it."""

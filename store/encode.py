@@ -10,27 +10,48 @@ from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Side
 from ragkv.store.layout import Layout, Payload, Segments
 from ragkv.store.record import SEGMENT_BYTES, Record, Shape, checksum
+from ragkv.store.rope import Rope, fit
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LONGEST_LABEL = 256
 
 
 def encode(
-    kv: ChunkKV, *, codec: Codec, space: str = "", label: str = "", segment_bytes: int = SEGMENT_BYTES
+    kv: ChunkKV,
+    *,
+    codec: Codec,
+    space: str = "",
+    label: str = "",
+    ropes: tuple[Rope | None, ...] = (),
+    segment_bytes: int = SEGMENT_BYTES,
 ) -> tuple[Record, Payload]:
     """A chunk's KV as a record's header and its payload, which shares no memory with ``kv``.
 
+    Args:
+        kv: L pairs ``[H, T, D]``.
+        codec: how it is encoded.
+        space: fingerprint of what it depends on.
+        label: what whoever stores it knows it by.
+        ropes: how each layer's keys turn; a codec that prefers keys before that gets them so.
+        segment_bytes: the most that a segment has.
+
     Raises:
-        StoreError: the tensors are not L pairs ``[H, T, D]`` of one T in fp32, bf16 or fp16; a label is too long.
+        StoreError: the tensors are not L pairs ``[H, T, D]`` of one T in fp32, bf16 or fp16; a label is too long;
+            the rotations are not those of the layers.
     """
     validate(kv)
+    if ropes and not fit(ropes, [key.shape[2] for key in kv.keys]):
+        raise StoreError(f"{len(ropes)} rotations are not those of {len(kv.keys)} layers")
     if len(label) > _LONGEST_LABEL:
         raise StoreError(f"a label has at most {_LONGEST_LABEL} characters, got {len(label)}")
     tensors: dict[str, Tensor] = {}
     for layer, (key, value) in enumerate(kv):
+        key, value = key.detach().cpu(), value.detach().cpu()
+        if codec.before_rotation and ropes and (rope := ropes[layer]) is not None:
+            key = rope.turned(key, kv.base, back=True)
         sides: tuple[tuple[Side, Tensor], ...] = (("k", key), ("v", value))
         for side, tensor in sides:
-            for suffix, part in codec.encode(tensor.detach().cpu(), side, layer / len(kv.keys)).items():
+            for suffix, part in codec.encode(tensor, side, layer / len(kv.keys)).items():
                 tensors[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
     layout = Layout.of(tensors)
     payload = Payload(layout.payload_bytes)
@@ -49,6 +70,7 @@ def encode(
         label=label,
         # As exact as it is on disk, so that a chunk is the same wherever it comes from.
         sensitivity=None if kv.sensitivity is None else kv.sensitivity.detach().cpu().half().float(),
+        ropes=ropes,
     )
     return record, payload
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 16
+
+Kind = tuple[tuple[int, ...], torch.dtype]  # of one tensor: shape and dtype
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Layer:
     values: dict[str, Part]
     start: int
     stop: int
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, Kind]:
+        """Shape and dtype of the main parts of K and V."""
+        return (self.keys[""].shape, self.keys[""].dtype), (self.values[""].shape, self.values[""].dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +121,10 @@ class Segments:
     spans: tuple[tuple[int, int], ...]
     of_layer: tuple[range, ...]
 
+    def of_layers(self, first: int, last: int) -> range:
+        """The segments in which layers lie, the first and the last and all between."""
+        return range(self.of_layer[first].start, self.of_layer[last].stop)
+
     @staticmethod
     @lru_cache(maxsize=256)
     def cut(layout: Layout, bound: int) -> Segments:
@@ -134,6 +146,61 @@ class Segments:
                 spans.append((layer.start, layer.stop))
                 of_layer.append(range(len(spans) - 1, len(spans)))
         return Segments(tuple(spans), tuple(of_layer))
+
+
+class Run(NamedTuple):
+    """What one segment has of a layer's K or V: all its heads, or a piece of one.
+
+    Attributes:
+        layer: which layer.
+        side: 0 for K, 1 for V.
+        heads: which of ``[H, T x bytes of a token]``.
+        first: first byte of them in the chunk's row.
+        last: the byte behind the last.
+        start: where they begin in the segment.
+        stop: where they end there.
+        token_bytes: bytes of a token in one head.
+    """
+
+    layer: int
+    side: int
+    heads: slice | int
+    first: int
+    last: int
+    start: int
+    stop: int
+    token_bytes: int
+
+
+@lru_cache(maxsize=256)
+def runs(layout: Layout, bound: int) -> tuple[tuple[Run, ...], ...]:
+    """What to copy out of each segment of a payload whose parts are stored as they are, each ``[H, T, D]``."""
+    found: list[tuple[Run, ...]] = []
+    for start, stop in Segments.cut(layout, bound).spans:
+        parts = (
+            (number, side, part)
+            for number, layer in enumerate(layout.layers)
+            for side, part in enumerate((layer.keys[""], layer.values[""]))
+            if part.start < stop and part.stop > start
+        )
+        found.append(tuple(run for item in parts for run in _runs(*item, start, stop)))
+    return tuple(found)
+
+
+def _runs(layer: int, side: int, part: Part, start: int, stop: int) -> list[Run]:
+    """What the segment from ``start`` to ``stop`` has of a part."""
+    heads, tokens, dim = part.shape
+    token = dim * part.dtype.itemsize
+    row = tokens * token
+    if start <= part.start and part.stop <= stop:
+        return [Run(layer, side, slice(None), 0, row, part.start - start, part.stop - start, token)]
+    pieces = []
+    for head in range(heads):
+        begin = part.start + head * row
+        first, last = max(begin, start), min(begin + row, stop)
+        if first < last:
+            pieces.append(Run(layer, side, head, first - begin, last - begin, first - start, last - start, token))
+    return pieces
 
 
 class Payload:

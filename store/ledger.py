@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +137,28 @@ class Ledger:
         if missing > 0:
             raise StoreFullError(f"what is pinned or in use leaves {missing} bytes too few")
         return found
+
+    def room_for(self, row: Row, budget_bytes: int, passed: Set[bytes]) -> dict[bytes, tuple[Row, str]]:
+        """The entries to evict for one that is not in the books yet, with the reason.
+
+        Args:
+            row: the new entry's.
+            budget_bytes: what all entries may take.
+            passed: entries that must stay.
+
+        Raises:
+            StoreFullError: it cannot fit.
+        """
+        size = row.usage.size_bytes
+        used, quota = self.space(row.namespace)
+        if size > min(budget_bytes, quota):
+            raise StoreFullError(f"an entry takes {size} bytes on disk, the most is {min(budget_bytes, quota)}")
+        own = self.victims(used + size - quota, passed, row.namespace)
+        freed = sum(victim.usage.size_bytes for victim in own.values())
+        others = self.victims(self.counters.used_bytes - freed + size - budget_bytes, passed | own.keys())
+        return {key: (victim, "quota") for key, victim in own.items()} | {
+            key: (victim, "budget") for key, victim in others.items()
+        }
 
     def age(self, priority: float) -> None:
         """Sets the clock forward: an entry of this priority was evicted, or not admitted."""

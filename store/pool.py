@@ -101,6 +101,10 @@ class BlockPool:
         keys, values = (store[layer].index_select(0, blocks).transpose(0, 1) for store in (self._keys, self._values))
         return keys.flatten(1, 2)[:, :tokens], values.flatten(1, 2)[:, :tokens]
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All blocks' K and V of a layer, ``[N, H, P, D]`` each."""
+        return self._keys[layer], self._values[layer]
+
     def _own(self, blocks: list[int], at: int) -> None:
         """Makes the block at a place of a list its own."""
         with self._lock:
@@ -120,6 +124,7 @@ class Pooled:
     """
 
     tier = "gpu"
+    codec, unrotated = "raw", False
 
     def __init__(self, pool: BlockPool, kv: ChunkKV) -> None:
         if kinds_of(kv) != pool.kinds:
@@ -130,12 +135,17 @@ class Pooled:
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)
         self.nbytes = len(blocks) * pool.block_bytes
-        self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
+        self.blocks = torch.tensor(blocks, device=pool._keys[0].device)
         weakref.finalize(self, pool.release, blocks).atexit = False
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
-        return self._pool.read(self._blocks, self.tokens, layer), 0
+        return self._pool.read(self.blocks, self.tokens, layer), 0
+
+    def parts(self, layer: int) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], int]:
+        """The layer's whole pool, in which ``blocks`` are the chunk's."""
+        keys, values = self._pool.layer(layer)
+        return ({"": keys}, {"": values}), 0
 
     def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
         """Copies layers into a prompt."""

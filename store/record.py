@@ -19,6 +19,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError
+from ragkv.store import rope
 from ragkv.store.codecs import decoder
 from ragkv.store.layout import DTYPES, NAMES, Layout, Part, Payload, Segments
+from ragkv.store.rope import Rope
 
 VERSION = 1
 MAGIC = b"RAGKV"
@@ -40,6 +43,7 @@ SEGMENT_BYTES = 1 << 19
 _PREFIX = struct.Struct("<5sBHQ")
 _LENGTH = struct.Struct("<Q")
 _METADATA = '{"__metadata__":'
+_JSON = json.JSONDecoder()
 _MOST_LAYERS = 1 << 16
 _UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, IndexError, struct.error, RecursionError)
 
@@ -61,6 +65,8 @@ class Record:
         checksums: xxh3_64 of each segment.
         label: what whoever stored it knows it by; never looked at by the store.
         sensitivity: of each token, see :class:`~ragkv.chunk.ChunkKV`; ``None`` where it was not measured.
+        ropes: how each layer's keys turn; empty where nobody said. A codec that encodes keys before rotation
+            (:attr:`Codec.before_rotation`) has done so where they are known.
     """
 
     layout: Layout
@@ -73,6 +79,7 @@ class Record:
     checksums: tuple[int, ...]
     label: str = ""
     sensitivity: Tensor | None = None
+    ropes: tuple[Rope | None, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -108,12 +115,24 @@ class Record:
 
         With the codec ``raw`` they are views of the payload.
         """
-        codec, place, dtype = decoder(self.codec), self.layout.layers[layer], self.dtypes[layer]
+        codec, dtype = decoder(self.codec), self.dtypes[layer]
         key_shape, value_shape = self.shapes[layer]
-        return (
-            codec.decode(_views(payload, place.keys), key_shape, dtype, "k"),
-            codec.decode(_views(payload, place.values), value_shape, dtype, "v"),
-        )
+        parts, values = self.parts(payload, layer)
+        if self.turned_back and (turns := self.ropes[layer]) is not None:
+            keys = turns.turned(codec.decode(parts, key_shape, torch.float32, "k"), self.base).to(dtype)
+        else:
+            keys = codec.decode(parts, key_shape, dtype, "k")
+        return keys, codec.decode(values, value_shape, dtype, "v")
+
+    def parts(self, payload: Payload, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """K and V of one layer as the codec made them, by the names that it gave them; views of the payload."""
+        place = self.layout.layers[layer]
+        return _views(payload, place.keys), _views(payload, place.values)
+
+    @property
+    def turned_back(self) -> bool:
+        """Whether keys are stored as they were before rotary embedding."""
+        return bool(self.ropes) and decoder(self.codec).before_rotation
 
     def decode(self, payload: Payload) -> ChunkKV:
         """All layers of a whole payload."""
@@ -169,26 +188,29 @@ class Record:
     def _parse(cls, text: str) -> Record:
         if not text.startswith(_METADATA):
             raise ValueError("it does not begin with ragkv's metadata")
-        facts, end = json.JSONDecoder().raw_decode(text, len(_METADATA))
+        facts, end = _JSON.raw_decode(text, len(_METADATA))
         layout = Layout.from_json(text[end + 1 :].rstrip()[:-1])
-        layers = _expand(json.loads(facts["layers"]), int(facts["tokens"]))
-        digits = facts["xxh3_64"]
+        shapes, dtypes = _expand(facts["layers"], int(facts["tokens"]))
+        digits = bytes.fromhex(facts["xxh3_64"])
         record = cls(
             layout=layout,
-            shapes=[shapes for _, shapes in layers],
-            dtypes=[dtype for dtype, _ in layers],
+            shapes=shapes,
+            dtypes=dtypes,
             base=int(facts["base"]),
             codec=str(facts["codec"]),
             space=str(facts["space"]),
             segment_bytes=int(facts["segment_bytes"]),
-            checksums=tuple(int(digits[at : at + 16], 16) for at in range(0, len(digits), 16)),
+            checksums=struct.unpack(f">{len(digits) // 8}Q", digits),
             label=str(facts.get("label", "")),
             sensitivity=_from_text(facts["sensitivity"]) if "sensitivity" in facts else None,
+            ropes=rope.from_text(facts["rope"]) if "rope" in facts else (),
         )
         if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
             raise ValueError(f"{len(record.sensitivity)} sensitivities for {record.tokens} tokens")
-        if len(layers) != len(layout.layers) or record.base < 0 or record.segment_bytes < 1:
-            raise ValueError(f"{len(layers)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
+        if len(shapes) != len(layout.layers) or record.base < 0 or record.segment_bytes < 1:
+            raise ValueError(f"{len(shapes)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
+        if record.ropes and not rope.fit(record.ropes, [key[2] for key, _ in shapes]):
+            raise ValueError("its rotations are not those of its layers")
         if len(record.checksums) != len(record.spans):
             raise ValueError(f"{len(record.checksums)} checksums for {len(record.spans)} segments")
         return record
@@ -206,6 +228,7 @@ class Record:
             "space": self.space,
             **({"label": self.label} if self.label else {}),
             **({} if self.sensitivity is None else {"sensitivity": _to_text(self.sensitivity)}),
+            **({"rope": rope.to_text(self.ropes)} if self.ropes else {}),
             "codec": self.codec,
             "base": str(self.base),
             "tokens": str(self.tokens),
@@ -233,14 +256,17 @@ def _header_checksum(key: bytes, header: bytes) -> int:
     return xxhash.xxh3_64_intdigest(key + header)
 
 
-def _expand(runs: Sequence[Sequence], tokens: int) -> list[tuple[torch.dtype, tuple[Shape, Shape]]]:
-    """``[[count, dtype, key heads, key dim, value heads, value dim]...]`` as one item a layer."""
-    layers: list[tuple[torch.dtype, tuple[Shape, Shape]]] = []
-    for count, dtype, key_heads, key_dim, value_heads, value_dim in runs:
-        if not 0 < count <= _MOST_LAYERS - len(layers):
-            raise ValueError(f"{count} layers of one kind behind {len(layers)} others")
-        layers += [(DTYPES[dtype], ((key_heads, tokens, key_dim), (value_heads, tokens, value_dim)))] * count
-    return layers
+@lru_cache(maxsize=256)
+def _expand(text: str, tokens: int) -> tuple[tuple[tuple[Shape, Shape], ...], tuple[torch.dtype, ...]]:
+    """Shapes and dtype of every layer, from ``[[count, dtype, key heads, key dim, value heads, value dim]...]`` as JSON."""
+    shapes: list[tuple[Shape, Shape]] = []
+    dtypes: list[torch.dtype] = []
+    for count, dtype, key_heads, key_dim, value_heads, value_dim in json.loads(text):
+        if not 0 < count <= _MOST_LAYERS - len(shapes):
+            raise ValueError(f"{count} layers of one kind behind {len(shapes)} others")
+        shapes += [((key_heads, tokens, key_dim), (value_heads, tokens, value_dim))] * count
+        dtypes += [DTYPES[dtype]] * count
+    return tuple(shapes), tuple(dtypes)
 
 
 def _views(payload: Payload, parts: dict[str, Part]) -> dict[str, Tensor]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.environment import Environment
-from ragkv.store.layout import Payload
+from ragkv.store.layout import Payload, runs
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
 from ragkv.store.target import Target
@@ -20,8 +21,16 @@ from ragkv.store.translation import translated
 
 _SEGMENT = struct.Struct(">I")
 
-# A place in the payload, and the uint8 array [H, T, bytes of a token] that what stands there is copied to.
-Run = tuple[int, Any]
+# K's and V's memory, as uint8 [H, N x bytes of a token].
+Rows = tuple[Any, Any]
+
+
+class Piece(NamedTuple):
+    """A segment in the file, and what is copied out of it: targets and sources."""
+
+    segment: int
+    view: Any
+    copies: list[tuple[Any, Any]]
 
 
 class Snapshot:
@@ -59,38 +68,40 @@ class Snapshot:
             RecordError: it is not what was stored.
         """
         start, stop = record.spans[index]
-        with self._environment.gate, self._lock, translated(self._environment.path):
-            out.numpy()[start:stop] = self._view(key, record, index)
+        with self.inside():
+            out.numpy()[start:stop] = self._view(key, index, start, stop)
         record.check_segment(index, out[start:stop])
         return stop - start
 
-    def scatter(self, key: bytes, record: Record, runs: Mapping[int, list[Run]], verified: set[int]) -> int:
-        """Copies parts of segments straight from the file.
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Keeps others out, and the folder's memory in place, while it is read."""
+        with self._environment.gate, self._lock, translated(self._environment.path):
+            yield
+
+    def pieces(self, key: bytes, record: Record, rows: Mapping[int, Rows], token: int) -> list[Piece]:
+        """What to copy straight from the file for some layers that are stored as they are; valid :meth:`inside`.
 
         Args:
             key: the record's.
             record: its header.
-            runs: what to copy, by segment.
-            verified: segments whose checksum was compared; the others' are, before they are copied, and they are added.
-
-        Returns:
-            Bytes of the segments that were read for the first time.
+            rows: where to, by layer; layers that follow each other.
+            token: the one at which the chunk begins there.
 
         Raises:
-            RecordError: a segment is not what was stored; then nothing of it was copied.
+            RecordError: a segment is missing.
         """
-        spans, count = record.spans, 0
-        with self._environment.gate, self._lock, translated(self._environment.path):
-            for index, parts in runs.items():
-                view = self._view(key, record, index)
-                # A segment that was just hashed is copied out of the processor's cache.
-                if index not in verified:
-                    record.check_segment(index, view)
-                    verified.add(index)
-                    count += len(view)
-                for place, target in parts:
-                    _copy(view, spans[index][0], place, target)
-        return count
+        spans, every = record.spans, runs(record.layout, record.segment_bytes)
+        found = []
+        for index in record.segments.of_layers(min(rows), max(rows)):
+            view, copies = self._view(key, index, *spans[index]), []
+            for layer, side, heads, first, last, start, stop, token_bytes in every[index]:
+                if layer in rows:
+                    at = token * token_bytes
+                    target = rows[layer][side][heads, at + first : at + last]
+                    copies.append((target, view[start:stop].reshape(target.shape)))
+            found.append(Piece(index, view, copies))
+        return found
 
     def counters(self) -> Counters:
         """What the books sum up.
@@ -111,9 +122,8 @@ class Snapshot:
             raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
         return self._reading.txn
 
-    def _view(self, key: bytes, record: Record, index: int) -> Any:
+    def _view(self, key: bytes, index: int, start: int, stop: int) -> Any:
         """A segment in the file, as a uint8 array that is valid while the lock is held."""
-        start, stop = record.spans[index]
         data = self._txn.get(segment_key(key, index), db=self._environment.db(b"segments"))
         if data is None or len(data) != stop - start:
             raise RecordError(f"segment {index} is missing or cut short")
@@ -137,10 +147,12 @@ class Loading:
     """
 
     tier = "disk"
+    blocks = None
 
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
         self.sensitivity = record.sensitivity
+        self.codec, self.unrotated = record.codec, record.turned_back
         self.key = key
         self.record = record
         self.row = row
@@ -173,6 +185,11 @@ class Loading:
         count = self.load(self.record.segments_of(layer)) if self._missing else 0
         return self.record.layer(self.payload, layer), count
 
+    def parts(self, layer: int) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], int]:
+        """K and V of a layer as they are encoded, and the bytes that were read for it."""
+        count = self.load(self.record.segments_of(layer)) if self._missing else 0
+        return self.record.parts(self.payload, layer), count
+
     def load(self, segments: range) -> int:
         """Reads what is missing of some segments; how many bytes."""
         with self._lock:
@@ -187,7 +204,7 @@ class Loading:
 
         What memory would not keep anyway is copied straight from the file.
         """
-        if self.direct and all(target.plain for target in targets):
+        if self.direct and all(target.rows is not None for target in targets):
             return self._place_directly(layers, targets, start)
         count = 0
         for layer, target in zip(layers, targets, strict=True):
@@ -197,29 +214,38 @@ class Loading:
         return count
 
     def _place_directly(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        runs: dict[int, list[Run]] = {}
-        places, segments = self.record.layout.layers, self.record.segments
+        """A segment is verified right behind its copy, out of the processor's cache, where that takes next to nothing."""
+        rows, count = self._rows(layers, targets, start), 0
+        with self._snapshot.inside():
+            # All that is Python's comes first: it is slow once the copies have emptied the processor's caches.
+            pieces = self._snapshot.pieces(self.key, self.record, rows, start) if rows else []
+            for index, view, copies in pieces:
+                for target, source in copies:
+                    target[...] = source
+                if index not in self._verified:
+                    self.record.check_segment(index, view)
+                    self._verified.add(index)
+                    count += len(view)
+        return count
+
+    def _rows(self, layers: range, targets: Sequence[Target], start: int) -> dict[int, Rows]:
+        """Each layer's memory in the prompt.
+
+        Raises:
+            StoreError: a target does not fit.
+            RecordError: the record contradicts itself.
+        """
+        rows: dict[int, Rows] = {}
+        fitting = None
         for layer, target in zip(layers, targets, strict=True):
-            place = places[layer]
-            parts = target.memory(start, place.keys[""], place.values[""])
-            for index in segments.of_layer[layer]:
-                runs.setdefault(index, []).extend(parts)
-        with self._lock:
-            return self._snapshot.scatter(self.key, self.record, runs, self._verified)
-
-
-def _copy(view: Any, start: int, place: int, target: Any) -> None:
-    """Copies what a segment, which begins at ``start``, has of the part at ``place``."""
-    stop, size = start + len(view), target.size
-    if start <= place and place + size <= stop:
-        target[:] = view[place - start : place - start + size].reshape(target.shape)
-        return
-    row = size // len(target)
-    for head in range(len(target)):
-        offset = place + head * row
-        first, last = max(offset, start), min(offset + row, stop)
-        if first < last:
-            target[head].reshape(-1)[first - offset : last - offset] = view[first - start : last - start]
+            stored = self.record.layout.layers[layer].kinds
+            if fitting != (stored, self.record.shapes[layer], target.kinds):
+                fitting = stored, self.record.shapes[layer], target.kinds
+                if tuple(shape for shape, _ in stored) != self.record.shapes[layer]:
+                    raise RecordError(f"layer {layer} must be {self.record.shapes[layer]}, the record has {stored}")
+                target.check(stored, start)
+            rows[layer] = target.rows
+        return rows
 
 
 def segment_key(key: bytes, index: int) -> bytes:

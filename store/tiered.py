@@ -15,13 +15,14 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.batch import Batch
+from ragkv.store.batch import Batch, InMemory
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier
-from ragkv.store.encode import encode
 from ragkv.store.gpu import GpuTier
+from ragkv.store.levels import Levels
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import Policy, get_policy
+from ragkv.store.rope import Rotation, ropes_of
 from ragkv.store.stats import StoreStats
 from ragkv.store.terms import Item, Terms
 from ragkv.store.tiers import Tiers
@@ -40,7 +41,9 @@ class TieredStore:
         disk_bytes: budget of the disk tier, in whole pages of the file; 0 switches it off.
         policy: name of the eviction policy, or one of your own. Each tier keeps its own clock.
         codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, ``cachegen``, or one of these
-            with other settings. Memory keeps what decoding gives.
+            with other settings.
+        cpu_codec: how CPU memory keeps KV: encoded from what is put, and from what is on disk once that is read again. By
+            default what decoding gives, so that a chunk is the same wherever it comes from. The GPU tier keeps numbers.
         selective: refuse a new entry where the tier is full and it is worth less than what it would evict, so that
             chunks that are asked for once do not flush the store; :meth:`put` then returns False.
         readonly: open the folder for reading only. A folder that may not be written to is opened so by itself.
@@ -60,6 +63,7 @@ class TieredStore:
         disk_bytes: int = 100 << 30,
         policy: str | Policy = "pgdsf",
         codec: str | Codec = "raw",
+        cpu_codec: str | Codec | None = None,
         selective: bool = False,
         readonly: bool = False,
         device: torch.device | str = "cuda",
@@ -73,18 +77,19 @@ class TieredStore:
         self._facts: dict[str, bytes] = {}
         self._selective = selective
         self._closed = False
-        self._codec = get_codec(codec)
+        in_memory = None if cpu_codec is None else get_codec(cpu_codec)
+        self._levels = Levels(in_memory if in_memory and self.path is None else get_codec(codec), in_memory)
         self._policy = get_policy(policy)
         self._gpu = GpuTier(gpu_bytes, device, get_policy(policy), leases)
         # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
         gone = self._gpu.remove if self.path is None else (lambda key: None)
-        self._cpu: MemoryTier[ChunkKV] = MemoryTier(cpu_bytes, get_policy(policy), leases, gone=gone)
+        self._cpu: MemoryTier[InMemory] = MemoryTier(cpu_bytes, get_policy(policy), leases, gone=gone)
         self._disk: DiskTier | None = None
         if self.path is not None:
             self._disk = DiskTier(
                 self.path, disk_bytes, get_policy(policy), leases, selective=selective, readonly=readonly
             )
-        self._tiers = Tiers(self._gpu, self._cpu, self._disk, leases)
+        self._tiers = Tiers(self._gpu, self._cpu, self._disk, leases, self._levels)
 
     def put(
         self,
@@ -96,6 +101,7 @@ class TieredStore:
         namespace: str = "",
         lifetime_s: float = math.inf,
         label: str = "",
+        rotations: Sequence[Rotation | None] = (),
     ) -> bool:
         """Stores a chunk's KV; what was stored under the key is replaced. Durable, with a path, when it returns.
 
@@ -107,6 +113,7 @@ class TieredStore:
             namespace: whose entry it is, for quotas. The key already keeps namespaces apart.
             lifetime_s: seconds after which it is a miss.
             label: what you know it by, at most 256 characters; kept in the record and shown by lists.
+            rotations: how each layer's keys turn; ``int8``, ``int4`` and ``cachegen`` err less in K when they are told.
 
         Returns:
             Whether it is stored now: always, unless the store is selective.
@@ -116,7 +123,7 @@ class TieredStore:
             StoreError: it is no KV that can be stored, or the folder is for reading only.
         """
         item = Item(key, kv, cost_s, label)
-        return self.put_many([item], space=space, namespace=namespace, lifetime_s=lifetime_s)[0]
+        return self.put_many([item], space=space, namespace=namespace, lifetime_s=lifetime_s, rotations=rotations)[0]
 
     def put_many(
         self,
@@ -125,6 +132,7 @@ class TieredStore:
         space: str = "",
         namespace: str = "",
         lifetime_s: float = math.inf,
+        rotations: Sequence[Rotation | None] = (),
     ) -> list[bool]:
         """Stores several chunks, on disk in one transaction: all or none, and synced once.
 
@@ -133,6 +141,7 @@ class TieredStore:
             space: see :meth:`put`, as for the rest.
             namespace: whose entries they are.
             lifetime_s: seconds after which they are misses.
+            rotations: see :meth:`put`.
 
         Returns:
             Whether each is stored now.
@@ -142,16 +151,14 @@ class TieredStore:
         """
         self._check_open()
         started = perf_counter()
-        encoded = [
-            (
-                item.key,
-                *encode(item.kv, codec=self._codec, space=space, label=item.label),
-                Terms(namespace, lifetime_s, item.cost_s),
-            )
-            for item in (Item(*item) for item in items)
+        given, ropes = [Item(*item) for item in items], ropes_of(rotations)
+        encoded = [self._levels.encode(item, space, ropes) for item in given]
+        stored = [
+            (item.key, *below, Terms(namespace, lifetime_s, item.cost_s))
+            for item, (below, _) in zip(given, encoded, strict=True)
         ]
         between = perf_counter()
-        kept = self._tiers.put_many(encoded, selective=self._selective)
+        kept = self._tiers.put_many(stored, [above for _, above in encoded], selective=self._selective)
         with self._tiers.lock:
             self._tiers.tally.latency["encode"].add(between - started)
             self._tiers.tally.latency["write"].add(perf_counter() - between)
@@ -252,7 +259,7 @@ class TieredStore:
         """What the store holds, and what it did since it was opened."""
         self._check_open()
         with self._tiers.lock:
-            memory: dict[str, GpuTier | MemoryTier[ChunkKV]] = {"gpu": self._gpu, "cpu": self._cpu}
+            memory: dict[str, GpuTier | MemoryTier[InMemory]] = {"gpu": self._gpu, "cpu": self._cpu}
             entries = {name: len(tier) for name, tier in memory.items()}
             sizes = {name: tier.used_bytes for name, tier in memory.items()}
             file_bytes = 0
@@ -274,6 +281,14 @@ class TieredStore:
             self._facts[name] = value
         else:
             self._disk.set_fact(name, value)
+
+    def meta_remove(self, name: str) -> None:
+        """Forgets a small fact; nothing happens where there is none."""
+        self._check_open()
+        if self._disk is None:
+            self._facts.pop(name, None)
+        else:
+            self._disk.remove_fact(name)
 
     def flush(self) -> None:
         """Writes what is pending (how often entries were used) to disk."""

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
-from ragkv.chunk import ChunkKV
 from ragkv.errors import RagKVError, RecordError, StoreFullError
 from ragkv.store.batch import InMemory, Source
 from ragkv.store.disk import DiskTier
 from ragkv.store.gpu import GpuTier
 from ragkv.store.layout import Payload
+from ragkv.store.levels import Encoded, Levels
 from ragkv.store.memory import MemoryTier
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
@@ -37,17 +37,26 @@ class Tiers:
         cpu: the CPU tier; likewise.
         disk: the disk tier, if there is one.
         leases: open batches by key; both tiers evict nothing that stands in it.
+        levels: in which codec CPU memory keeps chunks.
 
     Attributes:
         lock: held for moments only, never while the disk is written.
         tally: what was done so far.
     """
 
-    def __init__(self, gpu: GpuTier, cpu: MemoryTier[ChunkKV], disk: DiskTier | None, leases: Counter[bytes]) -> None:
+    def __init__(
+        self,
+        gpu: GpuTier,
+        cpu: MemoryTier[InMemory],
+        disk: DiskTier | None,
+        leases: Counter[bytes],
+        levels: Levels,
+    ) -> None:
         self.gpu = gpu
         self.cpu = cpu
         self.disk = disk
         self.leases = leases
+        self.levels = levels
         self.lock = threading.RLock()
         self.tally = Tally()
         # Damaged records that could not be deleted.
@@ -91,20 +100,32 @@ class Tiers:
                 if self.leases[key] <= 0:
                     del self.leases[key]
 
-    def put_many(self, items: Sequence[tuple[bytes, Record, Payload, Terms]], *, selective: bool) -> list[bool]:
-        """Stores records on disk, where there is one, and in memory, as far as they are worth that."""
+    def put_many(
+        self,
+        items: Sequence[tuple[bytes, Record, Payload, Terms]],
+        above: Sequence[Encoded],
+        *,
+        selective: bool,
+    ) -> list[bool]:
+        """Stores records on disk, where there is one, and in memory, as far as they are worth that.
+
+        Args:
+            items: what is stored.
+            above: for each what memory gets, in whatever codec.
+            selective: refuse what is worth less than what it would evict.
+        """
         if self.disk is None:
+            held = [InMemory(*self.levels.for_memory(*pair)) for pair in above]
             with self.lock:
                 return [
-                    self.cpu.put(key, record.decode(payload), terms, selective=selective)
-                    for key, record, payload, terms in items
+                    self.cpu.put(key, kv, terms, selective=selective)
+                    for (key, _, _, terms), kv in zip(items, held, strict=True)
                 ]
         rows = self.disk.put_many(items)
-        for (key, record, payload, _), row in zip(items, rows, strict=True):
+        for (key, record, _, _), pair, row in zip(items, above, rows, strict=True):
             if row is not None:
                 self.unreadable.discard(key)
-                if self.cpu.budget_bytes or self.gpu.budget_bytes:
-                    self.promote(key, record.decode(payload), row)
+                self.promote(key, pair, row)
                 with self.lock:
                     self.tally.bytes_written += record.payload_bytes
         return [row is not None for row in rows]
@@ -149,13 +170,14 @@ class Tiers:
 
     def finish(self, key: bytes, source: Source) -> None:
         """A batch is done with a chunk: the tiers above keep it if it is worth that."""
-        if isinstance(source, Loading) and source.complete and (self.cpu.budget_bytes or self.gpu.budget_bytes):
-            self.promote(key, source.record.decode(source.payload), source.row)
+        if isinstance(source, Loading) and source.complete:
+            self.promote(key, (source.record, source.payload), source.row)
         elif isinstance(source, InMemory) and self.gpu.budget_bytes:
             with self.lock:
                 entry = self.cpu.find(key)
                 if entry is not None:
-                    self.gpu.put(key, entry.kv, Terms(lifetime_s=max(self.cpu.remaining_s(key), 1e-9)), entry.usage)
+                    terms = Terms(lifetime_s=max(self.cpu.remaining_s(key), 1e-9))
+                    self.gpu.put(key, entry.kv.record.decode(entry.kv.payload), terms, entry.usage)
 
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored."""
@@ -163,20 +185,22 @@ class Tiers:
         with self.lock:
             return any([self.cpu.remove(key), self.gpu.remove(key), removed])
 
-    def promote(self, key: bytes, kv: ChunkKV, row: Row) -> None:
+    def promote(self, key: bytes, kept: Encoded, row: Row) -> None:
         """Keeps in memory what is on disk, if it fits and is worth what it would evict."""
-        if self.disk is None:
+        if self.disk is None or not (self.cpu.budget_bytes or self.gpu.budget_bytes):
             return
+        held = InMemory(*self.levels.for_memory(*kept)) if self.cpu.budget_bytes else None
         with self.lock:
             self._forget(key)
             # Asked under the lock: what is removed from disk after this is removed from memory after this.
             if not self.disk.contains(key):
                 return
             terms = Terms(lifetime_s=max(row.expires_s - self.disk.now(), 1e-9))
-            self.gpu.put(key, kv, terms, row.usage)
-            if self.cpu.budget_bytes:
+            if self.gpu.budget_bytes:
+                self.gpu.put(key, kept[0].decode(kept[1]), terms, row.usage)
+            if held is not None:
                 try:
-                    self.cpu.put(key, kv, terms, row.usage, selective=True)
+                    self.cpu.put(key, held, terms, row.usage, selective=True)
                 except StoreFullError as error:
                     logger.debug("%s stays on disk: %s", key.hex(), error)
 
@@ -226,7 +250,7 @@ class Tiers:
             if pooled is not None:
                 sources[key] = pooled
             elif entry is not None:
-                sources[key] = InMemory(entry.kv)
+                sources[key] = entry.kv
         return sources
 
     def _forget(self, key: bytes) -> None:

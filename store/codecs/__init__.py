@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import RecordError
 from ragkv.store.codecs.base import Codec, Side
 from ragkv.store.codecs.cachegen import CacheGen
 from ragkv.store.codecs.fp8 import Fp8
@@ -12,6 +12,7 @@ from ragkv.store.codecs.int4 import Int4
 from ragkv.store.codecs.int8 import Int8
 from ragkv.store.codecs.lossless import Lossless
 from ragkv.store.codecs.raw import Raw
+from ragkv.store.named import named
 
 CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (Raw, Lossless, Int8, Int4, Fp8, CacheGen)}
 
@@ -22,11 +23,7 @@ def get_codec(codec: str | Codec) -> Codec:
     Raises:
         StoreError: no codec has that name.
     """
-    if isinstance(codec, Codec):
-        return codec
-    if codec not in CODECS:
-        raise StoreError(f"codec must be one of {', '.join(sorted(CODECS))}, got {codec!r}")
-    return CODECS[codec]()
+    return named("codec", codec, Codec, CODECS)
 
 
 @cache

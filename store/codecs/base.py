@@ -18,6 +18,8 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether K is better encoded as it was before rotary embedding, which mixes its channels.
+    before_rotation: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:

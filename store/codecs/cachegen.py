@@ -32,6 +32,7 @@ class CacheGen(Codec):
     """
 
     name = "cachegen"
+    before_rotation = True
 
     def __init__(self, bins: tuple[float, ...] = (0.2, 0.3, 0.4), group_tokens: int = 1, level: int = 1) -> None:
         if not bins or min(bins) <= 0 or group_tokens < 1:

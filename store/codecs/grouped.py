@@ -17,12 +17,13 @@ class Grouped(Codec):
     """Asymmetric quantisation in groups: ``number = low + step x integer``, as in KIVI (arXiv:2402.02750).
 
     K is quantised per channel, over groups of tokens, because its outliers keep to channels; V per token, over groups
-    of channels. K's channels are best before rotation; the store takes K as it is given.
+    of channels. K is taken before rotation where the store is told how it turns.
 
     Args:
         group: numbers that share a step and a lowest value.
     """
 
+    before_rotation = True
     bits: ClassVar[int]
 
     def __init__(self, group: int = 64) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ragkv.errors import StoreError
+from ragkv.store.named import named
 from ragkv.store.policy.base import Policy, Usage
 from ragkv.store.policy.belady import Belady
 from ragkv.store.policy.gdsf import GDSF
@@ -19,11 +19,7 @@ def get_policy(policy: str | Policy) -> Policy:
     Raises:
         StoreError: no policy has that name.
     """
-    if isinstance(policy, Policy):
-        return policy
-    if policy not in POLICIES:
-        raise StoreError(f"policy must be one of {', '.join(sorted(POLICIES))} or a Policy, got {policy!r}")
-    return POLICIES[policy]()
+    return named("policy", policy, Policy, POLICIES)
 
 
 __all__ = ["Belady", "GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]
