@@ -4,12 +4,13 @@ Each has a readable reference in torch and a fused version in Triton; triton is 
 """
 
 from ragkv.kernels.api import deviation, place, place_pieces, scatter
-from ragkv.kernels.api_attention import key_spans, question_scores, selective_attention
+from ragkv.kernels.api_attention import WIDEST_HEAD, key_spans, question_scores, selective_attention
 from ragkv.kernels.dispatch import Impl, KernelError, implementation
 from ragkv.kernels.rotation import Rotation, rotation_tables
 from ragkv.kernels.stored import Piece, Stored, slots_of
 
 __all__ = [
+    "WIDEST_HEAD",
     "Impl",
     "KernelError",
     "Piece",

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ragkv.kernels import reference_attention as reference
 from ragkv.kernels.dispatch import Impl, implementation
+from ragkv.kernels.scoring import Scoring
 from ragkv.kernels.validation import check_index, check_same, check_shape, require
 
-_LARGEST_DIM = 256
+#: Largest head that the kernels take.
+WIDEST_HEAD = 256
 
 
 def key_spans(positions: Tensor, *, window: int | None = None, chunk: int | None = None) -> Tensor:
@@ -76,15 +78,14 @@ def selective_attention(
         KernelError: shapes, dtypes or devices do not fit together, or ``impl`` cannot run here.
         MissingPackageError: ``impl`` names triton and it is not installed.
     """
-    _check(query, key, spans, scale, softcap, sinks)
+    scoring = _scoring(query, key, spans, scale, softcap, sinks)
     check_shape("value", value, [key.shape[0], key.shape[1], None], "[K, N, Dv]")
     check_same("query, key and value", query=query, key=key, value=value)
-    scale = query.shape[2] ** -0.5 if scale is None else scale
     if _implementation(impl, query, value) == "reference":
-        return reference.selective_attention(query, key, value, spans, scale, softcap, sinks)
+        return reference.selective_attention(query, key, value, spans, scoring)
     from ragkv.kernels.triton_impl.attention import selective_attention as fused
 
-    return fused(query, key, value, spans, scale, softcap, sinks)
+    return fused(query, key, value, spans, scoring)
 
 
 def question_scores(
@@ -114,19 +115,19 @@ def question_scores(
     Raises:
         KernelError, MissingPackageError: as :func:`selective_attention`.
     """
-    _check(query, key, spans, scale, softcap, sinks)
+    scoring = _scoring(query, key, spans, scale, softcap, sinks)
     check_same("query and key", query=query, key=key)
-    scale = query.shape[2] ** -0.5 if scale is None else scale
     if _implementation(impl, query, key) == "reference":
-        return reference.question_scores(query, key, spans, scale, softcap, sinks)
+        return reference.question_scores(query, key, spans, scoring)
     from ragkv.kernels.triton_impl.scores import question_scores as fused
 
-    return fused(query, key, spans, scale, softcap, sinks)
+    return fused(query, key, spans, scoring)
 
 
-def _check(
+def _scoring(
     query: Tensor, key: Tensor, spans: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
-) -> None:
+) -> Scoring:
+    """What both operations take by name, once everything was checked that they share."""
     check_shape("query", query, [None, None, None], "[H, S, D]")
     heads, tokens, dim = query.shape
     check_shape("key", key, [None, None, dim], "[K, N, D]")
@@ -138,12 +139,13 @@ def _check(
     require(softcap is None or softcap > 0, f"softcap must be positive, got {softcap}")
     if sinks is not None:
         check_shape("sinks", sinks, [heads], "[H]")
+    return Scoring(dim**-0.5 if scale is None else scale, softcap, sinks)
 
 
 def _implementation(impl: Impl, query: Tensor, other: Tensor) -> str:
     """Heads wider than the tiles go to the reference under "auto"."""
     widest = max(query.shape[2], other.shape[2])
-    if widest > _LARGEST_DIM:
-        require(impl != "triton", f"impl='triton' takes heads of up to {_LARGEST_DIM} dimensions, got {widest}")
+    if widest > WIDEST_HEAD:
+        require(impl != "triton", f"impl='triton' takes heads of up to {WIDEST_HEAD} dimensions, got {widest}")
         return implementation("reference", query.device)
     return implementation(impl, query.device, query.dtype)

@@ -10,41 +10,32 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ragkv.kernels.scoring import Scoring
+
 _QUERIES = 256  # at once, so that scores [H, queries, N] stay small
 
 
-def selective_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
     """See :func:`ragkv.kernels.selective_attention`."""
     pieces = [
         torch.einsum("kgsn,knd->skgd", weights, value.to(weights.dtype)).flatten(1, 2)
-        for weights in _weights(query, key, spans, scale, softcap, sinks)
+        for weights in _weights(query, key, spans, scoring)
     ]
     heads = query.shape[0]
     return torch.cat(pieces).to(query.dtype) if pieces else query.new_empty(0, heads, value.shape[2])
 
 
-def question_scores(
-    query: Tensor, key: Tensor, spans: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def question_scores(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
     """See :func:`ragkv.kernels.question_scores`."""
     mass = torch.zeros(key.shape[1], device=key.device)
-    for weights in _weights(query, key, spans, scale, softcap, sinks):
+    for weights in _weights(query, key, spans, scoring):
         mass += weights.sum((0, 1, 2))
     return mass
 
 
-def _weights(
-    query: Tensor, key: Tensor, spans: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Iterator[Tensor]:
+def _weights(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Iterator[Tensor]:
     """Attention weights ``[K, H / K, queries, N]`` of one block of queries after the other, in fp32 (or fp64)."""
+    scale, softcap, sinks = scoring
     groups = query.shape[0] // key.shape[0]
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, at = key.to(wide), torch.arange(key.shape[1], device=key.device)

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from ragkv.kernels import Impl, implementation, key_spans, selective_attention
 
 if TYPE_CHECKING:
     from ragkv.masks import Rule
+
+#: Shown what every layer attends with: query ``[H, S, D]``, key ``[K, N, D]``, spans ``[S, 2]`` and, by name, what
+#: :func:`ragkv.kernels.question_scores` takes besides.
+Watch = Callable[..., None]
 
 _FAR = 1 << 30  # a position beyond every window
 _names = count()
@@ -88,17 +93,17 @@ class SpanBuilder:
         return self._made[rule]
 
 
-@dataclass
+@dataclass(frozen=True)
 class KernelAttention:
-    """The attention function of one pass, and what became of it.
+    """The attention function of one pass.
 
     Attributes:
         impl: what selective attention is asked to run as.
-        calls: how often it ran.
+        watch: told of every layer before it is computed.
     """
 
     impl: Impl
-    calls: int = 0
+    watch: Watch | None = None
 
     def __call__(
         self,
@@ -138,28 +143,34 @@ class KernelAttention:
             raise UnsupportedModelError(
                 f"selective attention knows no {', '.join(foreign or ['dropout'])}: use sdpa or eager"
             )
-        if attention_mask is None:
-            if softcap is None and s_aux is None:
-                return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-            behind = key.shape[2] - query.shape[2]
-            attention_mask = SpanRule().spans(torch.arange(query.shape[2], device=query.device) + behind)
-        elif attention_mask.dtype != torch.int32 or tuple(attention_mask.shape) != (1, 1, query.shape[2], 2):
-            got = f"{attention_mask.dtype} {list(attention_mask.shape)}"
-            raise UnsupportedModelError(f"selective attention takes int32 spans [1, 1, {query.shape[2]}, 2], got {got}")
-        self.calls += 1
-        out = selective_attention(
-            *(query[0], key[0], value[0], attention_mask[0, 0]),
-            scale=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            impl=self.impl,
+        more: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "impl": self.impl}
+        if attention_mask is None and softcap is None and s_aux is None and self.watch is None:
+            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+        spans = _spans_of(attention_mask, query, key)
+        if self.watch is not None:
+            self.watch(query[0], key[0], spans, **more)
+        return selective_attention(query[0], key[0], value[0], spans, **more)[None], None
+
+
+def _spans_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """Spans ``[S, 2]`` out of the mask's place; where there is none, of the last S of the N tokens, causally."""
+    queries = query.shape[2]
+    if mask is None:
+        return key_spans(torch.arange(queries, device=query.device) + key.shape[2] - queries)
+    if mask.dtype != torch.int32 or tuple(mask.shape) != (1, 1, queries, 2):
+        raise UnsupportedModelError(
+            f"selective attention takes int32 spans [1, 1, {queries}, 2], got {mask.dtype} {list(mask.shape)}"
         )
-        return out[None], None
+    return mask[0, 0]
 
 
 @contextmanager
 def kernel_attention(
-    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, impl: Impl = "auto"
+    config: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: Impl = "auto",
+    watch: Watch | None = None,
 ) -> Iterator[str]:
     """Selective attention in all layers of a model; what it was loaded with is put back whatever happens.
 
@@ -170,13 +181,14 @@ def kernel_attention(
         device: of the model.
         dtype: of the model's activations.
         impl: which implementation of the kernel runs.
+        watch: told of every layer before it is computed.
 
     Yields:
         What runs, for the report: ``"selective (triton)"`` or ``"selective (reference)"``.
     """
     ran = implementation(impl, device, dtype)
     loaded, name = config._attn_implementation, f"ragkv_selective_{next(_names)}"  # a name of this pass alone
-    AttentionInterface.register(name, KernelAttention(ran))
+    AttentionInterface.register(name, KernelAttention(ran, watch))
     AttentionMaskInterface.register(name, _spans_of_model)
     config._attn_implementation = name
     try:
@@ -199,6 +211,7 @@ def _spans_of_model(*, q_length: int, kv_length: int, mask_function: Rule, devic
     return SpanBuilder(rules, torch.arange(q_length, device=device) + q_offset, kv_length).layer(0)
 
 
+@lru_cache(maxsize=64)
 def _closed_form(rule: Rule, device: torch.device | str) -> SpanRule | None:
     first = _bisect(lambda key: _sees(rule, _FAR, key, device), 0, _FAR)
     if first == 0:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ragkv.attention import eager_attention
 from ragkv.cache import FusedCache
-from ragkv.errors import MethodError
-from ragkv.kernels import deviation
+from ragkv.errors import MethodError, UnsupportedModelError
+from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.kernels import KernelError, deviation, implementation, question_scores
 from ragkv.layout import Layout
+from ragkv.masks import for_model
 from ragkv.model import Decoder
 from ragkv.passes import Pass
 
@@ -50,6 +53,10 @@ class Scene:
         piece_tokens: tokens that one forward computes at most.
         place: writes one layer's prefix and stored chunks to their slots in the cache.
         sensitivities: of each chunk's tokens; ``None`` where they were not measured.
+
+    Attributes:
+        looked: what the suffix's attention was read from: ``"question_scores (triton)"``, ``"question_scores (reference)"`` or
+            ``"eager"``; empty before :meth:`attention` was asked for.
     """
 
     def __init__(
@@ -61,7 +68,7 @@ class Scene:
         place: Callable[[int], None],
         sensitivities: Sequence[Tensor | None],
     ):
-        self.layout = layout
+        self.layout, self.looked = layout, ""
         self._decoder, self._cache, self._piece_tokens, self._place = decoder, cache, piece_tokens, place
         self._sensitivities = sensitivities
 
@@ -79,6 +86,9 @@ class Scene:
     def attention(self, queries: str = "all") -> Tensor:
         """What the suffix looks at, over the chunks as they are stored and at its final position.
 
+        Where the model's attention is one that :func:`ragkv.kernels.question_scores` computes, no matrix of weights is made. Else
+        the model's own eager attention shows its weights; not so where ``kernels`` were asked for by name.
+
         Args:
             queries: mean over ``"all"`` suffix tokens, or the ``"last"`` one's alone.
 
@@ -88,34 +98,78 @@ class Scene:
         Raises:
             MethodError: the model does not show its attention.
         """
-        if not getattr(self._decoder.model, "_supports_attention_backend", False):
+        decoder, rows = self._decoder, self.layout.suffix
+        if not getattr(decoder.model, "_supports_attention_backend", False):
             raise MethodError(
                 "this model's attention is not open to view, so no method that follows the question runs on it"
             )
-        rows = self.layout.suffix
-        seen: list[Tensor] = []
-        span = slice(self.layout.chunks_start, self.layout.suffix_start)
+        first = 0 if queries == "all" else len(rows) - 1
+        self._cache.prepare = self._place
+        try:
+            seen = self._look(rows, first)
+        finally:
+            self._cache.prepare = None
+        if len(seen) != len(decoder.layers):
+            raise MethodError(
+                f"{len(seen)} of {len(decoder.layers)} layers showed their attention, so no method that follows the question runs "
+                "on this model"
+            )
+        return torch.stack(seen)
+
+    def _look(self, rows: Tensor, first: int) -> list[Tensor]:
+        """Every layer's attention ``[R]`` of the rows from ``first`` on."""
+        rules = self._rules()
+        if rules is not None:
+            try:
+                return self._scored(rows, first, rules)
+            except (KernelError, UnsupportedModelError):
+                if self._decoder.kernels != "auto":
+                    raise
+        return self._eager(rows, first)
+
+    def _rules(self) -> list[SpanRule] | None:
+        """The attention of every layer as the kernels take it; ``None`` where the model does not allow it."""
+        decoder = self._decoder
+        if decoder.spans is not None or implementation(decoder.kernels, decoder.device, decoder.dtype) == "triton":
+            return decoder.spans  # asked for by name it is there; else the decoder has tried it, and may have refused
+        return span_rules(decoder.rules, decoder.device) if serves(decoder.model, decoder.config) else None
+
+    def _scored(self, rows: Tensor, first: int, rules: list[SpanRule]) -> list[Tensor]:
+        """From question scores, which the kernel takes on the way."""
+        decoder, seen = self._decoder, list[Tensor]()
+        chunks = slice(self.layout.chunks_start, self.layout.suffix_start)
+
+        def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
+            mass = question_scores(query[:, first:], key, spans[first:], **more)
+            seen.append(mass[chunks].to(rows.device) / (query.shape[0] * (len(rows) - first)))
+
+        spans = for_model(SpanBuilder(rules, rows, self.layout.tokens), decoder.config)
+        self._cache.set_length(self.layout.suffix_start)
+        with kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, watch) as ran:
+            decoder.run(self.layout.ids[rows], rows, self._cache, spans)
+        self.looked = ran.replace("selective", "question_scores")
+        return seen
+
+    def _eager(self, rows: Tensor, first: int) -> list[Tensor]:
+        """From the weights that the model's eager attention returns."""
+        decoder, seen = self._decoder, list[Tensor]()
+        chunks = slice(self.layout.chunks_start, self.layout.suffix_start)
 
         def keep(module: nn.Module, args: object, output: object) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-1] == self.layout.tokens:
-                taken = weights[0, :, :, span] if queries == "all" else weights[0, :, -1:, span]
-                seen.append(taken.float().mean((0, 1)))
+                seen.append(weights[0, :, first:, chunks].float().mean((0, 1)).to(rows.device))
 
-        inner = [child for layer in self._decoder.layers for child in layer.children()]
-        hooks = [module.register_forward_hook(keep) for module in inner]
+        self._cache.set_length(self.layout.suffix_start)
+        hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
         try:
-            with eager_attention(self._decoder.model, self._decoder.config):
-                Pass(self._decoder, self._cache, self.layout, rows, len(rows), self._place).logits()
+            with eager_attention(decoder.model, decoder.config):
+                decoder.run(self.layout.ids[rows], rows, self._cache)
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(seen) != len(self._decoder.layers):
-            raise MethodError(
-                f"{len(seen)} of {len(self._decoder.layers)} layers showed their attention, so no method that follows the "
-                "question runs on this model"
-            )
-        return torch.stack(seen)
+        self.looked = "eager"
+        return seen
 
     def deviation(self) -> Tensor:
         """Squared distance of the stored keys and values to those of a full prefill, which is run for it.
@@ -123,7 +177,7 @@ class Scene:
         Returns:
             ``[L, R]``, keys and values each scaled to a mean of 1 in their layer, and added.
         """
-        layout, layers = self.layout, len(self._decoder.layers)
+        layout, layers, impl = self.layout, len(self._decoder.layers), self._decoder.kernels
         for layer in range(layers):
             self._place(layer)
         full = self._decoder.cache(layout.tokens)
@@ -132,8 +186,8 @@ class Scene:
         span = slice(layout.chunks_start, layout.suffix_start)
         scores = []
         for held, true in zip(self._cache.layers, full.layers, strict=True):
-            keys = deviation(true.key_room[0, :, span], held.key_room[0, :, span])
-            values = deviation(true.value_room[0, :, span], held.value_room[0, :, span])
+            keys = deviation(true.key_room[0, :, span], held.key_room[0, :, span], impl=impl)
+            values = deviation(true.value_room[0, :, span], held.value_room[0, :, span], impl=impl)
             scores.append(_scaled(keys) + _scaled(values))
         return torch.stack(scores)
 

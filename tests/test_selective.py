@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, SensitiveTokens, UnsupportedModelError
+from ragkv import (
+    CacheBlend,
+    Engine,
+    LegoLink,
+    Method,
+    MethodError,
+    PromptTemplate,
+    QuestionAware,
+    SensitiveTokens,
+    UnsupportedModelError,
+)
+from ragkv.kernels import KernelError
+from ragkv.scene import Scene
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
@@ -31,6 +43,67 @@ def test_spans_give_what_masks_give(architecture):
     assert model.config._attn_implementation == loaded
 
 
+class Looks(Method):
+    """Sees what the question looks at, and computes nothing."""
+
+    looks = True
+
+    def __init__(self, queries):
+        self.queries = queries
+
+    def start(self, layout):
+        return layout.reusable[:0]
+
+    def survey(self, scene):
+        self.seen, self.looked = scene.attention(self.queries), scene.looked
+        return self.start(scene.layout)
+
+
+def look(engine, chunks, queries="all"):
+    looks = Looks(queries)
+    engine.fuse(chunks, random_ids(6), method=looks)
+    return looks
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in CLOSED])
+def test_the_question_looks_at_what_eager_attention_shows(architecture, monkeypatch):
+    model = tiny_model(architecture)
+    engine = Engine(model, template=TEMPLATE)
+    chunks = engine.add([random_ids(n) for n in (30, 17, 41)])[::-1]
+    loaded = model.config._attn_implementation
+    got = [look(engine, chunks, queries) for queries in ("all", "last")]
+    assert model.config._attn_implementation == loaded
+    monkeypatch.setattr(Scene, "_rules", lambda self: None)
+    for scored, queries in zip(got, ("all", "last"), strict=True):
+        eager = look(engine, chunks, queries)
+        assert (scored.looked, eager.looked) == ("question_scores (reference)", "eager")
+        assert eager.seen.shape == (len(engine.decoder.layers), 91) and eager.seen.sum() > 0.5
+        torch.testing.assert_close(scored.seen, eager.seen, atol=1e-6, rtol=1e-4)
+
+
+def test_only_auto_looks_another_way(monkeypatch):
+    """What the kernels refuse is eager attention's for "auto", and an error where they were asked for by name."""
+
+    def refuse(*args, **kwargs):
+        raise KernelError("on purpose")
+
+    passages = [random_ids(n) for n in (12, 9)]
+    auto, named = (Engine(tiny_model(), template=TEMPLATE, kernels=kernels) for kernels in ("auto", "reference"))
+    want = look(auto, auto.add(passages)).seen
+    monkeypatch.setattr("ragkv.scene.question_scores", refuse)
+    got = look(auto, auto.add(passages))
+    assert got.looked == "eager"
+    torch.testing.assert_close(got.seen, want, atol=1e-6, rtol=1e-4)
+    with pytest.raises(KernelError, match="on purpose"):
+        look(named, named.add(passages))
+
+
+def test_a_closed_model_has_no_look():
+    engine = Engine(tiny_model("falcon"), template=TEMPLATE)
+    with pytest.raises(MethodError, match="not open to view"):
+        engine.fuse(engine.add([random_ids(9), random_ids(8)]), random_ids(4), method=QuestionAware())
+
+
 def test_a_model_that_does_more_than_it_says_gets_masks(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr("ragkv.model.implementation", lambda *_: "triton")  # as on a GPU
@@ -41,6 +114,8 @@ def test_a_model_that_does_more_than_it_says_gets_masks(monkeypatch):
     monkeypatch.setattr("ragkv.kernel_attention.KernelAttention.__call__", wrong)
     engine = Engine(model, template=TEMPLATE)
     assert engine.decoder.spans is None
+    monkeypatch.setattr("ragkv.scene.implementation", lambda *_: "triton")
+    assert look(engine, engine.add([random_ids(9), random_ids(12)])).looked == "eager"
     prompt = engine.fuse(engine.add([random_ids(9), random_ids(12)]), random_ids(4), method=LegoLink(2))
     assert prompt.report.attention == "sdpa"
 

@@ -5,7 +5,6 @@ Targets: place 0.85 of it for bf16 and int8 at 16K tokens, deviation 0.8.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -19,35 +18,18 @@ HEADS, DIM, LAYERS = 8, 128, 4  # four layers in one launch: more bytes than any
 
 def run(bench: Bench) -> None:
     """Every operation at several lengths."""
-    for tokens in (64,) if bench.tiny else (4096, 16384, 65536):
+    for tokens in bench.lengths(64, 4096, 16384, 65536):
         chunk = 32 if bench.tiny else 512
         for kind in ("bf16", "pool", "int8", "fp8", "int4"):
             pieces, stored_bytes = _pieces(bench, kind, tokens, chunk)
             written = sum(piece.out.numel() * piece.out.element_size() for piece in pieces)
-            _row(
-                bench,
-                f"place {kind}",
-                tokens,
-                stored_bytes + written,
-                lambda p=pieces: place_pieces(p, impl=bench.impl),
-            )
+            call = lambda p=pieces: place_pieces(p, impl=bench.impl)  # noqa: E731
+            _timed(bench, call, f"place {kind}", tokens, stored_bytes + written)
         _compare(bench, tokens)
 
 
-def _row(bench: Bench, operation: str, tokens: int, size: int, call: Callable[[], object]) -> None:
-    seconds = bench.seconds(call)
-    rate = size / statistics.median(seconds)
-    bench.write(
-        benchmark="memory",
-        operation=operation,
-        impl=bench.impl,
-        tokens=tokens,
-        bytes=size,
-        seconds=seconds,
-        host_seconds=bench.host(call),
-        bytes_per_s=rate,
-        of_copy=rate / bench.copy_bandwidth,
-    )
+def _timed(bench: Bench, call: Callable[[], object], operation: str, tokens: int, size: int) -> None:
+    bench.timed(call, size=size, benchmark="memory", operation=operation, tokens=tokens)
 
 
 def _pieces(bench: Bench, kind: str, tokens: int, chunk: int) -> tuple[list[Piece], int]:
@@ -88,7 +70,7 @@ def _stored(bench: Bench, kind: str, tokens: int, side: str) -> tuple[Stored, in
 def _compare(bench: Bench, tokens: int) -> None:
     fresh, stored = bench.random(HEADS, tokens, DIM), bench.random(HEADS, tokens, DIM)
     size = 2 * fresh.numel() * fresh.element_size() + 4 * tokens
-    _row(bench, "deviation", tokens, size, lambda: deviation(fresh, stored, impl=bench.impl))
+    _timed(bench, lambda: deviation(fresh, stored, impl=bench.impl), "deviation", tokens, size)
     few = tokens * 15 // 100
     rows = torch.randperm(tokens, device=bench.device)[:few].sort().values
     keys, values = fresh[:, :few].contiguous(), stored[:, :few].contiguous()
@@ -96,4 +78,4 @@ def _compare(bench: Bench, tokens: int) -> None:
         size = (3 if wanted else 2) * 2 * keys.numel() * keys.element_size()
         name = "scatter with deviation" if wanted else "scatter"
         call = lambda w=wanted: scatter(keys, values, rows, fresh, stored, deviations=w, impl=bench.impl)  # noqa: E731
-        _row(bench, name, tokens, size, call)
+        _timed(bench, call, name, tokens, size)

@@ -168,9 +168,11 @@ def place_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    from ragkv.kernels.triton_impl.attention import attention_kernel, constants
+    from ragkv.kernels.triton_impl.attention import attention_kernel, combine_kernel, combined_rows, constants
 
     types = dict.fromkeys(("query", "key", "value", "out"), "") | {
+        "greatest_of": "*fp32",
+        "total_of": "*fp32",
         "spans": "*i32",
         "sinks": "*bf16",
         "length": "i32",
@@ -179,11 +181,14 @@ def attention_cases() -> Iterator[Case]:
     types |= {"scale": "fp32", "softcap": "fp32"}
     types |= {name: "i32" for name in attention_kernel.arg_names if name.endswith("_stride")}
 
-    def case(dim: int, dtype: torch.dtype, groups: int = 4, capped: bool = False, sunk: bool = False) -> Case:
-        fixed = constants(groups, dim, dim, dtype, capped=capped, sunk=sunk)
+    def case(
+        dim: int, dtype: torch.dtype, groups: int = 4, capped: bool = False, sunk: bool = False, split: bool = False
+    ) -> Case:
+        fixed = constants(groups, dim, dim, dtype, capped=capped, sunk=sunk, split=split)
         name = TRITON_NAMES[dtype]
-        more = " capped" * capped + " sinks" * sunk + f" {groups} heads" * (groups == 7)
+        more = " capped" * capped + " sinks" * sunk + f" {groups} heads" * (groups == 7) + " split" * split
         own = {key: kind or f"*{name}" for key, kind in types.items()}
+        own |= {"out": "*fp32"} if split else {}
         return Case(
             "selective_attention",
             f"{name} D={dim}{more}",
@@ -200,6 +205,19 @@ def attention_cases() -> Iterator[Case]:
     yield case(64, BF16, sunk=True, groups=8)
     yield case(256, BF16, capped=True, groups=2)
     yield case(128, BF16, groups=7)
+    yield case(128, BF16, split=True)
+    yield case(128, BF16, groups=7, split=True)
+    yield case(256, BF16, capped=True, groups=2, split=True)
+    yield case(64, BF16, sunk=True, groups=8, split=True)
+    yield case(128, FP32, split=True)
+    own = dict.fromkeys(("partial", "greatest_of", "total_of"), "*fp32") | {
+        "out": "*bf16",
+        "rows": "i32",
+        "parts": "i32",
+    }
+    for dim in (128, 256):
+        sizes = {"VALUE_DIM": dim, "BLOCK": combined_rows(dim), "BLOCK_V": dim}
+        yield Case("combine", f"bf16 D={dim}", combine_kernel, own, sizes, wide=True)
 
 
 def scatter_cases() -> Iterator[Case]:

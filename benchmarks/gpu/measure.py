@@ -29,12 +29,14 @@ class Bench:
         tiny: sizes at which everything runs on a CPU within seconds; the figures then mean nothing.
         rounds: measurements of each kind; medians are compared, all are written.
         path: raw rows, one JSON object a line.
+        tokens: lengths of prompts to measure, instead of each benchmark's own.
     """
 
     device: torch.device
     tiny: bool
     rounds: int
     path: Path | None
+    tokens: tuple[int, ...] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -58,19 +60,51 @@ class Bench:
         )
         return 2 * source.numel() / seconds
 
-    def seconds(self, run: Callable[[], Any]) -> list[float]:
-        """Time on the device alone, summed over the kernels of one call: launches and Python are not in it."""
+    @cached_property
+    def bus_bandwidth(self) -> float:
+        """Bytes per second from pinned CPU memory to the device, of a copy of 256 MiB."""
+        cuda = self.device.type == "cuda"
+        source = torch.empty((1 << 20) if self.tiny else (1 << 28), dtype=torch.uint8, pin_memory=cuda)
+        target = torch.empty_like(source, device=self.device)
+        seconds = statistics.median(self.seconds(lambda: target.copy_(source, non_blocking=True)))
+        self.write(benchmark="bus", bytes=source.numel(), seconds=seconds, bytes_per_s=source.numel() / seconds)
+        return source.numel() / seconds
+
+    def lengths(self, tiny: int, *full: int) -> tuple[int, ...]:
+        """The lengths of prompts that a benchmark is run at."""
+        return self.tokens or ((tiny,) if self.tiny else full)
+
+    def timed(self, call: Callable[[], Any], *, size: int = 0, flops: int = 0, **row: Any) -> None:
+        """Measure a call on the device and write the row: ``size`` bytes, or FLOPs, over its median seconds."""
+        seconds = self.seconds(call)
+        middle = statistics.median(seconds)
+        row |= {"impl": self.impl, "seconds": seconds, "host_seconds": self.host(call)}
+        if size:
+            row |= {"bytes": size, "bytes_per_s": size / middle, "of_copy": size / middle / self.copy_bandwidth}
+        if flops:
+            row |= {"flops": flops, "flops_per_s": flops / middle}
+        self.write(**row)
+
+    def seconds(self, run: Callable[[], Any], rounds: int | None = None) -> list[float]:
+        """Time on the device alone, summed over the kernels of one call, which finds nothing of its own in the cache.
+
+        Launches and Python are not in it.
+        """
         if self.device.type != "cuda":
             return self.wall(run)
         for _ in range(3):
             run()
+        other = torch.empty(256 << 20, dtype=torch.uint8, device=self.device)  # more than the GPU's cache holds
         times = []
-        for _ in range(self.rounds):
+        for _ in range(rounds or self.rounds):
+            other.zero_()
             torch.cuda.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 run()
                 torch.cuda.synchronize()
             times.append(sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6)
+        if not min(times):
+            raise RuntimeError("PyTorch's profiler saw no kernels: CUPTI does not work here")
         return times
 
     def wall(self, run: Callable[[], Any]) -> list[float]:

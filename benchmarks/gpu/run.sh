@@ -1,13 +1,41 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU. Wants torch with CUDA, triton and transformers, and ragkv itself (pip install --no-deps -e .); no lmdb.
-# Raw rows go to benchmarks/results/gpu-DATE-DEVICE.jsonl. Arguments go to run.py: the parts to run, --rounds.
+# Everything that needs a GPU, in parts that can also be run one by one, the shortest first.
+#
+#     bash benchmarks/gpu/run.sh                                        # all: tests inspect memory attention ttft
+#     bash benchmarks/gpu/run.sh tests memory
+#     bash benchmarks/gpu/run.sh ttft --tokens 4096 16384 --rounds 5    # options go to run.py
+#
+# Wants torch with CUDA, triton, transformers, safetensors, xxhash, tqdm and, for the tests, pytest. ragkv is taken from this
+# folder and need not be installed; lmdb and faiss are not used. Raw rows are appended as they come to
+# benchmarks/results/gpu-DATE-DEVICE.jsonl, or to the file that --out names. A part that fails does not keep the others from running.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
-export HF_HUB_OFFLINE=1
-# (a) the kernels' tests, compiled instead of interpreted; then what the compiler made of them for this GPU
-env -u TRITON_INTERPRET "$PYTHON" -P -m pytest -q tests/kernels/fused
-arch=$("$PYTHON" -P -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-"$PYTHON" -P benchmarks/gpu/inspect_kernels.py --arch "$arch" --jobs 8
-# (b) memory, (c) attention, (d) time to first token and (e) decoding
-PYTHONPATH=benchmarks/gpu "$PYTHON" -P benchmarks/gpu/run.py "$@"
+parts=()
+while [[ $# -gt 0 && $1 != -* ]]; do
+  parts+=("$1")
+  shift
+done
+[[ ${#parts[@]} -gt 0 ]] || parts=(tests inspect memory attention ttft)
+
+# The folders as one package, as an installation would lay them out.
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+mkdir "$tree/ragkv"
+ln -s "$PWD"/ragkv/* "$PWD"/{kernels,store,retrieval} "$tree/ragkv/"
+export PYTHONPATH="$tree:$PWD/benchmarks/gpu" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+unset TRITON_INTERPRET
+
+failed=()
+for part in "${parts[@]}"; do
+  echo "== $part"
+  case $part in
+    tests) "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/kernels/fused ;;
+    inspect)
+      arch=$("$PYTHON" -P -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+      "$PYTHON" -P benchmarks/gpu/inspect_kernels.py --arch "$arch" --jobs "$(nproc)"
+      ;;
+    *) "$PYTHON" -P benchmarks/gpu/run.py "$part" "$@" ;;
+  esac || failed+=("$part")
+done
+[[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" >&2; exit 1; }

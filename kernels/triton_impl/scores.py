@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ragkv.kernels.scoring import Scoring
 from ragkv.kernels.triton_impl.attention import constants as attention_constants
-from ragkv.kernels.triton_impl.attention import rows_of, scores_of
+from ragkv.kernels.triton_impl.attention import in_log2
+from ragkv.kernels.triton_impl.attention_kernel import rows_of, scores_of
 from ragkv.kernels.triton_impl.launch import in_rows
 
 _LOG2E = 1.4426950408889634
@@ -107,9 +109,7 @@ def constants(groups: int, dim: int, dtype: torch.dtype, *, capped: bool) -> dic
     return {**fixed, "BLOCK_M": rows, "BLOCK_N": columns, "num_stages": stages}
 
 
-def question_scores(
-    query: Tensor, key: Tensor, spans: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def question_scores(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
     """See :func:`ragkv.kernels.question_scores`."""
     query, key, spans = in_rows(query), in_rows(key), spans.contiguous()
     heads, length, dim = query.shape
@@ -117,8 +117,8 @@ def question_scores(
     out = torch.zeros(keys, device=key.device)
     if not length or not keys:
         return out
-    fixed = constants(heads // kv_heads, dim, query.dtype, capped=softcap is not None)
-    numbers = (scale if softcap is not None else scale * _LOG2E, softcap or 1.0)
+    fixed = constants(heads // kv_heads, dim, query.dtype, capped=scoring.softcap is not None)
+    numbers = in_log2(scoring)
     strides = (*query.stride()[:2], *key.stride()[:2])
     rows, pieces = length * heads // kv_heads, triton.cdiv(keys, PIECE)
     greatest = torch.empty(pieces, kv_heads, rows, device=key.device)
@@ -127,7 +127,7 @@ def question_scores(
     normaliser_kernel[grid](
         *(query, key, spans, greatest, total, length, keys, *numbers, *strides), **fixed, PIECE=PIECE
     )
-    normaliser = _normaliser(greatest, total, sinks, length)
+    normaliser = _normaliser(greatest, total, scoring.sinks, length)
     mass_kernel[(triton.cdiv(keys, fixed["BLOCK_N"]),)](
         *(query, key, spans, normaliser, out, length, keys, kv_heads, *numbers, *strides), **fixed
     )

@@ -23,7 +23,8 @@ class QuestionAware(Method):
     """Run the question over the stored chunks, then compute the tokens it attends to, in all layers (ProphetKV, arXiv:2602.02579).
 
     The attention is the model's own, over keys at their places in this prompt and from the question's final position
-    (InfoFlow KV, arXiv:2603.05353), averaged over heads, layers and the suffix's tokens. Weak, so the paper, for chunks of
+    (InfoFlow KV, arXiv:2603.05353), averaged over heads, layers and the suffix's tokens; no matrix of it is made where
+    :func:`ragkv.kernels.question_scores` computes it. Weak, so the paper, for chunks of
     less than 256 tokens. The budget counts the tokens recomputed; the look itself is in the report's ``select`` time.
 
     Attributes:

@@ -103,4 +103,4 @@ def test_what_it_does_not_know_is_refused():
     with pytest.raises(UnsupportedModelError, match="position_bias"):
         attend(module, query, key, key, spans, position_bias=query)
     out, weights = attend(module, query, key, key, spans)
-    assert out.shape == (1, 3, 2, 16) and weights is None and attend.calls == 1
+    assert out.shape == (1, 3, 2, 16) and weights is None

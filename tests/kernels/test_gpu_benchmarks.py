@@ -7,26 +7,42 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+PARTS = ("memory", "attention", "ttft", "tiles")  # tiles only on a GPU
+# As where neither of them is installed.
+WITHOUT = """
+import runpy, sys
+sys.modules["lmdb"] = sys.modules["faiss"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], {}, "__main__")
+"""
 
 
 def test_tiny(tmp_path):
     out = tmp_path / "rows.jsonl"
     run = subprocess.run(
-        [sys.executable, "-P", str(FOLDER / "run.py"), "--tiny", "--out", str(out)],
+        [sys.executable, "-P", "-c", WITHOUT, str(FOLDER / "run.py"), *PARTS, "--tiny", "--out", str(out)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER), "HF_HUB_OFFLINE": "1"},
     )
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["benchmark"] for row in rows} == {"copy", "memory", "attention", "question_scores", "ttft", "decode"}
+    kinds = {"copy", "bus", "memory", "attention", "question_scores", "ttft", "decode"}
+    assert {row["benchmark"] for row in rows} == kinds
     assert all(row["tiny"] and row["date"] and row["torch"] and "device" in row for row in rows)
     methods = {row["method"]: row for row in rows if row["benchmark"] == "ttft"}
     assert set(methods) == {"full prefill", "Reuse", "LegoLink(16)", "CacheBlend(0.15)"}
-    assert all(row["limit_seconds"] > 0 and row["hits"] for name, row in methods.items() if name != "full prefill")
-    places = [row for row in rows if row.get("operation", "").startswith("place")]
-    assert {row["operation"] for row in places} == {f"place {kind}" for kind in ("bf16", "pool", "int8", "fp8", "int4")}
-    assert all(row["bytes"] > 0 and min(row["seconds"]) > 0 for row in places)
+    stages = {"place", "select", "recompute and first token", "total"}
+    for name, row in methods.items():
+        assert name == "full prefill" or (row["limit_seconds"] > 0 and row["hits"] == {"cpu": 4})
+        assert name == "full prefill" or set(row["stages_ms"]) == stages
+    memory = [row for row in rows if row["benchmark"] == "memory"]
+    places = {row["operation"] for row in memory if row["operation"].startswith("place")}
+    assert places == {f"place {kind}" for kind in ("bf16", "pool", "int8", "fp8", "int4")}
+    assert all(row["bytes"] > 0 and row["of_copy"] > 0 and min(row["seconds"]) > 0 for row in memory)
+    attention = {row["what"]: row for row in rows if row["benchmark"] == "attention"}
+    assert set(attention) == {"selective", "selective, few", "sdpa with a mask", "dense causal"}
+    assert all(row["flops_per_s"] > 0 for row in attention.values())
 
 
 def test_without_a_gpu_it_says_so():
@@ -37,3 +53,30 @@ def test_without_a_gpu_it_says_so():
         env={**os.environ, "PYTHONPATH": str(FOLDER), "CUDA_VISIBLE_DEVICES": ""},
     )
     assert run.returncode == 2 and "no GPU that torch can use" in run.stderr
+
+
+STUB = """#!/bin/sh
+ls "${PYTHONPATH%%:*}"/ragkv/engine.py "${PYTHONPATH%%:*}"/ragkv/kernels/api.py > /dev/null || exit 3
+echo "$@"
+case "$*" in *memory*) exit 1;; esac
+"""
+
+
+def test_the_script_runs_its_parts_in_their_order(tmp_path):
+    """Whatever is asked for runs, over this checkout's package; a part that fails is named and the others run all the same."""
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def script(*arguments):
+        env = {**os.environ, "PYTHON": str(stub), "TRITON_INTERPRET": "1"}
+        return subprocess.run(["bash", str(FOLDER / "run.sh"), *arguments], capture_output=True, text=True, env=env)
+
+    some = script("attention", "ttft", "--tokens", "64")
+    assert some.returncode == 0, some.stderr
+    runs = ["== attention", "-P benchmarks/gpu/run.py attention --tokens 64", "== ttft"]
+    assert some.stdout.splitlines()[:3] == runs
+    everything = script()
+    assert everything.returncode == 1 and everything.stderr.strip() == "failed: memory"
+    parts = [line for line in everything.stdout.splitlines() if line.startswith("==")]
+    assert parts == ["== tests", "== inspect", "== memory", "== attention", "== ttft"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ragkv.kernels import key_spans, selective_attention
+from ragkv.kernels.triton_impl import attention
 
 EPS = torch.finfo(torch.float32).eps
 CASES = {  # H, K, S, N, D and what else holds
@@ -84,6 +85,32 @@ def test_against_the_oracle(case, dtype, device, random, compare):
     spans = key_spans(scattered(queries, keys, device), window=more.get("window"), chunk=more.get("chunk"))
     sinks = random(heads) if more.get("sinks") else None
     compare(query, key[:, :keys], value[:, :keys], spans, sinks, more.get("softcap"), more.get("scale"))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in ("63-of-257", "chunks", "sinks-window-softcap")] + [("dim-80", torch.bfloat16)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_keys_split_over_programs(case, dtype, device, random, compare, monkeypatch):
+    """Parts that see nothing among them: windows leave most of the keys out."""
+    splits, plain = [], attention.parts_of
+    monkeypatch.setattr(attention, "processors", lambda device: 10_000)
+    monkeypatch.setattr(attention, "_PART", 60)
+    monkeypatch.setattr(attention, "parts_of", lambda *counts: (splits.append(plain(*counts)), splits[-1])[1])
+    heads, kv_heads, queries, keys, dim, more = CASES[case]
+    query, (key, value) = random(heads, queries, dim, dtype=dtype), random(2, kv_heads, keys, dim, dtype=dtype)
+    spans = key_spans(scattered(queries, keys, device), window=more.get("window"), chunk=more.get("chunk"))
+    spans[0] = torch.tensor([1, 0])  # sees nothing at all
+    compare(query, key, value, spans, random(heads) if more.get("sinks") else None, more.get("softcap"))
+    assert splits == [keys // 60] and keys // 60 > 1
+
+
+def test_keys_are_split_where_processors_would_idle():
+    assert attention.parts_of(16, 16384, 132) == 8
+    assert attention.parts_of(67, 16384, 132) == attention.parts_of(500, 16384, 132) == 1
+    assert attention.parts_of(8, 2000, 132) == 3  # parts are worth their while
+    assert attention.parts_of(8, 100, 132) == 1
 
 
 def test_fp16(device, random, compare):

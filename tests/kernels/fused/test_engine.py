@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse
+from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, QuestionAware, Reuse, TieredStore, placement
 from ragkv.testing import random_ids, tiny_model
 
 
@@ -13,9 +13,26 @@ def test_prompts_are_those_of_the_reference(device, architecture):
     template = PromptTemplate(prefix=[1, 5])
     passages, question = [random_ids(n) for n in (9, 14)], random_ids(3)
     engines = [Engine(model, template=template, kernels=kernels) for kernels in ("reference", "triton")]
-    for method in (Reuse(), LegoLink(2), CacheBlend(0.3)):
+    methods = (LegoLink(2), CacheBlend(0.3)) if architecture == "glm" else (Reuse(), QuestionAware(0.3))
+    for method in methods:
         want, got = (e.fuse(e.add(passages)[::-1], question, method=method) for e in engines)
         assert (want.report.kernels, got.report.kernels) == ("reference", "triton")
         if method != Reuse():
             assert got.report.attention == "selective (triton)"
         torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_from_the_pool_layer_by_layer(device, monkeypatch):
+    """As on a GPU: chunks lie in blocks of the pool, and each layer of a prompt is one launch."""
+    plain = placement.Placement.__init__
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args: plain(*args, by_layer=True))
+    model = tiny_model("llama", num_hidden_layers=1).to(device)
+    store = TieredStore(gpu_bytes=1 << 20, device=device)
+    template, passages = PromptTemplate(prefix=[1, 5]), [random_ids(n) for n in (19, 14)]
+    engines = Engine(model, template=template), Engine(model, template=template, kernels="triton", store=store)
+    for _ in range(2):  # after its first use a chunk is in the pool
+        want, got = (e.fuse(e.add(passages)[::-1], random_ids(3), method=Reuse()) for e in engines)
+    assert got.report.hits == {"gpu": 2}
+    for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
