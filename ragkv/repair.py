@@ -7,14 +7,19 @@ knew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
 
-from ragkv.chunk import Chunk, digest
+from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.fusion import recompute
+from ragkv.layout import Layout, Placed
+from ragkv.placement import Placement
+from ragkv.reading import Reader, cut
+from ragkv.store import TieredStore
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,49 @@ def plan_repair(old: Sequence[Chunk], new: Sequence[Chunk], behind_tokens: int) 
         return None
     mark = digest(old[-1].context, old[-1].ids, str(behind_tokens)).hex()[:16]
     return Repair(marked(new, first, mark), first, sources, _rows(new, sources, first, behind_tokens))
+
+
+@torch.no_grad()
+def repaired(
+    reader: Reader,
+    anchor: Sequence[int],
+    store: TieredStore,
+    repair: Repair,
+    key: Callable[[Chunk], bytes],
+) -> list[tuple[Chunk, ChunkKV]] | None:
+    """The KV of the chunks from the first change on; ``None`` where old KV are lost.
+
+    Args:
+        reader: has the model, and the KV of the anchor.
+        anchor: the anchor's ids.
+        store: holds the old chunks' KV.
+        repair: from :func:`plan_repair`.
+        key: of a chunk's KV in the store.
+    """
+    decoder, start = reader.decoder, len(anchor)
+    pairs = list(zip(repair.chunks, repair.sources, strict=True))
+    placed = [
+        Placed(chunk, start + chunk.offset, start + (source or chunk).offset, exact=False, continues=False)
+        for chunk, source in pairs
+    ]
+    ids = [*anchor, *(i for chunk in repair.chunks for i in chunk.ids)]
+    layout = Layout(torch.tensor(ids, device=decoder.device), tuple(placed), start, len(ids))
+    keys = {chunk: key(source) for chunk, source in pairs if source}
+    with store.read(list(keys.values())) as batch:
+        if None in batch.tiers:
+            return None
+        cache = decoder.cache(len(ids))
+        placement = Placement(decoder, cache, layout, reader.anchor, store, batch, keys, {})
+        for layer in range(len(decoder.layers)):
+            placement.layer(layer)
+        recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
+        cache.set_length(len(ids))
+        known = dict(zip(keys, batch.sensitivities, strict=True))
+    made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
+    measured = any(sensitivity is not None for sensitivity in known.values())
+    for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
+        kv.sensitivity = known.get(chunk, torch.zeros(len(chunk)) if measured else None)
+    return made
 
 
 def _another(source: Chunk | None, chunk: Chunk) -> bool:

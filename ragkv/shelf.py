@@ -51,29 +51,41 @@ class Shelf:
         first = next((number for number, chunk in enumerate(chunks) if chunk.mark), None)
         if first is not None:
             fact = json.dumps({"first": first, "mark": chunks[first].mark}).encode()
-            self.engine.store.meta_put(_mark_name(passages), fact)
+            self.engine.store.meta_put(mark_name(passages), fact)
             self._known[digest(*passages)] = chunks
 
     def forget(self, change: Change, passages: Sequence[str] = ()) -> None:
-        """Remove the KV that no document uses any more.
+        """Remove the KV that no document uses any more, and the mark of a version that was repaired.
 
         Args:
             change: what the catalogue says.
             passages: the document's version now; empty where it was removed.
         """
-        orphans = change.orphans if self.engine.context == "document" else change.orphan_texts
-        if orphans:
-            chunks = self.chunks(change.old_passages)
-            # A document of several windows may still use a chunk, although the text before its window has changed.
-            used = {self.engine.chunk_key(chunk) for chunk in self.chunks(passages)} if passages else set()
-            gone = [chunks[position] for position in orphans]
-            self.engine.forget([chunk for chunk in gone if self.engine.chunk_key(chunk) not in used])
+        old = list(change.old_passages)
+        gone = set(change.orphans if self.engine.context == "document" else change.orphan_texts)
+        # A mark stands for exactly these passages: what only begins with them has KV of its own.
+        continued = len(passages) > len(old) and list(passages[: len(old)]) == old
+        done = bool(old) and (len(old) - 1 in gone or continued) and self._mark(old) is not None
+        if not gone and not done:
+            return
+        chunks = self.chunks(old)
+        if done:
+            gone |= {number for number, chunk in enumerate(chunks) if _repaired(chunk)}
+        # A document of several windows may still use a chunk, although the text before its window has changed.
+        used = {self.engine.chunk_key(chunk) for chunk in self.chunks(passages)} if passages else set()
+        self.engine.forget([chunks[at] for at in sorted(gone) if self.engine.chunk_key(chunks[at]) not in used])
+        if done:
+            self.engine.store.meta_remove(mark_name(old))
+            self._known.pop(digest(*old), None)
+
+    def _mark(self, passages: Sequence[str]) -> bytes | None:
+        return self.engine.store.meta_get(mark_name(passages))
 
     def chunks(self, passages: Sequence[str]) -> list[Chunk]:
         """A document's chunks; tokenising a long one takes a while, so the latest are kept."""
         key = digest(*passages)
         if key not in self._known:
-            chunks, fact = self.engine.cut_document(list(passages)), self.engine.store.meta_get(_mark_name(passages))
+            chunks, fact = self.engine.cut_document(list(passages)), self._mark(passages)
             self._known[key] = chunks if fact is None else marked(chunks, **json.loads(fact))
             if len(self._known) > _KNOWN_DOCUMENTS:
                 self._known.popitem(last=False)
@@ -81,5 +93,11 @@ class Shelf:
         return self._known[key]
 
 
-def _mark_name(passages: Sequence[str]) -> str:
+def mark_name(passages: Sequence[str]) -> str:
+    """The fact under which a store remembers where a document was repaired."""
     return f"repaired:{digest(*passages).hex()}"
+
+
+def _repaired(chunk: Chunk) -> bool:
+    """Whether a chunk's KV were repaired, or made behind such ones."""
+    return any(before.mark for before in chunk.lineage())

@@ -75,6 +75,41 @@ def test_a_changed_file_is_repaired(tmp_path, monkeypatch):
         assert len(rag.engine.store) == 0
 
 
+def test_the_mark_goes_with_the_version_that_was_repaired(tmp_path):
+    """Removed, edited once more, or continued: what was repaired and its mark are gone, and nothing else is."""
+    edited = [PARAGRAPHS[0], PARAGRAPHS[1].replace("Mersey", "Tyne"), *PARAGRAPHS[2:]]
+    again = [*edited[:3], edited[3].replace("Ireland", "Wales")]
+    with open_rag(tmp_path / "rag", repair_tokens=8) as rag:
+
+        def marks():
+            with rag.engine.store._disk.environment.read() as txn:
+                cursor = txn.cursor(rag.engine.store._disk.environment.db(b"facts"))
+                return sum(bytes(name).startswith(b"repaired:") for name in cursor.iternext(values=False))
+
+        def add(passages, source="a"):
+            return rag.add_texts(["\n\n".join(passages)], [source])
+
+        add(PARAGRAPHS)
+        assert marks() == 0
+        add(edited)
+        assert (marks(), len(rag.engine.store)) == (1, 4)
+        add(again)
+        assert (marks(), len(rag.engine.store)) == (1, 4)
+        add([*again, "One more thing was said."])
+        assert (marks(), len(rag.engine.store)) == (1, 5)
+        rag.remove("a")
+        assert (marks(), len(rag.engine.store)) == (0, 0)
+        # another document of the same passages keeps KV and mark alive
+        add(PARAGRAPHS)
+        add(edited)
+        add(edited, "b")
+        rag.remove("a")
+        assert (marks(), len(rag.engine.store)) == (1, 4)
+        assert rag.engine.missing(rag.shelf.chunks(rag.retriever.catalogue.texts("b"))) == []
+        rag.remove("b")
+        assert (marks(), len(rag.engine.store)) == (0, 0)
+
+
 def test_neighbours_come_along(tmp_path):
     with open_rag(tmp_path / "rag", repair_tokens=None) as rag:
         rag.add_texts(["\n\n".join(PARAGRAPHS), "Quite another text, of a river too."], ["a", "b"])

@@ -14,7 +14,7 @@ _FILTER_HELP = (
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Registers ``ls``, ``rm``, ``prune``, ``verify``, ``stats``, ``compact``, ``export`` and ``import``.
+    """Registers ``ls``, ``rm``, ``forget``, ``prune``, ``verify``, ``stats``, ``compact``, ``export`` and ``import``.
 
     Args:
         command: makes a command's parser from its name, its parents and ``summary=``.
@@ -38,6 +38,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     rm.add_argument(
         "targets", nargs="+", metavar="ID|DOCUMENT", help="the first digits of an id (at least 4), or a document"
     )
+
+    forget = command("forget", removal, summary="Remove documents, with their passages, vectors and KV.")
+    forget.add_argument("targets", nargs="+", metavar="DOCUMENT", help="a file's path, or what the document is called")
 
     prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
     prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")

@@ -107,22 +107,37 @@ def listed(path: Path) -> list[Listed]:
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
 
 
-def removed(path: Path, chosen: Sequence[Listed], *, ask: bool, dry_run: bool, as_json: bool) -> int:
-    """Shows what is to be removed, asks, removes it, and says so; the exit code."""
+def removed(
+    path: Path, chosen: Sequence[Listed], documents: Sequence[str] = (), *, ask: bool, dry_run: bool, as_json: bool
+) -> int:
+    """Shows what is to be removed, asks, removes it, and says so; the exit code.
+
+    Args:
+        path: the folder.
+        chosen: entries to remove.
+        documents: documents that whoever calls removes too, once this returns 0.
+        ask: unless the answer is yes, nothing is removed.
+        dry_run: remove nothing.
+        as_json: say so for programs.
+    """
     size = sum(item.entry.size_bytes for item in chosen)
     amount = f"{show.number(len(chosen), 'entry', 'entries')}, {show.size(size)}"
+    if documents:
+        amount = f"{show.number(len(documents), 'document')}, {amount}"
     if not as_json and chosen:
         table(chosen)
-    if chosen and not dry_run:
+    if (chosen or documents) and not dry_run:
         if ask and not show.confirmed(f"Remove {amount}?"):
             show.hint("ragkv: nothing was removed; --yes removes without asking")
             return 1
         with show.progress(unit=" entries", total=len(chosen)) as bar:
-            remove(store_folder(path), [item.entry.key for item in chosen])
+            if chosen:
+                remove(store_folder(path), [item.entry.key for item in chosen])
             bar.update(len(chosen))
     if as_json:
         ids = [item.id for item in chosen]
-        show.as_json({"path": str(path), "dry_run": dry_run, "removed": ids, "bytes": size})
+        said = {"path": str(path), "dry_run": dry_run, "removed": ids, "bytes": size}
+        show.as_json({**said, "documents": list(documents)} if documents else said)
     else:
         print(f"would remove {amount}" if dry_run else f"removed {amount}")
     return 0

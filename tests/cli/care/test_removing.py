@@ -1,0 +1,145 @@
+"""rm, forget, prune: what goes, what stays, and who is asked."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ragkv.retrieval import Catalogue
+from ragkv.shelf import mark_name
+from ragkv.store import TieredStore
+
+
+def test_rm_by_id_and_by_document(run, left, key):
+    code, out, err = run("rm", key(4).hex()[:8], "--yes")
+    assert (code, err) == (0, "") and out.splitlines()[-1].startswith("removed 1 entry, ")
+    assert left() == [0, 1, 2, 3, 9]
+    assert run("rm", "b.md", key(9).hex(), "--yes", "--json")[0] == 0
+    assert left() == [0, 1]
+
+
+def test_rm_asks(run, left, monkeypatch):
+    code, _, err = run("rm", "a.md")
+    assert (code, err) == (1, "ragkv: nothing was removed; --yes removes without asking\n")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    for said in ("n\n", "\n", "", "nonsense\n"):
+        monkeypatch.setattr("sys.stdin.readline", lambda said=said: said)
+        code, _, err = run("rm", "a.md")
+        assert code == 1 and re.match(r"Remove 3 entries, [\d.]+ KiB\? \[y/N\] ", err)
+    assert left() == [0, 1, 2, 3, 4, 9]
+    monkeypatch.setattr("sys.stdin.readline", lambda: "y\n")
+    assert run("rm", "a.md")[0] == 0
+    assert left() == [2, 4, 9]
+
+
+def test_rm_dry_run(run, left, key):
+    code, out, _ = run("rm", "a.md", "--dry-run")
+    assert code == 0 and out.splitlines()[-1].startswith("would remove 3 entries, ")
+    code, out, _ = run("rm", "a.md", "--dry-run", "--json")
+    said = json.loads(out)
+    assert said["dry_run"] and set(said["removed"]) == {key(number).hex() for number in (0, 1, 3)}
+    assert left() == [0, 1, 2, 3, 4, 9]
+
+
+@pytest.mark.parametrize("target", ["c.md", "ffff", "abc", "0", "../a.md"])
+def test_rm_what_is_not_there(run, left, target):
+    code, out, err = run("rm", "b.md", target, "--yes")
+    assert (code, out) == (1, "") and "nothing was removed" in err
+    assert left() == [0, 1, 2, 3, 4, 9]
+
+
+def test_rm_of_several_that_begin_so(run, left, monkeypatch):
+    monkeypatch.setattr("ragkv.cli.rm._ID", re.compile("[0-9a-f]*"))
+    code, _, err = run("rm", "", "--yes")
+    assert code == 1 and "6 entries begin with" in err
+    assert len(left()) == 6
+
+
+def test_prune_orphans_and_filters(run, left):
+    code, out, _ = run("prune", "--orphans", "--yes")
+    assert code == 0 and "removed 1 entry" in out
+    assert left() == [0, 1, 2, 3, 9], "what has no label is nobody's orphan"
+    assert run("prune", "--filter", "space=other*", "-y")[0] == 0
+    assert left() == [0, 1, 2, 3]
+    assert run("prune", "--filter", "age>7d", "-y")[0] == 0
+    assert run("prune", "--orphans", "--filter", "tokens=30", "-y")[0] == 0
+    assert left() == [0, 1, 2, 3]
+
+
+def test_prune_to_a_size_passes_over_pinned(run, left, folder, key):
+    with TieredStore(folder / "kv", cpu_bytes=0) as store:
+        store.pin(key(0))
+    code, _, err = run("prune", "--max-size", "0", "--dry-run")
+    assert code == 0 and err == "1 pinned entry passed over\n"
+    sizes = {entry["id"]: entry["bytes"] for entry in json.loads(run("ls", "--json")[1])["entries"]}
+    room = sum(sizes.values()) - 1
+    assert run("prune", "--max-size", room, "-y")[0] == 0
+    assert len(left()) == 5
+    assert run("prune", "--max-size", "0", "-y")[0] == 0
+    assert left() == [0]
+
+
+def test_prune_removes_what_is_idle_longest(run, left, folder, key):
+    with TieredStore(folder / "kv", cpu_bytes=0) as store:
+        for number in (1, 2, 3, 4, 9):
+            store.get(key(number))
+    sizes = [entry["bytes"] for entry in json.loads(run("ls", "--json")[1])["entries"]]
+    assert run("prune", "--max-size", sum(sizes) - 1, "-y")[0] == 0
+    assert left() == [1, 2, 3, 4, 9]
+
+
+@pytest.fixture
+def documents(folder):
+    """The documents that are left, by name, and the facts that the store keeps."""
+
+    def documents():
+        with Catalogue(folder / "documents") as catalogue, TieredStore(folder / "kv", cpu_bytes=0) as store:
+            marks = [mark_name(texts) for texts in (["alpha one", "alpha two", "shared"], ["beta one", "shared"])]
+            return sorted(Path(d.source).name for d in catalogue), [store.meta_get(m) is not None for m in marks]
+
+    return documents
+
+
+def test_forget_removes_documents_with_their_kv(run, left, documents, folder):
+    with TieredStore(folder / "kv", cpu_bytes=0) as store:
+        for texts in (["alpha one", "alpha two", "shared"], ["beta one", "shared"]):
+            store.meta_put(mark_name(texts), b"{}")
+    code, out, _ = run("forget", "a.md", "--dry-run")
+    assert code == 0 and out.splitlines()[-1].startswith("would remove 1 document, 2 entries, ")
+    assert run("forget", "a.md")[0] == 1, "nobody can be asked"
+    assert (left(), documents()) == ([0, 1, 2, 3, 4, 9], (["a.md", "b.md"], [True, True]))
+    code, out, _ = run("forget", "a.md", "--yes")
+    assert code == 0 and out.splitlines()[-1].startswith("removed 1 document, 2 entries, ")
+    assert (left(), documents()) == ([2, 3, 4, 9], (["b.md"], [False, True])), "what b.md also says stays"
+    code, out, _ = run("forget", "b.md", "--yes", "--json")
+    assert code == 0 and [Path(name).name for name in json.loads(out)["documents"]] == ["b.md"]
+    assert (left(), documents()) == ([4, 9], ([], [False, False]))
+    assert run("stats")[0] == 0
+
+
+def test_forget_what_is_not_there(run, left, documents):
+    code, out, err = run("forget", "b.md", "c.md", "--yes")
+    assert (code, out) == (1, "") and "no document is called 'c.md'" in err
+    assert documents()[0] == ["a.md", "b.md"] and len(left()) == 6
+
+
+def test_forget_keeps_the_mark_of_a_document_of_the_same_passages(run, folder, documents):
+    texts = ["alpha one", "alpha two", "shared"]
+    with Catalogue(folder / "documents") as catalogue:
+        catalogue.put("copy", texts, lambda many: torch.ones(len(many), 4).numpy())
+    with TieredStore(folder / "kv", cpu_bytes=0) as store:
+        store.meta_put(mark_name(texts), b"{}")
+    assert run("forget", "a.md", "--yes")[0] == 0
+    assert documents() == (["b.md", "copy"], [True, False])
+    assert run("forget", "copy", "--yes")[0] == 0
+    assert documents() == (["b.md"], [False, False])
+
+
+def test_forget_without_kv(run, folder, tmp_path):
+    with Catalogue(tmp_path / "bare" / "documents") as catalogue:
+        catalogue.put("x", ["one"], lambda many: torch.ones(len(many), 4).numpy())
+    code, out, _ = run("forget", "x", "--yes", "--path", tmp_path / "bare")
+    assert code == 0 and out == "removed 1 document, 0 entries, 0 B\n"
+    assert not (tmp_path / "bare" / "kv").exists()

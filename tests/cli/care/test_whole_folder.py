@@ -1,0 +1,116 @@
+"""verify, stats, compact, export, import: a folder as a whole."""
+
+import json
+import re
+import subprocess
+import sys
+
+from ragkv import bundled
+from ragkv.store import TieredStore
+
+
+def test_verify_finds_and_repairs(run, left, folder, key, spoil):
+    code, out, err = run("verify")
+    assert (code, err) == (0, "") and re.fullmatch(r"6 records, [\d.]+ KiB read: nothing is damaged\n", out)
+    spoil(2)
+    code, out, err = run("verify")
+    assert code == 1 and out.startswith(key(2).hex()[:12]) and "1 damaged\n" in out and "--repair" in err
+    assert left() == [0, 1, 2, 3, 4, 9]
+    code, out, _ = run("verify", "--repair", "--json")
+    said = json.loads(out)
+    assert (code, said["checked"], said["dropped"]) == (1, 6, 1)
+    assert [item["id"] for item in said["damaged"]] == [key(2).hex()]
+    assert left() == [0, 1, 3, 4, 9]
+    assert run("verify")[0] == 0
+
+
+def test_verify_repairs_a_file_whose_pages_are_damaged(run, folder):
+    data = folder / "kv" / "data.mdb"
+    raw = bytearray(data.read_bytes())
+    raw[:8192] = bytes(8192)
+    data.write_bytes(raw)
+    code, out, err = run("verify")
+    assert code == 1 and "the file: " in out and "--repair" in err
+    assert run("verify", "--repair")[0] == 1
+    assert run("verify")[0] == 0
+
+
+def test_stats_show_what_was_done(run, folder, key, kv):
+    code, out, _ = run("stats", "--json")
+    done = json.loads(out)["history"]
+    assert code == 0
+    assert (done["hits"], done["misses"], done["puts"]) == ({"gpu": 0, "cpu": 0, "disk": 1}, 1, 6)
+    assert done["evictions"] == {}
+    for stage in ("encode", "write", "find", "load"):
+        assert 0 < done["latency_ms"][stage]["median"] <= done["latency_ms"][stage]["p95"]
+    with TieredStore(folder / "kv", cpu_bytes=0, disk_bytes=30_000) as store:
+        store.put(key(20), kv(20))
+        store.get(key(20))
+    done = json.loads(run("stats", "--json")[1])["history"]
+    assert done["hits"]["disk"] == 2 and done["puts"] == 7 and done["evictions"]["disk"]["budget"] >= 1
+    out = run("stats")[1]
+    assert "2 documents, 5 passages" in out
+    assert re.search(r"from disk +2\n", out) and re.search(r"disk +budget +\d", out)
+    assert re.search(r"load +2 +[\d.]+ ms +[\d.]+ ms", out)
+
+
+def test_compact(run, folder):
+    code, out, _ = run("compact", "--json")
+    said = json.loads(out)
+    assert code == 0 and 0 < said["after_bytes"] <= said["before_bytes"]
+    assert run("verify")[0] == 0
+    with TieredStore(folder / "kv", cpu_bytes=0):
+        code, _, err = run("compact")
+        assert code == 1 and "open in this process" in err
+
+
+def test_export_and_import(run, left, tmp_path, key):
+    code, out, _ = run("export", "kv.tar")
+    assert code == 0 and out.startswith("6 records written to kv.tar, ")
+    code, _, err = run("export", "kv.tar")
+    assert code == 1 and "--force" in err
+    assert run("export", "kv.tar", "--force", "--filter", "document=a.md")[1].startswith("3 records written")
+    assert run("rm", "a.md", "-y")[0] == 0 and left() == [2, 4, 9]
+    code, out, _ = run("import", "kv.tar", "--json")
+    assert code == 0 and json.loads(out)["records"] == 3
+    assert left() == [0, 1, 2, 3, 4, 9]
+    assert run("import", "kv.tar")[1].startswith("0 records taken in"), "what is there stays"
+    assert run("import", "kv.tar", "--path", "elsewhere")[1].startswith("3 records taken in")
+    with TieredStore(tmp_path / "elsewhere" / "kv", cpu_bytes=0) as store:
+        assert store.get(key(0)) is not None and not store.contains(key(2))
+    data = (tmp_path / "kv.tar").read_bytes()
+    (tmp_path / "kv.tar").write_bytes(data[: len(data) // 2])
+    code, out, err = run("import", "kv.tar", "--path", "third")
+    assert (code, out, err.count("\n")) == (1, "", 1) and not (tmp_path / "third").exists()
+
+
+def test_a_folder_of_kv_alone(run, tmp_path, key, kv):
+    with TieredStore(tmp_path / "alone", cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+    assert run("ls", "-q", "--path", "alone")[1].split() == [key(1).hex()]
+    assert run("verify", "--path", "alone")[0] == run("compact", "--path", "alone")[0] == 0
+    assert run("rm", key(1).hex(), "-y", "--path", "alone")[0] == 0
+    assert run("ls", "-q", "--path", "alone")[1] == ""
+
+
+def test_a_real_folder_in_real_processes(tmp_path):
+    """add with the bundled model, then what its folder shows, each in a process of its own."""
+
+    def ragkv(*argv):
+        done = subprocess.run([sys.executable, "-m", "ragkv.cli", *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout
+
+    (tmp_path / "clearport.md").write_text(bundled.documents()["clearport.md"])
+    assert ragkv("add", "clearport.md")[0] == 0
+    code, out = ragkv("ls", "--json")
+    found = json.loads(out)["entries"]
+    assert code == 0
+    assert [entry["places"] for entry in found] == [
+        [{"source": str(tmp_path / "clearport.md"), "position": number}] for number in range(len(found))
+    ]
+    costs = [entry["cost_s"] / entry["tokens"] for entry in found]
+    assert len(found) > 1 and all(0 < cost < 1 for cost in costs)
+    code, out = ragkv("rm", "clearport.md", "--yes")
+    assert code == 0 and f"removed {len(found)} entries" in out
+    assert ragkv("ls", "--quiet") == (0, "")
