@@ -99,6 +99,7 @@ class RAG:
         chunk_tokens: int | None = None,
         method: Method | str | None = None,
         template: PromptTemplate | None = None,
+        foreign: str | None = None,
         repair_tokens: int | None = None,
         device: str | None = None,
         cpu_bytes: int = 4 << 30,
@@ -115,6 +116,7 @@ class RAG:
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
             method: how prompts are put together.
             template: the prompt's parts.
+            foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.documents.Documents`.
             repair_tokens: how a changed document is read, see above.
             device: ``"cuda"`` where there is one, by default.
             cpu_bytes: memory for KV.
@@ -132,7 +134,7 @@ class RAG:
             loaded, tokenizer, own = load_model(model, device, model_options)
             store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
             opened.callback(store.close)
-            engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own)
+            engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own, foreign=foreign)
             default_tokens = 96 if model == BUNDLED else 256
             rag = cls(
                 engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens, str(model)

@@ -16,7 +16,7 @@ from ragkv.retrieval import Change
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
-    with open_rag(path, model=args.model, embedder=args.embedder) as rag:
+    with open_rag(path, model=args.model, embedder=args.embedder, foreign=args.foreign) as rag:
         begin = perf_counter()
         with show.progress(unit=" files") as bar:
             added = rag.add_files(args.paths, progress=lambda file: _step(bar, file.source))

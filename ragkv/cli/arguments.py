@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragkv.cli import care, evaluating
+from ragkv.cli.values import FOREIGN_HELP, at_least, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         _search(neighbours=1),
         summary="Let the bundled model read the bundled documents and answer questions.",
     )
-    demo.add_argument("--questions", type=_count, metavar="N", help="ask only the first N questions")
+    demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
 
     add = command("add", model, summary="Read files, and folders with all that is in them: text, Markdown, PDF.")
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("question", type=_question, metavar="QUESTION")
     ask.add_argument(
-        "--max-new-tokens", type=_count, default=128, metavar="N", help="the longest answer (default: 128)"
+        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
     )
 
     care.add_commands(command)
@@ -81,10 +82,10 @@ def _shared() -> argparse.ArgumentParser:
 
 def _search(neighbours: int) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--top-k", type=_count, default=5, metavar="K", help="passages to find (default: 5)")
+    options.add_argument("--top-k", type=at_least(1), default=5, metavar="K", help="passages to find (default: 5)")
     options.add_argument(
         "--neighbours",
-        type=_whole,
+        type=at_least(0),
         default=neighbours,
         metavar="N",
         help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
@@ -98,6 +99,7 @@ def _model() -> argparse.ArgumentParser:
     model.add_argument(
         "--embedder", help="name or path of a sentence-transformers model (default: all-MiniLM-L6-v2, offline)"
     )
+    model.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
     return model
 
 
@@ -115,18 +117,6 @@ def _parsed_method(text: str) -> Method:
         return parse_method(text)
     except MethodError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _question(text: str) -> str:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer the question."""
     path = folder(args)
     require_documents(path)
-    with open_rag(path, model=args.model, embedder=args.embedder, method=args.method) as rag:
+    with open_rag(path, model=args.model, embedder=args.embedder, method=args.method, foreign=args.foreign) as rag:
         answer, stages = _answered(rag, args)
     if args.json:
         show.as_json(_as_dict(args.question, answer, stages))

@@ -69,7 +69,7 @@ def _bench(args: argparse.Namespace) -> Bench:
     if args.model == BUNDLED or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
     model, tokenizer, template = load_model(args.model, None, {})
-    return Bench(model, tokenizer, template, max_new_tokens=args.max_new_tokens)
+    return Bench(model, tokenizer, template, max_new_tokens=args.max_new_tokens, foreign=args.foreign)
 
 
 def _said(gate: Gate) -> str:

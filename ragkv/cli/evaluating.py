@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from ragkv.cli.values import FOREIGN_HELP, at_least, share, text_of_file
+
 _SUMMARY = "Measure how well and how fast methods answer, on the bundled model or on your own model and data."
 
 _DATA_HELP = (
@@ -16,6 +18,16 @@ _ARMS_HELP = (
     "what to compare: 'default', 'full-prefill', 'full-documents', 'no-context', 'gold-only', 'prefix-only', 'no-rotation', a "
     "method as for 'ragkv ask --method' with '@alone' or '@document' behind it for one context only, 'random=ARM' for a random "
     "choice at the budget charged to an arm (default: default)"
+)
+
+#: Whole numbers: name, least, default, what it says.
+_COUNTS = (
+    ("--limit", 1, None, "at most N cases (default: all; bundled: 320)"),
+    ("--orders", 1, 3, "orders of the chunks: as retrieved, and N - 1 shuffled (default: 3)"),
+    ("--seed", 0, 0, "of generated cases, shuffling and resampling (default: 0)"),
+    ("--timed", 0, 4, "cases timed cold and from disk too (default: 4)"),
+    ("--max-new-tokens", 1, 32, "the longest answer (default: 32)"),
+    ("--chunk-words", 1, 512, "longer passages, of data that is not cut yet, are cut after N words (default: 512)"),
 )
 
 
@@ -33,54 +45,14 @@ def add_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--budgets",
         nargs="+",
-        type=_share,
+        type=share,
         default=[0.05, 0.1, 0.15, 0.3],
         metavar="SHARE",
         help="shares of tokens at which methods are run (default: 0.05 0.1 0.15 0.3)",
     )
     command.add_argument("--metric", default="em", help="what the plots show upwards (default: em)")
-    command.add_argument("--limit", type=_at_least(1), metavar="N", help="at most N cases (default: all; bundled: 320)")
-    command.add_argument(
-        "--orders",
-        type=_at_least(1),
-        default=3,
-        metavar="N",
-        help="orders of the chunks: as retrieved, and N - 1 shuffled (default: 3)",
-    )
-    command.add_argument(
-        "--seed", type=_at_least(0), default=0, metavar="N", help="of shuffling and resampling (default: 0)"
-    )
-    command.add_argument(
-        "--timed", type=_at_least(0), default=4, metavar="N", help="cases timed cold and from disk too (default: 4)"
-    )
-    command.add_argument(
-        "--max-new-tokens", type=_at_least(1), default=32, metavar="N", help="the longest answer (default: 32)"
-    )
-    command.add_argument(
-        "--chunk-words",
-        type=_at_least(1),
-        default=512,
-        metavar="N",
-        help="longer passages of data that is not cut yet are cut into chunks of N words (default: 512)",
-    )
+    command.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
+    for name, least, default, what in _COUNTS:
+        command.add_argument(name, type=at_least(least), default=default, metavar="N", help=what)
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parsed(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return parsed
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text!r}")
-    return share

@@ -11,13 +11,20 @@ from ragkv.methods import Method
 from ragkv.rag import RAG
 
 
-def open_rag(folder: Path, *, model: str = BUNDLED, embedder: str | None = None, method: Method | None = None) -> RAG:
+def open_rag(
+    folder: Path,
+    *,
+    model: str = BUNDLED,
+    embedder: str | None = None,
+    method: Method | None = None,
+    foreign: str | None = None,
+) -> RAG:
     """Load model and embedder and open a folder, which is made if it is not there."""
     from transformers.utils import logging
 
     if model == BUNDLED or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
-    return RAG.from_pretrained(model, path=folder, embedder=embedder, method=method)
+    return RAG.from_pretrained(model, path=folder, embedder=embedder, method=method, foreign=foreign)
 
 
 def require_documents(folder: Path) -> None:

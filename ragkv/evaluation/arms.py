@@ -7,7 +7,7 @@ An arm says which chunks the prompt holds, what their KV were read behind, and w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.layout import Layout
 from ragkv.methods import FullPrefill, Method, Random, Reuse
-from ragkv.methods.words import known_methods, parse_method
+from ragkv.methods.words import knobs_of, known_methods, parse_method
 
 #: What chunks were read behind: the prefix alone, or their own document's earlier text too.
 CONTEXTS = ("alone", "document")
@@ -83,7 +83,8 @@ class Arm:
         if self.method is not None:
             return self.method
         if self.k_share is not None:
-            return known_methods()[self.family](k=max(1, round(self.k_share * sum(chunk_tokens) / len(chunk_tokens))))  # type: ignore[call-arg]
+            settings = {"k": max(1, round(self.k_share * sum(chunk_tokens) / len(chunk_tokens)))}
+            return known_methods()[self.family](**settings)
         if self.like not in charged:
             raise MethodError(f"{self.like} did not run, so that no budget equals its")
         return Random(ratio=min(1.0, charged[self.like]))
@@ -115,8 +116,7 @@ def default_arms(budgets: Sequence[float]) -> list[Arm]:
     """Special arms, every method of ``ragkv.methods`` at every budget on both contexts, what papers run, and controls for it."""
     arms = [arm for arm in special_arms() if arm.name not in _RARE]
     for name, kind in known_methods().items():
-        required = any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind))  # type: ignore[arg-type]
-        if kind is not FullPrefill and not required:
+        if kind is not FullPrefill:
             arms += [arm for context in CONTEXTS for arm in _budgeted(name, context, budgets)]
     for paper in _PAPERS:
         arms += [*_parse(paper, budgets), *_parse(f"{RANDOM}={paper}", budgets)]
@@ -164,7 +164,7 @@ def _parse(word: str, budgets: Sequence[float]) -> list[Arm]:
 def _budgeted(name: str, context: str, budgets: Sequence[float]) -> list[Arm]:
     """A method at every budget, or as it is where it takes none."""
     kind = known_methods()[name]
-    knobs = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    knobs = knobs_of(kind)
     share = next((knob for knob in _SHARES if knob in knobs), None)
     if share is not None:
         return [

@@ -71,6 +71,7 @@ class Bench:
         max_new_tokens: tokens of the longest answer.
         store: where KV are kept; CPU memory by default.
         measured: measure how sensitive tokens are when documents are read, for methods that need it.
+        foreign: a text to measure it with, see :class:`ragkv.documents.Documents`.
 
     Raises:
         UnsupportedModelError: ragkv refuses the model.
@@ -85,18 +86,29 @@ class Bench:
         max_new_tokens: int = 32,
         store: TieredStore | None = None,
         measured: bool = True,
+        foreign: str | None = None,
     ):
         if max_new_tokens < 1:
             raise EvaluationError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
         # Nothing is evicted, so no policy needs to know what prefilling costs.
         held = TieredStore(policy="lru") if store is None else store
-        self.engine = Engine(model, tokenizer, template=template, store=held, sensitivity=measured)
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.engine = Engine(model, tokenizer, template=template, store=held, sensitivity=measured, foreign=foreign)
+        self.tokenizer, self.max_new_tokens, self.foreign = tokenizer, max_new_tokens, foreign
         self.unrotated = without_rotation(self.engine)
         self.ends = _end_ids(model, tokenizer)
         # Behind ragkv's own plain "Answer:" a word comes with its space; chat templates end where the answer begins.
         plain = template is None and not getattr(tokenizer, "chat_template", None)
         self._before_answer = " " if plain else ""
+
+    def like(self, **changes: Any) -> Bench:
+        """Another bench on the same model, with a store of its own.
+
+        Args:
+            **changes: ``store`` and ``measured`` as for a new one.
+        """
+        engine = self.engine
+        options = {"max_new_tokens": self.max_new_tokens, "foreign": self.foreign, **changes}
+        return Bench(engine.model, self.tokenizer, engine.template, **options)
 
     def read(self, case: Case) -> Reading:
         """Let the model read a case's documents, each chunk alone and in its document."""

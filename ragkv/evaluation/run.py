@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ragkv.chunk import digest
 from ragkv.evaluation.arms import FULL, Arm
 from ragkv.evaluation.bench import Bench
 from ragkv.evaluation.cases import Case, usable
@@ -94,6 +95,7 @@ def evaluate(
     """
     cases, left_out = _cases(bench, plan)
     rows = Rows(folder, _settings(bench, plan, cases))
+    _agree(plan, cases, rows)
     gates = _gates(bench, cases[0], passed)
     bench.warm_up(cases[0])
     _score(bench, plan, cases, rows, progress)
@@ -137,10 +139,23 @@ def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]
         "device": str(bench.engine.decoder.device),
         "data": plan.data,
         "first case": cases[0].fingerprint,
+        "foreign": None if bench.foreign is None else digest(bench.foreign).hex()[:16],
         "seed": plan.seed,
         "max_new_tokens": bench.max_new_tokens,
         "versions": versions(),
     }
+
+
+def _agree(plan: Plan, cases: Sequence[Case], rows: Rows) -> None:
+    """Refuse rows of a case that was another one when it was asked: its data was edited, or cut into other chunks."""
+    for case in cases:
+        for order, arranged in case.arranged(plan.orders, plan.seed):
+            held = [rows.kept.get((case.id, order, arm.name), {}) for arm in plan.arms]
+            if any(row.get("fingerprint", arranged.fingerprint) != arranged.fingerprint for row in held):
+                raise EvaluationError(
+                    f"case {case.id} is not the one that was asked before (its data or --chunk-words changed): give another folder "
+                    "with --out"
+                )
 
 
 def _gates(bench: Bench, case: Case, passed: Callable[[Gate], None]) -> list[Gate]:

@@ -64,6 +64,7 @@ class Group:
     ):
         self.bench, self.case, self.order, self.reading = bench, case, order, reading
         self.charged = dict(charged or {})
+        self._about: Row = {"case": case.id, "fingerprint": case.fingerprint, "kind": case.kind, "order": order}
         self._known: dict[tuple, Outcome] = {}
 
     def rows(self, arms: Sequence[Arm], seed: int = 0) -> Iterator[Row]:
@@ -86,7 +87,7 @@ class Group:
         return self._outcome(self.reading.at(places, "document"), _FULL, True)
 
     def _row(self, arm: Arm, chunks: Outcome | None, documents: Outcome | None) -> Row:
-        row: Row = {"case": self.case.id, "kind": self.case.kind, "order": self.order, "arm": arm.name}
+        row: Row = {**self._about, "arm": arm.name}
         try:
             held = self.reading.at(arm.places(self.case), arm.context)
             method = arm.method_for([len(chunk) for chunk in held], self.charged)

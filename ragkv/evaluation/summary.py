@@ -144,11 +144,15 @@ def _slices(rows: Iterable[Row]) -> dict[str, Callable[[Row], bool]]:
             shuffled.add(row["case"])
     slices: dict[str, Callable[[Row], bool]] = {ALL: lambda row: True}
     if len(kinds) > 1:
-        slices |= {kind: lambda row, kind=kind: row["kind"] == kind for kind in kinds}  # type: ignore[misc]
+        slices |= {kind: _of_kind(kind) for kind in kinds}
     if shuffled:
         slices[GIVEN] = lambda row: row["order"] == 0 and row["case"] in shuffled
         slices[SHUFFLED] = lambda row: row["order"] > 0
     return slices
+
+
+def _of_kind(kind: str) -> Callable[[Row], bool]:
+    return lambda row: row["kind"] == kind
 
 
 def _values(rows: Iterable[Row], name: str) -> dict[str, list[float]]:

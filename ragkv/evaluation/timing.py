@@ -31,11 +31,9 @@ class Clock:
     def __init__(self, bench: Bench):
         self._memory = bench
         self._folder = tempfile.TemporaryDirectory(prefix="ragkv-eval-")
-        engine, words, longest = bench.engine, bench.tokenizer, bench.max_new_tokens
-        disk = TieredStore(Path(self._folder.name), cpu_bytes=0, policy="lru")
-        self._disk = Bench(engine.model, words, engine.template, max_new_tokens=longest, store=disk)
+        self._disk = bench.like(store=TieredStore(Path(self._folder.name), cpu_bytes=0, policy="lru"))
         # Without measuring what an arm does not need: that would be charged to it.
-        self._cold = Bench(engine.model, words, engine.template, max_new_tokens=longest, measured=False)
+        self._cold = bench.like(measured=False)
 
     def __enter__(self) -> Self:
         return self

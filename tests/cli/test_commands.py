@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ragkv import bundled
+from ragkv import RAG, bundled
 from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
 
@@ -82,6 +83,17 @@ def test_add_ask_stats(files, tmp_path, capsys):
     assert stats["store"]["tiers"]["disk"]["entries"] == stats["passages"] > 2
     code, out, _ = run(capsys, "stats")
     assert code == 0 and out.startswith("2 documents, ") and "embedder: all-MiniLM-L6-v2" in out
+
+
+def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):
+    (tmp_path / "foreign.txt").write_text("Rivers and harps, and what they cost.")
+    found = []
+    for name, argv in (("plain", []), ("own", ["--foreign", tmp_path / "foreign.txt"])):
+        assert run(capsys, "add", files, "--path", tmp_path / name, *argv)[0] == 0
+        with RAG.from_pretrained(path=tmp_path / name) as rag:
+            chunk = rag.chunks(rag.retrieve("On which river does Clearport lie?", 1))[0]
+            found.append(rag.engine.store.get(rag.engine.chunk_key(chunk)).sensitivity)
+    assert not torch.equal(*found)
 
 
 def test_nothing_could_be_added(tmp_path, capsys):

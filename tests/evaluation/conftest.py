@@ -38,7 +38,8 @@ def loaded():
 
 @pytest.fixture(scope="session")
 def bundled_bench(loaded):
-    return Bench(*loaded, PromptTemplate(**bundled.TEMPLATE), max_new_tokens=12)
+    """Without measuring sensitivity, so that documents are read once."""
+    return Bench(*loaded, PromptTemplate(**bundled.TEMPLATE), max_new_tokens=12, measured=False)
 
 
 @pytest.fixture

@@ -37,9 +37,21 @@ def test_the_default_has_every_method_on_both_contexts():
     assert {"full-prefill", "full-documents", "gold-only", "no-context"} <= {arm.name for arm in arms}
     assert {"prefix-only@document", "no-rotation@alone", "lego-link:k=16@alone"} <= {arm.name for arm in arms}
     assert {"random=cache-blend:ratio=0.15@document", "auto@document"} <= {arm.name for arm in arms}
-    for family in ("reuse", "lego-link", "cache-blend", "random", "oracle", "question-aware"):
+    for family in (
+        "reuse",
+        "auto",
+        "lego-link",
+        "cache-blend",
+        "sensitive-tokens",
+        "random",
+        "oracle",
+        "question-aware",
+    ):
         contexts = {arm.context for arm in arms if arm.family == family}
         assert contexts == {"alone", "document"}, family
+        shares = {"5%", "30%"} if family == "lego-link" else {"0.05", "0.3"}
+        at_budgets = {arm.name for arm in arms if any(f"={share}@" in arm.name for share in shares)}
+        assert family in ("reuse", "auto") or len([n for n in at_budgets if n.startswith(f"{family}:")]) == 4, family
     assert len({arm.name for arm in arms}) == len(arms)
     assert {arm.method for arm in arms if arm.family == "reuse"} == {Reuse()}
     assert [arm.method for arm in arms if arm.name == "full-documents"] == [FullPrefill()]

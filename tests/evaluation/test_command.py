@@ -5,7 +5,9 @@ import json
 import pytest
 
 from ragkv.cli import main
-from ragkv.evaluation import GateError
+from ragkv.cli.arguments import parser
+from ragkv.evaluation import GateError, parse_arms
+from ragkv.testing import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,20 @@ def test_rows_table_and_page(data, tmp_path, capsys):
     assert found["left_out"] == {"no answer": 1} and found["data"] == "cases.jsonl (ragkv)"
 
 
+def test_your_own_model_and_foreign_text(data, loaded, tmp_path, capsys):
+    tiny_model(vocab_size=1792).save_pretrained(tmp_path / "model")
+    loaded[1].save_pretrained(tmp_path / "model")
+    (tmp_path / "foreign.txt").write_text("Rivers and harps, and what they cost.")
+    argv = ["--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out", "--max-new-tokens", 2, "--json"]
+    argv += ["--arms", "full-prefill", "sensitive-tokens:ratio=0.2@document"]
+    code, out, _ = run(capsys, *argv, "--foreign", tmp_path / "foreign.txt")
+    found = json.loads(out)
+    assert code == 0 and found["model"] == str(tmp_path / "model")
+    assert found["arms"][1]["cost"].keys() >= {"bytes_read", "kv_bytes", "cold_read_ms", "disk_ms", "stages_ms"}
+    code, out, err = run(capsys, *argv)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "other settings (foreign: " in err
+
+
 def test_the_bundled_data(tmp_path, capsys):
     argv = ("--limit", 2, "--orders", 1, "--arms", "full-prefill", "--timed", 0, "--out", tmp_path / "out", "--json")
     code, out, _ = run(capsys, *argv)
@@ -95,12 +111,22 @@ def test_an_unknown_form_shows_its_first_line(tmp_path, capsys):
     assert code == 1 and "begins with 'question;answer'" in err and "LongBench (input, context, answers)" in err
 
 
+def test_three_orders_and_several_budgets_unless_others_are_asked_for():
+    args = parser().parse_args(["eval"])
+    assert (args.orders, args.arms, args.model, args.data, args.foreign) == (3, ["default"], "bundled", "bundled", None)
+    assert len(args.budgets) == 4 and {arm.name for arm in parse_arms(args.arms, args.budgets)} >= {
+        f"sensitive-tokens:ratio={budget:g}@document" for budget in args.budgets
+    }
+
+
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
         (("--limit", "0"), "at least 1, got '0'"),
         (("--budgets", "15"), "a share from 0 to 1, got '15'"),
         (("--seed", "-1"), "at least 0"),
+        (("--foreign", "/nowhere/text"), "'/nowhere/text' is no text file in UTF-8: "),
+        (("--foreign", "/dev/null"), "'/dev/null' holds no text"),
     ],
 )
 def test_usage_errors(argv, reason, capsys):

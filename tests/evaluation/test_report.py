@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from ragkv.evaluation import Plan, evaluate, parse_arms
-from ragkv.evaluation.report import page
+from ragkv.evaluation.report import page, tables
 from ragkv.evaluation.report.markup import Markup, tag
 from ragkv.evaluation.report.scatter import BUDGET, TTFT
+from ragkv.evaluation.report.series import Look
 from ragkv.evaluation.summary import METRICS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -105,6 +106,16 @@ def test_the_page_stands_alone(html):
 def test_what_comes_from_data_is_escaped(html):
     assert "<b>Anna</b>" not in html and "&lt;b&gt;Anna&lt;/b&gt;" in html
     assert "tiny <model>" not in html and "tiny &lt;model&gt;" in html
+
+
+def test_costs_that_were_not_measured_are_dashes():
+    stages = {"place": 1.0, "select": 0.0, "compute": 2.25}
+    cost = {"budget": 0.125, "tokens": 1234.0, "ttft_ms": 12.34, "ttft_p95_ms": 20.0, "stages_ms": stages}
+    arms = [{"name": "a", "cost": {**cost, "bytes_read": 3 << 20}}, {"name": "refused", "cost": {}}]
+    shown = Elements(tables.costs(arms, {"a": Look("a", "", "c0")})).texts
+    row = shown[shown.index("a") + 1 :]
+    assert row[:7] == ["12.5%", "1,234", "12.3 ms", "20.0 ms", "1.0", "0.0", "2.2"]
+    assert row[7:] == ["\u2013", "3.0 MiB", "\u2013", "\u2013", "\u2013"]
 
 
 def test_markup():

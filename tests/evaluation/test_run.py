@@ -124,6 +124,14 @@ def test_rows_of_other_settings_are_not_mixed(tiny_bench, tmp_path, change, plan
         evaluate(tiny_bench, plan(timed=0, arms=ARMS[:1], **change), tmp_path)
 
 
+def test_rows_of_a_changed_case_are_not_mixed(tiny_bench, tmp_path, plan, small_case):
+    """Edited data, or other --chunk-words: the first case may be the same, and ids are."""
+    evaluate(tiny_bench, plan(timed=0, arms=ARMS[:1]), tmp_path)
+    changed = [small_case("a"), small_case("b", kind="direct", question="Who plays the harp?")]
+    with pytest.raises(EvaluationError, match=r"case b is not the one that was asked before"):
+        evaluate(tiny_bench, plan(timed=0, arms=ARMS[:1], cases=changed), tmp_path)
+
+
 def test_damaged_rows_are_named(tiny_bench, tmp_path, plan):
     evaluate(tiny_bench, plan(timed=0, arms=ARMS[:1]), tmp_path)
     with (tmp_path / "rows.jsonl").open("a") as file:
@@ -147,6 +155,17 @@ def test_a_mask_that_shows_too_much_stops_the_run(tiny_bench, small_case):
     decoder.rules = [lambda batch, head, query, key: key >= 0 * query for _ in decoder.rules]
     failed = [gate.name for gate in run_gates(tiny_bench, small_case()) if not gate.passed]
     assert "scattered tokens are exact" in failed
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
+def test_gates_look_behind_the_window(loaded, architecture, small_case):
+    """The model's own cache would forget what a window hides, and nothing could be compared."""
+    bench = Bench(tiny_model(architecture, vocab_size=1792), loaded[1], max_new_tokens=2)
+    assert all(gate.passed for gate in run_gates(bench, small_case()))
+    turned = [Rotation(rotation.inv_freq * 1.1, rotation.interleaved) for rotation in bench.engine.decoder.rotations]
+    bench.engine.decoder.rotations = turned
+    failed = [gate.name for gate in run_gates(bench, small_case()) if not gate.passed]
+    assert "layer-0 keys rotated = computed there" in failed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ragkv.evaluation.report.markup import Markup, tag
@@ -14,6 +14,22 @@ _FULL = ("top1_chunks", "same_chunks", "kl_chunks", "top1_documents", "same_docu
 
 Arm = dict[str, Any]
 _NONE = "\u2013"
+
+#: What arms cost: the figure's name, how it is shown, and in what unit.
+_COSTS: dict[str, tuple] = {
+    "charged budget": ("budget", "{:.1%}"),
+    "tokens": ("tokens", "{:,.0f}"),
+    "TTFT, memory": ("ttft_ms", "{:.1f} ms"),
+    "p95": ("ttft_p95_ms", "{:.1f} ms"),
+    "place": ("place", "{:.1f}"),
+    "select": ("select", "{:.1f}"),
+    "compute": ("compute", "{:.1f}"),
+    "TTFT, disk": ("disk_ms", "{:.1f} ms"),
+    "read from disk": ("bytes_read", "{:.1f} MiB", 2**20),
+    "TTFT, cold": ("cold_ms", "{:.1f} ms"),
+    "prompt's KV": ("kv_bytes", "{:.1f} MiB", 2**20),
+    "peak memory": ("peak_bytes", "{:.1f} MiB", 2**20),
+}
 
 
 def against_gold(arms: Sequence[Arm], looks: dict[str, Look]) -> Markup:
@@ -39,26 +55,8 @@ def against_full_prefill(arms: Sequence[Arm], looks: dict[str, Look]) -> Markup:
 
 def costs(arms: Sequence[Arm], looks: dict[str, Look]) -> Markup:
     """What arms cost: medians, but means for budget and tokens."""
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "charged budget": lambda cost: f"{cost['budget']:.1%}",
-        "tokens": lambda cost: f"{cost['tokens']:,.0f}",
-        "TTFT, memory": lambda cost: f"{cost['ttft_ms']:.1f} ms",
-        "p95": lambda cost: f"{cost['ttft_p95_ms']:.1f} ms",
-        "place": lambda cost: f"{cost['stages_ms']['place']:.1f}",
-        "select": lambda cost: f"{cost['stages_ms']['select']:.1f}",
-        "compute": lambda cost: f"{cost['stages_ms']['compute']:.1f}",
-        "TTFT, disk": lambda cost: f"{cost['disk_ms']:.1f} ms",
-        "read from disk": lambda cost: f"{cost['bytes_read'] / 2**20:.1f} MiB",
-        "TTFT, cold": lambda cost: f"{cost['cold_ms']:.1f} ms",
-        "prompt's KV": lambda cost: f"{cost['kv_bytes'] / 2**20:.1f} MiB",
-        "peak memory": lambda cost: f"{cost['peak_bytes'] / 2**20:.1f} MiB",
-    }
-    rows = [
-        [_name(arm, looks), *[_plain(_or_dash(shown, arm["cost"])) for shown in columns.values()]]
-        for arm in arms
-        if arm["cost"]
-    ]
-    return _table(["arm", *columns], rows)
+    rows = [[_name(arm, looks), *[_cost(arm, *column) for column in _COSTS.values()]] for arm in arms if arm["cost"]]
+    return _table(["arm", *_COSTS], rows)
 
 
 def by_slice(summary: dict[str, Any], looks: dict[str, Look], metric: Metric) -> Markup:
@@ -77,11 +75,9 @@ def pairs(values: dict[str, Any]) -> Markup:
     return tag("div", tag("table", tag("tbody", *rows), class_="pairs"), class_="scroll")
 
 
-def _or_dash(shown: Callable[[dict[str, Any]], str], cost: dict[str, Any]) -> str:
-    try:
-        return shown(cost)
-    except KeyError:
-        return _NONE
+def _cost(arm: Arm, name: str, form: str, unit: float = 1) -> Markup:
+    cost = {**arm["cost"], **arm["cost"]["stages_ms"]}
+    return _plain(form.format(cost[name] / unit) if name in cost else _NONE)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Markup]]) -> Markup:

@@ -1,0 +1,47 @@
+"""What options may hold: parsers for argparse, which shows their messages as usage errors."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from ``least`` on."""
+
+    def parsed(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parsed
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text!r}")
+    return value
+
+
+def text_of_file(path: str) -> str:
+    """What stands in a text file; not nothing."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path!r} is no text file in UTF-8: {error}") from error
+    if not text:
+        raise argparse.ArgumentTypeError(f"{path!r} holds no text")
+    return text
+
+
+#: For the option that every command which reads documents takes.
+FOREIGN_HELP = (
+    "a text like your documents: each one is read a second time behind it, to see which of its tokens depend on what stands in "
+    "front (default: a few plain English sentences)"
+)
