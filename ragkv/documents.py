@@ -15,16 +15,14 @@ from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.costs import cost_profile
+from ragkv.depth import Depth
 from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
 from ragkv.fingerprint import model_fingerprint
-from ragkv.fusion import recompute
 from ragkv.kernels import Impl
-from ragkv.layout import Layout, Placed
 from ragkv.model import Decoder
-from ragkv.placement import Placement
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.reading import Reader, cut, with_window
-from ragkv.repair import Repair, plan_repair
+from ragkv.reading import Reader, with_window
+from ragkv.repair import Repair, plan_repair, repaired
 from ragkv.retrieval.records import text_key
 from ragkv.sensitivity import FOREIGN
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
@@ -59,6 +57,7 @@ class Documents:
             Something like your documents does a little better.
 
     Attributes:
+        depth: what methods ask about the model's depth.
         tokens_read: tokens of documents that the model has read since this object was made.
 
     Raises:
@@ -95,6 +94,7 @@ class Documents:
         self.document_tokens = min(document_tokens or 8192, room)
         self._measured = sensitivity
         self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens, self._foreign(foreign))
+        self.depth = Depth(self._reader)
         self._lock = threading.RLock()
         self.tokens_read = 0
 
@@ -266,46 +266,27 @@ class Documents:
         waiting.clear()
         if not items:
             return
+        turns = self.decoder.rotations
         try:
-            self.store.put_many(items, space=self.space, namespace=self.namespace)
+            self.store.put_many(items, space=self.space, namespace=self.namespace, rotations=turns)
         except StoreFullError:
             if len(items) == 1:
                 raise
             for item in items:
-                self.store.put_many([item], space=self.space, namespace=self.namespace)
+                self.store.put_many([item], space=self.space, namespace=self.namespace, rotations=turns)
 
     def _one_window(self, chunks: Sequence[Chunk]) -> bool:
         return self.context == "document" and all(b.offset == a.offset + len(a) for a, b in pairwise(chunks))
 
     def _repair(self, repair: Repair) -> bool:
         """Make and store the KV of a repaired document; ``False`` where old KV are lost."""
-        anchor = len(self.encoder.anchor)
-        placed = [
-            Placed(chunk, anchor + chunk.offset, anchor + (source or chunk).offset, exact=False, continues=False)
-            for chunk, source in zip(repair.chunks, repair.sources, strict=True)
-        ]
-        ids = [*self.encoder.anchor, *(i for chunk in repair.chunks for i in chunk.ids)]
-        layout = Layout(torch.tensor(ids, device=self.decoder.device), tuple(placed), anchor, len(ids))
-        sources = {chunk: source for chunk, source in zip(repair.chunks, repair.sources, strict=True) if source}
-        keys = {chunk: self.chunk_key(source) for chunk, source in sources.items()}
         begin = perf_counter()
-        with self._lock, torch.no_grad(), self.store.read(list(keys.values())) as batch:
-            if None in batch.tiers:
-                return False
-            cache = self.decoder.cache(len(ids))
-            placement = Placement(self.decoder, cache, layout, self._reader.anchor, self.store, batch, keys, {})
-            for layer in range(len(self.decoder.layers)):
-                placement.layer(layer)
-            recompute(self.decoder, cache, layout.ids, (anchor + repair.rows).to(self.decoder.device))
-            cache.set_length(len(ids))
-            known = dict(zip(sources, batch.sensitivities, strict=True))
+        with self._lock:
+            made = repaired(self._reader, self.encoder.anchor, self.store, repair, self.chunk_key)
+        if made is None:
+            return False
         self.tokens_read += len(repair.rows)
-        seconds = (perf_counter() - begin) / len(ids)
-        made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
-        for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
-            kv.sensitivity = known.get(
-                chunk, torch.zeros(len(chunk)) if any(s is not None for s in known.values()) else None
-            )
+        seconds = (perf_counter() - begin) / (len(self.encoder.anchor) + sum(map(len, repair.chunks)))
         items = [self._item(chunk, kv, seconds * len(chunk)) for chunk, kv in made]
         self._put({item.key: item for item in items})
         return True

@@ -167,7 +167,7 @@ class Engine(Documents):
             )
 
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
-        method, layers = method.pick(layout), len(self.decoder.layers)
+        method, layers = method.pick(layout, self.depth), len(self.decoder.layers)
         work = None if method.looks else plan(method, layout, layers)
         report = FusionReport(
             method=repr(method),
@@ -191,6 +191,7 @@ class Engine(Documents):
                 start = perf_counter()
                 scene = Scene(self.decoder, cache, layout, pieces, place, self._sensitivities(layout, batch, fresh))
                 work = plan(method, layout, layers, scene)
+                report.looked = scene.looked
                 look_s = perf_counter() - start - place.seconds
             looked_place_s = place.seconds
             logits, trace = fuse(self.decoder, cache, layout, work, pieces, place)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ragkv.cache import FusedCache
 from ragkv.errors import MethodError
-from ragkv.kernels import deviation
+from ragkv.kernels import Impl, deviation
 from ragkv.layout import Layout
 from ragkv.passes import Pass, Trace
 
@@ -37,6 +37,7 @@ class Check:
         fresh_values: ``[H, R, D]``; like ``stored_values``.
         stored_keys: what the cache holds for the same tokens.
         stored_values: what the cache holds for the same tokens.
+        impl: which implementation of ``ragkv.kernels`` runs.
     """
 
     layer: int
@@ -47,14 +48,15 @@ class Check:
     fresh_values: Tensor
     stored_keys: Tensor
     stored_values: Tensor
+    impl: Impl = "auto"
 
     def key_deviation(self) -> Tensor:
         """``[R]`` squared distance of fresh and stored keys, over heads and dimensions."""
-        return deviation(self.fresh_keys, self.stored_keys)
+        return deviation(self.fresh_keys, self.stored_keys, impl=self.impl)
 
     def value_deviation(self) -> Tensor:
         """``[R]`` squared distance of fresh and stored values, over heads and dimensions."""
-        return deviation(self.fresh_values, self.stored_values)
+        return deviation(self.fresh_values, self.stored_values, impl=self.impl)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,9 @@ def fuse(
     def narrow(layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         held = cache.layers[layer]
         stored = held.key_room[0].index_select(1, positions), held.value_room[0].index_select(1, positions)
-        chosen = work.method.narrow(Check(layer, len(decoder.layers), layout, positions, keys, values, *stored))
+        chosen = work.method.narrow(
+            Check(layer, len(decoder.layers), layout, positions, keys, values, *stored, decoder.kernels)
+        )
         return _subset(chosen, positions, work.method)
 
     run = Pass(decoder, cache, layout, work.rows, piece_tokens, place, work.checks, narrow)

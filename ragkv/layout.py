@@ -22,6 +22,8 @@ class Placed:
         exact: it stands where and behind what its KV was made, so that nothing of it needs recomputing.
         continues: the chunk before it in the prompt is the one before it in its document.
         behind_another: some chunk in front of it in the prompt is of another document.
+        rooted: all that its KV were made behind stands in front of it in the prompt too, in order, so that computing it afresh
+            loses nothing of what its document told it.
     """
 
     chunk: Chunk
@@ -30,6 +32,7 @@ class Placed:
     exact: bool
     continues: bool
     behind_another: bool = True
+    rooted: bool = True
 
     @property
     def stop(self) -> int:
@@ -103,13 +106,18 @@ def lay_out(
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
     documents: set[tuple[int, ...]] = set()
+    whole: set[tuple[tuple[int, ...], bytes]] = set()  # the rooted ones so far
     for chunk in chunks:
         base = len(anchor) + chunk.offset
         exact = behind_anchor and base == at and chunk.context == context
         document = _first(chunk).ids
         behind_another = bool(documents - {document})
-        placed.append(Placed(chunk, at, base, exact, _follows(chunk, previous), behind_another))
+        before = chunk.previous
+        rooted = before is None or (before.ids, before.context) in whole
+        placed.append(Placed(chunk, at, base, exact, _follows(chunk, previous), behind_another, rooted))
         documents.add(document)
+        if rooted:
+            whole.add((chunk.ids, chunk.context))
         at += len(chunk)
         context, previous = digest(context, chunk.ids), chunk
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]

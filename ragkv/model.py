@@ -17,7 +17,7 @@ from ragkv.attention import eager_attention, fusion_attention
 from ragkv.cache import FusedCache, LayerSpec
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
-from ragkv.kernels import Impl, implementation
+from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.masks import MaskBuilder, layer_rules
 from ragkv.rope import TOLERANCE, Probe, probe_rotations
 
@@ -132,6 +132,8 @@ class Decoder:
         ran = implementation(self.kernels, self.device, self.dtype)
         if self.kernels == "auto" and ran == "reference":
             return None  # sdpa with masks is faster than selective attention's reference
+        if self.kernels == "auto" and max(max(spec.key_dim, spec.value_dim) for spec in self.specs) > WIDEST_HEAD:
+            return None
         rules = span_rules(self.rules, self.device) if serves(self.model, self.config) else None
         if rules is None and self.kernels != "auto":
             raise UnsupportedModelError(

@@ -135,6 +135,21 @@ class Reader:
         self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
 
+    def changes(self) -> torch.Tensor:
+        """How much the values of the foreign text's second half change, in each layer, behind its first half.
+
+        Returns:
+            ``[L, F]`` squared distance over heads and dimensions; fp32, on the CPU.
+        """
+        half = len(self._foreign_ids) // 2
+        front, text = self._foreign_ids[:half], self._foreign_ids[half:]
+        alone, behind = self.opening([*self._anchor_ids, *text]), self.opening([*self._anchor_ids, *front, *text])
+        if not text or alone is None or behind is None:
+            return torch.zeros(len(self.decoder.layers), 0)
+        pairs = zip(alone.values, behind.values, strict=True)
+        moved = [own[:, -len(text) :].float() - other[:, -len(text) :].float() for own, other in pairs]
+        return torch.stack([change.square().sum((0, 2)).cpu() for change in moved])
+
     @cached_property
     def _front(self) -> ChunkKV | None:
         """KV of anchor and foreign text, read once."""

@@ -29,6 +29,8 @@ class FusionReport:
             ``compute``, and ``total``, from the call to the next-token logits.
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
+        looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
+            ``"question_scores (reference)"`` or ``"eager"``; empty for others.
     """
 
     method: str
@@ -43,6 +45,7 @@ class FusionReport:
     milliseconds: dict[str, float] = field(default_factory=dict)
     budget: float = 0.0
     fresh_by_layer: list[int] = field(default_factory=list)
+    looked: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

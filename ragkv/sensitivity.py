@@ -15,11 +15,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Names a person, a firm and a place, so that whatever refers to something in front of its document finds something there.
+# Several small texts about people, firms and places, with sentences that refer to others: whatever refers to something in front
+# of its document finds something there.
 FOREIGN = (
-    "Anna Marsh runs a small bakery in the old town of Leeds. She opened it in 1998, and the company now has forty people. "
-    "The first of her two brothers, a tall man, drives the van. Last year the town gave the firm a prize for its bread. The report "
-    "above says more about the second shop, which lies by the river."
+    "Anna Marsh was born in 1961 and lives in Leeds. She runs a small bakery in the old part of the town, which she opened "
+    "in 1998. Her first language is French, and in the evening she plays the piano. The company now has forty people and "
+    "sells bread all over the north of England. Last year the town gave the firm a prize.\n\n"
+    "Leeds is a large town on the river Aire. Its market was first held in 1626, and the hall is known for its clock. Many "
+    "people visit it in May, when the flower show takes place.\n\n"
+    "Peter Lang is a carpenter. He was born in Ghent and moved to Hull in 1984, where he works for a firm that builds "
+    "boats. He keeps two dogs and collects old maps. His brother, a doctor, lives in the same street.\n\n"
+    "Northern Mills was founded in 1902 and is based in Hull. It makes paper and soap, and its vans are green. The company "
+    "employs 300 people and is led by Carla Stein. She wrote the second report, which is kept in the library.\n\n"
+    "Section 2 of the contract says that the tenant pays the rent on the first day of the month. If he does not, the owner "
+    "may end it. The method described above was tested on four sets of data; the results in the third table are better than "
+    "those of the earlier one."
 )
 
 

@@ -1,84 +1,15 @@
-"""RAG end to end: documents in, questions answered, folders that survive restarts and crashes.
+"""RAG end to end: documents in, questions answered, what changes and what is lost."""
 
-Run as a program, ``python test_rag.py FOLDER``, it is the process that is killed again and again while it adds documents.
-"""
-
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from transformers import PreTrainedTokenizerFast
 
-from ragkv import (
-    RAG,
-    DocumentError,
-    Engine,
-    IncompatibleFolderError,
-    PromptTemplate,
-    RagKVError,
-    Reuse,
-    StoreFullError,
-    TieredStore,
-)
-from ragkv.bundled import MODEL_PATH, documents
+from ragkv import RAG, DocumentError, Engine, RagKVError, StoreFullError, TieredStore
 from ragkv.errors import RetrievalError
-from ragkv.retrieval import Retriever, SkippedFile, TokenChunker
-from ragkv.testing import tiny_model
+from ragkv.retrieval import Retriever, SkippedFile
 
-DOCUMENTS = dict(list(documents().items())[:6])
-QUESTION = "On which river does Clearport lie?"
-TEMPLATE = PromptTemplate(prefix="Read.\n", after_chunk="\n", before_question="Question:", after_question="\nAnswer:")
-
-
-class WordEmbedder:
-    """Deterministic and instant: a bag of hashed words."""
-
-    dimension = 128
-
-    def __init__(self, name="words"):
-        self.name = self.fingerprint = name
-
-    def encode_query(self, text):
-        vector = np.zeros(self.dimension, np.float32)
-        for word in text.lower().replace("?", "").replace(".", "").split():
-            vector[zlib.crc32(word.encode()) % self.dimension] += 1 / len(word) ** 0.1
-        return vector / np.linalg.norm(vector)
-
-    def encode_documents(self, texts):
-        return np.stack([self.encode_query(text) for text in texts])
-
-
-def small_model(seed=0):
-    return tiny_model(vocab_size=1792, seed=seed)
-
-
-TOKENIZER = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
-
-
-def open_rag(path=None, model=None, embedder=None, template=TEMPLATE, **engine_options):
-    retriever = Retriever.open(None if path is None else path / "documents", embedder or WordEmbedder())
-    try:
-        store = TieredStore(None if path is None else path / "kv", cpu_bytes=64 << 20, disk_bytes=1 << 30)
-        engine_options = {"store": store, "method": Reuse(), **engine_options}
-        return RAG(
-            Engine(model or small_model(), TOKENIZER, template=template, **engine_options),
-            retriever,
-            TokenChunker(TOKENIZER, 48),
-        )
-    except BaseException:
-        retriever.close()
-        store.close()
-        raise
+from .rags import DOCUMENTS, QUESTION, TOKENIZER, WordEmbedder, keys, open_rag, small_model, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +22,6 @@ def rag(model):
     with open_rag(model=model) as opened:
         opened.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
         yield opened
-
-
-def reads(rag, monkeypatch):
-    """A list that grows by the number of tokens of every forward pass that reads documents."""
-    seen, read = [], rag.engine.decoder.read
-    monkeypatch.setattr(rag.engine.decoder, "read", lambda ids, *rest: (seen.append(len(ids)), read(ids, *rest))[1])
-    return seen
-
-
-def tokens_of(rag, text, begin=0):
-    return sum(len(chunk) for chunk in rag.engine.cut_document(rag.chunker.split(text))[begin:])
-
-
-def keys(rag, text):
-    return [rag.engine.chunk_key(chunk) for chunk in rag.engine.cut_document(rag.chunker.split(text))]
 
 
 def test_ask(rag):
@@ -138,8 +54,8 @@ def test_passages_of_a_document_stand_in_its_order(rag):
     )
 
 
-def test_adding_again_reads_nothing(rag, monkeypatch):
-    seen = reads(rag, monkeypatch)
+def test_adding_again_reads_nothing(rag, reads):
+    seen = reads(rag.engine)
     again = rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
     assert (again.tokens_read, seen) == (0, [])
     assert all(change.first_changed is None and not change.new for change in again.changes)
@@ -148,7 +64,7 @@ def test_adding_again_reads_nothing(rag, monkeypatch):
     assert copy.changes[0].embedded == 0
 
 
-def test_a_changed_file_is_read_from_the_change_on(model, tmp_path, monkeypatch):
+def test_a_changed_file_is_read_from_the_change_on(model, tmp_path, reads):
     file = tmp_path / "notes.md"
     file.write_text("\n\n".join(DOCUMENTS.values()))
     with open_rag(model=model) as rag:
@@ -156,7 +72,7 @@ def test_a_changed_file_is_read_from_the_change_on(model, tmp_path, monkeypatch)
         passages = rag.chunker.split(file.read_text())
         assert first.tokens_read == tokens_of(rag, file.read_text())
         file.write_text(file.read_text().replace(passages[-2], passages[-2].replace(".", " indeed.")))
-        seen = reads(rag, monkeypatch)
+        seen = reads(rag.engine)
         changed = rag.add_files(file)
         begin = changed.changes[0].first_changed
         assert begin > len(passages) - 6
@@ -207,37 +123,6 @@ def test_lost_kv_are_read_again(rag):
     assert 0 < rag.refresh(named.append) < every
     assert named == sorted(DOCUMENTS)
     assert rag.refresh() == 0
-
-
-def test_a_restart_keeps_everything(model, tmp_path, monkeypatch):
-    with open_rag(tmp_path, model) as rag:
-        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        want = rag.ask(QUESTION, max_new_tokens=5)
-    with open_rag(tmp_path, model) as rag:
-        seen = reads(rag, monkeypatch)
-        got = rag.ask(QUESTION, max_new_tokens=5)
-        assert got.report.fusion.hits == {"disk": 5}
-        assert (got.token_ids, [hit.text for hit in got.sources]) == (
-            want.token_ids,
-            [hit.text for hit in want.sources],
-        )
-        assert rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).tokens_read == rag.refresh() == sum(seen) == 0
-    with open_rag(tmp_path, model, template=PromptTemplate(prefix="Another instruction.\n", after_chunk="\n")) as rag:
-        assert rag.refresh() == sum(tokens_of(rag, text) for text in DOCUMENTS.values())
-
-
-def test_a_folder_of_another_model_or_embedder(model, tmp_path):
-    with open_rag(tmp_path, model) as rag:
-        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-    with pytest.raises(IncompatibleFolderError, match=r"made with the model LlamaForCausalLM .* another folder"):
-        open_rag(tmp_path, small_model(seed=1))
-    with pytest.raises(IncompatibleFolderError, match=r"made with the embedder words .*, got others"):
-        open_rag(tmp_path, model, WordEmbedder("others"))
-    with pytest.raises(IncompatibleFolderError, match="model"):
-        RAG.from_pretrained(path=tmp_path, embedder=WordEmbedder())
-    with open_rag(tmp_path, model) as rag:  # nothing was left open, and nothing was lost
-        assert rag.refresh() == 0
-        assert rag.ask(QUESTION, max_new_tokens=2).report.fusion.hits == {"disk": 5}
 
 
 def test_unreadable_files_are_named_and_skipped(model, tmp_path):
@@ -305,82 +190,3 @@ def test_from_pretrained(tmp_path):
         assert rag.chunker.chunk_tokens == 96
     with pytest.raises(OSError):
         RAG.from_pretrained(tmp_path / "no model", path=tmp_path / "kept", embedder=WordEmbedder())
-
-
-def test_killed_while_adding(model, tmp_path):
-    """After every kill the folder opens and answers; in the end it holds what a folder holds that was never killed."""
-    child = [sys.executable, __file__, str(tmp_path)]
-    run = subprocess.run(child, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    rounds = json.loads(run.stdout.splitlines()[-1])
-    assert any(done["killed"] for done in rounds)
-    counts = [done["documents"] for done in rounds]
-    assert counts == sorted(counts)  # what was committed stays
-    with open_rag(tmp_path / "killed", model) as killed, open_rag(tmp_path / "calm", model) as calm:
-        killed.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        assert killed.refresh() == calm.refresh() == 0
-        got, want = killed.ask(QUESTION, max_new_tokens=5), calm.ask(QUESTION, max_new_tokens=5)
-        assert got.token_ids == want.token_ids
-        assert "computed" not in got.report.fusion.hits
-
-
-def _in_child(work):
-    """Fork and do it there; no LMDB folder may be open yet."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
-def _add_all(folder, model, pipe):
-    with open_rag(folder, model) as rag:
-        os.write(pipe, b"begun")
-        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        os.write(pipe, b"done")
-
-
-def _check(folder, model, report):
-    with open_rag(folder, model) as rag:
-        if rag.retriever.catalogue.check():
-            raise AssertionError(rag.retriever.catalogue.check())
-        if len(rag.retriever.catalogue):
-            rag.ask(QUESTION, max_new_tokens=2)
-        report.write_text(str(len(rag.retriever.catalogue)))
-
-
-def _begin_adding(folder, model):
-    """The process that adds, once it has begun to, and a pipe that says when it is done."""
-    reading, writing = os.pipe()
-    pid = _in_child(lambda: _add_all(folder, model, writing))
-    os.close(writing)
-    os.read(reading, 5)
-    return pid, reading
-
-
-def _kill_again_and_again(folder, times=5):
-    model, chance, rounds = small_model(), random.Random(7), []
-    pid, done = _begin_adding(folder / "calm", model)
-    begin = time.monotonic()
-    os.read(done, 4)
-    adding_s = time.monotonic() - begin
-    os.waitpid(pid, 0)
-    for _ in range(times):
-        pid, _ = _begin_adding(folder / "killed", model)
-        time.sleep(chance.uniform(0, 0.8) * adding_s)
-        os.kill(pid, signal.SIGKILL)
-        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        checking = _in_child(lambda: _check(folder / "killed", model, folder / "report"))
-        if os.waitpid(checking, 0)[1]:
-            sys.exit("the folder of a killed process cannot be used")
-        rounds.append({"killed": killed, "documents": int((folder / "report").read_text())})
-    print(json.dumps(rounds))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    _kill_again_and_again(Path(sys.argv[1]))

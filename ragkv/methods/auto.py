@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from ragkv.methods.base import Method
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
+
+if TYPE_CHECKING:
+    from ragkv.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,21 @@ class Auto(Method):
     repair: Method = field(default_factory=SensitiveTokens)
 
     @property
-    def measured(self) -> bool:  # type: ignore[override]
+    def measured(self) -> bool:
         """Whether the repair needs sensitivities."""
         return self.repair.measured
 
-    def pick(self, layout: Layout) -> Method:
+    def pick(self, layout: Layout, depth: Depth) -> Method:
         """The method for this prompt."""
+        return self._picked(layout).pick(layout, depth)
+
+    def start(self, layout: Layout) -> Tensor:
+        """What the picked method starts with."""
+        return self._picked(layout).start(layout)
+
+    def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):
             return Reuse()
         if len(layout.reusable) <= len(layout.suffix):
             return FullPrefill()
-        return self.repair.pick(layout)
-
-    def start(self, layout: Layout) -> Tensor:
-        """What the picked method starts with."""
-        return self.pick(layout).start(layout)
+        return self.repair

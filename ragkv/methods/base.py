@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ragkv.layout import Layout
 
 if TYPE_CHECKING:
+    from ragkv.depth import Depth
     from ragkv.fusion import Check
     from ragkv.scene import Scene
 
@@ -20,18 +21,21 @@ class Method(ABC):
 
     A method says where to start, and may narrow the set before some layers. It keeps no state between prompts: a frozen
     dataclass whose fields are its knobs, checked in ``__post_init__``. Most decide by the layout alone, in :meth:`start`; one that
-    has to look at the prompt first sets ``looks`` and has :meth:`survey`.
-
-    Attributes:
-        looks: the method chooses in :meth:`survey`, once stored KV can be placed.
-        measured: it needs the sensitivity of the chunks' tokens, which is then measured when documents are read.
+    has to look at the prompt first sets ``looks = True`` and has :meth:`survey`.
     """
 
-    looks: ClassVar[bool] = False
-    measured: ClassVar[bool] = False
+    @property
+    def looks(self) -> bool:
+        """Whether the method chooses in :meth:`survey`, once stored KV can be placed."""
+        return False
 
-    def pick(self, layout: Layout) -> Method:
-        """The method that decides about this prompt: itself, unless it only chooses between others."""
+    @property
+    def measured(self) -> bool:
+        """Whether it needs the sensitivity of the chunks' tokens, which is then measured when documents are read."""
+        return False
+
+    def pick(self, layout: Layout, depth: Depth) -> Method:
+        """The method that decides about this prompt: itself, unless it chooses between others or asks the model for a knob."""
         return self
 
     def survey(self, scene: Scene) -> Tensor:

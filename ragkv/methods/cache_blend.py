@@ -1,7 +1,7 @@
 """CacheBlend: the tokens whose keys and values deviate most are computed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from ragkv.layout import Layout
 from ragkv.methods.base import Method
 
 if TYPE_CHECKING:
+    from ragkv.depth import Depth
     from ragkv.fusion import Check
 
 _SIGNALS = ("key", "value", "both")
@@ -27,7 +28,8 @@ class CacheBlend(Method):
 
     Attributes:
         ratio: share of the reusable tokens computed behind the check layer, 0 to 1; 0.15 in the paper.
-        check_layer: the layer whose KV are compared, >= 1: layer 0's depend on the token alone and never deviate.
+        check_layer: the layer whose KV are compared, >= 1: layer 0's depend on the token alone and never deviate. 1 in the paper;
+            if not given, the one that :attr:`ragkv.depth.Depth.check_layer` finds for the model.
         signal: deviation of ``"key"``, of ``"value"``, or of ``"both"``, each then scaled to a sum of 1.
         gradual: the paper's gradual filtering (section 4.3): shares kept at the check layer and at the layers behind it, not
             rising, in place of the one selection by ``ratio``.
@@ -35,7 +37,7 @@ class CacheBlend(Method):
     """
 
     ratio: float = 0.15
-    check_layer: int = 1
+    check_layer: int | None = None
     signal: str = "value"
     gradual: tuple[float, ...] = ()
     threshold: float | None = None
@@ -45,7 +47,7 @@ class CacheBlend(Method):
             raise MethodError(f"CacheBlend: ratio and gradual must lie in [0, 1], got {self.ratio} and {self.gradual}")
         if list(self.gradual) != sorted(self.gradual, reverse=True):
             raise MethodError(f"CacheBlend: gradual shares must not rise, got {self.gradual}")
-        if self.check_layer < 1:
+        if self.check_layer is not None and self.check_layer < 1:
             raise MethodError(f"CacheBlend: check_layer must be >= 1 (layer 0 never deviates), got {self.check_layer}")
         if self.signal not in _SIGNALS:
             raise MethodError(f"CacheBlend: signal must be one of {', '.join(_SIGNALS)}, got {self.signal!r}")
@@ -54,6 +56,10 @@ class CacheBlend(Method):
         if self.threshold is not None and self.gradual:
             raise MethodError("CacheBlend: give threshold or gradual, not both")
 
+    def pick(self, layout: Layout, depth: "Depth") -> "CacheBlend":
+        """With the check layer that suits the model."""
+        return self if self.check_layer is not None else replace(self, check_layer=depth.check_layer)
+
     def start(self, layout: Layout) -> Tensor:
         """All, or none where every chunk is exact already or nothing is to be kept."""
         nothing = self.threshold is None and not self.gradual and self.ratio == 0
@@ -61,19 +67,24 @@ class CacheBlend(Method):
 
     def checks(self, layers: int) -> Sequence[int]:
         """The check layer, and with gradual filtering those right behind it."""
-        if self.check_layer >= layers:
-            raise MethodError(f"CacheBlend: check_layer {self.check_layer} of a model with {layers} layers")
-        return range(self.check_layer, min(layers, self.check_layer + max(1, len(self.gradual))))
+        first = self._first_check
+        if first >= layers:
+            raise MethodError(f"CacheBlend: check_layer {first} of a model with {layers} layers")
+        return range(first, min(layers, first + max(1, len(self.gradual))))
 
     def narrow(self, check: "Check") -> Tensor:
         """The tokens that deviate most."""
         score = self._score(check)
         if self.threshold is not None:
             return check.positions[score > self.threshold * score.mean()]
-        share = self.gradual[check.layer - self.check_layer] if self.gradual else self.ratio
+        share = self.gradual[check.layer - self._first_check] if self.gradual else self.ratio
         reusable = check.layout.suffix_start - check.layout.chunks_start
         wanted = min(len(score), round(share * reusable))
         return check.positions[torch.topk(score, wanted).indices]
+
+    @property
+    def _first_check(self) -> int:
+        return 1 if self.check_layer is None else self.check_layer
 
     def _score(self, check: "Check") -> Tensor:
         if self.signal == "key":

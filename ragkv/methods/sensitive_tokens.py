@@ -22,8 +22,10 @@ class SensitiveTokens(Method):
     A method of this library. A token is as sensitive as it proved to be when its document was read, once behind the anchor
     alone and once behind a foreign text (:mod:`ragkv.sensitivity`). Reading costs twice as much; at query time nothing is run to
     choose, so that the budget charged is the ratio. CacheBlend (arXiv:2405.16444) measures what deviates at query time, in
-    layers that it has to run on all tokens for it. Chunks that are exact where they stand, or have no text of
-    another document in front of them, are spared.
+    layers that it has to run on all tokens for it.
+
+    Spared are chunks that are exact where they stand, chunks without text of another document in front of them, and chunks whose
+    own document's earlier text does not stand in front of them in this prompt: computed afresh, they would lose what it told them.
 
     Attributes:
         ratio: share of the reusable tokens computed, 0 to 1.
@@ -39,7 +41,8 @@ class SensitiveTokens(Method):
 
     def start(self, layout: Layout) -> Tensor:
         """Those that may be chosen."""
-        return layout.behind_another
+        chunks = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
+        return layout.span(*chunks)
 
     def survey(self, scene: Scene) -> Tensor:
         """The most sensitive ones among them."""

@@ -14,6 +14,7 @@ from ragkv.layout import Layout
 from ragkv.methods.base import Method
 
 if TYPE_CHECKING:
+    from ragkv.depth import Depth
     from ragkv.fusion import Check
     from ragkv.scene import Scene
 
@@ -38,14 +39,18 @@ class Union(Method):
                 raise MethodError(f"Union: joins two methods, got {member!r}")
 
     @property
-    def looks(self) -> bool:  # type: ignore[override]
+    def looks(self) -> bool:
         """Whether one of them has to look at the prompt."""
         return self.first.looks or self.second.looks
 
     @property
-    def measured(self) -> bool:  # type: ignore[override]
+    def measured(self) -> bool:
         """Whether one of them needs sensitivities."""
         return self.first.measured or self.second.measured
+
+    def pick(self, layout: Layout, depth: Depth) -> Union:
+        """The union of what both pick."""
+        return Union(self.first.pick(layout, depth), self.second.pick(layout, depth))
 
     def start(self, layout: Layout) -> Tensor:
         """What one of them starts with."""

@@ -6,7 +6,7 @@ Names and knobs are read off the classes, so that a new method needs nothing her
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -33,21 +33,30 @@ def parse_method(text: str) -> Method:
     given: dict[str, Any] = {}
     for item in filter(None, knobs.split(",")):
         knob, equals, value = item.partition("=")
-        if not equals or knob not in {field.name for field in fields(kind)}:  # type: ignore[arg-type]
+        if not equals or knob not in knobs_of(kind):
             raise MethodError(f"{name} has no setting {item!r}; it is spelled {_spelled(name, kind)}")
         given[knob] = _value(f"{name}: {knob}", value, hints[knob])
     return kind(**given)
 
 
 def known_methods() -> dict[str, type[Method]]:
-    """The methods of ``ragkv.methods`` by the names that they have in words."""
+    """The methods of ``ragkv.methods`` by the names that they have in words; not those that have to be given others."""
     exported = [getattr(methods, name) for name in methods.__all__]
-    kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method]
+    kinds = [kind for kind in exported if kind is not Method and not any(map(_required, knobs_of(kind).values()))]
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in kinds}
 
 
+def knobs_of(kind: type[Method]) -> dict[str, Field]:
+    """A method's settings by name; none where its class is no dataclass."""
+    return {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
+
+
+def _required(knob: Field) -> bool:
+    return knob.default is MISSING and knob.default_factory is MISSING
+
+
 def _spelled(name: str, kind: type[Method]) -> str:
-    knobs = ",".join(f"{field.name}=..." for field in fields(kind))  # type: ignore[arg-type]
+    knobs = ",".join(f"{knob}=..." for knob in knobs_of(kind))
     return f"{name}:{knobs}" if knobs else name
 
 

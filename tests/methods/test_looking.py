@@ -191,6 +191,21 @@ def test_only_what_stands_behind_another_document_is_recomputed(model):
     assert chosen(prompt) == set(range(spared, prompt.input_ids.shape[1] - len(QUESTION)))
 
 
+@pytest.mark.parametrize(
+    ("order", "spared"), [((1, 2), {0, 1}), ((2, 0, 1), {0}), ((1, 0, 2), {0, 2}), ((0, 1, 2), set())]
+)
+def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spared):
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(1.0))
+    document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
+    chunks = [*other, *(document[number] for number in order)]
+    prompt = engine.fuse(chunks, QUESTION)
+    at, want = 3 + len(other[0]), set()
+    for place, number in enumerate(order):
+        want |= set() if place in spared else set(range(at, at + len(document[number])))
+        at += len(document[number])
+    assert chosen(prompt) == want
+
+
 def test_random_is_a_fair_control(engine):
     chunks = engine.add(PARTS)[::-1]
     first, again, other = (engine.fuse(chunks, QUESTION, method=Random(0.3, seed)) for seed in (0, 0, 1))

@@ -1,11 +1,12 @@
 import hashlib
 
+import lmdb
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from ragkv.retrieval import offline_embedder
+from ragkv.retrieval import Catalogue, offline_embedder
 
 PROSE = """# The harbour
 
@@ -55,6 +56,24 @@ class HashEmbedder:
 @pytest.fixture
 def embedder():
     return HashEmbedder()
+
+
+@pytest.fixture
+def catalogue():
+    with Catalogue() as catalogue:
+        yield catalogue
+
+
+def put(catalogue, source, passages, metadata=None, embedder=None):
+    return catalogue.put(source, passages, (embedder or HashEmbedder()).encode_documents, metadata)
+
+
+def damaged(path, database, key):
+    """Flips a bit in the middle of a record."""
+    with lmdb.open(str(path), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        db = env.open_db(database.encode(), txn)
+        record = txn.get(key, db=db)
+        txn.put(key, record[:20] + bytes([record[20] ^ 1]) + record[21:], db=db)
 
 
 @pytest.fixture(scope="session")

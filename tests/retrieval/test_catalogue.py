@@ -1,27 +1,17 @@
-import gc
+"""The catalogue: what documents put into it, what replaces what, what is left over."""
+
 import threading
 
-import lmdb
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError, StoreFullError
+from ragkv.errors import DocumentError, RetrievalError
 from ragkv.retrieval import Catalogue
 
-from .conftest import HashEmbedder
-
-
-@pytest.fixture
-def catalogue():
-    with Catalogue() as catalogue:
-        yield catalogue
-
-
-def put(catalogue, source, passages, metadata=None, embedder=None):
-    return catalogue.put(source, passages, (embedder or HashEmbedder()).encode_documents, metadata)
+from .conftest import HashEmbedder, put
 
 
 def test_what_is_put_is_there(catalogue, embedder):
@@ -186,72 +176,6 @@ def test_long_names_and_many_passages(catalogue):
     assert catalogue.texts("name" * 5000) == passages and catalogue.check() == []
 
 
-def test_it_is_there_after_a_restart(tmp_path):
-    with Catalogue(tmp_path / "deep" / "folder") as catalogue:
-        document = put(catalogue, "a", ["one", "two"], {"x": 1}).document
-        state = catalogue.state
-    with Catalogue(tmp_path / "deep" / "folder") as catalogue:
-        assert catalogue.get("a") == document and catalogue.state == state and catalogue.texts("a") == ["one", "two"]
-        assert put(catalogue, "b", ["three"]).new[0] not in document.passage_ids
-    catalogue.close()
-    with pytest.raises(RetrievalError, match="is closed"):
-        catalogue.get("a")
-
-
-def test_a_temporary_one_leaves_nothing():
-    catalogue = Catalogue()
-    path = catalogue.path
-    put(catalogue, "a", ["one"])
-    assert path.exists()
-    catalogue.close()
-    assert not path.exists()
-    forgotten = Catalogue()
-    path = forgotten.path
-    del forgotten
-    gc.collect()
-    assert not path.exists()
-
-
-def test_a_folder_belongs_to_what_it_was_made_with(tmp_path):
-    with Catalogue(tmp_path) as catalogue:
-        catalogue.require("embedder", "123", "first")
-        catalogue.require("embedder", "456", "second")  # no documents yet: nothing is lost
-        put(catalogue, "a", ["one"])
-        catalogue.require("model", "789")
-    with Catalogue(tmp_path) as catalogue:
-        catalogue.require("embedder", "456", "second under another name")
-        with pytest.raises(IncompatibleFolderError) as caught:
-            catalogue.require("embedder", "123", "first")
-        for part in (str(tmp_path), "embedder second", "(456)", "first (123)", "another folder"):
-            assert part in str(caught.value)
-        with pytest.raises(IncompatibleFolderError, match=r"made with the model \(789\), got \(000\)"):
-            catalogue.require("model", "000")
-        assert catalogue.settings["model"] == {"fingerprint": "789", "name": ""}
-
-
-def test_a_full_map_changes_nothing(tmp_path):
-    with Catalogue(tmp_path, map_bytes=1 << 20) as catalogue:
-        put(catalogue, "a", ["one"])
-        with pytest.raises(StoreFullError, match="full"):
-            put(catalogue, "b", ["x" * 1000 + str(i) for i in range(2000)])
-        assert catalogue.check() == [] and [document.source for document in catalogue] == ["a"]
-        put(catalogue, "b", ["two"])
-
-
-def test_foreign_folders_are_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RetrievalError, match="cannot be made"):
-        Catalogue(tmp_path / "file")
-    (tmp_path / "junk").mkdir()
-    (tmp_path / "junk" / "data.mdb").write_bytes(b"junk" * 5000)
-    with pytest.raises(RecordError, match="no LMDB environment"):
-        Catalogue(tmp_path / "junk")
-    with Catalogue(tmp_path / "new") as catalogue, catalogue._environment.transaction(write=True) as txn:
-        txn.put("meta", b"format", b"ragkv.catalogue/99")
-    with pytest.raises(RecordError, match="catalogue/99, this version reads ragkv"):
-        Catalogue(tmp_path / "new")
-
-
 def test_a_snapshot_does_not_move(catalogue):
     put(catalogue, "a", ["one"])
     with catalogue.snapshot() as view:
@@ -268,68 +192,6 @@ def put_in_thread(catalogue, *args):
     thread = threading.Thread(target=put, args=(catalogue, *args))
     thread.start()
     thread.join()
-
-
-def damaged(path, database, key):
-    """Flips a bit in the middle of a record."""
-    with lmdb.open(str(path), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
-        db = env.open_db(database.encode(), txn)
-        record = txn.get(key, db=db)
-        txn.put(key, record[:20] + bytes([record[20] ^ 1]) + record[21:], db=db)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    with Catalogue(tmp_path) as catalogue:
-        put(catalogue, "a", ["one", "two"])
-        put(catalogue, "b", ["two", "three"])
-    return tmp_path
-
-
-def test_a_damaged_text_is_never_served(folder, embedder):
-    damaged(folder, "passages", (0).to_bytes(8, "big"))
-    with Catalogue(folder) as catalogue:
-        with pytest.raises(RecordError, match=r"passage 0 is damaged: Catalogue.repair\(\)"):
-            catalogue.texts("a")
-        assert "a: the catalogue's record of passage 0" in catalogue.check()[0]
-        assert catalogue.repair(embedder.encode_documents) == ["a: damaged and deleted, add it again"]
-        assert catalogue.check() == [] and catalogue.texts("b") == ["two", "three"] and "a" not in catalogue
-        assert embedder.embedded == []
-        put(catalogue, "a", ["one", "two"])
-        assert catalogue.check() == []
-
-
-def test_a_damaged_vector_is_computed_again(folder, embedder):
-    damaged(folder, "vectors", (1).to_bytes(8, "big"))
-    with Catalogue(folder) as catalogue:
-        with catalogue.snapshot() as view, pytest.raises(RecordError, match="vector of passage 1"):
-            view.vector(1)
-        assert len(catalogue.check()) == 1
-        assert catalogue.repair(embedder.encode_documents) == ["passage 1: its vector was computed again"]
-        with catalogue.snapshot() as view:
-            np.testing.assert_array_equal(view.vector(1), embedder.encode_query("two"))
-        assert catalogue.check() == [] and embedder.embedded == ["two"]
-
-
-def test_a_damaged_document_is_deleted(folder, embedder):
-    from ragkv.retrieval.records import source_key
-
-    damaged(folder, "documents", source_key("a"))
-    with Catalogue(folder) as catalogue:
-        with pytest.raises(RecordError, match="a document is damaged"):
-            catalogue.get("a")
-        assert catalogue.repair(embedder.encode_documents) == [
-            "a document whose name is lost: damaged and deleted, add it again"
-        ]
-        assert [document.source for document in catalogue] == ["b"] and catalogue.check() == []
-
-
-def test_check_finds_what_does_not_belong(catalogue, embedder):
-    put(catalogue, "a", ["one"], embedder=embedder)
-    with catalogue._environment.transaction(write=True) as txn:
-        txn.put("uses", b"x" * 32, (7).to_bytes(8, "big"))
-    assert catalogue.check() == ["3 records in uses, its documents have 2"]
-    assert catalogue.repair(embedder.encode_documents) == [] and catalogue.check() == []
 
 
 class Model(RuleBasedStateMachine):

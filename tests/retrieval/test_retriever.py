@@ -7,8 +7,7 @@ import pytest
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
 from ragkv.retrieval import Catalogue, FaissIndex, Retriever
 
-from .conftest import HashEmbedder
-from .test_catalogue import damaged
+from .conftest import HashEmbedder, damaged
 
 TEXTS = {
     "cats.md": ["a cat sat on the mat", "the kitten drank milk"],

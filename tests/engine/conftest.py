@@ -1,0 +1,26 @@
+"""What tests of the engine share: a tiny model, and an engine on it that recomputes nothing."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ragkv import Engine, PromptTemplate, Reuse
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
+QUESTION = random_ids(6)
+
+
+@pytest.fixture(scope="module")
+def shared_model():
+    return tiny_model()
+
+
+@pytest.fixture
+def engine(shared_model):
+    return Engine(shared_model, template=TEMPLATE, method=Reuse())
+
+
+def full(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=DynamicCache()).logits[:, -1]

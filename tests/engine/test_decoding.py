@@ -1,0 +1,142 @@
+"""Decoding: answers are the model's own, nothing runs twice, the cache grows in place."""
+
+import threading
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ragkv import FullPrefill, LegoLink, Reuse
+from ragkv.cache import FusedCache
+from ragkv.testing import random_ids
+
+from .conftest import QUESTION, full
+
+
+def test_greedy_answers_are_transformers_own(engine):
+    chunks = engine.add([random_ids(40), random_ids(50)])
+    prompt = engine.fuse(chunks, QUESTION, method=FullPrefill())
+    ids = prompt.input_ids
+    want = engine.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    answer = engine.generate(chunks, QUESTION, method=FullPrefill(), max_new_tokens=20, eos_token_id=None)
+    assert answer.token_ids == want[0, ids.shape[1] :].tolist()
+    assert answer.report.new_tokens == 20
+    assert answer.text == ""
+
+
+def test_decoding_grows_in_place_and_never_runs_the_prompt_again(engine, monkeypatch):
+    chunks = engine.add([random_ids(40), random_ids(50)])
+    sizes, run = [], engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda ids, *rest: (sizes.append(len(ids)), run(ids, *rest))[1])
+    made = []
+    make = engine.decoder.cache
+    monkeypatch.setattr(engine.decoder, "cache", lambda capacity: made.append(make(capacity)) or made[-1])
+    engine.generate(chunks, QUESTION, max_new_tokens=12, eos_token_id=None)
+    assert sizes == [6] + [1] * 11
+    assert made[0].layers[0].key_room.shape[2] == 3 + 92 + 6 + 12  # no room was added: nothing was copied
+
+
+def test_the_cache_grows_beyond_its_room(engine):
+    chunks = engine.add([random_ids(40)])
+    prompt = engine.fuse(chunks, QUESTION, room_tokens=0)
+    cache, ids = prompt.past_key_values, prompt.input_ids
+    token = prompt.logits.argmax(-1, keepdim=True)
+    with torch.no_grad():
+        step = engine.model(input_ids=token, past_key_values=cache).logits[:, -1]
+    want = full(engine.model, torch.cat([ids, token], dim=1))
+    torch.testing.assert_close(step, want, atol=1e-4, rtol=1e-4)
+
+
+def test_plain_generate_over_the_fused_cache(engine):
+    chunks = engine.add([random_ids(40), random_ids(50)])
+    prompt = engine.fuse(chunks, QUESTION)
+    first = prompt.logits.argmax(-1, keepdim=True)
+    ids = torch.cat([prompt.input_ids, first], dim=1)
+    out = engine.model.generate(
+        ids,
+        past_key_values=prompt.past_key_values,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    answer = engine.generate(chunks, QUESTION, max_new_tokens=10, eos_token_id=None)
+    assert out[0, prompt.input_ids.shape[1] :].tolist() == answer.token_ids
+
+
+def test_generation_arguments(engine):
+    chunks = engine.add([random_ids(40)])
+    greedy = engine.generate(chunks, QUESTION, max_new_tokens=8, eos_token_id=None).token_ids
+    stopped = engine.generate(chunks, QUESTION, max_new_tokens=8, eos_token_id=greedy[3]).token_ids
+    assert stopped == greedy[: greedy.index(greedy[3]) + 1]
+    torch.manual_seed(0)
+    one = engine.generate(chunks, QUESTION, max_new_tokens=8, do_sample=True, temperature=5.0, eos_token_id=None)
+    torch.manual_seed(0)
+    two = engine.generate(chunks, QUESTION, max_new_tokens=8, do_sample=True, temperature=5.0, eos_token_id=None)
+    assert one.token_ids == two.token_ids != greedy
+    never = engine.generate(
+        chunks, QUESTION, max_new_tokens=8, eos_token_id=None, suppress_tokens=[greedy[0]], repetition_penalty=1.3
+    )
+    assert greedy[0] not in never.token_ids
+
+    class Only7(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            out = torch.full_like(scores, -torch.inf)
+            out[:, 7] = 0
+            return out
+
+    forced = engine.generate(
+        chunks, QUESTION, max_new_tokens=3, eos_token_id=None, logits_processor=LogitsProcessorList([Only7()])
+    )
+    assert forced.token_ids == [7, 7, 7]
+    with pytest.raises(TypeError, match="max_new_token"):
+        engine.generate(chunks, QUESTION, max_new_token=3)
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        engine.generate(chunks, QUESTION, num_return_sequences=2, do_sample=True)
+
+
+def test_beams(engine):
+    chunks = engine.add([random_ids(40), random_ids(50)])
+    ids = engine.fuse(chunks, QUESTION, method=FullPrefill()).input_ids
+    want = engine.model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    got = engine.generate(chunks, QUESTION, method=FullPrefill(), num_beams=3, max_new_tokens=6, eos_token_id=None)
+    assert got.token_ids == want[0, ids.shape[1] :].tolist()
+
+
+def test_several_threads(engine):
+    chunks = engine.add([random_ids(n) for n in (20, 30, 40)])
+    want = {i: engine.generate(chunks[i:], QUESTION, max_new_tokens=6).token_ids for i in range(3)}
+    wrong = []
+
+    def ask(i):
+        for _ in range(5):
+            method = LegoLink(k=4) if _ % 2 else Reuse()
+            got = engine.generate(chunks[i:], QUESTION, max_new_tokens=6, method=method).token_ids
+            if method == Reuse() and got != want[i]:
+                wrong.append((i, got))
+
+    threads = [threading.Thread(target=ask, args=(i % 3,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_beam_bookkeeping_of_the_cache(engine):
+    cache: FusedCache = engine.decoder.cache(8)
+    for layer in cache.layers:
+        layer.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16))
+    before = cache.layers[0].keys.clone()
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.crop(-2)
+    assert cache.get_seq_length() == 3
+    torch.testing.assert_close(cache.layers[0].keys, before[:, :, :3].repeat(2, 1, 1, 1))
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.reset()
+    assert cache.layers[0].keys.shape == (1, 2, 0, 16)
