@@ -39,7 +39,7 @@ bench: $(READY)
 eval: $(READY)
 	$(BIN)/ragkv eval --out build/eval --limit 144 --budgets 0.1 --max-new-tokens 16
 
-# Four hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
+# Six hours on one core; stop and start it at will. One thread is fastest where other work shares the cores.
 train-bundled: $(READY)
 	$(BIN)/python -m training.tokenizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.train

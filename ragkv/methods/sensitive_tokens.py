@@ -28,7 +28,7 @@ class SensitiveTokens(Method):
     own document's earlier text does not stand in front of them in this prompt: computed afresh, they would lose what it told them.
 
     Attributes:
-        ratio: share of the reusable tokens computed, 0 to 1.
+        ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
     """
 
     ratio: float = 0.1
@@ -41,6 +41,8 @@ class SensitiveTokens(Method):
 
     def start(self, layout: Layout) -> Tensor:
         """Those that may be chosen."""
+        if self.ratio == 1:
+            return layout.inexact
         chunks = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
         return layout.span(*chunks)
 

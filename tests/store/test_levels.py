@@ -141,7 +141,7 @@ def test_memory_alone_has_one_level(key):
         with store.read([key(1)]) as batch:
             batch.place(0, range(1), [Target(prompt[0], prompt[1])], 50)
             assert torch.equal(prompt[0, :, 50:250], batch.layer(0, 0)[0])
-            assert batch.codecs == [None], "what the parts of K are must not be mistaken"
+            assert (batch.codecs, batch.unrotated) == (["int8"], [True])
 
 
 def test_by_default_a_chunk_is_the_same_wherever_it_comes_from(folder, kv, key):
@@ -206,7 +206,8 @@ def test_parts_are_what_a_tier_holds(folder, kv, key):
         store.put(key(1), want)
         store.put(key(2), want, rotations=rotations())
         with store.read([key(1), key(2), key(3)]) as batch:
-            assert (batch.codecs, batch.blocks) == (["int8", None, None], [None] * 3)
+            assert (batch.codecs, batch.blocks) == (["int8", "int8", None], [None] * 3)
+            assert batch.unrotated == [False, True, False]
             for side, parts, got in zip("kv", batch.parts(0, 1), batch.layer(0, 1), strict=True):
                 decoded = get_codec("int8").decode(parts, tuple(got.shape), got.dtype, side)
                 assert torch.equal(decoded, got)
