@@ -31,7 +31,7 @@ LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 LONGEST = Shape(documents=(3, 12), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
 # Three rounds from short to long. In each the learning rate rises again and the helpers are back for a while; the third
-# has ten times as many names and asks more for the order.
+# has more names and asks more for the order.
 CURRICULUM = (
     Stage(1000, SHORT, context=176, asked=176, batch=10),
     Stage(

@@ -91,7 +91,7 @@ class Names:
     def __init__(self, heldout: bool, mixed: bool = False):
         """Collects the parts that may be used: only held-out ones, or none of them.
 
-        ``mixed`` lets a head take any tail, also one of another kind of name: ten times as many parts to train on.
+        ``mixed`` lets a head take any tail, also one of another kind of name: three to six times as many parts to train on.
         """
         every = lang.FIRST_TAILS + lang.LAST_TAILS + lang.FIRM_TAILS + lang.TOWN_TAILS
         self.first = parts(lang.FIRST_HEADS, every if mixed else lang.FIRST_TAILS, heldout)

@@ -7,7 +7,7 @@ import pytest
 
 from ragkv.bundled import KINDS, TEMPLATE, cases, language, load
 from ragkv.bundled.generator import questions
-from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, MIXED_NAMES, TRAINING_NAMES, Shape, write_context
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,8 @@ def test_heldout_names_share_no_part_with_training():
     for group in ("first", "last", "firm", "town"):
         trained, held_out = set(getattr(TRAINING_NAMES, group)), set(getattr(HELDOUT_NAMES, group))
         assert held_out and not trained & held_out
+        mixed = set(getattr(MIXED_NAMES, group))
+        assert trained < mixed and not mixed & held_out
         share = len(held_out) / len(trained | held_out)
         assert 0.12 < share < 0.28
 
