@@ -30,74 +30,25 @@ MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
 LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 LONGEST = Shape(documents=(3, 12), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
+_SHORT = Stage(0, SHORT, context=176, asked=176, batch=10)
+_MIDDLE = Stage(0, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300)
+_LONG = Stage(0, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500)
+_LONGEST = Stage(0, LONGEST, context=2048, asked=640, batch=2, longest_gap=1500, fewest=1000)
+
 # Three rounds from short to long. In each the learning rate rises again and the helpers are back for a while; the third
 # has more names and asks more for the order.
 CURRICULUM = (
-    Stage(1000, SHORT, context=176, asked=176, batch=10),
-    Stage(
-        1000, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300, rate=(1.0, 0.55), helper=(1.0, 0.3)
-    ),
-    Stage(
-        760, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500, rate=(0.55, 0.05), helper=(0.3, 0.0)
-    ),
-    Stage(500, SHORT, context=176, asked=176, batch=12, rate=(0.5, 0.5)),
-    Stage(
-        500, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300, rate=(0.5, 0.45), helper=(1.0, 0.4)
-    ),
-    Stage(
-        900, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500, rate=(0.45, 0.25), helper=(0.4, 0.0)
-    ),
-    Stage(
-        450,
-        LONGEST,
-        context=2048,
-        asked=640,
-        batch=2,
-        longest_gap=1500,
-        fewest=1000,
-        rate=(0.25, 0.02),
-        helper=(0.0, 0.0),
-    ),
-    Stage(600, SHORT, context=176, asked=480, batch=8, rate=(0.5, 0.5), helper=(1.0, 0.5), mixed=0.7, orders=10),
-    Stage(
-        500,
-        MIDDLE,
-        context=512,
-        asked=480,
-        batch=4,
-        longest_gap=600,
-        fewest=300,
-        rate=(0.5, 0.4),
-        helper=(0.5, 0.2),
-        mixed=0.7,
-        orders=10,
-    ),
-    Stage(
-        580,
-        LONG,
-        context=1024,
-        asked=640,
-        batch=3,
-        longest_gap=1000,
-        fewest=500,
-        rate=(0.4, 0.2),
-        helper=(0.2, 0.0),
-        mixed=0.6,
-        orders=8,
-    ),
-    Stage(
-        240,
-        LONGEST,
-        context=2048,
-        asked=640,
-        batch=2,
-        longest_gap=1500,
-        fewest=1000,
-        rate=(0.2, 0.02),
-        helper=(0.0, 0.0),
-        mixed=0.5,
-        orders=6,
-    ),
+    replace(_SHORT, steps=1000),
+    replace(_MIDDLE, steps=1000, rate=(1.0, 0.55), helper=(1.0, 0.3)),
+    replace(_LONG, steps=760, rate=(0.55, 0.05), helper=(0.3, 0.0)),
+    replace(_SHORT, steps=500, batch=12, rate=(0.5, 0.5)),
+    replace(_MIDDLE, steps=500, rate=(0.5, 0.45), helper=(1.0, 0.4)),
+    replace(_LONG, steps=900, rate=(0.45, 0.25), helper=(0.4, 0.0)),
+    replace(_LONGEST, steps=450, rate=(0.25, 0.02), helper=(0.0, 0.0)),
+    replace(_SHORT, steps=600, asked=480, batch=8, rate=(0.5, 0.5), helper=(1.0, 0.5), mixed=0.7, orders=10),
+    replace(_MIDDLE, steps=500, asked=480, rate=(0.5, 0.4), helper=(0.5, 0.2), mixed=0.7, orders=10),
+    replace(_LONG, steps=580, asked=640, rate=(0.4, 0.2), helper=(0.2, 0.0), mixed=0.6, orders=8),
+    replace(_LONGEST, steps=240, rate=(0.2, 0.02), helper=(0.0, 0.0), mixed=0.5, orders=6),
 )
 
 
