@@ -51,7 +51,7 @@ def check_layer(changes: Tensor) -> int:
     if layers < 3 or not taken:
         return 1
     worth = [_worth(changes[layer], changes[layer + 1 :].mean(0), taken) for layer in range(1, layers - 1)]
-    return 1 + next(number for number, value in enumerate(worth) if value >= _NEARLY * max(worth))
+    return 1 + next((number for number, value in enumerate(worth) if value >= _NEARLY * max(worth)), 0)
 
 
 def _worth(seen: Tensor, behind: Tensor, taken: int) -> float:

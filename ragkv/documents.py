@@ -53,8 +53,8 @@ class Documents:
             document is read twice for that. An engine does so if its own method needs it. Where a single call's method does,
             what was not measured is read again.
         kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
-        foreign: text or ids of what documents are read behind the second time; by default a few plain English sentences.
-            Something like your documents does a little better.
+        foreign: text or ids of what documents are read behind the second time; by default five
+            short English paragraphs (:mod:`ragkv.sensitivity`).
 
     Attributes:
         depth: what methods ask about the model's depth.

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import Bench
@@ -126,13 +127,10 @@ def _stages(bench: Bench, call: Callable[[], ragkv.FusedPrompt]) -> tuple[ragkv.
         plain(self, number)
         bench.sync()
 
-    Placement.layer = layer  # type: ignore[method-assign]
-    try:
+    with patch.object(Placement, "layer", layer):
         begin = time.perf_counter()
         prompt = call()
         bench.sync()
-    finally:
-        Placement.layer = plain  # type: ignore[method-assign]
     total, spent = (time.perf_counter() - begin) * 1e3, prompt.report.milliseconds
     stages = {"place": spent["place"], "select": spent["select"]}
     return prompt, {**stages, "recompute and first token": total - sum(stages.values()), "total": total}

@@ -20,7 +20,10 @@ def test_the_first_layer_that_sees_what_changes_behind_it():
     assert check_layer(torch.stack([quiet * 0, *[quiet + late] * 4])) == 1
 
 
-@pytest.mark.parametrize("changes", [torch.rand(2, 20), torch.rand(6, 0), torch.rand(6, 2), torch.zeros(6, 20)])
+@pytest.mark.parametrize(
+    "changes",
+    [torch.rand(2, 20), torch.rand(6, 0), torch.rand(6, 2), torch.zeros(6, 20), torch.full((6, 20), torch.nan)],
+)
 def test_too_little_to_compare(changes):
     assert check_layer(changes) == 1
 
