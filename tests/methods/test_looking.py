@@ -18,6 +18,7 @@ from ragkv import (
     SensitiveTokens,
     TieredStore,
     Union,
+    fusion,
 )
 from ragkv.methods import Auto
 from ragkv.sensitivity import sensitivity
@@ -204,6 +205,20 @@ def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spar
         want |= set() if place in spared else set(range(at, at + len(document[number])))
         at += len(document[number])
     assert chosen(prompt) == want
+
+
+def test_the_report_says_what_was_looked_with(engine):
+    chunks = engine.add(PARTS)[::-1]
+    assert engine.fuse(chunks, QUESTION, method=QuestionAware(0.2)).report.looked == "question_scores (reference)"
+    assert engine.fuse(chunks, QUESTION, method=Oracle(0.2)).report.looked == ""
+
+
+def test_a_check_runs_the_kernels_that_were_asked_for(model, monkeypatch):
+    engine, asked = Engine(model, template=TEMPLATE, kernels="reference"), []
+    plain = fusion.deviation
+    monkeypatch.setattr(fusion, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
+    engine.fuse(engine.add(PARTS)[::-1], QUESTION, method=CacheBlend(0.2, signal="both"))
+    assert asked == ["reference"] * 2
 
 
 def test_random_is_a_fair_control(engine):
