@@ -68,12 +68,15 @@ class Work:
         rows: ``[S]`` positions to compute from layer 0 on, ascending; the suffix is always among them.
         checks: layers at which the method is asked again, ascending.
         uses_stored: whether any stored KV is looked at.
+        context: positions of the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk;
+            ``None``: all that stands in front of them.
     """
 
     method: Method
     rows: Tensor
     checks: tuple[int, ...]
     uses_stored: bool
+    context: Tensor | None = None
 
 
 def plan(method: Method, layout: Layout, layers: int, scene: Scene | None = None) -> Work:
@@ -90,14 +93,17 @@ def plan(method: Method, layout: Layout, layers: int, scene: Scene | None = None
     """
     chosen = method.start(layout) if scene is None else method.survey(scene)
     active = _subset(chosen, layout.reusable, method)
+    context = None if scene is None else method.context(scene)
     checks = tuple(sorted(set(method.checks(layers)))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
-    everything = len(active) == len(layout.reusable)
+    if context is not None:
+        context = _subset(context, layout.reusable, method)
+    everything = len(active) == len(layout.reusable) and context is None
     if everything and len(active):
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         return Work(method, torch.arange(layout.tokens, device=layout.ids.device), checks, bool(checks))
-    return Work(method, torch.cat([active, layout.suffix]), checks, not everything)
+    return Work(method, torch.cat([active, layout.suffix]), checks, not everything, context)
 
 
 def fuse(
@@ -125,7 +131,7 @@ def fuse(
         )
         return _subset(chosen, positions, work.method)
 
-    run = Pass(decoder, cache, layout, work.rows, piece_tokens, place, work.checks, narrow)
+    run = Pass(decoder, cache, layout, work.rows, piece_tokens, place, work.checks, narrow, work.context)
     return run.logits(), run.trace
 
 

@@ -22,8 +22,8 @@ class Placed:
         exact: it stands where and behind what its KV was made, so that nothing of it needs recomputing.
         continues: the chunk before it in the prompt is the one before it in its document.
         behind_another: some chunk in front of it in the prompt is of another document.
-        rooted: all that its KV were made behind stands in front of it in the prompt too, in order, so that computing it afresh
-            loses nothing of what its document told it.
+        rooted: all that its KV were made behind stands right in front of it in the prompt too, in order, so that computing it
+            afresh loses nothing of what its document told it, and nothing of another document comes between.
     """
 
     chunk: Chunk
@@ -81,6 +81,16 @@ class Layout:
         """Positions of the suffix, ascending."""
         return torch.arange(self.suffix_start, self.tokens, device=self.ids.device)
 
+    @property
+    def owners(self) -> Tensor:
+        """``[N]`` the number of the chunk that each position belongs to: -1 in the prefix, one more than the last in the suffix."""
+        lengths = [
+            self.chunks_start,
+            *map(len, (placed.chunk for placed in self.chunks)),
+            self.tokens - self.suffix_start,
+        ]
+        return torch.repeat_interleave(torch.arange(len(lengths)) - 1, torch.tensor(lengths)).to(self.ids.device)
+
     def span(self, *chunks: Placed, first: int | None = None) -> Tensor:
         """Positions of the given chunks' tokens, ascending; of each one's first ``first`` tokens only, if given."""
         pieces = [
@@ -106,18 +116,15 @@ def lay_out(
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
     documents: set[tuple[int, ...]] = set()
-    whole: set[tuple[tuple[int, ...], bytes]] = set()  # the rooted ones so far
     for chunk in chunks:
         base = len(anchor) + chunk.offset
         exact = behind_anchor and base == at and chunk.context == context
         document = _first(chunk).ids
         behind_another = bool(documents - {document})
-        before = chunk.previous
-        rooted = before is None or (before.ids, before.context) in whole
-        placed.append(Placed(chunk, at, base, exact, _follows(chunk, previous), behind_another, rooted))
+        continues = _follows(chunk, previous)
+        rooted = chunk.previous is None or (continues and placed[-1].rooted)
+        placed.append(Placed(chunk, at, base, exact, continues, behind_another, rooted))
         documents.add(document)
-        if rooted:
-            whole.add((chunk.ids, chunk.context))
         at += len(chunk)
         context, previous = digest(context, chunk.ids), chunk
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]

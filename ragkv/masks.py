@@ -76,10 +76,20 @@ class MaskBuilder:
         keys: N, the number of key positions ``0 .. N - 1``.
         dtype: of the model's activations, used where ``additive``.
         additive: float masks (0 or the dtype's minimum), as eager attention takes them, instead of boolean ones.
+        open_keys: ``[S, N]`` false where a query may not see a key even though the rule lets it; all true if not given.
     """
 
-    def __init__(self, rules: list[Rule], positions: Tensor, keys: int, dtype: torch.dtype, additive: bool):
+    def __init__(
+        self,
+        rules: list[Rule],
+        positions: Tensor,
+        keys: int,
+        dtype: torch.dtype,
+        additive: bool,
+        open_keys: Tensor | None = None,
+    ):
         self.rules, self.positions, self.keys, self.dtype, self.additive = rules, positions, keys, dtype, additive
+        self.open_keys = open_keys
         self._made: dict[int, Tensor] = {}
 
     def layer(self, layer: int) -> Tensor:
@@ -95,6 +105,8 @@ class MaskBuilder:
         kv = torch.arange(self.keys, device=at.device)
         mask = rule(zero, zero, at[None, None, :, None], kv[None, None, None, :])
         mask = mask.expand(1, 1, len(at), self.keys)
+        if self.open_keys is not None:
+            mask = mask & self.open_keys
         if not self.additive:
             return mask
         return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)

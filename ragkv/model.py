@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ragkv.attention import eager_attention, fusion_attention
 from ragkv.cache import FusedCache, LayerSpec
-from ragkv.errors import UnsupportedModelError
+from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.masks import MaskBuilder, layer_rules
@@ -116,15 +116,40 @@ class Decoder:
         )
         return out.logits[:, -1]
 
-    def masks(self, positions: Tensor, keys: int) -> MaskBuilder | SpanBuilder:
-        """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions, or what stands in their place."""
-        if self.spans is not None:
-            return SpanBuilder(self.spans, positions, keys)
-        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive=self.attention != "sdpa")
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the model's attention goes through transformers' interface, so that it can be looked at."""
+        return bool(getattr(self.model, "_supports_attention_backend", False))
 
-    def fusion_attention(self, *, scattered: bool) -> AbstractContextManager[str]:
-        """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.attention`'s."""
-        if scattered and self.spans is not None:
+    def masks(self, positions: Tensor, keys: int, open_keys: Tensor | None = None) -> MaskBuilder | SpanBuilder:
+        """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions, or what stands in their place.
+
+        Args:
+            positions: ascending.
+            keys: N.
+            open_keys: ``[S, N]`` false where a query may not see a key, whatever the model's rule says; only masks can say so.
+        """
+        if self.spans is not None and open_keys is None:
+            return SpanBuilder(self.spans, positions, keys)
+        additive = self.attention != "sdpa"
+        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive, open_keys)
+
+    def fusion_attention(self, *, scattered: bool, limited: bool = False) -> AbstractContextManager[str]:
+        """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.attention`'s.
+
+        Args:
+            scattered: queries do not stand one behind the other at the end.
+            limited: some keys are hidden from some queries, which selective attention does not know.
+
+        Raises:
+            MethodError: keys are hidden, and ``kernels`` were asked for by name.
+        """
+        if limited and self.kernels != "auto":
+            raise MethodError(
+                f"kernels={self.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens: use "
+                "kernels='auto', or a method that does not limit their context"
+            )
+        if scattered and self.spans is not None and not limited:
             return kernel_attention(self.config, self.device, self.dtype, self.kernels)
         return fusion_attention(self.model, self.config, scattered)
 

@@ -73,6 +73,8 @@ class Pass:
         place: writes one layer's stored keys and values to their slots in the cache.
         checks: layers before which ``narrow`` is asked, ascending.
         narrow: see :data:`Narrow`.
+        context: positions of the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk;
+            all that stands in front of them if not given.
     """
 
     def __init__(
@@ -85,9 +87,11 @@ class Pass:
         place: Callable[[int], None] = lambda layer: None,
         checks: tuple[int, ...] = (),
         narrow: Narrow | None = None,
+        context: Tensor | None = None,
     ):
         self.decoder, self.cache, self.layout, self.piece_tokens = decoder, cache, layout, piece_tokens
         self.checks, self.narrow = checks, narrow
+        self.context = context if len(self._open(rows)) else None
         self.rows = rows  # to compute, from the layer at hand on
         self.piece = rows  # those of the forward at hand
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
@@ -100,11 +104,11 @@ class Pass:
         begin = perf_counter()
         self.cache.prepare = self._prepare
         try:
-            if self.checks and self._everything():
+            if self.checks and self._everything() and self.context is None:
                 self._first_check()
             if self.checks:
                 logits = self._narrowing()
-            elif self.rows[0] == self.layout.tokens - len(self.rows):
+            elif self.context is None and self.rows[0] == self.layout.tokens - len(self.rows):
                 logits = self._behind()
             else:
                 logits = self.scattered()
@@ -175,7 +179,8 @@ class Pass:
 
     @contextmanager
     def _attention(self, scattered: bool) -> Iterator[None]:
-        with self.decoder.fusion_attention(scattered=scattered) as self.trace.attention:
+        limited = self.context is not None
+        with self.decoder.fusion_attention(scattered=scattered, limited=limited) as self.trace.attention:
             yield
 
     @contextmanager
@@ -188,7 +193,15 @@ class Pass:
             self.cache.writer = None
 
     def _masks(self, rows: Tensor) -> MaskBuilder | SpanBuilder:
-        return self.decoder.masks(rows, self.layout.tokens)
+        return self.decoder.masks(rows, self.layout.tokens, None if self.context is None else self._open_keys(rows))
+
+    def _open_keys(self, rows: Tensor) -> Tensor:
+        """``[S, N]`` the keys that each row may see where the context of chunk tokens is limited."""
+        assert self.context is not None
+        owners = self.layout.owners
+        shared = owners < 0
+        shared[self.context] = True
+        return shared | (owners[rows][:, None] == owners) | (rows >= self.layout.suffix_start)[:, None]
 
     def _everything(self) -> bool:
         return len(self.rows) == self.layout.tokens

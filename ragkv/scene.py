@@ -71,6 +71,7 @@ class Scene:
         self.layout, self.looked = layout, ""
         self._decoder, self._cache, self._piece_tokens, self._place = decoder, cache, piece_tokens, place
         self._sensitivities = sensitivities
+        self._attention: dict[str, Tensor] = {}
 
     def sensitivity(self) -> Tensor:
         """``[R]`` how much each token's values change behind another text, measured when its document was read.
@@ -98,8 +99,10 @@ class Scene:
         Raises:
             MethodError: the model does not show its attention.
         """
+        if queries in self._attention:
+            return self._attention[queries]
         decoder, rows = self._decoder, self.layout.suffix
-        if not getattr(decoder.model, "_supports_attention_backend", False):
+        if not decoder.shows_attention:
             raise MethodError(
                 "this model's attention is not open to view, so no method that follows the question runs on it"
             )
@@ -114,7 +117,8 @@ class Scene:
                 f"{len(seen)} of {len(decoder.layers)} layers showed their attention, so no method that follows the question runs "
                 "on this model"
             )
-        return torch.stack(seen)
+        self._attention[queries] = torch.stack(seen)
+        return self._attention[queries]
 
     def _look(self, rows: Tensor, first: int) -> list[Tensor]:
         """Every layer's attention ``[R]`` of the rows from ``first`` on."""

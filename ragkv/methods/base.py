@@ -42,6 +42,13 @@ class Method(ABC):
         """Positions as of :meth:`start`, by a look at the prompt with its stored KV."""
         return self.start(scene.layout)
 
+    def context(self, scene: Scene) -> Tensor | None:
+        """What the tokens chosen by :meth:`survey` may see: positions of chunk tokens, besides the prefix and their own chunk.
+
+        ``None``, the default: all that stands in front of them.
+        """
+        return None
+
     @abstractmethod
     def start(self, layout: Layout) -> Tensor:
         """Positions of the chunk tokens to compute from layer 0 on, a subset of ``layout.reusable``."""

@@ -27,19 +27,26 @@ class QuestionAware(Method):
     :func:`ragkv.kernels.question_scores` computes it. Weak, so the paper, for chunks of
     less than 256 tokens. The budget counts the tokens recomputed; the look itself is in the report's ``select`` time.
 
+    With ``sees`` below 1, what a recomputed token attends to is limited too, to what the question attends to most, beside the
+    prefix and its own chunk. The idea is RelaxKV's (arXiv:2609.33503); there targets and context are chosen for each layer, here
+    once for all.
+
     Attributes:
         ratio: share of the reusable tokens computed, 0 to 1; 0.2 in the paper.
         queries: average over ``"all"`` suffix tokens, as in the paper, or take the ``"last"`` one's attention, where the answer
             begins.
+        sees: share of the reusable tokens that recomputed ones may see, 0 to 1; at 1 all that stand in front of them.
     """
 
     ratio: float = 0.2
     queries: str = "all"
+    sees: float = 1.0
 
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
+        check_share(self, "sees", self.sees)
         if self.queries not in _QUERIES:
             raise MethodError(f"QuestionAware: queries must be one of {', '.join(_QUERIES)}, got {self.queries!r}")
 
@@ -53,3 +60,9 @@ class QuestionAware(Method):
         if not len(candidates) or not self.ratio:
             return candidates[:0]
         return highest(scene.attention(self.queries).mean(0), candidates, self.ratio, scene.layout)
+
+    def context(self, scene: Scene) -> Tensor | None:
+        """The tokens that the question attends to most, where ``sees`` is below 1."""
+        if self.sees == 1 or not self.ratio:
+            return None
+        return highest(scene.attention(self.queries).mean(0), scene.layout.reusable, self.sees, scene.layout)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from ragkv.layout import Layout
 from ragkv.methods.base import Method
-from ragkv.methods.choice import check_share, highest
+from ragkv.methods.choice import around, check_share, highest
 
 if TYPE_CHECKING:
+    from ragkv.depth import Depth
     from ragkv.scene import Scene
+
+#: Tokens to either side whose attention counts for a token: the question looks at a value, and what binds it stands around it.
+_REACH = 8
+#: What counts for a token that the question does not look at, as a share of the mean attention: the text that leads to a value.
+_UNASKED = 0.3
 
 
 @dataclass(frozen=True)
@@ -25,19 +31,31 @@ class SensitiveTokens(Method):
     layers that it has to run on all tokens for it.
 
     Spared are chunks that are exact where they stand, chunks without text of another document in front of them, and chunks whose
-    own document's earlier text does not stand in front of them in this prompt: computed afresh, they would lose what it told them.
+    own document's earlier text does not stand right in front of them in this prompt: computed afresh, they would lose what it told
+    them, or take it from the text that came between.
+
+    Where more is sensitive than may be computed, the question decides (``asked``): a token's sensitivity counts by the attention
+    that the question pays to it and the tokens around it, over the chunks as they are stored (as in ProphetKV,
+    arXiv:2602.02579). The look runs the suffix once more; it is in the report's ``select`` time, and left out where everything
+    sensitive may be computed.
 
     Attributes:
         ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
+        asked: let the question decide. A model that does not show its attention runs without; the report names the method that ran.
     """
 
     ratio: float = 0.1
+    asked: bool = True
 
     looks: ClassVar[bool] = True
     measured: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
+
+    def pick(self, layout: Layout, depth: Depth) -> SensitiveTokens:
+        """Itself, without the question where the model does not show its attention."""
+        return self if depth.shows_attention or not self.asked else replace(self, asked=False)
 
     def start(self, layout: Layout) -> Tensor:
         """Those that may be chosen."""
@@ -47,5 +65,8 @@ class SensitiveTokens(Method):
         return layout.span(*chunks)
 
     def survey(self, scene: Scene) -> Tensor:
-        """The most sensitive ones among them."""
-        return highest(scene.sensitivity(), self.start(scene.layout), self.ratio, scene.layout)
+        """The most sensitive ones among them, by the question's attention."""
+        layout, candidates, scores = scene.layout, self.start(scene.layout), scene.sensitivity()
+        if self.asked and 0 < round(self.ratio * len(layout.reusable)) < len(candidates):
+            scores = scores * (around(scene.attention().mean(0), _REACH) + _UNASKED)
+        return highest(scores, candidates, self.ratio, layout)

@@ -60,6 +60,11 @@ class Union(Method):
         """The same, where one looks first."""
         return torch.cat([self.first.survey(scene), self.second.survey(scene)])
 
+    def context(self, scene: Scene) -> Tensor | None:
+        """What either lets its tokens see; all in front of them, unless both limit it."""
+        limits = [context for member in (self.first, self.second) if (context := member.context(scene)) is not None]
+        return torch.cat(limits) if len(limits) == 2 else None
+
     def checks(self, layers: int) -> Sequence[int]:
         """Those of the one that narrows."""
         first, second = self.first.checks(layers), self.second.checks(layers)

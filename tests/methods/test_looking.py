@@ -187,13 +187,14 @@ def test_only_what_stands_behind_another_document_is_recomputed(model):
     engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
     assert not chosen(engine.fuse(document[::-1], QUESTION))
-    prompt = engine.fuse([document[2], document[0], *other, document[1]], QUESTION)
-    spared = 3 + len(document[2]) + len(document[0])
+    prompt = engine.fuse([document[2], *other, *document[:2]], QUESTION)
+    spared = 3 + len(document[2])
     assert chosen(prompt) == set(range(spared, prompt.input_ids.shape[1] - len(QUESTION)))
 
 
 @pytest.mark.parametrize(
-    ("order", "spared"), [((1, 2), {0, 1}), ((2, 0, 1), {0}), ((1, 0, 2), {0, 2}), ((0, 1, 2), set())]
+    ("order", "spared"),
+    [((1, 2), {0, 1}), ((2, 0, 1), {0}), ((1, 0, 2), {0, 2}), ((0, 2, 1), {1, 2}), ((0, 1, 2), set())],
 )
 def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spared):
     engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
@@ -205,6 +206,40 @@ def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spar
         want |= set() if place in spared else set(range(at, at + len(document[number])))
         at += len(document[number])
     assert chosen(prompt) == want
+
+
+def test_a_chunk_that_another_document_parts_from_its_earlier_text_is_spared(model):
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
+    document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
+    prompt = engine.fuse([document[0], *other, *document[1:]], QUESTION)
+    start = 3 + len(document[0])
+    assert chosen(prompt) == set(range(start, start + len(other[0])))
+
+
+def test_the_question_decides_where_more_is_sensitive_than_may_be_computed(model):
+    engine = Engine(model, template=TEMPLATE, sensitivity=True)
+    chunks = engine.add([random_ids(n, seed=n) for n in (30, 31, 29)])
+    sensitive, seen = see(engine, chunks, lambda scene: (scene.sensitivity(), scene.attention().mean(0)))
+    asked, unasked = (
+        engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.2, asked=asked)) for asked in (True, False)
+    )
+    assert (asked.report.looked, unasked.report.looked) == ("question_scores (reference)", "")
+    worth = lambda prompt, of: float(of[torch.tensor(sorted(chosen(prompt))) - 3].sum())  # noqa: E731
+    assert len(chosen(asked)) == len(chosen(unasked)) and asked.report.budget == unasked.report.budget
+    assert worth(asked, sensitive) < worth(unasked, sensitive) and worth(asked, seen) > worth(unasked, seen)
+
+
+def test_nothing_is_looked_at_where_all_that_is_sensitive_may_be_computed(model):
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.5))
+    chunks = engine.add([random_ids(60), random_ids(20)])
+    prompt = engine.fuse(chunks, QUESTION)  # only the second stands behind another
+    assert prompt.report.looked == "" and len(chosen(prompt)) == len(chunks[1])
+
+
+def test_a_model_whose_attention_is_closed_runs_without_the_question():
+    engine = Engine(tiny_model("falcon"), template=TEMPLATE, method=SensitiveTokens(0.2, asked=True))
+    prompt = engine.fuse(engine.add([random_ids(30), random_ids(31)]), QUESTION)
+    assert prompt.report.method == "SensitiveTokens(ratio=0.2, asked=False)" and chosen(prompt)
 
 
 def test_the_report_says_what_was_looked_with(engine):
@@ -249,7 +284,7 @@ def test_auto_says_what_it_picked(model):
     assert engine.fuse(document, QUESTION).report.method == "Reuse()"
     assert engine.fuse(document[::-1], QUESTION).report.method == "Reuse()"
     other = engine.add([random_ids(30)])
-    assert engine.fuse(document[::-1] + other, QUESTION).report.method == "SensitiveTokens(ratio=0.1)"
+    assert engine.fuse(document[::-1] + other, QUESTION).report.method == repr(SensitiveTokens())
     assert engine.fuse(engine.add([[7, 8], [9, 8]]), QUESTION).report.method == "FullPrefill()"
     assert engine.fuse(other + document, QUESTION, method=Auto(LegoLink(2))).report.method == "LegoLink(k=2)"
     with pytest.raises(TypeError, match="'auto'"):
