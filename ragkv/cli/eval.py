@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,15 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.out).expanduser()
     page = folder / "report.html"
     passed = show.hint if args.json else print  # --json keeps stdout for its object
-    result = evaluate(bench, plan, folder, passed=lambda gate: passed(_said(gate)), progress=_progress)
+    result = evaluate(
+        bench,
+        plan,
+        folder,
+        passed=lambda gate: passed(_said(gate)),
+        progress=_progress,
+        jobs=args.jobs,
+        make_bench=partial(_bench, args),
+    )
     write_page(page, result.summary, result.tokens, upwards)
     write_markdown(folder / "tables.md", result.summary, upwards)
     if args.json:

@@ -25,6 +25,12 @@ _COUNTS = (
     ("--limit", 1, None, "at most N cases (default: all; bundled: 320)"),
     ("--orders", 1, 3, "orders of the chunks: as retrieved, and N - 1 shuffled (default: 3)"),
     ("--seed", 0, 0, "of generated cases, shuffling and resampling (default: 0)"),
+    (
+        "--jobs",
+        1,
+        1,
+        "processes that ask cases side by side, each with the model and its share of the cores (default: 1)",
+    ),
     ("--timed", 0, 4, "cases timed cold and from disk too (default: 4)"),
     ("--max-new-tokens", 1, 32, "the longest answer (default: 32)"),
     ("--chunk-words", 1, 512, "longer passages, of data that is not cut yet, are cut after N words (default: 512)"),

@@ -47,7 +47,7 @@ def _as_case(name: str, kind: str, context: Context, question: Question) -> Case
     found = tuple(tuple(parts) for parts in documents)
     gold = tuple(sorted({places[fact.chunk] for fact in question.facts}))
     # "The document above" and "mentioned first" mean something else once the chunks are shuffled.
-    ordered = kind in ("order", "cross-document")
+    ordered = kind == "order" or any(fact.kind == "cross-document" for fact in question.facts)
     return Case(name, kind, question.text, (question.answer,), found, everything(found), gold, ordered)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from ragkv.chunk import digest
 from ragkv.evaluation.arms import FULL, Arm
+from ragkv.evaluation.asking import MakeBench, Prompt, Task, ask_all
 from ragkv.evaluation.bench import Bench
 from ragkv.evaluation.cases import Case, usable
 from ragkv.evaluation.conditions import conditions, versions
 from ragkv.evaluation.errors import EvaluationError, GateError
 from ragkv.evaluation.gates import Gate, run_gates
 from ragkv.evaluation.rows import Row, Rows, write_json
-from ragkv.evaluation.scoring import Group, missing
+from ragkv.evaluation.scoring import missing
 from ragkv.evaluation.summary import summarise
 from ragkv.evaluation.timing import Clock
 from ragkv.evaluation.tokens import look_at
@@ -79,6 +80,8 @@ def evaluate(
     *,
     passed: Callable[[Gate], None] = lambda gate: None,
     progress: Progress = lambda items, what: items,
+    jobs: int = 1,
+    make_bench: MakeBench | None = None,
 ) -> Result:
     """Run what is not there yet and add everything up.
 
@@ -88,17 +91,21 @@ def evaluate(
         folder: where rows are kept; a stopped run goes on from them.
         passed: told of every gate, also of one that fails.
         progress: shows how far it is.
+        jobs: processes that ask cases side by side. Times in memory are then those of a machine that is shared so.
+        make_bench: makes the bench of such a process, the same as ``bench``; a function of a module, needed with several jobs.
 
     Raises:
         EvaluationError: nothing can be scored, or the folder holds a run of other settings.
         GateError: the model is not driven exactly.
     """
+    if jobs < 1 or (jobs > 1 and make_bench is None):
+        raise EvaluationError(f"jobs must be at least 1, and several need make_bench; got {jobs}")
     cases, left_out = _cases(bench, plan)
     rows = Rows(folder, _settings(bench, plan, cases))
     _agree(plan, cases, rows)
     gates = _gates(bench, cases[0], passed)
     bench.warm_up(cases[0])
-    _score(bench, plan, cases, rows, progress)
+    _score(bench, plan, cases, rows, progress, jobs, make_bench)
     timed = _times(bench, plan, cases, rows, folder, progress)
     tokens = _tokens(bench, plan, cases, rows)
     summary = summarise(
@@ -113,7 +120,7 @@ def evaluate(
         "cases": len(cases),
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
-        "conditions": conditions(bench.engine, plan.command),
+        "conditions": {**conditions(bench.engine, plan.command), "jobs": jobs},
     }
     found = {**head, **summary, "families": {arm.name: (arm.family, arm.context) for arm in plan.arms}}
     write_json(folder / "summary.json", found)
@@ -171,24 +178,27 @@ def _gates(bench: Bench, case: Case, passed: Callable[[Gate], None]) -> list[Gat
     return gates
 
 
-def _score(bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows, progress: Progress) -> None:
-    groups = [
-        (case, order, arranged)
-        for case in cases
-        for order, arranged in case.arranged(plan.orders, plan.seed)
-        if missing(case, order, plan.arms, rows.kept)
-    ]
-    read, reading = None, None
-    for case, order, arranged in progress(groups, "prompts"):
-        if read is not case:
-            if reading is not None:
-                bench.forget(reading)
-            read, reading = case, bench.read(case)
-        assert reading is not None
-        group = Group(bench, arranged, order, reading, _charged(plan, case, order, rows))
-        rows.add(group.rows(missing(case, order, plan.arms, rows.kept), plan.seed))
-    if reading is not None:
-        bench.forget(reading)
+def _score(
+    bench: Bench,
+    plan: Plan,
+    cases: Sequence[Case],
+    rows: Rows,
+    progress: Progress,
+    jobs: int,
+    make_bench: MakeBench | None,
+) -> None:
+    tasks = []
+    for case in cases:
+        prompts = [
+            Prompt(order, arranged, arms, _charged(plan, case, order, rows))
+            for order, arranged in case.arranged(plan.orders, plan.seed)
+            if (arms := missing(case, order, plan.arms, rows.kept))
+        ]
+        if prompts:
+            tasks.append(Task(case, prompts, plan.seed))
+    for _, found in zip(progress(tasks, "cases"), ask_all(tasks, bench, jobs, make_bench), strict=True):
+        for made in found:
+            rows.add(made)
 
 
 def _times(

@@ -84,6 +84,17 @@ def test_your_own_model_and_foreign_text(data, loaded, tmp_path, capsys):
     assert (code, out, err.count("\n")) == (1, "", 1) and "other settings (foreign: " in err
 
 
+def test_jobs_change_nothing_but_the_times(tmp_path, capsys):
+    def rows(jobs):
+        argv = ("--limit", 3, "--orders", 2, "--arms", "full-prefill", "reuse", "--timed", 0, "--max-new-tokens", 4)
+        code, _, err = run(capsys, *argv, "--jobs", jobs, "--out", tmp_path / str(jobs))
+        assert (code, err) == (0, "")
+        made = map(json.loads, (tmp_path / str(jobs) / "rows.jsonl").read_text().splitlines())
+        return [(row["case"], row["order"], row["arm"], row["answer"], row["em"], row["budget"]) for row in made]
+
+    assert rows(2) == rows(1)
+
+
 def test_the_bundled_data(tmp_path, capsys):
     argv = ("--limit", 2, "--orders", 1, "--arms", "full-prefill", "--timed", 0, "--out", tmp_path / "out", "--json")
     code, out, _ = run(capsys, *argv)
@@ -105,6 +116,19 @@ def test_failures_are_one_line(argv, reason, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_refused_is_one_line(data, loaded, tmp_path, capsys):
+    """GPT-2 has learned absolute positions: nothing can be moved, so nothing is scored."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = GPT2Config(vocab_size=1792, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "gpt2")
+    loaded[1].save_pretrained(tmp_path / "gpt2")
+    argv = ("--model", tmp_path / "gpt2", "--data", data, "--out", tmp_path / "out", "--arms", "reuse")
+    code, out, err = run(capsys, *argv)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "position" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_form_shows_its_first_line(tmp_path, capsys):
     (tmp_path / "odd.csv").write_text("question;answer\n")
     code, _, err = run(capsys, "--data", tmp_path / "odd.csv", "--out", tmp_path / "out")
@@ -123,6 +147,7 @@ def test_three_orders_and_several_budgets_unless_others_are_asked_for():
     ("argv", "reason"),
     [
         (("--limit", "0"), "at least 1, got '0'"),
+        (("--jobs", "0"), "at least 1, got '0'"),
         (("--budgets", "15"), "a share from 0 to 1, got '15'"),
         (("--seed", "-1"), "at least 0"),
         (("--foreign", "/nowhere/text"), "'/nowhere/text' is no text file in UTF-8: "),

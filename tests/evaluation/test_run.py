@@ -38,6 +38,12 @@ def lines(folder):
     return (folder / "rows.jsonl").read_text().splitlines()
 
 
+def test_several_jobs_need_to_make_their_benches(tiny_bench, tmp_path, plan):
+    with pytest.raises(EvaluationError, match="make_bench"):
+        evaluate(tiny_bench, plan(), tmp_path / "out", jobs=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run(tiny_bench, tmp_path, plan):
     found = evaluate(tiny_bench, plan(), tmp_path).summary
     rows = [json.loads(line) for line in lines(tmp_path)]
@@ -84,7 +90,7 @@ class Stopped(Exception):
 def stop_after(count):
     def progress(items, what):
         for number, item in enumerate(items):
-            if what == "prompts" and number == count:
+            if what == "cases" and number == count:
                 raise Stopped
             yield item
 
@@ -93,13 +99,13 @@ def stop_after(count):
 
 def test_a_stopped_run_goes_on(tiny_bench, tmp_path, monkeypatch, plan):
     with pytest.raises(Stopped):
-        evaluate(tiny_bench, plan(timed=0), tmp_path, progress=stop_after(2))
+        evaluate(tiny_bench, plan(timed=0), tmp_path, progress=stop_after(1))
     before = lines(tmp_path)
     assert len(before) == 2 * len(ARMS)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"case": "b", "kind": "dire')  # killed while it wrote
     scored = []
-    monkeypatch.setattr("ragkv.evaluation.run.Group", lambda *args: scored.append(args[1].id) or Group(*args))
+    monkeypatch.setattr("ragkv.evaluation.asking.Group", lambda *args: scored.append(args[1].id) or Group(*args))
     resumed = evaluate(tiny_bench, plan(timed=0), tmp_path)
     assert lines(tmp_path)[: len(before)] == before
     assert scored == ["b", "b"] and len(lines(tmp_path)) == 2 * len(before)
