@@ -191,6 +191,7 @@ class Stage:
         helper: Factor of the helpers' weight, likewise.
         mixed: Share of the contexts whose names are any head with any tail; the others use the names of training.
         orders: Pairs asked for *order*, twice a context.
+        absents: Questions of *absent*, twice a context.
     """
 
     steps: int
@@ -204,6 +205,7 @@ class Stage:
     helper: tuple[float, float] = (1.0, 1.0)
     mixed: float = 0.0
     orders: int = 3
+    absents: int = 2
 
 
 class Source(IterableDataset):
@@ -256,7 +258,7 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
     rows = []
     for context, example in drawn:
         row = Row(stage.asked)
-        asked = [q for _ in range(2) for q in questions(rng, context, orders=stage.orders)]
+        asked = [q for _ in range(2) for q in questions(rng, context, orders=stage.orders, absents=stage.absents)]
         # Twice: the second time in other words, with other pairs and absentees, where there is room left.
         for number, question in enumerate(_spread(asked)):
             answer, evidence = _answer_evidence(encoder, question, context, example)
@@ -268,7 +270,8 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
     facts: list[list[Fact]] = [context.facts[:most] for context, _ in drawn]
     names = [[_pad([encoder.ids(f.subject.name)], NAME_TOKENS, IGNORED)[0] for f in row] for row in facts]
     blank = torch.full((NAME_TOKENS,), IGNORED)
-    width = stage.context
+    # Rounded, so that a compiled model meets few shapes.
+    width = min(stage.context, -(-max(len(e.ids) for e in examples) // 128) * 128)
     return Batch(
         context=_pad([e.ids for e in examples], width, 0),
         context_positions=_pad([e.positions for e in examples], width, 0),

@@ -38,7 +38,7 @@ class Size:
 
 SIZES = {
     "small": Size(),
-    "medium": Size(layers=8, hidden=192, heads=6, intermediate=512, subject_layer=3, evidence_layer=6),
+    "medium": Size(hidden=192, intermediate=512),
     "large": Size(layers=8, hidden=256, heads=8, kv_heads=4, intermediate=704, subject_layer=3, evidence_layer=6),
 }
 
@@ -79,9 +79,10 @@ class Attention(nn.Module):
         """x ``[B, C + M, d]``, mask ``[B, 1, M, C + M]``; returns the output, and q and k for the evidence helper."""
         size = self.size
         heads = lambda y, n: y.unflatten(-1, (n, size.head_dim)).transpose(1, 2)  # noqa: E731
-        q = rotate(heads(self.q_proj(x), size.heads), *rope)
-        k = rotate(heads(self.k_proj(x), size.kv_heads), *rope)
         v = heads(self.v_proj(x), size.kv_heads)
+        # Rotated in fp32; attention runs in what the projections gave.
+        q = rotate(heads(self.q_proj(x), size.heads), *rope).to(v.dtype)
+        k = rotate(heads(self.k_proj(x), size.kv_heads), *rope).to(v.dtype)
         k, v = (y.repeat_interleave(size.heads // size.kv_heads, 1) for y in (k, v))
         attend = F.scaled_dot_product_attention
         read = attend(q[:, :, :width], k[:, :, :width], v[:, :, :width], is_causal=True)
@@ -199,8 +200,9 @@ class Reader(nn.Module):
         return batch.context[:, 1:].masked_fill(~inside, IGNORED)
 
     def _predict(self, x: Tensor, target: Tensor) -> Tensor:
-        logits = F.linear(x, self.model.embed_tokens.weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED)
+        known = target != IGNORED
+        logits = F.linear(x[known], self.model.embed_tokens.weight)
+        return F.cross_entropy(logits.float(), target[known])
 
     def _subject(self, x: Tensor, batch: Batch) -> Tensor:
         """Cross entropy of the subject's name tokens, read off the value's first token by one matrix."""

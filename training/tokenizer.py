@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,20 +18,18 @@ from ragkv.bundled.writer import Shape, write_context
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 DEFAULT_PATH = Path(__file__).parent / "results" / "tokenizer"
 
-
-JOINT = "|"
-PAIRS = (
-    (lang.FIRST_HEADS, lang.FIRST_TAILS),
-    (lang.LAST_HEADS, lang.LAST_TAILS),
-    (lang.FIRM_HEADS, lang.FIRM_TAILS),
-    (lang.TOWN_HEADS, lang.TOWN_TAILS),
-)
-SYLLABLES = {head + tail: head + JOINT + tail for heads, tails in PAIRS for head in heads for tail in tails}
+HEADS = (*lang.FIRST_HEADS, *lang.LAST_HEADS, *lang.FIRM_HEADS, *lang.TOWN_HEADS)
+TAILS = (*lang.FIRST_TAILS, *lang.LAST_TAILS, *lang.FIRM_TAILS, *lang.TOWN_TAILS)
 
 
-def split_names(text: str) -> str:
-    """Marks the joint inside each name part: no name shall become one token, which held-out names could not be."""
-    return re.sub(r"\w+", lambda word: SYLLABLES.get(word[0], word[0]), text)
+def joint() -> str:
+    """A pattern for the head of a name part whose tail follows.
+
+    Names are cut there: no name part becomes one token, which held-out ones could not be, and none is cut elsewhere, where a
+    held-out one would give tokens that training has never seen together.
+    """
+    heads, tails = ("|".join(sorted(set(parts), key=len, reverse=True)) for parts in (HEADS, TAILS))
+    return rf"▁?(?:{heads})(?=(?:{tails})(?!\w))"
 
 
 def corpus(contexts: int, seed: int) -> Iterator[str]:
@@ -40,10 +37,10 @@ def corpus(contexts: int, seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(contexts):
         context = write_context(rng, Shape())
-        yield from map(split_names, context.chunks)
+        yield from context.chunks
         for question in questions(rng, context):
-            yield split_names(question.text)
-            yield split_names(question.answer)
+            yield question.text
+            yield question.answer
         yield from (part for part in TEMPLATE.values() if part)
 
 
@@ -56,15 +53,15 @@ def train(vocabulary: int, contexts: int, seed: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=False))
     words = [
         pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first"),
-        pre_tokenizers.Split(Regex(r"\n|▁?\d{1,2}|[^\w\s▁|]"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\n|▁?\d{1,2}|[^\w\s▁]"), "isolated"),
+        pre_tokenizers.Split(Regex(joint()), "isolated"),
     ]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, pre_tokenizers.Split(JOINT, "removed")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL + bytes_, show_progress=False)
     tokenizer.train_from_iterator(corpus(contexts, seed), trainer)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -30,25 +30,19 @@ MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
 LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 LONGEST = Shape(documents=(3, 12), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
-_SHORT = Stage(0, SHORT, context=176, asked=176, batch=10)
-_MIDDLE = Stage(0, MIDDLE, context=512, asked=400, batch=4, longest_gap=600, fewest=300)
-_LONG = Stage(0, LONG, context=1024, asked=480, batch=3, longest_gap=1000, fewest=500)
-_LONGEST = Stage(0, LONGEST, context=2048, asked=640, batch=2, longest_gap=1500, fewest=1000)
+_SHORT = Stage(0, SHORT, context=176, asked=320, batch=8, mixed=0.5, orders=6, absents=3)
+_MIDDLE = Stage(0, MIDDLE, context=512, asked=480, batch=4, longest_gap=600, fewest=300, mixed=0.5, orders=8, absents=4)
+_LONG = replace(_MIDDLE, shape=LONG, context=1024, asked=640, batch=3, longest_gap=1000, fewest=500)
+_LONGEST = replace(_MIDDLE, shape=LONGEST, context=2048, asked=800, batch=2, longest_gap=1500, fewest=1000)
 
-# Three rounds from short to long. In each the learning rate rises again and the helpers are back for a while; the third
-# has more names and asks more for the order.
+# From short to long; the helpers fade out halfway, the learning rates at the end.
 CURRICULUM = (
-    replace(_SHORT, steps=1000),
-    replace(_MIDDLE, steps=1000, rate=(1.0, 0.55), helper=(1.0, 0.3)),
-    replace(_LONG, steps=760, rate=(0.55, 0.05), helper=(0.3, 0.0)),
-    replace(_SHORT, steps=500, batch=12, rate=(0.5, 0.5)),
-    replace(_MIDDLE, steps=500, rate=(0.5, 0.45), helper=(1.0, 0.4)),
-    replace(_LONG, steps=900, rate=(0.45, 0.25), helper=(0.4, 0.0)),
-    replace(_LONGEST, steps=450, rate=(0.25, 0.02), helper=(0.0, 0.0)),
-    replace(_SHORT, steps=600, asked=480, batch=8, rate=(0.5, 0.5), helper=(1.0, 0.5), mixed=0.7, orders=10),
-    replace(_MIDDLE, steps=500, asked=480, rate=(0.5, 0.4), helper=(0.5, 0.2), mixed=0.7, orders=10),
-    replace(_LONG, steps=580, asked=640, rate=(0.4, 0.2), helper=(0.2, 0.0), mixed=0.6, orders=8),
-    replace(_LONGEST, steps=240, rate=(0.2, 0.02), helper=(0.0, 0.0), mixed=0.5, orders=6),
+    replace(_SHORT, steps=800),
+    replace(_MIDDLE, steps=900, helper=(1.0, 0.5)),
+    replace(_LONG, steps=1200, rate=(1.0, 0.7), helper=(0.5, 0.0)),
+    replace(_LONG, steps=1000, rate=(0.7, 0.4), helper=(0.0, 0.0)),
+    replace(_LONGEST, steps=500, rate=(0.4, 0.25), helper=(0.0, 0.0)),
+    replace(_LONG, steps=1200, rate=(0.25, 0.0), helper=(0.0, 0.0)),
 )
 
 
@@ -82,6 +76,7 @@ class Run:
         torch.manual_seed(seed)
         self.folder, self.size, self.plan, self.curriculum, self.seed = folder, size, plan, curriculum, seed
         self.device = torch.device(device)
+        self.low_precision = device != "cpu" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
         self.model = Reader(size).to(self.device)
         self.optimizers = optimizers(self.model, plan.matrix_lr, plan.other_lr)
         self.base_lrs = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -131,7 +126,7 @@ class Run:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, base in zip(groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
             losses: dict[str, Tensor] = losses_of(batch.to(self.device), 4)
         helper = self.plan.helper * between(stage.helper, done)
         total = losses["answer"] + self.plan.read * losses["read"] + helper * (losses["subject"] + losses["evidence"])
@@ -156,12 +151,12 @@ class Run:
 
         Args:
             tokenizer: The one that `training.tokenizer` made.
-            compiled: Use torch.compile; minutes for each stage, a fifth off each step.
+            compiled: Use torch.compile; minutes for each stage.
             workers: Processes that make batches; 0 makes them here.
             every: Steps between rows of the log.
             save_every: Steps between checkpoints.
         """
-        losses_of = torch.compile(self.model.losses, dynamic=False) if compiled else self.model.losses
+        losses_of = torch.compile(self.model.losses) if compiled else self.model.losses
         stage, source, sums, begun = None, None, {}, time.monotonic()
         with (self.folder / "log.csv").open("a", newline="") as file:
             log = csv.writer(file)
@@ -188,7 +183,7 @@ def main() -> None:
     """Reads the arguments and trains."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default="bundled", help="name of the folder under training/results")
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=SIZES, default="medium")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument(
@@ -197,14 +192,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="multiplies the contexts of a step")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches; a GPU needs some")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile; pays on a GPU")
     args = parser.parse_args()
     curriculum = tuple(
         replace(stage, steps=round(stage.steps * args.scale), batch=stage.batch * args.batch) for stage in CURRICULUM
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_PATH)
     run = Run(RESULTS / args.run, SIZES[args.size], Plan(helper=args.helper), curriculum, args.device, args.seed)
-    run.train(tokenizer, compiled=not args.no_compile, workers=args.workers)
+    run.train(tokenizer, compiled=args.compile, workers=args.workers)
     print(f"{run.step} steps, {run.tokens} tokens, {run.seconds / 60:.1f} minutes on {run.device}")
 
 

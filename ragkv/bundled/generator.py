@@ -40,7 +40,9 @@ class Case:
     kind: str
 
 
-def questions(rng: random.Random, context: Context, names: Names = TRAINING_NAMES, orders: int = 3) -> list[Question]:
+def questions(
+    rng: random.Random, context: Context, names: Names = TRAINING_NAMES, orders: int = 3, absents: int = 2
+) -> list[Question]:
     """Every fact once, and as many questions of the other kinds as the context gives, in random order.
 
     Args:
@@ -48,9 +50,10 @@ def questions(rng: random.Random, context: Context, names: Names = TRAINING_NAME
         context: What is asked about.
         names: Where the names come from that no document knows (kind *absent*).
         orders: How many pairs are drawn for *order*.
+        absents: How many questions of *absent*.
     """
     found = _fact_questions(rng, context) + _two_hop(rng, context)
-    found += _order(rng, context, count=orders) + _absent(rng, context, names, count=2)
+    found += _order(rng, context, count=orders) + _absent(rng, context, names, count=absents)
     rng.shuffle(found)
     return found
 

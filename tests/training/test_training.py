@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH, TEMPLATE
 from ragkv.bundled.generator import questions
-from ragkv.bundled.writer import HELDOUT_NAMES, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Shape, write_context
 from training.data import IGNORED, Encoder, Stage, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
 from training.model import Reader, Size
 from training.optim import orthogonalize
-from training.tokenizer import split_names
+from training.tokenizer import HEADS, TAILS
 from training.train import Plan, Run, between
 
 SHAPE = Shape(documents=(3, 4), chunks=(1, 2), words=(6, 14), facts=(1, 2))
@@ -153,8 +153,13 @@ def test_a_stage_sets_rates_and_helpers(tokenizer, size, tmp_path):
     assert seen == [(1.0, 1.0), (0.875, 0.75), (0.75, 0.5), (0.625, 0.25), (0.5, 1.0), (pytest.approx(0.3), 1.0)]
 
 
-def test_names_are_split_for_the_tokenizer():
-    assert split_names("Mira Kolvane lives in Amberhaven.") == "Mi|ra Kol|vane lives in Amber|haven."
+@pytest.mark.parametrize("names", [TRAINING_NAMES, HELDOUT_NAMES], ids=["trained", "held out"])
+def test_a_name_part_is_its_head_and_its_tail(tokenizer, names):
+    """A held-out name is cut as the names of training are: into tokens that training knows."""
+    for part in (*names.first, *names.last, *names.firm, *names.town):
+        head, tail = tokenizer.tokenize(part)
+        assert head.lstrip("▁") in HEADS and tail in TAILS
+        assert tokenizer.tokenize(f"to {part}'s")[1:3] == [head, tail]
 
 
 def test_document_in_place_is_exact(tokenizer, size):
