@@ -33,7 +33,8 @@ def main() -> None:
     """Read the bundled documents, then answer one question."""
     question = sys.argv[1] if len(sys.argv) > 1 else "On which river does Clearport lie?"
     model, tokenizer = bundled.load()
-    with Engine(model, tokenizer, template=PromptTemplate(**bundled.TEMPLATE)) as engine:
+    template = PromptTemplate(**bundled.TEMPLATE)
+    with Engine(model, tokenizer, template=template, foreign=bundled.foreign()) as engine:
         chunks: list[Chunk] = []
         for text in bundled.documents().values():
             chunks += engine.add_document(text.strip().split("\n\n"))

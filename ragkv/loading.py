@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ragkv.prompt import PromptTemplate
 from ragkv.retrieval import Embedder, SentenceTransformerEmbedder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The name under which the model that ragkv ships is asked for.
 BUNDLED = "bundled"
@@ -17,8 +20,23 @@ def load_embedder(embedder: str | Embedder | None) -> Embedder | None:
     return SentenceTransformerEmbedder(embedder) if isinstance(embedder, str) else embedder
 
 
-def load_model(model: str | os.PathLike[str], device: str | None, options: dict[str, Any]):
-    """A model in eval mode on its device, its tokenizer, and the template that it brings along, if any."""
+class Loaded(NamedTuple):
+    """A model in eval mode on its device, its tokenizer, and what it brings along: a template and a foreign text, if any."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate | None = None
+    foreign: str | None = None
+
+
+def load_model(model: str | os.PathLike[str], device: str | None, options: dict[str, Any]) -> Loaded:
+    """Load a model by name or path.
+
+    Args:
+        model: as transformers takes it, or :data:`BUNDLED`.
+        device: a GPU if there is one, unless given.
+        options: of ``from_pretrained``.
+    """
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,9 +44,9 @@ def load_model(model: str | os.PathLike[str], device: str | None, options: dict[
         from ragkv import bundled
 
         small, words = bundled.load()
-        return small.to(device), words, PromptTemplate(**bundled.TEMPLATE)
+        return Loaded(small.to(device), words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
     loaded = loaded if "device_map" in options else loaded.to(device)
-    return loaded.eval(), AutoTokenizer.from_pretrained(model), None
+    return Loaded(loaded.eval(), AutoTokenizer.from_pretrained(model))

@@ -117,6 +117,7 @@ class RAG:
             method: how prompts are put together.
             template: the prompt's parts.
             foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.documents.Documents`.
+                The bundled model brings its own.
             repair_tokens: how a changed document is read, see above.
             device: ``"cuda"`` where there is one, by default.
             cpu_bytes: memory for KV.
@@ -131,9 +132,10 @@ class RAG:
         with ExitStack() as opened:
             retriever = Retriever.open(None if folder is None else folder / "documents", load_embedder(embedder))
             opened.callback(retriever.close)
-            loaded, tokenizer, own = load_model(model, device, model_options)
+            loaded, tokenizer, own, sample = load_model(model, device, model_options)
             store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
             opened.callback(store.close)
+            foreign = sample if foreign is None else foreign
             engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own, foreign=foreign)
             default_tokens = 96 if model == BUNDLED else 256
             rag = cls(

@@ -1,4 +1,7 @@
-"""Writes the fixed documents and questions of the demo: `python -m training.documents`. The same ones every time."""
+"""Writes the fixed documents and questions of the demo, and the bundled foreign text: `python -m training.documents`.
+
+The same ones every time.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from pathlib import Path
 
 import ragkv.bundled
 from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, Context, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Shape, write_context
 
 HOME = Path(ragkv.bundled.__file__).parent
 SHAPE = Shape(documents=(36, 36), chunks=(2, 3), words=(36, 80), facts=(2, 2), types=(3, 3), notes=0.0)
+FOREIGN = Shape(documents=(6, 6), chunks=(1, 1), words=(24, 40), facts=(2, 3), types=(3, 3), notes=0.5)
 ASKED = {"direct": 7, "local": 6, "cross": 9, "two-hop": 6, "absent": 2}
 
 
@@ -49,7 +53,7 @@ def choose(found: list[Question]) -> list[Question]:
 
 
 def main() -> None:
-    """Reads the arguments and writes ``documents/*.md`` and ``questions.json``."""
+    """Reads the arguments and writes ``documents/*.md``, ``questions.json`` and ``foreign.txt``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HOME)
@@ -62,6 +66,8 @@ def main() -> None:
         (args.out / "documents" / name).write_text(text, encoding="utf-8")
     rows = [row(question) for question in choose(questions(rng, context, HELDOUT_NAMES))]
     (args.out / "questions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    foreign = write_context(random.Random(f"foreign/{args.seed}"), FOREIGN, TRAINING_NAMES)
+    (args.out / "foreign.txt").write_text("\n".join(foreign.chunks) + "\n", encoding="utf-8")
     print(f"wrote {len(context.entities)} documents and {len(rows)} questions")
 
 

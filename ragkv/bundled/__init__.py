@@ -15,7 +15,7 @@ from ragkv.bundled.generator import KINDS, Case, cases
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["KINDS", "MODEL_PATH", "TEMPLATE", "Case", "cases", "documents", "load", "questions"]
+__all__ = ["KINDS", "MODEL_PATH", "TEMPLATE", "Case", "cases", "documents", "foreign", "load", "questions"]
 
 _HERE = Path(__file__).parent
 
@@ -61,6 +61,14 @@ class DemoQuestion:
 def documents() -> dict[str, str]:
     """The fixed documents: file name to text, in the order of their names; chunks are separated by blank lines."""
     return {path.name: path.read_text(encoding="utf-8") for path in sorted((_HERE / "documents").glob("*.md"))}
+
+
+def foreign() -> str:
+    """A text of the model's world, about subjects of its own: ``foreign=`` of an engine, which measures sensitivity with it.
+
+    The library's own is English, of which this model knows nothing.
+    """
+    return (_HERE / "foreign.txt").read_text(encoding="utf-8")
 
 
 def questions() -> list[DemoQuestion]:

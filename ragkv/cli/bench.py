@@ -67,7 +67,7 @@ def _catalogue(args: argparse.Namespace) -> tuple[list[Request], CostProfile]:
     if not passages:
         raise DocumentError(f"{args.dataset}: no passages in it")
     logging.disable_progress_bar()  # of loading weights
-    model, tokenizer, _ = load_model(args.model, None, {})
+    model, tokenizer, *_ = load_model(args.model, None, {})
     decoder = Decoder(model)
     per_token = sum(s.heads * (s.key_dim + s.value_dim) * s.dtype.itemsize for s in decoder.specs)
     profile = measure(decoder, decoder.max_positions or 1 << 30, _LIMIT_S)

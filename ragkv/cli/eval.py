@@ -77,8 +77,9 @@ def _bench(args: argparse.Namespace) -> Bench:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.model == BUNDLED or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
-    model, tokenizer, template = load_model(args.model, None, {})
-    return Bench(model, tokenizer, template, max_new_tokens=args.max_new_tokens, foreign=args.foreign)
+    model, tokenizer, template, foreign = load_model(args.model, None, {})
+    foreign = foreign if args.foreign is None else args.foreign
+    return Bench(model, tokenizer, template, max_new_tokens=args.max_new_tokens, foreign=foreign)
 
 
 def _said(gate: Gate) -> str:

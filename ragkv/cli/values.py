@@ -43,5 +43,5 @@ def text_of_file(path: str) -> str:
 #: For the option that every command which reads documents takes.
 FOREIGN_HELP = (
     "a text like your documents: each one is read a second time behind it, to see which of its tokens depend on what stands in "
-    "front (default: five short English paragraphs)"
+    "front (default: five short English paragraphs; the bundled model brings its own)"
 )

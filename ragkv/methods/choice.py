@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ragkv.errors import MethodError
@@ -19,19 +18,6 @@ def check_share(method: Method, name: str, share: float) -> None:
     """
     if not 0 <= share <= 1:
         raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share}")
-
-
-def around(attention: Tensor, reach: int) -> Tensor:
-    """Attention averaged over the tokens around each, as a multiple of its mean.
-
-    Args:
-        attention: ``[R]``.
-        reach: tokens to either side.
-    """
-    if not len(attention):
-        return attention
-    near = F.avg_pool1d(attention[None, None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0, 0]
-    return near / near.mean().clamp_min(torch.finfo(near.dtype).tiny)
 
 
 def highest(scores: Tensor, candidates: Tensor, ratio: float, layout: Layout) -> Tensor:

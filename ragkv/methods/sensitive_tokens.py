@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ragkv.layout import Layout
 from ragkv.methods.base import Method
-from ragkv.methods.choice import around, check_share, highest
+from ragkv.methods.choice import check_share, highest
 
 if TYPE_CHECKING:
     from ragkv.depth import Depth
     from ragkv.scene import Scene
 
-#: Tokens to either side whose attention counts for a token: the question looks at a value, and what binds it stands around it.
-_REACH = 8
-#: What counts for a token that the question does not look at, as a share of the mean attention: the text that leads to a value.
+#: What counts for a token that the question does not look at, as a share of the mean attention: the text that leads to a value, or
+#: the second fact of a chain.
 _UNASKED = 0.3
 
 
@@ -35,8 +34,8 @@ class SensitiveTokens(Method):
     them, or take it from the text that came between.
 
     Where more is sensitive than may be computed, the question decides (``asked``): a token's sensitivity counts by the attention
-    that the question pays to it and the tokens around it, over the chunks as they are stored (as in ProphetKV,
-    arXiv:2602.02579). The look runs the suffix once more; it is in the report's ``select`` time, and left out where everything
+    that the prompt's last token pays to it, over the chunks as they are stored (ProphetKV, arXiv:2602.02579, averages over all of
+    the question's). The look runs the suffix once more; it is in the report's ``select`` time, and left out where everything
     sensitive may be computed.
 
     Attributes:
@@ -68,5 +67,6 @@ class SensitiveTokens(Method):
         """The most sensitive ones among them, by the question's attention."""
         layout, candidates, scores = scene.layout, self.start(scene.layout), scene.sensitivity()
         if self.asked and 0 < round(self.ratio * len(layout.reusable)) < len(candidates):
-            scores = scores * (around(scene.attention().mean(0), _REACH) + _UNASKED)
+            seen = scene.attention("last").mean(0)
+            scores = scores * (seen / seen.mean() + _UNASKED)
         return highest(scores, candidates, self.ratio, layout)

@@ -98,3 +98,17 @@ def test_import_is_light():
     )
     found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_it_brings_a_foreign_text_that_it_can_read(loaded):
+    """Its tokenizer cuts English into scraps; a text of its own world is words, about subjects that no document is about."""
+    from ragkv import RAG
+    from ragkv.sensitivity import FOREIGN
+
+    per_word = [len(encode(loaded[1], text)) / len(text.split()) for text in (bundled.foreign(), FOREIGN)]
+    assert per_word[0] < per_word[1]
+    read = "\n".join(bundled.documents().values())
+    assert not any(line in read for line in bundled.foreign().splitlines())
+    with RAG.from_pretrained() as rag:
+        reader = rag.engine._reader
+        assert reader._foreign_ids == encode(loaded[1], bundled.foreign()) + encode(loaded[1], TEMPLATE["after_chunk"])

@@ -206,8 +206,9 @@ def test_documents_are_the_ones_that_ship(tmp_path, monkeypatch):
     documents.main()
     written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "documents").iterdir()}
     assert written == bundled.documents()
-    shipped = bundled.MODEL_PATH.parent / "questions.json"
-    assert (tmp_path / "questions.json").read_text(encoding="utf-8") == shipped.read_text(encoding="utf-8")
+    for name in ("questions.json", "foreign.txt"):
+        shipped = bundled.MODEL_PATH.parent / name
+        assert (tmp_path / name).read_text(encoding="utf-8") == shipped.read_text(encoding="utf-8")
 
 
 def test_curves_are_drawn(tmp_path):
