@@ -27,11 +27,6 @@ class Depth:
     def __init__(self, reader: Reader):
         self._reader = reader
 
-    @property
-    def shows_attention(self) -> bool:
-        """Whether the model lets its attention be seen (:meth:`ragkv.scene.Scene.attention`)."""
-        return self._reader.decoder.shows_attention
-
     @cached_property
     def check_layer(self) -> int:
         """The layer at which CacheBlend best sees which tokens depend on the text in front (:func:`check_layer`)."""

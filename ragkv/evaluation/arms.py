@@ -24,8 +24,8 @@ FULL, FULL_DOCUMENTS = "full-prefill", "full-documents"
 RANDOM = "random"
 DEFAULT = "default"
 
-#: The settings that papers recommend.
-_PAPERS = ("lego-link:k=16", "cache-blend:ratio=0.15")
+#: The settings that papers recommend; CacheBlend at the layer that suits the model, and at its paper's.
+_PAPERS = ("lego-link:k=16", "cache-blend:ratio=0.15", "cache-blend:ratio=0.15,check_layer=1")
 #: Special arms that the default leaves out: they tell nothing new and cost as much as a full prefill, or hardly more than nothing.
 _RARE = ("prefix-only@alone", "no-rotation@document")
 #: Knobs that are the share of tokens to recompute.

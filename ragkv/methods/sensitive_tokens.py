@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -12,12 +12,7 @@ from ragkv.methods.base import Method
 from ragkv.methods.choice import check_share, highest
 
 if TYPE_CHECKING:
-    from ragkv.depth import Depth
     from ragkv.scene import Scene
-
-#: What counts for a token that the question does not look at, as a share of the mean attention: the text that leads to a value, or
-#: the second fact of a chain.
-_UNASKED = 0.3
 
 
 @dataclass(frozen=True)
@@ -33,28 +28,17 @@ class SensitiveTokens(Method):
     own document's earlier text does not stand right in front of them in this prompt: computed afresh, they would lose what it told
     them, or take it from the text that came between.
 
-    Where more is sensitive than may be computed, the question decides (``asked``): a token's sensitivity counts by the attention
-    that the prompt's last token pays to it, over the chunks as they are stored (ProphetKV, arXiv:2602.02579, averages over all of
-    the question's). The look runs the suffix once more; it is in the report's ``select`` time, and left out where everything
-    sensitive may be computed.
-
     Attributes:
         ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
-        asked: let the question decide. A model that does not show its attention runs without; the report names the method that ran.
     """
 
     ratio: float = 0.1
-    asked: bool = True
 
     looks: ClassVar[bool] = True
     measured: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
-
-    def pick(self, layout: Layout, depth: Depth) -> SensitiveTokens:
-        """Itself, without the question where the model does not show its attention."""
-        return self if depth.shows_attention or not self.asked else replace(self, asked=False)
 
     def start(self, layout: Layout) -> Tensor:
         """Those that may be chosen."""
@@ -64,9 +48,5 @@ class SensitiveTokens(Method):
         return layout.span(*chunks)
 
     def survey(self, scene: Scene) -> Tensor:
-        """The most sensitive ones among them, by the question's attention."""
-        layout, candidates, scores = scene.layout, self.start(scene.layout), scene.sensitivity()
-        if self.asked and 0 < round(self.ratio * len(layout.reusable)) < len(candidates):
-            seen = scene.attention("last").mean(0)
-            scores = scores * (seen / seen.mean() + _UNASKED)
-        return highest(scores, candidates, self.ratio, layout)
+        """The most sensitive ones among them."""
+        return highest(scene.sensitivity(), self.start(scene.layout), self.ratio, scene.layout)

@@ -216,32 +216,6 @@ def test_a_chunk_that_another_document_parts_from_its_earlier_text_is_spared(mod
     assert chosen(prompt) == set(range(start, start + len(other[0])))
 
 
-def test_the_question_decides_where_more_is_sensitive_than_may_be_computed(model):
-    engine = Engine(model, template=TEMPLATE, sensitivity=True)
-    chunks = engine.add([random_ids(n, seed=n) for n in (30, 31, 29)])
-    sensitive, seen = see(engine, chunks, lambda scene: (scene.sensitivity(), scene.attention().mean(0)))
-    asked, unasked = (
-        engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.2, asked=asked)) for asked in (True, False)
-    )
-    assert (asked.report.looked, unasked.report.looked) == ("question_scores (reference)", "")
-    worth = lambda prompt, of: float(of[torch.tensor(sorted(chosen(prompt))) - 3].sum())  # noqa: E731
-    assert len(chosen(asked)) == len(chosen(unasked)) and asked.report.budget == unasked.report.budget
-    assert worth(asked, sensitive) < worth(unasked, sensitive) and worth(asked, seen) > worth(unasked, seen)
-
-
-def test_nothing_is_looked_at_where_all_that_is_sensitive_may_be_computed(model):
-    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.5))
-    chunks = engine.add([random_ids(60), random_ids(20)])
-    prompt = engine.fuse(chunks, QUESTION)  # only the second stands behind another
-    assert prompt.report.looked == "" and len(chosen(prompt)) == len(chunks[1])
-
-
-def test_a_model_whose_attention_is_closed_runs_without_the_question():
-    engine = Engine(tiny_model("falcon"), template=TEMPLATE, method=SensitiveTokens(0.2, asked=True))
-    prompt = engine.fuse(engine.add([random_ids(30), random_ids(31)]), QUESTION)
-    assert prompt.report.method == "SensitiveTokens(ratio=0.2, asked=False)" and chosen(prompt)
-
-
 def test_the_report_says_what_was_looked_with(engine):
     chunks = engine.add(PARTS)[::-1]
     assert engine.fuse(chunks, QUESTION, method=QuestionAware(0.2)).report.looked == "question_scores (reference)"
