@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from ragkv import bundled
+from ragkv.chunk import digest
 from ragkv.cli import main
 from ragkv.cli.arguments import parser
 from ragkv.evaluation import GateError, parse_arms
@@ -99,6 +101,8 @@ def test_the_bundled_data(tmp_path, capsys):
     argv = ("--limit", 2, "--orders", 1, "--arms", "full-prefill", "--timed", 0, "--out", tmp_path / "out", "--json")
     code, out, _ = run(capsys, *argv)
     assert code == 0 and json.loads(out)["slices"] == {"all": 2, "direct": 1, "local": 1}
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["foreign"] == digest(bundled.foreign()).hex()[:16]  # the bundled model's own, unless one is given
 
 
 @pytest.mark.parametrize(
