@@ -116,11 +116,6 @@ class Decoder:
         )
         return out.logits[:, -1]
 
-    @property
-    def shows_attention(self) -> bool:
-        """Whether the model's attention goes through transformers' interface, so that it can be looked at."""
-        return bool(getattr(self.model, "_supports_attention_backend", False))
-
     def masks(self, positions: Tensor, keys: int, open_keys: Tensor | None = None) -> MaskBuilder | SpanBuilder:
         """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions, or what stands in their place.
 

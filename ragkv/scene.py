@@ -102,7 +102,7 @@ class Scene:
         if queries in self._attention:
             return self._attention[queries]
         decoder, rows = self._decoder, self.layout.suffix
-        if not decoder.shows_attention:
+        if not getattr(decoder.model, "_supports_attention_backend", False):
             raise MethodError(
                 "this model's attention is not open to view, so no method that follows the question runs on it"
             )

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="multiplies the contexts of a step")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches; a GPU needs some")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="use torch.compile; pays on a GPU")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     args = parser.parse_args()
     curriculum = tuple(
         replace(stage, steps=round(stage.steps * args.scale), batch=stage.batch * args.batch) for stage in CURRICULUM
