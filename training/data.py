@@ -192,6 +192,7 @@ class Stage:
         mixed: Share of the contexts whose names are any head with any tail; the others use the names of training.
         orders: Pairs asked for *order*, twice a context.
         absents: Questions of *absent*, twice a context.
+        twice: Kinds that come twice when the kinds take turns.
     """
 
     steps: int
@@ -206,6 +207,7 @@ class Stage:
     mixed: float = 0.0
     orders: int = 3
     absents: int = 2
+    twice: tuple[str, ...] = ()
 
 
 class Source(IterableDataset):
@@ -245,11 +247,12 @@ def _draw(encoder: Encoder, stage: Stage, rng: random.Random) -> tuple[Context, 
             return context, example
 
 
-def _spread(found: list[Question]) -> list[Question]:
+def _spread(found: list[Question], twice: tuple[str, ...]) -> list[Question]:
     """Questions with the kinds in turn, so that rare kinds are not left out where room is short."""
-    by_kind: dict[str, list[Question]] = {}
-    for question in found:
-        by_kind.setdefault(question.kind, []).append(question)
+    by_kind: dict[tuple[str, int], list[Question]] = {}
+    for number, question in enumerate(found):
+        half = number % 2 if question.kind in twice else 0
+        by_kind.setdefault((question.kind, half), []).append(question)
     longest = max(map(len, by_kind.values()), default=0)
     return [group[i] for i in range(longest) for group in by_kind.values() if i < len(group)]
 
@@ -260,7 +263,7 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
         row = Row(stage.asked)
         asked = [q for _ in range(2) for q in questions(rng, context, orders=stage.orders, absents=stage.absents)]
         # Twice: the second time in other words, with other pairs and absentees, where there is room left.
-        for number, question in enumerate(_spread(asked)):
+        for number, question in enumerate(_spread(asked, stage.twice)):
             answer, evidence = _answer_evidence(encoder, question, context, example)
             row.add(encoder.question(question.text), answer, evidence, number)
         rows.append(row)

@@ -31,10 +31,10 @@ ARMS = ("full", "chunk", "chunk, not rotated", "document", "none")
 KV = list[tuple[Tensor, Tensor]]
 
 
-def prefill(model: LlamaForCausalLM, ids: list[int]) -> KV:
-    """Keys and values ``[1, G, T, D]`` of every layer."""
+def prefill(model: LlamaForCausalLM, ids: list[int], positions: Tensor | None = None) -> KV:
+    """Keys and values ``[1, G, T, D]`` of every layer, at ``positions`` ``[1, T]`` or from 0 on."""
     cache = DynamicCache()
-    model.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    model.model(torch.tensor([ids]), past_key_values=cache, position_ids=positions, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -45,9 +45,9 @@ def rotate(keys: Tensor, by: int, inv_freq: Tensor) -> Tensor:
     return keys * angle.cos() + torch.cat((-keys[..., half:], keys[..., :half]), -1) * angle.sin()
 
 
-def reused(model: LlamaForCausalLM, prefix: list[int], pieces: list[list[int]], rotated: bool) -> KV:
+def reused(model: LlamaForCausalLM, prefix: list[int], pieces: list[list[int]], rotated: bool, gap: int) -> KV:
     """The KV of prefix and pieces, each piece prefilled behind the prefix and put in its place."""
-    inv_freq, at = model.model.rotary_emb.inv_freq, len(prefix)
+    inv_freq, at = model.model.rotary_emb.inv_freq, len(prefix) + gap
     parts = [prefill(model, prefix)]
     for piece in pieces:
         kv = [(k[:, :, len(prefix) :], v[:, :, len(prefix) :]) for k, v in prefill(model, prefix + piece)]
@@ -57,24 +57,27 @@ def reused(model: LlamaForCausalLM, prefix: list[int], pieces: list[list[int]], 
     return [tuple(torch.cat(tensors, 2) for tensors in zip(*layer, strict=True)) for layer in zip(*parts, strict=True)]
 
 
-def context_kv(model: LlamaForCausalLM, encoder: Encoder, context: Context, arm: str) -> KV:
-    """The KV of prefix and context in one of `ARMS`."""
+def context_kv(model: LlamaForCausalLM, encoder: Encoder, context: Context, arm: str, gap: int = 0) -> KV:
+    """The KV of prefix and context in one of `ARMS`; ``gap`` positions between them stay empty."""
     chunks = [encoder.chunk(text) for text in context.chunks]
     if arm == "none":
         return prefill(model, encoder.prefix)
     if arm == "full":
-        return prefill(model, encoder.prefix + [token for chunk in chunks for token in chunk])
+        ids = encoder.prefix + [token for chunk in chunks for token in chunk]
+        positions = torch.arange(len(ids))
+        positions[len(encoder.prefix) :] += gap
+        return prefill(model, ids, positions[None])
     if arm == "document":
         numbers = sorted(set(context.chunk_documents))
         owned = zip(chunks, context.chunk_documents, strict=True)
         pieces: dict[int, list[int]] = {number: [] for number in numbers}
         for chunk, number in owned:
             pieces[number] += chunk
-        return reused(model, encoder.prefix, list(pieces.values()), rotated=True)
-    return reused(model, encoder.prefix, chunks, rotated=arm == "chunk")
+        return reused(model, encoder.prefix, list(pieces.values()), rotated=True, gap=gap)
+    return reused(model, encoder.prefix, chunks, rotated=arm == "chunk", gap=gap)
 
 
-def right(model: LlamaForCausalLM, encoder: Encoder, kv: KV, asked: list[Question]) -> list[bool]:
+def right(model: LlamaForCausalLM, encoder: Encoder, kv: KV, asked: list[Question], gap: int = 0) -> list[bool]:
     """Whether greedy decoding behind ``kv`` gives each answer and then EOS (by teacher forcing, which is the same)."""
     heads = [encoder.question(question.text) for question in asked]
     answers = [[*encoder.ids(question.answer), encoder.eos] for question in asked]
@@ -85,7 +88,7 @@ def right(model: LlamaForCausalLM, encoder: Encoder, kv: KV, asked: list[Questio
     for index, (k, v) in enumerate(kv):
         cache.update(k.expand(len(asked), -1, -1, -1), v.expand(len(asked), -1, -1, -1), index)
     # Padding stands at the end, where causality already hides it.
-    positions = torch.arange(past, past + width).expand(len(asked), -1)
+    positions = torch.arange(past + gap, past + gap + width).expand(len(asked), -1)
     best = model(ids, past_key_values=cache, position_ids=positions).logits.argmax(-1).tolist()
     return [
         row[len(head) - 1 : len(head) - 1 + len(answer)] == answer
@@ -102,6 +105,7 @@ def evaluate(
     names: Names,
     arms: tuple[str, ...] = ARMS,
     longest: int = 4000,
+    gap: int = 0,
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """Asks at least ``n`` questions of every kind over fresh contexts, in every arm the same.
 
@@ -119,7 +123,7 @@ def evaluate(
             if not wanted or lengths[-1] > longest:
                 continue
             for arm in arms:
-                results = right(model, encoder, context_kv(model, encoder, context, arm), wanted)
+                results = right(model, encoder, context_kv(model, encoder, context, arm, gap), wanted, gap)
                 for question, good in zip(wanted, results, strict=True):
                     count[question.kind][arm][0] += good
                     count[question.kind][arm][1] += 1
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs=2, default=(6, 6), metavar=("FEWEST", "MOST"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trained-names", action="store_true", help="use the names of training, not the held-out ones")
+    parser.add_argument("--gap", type=int, default=0, help="positions left empty between prefix and context")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.json")
     args = parser.parse_args()
@@ -159,7 +164,7 @@ def main() -> None:
     begun = time.monotonic()
     shape = Shape(documents=tuple(args.documents))
     names = TRAINING_NAMES if args.trained_names else HELDOUT_NAMES
-    results = evaluate(model, tokenizer, shape, args.n, args.seed, names, tuple(args.arms))
+    results = evaluate(model, tokenizer, shape, args.n, args.seed, names, tuple(args.arms), gap=args.gap)
     print(table(results))
     print(f"{time.monotonic() - begun:.0f} s")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,14 +28,16 @@ RESULTS = Path(__file__).parent / "results"
 SHORT = Shape(documents=(3, 5), chunks=(1, 2), words=(6, 14), facts=(1, 2), types=(1, 2))
 MIDDLE = Shape(documents=(3, 7), chunks=(1, 3), words=(10, 40), facts=(1, 3))
 LONG = Shape(documents=(2, 8), chunks=(1, 3), words=(24, 100), facts=(1, 3))
+WIDE = Shape(documents=(3, 10), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 LONGEST = Shape(documents=(3, 12), chunks=(1, 3), words=(24, 100), facts=(1, 3))
 
 _SHORT = Stage(0, SHORT, context=176, asked=320, batch=8, mixed=0.5, orders=6, absents=3)
 _MIDDLE = Stage(0, MIDDLE, context=512, asked=480, batch=4, longest_gap=600, fewest=300, mixed=0.5, orders=8, absents=4)
 _LONG = replace(_MIDDLE, shape=LONG, context=1024, asked=640, batch=3, longest_gap=1000, fewest=500)
 _LONGEST = replace(_MIDDLE, shape=LONGEST, context=2048, asked=800, batch=2, longest_gap=1500, fewest=1000)
+_WIDE = replace(_MIDDLE, shape=WIDE, context=1536, asked=720, batch=2, longest_gap=1200, fewest=700, twice=("order",))
 
-# From short to long; the helpers fade out halfway, the learning rates at the end.
+# From short to long; the helpers fade out early. The rates fall to nothing, rise once more and fall again.
 CURRICULUM = (
     replace(_SHORT, steps=800),
     replace(_MIDDLE, steps=900, helper=(1.0, 0.5)),
@@ -43,6 +45,9 @@ CURRICULUM = (
     replace(_LONG, steps=1000, rate=(0.7, 0.4), helper=(0.0, 0.0)),
     replace(_LONGEST, steps=500, rate=(0.4, 0.25), helper=(0.0, 0.0)),
     replace(_LONG, steps=1200, rate=(0.25, 0.0), helper=(0.0, 0.0)),
+    replace(_LONG, steps=1000, rate=(0.4, 0.3), helper=(0.0, 0.0), twice=("order",)),
+    replace(_LONGEST, steps=1000, rate=(0.3, 0.2), helper=(0.0, 0.0), twice=("order",)),
+    replace(_WIDE, steps=2200, rate=(0.2, 0.0), helper=(0.0, 0.0)),
 )
 
 
@@ -54,13 +59,15 @@ class Plan:
         matrix_lr: Of Muon.
         other_lr: Of AdamW.
         read: Weight of the language-model loss on the context.
-        helper: Weight of the two helpers (subject, evidence) where a stage does not lessen it.
+        subject: Weight of the helper that reads subjects off values, where a stage does not lessen it.
+        evidence: Weight of the helper that draws attention to the evidence, likewise.
     """
 
     matrix_lr: float = 0.02
     other_lr: float = 0.004
     read: float = 0.1
-    helper: float = 0.5
+    subject: float = 0.5
+    evidence: float = 0.5
 
 
 def between(ends: tuple[float, float], share: float) -> float:
@@ -128,8 +135,8 @@ class Run:
             group["lr"] = base * factor
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
             losses: dict[str, Tensor] = losses_of(batch.to(self.device), 4)
-        helper = self.plan.helper * between(stage.helper, done)
-        total = losses["answer"] + self.plan.read * losses["read"] + helper * (losses["subject"] + losses["evidence"])
+        helpers = self.plan.subject * losses["subject"] + self.plan.evidence * losses["evidence"]
+        total = losses["answer"] + self.plan.read * losses["read"] + between(stage.helper, done) * helpers
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -186,9 +193,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="medium")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
-    parser.add_argument(
-        "--helper", type=float, default=Plan.helper, help="weight of the two helpers; 0 leaves them out"
-    )
+    parser.add_argument("--subject", type=float, default=Plan.subject, help="weight of a helper; 0 leaves it out")
+    parser.add_argument("--evidence", type=float, default=Plan.evidence, help="weight of the other, likewise")
     parser.add_argument("--batch", type=int, default=1, help="multiplies the contexts of a step")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches; a GPU needs some")
     parser.add_argument("--seed", type=int, default=0)
@@ -198,7 +204,8 @@ def main() -> None:
         replace(stage, steps=round(stage.steps * args.scale), batch=stage.batch * args.batch) for stage in CURRICULUM
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_PATH)
-    run = Run(RESULTS / args.run, SIZES[args.size], Plan(helper=args.helper), curriculum, args.device, args.seed)
+    plan = Plan(subject=args.subject, evidence=args.evidence)
+    run = Run(RESULTS / args.run, SIZES[args.size], plan, curriculum, args.device, args.seed)
     run.train(tokenizer, compiled=args.compile, workers=args.workers)
     print(f"{run.step} steps, {run.tokens} tokens, {run.seconds / 60:.1f} minutes on {run.device}")
 

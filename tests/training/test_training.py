@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH, TEMPLATE
-from ragkv.bundled.generator import questions
+from ragkv.bundled.generator import Question, questions
 from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Shape, write_context
-from training.data import IGNORED, Encoder, Stage, batches, encode_context
+from training.data import IGNORED, Encoder, Stage, _spread, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
 from training.model import Reader, Size
@@ -172,6 +172,49 @@ def test_document_in_place_is_exact(tokenizer, size):
     for (k, v), (k2, v2) in zip(full, reuse, strict=True):
         torch.testing.assert_close(k, k2, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(v, v2, atol=1e-4, rtol=1e-4)
+
+
+def test_a_gap_moves_the_context_and_leaves_the_prefix(tokenizer, size):
+    """Layer 0 knows of a token only its id and its position, so its keys are the same however they came about."""
+    torch.manual_seed(0)
+    llama, encoder, rng = to_llama(Reader(size).state_dict(), size, tokenizer), Encoder(tokenizer), random.Random(2)
+    context, start = write_context(rng, SHAPE), len(encoder.prefix)
+    with torch.no_grad():
+        near, far, chunk = (
+            context_kv(llama, encoder, context, arm, gap)[0][0]
+            for arm, gap in (("full", 0), ("full", 700), ("chunk", 700))
+        )
+    torch.testing.assert_close(far, chunk, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(far[:, :, :start], near[:, :, :start])
+    assert not torch.allclose(far[:, :, start:], near[:, :, start:], atol=1e-2)
+
+
+def test_kinds_take_turns_and_some_come_twice():
+    kinds = ["direct"] * 4 + ["order"] * 4 + ["absent"]
+    found = [Question(str(number), "", kind) for number, kind in enumerate(kinds)]
+    assert [q.kind for q in _spread(found, ())[:5]] == ["direct", "order", "absent", "direct", "order"]
+    twice = _spread(found, ("order",))
+    assert [q.kind for q in twice[:4]] == ["direct", "order", "order", "absent"]
+    assert sorted(q.text for q in twice) == sorted(q.text for q in found)
+
+
+@pytest.mark.parametrize("helper", ["subject", "evidence"])
+def test_a_helper_of_no_weight_changes_nothing(helper, tokenizer, size, tmp_path):
+    """A step with one helper's weight at 0 is a step on the losses without it."""
+
+    def weights(name, plan, drop):
+        run = Run(tmp_path / name, size, plan, (STAGE,), "cpu", seed=0)
+        run.low_precision = False
+        for layer in run.model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.2)
+            torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.2)
+        run.update(batch, lambda *a: {k: v.detach() if k in drop else v for k, v in run.model.losses(*a).items()})
+        return torch.cat([p.detach().flatten() for n, p in run.model.named_parameters() if not n.startswith("subject")])
+
+    batch = next(batches(tokenizer, STAGE, 3))
+    without = weights("without", Plan(**{helper: 0.0}), ())
+    torch.testing.assert_close(without, weights("dropped", Plan(), (helper,)), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(without, weights("with", Plan(), ()), atol=1e-6)
 
 
 def test_teacher_forcing_is_greedy_decoding(tokenizer):
