@@ -193,6 +193,7 @@ class Stage:
         orders: Pairs asked for *order*, twice a context.
         absents: Questions of *absent*, twice a context.
         twice: Kinds that come twice when the kinds take turns.
+        near: Share of the pairs for *order* that are mentioned one right after the other.
     """
 
     steps: int
@@ -208,6 +209,7 @@ class Stage:
     orders: int = 3
     absents: int = 2
     twice: tuple[str, ...] = ()
+    near: float = 0.0
 
 
 class Source(IterableDataset):
@@ -261,8 +263,9 @@ def _batch(drawn: list[tuple[Context, Example]], encoder: Encoder, stage: Stage,
     rows = []
     for context, example in drawn:
         row = Row(stage.asked)
-        asked = [q for _ in range(2) for q in questions(rng, context, orders=stage.orders, absents=stage.absents)]
-        # Twice: the second time in other words, with other pairs and absentees, where there is room left.
+        asked: list[Question] = []
+        for _ in range(2):  # the second time in other words, with other pairs and absentees, where there is room left
+            asked += questions(rng, context, orders=stage.orders, absents=stage.absents, near=stage.near)
         for number, question in enumerate(_spread(asked, stage.twice)):
             answer, evidence = _answer_evidence(encoder, question, context, example)
             row.add(encoder.question(question.text), answer, evidence, number)

@@ -37,7 +37,7 @@ _LONG = replace(_MIDDLE, shape=LONG, context=1024, asked=640, batch=3, longest_g
 _LONGEST = replace(_MIDDLE, shape=LONGEST, context=2048, asked=800, batch=2, longest_gap=1500, fewest=1000)
 _WIDE = replace(_MIDDLE, shape=WIDE, context=1536, asked=720, batch=2, longest_gap=1200, fewest=700, twice=("order",))
 
-# From short to long; the helpers fade out early. The rates fall to nothing, rise once more and fall again.
+# From short to long; the helpers fade out early. The rates fall to nothing, rise again and fall, twice.
 CURRICULUM = (
     replace(_SHORT, steps=800),
     replace(_MIDDLE, steps=900, helper=(1.0, 0.5)),
@@ -48,7 +48,16 @@ CURRICULUM = (
     replace(_LONG, steps=1000, rate=(0.4, 0.3), helper=(0.0, 0.0), twice=("order",)),
     replace(_LONGEST, steps=1000, rate=(0.3, 0.2), helper=(0.0, 0.0), twice=("order",)),
     replace(_WIDE, steps=2200, rate=(0.2, 0.0), helper=(0.0, 0.0)),
+    replace(_WIDE, steps=2600, rate=(0.3, 0.0), helper=(0.0, 0.0), near=0.5),
 )
+
+# Contexts of up to 512 tokens: a third of an hour, for ablations.
+BRIEF = (
+    replace(_SHORT, steps=800),
+    replace(_MIDDLE, steps=900, helper=(1.0, 0.0)),
+    replace(_MIDDLE, steps=900, rate=(1.0, 0.0), helper=(0.0, 0.0)),
+)
+CURRICULA = {"whole": CURRICULUM, "brief": BRIEF}
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,7 @@ def main() -> None:
     parser.add_argument("--run", default="bundled", help="name of the folder under training/results")
     parser.add_argument("--size", choices=SIZES, default="medium")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--curriculum", choices=CURRICULA, default="whole")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--subject", type=float, default=Plan.subject, help="weight of a helper; 0 leaves it out")
     parser.add_argument("--evidence", type=float, default=Plan.evidence, help="weight of the other, likewise")
@@ -201,7 +211,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     args = parser.parse_args()
     curriculum = tuple(
-        replace(stage, steps=round(stage.steps * args.scale), batch=stage.batch * args.batch) for stage in CURRICULUM
+        replace(stage, steps=round(stage.steps * args.scale), batch=stage.batch * args.batch)
+        for stage in CURRICULA[args.curriculum]
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_PATH)
     plan = Plan(subject=args.subject, evidence=args.evidence)

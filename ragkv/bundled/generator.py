@@ -41,7 +41,12 @@ class Case:
 
 
 def questions(
-    rng: random.Random, context: Context, names: Names = TRAINING_NAMES, orders: int = 3, absents: int = 2
+    rng: random.Random,
+    context: Context,
+    names: Names = TRAINING_NAMES,
+    orders: int = 3,
+    absents: int = 2,
+    near: float = 0.0,
 ) -> list[Question]:
     """Every fact once, and as many questions of the other kinds as the context gives, in random order.
 
@@ -51,9 +56,10 @@ def questions(
         names: Where the names come from that no document knows (kind *absent*).
         orders: How many pairs are drawn for *order*.
         absents: How many questions of *absent*.
+        near: Share of the pairs for *order* that are mentioned one right after the other: the hardest.
     """
     found = _fact_questions(rng, context) + _two_hop(rng, context)
-    found += _order(rng, context, count=orders) + _absent(rng, context, names, count=absents)
+    found += _order(rng, context, orders, near) + _absent(rng, context, names, count=absents)
     rng.shuffle(found)
     return found
 
@@ -87,14 +93,18 @@ def _two_hop(rng: random.Random, context: Context) -> list[Question]:
     return found
 
 
-def _order(rng: random.Random, context: Context, count: int) -> list[Question]:
+def _order(rng: random.Random, context: Context, count: int, near: float) -> list[Question]:
     """Which of two subjects is mentioned first, wherever that mention stands."""
     text = "\n".join(context.chunks)
     if len(context.entities) < 2:
         return []
+    mentioned = sorted((e.name for e in context.entities if e.name in text), key=text.find)
     found = []
     for _ in range(count):
         a, b = (entity.name for entity in rng.sample(context.entities, 2))
+        if near and len(mentioned) > 1 and rng.random() < near:
+            at = rng.randrange(len(mentioned) - 1)
+            a, b = rng.sample(mentioned[at : at + 2], 2)
         place_a, place_b = text.find(a), text.find(b)
         if min(place_a, place_b) >= 0:
             question = rng.choice(lang.ORDER_QUESTIONS).format(a=a, b=b)

@@ -1,5 +1,6 @@
 """Invariants of the bundled documents and questions."""
 
+import itertools
 import random
 import re
 
@@ -98,6 +99,17 @@ def test_order_asks_for_the_earlier_of_two(contexts):
         for question in (q for q in asked if q.kind == "order"):
             names = [e.name for e in context.entities if e.name in question.text]
             assert question.answer == min(names, key=text.find)
+
+
+def test_near_pairs_are_mentioned_one_after_the_other(contexts):
+    for context, _ in contexts[:30]:
+        text = "\n".join(context.chunks)
+        mentioned = sorted((e.name for e in context.entities), key=text.find)
+        pairs = set(itertools.pairwise(mentioned))
+        for question in questions(random.Random(0), context, orders=6, near=1.0):
+            if question.kind == "order":
+                names = sorted((n for n in mentioned if n in question.text), key=text.find)
+                assert tuple(names) in pairs and question.answer == names[0]
 
 
 def test_absent_is_absent(contexts):

@@ -9,11 +9,15 @@ from transformers import PreTrainedTokenizerFast
 from ragkv.bundled import MODEL_PATH, TEMPLATE
 from ragkv.bundled.generator import Question, questions
 from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Shape, write_context
+from ragkv.evaluation import Plan as EvaluationPlan
+from ragkv.evaluation import generated_cases, parse_arms
 from training.data import IGNORED, Encoder, Stage, _spread, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
 from training.model import Reader, Size
 from training.optim import orthogonalize
+from training.ranking import summary_of
+from training.ranking import table as ranking_table
 from training.tokenizer import HEADS, TAILS
 from training.train import Plan, Run, between
 
@@ -252,6 +256,24 @@ def test_documents_are_the_ones_that_ship(tmp_path, monkeypatch):
     for name in ("questions.json", "foreign.txt"):
         shipped = bundled.MODEL_PATH.parent / name
         assert (tmp_path / name).read_text(encoding="utf-8") == shipped.read_text(encoding="utf-8")
+
+
+def test_runs_are_ranked_side_by_side(tokenizer, size, tmp_path):
+    """Two runs, the same cases and arms; a run that went on is evaluated anew."""
+    plan = EvaluationPlan(
+        "tiny", "a few", generated_cases(0, 3, 2), parse_arms(["full-prefill", "reuse@document"], [0.1]), timed=0
+    )
+    summaries = {}
+    for name in ("one", "two"):
+        run = Run(tmp_path / name, size, Plan(), (STAGE,), "cpu", seed=len(summaries))
+        run.save()
+        summaries[name] = summary_of(run.folder, plan, jobs=1)
+    rows = [line.split(" | ") for line in ranking_table(summaries).splitlines()[2:]]
+    assert {row[0] for row in rows} == {"| `full-prefill`", "| `reuse@document`"}
+    assert all(len(row) == 3 and "%" in row[1] and "%" in row[2] for row in rows)
+    Run(tmp_path / "one", size, Plan(), (STAGE,), "cpu", seed=7).train(tokenizer, compiled=False)
+    summary_of(tmp_path / "one", plan, jobs=1)
+    assert len(list((tmp_path / "one").glob("ranking-*"))) == 2
 
 
 def test_curves_are_drawn(tmp_path):
