@@ -42,7 +42,7 @@ eval: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/ragkv eval --out build/eval --limit 144 --jobs 2 --budgets 0.1 --max-new-tokens 16 \
 	  --arms default $(SWEPT)
 
-# 75 minutes on two cores that compute in bf16; stop and start it at will.
+# Under three hours on two cores that compute in bf16; stop and start it at will.
 train-bundled: $(READY)
 	$(BIN)/python -m training.tokenizer
 	$(BIN)/python -m training.train
