@@ -24,6 +24,7 @@ from ragkv.errors import RagKVError
 from ragkv.methods import FullPrefill, Method
 from ragkv.rag import RAG
 from ragkv.report import FusedPrompt
+from ragkv.retrieval import Hit
 
 _NEW_TOKENS = 24
 
@@ -62,6 +63,7 @@ class Turn:
         expected: the right answer.
         right: whether they are the same.
         full_prefill_right: whether the model is right when it reads the same passages afresh.
+        retrieved: whether the answer stands in the passages; without that no reading of them can be right.
         sources: file and passage, from 0, in the order of the prompt.
         kv: where each passage's KV came from.
         first_token_ms: from the passages to the first token, with the method.
@@ -76,6 +78,7 @@ class Turn:
     expected: str
     right: bool
     full_prefill_right: bool
+    retrieved: bool
     sources: list[tuple[str, int]]
     kv: list[str]
     first_token_ms: float
@@ -117,6 +120,7 @@ def _answer(rag: RAG, question: DemoQuestion, args: argparse.Namespace, full_fir
         expected=question.answer,
         right=_same(said[method], question.answer),
         full_prefill_right=_same(said[full], question.answer),
+        retrieved=_stands_in(hits, question),
         sources=[(hit.source, hit.position) for hit in hits],
         kv=prompt.report.sources,
         first_token_ms=first_token_ms,
@@ -138,6 +142,12 @@ def _said(rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method)
     return rag.engine.generate(chunks, question.question, method=method, max_new_tokens=_NEW_TOKENS).text.strip()
 
 
+def _stands_in(hits: list[Hit], question: DemoQuestion) -> bool:
+    """Whether every part of the answer (``Belmar Works: glass`` has two) is in passages of the documents that it rests on."""
+    found = " ".join(hit.text for hit in hits if hit.source in question.documents)
+    return not question.documents or all(part in found for part in question.answer.split(": "))
+
+
 def _same(answer: str, expected: str) -> bool:
     return _normal(answer) == _normal(expected)
 
@@ -151,6 +161,7 @@ def _summary(turns: list[Turn]) -> dict[str, Any]:
         "questions": len(turns),
         "right": sum(turn.right for turn in turns),
         "full_prefill_right": sum(turn.full_prefill_right for turn in turns),
+        "wrong_not_retrieved": sum(not (turn.right or turn.retrieved) for turn in turns),
         "median_first_token_ms": median(turn.first_token_ms for turn in turns),
         "median_full_prefill_ms": median(turn.full_prefill_ms for turn in turns),
         "median_speedup": median(turn.full_prefill_ms / turn.first_token_ms for turn in turns),
@@ -167,7 +178,8 @@ def _show_read(read: dict[str, Any]) -> None:
 
 def _show_turn(number: int, turn: Turn) -> None:
     verdict = show.paint("right", "green") if turn.right else show.paint("wrong", "red")
-    instead = "" if turn.right else f"  (right: {turn.expected})"
+    missed = "" if turn.retrieved else ", not among the passages"
+    instead = "" if turn.right else f"  (right: {turn.expected}{missed})"
     kv = ", ".join(f"{turn.kv.count(tier)} {tier}" for tier in sorted(set(turn.kv)))
     sources = ", ".join(f"{source} {position + 1}" for source, position in turn.sources)
     print(f"{number + 1:2}  {show.paint(turn.question, 'bold')}")
@@ -180,9 +192,11 @@ def _show_turn(number: int, turn: Turn) -> None:
 
 
 def _show_summary(summary: dict[str, Any], read: dict[str, Any], method: str) -> None:
+    wrong, missed = summary["questions"] - summary["right"], summary["wrong_not_retrieved"]
+    why = f" Wrong because the answer was not retrieved: {missed} of {wrong}." if missed else ""
     print(
         f"\n{method}: {summary['right']} of {summary['questions']} right (full prefill of the same passages: "
-        f"{summary['full_prefill_right']}). First token after {show.milliseconds(summary['median_first_token_ms'])}, full "
+        f"{summary['full_prefill_right']}).{why} First token after {show.milliseconds(summary['median_first_token_ms'])}, full "
         f"prefill {show.milliseconds(summary['median_full_prefill_ms'])}, {summary['median_speedup']:.1f} times as fast "
         f"(medians, retrieval not counted). {show.number(read['tokens_read'], 'token')} read at start."
     )

@@ -121,6 +121,7 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
     assert out.startswith("Read 36 documents, ") and "they are on disk now" in out
     assert out.count("full prefill ") == 3 + 2  # each question, and twice in the summary
     assert " of 3 right (full prefill of the same passages: " in out
+    assert "Winwich, not among the passages)" in out and "because the answer was not retrieved: 1 of 1." in out
     (folder,) = (tmp_path / "home").iterdir()
     assert err == f"documents, vectors and KV are in {folder}\n"
 
@@ -133,9 +134,13 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
         assert set(turn["kv"]) <= {"disk", "cpu"}
         assert len(turn["kv"]) == len(turn["sources"]) >= 5  # five are found, their neighbours come along
         assert turn["right"] == (turn["answer"].lower() == turn["expected"].lower())
+        assert turn["retrieved"] or not turn["right"]
         assert 0 < turn["computed_tokens"] < turn["prompt_tokens"]
         assert turn["first_token_ms"] > 0 and turn["full_prefill_ms"] > 0
     assert "disk" in found["questions"][0]["kv"]
+    # The third rests on a passage that retrieval misses.
+    assert [turn["retrieved"] for turn in found["questions"]] == [True, True, False]
+    assert found["summary"]["wrong_not_retrieved"] == 1
 
     code, out, _ = run(capsys, "demo", "--questions", 1)
     assert code == 0 and out.startswith("Warm start: 36 documents found on disk, 0 tokens read.")
