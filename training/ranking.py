@@ -51,20 +51,16 @@ def summary_of(folder: Path, plan: Plan, jobs: int) -> dict[str, Any]:
     return evaluate(make(), plan, rows, progress=show, jobs=jobs, make_bench=make).summary
 
 
-def table(summaries: dict[str, dict[str, Any]], kind: str = "all") -> str:
-    """Exact match of every arm in every run, in per cent with its 95 % interval, as a Markdown table; best first."""
-    found: dict[str, dict[str, str]] = {}
-    means: dict[str, float] = {}
-    for run, summary in summaries.items():
-        for arm in (arm for arm in summary["arms"] if arm["cost"]):
-            mean, low, high, _ = arm["scores"][kind]["em"]
-            cell = f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f}), {100 * arm['cost']['budget']:.0f} %"
-            found.setdefault(arm["name"], {})[run] = cell
-            means[arm["name"]] = means.get(arm["name"], 0.0) + mean
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """Exact match of every arm in every run, in per cent with its 95 % interval, and the budget charged; a Markdown table."""
+    cells: dict[str, list[str]] = {}
+    for summary in summaries.values():
+        for arm in summary["arms"]:
+            mean, low, high, _ = (100 * value for value in arm["scores"]["all"]["em"])
+            budget = f"{100 * arm['cost']['budget']:.0f} %"
+            cells.setdefault(arm["name"], []).append(f"{mean:.1f} ({low:.0f} to {high:.0f}), {budget}")
     lines = ["| arm | " + " | ".join(summaries) + " |", "|---" * (len(summaries) + 1) + "|"]
-    for name in sorted(found, key=lambda name: -means[name]):
-        lines.append(f"| `{name}` | " + " | ".join(found[name].get(run, "") for run in summaries) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| `{name}` | " + " | ".join(row) + " |" for name, row in cells.items()])
 
 
 def main() -> None:

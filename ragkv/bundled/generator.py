@@ -105,10 +105,9 @@ def _order(rng: random.Random, context: Context, count: int, near: float) -> lis
         if near and len(mentioned) > 1 and rng.random() < near:
             at = rng.randrange(len(mentioned) - 1)
             a, b = rng.sample(mentioned[at : at + 2], 2)
-        place_a, place_b = text.find(a), text.find(b)
-        if min(place_a, place_b) >= 0:
+        if a in mentioned and b in mentioned:
             question = rng.choice(lang.ORDER_QUESTIONS).format(a=a, b=b)
-            found.append(Question(question, a if place_a < place_b else b, "order"))
+            found.append(Question(question, min(a, b, key=mentioned.index), "order"))
     return found
 
 

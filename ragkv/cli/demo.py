@@ -21,6 +21,7 @@ from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag
 from ragkv.errors import RagKVError
+from ragkv.evaluation.metrics import contains, exact_match
 from ragkv.methods import FullPrefill, Method
 from ragkv.rag import RAG
 from ragkv.report import FusedPrompt
@@ -118,8 +119,8 @@ def _answer(rag: RAG, question: DemoQuestion, args: argparse.Namespace, full_fir
         question=question.question,
         answer=said[method],
         expected=question.answer,
-        right=_same(said[method], question.answer),
-        full_prefill_right=_same(said[full], question.answer),
+        right=bool(exact_match(said[method], [question.answer])),
+        full_prefill_right=bool(exact_match(said[full], [question.answer])),
         retrieved=_stands_in(hits, question),
         sources=[(hit.source, hit.position) for hit in hits],
         kv=prompt.report.sources,
@@ -145,15 +146,7 @@ def _said(rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method)
 def _stands_in(hits: list[Hit], question: DemoQuestion) -> bool:
     """Whether every part of the answer (``Belmar Works: glass`` has two) is in passages of the documents that it rests on."""
     found = " ".join(hit.text for hit in hits if hit.source in question.documents)
-    return not question.documents or all(part in found for part in question.answer.split(": "))
-
-
-def _same(answer: str, expected: str) -> bool:
-    return _normal(answer) == _normal(expected)
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .")
+    return not question.documents or all(contains(found, [part]) for part in question.answer.split(": "))
 
 
 def _summary(turns: list[Turn]) -> dict[str, Any]:

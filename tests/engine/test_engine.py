@@ -14,9 +14,11 @@ from ragkv import (
     PromptError,
     PromptTooLongError,
     Reuse,
+    SensitiveTokens,
     StoreFullError,
     TieredStore,
 )
+from ragkv.placement import Placement
 from ragkv.testing import random_ids, tiny_model
 
 from .conftest import QUESTION, TEMPLATE, full
@@ -164,6 +166,39 @@ def test_budgets_are_charged_budgets(engine):
     assert gradual.fresh_by_layer == [153, 153, 61, 31]
     assert engine.fuse(chunks, QUESTION, method=FullPrefill()).report.budget == 1
     assert set(report.milliseconds) == {"read", "place", "select", "compute", "total"}
+
+
+def test_time_to_first_token_counts_every_stage(monkeypatch):
+    """By a clock that only work moves: 1 s a forward, 100 s a placed layer, 10,000 s a choice."""
+    now, model = [0.0], tiny_model("llama")
+
+    def costing(seconds, function):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    for module in ("engine", "passes", "scene"):
+        monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Placement, "layer", costing(100, Placement.layer))
+    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "survey")):
+        monkeypatch.setattr(kind, choice, costing(10_000, getattr(kind, choice)))
+    model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    engine = Engine(model, template=TEMPLATE)
+    chunks = engine.add_document([random_ids(20), random_ids(30)]) + engine.add_document([random_ids(25)])
+    for method, place, select in (
+        (Reuse(), 400, 0),
+        (CacheBlend(ratio=0.2, check_layer=2), 200, 10_000),  # the two layers in front are computed whole
+        (SensitiveTokens(ratio=0.2), 400, 10_000),
+        (FullPrefill(), 0, 0),
+    ):
+        begin = now[0]
+        report = engine.generate(chunks, QUESTION, method=method, max_new_tokens=1).report
+        stages = report.fusion.milliseconds
+        wanted = {"read": 0, "place": place, "select": select, "compute": 1, "total": place + select + 1}
+        assert {name: ms / 1e3 for name, ms in stages.items()} == wanted, method
+        assert report.first_token_ms == stages["total"] == (now[0] - begin) * 1e3
 
 
 def test_cacheblend_keeps_what_deviates_most(engine):
