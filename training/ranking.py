@@ -1,13 +1,13 @@
 """What repair methods are worth on the models of several runs, side by side: `python -m training.ranking RUN RUN`.
 
 For ablations: does a helper of the training change which method is better than which? Every run answers the same generated
-cases with the same arms as ``ragkv eval`` does; rows are kept in the run's folder, and a stopped evaluation goes on from them.
+cases with the same arms as ``ragkv eval`` does; rows are kept in the run's folder, so a stopped evaluation goes on from them,
+and two runs may be evaluated side by side first.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,12 @@ def bench_of(folder: Path) -> Bench:
     return Bench(model, tokenizer, template, max_new_tokens=16, foreign=bundled.foreign())
 
 
-def summary_of(folder: Path, plan: Plan, jobs: int) -> dict[str, Any]:
+def summary_of(folder: Path, plan: Plan) -> dict[str, Any]:
     """What ``ragkv eval`` would say of a run."""
-    make = partial(bench_of, folder)
     show = lambda items, what: tqdm(items, desc=f"{folder.name}: {what}", mininterval=5)  # noqa: E731
     # A folder for every checkpoint: rows of an earlier one are none of this.
     rows = folder / f"ranking-{digest((folder / 'checkpoint.pt').read_bytes()).hex()[:8]}"
-    return evaluate(make(), plan, rows, progress=show, jobs=jobs, make_bench=make).summary
+    return evaluate(bench_of(folder), plan, rows, progress=show).summary
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
@@ -70,14 +69,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=96, help="cases")
     parser.add_argument("--documents", type=int, default=3, help="in a case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     data = f"generated cases over {args.documents} documents, seed {args.seed}"
     cases = generated_cases(args.seed, args.n, args.documents)
     summaries = {}
     for run in args.runs:
         plan = Plan(run, data, cases, parse_arms(ARMS, [0.15]), timed=0, seed=args.seed)
-        summaries[run] = summary_of(RESULTS / run, plan, args.jobs)
+        summaries[run] = summary_of(RESULTS / run, plan)
     print(table(summaries))
 
 

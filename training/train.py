@@ -51,7 +51,7 @@ CURRICULUM = (
     replace(_WIDE, steps=2600, rate=(0.3, 0.0), helper=(0.0, 0.0), near=0.5),
 )
 
-# Contexts of up to 512 tokens: a third of an hour, for ablations.
+# Contexts of up to 512 tokens, for ablations.
 BRIEF = (
     replace(_SHORT, steps=800),
     replace(_MIDDLE, steps=900, helper=(1.0, 0.0)),

@@ -13,6 +13,7 @@ from ragkv import (
     MethodError,
     PromptError,
     PromptTooLongError,
+    QuestionAware,
     Reuse,
     SensitiveTokens,
     StoreFullError,
@@ -182,7 +183,7 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
     for module in ("engine", "passes", "scene"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
     monkeypatch.setattr(Placement, "layer", costing(100, Placement.layer))
-    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "survey")):
+    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "survey"), (QuestionAware, "survey")):
         monkeypatch.setattr(kind, choice, costing(10_000, getattr(kind, choice)))
     model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
     engine = Engine(model, template=TEMPLATE)
@@ -191,6 +192,7 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
         (Reuse(), 400, 0),
         (CacheBlend(ratio=0.2, check_layer=2), 200, 10_000),  # the two layers in front are computed whole
         (SensitiveTokens(ratio=0.2), 400, 10_000),
+        (QuestionAware(ratio=0.2), 400, 10_000),
         (FullPrefill(), 0, 0),
     ):
         begin = now[0]

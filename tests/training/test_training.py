@@ -267,12 +267,12 @@ def test_runs_are_ranked_side_by_side(tokenizer, size, tmp_path):
     for name in ("one", "two"):
         run = Run(tmp_path / name, size, Plan(), (STAGE,), "cpu", seed=len(summaries))
         run.save()
-        summaries[name] = summary_of(run.folder, plan, jobs=1)
+        summaries[name] = summary_of(run.folder, plan)
     rows = [line.split(" | ") for line in ranking_table(summaries).splitlines()[2:]]
     assert {row[0] for row in rows} == {"| `full-prefill`", "| `reuse@document`"}
     assert all(len(row) == 3 and "%" in row[1] and "%" in row[2] for row in rows)
     Run(tmp_path / "one", size, Plan(), (STAGE,), "cpu", seed=7).train(tokenizer, compiled=False)
-    summary_of(tmp_path / "one", plan, jobs=1)
+    summary_of(tmp_path / "one", plan)
     assert len(list((tmp_path / "one").glob("ranking-*"))) == 2
 
 
