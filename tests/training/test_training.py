@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH, TEMPLATE
 from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Shape, write_context
+from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Entity, Shape, write_context
 from ragkv.evaluation import Plan as EvaluationPlan
 from ragkv.evaluation import generated_cases, parse_arms
+from training import order
 from training.data import IGNORED, Encoder, Stage, _spread, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
@@ -243,6 +244,28 @@ def test_evaluate_counts_every_kind(tokenizer, size):
     shape = Shape(documents=(4, 5), chunks=(1, 2), words=(6, 14))
     results = evaluate(llama, tokenizer, shape, 2, seed=0, names=HELDOUT_NAMES, arms=("full", "none"))
     assert all(n >= 2 for row in results.values() for _, n in row.values())
+
+
+def test_where_order_fails_is_looked_up(tokenizer):
+    """Tokens between first mentions, and a third name with the later one's head; counted into a table."""
+    ann, bob, bea = (Entity(name, "person", "she") for name in ("Annas Fendale", "Novmar Holley", "Novvia Ashstad"))
+    context = Context(
+        ["Novvia Ashstad met Annas Fendale.", "Novmar Holley met Annas Fendale."], [0, 1], [ann, bob, bea], []
+    )
+    encoder = Encoder(tokenizer)
+    question = lambda a, b: Question(f"Which is mentioned first, {b.name} or {a.name}?", a.name, "order")  # noqa: E731
+    misled = order.described(question(ann, bob), context, encoder, good=False)
+    plain = order.described(question(bea, ann), context, encoder, good=True)
+    wrapper = len(encoder.chunk(""))
+    assert misled == order.Asked(len(encoder.ids("Annas Fendale.")) + wrapper, True, False)
+    assert plain == order.Asked(len(encoder.ids("Novvia Ashstad met")), False, True)
+    rows = order.table([misled, plain]).splitlines()
+    assert rows[2:4] == ["| 0 to 49 tokens apart | 2 | 50.0 |", "| 50 to 99 tokens apart | 0 | |"]
+    assert rows[-3:] == [
+        "| the later name's head stands before | 1 | 0.0 |",
+        "| it does not | 1 | 100.0 |",
+        "| all | 2 | 50.0 |",
+    ]
 
 
 def test_documents_are_the_ones_that_ship(tmp_path, monkeypatch):
