@@ -121,13 +121,17 @@ def encode_context(encoder: Encoder, context: Context, rng: random.Random, longe
     return example
 
 
+def first_mention(context: Context, example: Example, name: str) -> range:
+    """Where in ``example.ids`` a name stands for the first time."""
+    number, start = next((number, chunk.find(name)) for number, chunk in enumerate(context.chunks) if name in chunk)
+    return example.place(number, start, name)
+
+
 def _places(question: Question, context: Context, example: Example) -> list[range]:
     """Where the parts of an answer can be copied from: the values, or the first mention of the subject that is first."""
     if question.kind != "order":
         return [example.place_of(fact) for fact in question.facts]
-    mentions = ((number, chunk.find(question.answer)) for number, chunk in enumerate(context.chunks))
-    number, start = next((number, start) for number, start in mentions if start >= 0)
-    return [example.place(number, start, question.answer)]
+    return [first_mention(context, example, question.answer)]
 
 
 def _answer_evidence(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from ragkv.bundled import MODEL_PATH
 from ragkv.bundled.generator import Question, questions
 from ragkv.bundled.writer import HELDOUT_NAMES, Context, Shape, write_context
-from training.data import Encoder, encode_context
+from training.data import Encoder, encode_context, first_mention
 from training.evaluate import context_kv, right
 
 BOUNDS = (0, 50, 100, 200, 400)
@@ -44,13 +45,9 @@ class Asked:
 def described(question: Question, context: Context, encoder: Encoder, good: bool) -> Asked:
     """Looks up where the two subjects of a question stand."""
     example = encode_context(encoder, context, random.Random(0), longest_gap=0)
-
-    def first(text: str) -> int:
-        return next(example.place(i, c.find(text), text)[0] for i, c in enumerate(context.chunks) if text in c)
-
     later = next(e.name for e in context.entities if e.name in question.text and e.name != question.answer)
-    at = first(question.answer)
-    return Asked(first(later) - at, encoder.ids(later)[0] in example.ids[:at], good)
+    at, other = (first_mention(context, example, name)[0] for name in (question.answer, later))
+    return Asked(other - at, encoder.ids(later)[0] in example.ids[:at], good)
 
 
 def ask(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, documents: int, seed: int) -> list[Asked]:
@@ -72,17 +69,17 @@ def ask(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, doc
 
 def table(asked: list[Asked]) -> str:
     """Exact match by distance and by misleading head, as a Markdown table."""
-    groups: dict[str, Callable[[Asked], bool]] = {}
-    for low, high in zip(BOUNDS, (*BOUNDS[1:], None), strict=True):
-        name = f"{low} tokens apart or more" if high is None else f"{low} to {high - 1} tokens apart"
-        groups[name] = lambda a, low=low, high=high: low <= a.apart and (high is None or a.apart < high)
-    groups["the later name's head stands before"] = lambda a: a.misled
-    groups["it does not"] = lambda a: not a.misled
-    groups["all"] = lambda _: True
+    groups: dict[str, list[Asked]] = {}
+    for low, high in pairwise((*BOUNDS, inf)):
+        name = f"{low} tokens apart or more" if high == inf else f"{low} to {high - 1} tokens apart"
+        groups[name] = [a for a in asked if low <= a.apart < high]
+    groups["the later name's head stands before"] = [a for a in asked if a.misled]
+    groups["it does not"] = [a for a in asked if not a.misled]
+    groups["all"] = asked
     lines = ["| *order* | n | exact match, % |", "|---|---|---|"]
-    for name, belongs in groups.items():
-        good = [a.good for a in asked if belongs(a)]
-        lines.append(f"| {name} | {len(good)} | {100 * sum(good) / len(good):.1f} |" if good else f"| {name} | 0 | |")
+    for name, group in groups.items():
+        match = f"{100 * sum(a.good for a in group) / len(group):.1f} " if group else ""
+        lines.append(f"| {name} | {len(group)} | {match}|")
     return "\n".join(lines)
 
 
