@@ -29,8 +29,8 @@ import transformers
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
-from ragkv.fusion import Work, plan
-from ragkv.layout import lay_out
+from ragkv.fusion.fuse import Work, plan
+from ragkv.fusion.layout import lay_out
 
 SHAPE = {
     "num_hidden_layers": 24,

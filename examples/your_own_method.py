@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ragkv
 from ragkv import bundled
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 
 
 @dataclass(frozen=True)

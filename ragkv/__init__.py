@@ -28,8 +28,8 @@ _HOMES = {
         "StoreFullError",
         "UnsupportedModelError",
     ),
-    "fusion": ("Check",),
-    "layout": ("Layout",),
+    "fusion.fuse": ("Check",),
+    "fusion.layout": ("Layout",),
     "methods": (
         "Auto",
         "CacheBlend",
@@ -46,7 +46,7 @@ _HOMES = {
     "prompt": ("PromptTemplate",),
     "rag": ("RAG",),
     "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
-    "scene": ("Scene",),
+    "fusion.scene": ("Scene",),
     "store": ("TieredStore",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

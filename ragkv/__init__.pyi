@@ -13,8 +13,9 @@ from ragkv.errors import RetrievalError as RetrievalError
 from ragkv.errors import StoreError as StoreError
 from ragkv.errors import StoreFullError as StoreFullError
 from ragkv.errors import UnsupportedModelError as UnsupportedModelError
-from ragkv.fusion import Check as Check
-from ragkv.layout import Layout as Layout
+from ragkv.fusion.fuse import Check as Check
+from ragkv.fusion.layout import Layout as Layout
+from ragkv.fusion.scene import Scene as Scene
 from ragkv.methods import Auto as Auto
 from ragkv.methods import CacheBlend as CacheBlend
 from ragkv.methods import FullPrefill as FullPrefill
@@ -32,7 +33,6 @@ from ragkv.report import Answer as Answer
 from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
-from ragkv.scene import Scene as Scene
 from ragkv.store import TieredStore as TieredStore
 
 __version__: str

@@ -87,7 +87,7 @@ class ChunkKV:
         values: L tensors ``[H, T, D]``.
         base: position at which the chunk's first token stood when the KV was made.
         sensitivity: ``[T]`` how much each token's values change when another text stands in front of the document; ``None`` where
-            it was not measured. See :mod:`ragkv.sensitivity`.
+            it was not measured. See :mod:`ragkv.library.sensitivity`.
     """
 
     keys: list[Tensor]

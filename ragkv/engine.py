@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.decoding import Settings, beam_search, decode
-from ragkv.documents import Documents, several
 from ragkv.errors import PromptError, PromptTooLongError, RecordError
-from ragkv.fusion import fuse, plan
+from ragkv.fusion.fuse import fuse, plan
+from ragkv.fusion.layout import Layout, Placed, lay_out
+from ragkv.fusion.placement import Placement
+from ragkv.fusion.scene import Once, Scene
 from ragkv.kernels import implementation
-from ragkv.layout import Layout, Placed, lay_out
+from ragkv.library.documents import Documents, several
 from ragkv.methods import Auto, Method, SensitiveTokens
-from ragkv.placement import Placement
+from ragkv.model.decoding import Settings, beam_search, decode
 from ragkv.prompt import PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
-from ragkv.scene import Once, Scene
 from ragkv.store import Batch, TieredStore
 
 if TYPE_CHECKING:

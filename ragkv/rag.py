@@ -12,8 +12,9 @@ from typing import Any
 from ragkv.chunk import Chunk, digest
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError, RagKVError
-from ragkv.loading import BUNDLED, load_embedder, load_model
+from ragkv.library.shelf import Shelf
 from ragkv.methods import Method
+from ragkv.model.loading import BUNDLED, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
 from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import (
@@ -26,7 +27,6 @@ from ragkv.retrieval import (
     TokenChunker,
     load_files,
 )
-from ragkv.shelf import Shelf
 from ragkv.store import TieredStore
 
 

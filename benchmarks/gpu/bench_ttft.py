@@ -19,7 +19,7 @@ from measure import Bench
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ragkv
-from ragkv.placement import Placement
+from ragkv.fusion.placement import Placement
 
 SHAPE = {
     "num_hidden_layers": 32,

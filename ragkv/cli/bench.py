@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from ragkv.chunk import digest
 from ragkv.cli import show
-from ragkv.costs import measure
 from ragkv.errors import DocumentError, MissingPackageError
-from ragkv.loading import load_model
-from ragkv.model import Decoder
+from ragkv.library.costs import measure
+from ragkv.model.decoder import Decoder
+from ragkv.model.loading import load_model
 from ragkv.store import CostProfile
 from ragkv.store.simulation import Outcome, Request, compare
 from ragkv.store.streams import read_passages, zipf_stream

@@ -16,7 +16,7 @@ from ragkv.evaluation import Bench, Case, Plan, evaluate, generated_cases, parse
 from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.report import write_markdown, write_page
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
-from ragkv.loading import BUNDLED, load_model
+from ragkv.model.loading import BUNDLED, load_model
 
 _BUNDLED_CASES = 320
 """Forty of each of eight kinds."""

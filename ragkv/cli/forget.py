@@ -10,8 +10,8 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.entries import listed, removed
 from ragkv.cli.opening import require_documents
 from ragkv.errors import RagKVError
+from ragkv.library.shelf import mark_name
 from ragkv.retrieval import Catalogue
-from ragkv.shelf import mark_name
 from ragkv.store.maintenance import opened
 
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from ragkv.errors import RagKVError
-from ragkv.loading import BUNDLED
 from ragkv.methods import Method
+from ragkv.model.loading import BUNDLED
 from ragkv.rag import RAG
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ragkv.cache import FusedCache
-from ragkv.model import Decoder
+from ragkv.model.cache import FusedCache
+from ragkv.model.decoder import Decoder
 from ragkv.report import FusedPrompt
 
 

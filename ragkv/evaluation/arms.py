@@ -14,7 +14,7 @@ from torch import Tensor
 from ragkv.errors import MethodError
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods import FullPrefill, Method, Random, Reuse
 from ragkv.methods.words import knobs_of, known_methods, parse_method
 

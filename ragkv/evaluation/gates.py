@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ragkv.cache import FusedCache
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.evaluation.bench import Bench, Reading
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.metrics import divergence
-from ragkv.fusion import recompute
+from ragkv.fusion.fuse import recompute
 from ragkv.methods import CacheBlend, FullPrefill, Reuse
+from ragkv.model.cache import FusedCache
 from ragkv.report import FusedPrompt
 
 

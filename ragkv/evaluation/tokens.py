@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ragkv.attention import eager_attention
 from ragkv.engine import Engine
 from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.evaluation.arms import CONTEXTS, Arm
 from ragkv.evaluation.bench import Bench, Reading
 from ragkv.evaluation.cases import Case
 from ragkv.methods import FullPrefill, Reuse
+from ragkv.model.attention import eager_attention
 from ragkv.report import FusedPrompt
 
 

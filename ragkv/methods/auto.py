@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
 
 if TYPE_CHECKING:
-    from ragkv.depth import Depth
+    from ragkv.library.depth import Depth
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 
 if TYPE_CHECKING:
-    from ragkv.depth import Depth
-    from ragkv.fusion import Check
-    from ragkv.scene import Scene
+    from ragkv.fusion.fuse import Check
+    from ragkv.fusion.scene import Scene
+    from ragkv.library.depth import Depth
 
 
 class Method(ABC):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 
 if TYPE_CHECKING:
-    from ragkv.depth import Depth
-    from ragkv.fusion import Check
+    from ragkv.fusion.fuse import Check
+    from ragkv.library.depth import Depth
 
 _SIGNALS = ("key", "value", "both")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 
 

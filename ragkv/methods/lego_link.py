@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 from ragkv.methods.choice import check_share, highest
 
 if TYPE_CHECKING:
-    from ragkv.scene import Scene
+    from ragkv.fusion.scene import Scene
 
 _QUERIES = ("all", "last")
 

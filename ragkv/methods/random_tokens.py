@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import digest
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 from ragkv.methods.choice import check_share
 

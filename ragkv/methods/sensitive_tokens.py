@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 from ragkv.methods.choice import check_share, highest
 
 if TYPE_CHECKING:
-    from ragkv.scene import Scene
+    from ragkv.fusion.scene import Scene
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class SensitiveTokens(Method):
     """Compute, in all layers, the tokens whose values change most when another text stands in front of their document.
 
     A method of this library. A token is as sensitive as it proved to be when its document was read, once behind the anchor
-    alone and once behind a foreign text (:mod:`ragkv.sensitivity`). Reading costs twice as much; at query time nothing is run to
-    choose, so that the budget charged is the ratio. CacheBlend (arXiv:2405.16444) measures what deviates at query time, in
-    layers that it has to run on all tokens for it.
+    alone and once behind a foreign text (:mod:`ragkv.library.sensitivity`). Reading costs twice as much; at query time nothing
+    is run to choose, so that the budget charged is the ratio. CacheBlend (arXiv:2405.16444) measures what deviates at query
+    time, in layers that it has to run on all tokens for it.
 
     Spared are chunks that are exact where they stand, chunks without text of another document in front of them, and chunks whose
     own document's earlier text does not stand right in front of them in this prompt: computed afresh, they would lose what it told

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.layout import Layout
+from ragkv.fusion.layout import Layout
 from ragkv.methods.base import Method
 
 if TYPE_CHECKING:
-    from ragkv.depth import Depth
-    from ragkv.fusion import Check
-    from ragkv.scene import Scene
+    from ragkv.fusion.fuse import Check
+    from ragkv.fusion.scene import Scene
+    from ragkv.library.depth import Depth
 
 
 @dataclass(frozen=True)

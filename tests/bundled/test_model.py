@@ -105,7 +105,7 @@ def test_import_is_light():
 def test_it_brings_a_foreign_text_that_it_can_read(loaded):
     """Its tokenizer cuts English into scraps; a text of its own world is words, about subjects that no document is about."""
     from ragkv import RAG
-    from ragkv.sensitivity import FOREIGN
+    from ragkv.library.sensitivity import FOREIGN
 
     per_word = [len(encode(loaded[1], text)) / len(text.split()) for text in (bundled.foreign(), FOREIGN)]
     assert per_word[0] < per_word[1]

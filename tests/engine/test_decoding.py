@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ragkv import FullPrefill, LegoLink, Reuse
-from ragkv.cache import FusedCache
+from ragkv.model.cache import FusedCache
 from ragkv.testing import random_ids
 
 from .conftest import QUESTION, full

@@ -19,7 +19,7 @@ from ragkv import (
     StoreFullError,
     TieredStore,
 )
-from ragkv.placement import Placement
+from ragkv.fusion.placement import Placement
 from ragkv.testing import random_ids, tiny_model
 
 from .conftest import QUESTION, TEMPLATE, full
@@ -218,7 +218,7 @@ def test_cacheblend_keeps_what_deviates_most(engine):
 
 def test_layer_by_layer_and_chunk_by_chunk_place_the_same(shared_model, tmp_path, monkeypatch):
     """Accelerators load by layer, the CPU by chunk: the bytes are the same, also where a check begins in the middle."""
-    from ragkv import placement
+    from ragkv.fusion import placement
 
     with Engine(shared_model, template=TEMPLATE, store=TieredStore(tmp_path / "kv", cpu_bytes=0)) as engine:
         chunks = engine.add([random_ids(20), random_ids(31), random_ids(7)])[::-1]

@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache
 
 from ragkv import Chunk, Engine, LegoLink, Reuse
-from ragkv.reading import with_window
+from ragkv.library.reading import with_window
 from ragkv.testing import random_ids
 
 from .conftest import QUESTION, TEMPLATE, full

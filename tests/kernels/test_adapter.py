@@ -6,9 +6,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ragkv.errors import UnsupportedModelError
-from ragkv.kernel_attention import KernelAttention, SpanBuilder, SpanRule, kernel_attention, serves, span_rules
-from ragkv.masks import for_model, layer_rules
-from ragkv.model import Decoder
+from ragkv.model.decoder import Decoder
+from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.model.masks import for_model, layer_rules
 from ragkv.testing import random_ids, tiny_model
 
 RULES = {

@@ -18,10 +18,10 @@ from ragkv import (
     SensitiveTokens,
     TieredStore,
     Union,
-    fusion,
 )
+from ragkv.fusion import fuse
+from ragkv.library.sensitivity import sensitivity
 from ragkv.methods import Auto
-from ragkv.sensitivity import sensitivity
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
@@ -224,8 +224,8 @@ def test_the_report_says_what_was_looked_with(engine):
 
 def test_a_check_runs_the_kernels_that_were_asked_for(model, monkeypatch):
     engine, asked = Engine(model, template=TEMPLATE, kernels="reference"), []
-    plain = fusion.deviation
-    monkeypatch.setattr(fusion, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
+    plain = fuse.deviation
+    monkeypatch.setattr(fuse, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
     engine.fuse(engine.add(PARTS)[::-1], QUESTION, method=CacheBlend(0.2, signal="both"))
     assert asked == ["reference"] * 2
 

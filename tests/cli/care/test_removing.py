@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ragkv.library.shelf import mark_name
 from ragkv.retrieval import Catalogue
-from ragkv.shelf import mark_name
 from ragkv.store import TieredStore
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, QuestionAware, Reuse, TieredStore, placement
+from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, QuestionAware, Reuse, TieredStore
+from ragkv.fusion import placement
 from ragkv.testing import random_ids, tiny_model
 
 

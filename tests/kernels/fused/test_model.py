@@ -2,9 +2,9 @@
 
 import torch
 
-from ragkv.kernel_attention import SpanBuilder, kernel_attention, span_rules
-from ragkv.masks import for_model
-from ragkv.model import Decoder
+from ragkv.model.decoder import Decoder
+from ragkv.model.kernel_attention import SpanBuilder, kernel_attention, span_rules
+from ragkv.model.masks import for_model
 from ragkv.testing import random_ids, tiny_model
 
 

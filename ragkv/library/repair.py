@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.fusion import recompute
-from ragkv.layout import Layout, Placed
-from ragkv.placement import Placement
-from ragkv.reading import Reader, cut
+from ragkv.fusion.fuse import recompute
+from ragkv.fusion.layout import Layout, Placed
+from ragkv.fusion.placement import Placement
+from ragkv.library.reading import Reader, cut
 from ragkv.store import TieredStore
 
 

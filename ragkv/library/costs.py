@@ -13,7 +13,7 @@ import torch
 
 from ragkv.chunk import digest
 from ragkv.errors import RecordError, StoreError
-from ragkv.model import Decoder
+from ragkv.model.decoder import Decoder
 from ragkv.store import CostProfile, TieredStore
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ragkv.reading import Reader
+from ragkv.library.reading import Reader
 
 #: CacheBlend's share of the tokens, at which layers are compared.
 _SHARE = 0.15

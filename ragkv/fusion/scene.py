@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ragkv.attention import eager_attention
-from ragkv.cache import FusedCache
 from ragkv.errors import MethodError, UnsupportedModelError
-from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.fusion.layout import Layout
+from ragkv.fusion.passes import Pass
 from ragkv.kernels import KernelError, deviation, implementation, question_scores
-from ragkv.layout import Layout
-from ragkv.masks import for_model
-from ragkv.model import Decoder
-from ragkv.passes import Pass
+from ragkv.model.attention import eager_attention
+from ragkv.model.cache import FusedCache
+from ragkv.model.decoder import Decoder
+from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.model.masks import for_model
 
 
 class Once:

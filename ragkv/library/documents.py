@@ -14,17 +14,17 @@ import torch
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.costs import cost_profile
-from ragkv.depth import Depth
 from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
-from ragkv.fingerprint import model_fingerprint
 from ragkv.kernels import Impl
-from ragkv.model import Decoder
+from ragkv.library.costs import cost_profile
+from ragkv.library.depth import Depth
+from ragkv.library.reading import Reader, with_window
+from ragkv.library.repair import Repair, plan_repair, repaired
+from ragkv.library.sensitivity import FOREIGN
+from ragkv.model.decoder import Decoder
+from ragkv.model.fingerprint import model_fingerprint
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.reading import Reader, with_window
-from ragkv.repair import Repair, plan_repair, repaired
 from ragkv.retrieval.records import text_key
-from ragkv.sensitivity import FOREIGN
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Documents:
             what was not measured is read again.
         kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
         foreign: text or ids of what documents are read behind the second time; by default five
-            short English paragraphs (:mod:`ragkv.sensitivity`).
+            short English paragraphs (:mod:`ragkv.library.sensitivity`).
 
     Attributes:
         depth: what methods ask about the model's depth.

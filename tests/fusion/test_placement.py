@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore, placement
+from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.layout import lay_out
-from ragkv.model import Decoder
+from ragkv.fusion import placement
+from ragkv.fusion.layout import lay_out
+from ragkv.model.decoder import Decoder
 from ragkv.store.codecs import get_codec
 from ragkv.testing import random_ids, tiny_model
 

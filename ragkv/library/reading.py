@@ -8,10 +8,10 @@ from time import perf_counter
 
 import torch
 
-from ragkv.cache import FusedCache
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.model import Decoder
-from ragkv.sensitivity import sensitivity
+from ragkv.library.sensitivity import sensitivity
+from ragkv.model.cache import FusedCache
+from ragkv.model.decoder import Decoder
 
 
 def with_window(parts: Sequence[Chunk], window_tokens: int) -> list[Chunk]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ragkv.chunk import Chunk, digest
 from ragkv.engine import Engine
-from ragkv.repair import marked
+from ragkv.library.repair import marked
 from ragkv.retrieval import Change
 
 _KNOWN_DOCUMENTS = 256

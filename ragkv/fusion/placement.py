@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ragkv.cache import FusedCache, FusedLayer
 from ragkv.chunk import Chunk, ChunkKV
+from ragkv.fusion.layout import Layout, Placed
 from ragkv.kernels import Piece, Rotation, Stored, place, place_pieces, rotation_tables, slots_of
 from ragkv.kernels.stored import CodecName, Side
-from ragkv.layout import Layout, Placed
+from ragkv.model.cache import FusedCache, FusedLayer
 from ragkv.store import Target
 
 if TYPE_CHECKING:
-    from ragkv.model import Decoder
+    from ragkv.model.decoder import Decoder
     from ragkv.store import Batch, TieredStore
 
 

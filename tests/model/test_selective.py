@@ -14,8 +14,8 @@ from ragkv import (
     SensitiveTokens,
     UnsupportedModelError,
 )
+from ragkv.fusion.scene import Scene
 from ragkv.kernels import KernelError
-from ragkv.scene import Scene
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
@@ -90,7 +90,7 @@ def test_only_auto_looks_another_way(monkeypatch):
     passages = [random_ids(n) for n in (12, 9)]
     auto, named = (Engine(tiny_model(), template=TEMPLATE, kernels=kernels) for kernels in ("auto", "reference"))
     want = look(auto, auto.add(passages)).seen
-    monkeypatch.setattr("ragkv.scene.question_scores", refuse)
+    monkeypatch.setattr("ragkv.fusion.scene.question_scores", refuse)
     got = look(auto, auto.add(passages))
     assert got.looked == "eager"
     torch.testing.assert_close(got.seen, want, atol=1e-6, rtol=1e-4)
@@ -106,15 +106,15 @@ def test_a_closed_model_has_no_look():
 
 def test_a_model_that_does_more_than_it_says_gets_masks(monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr("ragkv.model.implementation", lambda *_: "triton")  # as on a GPU
+    monkeypatch.setattr("ragkv.model.decoder.implementation", lambda *_: "triton")  # as on a GPU
 
     def wrong(self, *args, **kwargs):
         return torch.zeros(1, args[1].shape[2], args[1].shape[1], args[3].shape[3]), None
 
-    monkeypatch.setattr("ragkv.kernel_attention.KernelAttention.__call__", wrong)
+    monkeypatch.setattr("ragkv.model.kernel_attention.KernelAttention.__call__", wrong)
     engine = Engine(model, template=TEMPLATE)
     assert engine.decoder.spans is None
-    monkeypatch.setattr("ragkv.scene.implementation", lambda *_: "triton")
+    monkeypatch.setattr("ragkv.fusion.scene.implementation", lambda *_: "triton")
     assert look(engine, engine.add([random_ids(9), random_ids(12)])).looked == "eager"
     prompt = engine.fuse(engine.add([random_ids(9), random_ids(12)]), random_ids(4), method=LegoLink(2))
     assert prompt.report.attention == "sdpa"

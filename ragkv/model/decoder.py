@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ragkv.attention import eager_attention, fusion_attention
-from ragkv.cache import FusedCache, LayerSpec
 from ragkv.errors import MethodError, UnsupportedModelError
-from ragkv.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
-from ragkv.masks import MaskBuilder, layer_rules
-from ragkv.rope import TOLERANCE, Probe, probe_rotations
+from ragkv.model.attention import eager_attention, fusion_attention
+from ragkv.model.cache import FusedCache, LayerSpec
+from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.model.masks import MaskBuilder, layer_rules
+from ragkv.model.rope import TOLERANCE, Probe, probe_rotations
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _PROBE_TOKENS = 8
@@ -130,7 +130,7 @@ class Decoder:
         return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive, open_keys)
 
     def fusion_attention(self, *, scattered: bool, limited: bool = False) -> AbstractContextManager[str]:
-        """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.attention`'s.
+        """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.model.attention`'s.
 
         Args:
             scattered: queries do not stand one behind the other at the end.
@@ -202,7 +202,7 @@ class Decoder:
 
     def _error(self, cache: FusedCache, ids: Tensor, rows: Tensor, want: Tensor) -> float:
         """Relative difference of the logits when ``rows`` of an exact cache are recomputed."""
-        from ragkv.fusion import recompute
+        from ragkv.fusion.fuse import recompute
 
         got = recompute(self, cache, ids, rows)
         return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ragkv.cache import FusedCache, Writer
-from ragkv.kernel_attention import SpanBuilder
+from ragkv.fusion.layout import Layout
 from ragkv.kernels import scatter
-from ragkv.layout import Layout
-from ragkv.masks import MaskBuilder, for_model
+from ragkv.model.cache import FusedCache, Writer
+from ragkv.model.kernel_attention import SpanBuilder
+from ragkv.model.masks import MaskBuilder, for_model
 
 if TYPE_CHECKING:
-    from ragkv.model import Decoder
+    from ragkv.model.decoder import Decoder
 
 #: Asked before a layer, with the R reusable tokens being computed and their fresh keys and values ``[H, R, D]``; returns the
 #: positions among them to go on with.

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ragkv.cache import FusedCache
 from ragkv.errors import MethodError
+from ragkv.fusion.layout import Layout
+from ragkv.fusion.passes import Pass, Trace
 from ragkv.kernels import Impl, deviation
-from ragkv.layout import Layout
-from ragkv.passes import Pass, Trace
+from ragkv.model.cache import FusedCache
 
 if TYPE_CHECKING:
+    from ragkv.fusion.scene import Scene
     from ragkv.methods.base import Method
-    from ragkv.model import Decoder
-    from ragkv.scene import Scene
+    from ragkv.model.decoder import Decoder
 
 
 @dataclass(frozen=True, eq=False)

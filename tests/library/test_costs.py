@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ragkv import Engine, PromptTemplate, TieredStore
-from ragkv.costs import cost_profile, measure
 from ragkv.errors import StoreFullError
-from ragkv.model import Decoder
+from ragkv.library.costs import cost_profile, measure
+from ragkv.model.decoder import Decoder
 from ragkv.store import CostProfile
 from ragkv.testing import random_ids, tiny_model
 
@@ -27,7 +27,7 @@ def measured(monkeypatch):
         calls.append(most_tokens)
         return CostProfile.measure(lambda cached, new: new * (1e-3 + 1e-6 * cached), (0, 100), (0, 100))
 
-    monkeypatch.setattr("ragkv.costs.measure", pretend)
+    monkeypatch.setattr("ragkv.library.costs.measure", pretend)
     return calls
 
 
@@ -100,8 +100,8 @@ def test_measurement_is_bounded(model, monkeypatch):
         clock[0] += new * 0.5
         return new * 0.5
 
-    monkeypatch.setattr("ragkv.costs._prefill", slow)
-    monkeypatch.setattr("ragkv.costs.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ragkv.library.costs._prefill", slow)
+    monkeypatch.setattr("ragkv.library.costs.perf_counter", lambda: clock[0])
     profile = measure(Decoder(model), 10_000, 2.0)
     assert asked == [(0, 16)] * 3 + [(1024, 16)] * 2
     assert profile(0, 64) == pytest.approx(32.0), "it goes on along the line"
@@ -126,7 +126,7 @@ def test_chunks_are_written_together(model, tmp_path, monkeypatch):
         )
         chunks = engine.add_document([random_ids(20, seed=n) for n in range(6)])
         assert calls == [6]
-        monkeypatch.setattr("ragkv.documents._WRITTEN_TOGETHER_BYTES", 1)
+        monkeypatch.setattr("ragkv.library.documents._WRITTEN_TOGETHER_BYTES", 1)
         more = engine.add([random_ids(20, seed=n) for n in range(10, 13)])
         assert calls == [6, 1, 1, 1]
         assert engine.missing([*chunks, *more]) == []

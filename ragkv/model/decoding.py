@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ragkv.cache import FusedCache
-from ragkv.model import Decoder
+from ragkv.model.cache import FusedCache
+from ragkv.model.decoder import Decoder
 from ragkv.report import FusedPrompt
 
 if TYPE_CHECKING:

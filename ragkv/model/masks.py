@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 )
 
 if TYPE_CHECKING:
-    from ragkv.kernel_attention import SpanBuilder
+    from ragkv.model.kernel_attention import SpanBuilder
 
 #: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -7,7 +7,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ragkv import Engine, LegoLink, PromptTemplate, attention
+from ragkv import Engine, LegoLink, PromptTemplate
+from ragkv.model import attention
 from ragkv.testing import random_ids, tiny_model
 
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ragkv
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, UnsupportedModelError
-from ragkv.fingerprint import weight_digest
-from ragkv.model import Decoder
+from ragkv.model.decoder import Decoder
+from ragkv.model.fingerprint import weight_digest
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5])
@@ -60,7 +60,7 @@ def test_rope_kinds(architecture, kind):
 def test_keys_stay_right_far_out():
     """At position 100,000 fp32 angles are off by 5e-3; the rotation is off by no more than fp32 rounding of the keys."""
     engine = Engine(tiny_model(max_position_embeddings=131072), template=TEMPLATE)
-    from ragkv.rope import turned
+    from ragkv.model.rope import turned
 
     start, far = engine.decoder._run_at(0), engine.decoder._run_at(100_003)
     moved = turned(start.keys[0], engine.decoder.rotations[0], 0, 100_003)

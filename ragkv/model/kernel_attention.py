@@ -26,7 +26,7 @@ from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import Impl, implementation, key_spans, selective_attention
 
 if TYPE_CHECKING:
-    from ragkv.masks import Rule
+    from ragkv.model.masks import Rule
 
 #: Shown what every layer attends with: query ``[H, S, D]``, key ``[K, N, D]``, spans ``[S, 2]`` and, by name, what
 #: :func:`ragkv.kernels.question_scores` takes besides.

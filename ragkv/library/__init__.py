@@ -1,0 +1,1 @@
+"""Documents as the model reads them: chunks, reading, sensitivity, repair, costs."""
