@@ -180,7 +180,7 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
 
         return timed
 
-    for module in ("engine", "passes", "scene"):
+    for module in ("engine", "fusion.passes", "fusion.scene"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
     monkeypatch.setattr(Placement, "layer", costing(100, Placement.layer))
     for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "survey"), (QuestionAware, "survey")):
