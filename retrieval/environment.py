@@ -121,10 +121,14 @@ class Transaction:
         """Deletes all keys."""
         self._txn.drop(self._databases[database], delete=False)
 
-    def items(self, database: str) -> Iterator[tuple[bytes, bytes]]:
-        """All keys and values, by key."""
+    def items(self, database: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """All keys that begin so, and their values, by key."""
         with self._txn.cursor(self._databases[database]) as cursor:
-            yield from cursor.iternext(keys=True, values=True)
+            if cursor.set_range(prefix):
+                for key, value in cursor.iternext(keys=True, values=True):
+                    if not key.startswith(prefix):
+                        return
+                    yield key, value
 
     def keys(self, database: str) -> Iterator[bytes]:
         """All keys, in order."""

@@ -116,7 +116,7 @@ def test_an_anchor_lets_the_prefix_change(small):
     model, tokenizer = small
     first = Engine(model, tokenizer, template=PromptTemplate(prefix="<bos>Read this.", anchor="<bos>"))
     chunk = first.add(["She lives in Oakwich."])[0]
-    kv = first.store.get(first.chunk_key(chunk))
+    kv = first.store.get(first.documents.key(chunk))
     assert kv.base == 1
     second = Engine(
         model,
@@ -124,14 +124,14 @@ def test_an_anchor_lets_the_prefix_change(small):
         store=first.store,
         template=PromptTemplate(prefix="<bos>Answer in one word, please.", anchor="<bos>"),
     )
-    assert second.missing([chunk]) == []
+    assert second.documents.missing([chunk]) == []
     prompt = second.fuse([chunk], "where?")
     assert prompt.report.hits == {"cpu": 1}
     assert prompt.report.budget == 0
     linked = second.fuse([chunk], "where?", method=LegoLink(k=4))
     assert linked.report.budget > 0  # behind another prefix a chunk is not exact, even the first one
     other = Engine(model, tokenizer, store=first.store, template=PromptTemplate(prefix="<bos>Another."))
-    assert other.missing([chunk]) == [chunk]
+    assert other.documents.missing([chunk]) == [chunk]
 
 
 def test_streaming_is_the_answer_in_pieces(small):

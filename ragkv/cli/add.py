@@ -57,6 +57,6 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def _kind(change: Change) -> str:
-    if not change.old_passages:
+    if not change.replaced:
         return "added"
     return "changed" if change.removed or change.first_changed is not None else "unchanged"

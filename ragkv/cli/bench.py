@@ -14,6 +14,7 @@ from ragkv.chunk import digest
 from ragkv.cli import show
 from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.library.costs import measure
+from ragkv.library.reading import Reader
 from ragkv.model.decoder import Decoder
 from ragkv.model.loading import load_model
 from ragkv.store import CostProfile
@@ -69,8 +70,9 @@ def _catalogue(args: argparse.Namespace) -> tuple[list[Request], CostProfile]:
     logging.disable_progress_bar()  # of loading weights
     model, tokenizer, *_ = load_model(args.model, None, {})
     decoder = Decoder(model)
+    reader = Reader(decoder, (), 512)
     per_token = sum(s.heads * (s.key_dim + s.value_dim) * s.dtype.itemsize for s in decoder.specs)
-    profile = measure(decoder, decoder.max_positions or 1 << 30, _LIMIT_S)
+    profile = measure(reader, decoder.max_positions or 1 << 30, _LIMIT_S)
     counts = [max(len(tokenizer(text, add_special_tokens=False)["input_ids"]), 1) for text in passages]
     return [
         Request(digest(text), count * per_token, count, profile(0, count))

@@ -142,7 +142,7 @@ def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]
     """What all rows of a run have in common. Further arms, cases and orders may join a run, so these are not here."""
     return {
         "model": plan.model,
-        "weights": bench.engine.space[:16],
+        "weights": bench.engine.documents.space[:16],
         "device": str(bench.engine.decoder.device),
         "data": plan.data,
         "first case": cases[0].fingerprint,

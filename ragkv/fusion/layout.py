@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ragkv.chunk import Chunk, digest
+from ragkv.chunk import Chunk, digest, marked
 
 
 @dataclass(frozen=True)
@@ -112,32 +112,37 @@ def lay_out(
         suffix: ids of the question and what follows it.
         device: of the model.
     """
-    at, context, previous = len(prefix), b"", None
+    at, context = len(prefix), b""
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
-    documents: set[tuple[int, ...]] = set()
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
         base = len(anchor) + chunk.offset
         exact = behind_anchor and base == at and chunk.context == context
-        document = _first(chunk).ids
-        behind_another = bool(documents - {document})
-        continues = _follows(chunk, previous)
-        rooted = chunk.previous is None or (continues and placed[-1].rooted)
-        placed.append(Placed(chunk, at, base, exact, continues, behind_another, rooted))
-        documents.add(document)
+        behind_another = any(_document(other) != _document(chunk) for other in chunks[:number])
+        continues = number > 0 and _continues(chunk, chunks[number - 1])
+        placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, chunks[:number])))
         at += len(chunk)
-        context, previous = digest(context, chunk.ids), chunk
+        context = digest(context, chunk.ids)
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]
     return Layout(torch.tensor(ids, dtype=torch.long, device=device), tuple(placed), len(prefix), at)
 
 
-def _first(chunk: Chunk) -> Chunk:
-    """The chunk that its document begins with."""
-    while chunk.previous is not None:
-        chunk = chunk.previous
-    return chunk
+def _document(chunk: Chunk) -> str:
+    """What tells a chunk's document from others; a passage that stands alone is one of its own."""
+    return chunk.document or chunk.id
 
 
-def _follows(chunk: Chunk, previous: Chunk | None) -> bool:
-    own = chunk.previous
-    return own is not None and previous is not None and own.ids == previous.ids and own.context == previous.context
+def _continues(chunk: Chunk, before: Chunk) -> bool:
+    return bool(chunk.document) and (chunk.document, chunk.number) == (before.document, before.number + 1)
+
+
+def _rooted(chunk: Chunk, before: Sequence[Chunk]) -> bool:
+    """Whether what a chunk was read behind stands right in front of it."""
+    first, tokens = len(before), 0
+    while first and tokens < chunk.offset:
+        first -= 1
+        tokens += len(before[first])
+    context = b""
+    for other in before[first:]:
+        context = digest(marked(context, other.mark), other.ids)
+    return tokens == chunk.offset and marked(context, chunk.mark) == chunk.context

@@ -112,5 +112,5 @@ def test_it_brings_a_foreign_text_that_it_can_read(loaded):
     read = "\n".join(bundled.documents().values())
     assert not any(line in read for line in bundled.foreign().splitlines())
     with RAG.from_pretrained() as rag:
-        reader = rag.engine._reader
+        reader = rag.engine.documents.reader
         assert reader._foreign_ids == encode(loaded[1], bundled.foreign()) + encode(loaded[1], TEMPLATE["after_chunk"])

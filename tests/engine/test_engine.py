@@ -31,7 +31,7 @@ def test_lost_chunks_are_read_again_in_their_context(engine):
     want = engine.fuse(chunks, QUESTION)
     for lost in ([document[2]], [document[0], document[2]], document):
         for chunk in lost:
-            engine.store.remove(engine.chunk_key(chunk))
+            engine.store.remove(engine.documents.key(chunk))
         got = engine.fuse(chunks, QUESTION)
         assert got.report.hits.get("computed", 0) == sum(chunk in chunks for chunk in lost)
         torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
@@ -41,9 +41,9 @@ def test_lost_chunks_are_read_again_in_their_context(engine):
 def test_a_record_that_breaks_its_promise_is_not_served(engine):
     chunk, other = engine.add([random_ids(20), random_ids(25)])
     want = engine.fuse([chunk], QUESTION)
-    wrong = engine.store.get(engine.chunk_key(other))
-    engine.store.remove(engine.chunk_key(chunk))
-    engine.store.put(engine.chunk_key(chunk), wrong)
+    wrong = engine.store.get(engine.documents.key(other))
+    engine.store.remove(engine.documents.key(chunk))
+    engine.store.put(engine.documents.key(chunk), wrong)
     got = engine.fuse([chunk], QUESTION)
     assert got.report.hits == {"computed": 1}
     torch.testing.assert_close(got.logits, want.logits)

@@ -32,13 +32,13 @@ def measured(monkeypatch):
 
 
 def costs(engine, chunks):
-    return [engine.store._disk.row(engine.chunk_key(chunk)).usage.cost_s for chunk in chunks]
+    return [engine.store._disk.row(engine.documents.key(chunk)).usage.cost_s for chunk in chunks]
 
 
 def test_measured_once_for_a_folder(model, tmp_path, measured):
     for _ in range(2):
         with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
-            assert engine.missing(engine.cut_document([random_ids(9, seed=1)])) or len(measured) == 1
+            assert engine.documents.missing(engine.documents.cut([random_ids(9, seed=1)])) or len(measured) == 1
             chunks = engine.add_document([random_ids(20, seed=1), random_ids(30, seed=2)])
             first, second = costs(engine, chunks)
             assert first == pytest.approx(20 * (1e-3 + 3e-6))
@@ -129,7 +129,7 @@ def test_chunks_are_written_together(model, tmp_path, monkeypatch):
         monkeypatch.setattr("ragkv.library.documents._WRITTEN_TOGETHER_BYTES", 1)
         more = engine.add([random_ids(20, seed=n) for n in range(10, 13)])
         assert calls == [6, 1, 1, 1]
-        assert engine.missing([*chunks, *more]) == []
+        assert engine.documents.missing([*chunks, *more]) == []
 
 
 def test_those_that_fit_are_stored(model, tmp_path):
@@ -138,7 +138,7 @@ def test_those_that_fit_are_stored(model, tmp_path):
         parts = [random_ids(10, seed=1), random_ids(500, seed=2)]
         with pytest.raises(StoreFullError):
             engine.add(parts)
-        assert [len(chunk) for chunk in engine.missing(engine.cut_document(parts[:1]))] == []
+        assert [len(chunk) for chunk in engine.documents.missing(engine.documents.cut(parts[:1]))] == []
 
 
 def test_passages_are_named_but_not_in_a_namespace(tmp_path):

@@ -40,7 +40,7 @@ def test_what_is_compared_are_the_models_own_values():
         return torch.stack([layer.values[0, :, -len(behind) :] for layer in layers])
 
     want = (values(behind) - values(front + behind)).square().sum((1, 3))
-    torch.testing.assert_close(engine._reader.changes(), want, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(engine.documents.reader.changes(), want, atol=1e-5, rtol=1e-3)
     assert want[1:].min() > 1e-6
 
 

@@ -123,7 +123,7 @@ def test_sensitivity_is_the_change_behind_a_foreign_text(model):
 
     alone, behind = [v[:, 3:] for v in values([1, 5, 6])], values([1, 5, 6, *foreign, 10])
     want = sensitivity(alone, [v[:, 19:] for v in behind], [v[:, 3:19] for v in behind])
-    got = torch.cat([engine.store.get(engine.chunk_key(chunk)).sensitivity for chunk in document])
+    got = torch.cat([engine.store.get(engine.documents.key(chunk)).sensitivity for chunk in document])
     assert want.max() > 1e-3
     torch.testing.assert_close(got, want, atol=1e-4, rtol=2e-3)  # kept as fp16
 
@@ -137,7 +137,7 @@ def test_only_the_later_part_of_a_document_is_measured_anew(model):
     later.add_document(PARTS[:2])
     later.add_document(PARTS)
     for chunk in whole:
-        one, two = (e.store.get(e.chunk_key(chunk)).sensitivity for e in (at_once, later))
+        one, two = (e.store.get(e.documents.key(chunk)).sensitivity for e in (at_once, later))
         torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-2)
 
 
@@ -151,7 +151,7 @@ def test_sensitivity_is_kept_with_the_chunk(model, tmp_path, tiers):
             chunks = engine.add(PARTS)
             for _ in range(2):
                 prompt = engine.fuse(chunks, QUESTION)
-                kept.append((chosen(prompt), engine.store.get(engine.chunk_key(chunks[1])).sensitivity.tolist()))
+                kept.append((chosen(prompt), engine.store.get(engine.documents.key(chunks[1])).sensitivity.tolist()))
     assert all(item == kept[0] for item in kept) and kept[0][0]
 
 
@@ -169,16 +169,16 @@ def test_a_foreign_text_takes_only_the_positions_there_are(model):
     longest = model.config.max_position_embeddings
     engine = Engine(model, template=PromptTemplate(prefix=[1]), method=SensitiveTokens())
     chunk = engine.add([random_ids(longest - 1)])[0]
-    assert len(engine.store.get(engine.chunk_key(chunk)).sensitivity) == longest - 1
+    assert len(engine.store.get(engine.documents.key(chunk)).sensitivity) == longest - 1
 
 
 def test_a_repaired_document_keeps_what_was_measured(model):
     engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.3))
     old = engine.add_document(PARTS)
     new = engine.repair_document(old, [PARTS[0], random_ids(12), PARTS[2]], behind_tokens=2)
-    kept, changed, moved = (engine.store.get(engine.chunk_key(chunk)).sensitivity for chunk in new)
+    kept, changed, moved = (engine.store.get(engine.documents.key(chunk)).sensitivity for chunk in new)
     assert kept.any() and not changed.any()
-    assert torch.equal(moved, engine.store.get(engine.chunk_key(old[2])).sensitivity)
+    assert torch.equal(moved, engine.store.get(engine.documents.key(old[2])).sensitivity)
     prompt = engine.fuse(engine.add([random_ids(8)]) + new[::-1], QUESTION)
     assert prompt.report.hits == {"cpu": 4}
 
