@@ -44,6 +44,4 @@ def _forget_marks(kv: Path, names: Iterable[str]) -> None:
     """The store remembers which versions of documents were repaired."""
     if (kv / "data.mdb").is_file():
         with opened(kv) as tier:
-            for name in names:
-                if tier.fact(name) is not None:
-                    tier.remove_fact(name)
+            tier.remove_many((), facts=names)
