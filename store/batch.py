@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -150,11 +151,12 @@ class Batch:
         self._seconds = 0.0
         self._owner = owner
         self._sources = dict(sources)
-        self._loading = [source for source in sources.values() if isinstance(source, Loading)]
+        self._open = Counter(keys)
         self._snapshot = snapshot
         self._lock = threading.Lock()
         self._ahead: threading.Thread | None = None
         self._closed = False
+        self._done: set[int] = set()
 
     def layer(self, index: int, layer: int) -> tuple[Tensor, Tensor]:
         """K and V ``[H, T, D]`` of one layer of the chunk at ``index``.
@@ -225,12 +227,30 @@ class Batch:
         with self._reading(index) as source:
             self._count(source.place(layers, targets, start), started)
 
+    def done(self, index: int) -> None:
+        """The batch is finished with the chunk at ``index``: its memory is given back, and a tier above may keep it.
+
+        A chunk that stands at several indices is done when all are. It can no longer be read then; being done twice, or with a
+        miss, is fine.
+        """
+        key = self.keys[index]
+        with self._lock:
+            if self._closed or index in self._done:
+                return
+            self._done.add(index)
+            self._found[index] = None
+            self._open[key] -= 1
+            source = None if self._open[key] else self._sources.pop(key, None)
+        if source is not None:
+            self._owner.finish(key, source)
+        self._owner.release([key])
+
     def read_ahead(self) -> Batch:
         """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.
 
         What proves damaged is left to :meth:`layer`, which raises.
         """
-        if self._loading and self._ahead is None and not self._closed:
+        if self._loading() and self._ahead is None and not self._closed:
             self._ahead = threading.Thread(target=self._load_layers, name="ragkv-read-ahead", daemon=True)
             self._ahead.start()
         return self
@@ -247,23 +267,28 @@ class Batch:
             self._snapshot.close()
         for key, source in self._sources.items():
             self._owner.finish(key, source)
-        self._owner.release(self.keys)
+        self._owner.release(list(self._open.elements()))
         self._owner.count_load(self.bytes_read, self._seconds)
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[Source]:
         source = self._found[index]
         if self._closed or source is None:
-            raise StoreError("the batch is closed" if self._closed else f"chunk {index} is a miss: see Batch.tiers")
+            why = "is a miss: see Batch.tiers" if index not in self._done else "was read, and Batch.done was told so"
+            raise StoreError("the batch is closed" if self._closed else f"chunk {index} {why}")
         try:
             yield source
         except RecordError as error:
             self._owner.drop_damaged(self.keys[index], error)
             raise RecordError(f"the record {self.keys[index].hex()} is damaged and was dropped: {error}") from error
 
+    def _loading(self) -> list[Loading]:
+        with self._lock:
+            return [source for source in self._sources.values() if isinstance(source, Loading)]
+
     def _load_layers(self) -> None:
-        for layer in range(max(source.layers for source in self._loading)):
-            for source in self._loading:
+        for layer in range(max((source.layers for source in self._loading()), default=0)):
+            for source in self._loading():
                 if self._closed:
                     return
                 if layer < source.layers:

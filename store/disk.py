@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ logger = logging.getLogger("ragkv.store")
 
 FOLDER_VERSION = 1
 PAGE_BYTES = 4096
+NO_FACTS: Mapping[str, bytes] = {}
 _VERSION = struct.Struct("<Q")
 
 
@@ -86,8 +87,10 @@ class DiskTier:
         """Stores one record: see :meth:`put_many`."""
         return self.put_many([(key, record, payload, terms)])[0]
 
-    def put_many(self, items: Sequence[tuple[bytes, Record, Payload, Terms]]) -> list[Row | None]:
-        """Stores records in one transaction, all or none; durable when it returns.
+    def put_many(
+        self, items: Sequence[tuple[bytes, Record, Payload, Terms]], facts: Mapping[str, bytes] = NO_FACTS
+    ) -> list[Row | None]:
+        """Stores records and small facts in one transaction, all or none; durable when it returns.
 
         Returns:
             What the books say of each now; None where one was not worth what it would have evicted.
@@ -106,24 +109,35 @@ class DiskTier:
                     ledger.enter(key, row)
                 rows.append(row)
                 together.add(key)
+            for name, value in facts.items():
+                ledger.txn.put(name.encode(), value, db=self.environment.db(b"facts"))
         self.evictions.update(reasons)
         return rows
 
     def remove(self, key: bytes, reason: str | None = None) -> bool:
         """Forgets an entry; whether there was one. A reason is counted among the evictions."""
-        return self._get(b"entries", key) is not None and self.remove_many([key], reason) == 1
+        return bool(self.remove_many([key], reason))
 
-    def remove_many(self, keys: Sequence[bytes], reason: str | None = None) -> int:
-        """Forgets entries in one transaction, see :meth:`remove`; how many there were."""
-        removed = 0
+    def remove_many(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
+        """Forgets entries and facts in one transaction, see :meth:`remove`; those that there were."""
+        keys, names = list(dict.fromkeys(keys)), [name.encode() for name in facts]
+        with self.environment.read() as txn:
+            keys = [key for key in keys if txn.get(key, db=self.environment.db(b"entries")) is not None]
+            names = [name for name in names if txn.get(name, db=self.environment.db(b"facts")) is not None]
+        if not keys and not names:
+            return []
+        removed = []
         # On a full disk there may be room to remove an entry, and none to rewrite many rows.
         with self._ledger(enter_uses=False, suspicious=reason == "damaged") as ledger:
             for key in keys:
-                removed += ledger.txn.get(key, db=self.environment.db(b"entries")) is not None
+                if ledger.txn.get(key, db=self.environment.db(b"entries")) is not None:
+                    removed.append(key)
                 self._drop(ledger, key, remember=reason is not None)
-            ledger.counters.removals += removed
+            for name in names:
+                ledger.txn.delete(name, db=self.environment.db(b"facts"))
+            ledger.counters.removals += len(removed)
         if removed and reason is not None:
-            self.evictions[reason] += removed
+            self.evictions[reason] += len(removed)
         return removed
 
     def pin(self, key: bytes, lifetime_s: float) -> bool:
@@ -180,16 +194,6 @@ class DiskTier:
     def fact(self, name: str) -> bytes | None:
         """A small durable value."""
         return self._get(b"facts", name.encode())
-
-    def set_fact(self, name: str, value: bytes) -> None:
-        """Stores a small durable value."""
-        with self.environment.write() as txn:
-            txn.put(name.encode(), value, db=self.environment.db(b"facts"))
-
-    def remove_fact(self, name: str) -> None:
-        """Forgets a small durable value, if there is one."""
-        with self.environment.write() as txn:
-            txn.delete(name.encode(), db=self.environment.db(b"facts"))
 
     def flush(self, done: Tally | None = None) -> None:
         """Puts the uses that were noted into the books and syncs the folder.

@@ -140,7 +140,7 @@ def remove(path: str | os.PathLike[str], keys: Sequence[bytes]) -> int:
     """Removes entries, many in one transaction; how many there were."""
     with opened(path) as tier:
         parts = range(0, len(keys), _REMOVED_AT_ONCE)
-        return sum(tier.remove_many(keys[start : start + _REMOVED_AT_ONCE]) for start in parts)
+        return sum(len(tier.remove_many(keys[start : start + _REMOVED_AT_ONCE])) for start in parts)
 
 
 def history(path: str | os.PathLike[str]) -> Tally:

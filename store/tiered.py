@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,7 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.batch import Batch, InMemory
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import DiskTier
+from ragkv.store.disk import NO_FACTS, DiskTier
 from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
 from ragkv.store.memory import MemoryTier
@@ -74,7 +74,6 @@ class TieredStore:
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
         leases: Counter[bytes] = Counter()
-        self._facts: dict[str, bytes] = {}
         self._selective = selective
         self._closed = False
         in_memory = None if cpu_codec is None else get_codec(cpu_codec)
@@ -129,15 +128,17 @@ class TieredStore:
         self,
         items: Sequence[Item | tuple[bytes, ChunkKV, float]],
         *,
+        facts: Mapping[str, bytes] = NO_FACTS,
         space: str = "",
         namespace: str = "",
         lifetime_s: float = math.inf,
         rotations: Sequence[Rotation | None] = (),
     ) -> list[bool]:
-        """Stores several chunks, on disk in one transaction: all or none, and synced once.
+        """Stores several chunks and small facts, on disk in one transaction: all or none, and synced once.
 
         Args:
             items: key, KV, seconds that the prefill took, and a label, of each.
+            facts: small values by name, see :meth:`meta_get`; there need be no items.
             space: see :meth:`put`, as for the rest.
             namespace: whose entries they are.
             lifetime_s: seconds after which they are misses.
@@ -158,7 +159,7 @@ class TieredStore:
             for item, (below, _) in zip(given, encoded, strict=True)
         ]
         between = perf_counter()
-        kept = self._tiers.put_many(stored, [above for _, above in encoded], selective=self._selective)
+        kept = self._tiers.put_many(stored, [above for _, above in encoded], facts, selective=self._selective)
         with self._tiers.lock:
             self._tiers.tally.latency["encode"].add(between - started)
             self._tiers.tally.latency["write"].add(perf_counter() - between)
@@ -218,13 +219,21 @@ class TieredStore:
 
     def contains(self, key: bytes) -> bool:
         """Whether the chunk is stored, in any tier. Does not count as a use."""
+        return not self.missing([key])
+
+    def missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of the chunks that are stored in no tier, each once and in order. Does not count as a use."""
         self._check_open()
-        return self._tiers.contains(key)
+        return self._tiers.missing(keys)
 
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
+        return self.remove_many([key]) == 1
+
+    def remove_many(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
+        """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
         self._check_open()
-        return self._tiers.remove(key)
+        return self._tiers.remove_many(keys, facts)
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
         """Keeps a chunk from being evicted from the store for some seconds; whether it is stored.
@@ -272,23 +281,15 @@ class TieredStore:
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""
         self._check_open()
-        return self._facts.get(name) if self._disk is None else self._disk.fact(name)
+        return self._tiers.facts.get(name) if self._disk is None else self._disk.fact(name)
 
     def meta_put(self, name: str, value: bytes) -> None:
         """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""
-        self._check_open()
-        if self._disk is None:
-            self._facts[name] = value
-        else:
-            self._disk.set_fact(name, value)
+        self.put_many([], facts={name: value})
 
     def meta_remove(self, name: str) -> None:
         """Forgets a small fact; nothing happens where there is none."""
-        self._check_open()
-        if self._disk is None:
-            self._facts.pop(name, None)
-        else:
-            self._disk.remove_fact(name)
+        self.remove_many([], facts=[name])
 
     def flush(self) -> None:
         """Writes what is pending (how often entries were used) to disk."""

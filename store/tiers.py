@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
@@ -59,6 +59,8 @@ class Tiers:
         self.levels = levels
         self.lock = threading.RLock()
         self.tally = Tally()
+        # Where there is no disk.
+        self.facts: dict[str, bytes] = {}
         # Damaged records that could not be deleted.
         self.unreadable: set[bytes] = set()
         # What was removed before is in no memory yet.
@@ -104,6 +106,7 @@ class Tiers:
         self,
         items: Sequence[tuple[bytes, Record, Payload, Terms]],
         above: Sequence[Encoded],
+        facts: Mapping[str, bytes],
         *,
         selective: bool,
     ) -> list[bool]:
@@ -112,16 +115,19 @@ class Tiers:
         Args:
             items: what is stored.
             above: for each what memory gets, in whatever codec.
+            facts: stored with them.
             selective: refuse what is worth less than what it would evict.
         """
         if self.disk is None:
             held = [InMemory(*self.levels.for_memory(*pair)) for pair in above]
             with self.lock:
-                return [
+                kept = [
                     self.cpu.put(key, kv, terms, selective=selective)
                     for (key, _, _, terms), kv in zip(items, held, strict=True)
                 ]
-        rows = self.disk.put_many(items)
+                self.facts.update(facts)
+                return kept
+        rows = self.disk.put_many(items, facts)
         for (key, record, _, _), pair, row in zip(items, above, rows, strict=True):
             if row is not None:
                 self.unreadable.discard(key)
@@ -130,18 +136,18 @@ class Tiers:
                     self.tally.bytes_written += record.payload_bytes
         return [row is not None for row in rows]
 
-    def contains(self, key: bytes) -> bool:
-        """Whether a chunk can be read, from any tier."""
+    def missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Which chunks cannot be read from any tier, each once and in order, in one state of the folder."""
+        wanted = list(dict.fromkeys(keys))
         if self.disk is not None:
-            snapshot = self.disk.snapshot()
+            now, snapshot = self.disk.now(), self.disk.snapshot()
             try:
                 self._forget_removed(snapshot)
+                wanted = [key for key in wanted if key in self.unreadable or not snapshot.has(key, now)]
             finally:
                 snapshot.close()
-            if key not in self.unreadable and self.disk.contains(key):
-                return True
         with self.lock:
-            return key in self.cpu or key in self.gpu
+            return [key for key in wanted if key not in self.cpu and key not in self.gpu]
 
     def find(self, keys: Sequence[bytes], used: bool) -> tuple[dict[bytes, Source], Snapshot | None]:
         """Where each of ``keys`` can be read from, and the snapshot that those on disk are read through.
@@ -179,11 +185,15 @@ class Tiers:
                     terms = Terms(lifetime_s=max(self.cpu.remaining_s(key), 1e-9))
                     self.gpu.put(key, entry.kv.record.decode(entry.kv.payload), terms, entry.usage)
 
-    def remove(self, key: bytes) -> bool:
-        """Forgets a chunk in every tier; whether it was stored."""
-        removed = self.disk is not None and self.disk.remove(key)
+    def remove_many(self, keys: Iterable[bytes], facts: Iterable[str]) -> int:
+        """Forgets chunks in every tier, and facts; how many chunks were stored."""
+        keys, facts = list(keys), list(facts)
+        removed = set() if self.disk is None else set(self.disk.remove_many(keys, facts=facts))
         with self.lock:
-            return any([self.cpu.remove(key), self.gpu.remove(key), removed])
+            for name in facts:
+                self.facts.pop(name, None)
+            removed |= {key for key in keys if self._forget(key)}
+        return len(removed)
 
     def promote(self, key: bytes, kept: Encoded, row: Row) -> None:
         """Keeps in memory what is on disk, if it fits and is worth what it would evict."""
@@ -253,10 +263,9 @@ class Tiers:
                 sources[key] = entry.kv
         return sources
 
-    def _forget(self, key: bytes) -> None:
-        """Drops a chunk from memory; held by the lock."""
-        self.cpu.remove(key)
-        self.gpu.remove(key)
+    def _forget(self, key: bytes) -> bool:
+        """Drops a chunk from memory, whether it was there; held by the lock."""
+        return any([self.cpu.remove(key), self.gpu.remove(key)])
 
     def _open(self, snapshot: Snapshot, keys: Sequence[bytes]) -> dict[bytes, Loading]:
         """What of ``keys`` is on disk and can be read."""
