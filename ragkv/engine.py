@@ -357,15 +357,17 @@ class Engine:
 
         A record that is not what its key promises is dropped, and missing.
         """
-        missing = []
-        found = zip(batch.tiers, batch.bases, batch.lengths, batch.sensitivities, strict=True)
-        for (key, item), (tier, base, tokens, sensitivity) in zip(keys.items(), found, strict=True):
+        missing, broken, foreign = [], [], self.documents.reader.foreign
+        found = zip(batch.tiers, batch.bases, batch.lengths, batch.foreigns, strict=True)
+        for (key, item), (tier, base, tokens, measured_with) in zip(keys.items(), found, strict=True):
             intact = tier is not None and (base, tokens) == (item.base, len(item.chunk))
-            if intact and not (measured and sensitivity is None):
+            if intact and (measured_with == foreign or not measured):
                 continue
             if tier is not None and not intact:
-                self.store.remove(key)
+                broken.append(key)
             missing.append(item.chunk)
+        if broken:
+            self.store.remove_many(broken)
         return missing
 
     def _read(self, missing: Sequence[Chunk], measured: bool) -> tuple[dict[bytes, ChunkKV], list[Item]]:

@@ -46,6 +46,10 @@ class Source(Protocol):
         """``[T]``, see :class:`~ragkv.chunk.ChunkKV`."""
 
     @property
+    def foreign(self) -> str:
+        """See :class:`~ragkv.chunk.ChunkKV`."""
+
+    @property
     def codec(self) -> str:
         """How :meth:`parts` are encoded."""
 
@@ -75,7 +79,7 @@ class InMemory:
 
     def __init__(self, record: Record, payload: Payload) -> None:
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity = record.sensitivity
+        self.sensitivity, self.foreign = record.sensitivity, record.foreign
         self.codec, self.unrotated = record.codec, record.turned_back
         self.record, self.payload = record, payload
 
@@ -128,6 +132,7 @@ class Batch:
         lengths: per key T, the chunk's tokens, or None.
         layers: per key L, or None.
         sensitivities: per key ``[T]``, see :class:`~ragkv.chunk.ChunkKV`; None where it was not measured.
+        foreigns: per key what that was measured with, see there; empty where it was not.
         codecs: per key how :meth:`parts` are encoded; None for a miss.
         unrotated: per key whether the keys among :meth:`parts` are as they were before rotary embedding.
         blocks: per key the blocks ``[B]`` of a pool on the GPU in which it lies, or None.
@@ -144,6 +149,7 @@ class Batch:
         self.lengths = [None if source is None else source.tokens for source in self._found]
         self.layers = [None if source is None else source.layers for source in self._found]
         self.sensitivities = [None if source is None else source.sensitivity for source in self._found]
+        self.foreigns = ["" if source is None else source.foreign for source in self._found]
         self.codecs = [None if source is None else source.codec for source in self._found]
         self.unrotated = [source is not None and source.unrotated for source in self._found]
         self.blocks = [None if source is None else source.blocks for source in self._found]

@@ -159,7 +159,7 @@ class Loading:
 
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity = record.sensitivity
+        self.sensitivity, self.foreign = record.sensitivity, record.foreign
         self.codec, self.unrotated = record.codec, record.turned_back
         self.key = key
         self.record = record

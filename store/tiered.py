@@ -178,7 +178,7 @@ class TieredStore:
             except RecordError:
                 return None
             keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
-            return ChunkKV(keys, values, base, batch.sensitivities[0])
+            return ChunkKV(keys, values, base, batch.sensitivities[0], batch.foreigns[0])
 
     def read(self, keys: Sequence[bytes], *, again: bool = False) -> Batch:
         """Opens chunks for reading, layer by layer; nothing of them is evicted while the batch is open.

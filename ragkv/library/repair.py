@@ -95,11 +95,11 @@ def repaired(
         with reader.turn():
             recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
         cache.set_length(len(ids))
-        known = dict(zip(keys, batch.sensitivities, strict=True))
+        known = dict(zip(keys, zip(batch.sensitivities, batch.foreigns, strict=True), strict=True))
     made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
-    measured = any(sensitivity is not None for sensitivity in known.values())
+    foreign = next((foreign for _, foreign in known.values() if foreign), "")
     for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
-        kv.sensitivity = known.get(chunk, torch.zeros(len(chunk)) if measured else None)
+        kv.sensitivity, kv.foreign = known.get(chunk, (torch.zeros(len(chunk)) if foreign else None, foreign))
     return made
 
 

@@ -98,7 +98,9 @@ def test_text_that_did_not_change_is_not_cut_again(model, tmp_path):
         assert [rag.chunker.split(text) for text in DOCUMENTS.values()] != [
             rag.retriever.catalogue.texts(name) for name in DOCUMENTS
         ]
-        assert [change.document for change in rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).changes] == before
+        assert [
+            change.document for change in rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).changes
+        ] == before
 
 
 def test_killed_while_adding(model, tmp_path):
