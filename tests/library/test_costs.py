@@ -128,7 +128,7 @@ def test_chunks_are_written_together(model, tmp_path, monkeypatch):
     with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
         calls, put_many = [], engine.store.put_many
         monkeypatch.setattr(
-            engine.store, "put_many", lambda items, **o: (calls.append(len(items)), put_many(items, **o))[1]
+            engine.store, "put_many", lambda items, **o: (items and calls.append(len(items)), put_many(items, **o))[1]
         )
         chunks = engine.add_document([random_ids(20, seed=n) for n in range(6)])
         assert calls == [6]
