@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ragkv.chunk import digest
 from ragkv.errors import RagKVError
+from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
 from ragkv.retrieval.records import Document
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -95,7 +95,7 @@ def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
     for passage_id, vector in zip(found.vectors, vectors, strict=True):
         key = records.passage_key(passage_id)
         if key in kept:
-            txn.put("vectors", key, records.sealed(key, records.vector_payload(vector)))
+            txn.put("vectors", key, seal(key, records.vector_payload(vector)))
     txn.clear("uses")
     for document in sound:
         for key, value in sorted(records.uses(Snapshot(txn).texts(document), document.passage_ids)):
