@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ragkv.chunk import digest
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
+from ragkv.folder import Environment
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import new_state, put_readings, replaced
-from ragkv.retrieval.environment import Environment
 from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
@@ -30,14 +30,14 @@ _FORMAT, _FORMER = b"ragkv.catalogue/2", b"ragkv.catalogue/1"
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
 # kv: key of KV -> the keys of the readings that name it. meta: format, settings, state, next id.
-_DATABASES: dict[str, dict[str, Any]] = {
-    "meta": {},
-    "documents": {},
-    "passages": {},
-    "vectors": {},
-    "uses": {"dupsort": True, "dupfixed": True},
-    "readings": {},
-    "kv": {"dupsort": True, "dupfixed": True},
+_DATABASES: dict[bytes, dict[str, Any]] = {
+    b"meta": {},
+    b"documents": {},
+    b"passages": {},
+    b"vectors": {},
+    b"uses": {"dupsort": True, "dupfixed": True},
+    b"readings": {},
+    b"kv": {"dupsort": True, "dupfixed": True},
 }
 
 Embed = Callable[[list[str]], NDArray[np.float32]]
@@ -47,37 +47,32 @@ class Catalogue:
     """Which documents there are, their passages in order, and the passages' vectors.
 
     A change is kept whole or not at all, also when the process is killed in the middle of it, and it is on the disk
-    when the call returns. Several processes may read and write; writers queue. Threads may share one object. A folder
-    is opened once a process, and not used across a fork.
+    when the call returns. Several objects, threads and processes may read and write one folder, also across a fork; writers
+    queue. A folder that may not be written to opens for reading.
 
     Args:
         path: the folder, made if it is not there; None for a temporary one that goes with the object.
-        map_bytes: the most it may ever hold. Address space, not disk.
 
     Raises:
-        RetrievalError: the folder cannot be used, or this process has it open already.
+        StoreError: the folder cannot be used.
         RecordError: the folder holds something else, is damaged, or was made by a newer version.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, map_bytes: int = 1 << 38) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        self._environment = Environment(self.path, _DATABASES, map_bytes, durable=not self.temporary)
-        if self.temporary:
-            weakref.finalize(self, _discard, self._environment, self.path)
-        with self._environment.transaction() as txn:
-            found = txn.get("meta", b"format")
-        if found == _FORMAT:
-            return
-        if found not in (None, _FORMER):
+        self._opened = Environment.open(self.path, _DATABASES, durable=not self.temporary)
+        self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
+        try:
+            self._check_format()
+        except BaseException:
             self.close()
-            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
-        with self._environment.transaction(write=True) as txn:
-            if found is None:
-                txn.put("meta", b"state", new_state())
-            else:
-                migrate(txn)
-            txn.put("meta", b"format", _FORMAT)
+            raise
+
+    @property
+    def readonly(self) -> bool:
+        """Whether the folder may not be written to."""
+        return self._environment.readonly
 
     def require(self, what: str, fingerprint: str, name: str = "") -> None:
         """States what the folder is made with, or checks that it was made with just that.
@@ -245,7 +240,7 @@ class Catalogue:
             found = damage(txn)
         texts = list(found.vectors.values())
         vectors = _checked(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
-        with self._environment.transaction(write=True) as txn:
+        with self._environment.transaction(write=True, suspicious=True) as txn:
             mend(txn, found, vectors)
             txn.put("meta", b"state", new_state())
         return [
@@ -265,10 +260,27 @@ class Catalogue:
 
     def close(self) -> None:
         """Closes the folder, and deletes it where it is a temporary one. Closing twice is no error."""
-        if self.temporary:
-            _discard(self._environment, self.path)
-        else:
-            self._environment.close()
+        self._give_back()
+
+    @property
+    def _environment(self) -> Environment:
+        if not self._give_back.alive:
+            raise RetrievalError(f"{self.path} is closed: open it again")
+        return self._opened
+
+    def _check_format(self) -> None:
+        with self._environment.transaction() as txn:
+            found = txn.get("meta", b"format")
+        if found == _FORMAT:
+            return
+        if found not in (None, _FORMER):
+            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
+        with self._environment.transaction(write=True) as txn:
+            if found is None:
+                txn.put("meta", b"state", new_state())
+            else:
+                migrate(txn)
+            txn.put("meta", b"format", _FORMAT)
 
     def __enter__(self) -> Catalogue:
         return self
@@ -290,7 +302,8 @@ def _spoken(setting: dict[str, str]) -> str:
     return " ".join(part for part in (setting["name"], f"({setting['fingerprint']})") if part)
 
 
-def _discard(environment: Environment, path: Path) -> None:
-    if environment.ours:
-        environment.close()
-        shutil.rmtree(path, ignore_errors=True)
+def _give_back(environment: Environment, temporary: bool, process: int) -> None:
+    environment.close()
+    # A forked child has its parent's folder, which is not its own to delete.
+    if temporary and os.getpid() == process:
+        shutil.rmtree(environment.path, ignore_errors=True)

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from numpy.typing import NDArray
 
+from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
 from ragkv.retrieval.records import Change, Document, Reading
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -125,7 +125,7 @@ def _write_uses(txn: Transaction, before: set[tuple[bytes, bytes]], now: set[tup
 
 
 def _write(txn: Transaction, database: str, key: bytes, payload: bytes) -> None:
-    txn.put(database, key, records.sealed(key, payload))
+    txn.put(database, key, seal(key, payload))
 
 
 def _first_changed(passages: list[str], old: list[str]) -> int | None:

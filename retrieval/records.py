@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
 
 from ragkv.chunk import digest
 from ragkv.errors import DocumentError, RecordError
-
-_CHECKSUM_BYTES = 16
+from ragkv.folder import unseal
 
 
 @dataclass(frozen=True)
@@ -143,21 +141,18 @@ def reading_from(key: bytes, payload: bytes) -> Reading:
     return Reading(key[32:].hex(), [payload[at : at + 32] for at in range(4, end, 32)], payload[end:])
 
 
-def sealed(key: bytes, payload: bytes) -> bytes:
-    """A record: a checksum over key and payload, then the payload."""
-    return xxh3_128_digest(key + payload) + payload
-
-
 def opened(what: str, key: bytes, record: bytes) -> bytes:
-    """The payload of a record.
+    """The payload of a sealed record.
 
     Raises:
         RecordError: it is not what was written under this key.
     """
-    payload = record[_CHECKSUM_BYTES:]
-    if xxh3_128_digest(key + payload) != record[:_CHECKSUM_BYTES]:
-        raise RecordError(f"the catalogue's record of {what} is damaged: Catalogue.repair() mends or names it")
-    return payload
+    try:
+        return unseal(key, record)
+    except RecordError as error:
+        raise RecordError(
+            f"the catalogue's record of {what} is damaged: Catalogue.repair() mends or names it"
+        ) from error
 
 
 def document_payload(document: Document) -> bytes:

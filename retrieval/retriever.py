@@ -186,7 +186,7 @@ class Retriever:
         """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
         with self._lock, self.catalogue.snapshot() as view:
             self._follow(view)
-            if self._saved != self._state and not self.catalogue.temporary:
+            if self._saved != self._state and not (self.catalogue.temporary or self.catalogue.readonly):
                 self.index.save(self.catalogue.path / INDEX_FILE, self._state)
                 self._saved = self._state
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.errors import RecordError, RetrievalError
+from ragkv.folder import Transaction
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
 from ragkv.retrieval.records import Document, Passage, Reading
 
 _LOG = logging.getLogger("ragkv.retrieval")

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ragkv.chunk import digest
 from ragkv.errors import RagKVError
+from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
 from ragkv.retrieval.records import Document
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -97,7 +97,7 @@ def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
     for passage_id, vector in zip(found.vectors, vectors, strict=True):
         key = records.passage_key(passage_id)
         if key in kept:
-            txn.put("vectors", key, records.sealed(key, records.vector_payload(vector)))
+            txn.put("vectors", key, seal(key, records.vector_payload(vector)))
     mend_readings(txn, {records.source_key(document.source): document for document in sound})
     txn.clear("uses")
     for document in sound:

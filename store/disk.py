@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.environment import Environment
+from ragkv.folder import Environment, seal, unseal
 from ragkv.store.layout import Payload
 from ragkv.store.ledger import NO_QUOTA, Ledger
 from ragkv.store.policy import Policy, Usage
 from ragkv.store.record import Record
-from ragkv.store.rows import Counters, Row, namespace_id, seal, unseal
+from ragkv.store.rows import Counters, Row, namespace_id
 from ragkv.store.snapshot import Snapshot, segment_key
 from ragkv.store.stats import Tally
 from ragkv.store.terms import Terms
 
 logger = logging.getLogger("ragkv.store")
 
-FOLDER_VERSION = 1
+FOLDER_VERSION = 2
+DATABASES: dict[bytes, dict[str, Any]] = {
+    name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
+}
 PAGE_BYTES = 4096
 NO_FACTS: Mapping[str, bytes] = {}
 _VERSION = struct.Struct("<Q")
@@ -67,7 +70,7 @@ class DiskTier:
         self._now = now
         self._touched: dict[bytes, int] = {}
         self._touch_lock = threading.Lock()
-        self.environment = Environment.open(path, map_bytes=4 * budget_bytes, readonly=readonly)
+        self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
         try:
             self._check_version()
         except BaseException:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ragkv.errors import RecordError, StoreFullError
-from ragkv.store.environment import Environment
+from ragkv.folder import Environment
 from ragkv.store.policy import Policy
 from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 

@@ -139,7 +139,9 @@ class Record:
     def decode(self, payload: Payload) -> ChunkKV:
         """All layers of a whole payload."""
         pairs = [self.layer(payload, layer) for layer in range(len(self.shapes))]
-        return ChunkKV([key for key, _ in pairs], [value for _, value in pairs], self.base, self.sensitivity, self.foreign)
+        return ChunkKV(
+            [key for key, _ in pairs], [value for _, value in pairs], self.base, self.sensitivity, self.foreign
+        )
 
     def safetensors_header(self) -> bytes:
         """``length u64, JSON``: what a safetensors file begins with."""

@@ -12,12 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.environment import Environment
+from ragkv.folder import Environment, translated
 from ragkv.store.layout import Payload, runs
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
 from ragkv.store.target import Target
-from ragkv.store.translation import translated
 
 _SEGMENT = struct.Struct(">I")
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from ragkv.chunk import Chunk
 from ragkv.errors import RecordError
+from ragkv.folder import seal, unseal
 from ragkv.library.document import Document
 from ragkv.store import TieredStore
-from ragkv.store.rows import seal, unseal
 
 logger = logging.getLogger(__name__)
 
