@@ -225,6 +225,17 @@ class Batch:
         with self._reading(index) as source:
             self._count(source.place(layers, targets, start), started)
 
+    def done(self, index: int) -> None:
+        """The chunk at ``index`` is not read again: its tiers may keep it now, and memory that holds it is let go.
+
+        A chunk that stands at several indices is done with once all of them are.
+        """
+        source, self._found[index] = self._found[index], None
+        if source is None or any(other is source for other in self._found):
+            return
+        self._owner.finish(self.keys[index], self._sources.pop(self.keys[index]))
+        self._loading = [other for other in self._loading if other is not source]
+
     def read_ahead(self) -> Batch:
         """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.
 

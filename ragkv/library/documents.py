@@ -17,7 +17,6 @@ from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
 from ragkv.kernels import Impl
 from ragkv.library.costs import cost_profile
-from ragkv.library.depth import Depth
 from ragkv.library.reading import Reader, with_window
 from ragkv.library.repair import Repair, plan_repair, repaired
 from ragkv.library.sensitivity import FOREIGN
@@ -57,7 +56,6 @@ class Documents:
             short English paragraphs (:mod:`ragkv.library.sensitivity`).
 
     Attributes:
-        depth: what methods ask about the model's depth.
         tokens_read: tokens of documents that the model has read since this object was made.
 
     Raises:
@@ -94,7 +92,6 @@ class Documents:
         self.document_tokens = min(document_tokens or 8192, room)
         self._measured = sensitivity
         self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens, self._foreign(foreign))
-        self.depth = Depth(self._reader)
         self._lock = threading.RLock()
         self.tokens_read = 0
 

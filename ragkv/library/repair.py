@@ -99,9 +99,7 @@ def repaired(
         if None in batch.tiers:
             return None
         cache = decoder.cache(len(ids))
-        placement = Placement(decoder, cache, layout, reader.anchor, store, batch, keys, {})
-        for layer in range(len(decoder.layers)):
-            placement.layer(layer)
+        Placement(decoder, cache, layout, reader.anchor, batch, keys, {}, by_layer=False).ahead()
         recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
         cache.set_length(len(ids))
         known = dict(zip(keys, batch.sensitivities, strict=True))
