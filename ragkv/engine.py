@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,18 +16,20 @@ from ragkv.chunk import Chunk, ChunkKV
 from ragkv.errors import PromptError, PromptTooLongError, RecordError
 from ragkv.fusion.fuse import fuse, plan
 from ragkv.fusion.layout import Layout, Placed, lay_out
+from ragkv.fusion.looking import Looking
 from ragkv.fusion.placement import Placement
-from ragkv.fusion.scene import Once, Scene
+from ragkv.fusion.timing import Timer, clock
+from ragkv.fusion.view import Selection, View
 from ragkv.kernels import Impl, implementation
-from ragkv.library.depth import Depth
 from ragkv.library.documents import Documents, several
 from ragkv.methods import Auto, Method, SensitiveTokens
+from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.decoding import Settings, beam_search, decode
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
-from ragkv.store import Batch, Item, TieredStore
+from ragkv.store import Batch, TieredStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +100,7 @@ class Engine:
             document_tokens=document_tokens,
             piece_tokens=piece_tokens,
             namespace=namespace,
-            sensitivity=self.method.measured if sensitivity is None else sensitivity,
+            sensitivity=self.method.needs_sensitivity if sensitivity is None else sensitivity,
             foreign=foreign,
             kernels=kernels,
         )
@@ -218,12 +221,7 @@ class Engine:
         known = self._chunks(chunks)
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device)
         self._check_length(layout.tokens)
-        with self.runner.turn(), torch.no_grad():
-            try:
-                return self._fuse(layout, chosen, room_tokens, begin)
-            except RecordError as error:  # the store has dropped the damaged record: it is a miss now
-                logger.warning("reading chunks again: %s", error)
-                return self._fuse(layout, chosen, room_tokens, begin)
+        return self._fuse(layout, chosen, room_tokens, begin)
 
     def generate(
         self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
@@ -297,55 +295,79 @@ class Engine:
                 "chunks"
             )
 
+    @torch.no_grad()
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
-        method, layers = method.pick(layout, Depth(self.documents.reader)), len(self.decoder.layers)
-        work = None if method.looks else plan(method, layout, layers)
+        """One prompt. The store drops records that prove damaged: those are read again, and as often as there are such."""
+        for _ in layout.chunks:
+            try:
+                return self._fuse_once(layout, method, room_tokens, begin)
+            except RecordError as error:
+                if not self.documents.missing([placed.chunk for placed in layout.chunks]):
+                    raise  # it was not dropped
+                logger.warning("reading chunks again: %s", error)
+        return self._fuse_once(layout, method, room_tokens, begin)
+
+    def _fuse_once(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
+        reader = self.documents.reader
+        decoder, pieces, layers = reader.decoder, reader.piece_tokens, len(reader.decoder.layers)
+        timer = Timer(clock([decoder.device, *(spec.device for spec in decoder.specs)]), begin)
+        cache = decoder.cache(layout.tokens + room_tokens)
+        placement: Placement | None = None
+
+        def opened() -> Placement:
+            nonlocal placement
+            if placement is None:
+                placement = self._open(layout, cache, method.needs_sensitivity, timer, stack)
+            return placement
+
+        def sensitivity() -> list[Tensor | None]:
+            return self._sensitivities(layout, opened().batch, opened().fresh)
+
+        looking = Looking(
+            decoder, cache, layout, pieces, opened, self.runner.turn, sensitivity, lambda: reader.check_layer
+        )
+        with ExitStack() as stack:
+            with timer.stage("select"):
+                selection = Selection.of(method.select(View(layout, layers, looking)), method)
+                work = plan(selection, layout, layers)
+            first = work.first_stored
+            if first < layers:
+                opened().ahead(first)
+            with self.runner.turn(), placement.beside(first) if placement else nullcontext(), timer.stage("compute"):
+                logits, done = fuse(decoder, cache, layout, work, pieces, timer)
+        sources = placement.sources() if placement else ["unused"] * len(layout.chunks)
         report = FusionReport(
-            method=repr(method),
-            attention=self.decoder.attention,
-            kernels=implementation(self.decoder.kernels, self.decoder.device, self.decoder.dtype),
+            method=selection.name,
+            attention=done.attention,
+            kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
             prefix_tokens=layout.chunks_start,
             chunk_tokens=layout.suffix_start - layout.chunks_start,
             suffix_tokens=layout.tokens - layout.suffix_start,
+            hits={source: sources.count(source) for source in sorted(set(sources))},
+            sources=sources,
+            bytes_read=placement.bytes_read if placement else 0,
+            budget=done.budget,
+            fresh_by_layer=done.fresh,
+            looked=looking.looked,
+            timer=timer,
         )
-        cache = self.decoder.cache(layout.tokens + room_tokens)
-        placed = layout.chunks if work is None or work.uses_stored else ()
-        keys = {self.documents.key(item.chunk): item for item in placed}
-        with self.store.read(list(keys)) as batch:
-            start = perf_counter()
-            fresh, items = self._read(self._lost(keys, batch, method.measured), method.measured)
-            read_ms = _ms(start) if fresh else 0.0
-            held = {item.chunk: self.documents.key(item.chunk) for item in placed}
-            placement = Placement(
-                self.decoder,
-                cache,
-                layout,
-                self.documents.reader.opening(self.encoder.prefix),
-                self.store,
-                batch,
-                held,
-                fresh,
-            )
-            pieces, place, look_s = self.documents.reader.piece_tokens, Once(placement.layer), 0.0
-            if work is None:
-                start = perf_counter()
-                scene = Scene(self.decoder, cache, layout, pieces, place, self._sensitivities(layout, batch, fresh))
-                work = plan(method, layout, layers, scene)
-                report.looked = scene.looked
-                look_s = perf_counter() - start - place.seconds
-            looked_place_s = place.seconds
-            logits, trace = fuse(self.decoder, cache, layout, work, pieces, place)
-            trace.seconds["select"] += look_s
-            trace.seconds["place"] += looked_place_s
-            report.sources = placement.sources() if placed else ["unused"] * len(layout.chunks)
-            report.bytes_read = placement.bytes_read
-        if items:
-            self.documents.keep(items, {key: item.chunk for key, item in keys.items()})
-        report.hits = {source: report.sources.count(source) for source in sorted(set(report.sources))}
-        report.attention, report.fresh_by_layer, report.budget = trace.attention, trace.fresh, trace.budget(layout)
-        stages = {name: seconds * 1e3 for name, seconds in trace.seconds.items()}
-        report.milliseconds = {"read": read_ms, **stages, "total": _ms(begin)}
-        return FusedPrompt(layout.ids[None], logits, cache, trace.rows, report)
+        return FusedPrompt(layout.ids[None], logits, cache, done.rows, report)
+
+    def _open(self, layout: Layout, cache: FusedCache, measured: bool, timer: Timer, stack: ExitStack) -> Placement:
+        """Open a prompt's chunks in the store, and read those that are missing."""
+        with timer.stage("place"):
+            keys = {self.documents.key(item.chunk): item for item in layout.chunks}
+            batch = stack.enter_context(self.store.read(list(keys)))
+            lost = self._lost(keys, batch, measured)
+        fresh: dict[bytes, ChunkKV] = {}
+        if lost:
+            with timer.stage("read"):
+                items = list(self.documents.read(lost, measured=measured))
+                self.documents.keep(items, {key: item.chunk for key, item in keys.items()})
+                fresh = {item.key: item.kv for item in items}
+        held = {item.chunk: key for key, item in keys.items()}
+        opening = self.documents.reader.opening(self.encoder.prefix)
+        return Placement(self.decoder, cache, layout, opening, batch, held, fresh, timer)
 
     def _sensitivities(self, layout: Layout, batch: Batch, fresh: dict[bytes, ChunkKV]) -> list[Tensor | None]:
         known = dict(zip(batch.keys, batch.sensitivities, strict=True))
@@ -369,11 +391,6 @@ class Engine:
         if broken:
             self.store.remove_many(broken)
         return missing
-
-    def _read(self, missing: Sequence[Chunk], measured: bool) -> tuple[dict[bytes, ChunkKV], list[Item]]:
-        """The KV of chunks that the store does not hold, by key; and what may be stored once the prompt is ready."""
-        items = list(self.documents.read(missing, measured=measured))
-        return {item.key: item.kv for item in items}, items
 
     def _begin(
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from time import perf_counter
 
 import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -119,6 +121,11 @@ class Reader:
             _append(cache, front.first(self._anchor_tokens + room))
         self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
+
+    @cached_property
+    def check_layer(self) -> int:
+        """The layer at which CacheBlend best sees which tokens depend on the text in front (:func:`~.depth.check_layer`)."""
+        return check_layer(self.changes())
 
     def changes(self) -> torch.Tensor:
         """How much the values of the foreign text's second half change, in each layer, behind its first half.

@@ -89,9 +89,7 @@ def repaired(
         if None in batch.tiers:
             return None
         cache = decoder.cache(len(ids))
-        placement = Placement(decoder, cache, layout, reader.anchor, store, batch, keys, {})
-        for layer in range(len(decoder.layers)):
-            placement.layer(layer)
+        Placement(decoder, cache, layout, reader.anchor, batch, keys, {}, by_layer=False).ahead()
         with reader.turn():
             recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
         cache.set_length(len(ids))

@@ -15,6 +15,7 @@ from ragkv import (
     PromptTooLongError,
     QuestionAware,
     Reuse,
+    Selection,
     SensitiveTokens,
     StoreFullError,
     TieredStore,
@@ -127,12 +128,12 @@ def test_bad_methods(engine):
     chunk = engine.add([random_ids(20)])[0]
 
     class Outside(Method):
-        def start(self, layout):
-            return layout.suffix
+        def select(self, view):
+            return view.layout.suffix
 
     class Growing(LegoLink):
-        def checks(self, layers):
-            return [1]
+        def select(self, view):
+            return Selection(super().select(view), checks=[1])
 
         def narrow(self, check):
             return check.layout.reusable
@@ -170,7 +171,7 @@ def test_budgets_are_charged_budgets(engine):
 
 
 def test_time_to_first_token_counts_every_stage(monkeypatch):
-    """By a clock that only work moves: 1 s a forward, 100 s a placed layer, 10,000 s a choice."""
+    """By a clock that only work moves: 1 s a forward, 100 s a layer placed, 10,000 s a choice."""
     now, model = [0.0], tiny_model("llama")
 
     def costing(seconds, function):
@@ -180,10 +181,10 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
 
         return timed
 
-    for module in ("engine", "fusion.passes", "fusion.scene"):
+    for module in ("engine", "fusion.timing"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Placement, "layer", costing(100, Placement.layer))
-    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "survey"), (QuestionAware, "survey")):
+    monkeypatch.setattr(Placement, "_place_opening", costing(100, Placement._place_opening))
+    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "select"), (QuestionAware, "select")):
         monkeypatch.setattr(kind, choice, costing(10_000, getattr(kind, choice)))
     model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
     engine = Engine(model, template=TEMPLATE)

@@ -48,7 +48,7 @@ def test_what_is_compared_are_the_models_own_values():
 def test_the_engine_asks_for_the_layer_once_and_reports_it(wrap, monkeypatch):
     engine = Engine(tiny_model(), template=TEMPLATE)
     asked = []
-    monkeypatch.setattr("ragkv.library.depth.check_layer", lambda changes: asked.append(changes) or 2)
+    monkeypatch.setattr("ragkv.library.reading.check_layer", lambda changes: asked.append(changes) or 2)
     chunks = engine.add([random_ids(n) for n in (20, 31)])[::-1]
     for _ in range(2):
         prompt = engine.fuse(chunks, QUESTION, method=wrap(CacheBlend(0.2)))

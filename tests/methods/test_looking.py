@@ -19,7 +19,7 @@ from ragkv import (
     TieredStore,
     Union,
 )
-from ragkv.fusion import fuse
+from ragkv.fusion import view
 from ragkv.library.sensitivity import sensitivity
 from ragkv.methods import Auto
 from ragkv.testing import random_ids, tiny_model
@@ -47,17 +47,12 @@ def chosen(prompt):
 class Keep(Method):
     """Looks, and keeps what it saw."""
 
-    looks = True
-
     def __init__(self, look):
         self.look, self.seen = look, None
 
-    def start(self, layout):
-        return layout.reusable[:0]
-
-    def survey(self, scene):
-        self.seen = self.look(scene)
-        return self.start(scene.layout)
+    def select(self, view):
+        self.seen = self.look(view)
+        return view.layout.reusable[:0]
 
 
 def see(engine, chunks, look):
@@ -84,7 +79,7 @@ def test_attention_is_the_models_own(engine, model):
 
 def test_question_aware_takes_what_the_question_looks_at(engine):
     chunks = engine.add(PARTS)
-    attention = see(engine, chunks, lambda scene: scene.attention("last")).mean(0)
+    attention = see(engine, chunks, lambda view: view.attention("last")).mean(0)
     prompt = engine.fuse(chunks, QUESTION, method=QuestionAware(ratio=0.25, queries="last"))
     exact = len(PARTS[0]) + 1  # the first chunk stands where it was made
     best = attention[exact:].topk(round(0.25 * len(attention))).indices + exact + 3
@@ -94,7 +89,7 @@ def test_question_aware_takes_what_the_question_looks_at(engine):
 
 def test_oracle_sees_the_deviation_from_full_prefill(engine):
     chunks = engine.add(PARTS)[::-1]
-    deviation = see(engine, chunks, lambda scene: scene.deviation())
+    deviation = see(engine, chunks, lambda view: view.deviation)
     stored = engine.fuse(chunks, QUESTION, method=Reuse())
     full = engine.fuse(chunks, QUESTION, method=FullPrefill())
     span, layer = slice(3, stored.input_ids.shape[1] - len(QUESTION)), 2
@@ -224,8 +219,8 @@ def test_the_report_says_what_was_looked_with(engine):
 
 def test_a_check_runs_the_kernels_that_were_asked_for(model, monkeypatch):
     engine, asked = Engine(model, template=TEMPLATE, kernels="reference"), []
-    plain = fuse.deviation
-    monkeypatch.setattr(fuse, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
+    plain = view.deviation
+    monkeypatch.setattr(view, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
     engine.fuse(engine.add(PARTS)[::-1], QUESTION, method=CacheBlend(0.2, signal="both"))
     assert asked == ["reference"] * 2
 
@@ -244,12 +239,12 @@ def test_union_computes_what_either_does(engine):
         (Random(0.1), QuestionAware(0.2)),
         (LegoLink(5), CacheBlend(0.2)),
         (CacheBlend(0.2), LegoLink(5)),
+        (CacheBlend(0.2), QuestionAware(0.1)),
     ]:
         apart = [chosen(engine.fuse(chunks, QUESTION, method=method)) for method in (a, b)]
         assert chosen(engine.fuse(chunks, QUESTION, method=Union(a, b))) == apart[0] | apart[1]
-    for a, b in [(CacheBlend(), CacheBlend(0.3)), (CacheBlend(), QuestionAware())]:
-        with pytest.raises(MethodError, match="Union"):
-            engine.fuse(chunks, QUESTION, method=Union(a, b))
+    with pytest.raises(MethodError, match="Union: both"):
+        engine.fuse(chunks, QUESTION, method=Union(CacheBlend(), CacheBlend(0.3)))
 
 
 def test_auto_says_what_it_picked(model):
