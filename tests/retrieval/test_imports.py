@@ -29,4 +29,5 @@ def test_nothing_heavy_is_needed_before_it_is_used():
     assert {name for name in done.stdout.split() if not name.startswith("ragkv.retrieval")} <= {
         "ragkv.chunk",
         "ragkv.errors",
+        "ragkv.tokenizer",
     }
