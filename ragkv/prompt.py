@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ragkv.errors import PromptError
 from ragkv.tokenizer import PrivateTokenizer
@@ -210,10 +210,11 @@ def _checked(given: Sequence[int]) -> tuple[int, ...]:
     values = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
         raise PromptError(f"give text as str or a sequence of token ids, got {type(given).__name__}")
-    ids = tuple(values)
-    try:
-        # A bool is an int to Python, and so is True to index().
-        return tuple(index(None if isinstance(i, bool) else i) for i in ids)
-    except TypeError as error:
-        wrong = next(i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__"))
-        raise PromptError(f"token ids must be whole numbers, got {wrong!r}") from error
+    return tuple(_whole(value) for value in values)
+
+
+def _whole(value: Any) -> int:
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
+    if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
+        raise PromptError(f"token ids must be whole numbers, got {plain!r}")
+    return index(plain)

@@ -74,20 +74,19 @@ class _Copied:
         own = Tokenizer(given.model)
         own.normalizer, own.pre_tokenizer = given.normalizer, given.pre_tokenizer
         own.post_processor = given.post_processor
-        added = given.get_added_tokens_decoder()
+        added, marked = given.get_added_tokens_decoder(), set(tokenizer.all_special_tokens)
+        for token in added.values():
+            token.special = token.special or token.content in marked or _is_written(token.content, tokenizer)
         own.add_tokens([added[i] for i in sorted(added)])
-        if {token.content: i for i, token in added.items()} != {
-            token.content: i for i, token in own.get_added_tokens_decoder().items()
-        }:
+        special = {token.content: i for i, token in added.items() if token.special}
+        if any(own.token_to_id(token.content) != i for i, token in added.items()):
             raise PromptError(
                 "the tokenizer's added tokens have ids that cannot be given again: save it and load it anew"
             )
-        special = [token.content for token in added.values() if token.special or _is_written(token.content, tokenizer)]
-        own.add_special_tokens(special)
         own.encode_special_tokens = split
         self._backend = own
         unknown = getattr(given.model, "unk_token", tokenizer.unk_token)
-        self.special = _forbidden({token: own.token_to_id(token) for token in special}, unknown, tokenizer)
+        self.special = _forbidden(special, unknown, tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -109,7 +108,9 @@ class _Called:
             self.encode(["a"])  # sets the options in the copy, once
         except ValueError:  # mistral-common never reads text as special tokens and refuses to be told so
             del self._options["split_special_tokens"]
-        special = {token: tokenizer.convert_tokens_to_ids(token) for token in getattr(tokenizer, "all_special_tokens", ())}
+        special = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in getattr(tokenizer, "all_special_tokens", ())
+        }
         self.special = _forbidden(special, getattr(tokenizer, "unk_token", None), tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
