@@ -20,6 +20,7 @@ from ragkv.model.loading import load_model
 from ragkv.store import CostProfile
 from ragkv.store.simulation import Outcome, Request, compare
 from ragkv.store.streams import read_passages, zipf_stream
+from ragkv.tokenizer import PrivateTokenizer
 
 _SHARES = (0.05, 0.1, 0.2, 0.4)
 _STREAMS = {"stationary": 1, "drifting": 10}
@@ -73,7 +74,7 @@ def _catalogue(args: argparse.Namespace) -> tuple[list[Request], CostProfile]:
     reader = Reader(decoder, (), 512)
     per_token = sum(s.heads * (s.key_dim + s.value_dim) * s.dtype.itemsize for s in decoder.specs)
     profile = measure(reader, decoder.max_positions or 1 << 30, _LIMIT_S)
-    counts = [max(len(tokenizer(text, add_special_tokens=False)["input_ids"]), 1) for text in passages]
+    counts = [max(len(ids), 1) for ids in PrivateTokenizer(tokenizer).plain(passages)]
     return [
         Request(digest(text), count * per_token, count, profile(0, count))
         for text, count in zip(passages, counts, strict=True)
