@@ -114,5 +114,8 @@ def test_the_wheel_has_one_top_level_name(tmp_path):
     assert "ragkv/py.typed" in names
     assert any(name.startswith("ragkv/bundled/model/") and name.endswith(".safetensors") for name in names)
     assert any(name.startswith("ragkv/bundled/documents/") for name in names)
+    assert {f"ragkv/bundled/{name}" for name in ("cases.jsonl.bz2", "foreign.txt", "questions.json")} < set(names)
+    code = [name for name in names if name.startswith("ragkv/bundled/") and name.endswith(".py")]
+    assert code == ["ragkv/bundled/__init__.py"], "what only builds the bundled world is in training/"
     packages = sysconfig.get_paths()["purelib"]
     assert not any((Path(packages) / name).exists() for name in ("kernels", "store", "retrieval"))

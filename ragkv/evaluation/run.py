@@ -129,13 +129,19 @@ def evaluate(
 
 def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
     kept, left_out = usable(plan.cases)
-    fitting = [case for case in kept if bench.readable(case) and bench.fits(case, case.retrieved)]
-    left_out["longer than the model's positions"] = len(kept) - len(fitting)
+    fitting: list[Case] = []
+    for case in kept:
+        if bench.readable(case) and bench.fits(case, case.retrieved):
+            fitting.append(case)
+        else:
+            left_out["longer than the model's positions"] += 1
+        if len(fitting) == plan.limit:
+            break
     if not fitting:
         raise EvaluationError(
-            f"no case fits into the model's {bench.engine.decoder.max_positions} positions; left out: {dict(+left_out)}"
+            f"no case fits into the model's {bench.engine.decoder.max_positions} positions; left out: {dict(left_out)}"
         )
-    return fitting[: plan.limit], +left_out
+    return fitting, left_out
 
 
 def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]:
