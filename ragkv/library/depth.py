@@ -13,11 +13,6 @@ _SHARE = 0.15
 _NEARLY = 0.95
 
 
-def check_layer(self) -> int:
-    """The layer at which CacheBlend best sees which tokens depend on the text in front (:func:`check_layer`)."""
-    return check_layer(self._reader.changes())
-
-
 def check_layer(changes: Tensor) -> int:
     """The earliest layer whose most changed tokens are nearly those that change most in the layers behind it.
 
