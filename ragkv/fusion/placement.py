@@ -95,7 +95,7 @@ class Placement:
         opening: ChunkKV | None,
         batch: Batch,
         keys: Mapping[Chunk, bytes],
-        fresh: Mapping[bytes, ChunkKV],
+        fresh: dict[bytes, ChunkKV],
         timer: Timer | None = None,
         by_layer: bool | None = None,
     ):
