@@ -44,4 +44,4 @@ def _forget_marks(kv: Path, names: Iterable[str]) -> None:
     """The store remembers which versions of documents were repaired."""
     if (kv / "data.mdb").is_file():
         with opened(kv) as tier:
-            tier.remove_many((), facts=names)
+            tier.remove((), facts=names)
