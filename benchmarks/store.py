@@ -22,8 +22,11 @@ import torch
 from ragkv.chunk import ChunkKV
 from ragkv.kernels import Rotation
 from ragkv.store import Target, TieredStore, chunk_key
+from ragkv.store.books import MemoryBooks
 from ragkv.store.codecs import CODECS, CacheGen, Codec, get_codec
 from ragkv.store.encode import encode
+from ragkv.store.planner import Planner
+from ragkv.store.policy import get_policy
 from ragkv.store.record import SEGMENT_BYTES, checksum
 from ragkv.store.rope import Rope, ropes_of
 from ragkv.store.terms import Terms
@@ -83,7 +86,9 @@ def get_into_prompt(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         def by_layer() -> None:
             with store.read(keys) as batch:
                 for layer in every:
-                    batch.place_layer(layer, prompt[0, layer], prompt[1, layer], starts)
+                    targets = [Target(prompt[0, layer], prompt[1, layer])]
+                    for index, start in enumerate(starts):
+                        batch.place(index, range(layer, layer + 1), targets, start)
 
         def layers() -> None:
             with store.read(keys) as batch:
@@ -193,13 +198,12 @@ def many_entries(folder: Path, count: int) -> dict[str, float]:
     keys = [key_of(chance.randrange(count)) for _ in range(5000)]
     disk = store._disk
     assert disk is not None
-    noted = timed(lambda: [disk.touch(key) for key in keys]) / len(keys)
+    noted = timed(lambda: [disk.touch([key]) for key in keys]) / len(keys)
     entered = timed(store.flush) / len(set(keys))
     store.close()
-    memory = TieredStore(cpu_bytes=1 << 40)
-    for number in range(count):
-        memory._cpu.put(key_of(number), kv, Terms(cost_s=0.1))
-    ranked = timed(lambda: [memory._cpu.use(key) for key in keys]) / len(keys)
+    planner = Planner(MemoryBooks(), get_policy("pgdsf"), 1 << 40)
+    rows = {key_of(number): planner.admit(key_of(number), kv.nbytes, Terms(cost_s=0.1)) for number in range(count)}
+    ranked = timed(lambda: [planner.use(key, rows[key]) for key in keys]) / len(keys)
     return {
         "entries": count,
         "open_seconds": opened,

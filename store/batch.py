@@ -13,94 +13,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.layout import Payload
-from ragkv.store.record import Record
-from ragkv.store.snapshot import Loading, Snapshot
+from ragkv.store.snapshot import Loading
 from ragkv.store.target import Target
-
-# K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
-Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
-
-
-class Source(Protocol):
-    """Where a batch takes a chunk's layers from."""
-
-    @property
-    def tier(self) -> str:
-        """Its tier's name."""
-
-    @property
-    def base(self) -> int:
-        """Position at which the chunk's first token stood."""
-
-    @property
-    def tokens(self) -> int:
-        """T, the chunk's tokens."""
-
-    @property
-    def layers(self) -> int:
-        """L."""
-
-    @property
-    def sensitivity(self) -> Tensor | None:
-        """``[T]``, see :class:`~ragkv.chunk.ChunkKV`."""
-
-    @property
-    def foreign(self) -> str:
-        """See :class:`~ragkv.chunk.ChunkKV`."""
-
-    @property
-    def codec(self) -> str:
-        """How :meth:`parts` are encoded."""
-
-    @property
-    def unrotated(self) -> bool:
-        """Whether the keys among :meth:`parts` are as they were before rotary embedding."""
-
-    @property
-    def blocks(self) -> Tensor | None:
-        """Where it lies in a pool, block by block; None elsewhere."""
-
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """K and V of a layer as they are held, and the bytes read from disk for it."""
-
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it."""
-
-    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        """Copies layers into a prompt, each to its target, from token ``start`` on; the bytes read from disk for it."""
-
-
-class InMemory:
-    """A chunk in CPU memory, as a record: what the tier holds, and what a batch reads the chunk from."""
-
-    tier = "cpu"
-    blocks = None
-
-    def __init__(self, record: Record, payload: Payload) -> None:
-        self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity, self.foreign = record.sensitivity, record.foreign
-        self.codec, self.unrotated = record.codec, record.turned_back
-        self.record, self.payload = record, payload
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its tensors take."""
-        return self.record.payload_bytes
-
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """See the protocol."""
-        return self.record.parts(self.payload, layer), 0
-
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """See the protocol."""
-        return self.record.layer(self.payload, layer), 0
-
-    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        """See the protocol."""
-        for layer, target in zip(layers, targets, strict=True):
-            target.fill(start, *self.record.layer(self.payload, layer))
-        return 0
+from ragkv.store.tier import Parts, Source
 
 
 class Owner(Protocol):
@@ -109,8 +24,8 @@ class Owner(Protocol):
     def finish(self, key: bytes, source: Source) -> None:
         """The batch is done with a chunk: the tiers above may keep it."""
 
-    def drop_damaged(self, key: bytes, error: RecordError) -> None:
-        """A record proved damaged."""
+    def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
+        """A record of a tier proved damaged."""
 
     def release(self, keys: Sequence[bytes]) -> None:
         """The lease is over."""
@@ -139,9 +54,7 @@ class Batch:
         bytes_read: bytes read from disk so far.
     """
 
-    def __init__(
-        self, owner: Owner, keys: Sequence[bytes], sources: Mapping[bytes, Source], snapshot: Snapshot | None
-    ) -> None:
+    def __init__(self, owner: Owner, keys: Sequence[bytes], sources: Mapping[bytes, Source]) -> None:
         self.keys = list(keys)
         self._found = [sources.get(key) for key in keys]
         self.tiers = [None if source is None else source.tier for source in self._found]
@@ -158,7 +71,6 @@ class Batch:
         self._owner = owner
         self._sources = dict(sources)
         self._open = Counter(keys)
-        self._snapshot = snapshot
         self._lock = threading.Lock()
         self._ahead: threading.Thread | None = None
         self._closed = False
@@ -194,25 +106,6 @@ class Batch:
             self._count(count, started)
         return parts
 
-    def place_layer(self, layer: int, keys: Tensor, values: Tensor, starts: Sequence[int | None]) -> None:
-        """Copies one layer of the chunks into a prompt's K and V, where they stand.
-
-        What lies on disk and would not be kept in memory is copied straight from the file.
-
-        Args:
-            layer: which layer.
-            keys: ``[H, N, D]``, gets K; heads may lie apart from each other.
-            values: ``[H, N, D]``, gets V.
-            starts: per chunk the token at which it begins; None to leave it out.
-
-        Raises:
-            StoreError, RecordError: as :meth:`layer`, and where a chunk does not fit.
-        """
-        targets = [Target(keys, values)]
-        for index, start in enumerate(starts):
-            if start is not None:
-                self.place(index, range(layer, layer + 1), targets, start)
-
     def direct(self, index: int) -> bool:
         """Whether :meth:`place` copies the chunk straight from the file: then it is the fastest way to read it."""
         return isinstance(source := self._found[index], Loading) and source.direct
@@ -227,7 +120,7 @@ class Batch:
             start: the token at which the chunk begins.
 
         Raises:
-            StoreError, RecordError: as :meth:`place_layer`; what stands at the chunk's place then is worthless.
+            StoreError, RecordError: as :meth:`layer`, and where it does not fit; what stands at its place then is worthless.
         """
         started = perf_counter()
         with self._reading(index) as source:
@@ -248,7 +141,7 @@ class Batch:
             self._open[key] -= 1
             source = None if self._open[key] else self._sources.pop(key, None)
         if source is not None:
-            self._owner.finish(key, source)
+            self._finish(key, source)
         self._owner.release([key])
 
     def read_ahead(self) -> Batch:
@@ -256,7 +149,7 @@ class Batch:
 
         What proves damaged is left to :meth:`layer`, which raises.
         """
-        if self._loading() and self._ahead is None and not self._closed:
+        if self._unread() and self._ahead is None and not self._closed:
             self._ahead = threading.Thread(target=self._load_layers, name="ragkv-read-ahead", daemon=True)
             self._ahead.start()
         return self
@@ -269,10 +162,8 @@ class Batch:
             self._closed = True
         if self._ahead is not None:
             self._ahead.join()
-        if self._snapshot is not None:
-            self._snapshot.close()
         for key, source in self._sources.items():
-            self._owner.finish(key, source)
+            self._finish(key, source)
         self._owner.release(list(self._open.elements()))
         self._owner.count_load(self.bytes_read, self._seconds)
 
@@ -285,23 +176,29 @@ class Batch:
         try:
             yield source
         except RecordError as error:
-            self._owner.drop_damaged(self.keys[index], error)
+            self._owner.drop_damaged(self.keys[index], source.tier, error)
             raise RecordError(f"the record {self.keys[index].hex()} is damaged and was dropped: {error}") from error
 
-    def _loading(self) -> list[Loading]:
+    def _finish(self, key: bytes, source: Source) -> None:
+        try:
+            self._owner.finish(key, source)
+        finally:
+            source.release()
+
+    def _unread(self) -> list[Source]:
         with self._lock:
-            return [source for source in self._sources.values() if isinstance(source, Loading)]
+            return [source for source in self._sources.values() if source.whole is None and source.blocks is None]
 
     def _load_layers(self) -> None:
-        for layer in range(max((source.layers for source in self._loading()), default=0)):
-            for source in self._loading():
+        for layer in range(max((source.layers for source in self._unread()), default=0)):
+            for source in self._unread():
                 if self._closed:
                     return
                 if layer < source.layers:
                     started = perf_counter()
                     try:
-                        self._count(source.load(source.record.segments_of(layer)), started)
-                    except RecordError:
+                        self._count(source.load(layer), started)
+                    except StoreError:
                         return
 
     def _count(self, count: int, started: float) -> None:

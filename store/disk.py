@@ -6,22 +6,25 @@ import logging
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, seal, unseal
+from ragkv.store.books import FolderBooks, removed_since
 from ragkv.store.layout import Payload
-from ragkv.store.ledger import NO_QUOTA, Ledger
-from ragkv.store.policy import Policy, Usage
+from ragkv.store.memory import NO_FACTS
+from ragkv.store.planner import Planner
+from ragkv.store.policy import Policy
 from ragkv.store.record import Record
-from ragkv.store.rows import Counters, Row, namespace_id
-from ragkv.store.snapshot import Snapshot, segment_key
+from ragkv.store.rows import Counters, Row
+from ragkv.store.snapshot import Loading, Snapshot, segment_key
 from ragkv.store.stats import Tally
-from ragkv.store.terms import Terms
+from ragkv.store.tier import Offer, Source, Tier
 
 logger = logging.getLogger("ragkv.store")
 
@@ -30,11 +33,10 @@ DATABASES: dict[bytes, dict[str, Any]] = {
     name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
 }
 PAGE_BYTES = 4096
-NO_FACTS: Mapping[str, bytes] = {}
 _VERSION = struct.Struct("<Q")
 
 
-class DiskTier:
+class DiskTier(Tier):
     """Entries in a folder. Safe for several threads and processes.
 
     Args:
@@ -45,10 +47,9 @@ class DiskTier:
         selective: keep a new entry only where it is worth more than what it would evict.
         readonly: never write.
         now: the wall clock, in seconds.
-
-    Attributes:
-        evictions: entries dropped by this process, by reason.
     """
+
+    name = "disk"
 
     def __init__(
         self,
@@ -61,13 +62,14 @@ class DiskTier:
         readonly: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
+        super().__init__(now)
         self.path = path
         self.budget_bytes = budget_bytes
-        self.evictions: Counter[str] = Counter()
         self._policy = policy
         self._held = held
         self._selective = selective
-        self._now = now
+        # Damaged records that could not be deleted.
+        self._unreadable: set[bytes] = set()
         self._touched: dict[bytes, int] = {}
         self._touch_lock = threading.Lock()
         self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
@@ -86,81 +88,102 @@ class DiskTier:
         """A view of the folder as it is now, which no eviction changes."""
         return Snapshot(self.environment)
 
-    def put(self, key: bytes, record: Record, payload: Payload, terms: Terms) -> Row | None:
-        """Stores one record: see :meth:`put_many`."""
-        return self.put_many([(key, record, payload, terms)])[0]
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
+        """See :class:`Tier`. A header that proves damaged is dropped."""
+        found: dict[bytes, Source] = {}
+        snapshot = self.snapshot()
+        try:
+            for key in keys:
+                try:
+                    there = None if key in self._unreadable else snapshot.find(key, self.now())
+                except RecordError as error:
+                    logger.warning("dropped the damaged record %s: %s", key.hex(), error)
+                    self.damaged(key)
+                    continue
+                if there is not None:
+                    fits = there[0].payload_bytes <= self.above_bytes
+                    found[key] = Loading(snapshot, key, *there, keep=fits)
+        except BaseException:
+            snapshot.close()
+            raise
+        if not found:
+            snapshot.close()
+        return found
 
-    def put_many(
-        self, items: Sequence[tuple[bytes, Record, Payload, Terms]], facts: Mapping[str, bytes] = NO_FACTS
-    ) -> list[Row | None]:
-        """Stores records and small facts in one transaction, all or none; durable when it returns.
+    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
+        """See :class:`Tier`."""
+        now, snapshot = self.now(), self.snapshot()
+        try:
+            return [key for key in keys if key in self._unreadable or not snapshot.has(key, now)]
+        finally:
+            snapshot.close()
 
-        Returns:
-            What the books say of each now; None where one was not worth what it would have evicted.
-
-        Raises:
-            StoreFullError: they cannot fit; nothing was changed.
-        """
-        reasons: list[str] = []
-        rows: list[Row | None] = []
-        with self._ledger() as ledger:
-            together: set[bytes] = set()
-            for key, record, payload, terms in items:
-                row = self._admit(ledger, key, record, terms, together, reasons)
+    def admit(self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS) -> list[bool]:
+        """Stores records and small facts in one transaction, all or none; durable when it returns."""
+        kept: list[bool] = []
+        written: set[bytes] = set()
+        with self._planner() as planner:
+            txn = planner.books.txn
+            for entry in entries:
+                size = _pages(len(entry.record.pack(entry.key)))
+                size += sum(_pages(stop - start) for start, stop in entry.record.spans)
+                row = planner.admit(entry.key, size, entry.terms, passed=written, selective=self._selective)
                 if row is not None:
-                    self._write(ledger.txn, key, record, payload)
-                    ledger.enter(key, row)
-                rows.append(row)
-                together.add(key)
+                    self._write(txn, entry.key, entry.record, entry.payload)
+                kept.append(row is not None)
+                written.add(entry.key)
             for name, value in facts.items():
-                ledger.txn.put(name.encode(), value, db=self.environment.db(b"facts"))
-        self.evictions.update(reasons)
-        return rows
+                txn.put(name.encode(), value, db=self.environment.db(b"facts"))
+        self._unreadable -= written
+        self.written_bytes += sum(entry.record.payload_bytes for entry in compress(entries, kept))
+        return kept
 
-    def remove(self, key: bytes, reason: str | None = None) -> bool:
-        """Forgets an entry; whether there was one. A reason is counted among the evictions."""
-        return bool(self.remove_many([key], reason))
-
-    def remove_many(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
-        """Forgets entries and facts in one transaction, see :meth:`remove`; those that there were."""
+    def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
+        """Forgets entries and facts in one transaction; none where there is nothing to forget."""
         keys, names = list(dict.fromkeys(keys)), [name.encode() for name in facts]
         with self.environment.read() as txn:
             keys = [key for key in keys if txn.get(key, db=self.environment.db(b"entries")) is not None]
             names = [name for name in names if txn.get(name, db=self.environment.db(b"facts")) is not None]
         if not keys and not names:
             return []
-        removed = []
         # On a full disk there may be room to remove an entry, and none to rewrite many rows.
-        with self._ledger(enter_uses=False, suspicious=reason == "damaged") as ledger:
-            for key in keys:
-                if ledger.txn.get(key, db=self.environment.db(b"entries")) is not None:
-                    removed.append(key)
-                self._drop(ledger, key, remember=reason is not None)
+        with self._planner(enter_uses=False, suspicious=reason == "damaged") as planner:
+            gone = [key for key in keys if planner.drop(key, reason)]
+            for key in gone:
+                planner.books.log_removal(key)
             for name in names:
-                ledger.txn.delete(name, db=self.environment.db(b"facts"))
-            ledger.counters.removals += len(removed)
-        if removed and reason is not None:
-            self.evictions[reason] += len(removed)
-        return removed
+                planner.books.txn.delete(name, db=self.environment.db(b"facts"))
+        return gone
+
+    def damaged(self, key: bytes) -> None:
+        """See :class:`Tier`."""
+        self._unreadable.add(key)
+        if self.readonly:
+            return
+        try:
+            self.remove([key], "damaged")
+        except StoreError as failure:
+            logger.warning("the damaged record %s could not be deleted: %s", key.hex(), failure)
+        else:
+            self._unreadable.discard(key)
+
+    def removed(self, since: int) -> tuple[int, list[bytes] | None]:
+        """See :class:`Tier`."""
+        return removed_since(self.environment, since)
 
     def pin(self, key: bytes, lifetime_s: float) -> bool:
         """Keeps an entry from being evicted for some seconds, 0 for no longer; whether it is stored."""
-        with self._ledger() as ledger:
-            row = ledger.row(key)
-            if row is None or not row.alive(ledger.now):
+        with self._planner() as planner:
+            row = planner.books.row(key)
+            if row is None or not row.alive(planner.now()):
                 return False
-            ledger.pin(key, row, ledger.now + lifetime_s if lifetime_s > 0 else 0.0)
+            planner.pin(key, row, lifetime_s)
             return True
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next put."""
-        with self._ledger() as ledger:
-            ledger.set_quota(namespace_id(namespace), NO_QUOTA if quota_bytes is None else quota_bytes)
-
-    def contains(self, key: bytes) -> bool:
-        """Whether a record is stored under the key, and has not expired."""
-        row = self.row(key)
-        return row is not None and row.alive(self._now())
+        with self._planner() as planner:
+            planner.set_quota(namespace, quota_bytes)
 
     def row(self, key: bytes) -> Row | None:
         """What the books say of an entry, also of one that was evicted; None where they are damaged."""
@@ -175,24 +198,27 @@ class DiskTier:
         with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
             return [bytes(key) for key in cursor.iternext(values=False)]
 
-    def touch(self, key: bytes) -> None:
-        """Notes a use of an entry; the next write puts it into the books."""
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Notes a use of entries; the next write puts it into the books."""
         with self._touch_lock:
-            self._touched[key] = self._touched.pop(key, 0) + 1
+            for key in keys:
+                self._touched[key] = self._touched.get(key, 0) + 1
 
     def after_fork(self) -> None:
-        """In a child: the thread that may have held the lock is not there."""
+        """See :class:`Tier`."""
+        self.evictions.clear()
+        self.written_bytes = 0
         self._touch_lock = threading.Lock()
 
-    def now(self) -> float:
-        """The wall clock, in seconds."""
-        return self._now()
-
-    def counts(self) -> tuple[int, Counters]:
-        """How many entries there are, and what the books sum up."""
+    def counts(self) -> tuple[int, int]:
+        """See :class:`Tier`."""
         with self.environment.read() as txn:
-            data = txn.get(b"counters", db=self.environment.db(b"state"))
-            return txn.stat(self.environment.db(b"entries"))["entries"], Counters.unpack(data)
+            entries = txn.stat(self.environment.db(b"entries"))["entries"]
+        return entries, self.counters().used_bytes
+
+    def counters(self) -> Counters:
+        """What the books sum up."""
+        return Counters.unpack(self._get(b"state", b"counters"))
 
     def fact(self, name: str) -> bytes | None:
         """A small durable value."""
@@ -205,12 +231,12 @@ class DiskTier:
             done: what a process did, to be added to the folder's history.
         """
         if (self._touched or (done is not None and done.any)) and not self.readonly:
-            with self._ledger() as ledger:
+            with self._planner() as planner:
                 if done is not None:
-                    history = self._read_history(ledger.txn)
+                    history = self._read_history(planner.books.txn)
                     history.merge(done)
                     data = seal(b"history", history.to_bytes())
-                    ledger.txn.put(b"history", data, db=self.environment.db(b"state"))
+                    planner.books.txn.put(b"history", data, db=self.environment.db(b"state"))
         self.environment.sync()
 
     def history(self) -> Tally:
@@ -232,69 +258,37 @@ class DiskTier:
             self.environment.close()
 
     @contextmanager
-    def _ledger(self, *, enter_uses: bool = True, suspicious: bool = False) -> Iterator[Ledger]:
-        """The books in a write transaction, with noted uses entered and what has expired dropped."""
+    def _planner(self, *, enter_uses: bool = True, suspicious: bool = False) -> Iterator[Planner[FolderBooks]]:
+        """A write transaction, with noted uses entered and what has expired dropped."""
         touched: dict[bytes, int] = {}
         if enter_uses:
             with self._touch_lock:
                 touched, self._touched = self._touched, {}
-        expired: list[bytes] = []
         try:
             with self.environment.write(suspicious=suspicious) as txn:
-                ledger = Ledger(self.environment, txn, self._policy, self._held, self._now())
+                books, now = FolderBooks(self.environment, txn), self.now()
+                planner = Planner(
+                    books, self._policy, self.budget_bytes, self._held, lambda: now, partial(self._delete, txn)
+                )
                 for key, times in touched.items():
-                    row = ledger.row(key)
+                    row = books.row(key)
                     if row is not None and row.usage.size_bytes:
-                        ledger.use(key, row, times)
-                expired = [key for key in ledger.due() if self._drop(ledger, key, remember=True)]
-                yield ledger
-                ledger.close()
+                        planner.use(key, row, times)
+                planner.sweep()
+                yield planner
+                books.close(now)
         except BaseException:
             with self._touch_lock:
                 self._touched = {**touched, **self._touched}
             raise
-        self.evictions["expired"] += len(expired)
+        self.evictions.update(planner.evicted)
 
-    def _admit(
-        self, ledger: Ledger, key: bytes, record: Record, terms: Terms, passed: set[bytes], reasons: list[str]
-    ) -> Row | None:
-        """Makes room for a record; its row, not yet in the books, or None where it is not worth that.
-
-        Args:
-            ledger: the books.
-            key: what it is to be stored under; what is stored there now is dropped.
-            record: its header.
-            terms: on which it is kept.
-            passed: entries that must stay.
-            reasons: gets one for each entry that was evicted.
-        """
-        row = self._drop(ledger, key, remember=False) or Row(Usage(0))
-        row.usage.add_cost(terms.cost_s)
-        row.usage.frequency += terms.uses
-        row.usage.size_bytes = _pages(len(record.pack(key))) + sum(_pages(stop - start) for start, stop in record.spans)
-        row.namespace = namespace_id(terms.namespace)
-        row.created_s, row.expires_s = ledger.now, ledger.now + terms.lifetime_s
-        victims = ledger.room_for(row, self.budget_bytes, passed)
-        worth = ledger.promise(key, row)
-        if self._selective and any(victim.priority > worth for victim, _ in victims.values()):
-            ledger.refuse(key, row)
-            return None
-        for victim, (old, reason) in victims.items():
-            ledger.age(old.priority)
-            self._drop(ledger, victim, remember=True)
-            reasons.append(reason)
-        return row
-
-    def _drop(self, ledger: Ledger, key: bytes, *, remember: bool) -> Row | None:
-        """Deletes a record, also one that the books do not know, and strikes it out of them; what they said of it."""
-        row = ledger.row(key)
-        ledger.txn.delete(key, db=self.environment.db(b"entries"))
+    def _delete(self, txn: Any, key: bytes) -> bool:
+        """Deletes a record, also one that the books do not know; whether there was one."""
         index = 0
-        while ledger.txn.delete(segment_key(key, index), db=self.environment.db(b"segments")):
+        while txn.delete(segment_key(key, index), db=self.environment.db(b"segments")):
             index += 1
-        if row is not None:
-            ledger.leave(key, row, remember=remember)
-        return row
+        return bool(txn.delete(key, db=self.environment.db(b"entries")))
 
     def _write(self, txn: Any, key: bytes, record: Record, payload: Payload) -> None:
         data, segments = payload.data.numpy(), self.environment.db(b"segments")
@@ -315,15 +309,20 @@ class DiskTier:
             return Tally()
 
     def _check_version(self) -> None:
-        version = self._get(b"state", b"format")
-        if version is None and not self.readonly:
-            with self.environment.write() as txn:
-                txn.put(b"format", _VERSION.pack(FOLDER_VERSION), db=self.environment.db(b"state"))
-        elif version != _VERSION.pack(FOLDER_VERSION):
+        version, wanted = self._get(b"state", b"format"), _VERSION.pack(FOLDER_VERSION)
+        if version == wanted:
+            return
+        if self.readonly or version not in (None, _VERSION.pack(FOLDER_VERSION - 1)):
             raise RecordError(
                 f"{self.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
                 f"{version!r}): use another folder, or delete it and let it be computed anew"
             )
+        with self.environment.transaction(write=True) as txn:
+            if version is not None:  # its KV have other keys now: nobody could ask for them
+                logger.warning("%s was made by the version before: its KV are dropped and will be read anew", self.path)
+                for name in DATABASES:
+                    txn.clear(name.decode())
+            txn.put("state", b"format", wanted)
 
 
 def _pages(count: int) -> int:

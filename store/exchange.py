@@ -25,6 +25,7 @@ from ragkv.store.layout import Payload
 from ragkv.store.maintenance import load, opened
 from ragkv.store.record import Record, checksum
 from ragkv.store.terms import Terms
+from ragkv.store.tier import Offer
 
 logger = logging.getLogger("ragkv.store")
 
@@ -116,8 +117,8 @@ def import_records(
     stored = 0
     with opened(path, disk_bytes) as tier:
         for key, record, payload, terms in _records(file):
-            if not tier.contains(key):
-                stored += tier.put(key, record, payload, terms) is not None
+            if tier.missing([key]):
+                stored += tier.admit([Offer(key, record, payload, terms)])[0]
                 progress(stored)
     return stored
 

@@ -22,6 +22,7 @@ from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.snapshot import Loading
 from ragkv.store.stats import Tally
+from ragkv.store.tier import Offer
 
 logger = logging.getLogger("ragkv.store")
 
@@ -113,10 +114,10 @@ def verify(
                 read += load(tier, key, expired=True)[0].payload_bytes
             except RecordError as error:
                 damaged.append((key, str(error)))
-                dropped += drop and tier.remove(key, "damaged")
+                dropped += len(tier.remove([key], "damaged")) if drop else 0
             if progress is not None:
                 progress(done, len(keys))
-    return Verdict(len(keys), read, damaged, int(dropped))
+    return Verdict(len(keys), read, damaged, dropped)
 
 
 def structure(path: str | os.PathLike[str]) -> list[str]:
@@ -140,7 +141,7 @@ def remove(path: str | os.PathLike[str], keys: Sequence[bytes]) -> int:
     """Removes entries, many in one transaction; how many there were."""
     with opened(path) as tier:
         parts = range(0, len(keys), _REMOVED_AT_ONCE)
-        return sum(len(tier.remove_many(keys[start : start + _REMOVED_AT_ONCE])) for start in parts)
+        return sum(len(tier.remove(keys[start : start + _REMOVED_AT_ONCE])) for start in parts)
 
 
 def history(path: str | os.PathLike[str]) -> Tally:
@@ -229,7 +230,7 @@ def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, 
         if found is None:
             raise RecordError("the books do not know it, or it has expired")
         loading = Loading(snapshot, key, *found)
-        loading.load(range(len(found[0].checksums)))
+        loading.load()
     finally:
         snapshot.close()
     return loading.record, loading.payload, loading.row
@@ -242,7 +243,7 @@ def _save(old: DiskTier, new: DiskTier, key: bytes) -> bool:
     except RecordError as error:
         logger.warning("%s is lost: %s", key.hex(), error)
         return False
-    return new.put(key, record, payload, row.terms(old.now())) is not None
+    return new.admit([Offer(key, record, payload, row.terms(old.now()))])[0]
 
 
 def _entry(tier: DiskTier, key: bytes) -> Entry | None:

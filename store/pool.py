@@ -22,7 +22,7 @@ Kind = tuple[int, int, int, int, torch.dtype]  # heads and dim of K, heads and d
 
 
 class BlockPool:
-    """N blocks, shared and counted. Safe for several threads.
+    """N blocks. Safe for several threads.
 
     Args:
         like: KV of whose layers, heads, dims and dtype all others must be.
@@ -44,7 +44,6 @@ class BlockPool:
         shape = (self.count, block_tokens)
         self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
         self._values = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds]
-        self._references = [0] * self.count
         self._free = list(range(self.count))
         # Reentrant: blocks are given back when their chunk is collected, which may be here.
         self._lock = threading.RLock()
@@ -67,30 +66,16 @@ class BlockPool:
         with self._lock:
             if count > len(self._free):
                 raise StoreFullError(f"{count} blocks are needed, {len(self._free)} of {self.count} are free")
-            blocks = [self._free.pop() for _ in range(count)]
-            for block in blocks:
-                self._references[block] = 1
-            return blocks
-
-    def share(self, blocks: Sequence[int]) -> None:
-        """Counts one more user of blocks."""
-        with self._lock:
-            for block in blocks:
-                self._references[block] += 1
+            return [self._free.pop() for _ in range(count)]
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Counts one user less; blocks without any are free."""
+        """Gives blocks back."""
         with self._lock:
-            for block in blocks:
-                self._references[block] -= 1
-                if not self._references[block]:
-                    self._free.append(block)
+            self._free += blocks
 
-    def write(self, blocks: list[int], kv: ChunkKV, first: int = 0) -> None:
-        """Copies a chunk's KV into blocks, from token ``first`` on; a block that is shared is replaced by a copy."""
-        for at in range(first // self.block_tokens, self.blocks_for(first + len(kv))):
-            self._own(blocks, at)
-        place = torch.arange(first, first + len(kv), device=self._keys[0].device)
+    def write(self, blocks: Sequence[int], kv: ChunkKV) -> None:
+        """Copies a chunk's KV into blocks."""
+        place = torch.arange(len(kv), device=self._keys[0].device)
         index = torch.tensor(blocks, device=place.device)[place // self.block_tokens]
         for layer, (keys, values) in enumerate(kv):
             self._keys[layer][index, :, place % self.block_tokens] = keys.transpose(0, 1).to(place.device)
@@ -105,17 +90,6 @@ class BlockPool:
         """All blocks' K and V of a layer, ``[N, H, P, D]`` each."""
         return self._keys[layer], self._values[layer]
 
-    def _own(self, blocks: list[int], at: int) -> None:
-        """Makes the block at a place of a list its own."""
-        with self._lock:
-            if self._references[blocks[at]] == 1:
-                return
-            (fresh,) = self.allocate(1)
-            for store in (*self._keys, *self._values):
-                store[fresh] = store[blocks[at]]
-            self.release([blocks[at]])
-            blocks[at] = fresh
-
 
 class Pooled:
     """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch.
@@ -125,6 +99,7 @@ class Pooled:
 
     tier = "gpu"
     codec, unrotated = "raw", False
+    whole = None
 
     def __init__(self, pool: BlockPool, kv: ChunkKV) -> None:
         if kinds_of(kv) != pool.kinds:
@@ -134,7 +109,6 @@ class Pooled:
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)
-        self.nbytes = len(blocks) * pool.block_bytes
         self.blocks = torch.tensor(blocks, device=pool._keys[0].device)
         weakref.finalize(self, pool.release, blocks).atexit = False
 
@@ -152,6 +126,13 @@ class Pooled:
         for layer, target in zip(layers, targets, strict=True):
             target.fill(start, *self.layer(layer)[0])
         return 0
+
+    def load(self, layer: int | None = None) -> int:
+        """Nothing: it is there."""
+        return 0
+
+    def release(self) -> None:
+        """Nothing: its blocks are given back with the last reference."""
 
 
 def kinds_of(kv: ChunkKV) -> tuple[Kind, ...]:

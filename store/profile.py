@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,12 +31,6 @@ class CostProfile:
                 raise StoreError(f"{name} must be rising token counts, got {counts}")
         if len(self.seconds) != len(self.cached) or any(len(row) != len(self.new) for row in self.seconds):
             raise StoreError(f"seconds must be {len(self.cached)} rows of {len(self.new)}")
-
-    @classmethod
-    def measure(cls, prefill: Callable[[int, int], float], cached: Sequence[int], new: Sequence[int]) -> CostProfile:
-        """Measures a grid. ``prefill(cached, new)`` runs one prefill and returns its seconds."""
-        grid = tuple(tuple(prefill(before, count) for count in new) for before in cached)
-        return cls(tuple(cached), tuple(new), grid)
 
     def __call__(self, cached: int, new: int) -> float:
         """Seconds for ``new`` tokens behind ``cached`` ones: bilinear inside the grid, and on along its last cells.

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ragkv.errors import StoreFullError
-from ragkv.store.memory import MemoryTier
+from ragkv.store.books import MemoryBooks
+from ragkv.store.planner import Planner
 from ragkv.store.policy import POLICIES, Belady, Policy
 from ragkv.store.terms import Terms
 
@@ -40,16 +41,18 @@ class Outcome:
 
 def replay(requests: Sequence[Request], policy: Policy, budget_bytes: int, *, selective: bool = False) -> Outcome:
     """Serves requests from an empty tier; what is missing is computed and put."""
-    tier: MemoryTier[Weight] = MemoryTier(budget_bytes, policy)
+    planner = Planner(MemoryBooks(), policy, budget_bytes)
     hits, tokens, saved = 0, 0, 0.0
     for position, request in enumerate(requests):
         if isinstance(policy, Belady):
             policy.position = position
-        if tier.use(request.key) is not None:
+        row = planner.books.row(request.key)
+        if row is not None and row.usage.size_bytes:
+            planner.use(request.key, row)
             hits, tokens, saved = hits + 1, tokens + request.tokens, saved + request.cost_s
             continue
         try:
-            tier.put(request.key, Weight(request.size_bytes), Terms(cost_s=request.cost_s), selective=selective)
+            planner.admit(request.key, request.size_bytes, Terms(cost_s=request.cost_s), selective=selective)
         except StoreFullError:
             continue  # larger than the tier: it is computed each time
     total = sum(request.cost_s for request in requests)
@@ -76,13 +79,6 @@ def compare(
         name: [replay(requests, make(), int(share * total), selective=selective) for share in shares]
         for name, make in makers.items()
     }
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Stands for a chunk of so many bytes."""
-
-    nbytes: int
 
 
 def _tokens(requests: Iterable[Request]) -> int:

@@ -15,7 +15,7 @@ from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, translated
 from ragkv.store.layout import Payload, runs
 from ragkv.store.record import Record
-from ragkv.store.rows import Counters, Row
+from ragkv.store.rows import Row
 from ragkv.store.target import Target
 
 _SEGMENT = struct.Struct(">I")
@@ -40,6 +40,7 @@ class Snapshot:
         self._reading = environment.begin()
         # A transaction may change threads, and may not be used by two at once.
         self._lock = threading.Lock()
+        self._users = 0
 
     def find(self, key: bytes, now: float | None) -> tuple[Record, Row] | None:
         """The header stored under a key and what the books say of it; None where there is none or it has expired.
@@ -110,13 +111,16 @@ class Snapshot:
             found.append(Piece(index, view, copies))
         return found
 
-    def counters(self) -> Counters:
-        """What the books sum up.
+    def join(self) -> None:
+        """Counts one more reader."""
+        self._users += 1
 
-        Raises:
-            RecordError: that is damaged; the next write mends it.
-        """
-        return Counters.unpack(self._get(b"state", b"counters"))
+    def leave(self) -> None:
+        """Counts one reader less; the last one closes it."""
+        with self._lock:
+            self._users -= 1
+        if self._users == 0:
+            self.close()
 
     def close(self) -> None:
         """Ends the transaction."""
@@ -169,6 +173,8 @@ class Loading:
         self._verified: set[int] = set()
         self._payload: Payload | None = None
         self._lock = threading.Lock()
+        self._released = False
+        snapshot.join()
 
     @property
     def payload(self) -> Payload:
@@ -178,9 +184,9 @@ class Loading:
         return self._payload
 
     @property
-    def complete(self) -> bool:
-        """Whether every segment was read and verified."""
-        return not self._missing
+    def whole(self) -> tuple[Record, Payload] | None:
+        """The record, where every segment was read and verified."""
+        return None if self._missing else (self.record, self.payload)
 
     @property
     def direct(self) -> bool:
@@ -189,22 +195,32 @@ class Loading:
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V of a layer, and the bytes that were read for it."""
-        count = self.load(self.record.segments_of(layer)) if self._missing else 0
+        count = self.load(layer) if self._missing else 0
         return self.record.layer(self.payload, layer), count
 
     def parts(self, layer: int) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], int]:
         """K and V of a layer as they are encoded, and the bytes that were read for it."""
-        count = self.load(self.record.segments_of(layer)) if self._missing else 0
+        count = self.load(layer) if self._missing else 0
         return self.record.parts(self.payload, layer), count
 
-    def load(self, segments: range) -> int:
-        """Reads what is missing of some segments; how many bytes."""
+    def load(self, layer: int | None = None) -> int:
+        """Reads what is missing of a layer, or of all; how many bytes."""
         with self._lock:
+            if self._released and self._missing:
+                raise StoreError("the batch is finished with this chunk")
+            wanted = range(len(self.record.checksums)) if layer is None else self.record.segments_of(layer)
             count = 0
-            for index in self._missing.intersection(segments):
+            for index in self._missing.intersection(wanted):
                 count += self._snapshot.segment(self.key, self.record, index, self.payload.data)
                 self._missing.discard(index)
             return count
+
+    def release(self) -> None:
+        """It is not read any more."""
+        with self._lock:
+            released, self._released = self._released, True
+        if not released:
+            self._snapshot.leave()
 
     def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
         """Copies layers into a prompt; the bytes that were read for them.

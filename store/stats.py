@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.errors import RecordError
-from ragkv.store.batch import Source
+from ragkv.store.tier import Source
 
 _GROWTH = math.log(1.1)
 _LEAST_S = 1e-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,16 +16,17 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.batch import Batch, InMemory
+from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import NO_FACTS, DiskTier
+from ragkv.store.disk import DiskTier
 from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
-from ragkv.store.memory import MemoryTier
+from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
 from ragkv.store.rope import Rotation, ropes_of
 from ragkv.store.stats import StoreStats
 from ragkv.store.terms import Item, Terms
+from ragkv.store.tier import Offer, Tier
 from ragkv.store.tiers import Tiers
 
 
@@ -48,6 +50,8 @@ class TieredStore:
             chunks that are asked for once do not flush the store; :meth:`put` then returns False.
         readonly: open the folder for reading only. A folder that may not be written to is opened so by itself.
         device: where the GPU tier lies.
+        tiers: further tiers, such as a shared pool: searched in this order for what memory and disk do not have, and offered
+            whatever is put. See :class:`~ragkv.store.tier.Tier`.
 
     Raises:
         StoreError: no tier is left, or the folder cannot be opened.
@@ -67,28 +71,41 @@ class TieredStore:
         selective: bool = False,
         readonly: bool = False,
         device: torch.device | str = "cuda",
+        tiers: Sequence[Tier] = (),
     ) -> None:
         if min(gpu_bytes, cpu_bytes, disk_bytes) < 0:
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes}, cpu {cpu_bytes}, disk {disk_bytes}")
         self.path = None if path is None or not disk_bytes else Path(path)
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
-        leases: Counter[bytes] = Counter()
-        self._selective = selective
-        self._closed = False
         in_memory = None if cpu_codec is None else get_codec(cpu_codec)
         self._levels = Levels(in_memory if in_memory and self.path is None else get_codec(codec), in_memory)
         self._policy = get_policy(policy)
-        self._gpu = GpuTier(gpu_bytes, device, get_policy(policy), leases)
-        # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
-        gone = self._gpu.remove if self.path is None else (lambda key: None)
-        self._cpu: MemoryTier[InMemory] = MemoryTier(cpu_bytes, get_policy(policy), leases, gone=gone)
+        self._closed = False
+        leases: Counter[bytes] = Counter()
+        lock = threading.RLock()
+        above: list[MemoryTier] = []
+        if gpu_bytes:
+            above.append(GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock))
+        memory = MemoryTier(
+            cpu_bytes,
+            self._policy,
+            leases,
+            form=self._levels.for_memory,
+            selective=selective or self.path is not None,
+            lock=lock,
+            # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
+            gone=(lambda key: above[0].remove([key])) if above and self.path is None else (lambda key: None),
+        )
         self._disk: DiskTier | None = None
-        if self.path is not None:
-            self._disk = DiskTier(
-                self.path, disk_bytes, get_policy(policy), leases, selective=selective, readonly=readonly
+        if self.path is None:
+            self._home: MemoryTier | DiskTier = memory
+        else:
+            above += [memory] if cpu_bytes else []
+            self._home = self._disk = DiskTier(
+                self.path, disk_bytes, self._policy, leases, selective=selective, readonly=readonly
             )
-        self._tiers = Tiers(self._gpu, self._cpu, self._disk, leases, self._levels)
+        self._tiers = Tiers(above, self._home, tiers, leases, lock)
 
     def put(
         self,
@@ -154,17 +171,22 @@ class TieredStore:
         started = perf_counter()
         given, ropes = [Item(*item) for item in items], ropes_of(rotations)
         encoded = [self._levels.encode(item, space, ropes) for item in given]
-        stored = [
-            (item.key, *below, Terms(namespace, lifetime_s, item.cost_s))
-            for item, (below, _) in zip(given, encoded, strict=True)
-        ]
+        offers, above = (
+            [
+                Offer(item.key, *pair[side], Terms(namespace, lifetime_s, item.cost_s))
+                for item, pair in zip(given, encoded, strict=True)
+            ]
+            for side in (0, 1)
+        )
         between = perf_counter()
-        kept = self._tiers.put_many(stored, [above for _, above in encoded], facts, selective=self._selective)
+        kept = self._tiers.put_many(offers, above, facts)
         with self._tiers.lock:
-            self._tiers.tally.latency["encode"].add(between - started)
-            self._tiers.tally.latency["write"].add(perf_counter() - between)
-            self._tiers.tally.puts += sum(kept)
-            self._tiers.tally.refused += len(kept) - sum(kept)
+            tally = self._tiers.tally
+            if given:
+                tally.latency["encode"].add(between - started)
+                tally.latency["write"].add(perf_counter() - between)
+            tally.puts += sum(kept)
+            tally.refused += len(kept) - sum(kept)
         return kept
 
     def get(self, key: bytes) -> ChunkKV | None:
@@ -191,7 +213,7 @@ class TieredStore:
         started = perf_counter()
         self._tiers.lease(keys)
         try:
-            sources, snapshot = self._tiers.find(keys, used=not again)
+            sources = self._tiers.find(keys, used=not again)
         except BaseException:
             self._tiers.release(keys)
             raise
@@ -199,7 +221,7 @@ class TieredStore:
             if not again:
                 self._tiers.tally.count_reads(keys, sources)
             self._tiers.tally.latency["find"].add(perf_counter() - started)
-        return Batch(self._tiers, keys, sources, snapshot)
+        return Batch(self._tiers, keys, sources)
 
     def prefetch(self, keys: Sequence[bytes]) -> Future[int]:
         """Starts moving chunks from disk to memory while the caller does something else, such as embedding a question.
@@ -210,7 +232,10 @@ class TieredStore:
             A future of the bytes read; nobody needs to wait for it.
         """
         self._check_open()
-        return self._tiers.background.submit(self._tiers.load, list(keys))
+        try:
+            return self._tiers.background.submit(self._tiers.load, list(keys))
+        except RuntimeError as error:  # another thread closed it just now
+            raise StoreError("the store is closed") from error
 
     @property
     def uses_costs(self) -> bool:
@@ -243,12 +268,12 @@ class TieredStore:
         self._check_open()
         if not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return self._set_pin(key, lifetime_s)
+        return self._home.pin(key, lifetime_s)
 
     def unpin(self, key: bytes) -> bool:
         """Ends a pin; whether the chunk is stored."""
         self._check_open()
-        return self._set_pin(key, 0.0)
+        return self._home.pin(key, 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.
@@ -258,30 +283,21 @@ class TieredStore:
         self._check_open()
         if not namespace or (quota_bytes is not None and quota_bytes < 0):
             raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
-        if self._disk is not None:
-            self._disk.set_quota(namespace, quota_bytes)
-        else:
-            with self._tiers.lock:
-                self._cpu.set_quota(namespace, quota_bytes)
+        self._home.set_quota(namespace, quota_bytes)
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did since it was opened."""
         self._check_open()
+        counts = {"gpu": (0, 0), "cpu": (0, 0)} | {tier.name: tier.counts() for tier in self._tiers.tiers}
+        entries, sizes = ({name: pair[side] for name, pair in counts.items()} for side in (0, 1))
+        file_bytes = 0 if self._disk is None else self._disk.environment.file_bytes()
         with self._tiers.lock:
-            memory: dict[str, GpuTier | MemoryTier[InMemory]] = {"gpu": self._gpu, "cpu": self._cpu}
-            entries = {name: len(tier) for name, tier in memory.items()}
-            sizes = {name: tier.used_bytes for name, tier in memory.items()}
-            file_bytes = 0
-            if self._disk is not None:
-                entries["disk"], counters = self._disk.counts()
-                sizes["disk"] = counters.used_bytes
-                file_bytes = self._disk.environment.file_bytes()
             return self._tiers.counted().stats(entries, sizes, file_bytes)
 
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""
         self._check_open()
-        return self._tiers.facts.get(name) if self._disk is None else self._disk.fact(name)
+        return self._home.fact(name)
 
     def meta_put(self, name: str, value: bytes) -> None:
         """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""
@@ -307,14 +323,11 @@ class TieredStore:
             self._closed = True
         # A prefetch reads from the map: it must be over before that is gone.
         self._tiers.background.shutdown(cancel_futures=True)
+        for tier in self._tiers.tiers:
+            if tier is not self._disk:
+                tier.close()
         if self._disk is not None:
             self._disk.close(self._tiers.counted())
-
-    def _set_pin(self, key: bytes, lifetime_s: float) -> bool:
-        if self._disk is not None:
-            return self._disk.pin(key, lifetime_s)
-        with self._tiers.lock:
-            return self._cpu.pin(key, lifetime_s)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -325,7 +338,7 @@ class TieredStore:
 
     def __len__(self) -> int:
         self._check_open()
-        return len(self._cpu) if self._disk is None else self._disk.counts()[0]
+        return self._home.counts()[0]
 
     def __enter__(self) -> TieredStore:
         return self

@@ -27,7 +27,7 @@ def measured(monkeypatch):
 
     def pretend(decoder, most_tokens, limit_s):
         calls.append(most_tokens)
-        return CostProfile.measure(lambda cached, new: new * (1e-3 + 1e-6 * cached), (0, 100), (0, 100))
+        return CostProfile((0, 100), (0, 100), tuple((0.0, 100 * (1e-3 + 1e-6 * cached)) for cached in (0, 100)))
 
     monkeypatch.setattr("ragkv.library.costs.measure", pretend)
     return calls

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ragkv import IncompatibleFolderError, PromptTemplate
+from ragkv.retrieval import TokenChunker
 
 from .rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model, tokens_of
 
@@ -59,6 +60,11 @@ def test_a_folder_serves_several_models(model, tmp_path):
         assert gone > 0 and len(rag.engine.store) % 2 == 0
 
 
+def letters(texts, **_):
+    """A tokenizer of another model."""
+    return {"input_ids": [[0] * (len(text) // 9 + 1) for text in texts]}
+
+
 def tiny_answer(model, answer):
     """What a folder of this model alone answers."""
     with open_rag(None, model) as rag:
@@ -94,7 +100,7 @@ def test_text_that_did_not_change_is_not_cut_again(model, tmp_path):
     with open_rag(tmp_path, model) as rag:
         before = [change.document for change in rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).changes]
     with open_rag(tmp_path, model) as rag:
-        rag.chunker.tokenizer = lambda texts, **_: {"input_ids": [[0] * (len(text) // 9 + 1) for text in texts]}
+        rag.chunker = TokenChunker(letters, 48)
         assert [rag.chunker.split(text) for text in DOCUMENTS.values()] != [
             rag.retriever.catalogue.texts(name) for name in DOCUMENTS
         ]

@@ -110,10 +110,12 @@ class StoreContract:
         for layer in range(len(want.keys)):
             prompt = torch.full((2, 1, heads, tokens + 9, dim), torch.nan, dtype=want.keys[0].dtype)
             with store.read([key(2), key(1), key(1)]) as batch:
-                batch.place_layer(layer, prompt[0, 0], prompt[1, 0], [1, 4, None])
+                targets = [Target(prompt[0, 0], prompt[1, 0])]
+                for index, start in enumerate((1, 4)):
+                    batch.place(index, range(layer, layer + 1), targets, start)
                 assert torch.equal(batch.layer(2, layer)[0], want.keys[layer])
                 with pytest.raises(StoreError, match="needs"):
-                    batch.place_layer(layer, prompt[0, 0], prompt[1, 0], [tokens + 7, None, None])
+                    batch.place(0, range(layer, layer + 1), targets, tokens + 7)
             assert torch.equal(prompt[0, 0, :, 1 : 4 + tokens], torch.cat([other.keys[layer], want.keys[layer]], 1))
             assert torch.equal(prompt[1, 0, :, 1 : 4 + tokens], torch.cat([other.values[layer], want.values[layer]], 1))
             assert prompt[:, :, :, 0].isnan().all()

@@ -53,7 +53,7 @@ def check_after_kill(folder, kv, key, said: list[str]) -> str:
                 same = zip(got.keys + got.values, want.keys + want.values, strict=True)
                 assert all(torch.equal(a, b) for a, b in same), f"{number} is another"
         assert not store.stats().evictions["disk"].get("damaged")
-        entries, counters = store._disk.counts()
+        entries, counters = len(store), store._disk.counters()
         rows = [store._disk.row(name) for name in store._disk.stored()]
         assert entries == len(rows)
         assert counters.used_bytes == sum(row.usage.size_bytes for row in rows)

@@ -191,13 +191,13 @@ def test_what_leaves_the_device_is_not_copied_to_memory_again(kv, key, monkeypat
     with TieredStore(gpu_bytes=2 * size, cpu_bytes=100 * size, policy="lru", device="cpu") as store:
         for number in range(5):
             store.put(key(number), kv(number, tokens=64))
-        held = {number: store._cpu.find(key(number)).kv for number in range(5)}
-        puts = []
-        monkeypatch.setattr(store._cpu, "put", lambda *_: puts.append(1))
+        memory, names = store._home, [key(number) for number in range(5)]
+        held, puts = memory.find(names), []
+        monkeypatch.setattr(memory, "admit", lambda *_: puts.append(1))
         for number in [*range(5)] * 3:
             assert store.get(key(number)) is not None
         assert store.stats().evictions["gpu"]["budget"] >= 8 and not puts
-        assert all(store._cpu.find(key(number)).kv is held[number] for number in range(5))
+        assert all(memory.find(names)[name] is held[name] for name in names)
 
 
 def test_parts_are_what_a_tier_holds(folder, kv, key):

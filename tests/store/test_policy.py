@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store import TieredStore
-from ragkv.store.memory import MemoryTier
+from ragkv.store.books import MemoryBooks
+from ragkv.store.planner import Planner
 from ragkv.store.policy import GDSF, LFU, LRU, PGDSF, Belady, Usage, get_policy
 from ragkv.store.profile import CostProfile
-from ragkv.store.simulation import Request, Weight, replay
+from ragkv.store.simulation import Request, replay
 from ragkv.store.terms import Terms
 
 
@@ -37,14 +38,40 @@ def test_unknown_policy():
         get_policy("arc")
 
 
+class Room(Planner):
+    """A tier without tensors."""
+
+    def __init__(self, budget_bytes, policy):
+        self.held_keys = set()
+        super().__init__(MemoryBooks(), policy, budget_bytes, delete=self.lose)
+
+    def lose(self, key):
+        there = key in self.held_keys
+        self.held_keys.discard(key)
+        return there
+
+    def use(self, key, row=None, times=1):
+        row = row or self.books.row(key)
+        if row is None or not row.usage.size_bytes:
+            return False
+        super().use(key, row, times)
+        return True
+
+    def admit(self, key, *args, **options):
+        row = super().admit(key, *args, **options)
+        if row is not None:
+            self.held_keys.add(key)
+        return row
+
+
 def survivors(policy, stream, room=3):
-    tier = MemoryTier(room * 10, policy)
+    tier = Room(room * 10, policy)
     for position, number in enumerate(stream):
         if isinstance(policy, Belady):
             policy.position = position
-        if tier.use(name(number)) is None:
-            tier.put(name(number), Weight(10), Terms(cost_s=float(1 + number)))
-    return {number for number in range(10) if name(number) in tier}
+        if not tier.use(name(number)):
+            tier.admit(name(number), 10, Terms(cost_s=float(1 + number)))
+    return {number for number in range(10) if name(number) in tier.held_keys}
 
 
 def test_lru_evicts_what_was_used_longest_ago():
@@ -84,25 +111,26 @@ def test_nobody_beats_belady_on_equal_sizes(stream, room):
     st.sampled_from([LRU, LFU, GDSF, PGDSF]),
 )
 @settings(max_examples=80, deadline=None)
-def test_memory_tier_against_a_list(actions, kind):
+def test_memory_against_a_list(actions, kind):
     """The heap with its stale places evicts what a search through a list would."""
-    policy, tier = kind(), MemoryTier(100, kind())
+    policy, tier = kind(), Room(100, kind())
     model: dict[bytes, tuple[float, Usage]] = {}
     clock, tick = 0.0, 0
     ghosts: dict[bytes, Usage] = {}
     for action, number, size in actions:
         key = name(number)
         if action == "r":
-            assert tier.remove(key) == (model.pop(key, None) is not None)
+            assert tier.drop(key) == (model.pop(key, None) is not None)
+            ghosts.pop(key, None)
         elif action == "u":
-            assert (tier.use(key) is not None) == (key in model)
+            assert tier.use(key) == (key in model)
             if key in model:
                 tick += 1
                 usage = model[key][1]
                 usage.frequency, usage.tick = usage.frequency + 1, tick
                 model[key] = policy.priority(key, usage, clock), usage
         else:
-            tier.put(key, Weight(size), Terms(cost_s=1.0))
+            tier.admit(key, size, Terms(cost_s=1.0))
             old = model.pop(key, None)
             usage = old[1] if old else ghosts.pop(key, Usage(0))
             while sum(entry.size_bytes for _, entry in model.values()) + size > 100:
@@ -113,8 +141,8 @@ def test_memory_tier_against_a_list(actions, kind):
             usage.add_cost(1.0)
             usage.size_bytes, usage.frequency, usage.tick = size, usage.frequency + 1, tick
             model[key] = policy.priority(key, usage, clock), usage
-        assert set(tier) == set(model)
-        assert tier.used_bytes == sum(usage.size_bytes for _, usage in model.values()) <= 100
+        assert tier.held_keys == set(model)
+        assert tier.books.counters.used_bytes == sum(usage.size_bytes for _, usage in model.values()) <= 100
 
 
 def test_disk_evicts_as_memory_does(folder, kv, key):
@@ -155,12 +183,12 @@ def test_frequencies_and_costs_survive_a_restart_and_an_eviction(folder, kv, key
 
 
 def test_ghosts_are_bounded(folder, kv, key, monkeypatch):
-    monkeypatch.setattr("ragkv.store.ledger._LEAST_GHOSTS", 5)
-    monkeypatch.setattr("ragkv.store.ledger._GHOSTS_PER_ENTRY", 1)
+    monkeypatch.setattr("ragkv.store.planner.LEAST_GHOSTS", 5)
+    monkeypatch.setattr("ragkv.store.planner.GHOSTS_PER_ENTRY", 1)
     with TieredStore(folder, cpu_bytes=0, disk_bytes=60_000) as store:
         for number in range(60):
             store.put(key(number), kv(number, tokens=60))
-        entries, counters = store._disk.counts()
+        entries, counters = len(store), store._disk.counters()
         assert counters.ghosts <= max(5, entries)
         env = store._disk.environment
         with env.read() as txn:
@@ -168,7 +196,8 @@ def test_ghosts_are_bounded(folder, kv, key, monkeypatch):
 
 
 def test_cost_profile():
-    profile = CostProfile.measure(lambda cached, new: 1.0 + 0.01 * cached * new, [0, 100, 300], [10, 50])
+    grid = tuple(tuple(1.0 + 0.01 * cached * new for new in (10, 50)) for cached in (0, 100, 300))
+    profile = CostProfile((0, 100, 300), (10, 50), grid)
     assert profile(0, 10) == 1.0
     assert profile(300, 50) == pytest.approx(151.0)
     assert profile(50, 30) == pytest.approx(1.0 + 0.01 * 50 * 30)

@@ -41,28 +41,6 @@ def test_chunks_come_and_go_without_a_hole(kv, device):
     assert Pooled(pool, kv(1, tokens=640)).tokens == 640
 
 
-def test_shared_blocks_are_copied_when_they_are_written(kv, device):
-    pool = BlockPool(kv(0), 1 << 20, device)
-    first = pool.allocate(3)
-    pool.write(first, kv(1, tokens=40))
-    second = list(first)
-    pool.share(second)
-    free = pool.free_blocks
-    pool.write(second, kv(2, tokens=8), first=32)
-    assert pool.free_blocks == free - 1
-    assert second[:2] == first[:2] and second[2] != first[2]
-
-    def keys(blocks, tokens):
-        return pool.read(torch.tensor(blocks, device=device), tokens, 1)[0].cpu()
-
-    assert torch.equal(keys(first, 40), kv(1, tokens=40).keys[1])
-    assert torch.equal(keys(second, 40)[:, :32], kv(1, tokens=40).keys[1][:, :32])
-    assert torch.equal(keys(second, 40)[:, 32:], kv(2, tokens=8).keys[1])
-    pool.release(first)
-    pool.release(second)
-    assert pool.free_blocks == pool.count
-
-
 def test_a_pool_that_is_full_takes_nothing(kv, device):
     pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
     with pytest.raises(StoreFullError):

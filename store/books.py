@@ -1,0 +1,296 @@
+"""The books of a tier, in memory and in a folder: what the planner knows of the entries.
+
+In a folder they are read and changed inside one write transaction, so that there is no index in memory to load, to bound, or to
+keep in step with other processes.
+
+    usage   key -> Row, also of ghosts
+    order   group, priority, key -> nothing: the entries that may be evicted, and the ghosts, least first
+    alarms  time, kind, key -> nothing: when entries expire and pins end
+    state   counters; bytes and quotas of namespaces; the last removals by number
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import struct
+from collections.abc import Generator
+from itertools import count
+from typing import Any
+
+from ragkv.errors import RecordError
+from ragkv.folder import Environment, seal, unseal
+from ragkv.store.planner import NO_QUOTA
+from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
+
+_SPACE, _NUMBER = struct.Struct("<QQ"), struct.Struct(">Q")
+_EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
+_EXPIRES, _UNPINS = b"x", b"p"
+_REMOVED, _BEHIND_REMOVED = b"removed", b"removee"
+LOGGED_REMOVALS = 1024
+
+
+class MemoryBooks:
+    """The books of a tier in memory."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self._rows: dict[bytes, Row] = {}
+        self._ghosts: dict[bytes, None] = {}
+        # Heaps. Places that an entry has left stay there, and are passed over: an entry stands at its newest place alone.
+        self._order: list[tuple[float, bytes, int]] = []
+        self._places: dict[bytes, int] = {}
+        self._alarms: list[tuple[float, bytes, bool]] = []
+        self._spaces: dict[bytes, tuple[int, int]] = {}
+        self._numbers = count()
+
+    @property
+    def entries(self) -> int:
+        """See :class:`Books`."""
+        return len(self._rows) - len(self._ghosts)
+
+    def row(self, key: bytes) -> Row | None:
+        """See :class:`Books`."""
+        return self._rows.get(key)
+
+    def place(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        self._rows[key] = row
+        if not row.usage.size_bytes:
+            self._ghosts[key] = None
+        elif not row.pinned_until_s:
+            place = self._places[key] = next(self._numbers)
+            heapq.heappush(self._order, (row.priority, key, place))
+            if len(self._order) > 2 * len(self._rows) + 64:
+                self._order = [item for item in self._order if self._places.get(item[1]) == item[2]]
+                heapq.heapify(self._order)
+
+    def lift(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        self._ghosts.pop(key, None)
+        self._places.pop(key, None)
+
+    def strike(self, key: bytes) -> None:
+        """See :class:`Books`."""
+        self._rows.pop(key, None)
+
+    def alarm(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        for time_s, unpins in ((row.expires_s, False), (row.pinned_until_s, True)):
+            if 0 < time_s < math.inf:
+                heapq.heappush(self._alarms, (time_s, key, unpins))
+        if len(self._alarms) > 4 * len(self._rows) + 64:
+            self._alarms = [item for item in set(self._alarms) if self._rings(*item)]
+            heapq.heapify(self._alarms)
+
+    def silence(self, key: bytes, row: Row) -> None:
+        """Nothing: an alarm that no longer is the row's is passed over."""
+
+    def due(self, now: float) -> list[tuple[bytes, bool]]:
+        """See :class:`Books`."""
+        found = []
+        while self._alarms and self._alarms[0][0] <= now:
+            item = heapq.heappop(self._alarms)
+            if self._rings(*item):
+                found.append(item[1:])
+        return found
+
+    def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
+        """See :class:`Books`."""
+        popped = []
+        try:
+            while self._order:
+                item = heapq.heappop(self._order)
+                key = item[1]
+                if self._places.get(key) == item[2]:
+                    popped.append(item)
+                    if namespace is None or self._rows[key].namespace == namespace:
+                        yield key
+        finally:
+            for item in popped:
+                heapq.heappush(self._order, item)
+
+    def oldest_ghost(self) -> bytes | None:
+        """See :class:`Books`."""
+        return next(iter(self._ghosts), None)
+
+    def space(self, namespace: bytes) -> tuple[int, int]:
+        """See :class:`Books`."""
+        return self._spaces.get(namespace, (0, NO_QUOTA))
+
+    def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
+        """See :class:`Books`."""
+        self._spaces[namespace] = used_bytes, quota_bytes
+
+    def _rings(self, time_s: float, key: bytes, unpins: bool) -> bool:
+        row = self._rows.get(key)
+        return row is not None and time_s == (row.pinned_until_s if unpins else row.expires_s)
+
+
+class FolderBooks:
+    """The books of a folder, open in a write transaction; :meth:`close` must be called before it is committed."""
+
+    def __init__(self, environment: Environment, txn: Any) -> None:
+        self.txn = txn
+        self._environment = environment
+        data = self._get(b"state", b"counters")
+        try:
+            self.counters = Counters.unpack(data)
+        except RecordError:
+            self.counters = self._recount()
+
+    @property
+    def entries(self) -> int:
+        """See :class:`Books`."""
+        return int(self.txn.stat(self._db(b"entries"))["entries"])
+
+    def row(self, key: bytes) -> Row | None:
+        """A damaged row is struck out."""
+        data = self._get(b"usage", key)
+        try:
+            return None if data is None else Row.unpack(key, data)
+        except RecordError:
+            self.strike(key)
+            self.counters = self._recount()
+            return None
+
+    def place(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        self.txn.put(key, row.pack(key), db=self._db(b"usage"))
+        for place in _places(key, row):
+            self.txn.put(place, b"", db=self._db(b"order"))
+
+    def lift(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        for place in _places(key, row):
+            self.txn.delete(place, db=self._db(b"order"))
+
+    def strike(self, key: bytes) -> None:
+        """See :class:`Books`."""
+        self.txn.delete(key, db=self._db(b"usage"))
+
+    def alarm(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        for alarm in _alarms(key, row):
+            self.txn.put(alarm, b"", db=self._db(b"alarms"))
+
+    def silence(self, key: bytes, row: Row) -> None:
+        """See :class:`Books`."""
+        for alarm in _alarms(key, row):
+            self.txn.delete(alarm, db=self._db(b"alarms"))
+
+    def due(self, now: float) -> list[tuple[bytes, bool]]:
+        """See :class:`Books`."""
+        # The clock was set back: pins from what is now the future are over, though their alarm will not come soon.
+        back, found = now < self.counters.written_s, []
+        with self.txn.cursor(self._db(b"alarms")) as cursor:
+            for item in map(bytes, cursor.iternext(values=False)):
+                past, unpins = number(item[:8]) <= now, item[8:9] == _UNPINS
+                if past or (back and unpins):
+                    found.append((item, past, unpins))
+                elif not back:
+                    break
+        for item, past, _ in found:
+            if past:
+                self.txn.delete(item, db=self._db(b"alarms"))
+        return [(item[9:], unpins) for item, _, unpins in found]
+
+    def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
+        """See :class:`Books`."""
+        return self._in_order(_EVICTABLE if namespace is None else _SPACES + namespace)
+
+    def oldest_ghost(self) -> bytes | None:
+        """See :class:`Books`."""
+        return next(self._in_order(_GHOSTS), None)
+
+    def space(self, namespace: bytes) -> tuple[int, int]:
+        """See :class:`Books`."""
+        data = self._get(b"state", _SPACES + namespace)
+        return (0, NO_QUOTA) if data is None else _SPACE.unpack(data)
+
+    def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
+        """See :class:`Books`."""
+        self.txn.put(_SPACES + namespace, _SPACE.pack(used_bytes, quota_bytes), db=self._db(b"state"))
+
+    def log_removal(self, key: bytes) -> None:
+        """Notes that an entry was removed on purpose, for those who hold it in memory: see :func:`removed_since`."""
+        name = _REMOVED + _NUMBER.pack(self.counters.removals)
+        self.txn.put(name, seal(name, key), db=self._db(b"state"))
+        if self.counters.removals >= LOGGED_REMOVALS:
+            old = _REMOVED + _NUMBER.pack(self.counters.removals - LOGGED_REMOVALS)
+            self.txn.delete(old, db=self._db(b"state"))
+        self.counters.removals += 1
+
+    def close(self, now: float) -> None:
+        """Writes the counters down."""
+        self.counters.written_s = now
+        self.txn.put(b"counters", self.counters.pack(), db=self._db(b"state"))
+
+    def _in_order(self, group: bytes) -> Generator[bytes, None, None]:
+        with self.txn.cursor(self._db(b"order")) as cursor:
+            if cursor.set_range(group):
+                for item in cursor.iternext(values=False):
+                    if item[: len(group)] != group:
+                        return
+                    yield bytes(item[len(group) + 8 :])
+
+    def _recount(self) -> Counters:
+        """The counters from the rows; ticks go on behind the last one. Of removals one is missing in the log: all look anew."""
+        counters = Counters(removals=1)
+        with self.txn.cursor(self._db(b"usage")) as cursor:
+            for key, data in cursor:
+                try:
+                    row = Row.unpack(bytes(key), bytes(data))
+                except RecordError:
+                    continue
+                counters.used_bytes += row.usage.size_bytes
+                counters.ghosts += not row.usage.size_bytes
+                counters.tick = max(counters.tick, row.usage.tick)
+        with self.txn.cursor(self._db(b"state")) as cursor:
+            last = cursor.prev() if cursor.set_range(_BEHIND_REMOVED) else cursor.last()
+            name = bytes(cursor.key()) if last else b""
+            if name.startswith(_REMOVED) and len(name) == len(_REMOVED) + 8:
+                counters.removals = _NUMBER.unpack(name[len(_REMOVED) :])[0] + 2
+        return counters
+
+    def _get(self, db: bytes, name: bytes) -> bytes | None:
+        data = self.txn.get(name, db=self._db(db))
+        return None if data is None else bytes(data)
+
+    def _db(self, name: bytes) -> Any:
+        return self._environment.db(name)
+
+
+def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes] | None]:
+    """How many entries of a folder were ever removed on purpose, and which of them after the first ``since``.
+
+    None instead of these where the log does not reach back so far, or is damaged.
+    """
+    with environment.read() as txn:
+        state = environment.db(b"state")
+        try:
+            data = txn.get(b"counters", db=state)
+            removals, keys = Counters.unpack(None if data is None else bytes(data)).removals, []
+            if not 0 <= removals - since <= LOGGED_REMOVALS:
+                return removals, None
+            for place in range(since, removals):
+                name = _REMOVED + _NUMBER.pack(place)
+                keys.append(unseal(name, bytes(txn.get(name, default=b"", db=state))))
+        except RecordError:
+            return since, None
+        return removals, keys
+
+
+def _places(key: bytes, row: Row) -> list[bytes]:
+    """Where an entry stands in the order."""
+    if not row.usage.size_bytes:
+        return [_GHOSTS + sortable(row.usage.tick) + key]
+    if row.pinned_until_s:
+        return []
+    place = sortable(row.priority) + key
+    return [_EVICTABLE + place] + ([_SPACES + row.namespace + place] if row.namespace != NOBODY else [])
+
+
+def _alarms(key: bytes, row: Row) -> list[bytes]:
+    times = (row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)
+    return [sortable(time_s) + kind + key for time_s, kind in times if 0 < time_s < math.inf]

@@ -1,0 +1,257 @@
+"""Which entries a tier keeps: admission, victims, quotas, pins, lifetimes, ghosts and the policy's clock.
+
+Logic alone: what is known of entries lies in :class:`Books`, in memory or in a folder, and their payloads in the tier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Container, Generator, Set
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+from ragkv.errors import StoreFullError
+from ragkv.store.policy import Policy, Usage
+from ragkv.store.rows import Counters, Row, namespace_id
+from ragkv.store.terms import Terms
+
+GHOSTS_PER_ENTRY, LEAST_GHOSTS = 4, 1024
+NO_QUOTA = (1 << 64) - 1
+
+
+class Books(Protocol):
+    """A row for each entry and for each ghost (an entry that was evicted), and the orders they stand in."""
+
+    counters: Counters
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are; ghosts are none."""
+
+    def row(self, key: bytes) -> Row | None:
+        """What is known of an entry or a ghost."""
+
+    def place(self, key: bytes, row: Row) -> None:
+        """Writes a row down, and where it stands: among those that may be evicted, or the ghosts. What is pinned stands nowhere."""
+
+    def lift(self, key: bytes, row: Row) -> None:
+        """Takes an entry from where it stands, before its row is changed."""
+
+    def strike(self, key: bytes) -> None:
+        """Forgets the row of what was lifted."""
+
+    def alarm(self, key: bytes, row: Row) -> None:
+        """Notes when an entry expires and its pin ends."""
+
+    def silence(self, key: bytes, row: Row) -> None:
+        """Forgets that, before either is changed."""
+
+    def due(self, now: float) -> list[tuple[bytes, bool]]:
+        """What has expired, and, with True, whose pin may have ended. It is not told again."""
+
+    def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
+        """What may be evicted, of all or of one namespace, least priority first. Nothing may be placed meanwhile."""
+
+    def oldest_ghost(self) -> bytes | None:
+        """The ghost whose use is longest ago."""
+
+    def space(self, namespace: bytes) -> tuple[int, int]:
+        """Bytes of a namespace's entries, and its quota; (0, NO_QUOTA) where nothing was said of it."""
+
+    def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
+        """See :meth:`space`. The nameless namespace is never set."""
+
+
+AnyBooks = TypeVar("AnyBooks", bound=Books)
+
+
+@dataclass
+class Planner(Generic[AnyBooks]):
+    """Keeps a tier within its budget. Not safe for several threads by itself.
+
+    Attributes:
+        books: what is known of the entries.
+        policy: which entries go first.
+        budget_bytes: what the entries may take together.
+        held: keys that must not be evicted now.
+        now: a clock, in seconds.
+        delete: deletes an entry's payload; whether there was one.
+        evicted: entries dropped so far, by reason.
+    """
+
+    books: AnyBooks
+    policy: Policy
+    budget_bytes: int
+    held: Container[bytes] = ()
+    now: Callable[[], float] = lambda: 0.0
+    delete: Callable[[bytes], bool] = lambda key: True
+    evicted: Counter[str] = field(default_factory=Counter)
+
+    def admit(
+        self,
+        key: bytes,
+        size_bytes: int,
+        terms: Terms,
+        *,
+        usage: Usage | None = None,
+        passed: Set[bytes] = frozenset(),
+        selective: bool = False,
+    ) -> Row | None:
+        """Makes room for an entry, writes it down and counts a use of it. What stood under its key is dropped.
+
+        Args:
+            key: of the entry.
+            size_bytes: what it takes.
+            terms: on which it is kept.
+            usage: how it was used so far, where another tier knows that.
+            passed: entries that must stay.
+            selective: keep it only where it is worth more than what it would evict.
+
+        Returns:
+            Its row; None where it was not worth that, and is remembered as a ghost.
+
+        Raises:
+            StoreFullError: it cannot fit beside what is pinned or in use; nothing was changed.
+        """
+        old, now = self.books.row(key), self.now()
+        row = Row(replace(usage or (old.usage if old else Usage(0))), namespace=namespace_id(terms.namespace))
+        row.usage.size_bytes = size_bytes
+        row.created_s, row.expires_s = now, now + terms.lifetime_s
+        if usage is None:
+            row.usage.add_cost(terms.cost_s)
+            row.usage.frequency += terms.uses
+        victims = self._room_for(key, row, old, passed)
+        self.drop(key)
+        worth = self._worth(key, row)
+        if selective and any(victim.priority > worth for victim, _ in victims.values()):
+            self._age(worth)
+            self._haunt(key, row, uses=1)
+            return None
+        for victim, (gone, reason) in victims.items():
+            self._age(gone.priority)
+            self.drop(victim, reason)
+        self._count(row.namespace, size_bytes)
+        self.books.alarm(key, row)
+        self.use(key, row)
+        return row
+
+    def use(self, key: bytes, row: Row, times: int = 1) -> None:
+        """Counts uses of an entry and moves it to its new place in the order."""
+        self.books.lift(key, row)
+        self._used(row, times)
+        row.priority = self.policy.priority(key, row.usage, self.books.counters.clock)
+        self.books.place(key, row)
+
+    def drop(self, key: bytes, reason: str | None = None) -> bool:
+        """Deletes an entry; whether there was one, be it without a row.
+
+        Args:
+            key: which.
+            reason: counted among the evictions; frequency and cost are then remembered, as a ghost.
+        """
+        row, there = self.books.row(key), self.delete(key)
+        if row is not None:
+            self.books.lift(key, row)
+            self.books.silence(key, row)
+            if row.usage.size_bytes:
+                self._count(row.namespace, -row.usage.size_bytes)
+            else:
+                self.books.counters.ghosts -= 1
+            if reason is None:
+                self.books.strike(key)
+            else:
+                self._haunt(key, row)
+        if there and reason is not None:
+            self.evicted[reason] += 1
+        return there
+
+    def pin(self, key: bytes, row: Row, lifetime_s: float) -> None:
+        """Keeps an entry from being evicted for some seconds, 0 for no longer."""
+        self.books.lift(key, row)
+        self.books.silence(key, row)
+        row.pinned_from_s = self.now()
+        row.pinned_until_s = row.pinned_from_s + lifetime_s if lifetime_s > 0 else 0.0
+        self.books.alarm(key, row)
+        self.books.place(key, row)
+
+    def sweep(self) -> None:
+        """Drops what has expired, and ends the pins whose time has come."""
+        now = self.now()
+        for key, pinned in self.books.due(now):
+            row = self.books.row(key)
+            if not pinned:
+                self.drop(key, "expired")
+            elif row is not None and not row.pinned(now):
+                self.pin(key, row, 0.0)
+
+    def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
+        """Bounds what a namespace's entries may take. Takes effect with its next entry."""
+        name = namespace_id(namespace)
+        self.books.set_space(name, self.books.space(name)[0], NO_QUOTA if quota_bytes is None else quota_bytes)
+
+    def _room_for(self, key: bytes, row: Row, old: Row | None, passed: Set[bytes]) -> dict[bytes, tuple[Row, str]]:
+        """The entries to evict for a new one, with the reason."""
+        size, freed = row.usage.size_bytes, old.usage.size_bytes if old else 0
+        used, quota = self.books.space(row.namespace)
+        if size > min(self.budget_bytes, quota):
+            raise StoreFullError(f"an entry takes {size} bytes, the most is {min(self.budget_bytes, quota)}")
+        used -= freed if old and old.namespace == row.namespace else 0
+        passed = passed | {key}
+        own = self._victims(used + size - quota, passed, row.namespace)
+        freed += sum(victim.usage.size_bytes for victim in own.values())
+        missing = self.books.counters.used_bytes - freed + size - self.budget_bytes
+        others = self._victims(missing, passed | own.keys())
+        return {name: (victim, "quota") for name, victim in own.items()} | {
+            name: (victim, "budget") for name, victim in others.items()
+        }
+
+    def _victims(self, missing: int, passed: Set[bytes], namespace: bytes | None = None) -> dict[bytes, Row]:
+        """The entries of least priority that free so many bytes."""
+        found: dict[bytes, Row] = {}
+        if missing > 0:
+            with closing(self.books.least(namespace)) as candidates:
+                for key in candidates:
+                    row = self.books.row(key)
+                    if row is not None and key not in self.held and key not in passed:
+                        found[key] = row
+                        missing -= row.usage.size_bytes
+                    if missing <= 0:
+                        return found
+            raise StoreFullError(f"what is pinned or in use leaves {missing} bytes too few")
+        return found
+
+    def _worth(self, key: bytes, row: Row) -> float:
+        """The priority that an entry would be given."""
+        usage = replace(row.usage, frequency=row.usage.frequency + 1, tick=self.books.counters.tick + 1)
+        return self.policy.priority(key, usage, self.books.counters.clock)
+
+    def _age(self, priority: float) -> None:
+        """Sets the clock forward: an entry of this priority was evicted, or not admitted."""
+        self.books.counters.clock = max(self.books.counters.clock, priority)
+
+    def _used(self, row: Row, times: int) -> None:
+        self.books.counters.tick += 1
+        row.used_s = self.now()
+        row.usage.frequency += times
+        row.usage.tick = self.books.counters.tick
+
+    def _haunt(self, key: bytes, row: Row, uses: int = 0) -> None:
+        """Remembers how an entry was used that is not there; the oldest ghost goes when there are too many."""
+        if uses:
+            self._used(row, uses)
+        row.usage.size_bytes = 0
+        row.expires_s, row.pinned_from_s, row.pinned_until_s = math.inf, 0.0, 0.0
+        self.books.counters.ghosts += 1
+        self.books.place(key, row)
+        if self.books.counters.ghosts > max(LEAST_GHOSTS, GHOSTS_PER_ENTRY * self.books.entries):
+            oldest = self.books.oldest_ghost()
+            if oldest is not None:
+                self.drop(oldest)
+
+    def _count(self, namespace: bytes, size_bytes: int) -> None:
+        self.books.counters.used_bytes += size_bytes
+        if any(namespace):
+            used, quota = self.books.space(namespace)
+            self.books.set_space(namespace, max(used + size_bytes, 0), quota)
