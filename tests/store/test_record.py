@@ -173,7 +173,7 @@ def test_folder_of_another_version_is_named(folder, version):
 def test_a_folder_of_the_version_before_is_emptied(folder, caplog):
     """Nobody could ask for its KV by their old keys; what they were made from is not in it."""
     with TieredStore(folder, cpu_bytes=0) as store:
-        assert len(store)
+        store.put(KEY, small())
         with store._disk.environment.write() as txn:
             txn.put(b"format", struct.pack("<Q", 1), db=store._disk.environment.db(b"state"))
     with pytest.raises(RecordError, match="format"):
