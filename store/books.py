@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of planner.Books
 """The books of a tier, in memory and in a folder: what the planner knows of the entries.
 
 In a folder they are read and changed inside one write transaction, so that there is no index in memory to load, to bound, or to
@@ -46,15 +47,12 @@ class MemoryBooks:
 
     @property
     def entries(self) -> int:
-        """See :class:`Books`."""
         return len(self._rows) - len(self._ghosts)
 
     def row(self, key: bytes) -> Row | None:
-        """See :class:`Books`."""
         return self._rows.get(key)
 
     def place(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
         self._rows[key] = row
         if not row.usage.size_bytes:
             self._ghosts[key] = None
@@ -64,18 +62,6 @@ class MemoryBooks:
             if len(self._order) > 2 * len(self._rows) + 64:
                 self._order = [item for item in self._order if self._places.get(item[1]) == item[2]]
                 heapq.heapify(self._order)
-
-    def lift(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
-        self._ghosts.pop(key, None)
-        self._places.pop(key, None)
-
-    def strike(self, key: bytes) -> None:
-        """See :class:`Books`."""
-        self._rows.pop(key, None)
-
-    def alarm(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
         for time_s, unpins in ((row.expires_s, False), (row.pinned_until_s, True)):
             if 0 < time_s < math.inf:
                 heapq.heappush(self._alarms, (time_s, key, unpins))
@@ -83,11 +69,14 @@ class MemoryBooks:
             self._alarms = [item for item in set(self._alarms) if self._rings(*item)]
             heapq.heapify(self._alarms)
 
-    def silence(self, key: bytes, row: Row) -> None:
-        """Nothing: an alarm that no longer is the row's is passed over."""
+    def lift(self, key: bytes, row: Row) -> None:
+        self._ghosts.pop(key, None)
+        self._places.pop(key, None)
+
+    def strike(self, key: bytes) -> None:
+        self._rows.pop(key, None)
 
     def due(self, now: float) -> list[tuple[bytes, bool]]:
-        """See :class:`Books`."""
         found = []
         while self._alarms and self._alarms[0][0] <= now:
             item = heapq.heappop(self._alarms)
@@ -96,7 +85,6 @@ class MemoryBooks:
         return found
 
     def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
-        """See :class:`Books`."""
         popped = []
         try:
             while self._order:
@@ -111,15 +99,12 @@ class MemoryBooks:
                 heapq.heappush(self._order, item)
 
     def oldest_ghost(self) -> bytes | None:
-        """See :class:`Books`."""
         return next(iter(self._ghosts), None)
 
     def space(self, namespace: bytes) -> tuple[int, int]:
-        """See :class:`Books`."""
         return self._spaces.get(namespace, (0, NO_QUOTA))
 
     def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
-        """See :class:`Books`."""
         self._spaces[namespace] = used_bytes, quota_bytes
 
     def _rings(self, time_s: float, key: bytes, unpins: bool) -> bool:
@@ -141,7 +126,6 @@ class FolderBooks:
 
     @property
     def entries(self) -> int:
-        """See :class:`Books`."""
         return int(self.txn.stat(self._db(b"entries"))["entries"])
 
     def row(self, key: bytes) -> Row | None:
@@ -155,32 +139,18 @@ class FolderBooks:
             return None
 
     def place(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
         self.txn.put(key, row.pack(key), db=self._db(b"usage"))
-        for place in _places(key, row):
-            self.txn.put(place, b"", db=self._db(b"order"))
+        for place, db in _places(key, row):
+            self.txn.put(place, b"", db=self._db(db))
 
     def lift(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
-        for place in _places(key, row):
-            self.txn.delete(place, db=self._db(b"order"))
+        for place, db in _places(key, row):
+            self.txn.delete(place, db=self._db(db))
 
     def strike(self, key: bytes) -> None:
-        """See :class:`Books`."""
         self.txn.delete(key, db=self._db(b"usage"))
 
-    def alarm(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
-        for alarm in _alarms(key, row):
-            self.txn.put(alarm, b"", db=self._db(b"alarms"))
-
-    def silence(self, key: bytes, row: Row) -> None:
-        """See :class:`Books`."""
-        for alarm in _alarms(key, row):
-            self.txn.delete(alarm, db=self._db(b"alarms"))
-
     def due(self, now: float) -> list[tuple[bytes, bool]]:
-        """See :class:`Books`."""
         # The clock was set back: pins from what is now the future are over, though their alarm will not come soon.
         back, found = now < self.counters.written_s, []
         with self.txn.cursor(self._db(b"alarms")) as cursor:
@@ -196,20 +166,16 @@ class FolderBooks:
         return [(item[9:], unpins) for item, _, unpins in found]
 
     def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
-        """See :class:`Books`."""
         return self._in_order(_EVICTABLE if namespace is None else _SPACES + namespace)
 
     def oldest_ghost(self) -> bytes | None:
-        """See :class:`Books`."""
         return next(self._in_order(_GHOSTS), None)
 
     def space(self, namespace: bytes) -> tuple[int, int]:
-        """See :class:`Books`."""
         data = self._get(b"state", _SPACES + namespace)
         return (0, NO_QUOTA) if data is None else _SPACE.unpack(data)
 
     def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
-        """See :class:`Books`."""
         self.txn.put(_SPACES + namespace, _SPACE.pack(used_bytes, quota_bytes), db=self._db(b"state"))
 
     def log_removal(self, key: bytes) -> None:
@@ -281,16 +247,14 @@ def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes
         return removals, keys
 
 
-def _places(key: bytes, row: Row) -> list[bytes]:
-    """Where an entry stands in the order."""
+def _places(key: bytes, row: Row) -> list[tuple[bytes, bytes]]:
+    """Where an entry stands in the order and among the alarms, with the database of each."""
     if not row.usage.size_bytes:
-        return [_GHOSTS + sortable(row.usage.tick) + key]
-    if row.pinned_until_s:
-        return []
-    place = sortable(row.priority) + key
-    return [_EVICTABLE + place] + ([_SPACES + row.namespace + place] if row.namespace != NOBODY else [])
-
-
-def _alarms(key: bytes, row: Row) -> list[bytes]:
+        return [(_GHOSTS + sortable(row.usage.tick) + key, b"order")]
     times = (row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)
-    return [sortable(time_s) + kind + key for time_s, kind in times if 0 < time_s < math.inf]
+    places = [(sortable(time_s) + kind + key, b"alarms") for time_s, kind in times if 0 < time_s < math.inf]
+    if not row.pinned_until_s:
+        place = sortable(row.priority) + key
+        groups = [_EVICTABLE] if row.namespace == NOBODY else [_EVICTABLE, _SPACES + row.namespace]
+        places += [(group + place, b"order") for group in groups]
+    return places

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of tier.Tier
 """The disk tier: records in LMDB, kept within a budget."""
 
 from __future__ import annotations
@@ -111,7 +112,6 @@ class DiskTier(Tier):
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        """See :class:`Tier`."""
         now, snapshot = self.now(), self.snapshot()
         try:
             return [key for key in keys if key in self._unreadable or not snapshot.has(key, now)]
@@ -156,7 +156,6 @@ class DiskTier(Tier):
         return gone
 
     def damaged(self, key: bytes) -> None:
-        """See :class:`Tier`."""
         self._unreadable.add(key)
         if self.readonly:
             return
@@ -168,7 +167,6 @@ class DiskTier(Tier):
             self._unreadable.discard(key)
 
     def removed(self, since: int) -> tuple[int, list[bytes] | None]:
-        """See :class:`Tier`."""
         return removed_since(self.environment, since)
 
     def pin(self, key: bytes, lifetime_s: float) -> bool:
@@ -205,13 +203,11 @@ class DiskTier(Tier):
                 self._touched[key] = self._touched.get(key, 0) + 1
 
     def after_fork(self) -> None:
-        """See :class:`Tier`."""
         self.evictions.clear()
         self.written_bytes = 0
         self._touch_lock = threading.Lock()
 
     def counts(self) -> tuple[int, int]:
-        """See :class:`Tier`."""
         with self.environment.read() as txn:
             entries = txn.stat(self.environment.db(b"entries"))["entries"]
         return entries, self.counters().used_bytes

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of tier.Tier
 """The CPU tier: chunks' KV in memory, within a budget, the least valuable evicted first."""
 
 from __future__ import annotations
@@ -61,23 +62,19 @@ class MemoryTier(Tier):
 
     @property
     def budget_bytes(self) -> int:
-        """See :class:`Tier`."""
         return self._planner.budget_bytes
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
-        """See :class:`Tier`."""
         with self.lock:
             self._planner.sweep()
             return {key: self._held[key] for key in keys if key in self._held}
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        """See :class:`Tier`."""
         with self.lock:
             self._planner.sweep()
             return [key for key in keys if key not in self._held]
 
     def row(self, key: bytes) -> Row | None:
-        """See :class:`Tier`."""
         return self._books.row(key)
 
     def keys(self) -> list[bytes]:
@@ -86,19 +83,16 @@ class MemoryTier(Tier):
             return list(self._held)
 
     def prepare(self, entry: Offer) -> Offer:
-        """See :class:`Tier`."""
         record, payload = self._form(entry.record, entry.payload)
         return entry._replace(record=record, payload=payload)
 
     def admit(self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS) -> list[bool]:
-        """See :class:`Tier`."""
         with self.lock:
             kept = [self._admit(entry) for entry in entries]
             self.facts.update(facts)
             return kept
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """See :class:`Tier`."""
         with self.lock:
             for key in keys:
                 row = self._books.row(key)
@@ -106,14 +100,12 @@ class MemoryTier(Tier):
                     self._planner.use(key, row)
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
-        """See :class:`Tier`."""
         with self.lock:
             for name in facts:
                 self.facts.pop(name, None)
             return [key for key in dict.fromkeys(keys) if key in self._held and self._planner.drop(key, reason)]
 
     def counts(self) -> tuple[int, int]:
-        """See :class:`Tier`."""
         return len(self._held), self._books.counters.used_bytes
 
     def fact(self, name: str) -> bytes | None:
@@ -134,7 +126,6 @@ class MemoryTier(Tier):
             self._planner.set_quota(namespace, quota_bytes)
 
     def after_fork(self) -> None:
-        """See :class:`Tier`."""
         self.evictions.clear()
 
     def _admit(self, entry: Offer) -> bool:

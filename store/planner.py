@@ -34,19 +34,13 @@ class Books(Protocol):
         """What is known of an entry or a ghost."""
 
     def place(self, key: bytes, row: Row) -> None:
-        """Writes a row down, and where it stands: among those that may be evicted, or the ghosts. What is pinned stands nowhere."""
+        """Writes a row down, where it stands (among what may be evicted, or the ghosts; what is pinned nowhere), and its alarms."""
 
     def lift(self, key: bytes, row: Row) -> None:
-        """Takes an entry from where it stands, before its row is changed."""
+        """Takes that back, before the row is changed."""
 
     def strike(self, key: bytes) -> None:
         """Forgets the row of what was lifted."""
-
-    def alarm(self, key: bytes, row: Row) -> None:
-        """Notes when an entry expires and its pin ends."""
-
-    def silence(self, key: bytes, row: Row) -> None:
-        """Forgets that, before either is changed."""
 
     def due(self, now: float) -> list[tuple[bytes, bool]]:
         """What has expired, and, with True, whose pin may have ended. It is not told again."""
@@ -133,7 +127,6 @@ class Planner(Generic[AnyBooks]):
             self._age(gone.priority)
             self.drop(victim, reason)
         self._count(row.namespace, size_bytes)
-        self.books.alarm(key, row)
         self.use(key, row)
         return row
 
@@ -154,7 +147,6 @@ class Planner(Generic[AnyBooks]):
         row, there = self.books.row(key), self.delete(key)
         if row is not None:
             self.books.lift(key, row)
-            self.books.silence(key, row)
             if row.usage.size_bytes:
                 self._count(row.namespace, -row.usage.size_bytes)
             else:
@@ -170,10 +162,8 @@ class Planner(Generic[AnyBooks]):
     def pin(self, key: bytes, row: Row, lifetime_s: float) -> None:
         """Keeps an entry from being evicted for some seconds, 0 for no longer."""
         self.books.lift(key, row)
-        self.books.silence(key, row)
         row.pinned_from_s = self.now()
         row.pinned_until_s = row.pinned_from_s + lifetime_s if lifetime_s > 0 else 0.0
-        self.books.alarm(key, row)
         self.books.place(key, row)
 
     def sweep(self) -> None:

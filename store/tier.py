@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - InMemory keeps the contract of Source
 """What a tier is: a place where chunks' KV are kept. A store is an ordered list of them, fastest first."""
 
 from __future__ import annotations
@@ -114,28 +115,23 @@ class InMemory:
         self.whole = record, payload
 
     def parts(self, layer: int) -> tuple[Parts, int]:
-        """See :class:`Source`."""
         record, payload = self.whole
         return record.parts(payload, layer), 0
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """See :class:`Source`."""
         record, payload = self.whole
         return record.layer(payload, layer), 0
 
     def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        """See :class:`Source`."""
         record, payload = self.whole
         for layer, target in zip(layers, targets, strict=True):
             target.fill(start, *record.layer(payload, layer))
         return 0
 
     def load(self, layer: int | None = None) -> int:
-        """See :class:`Source`."""
         return 0
 
     def release(self) -> None:
-        """See :class:`Source`."""
         return
 
 

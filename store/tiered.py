@@ -301,7 +301,8 @@ class TieredStore:
 
     def meta_put(self, name: str, value: bytes) -> None:
         """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""
-        self.put_many([], facts={name: value})
+        self._check_open()
+        self._tiers.put_many([], [], {name: value})
 
     def meta_remove(self, name: str) -> None:
         """Forgets a small fact; nothing happens where there is none."""
