@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from time import perf_counter
@@ -60,6 +61,7 @@ class Engine:
         foreign: text or ids of what documents are read behind the second time; by default five short English paragraphs
             (:mod:`ragkv.library.sensitivity`). With another text they are measured anew.
         kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
+        lifetime_s: seconds after which stored KV are a miss, and read again.
 
     Attributes:
         documents: what the model has read, see :class:`~ragkv.library.documents.Documents`.
@@ -84,6 +86,7 @@ class Engine:
         sensitivity: bool | None = None,
         foreign: Text | None = None,
         kernels: Impl = "auto",
+        lifetime_s: float = math.inf,
     ):
         self.method = _method(SensitiveTokens() if method is None else method)
         self.model, self.tokenizer = model, tokenizer
@@ -103,6 +106,7 @@ class Engine:
             sensitivity=self.method.needs_sensitivity if sensitivity is None else sensitivity,
             foreign=foreign,
             kernels=kernels,
+            lifetime_s=lifetime_s,
         )
         self.documents.reader.opening(self.encoder.prefix)
 

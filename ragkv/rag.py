@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from ragkv.retrieval import (
 )
 from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
+from ragkv.store.codecs import Codec
 
 
 @dataclass
@@ -97,8 +99,14 @@ class RAG:
         foreign: str | None = None,
         repair_tokens: int | None = None,
         device: str | None = None,
+        store: TieredStore | None = None,
+        gpu_bytes: int = 0,
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
+        codec: str | Codec = "raw",
+        cpu_codec: str | Codec | None = None,
+        namespace: str = "",
+        lifetime_s: float = math.inf,
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.
@@ -111,12 +119,19 @@ class RAG:
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
             method: how prompts are put together.
             template: the prompt's parts.
-            foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.documents.Documents`.
+            foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.Engine`.
                 The bundled model brings its own.
             repair_tokens: how a changed document is read, see above.
             device: ``"cuda"`` where there is one, by default.
+            store: where KV are kept, in place of ``path``'s own; it is closed with the object. With it pins, quotas and policies
+                are at hand.
+            gpu_bytes: memory of the GPU for KV.
             cpu_bytes: memory for KV.
             disk_bytes: disk for KV.
+            codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`.
+            cpu_codec: how they are encoded in memory.
+            namespace: KV stored under another one are never found.
+            lifetime_s: seconds after which stored KV are read again.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``.
 
         Raises:
@@ -128,10 +143,26 @@ class RAG:
             retriever = Retriever.open(None if folder is None else folder / "documents", load_embedder(embedder))
             opened.callback(retriever.close)
             loaded, tokenizer, own, sample = load_model(model, device, model_options)
-            store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
+            if store is None:
+                store = TieredStore(
+                    None if folder is None else folder / "kv",
+                    gpu_bytes=gpu_bytes,
+                    cpu_bytes=cpu_bytes,
+                    disk_bytes=disk_bytes,
+                    codec=codec,
+                    cpu_codec=cpu_codec,
+                )
             opened.callback(store.close)
-            foreign = sample if foreign is None else foreign
-            engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own, foreign=foreign)
+            engine = Engine(
+                loaded,
+                tokenizer,
+                store=store,
+                method=method,
+                template=template or own,
+                namespace=namespace,
+                foreign=sample if foreign is None else foreign,
+                lifetime_s=lifetime_s,
+            )
             default_tokens = 96 if model == BUNDLED else 256
             rag = cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens)
             opened.pop_all()  # all went well: from here on they are closed with the object
@@ -207,6 +238,22 @@ class RAG:
         change = self.retriever.remove(source)
         self.engine.store.remove_many(change.unused)
         return change
+
+    def pin(self, source: str, lifetime_s: float = math.inf) -> int:
+        """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        return self.engine.store.pin_many(self._keys(source), lifetime_s)
+
+    def unpin(self, source: str) -> int:
+        """End the pins of a document's KV; returns how many of its passages' are stored.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        return self.engine.store.unpin_many(self._keys(source))
 
     def refresh(self, progress: Callable[[str], None] | None = None) -> int:
         """Read whatever KV of the documents is missing, after a crash, with a new prefix or with another model say.
@@ -285,7 +332,11 @@ class RAG:
             **generation: what ``model.generate`` takes.
         """
         hits = self._found(question, top_k, neighbours)
-        return hits, self.engine.stream(self.chunks(hits), question, method=method, **generation)
+        chunks = self.chunks(hits)
+        self.engine.store.prefetch(
+            list(self.engine.documents.keys(chunks))
+        )  # beside what the caller does with the hits
+        return hits, self.engine.stream(chunks, question, method=method, **generation)
 
     def close(self) -> None:
         """Close retriever and store."""
@@ -305,6 +356,11 @@ class RAG:
         if not hits:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
         return hits
+
+    def _keys(self, source: str) -> list[bytes]:
+        if source not in self.retriever.catalogue:
+            raise DocumentError(f"there is no document {source!r}")
+        return list(self.engine.documents.keys(self._documents.now(source_id(source))))
 
     def _add(self, text: str, source: str, metadata: dict[str, Any] | None, added: Added) -> None:
         origin, catalogue = digest(text, self.chunker.settings).hex(), self.retriever.catalogue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -44,6 +45,7 @@ class Documents:
         foreign: text or ids of what documents are read behind the second time for that; by default five short English
             paragraphs (:mod:`ragkv.library.sensitivity`).
         kernels: which implementation of ``ragkv.kernels`` runs.
+        lifetime_s: seconds after which stored KV are a miss.
 
     Attributes:
         records: where documents are looked up whose chunks come without them; others may be appended.
@@ -62,6 +64,7 @@ class Documents:
         sensitivity: bool = False,
         foreign: Text | None = None,
         kernels: Impl = "auto",
+        lifetime_s: float = math.inf,
     ):
         if context not in ("document", "chunk"):
             raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
@@ -73,6 +76,7 @@ class Documents:
         positions = runner.decoder(kernels).max_positions or 1 << 30
         self.document_tokens = min(document_tokens or 8192, positions - len(encoder.anchor))
         self._piece_tokens, self._kernels, self._measured = piece_tokens, kernels, sensitivity
+        self._lifetime_s = lifetime_s
         self._foreign_ids = self._foreign(foreign)
         self._sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._reader: Reader | None = None
@@ -300,7 +304,7 @@ class Documents:
             return
         reader = self.reader
         common: dict[str, Any] = {"space": reader.space, "namespace": self.namespace}
-        common["rotations"] = reader.decoder.rotations
+        common |= {"rotations": reader.decoder.rotations, "lifetime_s": self._lifetime_s}
         try:
             self.store.put_many(items, **common)
         except StoreFullError:
