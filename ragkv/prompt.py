@@ -199,10 +199,8 @@ class Encoder:
 
     def _opening(self, text: Text) -> tuple[int, ...]:
         ids = self.ids(text, trusted=True)
-        if self._private is None or not isinstance(text, str) or not self._private.begins_with_bos():
-            return ids
-        bos = self.tokenizer.bos_token_id
-        return ids if ids[:1] == (bos,) else (bos, *ids)
+        bos = self._private.bos() if self._private is not None and isinstance(text, str) else ()
+        return ids if ids[: len(bos)] == bos else (*bos, *ids)
 
 
 def _checked(given: Sequence[int]) -> tuple[int, ...]:

@@ -50,10 +50,10 @@ class PrivateTokenizer:
         """Token ids of a template's text, which may hold special tokens."""
         return self._copy(split=False).encode([text])[0]
 
-    def begins_with_bos(self) -> bool:
-        """Whether the tokenizer puts its BOS before a text."""
+    def bos(self) -> tuple[int, ...]:
+        """The BOS that the tokenizer puts before a text; empty where it puts none."""
         bos = getattr(self._tokenizer, "bos_token_id", None)
-        return bos is not None and self._copy(split=False).opening("a") == [bos]
+        return () if bos is None or self._copy(split=False).opening("a") != [bos] else (bos,)
 
     def _copy(self, *, split: bool) -> _Copied | _Called:
         own, names = self._tokenizer, ("backend_tokenizer", "all_special_tokens", "chat_template")
@@ -89,13 +89,18 @@ class _Copied:
         self.special = _forbidden(special, unknown, tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without BOS and the like."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def opening(self, text: str) -> list[int]:
+        """The first id of a text as the tokenizer would begin a prompt with it."""
         return self._backend.encode(text).ids[:1]
 
     def characters(self, token: int) -> list[int]:
-        return [part.id for char in self._backend.id_to_token(token) for part in self._backend.model.tokenize(char)]
+        """The ids of a token's letters, one by one."""
+        return [
+            part.id for char in str(self._backend.id_to_token(token)) for part in self._backend.model.tokenize(char)
+        ]
 
 
 class _Called:
@@ -140,10 +145,14 @@ def _is_written(token: str, tokenizer: Any) -> bool:
 
 
 def _forbidden(special: dict[str, int], unknown: str | None, tokenizer: Any) -> frozenset[int]:
-    """The ids that no text may have: not a byte's, nor the one for what is unknown unless it begins or ends a text too."""
+    """The ids that no text may have.
+
+    Bytes may be had, and a single character that serves as padding, say; what is unknown too, unless it begins or ends a text.
+    """
     if unknown in (getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None)):
         unknown = None
-    return frozenset(i for token, i in special.items() if token != unknown and not _BYTE.fullmatch(token))
+    harmless = (token for token in special if token == unknown or len(token) == 1 or _BYTE.fullmatch(token))
+    return frozenset(special.values()) - {special[token] for token in harmless}
 
 
 def _spelled(own: _Copied | _Called, ids: Sequence[int]) -> list[int]:

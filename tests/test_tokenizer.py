@@ -134,6 +134,12 @@ def test_a_special_token_that_has_no_other_spelling():
         PrivateTokenizer(tokenizer).plain(["a nowhere b"])
 
 
+def test_a_character_that_serves_as_padding_is_still_a_character():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"pad_token": "!"})
+    assert PrivateTokenizer(tokenizer).plain(["Oh!"]) == [call(tokenizer, "Oh!", True)]
+
+
 def test_what_the_chat_template_writes_is_not_read_from_text():
     """DeepSeek's role tokens are not marked as special."""
     tokenizer = byte_level()
@@ -320,7 +326,7 @@ def test_anything_that_is_called_as_a_tokenizer_is():
 class Stubborn(Letters):
     """Takes <s> for its special token, whatever it is told."""
 
-    all_special_tokens, unk_token = ("\1",), None
+    all_special_tokens, unk_token = ("<s>",), None
 
     def __call__(self, texts, **options):
         return super().__call__([text.replace("<s>", "\1") for text in texts])
