@@ -171,8 +171,9 @@ def lay_out(
     for number, chunk in enumerate(chunks):
         shift = 0 if starts is None else starts[number] - at
         even = even and not shift
+        alone = starts is None or min(starts[number + 1 :], default=at + len(chunk)) >= at + len(chunk)
         base = len(anchor) + chunk.offset
-        exact = behind_anchor and even and base == at and chunk.context == context
+        exact = behind_anchor and even and alone and base == at and chunk.context == context
         document = _first(chunk).ids
         behind_another = bool(documents - {document})
         continues = _follows(chunk, previous)
