@@ -203,6 +203,7 @@ class Engine:
         *,
         method: Method | str | None = None,
         room_tokens: int = 64,
+        starts: Sequence[int] | None = None,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
 
@@ -214,6 +215,8 @@ class Engine:
             question: text or token ids; not empty.
             method: instead of the engine's.
             room_tokens: room that the cache keeps for an answer.
+            starts: position of each chunk's first token, where chunks shall stand apart or share positions (as in APE,
+                arXiv:2502.05431); by default each stands right behind the one before.
 
         Raises:
             PromptError: an empty question or chunk, or ids out of the vocabulary.
@@ -223,8 +226,8 @@ class Engine:
         chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
         known = self._chunks(chunks)
-        layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device)
-        self._check_length(layout.tokens)
+        layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, starts)
+        self._check_length(int(layout.positions[-1]) + 1)
         return self._fuse(layout, chosen, room_tokens, begin)
 
     def generate(

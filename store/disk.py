@@ -169,14 +169,16 @@ class DiskTier(Tier):
     def removed(self, since: int) -> tuple[int, list[bytes] | None]:
         return removed_since(self.environment, since)
 
-    def pin(self, key: bytes, lifetime_s: float) -> bool:
-        """Keeps an entry from being evicted for some seconds, 0 for no longer; whether it is stored."""
+    def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
+        """Keeps entries from being evicted for some seconds, 0 for no longer; how many are stored."""
+        pinned = 0
         with self._planner() as planner:
-            row = planner.books.row(key)
-            if row is None or not row.alive(planner.now()):
-                return False
-            planner.pin(key, row, lifetime_s)
-            return True
+            for key in keys:
+                row = planner.books.row(key)
+                if row is not None and row.alive(planner.now()):
+                    planner.pin(key, row, lifetime_s)
+                    pinned += 1
+        return pinned
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next put."""

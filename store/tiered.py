@@ -265,15 +265,23 @@ class TieredStore:
 
         It is kept on disk, and in memory where the store has no disk.
         """
+        return self.pin_many([key], lifetime_s) == 1
+
+    def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
+        """Pins chunks, on disk in one transaction; how many are stored."""
         self._check_open()
         if not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return self._home.pin(key, lifetime_s)
+        return self._home.pin(list(keys), lifetime_s)
 
     def unpin(self, key: bytes) -> bool:
         """Ends a pin; whether the chunk is stored."""
+        return self.unpin_many([key]) == 1
+
+    def unpin_many(self, keys: Iterable[bytes]) -> int:
+        """Ends pins, on disk in one transaction; how many of the chunks are stored."""
         self._check_open()
-        return self._home.pin(key, 0.0)
+        return self._home.pin(list(keys), 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.

@@ -170,8 +170,9 @@ def lay_out(
     for number, chunk in enumerate(chunks):
         shift = 0 if starts is None else starts[number] - at
         even = even and not shift
+        alone = starts is None or min(starts[number + 1 :], default=at + len(chunk)) >= at + len(chunk)
         base = len(anchor) + chunk.offset
-        exact = behind_anchor and even and base == at and chunk.context == context
+        exact = behind_anchor and even and alone and base == at and chunk.context == context
         behind_another = any(_document(other) != _document(chunk) for other in chunks[:number])
         continues = number > 0 and _continues(chunk, chunks[number - 1])
         placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, chunks[:number]), shift))

@@ -112,6 +112,7 @@ class Pass:
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
+        self._clear()
         with self._attention(scattered=True), self.cache.writing(self._write):
             for piece in self._pieces():
                 out = self._forward(piece, for_model(self._masks(piece), self.decoder.config))
@@ -119,6 +120,7 @@ class Pass:
 
     def _narrowing(self) -> Tensor:
         """Scattered rows that become fewer with depth."""
+        self._clear()
         self.piece, self.begun = self.rows, len(self.rows)
         layers = list(enumerate(self.decoder.layers))[self.checks[0] :]
         hooks = [layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in layers]
@@ -161,10 +163,16 @@ class Pass:
     @contextmanager
     def _attention(self, scattered: bool) -> Iterator[None]:
         limited = self.context is not None or not self.layout.even
-        if self.slots > self.layout.tokens:
-            self.cache.clear(self.layout.tokens, self.slots)
         with self.decoder.fusion_attention(scattered=scattered, limited=limited) as self.attention:
             yield
+
+    def _clear(self) -> None:
+        """Let no piece be shown what nobody wrote: the slots of later pieces, and those behind the prompt."""
+        unused = torch.arange(self.layout.tokens, self.slots, device=self.rows.device)
+        if len(self.rows) > self.piece_tokens and not self.checks:
+            unused = torch.cat([self.rows, unused])
+        if len(unused):
+            self.cache.clear(unused)
 
     def _masks(self, rows: Tensor) -> LayerMasks:
         at, keys, hidden = self.layout.positions, None, self.slots - self.layout.tokens

@@ -157,10 +157,12 @@ class FusedCache(Cache):
         scatter(keys[0], values[0], slots.to(keys.device), held.key_room[0], held.value_room[0], impl=impl)
         return held.key_room[:, :, :shown], held.value_room[:, :, :shown]
 
-    def clear(self, start: int, stop: int) -> None:
-        """Zero slots that attention is shown though nothing is held there: hidden ones must be numbers too."""
+    def clear(self, slots: Tensor) -> None:
+        """Zero slots that attention is shown before anything is held there: what masks hide must be numbers too."""
         for layer in self.layers:
-            layer.key_room[:, :, start:stop] = layer.value_room[:, :, start:stop] = 0
+            here = slots.to(layer.key_room.device)
+            layer.key_room.index_fill_(2, here, 0)
+            layer.value_room.index_fill_(2, here, 0)
 
     def set_length(self, tokens: int) -> None:
         """Declare the first ``tokens`` slots of every layer as held."""
