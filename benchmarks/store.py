@@ -1,4 +1,4 @@
-"""The store against its limits: ratios within one run, and what codecs cost. Policies: ``ragkv bench store``.
+"""The store against its limits: ratios within one run, and what codecs cost. Policies: ``policies.py``.
 
     python benchmarks/store.py [--entries N] [--only codecs|speed] [--out FOLDER]
 

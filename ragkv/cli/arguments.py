@@ -68,7 +68,6 @@ def parser() -> argparse.ArgumentParser:
     )
 
     care.add_commands(command)
-    care.add_bench(command)
     evaluating.add_command(commands.add_parser)
     return top
 

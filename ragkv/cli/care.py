@@ -72,24 +72,6 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
-def add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Registers ``bench``."""
-    bench = command(
-        "bench", summary="Compare eviction policies on a stream of real passages, with a model's prefill times."
-    )
-    bench.add_argument("what", choices=["store"], help="what to measure")
-    bench.add_argument(
-        "--dataset", required=True, metavar="FILE", help="JSON with 'ctxs' of 'title' and 'text', or LongBench's JSONL"
-    )
-    bench.add_argument("--model", default="bundled", help="whose tokens and prefill times (default: bundled)")
-    bench.add_argument("--requests", type=parsed(filters.parse_positive), default=20_000, metavar="N")
-    bench.add_argument("--exponent", type=float, default=0.9, metavar="X", help="of the Zipf law (default: 0.9)")
-    bench.add_argument(
-        "--seeds", type=parsed(filters.parse_positive), default=3, metavar="N", help="streams to take means of"
-    )
-    bench.add_argument("--plot", metavar="FILE", help="draw it, as PNG, PDF or SVG (needs matplotlib)")
-
-
 def _filter() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
