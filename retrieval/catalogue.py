@@ -25,11 +25,11 @@ from ragkv.retrieval.records import Change, Document, Passage
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, problems
 
-_FORMAT = b"ragkv.catalogue/1"
+FORMAT = b"ragkv.catalogue/1"
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key or lineage key -> the ids that stand under it. meta: format, settings, state, next id.
-_DATABASES: dict[bytes, dict[str, Any]] = {
+DATABASES: dict[bytes, dict[str, Any]] = {
     b"meta": {},
     b"documents": {},
     b"passages": {},
@@ -58,7 +58,7 @@ class Catalogue:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        self._opened = Environment.open(self.path, _DATABASES, durable=not self.temporary)
+        self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary)
         self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
         try:
             self._check_format()
@@ -244,10 +244,10 @@ class Catalogue:
             found = txn.get("meta", b"format")
         if found is None:
             with self._environment.transaction(write=True) as txn:
-                txn.put("meta", b"format", _FORMAT)
+                txn.put("meta", b"format", FORMAT)
                 txn.put("meta", b"state", new_state())
-        elif found != _FORMAT:
-            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
+        elif found != FORMAT:
+            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {FORMAT.decode()}")
 
     def __enter__(self) -> Catalogue:
         return self
