@@ -160,7 +160,7 @@ def test_record_of_an_unknown_codec_is_a_record_error(folder, kv, key):
         assert store.get(key(1)) is None
 
 
-@pytest.mark.parametrize("version", [0, 2, 1 << 40])
+@pytest.mark.parametrize("version", [0, 1, 3, 1 << 40])
 def test_folder_of_another_version_is_named(folder, version):
     with TieredStore(folder, cpu_bytes=0) as store:
         env = store._disk.environment
