@@ -73,9 +73,7 @@ class Room(Planner):
 
 def survivors(policy, stream, room=3):
     tier = Room(room * 10, policy)
-    for position, number in enumerate(stream):
-        if isinstance(policy):
-            policy.position = position
+    for number in stream:
         if not tier.use(name(number)):
             tier.admit(name(number), 10, Terms(cost_s=float(1 + number)))
     return {number for number in range(10) if name(number) in tier.held_keys}
