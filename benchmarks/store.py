@@ -1,4 +1,4 @@
-"""The store against its limits: ratios within one run, and what codecs cost. Policies: ``ragkv bench store``.
+"""The store against its limits: ratios within one run, and what codecs cost. Policies: ``policies.py``.
 
     python benchmarks/store.py [--entries N] [--only codecs|speed] [--out FOLDER]
 
@@ -233,7 +233,7 @@ def bundled_kv() -> Source:
     chunks = []
     for text in list(bundled.documents().values())[:12]:
         chunks += engine.add_document(TokenChunker(tokenizer, 96).split(text))
-    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks], engine.decoder.rotations
+    return [engine.store.get(engine.documents.key(chunk)) for chunk in chunks], engine.decoder.rotations
 
 
 def tiny_kv() -> Source:
@@ -243,7 +243,7 @@ def tiny_kv() -> Source:
 
     engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1]))
     chunks = engine.add([random_ids(96) for _ in range(8)])
-    return [engine.store.get(engine.chunk_key(chunk)) for chunk in chunks], engine.decoder.rotations
+    return [engine.store.get(engine.documents.key(chunk)) for chunk in chunks], engine.decoder.rotations
 
 
 def made_up_kv() -> Source:

@@ -29,8 +29,6 @@ import transformers
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
-from ragkv.fusion.fuse import Work, plan
-from ragkv.fusion.layout import lay_out
 
 SHAPE = {
     "num_hidden_layers": 24,
@@ -68,18 +66,19 @@ class Limit:
     values of all other tokens lie ready in a plain tensor.
     """
 
-    def __init__(self, engine: ragkv.Engine, layout, prompt: ragkv.FusedPrompt, work):
-        self.model, self.layout = engine.model, layout
+    def __init__(self, engine: ragkv.Engine, prompt: ragkv.FusedPrompt):
+        self.model, self.ids, self.last = engine.model, prompt.input_ids[0], prompt.recomputed
         self.kv = [(layer.keys, layer.values) for layer in prompt.past_key_values.layers]
-        self.rows, self.last = work.rows, prompt.recomputed
+        fresh = prompt.report.fresh_by_layer
+        narrowed = fresh[0] > fresh[-1]  # as CacheBlend does, from all tokens
+        self.rows = torch.arange(len(self.ids)) if narrowed else self.last
         # A check layer is run on all tokens for its keys and values only; the rest of it on those that were kept.
-        self.checks = set(work.checks)
+        self.checks = {fresh.index(fresh[-1]) - 1} if narrowed else set()
 
     @torch.no_grad()
     def __call__(self) -> None:
         model = self.model.model
-        ids = self.layout.ids
-        rows = self.rows
+        ids, rows = self.ids, self.rows
         hidden = model.embed_tokens(ids[rows][None])
         rope = model.rotary_emb(hidden, position_ids=rows[None])
         mask = self._mask(rows)
@@ -98,7 +97,7 @@ class Limit:
         self.model.lm_head(model.norm(hidden[:, -1:]))
 
     def _mask(self, rows):
-        total = self.layout.tokens
+        total = len(self.ids)
         return None if len(rows) == total else (torch.arange(total)[None, :] <= rows[:, None])[None, None]
 
     @staticmethod
@@ -154,14 +153,12 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def _rounds(args, engine, chunks, question, methods) -> dict[str, list[float]]:
-    layout = lay_out(engine.encoder.prefix, engine.encoder.anchor, chunks, question, engine.decoder.device)
-    ids = layout.ids[None]
-    runs = {"full_prefill": lambda: _full(engine.model, ids)}
+    runs = {}
     for name, method in methods.items():
         prompt = engine.fuse(chunks, question, method=method)
-        work = _work(method, layout, prompt, len(engine.decoder.layers))
+        runs.setdefault("full_prefill", lambda ids=prompt.input_ids: _full(engine.model, ids))
         runs[name] = lambda method=method: engine.fuse(chunks, question, method=method)
-        runs[f"{name} limit"] = Limit(engine, layout, prompt, work)
+        runs[f"{name} limit"] = Limit(engine, prompt)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(args.rounds + 1):
         for name, run in runs.items():
@@ -170,13 +167,6 @@ def _rounds(args, engine, chunks, question, methods) -> dict[str, list[float]]:
                 times[name].append(seconds)
             print(f"round {number} {name:24s} {seconds * 1e3:9.1f} ms", file=sys.stderr)
     return times
-
-
-def _work(method, layout, prompt, layers):
-    """What a method computes; one that looks at the prompt first has said so by the rows that it took."""
-    if not method.looks:
-        return plan(method, layout, layers)
-    return Work(method, prompt.recomputed, (), True)
 
 
 @torch.no_grad()

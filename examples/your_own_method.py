@@ -1,7 +1,8 @@
 """Your own method, without touching ragkv: say which of the chunks' tokens are computed afresh.
 
-A method is a frozen dataclass; its fields are its knobs. `start` gets the prompt's layout and returns positions. (`checks` and
-`narrow` let it look at the layers' fresh KV and drop positions on the way, as `ragkv.CacheBlend` does.)
+A method is a frozen dataclass; its fields are its knobs. `select` sees the prompt and returns tokens by their place in it.
+(With a `ragkv.Selection` that names layers, and `narrow`, it looks at the layers' fresh KV and drops tokens on the way, as
+`ragkv.CacheBlend` does.)
 
     python examples/your_own_method.py
 """
@@ -12,7 +13,6 @@ from torch import Tensor
 
 import ragkv
 from ragkv import bundled
-from ragkv.fusion.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Seams(ragkv.Method):
 
     k: int = 16
 
-    def start(self, layout: Layout) -> Tensor:
+    def select(self, view: ragkv.View) -> Tensor:
         """The first k tokens behind every seam."""
-        seams = [placed for placed in layout.chunks if not placed.exact and not placed.continues]
-        return layout.span(*seams, first=self.k)
+        seams = [placed for placed in view.layout.chunks if not placed.exact and not placed.continues]
+        return view.layout.span(*seams, first=self.k)
 
 
 def main() -> None:

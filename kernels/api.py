@@ -110,10 +110,9 @@ def scatter(
     keys: Tensor,
     values: Tensor,
     *,
-    deviations: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor] | None:
-    """Write fresh K and V to their rows of the cache, and on the way tell how far they are from what was there.
+) -> None:
+    """Write fresh K and V to their rows of the cache.
 
     Args:
         fresh_keys: ``[H, S, D]``.
@@ -121,11 +120,7 @@ def scatter(
         rows: ``[S]`` integers below N, each at most once.
         keys: ``[H, N, D]``, written; may be a strided view.
         values: ``[H, N, Dv]``, written; may be a strided view.
-        deviations: whether the distances are wanted.
         impl: which implementation runs.
-
-    Returns:
-        The :func:`deviation` of keys and of values, ``[S]`` fp32 each; ``None`` where they are not wanted.
 
     Raises:
         KernelError, MissingPackageError: as :func:`place`.
@@ -140,12 +135,13 @@ def scatter(
         "keys and values, fresh and held", fresh_keys=fresh_keys, fresh_values=fresh_values, keys=keys, values=values
     )
     if implementation(impl, keys.device, keys.dtype) == "reference":
-        return reference.scatter(fresh_keys, fresh_values, rows, keys, values, deviations)
+        reference.scatter(fresh_keys, fresh_values, rows, keys, values)
+        return
     from ragkv.kernels.triton_impl.scatter import scatter as fused
 
     _check_dense("keys", keys)
     _check_dense("values", values)
-    return fused(fresh_keys, fresh_values, rows, keys, values, deviations)
+    fused(fresh_keys, fresh_values, rows, keys, values)
 
 
 def _computed(pieces: Sequence[Piece]) -> torch.dtype:

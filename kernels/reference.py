@@ -64,11 +64,7 @@ def deviation(fresh: Tensor, stored: Tensor, rows: Tensor | None) -> Tensor:
     return (fresh.float() - held.float()).square_().sum(dim=(0, 2))
 
 
-def scatter(
-    fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor, deviations: bool
-) -> tuple[Tensor, Tensor] | None:
+def scatter(fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
     """See :func:`ragkv.kernels.scatter`."""
-    before = (deviation(fresh_keys, keys, rows), deviation(fresh_values, values, rows)) if deviations else None
     keys.index_copy_(1, rows, fresh_keys)
     values.index_copy_(1, rows, fresh_values)
-    return before

@@ -28,8 +28,8 @@ _HOMES = {
         "StoreFullError",
         "UnsupportedModelError",
     ),
-    "fusion.fuse": ("Check",),
     "fusion.layout": ("Layout",),
+    "fusion.view": ("Check", "Selection", "View"),
     "methods": (
         "Auto",
         "CacheBlend",
@@ -46,7 +46,6 @@ _HOMES = {
     "prompt": ("PromptTemplate",),
     "rag": ("RAG",),
     "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
-    "fusion.scene": ("Scene",),
     "store": ("TieredStore",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,9 +13,10 @@ from ragkv.errors import RetrievalError as RetrievalError
 from ragkv.errors import StoreError as StoreError
 from ragkv.errors import StoreFullError as StoreFullError
 from ragkv.errors import UnsupportedModelError as UnsupportedModelError
-from ragkv.fusion.fuse import Check as Check
 from ragkv.fusion.layout import Layout as Layout
-from ragkv.fusion.scene import Scene as Scene
+from ragkv.fusion.view import Check as Check
+from ragkv.fusion.view import Selection as Selection
+from ragkv.fusion.view import View as View
 from ragkv.methods import Auto as Auto
 from ragkv.methods import CacheBlend as CacheBlend
 from ragkv.methods import FullPrefill as FullPrefill

@@ -5,13 +5,16 @@ L layers, H kv heads, T tokens of the chunk, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ragkv.errors import PromptError
 
 
 def digest(*parts: bytes | str | Sequence[int]) -> bytes:
@@ -34,48 +37,111 @@ def digest(*parts: bytes | str | Sequence[int]) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The token ids of one passage with its wrapper, and the context that it is prefilled behind.
+    """The token ids of one passage with its wrapper, and what they are prefilled behind.
+
+    It is a value that an application may keep: :meth:`to_dict` is what JSON can hold, and :meth:`from_dict` takes it back.
 
     Attributes:
         ids: token ids, wrapper included; never empty.
-        text: the passage as it was given; ``None`` when ids were given.
-        previous: the chunk before it in the same document; ``None`` for a document's first chunk and for a passage
-            that stands alone. The chain of predecessors is the chunk's context, behind the anchor.
+        text: the passage as it was given; ``None`` where ids were given, or it was not kept.
+        document: id of its document; empty for a passage that stands alone.
+        number: its place among the chunks of its document, from 0.
+        offset: tokens of its context, the anchor not counted.
+        context: digest of its context, the anchor not counted (:attr:`context_after` of the chunk in front).
         mark: not empty where KV from here on were repaired after an edit instead of read: a part of the context, so that they are
             never taken for exact ones.
-        offset: tokens of its context, the anchor not counted.
-        context: digest of the ids of its context, the anchor not counted.
+        span: first character of the passage in its document's text, and the one behind its last; ``None`` where not known.
+        metadata: of its document; anything that JSON can hold.
+        behind: gives the chunks of its context and itself; ``None`` where only its document's record can.
     """
 
     ids: tuple[int, ...]
     text: str | None = None
-    previous: Chunk | None = field(default=None, repr=False)
+    document: str = ""
+    number: int = 0
+    offset: int = 0
+    context: bytes = field(default=b"", repr=False)
     mark: str = ""
-    offset: int = field(init=False)
-    context: bytes = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        before = self.previous
-        object.__setattr__(self, "offset", 0 if before is None else before.offset + len(before))
-        context = b"" if before is None else digest(before.context, before.ids)
-        object.__setattr__(self, "context", digest(context, self.mark) if self.mark else context)
+    span: tuple[int, int] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    behind: Callable[[], list[Chunk]] | None = field(default=None, repr=False)
 
     @property
     def id(self) -> str:
         """Content hash of ``ids``: 64 hex digits, the same in whatever document the chunk stands."""
         return digest(self.ids).hex()
 
-    def lineage(self) -> list[Chunk]:
-        """The chunks of its context in document order, then the chunk itself."""
-        chain: list[Chunk] = []
-        node: Chunk | None = self
-        while node is not None:
-            chain.append(node)
-            node = node.previous
-        return chain[::-1]
+    @property
+    def context_after(self) -> bytes:
+        """Digest of the context that it is, behind its own, to what follows."""
+        return digest(self.context, self.ids)
+
+    def lineage(self) -> list[Chunk] | None:
+        """The chunks of its context in order, each in the context that it has there, then the chunk itself.
+
+        ``None`` where the chunk does not know them: see :meth:`from_dict`.
+        """
+        if not self.offset:
+            return [self]
+        return None if self.behind is None else self.behind()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the text and the context's chunks, as JSON can hold it."""
+        return {
+            "ids": list(self.ids),
+            "document": self.document,
+            "number": self.number,
+            "offset": self.offset,
+            "context": self.context.hex(),
+            "mark": self.mark,
+            "span": None if self.span is None else list(self.span),
+            "metadata": dict(self.metadata),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], text: str | None = None) -> Chunk:
+        """The chunk of :meth:`to_dict`.
+
+        Its KV are found by what it says. Should the store have lost them, its document's record says what they are read behind.
+
+        Raises:
+            PromptError: it is not what :meth:`to_dict` gives.
+        """
+        try:
+            ids, span = fields["ids"], fields["span"]
+            chunk = cls(
+                ids=tuple(_whole(i) for i in ids),
+                text=text,
+                document=str(fields["document"]),
+                number=_whole(fields["number"]),
+                offset=_whole(fields["offset"]),
+                context=bytes.fromhex(fields["context"]),
+                mark=str(fields["mark"]),
+                span=None if span is None else (_whole(span[0]), _whole(span[1])),
+                metadata=dict(fields["metadata"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise PromptError(f"a chunk must be what Chunk.to_dict() gives: {type(error).__name__}: {error}") from error
+        if not chunk.ids or len(chunk.context) != (32 if chunk.offset or chunk.mark else 0):
+            raise PromptError(
+                f"a chunk has at least one id, and a context of 32 bytes where there is one; got {len(chunk.ids)} ids, offset "
+                f"{chunk.offset}, a context of {len(chunk.context)} bytes"
+            )
+        return chunk
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def marked(context: bytes, mark: str) -> bytes:
+    """The context of a chunk that has a mark."""
+    return digest(context, mark) if mark else context
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no whole number of at least 0")
+    return value
 
 
 @dataclass(eq=False)
@@ -88,12 +154,14 @@ class ChunkKV:
         base: position at which the chunk's first token stood when the KV was made.
         sensitivity: ``[T]`` how much each token's values change when another text stands in front of the document; ``None`` where
             it was not measured. See :mod:`ragkv.library.sensitivity`.
+        foreign: id of the text that stood in front when the sensitivity was measured.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     base: int
     sensitivity: Tensor | None = None
+    foreign: str = ""
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -109,9 +177,11 @@ class ChunkKV:
     def first(self, tokens: int) -> ChunkKV:
         """The first ``tokens`` tokens, as views: by causality they know nothing of the others."""
         keys, values = [k[:, :tokens] for k in self.keys], [v[:, :tokens] for v in self.values]
-        return ChunkKV(keys, values, self.base, None if self.sensitivity is None else self.sensitivity[:tokens])
+        return ChunkKV(
+            keys, values, self.base, None if self.sensitivity is None else self.sensitivity[:tokens], self.foreign
+        )
 
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same KV on another device; tensors that are there already are not copied."""
         keys, values = [k.to(device) for k in self.keys], [v.to(device) for v in self.values]
-        return ChunkKV(keys, values, self.base, self.sensitivity)
+        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign)

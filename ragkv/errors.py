@@ -22,7 +22,7 @@ class MethodError(RagKVError, ValueError):
 
 
 class StoreError(RagKVError):
-    """The KV store cannot do what was asked. What was stored before is still readable."""
+    """The KV store, or a folder on disk, cannot do what was asked. What was stored before is still readable."""
 
 
 class StoreFullError(StoreError):

@@ -6,11 +6,13 @@ So a chunk's ids never depend on its neighbours, and a stored chunk is found aga
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ragkv.errors import PromptError
+from ragkv.tokenizer import PrivateTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,6 +132,7 @@ class Encoder:
 
     def __init__(self, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self._private = None if tokenizer is None else PrivateTokenizer(tokenizer)
         parts = {part.name: getattr(template, part.name) for part in fields(template)}
         self.prefix = self._opening(parts["prefix"])
         self.anchor = self.prefix if template.anchor is None else self._opening(parts["anchor"])
@@ -168,20 +171,12 @@ class Encoder:
             trusted: the text may hold special tokens. In documents and questions they are read as plain text, so that a document
                 cannot end the user's turn.
         """
-        if isinstance(text, str):
-            if not text:
-                return ()
-            if self.tokenizer is None:
-                raise PromptError(
-                    f"got text ({text[:40]!r}) but the engine has no tokenizer: give token ids, or a tokenizer"
-                )
-            options = {} if trusted else {"split_special_tokens": True}
-            return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
-        ids = tuple(int(i) for i in text)
+        ids = self._encoded(text, trusted) if isinstance(text, str) else _checked(text)
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise PromptError(
-                f"token id {wrong[0]} is out of the vocabulary: ids must be in 0 .. {self.vocab_size - 1}"
+                f"token id {wrong[0]} is out of the model's vocabulary: ids must be in 0 .. {self.vocab_size - 1} "
+                "(where the tokenizer was given more tokens, call model.resize_token_embeddings)"
             )
         return ids
 
@@ -189,10 +184,35 @@ class Encoder:
         """Text of generated ids, special tokens left out; empty without a tokenizer."""
         return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def _encoded(self, text: str, trusted: bool) -> tuple[int, ...]:
+        if not text:
+            return ()
+        if self._private is None:
+            raise PromptError(
+                f"got text ({text[:40]!r}) but the engine has no tokenizer: give token ids, or a tokenizer"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"text must be valid Unicode, got half a surrogate pair at {error.start}") from error
+        return tuple(self._private.trusted(text) if trusted else self._private.plain([text])[0])
+
     def _opening(self, text: Text) -> tuple[int, ...]:
         ids = self.ids(text, trusted=True)
-        if self.tokenizer is None or not isinstance(text, str):
-            return ids
-        bos = self.tokenizer.bos_token_id
-        adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-        return (bos, *ids) if adds_bos and ids[:1] != (bos,) else ids
+        bos = self._private.bos() if self._private is not None and isinstance(text, str) else ()
+        return ids if ids[: len(bos)] == bos else (*bos, *ids)
+
+
+def _checked(given: Sequence[int]) -> tuple[int, ...]:
+    """Ids as plain ints; of numpy and torch too, but nothing that only looks like a number."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
+        raise PromptError(f"give text as str or a sequence of token ids, got {type(given).__name__}")
+    return tuple(_whole(value) for value in values)
+
+
+def _whole(value: Any) -> int:
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
+    if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
+        raise PromptError(f"token ids must be whole numbers, got {plain!r}")
+    return index(plain)

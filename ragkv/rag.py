@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ragkv.chunk import Chunk, digest
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError, RagKVError
-from ragkv.library.shelf import Shelf
+from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
@@ -27,7 +28,9 @@ from ragkv.retrieval import (
     TokenChunker,
     load_files,
 )
+from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
+from ragkv.store.codecs import Codec
 
 
 @dataclass
@@ -68,10 +71,6 @@ class RAG:
         chunker: cuts texts into passages; by default of at most 256 of the model's tokens.
         repair_tokens: read a changed document by computing the changed passages and this many tokens behind each change (see
             :meth:`Engine.repair_document`); ``None``: read it exactly, from the first changed passage on.
-        model_name: what the model is called where a folder of another model is refused.
-
-    Raises:
-        IncompatibleFolderError: the retriever's folder was made with another model.
     """
 
     def __init__(
@@ -80,14 +79,12 @@ class RAG:
         retriever: Retriever,
         chunker: TokenChunker | None = None,
         repair_tokens: int | None = None,
-        model_name: str = "",
     ):
         if engine.tokenizer is None:
             raise ValueError("RAG reads text: the engine needs a tokenizer")
-        self.engine, self.retriever, self.shelf = engine, retriever, Shelf(engine, repair_tokens)
+        self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
         self.chunker = chunker or TokenChunker(engine.tokenizer)
-        name = model_name or getattr(engine.decoder.config, "_name_or_path", "") or type(engine.model).__name__
-        retriever.catalogue.require("model", engine.model_fingerprint, str(name))
+        self._documents = CataloguedDocuments(retriever.catalogue, engine.documents)
 
     @classmethod
     def from_pretrained(
@@ -102,8 +99,14 @@ class RAG:
         foreign: str | None = None,
         repair_tokens: int | None = None,
         device: str | None = None,
+        store: TieredStore | None = None,
+        gpu_bytes: int = 0,
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
+        codec: str | Codec = "raw",
+        cpu_codec: str | Codec | None = None,
+        namespace: str = "",
+        lifetime_s: float = math.inf,
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.
@@ -116,31 +119,52 @@ class RAG:
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
             method: how prompts are put together.
             template: the prompt's parts.
-            foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.documents.Documents`.
+            foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.Engine`.
                 The bundled model brings its own.
             repair_tokens: how a changed document is read, see above.
             device: ``"cuda"`` where there is one, by default.
+            store: where KV are kept, in place of ``path``'s own; it is closed with the object. With it pins, quotas and policies
+                are at hand.
+            gpu_bytes: memory of the GPU for KV.
             cpu_bytes: memory for KV.
             disk_bytes: disk for KV.
+            codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`.
+            cpu_codec: how they are encoded in memory.
+            namespace: KV stored under another one are never found.
+            lifetime_s: seconds after which stored KV are read again.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``.
 
         Raises:
             UnsupportedModelError: the model cannot be driven exactly.
-            IncompatibleFolderError: the folder was made with another model or embedder.
+            IncompatibleFolderError: the folder was made with another embedder.
         """
         folder = None if path is None else Path(path)
         with ExitStack() as opened:
             retriever = Retriever.open(None if folder is None else folder / "documents", load_embedder(embedder))
             opened.callback(retriever.close)
             loaded, tokenizer, own, sample = load_model(model, device, model_options)
-            store = TieredStore(None if folder is None else folder / "kv", cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
+            if store is None:
+                store = TieredStore(
+                    None if folder is None else folder / "kv",
+                    gpu_bytes=gpu_bytes,
+                    cpu_bytes=cpu_bytes,
+                    disk_bytes=disk_bytes,
+                    codec=codec,
+                    cpu_codec=cpu_codec,
+                )
             opened.callback(store.close)
-            foreign = sample if foreign is None else foreign
-            engine = Engine(loaded, tokenizer, store=store, method=method, template=template or own, foreign=foreign)
-            default_tokens = 96 if model == BUNDLED else 256
-            rag = cls(
-                engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens, str(model)
+            engine = Engine(
+                loaded,
+                tokenizer,
+                store=store,
+                method=method,
+                template=template or own,
+                namespace=namespace,
+                foreign=sample if foreign is None else foreign,
+                lifetime_s=lifetime_s,
             )
+            default_tokens = 96 if model == BUNDLED else 256
+            rag = cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens)
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
 
@@ -212,11 +236,27 @@ class RAG:
             DocumentError: there is no such document.
         """
         change = self.retriever.remove(source)
-        self.shelf.forget(change)
+        self.engine.store.remove_many(change.unused)
         return change
 
+    def pin(self, source: str, lifetime_s: float = math.inf) -> int:
+        """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        return self.engine.store.pin_many(self._keys(source), lifetime_s)
+
+    def unpin(self, source: str) -> int:
+        """End the pins of a document's KV; returns how many of its passages' are stored.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        return self.engine.store.unpin_many(self._keys(source))
+
     def refresh(self, progress: Callable[[str], None] | None = None) -> int:
-        """Read whatever KV of the documents is missing, after a crash or with a new prefix say.
+        """Read whatever KV of the documents is missing, after a crash, with a new prefix or with another model say.
 
         Args:
             progress: called with each document's source.
@@ -225,10 +265,10 @@ class RAG:
             Tokens that were read.
         """
         tokens = 0
-        for document in self.retriever.catalogue.documents():
-            tokens += self.shelf.read(self.retriever.catalogue.texts(document.source))
+        for listed in self.retriever.catalogue.documents():
+            tokens += self.engine.documents.add(self._documents.now(listed.id))
             if progress is not None:
-                progress(document.source)
+                progress(listed.source)
         return tokens
 
     def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
@@ -240,25 +280,13 @@ class RAG:
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
         """
-        hits = self.retriever.search(question, top_k)
-        found = {(hit.document_id, hit.position): hit for hit in reversed(hits)}
-        for hit in hits if neighbours > 0 else ():
-            for beside in self._around(hit, neighbours):
-                found.setdefault((beside.document_id, beside.position), beside)
+        hits = self.retriever.search(question, top_k, neighbours=neighbours, readings=self._documents.read)
         rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-        return sorted(found.values(), key=lambda hit: (rank[hit.document_id], hit.position))
-
-    def _around(self, hit: Hit, neighbours: int) -> Iterator[Hit]:
-        """The passages on either side of a hit, with its score."""
-        document, texts = self.retriever.catalogue.get(hit.source), self.retriever.catalogue.texts(hit.source)
-        ids = () if document is None else document.passage_ids
-        near = range(max(0, hit.position - neighbours), min(len(ids), len(texts), hit.position + neighbours + 1))
-        for position in near:
-            yield replace(hit, passage_id=ids[position], text=texts[position], position=position)
+        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
-        return [self.shelf.chunks(self.retriever.catalogue.texts(hit.source))[hit.position] for hit in hits]
+        return self._documents.chunks(hits)
 
     def ask(
         self,
@@ -304,7 +332,11 @@ class RAG:
             **generation: what ``model.generate`` takes.
         """
         hits = self._found(question, top_k, neighbours)
-        return hits, self.engine.stream(self.chunks(hits), question, method=method, **generation)
+        chunks = self.chunks(hits)
+        self.engine.store.prefetch(
+            list(self.engine.documents.keys(chunks))
+        )  # beside what the caller does with the hits
+        return hits, self.engine.stream(chunks, question, method=method, **generation)
 
     def close(self) -> None:
         """Close retriever and store."""
@@ -325,11 +357,34 @@ class RAG:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
         return hits
 
+    def _keys(self, source: str) -> list[bytes]:
+        if source not in self.retriever.catalogue:
+            raise DocumentError(f"there is no document {source!r}")
+        return list(self.engine.documents.keys(self._documents.now(source_id(source))))
+
     def _add(self, text: str, source: str, metadata: dict[str, Any] | None, added: Added) -> None:
-        passages = self.chunker.split(text)
+        origin, catalogue = digest(text, self.chunker.settings).hex(), self.retriever.catalogue
+        with catalogue.snapshot() as view:
+            listed = view.get(source)
+            before = None if listed is None else self._documents.kept(view, listed)
+            old = [] if listed is None else view.texts(listed)
+        if listed is not None and listed.origin == origin:  # cut as it is, though perhaps with another model's tokens
+            passages, spans = old, listed.spans
+        else:
+            spans = self.chunker.spans(text)
+            passages = [text[start:stop] for start, stop in spans]
         if not passages:
             raise DocumentError(f"{source}: no text in it")
-        change = self.retriever.add(source, passages, metadata)
+        documents, repair = self.engine.documents, None
+        document = before if before is not None and old == passages else documents.cut(passages, source_id(source))
+        if before is not None and document is not before and self.repair_tokens is not None:
+            repair = documents.plan_repair(list(before), document, self.repair_tokens)
+        # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
+        reading = self._documents.reading(document if repair is None else repair.document)
+        change = self.retriever.add(source, passages, metadata, spans=spans, origin=origin, reading=reading)
         added.changes.append(change)
-        added.tokens_read += self.shelf.read(passages, change)
-        self.shelf.forget(change, passages)
+        repaired = None if repair is None else documents.repair(repair)
+        if repair is not None and repaired is None:  # old KV went in between
+            catalogue.keep([(change.document, self._documents.reading(document))])
+        added.tokens_read += documents.add(list(document)) if repaired is None else repaired
+        self.engine.store.remove_many(change.unused)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from ragkv.fusion.timing import Timer
 
 
 @dataclass
@@ -25,12 +27,11 @@ class FusionReport:
             ``"unused"``: the method computes everything itself.
         sources: the same for each chunk of the prompt, in order.
         bytes_read: bytes read from disk.
-        milliseconds: by stage: ``read`` (chunks that were not stored), ``place`` (load, decode, rotate), ``select``,
-            ``compute``, and ``total``, from the call to the next-token logits.
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
+        timer: took the times.
     """
 
     method: str
@@ -42,14 +43,23 @@ class FusionReport:
     hits: dict[str, int] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     bytes_read: int = 0
-    milliseconds: dict[str, float] = field(default_factory=dict)
     budget: float = 0.0
     fresh_by_layer: list[int] = field(default_factory=list)
     looked: str = ""
+    timer: Timer = field(default_factory=Timer, repr=False, compare=False)
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """By stage: ``read`` (chunks not stored), ``place`` (load, decode, rotate), ``select``, ``compute``, and ``total``.
+
+        The total is from the call to the next-token logits. A device is waited for when this is first asked for.
+        """
+        return self.timer.milliseconds()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "timer"}
+        return {**plain, "milliseconds": self.milliseconds}
 
 
 @dataclass
@@ -89,7 +99,7 @@ class AnswerReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {**{item.name: getattr(self, item.name) for item in fields(self)}, "fusion": self.fusion.as_dict()}
 
 
 @dataclass

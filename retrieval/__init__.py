@@ -8,7 +8,7 @@ from ragkv.retrieval.chunker import TokenChunker
 from ragkv.retrieval.embedder import Embedder, SentenceTransformerEmbedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
 from ragkv.retrieval.loaders import LoadedFile, SkippedFile, load_files, read_file
-from ragkv.retrieval.records import Change, Document, Passage
+from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.retriever import Hit, Retriever
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -21,6 +21,7 @@ __all__ = [
     "Hit",
     "LoadedFile",
     "Passage",
+    "Reading",
     "Retriever",
     "SentenceTransformerEmbedder",
     "SkippedFile",

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,23 +18,26 @@ from numpy.typing import NDArray
 
 from ragkv.chunk import digest
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
+from ragkv.folder import Environment
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import new_state, replaced
-from ragkv.retrieval.environment import Environment
-from ragkv.retrieval.records import Change, Document, Passage
+from ragkv.retrieval.changes import new_state, put_readings, replaced
+from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.snapshot import Snapshot
-from ragkv.retrieval.upkeep import damage, mend, problems
+from ragkv.retrieval.upkeep import damage, mend, migrate, problems
 
-_FORMAT = b"ragkv.catalogue/1"
+_FORMAT, _FORMER = b"ragkv.catalogue/2", b"ragkv.catalogue/1"
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
-# uses: text key or lineage key -> the ids that stand under it. meta: format, settings, state, next id.
-_DATABASES: dict[str, dict[str, Any]] = {
-    "meta": {},
-    "documents": {},
-    "passages": {},
-    "vectors": {},
-    "uses": {"dupsort": True, "dupfixed": True},
+# uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
+# kv: key of KV -> the keys of the readings that name it. meta: format, settings, state, next id.
+_DATABASES: dict[bytes, dict[str, Any]] = {
+    b"meta": {},
+    b"documents": {},
+    b"passages": {},
+    b"vectors": {},
+    b"uses": {"dupsort": True, "dupfixed": True},
+    b"readings": {},
+    b"kv": {"dupsort": True, "dupfixed": True},
 }
 
 Embed = Callable[[list[str]], NDArray[np.float32]]
@@ -44,33 +47,32 @@ class Catalogue:
     """Which documents there are, their passages in order, and the passages' vectors.
 
     A change is kept whole or not at all, also when the process is killed in the middle of it, and it is on the disk
-    when the call returns. Several processes may read and write; writers queue. Threads may share one object. A folder
-    is opened once a process, and not used across a fork.
+    when the call returns. Several objects, threads and processes may read and write one folder, also across a fork; writers
+    queue. A folder that may not be written to opens for reading.
 
     Args:
         path: the folder, made if it is not there; None for a temporary one that goes with the object.
-        map_bytes: the most it may ever hold. Address space, not disk.
 
     Raises:
-        RetrievalError: the folder cannot be used, or this process has it open already.
+        StoreError: the folder cannot be used.
         RecordError: the folder holds something else, is damaged, or was made by a newer version.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, map_bytes: int = 1 << 38) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        self._environment = Environment(self.path, _DATABASES, map_bytes, durable=not self.temporary)
-        if self.temporary:
-            weakref.finalize(self, _discard, self._environment, self.path)
-        with self._environment.transaction() as txn:
-            found = txn.get("meta", b"format")
-        if found is None:
-            with self._environment.transaction(write=True) as txn:
-                txn.put("meta", b"format", _FORMAT)
-                txn.put("meta", b"state", new_state())
-        elif found != _FORMAT:
+        self._opened = Environment.open(self.path, _DATABASES, durable=not self.temporary)
+        self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
+        try:
+            self._check_format()
+        except BaseException:
             self.close()
-            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
+            raise
+
+    @property
+    def readonly(self) -> bool:
+        """Whether the folder may not be written to."""
+        return self._environment.readonly
 
     def require(self, what: str, fingerprint: str, name: str = "") -> None:
         """States what the folder is made with, or checks that it was made with just that.
@@ -78,7 +80,7 @@ class Catalogue:
         While the folder has no documents, the last statement counts.
 
         Args:
-            what: a word for it: ``"embedder"``, ``"model"``, ``"chunker"``.
+            what: a word for it: ``"embedder"``.
             fingerprint: equal exactly when the folder can be used.
             name: what people call it.
 
@@ -98,17 +100,30 @@ class Catalogue:
                 )
             txn.put("meta", b"settings", json.dumps({**view.settings, what: given}).encode())
 
-    def put(self, source: str, passages: list[str], embed: Embed, metadata: dict[str, Any] | None = None) -> Change:
+    def put(
+        self,
+        source: str,
+        passages: list[str],
+        embed: Embed,
+        metadata: dict[str, Any] | None = None,
+        *,
+        spans: Sequence[tuple[int, int]] = (),
+        origin: str = "",
+        reading: Reading | None = None,
+    ) -> Change:
         """Adds a document, or replaces the one of the same source.
 
         Passages whose text was in the version before keep their ids. Nothing is embedded whose text any document
-        has. A document that is there already, with equal passages and metadata, changes nothing.
+        has. A document that is there already, all of it equal, changes nothing.
 
         Args:
             source: what the document is called.
             passages: its texts in order, none blank.
             embed: gives the vectors, float32 ``[n, d]``, of texts; called outside of any transaction.
             metadata: anything that JSON can hold.
+            spans: see :class:`Document`.
+            origin: see :class:`Document`.
+            reading: how a model reads it, kept in the same transaction. Those of other models stay if no passage changes.
 
         Raises:
             DocumentError: the document cannot be stored as it is.
@@ -116,21 +131,34 @@ class Catalogue:
             StoreFullError: disk or map are full; nothing was changed.
         """
         source, passages, metadata = records.checked_document(source, passages, metadata)
-        document = Document(source, digest(*passages).hex(), (), metadata)
+        given = Document(source, digest(*passages).hex(), (), metadata, tuple(spans), origin)
+        readings = [] if reading is None else [reading]
         vectors: dict[str, NDArray[np.float32]] = {}
         while True:
             with self.snapshot() as view:
                 old = view.get(source)
-                if old is not None and replace(old, passage_ids=()) == document:
-                    return Change(old, kept=old.passage_ids, old_passages=tuple(passages), states=(view.state,) * 2)
+                if old is not None and replace(old, passage_ids=()) == given and all(map(view.keeps, [old], readings)):
+                    return Change(old, kept=old.passage_ids, replaced=True, states=(view.state,) * 2)
                 missing = [text for text in dict.fromkeys(passages) if text not in vectors and not view.has_text(text)]
             vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())
             with self._environment.transaction(write=True) as txn:
                 view = Snapshot(txn)
                 # Another process may have removed a text whose vector was counted on.
                 if all(text in vectors or view.has_text(text) for text in passages):
-                    change = replaced(txn, document, passages, vectors)
-                    return replace(change, embedded=len(vectors))
+                    return replace(replaced(txn, given, passages, vectors, readings), embedded=len(vectors))
+
+    def keep(self, readings: Sequence[tuple[Document, Reading]]) -> set[bytes]:
+        """Keeps how a model reads documents that are there, in one transaction; those that have changed are passed over.
+
+        Returns:
+            Keys of KV that were named before and are no more.
+        """
+        with self._environment.transaction(write=True) as txn:
+            view, unused = Snapshot(txn), set[bytes]()
+            for document, reading in readings:
+                if view.get(document.source) == document:
+                    unused |= put_readings(txn, records.source_key(document.source), [reading])
+            return {key for key in unused if not view.names(key)}
 
     def remove(self, source: str) -> Change:
         """Removes a document with its passages and vectors.
@@ -212,7 +240,7 @@ class Catalogue:
             found = damage(txn)
         texts = list(found.vectors.values())
         vectors = _checked(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
-        with self._environment.transaction(write=True) as txn:
+        with self._environment.transaction(write=True, suspicious=True) as txn:
             mend(txn, found, vectors)
             txn.put("meta", b"state", new_state())
         return [
@@ -232,10 +260,27 @@ class Catalogue:
 
     def close(self) -> None:
         """Closes the folder, and deletes it where it is a temporary one. Closing twice is no error."""
-        if self.temporary:
-            _discard(self._environment, self.path)
-        else:
-            self._environment.close()
+        self._give_back()
+
+    @property
+    def _environment(self) -> Environment:
+        if not self._give_back.alive:
+            raise RetrievalError(f"{self.path} is closed: open it again")
+        return self._opened
+
+    def _check_format(self) -> None:
+        with self._environment.transaction() as txn:
+            found = txn.get("meta", b"format")
+        if found == _FORMAT:
+            return
+        if found not in (None, _FORMER):
+            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
+        with self._environment.transaction(write=True) as txn:
+            if found is None:
+                txn.put("meta", b"state", new_state())
+            else:
+                migrate(txn)
+            txn.put("meta", b"format", _FORMAT)
 
     def __enter__(self) -> Catalogue:
         return self
@@ -257,7 +302,8 @@ def _spoken(setting: dict[str, str]) -> str:
     return " ".join(part for part in (setting["name"], f"({setting['fingerprint']})") if part)
 
 
-def _discard(environment: Environment, path: Path) -> None:
-    if environment.ours:
-        environment.close()
-        shutil.rmtree(path, ignore_errors=True)
+def _give_back(environment: Environment, temporary: bool, process: int) -> None:
+    environment.close()
+    # A forked child has its parent's folder, which is not its own to delete.
+    if temporary and os.getpid() == process:
+        shutil.rmtree(environment.path, ignore_errors=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from numpy.typing import NDArray
 
+from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
-from ragkv.retrieval.records import Change, Document
+from ragkv.retrieval.records import Change, Document, Reading
 from ragkv.retrieval.snapshot import Snapshot
 
 
@@ -19,7 +20,13 @@ def new_state() -> bytes:
     return uuid.uuid4().hex.encode()
 
 
-def replaced(txn: Transaction, document: Document, passages: list[str], vectors: dict[str, NDArray]) -> Change:
+def replaced(
+    txn: Transaction,
+    document: Document,
+    passages: list[str],
+    vectors: dict[str, NDArray],
+    readings: Sequence[Reading] = (),
+) -> Change:
     """Puts a document in the place of the version before.
 
     Args:
@@ -27,6 +34,7 @@ def replaced(txn: Transaction, document: Document, passages: list[str], vectors:
         document: the document, its ``passage_ids`` not yet known.
         passages: its texts in order; none removes it.
         vectors: vectors by text, float32 ``[d]``; of the other texts some passage has to have one.
+        readings: how models read it. Those of the version before stay where its passages do.
     """
     view = Snapshot(txn)
     before = view.state
@@ -50,6 +58,8 @@ def replaced(txn: Transaction, document: Document, passages: list[str], vectors:
         _write(txn, "documents", key, records.document_payload(document))
     else:
         txn.delete("documents", key)
+    outdated = [] if passages == old_texts else view.read_for(key)
+    unused = dropped_readings(txn, key, outdated) | put_readings(txn, key, readings)
     if passages != old_texts:
         txn.put("meta", b"state", new_state())
     return Change(
@@ -57,12 +67,35 @@ def replaced(txn: Transaction, document: Document, passages: list[str], vectors:
         new=tuple(sorted(new)),
         kept=tuple(sorted(set(ids) & set(old_ids))),
         removed=removed,
-        old_passages=tuple(old_texts),
+        replaced=old is not None,
         first_changed=_first_changed(passages, old_texts),
-        orphans=tuple(i for i, use in enumerate(records.lineage_keys(old_texts)) if not view.used(use)),
-        orphan_texts=tuple(i for i, text in enumerate(old_texts) if not view.has_text(text)),
+        unused=tuple(sorted(key for key in unused if not view.names(key))),
         states=(before, view.state),
     )
+
+
+def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading]) -> set[bytes]:
+    """Keeps how models read a document; returns the keys of KV that the readings before them named."""
+    before = dropped_readings(txn, source_key, [reading.setting for reading in readings])
+    for reading in readings:
+        key = records.reading_key(source_key, reading.setting)
+        _write(txn, "readings", key, records.reading_payload(reading))
+        for kv in set(reading.keys):
+            txn.put("kv", kv, key)
+    return before
+
+
+def dropped_readings(txn: Transaction, source_key: bytes, settings: Iterable[str]) -> set[bytes]:
+    """Forgets how models of some settings read a document; returns the keys of KV that were named."""
+    named: set[bytes] = set()
+    for setting in settings:
+        key = records.reading_key(source_key, setting)
+        reading = Snapshot(txn).reading(key)
+        for kv in set(reading.keys) if reading else ():
+            txn.delete("kv", kv, key)
+            named.add(kv)
+        txn.delete("readings", key)
+    return named
 
 
 def _matched(
@@ -92,7 +125,7 @@ def _write_uses(txn: Transaction, before: set[tuple[bytes, bytes]], now: set[tup
 
 
 def _write(txn: Transaction, database: str, key: bytes, payload: bytes) -> None:
-    txn.put(database, key, records.sealed(key, payload))
+    txn.put(database, key, seal(key, payload))
 
 
 def _first_changed(passages: list[str], old: list[str]) -> int | None:

@@ -12,13 +12,12 @@ from xxhash import xxh3_64_intdigest
 
 from ragkv.errors import DocumentError, RetrievalError
 from ragkv.retrieval.boundaries import Boundary, Rank, boundaries
+from ragkv.tokenizer import PrivateTokenizer
 
 _LINE = re.compile(r"(?<=\n)(?=[^\n])")
 _WORD = re.compile(r"(?<=\S)(?=\s)")
 # Texts that are tokenised in one call: enough to be fast, few enough to be small.
 _BATCH = 4096
-# Text that looks like a special token is text: the engine reads a document's words in the same way.
-_COUNTED = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
 class _Piece(NamedTuple):
@@ -64,7 +63,7 @@ class TokenChunker:
             raise RetrievalError(f"chunk_tokens must be a whole number of at least 8, got {chunk_tokens!r}")
         if not callable(tokenizer):
             raise RetrievalError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
-        self.tokenizer = tokenizer
+        self.tokenizer, self._private = tokenizer, PrivateTokenizer(tokenizer)
         self.chunk_tokens = chunk_tokens
 
     @property
@@ -82,6 +81,14 @@ class TokenChunker:
             DocumentError: the text is no ``str``, is not valid Unicode, or has a character of more than
                 ``chunk_tokens`` tokens.
         """
+        return [text[start:stop] for start, stop in self.spans(text)]
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the passages of :meth:`split` stand in the text: each ``text[start:stop]``, in characters, in order.
+
+        Raises:
+            DocumentError: as :meth:`split`.
+        """
         if not isinstance(text, str):
             raise DocumentError(f"text must be a str, got {type(text).__name__}")
         try:
@@ -90,25 +97,24 @@ class TokenChunker:
             raise DocumentError(f"the text is not valid Unicode: half a surrogate pair at {error.start}") from error
         pieces = list(self._pieces(text))
         totals = [0, *accumulate(piece.tokens for piece in pieces)]
-        passages, first = [], 0
+        spans, first = [], 0
         while first < len(pieces):
-            last, passage = self._next(text, pieces, totals, first)
-            first = last
-            if passage:
-                passages.append(passage)
-        return passages
+            first, (start, stop) = self._next(text, pieces, totals, first)
+            if start < stop:
+                spans.append((start, stop))
+        return spans
 
-    def _next(self, text: str, pieces: list[_Piece], totals: list[int], first: int) -> tuple[int, str]:
-        """The passage that begins with piece ``first``, and the piece behind it."""
+    def _next(self, text: str, pieces: list[_Piece], totals: list[int], first: int) -> tuple[int, tuple[int, int]]:
+        """The piece behind the passage that begins with piece ``first``, and the passage's span."""
         room = self.chunk_tokens
         while True:
             last = _cut(pieces, totals, first, room)
             end = pieces[last].start if last < len(pieces) else len(text)
-            passage = text[pieces[first].start : end].strip()
+            start, stop = _stripped(text, pieces[first].start, end)
             # Pieces are counted alone; joined they may have a token more or less.
-            excess = self._counts([passage])[0] - self.chunk_tokens
+            excess = self._counts([text[start:stop]])[0] - self.chunk_tokens
             if excess <= 0 or last == first + 1:
-                return last, passage
+                return last, (start, stop)
             room -= excess
 
     def _pieces(self, text: str) -> Iterator[_Piece]:
@@ -136,11 +142,14 @@ class TokenChunker:
 
     def _counts(self, texts: list[str]) -> list[int]:
         """Tokens of every text when it is tokenised alone, without special tokens."""
-        counts: list[int] = []
-        for at in range(0, len(texts), _BATCH):
-            encoded = self.tokenizer(texts[at : at + _BATCH], **_COUNTED)
-            counts.extend(len(ids) for ids in encoded["input_ids"])
-        return counts
+        batches = (texts[at : at + _BATCH] for at in range(0, len(texts), _BATCH))
+        return [len(ids) for batch in batches for ids in self._private.plain(batch)]
+
+
+def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without the white space at its two ends."""
+    stop = start + len(text[start:end].rstrip())
+    return stop - len(text[start:stop].lstrip()), stop
 
 
 def _cut(pieces: list[_Piece], totals: list[int], first: int, room: int) -> int:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
 
 from ragkv.chunk import digest
 from ragkv.errors import DocumentError, RecordError
-
-_CHECKSUM_BYTES = 16
+from ragkv.folder import unseal
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,21 @@ class Document:
         content_hash: digest of its passages, 64 hex digits.
         passage_ids: its passages in order. An id is never given to another text.
         metadata: what was given with it.
+        spans: where the passages stand in its text, first character and the one behind the last; empty where not known.
+        origin: digest of what the passages were cut from, and how; empty where not known.
     """
 
     source: str
     content_hash: str
     passage_ids: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    spans: tuple[tuple[int, int], ...] = ()
+    origin: str = ""
 
     @property
     def id(self) -> str:
         """Digest of the source, 64 hex digits: stays when the content changes."""
-        return source_key(self.source).hex()
+        return source_id(self.source)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class Passage:
     document: Document
 
 
+class Reading(NamedTuple):
+    """How one model reads a document: a record that the catalogue keeps and does not look into.
+
+    Attributes:
+        setting: 64 hex digits: of what it holds for, so that a document may have several.
+        keys: 32 bytes a passage, in order: the keys of their KV.
+        record: whatever else there is to know.
+    """
+
+    setting: str
+    keys: Sequence[bytes]
+    record: bytes
+
+
 @dataclass(frozen=True)
 class Change:
     """What adding, replacing or removing a document changed.
@@ -66,11 +82,10 @@ class Change:
         kept: ids of the passages that were there before, perhaps at another position.
         removed: ids of the passages that are gone.
         embedded: passages whose vector had to be computed; the others' were known from equal texts.
-        old_passages: the texts of the version before, in order; none where there was no version before.
+        replaced: whether there was a version before.
         first_changed: the first position whose text, or the text before it, is not what it was: from here on a
             document has to be read again. None where nothing has to be.
-        orphans: positions in ``old_passages`` that no document has now behind the same earlier passages.
-        orphan_texts: positions in ``old_passages`` whose text no document has now, wherever it stood.
+        unused: keys of KV that no document's record names any more.
         states: the catalogue's state before and after.
     """
 
@@ -79,11 +94,15 @@ class Change:
     kept: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
     embedded: int = 0
-    old_passages: tuple[str, ...] = ()
+    replaced: bool = False
     first_changed: int | None = None
-    orphans: tuple[int, ...] = ()
-    orphan_texts: tuple[int, ...] = ()
+    unused: tuple[bytes, ...] = ()
     states: tuple[str, str] = ("", "")
+
+
+def source_id(source: str) -> str:
+    """The id of a source's document."""
+    return source_key(source).hex()
 
 
 def source_key(source: str) -> bytes:
@@ -101,37 +120,39 @@ def text_key(text: str) -> bytes:
     return digest("text", text)
 
 
-def lineage_keys(texts: list[str]) -> list[bytes]:
-    """For every passage of a document the key of it behind all passages before it."""
-    keys, before = [], b""
-    for text in texts:
-        before = digest("lineage", before, text)
-        keys.append(before)
-    return keys
-
-
 def uses(texts: list[str], ids: tuple[int, ...] | list[int]) -> set[tuple[bytes, bytes]]:
-    """What stands for a document in ``uses``: every passage under its text key and under its lineage key."""
-    values = [passage_key(passage_id) for passage_id in ids]
-    keys = [text_key(text) for text in texts]
-    return {*zip(keys, values, strict=True), *zip(lineage_keys(texts), values, strict=True)}
+    """What stands for a document in ``uses``: every passage under its text key."""
+    return {(text_key(text), passage_key(passage_id)) for text, passage_id in zip(texts, ids, strict=True)}
 
 
-def sealed(key: bytes, payload: bytes) -> bytes:
-    """A record: a checksum over key and payload, then the payload."""
-    return xxh3_128_digest(key + payload) + payload
+def reading_key(source_key: bytes, setting: str) -> bytes:
+    """The key of a document's reading; those of one document stand together."""
+    return source_key + bytes.fromhex(setting)
+
+
+def reading_payload(reading: Reading) -> bytes:
+    """A reading's record: the number of its keys, the keys, the rest."""
+    return len(reading.keys).to_bytes(4, "little") + b"".join(reading.keys) + reading.record
+
+
+def reading_from(key: bytes, payload: bytes) -> Reading:
+    """The reading of a record."""
+    end = 4 + 32 * int.from_bytes(payload[:4], "little")
+    return Reading(key[32:].hex(), [payload[at : at + 32] for at in range(4, end, 32)], payload[end:])
 
 
 def opened(what: str, key: bytes, record: bytes) -> bytes:
-    """The payload of a record.
+    """The payload of a sealed record.
 
     Raises:
         RecordError: it is not what was written under this key.
     """
-    payload = record[_CHECKSUM_BYTES:]
-    if xxh3_128_digest(key + payload) != record[:_CHECKSUM_BYTES]:
-        raise RecordError(f"the catalogue's record of {what} is damaged: Catalogue.repair() mends or names it")
-    return payload
+    try:
+        return unseal(key, record)
+    except RecordError as error:
+        raise RecordError(
+            f"the catalogue's record of {what} is damaged: Catalogue.repair() mends or names it"
+        ) from error
 
 
 def document_payload(document: Document) -> bytes:
@@ -141,6 +162,8 @@ def document_payload(document: Document) -> bytes:
         "content_hash": document.content_hash,
         "passage_ids": document.passage_ids,
         "metadata": document.metadata,
+        "spans": document.spans,
+        "origin": document.origin,
     }
     return json.dumps(fields, ensure_ascii=False).encode()
 
@@ -148,7 +171,14 @@ def document_payload(document: Document) -> bytes:
 def document_from(payload: bytes) -> Document:
     """The document of a record."""
     fields = json.loads(payload)
-    return Document(fields["source"], fields["content_hash"], tuple(fields["passage_ids"]), fields["metadata"])
+    return Document(
+        source=fields["source"],
+        content_hash=fields["content_hash"],
+        passage_ids=tuple(fields["passage_ids"]),
+        metadata=fields["metadata"],
+        spans=tuple((start, stop) for start, stop in fields.get("spans", ())),
+        origin=fields.get("origin", ""),
+    )
 
 
 def vector_payload(vector: NDArray[np.float32]) -> bytes:

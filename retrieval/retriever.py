@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ from ragkv.errors import RecordError, RetrievalError
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
-from ragkv.retrieval.records import Change, checked_document
+from ragkv.retrieval.records import Change, Document, Passage, Reading, checked_document
 from ragkv.retrieval.snapshot import Snapshot
 
 _LOG = logging.getLogger("ragkv.retrieval")
+
+#: How a model reads a document, from a snapshot.
+Readings = Callable[[Snapshot, Document], Reading]
 
 INDEX_FILE = "index.safetensors"
 
@@ -36,6 +39,8 @@ class Hit:
         document_id: the id of its document.
         position: its place among the passages of its document, from 0.
         metadata: of its document.
+        span: where it stands in its document's text, if that is known.
+        reading: how the model that asks reads its document, if that is kept.
     """
 
     passage_id: int
@@ -45,6 +50,8 @@ class Hit:
     document_id: str
     position: int
     metadata: dict[str, Any]
+    span: tuple[int, int] | None = None
+    reading: Reading | None = field(default=None, repr=False, compare=False)
 
 
 class Retriever:
@@ -95,20 +102,33 @@ class Retriever:
             catalogue.close()
             raise
 
-    def add(self, source: str, passages: list[str], metadata: dict[str, Any] | None = None) -> Change:
+    def add(
+        self,
+        source: str,
+        passages: list[str],
+        metadata: dict[str, Any] | None = None,
+        *,
+        spans: Sequence[tuple[int, int]] = (),
+        origin: str = "",
+        reading: Reading | None = None,
+    ) -> Change:
         """Adds a document, or replaces the one of the same source; embeds only texts that no document has.
 
         Args:
             source: what the document is called: a path, a URL, any name.
             passages: its texts in order, none blank.
             metadata: anything that JSON can hold.
+            spans: see :class:`~ragkv.retrieval.Document`.
+            origin: see :class:`~ragkv.retrieval.Document`.
+            reading: how a model reads it.
 
         Raises:
             DocumentError: the document cannot be stored as it is.
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        return self._applied(self.catalogue.put(source, passages, self._embed, metadata))
+        more: dict[str, Any] = {"spans": spans, "origin": origin, "reading": reading}
+        return self._applied(self.catalogue.put(source, passages, self._embed, metadata, **more))
 
     def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
         """Adds documents, each as (source, passages, metadata), with one call of the embedder for all of them.
@@ -134,12 +154,14 @@ class Retriever:
         """
         return self._applied(self.catalogue.remove(source))
 
-    def search(self, query: str, top_k: int = 5) -> list[Hit]:
-        """The passages nearest to a question, best first.
+    def search(self, query: str, top_k: int = 5, *, neighbours: int = 0, readings: Readings | None = None) -> list[Hit]:
+        """The passages nearest to a question, best first, all of one state of the catalogue.
 
         Args:
             query: a question, not blank.
             top_k: how many, at least 1. Fewer come back where there are fewer.
+            neighbours: passages to take along on either side of each, from its own document and with its score, behind the others.
+            readings: says how a model reads a document, for the hits; asked once for each.
 
         Raises:
             RetrievalError: the question is blank, ``top_k`` is below 1, or the embedder gave no vector.
@@ -151,13 +173,20 @@ class Retriever:
         with self._lock, self.catalogue.snapshot() as view:
             self._follow(view)
             ids, scores = self.index.search(vector, top_k)
-            return [_hit(view, int(i), float(score)) for i, score in zip(ids, scores, strict=True)]
+            found = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+            for passage_id, score in list(found.items()) if neighbours else ():
+                for beside in _around(view.passage(passage_id), neighbours):
+                    found.setdefault(beside, score)
+            passages = [view.passage(passage_id) for passage_id in found]
+            documents = {passage.document.id: passage.document for passage in passages}
+            read = {name: readings(view, document) for name, document in documents.items()} if readings else {}
+            return [_hit(passage, found[passage.id], read.get(passage.document.id)) for passage in passages]
 
     def save(self) -> None:
         """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
         with self._lock, self.catalogue.snapshot() as view:
             self._follow(view)
-            if self._saved != self._state and not self.catalogue.temporary:
+            if self._saved != self._state and not (self.catalogue.temporary or self.catalogue.readonly):
                 self.index.save(self.catalogue.path / INDEX_FILE, self._state)
                 self._saved = self._state
 
@@ -230,7 +259,13 @@ class Retriever:
         return vectors
 
 
-def _hit(view: Snapshot, passage_id: int, score: float) -> Hit:
-    passage = view.passage(passage_id)
-    document = passage.document
-    return Hit(passage_id, passage.text, score, document.source, document.id, passage.position, document.metadata)
+def _around(passage: Passage, neighbours: int) -> tuple[int, ...]:
+    """The ids of a passage and those on either side of it."""
+    first = max(0, passage.position - neighbours)
+    return passage.document.passage_ids[first : passage.position + neighbours + 1]
+
+
+def _hit(passage: Passage, score: float, reading: Reading | None) -> Hit:
+    document, at = passage.document, passage.position
+    span = document.spans[at] if document.spans else None
+    return Hit(passage.id, passage.text, score, document.source, document.id, at, document.metadata, span, reading)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.errors import RecordError, RetrievalError
+from ragkv.folder import Transaction
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
-from ragkv.retrieval.records import Document, Passage
+from ragkv.retrieval.records import Document, Passage, Reading
+
+_LOG = logging.getLogger("ragkv.retrieval")
 
 
 class Snapshot:
@@ -45,6 +48,14 @@ class Snapshot:
     def get(self, source: str) -> Document | None:
         """The document of a source; None where there is none."""
         return self._document(records.source_key(source))
+
+    def by_id(self, document_id: str) -> Document | None:
+        """The document of an id; None where there is none."""
+        try:
+            key = bytes.fromhex(document_id)
+        except ValueError:
+            return None
+        return self._document(key) if len(key) == 32 else None
 
     def texts(self, document: Document) -> list[str]:
         """The passages of a document, in order."""
@@ -98,8 +109,35 @@ class Snapshot:
         return self.used(records.text_key(text))
 
     def used(self, key: bytes) -> bool:
-        """Whether any passage stands under a text key or a lineage key."""
+        """Whether any passage stands under a text key."""
         return self._txn.get("uses", key) is not None
+
+    def read_for(self, source_key: bytes) -> list[str]:
+        """The settings for which it is kept how a model reads a document."""
+        return [key[32:].hex() for key, _ in self._txn.items("readings", source_key)]
+
+    def readings(self, document: Document) -> list[Reading]:
+        """How models read a document, as far as that is kept and sound."""
+        key = records.source_key(document.source)
+        found = [self.reading(records.reading_key(key, setting)) for setting in self.read_for(key)]
+        return [reading for reading in found if reading is not None]
+
+    def reading(self, key: bytes) -> Reading | None:
+        """The reading of a key (:func:`~ragkv.retrieval.records.reading_key`); None where it is not kept, or damaged."""
+        record = self._txn.get("readings", key)
+        try:
+            return record and records.reading_from(key, records.opened("a reading", key, record))
+        except RecordError as error:
+            _LOG.warning("a document is read anew: %s", error)
+            return None
+
+    def keeps(self, document: Document, reading: Reading) -> bool:
+        """Whether just this reading of a document is kept."""
+        return self.reading(records.reading_key(records.source_key(document.source), reading.setting)) == reading
+
+    def names(self, kv: bytes) -> bool:
+        """Whether any document's reading names the KV of a key."""
+        return self._txn.get("kv", kv) is not None
 
     def _document(self, key: bytes) -> Document | None:
         if key not in self._documents:

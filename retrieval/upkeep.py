@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from ragkv.chunk import digest
 from ragkv.errors import RagKVError
+from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.environment import Transaction
 from ragkv.retrieval.records import Document
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -29,16 +30,17 @@ def problems(txn: Transaction) -> list[str]:
     dimensions: set[int] = set()
     for document in _documents(txn, found):
         try:
-            uses = _check_document(view, document, found)
+            _check_document(view, document, found)
             dimensions.update(view.vectors(document.passage_ids).shape[1:])
         except RagKVError as error:
             found.append(f"{document.source}: {error}")
             continue
-        expected.update(passages=len(document.passage_ids), vectors=len(document.passage_ids), uses=uses)
+        count = len(document.passage_ids)
+        expected.update(passages=count, vectors=count, uses=count, **_check_readings(txn, document, found))
     if len(dimensions) > 1:
         found.append(f"vectors of several dimensions: {sorted(dimensions)}")
     # Counts only tell more where every document is sound.
-    for database in () if found else ("passages", "vectors", "uses"):
+    for database in () if found else ("passages", "vectors", "uses", "readings", "kv"):
         if txn.count(database) != expected[database]:
             found.append(f"{txn.count(database)} records in {database}, its documents have {expected[database]}")
     return found
@@ -95,10 +97,40 @@ def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
     for passage_id, vector in zip(found.vectors, vectors, strict=True):
         key = records.passage_key(passage_id)
         if key in kept:
-            txn.put("vectors", key, records.sealed(key, records.vector_payload(vector)))
+            txn.put("vectors", key, seal(key, records.vector_payload(vector)))
+    mend_readings(txn, {records.source_key(document.source): document for document in sound})
     txn.clear("uses")
     for document in sound:
         for key, value in sorted(records.uses(Snapshot(txn).texts(document), document.passage_ids)):
+            txn.put("uses", key, value)
+
+
+def mend_readings(txn: Transaction, sound: dict[bytes, Document]) -> None:
+    """Drops how models read documents where it is damaged or the document is lost, and lists the named KV again."""
+    view, named = Snapshot(txn), list[tuple[bytes, bytes]]()
+    for key in list(txn.keys("readings")):
+        reading, document = view.reading(key), sound.get(key[:32])
+        if reading is None or document is None or len(reading.keys) != len(document.passage_ids):
+            txn.delete("readings", key)
+        else:
+            named += [(kv, key) for kv in set(reading.keys)]
+    txn.clear("kv")
+    for kv, key in sorted(named):
+        txn.put("kv", kv, key)
+
+
+def migrate(txn: Transaction) -> None:
+    """Brings a catalogue of the former format to the present one: it had no readings, and belonged to one model."""
+    view = Snapshot(txn)
+    settings = {what: setting for what, setting in view.settings.items() if what != "model"}
+    txn.put("meta", b"settings", json.dumps(settings).encode())
+    txn.clear("uses")
+    for document in _documents(txn, []):
+        try:
+            listed = sorted(records.uses(view.texts(document), document.passage_ids))
+        except RagKVError:
+            continue  # repair() names it
+        for key, value in listed:
             txn.put("uses", key, value)
 
 
@@ -114,13 +146,24 @@ def _documents(txn: Transaction, found: list[str]) -> Iterator[Document]:
         yield document
 
 
-def _check_document(view: Snapshot, document: Document, found: list[str]) -> int:
-    """Checks the texts of a document; returns how many records it has in ``uses``."""
+def _check_document(view: Snapshot, document: Document, found: list[str]) -> None:
     texts = view.texts(document)
     if digest(*texts).hex() != document.content_hash:
         found.append(f"{document.source}: its passages do not give its content hash")
-    keys = [*records.lineage_keys(texts), *map(records.text_key, texts)]
-    if not all(view.used(key) for key in keys):
+    if not all(map(view.has_text, texts)):
         found.append(f"{document.source}: a passage is not listed under its text")
-    # Two for every passage: ids differ, so none stands for another.
-    return len(keys)
+
+
+def _check_readings(txn: Transaction, document: Document, found: list[str]) -> dict[str, int]:
+    """Checks how models read a document; returns how many records that takes, by database."""
+    view, source_key, named = Snapshot(txn), records.source_key(document.source), 0
+    settings = view.read_for(source_key)
+    for setting in settings:
+        reading = view.reading(records.reading_key(source_key, setting))
+        if reading is None or len(reading.keys) != len(document.passage_ids):
+            found.append(f"{document.source}: how a model reads it is damaged")
+        else:
+            named += len(set(reading.keys))
+            if not all(map(view.names, reading.keys)):
+                found.append(f"{document.source}: the KV of a passage are not listed")
+    return {"readings": len(settings), "kv": named}

@@ -20,9 +20,9 @@ from itertools import count
 from typing import Any
 
 from ragkv.errors import RecordError
-from ragkv.store.environment import Environment
+from ragkv.folder import Environment, seal, unseal
 from ragkv.store.planner import NO_QUOTA
-from ragkv.store.rows import NOBODY, Counters, Row, number, seal, sortable, unseal
+from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 
 _SPACE, _NUMBER = struct.Struct("<QQ"), struct.Struct(">Q")
 _EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"

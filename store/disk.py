@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import RecordError, StoreError
+from ragkv.folder import Environment, seal, unseal
 from ragkv.store.books import FolderBooks, removed_since
-from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
 from ragkv.store.record import Record
-from ragkv.store.rows import Counters, Row, seal, unseal
+from ragkv.store.rows import Counters, Row
 from ragkv.store.snapshot import Loading, Snapshot, segment_key
 from ragkv.store.stats import Tally
 from ragkv.store.tier import Offer, Source, Tier
 
 logger = logging.getLogger("ragkv.store")
 
-FOLDER_VERSION = 1
+FOLDER_VERSION = 2
+DATABASES: dict[bytes, dict[str, Any]] = {
+    name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
+}
 PAGE_BYTES = 4096
 _VERSION = struct.Struct("<Q")
 
@@ -73,7 +76,7 @@ class DiskTier(Tier):
         self._unreadable: set[bytes] = set()
         self._touched: dict[bytes, int] = {}
         self._touch_lock = threading.Lock()
-        self.environment = Environment.open(path, map_bytes=4 * budget_bytes, readonly=readonly)
+        self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
         self.readonly = self.environment.readonly
         try:
             self._check_version()
@@ -163,14 +166,16 @@ class DiskTier(Tier):
     def removed(self, since: int) -> tuple[int, list[bytes] | None]:
         return removed_since(self.environment, since)
 
-    def pin(self, key: bytes, lifetime_s: float) -> bool:
-        """Keeps an entry from being evicted for some seconds, 0 for no longer; whether it is stored."""
+    def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
+        """Keeps entries from being evicted for some seconds, 0 for no longer; how many are stored."""
+        pinned = 0
         with self._planner() as planner:
-            row = planner.books.row(key)
-            if row is None or not row.alive(planner.now()):
-                return False
-            planner.pin(key, row, lifetime_s)
-            return True
+            for key in keys:
+                row = planner.books.row(key)
+                if row is not None and row.alive(planner.now()):
+                    planner.pin(key, row, lifetime_s)
+                    pinned += 1
+        return pinned
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next put."""
@@ -299,15 +304,20 @@ class DiskTier(Tier):
             return Tally()
 
     def _check_version(self) -> None:
-        version = self._get(b"state", b"format")
-        if version is None and not self.readonly:
-            with self.environment.write() as txn:
-                txn.put(b"format", _VERSION.pack(FOLDER_VERSION), db=self.environment.db(b"state"))
-        elif version != _VERSION.pack(FOLDER_VERSION):
+        version, wanted = self._get(b"state", b"format"), _VERSION.pack(FOLDER_VERSION)
+        if version == wanted:
+            return
+        if self.readonly or version not in (None, _VERSION.pack(FOLDER_VERSION - 1)):
             raise RecordError(
                 f"{self.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
                 f"{version!r}): use another folder, or delete it and let it be computed anew"
             )
+        with self.environment.transaction(write=True) as txn:
+            if version is not None:  # its KV have other keys now: nobody could ask for them
+                logger.warning("%s was made by the version before: its KV are dropped and will be read anew", self.path)
+                for name in DATABASES:
+                    txn.clear(name.decode())
+            txn.put("state", b"format", wanted)
 
 
 def _pages(count: int) -> int:

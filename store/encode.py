@@ -70,6 +70,7 @@ def encode(
         label=label,
         # As exact as it is on disk, so that a chunk is the same wherever it comes from.
         sensitivity=None if kv.sensitivity is None else kv.sensitivity.detach().cpu().half().float(),
+        foreign=kv.foreign,
         ropes=ropes,
     )
     return record, payload

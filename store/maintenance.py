@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError
+from ragkv.folder import Environment
 from ragkv.store.disk import DiskTier
-from ragkv.store.environment import Environment
 from ragkv.store.layout import Payload
 from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record

@@ -112,13 +112,15 @@ class MemoryTier(Tier):
         """A small value, or None."""
         return self.facts.get(name)
 
-    def pin(self, key: bytes, lifetime_s: float) -> bool:
-        """Keeps an entry from being evicted for some seconds, 0 for no longer; whether it is here."""
+    def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
+        """Keeps entries from being evicted for some seconds, 0 for no longer; how many are here."""
         with self.lock:
-            row = None if self.missing([key]) else self._books.row(key)
-            if row is not None:
+            gone = set(self.missing(keys))
+            rows = {key: self._books.row(key) for key in keys if key not in gone}
+            found = {key: row for key, row in rows.items() if row is not None}
+            for key, row in found.items():
                 self._planner.pin(key, row, lifetime_s)
-            return row is not None
+            return len(found)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next entry."""

@@ -105,7 +105,7 @@ class Pooled:
         if kinds_of(kv) != pool.kinds:
             raise StoreError("the chunk has other layers, heads or dtypes than the pool")
         self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
-        self.sensitivity = kv.sensitivity
+        self.sensitivity, self.foreign = kv.sensitivity, kv.foreign
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)

@@ -65,6 +65,7 @@ class Record:
         checksums: xxh3_64 of each segment.
         label: what whoever stored it knows it by; never looked at by the store.
         sensitivity: of each token, see :class:`~ragkv.chunk.ChunkKV`; ``None`` where it was not measured.
+        foreign: what it was measured with, see there.
         ropes: how each layer's keys turn; empty where nobody said. A codec that encodes keys before rotation
             (:attr:`Codec.before_rotation`) has done so where they are known.
     """
@@ -79,6 +80,7 @@ class Record:
     checksums: tuple[int, ...]
     label: str = ""
     sensitivity: Tensor | None = None
+    foreign: str = ""
     ropes: tuple[Rope | None, ...] = ()
 
     @property
@@ -137,7 +139,9 @@ class Record:
     def decode(self, payload: Payload) -> ChunkKV:
         """All layers of a whole payload."""
         pairs = [self.layer(payload, layer) for layer in range(len(self.shapes))]
-        return ChunkKV([key for key, _ in pairs], [value for _, value in pairs], self.base, self.sensitivity)
+        return ChunkKV(
+            [key for key, _ in pairs], [value for _, value in pairs], self.base, self.sensitivity, self.foreign
+        )
 
     def safetensors_header(self) -> bytes:
         """``length u64, JSON``: what a safetensors file begins with."""
@@ -203,6 +207,7 @@ class Record:
             checksums=struct.unpack(f">{len(digits) // 8}Q", digits),
             label=str(facts.get("label", "")),
             sensitivity=_from_text(facts["sensitivity"]) if "sensitivity" in facts else None,
+            foreign=str(facts.get("foreign", "")),
             ropes=rope.from_text(facts["rope"]) if "rope" in facts else (),
         )
         if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
@@ -228,6 +233,7 @@ class Record:
             "space": self.space,
             **({"label": self.label} if self.label else {}),
             **({} if self.sensitivity is None else {"sensitivity": _to_text(self.sensitivity)}),
+            **({"foreign": self.foreign} if self.foreign else {}),
             **({"rope": rope.to_text(self.ropes)} if self.ropes else {}),
             "codec": self.codec,
             "base": str(self.base),

@@ -6,10 +6,10 @@ import math
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
-
-import xxhash
+from typing import Any
 
 from ragkv.errors import RecordError
+from ragkv.folder import seal, unseal
 from ragkv.store.policy import Usage
 from ragkv.store.terms import Terms
 
@@ -73,7 +73,7 @@ class Row:
         Raises:
             RecordError: it is damaged.
         """
-        fields = _ROW.unpack(unseal(key, data, _ROW.size))
+        fields = _unpacked(_ROW, key, data)
         return cls(Usage(*fields[:6]), *fields[6:])
 
 
@@ -104,7 +104,7 @@ class Counters:
         Raises:
             RecordError: they are damaged.
         """
-        return cls() if data is None else cls(*_STATE.unpack(unseal(b"counters", data, _STATE.size)))
+        return cls() if data is None else cls(*_unpacked(_STATE, b"counters", data))
 
     def pack(self) -> bytes:
         """The counters as bytes."""
@@ -134,18 +134,8 @@ def number(data: bytes) -> float:
     return float(value)
 
 
-def seal(key: bytes, data: bytes) -> bytes:
-    """Data with a checksum behind it that binds it to its key."""
-    return data + xxhash.xxh3_64_digest(key + data)
-
-
-def unseal(key: bytes, data: bytes, size: int | None = None) -> bytes:
-    """The data of :func:`seal`.
-
-    Raises:
-        RecordError: it is damaged, or has not as many bytes as it must.
-    """
-    size = len(data) - 8 if size is None else size
-    if size < 0 or len(data) != size + 8 or xxhash.xxh3_64_digest(key + data[:size]) != data[size:]:
-        raise RecordError("the books are damaged: a checksum differs")
-    return data[:size]
+def _unpacked(fields: struct.Struct, key: bytes, data: bytes) -> tuple[Any, ...]:
+    try:
+        return fields.unpack(unseal(key, data, "a row of the books"))
+    except struct.error as error:
+        raise RecordError(f"a row of the books is damaged: {error}") from error

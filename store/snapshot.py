@@ -12,12 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.environment import Environment
+from ragkv.folder import Environment, translated
 from ragkv.store.layout import Payload, runs
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.target import Target
-from ragkv.store.translation import translated
 
 _SEGMENT = struct.Struct(">I")
 
@@ -155,7 +154,7 @@ class Loading:
 
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity = record.sensitivity
+        self.sensitivity, self.foreign = record.sensitivity, record.foreign
         self.codec, self.unrotated = record.codec, record.turned_back
         self.key = key
         self.record = record

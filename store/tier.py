@@ -67,6 +67,10 @@ class Source(Protocol):
         """``[T]``, see :class:`~ragkv.chunk.ChunkKV`."""
 
     @property
+    def foreign(self) -> str:
+        """See :class:`~ragkv.chunk.ChunkKV`."""
+
+    @property
     def codec(self) -> str:
         """How :meth:`parts` are encoded."""
 
@@ -106,7 +110,7 @@ class InMemory:
     def __init__(self, record: Record, payload: Payload, tier: str = "cpu") -> None:
         self.tier = tier
         self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity = record.sensitivity
+        self.sensitivity, self.foreign = record.sensitivity, record.foreign
         self.codec, self.unrotated = record.codec, record.turned_back
         self.whole = record, payload
 

@@ -182,24 +182,22 @@ class TieredStore:
             except RecordError:
                 return None
 
-    def read(self, keys: Sequence[bytes], *, again: bool = False) -> Batch:
+    def read(self, keys: Sequence[bytes]) -> Batch:
         """Opens chunks for reading, layer by layer; nothing of them is evicted while the batch is open.
 
         Args:
             keys: may repeat and may be unknown: see :attr:`Batch.tiers`.
-            again: another batch that is open has them: that is one use, and one hit or miss, and not two.
         """
         self._check_open()
         started = perf_counter()
         self._tiers.lease(keys)
         try:
-            sources = self._tiers.find(keys, used=not again)
+            sources = self._tiers.find(keys, used=True)
         except BaseException:
             self._tiers.release(keys)
             raise
         with self._tiers.lock:
-            if not again:
-                self._tiers.tally.count_reads(keys, sources)
+            self._tiers.tally.count_reads(keys, sources)
             self._tiers.tally.latency["find"].add(perf_counter() - started)
         return Batch(self._tiers, keys, sources)
 
@@ -242,15 +240,23 @@ class TieredStore:
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
         """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""
+        return self.pin_many([key], lifetime_s) == 1
+
+    def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
+        """Pins chunks, on disk in one transaction; how many are stored."""
         self._check_open()
         if not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return self._home.pin(key, lifetime_s)
+        return self._home.pin(list(keys), lifetime_s)
 
     def unpin(self, key: bytes) -> bool:
         """Ends a pin; whether the chunk is stored."""
+        return self.unpin_many([key]) == 1
+
+    def unpin_many(self, keys: Iterable[bytes]) -> int:
+        """Ends pins, on disk in one transaction; how many of the chunks are stored."""
         self._check_open()
-        return self._home.pin(key, 0.0)
+        return self._home.pin(list(keys), 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.

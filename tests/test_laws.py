@@ -13,6 +13,7 @@ from ragkv import (
     PromptTemplate,
     QuestionAware,
     Reuse,
+    Selection,
     SensitiveTokens,
 )
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -33,14 +34,11 @@ EVERYTHING = [
 class Some(Method):
     """Every other token in the first layers, every fourth from layer 2 on: a scattered set that narrows."""
 
-    def start(self, layout):
-        return layout.reusable[::2]
-
-    def checks(self, layers):
-        return [2]
+    def select(self, view):
+        return Selection(view.layout.reusable[::2], checks=[2])
 
     def narrow(self, check):
-        return check.positions[::2]
+        return check.tokens[::2]
 
 
 def reference(model, prompt):
@@ -63,7 +61,7 @@ def worst(prompt, kv):
 
 
 @pytest.fixture(params=ARCHITECTURES, scope="module")
-def scene(request):
+def read(request):
     """An engine that has read a document and two unrelated passages, and a question."""
     model = tiny_model(request.param)
     attention = model.config._attn_implementation
@@ -74,8 +72,8 @@ def scene(request):
     return engine, document, lone, random_ids(9)
 
 
-def test_exact_at_100_percent(scene):
-    engine, document, lone, question = scene
+def test_exact_at_100_percent(read):
+    engine, document, lone, question = read
     mixed = [lone[1], document[2], document[0], lone[0], document[2]]
     for method in EVERYTHING:
         if isinstance(method, QuestionAware) and not engine.model._supports_attention_backend:
@@ -91,8 +89,8 @@ def test_exact_at_100_percent(scene):
         assert float((prompt.logits - logits).abs().max()) > 50 * EXACT, method
 
 
-def test_exact_where_it_was_made(scene):
-    engine, document, lone, question = scene
+def test_exact_where_it_was_made(read):
+    engine, document, lone, question = read
     for chunks in (document, document[:2], lone[:1]):
         for method in (Reuse(), LegoLink(k=4), CacheBlend(ratio=0.2), SensitiveTokens(ratio=0.2)):
             prompt = engine.fuse(chunks, question, method=method)
@@ -102,9 +100,9 @@ def test_exact_where_it_was_made(scene):
             assert prompt.report.budget == 0
 
 
-def test_causal_at_scattered_positions(scene):
+def test_causal_at_scattered_positions(read):
     """Over an exact cache, recomputing any scattered tokens, in any layers, changes nothing: each sees just what is before it."""
-    engine, document, _, question = scene
+    engine, document, _, question = read
     prompt = engine.fuse(document, question, method=Some())
     logits, kv = reference(engine.model, prompt)
     assert 0 < prompt.report.budget < 0.5
@@ -112,9 +110,9 @@ def test_causal_at_scattered_positions(scene):
     assert worst(prompt, kv) < EXACT
 
 
-def test_moved_keys_are_the_keys_of_their_new_place(scene):
+def test_moved_keys_are_the_keys_of_their_new_place(read):
     """Layer 0's keys and values depend on the token alone: rotated, they equal those computed there."""
-    engine, document, lone, question = scene
+    engine, document, lone, question = read
     prompt = engine.fuse([lone[1], document[3], document[0]], question, method=Reuse())
     _, kv = reference(engine.model, prompt)
     layer = prompt.past_key_values.layers[0]
@@ -122,8 +120,8 @@ def test_moved_keys_are_the_keys_of_their_new_place(scene):
     assert float((layer.values - kv[0][1]).abs().max()) < EXACT
 
 
-def test_same_ids(scene):
-    engine, document, lone, question = scene
+def test_same_ids(read):
+    engine, document, lone, question = read
     chunks = [lone[0], document[1], lone[0]]
     want = [1, 5, 6, 7, *(i for chunk in chunks for i in chunk.ids), *question, 12]
     for method in (Reuse(), LegoLink(k=2), CacheBlend(), FullPrefill()):
@@ -131,16 +129,16 @@ def test_same_ids(scene):
     assert lone[0].ids[0] == 9 and lone[0].ids[-2:] == (10, 11)
 
 
-def test_the_suffix_is_fresh(scene):
-    engine, document, lone, question = scene
+def test_the_suffix_is_fresh(read):
+    engine, document, lone, question = read
     for method in (Reuse(), LegoLink(k=2), CacheBlend(ratio=0.1), FullPrefill(), Some()):
         prompt = engine.fuse([document[2], lone[0]], question, method=method)
         total = prompt.input_ids.shape[1]
         assert prompt.recomputed[-10:].tolist() == list(range(total - 10, total))
 
 
-def test_no_trace(scene):
-    engine, document, lone, question = scene
+def test_no_trace(read):
+    engine, document, lone, question = read
     model = engine.model
     attention, forward = model.config._attn_implementation, model.forward
 
@@ -152,10 +150,8 @@ def test_no_trace(scene):
             raise Boom
 
     class Looking(Some):
-        looks = True
-
-        def survey(self, scene):
-            scene.attention()
+        def select(self, view):
+            view.attention()
             raise Boom
 
     for attempt in (CacheBlend(), Failing(), SensitiveTokens(), QuestionAware(), Looking()):
@@ -171,8 +167,8 @@ def test_no_trace(scene):
     assert float((prompt.logits - logits).abs().max()) < EXACT
 
 
-def test_cache_shows_what_transformers_expects(scene):
-    engine, document, lone, question = scene
+def test_cache_shows_what_transformers_expects(read):
+    engine, document, lone, question = read
     prompt = engine.fuse([document[1], lone[0]], question, room_tokens=32)
     cache, total = prompt.past_key_values, prompt.input_ids.shape[1]
     assert cache.get_seq_length() == total

@@ -76,8 +76,9 @@ def imports(path: Path) -> set[str]:
     ("room", "allowed"),
     [
         ("kernels", {"ragkv.kernels", "ragkv.errors"}),
-        ("store", {"ragkv.store", "ragkv.chunk", "ragkv.errors"}),
-        ("retrieval", {"ragkv.retrieval", "ragkv.chunk", "ragkv.errors"}),
+        ("ragkv/folder", {"ragkv.folder", "ragkv.errors"}),
+        ("store", {"ragkv.store", "ragkv.folder", "ragkv.chunk", "ragkv.errors"}),
+        ("retrieval", {"ragkv.retrieval", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.tokenizer"}),
     ],
 )
 def test_imports_go_one_way(room, allowed):
@@ -85,7 +86,7 @@ def test_imports_go_one_way(room, allowed):
         for name in imports(path):
             if name == "ragkv" or name.startswith("ragkv."):
                 assert any(name == home or name.startswith(home + ".") for home in allowed), f"{path}: {name}"
-            assert not (room in ("kernels", "store") and name.split(".")[0] == "transformers"), path
+            assert not (room in ("kernels", "store", "ragkv/folder") and name.split(".")[0] == "transformers"), path
 
 
 def test_the_wheel_has_one_top_level_name(tmp_path):
@@ -113,5 +114,8 @@ def test_the_wheel_has_one_top_level_name(tmp_path):
     assert "ragkv/py.typed" in names
     assert any(name.startswith("ragkv/bundled/model/") and name.endswith(".safetensors") for name in names)
     assert any(name.startswith("ragkv/bundled/documents/") for name in names)
+    assert {f"ragkv/bundled/{name}" for name in ("cases.jsonl.bz2", "foreign.txt", "questions.json")} < set(names)
+    code = [name for name in names if name.startswith("ragkv/bundled/") and name.endswith(".py")]
+    assert code == ["ragkv/bundled/__init__.py"], "what only builds the bundled world is in training/"
     packages = sysconfig.get_paths()["purelib"]
     assert not any((Path(packages) / name).exists() for name in ("kernels", "store", "retrieval"))

@@ -1,6 +1,8 @@
 """Templates: segments are tokenised once each and spliced as ids, with one BOS, and documents cannot break out."""
 
+import numpy as np
 import pytest
+import torch
 
 from ragkv import Engine, LegoLink, PromptError, PromptTemplate, Reuse, bundled
 from ragkv.prompt import Encoder
@@ -116,7 +118,7 @@ def test_an_anchor_lets_the_prefix_change(small):
     model, tokenizer = small
     first = Engine(model, tokenizer, template=PromptTemplate(prefix="<bos>Read this.", anchor="<bos>"))
     chunk = first.add(["She lives in Oakwich."])[0]
-    kv = first.store.get(first.chunk_key(chunk))
+    kv = first.store.get(first.documents.key(chunk))
     assert kv.base == 1
     second = Engine(
         model,
@@ -124,14 +126,14 @@ def test_an_anchor_lets_the_prefix_change(small):
         store=first.store,
         template=PromptTemplate(prefix="<bos>Answer in one word, please.", anchor="<bos>"),
     )
-    assert second.missing([chunk]) == []
+    assert second.documents.missing([chunk]) == []
     prompt = second.fuse([chunk], "where?")
     assert prompt.report.hits == {"cpu": 1}
     assert prompt.report.budget == 0
     linked = second.fuse([chunk], "where?", method=LegoLink(k=4))
     assert linked.report.budget > 0  # behind another prefix a chunk is not exact, even the first one
     other = Engine(model, tokenizer, store=first.store, template=PromptTemplate(prefix="<bos>Another."))
-    assert other.missing([chunk]) == [chunk]
+    assert other.documents.missing([chunk]) == [chunk]
 
 
 def test_streaming_is_the_answer_in_pieces(small):
@@ -163,3 +165,57 @@ def test_streaming_needs_words(small):
     engine = Engine(small[0], template=PromptTemplate(prefix=[1]))
     with pytest.raises(PromptError, match="no tokenizer"):
         next(engine.stream([[5, 6]], [7]))
+
+
+class Name(str):
+    """A str that is not only a str."""
+
+
+def test_text_of_all_kinds(tokenizer):
+    parts = encoder(PromptTemplate(), tokenizer)
+    assert parts.ids("") == ()
+    assert parts.ids(Name("Hello")) == parts.ids("Hello") == plain(tokenizer, "Hello")
+    assert tokenizer.decode(parts.ids("a\0b")) == "a\0b"
+    with pytest.raises(PromptError, match="valid Unicode, got half a surrogate pair at 2"):
+        parts.chunk("ab\ud800")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [(5, 6), iter([5, 6]), np.array([5, 6]), list(np.array([5, 6])), torch.tensor([5, 6]), list(torch.tensor([5, 6]))],
+)
+def test_ids_of_all_kinds(ids):
+    got = Encoder(PromptTemplate(), None, 10).ids(ids)
+    assert got == (5, 6) and all(type(i) is int for i in got)
+
+
+@pytest.mark.parametrize(
+    ("ids", "what"),
+    [
+        ([5, True], "whole numbers, got True"),
+        ([5, np.True_], "whole numbers, got True"),
+        (np.array([True]), "whole numbers, got True"),
+        (torch.tensor([True]), "whole numbers, got True"),
+        ([5, torch.tensor(True)], "whole numbers, got True"),
+        ([3.7], "whole numbers, got 3.7"),
+        (np.array([3.0]), "whole numbers, got 3.0"),
+        ([torch.tensor(3.0)], "whole numbers, got 3.0"),
+        (["5"], "whole numbers, got '5'"),
+        ([[5, 6]], r"whole numbers, got \[5, 6\]"),
+        (torch.tensor([[5, 6]]), r"whole numbers, got \[5, 6\]"),
+        ([None], "whole numbers, got None"),
+        (b"abc", "str or a sequence of token ids, got bytes"),
+        (None, "str or a sequence of token ids, got NoneType"),
+        (5, "str or a sequence of token ids, got int"),
+        (torch.tensor(5), "str or a sequence of token ids, got Tensor"),
+        ({"input_ids": [5]}, "whole numbers, got 'input_ids'"),
+        ([10], "token id 10 is out of the model's vocabulary"),
+        ([-1], "token id -1 is out of the model's vocabulary"),
+        ([1 << 70], "out of the model's vocabulary"),
+    ],
+)
+def test_what_only_looks_like_ids_is_refused(ids, what):
+    parts = Encoder(PromptTemplate(), None, 10)
+    for take in (parts.ids, parts.chunk, parts.suffix, lambda given: Encoder(PromptTemplate(prefix=given), None, 10)):
+        with pytest.raises(PromptError, match=what):
+            take(ids)

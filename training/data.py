@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
-from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import MIXED_NAMES, TRAINING_NAMES, Context, Fact, Shape, write_context
+from training.world.generator import Question, questions
+from training.world.names import MIXED_NAMES, TRAINING_NAMES
+from training.world.writer import Context, Fact, Shape, write_context
 
 NAME_TOKENS = 6
 IGNORED = -100

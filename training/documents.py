@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 
 import ragkv.bundled
-from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Shape, write_context
+from training.world.generator import Question, questions
+from training.world.names import HELDOUT_NAMES, TRAINING_NAMES
+from training.world.writer import Context, Shape, write_context
 
 HOME = Path(ragkv.bundled.__file__).parent
 SHAPE = Shape(documents=(36, 36), chunks=(2, 3), words=(36, 80), facts=(2, 2), types=(3, 3), notes=0.0)

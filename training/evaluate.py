@@ -22,10 +22,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH
-from ragkv.bundled.generator import Question, possible_kinds, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Names, Shape, write_context
 from training.data import Encoder
 from training.train import RESULTS
+from training.world.generator import Question, possible_kinds, questions
+from training.world.names import HELDOUT_NAMES, TRAINING_NAMES, Names
+from training.world.writer import Context, Shape, write_context
 
 ARMS = ("full", "chunk", "chunk, not rotated", "document", "none")
 KV = list[tuple[Tensor, Tensor]]

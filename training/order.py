@@ -19,10 +19,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH
-from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, Context, Shape, write_context
 from training.data import Encoder, encode_context, first_mention
 from training.evaluate import context_kv, right
+from training.world.generator import Question, questions
+from training.world.names import HELDOUT_NAMES
+from training.world.writer import Context, Shape, write_context
 
 BOUNDS = (0, 50, 100, 200, 400)
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ragkv import PromptTemplate, bundled
 from ragkv.chunk import digest
-from ragkv.evaluation import Bench, Plan, evaluate, generated_cases, parse_arms
+from ragkv.evaluation import Bench, Plan, evaluate, parse_arms
+from training.cases import generated_cases
 from training.export import read_checkpoint
 from training.tokenizer import DEFAULT_PATH as TOKENIZER_PATH
 from training.train import RESULTS

@@ -11,15 +11,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import TEMPLATE
-from ragkv.bundled import language as lang
-from ragkv.bundled.generator import questions
-from ragkv.bundled.writer import Shape, write_context
+from training.world import names
+from training.world.generator import questions
+from training.world.writer import Shape, write_context
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 DEFAULT_PATH = Path(__file__).parent / "results" / "tokenizer"
 
-HEADS = (*lang.FIRST_HEADS, *lang.LAST_HEADS, *lang.FIRM_HEADS, *lang.TOWN_HEADS)
-TAILS = (*lang.FIRST_TAILS, *lang.LAST_TAILS, *lang.FIRM_TAILS, *lang.TOWN_TAILS)
+HEADS = (*names.FIRST_HEADS, *names.LAST_HEADS, *names.FIRM_HEADS, *names.TOWN_HEADS)
+TAILS = (*names.FIRST_TAILS, *names.LAST_TAILS, *names.FIRM_TAILS, *names.TOWN_TAILS)
 
 
 def joint() -> str:

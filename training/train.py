@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ragkv.bundled.writer import Shape
 from training.data import Batch, Stage, batches
 from training.model import SIZES, Reader, Size
 from training.optim import optimizers
 from training.tokenizer import DEFAULT_PATH as TOKENIZER_PATH
+from training.world.writer import Shape
 
 RESULTS = Path(__file__).parent / "results"
 

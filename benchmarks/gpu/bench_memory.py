@@ -74,8 +74,5 @@ def _compare(bench: Bench, tokens: int) -> None:
     few = tokens * 15 // 100
     rows = torch.randperm(tokens, device=bench.device)[:few].sort().values
     keys, values = fresh[:, :few].contiguous(), stored[:, :few].contiguous()
-    for wanted in (False, True):
-        size = (3 if wanted else 2) * 2 * keys.numel() * keys.element_size()
-        name = "scatter with deviation" if wanted else "scatter"
-        call = lambda w=wanted: scatter(keys, values, rows, fresh, stored, deviations=w, impl=bench.impl)  # noqa: E731
-        _timed(bench, call, name, tokens, size)
+    size = 2 * 2 * keys.numel() * keys.element_size()
+    _timed(bench, lambda: scatter(keys, values, rows, fresh, stored, impl=bench.impl), "scatter", tokens, size)

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from measure import Bench
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ragkv
-from ragkv.fusion.placement import Placement
 
 SHAPE = {
     "num_hidden_layers": 32,
@@ -119,21 +116,16 @@ def _methods(bench: Bench, model: LlamaForCausalLM, tokens: int, tier: str, full
 
 
 def _stages(bench: Bench, call: Callable[[], ragkv.FusedPrompt]) -> tuple[ragkv.FusedPrompt, dict[str, float]]:
-    """A prompt, and where its time goes: placing (loading among it) waits for the device, so that stages are not mixed."""
-    plain = Placement.layer
-
-    def layer(self: Placement, number: int) -> None:
-        bench.sync()
-        plain(self, number)
-        bench.sync()
-
-    with patch.object(Placement, "layer", layer):
-        begin = time.perf_counter()
-        prompt = call()
-        bench.sync()
-    total, spent = (time.perf_counter() - begin) * 1e3, prompt.report.milliseconds
-    stages = {"place": spent["place"], "select": spent["select"]}
-    return prompt, {**stages, "recompute and first token": total - sum(stages.values()), "total": total}
+    """A prompt, and where its time goes, by the report's events in the device's stream."""
+    prompt = call()
+    bench.sync()
+    spent = prompt.report.milliseconds
+    return prompt, {
+        "place": spent["place"],
+        "select": spent["select"],
+        "recompute and first token": spent["total"] - spent["place"] - spent["select"],
+        "total": spent["total"],
+    }
 
 
 @torch.no_grad()

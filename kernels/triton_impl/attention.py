@@ -14,7 +14,7 @@ from torch import Tensor
 from ragkv.kernels.dispatch import interpreting
 from ragkv.kernels.scoring import Scoring
 from ragkv.kernels.triton_impl.attention_kernel import attention_kernel, combine_kernel
-from ragkv.kernels.triton_impl.launch import block, in_rows
+from ragkv.kernels.triton_impl.launch import block, in_rows, launch
 
 _LOG2E = 1.4426950408889634
 _PART = 512  # keys that are worth a program of their own
@@ -109,7 +109,8 @@ def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor
         split=split,
     )
     partial, greatest, total = _workspace(out, parts) if split else (out, out, out)
-    attention_kernel[(tiles, kv_heads, parts)](
+    launch(
+        *(attention_kernel, (tiles, kv_heads, parts), out.device),
         *(query, key, value, partial, greatest, total, spans, spans if sinks is None else sinks.contiguous()),
         *(length, keys, *in_log2(scoring)),
         *(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
@@ -119,8 +120,12 @@ def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor
     if split:
         rows, width = length * heads, fixed["BLOCK_V"]
         at_once = combined_rows(width)
-        combine_kernel[(triton.cdiv(rows, at_once),)](
-            partial, greatest, total, out, rows, parts, VALUE_DIM=value_dim, BLOCK=at_once, BLOCK_V=width
+        launch(
+            *(combine_kernel, (triton.cdiv(rows, at_once),), out.device),
+            *(partial, greatest, total, out, rows, parts),
+            VALUE_DIM=value_dim,
+            BLOCK=at_once,
+            BLOCK_V=width,
         )
     return out
 

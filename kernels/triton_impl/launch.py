@@ -1,6 +1,8 @@
-"""What every launch needs: block sizes, heads shared out to programs, tensors as the kernels want them."""
+"""What every launch needs: its device, block sizes, heads shared out to programs, tensors as the kernels want them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,15 @@ LANGUAGE_DTYPES = {
     torch.uint8: tl.uint8,
     torch.float8_e4m3fn: tl.uint8,  # read as bytes: not every GPU converts e4m3
 }
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its tensors, whichever is the current one: Triton launches on that, and looks at no tensor."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
 
 
 def block(size: int, least: int = 1) -> int:

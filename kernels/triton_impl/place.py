@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ragkv.kernels.stored import Piece
-from ragkv.kernels.triton_impl.launch import LANGUAGE_DTYPES, aligned, block, heads_at_once, in_rows
+from ragkv.kernels.triton_impl.launch import LANGUAGE_DTYPES, aligned, block, heads_at_once, in_rows, launch
 from ragkv.kernels.triton_impl.place_kernel import place_kernel
 
 _BLOCK = 32  # tokens of a tile
@@ -59,7 +59,7 @@ def _launch(kind: _Kind, rows: list[list[int]], out: Tensor) -> None:
         table = table.pin_memory().to(out.device, non_blocking=True)
     blocks = triton.cdiv(max(row[0] for row in rows), _BLOCK)
     fixed = constants(**kind._asdict())
-    place_kernel[(kind.heads // fixed["HEADS"], blocks, len(rows))](table, **fixed)
+    launch(place_kernel, (kind.heads // fixed["HEADS"], blocks, len(rows)), out.device, table, **fixed)
 
 
 def _described(piece: Piece, half: int, interleaved: bool, held: list[Tensor]) -> tuple[_Kind, list[int]]:

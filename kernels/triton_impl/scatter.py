@@ -1,4 +1,4 @@
-"""Fresh keys and values to their rows of the cache, and how far they are from what was there.
+"""Fresh keys and values to their rows of the cache, or how far they are from what is there.
 
 H kv heads, S fresh tokens, N tokens of the prompt, D head_dim.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragkv.kernels.triton_impl.launch import block, heads_at_once, in_rows
+from ragkv.kernels.triton_impl.launch import block, heads_at_once, in_rows, launch
 
 _TILE = 2048  # numbers of a tile: 16 bytes of bf16 for each of 128 threads, twice
 
@@ -30,12 +30,11 @@ def _one_side(
     held_stride,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    WRITE: tl.constexpr,
     COMPARE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """K or V of a tile's tokens, in HEADS heads: compare, write."""
+    """K or V of a tile's tokens, in HEADS heads: compared, or written."""
     dim = tl.arange(0, BLOCK_D)
     filled = inside[:, None] & (dim < DIM)[None, :]
     source = fresh + token[:, None] * fresh_stride + dim[None, :]
@@ -47,7 +46,7 @@ def _one_side(
         if COMPARE:
             gap = new.to(tl.float32) - tl.load(target + head * held_head_stride, mask=filled, other=0.0).to(tl.float32)
             distance += tl.sum(gap * gap, 1)
-        if WRITE:
+        else:
             tl.store(target + head * held_head_stride, new, mask=filled)
     if COMPARE:
         tl.store(moved + token, distance, mask=inside)
@@ -74,7 +73,6 @@ def scatter_kernel(
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     INDEXED: tl.constexpr,
-    WRITE: tl.constexpr,
     COMPARE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -89,19 +87,17 @@ def scatter_kernel(
         _one_side(
             fresh_keys, keys, moved, at, token, inside, first_head,
             fresh_key_head_stride, fresh_key_stride, key_head_stride, key_stride,
-            HEADS, DIM, WRITE, COMPARE, BLOCK, BLOCK_D,
+            HEADS, DIM, COMPARE, BLOCK, BLOCK_D,
         )  # fmt: skip
     else:
         _one_side(
-            fresh_values, values, moved + length, at, token, inside, first_head,
+            fresh_values, values, moved, at, token, inside, first_head,
             fresh_value_head_stride, fresh_value_stride, value_head_stride, value_stride,
-            HEADS, VALUE_DIM, WRITE, COMPARE, BLOCK, BLOCK_V,
+            HEADS, VALUE_DIM, COMPARE, BLOCK, BLOCK_V,
         )  # fmt: skip
 
 
-def constants(
-    heads: int, dim: int, value_dim: int, *, indexed: bool, write: bool, compare: bool
-) -> dict[str, int | bool]:
+def constants(heads: int, dim: int, value_dim: int, *, indexed: bool, compare: bool) -> dict[str, int | bool]:
     """The kernel's compile-time arguments. Distances sum over heads, so there one program takes all of them."""
     width = block(max(dim, value_dim))
     return {
@@ -109,7 +105,6 @@ def constants(
         "DIM": dim,
         "VALUE_DIM": value_dim,
         "INDEXED": indexed,
-        "WRITE": write,
         "COMPARE": compare,
         "BLOCK": max(1, _TILE // width // (2 if compare else 1)),
         "BLOCK_D": block(dim),
@@ -117,17 +112,14 @@ def constants(
     }
 
 
-def scatter(
-    fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor, deviations: bool
-) -> tuple[Tensor, Tensor] | None:
+def scatter(fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
     """See :func:`ragkv.kernels.scatter`."""
-    moved = _launch(fresh_keys, fresh_values, rows, keys, values, write=True, compare=deviations)
-    return (moved[0], moved[1]) if deviations else None
+    _launch(fresh_keys, fresh_values, rows, keys, values)
 
 
 def deviation(fresh: Tensor, stored: Tensor, rows: Tensor | None) -> Tensor:
     """See :func:`ragkv.kernels.deviation`."""
-    return _launch(fresh, None, rows, stored, None, write=False, compare=True)[0]
+    return _launch(fresh, None, rows, stored, None)
 
 
 def _launch(
@@ -136,22 +128,21 @@ def _launch(
     rows: Tensor | None,
     keys: Tensor,
     values: Tensor | None,
-    *,
-    write: bool,
-    compare: bool,
 ) -> Tensor:
-    """Distances ``[sides, S]`` fp32, where they are wanted."""
-    fresh_keys, keys = in_rows(fresh_keys), keys if write else in_rows(keys)
-    sides = 1 if fresh_values is None else 2
+    """Writes K and V; with K alone it compares, and returns the distances ``[S]`` fp32."""
+    compare = fresh_values is None or values is None
+    sides = 1 if compare else 2
+    fresh_keys, keys = in_rows(fresh_keys), in_rows(keys) if compare else keys
     fresh_values = fresh_keys if fresh_values is None else in_rows(fresh_values)
     values = keys if values is None else values
     heads, length, dim = fresh_keys.shape
-    moved = torch.zeros(sides, length if compare else 0, device=keys.device)
+    moved = torch.zeros(length if compare else 0, device=keys.device)
     if not length or not heads:
         return moved
-    fixed = constants(heads, dim, fresh_values.shape[2], indexed=rows is not None, write=write, compare=compare)
+    fixed = constants(heads, dim, fresh_values.shape[2], indexed=rows is not None, compare=compare)
     grid = (triton.cdiv(length, fixed["BLOCK"]), heads // fixed["HEADS"], sides)
-    scatter_kernel[grid](
+    launch(
+        *(scatter_kernel, grid, keys.device),
         *(fresh_keys, fresh_values, keys if rows is None else rows.contiguous(), keys, values, moved, length),
         *(*fresh_keys.stride()[:2], *fresh_values.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
         **fixed,

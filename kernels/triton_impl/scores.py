@@ -16,7 +16,7 @@ from ragkv.kernels.scoring import Scoring
 from ragkv.kernels.triton_impl.attention import constants as attention_constants
 from ragkv.kernels.triton_impl.attention import in_log2
 from ragkv.kernels.triton_impl.attention_kernel import rows_of, scores_of
-from ragkv.kernels.triton_impl.launch import in_rows
+from ragkv.kernels.triton_impl.launch import in_rows, launch
 
 _LOG2E = 1.4426950408889634
 PIECE = 1024  # keys that one program reads for the normalisers: 64K keys of 8 heads keep every processor busy
@@ -124,12 +124,17 @@ def question_scores(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring)
     greatest = torch.empty(pieces, kv_heads, rows, device=key.device)
     total = torch.empty_like(greatest)
     grid = (triton.cdiv(rows, fixed["BLOCK_M"]), kv_heads, pieces)
-    normaliser_kernel[grid](
-        *(query, key, spans, greatest, total, length, keys, *numbers, *strides), **fixed, PIECE=PIECE
+    launch(
+        *(normaliser_kernel, grid, key.device),
+        *(query, key, spans, greatest, total, length, keys, *numbers, *strides),
+        **fixed,
+        PIECE=PIECE,
     )
     normaliser = _normaliser(greatest, total, scoring.sinks, length)
-    mass_kernel[(triton.cdiv(keys, fixed["BLOCK_N"]),)](
-        *(query, key, spans, normaliser, out, length, keys, kv_heads, *numbers, *strides), **fixed
+    launch(
+        *(mass_kernel, (triton.cdiv(keys, fixed["BLOCK_N"]),), key.device),
+        *(query, key, spans, normaliser, out, length, keys, kv_heads, *numbers, *strides),
+        **fixed,
     )
     return out
 

@@ -1,4 +1,4 @@
-"""The model that ragkv ships, its documents and questions, and the generator of more of them.
+"""The model that ragkv ships, with documents, questions and cases of its world (made by ``training/``).
 
 Light to import: torch and transformers are loaded by `load` only.
 """
@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragkv.bundled.generator import KINDS, Case, cases
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["KINDS", "MODEL_PATH", "TEMPLATE", "Case", "cases", "documents", "foreign", "load", "questions"]
+__all__ = ["CASES_PATH", "MODEL_PATH", "TEMPLATE", "documents", "foreign", "load", "questions"]
 
 _HERE = Path(__file__).parent
 
 MODEL_PATH = _HERE / "model"
 """The folder that ``AutoModelForCausalLM.from_pretrained`` takes."""
+
+CASES_PATH = _HERE / "cases.jsonl.bz2"
+"""What ``ragkv eval`` asks where no data are given: :func:`ragkv.evaluation.read_cases` reads it."""
 
 TEMPLATE: dict[str, str] = {
     "prefix": "Read the documents, then answer the question.\n",
@@ -48,7 +49,7 @@ class DemoQuestion:
     Attributes:
         question: The question.
         answer: Its answer.
-        kind: One of `KINDS`.
+        kind: What it takes to answer: direct, local, cross, two-hop, absent (docs/bundled-model.md).
         documents: The file names of the documents that it rests on.
     """
 

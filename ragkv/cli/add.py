@@ -8,7 +8,7 @@ from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag
+from ragkv.cli.opening import open_rag, storage
 from ragkv.rag import Added
 from ragkv.retrieval import Change
 
@@ -16,10 +16,13 @@ from ragkv.retrieval import Change
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
-    with open_rag(path, model=args.model, embedder=args.embedder, foreign=args.foreign) as rag:
+    options = {"foreign": args.foreign, "lifetime_s": args.lifetime, **storage(args)}
+    with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
         begin = perf_counter()
         with show.progress(unit=" files") as bar:
             added = rag.add_files(args.paths, progress=lambda file: _step(bar, file.source))
+        for change in added.changes if args.pin else ():
+            rag.pin(change.document.source)
         summary = _summary(added, perf_counter() - begin)
     for skipped in added.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
@@ -57,6 +60,6 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def _kind(change: Change) -> str:
-    if not change.old_passages:
+    if not change.replaced:
         return "added"
     return "changed" if change.removed or change.first_changed is not None else "unchanged"

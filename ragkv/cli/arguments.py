@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragkv.cli import care, evaluating
-from ragkv.cli.values import FOREIGN_HELP, at_least, text_of_file
+from ragkv.cli import care, evaluating, filters
+from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -42,11 +42,25 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
 
-    add = command("add", model, summary="Read files, and folders with all that is in them: text, Markdown, PDF.")
+    add = command(
+        "add", model, _storage(), summary="Read files, and folders with all that is in them: text, Markdown, PDF."
+    )
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
+    add.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
+    add.add_argument(
+        "--lifetime",
+        type=parsed(filters.parse_duration),
+        metavar="TIME",
+        help="how long KV may be used before they are read again, as 12h or 30d (default: for ever)",
+    )
 
     ask = command(
-        "ask", model, method, _search(neighbours=0), summary="Answer a question over the documents that were added."
+        "ask",
+        model,
+        method,
+        _storage(),
+        _search(neighbours=0),
+        summary="Answer a question over the documents that were added.",
     )
     ask.add_argument("question", type=_question, metavar="QUESTION")
     ask.add_argument(
@@ -54,7 +68,6 @@ def parser() -> argparse.ArgumentParser:
     )
 
     care.add_commands(command)
-    care.add_bench(command)
     evaluating.add_command(commands.add_parser)
     return top
 
@@ -101,6 +114,19 @@ def _model() -> argparse.ArgumentParser:
     )
     model.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
     return model
+
+
+def _storage() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    for tier, what in (("gpu", "memory of the GPU"), ("cpu", "memory"), ("disk", "disk")):
+        options.add_argument(
+            f"--{tier}-size", type=parsed(filters.parse_size), metavar="SIZE", help=f"{what} for KV, as 8GiB"
+        )
+    options.add_argument(
+        "--codec", metavar="NAME", help="how KV are encoded on disk: raw, lossless, int8, fp8, int4, cachegen"
+    )
+    options.add_argument("--cpu-codec", metavar="NAME", help="how KV are encoded in memory")
+    return options
 
 
 def _method() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from ragkv.cli import filters
+from ragkv.cli.values import parsed
 
 _FILTER_HELP = (
     "only entries for which this holds, as 'size>10MB', 'idle>30d', 'hits<2', 'document=docs/*', 'codec=raw'; may be "
@@ -25,11 +26,11 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     listing = command("ls", chosen, summary="List the stored KV, an entry for each passage that was read.")
     listing.add_argument(
         "--sort",
-        type=_parsed(filters.parse_order),
+        type=parsed(filters.parse_order),
         metavar="FIELD[:asc|:desc]",
         help="order of the list (default: by document)",
     )
-    listing.add_argument("--limit", type=_parsed(filters.parse_count), metavar="N", help="show only the first N")
+    listing.add_argument("--limit", type=parsed(filters.parse_count), metavar="N", help="show only the first N")
     listing.add_argument("-q", "--quiet", action="store_true", help="print ids only, one a line")
 
     rm = command(
@@ -45,7 +46,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
     prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")
     prune.add_argument(
-        "--max-size", type=_parsed(filters.parse_size), metavar="SIZE", help="what is idle longest, until this is left"
+        "--max-size", type=parsed(filters.parse_size), metavar="SIZE", help="what is idle longest, until this is left"
     )
     prune.set_defaults(refuse=prune.error)
 
@@ -64,29 +65,11 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     taking.add_argument("file", metavar="FILE")
     taking.add_argument(
         "--disk-size",
-        type=_parsed(filters.parse_size),
+        type=parsed(filters.parse_size),
         default="100GiB",
         metavar="SIZE",
         help="budget (default: 100GiB)",
     )
-
-
-def add_bench(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Registers ``bench``."""
-    bench = command(
-        "bench", summary="Compare eviction policies on a stream of real passages, with a model's prefill times."
-    )
-    bench.add_argument("what", choices=["store"], help="what to measure")
-    bench.add_argument(
-        "--dataset", required=True, metavar="FILE", help="JSON with 'ctxs' of 'title' and 'text', or LongBench's JSONL"
-    )
-    bench.add_argument("--model", default="bundled", help="whose tokens and prefill times (default: bundled)")
-    bench.add_argument("--requests", type=_parsed(filters.parse_positive), default=20_000, metavar="N")
-    bench.add_argument("--exponent", type=float, default=0.9, metavar="X", help="of the Zipf law (default: 0.9)")
-    bench.add_argument(
-        "--seeds", type=_parsed(filters.parse_positive), default=3, metavar="N", help="streams to take means of"
-    )
-    bench.add_argument("--plot", metavar="FILE", help="draw it, as PNG, PDF or SVG (needs matplotlib)")
 
 
 def _filter() -> argparse.ArgumentParser:
@@ -97,7 +80,7 @@ def _filter() -> argparse.ArgumentParser:
         dest="filters",
         action="append",
         default=[],
-        type=_parsed(filters.parse_filter),
+        type=parsed(filters.parse_filter),
         metavar="EXPR",
         help=_FILTER_HELP,
     )
@@ -109,15 +92,3 @@ def _removal() -> argparse.ArgumentParser:
     options.add_argument("-y", "--yes", action="store_true", help="do not ask")
     options.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
     return options
-
-
-def _parsed(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """A parser of one argument whose message argparse shows."""
-
-    def parsed(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed

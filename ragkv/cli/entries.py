@@ -12,7 +12,6 @@ from typing import Any
 from ragkv.cli import show
 from ragkv.errors import RagKVError
 from ragkv.retrieval import Catalogue
-from ragkv.retrieval.records import text_key
 from ragkv.store.maintenance import Entry, entries, remove
 
 _SHORT = 12
@@ -25,7 +24,7 @@ class Listed:
 
     Attributes:
         entry: what the store says.
-        places: source and position from 0 of every passage with its text; none where no document has it.
+        places: source and position from 0 of every passage that it is read for; none where no document has it.
         now: the wall clock in seconds, by which it is aged.
     """
 
@@ -103,7 +102,7 @@ def listed(path: Path) -> list[Listed]:
     """All entries, by document and passage; what belongs to none comes last."""
     places = _places(path / "documents")
     now = time.time()
-    found = [Listed(entry, tuple(places.get(entry.label, ())), now) for entry in entries(store_folder(path))]
+    found = [Listed(entry, tuple(places.get(entry.key, ())), now) for entry in entries(store_folder(path))]
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
 
 
@@ -167,13 +166,14 @@ def table(items: Iterable[Listed]) -> None:
     show.table(rows, left=2)
 
 
-def _places(folder: Path) -> dict[str, list[tuple[str, int]]]:
-    """Where each passage's text stands, by what the store calls it."""
-    places: dict[str, list[tuple[str, int]]] = {}
+def _places(folder: Path) -> dict[bytes, list[tuple[str, int]]]:
+    """Where the passages stand that each entry is read for, by its key."""
+    places: dict[bytes, list[tuple[str, int]]] = {}
     if not (folder / _DATA).is_file():
         return places
     with Catalogue(folder) as catalogue, catalogue.snapshot() as view:
         for document in sorted(view.documents(), key=lambda document: document.source):
-            for position, text in enumerate(view.texts(document)):
-                places.setdefault(text_key(text).hex(), []).append((document.source, position))
+            for reading in view.readings(document):
+                for position, key in enumerate(reading.keys):
+                    places.setdefault(key, []).append((document.source, position))
     return places

@@ -11,24 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
-from ragkv.evaluation import Bench, Case, Plan, evaluate, generated_cases, parse_arms, read_cases
+from ragkv.evaluation import Bench, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.report import write_markdown, write_page
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
 from ragkv.model.loading import BUNDLED, load_model
 
-_BUNDLED_CASES = 320
-"""Forty of each of eight kinds."""
-
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     upwards, arms = metric(args.metric), parse_arms(args.arms, args.budgets)
-    data, cases = _cases(args)
+    form, cases = read_cases(CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words)
     plan = Plan(
         model=args.model,
-        data=data,
+        data=f"{Path(args.data).name} ({form})",
         cases=cases,
         arms=arms,
         limit=args.limit,
@@ -58,16 +56,6 @@ def run(args: argparse.Namespace) -> int:
         _show(result.summary, upwards)
         print(f"\nreport: {page}")
     return 0
-
-
-def _cases(args: argparse.Namespace) -> tuple[str, list[Case]]:
-    """The data's name and its cases."""
-    if args.data == BUNDLED:
-        return f"generated cases of the bundled model, seed {args.seed}", generated_cases(
-            args.seed, args.limit or _BUNDLED_CASES
-        )
-    form, cases = read_cases(args.data, args.chunk_words)
-    return f"{Path(args.data).name} ({form})", cases
 
 
 def _bench(args: argparse.Namespace) -> Bench:

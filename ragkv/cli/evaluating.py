@@ -22,9 +22,9 @@ _ARMS_HELP = (
 
 #: Whole numbers: name, least, default, what it says.
 _COUNTS = (
-    ("--limit", 1, None, "at most N cases (default: all; bundled: 320)"),
+    ("--limit", 1, None, "at most N cases (default: all)"),
     ("--orders", 1, 3, "orders of the chunks: as retrieved, and N - 1 shuffled (default: 3)"),
-    ("--seed", 0, 0, "of generated cases, shuffling and resampling (default: 0)"),
+    ("--seed", 0, 0, "of shuffling and resampling (default: 0)"),
     (
         "--jobs",
         1,

@@ -45,13 +45,6 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def parse_positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not parse_count(text):
-        raise ValueError("must be at least 1, got 0")
-    return int(text)
-
-
 #: What entries can be filtered and sorted by, and how its values are written; ``str`` is compared as a pattern.
 FIELDS: dict[str, Callable[[str], Any]] = {
     "size": parse_size,

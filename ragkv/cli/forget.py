@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import listed, removed
 from ragkv.cli.opening import require_documents
 from ragkv.errors import RagKVError
-from ragkv.library.shelf import mark_name
 from ragkv.retrieval import Catalogue
-from ragkv.store.maintenance import opened
+from ragkv.store.maintenance import remove
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove what the targets name: all of it exists, or nothing is removed. What other documents also say stays."""
+    """Remove what the targets name: all of it exists, or nothing is removed. KV that other documents name stay."""
     path = folder(args)
     require_documents(path)
     with Catalogue(path / "documents") as catalogue:
@@ -27,9 +25,10 @@ def run(args: argparse.Namespace) -> int:
     code = removed(path, alone, names, ask=not args.yes, dry_run=args.dry_run, as_json=args.json)
     if code == 0 and not args.dry_run:
         with Catalogue(path / "documents") as catalogue:
-            marks = {mark_name(catalogue.remove(name).old_passages) for name in names}
-            marks -= {mark_name(catalogue.texts(document.source)) for document in catalogue}
-        _forget_marks(path / "kv", marks)
+            unused = [key for name in names for key in catalogue.remove(name).unused]
+        # Whoever asked in between may have stored some of it again.
+        if (path / "kv" / "data.mdb").is_file():
+            remove(path / "kv", unused)
     return code
 
 
@@ -38,10 +37,3 @@ def _named(catalogue: Catalogue, target: str) -> str:
         if name in catalogue:
             return name
     raise RagKVError(f"no document is called {target!r}: see 'ragkv ls'; nothing was removed")
-
-
-def _forget_marks(kv: Path, names: Iterable[str]) -> None:
-    """The store remembers which versions of documents were repaired."""
-    if (kv / "data.mdb").is_file():
-        with opened(kv) as tier:
-            tier.remove((), facts=names)

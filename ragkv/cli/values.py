@@ -18,6 +18,18 @@ def at_least(least: int) -> Callable[[str], int]:
     return parsed
 
 
+def parsed(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """A parser of one argument whose message argparse shows."""
+
+    def shown(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return shown
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:

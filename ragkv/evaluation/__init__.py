@@ -8,7 +8,6 @@ from ragkv.evaluation.bench import Bench
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.errors import EvaluationError, GateError
 from ragkv.evaluation.formats import read_cases
-from ragkv.evaluation.generated import generated_cases
 from ragkv.evaluation.run import Plan, Result, evaluate
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "Plan",
     "Result",
     "evaluate",
-    "generated_cases",
     "parse_arms",
     "read_cases",
 ]

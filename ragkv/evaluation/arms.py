@@ -14,7 +14,7 @@ from torch import Tensor
 from ragkv.errors import MethodError
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import View
 from ragkv.methods import FullPrefill, Method, Random, Reuse
 from ragkv.methods.words import knobs_of, known_methods, parse_method
 
@@ -36,9 +36,9 @@ _SHARES = ("ratio", "budget", "share")
 class PrefixOnly(Method):
     """Recompute all from the first chunk on that is not exact where it stands: what caching of common prefixes gives."""
 
-    def start(self, layout: Layout) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """Every chunk behind the exact ones."""
-        return layout.inexact
+        return view.layout.inexact
 
 
 @dataclass(frozen=True)

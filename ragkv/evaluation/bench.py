@@ -139,7 +139,7 @@ class Bench:
 
     def readable(self, case: Case) -> bool:
         """Whether every chunk is short enough to be read."""
-        encoder, most = self.engine.encoder, self.engine.document_tokens
+        encoder, most = self.engine.encoder, self.engine.documents.document_tokens
         return all(len(encoder.chunk(case.text(place))) <= most for place in case.whole)
 
     def fits(self, case: Case, places: Sequence[Place]) -> bool:
@@ -184,8 +184,10 @@ class Bench:
 def without_rotation(engine: Engine) -> Engine:
     """The same engine, which leaves keys as they were made wherever it places them."""
     twin = copy(engine)
-    twin.decoder = copy(engine.decoder)
-    twin.decoder.rotations = [None] * len(engine.decoder.rotations)
+    twin.documents = copy(engine.documents)
+    reader = twin.documents._reader = copy(engine.documents.reader)
+    reader.decoder = copy(engine.decoder)
+    reader.decoder.rotations = [None] * len(engine.decoder.rotations)
     return twin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case
     """Read a file of one of :data:`FORMS`, JSON or JSON lines.
 
     Args:
-        path: the file.
+        path: the file; packed with bzip2 where its name ends in ``.bz2``.
         chunk_words: longer passages are cut into chunks of at most so many words; not those of the native form.
 
     Returns:
@@ -46,10 +47,12 @@ def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case
     Raises:
         EvaluationError: the file is of no known form, or a record is not of the first one's form.
     """
+    path = Path(path)
+    data = path.read_bytes()
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path} is not text in UTF-8: {error}") from error
+        text = (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} is not text in UTF-8, or not whole: {error}") from error
     records = _records(text)
     form = next((form for form in FORMS if records and _fits(records[0], form)), None)
     if form is None:
@@ -76,7 +79,7 @@ def _records(text: str) -> list[Any]:
         whole = json.loads(text)
     except json.JSONDecodeError:
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError:
             return []
     if isinstance(whole, dict):

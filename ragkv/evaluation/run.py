@@ -129,20 +129,26 @@ def evaluate(
 
 def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
     kept, left_out = usable(plan.cases)
-    fitting = [case for case in kept if bench.readable(case) and bench.fits(case, case.retrieved)]
-    left_out["longer than the model's positions"] = len(kept) - len(fitting)
+    fitting: list[Case] = []
+    for case in kept:
+        if bench.readable(case) and bench.fits(case, case.retrieved):
+            fitting.append(case)
+        else:
+            left_out["longer than the model's positions"] += 1
+        if len(fitting) == plan.limit:
+            break
     if not fitting:
         raise EvaluationError(
-            f"no case fits into the model's {bench.engine.decoder.max_positions} positions; left out: {dict(+left_out)}"
+            f"no case fits into the model's {bench.engine.decoder.max_positions} positions; left out: {dict(left_out)}"
         )
-    return fitting[: plan.limit], +left_out
+    return fitting, left_out
 
 
 def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]:
     """What all rows of a run have in common. Further arms, cases and orders may join a run, so these are not here."""
     return {
         "model": plan.model,
-        "weights": bench.engine.space[:16],
+        "weights": bench.engine.documents.space[:16],
         "device": str(bench.engine.decoder.device),
         "data": plan.data,
         "first case": cases[0].fingerprint,

@@ -1,4 +1,4 @@
-"""The heart: stored keys and values are placed, and the model's own forward recomputes the tokens that a method asks for.
+"""The heart: the model's own forward recomputes the tokens that a method asks for, over stored keys and values at their places.
 
 L layers, H kv heads, N tokens of the prompt, S tokens being computed, R reusable ones among them, D head_dim.
 """
@@ -7,132 +7,109 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.passes import Pass, Trace
-from ragkv.kernels import Impl, deviation
+from ragkv.fusion.passes import Pass
+from ragkv.fusion.timing import Timer
+from ragkv.fusion.view import Check, Narrows, Selection
 from ragkv.model.cache import FusedCache
-
-if TYPE_CHECKING:
-    from ragkv.fusion.scene import Scene
-    from ragkv.methods.base import Method
-    from ragkv.model.decoder import Decoder
+from ragkv.model.decoder import Decoder
 
 
 @dataclass(frozen=True, eq=False)
-class Check:
-    """What a method sees at a layer where it narrows the set: fresh and stored KV of the reusable tokens being computed.
+class Plan:
+    """What is computed of one prompt.
 
     Attributes:
-        layer: the decoder layer about to run.
-        layers: L.
-        layout: the whole prompt.
-        positions: ``[R]`` positions of the reusable tokens being computed, ascending.
-        fresh_keys: ``[H, R, D]``, rotated to their positions in the prompt; like ``stored_keys``.
-        fresh_values: ``[H, R, D]``; like ``stored_values``.
-        stored_keys: what the cache holds for the same tokens.
-        stored_values: what the cache holds for the same tokens.
-        impl: which implementation of ``ragkv.kernels`` runs.
-    """
-
-    layer: int
-    layers: int
-    layout: Layout
-    positions: Tensor
-    fresh_keys: Tensor
-    fresh_values: Tensor
-    stored_keys: Tensor
-    stored_values: Tensor
-    impl: Impl = "auto"
-
-    def key_deviation(self) -> Tensor:
-        """``[R]`` squared distance of fresh and stored keys, over heads and dimensions."""
-        return deviation(self.fresh_keys, self.stored_keys, impl=self.impl)
-
-    def value_deviation(self) -> Tensor:
-        """``[R]`` squared distance of fresh and stored values, over heads and dimensions."""
-        return deviation(self.fresh_values, self.stored_values, impl=self.impl)
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What a method wants for one prompt, checked.
-
-    Attributes:
-        method: the method.
-        rows: ``[S]`` positions to compute from layer 0 on, ascending; the suffix is always among them.
+        rows: ``[S]`` tokens to compute from layer 0 on, ascending; the suffix is always among them.
         checks: layers at which the method is asked again, ascending.
-        uses_stored: whether any stored KV is looked at.
-        context: positions of the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk;
-            ``None``: all that stands in front of them.
+        first_stored: the first layer of which stored KV are looked at; L where none are.
+        context: the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk; ``None``: all
+            that stand in front of them.
+        narrow: asked at the checks, with the cache.
     """
 
-    method: Method
     rows: Tensor
     checks: tuple[int, ...]
-    uses_stored: bool
-    context: Tensor | None = None
+    first_stored: int
+    context: Tensor | None
+    narrow: Callable[[Check], Tensor]
 
 
-def plan(method: Method, layout: Layout, layers: int, scene: Scene | None = None) -> Work:
-    """Ask a method for its first choice.
+def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
+    """Check what a method chose.
 
     Args:
-        method: to be asked.
+        selection: by :meth:`Selection.of`.
         layout: the prompt.
         layers: L.
-        scene: for a method that looks at the prompt first.
 
     Raises:
-        MethodError: it chose positions outside ``layout.reusable``, or layers that do not exist.
+        MethodError: it chose tokens outside ``layout.reusable``, or layers that do not exist.
     """
-    chosen = method.start(layout) if scene is None else method.survey(scene)
-    active = _subset(chosen, layout.reusable, method)
-    context = None if scene is None else method.context(scene)
-    checks = tuple(sorted(set(method.checks(layers)))) if len(active) else ()
+    method = selection.method
+    assert method is not None
+    active = _subset(selection.tokens, layout.reusable, method)
+    checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
-    if context is not None:
-        context = _subset(context, layout.reusable, method)
-    everything = len(active) == len(layout.reusable) and context is None
-    if everything and len(active):
+    context = None if selection.context is None else _subset(selection.context, layout.reusable, method)
+
+    def narrow(check: Check) -> Tensor:
+        chosen = _subset(method.narrow(check), check.tokens, method)
+        return chosen if selection.keep is None else torch.cat([chosen, selection.keep.to(chosen.device)])
+
+    if len(active) == len(layout.reusable) > 0 and context is None:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
-        return Work(method, torch.arange(layout.tokens, device=layout.ids.device), checks, bool(checks))
-    return Work(method, torch.cat([active, layout.suffix]), checks, not everything, context)
+        rows = torch.arange(layout.tokens, device=layout.ids.device)
+        return Plan(rows, checks, checks[0] if checks else layers, None, narrow)
+    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow)
 
 
 def fuse(
-    decoder: Decoder, cache: FusedCache, layout: Layout, work: Work, piece_tokens: int, place: Callable[[int], None]
-) -> tuple[Tensor, Trace]:
+    decoder: Decoder,
+    cache: FusedCache,
+    layout: Layout,
+    work: Plan,
+    piece_tokens: int,
+    timer: Timer | None = None,
+    slots: int | None = None,
+) -> tuple[Tensor, Pass]:
     """Compute what a method asks for over the stored rest, and the suffix in any case.
 
     Args:
         decoder: the model.
-        cache: with room for the N tokens; its content is written here.
+        cache: with room for the N tokens; its content is written here. Layers from ``work.first_stored`` on must be placed, or be
+            placed before they run.
         layout: the prompt.
         work: from :func:`plan`.
         piece_tokens: tokens that one forward computes at most, but where the set narrows with depth.
-        place: writes one layer's prefix and stored chunks to their slots in the cache.
+        timer: counts the stage ``select``.
+        slots: of the cache that attention is shown; N if not given.
 
     Returns:
         Next-token logits ``[1, V]`` and what was done. The cache then holds the N tokens.
     """
 
-    def narrow(layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        held = cache.layers[layer]
-        stored = held.key_room[0].index_select(1, positions), held.value_room[0].index_select(1, positions)
-        chosen = work.method.narrow(
-            Check(layer, len(decoder.layers), layout, positions, keys, values, *stored, decoder.kernels)
-        )
-        return _subset(chosen, positions, work.method)
+    def narrow(layer: int, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        held, here = cache.layers[layer], tokens.to(keys.device)
+        stored = held.key_room[0].index_select(1, here), held.value_room[0].index_select(1, here)
+        check = Check(layer, len(decoder.layers), layout, here, keys, values, *stored, decoder.kernels)
+        return work.narrow(check).to(tokens.device)
 
-    run = Pass(decoder, cache, layout, work.rows, piece_tokens, place, work.checks, narrow, work.context)
-    return run.logits(), run.trace
+    run = Pass(
+        *(decoder, cache, layout, work.rows, piece_tokens),
+        checks=work.checks,
+        narrow=narrow,
+        context=work.context,
+        slots=slots,
+        timer=timer,
+    )
+    return run.logits(), run
 
 
 def recompute(decoder: Decoder, cache: FusedCache, ids: Tensor, rows: Tensor, piece_tokens: int = 512) -> Tensor:
@@ -141,15 +118,14 @@ def recompute(decoder: Decoder, cache: FusedCache, ids: Tensor, rows: Tensor, pi
     Returns:
         Next-token logits ``[1, V]``.
     """
-    layout = Layout(ids, (), 0, len(ids))
-    return Pass(decoder, cache, layout, rows, piece_tokens).scattered()
+    return Pass(decoder, cache, Layout(ids, (), 0, len(ids)), rows, piece_tokens).scattered()
 
 
-def _subset(chosen: Tensor, allowed: Tensor, method: Method) -> Tensor:
+def _subset(chosen: Tensor, allowed: Tensor, method: Narrows) -> Tensor:
     chosen = torch.unique(chosen.to(allowed.device, torch.long))
     if not torch.isin(chosen, allowed).all():
         raise MethodError(
-            f"{method!r} chose positions that are not open to it: it must choose among the {len(allowed)} reusable tokens being "
+            f"{method!r} chose tokens that are not open to it: it must choose among the {len(allowed)} reusable tokens being "
             "computed, and the set may only shrink with depth"
         )
     return chosen

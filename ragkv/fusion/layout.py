@@ -1,14 +1,20 @@
-"""Where everything stands in one prompt: prefix, chunks, suffix, and what is already exact."""
+"""Where everything stands in one prompt: prefix, chunks, suffix, and what is already exact.
+
+A token's slot is its index in the prompt's ids, and where its keys and values lie in the cache. Its position is where it stands in
+the text: what rope turns by, and what masks compare. The two are equal unless chunks were moved apart or share positions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ragkv.chunk import Chunk, digest
+from ragkv.chunk import Chunk, digest, marked
+from ragkv.errors import PromptError
 
 
 @dataclass(frozen=True)
@@ -17,13 +23,14 @@ class Placed:
 
     Attributes:
         chunk: the chunk.
-        start: position of its first token in the prompt.
+        start: slot of its first token.
         base: position of its first token when its KV was made.
         exact: it stands where and behind what its KV was made, so that nothing of it needs recomputing.
         continues: the chunk before it in the prompt is the one before it in its document.
         behind_another: some chunk in front of it in the prompt is of another document.
         rooted: all that its KV were made behind stands right in front of it in the prompt too, in order, so that computing it
             afresh loses nothing of what its document told it, and nothing of another document comes between.
+        shift: how far its tokens' positions are from their slots.
     """
 
     chunk: Chunk
@@ -33,22 +40,28 @@ class Placed:
     continues: bool
     behind_another: bool = True
     rooted: bool = True
+    shift: int = 0
 
     @property
     def stop(self) -> int:
-        """Position behind its last token."""
+        """Slot behind its last token."""
         return self.start + len(self.chunk)
+
+    @property
+    def position(self) -> int:
+        """Position of its first token."""
+        return self.start + self.shift
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The prompt that a method decides about. N tokens in all.
+    """The prompt that a method decides about. N tokens in all, which methods name by their slots.
 
     Attributes:
         ids: ``[N]`` token ids, on the model's device.
         chunks: the chunks in prompt order.
-        chunks_start: position of the first chunk token; what stands before is the prefix.
-        suffix_start: position of the first suffix token; always computed afresh from here on.
+        chunks_start: slot of the first chunk token; what stands before is the prefix.
+        suffix_start: slot of the first suffix token; always computed afresh from here on.
     """
 
     ids: Tensor
@@ -62,13 +75,36 @@ class Layout:
         return len(self.ids)
 
     @property
+    def even(self) -> bool:
+        """Whether every token's position is its slot."""
+        return not any(placed.shift for placed in self.chunks)
+
+    @property
+    def ascending(self) -> bool:
+        """Whether positions rise with the slots, so that no token sees one that stands behind it in the prompt."""
+        shifts = [0, *(placed.shift for placed in self.chunks)]
+        return shifts == sorted(shifts)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """``[N]`` where each token stands in the text; the suffix stands behind all else."""
+        at = torch.arange(self.tokens)
+        for placed in self.chunks:
+            at[placed.start : placed.stop] += placed.shift
+        if self.chunks:
+            at[self.suffix_start :] += (
+                max(placed.position + len(placed.chunk) for placed in self.chunks) - self.suffix_start
+            )
+        return at.to(self.ids.device)
+
+    @property
     def reusable(self) -> Tensor:
-        """``[R]`` positions of all chunk tokens, ascending: those that a method may leave as stored."""
+        """``[R]`` all chunk tokens, ascending: those that a method may leave as stored."""
         return torch.arange(self.chunks_start, self.suffix_start, device=self.ids.device)
 
     @property
     def inexact(self) -> Tensor:
-        """Positions of the tokens of all chunks that are not exact where they stand, ascending."""
+        """The tokens of all chunks that are not exact where they stand, ascending."""
         return self.span(*[placed for placed in self.chunks if not placed.exact])
 
     @property
@@ -78,12 +114,12 @@ class Layout:
 
     @property
     def suffix(self) -> Tensor:
-        """Positions of the suffix, ascending."""
+        """The suffix's tokens, ascending."""
         return torch.arange(self.suffix_start, self.tokens, device=self.ids.device)
 
     @property
     def owners(self) -> Tensor:
-        """``[N]`` the number of the chunk that each position belongs to: -1 in the prefix, one more than the last in the suffix."""
+        """``[N]`` the number of the chunk that each token belongs to: -1 in the prefix, one more than the last in the suffix."""
         lengths = [
             self.chunks_start,
             *map(len, (placed.chunk for placed in self.chunks)),
@@ -92,7 +128,7 @@ class Layout:
         return torch.repeat_interleave(torch.arange(len(lengths)) - 1, torch.tensor(lengths)).to(self.ids.device)
 
     def span(self, *chunks: Placed, first: int | None = None) -> Tensor:
-        """Positions of the given chunks' tokens, ascending; of each one's first ``first`` tokens only, if given."""
+        """The given chunks' tokens, ascending; of each one its first ``first`` tokens only, if given."""
         pieces = [
             torch.arange(placed.start, placed.stop if first is None else min(placed.stop, placed.start + first))
             for placed in chunks
@@ -101,7 +137,12 @@ class Layout:
 
 
 def lay_out(
-    prefix: Sequence[int], anchor: Sequence[int], chunks: Sequence[Chunk], suffix: Sequence[int], device: torch.device
+    prefix: Sequence[int],
+    anchor: Sequence[int],
+    chunks: Sequence[Chunk],
+    suffix: Sequence[int],
+    device: torch.device,
+    starts: Sequence[int] | None = None,
 ) -> Layout:
     """Give every segment of a prompt its place.
 
@@ -111,33 +152,52 @@ def lay_out(
         chunks: in prompt order.
         suffix: ids of the question and what follows it.
         device: of the model.
+        starts: position of each chunk's first token, where chunks shall stand apart or share positions; by default each stands
+            right behind the one before. The suffix stands behind all of them.
+
+    Raises:
+        PromptError: not one start for each chunk, or one inside the prefix.
     """
-    at, context, previous = len(prefix), b"", None
+    if starts is not None and (len(starts) != len(chunks) or min(starts, default=len(prefix)) < len(prefix)):
+        raise PromptError(
+            f"starts must name one position, {len(prefix)} (behind the prefix) or later, for each of the {len(chunks)} chunks; "
+            f"got {list(starts)}"
+        )
+    at, context = len(prefix), b""
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
-    documents: set[tuple[int, ...]] = set()
-    for chunk in chunks:
+    even = True  # so far
+    for number, chunk in enumerate(chunks):
+        shift = 0 if starts is None else starts[number] - at
+        even = even and not shift
+        alone = starts is None or min(starts[number + 1 :], default=at + len(chunk)) >= at + len(chunk)
         base = len(anchor) + chunk.offset
-        exact = behind_anchor and base == at and chunk.context == context
-        document = _first(chunk).ids
-        behind_another = bool(documents - {document})
-        continues = _follows(chunk, previous)
-        rooted = chunk.previous is None or (continues and placed[-1].rooted)
-        placed.append(Placed(chunk, at, base, exact, continues, behind_another, rooted))
-        documents.add(document)
+        exact = behind_anchor and even and alone and base == at and chunk.context == context
+        behind_another = any(_document(other) != _document(chunk) for other in chunks[:number])
+        continues = number > 0 and _continues(chunk, chunks[number - 1])
+        placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, chunks[:number]), shift))
         at += len(chunk)
-        context, previous = digest(context, chunk.ids), chunk
+        context = digest(context, chunk.ids)
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]
     return Layout(torch.tensor(ids, dtype=torch.long, device=device), tuple(placed), len(prefix), at)
 
 
-def _first(chunk: Chunk) -> Chunk:
-    """The chunk that its document begins with."""
-    while chunk.previous is not None:
-        chunk = chunk.previous
-    return chunk
+def _document(chunk: Chunk) -> str:
+    """What tells a chunk's document from others; a passage that stands alone is one of its own."""
+    return chunk.document or chunk.id
 
 
-def _follows(chunk: Chunk, previous: Chunk | None) -> bool:
-    own = chunk.previous
-    return own is not None and previous is not None and own.ids == previous.ids and own.context == previous.context
+def _continues(chunk: Chunk, before: Chunk) -> bool:
+    return bool(chunk.document) and (chunk.document, chunk.number) == (before.document, before.number + 1)
+
+
+def _rooted(chunk: Chunk, before: Sequence[Chunk]) -> bool:
+    """Whether what a chunk was read behind stands right in front of it."""
+    first, tokens = len(before), 0
+    while first and tokens < chunk.offset:
+        first -= 1
+        tokens += len(before[first])
+    context = b""
+    for other in before[first:]:
+        context = digest(marked(context, other.mark), other.ids)
+    return tokens == chunk.offset and marked(context, chunk.mark) == chunk.context

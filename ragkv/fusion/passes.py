@@ -1,6 +1,6 @@
 """One pass of the model over some tokens of a prompt whose other keys and values lie ready.
 
-The cache puts fresh keys and values at their positions and shows attention the whole prompt. A method may narrow the set at some
+Fresh keys and values go to their slots of the cache, and attention is shown the whole prompt. A method may narrow the set at some
 depth, in a pre-hook of the decoder layer; the set never grows again. L layers, H kv heads, N tokens of the prompt, S tokens being
 computed, R reusable ones among them, D head_dim.
 """
@@ -9,47 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ragkv.fusion.layout import Layout
-from ragkv.kernels import scatter
+from ragkv.fusion.timing import Timer
 from ragkv.model.cache import FusedCache, Writer
-from ragkv.model.kernel_attention import SpanBuilder
-from ragkv.model.masks import MaskBuilder, for_model
+from ragkv.model.masks import UNUSED, LayerMasks, for_model
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
 
-#: Asked before a layer, with the R reusable tokens being computed and their fresh keys and values ``[H, R, D]``; returns the
-#: positions among them to go on with.
+#: Asked before a layer, with the R reusable tokens being computed and their fresh keys and values ``[H, R, D]``; returns those of
+#: them to go on with.
 Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(eq=False)
-class Trace:
-    """What one pass did.
-
-    Attributes:
-        rows: ``[S]`` positions computed in the last layer.
-        fresh: reusable tokens whose KV were computed, layer by layer.
-        attention: the attention implementation that ran.
-        seconds: time by stage: ``place`` (load, decode and rotate stored KV), ``select`` (look and choose), ``compute``.
-    """
-
-    rows: Tensor
-    fresh: list[int] = field(default_factory=list)
-    attention: str = ""
-    seconds: dict[str, float] = field(default_factory=lambda: {"place": 0.0, "select": 0.0, "compute": 0.0})
-
-    def budget(self, layout: Layout) -> float:
-        """The budget really charged: fresh reusable tokens over layers x reusable tokens."""
-        reusable = layout.suffix_start - layout.chunks_start
-        return sum(self.fresh) / (len(self.fresh) * reusable) if reusable else 0.0
 
 
 class _Reached(Exception):
@@ -65,16 +40,22 @@ class Pass:
 
     Args:
         decoder: the model.
-        cache: with room for the N tokens; written.
+        cache: with room for the N tokens; written. It holds the stored keys and values that the pass does not compute.
         layout: the prompt.
-        rows: ``[S]`` positions to compute, ascending, the prompt's last one among them.
+        rows: ``[S]`` slots of the tokens to compute, ascending, the prompt's last one among them.
         piece_tokens: rows that one forward computes at most, which bounds the activations; by causality earlier rows need
-            nothing of later ones.
-        place: writes one layer's stored keys and values to their slots in the cache.
+            nothing of later ones, but where positions do not rise with the slots.
         checks: layers before which ``narrow`` is asked, ascending.
         narrow: see :data:`Narrow`.
-        context: positions of the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk;
-            all that stands in front of them if not given.
+        context: the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk; all that stand
+            in front of them if not given.
+        slots: of the cache that attention is shown, those behind the prompt's N hidden; N if not given.
+        timer: counts the stage ``select``.
+
+    Attributes:
+        rows: of the layer at hand; in the end those computed in the last layer.
+        fresh: reusable tokens whose KV were computed, layer by layer.
+        attention: the attention implementation that ran.
     """
 
     def __init__(
@@ -83,41 +64,42 @@ class Pass:
         cache: FusedCache,
         layout: Layout,
         rows: Tensor,
-        piece_tokens: int,
-        place: Callable[[int], None] = lambda layer: None,
+        piece_tokens: int = 512,
+        *,
         checks: tuple[int, ...] = (),
         narrow: Narrow | None = None,
         context: Tensor | None = None,
+        slots: int | None = None,
+        timer: Timer | None = None,
     ):
         self.decoder, self.cache, self.layout, self.piece_tokens = decoder, cache, layout, piece_tokens
-        self.checks, self.narrow = checks, narrow
+        self.checks, self.narrow, self.timer = checks, narrow, Timer() if timer is None else timer
+        self.rows = rows
         self.context = context if len(self._open(rows)) else None
-        self.rows = rows  # to compute, from the layer at hand on
+        self.slots = layout.tokens if slots is None else slots
         self.piece = rows  # those of the forward at hand
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
         self.begun = len(rows)  # how many those were
-        self.place, self.placed = place, -1  # stored KV are placed up to this layer
-        self.trace = Trace(rows, [len(self._open(rows))] * len(decoder.layers))
+        self.fresh, self.attention = [len(self._open(rows))] * len(decoder.layers), ""
+
+    @property
+    def budget(self) -> float:
+        """The budget really charged: fresh reusable tokens over layers x reusable tokens."""
+        reusable = self.layout.suffix_start - self.layout.chunks_start
+        return sum(self.fresh) / (len(self.fresh) * reusable) if reusable else 0.0
 
     def logits(self) -> Tensor:
         """Run in the cheapest way that is exact for these rows; returns next-token logits ``[1, V]``."""
-        begin = perf_counter()
-        self.cache.prepare = self._prepare
-        try:
-            if self.checks and self._everything() and self.context is None:
-                self._first_check()
-            if self.checks:
-                logits = self._narrowing()
-            elif self.context is None and self.rows[0] == self.layout.tokens - len(self.rows):
-                logits = self._behind()
-            else:
-                logits = self.scattered()
-        finally:
-            self.cache.prepare = None
+        plain = self.layout.even and self.context is None and self.slots == self.layout.tokens
+        if self.checks and plain and len(self.rows) == self.layout.tokens:
+            self._first_check()
+        if self.checks:
+            logits = self._narrowing()
+        elif plain and self.rows[0] == self.layout.tokens - len(self.rows):
+            logits = self._behind()
+        else:
+            logits = self.scattered()
         self.cache.set_length(self.layout.tokens)
-        self.trace.rows = self.rows
-        seconds = self.trace.seconds
-        seconds["compute"] = perf_counter() - begin - seconds["place"] - seconds["select"]
         return logits
 
     def _behind(self) -> Tensor:
@@ -129,19 +111,21 @@ class Pass:
         return out
 
     def scattered(self) -> Tensor:
-        """Scattered rows: fresh KV go to their positions, and attention sees the whole prompt through masks."""
-        with self._attention(scattered=True), self._writing(self._write):
+        """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
+        self._clear()
+        with self._attention(scattered=True), self.cache.writing(self._write):
             for piece in self._pieces():
                 out = self._forward(piece, for_model(self._masks(piece), self.decoder.config))
         return out
 
     def _narrowing(self) -> Tensor:
         """Scattered rows that become fewer with depth."""
+        self._clear()
         self.piece, self.begun = self.rows, len(self.rows)
         layers = list(enumerate(self.decoder.layers))[self.checks[0] :]
         hooks = [layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in layers]
         try:
-            with self._attention(scattered=True), self._writing(self._write):
+            with self._attention(scattered=True), self.cache.writing(self._write):
                 self.masks = self._masks(self.rows)
                 return self._forward(self.rows, for_model(self.masks, self.decoder.config))
         finally:
@@ -155,7 +139,7 @@ class Pass:
         states of all.
         """
         layer, keys, values = self.checks[0], [], []
-        with self._attention(scattered=False), self._writing(self._until(layer)):
+        with self._attention(scattered=False), self.cache.writing(self._until(layer)):
             for piece in self._pieces():
                 self.cache.set_length(int(piece[0]))
                 try:
@@ -163,37 +147,39 @@ class Pass:
                 except _Reached as reached:
                     keys.append(reached.keys)
                     values.append(reached.values)
-        keep = self._choose(layer, torch.cat(keys, 2), torch.cat(values, 2))
-        self._shrink(layer, keep)
+        self._shrink(layer, self._choose(layer, torch.cat(keys, 2), torch.cat(values, 2)))
         self.checks = self.checks[1:]
 
     def _forward(self, rows: Tensor, mask=None) -> Tensor:
         """Logits behind the last piece; behind the others hidden states, for which nobody asks."""
         run = self.decoder.step if rows[-1] == self.rows[-1] else self.decoder.run
-        return run(self.layout.ids[rows], rows, self.cache, mask)
+        return run(self.layout.ids[rows], self.layout.positions[rows], self.cache, mask)
 
     def _pieces(self) -> Iterator[Tensor]:
-        for piece in self.rows.split(self.piece_tokens):
+        for piece in self.rows.split(self.piece_tokens if self.layout.ascending else len(self.rows)):
             self.piece = piece
             yield piece
 
     @contextmanager
     def _attention(self, scattered: bool) -> Iterator[None]:
-        limited = self.context is not None
-        with self.decoder.fusion_attention(scattered=scattered, limited=limited) as self.trace.attention:
+        limited = self.context is not None or not self.layout.even
+        with self.decoder.fusion_attention(scattered=scattered, limited=limited) as self.attention:
             yield
 
-    @contextmanager
-    def _writing(self, writer: Writer) -> Iterator[None]:
-        self.cache.set_length(0)
-        self.cache.writer = writer
-        try:
-            yield
-        finally:
-            self.cache.writer = None
+    def _clear(self) -> None:
+        """Let no piece be shown what nobody wrote: the slots of later pieces, and those behind the prompt."""
+        unused = torch.arange(self.layout.tokens, self.slots, device=self.rows.device)
+        if len(self.rows) > self.piece_tokens and not self.checks:
+            unused = torch.cat([self.rows, unused])
+        if len(unused):
+            self.cache.clear(unused)
 
-    def _masks(self, rows: Tensor) -> MaskBuilder | SpanBuilder:
-        return self.decoder.masks(rows, self.layout.tokens, None if self.context is None else self._open_keys(rows))
+    def _masks(self, rows: Tensor) -> LayerMasks:
+        at, keys, hidden = self.layout.positions, None, self.slots - self.layout.tokens
+        if not self.layout.even:
+            keys = nn.functional.pad(at, (0, hidden), value=UNUSED)
+        open_keys = None if self.context is None else nn.functional.pad(self._open_keys(rows), (0, hidden))
+        return self.decoder.masks(at[rows], self.slots, keys, open_keys)
 
     def _open_keys(self, rows: Tensor) -> Tensor:
         """``[S, N]`` the keys that each row may see where the context of chunk tokens is limited."""
@@ -203,28 +189,12 @@ class Pass:
         shared[self.context] = True
         return shared | (owners[rows][:, None] == owners) | (rows >= self.layout.suffix_start)[:, None]
 
-    def _everything(self) -> bool:
-        return len(self.rows) == self.layout.tokens
-
     def _open(self, rows: Tensor) -> Tensor:
         """The reusable ones among rows: a method may drop them."""
         return rows[(rows >= self.layout.chunks_start) & (rows < self.layout.suffix_start)]
 
-    def _prepare(self, layer: int) -> None:
-        # Where every token is computed anyway, stored KV would only be overwritten; a check still wants to see them.
-        if layer <= self.placed or (self._everything() and layer not in self.checks):
-            return
-        begin = perf_counter()
-        self.place(layer)
-        self.placed = layer
-        self.trace.seconds["place"] += perf_counter() - begin
-
     def _write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put fresh ``[1, H, S, D]`` to their positions; return all ``[1, H, N, D]``."""
-        held, tokens = self.cache.layers[layer], self.layout.tokens
-        rows, impl = self.piece.to(keys.device), self.decoder.kernels
-        scatter(keys[0], values[0], rows, held.key_room[0], held.value_room[0], impl=impl)
-        return held.key_room[:, :, :tokens], held.value_room[:, :, :tokens]
+        return self.cache.scatter(layer, keys, values, self.piece, self.slots, self.decoder.kernels)
 
     def _until(self, last: int) -> Writer:
         """Appends up to a layer and ends the forward there."""
@@ -242,7 +212,7 @@ class Pass:
             if number in self.checks:
                 inner = tuple(self._take(value) for value in rest), self._take_all(number, kwargs)
                 keep = self._choose(number, *self._peek(number, module, (hidden, *inner[0]), inner[1]))
-                hidden = hidden[:, keep]
+                hidden = hidden[:, keep.to(hidden.device)]
                 self.kept = keep if self.kept is None else self.kept[keep]
                 self._shrink(number, keep)
                 self.masks = self._masks(self.rows)
@@ -267,20 +237,19 @@ class Pass:
 
     def _choose(self, number: int, keys: Tensor, values: Tensor) -> Tensor:
         """Ask which rows to keep, given all rows' fresh ``[1, H, S, D]``; returns them as indices into the present rows."""
-        begin, placing = perf_counter(), self.trace.seconds["place"]
         assert self.narrow is not None
-        at = self._open(self.rows)
-        inside = torch.isin(self.rows, at)
-        chosen = self.narrow(number, at, keys[0][:, inside], values[0][:, inside])
-        keep = torch.isin(self.rows, chosen) | (self.rows >= self.layout.suffix_start)
-        self.trace.seconds["select"] += perf_counter() - begin - (self.trace.seconds["place"] - placing)
-        return keep.nonzero()[:, 0]
+        with self.timer.stage("select"):
+            open_rows = self._open(self.rows)
+            inside = torch.isin(self.rows, open_rows).to(keys.device)
+            chosen = self.narrow(number, open_rows, keys[0][:, inside], values[0][:, inside])
+            keep = torch.isin(self.rows, chosen) | (self.rows >= self.layout.suffix_start)
+            return keep.nonzero()[:, 0]
 
     def _shrink(self, layer: int, keep: Tensor) -> None:
         """Go on with some of the present rows; at the check layer itself, all had their keys and values computed."""
         self.rows = self.piece = self.rows[keep]
         behind = layer + 1
-        self.trace.fresh[behind:] = [len(self._open(self.rows))] * (len(self.trace.fresh) - behind)
+        self.fresh[behind:] = [len(self._open(self.rows))] * (len(self.fresh) - behind)
 
     def _take_all(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.kept is None:

@@ -1,12 +1,15 @@
-"""Placing stored keys and values into the prompt's cache, one layer at a time.
+"""Placing stored keys and values into the prompt's cache: what is placed, and when.
 
 N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated dimensions, P tokens of a pool's block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.fusion.layout import Layout, Placed
+from ragkv.fusion.timing import Timer
 from ragkv.kernels import Piece, Rotation, Stored, place, place_pieces, rotation_tables, slots_of
 from ragkv.kernels.stored import CodecName, Side
 from ragkv.model.cache import FusedCache, FusedLayer
@@ -21,19 +25,18 @@ from ragkv.store import Target
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
-    from ragkv.store import Batch, TieredStore
-
+    from ragkv.store import Batch
 
 _DECODED: tuple[CodecName, ...] = ("int8", "int4", "fp8")  # by the kernel that places
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _Stretch:
     """Tokens of the prompt that are placed as one piece: a chunk's, or those of neighbours that lie in one pool.
 
     Attributes:
-        start: position of the first token.
-        stop: position behind the last one.
+        start: slot of the first token.
+        stop: slot behind the last one.
         turned: whether keys stood elsewhere when they were made.
         key: of the (first) chunk.
         slots: ``[T]`` where the tokens lie in the pool, if they do.
@@ -50,11 +53,11 @@ class _Run:
     unrotated: bool = False
 
     @classmethod
-    def of(cls, placed: Placed, key: bytes = b"", **held: Any) -> _Run:
+    def of(cls, placed: Placed, key: bytes = b"", **held: Any) -> _Stretch:
         """One chunk; how it is held, by name."""
-        return cls(placed.start, placed.stop, placed.start != placed.base, key, **held)
+        return cls(placed.start, placed.stop, placed.position != placed.base, key, **held)
 
-    def joined(self, other: _Run) -> _Run | None:
+    def joined(self, other: _Stretch) -> _Stretch | None:
         """Both as one run, where the other follows and may be placed together with this one."""
         if self.slots is None or other.slots is None or (self.stop, self.turned) != (other.start, other.turned):
             return None
@@ -62,25 +65,26 @@ class _Run:
 
 
 class Placement:
-    """Where each stored chunk of one prompt comes from, and how its keys turn on the way.
+    """Puts the stored chunks of one prompt into its cache, keys turned to their new positions; knows what is there already.
 
-    Chunks are taken one after the other, so that besides the prompt's cache no more than one chunk's KV is in memory. On an
-    accelerator they are taken layer by layer instead, and the next layers are loaded while one computes. There they are placed
-    from what their tier holds, in one pass: from the blocks of a pool, and from encoded numbers.
+    On the CPU chunks are taken one after the other, and all of a chunk's layers at once, so that besides the prompt's cache no more
+    than one chunk's KV is in memory. On an accelerator they are taken layer by layer instead, from what their tier holds (the
+    blocks of a pool, encoded numbers), and the next layers are loaded while one computes.
 
     Args:
         decoder: the model.
         cache: written.
         layout: the prompt.
         opening: KV of what stands in front of the chunks, or ``None`` where nothing does.
-        store: holds the chunks.
-        batch: an open read of them, so that none is evicted meanwhile.
+        batch: an open read of the chunks, so that none is evicted meanwhile. On the CPU it is done with each once it is placed.
         keys: for every chunk to place, the key of the KV that it takes.
         fresh: KV that the batch does not hold, by key.
+        timer: counts the stage ``place``.
         by_layer: layer by layer; by default on an accelerator.
 
     Attributes:
-        bytes_read: bytes read from disk so far.
+        batch: the read.
+        fresh: what it does not hold.
     """
 
     def __init__(
@@ -89,124 +93,160 @@ class Placement:
         cache: FusedCache,
         layout: Layout,
         opening: ChunkKV | None,
-        store: TieredStore,
         batch: Batch,
         keys: Mapping[Chunk, bytes],
-        fresh: Mapping[bytes, ChunkKV],
+        fresh: dict[bytes, ChunkKV],
+        timer: Timer | None = None,
         by_layer: bool | None = None,
     ):
-        self.decoder, self.cache, self.layout, self.opening = decoder, cache, layout, opening
-        self.store, self.batch, self.fresh = store, batch, fresh
-        self.chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
-        self.index = {key: number for number, key in enumerate(batch.keys)}
-        self.by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
-        self.bytes_read = 0
-        self._made_runs: list[_Run] | None = None
-        self._whole_from: int | None = None  # with whole chunks, layers from this one on are placed
+        self.batch, self.fresh = batch, fresh
+        self._decoder, self._cache, self._layout, self._opening = decoder, cache, layout, opening
+        self._timer = Timer() if timer is None else timer
+        self._chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
+        self._index = {key: number for number, key in enumerate(batch.keys)}
+        self._by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
+        self._done = 0  # layers below are placed, or were not asked for
         self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        self._targets: dict[int, Target] = {}
-        if self.by_layer:
+        if self._by_layer:
             batch.read_ahead()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk so far."""
+        return self.batch.bytes_read
 
     def sources(self) -> list[str]:
         """Where each chunk's KV came from, in prompt order."""
-        return ["computed" if key in self.fresh else str(self.batch.tiers[self.index[key]]) for _, key in self.chunks]
+        return ["computed" if key in self.fresh else str(self.batch.tiers[self._index[key]]) for _, key in self._chunks]
 
-    def layer(self, layer: int) -> None:
-        """Write a layer's opening and chunks to their slots: keys rotated by their change of position, values as they are.
-
-        Layers must be asked for in ascending order.
+    def ahead(self, first: int = 0) -> None:
+        """Place what a pass needs from layer ``first`` on, as far as that is better done before the pass: all of it on the CPU.
 
         Raises:
             RecordError: a record proved damaged; the store has dropped it.
         """
-        if self.by_layer:
-            self._place_opening(layer)
-            pieces = [self._pieces(run, layer, *self._held(run, layer)) for run in self._runs()]
-            place_pieces([piece for pair in pieces for piece in pair], impl=self.decoder.kernels)
-            self.bytes_read = self.batch.bytes_read
-        elif self._whole_from is None:
-            self._whole_from = layer
-            layers = range(layer, len(self.decoder.layers))
+        if not self._by_layer:
+            self.upto(len(self._decoder.layers) - 1, first)
+
+    @contextmanager
+    def beside(self, first: int = 0) -> Iterator[None]:
+        """A block in which the model runs: what is not placed yet is, right before its layer."""
+        hooks = []
+        if self._by_layer:
+            for number, layer in list(enumerate(self._decoder.layers))[first:]:
+                hooks.append(layer.register_forward_pre_hook(lambda *_, n=number: self.upto(n, first)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def upto(self, layer: int, first: int = 0) -> None:
+        """Have the layers from ``first`` to ``layer`` placed: keys rotated by their change of position, values as they are.
+
+        Raises:
+            RecordError: a record proved damaged; the store has dropped it.
+        """
+        layers = range(max(first, self._done), layer + 1)
+        if not layers:
+            return
+        with self._timer.stage("place"):
             for number in layers:
                 self._place_opening(number)
-            for placed, key in self.chunks:
-                self._place_whole(placed, key, layers)
+            if self._by_layer:
+                for number in layers:
+                    self._place_layer(number)
+            else:
+                self._place_chunks(layers)
+        self._done = layers.stop
 
-    def _place_whole(self, placed: Placed, key: bytes, layers: range) -> None:
+    def _place_layer(self, layer: int) -> None:
+        pieces = [self._pieces(stretch, layer, *self._held(stretch, layer)) for stretch in self._stretches]
+        place_pieces([piece for pair in pieces for piece in pair], impl=self._decoder.kernels)
+
+    def _place_chunks(self, layers: range) -> None:
+        targets = [
+            Target(held.key_room[0], held.value_room[0]) for held in self._cache.layers[layers.start : layers.stop]
+        ]
+        left = Counter(key for _, key in self._chunks)
+        for placed, key in self._chunks:
+            self._place_chunk(placed, key, layers, targets)
+            left[key] -= 1
+            if not left[key] and key not in self.fresh and layers.stop == len(self._decoder.layers):
+                self.batch.done(self._index[key])
+
+    def _place_chunk(self, placed: Placed, key: bytes, layers: range, targets: list[Target]) -> None:
         if key in self.fresh:
             for layer in layers:
                 self._place(placed, layer, self.fresh[key].keys[layer], self.fresh[key].values[layer])
             return
-        with self.store.read([key], again=True) as alone:
-            if alone.direct(0):
-                alone.place(0, layers, [self._target(layer) for layer in layers], placed.start)
-                for layer in layers:
-                    self._turn_in_place(placed, layer)
-            else:
-                for layer in layers:
-                    self._place(placed, layer, *alone.layer(0, layer))
-            self.bytes_read += alone.bytes_read
+        index = self._index[key]
+        if self.batch.direct(index):
+            self.batch.place(index, layers, targets, placed.start)
+            for layer in layers:
+                self._turn_in_place(placed, layer)
+        else:
+            for layer in layers:
+                self._place(placed, layer, *self.batch.layer(index, layer))
 
     def _place_opening(self, layer: int) -> None:
-        if self.opening is not None:
-            held, tokens = self.cache.layers[layer], len(self.opening)
-            held.key_room[0, :, :tokens] = self.opening.keys[layer]
-            held.value_room[0, :, :tokens] = self.opening.values[layer]
+        if self._opening is not None:
+            held, tokens = self._cache.layers[layer], len(self._opening)
+            held.key_room[0, :, :tokens] = self._opening.keys[layer]
+            held.value_room[0, :, :tokens] = self._opening.values[layer]
 
     def _place(self, placed: Placed, layer: int, keys: Tensor, values: Tensor) -> None:
-        device = self.cache.layers[layer].key_room.device
+        device = self._cache.layers[layer].key_room.device
         stored = Stored.raw(keys.to(device)), Stored.raw(values.to(device))
-        place_pieces(self._pieces(_Run.of(placed), layer, *stored), impl=self.decoder.kernels)
+        place_pieces(self._pieces(_Stretch.of(placed), layer, *stored), impl=self._decoder.kernels)
 
-    def _runs(self) -> list[_Run]:
+    @cached_property
+    def _stretches(self) -> list[_Stretch]:
         """What is placed as one piece, in prompt order; the same in every layer."""
-        if self._made_runs is None:
-            runs: list[_Run] = []
-            for placed, key in self.chunks:
-                run = _Run.of(placed, key, **self._how(placed, key))
-                joined = runs[-1].joined(run) if runs else None
-                runs[-1:] = [joined] if joined else [*runs[-1:], run]
-            self._made_runs = runs
-        return self._made_runs
+        made: list[_Stretch] = []
+        for placed, key in self._chunks:
+            stretch = _Stretch.of(placed, key, **self._how(placed, key))
+            joined = made[-1].joined(stretch) if made else None
+            made[-1:] = [joined] if joined else [*made[-1:], stretch]
+        return made
 
     def _how(self, placed: Placed, key: bytes) -> dict[str, Any]:
-        """How a chunk is held, for :class:`_Run`: in a pool on the same device, encoded, or neither."""
+        """How a chunk is held, for :class:`_Stretch`: in a pool on the same device, encoded, or neither."""
         if key in self.fresh:
             return {}
-        index = self.index[key]
+        index = self._index[key]
         blocks, codec = self.batch.blocks[index], self.batch.codecs[index]
         if blocks is not None:
-            if any(layer.key_room.device != blocks.device for layer in self.cache.layers):
+            if any(layer.key_room.device != blocks.device for layer in self._cache.layers):
                 return {}
             page = self.batch.parts(index, 0)[0][""].shape[2]
             return {"slots": slots_of(blocks, page, len(placed.chunk))}
         return {"codec": codec, "unrotated": self.batch.unrotated[index]} if codec in _DECODED else {}
 
-    def _held(self, run: _Run, layer: int) -> list[Stored]:
-        """K and V of a run as their tier holds them, where the device reads them."""
-        room = self.cache.layers[layer]
-        if run.key in self.fresh:
-            fresh = self.fresh[run.key]
+    def _held(self, stretch: _Stretch, layer: int) -> list[Stored]:
+        """K and V of a stretch as their tier holds them, where the device reads them."""
+        room = self._cache.layers[layer]
+        if stretch.key in self.fresh:
+            fresh = self.fresh[stretch.key]
             return [Stored.raw(_moved(tensor, room)) for tensor in (fresh.keys[layer], fresh.values[layer])]
-        index = self.index[run.key]
-        if run.slots is not None:
-            return [Stored.paged(parts[""], run.slots) for parts in self.batch.parts(index, layer)]
-        if run.codec is None:
+        index = self._index[stretch.key]
+        if stretch.slots is not None:
+            return [Stored.paged(parts[""], stretch.slots) for parts in self.batch.parts(index, layer)]
+        if stretch.codec is None:
             return [Stored.raw(_moved(tensor, room)) for tensor in self.batch.layer(index, layer)]
         sides: list[tuple[Side, int]] = [("k", room.key_room.shape[3]), ("v", room.value_room.shape[3])]
-        heads, tokens = room.key_room.shape[1], run.stop - run.start
+        heads, tokens = room.key_room.shape[1], stretch.stop - stretch.start
         return [
             Stored.encoded(
-                run.codec, {name: _moved(part, room) for name, part in parts.items()}, (heads, tokens, dim), side
+                stretch.codec, {name: _moved(part, room) for name, part in parts.items()}, (heads, tokens, dim), side
             )
             for parts, (side, dim) in zip(self.batch.parts(index, layer), sides, strict=True)
         ]
 
-    def _pieces(self, run: _Run, layer: int, keys: Stored, values: Stored) -> list[Piece]:
-        rotation, tokens = self.decoder.rotations[layer], slice(run.start, run.stop)
-        room = self.cache.layers[layer]
-        cos, sin = self._turn(rotation, run, room.key_room.device)
+    def _pieces(self, stretch: _Stretch, layer: int, keys: Stored, values: Stored) -> list[Piece]:
+        rotation, tokens = self._decoder.rotations[layer], slice(stretch.start, stretch.stop)
+        room = self._cache.layers[layer]
+        cos, sin = self._turn(rotation, stretch, room.key_room.device)
         interleaved = rotation is not None and rotation.interleaved
         return [
             Piece(room.key_room[0, :, tokens], keys, cos, sin, interleaved),
@@ -215,35 +255,32 @@ class Placement:
 
     def _turn_in_place(self, placed: Placed, layer: int) -> None:
         """Rotate keys that stand in their slots already."""
-        rotation, room = self.decoder.rotations[layer], self.cache.layers[layer].key_room[0]
+        rotation, room = self._decoder.rotations[layer], self._cache.layers[layer].key_room[0]
         keys = room[:, placed.start : placed.stop]
-        cos, sin = self._turn(rotation, _Run.of(placed), keys.device)
+        cos, sin = self._turn(rotation, _Stretch.of(placed), keys.device)
         if rotation is not None and cos is not None:
-            place(keys, keys.clone(), cos, sin, interleaved=rotation.interleaved, impl=self.decoder.kernels)
+            place(keys, keys.clone(), cos, sin, interleaved=rotation.interleaved, impl=self._decoder.kernels)
 
-    def _target(self, layer: int) -> Target:
-        if layer not in self._targets:
-            held = self.cache.layers[layer]
-            self._targets[layer] = Target(held.key_room[0], held.value_room[0])
-        return self._targets[layer]
-
-    def _turn(self, rotation: Rotation | None, run: _Run, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        if rotation is None or not (run.turned or run.unrotated):
+    def _turn(
+        self, rotation: Rotation | None, stretch: _Stretch, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if rotation is None or not (stretch.turned or stretch.unrotated):
             return None, None
-        kind = id(rotation), run.unrotated
+        kind = id(rotation), stretch.unrotated
         if kind not in self._tables:
-            self._tables[kind] = self._whole_table(rotation, run.unrotated)
+            self._tables[kind] = self._whole_table(rotation, stretch.unrotated)
         cos, sin = self._tables[kind]
-        rows = slice(run.start - self.layout.chunks_start, run.stop - self.layout.chunks_start)
+        rows = slice(stretch.start - self._layout.chunks_start, stretch.stop - self._layout.chunks_start)
         return cos[rows].to(device), sin[rows].to(device)
 
     def _whole_table(self, rotation: Rotation, unrotated: bool) -> tuple[Tensor, Tensor]:
         """Tables ``[all chunk tokens, R / 2]``, made once a prompt for each distinct rotation."""
-        new = self.layout.reusable
+        layout = self._layout
+        new = layout.positions[layout.chunks_start : layout.suffix_start]
         if unrotated:
             return rotation_tables(rotation, torch.zeros_like(new), new)
-        shift = torch.cat([torch.full((len(p.chunk),), p.base - p.start) for p in self.layout.chunks]).to(new.device)
-        return rotation_tables(rotation, new + shift, new)
+        back = torch.cat([torch.full((len(p.chunk),), p.base - p.position) for p in layout.chunks]).to(new.device)
+        return rotation_tables(rotation, new + back, new)
 
 
 def _moved(tensor: Tensor, room: FusedLayer) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from ragkv.chunk import digest
 from ragkv.errors import RecordError, StoreError
-from ragkv.model.decoder import Decoder
+from ragkv.library.reading import Reader
 from ragkv.store import CostProfile, TieredStore
 
 logger = logging.getLogger(__name__)
@@ -23,29 +23,26 @@ _CACHED, _NEW = 1024, (16, 64, 256)
 _GROWTH = 6
 
 
-def cost_profile(
-    decoder: Decoder, store: TieredStore, fingerprint: str, most_tokens: int, limit_s: float = 2.0
-) -> CostProfile | None:
+def cost_profile(reader: Reader, store: TieredStore, most_tokens: int, limit_s: float = 2.0) -> CostProfile | None:
     """The prefill times of a model on this machine; None where the store's policy does not look at costs.
 
     Args:
-        decoder: the model.
+        reader: of the model.
         store: keeps the profile beside its entries.
-        fingerprint: of the model.
         most_tokens: that are ever read at once.
         limit_s: the measurement ends when its next step would go beyond this; its first step is always taken.
     """
     if not store.uses_costs:
         return None
-    where = f"{decoder.device.type} {torch.get_num_threads()}"
-    name = f"prefill seconds:{digest(fingerprint, where).hex()}"
+    where = f"{reader.decoder.device.type} {torch.get_num_threads()}"
+    name = f"prefill seconds:{digest(reader.fingerprint, where).hex()}"
     try:
         known = store.meta_get(name)
         if known is not None:
             return CostProfile.from_bytes(known)
     except RecordError as error:
         logger.warning("measuring prefill times again: %s", error)
-    profile = measure(decoder, most_tokens, limit_s)
+    profile = measure(reader, most_tokens, limit_s)
     try:
         store.meta_put(name, profile.to_bytes())
     except StoreError as error:  # full, or open for reading only
@@ -53,14 +50,14 @@ def cost_profile(
     return profile
 
 
-def measure(decoder: Decoder, most_tokens: int, limit_s: float) -> CostProfile:
+def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:
     """Measures prefills of some tokens, behind none and behind many, see :func:`cost_profile`.
 
     Nothing of the model is changed. What stands before is made of zeros: attention takes as long over them.
     """
     cached = (0, min(_CACHED, most_tokens // 2)) if most_tokens > 1 else (0,)
     sizes = [count for count in _NEW if count <= most_tokens - cached[-1]] or [most_tokens - cached[-1]]
-    _prefill(decoder, 0, sizes[0])  # the first pass of a process is slow
+    _prefill(reader, 0, sizes[0])  # the first pass of a process is slow
     begin = perf_counter()
     columns, took_s = [[0.0] * len(cached)], 0.0
     for new in sizes:
@@ -68,21 +65,23 @@ def measure(decoder: Decoder, most_tokens: int, limit_s: float) -> CostProfile:
             break
         started = perf_counter()
         # The faster of two: what else the machine does is not the model's cost, and the profile is kept for good.
-        columns.append([min(_prefill(decoder, before, new) for _ in range(2)) for before in cached])
+        columns.append([min(_prefill(reader, before, new) for _ in range(2)) for before in cached])
         took_s = perf_counter() - started
     new_tokens = (0, *sizes[: len(columns) - 1])
     return CostProfile(cached, new_tokens, tuple(zip(*columns, strict=True)))
 
 
-def _prefill(decoder: Decoder, cached: int, new: int) -> float:
+def _prefill(reader: Reader, cached: int, new: int) -> float:
     """Seconds that ``new`` tokens take behind ``cached`` ones."""
+    decoder = reader.decoder
     cache = decoder.cache(cached + new)
     for layer in cache.layers:
         layer.key_room.zero_()
         layer.value_room.zero_()
     cache.set_length(cached)
     positions = torch.arange(cached, cached + new, device=decoder.device)
-    begin = perf_counter()
-    hidden = decoder.run(positions % decoder.vocab_size, positions, cache)
-    int(hidden[-1].argmax())  # waits for the device
-    return perf_counter() - begin
+    with reader.turn():
+        begin = perf_counter()
+        hidden = decoder.run(positions % decoder.vocab_size, positions, cache)
+        int(hidden[-1].argmax())  # waits for the device
+        return perf_counter() - begin

@@ -5,32 +5,12 @@ L layers, T tokens.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from torch import Tensor
-
-from ragkv.library.reading import Reader
 
 #: CacheBlend's share of the tokens, at which layers are compared.
 _SHARE = 0.15
 #: A layer that does nearly as well as the best one is taken for it if it comes earlier: all tokens are run up to it.
 _NEARLY = 0.95
-
-
-class Depth:
-    """What methods ask about the depth of a model; each question is answered when it is first asked.
-
-    Args:
-        reader: of the model; its foreign text is read.
-    """
-
-    def __init__(self, reader: Reader):
-        self._reader = reader
-
-    @cached_property
-    def check_layer(self) -> int:
-        """The layer at which CacheBlend best sees which tokens depend on the text in front (:func:`check_layer`)."""
-        return check_layer(self._reader.changes())
 
 
 def check_layer(changes: Tensor) -> int:

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import pairwise
 from time import perf_counter
-from typing import TYPE_CHECKING, Self
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
+from ragkv.errors import DocumentError, PromptError, PromptTooLongError, StoreError, StoreFullError
 from ragkv.kernels import Impl
 from ragkv.library.costs import cost_profile
-from ragkv.library.depth import Depth
-from ragkv.library.reading import Reader, with_window
+from ragkv.library.document import Document, windows
+from ragkv.library.reading import Reader
+from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
 from ragkv.library.sensitivity import FOREIGN
-from ragkv.model.decoder import Decoder
-from ragkv.model.fingerprint import model_fingerprint
-from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.retrieval.records import text_key
+from ragkv.model.runner import Runner
+from ragkv.prompt import Encoder, Text
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -37,40 +30,33 @@ _WRITTEN_TOGETHER_BYTES = 64 << 20
 
 
 class Documents:
-    """Reads documents, once, and keeps their KV.
+    """Reads documents, once, and keeps their KV. Safe for several threads: reading takes the model for one piece at a time.
 
     Args:
-        model: any transformers decoder with rotary positions, in eval mode.
-        tokenizer: ``None`` where everything is given as token ids.
-        store: where KV are kept; CPU memory by default.
-        template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
+        runner: of the model.
+        encoder: turns passages into ids.
+        store: where KV are kept.
         context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
         document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
             one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
         piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes.
         namespace: chunks stored under another namespace are never found.
-        sensitivity: measure how sensitive each token is to the text in front of its document, for methods that need it; every
-            document is read twice for that. An engine does so if its own method needs it. Where a single call's method does,
-            what was not measured is read again.
-        kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
-        foreign: text or ids of what documents are read behind the second time; by default five
-            short English paragraphs (:mod:`ragkv.library.sensitivity`).
+        sensitivity: measure how sensitive each token is to the text in front of its document.
+        foreign: text or ids of what documents are read behind the second time for that; by default five short English
+            paragraphs (:mod:`ragkv.library.sensitivity`).
+        kernels: which implementation of ``ragkv.kernels`` runs.
+        lifetime_s: seconds after which stored KV are a miss.
 
     Attributes:
-        depth: what methods ask about the model's depth.
-        tokens_read: tokens of documents that the model has read since this object was made.
-
-    Raises:
-        UnsupportedModelError: the model cannot be driven exactly; the message says why.
+        records: where documents are looked up whose chunks come without them; others may be appended.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        runner: Runner,
+        encoder: Encoder,
+        store: TieredStore,
         *,
-        store: TieredStore | None = None,
-        template: PromptTemplate | None = None,
         context: str = "document",
         document_tokens: int | None = None,
         piece_tokens: int = 512,
@@ -78,187 +64,237 @@ class Documents:
         sensitivity: bool = False,
         foreign: Text | None = None,
         kernels: Impl = "auto",
+        lifetime_s: float = math.inf,
     ):
         if context not in ("document", "chunk"):
             raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
-        self.model, self.tokenizer, self.context, self.namespace = model, tokenizer, context, namespace
-        self.template = template or PromptTemplate.default(tokenizer)
-        self.decoder = Decoder(model, kernels)
-        self.encoder = Encoder(self.template, tokenizer, self.decoder.vocab_size)
-        self.store = TieredStore() if store is None else store
-        self.model_fingerprint = model_fingerprint(
-            model, self.decoder.config, self.decoder.dtype, self.decoder.attention
-        )
-        self.space = digest(self.model_fingerprint, self.encoder.anchor).hex()
-        room = (self.decoder.max_positions or 1 << 30) - len(self.encoder.anchor)
-        self.document_tokens = min(document_tokens or 8192, room)
-        self._measured = sensitivity
-        self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens, self._foreign(foreign))
-        self.depth = Depth(self._reader)
-        self._lock = threading.RLock()
-        self.tokens_read = 0
+        for name, value in (("document_tokens", document_tokens), ("piece_tokens", piece_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.runner, self.encoder, self.store = runner, encoder, store
+        self.context, self.namespace = context, namespace
+        positions = runner.decoder(kernels).max_positions or 1 << 30
+        self.document_tokens = min(document_tokens or 8192, positions - len(encoder.anchor))
+        self._piece_tokens, self._kernels, self._measured = piece_tokens, kernels, sensitivity
+        self._lifetime_s = lifetime_s
+        self._foreign_ids = self._foreign(foreign)
+        self._sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
+        self._reader: Reader | None = None
+        self._costs: dict[str, CostProfile | None] = {}
+        self._own_records = StoreRecords(store, lambda: self.space)
+        self.records: list[Records] = [self._own_records]
 
-    def add(self, passages: Sequence[Text]) -> list[Chunk]:
-        """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
+    @property
+    def reader(self) -> Reader:
+        """Reads with the model as it is now: weights and adapters may have changed since the last call."""
+        fingerprint, reader = self.runner.fingerprint(), self._reader
+        if reader is None or reader.fingerprint != fingerprint:
+            reader = Reader(
+                self.runner.decoder(self._kernels),
+                self.encoder.anchor,
+                self._piece_tokens,
+                self._foreign_ids,
+                self.runner.turn,
+                fingerprint,
+            )
+            self._reader = reader
+        return reader
 
-        Args:
-            passages: text or token ids each.
+    @property
+    def space(self) -> str:
+        """Fingerprint of all that KV depend on besides their chunk: the model as it is now, and the anchor."""
+        return digest(self.runner.fingerprint(), self.encoder.anchor).hex()
 
-        Returns:
-            One chunk a passage, in order.
+    @property
+    def setting(self) -> str:
+        """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
+        return digest(self.space, self.namespace, self.context, str(self.document_tokens), self._sample).hex()
 
-        Raises:
-            PromptError: a passage is empty, or ids are out of the vocabulary.
-            PromptTooLongError: a passage is longer than the model reads at once.
-            StoreFullError: a chunk does not fit into the store; those before it are stored.
-        """
-        chunks = [self._chunk(passage) for passage in several(passages, "passages")]
-        self.add_chunks(chunks)
-        return chunks
-
-    def add_document(self, parts: Sequence[Text]) -> list[Chunk]:
-        """Read one document, given as its consecutive parts; each part becomes a chunk that knows the text before it.
-
-        The document is prefilled as a whole, once, in pieces. Parts in front that are stored already are not read again.
+    def cut(self, parts: Sequence[Text], document_id: str = "") -> Document:
+        """A document's chunks, without reading anything.
 
         Args:
             parts: text or token ids each, in document order.
-
-        Returns:
-            One chunk a part, in order.
+            document_id: what it is known by; by default a digest of its ids.
 
         Raises:
-            PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
+            PromptError, PromptTooLongError: as for :meth:`ragkv.Engine.add`.
         """
-        chunks = self.cut_document(parts)
-        self.add_chunks(chunks)
-        return chunks
+        ids = [self._ids(part) for part in several(parts, "parts")]
+        lengths = [len(part) for part in ids]
+        return Document(
+            id=document_id or digest(*ids).hex(),
+            ids=ids,
+            firsts=windows(lengths, self.document_tokens) if self.context == "document" else range(len(ids)),
+            texts=[part if isinstance(part, str) else None for part in parts],
+        )
 
-    def add_chunks(self, chunks: Sequence[Chunk]) -> None:
-        """Read those of the chunks that the store does not hold, each in its context.
+    def passage(self, passage: Text) -> Chunk:
+        """The chunk of a passage that stands alone, without reading it."""
+        return Chunk(self._ids(passage), passage if isinstance(passage, str) else None)
 
-        Args:
-            chunks: from :meth:`cut_document`, say.
+    def key(self, chunk: Chunk, space: str = "") -> bytes:
+        """The key of a chunk's KV in the store: space, namespace, ids and context."""
+        return chunk_key(space or self.space, chunk.ids, chunk.context, self.namespace)
+
+    def keys(self, chunks: Sequence[Chunk]) -> dict[bytes, Chunk]:
+        """Chunks by the keys of their KV, each key once."""
+        space = self.space
+        return {self.key(chunk, space): chunk for chunk in chunks}
+
+    def keys_of(self, document: Document) -> list[bytes]:
+        """The keys of a document's KV, in order."""
+        space = self.space
+        return [self.key(chunk, space) for chunk in document]
+
+    def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Those of the chunks that the store does not hold."""
+        keys = self.keys(chunks)
+        return [keys[key] for key in self.store.missing(list(keys))]
+
+    def record(self, document: Document) -> None:
+        """Keep a document's record beside the KV; for documents that no other of :attr:`records` has."""
+        self._own_records.put(document)
+
+    def add(self, chunks: Sequence[Chunk]) -> int:
+        """Read those of the chunks that the store does not hold, each in its context, and store them.
+
+        Returns:
+            Tokens that were read.
 
         Raises:
             StoreFullError: a chunk does not fit into the store; those before it are stored.
         """
         waiting: dict[bytes, Item] = {}
-        size = 0
+        size = tokens = 0
         try:
-            for item in self._read(self.missing(chunks), waiting):
+            for item in self.read(self.missing(chunks), waiting):
                 waiting[item.key] = item
+                tokens += len(item.kv)
                 size += item.kv.nbytes
                 if size >= _WRITTEN_TOGETHER_BYTES:
                     size = 0
                     self._put(waiting)
         finally:
             self._put(waiting)
+        return tokens
 
-    def repair_document(self, old: Sequence[Chunk], parts: Sequence[Text], behind_tokens: int = 32) -> list[Chunk]:
-        """Read a changed document by computing only the changed parts and some tokens behind each (arXiv:2609.17983).
+    def read(
+        self, missing: Sequence[Chunk], waiting: Mapping[bytes, Item] | None = None, measured: bool = False
+    ) -> Iterator[Item]:
+        """Prefill chunks, each in its context, behind as much of its document's beginning as is stored, or waits to be.
 
-        An approximation: what stands further behind a change keeps what it knew of the text before. The chunks carry a mark, so
-        that they are never taken for exact ones. A document of several windows, or one whose old KV are lost, is read as by
-        :meth:`add_document`.
+        Args:
+            missing: which.
+            waiting: what is about to be stored.
+            measured: with sensitivities, also where documents are not read with them by default.
+
+        Raises:
+            DocumentError: nothing says what a chunk was read behind.
+        """
+        reader = self.reader if missing else None
+        if reader is None:
+            return
+        waiting = {} if waiting is None else waiting
+
+        def known(chunk: Chunk) -> ChunkKV | None:
+            key = self.key(chunk, reader.space)
+            return waiting[key].kv if key in waiting else self.store.get(key)
+
+        lineages = [self._lineage(chunk) for chunk in missing]
+        for chunk, kv, seconds in reader.read(lineages, known, measured or self._measured):
+            yield self._item(reader, chunk, kv, seconds)
+
+    def keep(self, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:
+        """Store what a prompt had to read, if it fits, and if its documents were not removed meanwhile.
+
+        Args:
+            items: what was read.
+            chunks: theirs and perhaps others, by key.
+        """
+        stored = self._held({item.key: chunks[item.key] for item in items})
+        try:
+            self._put({item.key: item for item in items if item.key in stored})
+        except StoreError as error:  # full, or open for reading only
+            logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), error)
+        # Whoever removes a document strikes out its record before its KV: what is gone now he may have missed.
+        gone = stored - self._held({key: chunks[key] for key in stored})
+        if gone:
+            self.store.remove_many(list(gone))
+
+    def plan_repair(self, old: Sequence[Chunk], new: Document, behind_tokens: int) -> Repair | None:
+        """How to read a changed document by computing only the changed parts and some tokens behind each.
 
         Args:
             old: the chunks of the version before.
-            parts: the version now, text or token ids each, in document order.
+            new: the version now.
             behind_tokens: tokens to compute behind every change.
 
-        Raises:
-            PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
+        Returns:
+            ``None`` where the document has to be read exactly: nothing was changed, or too much, or old KV are lost.
         """
-        if behind_tokens < 0:
-            raise ValueError(f"behind_tokens must be >= 0, got {behind_tokens}")
-        new = self.cut_document(parts)
-        repair = plan_repair(old, new, behind_tokens) if self._one_window(old) and self._one_window(new) else None
-        if repair is None or not self._repair(repair):
-            self.add_chunks(new)
-            return new
-        return repair.chunks
+        repair = plan_repair(old, new, behind_tokens) if self.context == "document" else None
+        return repair if repair and not self.missing([source for source in repair.sources if source]) else None
 
-    def cut_document(self, parts: Sequence[Text]) -> list[Chunk]:
-        """The chunks of a document as :meth:`add_document` returns them, without reading anything.
-
-        Args:
-            parts: text or token ids each, in document order.
-
-        Raises:
-            PromptError, PromptTooLongError: as for :meth:`add`.
-        """
-        chunks = [self._chunk(part) for part in several(parts, "parts")]
-        return with_window(chunks, self.document_tokens) if self.context == "document" else chunks
+    def repair(self, repair: Repair) -> int | None:
+        """Make and store the KV of a repaired document; returns the tokens that were computed, ``None`` where old KV are lost."""
+        begin, reader = perf_counter(), self.reader
+        made = repaired(reader, self.store, repair, lambda chunk: self.key(chunk, reader.space))
+        if made is None:
+            return None
+        per_token = (perf_counter() - begin) / (len(self.encoder.anchor) + sum(map(len, repair.document)))
+        items = [self._item(reader, chunk, kv, per_token * len(chunk)) for chunk, kv in made]
+        self._put({item.key: item for item in items})
+        return len(repair.rows)
 
     def forget(self, chunks: Sequence[Chunk]) -> int:
-        """Remove chunks' KV from the store; returns how many were there. A prompt that needs one reads it again."""
-        return sum(self.store.remove(self.chunk_key(chunk)) for chunk in chunks)
+        """Remove chunks' KV, and the records of their documents, from the store; returns how many KV were there."""
+        names = {self._own_records.name(chunk.document) for chunk in chunks if chunk.document}
+        return self.store.remove_many(list(self.keys(chunks)), facts=names)
 
-    def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Those of the chunks that the store does not hold."""
-        return [chunk for chunk in chunks if self.chunk_key(chunk) not in self.store]
-
-    def chunk_key(self, chunk: Chunk) -> bytes:
-        """The key of a chunk's KV in the store: space, namespace, ids and context."""
-        return chunk_key(self.space, chunk.ids, chunk.context, self.namespace)
-
-    def close(self) -> None:
-        """Close the store."""
-        self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _chunk(self, passage: Text) -> Chunk:
-        chunk = Chunk(self.encoder.chunk(passage), passage if isinstance(passage, str) else None)
-        if len(chunk) > self.document_tokens:
+    def _ids(self, passage: Text) -> tuple[int, ...]:
+        ids = self.encoder.chunk(passage)
+        if len(ids) > self.document_tokens:
             raise PromptTooLongError(
-                f"a passage of {len(chunk)} tokens is {len(chunk) - self.document_tokens} more than the "
+                f"a passage of {len(ids)} tokens is {len(ids) - self.document_tokens} more than the "
                 f"{self.document_tokens} that are read at once: split it into smaller parts"
             )
-        return chunk
+        return ids
 
     def _foreign(self, given: Text | None) -> tuple[int, ...]:
         if given is not None:
             return self.encoder.chunk(given)
-        if self.tokenizer is not None:
+        if self.encoder.tokenizer is not None:
             return self.encoder.chunk(FOREIGN)
-        draw = torch.randint(self.decoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+        draw = torch.randint(self.encoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
         return self.encoder.chunk(draw.tolist())
 
-    def _read(
-        self, missing: Sequence[Chunk], waiting: Mapping[bytes, Item] | None = None, measured: bool = False
-    ) -> Iterator[Item]:
-        """Prefill chunks, each in its context, as the beginning of its document that is stored, or waits to be, allows."""
-        waiting = {} if waiting is None else waiting
+    def _lineage(self, chunk: Chunk) -> list[Chunk]:
+        lineage = lineage_of(chunk, self.records)
+        if lineage is None:
+            raise DocumentError(
+                f"chunk {chunk.number} of document {chunk.document} has lost its KV, and no record says what it was read behind: "
+                "add the document again"
+            )
+        return lineage
 
-        def known(chunk: Chunk) -> ChunkKV | None:
-            key = self.chunk_key(chunk)
-            return waiting[key].kv if key in waiting else self.store.get(key)
+    def _held(self, chunks: Mapping[bytes, Chunk]) -> set[bytes]:
+        """The keys of chunks that may be stored: those of no document, and those of documents that are kept."""
+        of_documents = {key: chunk for key, chunk in chunks.items() if chunk.document}
+        held = chunks.keys() - of_documents.keys()
+        return held.union(*(kept.holds(of_documents) for kept in self.records)) if of_documents else held
 
-        if missing:
-            with self._lock:
-                for chunk, kv, seconds in self._reader.read(missing, known, measured or self._measured):
-                    self.tokens_read += len(chunk)
-                    yield self._item(chunk, kv, seconds)
+    def _item(self, reader: Reader, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
+        """What is stored of a chunk: what it costs to compute behind its context, and its document's name.
 
-    @cached_property
-    def _costs(self) -> CostProfile | None:
-        return cost_profile(self.decoder, self.store, self.model_fingerprint, self.document_tokens)
-
-    def _item(self, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
-        """What is stored of a chunk: what it costs to compute behind its context, and the name of its passage.
-
-        A namespace's passages are not named: whoever has the text could tell that it is there.
+        A namespace's documents are not named: whoever has the text could tell that it is there.
         """
-        if self._costs is not None:
-            seconds = self._costs(len(self.encoder.anchor) + chunk.offset, len(chunk))
-        label = text_key(chunk.text).hex() if chunk.text and not self.namespace else ""
-        return Item(self.chunk_key(chunk), kv, seconds, label)
+        if reader.fingerprint not in self._costs:
+            self._costs[reader.fingerprint] = cost_profile(reader, self.store, self.document_tokens)
+        costs = self._costs[reader.fingerprint]
+        if costs is not None:
+            seconds = costs(len(self.encoder.anchor) + chunk.offset, len(chunk))
+        return Item(self.key(chunk, reader.space), kv, seconds, "" if self.namespace else chunk.document)
 
     def _put(self, waiting: dict[bytes, Item]) -> None:
         """Store what waits, together; one by one where it does not fit together."""
@@ -266,41 +302,16 @@ class Documents:
         waiting.clear()
         if not items:
             return
-        turns = self.decoder.rotations
+        reader = self.reader
+        common: dict[str, Any] = {"space": reader.space, "namespace": self.namespace}
+        common |= {"rotations": reader.decoder.rotations, "lifetime_s": self._lifetime_s}
         try:
-            self.store.put_many(items, space=self.space, namespace=self.namespace, rotations=turns)
+            self.store.put_many(items, **common)
         except StoreFullError:
             if len(items) == 1:
                 raise
             for item in items:
-                self.store.put_many([item], space=self.space, namespace=self.namespace, rotations=turns)
-
-    def _one_window(self, chunks: Sequence[Chunk]) -> bool:
-        return self.context == "document" and all(b.offset == a.offset + len(a) for a, b in pairwise(chunks))
-
-    def _repair(self, repair: Repair) -> bool:
-        """Make and store the KV of a repaired document; ``False`` where old KV are lost."""
-        begin = perf_counter()
-        with self._lock:
-            made = repaired(self._reader, self.encoder.anchor, self.store, repair, self.chunk_key)
-        if made is None:
-            return False
-        self.tokens_read += len(repair.rows)
-        seconds = (perf_counter() - begin) / (len(self.encoder.anchor) + sum(map(len, repair.chunks)))
-        items = [self._item(chunk, kv, seconds * len(chunk)) for chunk, kv in made]
-        self._put({item.key: item for item in items})
-        return True
-
-    def _keep(self, missing: Sequence[Chunk], measured: bool = False) -> dict[bytes, ChunkKV]:
-        """Read what the store does not hold, store it if it fits, and keep it in hand for this prompt."""
-        held: dict[bytes, ChunkKV] = {}
-        for item in self._read(missing, measured=measured):
-            held[item.key] = item.kv
-            try:
-                self._put({item.key: item})
-            except StoreError as error:  # full, or open for reading only
-                logger.warning("a chunk of %d tokens is used but not stored: %s", len(item.kv), error)
-        return held
+                self.store.put_many([item], **common)
 
 
 def several(items: Sequence, what: str) -> Sequence:

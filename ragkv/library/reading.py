@@ -3,94 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from time import perf_counter
 
 import torch
 
-from ragkv.chunk import Chunk, ChunkKV
+from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 
 
-def with_window(parts: Sequence[Chunk], window_tokens: int) -> list[Chunk]:
-    """Chain a document's chunks, so that each one's context is the document's earlier text.
-
-    Where the next chunk would exceed the window, the context begins anew with the last chunks that fill at most a quarter of it.
-
-    Args:
-        parts: the document's chunks in order, without context.
-        window_tokens: tokens of context and chunk together, at most.
-    """
-    chained: list[Chunk] = []
-    last: Chunk | None = None
-    for part in parts:
-        if last is not None and last.offset + len(last) + len(part) > window_tokens:
-            last = _tail(chained, min(window_tokens // 4, window_tokens - len(part)))
-        last = Chunk(part.ids, part.text, last)
-        chained.append(last)
-    return chained
-
-
-def _tail(chained: Sequence[Chunk], tokens: int) -> Chunk | None:
-    kept: list[Chunk] = []
-    for chunk in reversed(chained):
-        tokens -= len(chunk)
-        if tokens < 0:
-            break
-        kept.append(chunk)
-    last: Chunk | None = None
-    for chunk in reversed(kept):
-        last = Chunk(chunk.ids, chunk.text, last)
-    return last
-
-
 class Reader:
-    """Prefills chunks behind the anchor and their context.
+    """Prefills chunks behind the anchor and their context, with a model as it is now.
 
     Args:
         decoder: the model.
         anchor: ids that everything is read behind.
         piece_tokens: tokens of one forward pass.
         foreign: ids of a text to stand in front of documents for their sensitivity to be measured.
+        turn: taken for every forward pass.
+        fingerprint: of the model.
+
+    Attributes:
+        space: fingerprint of all that KV depend on besides their chunk.
+        foreign: id of the foreign text.
     """
 
-    def __init__(self, decoder: Decoder, anchor: Sequence[int], piece_tokens: int, foreign: Sequence[int] = ()):
-        if piece_tokens < 1:
-            raise ValueError(f"piece_tokens must be >= 1, got {piece_tokens}")
-        self.decoder, self.piece_tokens = decoder, piece_tokens
-        self.anchor = self.opening(anchor)
+    def __init__(
+        self,
+        decoder: Decoder,
+        anchor: Sequence[int],
+        piece_tokens: int,
+        foreign: Sequence[int] = (),
+        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+        fingerprint: str = "",
+    ):
+        self.decoder, self.piece_tokens, self.turn, self.fingerprint = decoder, piece_tokens, turn, fingerprint
+        self.space = digest(fingerprint, anchor).hex()
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
-        self._anchor_ids, self._foreign_ids = list(anchor), list(foreign)[:room]
+        self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
+        self.foreign = digest(self._foreign_ids).hex()[:16]
+        self._openings: dict[tuple[int, ...], ChunkKV | None] = {(): None}
+        self.opening(self.anchor_ids)
+
+    @property
+    def anchor(self) -> ChunkKV | None:
+        """KV of the anchor."""
+        return self.opening(self.anchor_ids)
 
     def opening(self, ids: Sequence[int]) -> ChunkKV | None:
-        """KV of the ids that stand at position 0; ``None`` for no ids."""
-        if not ids:
-            return None
-        cache = self.decoder.cache(len(ids))
-        self._run(ids, cache, 0)
-        return cut(cache, 0, len(ids))
+        """KV of ids that stand at position 0, computed once and kept; ``None`` for no ids."""
+        ids = tuple(ids)
+        if ids not in self._openings:
+            self._openings[ids] = self._computed(ids)
+        return self._openings[ids]
 
     def read(
-        self, wanted: Sequence[Chunk], stored: Callable[[Chunk], ChunkKV | None], measured: bool = False
+        self, lineages: Sequence[list[Chunk]], stored: Callable[[Chunk], ChunkKV | None], measured: bool = False
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         """Prefill chunks, several of one document in one pass.
 
         Args:
-            wanted: chunks whose KV are missing.
+            lineages: for each chunk whose KV are missing those that it is read behind, and itself at the end.
             stored: looks up the KV of a chunk that may be stored; a document's stored beginning is not read again.
             measured: read documents a second time, behind the foreign text, for their sensitivity.
 
         Yields:
             A chunk, its KV, and the seconds that reading it took.
         """
-        left = {(chunk.ids, chunk.context): chunk for chunk in wanted}
-        for chunk in sorted(wanted, key=lambda c: -c.offset):  # the longest chain covers the others of its document
-            if (chunk.ids, chunk.context) not in left:
-                continue
-            chain = chunk.lineage()
-            yield from self._read_chain(chain, left, stored, measured)
+        left = {_name(chain[-1]): chain[-1] for chain in lineages}
+        for chain in sorted(lineages, key=len, reverse=True):  # the longest covers the others of its document
+            if _name(chain[-1]) in left:
+                yield from self._read_chain(chain, left, stored, measured)
 
     def _read_chain(
         self, chain: list[Chunk], left: dict, stored: Callable, measured: bool
@@ -108,14 +95,13 @@ class Reader:
                 self._run(ids, second, second.get_seq_length())
             per_token = (perf_counter() - begin) / sum(len(chunk) for chunk in group)
             for chunk in group:
-                mine = left.pop((chunk.ids, chunk.context), None)
+                mine = left.pop(_name(chunk), None)
                 if mine is not None:
                     end = self._behind(chunk)
                     kv = cut(cache, end - len(chunk), end)
                     if second is not None:
-                        kv.sensitivity = self._sensitivity(
-                            kv, second, end + second.get_seq_length() - cache.get_seq_length()
-                        )
+                        later = second.get_seq_length() - cache.get_seq_length()
+                        kv.sensitivity, kv.foreign = self._sensitivity(kv, second, end + later), self.foreign
                     yield mine, kv, per_token * len(chunk)
 
     def _sensitivity(self, kv: ChunkKV, second: FusedCache, end: int) -> torch.Tensor:
@@ -130,10 +116,16 @@ class Reader:
         limit, whole = self.decoder.max_positions, self._behind(chain[-1])
         room = len(self._foreign_ids) if limit is None else min(len(self._foreign_ids), max(0, limit - whole))
         cache = self.decoder.cache(whole + room)
-        if self._front is not None:
-            _append(cache, self._front.first(self._anchor_tokens + room))
+        front = self.opening([*self.anchor_ids, *self._foreign_ids])
+        if front is not None:
+            _append(cache, front.first(self._anchor_tokens + room))
         self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
+
+    @cached_property
+    def check_layer(self) -> int:
+        """The layer at which CacheBlend best sees which tokens depend on the text in front (:func:`~.depth.check_layer`)."""
+        return check_layer(self.changes())
 
     def changes(self) -> torch.Tensor:
         """How much the values of the foreign text's second half change, in each layer, behind its first half.
@@ -143,22 +135,18 @@ class Reader:
         """
         half = len(self._foreign_ids) // 2
         front, text = self._foreign_ids[:half], self._foreign_ids[half:]
-        alone, behind = self.opening([*self._anchor_ids, *text]), self.opening([*self._anchor_ids, *front, *text])
+        alone = self._computed([*self.anchor_ids, *text])
+        behind = self._computed([*self.anchor_ids, *front, *text])
         if not text or alone is None or behind is None:
             return torch.zeros(len(self.decoder.layers), 0)
         pairs = zip(alone.values, behind.values, strict=True)
         moved = [own[:, -len(text) :].float() - other[:, -len(text) :].float() for own, other in pairs]
         return torch.stack([change.square().sum((0, 2)).cpu() for change in moved])
 
-    @cached_property
-    def _front(self) -> ChunkKV | None:
-        """KV of anchor and foreign text, read once."""
-        return self.opening([*self._anchor_ids, *self._foreign_ids])
-
     def _append_stored(self, cache: FusedCache, chain: list[Chunk], left: dict, stored: Callable) -> int:
         """Take the stored beginning of a chain; returns the number of the first chunk to read."""
         for number, chunk in enumerate(chain):
-            kv = None if (chunk.ids, chunk.context) in left else stored(chunk)
+            kv = None if _name(chunk) in left else stored(chunk)
             if kv is None:
                 return number
             _append(cache, kv)
@@ -166,16 +154,24 @@ class Reader:
 
     @property
     def _anchor_tokens(self) -> int:
-        return 0 if self.anchor is None else len(self.anchor)
+        return len(self.anchor_ids)
 
     def _behind(self, chunk: Chunk) -> int:
         return self._anchor_tokens + chunk.offset + len(chunk)
+
+    def _computed(self, ids: Sequence[int]) -> ChunkKV | None:
+        if not ids:
+            return None
+        cache = self.decoder.cache(len(ids))
+        self._run(ids, cache, 0)
+        return cut(cache, 0, len(ids))
 
     @torch.no_grad()
     def _run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
         tensor = torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
         for at in range(0, len(ids), self.piece_tokens):
-            self.decoder.read(tensor[at : at + self.piece_tokens], cache, start + at)
+            with self.turn():
+                self.decoder.read(tensor[at : at + self.piece_tokens], cache, start + at)
 
 
 def _pieces(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
@@ -188,6 +184,10 @@ def _pieces(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
         piece.append(chunk)
     if piece:
         yield piece
+
+
+def _name(chunk: Chunk) -> tuple[tuple[int, ...], bytes]:
+    return chunk.ids, chunk.context
 
 
 def _append(cache: FusedCache, kv: ChunkKV) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.fusion.fuse import recompute
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.placement import Placement
+from ragkv.library.document import Document
 from ragkv.library.reading import Reader, cut
 from ragkv.store import TieredStore
 
@@ -27,36 +29,29 @@ class Repair:
     """What repairing a document takes.
 
     Attributes:
-        chunks: the new document's chunks, marked from the first change on.
+        document: the new document, marked from the first change on.
         first: number of the first chunk that is not as it was.
         sources: for each chunk the old one whose KV it takes; ``None`` where it is computed.
         rows: positions of the tokens to compute, counted from the document's first token, ascending.
     """
 
-    chunks: list[Chunk]
+    document: Document
     first: int
     sources: list[Chunk | None]
     rows: Tensor
 
 
-def marked(chunks: Sequence[Chunk], first: int, mark: str) -> list[Chunk]:
-    """The same document with a mark at chunk ``first``, which those behind it inherit in their context."""
-    done = list(chunks[:first])
-    for number in range(first, len(chunks)):
-        chunk = chunks[number]
-        previous = done[-1] if done else None
-        done.append(Chunk(chunk.ids, chunk.text, previous, mark if number == first else ""))
-    return done
-
-
-def plan_repair(old: Sequence[Chunk], new: Sequence[Chunk], behind_tokens: int) -> Repair | None:
+def plan_repair(old: Sequence[Chunk], document: Document, behind_tokens: int) -> Repair | None:
     """How to make a document's KV from those of its version before; ``None`` where reading it costs no more.
 
     Args:
-        old: the version before, in one window.
-        new: the version now, in one window, without marks.
+        old: the version before.
+        document: the version now, without marks. Both are of one window, or it is read.
         behind_tokens: tokens to compute behind every edit.
     """
+    new = list(document)
+    if not old or not document.one_window or any(b.offset != a.offset + len(a) for a, b in pairwise(old)):
+        return None
     same = SequenceMatcher(None, [c.ids for c in old], [c.ids for c in new], autojunk=False).get_matching_blocks()
     sources: list[Chunk | None] = [None] * len(new)
     for block in same:
@@ -65,50 +60,44 @@ def plan_repair(old: Sequence[Chunk], new: Sequence[Chunk], behind_tokens: int) 
     first = next((i for i, chunk in enumerate(new) if _another(sources[i], chunk)), len(new))
     if first == len(new) or not any(sources[first:]):
         return None
-    mark = digest(old[-1].context, old[-1].ids, str(behind_tokens)).hex()[:16]
-    return Repair(marked(new, first, mark), first, sources, _rows(new, sources, first, behind_tokens))
+    mark = digest(old[-1].context_after, str(behind_tokens)).hex()[:16]
+    return Repair(document.with_mark(first, mark), first, sources, _rows(new, sources, first, behind_tokens))
 
 
 @torch.no_grad()
 def repaired(
-    reader: Reader,
-    anchor: Sequence[int],
-    store: TieredStore,
-    repair: Repair,
-    key: Callable[[Chunk], bytes],
+    reader: Reader, store: TieredStore, repair: Repair, key: Callable[[Chunk], bytes]
 ) -> list[tuple[Chunk, ChunkKV]] | None:
     """The KV of the chunks from the first change on; ``None`` where old KV are lost.
 
     Args:
         reader: has the model, and the KV of the anchor.
-        anchor: the anchor's ids.
         store: holds the old chunks' KV.
         repair: from :func:`plan_repair`.
         key: of a chunk's KV in the store.
     """
-    decoder, start = reader.decoder, len(anchor)
-    pairs = list(zip(repair.chunks, repair.sources, strict=True))
+    decoder, start = reader.decoder, len(reader.anchor_ids)
+    pairs = list(zip(repair.document, repair.sources, strict=True))
     placed = [
         Placed(chunk, start + chunk.offset, start + (source or chunk).offset, exact=False, continues=False)
         for chunk, source in pairs
     ]
-    ids = [*anchor, *(i for chunk in repair.chunks for i in chunk.ids)]
+    ids = [*reader.anchor_ids, *(i for chunk, _ in pairs for i in chunk.ids)]
     layout = Layout(torch.tensor(ids, device=decoder.device), tuple(placed), start, len(ids))
     keys = {chunk: key(source) for chunk, source in pairs if source}
     with store.read(list(keys.values())) as batch:
         if None in batch.tiers:
             return None
         cache = decoder.cache(len(ids))
-        placement = Placement(decoder, cache, layout, reader.anchor, store, batch, keys, {})
-        for layer in range(len(decoder.layers)):
-            placement.layer(layer)
-        recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
+        Placement(decoder, cache, layout, reader.anchor, batch, keys, {}, by_layer=False).ahead()
+        with reader.turn():
+            recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
         cache.set_length(len(ids))
-        known = dict(zip(keys, batch.sensitivities, strict=True))
+        known = dict(zip(keys, zip(batch.sensitivities, batch.foreigns, strict=True), strict=True))
     made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
-    measured = any(sensitivity is not None for sensitivity in known.values())
+    foreign = next((foreign for _, foreign in known.values() if foreign), "")
     for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
-        kv.sensitivity = known.get(chunk, torch.zeros(len(chunk)) if measured else None)
+        kv.sensitivity, kv.foreign = known.get(chunk, (torch.zeros(len(chunk)) if foreign else None, foreign))
     return made
 
 
@@ -123,7 +112,7 @@ def _rows(new: Sequence[Chunk], sources: Sequence[Chunk | None], first: int, beh
             rows.append(torch.arange(chunk.offset, chunk.offset + len(chunk)))
             window = behind_tokens
         else:
-            if source.previous is not before:  # something that stood here is gone
+            if source.number != (before.number + 1 if before else 0):  # something that stood here is gone
                 window = behind_tokens
             rows.append(torch.arange(chunk.offset, chunk.offset + min(window, len(chunk))))
             window = max(0, window - len(chunk))

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
-
-if TYPE_CHECKING:
-    from ragkv.library.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -31,17 +26,14 @@ class Auto(Method):
     repair: Method = field(default_factory=SensitiveTokens)
 
     @property
-    def measured(self) -> bool:
-        """Whether the repair needs sensitivities."""
-        return self.repair.measured
+    def needs_sensitivity(self) -> bool:
+        """Whether the repair does."""
+        return self.repair.needs_sensitivity
 
-    def pick(self, layout: Layout, depth: Depth) -> Method:
-        """The method for this prompt."""
-        return self._picked(layout).pick(layout, depth)
-
-    def start(self, layout: Layout) -> Tensor:
-        """What the picked method starts with."""
-        return self._picked(layout).start(layout)
+    def select(self, view: View) -> Selection:
+        """What the method for this prompt selects; it also decides further."""
+        picked = self._picked(view.layout)
+        return Selection.of(picked.select(view), picked)
 
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):

@@ -3,60 +3,54 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
-
-if TYPE_CHECKING:
-    from ragkv.fusion.fuse import Check
-    from ragkv.fusion.scene import Scene
-    from ragkv.library.depth import Depth
+from ragkv.fusion.view import Check, Selection, View
 
 
 class Method(ABC):
     """Chooses the reusable tokens that are computed afresh. The suffix always is, by every method.
 
-    A method says where to start, and may narrow the set before some layers. It keeps no state between prompts: a frozen
-    dataclass whose fields are its knobs, checked in ``__post_init__``. Most decide by the layout alone, in :meth:`start`; one that
-    has to look at the prompt first sets ``looks = True`` and has :meth:`survey`.
+    A method keeps no state between prompts: a frozen dataclass whose fields are its knobs, checked in ``__post_init__``. Most
+    decide by ``view.layout`` alone. What else a :class:`~ragkv.View` shows is worked out when it is asked for.
     """
 
     @property
-    def looks(self) -> bool:
-        """Whether the method chooses in :meth:`survey`, once stored KV can be placed."""
+    def needs_sensitivity(self) -> bool:
+        """Whether it asks for ``view.sensitivity``, which is then measured when documents are read."""
         return False
-
-    @property
-    def measured(self) -> bool:
-        """Whether it needs the sensitivity of the chunks' tokens, which is then measured when documents are read."""
-        return False
-
-    def pick(self, layout: Layout, depth: Depth) -> Method:
-        """The method that decides about this prompt: itself, unless it chooses between others or asks the model for a knob."""
-        return self
-
-    def survey(self, scene: Scene) -> Tensor:
-        """Positions as of :meth:`start`, by a look at the prompt with its stored KV."""
-        return self.start(scene.layout)
-
-    def context(self, scene: Scene) -> Tensor | None:
-        """What the tokens chosen by :meth:`survey` may see: positions of chunk tokens, besides the prefix and their own chunk.
-
-        ``None``, the default: all that stands in front of them.
-        """
-        return None
 
     @abstractmethod
-    def start(self, layout: Layout) -> Tensor:
-        """Positions of the chunk tokens to compute from layer 0 on, a subset of ``layout.reusable``."""
-
-    def checks(self, layers: int) -> Sequence[int]:
-        """The layers, of ``layers`` in all, at which :meth:`narrow` is asked; none by default."""
-        return ()
+    def select(self, view: View) -> Tensor | Selection:
+        """The chunk tokens to compute from layer 0 on, a subset of ``view.layout.reusable``; or a selection that says more."""
 
     def narrow(self, check: Check) -> Tensor:
-        """The positions to go on with from ``check.layer`` on, a subset of ``check.positions``."""
-        return check.positions
+        """The tokens to go on with from ``check.layer`` on, a subset of ``check.tokens``; asked at the selection's ``checks``."""
+        return check.tokens
+
+
+def check_share(method: Method, name: str, share: float) -> None:
+    """Refuse a share of the tokens that is none.
+
+    Raises:
+        MethodError: it lies outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share}")
+
+
+def highest(scores: Tensor, candidates: Tensor, ratio: float, layout: Layout) -> Tensor:
+    """The tokens of the highest scores.
+
+    Args:
+        scores: ``[R]``, one for each of ``layout.reusable``.
+        candidates: tokens to choose among.
+        ratio: share of all R tokens to take; fewer where there are fewer candidates.
+        layout: the prompt.
+    """
+    wanted = min(len(candidates), round(ratio * len(layout.reusable)))
+    return candidates[torch.topk(scores[candidates - layout.chunks_start], wanted).indices]

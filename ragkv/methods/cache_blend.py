@@ -1,19 +1,13 @@
 """CacheBlend: the tokens whose keys and values deviate most are computed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import Check, Selection, View
 from ragkv.methods.base import Method
-
-if TYPE_CHECKING:
-    from ragkv.fusion.fuse import Check
-    from ragkv.library.depth import Depth
 
 _SIGNALS = ("key", "value", "both")
 
@@ -29,7 +23,7 @@ class CacheBlend(Method):
     Attributes:
         ratio: share of the reusable tokens computed behind the check layer, 0 to 1; 0.15 in the paper.
         check_layer: the layer whose KV are compared, >= 1: layer 0's depend on the token alone and never deviate. 1 in the paper;
-            if not given, the one that :attr:`ragkv.depth.Depth.check_layer` finds for the model.
+            if not given, the one that :attr:`ragkv.View.check_layer` finds for the model.
         signal: deviation of ``"key"``, of ``"value"``, or of ``"both"``, each then scaled to a sum of 1.
         gradual: the paper's gradual filtering (section 4.3): shares kept at the check layer and at the layers behind it, not
             rising, in place of the one selection by ``ratio``.
@@ -56,37 +50,30 @@ class CacheBlend(Method):
         if self.threshold is not None and self.gradual:
             raise MethodError("CacheBlend: give threshold or gradual, not both")
 
-    def pick(self, layout: Layout, depth: "Depth") -> "CacheBlend":
-        """With the check layer that suits the model."""
-        return self if self.check_layer is not None else replace(self, check_layer=depth.check_layer)
-
-    def start(self, layout: Layout) -> Tensor:
-        """All, or none where every chunk is exact already or nothing is to be kept."""
+    def select(self, view: View) -> Tensor | Selection:
+        """All tokens up to the check layers; none where every chunk is exact already or nothing is to be kept."""
+        layout = view.layout
         nothing = self.threshold is None and not self.gradual and self.ratio == 0
-        return layout.reusable[:0] if nothing or not len(layout.inexact) else layout.reusable
+        if nothing or not len(layout.inexact):
+            return layout.reusable[:0]
+        first = view.check_layer if self.check_layer is None else self.check_layer
+        if first >= view.layers:
+            raise MethodError(f"CacheBlend: check_layer {first} of a model with {view.layers} layers")
+        checks = range(first, min(view.layers, first + max(1, len(self.gradual))))
+        return Selection(layout.reusable, checks=checks, method=replace(self, check_layer=first))
 
-    def checks(self, layers: int) -> Sequence[int]:
-        """The check layer, and with gradual filtering those right behind it."""
-        first = self._first_check
-        if first >= layers:
-            raise MethodError(f"CacheBlend: check_layer {first} of a model with {layers} layers")
-        return range(first, min(layers, first + max(1, len(self.gradual))))
-
-    def narrow(self, check: "Check") -> Tensor:
+    def narrow(self, check: Check) -> Tensor:
         """The tokens that deviate most."""
         score = self._score(check)
         if self.threshold is not None:
-            return check.positions[score > self.threshold * score.mean()]
-        share = self.gradual[check.layer - self._first_check] if self.gradual else self.ratio
+            return check.tokens[score > self.threshold * score.mean()]
+        assert self.check_layer is not None  # since select
+        share = self.gradual[check.layer - self.check_layer] if self.gradual else self.ratio
         reusable = check.layout.suffix_start - check.layout.chunks_start
         wanted = min(len(score), round(share * reusable))
-        return check.positions[torch.topk(score, wanted).indices]
+        return check.tokens[torch.topk(score, wanted).indices]
 
-    @property
-    def _first_check(self) -> int:
-        return 1 if self.check_layer is None else self.check_layer
-
-    def _score(self, check: "Check") -> Tensor:
+    def _score(self, check: Check) -> Tensor:
         if self.signal == "key":
             return check.key_deviation()
         if self.signal == "value":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import View
 from ragkv.methods.base import Method
 
 
@@ -12,6 +12,6 @@ from ragkv.methods.base import Method
 class FullPrefill(Method):
     """Compute the whole prompt, as a model without stored KV does. Exact; the yardstick of all others."""
 
-    def start(self, layout: Layout) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """All of it."""
-        return layout.reusable
+        return view.layout.reusable

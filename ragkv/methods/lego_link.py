@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import View
 from ragkv.methods.base import Method
 
 
@@ -26,6 +26,7 @@ class LegoLink(Method):
         if self.k < 0:
             raise MethodError(f"LegoLink: k must be >= 0 tokens, got {self.k}")
 
-    def start(self, layout: Layout) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """The first k tokens of the chunks that are not exact."""
+        layout = view.layout
         return layout.span(*[placed for placed in layout.chunks if not placed.exact], first=self.k)

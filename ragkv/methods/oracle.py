@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.fusion.layout import Layout
-from ragkv.methods.base import Method
-from ragkv.methods.choice import check_share, highest
-
-if TYPE_CHECKING:
-    from ragkv.fusion.scene import Scene
+from ragkv.fusion.view import View
+from ragkv.methods.base import Method, check_share, highest
 
 
 @dataclass(frozen=True)
@@ -31,21 +26,15 @@ class Oracle(Method):
     ratio: float = 0.15
     layer: int | None = None
 
-    looks: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
         if self.layer is not None and self.layer < 1:
             raise MethodError(f"Oracle: layer must be >= 1 (layer 0 never deviates), got {self.layer}")
 
-    def start(self, layout: Layout) -> Tensor:
-        """Those that may be chosen."""
-        return layout.inexact
-
-    def survey(self, scene: Scene) -> Tensor:
-        """Those of them that deviate most."""
-        deviation = scene.deviation()
+    def select(self, view: View) -> Tensor:
+        """Of the tokens that are not exact where they stand, those that deviate most."""
+        deviation = view.deviation
         if self.layer is not None and self.layer >= len(deviation):
             raise MethodError(f"Oracle: layer {self.layer} of a model with {len(deviation)} layers")
         scores = deviation[1:].mean(0) if self.layer is None else deviation[self.layer]
-        return highest(scores, self.start(scene.layout), self.ratio, scene.layout)
+        return highest(scores, view.layout.inexact, self.ratio, view.layout)

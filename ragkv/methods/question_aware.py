@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.fusion.layout import Layout
-from ragkv.methods.base import Method
-from ragkv.methods.choice import check_share, highest
-
-if TYPE_CHECKING:
-    from ragkv.fusion.scene import Scene
+from ragkv.fusion.view import Selection, View
+from ragkv.methods.base import Method, check_share, highest
 
 _QUERIES = ("all", "last")
 
@@ -42,27 +35,17 @@ class QuestionAware(Method):
     queries: str = "all"
     sees: float = 1.0
 
-    looks: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
         check_share(self, "sees", self.sees)
         if self.queries not in _QUERIES:
             raise MethodError(f"QuestionAware: queries must be one of {', '.join(_QUERIES)}, got {self.queries!r}")
 
-    def start(self, layout: Layout) -> Tensor:
-        """Those that may be chosen."""
-        return layout.inexact
-
-    def survey(self, scene: Scene) -> Tensor:
-        """Those of them that the question attends to most."""
-        candidates = self.start(scene.layout)
-        if not len(candidates) or not self.ratio:
-            return candidates[:0]
-        return highest(scene.attention(self.queries).mean(0), candidates, self.ratio, scene.layout)
-
-    def context(self, scene: Scene) -> Tensor | None:
-        """The tokens that the question attends to most, where ``sees`` is below 1."""
-        if self.sees == 1 or not self.ratio:
-            return None
-        return highest(scene.attention(self.queries).mean(0), scene.layout.reusable, self.sees, scene.layout)
+    def select(self, view: View) -> Selection:
+        """Of the tokens that are not exact where they stand, those that the question attends to most."""
+        layout = view.layout
+        if not len(layout.inexact) or not self.ratio:
+            return Selection(layout.reusable[:0])
+        attention = view.attention(self.queries).mean(0)
+        context = None if self.sees == 1 else highest(attention, layout.reusable, self.sees, layout)
+        return Selection(highest(attention, layout.inexact, self.ratio, layout), context)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import digest
-from ragkv.fusion.layout import Layout
-from ragkv.methods.base import Method
-from ragkv.methods.choice import check_share
+from ragkv.fusion.view import View
+from ragkv.methods.base import Method, check_share
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Random(Method):
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
 
-    def start(self, layout: Layout) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """Some of the tokens of chunks that are not exact."""
-        candidates = layout.inexact
+        layout, candidates = view.layout, view.layout.inexact
         seed = int.from_bytes(digest(str(self.seed), layout.ids.tolist())[:7], "little")
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).to(candidates.device)
         return candidates[order[: round(self.ratio * len(layout.reusable))]]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import View
 from ragkv.methods.base import Method
 
 
@@ -16,6 +16,6 @@ class Reuse(Method):
     nothing of the other chunks. It is also what models trained for block attention need (Block-Attention, arXiv:2409.15355).
     """
 
-    def start(self, layout: Layout) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """None."""
-        return layout.reusable[:0]
+        return view.layout.reusable[:0]

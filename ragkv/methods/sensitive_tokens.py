@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from ragkv.fusion.layout import Layout
-from ragkv.methods.base import Method
-from ragkv.methods.choice import check_share, highest
-
-if TYPE_CHECKING:
-    from ragkv.fusion.scene import Scene
+from ragkv.fusion.view import View
+from ragkv.methods.base import Method, check_share, highest
 
 
 @dataclass(frozen=True)
@@ -34,19 +30,15 @@ class SensitiveTokens(Method):
 
     ratio: float = 0.1
 
-    looks: ClassVar[bool] = True
-    measured: ClassVar[bool] = True
+    needs_sensitivity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
 
-    def start(self, layout: Layout) -> Tensor:
-        """Those that may be chosen."""
+    def select(self, view: View) -> Tensor:
+        """The most sensitive ones among those that are not spared."""
+        layout = view.layout
         if self.ratio == 1:
             return layout.inexact
-        chunks = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
-        return layout.span(*chunks)
-
-    def survey(self, scene: Scene) -> Tensor:
-        """The most sensitive ones among them."""
-        return highest(scene.sensitivity(), self.start(scene.layout), self.ratio, scene.layout)
+        open_to = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
+        return highest(view.sensitivity, layout.span(*open_to), self.ratio, layout) if open_to else layout.span()

@@ -5,12 +5,15 @@ L layers, B sequences, H kv heads, N tokens held, C tokens allocated, D head_dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ragkv.kernels import Impl, scatter
 
 #: Called with the layer, fresh keys and fresh values ``[B, H, S, D]``; returns what attention shall see.
 Writer = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -119,9 +122,7 @@ class FusedLayer(CacheLayerMixin):
 class FusedCache(Cache):
     """A :class:`transformers.Cache` of :class:`FusedLayer`.
 
-    Fusion sets ``writer`` for the one forward pass in which fresh keys and values go to scattered positions; without it the
-    cache appends, as any other. ``prepare`` is called with a layer's number before that layer is written or read, so that
-    stored keys and values can arrive layer by layer.
+    It appends, as any other, but while :meth:`writing`: then a writer takes the fresh keys and values.
     """
 
     layers: list[FusedLayer]
@@ -129,17 +130,39 @@ class FusedCache(Cache):
     def __init__(self, specs: Sequence[LayerSpec], capacity: int):
         super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
         self.writer: Writer | None = None
-        self.prepare: Callable[[int], None] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Take fresh keys and values ``[B, H, S, D]`` of one layer; return all that attention shall see."""
-        if self.prepare is not None:
-            self.prepare(layer_idx)
         if self.writer is not None:
             return self.writer(layer_idx, key_states, value_states)
         return self.layers[layer_idx].update(key_states, value_states)
+
+    @contextmanager
+    def writing(self, writer: Writer) -> Iterator[None]:
+        """Have fresh keys and values taken by a writer. The cache counts as empty: ready-made masks say what is seen."""
+        self.set_length(0)
+        self.writer = writer
+        try:
+            yield
+        finally:
+            self.writer = None
+
+    def scatter(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, shown: int, impl: Impl = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """Put fresh ``[1, H, S, D]`` of one layer to their slots ``[S]``; return the first ``shown`` slots ``[1, H, N, D]``."""
+        held = self.layers[layer]
+        scatter(keys[0], values[0], slots.to(keys.device), held.key_room[0], held.value_room[0], impl=impl)
+        return held.key_room[:, :, :shown], held.value_room[:, :, :shown]
+
+    def clear(self, slots: Tensor) -> None:
+        """Zero slots that attention is shown before anything is held there: what masks hide must be numbers too."""
+        for layer in self.layers:
+            here = slots.to(layer.key_room.device)
+            layer.key_room.index_fill_(2, here, 0)
+            layer.value_room.index_fill_(2, here, 0)
 
     def set_length(self, tokens: int) -> None:
         """Declare the first ``tokens`` slots of every layer as held."""

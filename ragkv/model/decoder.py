@@ -18,7 +18,7 @@ from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.model.attention import eager_attention, fusion_attention
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
-from ragkv.model.masks import MaskBuilder, layer_rules
+from ragkv.model.masks import MaskBuilder, for_model, layer_rules
 from ragkv.model.rope import TOLERANCE, Probe, probe_rotations
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -116,33 +116,38 @@ class Decoder:
         )
         return out.logits[:, -1]
 
-    def masks(self, positions: Tensor, keys: int, open_keys: Tensor | None = None) -> MaskBuilder | SpanBuilder:
-        """Masks for scattered queries at ``positions [S]`` over ``keys`` key positions, or what stands in their place.
+    def masks(
+        self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None
+    ) -> MaskBuilder | SpanBuilder:
+        """Masks for scattered queries at ``positions [S]`` over the keys in N slots, or what stands in their place.
 
         Args:
-            positions: ascending.
+            positions: of the queries.
             keys: N.
+            key_positions: ``[N]`` position of the key in each slot, where that is not the slot itself; only masks can say so.
             open_keys: ``[S, N]`` false where a query may not see a key, whatever the model's rule says; only masks can say so.
         """
-        if self.spans is not None and open_keys is None:
+        if self.spans is not None and open_keys is None and key_positions is None:
             return SpanBuilder(self.spans, positions, keys)
+        if key_positions is None:
+            key_positions = torch.arange(keys, device=positions.device)
         additive = self.attention != "sdpa"
-        return MaskBuilder(self.rules, positions, keys, self.model.dtype, additive, open_keys)
+        return MaskBuilder(self.rules, positions, key_positions, self.model.dtype, additive, open_keys)
 
     def fusion_attention(self, *, scattered: bool, limited: bool = False) -> AbstractContextManager[str]:
         """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.model.attention`'s.
 
         Args:
             scattered: queries do not stand one behind the other at the end.
-            limited: some keys are hidden from some queries, which selective attention does not know.
+            limited: what a query sees is no run of slots: keys are hidden from it, or positions do not run evenly with the slots.
 
         Raises:
-            MethodError: keys are hidden, and ``kernels`` were asked for by name.
+            MethodError: it is limited, and ``kernels`` were asked for by name.
         """
         if limited and self.kernels != "auto":
             raise MethodError(
-                f"kernels={self.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens: use "
-                "kernels='auto', or a method that does not limit their context"
+                f"kernels={self.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens, nor "
+                "follow chunks that stand apart or share positions: use kernels='auto', or a prompt and a method that do neither"
             )
         if scattered and self.spans is not None and not limited:
             return kernel_attention(self.config, self.device, self.dtype, self.kernels)
@@ -202,9 +207,12 @@ class Decoder:
 
     def _error(self, cache: FusedCache, ids: Tensor, rows: Tensor, want: Tensor) -> float:
         """Relative difference of the logits when ``rows`` of an exact cache are recomputed."""
-        from ragkv.fusion.fuse import recompute
 
-        got = recompute(self, cache, ids, rows)
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return cache.scatter(layer, keys, values, rows, len(ids), self.kernels)
+
+        with self.fusion_attention(scattered=True), cache.writing(write):
+            got = self.step(ids[rows], rows, cache, for_model(self.masks(rows, len(ids)), self.config))
         return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
 
     @torch.no_grad()

@@ -1,15 +1,15 @@
 """The model's own attention rules, evaluated at scattered positions.
 
 transformers builds masks for queries that stand one behind the other at the end of the cache. Fusion's queries are scattered,
-so the rule itself (causal, window, attention chunk) is taken from transformers' mask builders and evaluated where the
-queries really stand: a token at position p sees the keys at positions <= p inside its layer's window.
+so the rule itself (causal, window, attention chunk) is taken from transformers' mask builders and evaluated where queries and keys
+really stand: a token at position p sees the keys at positions <= p inside its layer's window, in whatever slots they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-if TYPE_CHECKING:
-    from ragkv.model.kernel_attention import SpanBuilder
-
 #: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+#: The position of a slot that holds nothing; nobody sees it.
+UNUSED = -1
 
 _RECORDER = "ragkv_rule"
 _BUILDERS = {
@@ -67,13 +67,20 @@ def _only_kind(config: PreTrainedConfig) -> str:
     return "full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
 
 
+class LayerMasks(Protocol):
+    """What a model's layers are given as masks."""
+
+    def layer(self, layer: int) -> Tensor | None:
+        """One layer's."""
+
+
 class MaskBuilder:
-    """Masks for one set of query positions, made once per distinct rule.
+    """Masks for one set of queries, made once per distinct rule.
 
     Args:
         rules: one rule a layer.
-        positions: ``[S]`` query positions, ascending.
-        keys: N, the number of key positions ``0 .. N - 1``.
+        positions: ``[S]`` positions of the queries.
+        key_positions: ``[N]`` position of the key in each slot; :data:`UNUSED` where there is none.
         dtype: of the model's activations, used where ``additive``.
         additive: float masks (0 or the dtype's minimum), as eager attention takes them, instead of boolean ones.
         open_keys: ``[S, N]`` false where a query may not see a key even though the rule lets it; all true if not given.
@@ -83,13 +90,13 @@ class MaskBuilder:
         self,
         rules: list[Rule],
         positions: Tensor,
-        keys: int,
+        key_positions: Tensor,
         dtype: torch.dtype,
         additive: bool,
         open_keys: Tensor | None = None,
     ):
-        self.rules, self.positions, self.keys, self.dtype, self.additive = rules, positions, keys, dtype, additive
-        self.open_keys = open_keys
+        self.rules, self.positions, self.key_positions = rules, positions, key_positions
+        self.dtype, self.additive, self.open_keys = dtype, additive, open_keys
         self._made: dict[int, Tensor] = {}
 
     def layer(self, layer: int) -> Tensor:
@@ -100,11 +107,10 @@ class MaskBuilder:
         return self._made[id(rule)]
 
     def _make(self, rule: Rule) -> Tensor:
-        at = self.positions
+        at, keys = self.positions, self.key_positions
         zero = torch.zeros((), dtype=torch.long, device=at.device)
-        kv = torch.arange(self.keys, device=at.device)
-        mask = rule(zero, zero, at[None, None, :, None], kv[None, None, None, :])
-        mask = mask.expand(1, 1, len(at), self.keys)
+        mask = rule(zero, zero, at[None, None, :, None], keys[None, None, None, :])
+        mask = mask.expand(1, 1, len(at), len(keys)) & (keys != UNUSED)
         if self.open_keys is not None:
             mask = mask & self.open_keys
         if not self.additive:
@@ -112,7 +118,7 @@ class MaskBuilder:
         return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
 
-def for_model(masks: MaskBuilder | SpanBuilder, config: PreTrainedConfig) -> Tensor | dict[str, Tensor | None] | None:
+def for_model(masks: LayerMasks, config: PreTrainedConfig) -> Tensor | dict[str, Tensor | None] | None:
     """The masks in the form in which the model's forward takes ready-made ones: a tensor, or one a layer type."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:

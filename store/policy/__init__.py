@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ragkv.store.named import named
 from ragkv.store.policy.base import Policy, Usage
-from ragkv.store.policy.belady import Belady
 from ragkv.store.policy.gdsf import GDSF
 from ragkv.store.policy.lfu import LFU
 from ragkv.store.policy.lru import LRU
@@ -22,4 +21,4 @@ def get_policy(policy: str | Policy) -> Policy:
     return named("policy", policy, Policy, POLICIES)
 
 
-__all__ = ["Belady", "GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]
+__all__ = ["GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]

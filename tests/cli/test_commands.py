@@ -92,7 +92,7 @@ def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):
         assert run(capsys, "add", files, "--path", tmp_path / name, *argv)[0] == 0
         with RAG.from_pretrained(path=tmp_path / name) as rag:
             chunk = rag.chunks(rag.retrieve("On which river does Clearport lie?", 1))[0]
-            found.append(rag.engine.store.get(rag.engine.chunk_key(chunk)).sensitivity)
+            found.append(rag.engine.store.get(rag.engine.documents.key(chunk)).sensitivity)
     assert not torch.equal(*found)
 
 

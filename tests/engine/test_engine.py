@@ -15,6 +15,7 @@ from ragkv import (
     PromptTooLongError,
     QuestionAware,
     Reuse,
+    Selection,
     SensitiveTokens,
     StoreFullError,
     TieredStore,
@@ -31,7 +32,7 @@ def test_lost_chunks_are_read_again_in_their_context(engine):
     want = engine.fuse(chunks, QUESTION)
     for lost in ([document[2]], [document[0], document[2]], document):
         for chunk in lost:
-            engine.store.remove(engine.chunk_key(chunk))
+            engine.store.remove(engine.documents.key(chunk))
         got = engine.fuse(chunks, QUESTION)
         assert got.report.hits.get("computed", 0) == sum(chunk in chunks for chunk in lost)
         torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
@@ -41,9 +42,9 @@ def test_lost_chunks_are_read_again_in_their_context(engine):
 def test_a_record_that_breaks_its_promise_is_not_served(engine):
     chunk, other = engine.add([random_ids(20), random_ids(25)])
     want = engine.fuse([chunk], QUESTION)
-    wrong = engine.store.get(engine.chunk_key(other))
-    engine.store.remove(engine.chunk_key(chunk))
-    engine.store.put(engine.chunk_key(chunk), wrong)
+    wrong = engine.store.get(engine.documents.key(other))
+    engine.store.remove(engine.documents.key(chunk))
+    engine.store.put(engine.documents.key(chunk), wrong)
     got = engine.fuse([chunk], QUESTION)
     assert got.report.hits == {"computed": 1}
     torch.testing.assert_close(got.logits, want.logits)
@@ -127,12 +128,12 @@ def test_bad_methods(engine):
     chunk = engine.add([random_ids(20)])[0]
 
     class Outside(Method):
-        def start(self, layout):
-            return layout.suffix
+        def select(self, view):
+            return view.layout.suffix
 
     class Growing(LegoLink):
-        def checks(self, layers):
-            return [1]
+        def select(self, view):
+            return Selection(super().select(view), checks=[1])
 
         def narrow(self, check):
             return check.layout.reusable
@@ -170,7 +171,7 @@ def test_budgets_are_charged_budgets(engine):
 
 
 def test_time_to_first_token_counts_every_stage(monkeypatch):
-    """By a clock that only work moves: 1 s a forward, 100 s a placed layer, 10,000 s a choice."""
+    """By a clock that only work moves: 1 s a forward, 100 s a layer placed, 10,000 s a choice."""
     now, model = [0.0], tiny_model("llama")
 
     def costing(seconds, function):
@@ -180,10 +181,10 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
 
         return timed
 
-    for module in ("engine", "fusion.passes", "fusion.scene"):
+    for module in ("engine", "fusion.timing"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Placement, "layer", costing(100, Placement.layer))
-    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "survey"), (QuestionAware, "survey")):
+    monkeypatch.setattr(Placement, "_place_opening", costing(100, Placement._place_opening))
+    for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "select"), (QuestionAware, "select")):
         monkeypatch.setattr(kind, choice, costing(10_000, getattr(kind, choice)))
     model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
     engine = Engine(model, template=TEMPLATE)

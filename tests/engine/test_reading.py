@@ -3,8 +3,8 @@
 import torch
 from transformers import DynamicCache
 
-from ragkv import Chunk, Engine, LegoLink, Reuse
-from ragkv.library.reading import with_window
+from ragkv import Engine, LegoLink, Reuse
+from ragkv.library.document import Document, windows
 from ragkv.testing import random_ids
 
 from .conftest import QUESTION, TEMPLATE, full
@@ -43,10 +43,10 @@ def test_context_is_part_of_the_key(engine):
     document = engine.add_document([random_ids(12), random_ids(20)])
     alone = engine.add([random_ids(20)])[0]
     assert document[1].ids == alone.ids and document[1].id == alone.id
-    assert engine.chunk_key(document[1]) != engine.chunk_key(alone)
+    assert engine.documents.key(document[1]) != engine.documents.key(alone)
     chunkwise = Engine(engine.model, template=TEMPLATE, method=Reuse(), context="chunk")
     parts = chunkwise.add_document([random_ids(12), random_ids(20)])
-    assert chunkwise.chunk_key(parts[1]) == engine.chunk_key(alone)
+    assert chunkwise.documents.key(parts[1]) == engine.documents.key(alone)
 
 
 def test_a_chunk_of_a_document_is_what_the_whole_pass_computed(engine):
@@ -56,7 +56,7 @@ def test_a_chunk_of_a_document_is_what_the_whole_pass_computed(engine):
     cache = DynamicCache()
     with torch.no_grad():
         engine.model(input_ids=ids, past_key_values=cache)
-    kv = engine.store.get(engine.chunk_key(document[2]))
+    kv = engine.store.get(engine.documents.key(document[2]))
     assert kv.base == 3 + 13 + 21
     for layer, (keys, values) in zip(cache.layers, kv, strict=True):
         torch.testing.assert_close(keys, layer.keys[0, :, kv.base : kv.base + 16], atol=1e-5, rtol=1e-4)
@@ -74,13 +74,13 @@ def test_long_documents_are_read_in_windows(shared_model, monkeypatch):
     assert all(chunk.offset + len(chunk) <= 64 for chunk in chunks)
     # the second window's first chunk was read behind the chunk before it
     behind = engine.add_document([random_ids(15, seed=3), random_ids(15, seed=4)])
-    assert engine.chunk_key(behind[1]) == engine.chunk_key(chunks[4])
+    assert engine.documents.key(behind[1]) == engine.documents.key(chunks[4])
 
 
 def test_windows_never_exceed_and_always_advance():
     for lengths in ([64] * 5, [1] * 200, [60, 3, 3, 60, 64, 1], [40, 40, 40]):
-        chunks = with_window([Chunk(tuple(random_ids(n, seed=i))) for i, n in enumerate(lengths)], 64)
-        assert [len(chunk) for chunk in chunks] == lengths
+        ids = [random_ids(n, seed=i) for i, n in enumerate(lengths)]
+        chunks = list(Document("", ids, windows(lengths, 64)))
         assert all(chunk.offset + len(chunk) <= 64 for chunk in chunks)
 
 
@@ -95,10 +95,10 @@ def test_repair_with_everything_behind_is_exact(engine, reads, monkeypatch):
     ):
         seen = reads(engine)
         repaired = engine.repair_document(old, changed, behind_tokens=1000)
-        assert not seen and engine.missing(repaired) == []
-        exact = engine.cut_document(changed)
+        assert not seen and engine.documents.missing(repaired) == []
+        exact = list(engine.documents.cut(changed))
         first = next(i for i, (a, b) in enumerate(zip(repaired, exact, strict=True)) if a.context != b.context)
-        assert [engine.chunk_key(c) for c in repaired[:first]] == [engine.chunk_key(c) for c in exact[:first]]
+        assert [engine.documents.key(c) for c in repaired[:first]] == [engine.documents.key(c) for c in exact[:first]]
         prompt = engine.fuse(repaired, QUESTION, method=Reuse())
         assert float((prompt.logits - full(engine.model, prompt.input_ids)).abs().max()) < 1e-4
         assert all(chunk.ids == want.ids for chunk, want in zip(repaired, exact, strict=True))
@@ -116,9 +116,9 @@ def test_repair_computes_little_and_says_so(engine, monkeypatch):
     assert repaired[1].mark and engine.fuse(repaired, QUESTION, method=LegoLink(k=1)).report.budget > 0
     # an unrepaired copy of the same document is another variant, and exact
     exact = engine.add_document([parts[0], random_ids(9), parts[2], parts[3]])
-    assert engine.chunk_key(exact[3]) != engine.chunk_key(repaired[3])
+    assert engine.documents.key(exact[3]) != engine.documents.key(repaired[3])
     # lost KV: read again; several windows, or nothing left of the old text: read as ever
-    engine.store.remove(engine.chunk_key(old[2]))
+    engine.store.remove(engine.documents.key(old[2]))
     again = engine.repair_document(old, [parts[0], random_ids(8), parts[2], parts[3]])
-    assert not any(chunk.mark for chunk in again) and engine.missing(again) == []
+    assert not any(chunk.mark for chunk in again) and engine.documents.missing(again) == []
     assert not any(chunk.mark for chunk in engine.repair_document(old, [random_ids(30), random_ids(31)]))

@@ -1,5 +1,6 @@
 """Data of every form as cases: small files of our own, in the forms in which the data sets are published."""
 
+import bz2
 import json
 
 import pytest
@@ -137,10 +138,26 @@ def test_an_unknown_form(tmp_path, text, reason):
         read_cases(path)
 
 
-def test_what_is_no_text(tmp_path):
-    (tmp_path / "data").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(EvaluationError, match="not text in UTF-8"):
-        read_cases(tmp_path / "data")
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_only_an_end_of_line_ends_a_record(tmp_path, line_end):
+    """A text may hold what Unicode calls a line end, unescaped (https://jsonlines.org)."""
+    record = {**RECORDS["ragkv"], "question": "a\u2028b\x85c"}
+    (tmp_path / "data").write_bytes(line_end.join([json.dumps(record, ensure_ascii=False)] * 2).encode())
+    assert [case.question for case in read_cases(tmp_path / "data")[1]] == [record["question"]] * 2
+
+
+def test_packed(tmp_path):
+    text = "\n".join(map(json.dumps, [RECORDS["MuSiQue"]] * 2))
+    (tmp_path / "data.jsonl.bz2").write_bytes(bz2.compress(text.encode()))
+    assert read_cases(tmp_path / "data.jsonl.bz2") == read(tmp_path, *[RECORDS["MuSiQue"]] * 2)
+
+
+@pytest.mark.parametrize("name", ["data", "data.bz2"])
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00\x81", bz2.compress(b"\xff"), bz2.compress(b"[]")[:-3]])
+def test_what_is_no_text(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(EvaluationError, match=f"{name} is not text in UTF-8"):
+        read_cases(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from ragkv.evaluation import Bench, EvaluationError, GateError, Plan, evaluate, generated_cases, parse_arms
+from ragkv import bundled
+from ragkv.evaluation import Bench, EvaluationError, GateError, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.answering import reply
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.gates import run_gates
@@ -223,7 +224,7 @@ def test_plans_are_checked(name, plan):
 @pytest.mark.parametrize("gold", ["harp", "not stated", "Zishi Dreyham and more words than it says"])
 def test_answers_are_those_of_plain_greedy_decoding(bundled_bench, gold):
     engine = bundled_bench.engine
-    for case in generated_cases(11, 4):
+    for case in read_cases(bundled.CASES_PATH)[1][:4]:
         chunks = engine.add([case.text(place) for place in case.retrieved[:4]])
         for method in (FullPrefill(), LegoLink(4)):
             want = engine.generate(chunks, case.question, method=method, max_new_tokens=6).text
@@ -265,7 +266,7 @@ def test_the_tokens_of_one_prompt(tiny_bench, small_case):
 
 def test_what_the_bundled_model_shows(bundled_bench, tmp_path, plan):
     """Relations with a wide margin only: the model may be trained anew."""
-    cases = [case for case in generated_cases(21, 56, documents=3) if case.kind in ("cross", "unnamed")]
+    cases = [case for case in read_cases(bundled.CASES_PATH)[1][:40] if case.kind in ("cross", "unnamed")]
     arms = parse_arms(["full-prefill", "full-documents", "reuse", "no-context"], [])
     found = evaluate(bundled_bench, plan(cases=cases, arms=arms, orders=1, timed=0), tmp_path).summary
     share = {

@@ -89,7 +89,7 @@ def test_budgets_are_charged_without_the_suffix(rows, bench, case):
 
 def test_without_rotation_keys_stay_as_they_were_made(bench, case, reading):
     chunk = reading.at(RETRIEVED, "alone")[2]
-    made = bench.engine.store.get(bench.engine.chunk_key(chunk))
+    made = bench.engine.store.get(bench.engine.documents.key(chunk))
     for rotated in (False, True):
         prompt, _ = bench.fuse(reading.at(RETRIEVED, "alone"), case, Reuse(), rotated)
         start = prompt.report.prefix_tokens + sum(len(c) for c in reading.at(RETRIEVED[:2], "alone"))
@@ -106,5 +106,5 @@ def test_the_text_to_measure_sensitivity_with(bench, loaded, case):
     found = []
     for made in (bench, own, own.like()):
         chunk = made.read(case).at(RETRIEVED, "document")[2]
-        found.append(made.engine.store.get(made.engine.chunk_key(chunk)).sensitivity)
+        found.append(made.engine.store.get(made.engine.documents.key(chunk)).sensitivity)
     assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])

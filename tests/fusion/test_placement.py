@@ -70,11 +70,11 @@ def place(decoder, monkeypatch):
         )
         keys = {item.chunk: key for item, key in zip(layout.chunks, batch.keys, strict=True)}
         new = {batch.keys[number]: batch.chunks[number] for number in fresh}
-        work = placement.Placement(decoder, cache, layout, None, None, batch, keys, new, by_layer=True)
+        work = placement.Placement(decoder, cache, layout, None, batch, keys, new, by_layer=True)
         for number, layer in enumerate(cache.layers):
             layer.key_room.fill_(torch.nan)
             layer.value_room.fill_(torch.nan)
-            work.layer(number)
+            work.upto(number)
         monkeypatch.setattr(placement, "place_pieces", placed)
         span = slice(layout.chunks_start, layout.suffix_start)
         return [room[0, :, span] for layer in cache.layers for room in (layer.key_room, layer.value_room)], counts

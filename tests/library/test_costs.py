@@ -6,8 +6,10 @@ import torch
 from ragkv import Engine, PromptTemplate, TieredStore
 from ragkv.errors import StoreFullError
 from ragkv.library.costs import cost_profile, measure
+from ragkv.library.reading import Reader
 from ragkv.model.decoder import Decoder
 from ragkv.store import CostProfile
+from ragkv.store.maintenance import entries
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
@@ -32,13 +34,13 @@ def measured(monkeypatch):
 
 
 def costs(engine, chunks):
-    return [engine.store._disk.row(engine.chunk_key(chunk)).usage.cost_s for chunk in chunks]
+    return [engine.store._disk.row(engine.documents.key(chunk)).usage.cost_s for chunk in chunks]
 
 
 def test_measured_once_for_a_folder(model, tmp_path, measured):
     for _ in range(2):
         with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
-            assert engine.missing(engine.cut_document([random_ids(9, seed=1)])) or len(measured) == 1
+            assert engine.documents.missing(list(engine.documents.cut([random_ids(9, seed=1)]))) or len(measured) == 1
             chunks = engine.add_document([random_ids(20, seed=1), random_ids(30, seed=2)])
             first, second = costs(engine, chunks)
             assert first == pytest.approx(20 * (1e-3 + 3e-6))
@@ -64,17 +66,21 @@ def test_not_measured_where_nobody_asks(model, tmp_path, measured):
 
 
 def test_damaged_profile_is_measured_again(model, tmp_path, measured):
-    decoder = Decoder(model)
+    reader = reader_of(model, "model")
     with TieredStore(tmp_path, cpu_bytes=0) as store:
-        assert cost_profile(decoder, store, "model", 1000) is not None
+        assert cost_profile(reader, store, 1000) is not None
         (name,) = [name for name in facts(store) if name.startswith("prefill seconds:")]
         store.meta_put(name, b"{}")
-        profile = cost_profile(decoder, store, "model", 1000)
-        assert profile == cost_profile(decoder, store, "model", 1000)
+        profile = cost_profile(reader, store, 1000)
+        assert profile == cost_profile(reader, store, 1000)
     assert len(measured) == 2
     with TieredStore(tmp_path, cpu_bytes=0, readonly=True) as store:
-        assert cost_profile(decoder, store, "another", 1000) is not None
+        assert cost_profile(reader_of(model, "another"), store, 1000) is not None
     assert len(measured) == 3
+
+
+def reader_of(model, fingerprint=""):
+    return Reader(Decoder(model), (), 512, fingerprint=fingerprint)
 
 
 def facts(store):
@@ -85,7 +91,7 @@ def facts(store):
 
 @pytest.mark.parametrize("most", [1, 7, 20, 300, 100_000])
 def test_grid_fits_the_model(model, most):
-    profile = measure(Decoder(model), most, 30.0)
+    profile = measure(reader_of(model), most, 30.0)
     assert profile.cached[-1] + profile.new[-1] <= most or most == 1
     assert all(seconds > 0 for row in profile.seconds for seconds in row[1:])
     assert profile(0, 0) == 0 and profile(0, 50) > 0
@@ -102,7 +108,7 @@ def test_measurement_is_bounded(model, monkeypatch):
 
     monkeypatch.setattr("ragkv.library.costs._prefill", slow)
     monkeypatch.setattr("ragkv.library.costs.perf_counter", lambda: clock[0])
-    profile = measure(Decoder(model), 10_000, 2.0)
+    profile = measure(reader_of(model), 10_000, 2.0)
     assert asked == [(0, 16)] * 3 + [(1024, 16)] * 2
     assert profile(0, 64) == pytest.approx(32.0), "it goes on along the line"
 
@@ -111,7 +117,7 @@ def test_no_trace(model):
     """Weights, hooks, attention, and the state of random numbers are as they were."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention, forward, chance = model.config._attn_implementation, model.forward, torch.get_rng_state()
-    measure(Decoder(model), 500, 30.0)
+    measure(reader_of(model), 500, 30.0)
     assert torch.equal(torch.get_rng_state(), chance)
     assert model.forward == forward and model.config._attn_implementation == attention
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
@@ -122,14 +128,14 @@ def test_chunks_are_written_together(model, tmp_path, monkeypatch):
     with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, cpu_bytes=0)) as engine:
         calls, put_many = [], engine.store.put_many
         monkeypatch.setattr(
-            engine.store, "put_many", lambda items, **o: (calls.append(len(items)), put_many(items, **o))[1]
+            engine.store, "put_many", lambda items, **o: (items and calls.append(len(items)), put_many(items, **o))[1]
         )
         chunks = engine.add_document([random_ids(20, seed=n) for n in range(6)])
         assert calls == [6]
         monkeypatch.setattr("ragkv.library.documents._WRITTEN_TOGETHER_BYTES", 1)
         more = engine.add([random_ids(20, seed=n) for n in range(10, 13)])
         assert calls == [6, 1, 1, 1]
-        assert engine.missing([*chunks, *more]) == []
+        assert engine.documents.missing([*chunks, *more]) == []
 
 
 def test_those_that_fit_are_stored(model, tmp_path):
@@ -138,17 +144,12 @@ def test_those_that_fit_are_stored(model, tmp_path):
         parts = [random_ids(10, seed=1), random_ids(500, seed=2)]
         with pytest.raises(StoreFullError):
             engine.add(parts)
-        assert [len(chunk) for chunk in engine.missing(engine.cut_document(parts[:1]))] == []
+        assert [len(chunk) for chunk in engine.documents.missing(list(engine.documents.cut(parts[:1])))] == []
 
 
-def test_passages_are_named_but_not_in_a_namespace(tmp_path):
-    from ragkv import bundled
-    from ragkv.retrieval.records import text_key
-    from ragkv.store.maintenance import entries
-
-    model, tokenizer = bundled.load()
-    for namespace, label in (("", text_key("A river.").hex()), ("tenant", "")):
+def test_documents_are_named_but_not_in_a_namespace(model, tmp_path):
+    for namespace, label in (("", "a report"), ("tenant", "")):
         path = tmp_path / f"kv{namespace}"
-        with Engine(model, tokenizer, store=TieredStore(path, cpu_bytes=0), namespace=namespace) as engine:
-            engine.add(["A river."])
+        with Engine(model, template=TEMPLATE, store=TieredStore(path, cpu_bytes=0), namespace=namespace) as engine:
+            engine.add_document([random_ids(9)], document_id="a report")
         assert [entry.label for entry in entries(path)] == [label]

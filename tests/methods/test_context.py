@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ragkv import Engine, LegoLink, Method, MethodError, PromptTemplate, QuestionAware, Reuse, Union
+from ragkv import Engine, LegoLink, Method, MethodError, PromptTemplate, QuestionAware, Reuse, Selection, Union
 from ragkv.testing import random_ids, tiny_model
 
 # Without a prefix: its distance would change with a chunk's place, and what is computed afresh with it.
@@ -15,29 +15,24 @@ EXACT = 1e-4
 class Seeing(Method):
     """Recompute every second token, which see of the other chunks what they are given."""
 
-    looks = True
-
     def __init__(self, shown):
         self.shown = shown
 
-    def start(self, layout):
+    def tokens(self, layout):
         return layout.reusable[::2]
 
-    def context(self, scene):
-        return self.shown(scene.layout)
+    def select(self, view):
+        return Selection(self.tokens(view.layout), self.shown(view.layout))
 
 
 class Narrowing(Seeing):
     """The same with all tokens, of which every second is dropped at a layer."""
 
-    def start(self, layout):
-        return layout.reusable
-
-    def checks(self, layers):
-        return [1]
+    def select(self, view):
+        return Selection(view.layout.reusable, self.shown(view.layout), checks=[1])
 
     def narrow(self, check):
-        return check.positions[::2]
+        return check.tokens[::2]
 
 
 def nothing(layout):
@@ -75,7 +70,7 @@ def test_a_shown_chunk_is_all_that_is_seen(engine):
     first, second, third, other = engine.add([random_ids(20, seed=n) for n in range(4)])
 
     class Last(Seeing):
-        def start(self, layout):
+        def tokens(self, layout):
             return layout.span(layout.chunks[2])
 
     def last_keys(chunks, shown):
@@ -93,7 +88,7 @@ def test_a_shown_chunk_is_all_that_is_seen(engine):
     assert float(apart.abs().max()) > 50 * EXACT
 
 
-def test_a_context_of_other_positions_is_refused():
+def test_a_context_of_other_tokens_is_refused():
     engine = Engine(tiny_model(), template=TEMPLATE)
     with pytest.raises(MethodError, match="not open"):
         logits(engine, engine.add([random_ids(9)]), Seeing(lambda layout: layout.suffix))

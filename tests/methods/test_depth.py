@@ -40,7 +40,7 @@ def test_what_is_compared_are_the_models_own_values():
         return torch.stack([layer.values[0, :, -len(behind) :] for layer in layers])
 
     want = (values(behind) - values(front + behind)).square().sum((1, 3))
-    torch.testing.assert_close(engine._reader.changes(), want, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(engine.documents.reader.changes(), want, atol=1e-5, rtol=1e-3)
     assert want[1:].min() > 1e-6
 
 
@@ -48,7 +48,7 @@ def test_what_is_compared_are_the_models_own_values():
 def test_the_engine_asks_for_the_layer_once_and_reports_it(wrap, monkeypatch):
     engine = Engine(tiny_model(), template=TEMPLATE)
     asked = []
-    monkeypatch.setattr("ragkv.library.depth.check_layer", lambda changes: asked.append(changes) or 2)
+    monkeypatch.setattr("ragkv.library.reading.check_layer", lambda changes: asked.append(changes) or 2)
     chunks = engine.add([random_ids(n) for n in (20, 31)])[::-1]
     for _ in range(2):
         prompt = engine.fuse(chunks, QUESTION, method=wrap(CacheBlend(0.2)))

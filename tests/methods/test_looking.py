@@ -19,7 +19,7 @@ from ragkv import (
     TieredStore,
     Union,
 )
-from ragkv.fusion import fuse
+from ragkv.fusion import view
 from ragkv.library.sensitivity import sensitivity
 from ragkv.methods import Auto
 from ragkv.testing import random_ids, tiny_model
@@ -47,17 +47,12 @@ def chosen(prompt):
 class Keep(Method):
     """Looks, and keeps what it saw."""
 
-    looks = True
-
     def __init__(self, look):
         self.look, self.seen = look, None
 
-    def start(self, layout):
-        return layout.reusable[:0]
-
-    def survey(self, scene):
-        self.seen = self.look(scene)
-        return self.start(scene.layout)
+    def select(self, view):
+        self.seen = self.look(view)
+        return view.layout.reusable[:0]
 
 
 def see(engine, chunks, look):
@@ -84,7 +79,7 @@ def test_attention_is_the_models_own(engine, model):
 
 def test_question_aware_takes_what_the_question_looks_at(engine):
     chunks = engine.add(PARTS)
-    attention = see(engine, chunks, lambda scene: scene.attention("last")).mean(0)
+    attention = see(engine, chunks, lambda view: view.attention("last")).mean(0)
     prompt = engine.fuse(chunks, QUESTION, method=QuestionAware(ratio=0.25, queries="last"))
     exact = len(PARTS[0]) + 1  # the first chunk stands where it was made
     best = attention[exact:].topk(round(0.25 * len(attention))).indices + exact + 3
@@ -94,7 +89,7 @@ def test_question_aware_takes_what_the_question_looks_at(engine):
 
 def test_oracle_sees_the_deviation_from_full_prefill(engine):
     chunks = engine.add(PARTS)[::-1]
-    deviation = see(engine, chunks, lambda scene: scene.deviation())
+    deviation = see(engine, chunks, lambda view: view.deviation)
     stored = engine.fuse(chunks, QUESTION, method=Reuse())
     full = engine.fuse(chunks, QUESTION, method=FullPrefill())
     span, layer = slice(3, stored.input_ids.shape[1] - len(QUESTION)), 2
@@ -123,7 +118,7 @@ def test_sensitivity_is_the_change_behind_a_foreign_text(model):
 
     alone, behind = [v[:, 3:] for v in values([1, 5, 6])], values([1, 5, 6, *foreign, 10])
     want = sensitivity(alone, [v[:, 19:] for v in behind], [v[:, 3:19] for v in behind])
-    got = torch.cat([engine.store.get(engine.chunk_key(chunk)).sensitivity for chunk in document])
+    got = torch.cat([engine.store.get(engine.documents.key(chunk)).sensitivity for chunk in document])
     assert want.max() > 1e-3
     torch.testing.assert_close(got, want, atol=1e-4, rtol=2e-3)  # kept as fp16
 
@@ -137,7 +132,7 @@ def test_only_the_later_part_of_a_document_is_measured_anew(model):
     later.add_document(PARTS[:2])
     later.add_document(PARTS)
     for chunk in whole:
-        one, two = (e.store.get(e.chunk_key(chunk)).sensitivity for e in (at_once, later))
+        one, two = (e.store.get(e.documents.key(chunk)).sensitivity for e in (at_once, later))
         torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-2)
 
 
@@ -151,7 +146,7 @@ def test_sensitivity_is_kept_with_the_chunk(model, tmp_path, tiers):
             chunks = engine.add(PARTS)
             for _ in range(2):
                 prompt = engine.fuse(chunks, QUESTION)
-                kept.append((chosen(prompt), engine.store.get(engine.chunk_key(chunks[1])).sensitivity.tolist()))
+                kept.append((chosen(prompt), engine.store.get(engine.documents.key(chunks[1])).sensitivity.tolist()))
     assert all(item == kept[0] for item in kept) and kept[0][0]
 
 
@@ -169,16 +164,16 @@ def test_a_foreign_text_takes_only_the_positions_there_are(model):
     longest = model.config.max_position_embeddings
     engine = Engine(model, template=PromptTemplate(prefix=[1]), method=SensitiveTokens())
     chunk = engine.add([random_ids(longest - 1)])[0]
-    assert len(engine.store.get(engine.chunk_key(chunk)).sensitivity) == longest - 1
+    assert len(engine.store.get(engine.documents.key(chunk)).sensitivity) == longest - 1
 
 
 def test_a_repaired_document_keeps_what_was_measured(model):
     engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.3))
     old = engine.add_document(PARTS)
     new = engine.repair_document(old, [PARTS[0], random_ids(12), PARTS[2]], behind_tokens=2)
-    kept, changed, moved = (engine.store.get(engine.chunk_key(chunk)).sensitivity for chunk in new)
+    kept, changed, moved = (engine.store.get(engine.documents.key(chunk)).sensitivity for chunk in new)
     assert kept.any() and not changed.any()
-    assert torch.equal(moved, engine.store.get(engine.chunk_key(old[2])).sensitivity)
+    assert torch.equal(moved, engine.store.get(engine.documents.key(old[2])).sensitivity)
     prompt = engine.fuse(engine.add([random_ids(8)]) + new[::-1], QUESTION)
     assert prompt.report.hits == {"cpu": 4}
 
@@ -224,8 +219,8 @@ def test_the_report_says_what_was_looked_with(engine):
 
 def test_a_check_runs_the_kernels_that_were_asked_for(model, monkeypatch):
     engine, asked = Engine(model, template=TEMPLATE, kernels="reference"), []
-    plain = fuse.deviation
-    monkeypatch.setattr(fuse, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
+    plain = view.deviation
+    monkeypatch.setattr(view, "deviation", lambda *pair, impl: asked.append(impl) or plain(*pair, impl=impl))
     engine.fuse(engine.add(PARTS)[::-1], QUESTION, method=CacheBlend(0.2, signal="both"))
     assert asked == ["reference"] * 2
 
@@ -244,12 +239,12 @@ def test_union_computes_what_either_does(engine):
         (Random(0.1), QuestionAware(0.2)),
         (LegoLink(5), CacheBlend(0.2)),
         (CacheBlend(0.2), LegoLink(5)),
+        (CacheBlend(0.2), QuestionAware(0.1)),
     ]:
         apart = [chosen(engine.fuse(chunks, QUESTION, method=method)) for method in (a, b)]
         assert chosen(engine.fuse(chunks, QUESTION, method=Union(a, b))) == apart[0] | apart[1]
-    for a, b in [(CacheBlend(), CacheBlend(0.3)), (CacheBlend(), QuestionAware())]:
-        with pytest.raises(MethodError, match="Union"):
-            engine.fuse(chunks, QUESTION, method=Union(a, b))
+    with pytest.raises(MethodError, match="Union: both"):
+        engine.fuse(chunks, QUESTION, method=Union(CacheBlend(), CacheBlend(0.3)))
 
 
 def test_auto_says_what_it_picked(model):

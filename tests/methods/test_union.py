@@ -15,10 +15,10 @@ def engine():
 
 
 def test_a_union_asks_what_its_methods_ask():
-    assert Union(LegoLink(), QuestionAware()).looks and not Union(LegoLink(), Reuse()).looks
     for union in (Union(LegoLink(), SensitiveTokens()), Union(Auto(), LegoLink()), Union(Reuse(), Auto())):
-        assert union.measured
-    assert not Union(LegoLink(), QuestionAware()).measured and not Union(Auto(LegoLink()), Reuse()).measured
+        assert union.needs_sensitivity
+    for union in (Union(LegoLink(), QuestionAware()), Union(Auto(LegoLink()), Reuse())):
+        assert not union.needs_sensitivity
     with pytest.raises(MethodError, match="joins two methods, got 'auto'"):
         Union("auto", LegoLink())
 

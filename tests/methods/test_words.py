@@ -17,8 +17,8 @@ def test_every_method_with_defaults_has_a_word():
 
 def test_settings_are_a_dataclass_fields():
     class Plain(Method):
-        def start(self, layout):
-            return layout.inexact
+        def select(self, view):
+            return view.layout.inexact
 
     assert list(knobs_of(LegoLink)) == ["k"]
     assert knobs_of(Reuse) == knobs_of(Plain) == {}

@@ -185,11 +185,11 @@ def test_the_space_tells_models_apart():
     with torch.no_grad():
         two.model.layers[3].mlp.down_proj.weight[5, 7] += 1e-3
     assert weight_digest(one) != weight_digest(two)
-    spaces = {Engine(one).space, Engine(two).space, Engine(one, template=TEMPLATE).space}
-    spaces.add(Engine(tiny_model(attn_implementation="eager")).space)
-    spaces.add(Engine(tiny_model(rope_parameters=ROPES["linear"])).space)
+    spaces = {Engine(one).documents.space, Engine(two).documents.space, Engine(one, template=TEMPLATE).documents.space}
+    spaces.add(Engine(tiny_model(attn_implementation="eager")).documents.space)
+    spaces.add(Engine(tiny_model(rope_parameters=ROPES["linear"])).documents.space)
     assert len(spaces) == 5
-    assert Engine(one, template=PromptTemplate(prefix=[1, 5], after_chunk=[7])).space in spaces
+    assert Engine(one, template=PromptTemplate(prefix=[1, 5], after_chunk=[7])).documents.space in spaces
 
 
 def test_nothing_hangs_on_names():

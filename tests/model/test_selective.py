@@ -14,7 +14,7 @@ from ragkv import (
     SensitiveTokens,
     UnsupportedModelError,
 )
-from ragkv.fusion.scene import Scene
+from ragkv.fusion.looking import Looking
 from ragkv.kernels import KernelError
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
@@ -46,22 +46,17 @@ def test_spans_give_what_masks_give(architecture):
 class Looks(Method):
     """Sees what the question looks at, and computes nothing."""
 
-    looks = True
-
     def __init__(self, queries):
         self.queries = queries
 
-    def start(self, layout):
-        return layout.reusable[:0]
-
-    def survey(self, scene):
-        self.seen, self.looked = scene.attention(self.queries), scene.looked
-        return self.start(scene.layout)
+    def select(self, view):
+        self.seen = view.attention(self.queries)
+        return view.layout.reusable[:0]
 
 
 def look(engine, chunks, queries="all"):
     looks = Looks(queries)
-    engine.fuse(chunks, random_ids(6), method=looks)
+    looks.looked = engine.fuse(chunks, random_ids(6), method=looks).report.looked
     return looks
 
 
@@ -73,7 +68,7 @@ def test_the_question_looks_at_what_eager_attention_shows(architecture, monkeypa
     loaded = model.config._attn_implementation
     got = [look(engine, chunks, queries) for queries in ("all", "last")]
     assert model.config._attn_implementation == loaded
-    monkeypatch.setattr(Scene, "_rules", lambda self: None)
+    monkeypatch.setattr(Looking, "_rules", lambda self: None)
     for scored, queries in zip(got, ("all", "last"), strict=True):
         eager = look(engine, chunks, queries)
         assert (scored.looked, eager.looked) == ("question_scores (reference)", "eager")
@@ -90,7 +85,7 @@ def test_only_auto_looks_another_way(monkeypatch):
     passages = [random_ids(n) for n in (12, 9)]
     auto, named = (Engine(tiny_model(), template=TEMPLATE, kernels=kernels) for kernels in ("auto", "reference"))
     want = look(auto, auto.add(passages)).seen
-    monkeypatch.setattr("ragkv.fusion.scene.question_scores", refuse)
+    monkeypatch.setattr("ragkv.fusion.looking.question_scores", refuse)
     got = look(auto, auto.add(passages))
     assert got.looked == "eager"
     torch.testing.assert_close(got.seen, want, atol=1e-6, rtol=1e-4)
@@ -114,7 +109,7 @@ def test_a_model_that_does_more_than_it_says_gets_masks(monkeypatch):
     monkeypatch.setattr("ragkv.model.kernel_attention.KernelAttention.__call__", wrong)
     engine = Engine(model, template=TEMPLATE)
     assert engine.decoder.spans is None
-    monkeypatch.setattr("ragkv.fusion.scene.implementation", lambda *_: "triton")
+    monkeypatch.setattr("ragkv.fusion.looking.implementation", lambda *_: "triton")
     assert look(engine, engine.add([random_ids(9), random_ids(12)])).looked == "eager"
     prompt = engine.fuse(engine.add([random_ids(9), random_ids(12)]), random_ids(4), method=LegoLink(2))
     assert prompt.report.attention == "sdpa"

@@ -55,8 +55,8 @@ def open_rag(path=None, model=None, embedder=None, template=TEMPLATE, **engine_o
 
 
 def tokens_of(rag, text, begin=0):
-    return sum(len(chunk) for chunk in rag.engine.cut_document(rag.chunker.split(text))[begin:])
+    return sum(len(chunk) for chunk in list(rag.engine.documents.cut(rag.chunker.split(text)))[begin:])
 
 
 def keys(rag, text):
-    return [rag.engine.chunk_key(chunk) for chunk in rag.engine.cut_document(rag.chunker.split(text))]
+    return rag.engine.documents.keys_of(rag.engine.documents.cut(rag.chunker.split(text)))

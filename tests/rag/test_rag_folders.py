@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ragkv import RAG, IncompatibleFolderError, PromptTemplate
+from ragkv import IncompatibleFolderError, PromptTemplate
+from ragkv.retrieval import TokenChunker
 
 from .rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model, tokens_of
 
@@ -36,18 +37,76 @@ def test_a_restart_keeps_everything(model, tmp_path, reads):
         assert rag.refresh() == sum(tokens_of(rag, text) for text in DOCUMENTS.values())
 
 
-def test_a_folder_of_another_model_or_embedder(model, tmp_path):
+def test_a_folder_serves_several_models(model, tmp_path):
+    """Texts and vectors belong to the user, KV to the model: another one reads what it needs, and nothing is lost."""
+    other = small_model(seed=1)
     with open_rag(tmp_path, model) as rag:
         rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-    with pytest.raises(IncompatibleFolderError, match=r"made with the model LlamaForCausalLM .* another folder"):
-        open_rag(tmp_path, small_model(seed=1))
+        want, entries = rag.ask(QUESTION, max_new_tokens=5), len(rag.engine.store)
+    with open_rag(tmp_path, other) as rag:
+        embedded = rag.add_texts(list(DOCUMENTS.values())[:1], list(DOCUMENTS)[:1]).changes[0].embedded
+        answer = rag.ask(QUESTION, max_new_tokens=5)
+        assert (embedded, answer.sources) == (0, want.sources)
+        fresh = tiny_answer(other, answer)
+        assert answer.token_ids == fresh
+        rag.refresh()
+        assert len(rag.engine.store) == 2 * entries
+    with open_rag(tmp_path, model) as rag:
+        assert rag.refresh() == 0
+        got = rag.ask(QUESTION, max_new_tokens=5)
+        assert (got.token_ids, got.report.fusion.hits) == (want.token_ids, {"disk": 5})
+        rag.remove("clearport.md")  # what any model kept of it goes
+        gone = entries - len(rag.engine.store) // 2
+        assert gone > 0 and len(rag.engine.store) % 2 == 0
+
+
+def letters(texts, **_):
+    """A tokenizer of another model."""
+    return {"input_ids": [[0] * (len(text) // 9 + 1) for text in texts]}
+
+
+def tiny_answer(model, answer):
+    """What a folder of this model alone answers."""
+    with open_rag(None, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        return rag.ask(QUESTION, max_new_tokens=len(answer.token_ids)).token_ids
+
+
+def test_a_folder_of_another_embedder_is_refused(model, tmp_path):
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
     with pytest.raises(IncompatibleFolderError, match=r"made with the embedder words .*, got others"):
         open_rag(tmp_path, model, WordEmbedder("others"))
-    with pytest.raises(IncompatibleFolderError, match="model"):
-        RAG.from_pretrained(path=tmp_path, embedder=WordEmbedder())
     with open_rag(tmp_path, model) as rag:  # nothing was left open, and nothing was lost
         assert rag.refresh() == 0
         assert rag.ask(QUESTION, max_new_tokens=2).report.fusion.hits == {"disk": 5}
+
+
+def test_a_warm_question_tokenises_nothing_but_itself(model, tmp_path, monkeypatch):
+    """Law 15, after a restart: what a chunk is stands in the catalogue."""
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+    with open_rag(tmp_path, model) as rag:
+        said = []
+        encode = rag.engine.encoder.ids
+        monkeypatch.setattr(rag.engine.encoder, "ids", lambda text, **more: said.append(text) or encode(text, **more))
+        monkeypatch.setattr(rag.chunker, "spans", None)
+        answer = rag.ask(QUESTION, max_new_tokens=2)
+        assert said == [QUESTION] and answer.report.fusion.hits == {"disk": 5}
+
+
+def test_text_that_did_not_change_is_not_cut_again(model, tmp_path):
+    """Another model's tokens would cut it elsewhere: passages and vectors stay, for all models."""
+    with open_rag(tmp_path, model) as rag:
+        before = [change.document for change in rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).changes]
+    with open_rag(tmp_path, model) as rag:
+        rag.chunker = TokenChunker(letters, 48)
+        assert [rag.chunker.split(text) for text in DOCUMENTS.values()] != [
+            rag.retriever.catalogue.texts(name) for name in DOCUMENTS
+        ]
+        assert [
+            change.document for change in rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS)).changes
+        ] == before
 
 
 def test_killed_while_adding(model, tmp_path):

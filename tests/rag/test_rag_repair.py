@@ -75,39 +75,32 @@ def test_a_changed_file_is_repaired(tmp_path, monkeypatch):
         assert len(rag.engine.store) == 0
 
 
-def test_the_mark_goes_with_the_version_that_was_repaired(tmp_path):
-    """Removed, edited once more, or continued: what was repaired and its mark are gone, and nothing else is."""
+def test_a_repair_belongs_to_its_version(tmp_path):
+    """Removed, edited once more, or continued: what was repaired is gone, and nothing else is."""
     edited = [PARAGRAPHS[0], PARAGRAPHS[1].replace("Mersey", "Tyne"), *PARAGRAPHS[2:]]
     again = [*edited[:3], edited[3].replace("Ireland", "Wales")]
     with open_rag(tmp_path / "rag", repair_tokens=8) as rag:
 
-        def marks():
-            with rag.engine.store._disk.environment.read() as txn:
-                cursor = txn.cursor(rag.engine.store._disk.environment.db(b"facts"))
-                return sum(bytes(name).startswith(b"repaired:") for name in cursor.iternext(values=False))
-
         def add(passages, source="a"):
-            return rag.add_texts(["\n\n".join(passages)], [source])
+            rag.add_texts(["\n\n".join(passages)], [source])
+            chunks = rag.chunks(rag.retrieve("river", 50))
+            assert rag.engine.documents.missing(chunks) == []
+            return sum(bool(chunk.mark) for chunk in chunks), len(rag.engine.store)
 
-        add(PARAGRAPHS)
-        assert marks() == 0
-        add(edited)
-        assert (marks(), len(rag.engine.store)) == (1, 4)
-        add(again)
-        assert (marks(), len(rag.engine.store)) == (1, 4)
-        add([*again, "One more thing was said."])
-        assert (marks(), len(rag.engine.store)) == (1, 5)
+        assert add(PARAGRAPHS) == (0, 4)
+        assert add(edited) == (1, 4)
+        assert add(edited) == (1, 4)
+        assert add(again) == (1, 4)
+        assert add([*again, "One more thing was said."]) == (1, 5)
         rag.remove("a")
-        assert (marks(), len(rag.engine.store)) == (0, 0)
-        # another document of the same passages keeps KV and mark alive
+        assert len(rag.engine.store) == 0
+        # another document of the same passages is read exactly, and keeps what it shares with no one
         add(PARAGRAPHS)
         add(edited)
-        add(edited, "b")
+        assert add(edited, "b") == (1, 7)
         rag.remove("a")
-        assert (marks(), len(rag.engine.store)) == (1, 4)
-        assert rag.engine.missing(rag.shelf.chunks(rag.retriever.catalogue.texts("b"))) == []
-        rag.remove("b")
-        assert (marks(), len(rag.engine.store)) == (0, 0)
+        assert len(rag.engine.store) == 4
+        assert rag.ask("Which river?", max_new_tokens=2).report.fusion.hits == {"disk": 4}
 
 
 def test_neighbours_come_along(tmp_path):
@@ -132,5 +125,5 @@ def test_an_edit_keeps_what_later_windows_still_use(tmp_path):
         rag.add_texts([text], ["long"])
         rag.add_texts([text.replace("narrow", "empty", 1)], ["long"])
         passages = rag.retriever.catalogue.texts("long")
-        assert rag.engine.missing(rag.engine.cut_document(passages)) == []
-        assert len(rag.engine.store) == len({rag.engine.chunk_key(c) for c in rag.engine.cut_document(passages)})
+        assert rag.engine.documents.missing(list(rag.engine.documents.cut(passages))) == []
+        assert len(rag.engine.store) == len(set(rag.engine.documents.keys_of(rag.engine.documents.cut(passages))))

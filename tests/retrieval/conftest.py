@@ -64,8 +64,8 @@ def catalogue():
         yield catalogue
 
 
-def put(catalogue, source, passages, metadata=None, embedder=None):
-    return catalogue.put(source, passages, (embedder or HashEmbedder()).encode_documents, metadata)
+def put(catalogue, source, passages, metadata=None, embedder=None, **more):
+    return catalogue.put(source, passages, (embedder or HashEmbedder()).encode_documents, metadata, **more)
 
 
 def damaged(path, database, key):

@@ -8,8 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from ragkv.chunk import digest
 from ragkv.errors import DocumentError, RetrievalError
-from ragkv.retrieval import Catalogue
+from ragkv.retrieval import Catalogue, Reading
+from ragkv.retrieval.records import reading_key, source_key
 
 from .conftest import HashEmbedder, put
 
@@ -36,8 +38,8 @@ def test_the_same_again_does_nothing(catalogue, embedder):
     again = put(catalogue, "a", ["one", "two"], {"x": [1, 2]}, embedder)
     assert embedder.embedded == ["one", "two"] and catalogue.state == state
     assert again.document == first.document and again.kept == first.new
-    assert not (again.new or again.removed or again.embedded or again.orphans or again.orphan_texts)
-    assert again.first_changed is None
+    assert not (again.new or again.removed or again.embedded or again.unused)
+    assert again.replaced and again.first_changed is None and not first.replaced
 
 
 def test_other_metadata_embeds_nothing(catalogue, embedder):
@@ -54,8 +56,7 @@ def test_a_replaced_document_keeps_what_it_can(catalogue, embedder):
     assert change.document.passage_ids == (change.new[0], old[1], old[0], change.new[1])
     assert change.kept == (old[0], old[1]) and change.removed == (old[2], old[3])
     assert embedder.embedded == ["one", "two", "three", "zero", "four"] and change.embedded == 2
-    assert change.old_passages == ("one", "two", "three", "two") and change.first_changed == 0
-    assert change.orphans == (0, 1, 2, 3) and change.orphan_texts == (2,)
+    assert change.replaced and change.first_changed == 0
     assert [catalogue.passage(i).position for i in change.document.passage_ids] == [0, 1, 2, 3]
     for gone in change.removed:
         with pytest.raises(RetrievalError, match=f"no passage {gone}"):
@@ -64,31 +65,64 @@ def test_a_replaced_document_keeps_what_it_can(catalogue, embedder):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "first_changed", "orphans"),
-    [
-        ("abc", "abd", 2, (2,)),
-        ("abc", "ab", None, (2,)),
-        ("abc", "abcd", 3, ()),
-        ("abc", "xbc", 0, (0, 1, 2)),
-        ("abc", "acb", 1, (1, 2)),
-    ],
+    ("before", "after", "first_changed"),
+    [("abc", "abd", 2), ("abc", "ab", None), ("abc", "abcd", 3), ("abc", "xbc", 0), ("abc", "acb", 1)],
 )
-def test_where_reading_begins_again(catalogue, before, after, first_changed, orphans):
+def test_where_reading_begins_again(catalogue, before, after, first_changed):
     put(catalogue, "a", list(before))
-    change = put(catalogue, "a", list(after))
-    assert (change.first_changed, change.orphans) == (first_changed, orphans)
+    assert put(catalogue, "a", list(after)).first_changed == first_changed
 
 
-def test_orphans_are_what_nothing_else_uses(catalogue):
-    put(catalogue, "a", ["one", "two", "three"])
-    put(catalogue, "b", ["one", "two", "four"])
-    change = catalogue.remove("a")
-    # "one" and "one, two" are read in b as well; "three" is nowhere.
-    assert change.orphans == (2,) and change.orphan_texts == (2,) and change.old_passages == ("one", "two", "three")
-    put(catalogue, "c", ["two"])
-    change = catalogue.remove("b")
-    assert change.orphans == (0, 1, 2) and change.orphan_texts == (0, 2)
-    assert [document.source for document in catalogue] == ["c"] and catalogue.check() == []
+def read_by(model, texts):
+    """How a made-up model reads texts, each behind those before it."""
+    keys = [digest(model, *texts[: number + 1]) for number in range(len(texts))]
+    return Reading(digest(model).hex(), keys, f"{model} {texts}".encode())
+
+
+def found(catalogue, source, model):
+    with catalogue.snapshot() as view:
+        return view.reading(reading_key(source_key(source), digest(model).hex()))
+
+
+def test_a_reading_is_kept_with_its_document(catalogue):
+    one, two = ["one", "two", "three"], ["one", "two", "four"]
+    put(catalogue, "a", one, reading=read_by("m", one))
+    put(catalogue, "b", two, reading=read_by("m", two))
+    assert found(catalogue, "a", "m") == read_by("m", one) and found(catalogue, "a", "other") is None
+    # "one" and "one, two" are read for b as well
+    assert catalogue.remove("a").unused == (read_by("m", one).keys[2],)
+    assert found(catalogue, "a", "m") is None
+    change = put(catalogue, "b", two[:2], reading=read_by("m", two[:2]))
+    assert change.unused == (read_by("m", two).keys[2],) and catalogue.check() == []
+
+
+def test_several_models_read_one_document(catalogue):
+    texts = ["one", "two"]
+    put(catalogue, "a", texts, reading=read_by("m", texts))
+    assert not put(catalogue, "a", texts, reading=read_by("n", texts)).unused
+    assert not put(catalogue, "a", texts).unused
+    assert [found(catalogue, "a", model) for model in "mn"] == [read_by(model, texts) for model in "mn"]
+    put(catalogue, "a", texts, {"title": "x"})  # no passage changes: what was read stays
+    assert found(catalogue, "a", "m") is not None
+    # another text: what the models read is gone, and all of it is to be dropped
+    change = put(catalogue, "a", ["three"], reading=read_by("m", ["three"]))
+    assert set(change.unused) == {*read_by("m", texts).keys, *read_by("n", texts).keys}
+    assert found(catalogue, "a", "n") is None and catalogue.check() == []
+
+
+def test_readings_found_out_later(catalogue):
+    texts = ["one", "two"]
+    put(catalogue, "a", texts)
+    put(catalogue, "b", texts)
+    old = catalogue.get("a")
+    put(catalogue, "a", ["three"])
+    late = [(old, read_by("m", texts)), (catalogue.get("b"), read_by("m", texts))]
+    assert catalogue.keep(late) == set()
+    assert found(catalogue, "a", "m") is None, "it has changed meanwhile"
+    assert found(catalogue, "b", "m") == read_by("m", texts)
+    other = read_by("m", texts)._replace(keys=read_by("n", texts).keys)
+    assert catalogue.keep([(catalogue.get("b"), other)]) == set(read_by("m", texts).keys)
+    assert catalogue.check() == []
 
 
 def test_equal_texts_are_embedded_once(catalogue, embedder):
@@ -208,23 +242,21 @@ class Model(RuleBasedStateMachine):
     def put(self, source, texts):
         old = self.expected.get(source, [])
         self.expected[source] = texts
-        change = put(self.catalogue, source, texts)
-        assert list(change.old_passages) == old
+        change = put(self.catalogue, source, texts, reading=read_by("m", texts))
+        assert change.replaced == bool(old)
         assert len(change.new) + len(change.kept) == len(texts)
         assert len(change.removed) + len(change.kept) == len(old)
-        self.check_orphans(change, old)
+        self.check_unused(change, old)
 
     @rule(source=sources)
     def remove(self, source):
         if source in self.expected:
             old = self.expected.pop(source)
-            self.check_orphans(self.catalogue.remove(source), old)
+            self.check_unused(self.catalogue.remove(source), old)
 
-    def check_orphans(self, change, old):
-        prefixes = {tuple(texts[: i + 1]) for texts in self.expected.values() for i in range(len(texts))}
-        assert change.orphans == tuple(i for i in range(len(old)) if tuple(old[: i + 1]) not in prefixes)
-        texts = {text for texts in self.expected.values() for text in texts}
-        assert change.orphan_texts == tuple(i for i, text in enumerate(old) if text not in texts)
+    def check_unused(self, change, old):
+        named = {key for texts in self.expected.values() for key in read_by("m", texts).keys}
+        assert set(change.unused) == set(read_by("m", old).keys) - named
 
     @invariant()
     def fits(self):

@@ -1,12 +1,14 @@
 """A catalogue's folder: restarts, what it was made with, what is full, foreign or damaged."""
 
 import gc
+import json
 
 import numpy as np
 import pytest
 
-from ragkv.errors import IncompatibleFolderError, RecordError, RetrievalError, StoreFullError
-from ragkv.retrieval import Catalogue
+from ragkv.errors import IncompatibleFolderError, RecordError, RetrievalError, StoreError, StoreFullError
+from ragkv.retrieval import Catalogue, Reading
+from ragkv.retrieval.records import reading_key, source_key
 
 from .conftest import damaged, put
 
@@ -42,20 +44,17 @@ def test_a_folder_belongs_to_what_it_was_made_with(tmp_path):
         catalogue.require("embedder", "123", "first")
         catalogue.require("embedder", "456", "second")  # no documents yet: nothing is lost
         put(catalogue, "a", ["one"])
-        catalogue.require("model", "789")
     with Catalogue(tmp_path) as catalogue:
         catalogue.require("embedder", "456", "second under another name")
         with pytest.raises(IncompatibleFolderError) as caught:
             catalogue.require("embedder", "123", "first")
         for part in (str(tmp_path), "embedder second", "(456)", "first (123)", "another folder"):
             assert part in str(caught.value)
-        with pytest.raises(IncompatibleFolderError, match=r"made with the model \(789\), got \(000\)"):
-            catalogue.require("model", "000")
-        assert catalogue.settings["model"] == {"fingerprint": "789", "name": ""}
 
 
-def test_a_full_map_changes_nothing(tmp_path):
-    with Catalogue(tmp_path, map_bytes=1 << 20) as catalogue:
+def test_a_full_map_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("ragkv.folder.environment.MIN_MAP_BYTES", 1 << 20)
+    with Catalogue(tmp_path) as catalogue:
         put(catalogue, "a", ["one"])
         with pytest.raises(StoreFullError, match="full"):
             put(catalogue, "b", ["x" * 1000 + str(i) for i in range(2000)])
@@ -65,11 +64,11 @@ def test_a_full_map_changes_nothing(tmp_path):
 
 def test_foreign_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RetrievalError, match="cannot be made"):
+    with pytest.raises(StoreError, match="cannot be made"):
         Catalogue(tmp_path / "file")
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "data.mdb").write_bytes(b"junk" * 5000)
-    with pytest.raises(RecordError, match="no LMDB environment"):
+    with pytest.raises(RecordError, match="is damaged"):
         Catalogue(tmp_path / "junk")
     with Catalogue(tmp_path / "new") as catalogue, catalogue._environment.transaction(write=True) as txn:
         txn.put("meta", b"format", b"ragkv.catalogue/99")
@@ -111,8 +110,6 @@ def test_a_damaged_vector_is_computed_again(folder, embedder):
 
 
 def test_a_damaged_document_is_deleted(folder, embedder):
-    from ragkv.retrieval.records import source_key
-
     damaged(folder, "documents", source_key("a"))
     with Catalogue(folder) as catalogue:
         with pytest.raises(RecordError, match="a document is damaged"):
@@ -127,5 +124,37 @@ def test_check_finds_what_does_not_belong(catalogue, embedder):
     put(catalogue, "a", ["one"], embedder=embedder)
     with catalogue._environment.transaction(write=True) as txn:
         txn.put("uses", b"x" * 32, (7).to_bytes(8, "big"))
-    assert catalogue.check() == ["3 records in uses, its documents have 2"]
+    assert catalogue.check() == ["2 records in uses, its documents have 1"]
     assert catalogue.repair(embedder.encode_documents) == [] and catalogue.check() == []
+
+
+def test_a_damaged_reading_is_none_and_is_mended(folder, embedder):
+    reading = Reading("ab" * 32, [bytes([number]) * 32 for number in range(2)], b"what a model read")
+    with Catalogue(folder) as catalogue:
+        passages = catalogue.texts("a")
+        put(catalogue, "a", passages, reading=reading)
+    key = reading_key(source_key("a"), reading.setting)
+    damaged(folder, "readings", key)
+    with Catalogue(folder) as catalogue:
+        with catalogue.snapshot() as view:
+            assert view.reading(key) is None
+        assert catalogue.check() == ["a: how a model reads it is damaged"]
+        assert catalogue.repair(embedder.encode_documents) == [] and catalogue.check() == []
+        with catalogue.snapshot() as view:
+            assert not view.names(reading.keys[0])
+
+
+def test_a_folder_of_the_former_format_is_migrated(folder, embedder):
+    """It listed passages behind those before them too, and belonged to one model. Texts, vectors and ids stay."""
+    with Catalogue(folder) as catalogue:
+        before = [(document, catalogue.texts(document.source)) for document in catalogue]
+        with catalogue._environment.transaction(write=True) as txn:
+            txn.put("meta", b"format", b"ragkv.catalogue/1")
+            txn.put("uses", b"lineage key of 32 bytes, as it was", (1).to_bytes(8, "big"))
+            model = {"fingerprint": "123", "name": "a model"}
+            txn.put("meta", b"settings", json.dumps({**catalogue.settings, "model": model}).encode())
+    with Catalogue(folder) as catalogue:
+        assert [(document, catalogue.texts(document.source)) for document in catalogue] == before
+        assert catalogue.check() == [] and "model" not in catalogue.settings
+        put(catalogue, "c", ["one"], embedder=embedder)
+        assert embedder.embedded == [], "its text has a vector"

@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ragkv import PromptTemplate
 from ragkv.errors import DocumentError, RetrievalError
+from ragkv.prompt import Encoder
 from ragkv.retrieval import TokenChunker
 
-from .conftest import PROSE, TOKENIZERS
+from .conftest import PROSE, TOKENIZERS, byte_level
 
 # Prose, structure and anything else that Unicode has.
 PIECES = st.sampled_from(
@@ -19,10 +21,17 @@ PIECES = st.sampled_from(
         "# Head\n",
         "- item\n",
         "```\n",
+        "```python\n\tif x:\n\n\t\treturn\n```\n",
+        "\t",
+        "\r\n \n",
+        "\u2003\x85",
+        "\0",
         "word ",
         "é😀",
         "他来了。",
         "x" * 70,
+        "<|im_start|>",
+        "</s>",
     ]
 )
 TEXTS = st.lists(PIECES | st.text(max_size=30), max_size=40).map("".join)
@@ -41,14 +50,38 @@ def bare(text):
 @given(text=TEXTS, chunk_tokens=st.integers(8, 60))
 def test_passages_fit_and_are_the_text(name, text, chunk_tokens):
     tokenizer = TOKENIZERS[name]
-    passages = TokenChunker(tokenizer, chunk_tokens).split(text)
-    assert all(count(tokenizer, passage) <= chunk_tokens for passage in passages)
+    chunker = TokenChunker(tokenizer, chunk_tokens)
+    passages, spans = chunker.split(text), chunker.spans(text)
+    encoder = Encoder(PromptTemplate(), tokenizer, 1 << 20)
+    assert all(len(encoder.ids(passage)) <= chunk_tokens for passage in passages)
     assert bare("".join(passages)) == bare(text)
-    at = 0
-    for passage in passages:
-        assert passage == passage.strip() != ""
-        at = text.index(passage, at) + len(passage)
+    assert [text[start:stop] for start, stop in spans] == passages
+    assert all(passage == passage.strip() != "" for passage in passages)
+    ends = [0, *(at for span in spans for at in span), len(text)]
+    assert ends == sorted(ends)
     assert passages == TokenChunker(tokenizer, chunk_tokens).split(text)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXTS, max_size=4))
+def test_tokens_are_counted_as_the_engine_reads_them(name, texts):
+    encoder = Encoder(PromptTemplate(), TOKENIZERS[name], 1 << 20)
+    assert TokenChunker(TOKENIZERS[name])._counts(texts) == [len(encoder.ids(text)) for text in texts]
+
+
+def test_other_threads_have_no_say():
+    """Padding, truncation and the reading of special tokens are state of a fast tokenizer, and anybody may set it."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"pad_token": "<|im_start|>"})
+    text = " ".join(f"Sentence {i} has <|im_start|> in it." for i in range(40))
+    spans = TokenChunker(tokenizer, 100).spans(text)
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=200)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert TokenChunker(tokenizer, 100).spans(text) == spans
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_sentences_stay_whole(tokenizer):

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from ragkv.errors import RetrievalError
-from ragkv.retrieval import Catalogue
-
 PROGRAM = Path(__file__).with_name("processes.py")
 
 
@@ -38,20 +35,3 @@ def test_processes_write_and_read_at_the_same_time(report):
 def test_a_full_disk(report):
     full = outcome(report, "full")
     assert "full" in full["message"] and full["documents"] > 0
-
-
-def test_a_folder_is_opened_once_a_process(tmp_path):
-    with Catalogue(tmp_path), pytest.raises(RetrievalError, match="open already: share that object, or close it first"):
-        Catalogue(tmp_path)
-    Catalogue(tmp_path).close()
-
-
-def test_a_forked_child_is_told(tmp_path, monkeypatch):
-    catalogue = Catalogue(tmp_path)
-    monkeypatch.setattr("os.getpid", lambda: -1)
-    with pytest.raises(RetrievalError, match="before this process was forked"):
-        len(catalogue)
-    catalogue.close()  # the parent's, so nothing happens
-    monkeypatch.undo()
-    assert len(catalogue) == 0
-    catalogue.close()

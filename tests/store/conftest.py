@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,37 +62,3 @@ def same() -> Callable[[ChunkKV | None, ChunkKV], None]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "kv"
-
-
-def run_forked(work: Callable[[], object], *, kill_after_s: float | None = None, timeout_s: float = 60) -> str:
-    """Runs ``work`` in a forked child and returns what it returned, as text.
-
-    A child that is killed by a signal, by us or by a fault, returns ``"signal N"`` behind what ``work`` printed so far;
-    one that raises returns the traceback.
-    """
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        os.close(reader)
-        signal.alarm(int(timeout_s))
-        torch.set_num_threads(1)
-        try:
-            os.dup2(writer, 1)
-            text = str(work())
-        except BaseException:
-            text = "raised\n" + traceback.format_exc()
-        os.write(writer, text.encode())
-        os._exit(0)
-    os.close(writer)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(process, signal.SIGKILL)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(process, 0)
-    return text + (f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "")
-
-
-@pytest.fixture
-def forked() -> Callable[..., str]:
-    return run_forked

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ragkv.errors import StoreError, StoreFullError
-from ragkv.store import TieredStore, environment
+from ragkv.store import TieredStore
 
 
 def full_disk(folder, kv, key, limit):
@@ -75,7 +75,7 @@ def test_disk_full_on_a_small_file_system(tmp_path, kv, key, forked):
 
 
 def test_map_full(folder, kv, key, same, monkeypatch):
-    monkeypatch.setattr(environment, "MIN_MAP_BYTES", 1 << 20)
+    monkeypatch.setattr("ragkv.folder.environment.MIN_MAP_BYTES", 1 << 20)
     with TieredStore(folder, cpu_bytes=0, disk_bytes=300_000) as store:
         store._disk.budget_bytes = 1 << 40
         with pytest.raises(StoreFullError, match="map is full"):
@@ -89,7 +89,7 @@ def test_map_full(folder, kv, key, same, monkeypatch):
 
 
 def test_too_many_readers(folder, kv, key, monkeypatch):
-    monkeypatch.setattr("ragkv.store.connection.MAX_READERS", 3)
+    monkeypatch.setattr("ragkv.folder.connection.MAX_READERS", 3)
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1))
         with (
@@ -103,7 +103,7 @@ def test_too_many_readers(folder, kv, key, monkeypatch):
 
 
 def test_stale_readers_of_killed_processes_are_cleared(folder, kv, key, forked, monkeypatch):
-    monkeypatch.setattr("ragkv.store.connection.MAX_READERS", 3)
+    monkeypatch.setattr("ragkv.folder.connection.MAX_READERS", 3)
 
     def hold():
         store = TieredStore(folder, cpu_bytes=0)

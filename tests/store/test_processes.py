@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ragkv.errors import RagKVError, StoreError
-from ragkv.store import TieredStore, filesystem
+from ragkv.store import TieredStore
 
 
 def test_import_loads_no_lmdb_and_memory_works_without_it():
@@ -221,7 +221,7 @@ def test_network_file_systems_are_refused(tmp_path, monkeypatch, kind):
     mounts.write_text(
         f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path / 'net work'} {kind} rw 0 0\n".replace("t w", "t\\040w")
     )
-    monkeypatch.setattr(filesystem, "MOUNTS", mounts)
+    monkeypatch.setattr("ragkv.folder.filesystem.MOUNTS", mounts)
     with pytest.raises(StoreError, match=kind):
         TieredStore(tmp_path / "net work" / "kv")
     assert not (tmp_path / "net work").exists()

@@ -160,7 +160,7 @@ def test_record_of_an_unknown_codec_is_a_record_error(folder, kv, key):
         assert store.get(key(1)) is None
 
 
-@pytest.mark.parametrize("version", [0, 2, 1 << 40])
+@pytest.mark.parametrize("version", [0, 3, 1 << 40])
 def test_folder_of_another_version_is_named(folder, version):
     with TieredStore(folder, cpu_bytes=0) as store:
         env = store._disk.environment
@@ -168,6 +168,18 @@ def test_folder_of_another_version_is_named(folder, version):
             txn.put(b"format", struct.pack("<Q", version), db=env.db(b"state"))
     with pytest.raises(RecordError, match="format"):
         TieredStore(folder)
+
+
+def test_a_folder_of_the_version_before_is_emptied(folder, caplog):
+    """Nobody could ask for its KV by their old keys; what they were made from is not in it."""
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(KEY, small())
+        with store._disk.environment.write() as txn:
+            txn.put(b"format", struct.pack("<Q", 1), db=store._disk.environment.db(b"state"))
+    with pytest.raises(RecordError, match="format"):
+        TieredStore(folder, readonly=True)
+    with TieredStore(folder, cpu_bytes=0) as store:
+        assert len(store) == 0 and store.stats().bytes["disk"] == 0 and "made by the version before" in caplog.text
 
 
 def test_folder_of_another_byte_order_is_named(tmp_path):

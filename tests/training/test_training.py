@@ -7,11 +7,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH, TEMPLATE
-from ragkv.bundled.generator import Question, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Entity, Shape, write_context
 from ragkv.evaluation import Plan as EvaluationPlan
-from ragkv.evaluation import generated_cases, parse_arms
+from ragkv.evaluation import parse_arms
 from training import order
+from training.cases import generated_cases
 from training.data import IGNORED, Encoder, Stage, _spread, batches, encode_context
 from training.evaluate import context_kv, evaluate, prefill, right
 from training.export import export, to_llama
@@ -21,6 +20,9 @@ from training.ranking import summary_of
 from training.ranking import table as ranking_table
 from training.tokenizer import HEADS, TAILS
 from training.train import Plan, Run, between
+from training.world.generator import Question, questions
+from training.world.names import HELDOUT_NAMES, TRAINING_NAMES, Entity
+from training.world.writer import Context, Shape, write_context
 
 SHAPE = Shape(documents=(3, 4), chunks=(1, 2), words=(6, 14), facts=(1, 2))
 STAGE = Stage(4, SHAPE, context=192, asked=160, batch=2, longest_gap=100)
@@ -266,19 +268,6 @@ def test_where_order_fails_is_looked_up(tokenizer):
         "| it does not | 1 | 100.0 |",
         "| all | 2 | 50.0 |",
     ]
-
-
-def test_documents_are_the_ones_that_ship(tmp_path, monkeypatch):
-    from ragkv import bundled
-    from training import documents
-
-    monkeypatch.setattr("sys.argv", ["documents", "--out", str(tmp_path)])
-    documents.main()
-    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "documents").iterdir()}
-    assert written == bundled.documents()
-    for name in ("questions.json", "foreign.txt"):
-        shipped = bundled.MODEL_PATH.parent / name
-        assert (tmp_path / name).read_text(encoding="utf-8") == shipped.read_text(encoding="utf-8")
 
 
 def test_runs_are_ranked_side_by_side(tokenizer, size, tmp_path):

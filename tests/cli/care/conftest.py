@@ -5,11 +5,11 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.cli import main
-from ragkv.retrieval import Catalogue
-from ragkv.retrieval.records import text_key
+from ragkv.retrieval import Catalogue, Reading
 from ragkv.store import TieredStore, chunk_key
 
 TEXTS = {"a.md": ["alpha one", "alpha two", "shared"], "b.md": ["beta one", "shared"]}
+NUMBERS = {"alpha one": 0, "alpha two": 1, "beta one": 2, "shared": 3}
 
 
 def key_of(number):
@@ -27,12 +27,12 @@ def folder(tmp_path):
     path = tmp_path / "home" / "default"
     with Catalogue(path / "documents") as catalogue:
         for source, texts in TEXTS.items():
-            catalogue.put(str(tmp_path / source), texts, lambda many: torch.ones(len(many), 4).numpy())
-    texts = ["alpha one", "alpha two", "beta one", "shared", "a text that no document has"]
+            reading = Reading("ab" * 32, [key_of(NUMBERS[text]) for text in texts], b"")
+            vectors = lambda many: torch.ones(len(many), 4).numpy()  # noqa: E731
+            catalogue.put(str(tmp_path / source), texts, vectors, reading=reading)
     with TieredStore(path / "kv", cpu_bytes=0, codec="int8") as store:
-        for number, text in enumerate(texts):
-            kv = kv_of(number, tokens=30 + number)
-            store.put(key_of(number), kv, space="model", cost_s=0.1, label=text_key(text).hex())
+        for number in range(5):
+            store.put(key_of(number), kv_of(number, tokens=30 + number), space="model", cost_s=0.1, label="a document")
         store.put(key_of(9), kv_of(9), space="other model", cost_s=0.1)
         store.get(key_of(1))
         store.get(key_of(404))

@@ -8,7 +8,7 @@ import torch
 
 from ragkv.cli import main
 from ragkv.cli.arguments import parser
-from ragkv.retrieval import Catalogue
+from ragkv.retrieval import Catalogue, Reading
 
 
 def test_ls_shows_documents_and_passages(run, key):
@@ -114,8 +114,9 @@ def test_no_folder(argv, tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_names_are_not_obeyed_by_the_terminal(run, folder, tmp_path):
+def test_names_are_not_obeyed_by_the_terminal(run, folder, key):
     with Catalogue(folder / "documents") as catalogue:
-        catalogue.put("\x1b[2Jevil.md", ["alpha one"], lambda many: torch.ones(len(many), 4).numpy())
+        reading = Reading("ab" * 32, [key(0)], b"")
+        catalogue.put("\x1b[2Jevil.md", ["alpha one"], lambda many: torch.ones(len(many), 4).numpy(), reading=reading)
     out = run("ls")[1]
     assert "\x1b" not in out and "?[2Jevil.md" in out

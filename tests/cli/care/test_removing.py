@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ragkv.library.shelf import mark_name
 from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
 
@@ -92,49 +91,33 @@ def test_prune_removes_what_is_idle_longest(run, left, folder, key):
 
 @pytest.fixture
 def documents(folder):
-    """The documents that are left, by name, and the facts that the store keeps."""
+    """The documents that are left, by name."""
 
     def documents():
-        with Catalogue(folder / "documents") as catalogue, TieredStore(folder / "kv", cpu_bytes=0) as store:
-            marks = [mark_name(texts) for texts in (["alpha one", "alpha two", "shared"], ["beta one", "shared"])]
-            return sorted(Path(d.source).name for d in catalogue), [store.meta_get(m) is not None for m in marks]
+        with Catalogue(folder / "documents") as catalogue:
+            return sorted(Path(document.source).name for document in catalogue)
 
     return documents
 
 
-def test_forget_removes_documents_with_their_kv(run, left, documents, folder):
-    with TieredStore(folder / "kv", cpu_bytes=0) as store:
-        for texts in (["alpha one", "alpha two", "shared"], ["beta one", "shared"]):
-            store.meta_put(mark_name(texts), b"{}")
+def test_forget_removes_documents_with_their_kv(run, left, documents):
     code, out, _ = run("forget", "a.md", "--dry-run")
     assert code == 0 and out.splitlines()[-1].startswith("would remove 1 document, 2 entries, ")
     assert run("forget", "a.md")[0] == 1, "nobody can be asked"
-    assert (left(), documents()) == ([0, 1, 2, 3, 4, 9], (["a.md", "b.md"], [True, True]))
+    assert (left(), documents()) == ([0, 1, 2, 3, 4, 9], ["a.md", "b.md"])
     code, out, _ = run("forget", "a.md", "--yes")
     assert code == 0 and out.splitlines()[-1].startswith("removed 1 document, 2 entries, ")
-    assert (left(), documents()) == ([2, 3, 4, 9], (["b.md"], [False, True])), "what b.md also says stays"
+    assert (left(), documents()) == ([2, 3, 4, 9], ["b.md"]), "what b.md also says stays"
     code, out, _ = run("forget", "b.md", "--yes", "--json")
     assert code == 0 and [Path(name).name for name in json.loads(out)["documents"]] == ["b.md"]
-    assert (left(), documents()) == ([4, 9], ([], [False, False]))
+    assert (left(), documents()) == ([4, 9], [])
     assert run("stats")[0] == 0
 
 
 def test_forget_what_is_not_there(run, left, documents):
     code, out, err = run("forget", "b.md", "c.md", "--yes")
     assert (code, out) == (1, "") and "no document is called 'c.md'" in err
-    assert documents()[0] == ["a.md", "b.md"] and len(left()) == 6
-
-
-def test_forget_keeps_the_mark_of_a_document_of_the_same_passages(run, folder, documents):
-    texts = ["alpha one", "alpha two", "shared"]
-    with Catalogue(folder / "documents") as catalogue:
-        catalogue.put("copy", texts, lambda many: torch.ones(len(many), 4).numpy())
-    with TieredStore(folder / "kv", cpu_bytes=0) as store:
-        store.meta_put(mark_name(texts), b"{}")
-    assert run("forget", "a.md", "--yes")[0] == 0
-    assert documents() == (["b.md", "copy"], [True, False])
-    assert run("forget", "copy", "--yes")[0] == 0
-    assert documents() == (["b.md"], [False, False])
+    assert documents() == ["a.md", "b.md"] and len(left()) == 6
 
 
 def test_forget_without_kv(run, folder, tmp_path):

@@ -1,15 +1,12 @@
-"""Writes documents about people, firms and towns, cut into chunks, and keeps what is stated in them.
-
-Names are drawn afresh for each context; a fifth of all name parts is kept out of training.
-"""
+"""Writes documents about people, firms and towns, cut into chunks, and keeps what is stated in them."""
 
 from __future__ import annotations
 
 import random
-import zlib
 from dataclasses import dataclass, field
 
-from ragkv.bundled import language as lang
+from training.world import language as lang
+from training.world.names import TRAINING_NAMES, Entity, Names
 
 TYPES = ("person", "firm", "town")
 
@@ -33,15 +30,6 @@ class Shape:
     facts: tuple[int, int] = (1, 3)
     types: tuple[int, int] = (1, 3)
     notes: float = 0.25
-
-
-@dataclass(frozen=True)
-class Entity:
-    """A subject: its full name, its type, and the key of its pronouns."""
-
-    name: str
-    type: str
-    pronoun: str
 
 
 @dataclass(frozen=True)
@@ -73,50 +61,6 @@ class Context:
     chunk_documents: list[int] = field(default_factory=list)
     entities: list[Entity] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
-
-
-def is_heldout(part: str) -> bool:
-    """Whether a name part is one of the fifth that training never sees."""
-    return zlib.crc32(part.encode()) % 5 == 0
-
-
-def parts(heads: list[str], tails: list[str], heldout: bool) -> list[str]:
-    """All name parts made of one of ``heads`` and one of ``tails``, on one side of the split."""
-    return [head + tail for head in heads for tail in tails if is_heldout(head + tail) == heldout]
-
-
-class Names:
-    """Draws names that are not yet taken, all their parts on one side of the split."""
-
-    def __init__(self, heldout: bool, mixed: bool = False):
-        """Collects the parts that may be used: only held-out ones, or none of them.
-
-        ``mixed`` lets a head take any tail, also one of another kind of name: three to six times as many parts to train on.
-        """
-        every = lang.FIRST_TAILS + lang.LAST_TAILS + lang.FIRM_TAILS + lang.TOWN_TAILS
-        self.first = parts(lang.FIRST_HEADS, every if mixed else lang.FIRST_TAILS, heldout)
-        self.last = parts(lang.LAST_HEADS, every if mixed else lang.LAST_TAILS, heldout)
-        self.firm = parts(lang.FIRM_HEADS, every if mixed else lang.FIRM_TAILS, heldout)
-        self.town = parts(lang.TOWN_HEADS, every if mixed else lang.TOWN_TAILS, heldout)
-
-    def draw(self, rng: random.Random, type_: str, taken: set[str]) -> Entity:
-        """Makes an entity of a type; its name is added to ``taken``."""
-        while True:
-            entity = self._draw(rng, type_)
-            if entity.name not in taken:
-                taken.add(entity.name)
-                return entity
-
-    def _draw(self, rng: random.Random, type_: str) -> Entity:
-        if type_ == "person":
-            return Entity(f"{rng.choice(self.first)} {rng.choice(self.last)}", type_, rng.choice(("woman", "man")))
-        if type_ == "firm":
-            return Entity(f"{rng.choice(self.firm)} {rng.choice(lang.FIRM_ENDINGS)}", type_, "firm")
-        return Entity(rng.choice(self.town), type_, "town")
-
-
-TRAINING_NAMES, HELDOUT_NAMES = Names(heldout=False), Names(heldout=True)
-MIXED_NAMES = Names(heldout=False, mixed=True)
 
 
 class _Writer:
@@ -264,6 +208,6 @@ def write_context(rng: random.Random, shape: Shape, names: Names = TRAINING_NAME
     Args:
         rng: What all choices are drawn from.
         shape: How large the context is.
-        names: Where names come from: ``HELDOUT_NAMES`` are those that training never sees.
+        names: Where names come from.
     """
     return _Writer(rng, names, shape).write()

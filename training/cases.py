@@ -1,31 +1,48 @@
-"""The bundled model's generated cases, with the chunks that each answer rests on."""
+"""Writes cases of the bundled model's world for `ragkv eval --data`: `python -m training.cases`. The same ones every time.
+
+Without arguments the cases that ship, those of seed 0; those of another seed with ``--seed 3 --out cases-3.jsonl``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import bz2
+import json
 import random
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from ragkv.bundled.generator import Question, possible_kinds, questions
-from ragkv.bundled.writer import HELDOUT_NAMES, Context, Shape, write_context
+from ragkv.bundled import CASES_PATH
 from ragkv.evaluation.cases import Case, everything
+from training.world.generator import Question, possible_kinds, questions
+from training.world.names import HELDOUT_NAMES
+from training.world.writer import Context, Shape, write_context
 
+SHIPPED = 480
 UNNAMED = "unnamed"
 """A *cross* question for which the chunks that name its subject were not retrieved."""
 
 
 def generated_cases(seed: int, n: int, documents: int = 6) -> list[Case]:
-    """Cases over fresh documents with held-out names, as :func:`ragkv.bundled.cases` makes them, the kinds in turn.
+    """Cases over fresh documents with held-out names, the kinds in turn (two-hop from 4 documents on).
 
     Args:
-        seed: the same seed gives the same cases; more cases begin with the fewer.
-        n: how many.
-        documents: in a case, 2 to 12.
+        seed: The same seed gives the same cases; more cases begin with the fewer.
+        n: How many.
+        documents: In a case, 2 to 12; notes come on top. Three sizes of chunk, about 40 to 150 tokens.
+
+    Raises:
+        ValueError: If ``documents`` is out of range.
     """
+    if not 2 <= documents <= 12:
+        raise ValueError(f"documents must be 2 to 12; got {documents}.")
     kinds = (*possible_kinds(documents), UNNAMED)
     return [_case(f"{seed}/{number}", kinds[number % len(kinds)], documents) for number in range(n)]
 
 
 def _case(name: str, kind: str, documents: int) -> Case:
+    """Writes contexts until one has a question of the kind."""
     rng, asked = random.Random(name), "cross" if kind == UNNAMED else kind
     shape = Shape(documents=(documents, documents), notes=1.0 if kind == "cross-document" else 0.25)
     while True:
@@ -54,3 +71,25 @@ def _as_case(name: str, kind: str, context: Context, question: Question) -> Case
 def _without_names(case: Case, context: Context) -> Case:
     name = next(entity.name for entity in context.entities if entity.name in case.question)
     return replace(case, retrieved=tuple(place for place in case.retrieved if name not in case.text(place)))
+
+
+def write_cases(cases: Iterable[Case], file: Path) -> None:
+    """Writes JSON lines of ragkv's own form, packed where the file's name ends in ``.bz2``."""
+    lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases).encode()
+    file.write_bytes(bz2.compress(lines) if file.suffix == ".bz2" else lines)
+
+
+def main() -> None:
+    """Reads the arguments and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=SHIPPED)
+    parser.add_argument("--documents", type=int, default=6, help="in a case, 2 to 12")
+    parser.add_argument("--out", type=Path, default=CASES_PATH)
+    args = parser.parse_args()
+    write_cases(generated_cases(args.seed, args.n, args.documents), args.out)
+    print(f"wrote {args.n} cases to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

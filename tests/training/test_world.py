@@ -1,4 +1,4 @@
-"""Invariants of the bundled documents and questions."""
+"""Invariants of the bundled model's world: documents, questions, cases."""
 
 import itertools
 import random
@@ -6,9 +6,15 @@ import re
 
 import pytest
 
-from ragkv.bundled import KINDS, TEMPLATE, cases, language, load
-from ragkv.bundled.generator import questions
-from ragkv.bundled.writer import HELDOUT_NAMES, MIXED_NAMES, TRAINING_NAMES, Shape, write_context
+from ragkv.bundled import CASES_PATH, TEMPLATE, documents, load
+from ragkv.evaluation import read_cases
+from training import cases as writing
+from training import documents as fixed
+from training.cases import generated_cases
+from training.world import language
+from training.world.generator import KINDS, questions
+from training.world.names import HELDOUT_NAMES, MIXED_NAMES, TRAINING_NAMES
+from training.world.writer import Shape, write_context
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +29,66 @@ def tokenizer():
     return load()[1]
 
 
-def test_same_seed_same_cases_and_other_seed_others():
-    assert cases(1, 14) == cases(1, 14)
-    assert cases(1, 14) != cases(2, 14)
-    assert cases(1, 20)[:14] == cases(1, 14), "a longer list begins like a shorter one"
+def texts(case):
+    return [text for parts in case.documents for text in parts]
+
+
+def test_the_cases_that_ship_are_the_generated_ones(tmp_path, monkeypatch):
+    form, shipped = read_cases(CASES_PATH)
+    assert (form, shipped) == ("ragkv", generated_cases(0, 480))
+    monkeypatch.setattr("sys.argv", ["cases", "--out", str(tmp_path / "cases.jsonl.bz2")])
+    writing.main()
+    assert (tmp_path / "cases.jsonl.bz2").read_bytes() == CASES_PATH.read_bytes()
+
+
+def test_cases_of_another_seed_are_read_back(tmp_path, monkeypatch):
+    file = tmp_path / "cases-3.jsonl"
+    monkeypatch.setattr("sys.argv", ["cases", "--seed", "3", "--n", "12", "--documents", "3", "--out", str(file)])
+    writing.main()
+    assert read_cases(file) == ("ragkv", generated_cases(3, 12, 3))
+    assert generated_cases(3, 20, 3)[:12] == generated_cases(3, 12, 3) != generated_cases(2, 12, 3)
+
+
+def test_the_documents_that_ship_are_the_generated_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["documents", "--out", str(tmp_path)])
+    fixed.main()
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "documents").iterdir()} == documents()
+    for name in ("questions.json", "foreign.txt"):
+        assert (tmp_path / name).read_bytes() == (CASES_PATH.parent / name).read_bytes()
 
 
 def test_kinds_in_turn():
-    assert tuple(case.kind for case in cases(4, 7)) == KINDS
+    assert tuple(case.kind for case in generated_cases(4, 9)) == (*KINDS, "unnamed", KINDS[0])
 
 
-@pytest.mark.parametrize("documents", [2, 6, 12])
-def test_case_has_its_documents(documents):
-    for case in cases(5, 7, documents=documents):
-        numbers = list(case.chunk_documents)
-        assert len(case.chunks) == len(numbers)
-        assert numbers == sorted(numbers)
-        assert set(numbers) == set(range(numbers[-1] + 1))
-        assert documents <= numbers[-1] + 1 <= 2 * documents, "notes come on top of the documents"
+@pytest.mark.parametrize("count", [2, 6, 12])
+def test_case_has_its_documents(count):
+    for case in generated_cases(5, 8, documents=count):
+        assert count <= len(case.documents) <= 2 * count, "notes come on top of the documents"
 
 
-@pytest.mark.parametrize(("n", "documents"), [(-1, 6), (1, 1), (1, 13)])
-def test_out_of_range_is_refused(n, documents):
-    with pytest.raises(ValueError, match="documents 2 to 12"):
-        cases(0, n, documents=documents)
+@pytest.mark.parametrize("count", [1, 13])
+def test_out_of_range_is_refused(count):
+    with pytest.raises(ValueError, match="documents must be 2 to 12"):
+        generated_cases(0, 1, documents=count)
+
+
+def test_gold_chunks_hold_the_answer():
+    for case in generated_cases(4, 64):
+        if case.kind not in ("order", "absent"):
+            assert any(case.answers[0].split(": ")[-1] in case.text(place) for place in case.gold)
+        rests_on_note = any(case.text(place).startswith(language.CONTINUATIONS) for place in case.gold)
+        assert case.ordered == (case.kind == "order" or rests_on_note)
+
+
+def test_unnamed_cases_lack_the_naming_chunks():
+    unnamed = [made for made in generated_cases(5, 32) if made.kind == "unnamed"]
+    assert len(unnamed) == 4
+    for made in unnamed:
+        missing = set(made.whole) - set(made.retrieved)
+        assert missing and set(made.gold) <= set(made.retrieved)
+        names = set.intersection(*(set(made.text(place).replace(".", " ").split()) for place in missing))
+        assert any(name in made.question for name in names)
 
 
 def test_answers_stand_in_the_documents(contexts):
@@ -138,15 +180,15 @@ def test_heldout_cases_use_heldout_parts_only(contexts):
     words = set(re.findall(r"\w+", " ".join(c for context, _ in contexts for c in context.chunks)))
     assert not words & held_out
     trained = {p for g in ("first", "last", "firm", "town") for p in getattr(TRAINING_NAMES, g)}
-    for case in cases(6, 14):
-        assert not set(re.findall(r"\w+", " ".join(case.chunks))) & trained
+    for case in generated_cases(6, 16):
+        assert not set(re.findall(r"\w+", " ".join(texts(case)))) & trained
 
 
 def test_chunk_lengths(tokenizer):
     lengths = [
         len(tokenizer(chunk + TEMPLATE["after_chunk"], add_special_tokens=False).input_ids)
-        for case in cases(7, 60)
-        for chunk in case.chunks
+        for case in generated_cases(7, 60)
+        for chunk in texts(case)
     ]
     assert min(lengths) >= 25
     assert max(lengths) <= 150

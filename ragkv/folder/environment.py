@@ -1,7 +1,6 @@
-"""One LMDB environment a folder and process: shared by the stores on it, reopened after a fork.
+"""One LMDB environment a folder and process: shared by all that have it open, reopened after a fork.
 
-LMDB forbids opening a folder twice in one process and using an environment across ``fork``. lmdb is
-imported when a folder is opened.
+LMDB forbids opening a folder twice in one process and using an environment across ``fork``.
 """
 
 from __future__ import annotations
@@ -11,14 +10,16 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.connection import Connection
-from ragkv.store.filesystem import prepare
-from ragkv.store.gate import Gate
-from ragkv.store.translation import HOW_TO_REPAIR, translated
+from ragkv.folder.connection import Connection, Databases
+from ragkv.folder.filesystem import prepare
+from ragkv.folder.gate import Gate
+from ragkv.folder.transaction import Transaction
+from ragkv.folder.translation import HOW_TO_REPAIR, translated
 
 # Address space, not disk: never grown, because growing a map that others have open is what goes wrong.
 MIN_MAP_BYTES, MAX_MAP_BYTES = 1 << 40, 1 << 45
@@ -35,31 +36,39 @@ class Environment:
     """
 
     _open: ClassVar[dict[tuple[int, int], Environment]] = {}
-    _registry_lock: ClassVar[threading.Lock] = threading.Lock()
+    # Reentrant: what the garbage collector drops is closed wherever it happens to run.
+    _registry_lock: ClassVar[threading.RLock] = threading.RLock()
 
-    def __init__(self, path: Path, map_bytes: int, readonly: bool) -> None:
+    def __init__(self, path: Path, databases: Databases, map_bytes: int, durable: bool, readonly: bool) -> None:
         self.path = path
         self.readonly = readonly
         self.write_lock = threading.RLock()
         self.gate = Gate()
-        self._map_bytes = map_bytes
+        self._databases = databases
+        self._connect = partial(Connection, path, databases, map_bytes, durable, readonly)
         self._users = 0
+        self._suspicious = False
         self._problems: list[str] | None = None
-        self._readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+        self._readings: weakref.WeakSet[Transaction] = weakref.WeakSet()
         self._inherited: Connection | None = None
-        self._connection: Connection | None = Connection(path, map_bytes, readonly)
+        self._connection: Connection | None = self._connect()
 
     @classmethod
-    def open(cls, path: Path, *, map_bytes: int, readonly: bool = False) -> Environment:
+    def open(
+        cls, path: Path, databases: Databases, *, map_bytes: int = 0, durable: bool = True, readonly: bool = False
+    ) -> Environment:
         """The environment of a folder: the one that is open in this process, or a new one.
 
         Args:
             path: the folder; made with its parents unless it is for reading only.
-            map_bytes: address space that the data may take.
+            databases: name and LMDB flags (as ``dupsort``) of each database.
+            map_bytes: address space that the data may take; at least 1 TiB.
+            durable: what was committed is on the disk, not only with the operating system.
             readonly: never write. A folder that may not be written to is opened so by itself.
 
         Raises:
-            StoreError: the folder cannot be opened, or is open for reading only and writing is asked for.
+            StoreError: the folder cannot be opened, is open for something else in this process, or was replaced under
+                what has it open.
             RecordError: the file is damaged.
         """
         only_reading = prepare(path, readonly=readonly)
@@ -68,17 +77,22 @@ class Environment:
         with cls._registry_lock:
             environment = cls._open.get(identity)
             if environment is None:
-                environment = cls._open[identity] = cls(
-                    path, min(max(map_bytes, MIN_MAP_BYTES), MAX_MAP_BYTES), only_reading
-                )
+                map_bytes = min(max(map_bytes, MIN_MAP_BYTES), MAX_MAP_BYTES)
+                environment = cls._open[identity] = cls(path, databases, map_bytes, durable, only_reading)
             elif environment.readonly and not only_reading:
-                raise StoreError(f"{path} is open for reading only in this process: close that store first")
+                raise StoreError(f"{path} is open for reading only in this process: close that first")
+            elif environment._databases != databases:
+                raise StoreError(
+                    f"{path} is open as a folder of another kind in this process: give each its own folder"
+                )
+            else:
+                environment._live.check_place()
             environment._users += 1
             return environment
 
     @classmethod
     def is_open(cls, path: Path) -> bool:
-        """Whether a store of this process has the folder open."""
+        """Whether this process has the folder open."""
         if not path.is_dir():
             return False
         status = path.stat()
@@ -97,14 +111,14 @@ class Environment:
 
     def db(self, name: bytes) -> Any:
         """The handle of a database."""
-        return self._live.dbs[name]
+        return self._live.databases[name]
 
-    def begin(self) -> Reading:
-        """A read transaction with buffers, to be closed by the caller.
+    def begin(self) -> Transaction:
+        """A transaction that reads, with buffers, to be closed by the caller.
 
         Raises:
             StoreError: every reader slot is taken.
-            RecordError: the file was cut short and may not be written to.
+            RecordError: the file was cut short and cannot be lengthened.
         """
         import lmdb
 
@@ -112,50 +126,73 @@ class Environment:
             connection = self._live
             connection.ensure_length()
             try:
-                reading = Reading(connection.env.begin(buffers=True))
+                txn = connection.env.begin(buffers=True)
             except lmdb.ReadersFullError:
                 # Slots of killed processes stay taken until somebody looks.
                 connection.env.reader_check()
-                reading = Reading(connection.env.begin(buffers=True))
+                txn = connection.env.begin(buffers=True)
+        reading = Transaction(txn, connection.databases)
         self._readings.add(reading)
         return reading
 
     @contextmanager
     def read(self) -> Iterator[Any]:
-        """A read transaction. What it hands out is valid inside only: copy it."""
-        with self.gate:
-            reading = self.begin()
+        """LMDB's own transaction, to read. What it hands out is valid inside only: copy it."""
+        with self._reading() as reading:
+            yield reading.txn
+
+    @contextmanager
+    def transaction(self, *, write: bool = False, suspicious: bool = False) -> Iterator[Transaction]:
+        """A state to read, or the one transaction that may write now: see :meth:`write`."""
+        if not write:
+            with self._reading() as reading:
+                yield reading
+            return
+        with self.write(suspicious=suspicious) as txn:
+            writing = Transaction(txn, self._live.databases)
             try:
-                with translated(self.path):
-                    yield reading.txn
+                yield writing
             finally:
-                reading.close()
+                writing.txn = None
 
     @contextmanager
     def write(self, *, suspicious: bool = False) -> Iterator[Any]:
-        """A write transaction: committed, and on disk, when the block ends; undone when it raises.
+        """LMDB's own transaction, to write: committed, and on disk, when the block ends; undone when it raises.
 
         Args:
             suspicious: damage was seen. LMDB trusts its pages, and to change damaged ones can end the process or spoil
-                others: the first time they are all looked at before.
+                others: the first time they are all looked at before. So they are where reading found damage.
 
         Raises:
-            StoreError: the folder is for reading only, or was deleted.
-            StoreFullError: the disk or the map is full.
+            StoreError: the folder is for reading only, was deleted, or was replaced.
+            StoreFullError: the disk or the map is full; nothing was changed.
             RecordError: LMDB's own pages are damaged.
         """
         if self.readonly:
             raise StoreError(f"{self.path} is open for reading only")
         with self.write_lock, translated(self.path):
             connection = self._live
-            connection.ensure_length()
             connection.check_place()
+            connection.ensure_length()
             with connection.env.begin(write=True) as txn:
-                if suspicious and self._problems is None:
+                if (suspicious or self._suspicious or connection.was_cut) and self._problems is None:
                     self._problems = self._look()
                 if self._problems:
                     raise RecordError(f"{self.path} is damaged ({self._problems[0]}): {HOW_TO_REPAIR}")
                 yield txn
+
+    @contextmanager
+    def _reading(self) -> Iterator[Transaction]:
+        with self.gate:
+            reading = self.begin()
+            try:
+                with translated(self.path):
+                    yield reading
+            except RecordError:
+                self._suspicious = True
+                raise
+            finally:
+                reading.close()
 
     def problems(self) -> list[str]:
         """What is wrong with LMDB's own pages, a line each; about 5 s for 100,000 entries."""
@@ -201,7 +238,7 @@ class Environment:
                     self._inherited.env.close()
                     self._inherited = None
                 if self._connection is None:
-                    self._connection = Connection(self.path, self._map_bytes, self.readonly)
+                    self._connection = self._connect()
                 connection = self._connection
         return connection
 
@@ -216,19 +253,6 @@ class Environment:
         self._inherited, self._connection = self._connection or self._inherited, None
         self.write_lock = threading.RLock()
         self.gate = Gate()
-
-
-class Reading:
-    """A read transaction that knows its process. ``txn`` is None once it is closed, and in a forked child."""
-
-    def __init__(self, txn: Any) -> None:
-        self.txn = txn
-
-    def close(self) -> None:
-        """Ends the transaction."""
-        txn, self.txn = self.txn, None
-        if txn is not None:
-            txn.abort()
 
 
 _forking: list[Environment] = []
@@ -254,7 +278,7 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     _forking.clear()
-    Environment._registry_lock = threading.Lock()
+    Environment._registry_lock = threading.RLock()
     for environment in Environment._open.values():
         environment._disown()
 

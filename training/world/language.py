@@ -1,4 +1,4 @@
-"""The words that the bundled model knows: names, relations, sentences, questions.
+"""The words that the bundled model knows, beside names: relations, sentences, questions.
 
 Every sentence names its subject before its value, so a causal reader can bind the two at the value.
 Slots: ``{S}`` and ``{s}`` subject at the start of a sentence and inside it, ``{P}`` and ``{p}`` its possessive,
@@ -9,23 +9,6 @@ Slots: ``{S}`` and ``{s}`` subject at the start of a sentence and inside it, ``{
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-FIRST_HEADS = "Mi Ka Lo Te Ra Sel Bo Ni Da Fe Gu Ha Jo Pe Ru Va Wen Yo Zi El An Or Is Ul Cla Tri".split()
-FIRST_TAILS = "ra lin vek dor mas tia nna rik so bel ven la nas mir ton gan lde shi".split()
-LAST_HEADS = (
-    "Kol Bren Har Ost Vel Mar Tor Lin Gra Sto Fen Ash Dun Pol Wes Cor Hol Ber Cas Jor Nor Ris Sal Thorn Quin Eld Yar "
-    "Zan Pem Drey"
-).split()
-LAST_TAILS = (
-    "vane ford sen ley wick man mont ski dale berg lock well stad grove ham ridge more by ker quist rell nett"
-).split()
-FIRM_HEADS = "Bel Ark Nov Cal Dex Omni Hex Lumo Vert Sol Ter Rad Alt Zen Fal Gryph Ire Jun Kest Luth Mon Pax".split()
-FIRM_TAILS = "mar tek don via rion cor tis gard lux wen phar stor nix dyne ros".split()
-FIRM_ENDINGS = "Works Mills Partners Motors Foods Trading Brothers Labs".split()
-TOWN_HEADS = (
-    "Amber Black Clear Dray East Fox Glen High Iron King Long Moor North Oak Raven Silver Stone West Win Yew"
-).split()
-TOWN_TAILS = "haven port bridge minster burg mouth field stead ville gate wich fell".split()
 
 JOBS = (
     "painter baker teacher lawyer farmer doctor nurse sailor tailor printer carpenter driver gardener miner surgeon "

@@ -1,12 +1,13 @@
-"""Asks questions of generated documents; a `Case` is one question with its documents."""
+"""Asks questions of generated documents."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from ragkv.bundled import language as lang
-from ragkv.bundled.writer import HELDOUT_NAMES, TRAINING_NAMES, Context, Fact, Names, Shape, write_context
+from training.world import language as lang
+from training.world.names import TRAINING_NAMES, Names
+from training.world.writer import Context, Fact
 
 KINDS = ("direct", "local", "cross", "two-hop", "cross-document", "order", "absent")
 
@@ -19,25 +20,6 @@ class Question:
     answer: str
     kind: str
     facts: tuple[Fact, ...] = ()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One question over some documents.
-
-    Attributes:
-        chunks: The texts of the chunks, in document order.
-        chunk_documents: For each chunk the number of its document.
-        question: The question.
-        answer: Its answer.
-        kind: One of `KINDS`.
-    """
-
-    chunks: tuple[str, ...]
-    chunk_documents: tuple[int, ...]
-    question: str
-    answer: str
-    kind: str
 
 
 def questions(
@@ -130,35 +112,3 @@ def _absent(rng: random.Random, context: Context, names: Names, count: int) -> l
 def possible_kinds(documents: int) -> tuple[str, ...]:
     """The kinds that can be asked over so many documents: *two-hop* needs two subjects of each of two types."""
     return tuple(kind for kind in KINDS if kind != "two-hop" or documents >= 4)
-
-
-def cases(seed: int, n: int, documents: int = 6, heldout: bool = True) -> list[Case]:
-    """Makes cases, each over documents of its own, the kinds in turn.
-
-    Args:
-        seed: The same seed gives the same cases.
-        n: How many cases, at least 0; the kinds come in turn (two-hop from 4 documents on, where it can be).
-        documents: Documents in a case, 2 to 12; of three sizes of chunk, about 40 to 150 tokens.
-        heldout: Use only name parts that the model never saw in training; otherwise only parts that it saw.
-
-    Raises:
-        ValueError: If ``n`` or ``documents`` is out of range.
-    """
-    if n < 0 or not 2 <= documents <= 12:
-        raise ValueError(f"n must be 0 or more and documents 2 to 12; got n={n}, documents={documents}.")
-    kinds = possible_kinds(documents)
-    return [_case(random.Random(f"{seed}/{i}"), kinds[i % len(kinds)], documents, heldout) for i in range(n)]
-
-
-def _case(rng: random.Random, kind: str, documents: int, heldout: bool) -> Case:
-    """Writes contexts until one has a question of the kind."""
-    shape = Shape(documents=(documents, documents), notes=1.0 if kind == "cross-document" else 0.25)
-    names = HELDOUT_NAMES if heldout else TRAINING_NAMES
-    while True:
-        context = write_context(rng, shape, names)
-        fitting = [q for q in questions(rng, context, names) if q.kind == kind]
-        if fitting:
-            question = rng.choice(fitting)
-            return Case(
-                tuple(context.chunks), tuple(context.chunk_documents), question.text, question.answer, question.kind
-            )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
 
-HOW_TO_REPAIR = "repair it ('ragkv verify --repair', ragkv.store.maintenance.repair), or delete the folder"
+HOW_TO_REPAIR = "'ragkv verify --repair' saves what can be read"
 
 # A write that the system cuts short, as it does at the end of a disk, is reported by LMDB as an I/O error.
 _FULL = ("No space left", "File too large", "quota exceeded", "Input/output error")
@@ -36,9 +36,11 @@ def _translate(path: Path, error: Exception) -> StoreError:
     import lmdb
 
     if isinstance(error, lmdb.MapFullError):
-        return StoreFullError(f"{path}: the map is full ({error}): give it a larger disk_bytes")
+        return StoreFullError(f"{path}: the map is full ({error}); nothing was changed")
     if isinstance(error, lmdb.ReadersFullError):
-        return StoreError(f"{path} has as many batches open as it can: close those that are done ({error})")
+        return StoreError(
+            f"{path} has as many batches and snapshots open as it can: close those that are done ({error})"
+        )
     if isinstance(error, lmdb.VersionMismatchError):
         return RecordError(f"{path} was written by another version of LMDB ({error})")
     if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.PanicError | lmdb.InvalidError):

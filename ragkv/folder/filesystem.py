@@ -28,7 +28,7 @@ def prepare(path: Path, *, readonly: bool) -> bool:
         StoreError: the folder lies on a network file system, is not there to be read, or cannot be made.
     """
     if sys.byteorder != "little":
-        raise StoreError("records are little-endian: the disk tier needs a little-endian machine")
+        raise StoreError("records are little-endian: a folder needs a little-endian machine")
     kind = filesystem_of(path)
     if kind in NETWORK:
         raise StoreError(
@@ -41,10 +41,10 @@ def prepare(path: Path, *, readonly: bool) -> bool:
         writable = os.access(path, os.W_OK | os.X_OK)
         data = path / "data.mdb"
         if not path.is_dir() or ((readonly or not writable) and not data.exists()):
-            raise StoreError(f"{path} is not a folder of a store that could be read")
+            raise StoreError(f"{path} is not a folder that could be read")
         return readonly or not writable or (data.exists() and not os.access(data, os.W_OK))
     except OSError as error:
-        raise StoreError(f"{path} cannot be a store's folder: {error}") from error
+        raise StoreError(f"{path} cannot be made or used: {error}") from error
 
 
 def filesystem_of(path: Path) -> str:

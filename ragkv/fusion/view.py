@@ -1,0 +1,164 @@
+"""What a method is shown of a prompt, and what it answers.
+
+L layers, H kv heads, N tokens of the prompt, R reusable tokens, D head_dim. Tokens are named by their slots: their indices in the
+prompt's ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ragkv.errors import MethodError
+from ragkv.fusion.layout import Layout
+from ragkv.kernels import Impl, deviation
+
+
+class Narrows(Protocol):
+    """What is asked at the layers that a selection names."""
+
+    def narrow(self, check: Check) -> Tensor:
+        """The tokens to go on with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a method wants of one prompt.
+
+    Attributes:
+        tokens: the chunk tokens to compute from layer 0 on, among ``layout.reusable``; in any order, repeated or not.
+        context: the chunk tokens that they may see, besides the prefix and their own chunk; ``None``: all in front of them.
+        checks: layers at which ``method`` is asked to narrow the set.
+        keep: tokens that stay in it all the same.
+        method: decides further; the one that was asked, if not given.
+        name: what the report calls it; ``repr(method)`` if not given.
+    """
+
+    tokens: Tensor
+    context: Tensor | None = None
+    checks: Sequence[int] = ()
+    keep: Tensor | None = None
+    method: Narrows | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, chosen: Selection | Tensor, method: Narrows) -> Selection:
+        """What ``method.select`` returned, with all that it may leave out."""
+        selection = cls(chosen) if isinstance(chosen, Tensor) else chosen
+        decides = selection.method or method
+        return replace(selection, method=decides, name=selection.name or repr(decides))
+
+
+class Looks(Protocol):
+    """What answers a view's questions."""
+
+    def sensitivity(self) -> Sequence[Tensor | None]:
+        """Of each chunk's tokens; ``None`` where it was not measured."""
+
+    def attention(self, queries: str) -> Tensor:
+        """See :meth:`View.attention`."""
+
+    def deviation(self) -> Tensor:
+        """See :attr:`View.deviation`."""
+
+    def check_layer(self) -> int:
+        """See :attr:`View.check_layer`."""
+
+
+class View:
+    """A prompt before anything of it is recomputed. What a method does not ask for is not worked out.
+
+    Args:
+        layout: the prompt.
+        layers: L.
+        looks: answers what the layout does not tell.
+    """
+
+    def __init__(self, layout: Layout, layers: int, looks: Looks):
+        self.layout, self.layers = layout, layers
+        self._looks = looks
+        self._attention: dict[str, Tensor] = {}
+
+    @cached_property
+    def sensitivity(self) -> Tensor:
+        """``[R]`` how much each token's values change behind another text, measured when its document was read.
+
+        Raises:
+            MethodError: it was not measured for some chunk.
+        """
+        found = self._looks.sensitivity()
+        known = [part for part in found if part is not None]
+        if len(known) < len(found):
+            raise MethodError(
+                "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
+            )
+        return torch.cat([*known, torch.empty(0)]).to(self.layout.ids.device)
+
+    def attention(self, queries: str = "all") -> Tensor:
+        """What the suffix looks at, over the chunks as they are stored and at its final position.
+
+        Args:
+            queries: mean over ``"all"`` suffix tokens, or the ``"last"`` one's alone.
+
+        Returns:
+            ``[L, R]`` attention, mean over heads.
+
+        Raises:
+            MethodError: the model does not show its attention.
+        """
+        if queries not in self._attention:
+            self._attention[queries] = self._looks.attention(queries)
+        return self._attention[queries]
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """``[L, R]`` squared distance of the stored keys and values to those of a full prefill, which is run for it.
+
+        Keys and values are each scaled to a mean of 1 in their layer, and added.
+        """
+        return self._looks.deviation()
+
+    @cached_property
+    def check_layer(self) -> int:
+        """The layer at which it shows best which tokens depend on the text in front of them, found out once for the model."""
+        return self._looks.check_layer()
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """What a method sees at a layer where it narrows the set: fresh and stored KV of the reusable tokens being computed.
+
+    Attributes:
+        layer: the decoder layer about to run.
+        layers: L.
+        layout: the whole prompt.
+        tokens: ``[R]`` the reusable tokens being computed, ascending, on the layer's device as all that follows.
+        fresh_keys: ``[H, R, D]``, rotated to their positions in the prompt; like ``stored_keys``.
+        fresh_values: ``[H, R, D]``; like ``stored_values``.
+        stored_keys: what the cache holds for the same tokens.
+        stored_values: what the cache holds for the same tokens.
+        impl: which implementation of ``ragkv.kernels`` runs.
+    """
+
+    layer: int
+    layers: int
+    layout: Layout
+    tokens: Tensor
+    fresh_keys: Tensor
+    fresh_values: Tensor
+    stored_keys: Tensor
+    stored_values: Tensor
+    impl: Impl = "auto"
+
+    def key_deviation(self) -> Tensor:
+        """``[R]`` squared distance of fresh and stored keys, over heads and dimensions."""
+        return deviation(self.fresh_keys, self.stored_keys, impl=self.impl)
+
+    def value_deviation(self) -> Tensor:
+        """``[R]`` squared distance of fresh and stored values, over heads and dimensions."""
+        return deviation(self.fresh_values, self.stored_values, impl=self.impl)

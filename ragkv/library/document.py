@@ -1,0 +1,161 @@
+"""A document as a model reads it: the ids of its chunks, and what each of them is read behind.
+
+n chunks, T tokens of one of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from ragkv.chunk import Chunk, marked
+from ragkv.errors import RecordError
+
+_FORMAT = "ragkv document 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """The chunks of one document. Its bytes are its record: with it a chunk is read again whenever its KV are lost.
+
+    Attributes:
+        id: what it is known by: all its chunks have it, and no other document's.
+        ids: n sequences of token ids, wrappers included.
+        firsts: per chunk the number of the first chunk of its context; its own where it is read alone.
+        marks: by number, where KV were repaired from a chunk on (:attr:`~ragkv.Chunk.mark`).
+        texts: the passages, where they are known.
+    """
+
+    id: str
+    ids: Sequence[Sequence[int] | np.ndarray]
+    firsts: Sequence[int]
+    marks: Mapping[int, str] = field(default_factory=dict)
+    texts: Sequence[str | None] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Chunk:
+        return self._chunk(number, self.firsts[number], self._contexts[number], partial(self.lineage, number))
+
+    @property
+    def one_window(self) -> bool:
+        """Whether every chunk is read behind the whole text in front of it."""
+        return not any(self.firsts)
+
+    def lineage(self, number: int) -> list[Chunk]:
+        """The chunks that a chunk is read behind, each in the context that it has there, then the chunk itself."""
+        first, chain = self.firsts[number], list[Chunk]()
+        for at in range(first, number + 1):
+            here = len(chain) + 1
+            context = chain[-1].context_after if chain else b""
+            chain.append(self._chunk(at, first, context, lambda here=here: chain[:here]))
+        return chain
+
+    def with_mark(self, number: int, mark: str) -> Document:
+        """The same document, its KV repaired from a chunk on."""
+        return replace(self, marks={**self.marks, number: mark})
+
+    def to_bytes(self) -> bytes:
+        """Its record, a safetensors file; texts are not in it."""
+        header = {"id": self.id, "marks": list(self.marks.items())}
+        arrays = {
+            "ids": np.concatenate([np.asarray(ids, "<u4") for ids in self.ids]),
+            "lengths": np.asarray([len(ids) for ids in self.ids], "<u4"),
+            "firsts": np.asarray(self.firsts, "<u4"),
+            "contexts": np.frombuffer(b"".join(context.ljust(32, b"\0") for context in self._contexts), np.uint8),
+        }
+        return save(arrays, {"format": _FORMAT, "document": json.dumps(header)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, texts: Sequence[str | None] = ()) -> Document:
+        """The document of :meth:`to_bytes`.
+
+        Raises:
+            RecordError: it is damaged, or of another format.
+        """
+        try:
+            facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            if facts["format"] != _FORMAT:
+                raise ValueError(f"of format {facts['format']!r}, this version reads {_FORMAT!r}")
+            header, arrays = json.loads(facts["document"]), load(data)
+            firsts, bounds = arrays["firsts"].tolist(), [0, *accumulate(arrays["lengths"].tolist())]
+            if not len(bounds) - 1 == len(firsts) == len(arrays["contexts"]) // 32 or bounds[-1] != len(arrays["ids"]):
+                raise ValueError(f"{len(bounds) - 1} lengths, {len(firsts)} firsts, {len(arrays['ids'])} ids")
+            document = cls(
+                id=header["id"],
+                ids=[arrays["ids"][start:stop] for start, stop in pairwise(bounds)],
+                firsts=firsts,
+                marks=dict(header["marks"]),
+                texts=texts,
+            )
+            contexts = arrays["contexts"].tobytes()
+            known = [b"" if first == at else contexts[32 * at : 32 * at + 32] for at, first in enumerate(firsts)]
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise RecordError(f"a document's record is damaged: {type(error).__name__}: {error}") from error
+        vars(document)["_contexts"] = known  # in the cached property's place
+        return document
+
+    def _chunk(self, number: int, first: int, context: bytes, behind: Any) -> Chunk:
+        """A chunk as it is read behind those from ``first`` on."""
+        mark = self.marks.get(number, "")
+        return Chunk(
+            ids=tuple(np.asarray(self.ids[number]).tolist()),
+            text=self.texts[number] if self.texts else None,
+            document=self.id,
+            number=number,
+            offset=self._starts[number] - self._starts[first],
+            context=marked(context, mark),
+            mark=mark,
+            behind=behind,
+        )
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Tokens in front of each chunk."""
+        return [0, *accumulate(len(ids) for ids in self.ids)]
+
+    @cached_property
+    def _contexts(self) -> list[bytes]:
+        """Of each chunk the digest of its context, without its own mark."""
+        contexts: list[bytes] = []
+        for number, first in enumerate(self.firsts):
+            if first == number:
+                contexts.append(b"")
+            elif first == self.firsts[number - 1]:
+                contexts.append(self._chunk(number - 1, first, contexts[-1], None).context_after)
+            else:
+                contexts.append(self.lineage(number)[-2].context_after)
+        return contexts
+
+
+def windows(lengths: Sequence[int], window_tokens: int) -> list[int]:
+    """Per chunk the number of the first chunk of its context.
+
+    Where the next chunk would exceed the window, the context begins anew with the last chunks that fill at most a quarter of it.
+
+    Args:
+        lengths: tokens of each chunk.
+        window_tokens: tokens of context and chunk together, at most.
+    """
+    firsts, first, used = [], 0, 0
+    for number, length in enumerate(lengths):
+        if used + length > window_tokens:
+            first, used, room = number, 0, min(window_tokens // 4, window_tokens - length)
+            while first and used + lengths[first - 1] <= room:
+                first -= 1
+                used += lengths[first]
+        firsts.append(first)
+        used += length
+    return firsts

@@ -1,0 +1,81 @@
+"""Where the records of documents are kept: a chunk is read again with them, and what was removed stays removed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from ragkv.chunk import Chunk
+from ragkv.errors import RecordError
+from ragkv.folder import seal, unseal
+from ragkv.library.document import Document
+from ragkv.store import TieredStore
+
+logger = logging.getLogger(__name__)
+
+
+class Records(Protocol):
+    """The documents that are kept."""
+
+    def find(self, document_id: str) -> Document | None:
+        """The document of an id, as it is now; None where it is not kept."""
+
+    def holds(self, chunks: Mapping[bytes, Chunk]) -> set[bytes]:
+        """The keys of those chunks that are chunks of kept documents, as these are now."""
+
+
+class StoreRecords:
+    """Records beside the KV, as facts of the store, which are never evicted.
+
+    Args:
+        store: keeps them.
+        space: of the model as it is now: in another space a document has another record.
+    """
+
+    def __init__(self, store: TieredStore, space: Callable[[], str]):
+        self._store, self._space = store, space
+
+    def find(self, document_id: str) -> Document | None:
+        """See the protocol. A damaged record counts as none."""
+        name = self.name(document_id)
+        data = self._store.meta_get(name)
+        try:
+            return None if data is None else Document.from_bytes(unseal(name.encode(), data))
+        except RecordError as error:
+            logger.warning("the record of document %s is lost: %s", document_id, error)
+            return None
+
+    def holds(self, chunks: Mapping[bytes, Chunk]) -> set[bytes]:
+        """See the protocol."""
+        documents = {name: self.find(name) for name in {chunk.document for chunk in chunks.values()}}
+        return {key for key, chunk in chunks.items() if has(documents[chunk.document], chunk)}
+
+    def put(self, document: Document) -> None:
+        """Keep a document, in the place of the one of its id."""
+        name = self.name(document.id)
+        data = seal(name.encode(), document.to_bytes())
+        if self._store.meta_get(name) != data:
+            self._store.meta_put(name, data)
+
+    def name(self, document_id: str) -> str:
+        """What the fact is called."""
+        return f"document:{self._space()}:{document_id}"
+
+
+def has(document: Document | None, chunk: Chunk) -> bool:
+    """Whether a document has just this chunk at its place."""
+    if document is None or chunk.number >= len(document):
+        return False
+    own = document[chunk.number]
+    return (own.ids, own.context) == (chunk.ids, chunk.context)
+
+
+def lineage_of(chunk: Chunk, records: Sequence[Records]) -> list[Chunk] | None:
+    """A chunk's lineage, from its document's record where it does not know it itself; None where nobody does."""
+    lineage = chunk.lineage()
+    for kept in records if lineage is None else ():
+        document = kept.find(chunk.document)
+        if document is not None and has(document, chunk):
+            return document.lineage(chunk.number)
+    return lineage

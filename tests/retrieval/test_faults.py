@@ -1,0 +1,157 @@
+"""Damage really done to a catalogue's file: equal data or a named error, never another text and never a signal."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ragkv.errors import RagKVError
+from ragkv.retrieval import Catalogue
+
+from .conftest import HashEmbedder, put
+
+DOCUMENTS = {
+    f"document {number}": [
+        f"passage {place} of {number} " + "and so on " * (number * 40) for place in range(number + 1)
+    ]
+    for number in range(12)
+}
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """The file of a catalogue with values on leaves and on pages of their own."""
+    folder = tmp_path_factory.mktemp("filled")
+    with Catalogue(folder) as catalogue:
+        for source, passages in DOCUMENTS.items():
+            put(catalogue, source, passages)
+        catalogue.remove("document 3")
+        put(catalogue, "document 3", DOCUMENTS["document 3"])
+    return folder / "data.mdb"
+
+
+def use(catalogue: Catalogue) -> set[str]:
+    """Reads all and writes; ``equal`` and the names of errors. Raises for another text or another error."""
+    seen = set()
+
+    def tried(work):
+        try:
+            work()
+            seen.add("equal")
+        except RagKVError as error:
+            seen.add(type(error).__name__)
+
+    def read(source):
+        assert catalogue.texts(source) == DOCUMENTS[source], "another text"
+        with catalogue.snapshot() as view:
+            for passage_id in view.get(source).passage_ids:
+                passage = view.passage(passage_id)
+                assert passage.text == DOCUMENTS[source][passage.position], "another passage"
+                assert (view.vector(passage_id) == HashEmbedder().encode_query(passage.text)).all(), "another vector"
+
+    for source in DOCUMENTS:
+        tried(lambda source=source: read(source))
+    tried(lambda: put(catalogue, "new", ["a text that was not there"]))
+    tried(lambda: catalogue.remove("document 5"))
+    return seen
+
+
+def use_closed(folder: Path) -> str:
+    try:
+        with Catalogue(folder) as catalogue:
+            return " ".join(sorted(use(catalogue)))
+    except RagKVError as error:
+        return type(error).__name__
+
+
+def copied(filled: Path, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copy(filled, folder)
+    return folder / "data.mdb"
+
+
+def damage(times, filled, folder, forked, harm) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    for _ in range(times):
+        with open(copied(filled, folder), "r+b") as file:
+            harm(file)
+        outcome = forked(lambda: use_closed(folder))
+        assert "raised" not in outcome and "signal" not in outcome, outcome
+        outcomes[outcome] += 1
+    return outcomes
+
+
+def flip_bits(seed):
+    chance = random.Random(seed)
+
+    def harm(file):
+        size = os.fstat(file.fileno()).st_size
+        for _ in range(chance.choice((1, 1, 8, 64))):
+            place = chance.randrange(size)
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+
+    return harm
+
+
+def cut_short(seed):
+    chance = random.Random(seed)
+    return lambda file: file.truncate(chance.randrange(1, os.fstat(file.fileno()).st_size))
+
+
+@pytest.mark.parametrize("harm", [flip_bits(5), cut_short(5)], ids=["flipped", "cut"])
+def test_damage_is_a_named_error(filled, tmp_path, forked, harm):
+    outcomes = damage(25, filled, tmp_path / "copy", forked, harm)
+    assert any(outcome != "equal" for outcome in outcomes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("harm", "times"), [(flip_bits(7), 1500), (cut_short(7), 500)], ids=["flipped", "cut"])
+def test_damage_2000_times(filled, tmp_path, forked, harm, times):
+    damage(times, filled, tmp_path / "copy", forked, harm)
+
+
+def lengths(filled: Path) -> list[int]:
+    size, chance = filled.stat().st_size, random.Random(9)
+    return [
+        0,
+        1,
+        4095,
+        4096,
+        8191,
+        8192,
+        8193,
+        12288,
+        size - 4096,
+        size - 1,
+        *(chance.randrange(size) for _ in range(20)),
+    ]
+
+
+def test_cut_short_while_it_is_open(filled, tmp_path, forked):
+    """What is mapped behind the end of a file kills whoever touches it."""
+    folder, outcomes = tmp_path / "copy", Counter()
+
+    def cut(length):
+        with Catalogue(folder) as catalogue:
+            os.truncate(folder / "data.mdb", length)
+            seen = use(catalogue)
+        return " ".join(sorted(seen))
+
+    for length in lengths(filled):
+        copied(filled, folder)
+        outcome = forked(lambda length=length: cut(length))
+        assert "raised" not in outcome and "signal" not in outcome, (length, outcome)
+        outcomes[outcome] += 1
+        if length:
+            again = forked(lambda: use_closed(folder))
+            assert "raised" not in again and "signal" not in again, (length, again)
+    assert any("equal" in outcome for outcome in outcomes) and any("RecordError" in outcome for outcome in outcomes)

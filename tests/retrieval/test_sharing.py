@@ -1,0 +1,168 @@
+"""One catalogue folder in several objects, threads and processes; folders that may not be written to or were replaced."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+
+import pytest
+
+from ragkv.errors import RetrievalError, StoreError
+from ragkv.retrieval import Catalogue, Retriever
+
+from .conftest import HashEmbedder, put
+
+
+def test_a_second_catalogue_in_one_process_shares_the_first(tmp_path):
+    with Catalogue(tmp_path / "c") as one:
+        put(one, "a", ["one"])
+        with Catalogue(tmp_path / "." / "c") as two:
+            put(two, "b", ["two"])
+            assert one.texts("b") == ["two"] and two.texts("a") == ["one"]
+        two.close()  # once more: that is not the other's
+        with pytest.raises(RetrievalError, match="is closed"):
+            two.get("a")
+        assert len(one) == 2
+
+
+def test_retrievers_in_threads_share_a_folder(tmp_path):
+    failures = []
+
+    def work(who):
+        try:
+            with Retriever.open(tmp_path, HashEmbedder()) as retriever:
+                for number in range(8):
+                    retriever.add(f"{who} {number}", [f"text {number} of {who}", "a text that all have"])
+                    assert retriever.catalogue.texts(f"{who} {number}")[0] == f"text {number} of {who}"
+                    assert all("text" in hit.text for hit in retriever.search("a text that all have", 5))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    with Catalogue(tmp_path) as catalogue:
+        assert len(catalogue) == 24 and catalogue.check() == []
+
+
+def test_fork_is_survived(tmp_path, forked):
+    """The child uses the very object of its parent, which is reading; what was begun before the fork is the parent's."""
+    with Catalogue(tmp_path) as catalogue:
+        put(catalogue, "a", ["one"])
+
+        with catalogue.snapshot() as view:
+
+            def child():
+                with pytest.raises(StoreError, match="forked"):
+                    view.get("a")
+                assert catalogue.texts("a") == ["one"]
+                put(catalogue, "b", ["two"])
+                catalogue.close()
+                return "ok"
+
+            assert forked(child) == "ok"
+            assert view.get("a") is not None and view.get("b") is None
+        assert catalogue.texts("b") == ["two"] and catalogue.check() == []
+
+
+def test_fork_while_threads_read_and_write(tmp_path, forked):
+    with Catalogue(tmp_path) as catalogue:
+        put(catalogue, "a", ["one"])
+        stop = threading.Event()
+
+        def work(who):
+            number = 0
+            while not stop.is_set():
+                number += 1
+                put(catalogue, who, [f"{number} of {who}"])
+                assert catalogue.texts("a") == ["one"]
+
+        threads = [threading.Thread(target=work, args=(who,)) for who in "xy"]
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(5):
+                assert (
+                    forked(lambda number=number: put(catalogue, f"c{number}", ["two"]) and len(catalogue) > 0) == "True"
+                )
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert {f"c{number}" for number in range(5)} <= {document.source for document in catalogue}
+        assert catalogue.check() == []
+
+
+def test_a_temporary_one_outlives_the_children_of_its_process(forked):
+    with Catalogue() as catalogue:
+        put(catalogue, "a", ["one"])
+        assert forked(lambda: catalogue.close()) == "None"
+        assert catalogue.texts("a") == ["one"]
+    assert not catalogue.path.exists()
+
+
+def test_a_folder_that_may_not_be_written_to_opens_for_reading(tmp_path, forked):
+    folder = tmp_path / "c"
+    with Retriever.open(folder, HashEmbedder()) as retriever:
+        retriever.add("a", ["one", "two"])
+    (folder / "lock.mdb").unlink()
+    (folder / "index.safetensors").unlink()
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o555)
+    for parent in folder.parents[:4]:
+        parent.chmod(0o755)
+
+    def unprivileged():
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with Catalogue(folder) as catalogue:
+            assert catalogue.texts("a") == ["one", "two"] and catalogue.check() == []
+            with pytest.raises(StoreError, match="reading only"):
+                put(catalogue, "b", ["three"])
+            with pytest.raises(StoreError, match="reading only"):
+                catalogue.remove("a")
+        with Retriever.open(folder, HashEmbedder()) as retriever:
+            assert retriever.search("two", 1)[0].text == "two"
+        return "ok"
+
+    try:
+        assert forked(unprivileged) == "ok"
+    finally:
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_deleted_or_replaced_under_a_running_process(tmp_path, replaced):
+    folder = tmp_path / "c"
+    with Catalogue(folder) as catalogue:
+        put(catalogue, "a", ["one"])
+        if replaced:
+            with Catalogue(tmp_path / "other") as other:
+                put(other, "b", ["two"])
+            shutil.copy(tmp_path / "other" / "data.mdb", folder / "copy")
+            os.replace(folder / "copy", folder / "data.mdb")
+        else:
+            shutil.rmtree(folder)
+        with pytest.raises(StoreError, match="deleted or replaced"):
+            put(catalogue, "c", ["three"])
+        if replaced:
+            with pytest.raises(StoreError, match="deleted or replaced"):
+                Catalogue(folder)
+        assert catalogue.texts("a") == ["one"]
+    with Catalogue(folder) as catalogue:
+        assert [document.source for document in catalogue] == (["b"] if replaced else [])
+        put(catalogue, "c", ["three"])
+        assert catalogue.check() == []
+
+
+def test_network_file_systems_are_refused(tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path / 'net'} nfs4 rw 0 0\n")
+    monkeypatch.setattr("ragkv.folder.filesystem.MOUNTS", mounts)
+    with pytest.raises(StoreError, match="nfs4"):
+        Catalogue(tmp_path / "net" / "c")
+    assert not (tmp_path / "net").exists()
