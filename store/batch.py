@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.snapshot import Loading
 from ragkv.store.target import Target
@@ -90,6 +91,18 @@ class Batch:
             pair, count = source.layer(layer)
             self._count(count, started)
         return pair
+
+    def kv(self, index: int) -> ChunkKV:
+        """The chunk at ``index``, as tensors of your own.
+
+        Raises:
+            StoreError, RecordError: as :meth:`layer`.
+        """
+        with self._reading(index) as source:
+            layers = range(source.layers)
+        pairs = [self.layer(index, layer) for layer in layers]
+        keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
+        return ChunkKV(keys, values, source.base, source.sensitivity, source.foreign)
 
     def parts(self, index: int, layer: int) -> Parts:
         """K and V of one layer of the chunk at ``index`` as they are held, for kernels that decode on their way.

@@ -48,6 +48,9 @@ class DiskTier(Tier):
         selective: keep a new entry only where it is worth more than what it would evict.
         readonly: never write.
         now: the wall clock, in seconds.
+
+    Attributes:
+        readonly: whether nothing can be written.
     """
 
     name = "disk"
@@ -74,16 +77,12 @@ class DiskTier(Tier):
         self._touched: dict[bytes, int] = {}
         self._touch_lock = threading.Lock()
         self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
+        self.readonly = self.environment.readonly
         try:
             self._check_version()
         except BaseException:
             self.environment.close()
             raise
-
-    @property
-    def readonly(self) -> bool:
-        """Whether nothing can be written."""
-        return self.environment.readonly
 
     def snapshot(self) -> Snapshot:
         """A view of the folder as it is now, which no eviction changes."""
@@ -112,11 +111,9 @@ class DiskTier(Tier):
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        now, snapshot = self.now(), self.snapshot()
-        try:
-            return [key for key in keys if key in self._unreadable or not snapshot.has(key, now)]
-        finally:
-            snapshot.close()
+        now = self.now()
+        with self.environment.read() as txn:
+            return [key for key in keys if key in self._unreadable or not self._alive(txn, key, now)]
 
     def admit(self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS) -> list[bool]:
         """Stores records and small facts in one transaction, all or none; durable when it returns."""
@@ -223,11 +220,7 @@ class DiskTier(Tier):
         return self._get(b"facts", name.encode())
 
     def flush(self, done: Tally | None = None) -> None:
-        """Puts the uses that were noted into the books and syncs the folder.
-
-        Args:
-            done: what a process did, to be added to the folder's history.
-        """
+        """Puts the uses that were noted into the books, adds what a process did to the folder's history, and syncs."""
         if (self._touched or (done is not None and done.any)) and not self.readonly:
             with self._planner() as planner:
                 if done is not None:
@@ -243,11 +236,7 @@ class DiskTier(Tier):
             return self._read_history(txn)
 
     def close(self, done: Tally | None = None) -> None:
-        """Flushes and gives the folder back; where flushing fails, only uses that were noted are lost.
-
-        Args:
-            done: see :meth:`flush`.
-        """
+        """See :meth:`flush`; then gives the folder back. Where that fails, only uses that were noted are lost."""
         try:
             self.flush(done)
         except StoreError as error:
@@ -293,6 +282,14 @@ class DiskTier(Tier):
         txn.put(key, record.pack(key), db=self.environment.db(b"entries"))
         for index, (start, stop) in enumerate(record.spans):
             txn.put(segment_key(key, index), data[start:stop], db=segments)
+
+    def _alive(self, txn: Any, key: bytes, now: float) -> bool:
+        row = txn.get(key, db=self.environment.db(b"usage"))
+        try:
+            alive = row is not None and Row.unpack(key, bytes(row)).alive(now)
+        except RecordError:
+            return False
+        return alive and txn.get(key, db=self.environment.db(b"entries")) is not None
 
     def _get(self, db: bytes, key: bytes) -> bytes | None:
         with self.environment.read() as txn:

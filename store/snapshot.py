@@ -58,14 +58,6 @@ class Snapshot:
         books = Row.unpack(key, row)
         return (Record.unpack(key, header), books) if now is None or books.alive(now) else None
 
-    def has(self, key: bytes, now: float) -> bool:
-        """Whether a record is stored under the key that the books know and that has not expired; it is not looked at."""
-        row = self._get(b"usage", key)
-        try:
-            return row is not None and Row.unpack(key, row).alive(now) and self._get(b"entries", key) is not None
-        except RecordError:
-            return False
-
     def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
         """Copies a segment to its place in ``out`` (uint8 ``[payload_bytes]``) and verifies it there.
 

@@ -84,9 +84,7 @@ class TieredStore:
         self._closed = False
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
-        above: list[MemoryTier] = []
-        if gpu_bytes:
-            above.append(GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock))
+        gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
         memory = MemoryTier(
             cpu_bytes,
             self._policy,
@@ -95,16 +93,13 @@ class TieredStore:
             selective=selective or self.path is not None,
             lock=lock,
             # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
-            gone=(lambda key: above[0].remove([key])) if above and self.path is None else (lambda key: None),
+            gone=(lambda key: gpu.remove([key])) if gpu and self.path is None else (lambda key: None),
         )
         self._disk: DiskTier | None = None
-        if self.path is None:
-            self._home: MemoryTier | DiskTier = memory
-        else:
-            above += [memory] if cpu_bytes else []
-            self._home = self._disk = DiskTier(
-                self.path, disk_bytes, self._policy, leases, selective=selective, readonly=readonly
-            )
+        if self.path is not None:
+            self._disk = DiskTier(self.path, disk_bytes, self._policy, leases, selective=selective, readonly=readonly)
+        self._home: MemoryTier | DiskTier = self._disk or memory
+        above = [tier for tier in (gpu, memory) if tier and tier is not self._home and tier.budget_bytes]
         self._tiers = Tiers(above, self._home, tiers, leases, lock)
 
     def put(
@@ -156,10 +151,7 @@ class TieredStore:
         Args:
             items: key, KV, seconds that the prefill took, and a label, of each.
             facts: small values by name, see :meth:`meta_get`; there need be no items.
-            space: see :meth:`put`, as for the rest.
-            namespace: whose entries they are.
-            lifetime_s: seconds after which they are misses.
-            rotations: see :meth:`put`.
+            space, namespace, lifetime_s, rotations: see :meth:`put`.
 
         Returns:
             Whether each is stored now.
@@ -178,48 +170,34 @@ class TieredStore:
             ]
             for side in (0, 1)
         )
-        between = perf_counter()
-        kept = self._tiers.put_many(offers, above, facts)
         with self._tiers.lock:
-            tally = self._tiers.tally
-            if given:
-                tally.latency["encode"].add(between - started)
-                tally.latency["write"].add(perf_counter() - between)
-            tally.puts += sum(kept)
-            tally.refused += len(kept) - sum(kept)
-        return kept
+            self._tiers.tally.latency["encode"].add(perf_counter() - started)
+        return self._tiers.put_many(offers, above, facts)
 
     def get(self, key: bytes) -> ChunkKV | None:
         """A chunk's KV, as tensors of your own; None where it is not stored or its record is damaged."""
         with self.read([key]) as batch:
-            layers, base = batch.layers[0], batch.bases[0]
-            if layers is None or base is None:
-                return None
             try:
-                pairs = [batch.layer(0, layer) for layer in range(layers)]
+                return None if batch.tiers[0] is None else batch.kv(0)
             except RecordError:
                 return None
-            keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
-            return ChunkKV(keys, values, base, batch.sensitivities[0], batch.foreigns[0])
 
-    def read(self, keys: Sequence[bytes], *, again: bool = False) -> Batch:
+    def read(self, keys: Sequence[bytes]) -> Batch:
         """Opens chunks for reading, layer by layer; nothing of them is evicted while the batch is open.
 
         Args:
             keys: may repeat and may be unknown: see :attr:`Batch.tiers`.
-            again: another batch that is open has them: that is one use, and one hit or miss, and not two.
         """
         self._check_open()
         started = perf_counter()
         self._tiers.lease(keys)
         try:
-            sources = self._tiers.find(keys, used=not again)
+            sources = self._tiers.find(keys, used=True)
         except BaseException:
             self._tiers.release(keys)
             raise
         with self._tiers.lock:
-            if not again:
-                self._tiers.tally.count_reads(keys, sources)
+            self._tiers.tally.count_reads(keys, sources)
             self._tiers.tally.latency["find"].add(perf_counter() - started)
         return Batch(self._tiers, keys, sources)
 
@@ -261,10 +239,7 @@ class TieredStore:
         return self._tiers.remove_many(keys, facts)
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
-        """Keeps a chunk from being evicted from the store for some seconds; whether it is stored.
-
-        It is kept on disk, and in memory where the store has no disk.
-        """
+        """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""
         return self.pin_many([key], lifetime_s) == 1
 
     def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
@@ -330,13 +305,7 @@ class TieredStore:
             if self._tiers.leases:
                 raise StoreError("the store cannot be closed while batches are open")
             self._closed = True
-        # A prefetch reads from the map: it must be over before that is gone.
-        self._tiers.background.shutdown(cancel_futures=True)
-        for tier in self._tiers.tiers:
-            if tier is not self._disk:
-                tier.close()
-        if self._disk is not None:
-            self._disk.close(self._tiers.counted())
+        self._tiers.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -107,6 +107,7 @@ class Tiers:
             above: the same for the tiers above, in whatever codec.
             facts: stored with them.
         """
+        started = perf_counter()
         kept = self.home.admit([self.home.prepare(offer) for offer in offers], facts)
         for better in compress(above, kept):
             self._raise(better, self.home, self.above, anew=True)
@@ -116,6 +117,11 @@ class Tiers:
                 tier.admit([tier.prepare(offer) for offer in stored])
             except RagKVError as error:
                 logger.warning("the tier %s did not take %d chunks: %s", tier.name, len(stored), error)
+        with self.lock:
+            self.tally.puts += len(stored)
+            self.tally.refused += len(kept) - len(stored)
+            if offers:
+                self.tally.latency["write"].add(perf_counter() - started)
         return kept
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
@@ -187,6 +193,16 @@ class Tiers:
             if isinstance(tier, MemoryTier):
                 tier.lock = self.lock
             tier.after_fork()
+
+    def close(self) -> None:
+        """Closes the tiers."""
+        # A prefetch reads from the map: it must be over before that is gone.
+        self.background.shutdown(cancel_futures=True)
+        for tier in self.tiers:
+            if isinstance(tier, DiskTier):
+                tier.close(self.counted())
+            else:
+                tier.close()
 
     def counted(self) -> Tally:
         """What was done so far, by all tiers."""

@@ -145,13 +145,6 @@ class StoreContract:
                 assert torch.equal(prompt[1, layer, :, 4 : 4 + tokens], want.values[layer])
             assert prompt[:, :, :, :4].isnan().all() and prompt[:, :, :, 4 + tokens :].isnan().all()
 
-    def test_a_use_is_counted_once(self, store, kv, key):
-        store.put(key(1), kv(1))
-        with store.read([key(1)]) as batch, store.read([key(1)], again=True) as second:
-            assert second.tiers == batch.tiers
-        stats = store.stats()
-        assert (sum(stats.hits.values()), stats.misses) == (1, 0)
-
     def test_read_ahead_changes_nothing(self, store, kv, key):
         want = kv(1, tokens=700, heads=4, dim=64, layers=4)
         store.put(key(1), want)
