@@ -33,5 +33,7 @@ class Runner:
         return self._decoders[kernels]
 
     def fingerprint(self):
-        d = self.decoder("auto")
-        return model_fingerprint(d.model, d.config, d.dtype, d.attention)
+        if not hasattr(self, "_f"):
+            d = self.decoder("auto")
+            self._f = model_fingerprint(d.model, d.config, d.dtype, d.attention)
+        return self._f
