@@ -15,6 +15,7 @@ _HOMES = {
     "chunk": ("Chunk", "ChunkKV"),
     "engine": ("Engine",),
     "errors": (
+        "ArgumentError",
         "DocumentError",
         "IncompatibleFolderError",
         "MethodError",

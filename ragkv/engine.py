@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.errors import PromptError, PromptTooLongError, RecordError
+from ragkv.errors import PromptError, PromptTooLongError, RecordError, whole_number
 from ragkv.fusion.fuse import fuse, plan
 from ragkv.fusion.layout import Layout, Placed, lay_out
 from ragkv.fusion.placement import Placement
@@ -20,7 +20,8 @@ from ragkv.fusion.scene import Once, Scene
 from ragkv.kernels import implementation
 from ragkv.library.documents import Documents, several
 from ragkv.methods import Auto, Method, SensitiveTokens
-from ragkv.model.decoding import Settings, beam_search, decode
+from ragkv.model.decoding import DEFAULT_NEW_TOKENS, Settings, beam_search, decode
+from ragkv.model.runner import per_fingerprint
 from ragkv.prompt import PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
 from ragkv.store import Batch, TieredStore
@@ -62,7 +63,11 @@ class Engine(Documents):
         self.method = _method(SensitiveTokens() if method is None else method)
         reading.setdefault("sensitivity", self.method.measured)
         super().__init__(model, tokenizer, store=store, template=template, **reading)
-        self._prefix = self._reader.opening(self.encoder.prefix)
+        self._prefix  # read now, not with the first question
+
+    @per_fingerprint
+    def _prefix(self) -> ChunkKV | None:
+        return self._reader.opening(self.encoder.prefix)
 
     def fuse(
         self,
@@ -70,7 +75,7 @@ class Engine(Documents):
         question: Text,
         *,
         method: Method | str | None = None,
-        room_tokens: int = 64,
+        room_tokens: int | None = None,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
 
@@ -81,24 +86,26 @@ class Engine(Documents):
                 empty, and may hold a chunk twice.
             question: text or token ids; not empty.
             method: instead of the engine's.
-            room_tokens: room that the cache keeps for an answer.
+            room_tokens: room that the cache keeps for an answer; by default 64, or as much as the model's positions leave.
 
         Raises:
             PromptError: an empty question or chunk, or ids out of the vocabulary.
-            PromptTooLongError: the prompt exceeds the model's positions.
+            PromptTooLongError: the prompt, and the room that was asked for, exceed the model's positions.
         """
         begin = perf_counter()
+        if room_tokens is not None:
+            whole_number("room_tokens", room_tokens)
         chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
         known = [chunk if isinstance(chunk, Chunk) else self.add([chunk])[0] for chunk in several(chunks, "chunks")]
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device)
-        self._check_length(layout.tokens)
-        with self._lock, torch.no_grad():
+        room = self._room(layout.tokens, room_tokens)
+        with self.runner.turn(), torch.no_grad():
             try:
-                return self._fuse(layout, chosen, room_tokens, begin)
+                return self._fuse(layout, chosen, room, begin)
             except RecordError as error:  # the store has dropped the damaged record: it is a miss now
                 logger.warning("reading chunks again: %s", error)
-                return self._fuse(layout, chosen, room_tokens, begin)
+                return self._fuse(layout, chosen, room, begin)
 
     def generate(
         self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
@@ -117,7 +124,7 @@ class Engine(Documents):
         begin = perf_counter()
         settings, prompt = self._begin(chunks, question, method, generation)
         if settings.beams > 1:
-            with self._lock:
+            with self.runner.turn():
                 ids = beam_search(settings, prompt)
             report = AnswerReport(prompt.report, decode_ms=_ms(begin), new_tokens=len(ids))
             return Answer(self.encoder.decode(ids), ids, report)
@@ -158,13 +165,23 @@ class Engine(Documents):
 
         return AnswerStream(start, self.encoder.decode)
 
-    def _check_length(self, tokens: int) -> None:
+    def _room(self, tokens: int, asked: int | None) -> int:
+        """Room for an answer; its last token takes no position, for the model never runs it."""
         limit = self.decoder.max_positions
         if limit is not None and tokens > limit:
             raise PromptTooLongError(
                 f"the prompt has {tokens} tokens, {tokens - limit} more than the model's {limit} positions: give fewer or shorter "
                 "chunks"
             )
+        left = None if limit is None else limit + 1 - tokens
+        if left is None or (asked is not None and asked <= left):
+            return DEFAULT_NEW_TOKENS if asked is None else asked
+        if asked is not None:
+            raise PromptTooLongError(
+                f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {asked} were asked "
+                "for: give fewer or shorter chunks, or ask for a shorter answer"
+            )
+        return min(DEFAULT_NEW_TOKENS, left)
 
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
         method, layers = method.pick(layout, self.depth), len(self.decoder.layers)
@@ -230,15 +247,10 @@ class Engine(Documents):
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]
     ) -> tuple[Settings, FusedPrompt]:
         settings = Settings(self.decoder, self.tokenizer, generation)
-        return settings, self.fuse(chunks, question, method=method, room_tokens=settings.new_tokens)
+        return settings, self.fuse(chunks, question, method=method, room_tokens=settings.asked)
 
     def _tokens(self, settings: Settings, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
-        tokens = decode(settings, prompt)
-        while True:
-            with self._lock:
-                token = next(tokens, None)
-            if token is None:
-                return
+        for token in decode(settings, prompt):  # each step is a turn of its own
             report.new_tokens += 1
             if report.new_tokens == 1:
                 report.first_token_ms = _ms(begin)

@@ -17,6 +17,10 @@ class PromptTooLongError(PromptError):
     """The prompt (and the room for its answer) exceeds the model's positions."""
 
 
+class ArgumentError(RagKVError, ValueError):
+    """A number that the engine was given is out of range."""
+
+
 class MethodError(RagKVError, ValueError):
     """A method's knob is out of range, or a method asked fusion for something impossible."""
 
@@ -47,3 +51,17 @@ class RetrievalError(RagKVError, ValueError):
 
 class MissingPackageError(RagKVError, ImportError):
     """An optional package is not installed: the message names the command that installs it."""
+
+
+def whole_number(name: str, value: int, least: int = 0) -> int:
+    """A whole number that an argument must be, at least ``least``.
+
+    Raises:
+        ArgumentError: it is smaller.
+        TypeError: it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ArgumentError(f"{name} must be >= {least}, got {value}")
+    return value

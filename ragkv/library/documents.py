@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -14,15 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError
+from ragkv.errors import PromptError, PromptTooLongError, StoreError, StoreFullError, whole_number
 from ragkv.kernels import Impl
 from ragkv.library.costs import cost_profile
 from ragkv.library.depth import Depth
 from ragkv.library.reading import Reader, with_window
 from ragkv.library.repair import Repair, plan_repair, repaired
 from ragkv.library.sensitivity import FOREIGN
-from ragkv.model.decoder import Decoder
-from ragkv.model.fingerprint import model_fingerprint
+from ragkv.model.runner import Runner, per_fingerprint
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.retrieval.records import text_key
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
@@ -57,7 +55,6 @@ class Documents:
             short English paragraphs (:mod:`ragkv.library.sensitivity`).
 
     Attributes:
-        depth: what methods ask about the model's depth.
         tokens_read: tokens of documents that the model has read since this object was made.
 
     Raises:
@@ -83,20 +80,49 @@ class Documents:
             raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
         self.model, self.tokenizer, self.context, self.namespace = model, tokenizer, context, namespace
         self.template = template or PromptTemplate.default(tokenizer)
-        self.decoder = Decoder(model, kernels)
+        self.runner = Runner.of(model)
+        self.decoder = self.runner.decoder(kernels)
         self.encoder = Encoder(self.template, tokenizer, self.decoder.vocab_size)
         self.store = TieredStore() if store is None else store
-        self.model_fingerprint = model_fingerprint(
-            model, self.decoder.config, self.decoder.dtype, self.decoder.attention
-        )
-        self.space = digest(self.model_fingerprint, self.encoder.anchor).hex()
         room = (self.decoder.max_positions or 1 << 30) - len(self.encoder.anchor)
-        self.document_tokens = min(document_tokens or 8192, room)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the anchor has {len(self.encoder.anchor)} tokens and leaves no room in the model's "
+                f"{self.decoder.max_positions} positions: give a shorter prefix or anchor"
+            )
+        wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
+        self.document_tokens = min(wanted, room)
         self._measured = sensitivity
-        self._reader = Reader(self.decoder, self.encoder.anchor, piece_tokens, self._foreign(foreign))
-        self.depth = Depth(self._reader)
-        self._lock = threading.RLock()
+        self._piece_tokens, self._foreign_text = piece_tokens, self._foreign(foreign)
+        self._reader  # read now, not with the first question
         self.tokens_read = 0
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the model as it ran last, see :attr:`ragkv.model.runner.Runner.fingerprint`."""
+        return self.runner.fingerprint
+
+    @per_fingerprint
+    def space(self) -> str:
+        """What all KV depend on besides ids and context: the model as it runs, and the anchor. A part of every key."""
+        return digest(self.runner.fingerprint, self.encoder.anchor).hex()
+
+    @per_fingerprint
+    def depth(self) -> Depth:
+        """What methods ask about the model's depth."""
+        return Depth(self._reader)
+
+    @per_fingerprint
+    def _reader(self) -> Reader:
+        return Reader(self.decoder, self.encoder.anchor, self._piece_tokens, self._foreign_text)
+
+    def refresh(self) -> None:
+        """Look at every weight of the model again.
+
+        Weights that were replaced or written in place, and adapters that were switched, merged or loaded are noticed without it.
+        Writes that PyTorch does not count are not: call this after ``parameter.data.copy_(...)`` and the like.
+        """
+        self.runner.refresh()
 
     def add(self, passages: Sequence[Text]) -> list[Chunk]:
         """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
@@ -146,7 +172,9 @@ class Documents:
         waiting: dict[bytes, Item] = {}
         size = 0
         try:
-            for item in self._read(self.missing(chunks), waiting):
+            with self.runner.turn():  # by the model as it is now
+                missing = self.missing(chunks)
+            for item in self._read(missing, waiting):
                 waiting[item.key] = item
                 size += item.kv.nbytes
                 if size >= _WRITTEN_TOGETHER_BYTES:
@@ -170,8 +198,7 @@ class Documents:
         Raises:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
-        if behind_tokens < 0:
-            raise ValueError(f"behind_tokens must be >= 0, got {behind_tokens}")
+        whole_number("behind_tokens", behind_tokens)
         new = self.cut_document(parts)
         repair = plan_repair(old, new, behind_tokens) if self._one_window(old) and self._one_window(new) else None
         if repair is None or not self._repair(repair):
@@ -241,7 +268,7 @@ class Documents:
             return waiting[key].kv if key in waiting else self.store.get(key)
 
         if missing:
-            with self._lock:
+            with self.runner.turn():
                 for chunk, kv, seconds in self._reader.read(missing, known, measured or self._measured):
                     self.tokens_read += len(chunk)
                     yield self._item(chunk, kv, seconds)
@@ -281,7 +308,7 @@ class Documents:
     def _repair(self, repair: Repair) -> bool:
         """Make and store the KV of a repaired document; ``False`` where old KV are lost."""
         begin = perf_counter()
-        with self._lock:
+        with self.runner.turn():
             made = repaired(self._reader, self.encoder.anchor, self.store, repair, self.chunk_key)
         if made is None:
             return False

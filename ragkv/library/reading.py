@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 
 from ragkv.chunk import Chunk, ChunkKV
+from ragkv.errors import whole_number
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -57,9 +58,7 @@ class Reader:
     """
 
     def __init__(self, decoder: Decoder, anchor: Sequence[int], piece_tokens: int, foreign: Sequence[int] = ()):
-        if piece_tokens < 1:
-            raise ValueError(f"piece_tokens must be >= 1, got {piece_tokens}")
-        self.decoder, self.piece_tokens = decoder, piece_tokens
+        self.decoder, self.piece_tokens = decoder, whole_number("piece_tokens", piece_tokens, 1)
         self.anchor = self.opening(anchor)
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
         self._anchor_ids, self._foreign_ids = list(anchor), list(foreign)[:room]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from transformers.masking_utils import (
     create_chunked_causal_mask,
     create_sliding_window_causal_mask,
 )
-
-if TYPE_CHECKING:
-    from ragkv.model.kernel_attention import SpanBuilder
 
 #: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -112,7 +109,14 @@ class MaskBuilder:
         return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
 
-def for_model(masks: MaskBuilder | SpanBuilder, config: PreTrainedConfig) -> Tensor | dict[str, Tensor | None] | None:
+class LayerMasks(Protocol):
+    """What every layer is given in its mask's place."""
+
+    def layer(self, layer: int) -> Tensor | None:
+        """Of one layer."""
+
+
+def for_model(masks: LayerMasks, config: PreTrainedConfig) -> Tensor | dict[str, Tensor | None] | None:
     """The masks in the form in which the model's forward takes ready-made ones: a tensor, or one a layer type."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
