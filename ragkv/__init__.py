@@ -15,10 +15,12 @@ _HOMES = {
     "chunk": ("Chunk", "ChunkKV"),
     "engine": ("Engine",),
     "errors": (
+        "ArgumentError",
         "DocumentError",
         "IncompatibleFolderError",
         "MethodError",
         "MissingPackageError",
+        "ModelChangedError",
         "PromptError",
         "PromptTooLongError",
         "RagKVError",

@@ -1,10 +1,12 @@
 from ragkv.chunk import Chunk as Chunk
 from ragkv.chunk import ChunkKV as ChunkKV
 from ragkv.engine import Engine as Engine
+from ragkv.errors import ArgumentError as ArgumentError
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import MethodError as MethodError
 from ragkv.errors import MissingPackageError as MissingPackageError
+from ragkv.errors import ModelChangedError as ModelChangedError
 from ragkv.errors import PromptError as PromptError
 from ragkv.errors import PromptTooLongError as PromptTooLongError
 from ragkv.errors import RagKVError as RagKVError

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.errors import PromptError, PromptTooLongError, RecordError
+from ragkv.errors import ModelChangedError, PromptError, PromptTooLongError, RecordError, whole_number
 from ragkv.fusion.fuse import fuse, plan
 from ragkv.fusion.layout import Layout, Placed, lay_out
 from ragkv.fusion.looking import Looking
@@ -26,7 +26,7 @@ from ragkv.library.documents import Documents, several
 from ragkv.methods import Auto, Method, SensitiveTokens
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
-from ragkv.model.decoding import Settings, beam_search, decode
+from ragkv.model.decoding import DEFAULT_NEW_TOKENS, Settings, beam_search, decode
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
@@ -186,6 +186,14 @@ class Engine:
         """
         return self.documents.forget(chunks)
 
+    def refresh(self) -> None:
+        """Look at every weight of the model again.
+
+        Weights that were replaced or written in place, and adapters that were switched, merged or loaded are noticed without it.
+        Writes that PyTorch does not count are not: call this after ``parameter.data.copy_(...)`` and the like.
+        """
+        self.runner.refresh()
+
     def close(self) -> None:
         """Close the store."""
         self.store.close()
@@ -202,7 +210,7 @@ class Engine:
         question: Text,
         *,
         method: Method | str | None = None,
-        room_tokens: int = 64,
+        room_tokens: int | None = None,
         starts: Sequence[int] | None = None,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
@@ -214,21 +222,23 @@ class Engine:
                 empty, and may hold a chunk twice.
             question: text or token ids; not empty.
             method: instead of the engine's.
-            room_tokens: room that the cache keeps for an answer.
+            room_tokens: room that the cache keeps for an answer; by default 64, or as much as the model's positions leave.
             starts: position of each chunk's first token, where chunks shall stand apart or share positions (as in APE,
                 arXiv:2502.05431); by default each stands right behind the one before.
 
         Raises:
             PromptError: an empty question or chunk, or ids out of the vocabulary.
-            PromptTooLongError: the prompt exceeds the model's positions.
+            PromptTooLongError: the prompt, and the room that was asked for, exceed the model's positions.
         """
         begin = perf_counter()
+        if room_tokens is not None:
+            whole_number("room_tokens", room_tokens)
         chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
         known = self._chunks(chunks)
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, starts)
-        self._check_length(int(layout.positions[-1]) + 1)
-        return self._fuse(layout, chosen, room_tokens, begin)
+        room = self._room(int(layout.positions[-1]) + 1, room_tokens)
+        return self._fuse(layout, chosen, room, begin)
 
     def generate(
         self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
@@ -294,20 +304,32 @@ class Engine:
         fresh = iter(self.add([chunk for chunk in given if not isinstance(chunk, Chunk)]))
         return [chunk if isinstance(chunk, Chunk) else next(fresh) for chunk in given]
 
-    def _check_length(self, tokens: int) -> None:
+    def _room(self, tokens: int, asked: int | None) -> int:
+        """Room for an answer; its last token takes no position, for the model never runs it."""
         limit = self.decoder.max_positions
         if limit is not None and tokens > limit:
             raise PromptTooLongError(
                 f"the prompt has {tokens} tokens, {tokens - limit} more than the model's {limit} positions: give fewer or shorter "
                 "chunks"
             )
+        left = None if limit is None else limit + 1 - tokens
+        if left is None or (asked is not None and asked <= left):
+            return DEFAULT_NEW_TOKENS if asked is None else asked
+        if asked is not None:
+            raise PromptTooLongError(
+                f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {asked} were asked "
+                "for: give fewer or shorter chunks, or ask for a shorter answer"
+            )
+        return min(DEFAULT_NEW_TOKENS, left)
 
     @torch.no_grad()
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
-        """One prompt. The store drops records that prove damaged: those are read again, and as often as there are such."""
-        for _ in layout.chunks:
+        """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
+        for _ in range(len(layout.chunks) + 1):
             try:
                 return self._fuse_once(layout, method, room_tokens, begin)
+            except ModelChangedError as error:
+                logger.warning("fusing again: %s", error)
             except RecordError as error:
                 if not self.documents.missing([placed.chunk for placed in layout.chunks]):
                     raise  # it was not dropped
@@ -330,9 +352,7 @@ class Engine:
         def sensitivity() -> list[Tensor | None]:
             return self._sensitivities(layout, opened().batch, opened().fresh)
 
-        looking = Looking(
-            decoder, cache, layout, pieces, opened, self.runner.turn, sensitivity, lambda: reader.check_layer
-        )
+        looking = Looking(decoder, cache, layout, pieces, opened, reader.turn, sensitivity, lambda: reader.check_layer)
         with ExitStack() as stack:
             with timer.stage("select"):
                 selection = Selection.of(method.select(View(layout, layers, looking)), method)
@@ -340,7 +360,7 @@ class Engine:
             first = work.first_stored
             if first < layers:
                 opened().ahead(first)
-            with self.runner.turn(), placement.beside(first) if placement else nullcontext(), timer.stage("compute"):
+            with reader.turn(), placement.beside(first) if placement else nullcontext(), timer.stage("compute"):
                 logits, done = fuse(decoder, cache, layout, work, pieces, timer)
         sources = placement.sources() if placement else ["unused"] * len(layout.chunks)
         report = FusionReport(
@@ -403,15 +423,10 @@ class Engine:
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]
     ) -> tuple[Settings, FusedPrompt]:
         settings = Settings(self.decoder, self.tokenizer, generation)
-        return settings, self.fuse(chunks, question, method=method, room_tokens=settings.new_tokens)
+        return settings, self.fuse(chunks, question, method=method, room_tokens=settings.asked)
 
     def _tokens(self, settings: Settings, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
-        tokens = decode(settings, prompt)
-        while True:
-            with self.runner.turn():
-                token = next(tokens, None)
-            if token is None:
-                return
+        for token in decode(settings, prompt):  # each step is a turn of its own
             report.new_tokens += 1
             if report.new_tokens == 1:
                 report.first_token_ms = _ms(begin)

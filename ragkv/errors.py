@@ -9,12 +9,20 @@ class UnsupportedModelError(RagKVError):
     """The model cannot be driven exactly: the message names the reason and what to do."""
 
 
+class ModelChangedError(RagKVError):
+    """The model's weights, adapter or attention changed in the middle of something. Do it again with the model as it is now."""
+
+
 class PromptError(RagKVError, ValueError):
     """A prompt cannot be built: empty question, empty chunk, ids out of the vocabulary, bad template."""
 
 
 class PromptTooLongError(PromptError):
     """The prompt (and the room for its answer) exceeds the model's positions."""
+
+
+class ArgumentError(RagKVError, ValueError):
+    """A number that the engine was given is out of range."""
 
 
 class MethodError(RagKVError, ValueError):
@@ -47,3 +55,17 @@ class RetrievalError(RagKVError, ValueError):
 
 class MissingPackageError(RagKVError, ImportError):
     """An optional package is not installed: the message names the command that installs it."""
+
+
+def whole_number(name: str, value: int, least: int = 0) -> int:
+    """A whole number that an argument must be, at least ``least``.
+
+    Raises:
+        ArgumentError: it is smaller.
+        TypeError: it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ArgumentError(f"{name} must be >= {least}, got {value}")
+    return value

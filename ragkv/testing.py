@@ -55,6 +55,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "starcoder2": _WINDOWED,
     "gpt_neox": {},
+    "gptj": {
+        "rotary_dim": 8,
+        "head_dim": None,
+        "num_key_value_heads": None,
+        "attn_implementation": "eager",
+    },
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
     "gpt_oss": {**_WINDOWED, **_MIXTURE, "attn_implementation": "eager"},
     "llama4_text": {**_MIXTURE, "attention_chunk_size": 32, "intermediate_size_mlp": 96},

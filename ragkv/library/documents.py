@@ -5,13 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import DocumentError, PromptError, PromptTooLongError, StoreError, StoreFullError
+from ragkv.errors import (
+    DocumentError,
+    ModelChangedError,
+    PromptError,
+    PromptTooLongError,
+    StoreError,
+    StoreFullError,
+    whole_number,
+)
 from ragkv.kernels import Impl
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import Document, windows
@@ -27,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # KV that wait to be written together: one transaction and one sync for all of them.
 _WRITTEN_TOGETHER_BYTES = 64 << 20
+# How often reading begins anew because the model was changed meanwhile.
+_TRIES = 3
 
 
 class Documents:
@@ -68,13 +79,17 @@ class Documents:
     ):
         if context not in ("document", "chunk"):
             raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
-        for name, value in (("document_tokens", document_tokens), ("piece_tokens", piece_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.runner, self.encoder, self.store = runner, encoder, store
         self.context, self.namespace = context, namespace
+        wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
         positions = runner.decoder(kernels).max_positions or 1 << 30
-        self.document_tokens = min(document_tokens or 8192, positions - len(encoder.anchor))
+        if positions <= len(encoder.anchor):
+            raise PromptTooLongError(
+                f"the anchor has {len(encoder.anchor)} tokens and leaves no room in the model's {positions} positions: give a "
+                "shorter prefix or anchor"
+            )
+        self.document_tokens = min(wanted, positions - len(encoder.anchor))
+        whole_number("piece_tokens", piece_tokens, 1)
         self._piece_tokens, self._kernels, self._measured = piece_tokens, kernels, sensitivity
         self._lifetime_s = lifetime_s
         self._foreign_ids = self._foreign(foreign)
@@ -87,7 +102,7 @@ class Documents:
     @property
     def reader(self) -> Reader:
         """Reads with the model as it is now: weights and adapters may have changed since the last call."""
-        fingerprint, reader = self.runner.fingerprint(), self._reader
+        fingerprint, reader = self.runner.fingerprint, self._reader
         if reader is None or reader.fingerprint != fingerprint:
             reader = Reader(
                 self.runner.decoder(self._kernels),
@@ -103,7 +118,7 @@ class Documents:
     @property
     def space(self) -> str:
         """Fingerprint of all that KV depend on besides their chunk: the model as it is now, and the anchor."""
-        return digest(self.runner.fingerprint(), self.encoder.anchor).hex()
+        return digest(self.runner.fingerprint, self.encoder.anchor).hex()
 
     @property
     def setting(self) -> str:
@@ -165,7 +180,13 @@ class Documents:
         Raises:
             StoreFullError: a chunk does not fit into the store; those before it are stored.
         """
-        waiting: dict[bytes, Item] = {}
+        for _ in range(_TRIES):
+            with suppress(ModelChangedError):  # what was read of the former model is stored; now for the present one
+                return self._add(chunks)
+        return self._add(chunks)
+
+    def _add(self, chunks: Sequence[Chunk]) -> int:
+        reader, waiting = self.reader, dict[bytes, Item]()
         size = tokens = 0
         try:
             for item in self.read(self.missing(chunks), waiting):
@@ -174,9 +195,9 @@ class Documents:
                 size += item.kv.nbytes
                 if size >= _WRITTEN_TOGETHER_BYTES:
                     size = 0
-                    self._put(waiting)
+                    self._put(reader, waiting)
         finally:
-            self._put(waiting)
+            self._put(reader, waiting)
         return tokens
 
     def read(
@@ -214,7 +235,7 @@ class Documents:
         """
         stored = self._held({item.key: chunks[item.key] for item in items})
         try:
-            self._put({item.key: item for item in items if item.key in stored})
+            self._put(self.reader, {item.key: item for item in items if item.key in stored})
         except StoreError as error:  # full, or open for reading only
             logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), error)
         # Whoever removes a document strikes out its record before its KV: what is gone now he may have missed.
@@ -244,7 +265,7 @@ class Documents:
             return None
         per_token = (perf_counter() - begin) / (len(self.encoder.anchor) + sum(map(len, repair.document)))
         items = [self._item(reader, chunk, kv, per_token * len(chunk)) for chunk, kv in made]
-        self._put({item.key: item for item in items})
+        self._put(reader, {item.key: item for item in items})
         return len(repair.rows)
 
     def forget(self, chunks: Sequence[Chunk]) -> int:
@@ -296,13 +317,12 @@ class Documents:
             seconds = costs(len(self.encoder.anchor) + chunk.offset, len(chunk))
         return Item(self.key(chunk, reader.space), kv, seconds, "" if self.namespace else chunk.document)
 
-    def _put(self, waiting: dict[bytes, Item]) -> None:
+    def _put(self, reader: Reader, waiting: dict[bytes, Item]) -> None:
         """Store what waits, together; one by one where it does not fit together."""
         items = list(waiting.values())
         waiting.clear()
         if not items:
             return
-        reader = self.reader
         common: dict[str, Any] = {"space": reader.space, "namespace": self.namespace}
         common |= {"rotations": reader.decoder.rotations, "lifetime_s": self._lifetime_s}
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from time import perf_counter
 
 import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.errors import ModelChangedError
 from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
@@ -24,7 +25,7 @@ class Reader:
         anchor: ids that everything is read behind.
         piece_tokens: tokens of one forward pass.
         foreign: ids of a text to stand in front of documents for their sensitivity to be measured.
-        turn: taken for every forward pass.
+        turn: gives the model to one thread, and says its fingerprint; by default nobody else uses it.
         fingerprint: of the model.
 
     Attributes:
@@ -38,16 +39,29 @@ class Reader:
         anchor: Sequence[int],
         piece_tokens: int,
         foreign: Sequence[int] = (),
-        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+        turn: Callable[[], AbstractContextManager[str]] | None = None,
         fingerprint: str = "",
     ):
-        self.decoder, self.piece_tokens, self.turn, self.fingerprint = decoder, piece_tokens, turn, fingerprint
+        self.decoder, self.piece_tokens, self.fingerprint = decoder, piece_tokens, fingerprint
+        self._turn = turn or (lambda: nullcontext(fingerprint))
         self.space = digest(fingerprint, anchor).hex()
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
         self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
         self.foreign = digest(self._foreign_ids).hex()[:16]
         self._openings: dict[tuple[int, ...], ChunkKV | None] = {(): None}
         self.opening(self.anchor_ids)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The model for this thread alone.
+
+        Raises:
+            ModelChangedError: it is not what it was when this reader was made.
+        """
+        with self._turn() as fingerprint:
+            if fingerprint != self.fingerprint:
+                raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
+            yield
 
     @property
     def anchor(self) -> ChunkKV | None:

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from ragkv.model.turns import turns
 
 _GROUPED = "ragkv_grouped_sdpa"
 
@@ -60,19 +62,20 @@ def grouped_sdpa(
 
 
 @contextmanager
-def eager_attention(model: PreTrainedModel, config) -> Iterator[None]:
-    """The model's own eager attention, which returns its weights; what it was loaded with is put back whatever happens."""
-    loaded = config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(loaded)
+def eager_attention(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
+    """The model's own eager attention, which returns its weights, for one turn; what was there is put back whatever happens."""
+    with turns(config):
+        loaded = config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(loaded)
 
 
 @contextmanager
-def fusion_attention(model: PreTrainedModel, config, scattered: bool) -> Iterator[str]:
-    """The attention of one pass; what the model was loaded with is put back whatever happens. Yields its name.
+def fusion_attention(model: PreTrainedModel, config: PreTrainedConfig, scattered: bool) -> Iterator[str]:
+    """The attention of one pass, for one turn; what was there is put back whatever happens. Yields its name.
 
     On the CPU sdpa runs without transformers' copies. Flash and flex attention know no scattered queries: for those the model's
     eager attention serves, with its own soft caps, sinks and windows.
@@ -82,19 +85,20 @@ def fusion_attention(model: PreTrainedModel, config, scattered: bool) -> Iterato
         config: its text config.
         scattered: the pass needs a mask of its own.
     """
-    loaded = config._attn_implementation
-    # Models that do not go through transformers' attention interface ask for "sdpa" by name.
-    interface = getattr(model, "_supports_attention_backend", False)
-    if loaded == "sdpa" and interface and model.device.type == "cpu":
-        AttentionInterface.register(_GROUPED, grouped_sdpa)  # a name of our own: nothing that was there changes
-        AttentionMaskInterface.register(_GROUPED, eager_mask)
-        config._attn_implementation = _GROUPED
-        try:
+    with turns(config):
+        loaded = config._attn_implementation
+        # Models that do not go through transformers' attention interface ask for "sdpa" by name.
+        interface = getattr(model, "_supports_attention_backend", False)
+        if loaded == "sdpa" and interface and model.device.type == "cpu":
+            AttentionInterface.register(_GROUPED, grouped_sdpa)  # a name of our own: nothing that was there changes
+            AttentionMaskInterface.register(_GROUPED, eager_mask)
+            config._attn_implementation = _GROUPED
+            try:
+                yield loaded
+            finally:
+                config._attn_implementation = loaded
+        elif loaded in ("eager", "sdpa") or not scattered:
             yield loaded
-        finally:
-            config._attn_implementation = loaded
-    elif loaded in ("eager", "sdpa") or not scattered:
-        yield loaded
-    else:
-        with eager_attention(model, config):
-            yield "eager"
+        else:
+            with eager_attention(model, config):
+                yield "eager"

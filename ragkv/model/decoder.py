@@ -7,7 +7,8 @@ how its keys turn, which keys its layers see.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.model.attention import eager_attention, fusion_attention
 from ragkv.model.cache import FusedCache, LayerSpec
+from ragkv.model.inspection import decoder_layers, refuse_by_config, refuse_training, unwrapped
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import MaskBuilder, for_model, layer_rules
 from ragkv.model.rope import TOLERANCE, Probe, probe_rotations
+from ragkv.model.turns import turns
 
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _PROBE_TOKENS = 8
 _CHECK_TOKENS = 24
 
@@ -46,26 +48,30 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, kernels: Impl = "auto"):
-        self.model, self.kernels = model, kernels
-        self.config = model.config.get_text_config(decoder=True)
-        _refuse_by_config(self.config)
-        if model.training:
-            raise UnsupportedModelError(
-                "the model is in training mode, where dropout makes KV random: call model.eval()"
-            )
-        self.layers = _decoder_layers(model, self.config.num_hidden_layers)
-        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
-        self.device: torch.device = model.get_input_embeddings().weight.device
-        self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.specs = self._probe_specs()
-        self.dtype = self.specs[0].dtype
-        positions = getattr(self.config, "max_position_embeddings", None)
-        self.rotations, movable = probe_rotations(model, self._run_at, positions)
-        self.max_positions: int | None = movable or positions
-        self.rules = layer_rules(self.config, len(self.layers), self.device)
-        self.spans = self._span_rules()
-        self._check_scattered()
+        self.model, self.kernels = unwrapped(model), kernels
+        self.config = self.model.config.get_text_config(decoder=True)
+        self.turns = turns(self.config)
+        self.probe()
+
+    def probe(self) -> None:
+        """Find out what the model does, once more where it was changed in more than its weights."""
+        refuse_by_config(self.config)
+        refuse_training(self.model)
+        embeddings = self.model.get_input_embeddings()
+        self.layers = decoder_layers(self.model, self.config.num_hidden_layers)
+        self.vocab_size: int = embeddings.weight.shape[0]
+        self.device = _device(embeddings)
+        self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
+        self._keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        with self.turns:
+            self.specs = self._probe_specs()
+            self.dtype = self.specs[0].dtype
+            positions = getattr(self.config, "max_position_embeddings", None)
+            self.rotations, movable = probe_rotations(self.model, self._run_at, positions)
+            self.max_positions: int | None = movable or positions
+            self.rules = layer_rules(self.config, len(self.layers), self.device)
+            self.spans = self._span_rules()
+            self._check_scattered()
 
     @property
     def attention(self) -> str:
@@ -93,27 +99,29 @@ class Decoder:
     @torch.no_grad()
     def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
-        out = self.backbone(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with self.turns:
+            out = self.backbone(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return out[0][0]
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last one's next-token logits ``[1, V]``."""
         keep = {"logits_to_keep": 1} if self._keeps_last else {}
-        out = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **keep,
-        )
+        with self.turns:
+            out = self.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **keep,
+            )
         return out.logits[:, -1]
 
     def masks(
@@ -134,8 +142,11 @@ class Decoder:
         additive = self.attention != "sdpa"
         return MaskBuilder(self.rules, positions, key_positions, self.model.dtype, additive, open_keys)
 
-    def fusion_attention(self, *, scattered: bool, limited: bool = False) -> AbstractContextManager[str]:
-        """The attention of one pass; yields its name. Selective attention where it can run, else :mod:`ragkv.model.attention`'s.
+    @contextmanager
+    def fusion_attention(self, *, scattered: bool, limited: bool = False) -> Iterator[str]:
+        """The attention of one pass, which is one turn; yields its name.
+
+        Selective attention where it can run, else :mod:`ragkv.model.attention`'s.
 
         Args:
             scattered: queries do not stand one behind the other at the end.
@@ -150,8 +161,11 @@ class Decoder:
                 "follow chunks that stand apart or share positions: use kernels='auto', or a prompt and a method that do neither"
             )
         if scattered and self.spans is not None and not limited:
-            return kernel_attention(self.config, self.device, self.dtype, self.kernels)
-        return fusion_attention(self.model, self.config, scattered)
+            switched = kernel_attention(self.config, self.device, self.dtype, self.kernels)
+        else:
+            switched = fusion_attention(self.model, self.config, scattered)
+        with switched as name:
+            yield name
 
     def _span_rules(self) -> list[SpanRule] | None:
         ran = implementation(self.kernels, self.device, self.dtype)
@@ -250,42 +264,7 @@ class _Recorder(FusedCache):
         return key_states, value_states
 
 
-def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
-        raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
-    return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
-
-
-def _refuse_by_config(config) -> None:
-    name = getattr(config, "model_type", type(config).__name__)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: ragkv drives decoders only")
-    if getattr(config, "alibi", False):
-        raise UnsupportedModelError(
-            f"{name} uses ALiBi: its attention depends on absolute key positions, which ragkv does not move"
-        )
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it"
-        )
-    foreign = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
-    if foreign:
-        raise UnsupportedModelError(
-            f"{name} has layers of kind {', '.join(sorted(foreign))}: recurrent and other states cannot be cut into chunks. ragkv "
-            f"supports {', '.join(sorted(_ATTENTION_KINDS))}."
-        )
-    for kind in _rope_kinds(getattr(config, "rope_parameters", None)):
-        if kind in ("dynamic", "longrope"):
-            raise UnsupportedModelError(
-                f"{name} uses rope type '{kind}', whose frequencies depend on the prompt's length: keys of one length do not fit "
-                "another. Use a checkpoint or a config with rope type default, linear, llama3 or yarn."
-            )
-
-
-def _rope_kinds(parameters) -> list[str]:
-    if not isinstance(parameters, dict):
-        return []
-    if "rope_type" in parameters:
-        return [parameters["rope_type"]]
-    return [kind for value in parameters.values() for kind in _rope_kinds(value)]
+def _device(embeddings: nn.Module) -> torch.device:
+    """Where token ids go; offloaded weights (accelerate) come to where their hook runs them."""
+    device = embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ragkv.errors import whole_number
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.report import FusedPrompt
@@ -32,6 +33,12 @@ class Settings:
         tokenizer: for stop strings; may be ``None``.
         arguments: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``temperature``, ``stop_strings``,
             ``generation_config``, ``logits_processor``, ``stopping_criteria``, ...
+
+    Attributes:
+        asked: tokens to generate, where the call says how many.
+
+    Raises:
+        ArgumentError, TypeError, ValueError: arguments that make no sense, or that transformers does not know.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, arguments: dict[str, Any]):
@@ -40,6 +47,10 @@ class Settings:
         self.own_processors = arguments.pop("logits_processor", None)
         self.own_criteria = arguments.pop("stopping_criteria", None)
         given: GenerationConfig | None = arguments.pop("generation_config", None)
+        if "max_length" in arguments:
+            raise ValueError("max_length counts the prompt, whose length is fusion's: give max_new_tokens instead")
+        said = arguments.get("max_new_tokens", given.max_new_tokens if given is not None else None)
+        self.asked: int | None = None if said is None else whole_number("max_new_tokens", said, 1)
         self.config, unknown = decoder.model._prepare_generation_config(given, **arguments)
         unknown.pop("attention_mask", None)
         if unknown:
@@ -51,10 +62,13 @@ class Settings:
         if self.config.max_new_tokens is None:
             self.config.max_new_tokens = DEFAULT_NEW_TOKENS
 
-    @property
-    def new_tokens(self) -> int:
-        """The most tokens that may be generated."""
-        return self.config.max_new_tokens
+    def new_tokens(self, prompt_tokens: int) -> int:
+        """The most tokens to generate: as asked, or by default no more than the model's positions leave.
+
+        The last one takes no position, for the model never runs it.
+        """
+        limit, wanted = self.decoder.max_positions, self.config.max_new_tokens
+        return wanted if self.asked is not None or limit is None else min(wanted, limit + 1 - prompt_tokens)
 
     @property
     def beams(self) -> int:
@@ -64,7 +78,7 @@ class Settings:
     def resolve(self, ids: Tensor):
         """Logits processors and stopping criteria for a prompt ``[1, N]``."""
         model, config = self.decoder.model, self.config
-        config.max_length = ids.shape[1] + config.max_new_tokens
+        config.max_length = ids.shape[1] + self.new_tokens(ids.shape[1])
         if config.min_new_tokens is not None:
             config.min_length = ids.shape[1] + config.min_new_tokens
         model._prepare_special_tokens(config, True, device=ids.device)
@@ -114,7 +128,7 @@ def beam_search(settings: Settings, prompt: FusedPrompt) -> list[int]:
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        **{"max_new_tokens": settings.new_tokens, **settings.arguments},
+        **{"max_new_tokens": settings.new_tokens(ids.shape[1]), **settings.arguments},
         tokenizer=settings.tokenizer,
     )
     return out[0, ids.shape[1] :].tolist()

@@ -1,54 +1,88 @@
-"""What keys and values depend on besides the token ids: the model, as it was loaded."""
+"""What keys and values depend on besides the token ids: the model, as it runs now."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
+from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ragkv.chunk import digest
+from ragkv.model.weights import OnDisk, Part, part_digest, parts
 
-_SAMPLES = 64
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def weight_digest(module: nn.Module) -> bytes:
-    """Digest of a module's weights and persistent buffers that changes when any single element changes.
-
-    Every tensor contributes its name, shape, dtype, the exact integer sum of its bit patterns, and evenly spaced samples.
-    It is not a cryptographic hash of the weights: it guards against mistakes, not against an adversary.
-    """
-    parts: list[bytes | str] = []
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}")
-        parts.append(_bits_digest(tensor.detach()))
-    return digest(*parts)
+# What says how a model is saved, trained, or decoded from, but not what its layers compute in eval mode.
+_IDLE = {
+    *PreTrainedConfig().to_dict(),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "initializer_range", "torch_dtype"),
+    *("tie_word_embeddings", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    *("_attn_implementation_internal", "_post_init_done", "_output_attentions"),
+} - {"model_type"}
 
 
-def _bits_digest(tensor: Tensor) -> bytes:
-    if tensor.numel() == 0 or tensor.is_meta:
-        return b""
-    bits = tensor.contiguous().flatten()
-    bits = bits.view(_BITS[bits.element_size()]) if bits.dtype != torch.bool else bits.to(torch.uint8)
-    step = max(1, bits.numel() // _SAMPLES)
-    total = int(bits.sum(dtype=torch.int64))
-    return total.to_bytes(8, "little", signed=True) + bits[::step].cpu().numpy().tobytes()
+def settings(config: PreTrainedConfig) -> str:
+    """A decoder's configuration as far as keys and values depend on it, its attention implementation among it; as JSON."""
+    used = {name: value for name, value in vars(config).items() if name not in _IDLE}
+    used |= {"model_type": config.model_type, "attention": config._attn_implementation}
+    return json.dumps(used, sort_keys=True, default=str)
 
 
-def model_fingerprint(model: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> str:
-    """Hex digest of model weights (an adapter's among them), configuration, rope, dtype and attention kind.
+class Weights:
+    """The digest of a model's weights, taken anew of those tensors that a look finds changed.
 
     Args:
-        model: the loaded decoder.
-        config: its text config.
-        dtype: of keys and values.
-        attention: the attention implementation that the model was loaded with.
+        model: the bare model.
     """
-    skip = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
-    settings = {key: value for key, value in config.to_dict().items() if key not in skip}
-    described = json.dumps(settings, sort_keys=True, default=str)
-    return digest(weight_digest(model), described, str(dtype), attention).hex()
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._seen: list[tuple] = []
+        self._held: dict[Any, tuple[Any, tuple, bytes]] = {}  # by tensor: weak reference, mark, digest
+        self._digest = b""
+
+    def digest(self) -> bytes:
+        """Of all that runs now.
+
+        Noticed are tensors that were replaced, moved, or written in place, and adapters that were switched, loaded, merged or
+        scaled. What PyTorch does not count as a write (``.data``, other programs) is not: see :meth:`forget`.
+
+        Raises:
+            UnsupportedModelError: some weights cannot be read.
+        """
+        now = list(parts(self._model))
+        seen = [(name, _key(part), _mark(part)) for name, part in now]
+        alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())
+        if not (alive and seen == self._seen):
+            held: dict[Any, tuple[Any, tuple, bytes]] = {}
+            for _, part in now:
+                key, mark = _key(part), _mark(part)
+                if key not in held:
+                    held[key] = self._fresh(key, part, mark)
+            named = [item for name, part in now for item in (name, held[_key(part)][2])]
+            self._held, self._seen, self._digest = held, seen, digest(*named)
+        return self._digest
+
+    def forget(self) -> None:
+        """Take every digest anew at the next look."""
+        self._seen, self._held = [], {}
+
+    def _fresh(self, key: Any, part: Part, mark: tuple) -> tuple[Any, tuple, bytes]:
+        reference, old, known = self._held.get(key, (None, None, b""))
+        same = mark == old and (reference is None or reference() is part)
+        if known and same:
+            return reference, mark, known
+        return ref(part) if isinstance(part, Tensor) else None, mark, part_digest(part)
+
+
+def _key(part: Part) -> Any:
+    return id(part) if isinstance(part, Tensor) else part if isinstance(part, str) else part.mark
+
+
+def _mark(part: Part) -> tuple:
+    """What changes when a tensor is written in place, or its storage is replaced."""
+    if isinstance(part, OnDisk):
+        return part.mark
+    if isinstance(part, str):
+        return ()
+    return part.data_ptr(), 0 if part.is_inference() else part._version, part.dtype, part.device

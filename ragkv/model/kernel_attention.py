@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import Impl, implementation, key_spans, selective_attention
-
-if TYPE_CHECKING:
-    from ragkv.model.masks import Rule
+from ragkv.model.masks import Rule
+from ragkv.model.turns import turns
 
 #: Shown what every layer attends with: query ``[H, S, D]``, key ``[K, N, D]``, spans ``[S, 2]`` and, by name, what
 #: :func:`ragkv.kernels.question_scores` takes besides.
@@ -172,7 +171,7 @@ def kernel_attention(
     impl: Impl = "auto",
     watch: Watch | None = None,
 ) -> Iterator[str]:
-    """Selective attention in all layers of a model; what it was loaded with is put back whatever happens.
+    """Selective attention in all layers of a model, for one turn; what it was loaded with is put back whatever happens.
 
     The model must be given spans (:class:`SpanBuilder`) in the place of masks.
 
@@ -187,16 +186,17 @@ def kernel_attention(
         What runs, for the report: ``"selective (triton)"`` or ``"selective (reference)"``.
     """
     ran = implementation(impl, device, dtype)
-    loaded, name = config._attn_implementation, f"ragkv_selective_{next(_names)}"  # a name of this pass alone
-    AttentionInterface.register(name, KernelAttention(ran, watch))
-    AttentionMaskInterface.register(name, _spans_of_model)
-    config._attn_implementation = name
-    try:
-        yield f"selective ({ran})"
-    finally:
-        config._attn_implementation = loaded
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+    with turns(config):
+        loaded, name = config._attn_implementation, f"ragkv_selective_{next(_names)}"  # a name of this pass alone
+        AttentionInterface.register(name, KernelAttention(ran, watch))
+        AttentionMaskInterface.register(name, _spans_of_model)
+        config._attn_implementation = name
+        try:
+            yield f"selective ({ran})"
+        finally:
+            config._attn_implementation = loaded
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def _spans_of_model(*, q_length: int, kv_length: int, mask_function: Rule, device="cpu", q_offset: int = 0, **kwargs):

@@ -33,24 +33,50 @@ _FIRST_OFFSET = 1000
 
 
 def rope_frequencies(model: nn.Module) -> list[Tensor]:
-    """The distinct frequency tables that the model's rotary modules hold, ``[R / 2]`` each.
+    """The distinct frequencies that the model's rotary modules hold, as such or in a table of sines and cosines: ``[R / 2]`` each.
 
     Raises:
-        UnsupportedModelError: a table was cast to half precision.
+        UnsupportedModelError: frequencies were cast to half precision.
     """
-    tables: list[Tensor] = []
+    found: list[Tensor] = []
     for name, buffer in model.named_buffers():
         leaf = name.rsplit(".", 1)[-1]
-        if not leaf.endswith("inv_freq") or "original" in leaf or buffer.dim() != 1:
+        plain = leaf.endswith("inv_freq") and "original" not in leaf and buffer.dim() == 1
+        if not plain and not _is_sine_table(buffer):
             continue
         if buffer.dtype not in (torch.float32, torch.float64):
             raise UnsupportedModelError(
                 f"the rotary frequencies ({name}) are {buffer.dtype}: they must be float32, or positions blur into each other. "
                 "model.to(dtype) and model.half() cast them; load with from_pretrained(..., dtype=...) instead."
             )
-        if not any(table.shape == buffer.shape and torch.equal(table, buffer) for table in tables):
-            tables.append(buffer.detach().clone())
-    return tables
+        frequencies = buffer.detach().clone() if plain else _of_sine_table(buffer)
+        if not any(table.shape == frequencies.shape and torch.equal(table, frequencies) for table in found):
+            found.append(frequencies)
+    return found
+
+
+def _is_sine_table(buffer: Tensor) -> bool:
+    """Whether a buffer is ``[P, R]``: beside each other the sines and cosines of P positions' angles."""
+    if buffer.dim() != 2 or buffer.shape[0] < 2 or buffer.shape[1] % 2 or not buffer.is_floating_point():
+        return False
+    sines, cosines = buffer[:2].double().chunk(2, -1)
+    still = torch.equal(sines[0], torch.zeros_like(sines[0])) and torch.equal(cosines[0], torch.ones_like(cosines[0]))
+    return still and bool((sines[1].square() + cosines[1].square() - 1).abs().max() < 1e-2)
+
+
+def _of_sine_table(table: Tensor) -> Tensor:
+    """The frequencies ``[R / 2]`` of a table of sines and cosines, exact in fp32.
+
+    At positions that are powers of two the table's fp32 angles are not rounded: each doubling halves what is left of the error that
+    sine and cosine were rounded by.
+    """
+    sines, cosines = table.double().chunk(2, -1)
+    turns, position = torch.atan2(sines[1], cosines[1]), 1
+    while 2 * position < len(table):
+        position *= 2
+        away = torch.atan2(sines[position], cosines[position]) - 2 * turns
+        turns = 2 * turns + torch.remainder(away + torch.pi, 2 * torch.pi) - torch.pi
+    return (turns / position).float()
 
 
 def probe_rotations(model: nn.Module, run: Run, max_positions: int | None) -> tuple[list[Rotation | None], int | None]:

@@ -1,39 +1,128 @@
-"""Stand-in until the runner is merged."""
+"""The runner: what may exist once for a model, whatever engines, namespaces and threads stand over it."""
 
-import threading
-import weakref
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
+from transformers import PreTrainedModel
+
+from ragkv.chunk import digest
+from ragkv.kernels import Impl
 from ragkv.model.decoder import Decoder
-from ragkv.model.fingerprint import model_fingerprint
+from ragkv.model.fingerprint import Weights, settings
+from ragkv.model.inspection import refuse_training, unwrapped
+from ragkv.model.rope import rope_frequencies
+from ragkv.model.turns import turns
 
-_all = weakref.WeakKeyDictionary()
+Made = TypeVar("Made")
 
 
 class Runner:
-    @classmethod
-    def of(cls, model):
-        if model not in _all:
-            _all[model] = cls(model)
-        return _all[model]
+    """Turns, probing and the fingerprint of one model. Got by :meth:`of`.
 
-    def __init__(self, model):
-        self._model = weakref.ref(model)
-        self._lock = threading.RLock()
-        self._decoders = {}
+    Attributes:
+        model: the transformers model, out of any wrapper.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self._config = model.config.get_text_config(decoder=True)
+        self._turns = turns(self._config)
+        self._weights = Weights(model)
+        self._decoders: dict[Impl, Decoder] = {}
+        self._probed = self._fingerprint = ""
+
+    @classmethod
+    def of(cls, model: Any) -> Runner:
+        """The one runner of a model; a PEFT model has that of the model inside. It lives as long as somebody holds it.
+
+        Raises:
+            UnsupportedModelError: there is no transformers model inside, or its adapter adds tokens.
+        """
+        model = unwrapped(model)
+        with _making:
+            found = _runners.get(id(model))
+            if found is None:
+                found = _runners[id(model)] = cls(model)
+            return found
 
     @contextmanager
-    def turn(self):
-        with self._lock:
-            yield
+    def turn(self) -> Iterator[str]:
+        """The model for this thread alone, in the order of asking; reentrant. All models that share a config share the turns.
 
-    def decoder(self, kernels="auto"):
-        if kernels not in self._decoders:
-            self._decoders[kernels] = Decoder(self._model(), kernels)
-        return self._decoders[kernels]
+        The outermost turn looks whether the model is still what it was, so the fingerprint stands until the turn ends.
 
-    def fingerprint(self):
-        if not hasattr(self, "_f"):
-            d = self.decoder("auto")
-            self._f = model_fingerprint(d.model, d.config, d.dtype, d.attention)
-        return self._f
+        Yields:
+            The fingerprint.
+
+        Raises:
+            UnsupportedModelError: the model was changed into one that cannot be driven exactly.
+        """
+        with self._turns:
+            if self._turns.depth == 1 or not self._fingerprint:
+                self._look()
+            yield self._fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the weights (active adapters' among them), configuration and attention, as the last turn found them."""
+        if not self._fingerprint:
+            with self.turn():
+                pass
+        return self._fingerprint
+
+    def refresh(self) -> None:
+        """Take the fingerprint anew from every weight: for writes that PyTorch does not count, as those through ``.data``."""
+        with self._turns:
+            self._weights.forget()
+            self._look()
+
+    def decoder(self, kernels: Impl = "auto") -> Decoder:
+        """The model as fusion drives it: probed once for each choice of kernels, and again when more than weights change.
+
+        Raises:
+            UnsupportedModelError: the model cannot be driven exactly.
+        """
+        with self._turns:
+            if kernels not in self._decoders:
+                self._decoders[kernels] = Decoder(self.model, kernels)
+        with self.turn():
+            return self._decoders[kernels]
+
+    def _look(self) -> None:
+        refuse_training(self.model)
+        described, weights = settings(self._config), self._weights.digest()
+        fingerprint = digest(weights, described).hex()
+        if fingerprint == self._fingerprint:
+            return
+        embedding, turning = self.model.get_input_embeddings().weight, rope_frequencies(self.model)
+        probed = f"{described} {embedding.device} {embedding.dtype} {[table.tolist() for table in turning]}"
+        if self._probed and probed != self._probed:
+            for decoder in self._decoders.values():
+                decoder.probe()
+        self._fingerprint, self._probed = fingerprint, probed
+
+
+_runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()
+_making = Lock()
+
+
+class per_fingerprint(Generic[Made]):
+    """A cached property of an object with a ``runner``: made once, and again when the model's fingerprint has changed."""
+
+    def __init__(self, make: Callable[[Any], Made]):
+        self._make, self._slot = make, f"_per_fingerprint_{make.__name__}"
+        self.__doc__ = make.__doc__
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Made:
+        if owner is None:
+            return self  # type: ignore[return-value]
+        held = owner.__dict__.get(self._slot)
+        if held is None or held[0] != owner.runner.fingerprint:
+            with owner.runner.turn() as fingerprint:
+                held = owner.__dict__[self._slot] = (fingerprint, self._make(owner))
+        return held[1]

@@ -1,0 +1,98 @@
+"""What can be told of a model before it runs: what is inside a wrapper, where its layers are, and which are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ragkv.errors import UnsupportedModelError
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model in the wrappers of PEFT (its adapters stay active) and ``torch.compile``.
+
+    Raises:
+        UnsupportedModelError: the wrapper adds tokens of its own, or there is no transformers model inside.
+    """
+    while not isinstance(model, PreTrainedModel):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "the adapter puts learned tokens in front of the prompt (prompt learning), of which a chunk's KV know nothing: use "
+                "adapters that change weights, as LoRA"
+            )
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            raise UnsupportedModelError(f"ragkv drives transformers models, got {type(model).__name__}")
+    return model
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The model's decoder layers.
+
+    Raises:
+        UnsupportedModelError: there is no list of ``count`` modules.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
+    return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Refuse a model whose KV would be random.
+
+    Raises:
+        UnsupportedModelError: it, or a dropout in it (an adapter's, say), is in training mode.
+    """
+    if model.training or any(
+        module.training and getattr(module, "p", 0.0)
+        for module in model.modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd)
+    ):
+        raise UnsupportedModelError("the model is in training mode, where dropout makes KV random: call model.eval()")
+
+
+def refuse_by_config(config: PreTrainedConfig) -> None:
+    """Refuse by name what a config says that ragkv cannot drive exactly.
+
+    Raises:
+        UnsupportedModelError: the message names the reason.
+    """
+    name = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: ragkv drives decoders only")
+    if getattr(config, "alibi", False):
+        raise UnsupportedModelError(
+            f"{name} uses ALiBi: its attention depends on absolute key positions, which ragkv does not move"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it"
+        )
+    foreign = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
+    if foreign:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(sorted(foreign))}: recurrent and other states cannot be cut into chunks. ragkv "
+            f"supports {', '.join(sorted(_ATTENTION_KINDS))}."
+        )
+    for kind in _rope_kinds(getattr(config, "rope_parameters", None)):
+        if kind in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"{name} uses rope type '{kind}', whose frequencies depend on the prompt's length: keys of one length do not fit "
+                "another. Use a checkpoint or a config with rope type default, linear, llama3 or yarn."
+            )
+
+
+def _rope_kinds(parameters) -> list[str]:
+    if not isinstance(parameters, dict):
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [kind for value in parameters.values() for kind in _rope_kinds(value)]

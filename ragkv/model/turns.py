@@ -1,0 +1,82 @@
+"""Whose turn it is to run a model: one lock for everything that shares an attention switch."""
+
+from __future__ import annotations
+
+from collections import deque
+from threading import Lock, get_ident
+from weakref import WeakValueDictionary
+
+from transformers import PreTrainedConfig
+
+
+class Turns:
+    """A reentrant lock that lets threads in in the order in which they came.
+
+    A thread that gives its turn back while others wait stands behind them when it asks again, so work done piece by piece starves
+    nobody. A turn must not be held across a ``yield`` to a caller who may finish elsewhere.
+
+    Args:
+        config: what the turns are about; kept alive.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self.depth = 0  # how often the thread whose turn it is has entered
+        self._owner: int | None = None
+        self._guard = Lock()
+        self._waiting: deque[tuple[int, Lock]] = deque()
+
+    def __enter__(self) -> None:
+        me = get_ident()
+        if self._owner == me:
+            self.depth += 1
+            return
+        gate = Lock()
+        with self._guard:
+            if self._owner is None:
+                self._owner, self.depth = me, 1
+                return
+            gate.acquire()
+            self._waiting.append((me, gate))
+        try:
+            gate.acquire()
+        except BaseException:  # interrupted while waiting
+            with self._guard:
+                if (me, gate) in self._waiting:
+                    self._waiting.remove((me, gate))
+                else:
+                    self._pass_on()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        if self._owner != get_ident():
+            raise RuntimeError("a turn must end in the thread that took it")
+        self.depth -= 1
+        if not self.depth:
+            with self._guard:
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._waiting:
+            self._owner, gate = self._waiting.popleft()
+            self.depth = 1
+            gate.release()
+        else:
+            self._owner = None
+
+
+_made: WeakValueDictionary[int, Turns] = WeakValueDictionary()
+_making = Lock()
+
+
+def turns(config: PreTrainedConfig) -> Turns:
+    """The turns of all that reads its attention implementation from ``config``: a model, its parts, and wrappers about it.
+
+    Args:
+        config: the text config of a decoder.
+    """
+    with _making:
+        found = _made.get(id(config))
+        if found is None:
+            found = _made[id(config)] = Turns(config)
+        return found
