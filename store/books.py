@@ -13,6 +13,7 @@ keep in step with other processes.
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import struct
 from collections.abc import Generator
@@ -24,11 +25,18 @@ from ragkv.folder import Environment, seal, unseal
 from ragkv.store.planner import NO_QUOTA
 from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 
+logger = logging.getLogger("ragkv.store")
+
 _SPACE, _NUMBER = struct.Struct("<QQ"), struct.Struct(">Q")
 _EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
 _EXPIRES, _UNPINS = b"x", b"p"
 _REMOVED, _BEHIND_REMOVED = b"removed", b"removee"
 LOGGED_REMOVALS = 1024
+DATABASES: dict[bytes, dict[str, Any]] = {
+    name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
+}
+FOLDER_VERSION = 2
+_VERSION = struct.Struct("<Q")
 
 
 class MemoryBooks:
@@ -245,6 +253,32 @@ def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes
         except RecordError:
             return since, None
         return removals, keys
+
+
+def check_version(environment: Environment) -> None:
+    """Notes the version of a new folder, and empties one of the version before.
+
+    Raises:
+        RecordError: the folder has a version that is not read.
+    """
+    with environment.read() as txn:
+        data = txn.get(b"format", db=environment.db(b"state"))
+        version = None if data is None else bytes(data)
+    if version == _VERSION.pack(FOLDER_VERSION):
+        return
+    if environment.readonly or version not in (None, _VERSION.pack(FOLDER_VERSION - 1)):
+        raise RecordError(
+            f"{environment.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
+            f"{version!r}): use another folder, or delete it and let it be computed anew"
+        )
+    with environment.transaction(write=True) as change:
+        if version is not None:  # its KV have other keys now: nobody could ask for them
+            logger.warning(
+                "%s was made by the version before: its KV are dropped and will be read anew", environment.path
+            )
+            for name in DATABASES:
+                change.clear(name.decode())
+        change.put("state", b"format", _VERSION.pack(FOLDER_VERSION))
 
 
 def _places(key: bytes, row: Row) -> list[tuple[bytes, bytes]]:
