@@ -25,12 +25,12 @@ from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
 
-_FORMAT, _FORMER = b"ragkv.catalogue/2", b"ragkv.catalogue/1"
+FORMAT, _FORMER = b"ragkv.catalogue/2", b"ragkv.catalogue/1"
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
 # kv: key of KV -> the keys of the readings that name it. meta: format, settings, state, next id.
-_DATABASES: dict[bytes, dict[str, Any]] = {
+DATABASES: dict[bytes, dict[str, Any]] = {
     b"meta": {},
     b"documents": {},
     b"passages": {},
@@ -61,7 +61,7 @@ class Catalogue:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        self._opened = Environment.open(self.path, _DATABASES, durable=not self.temporary)
+        self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary)
         self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
         try:
             self._check_format()
@@ -271,16 +271,16 @@ class Catalogue:
     def _check_format(self) -> None:
         with self._environment.transaction() as txn:
             found = txn.get("meta", b"format")
-        if found == _FORMAT:
+        if found == FORMAT:
             return
         if found not in (None, _FORMER):
-            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {_FORMAT.decode()}")
+            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {FORMAT.decode()}")
         with self._environment.transaction(write=True) as txn:
             if found is None:
                 txn.put("meta", b"state", new_state())
             else:
                 migrate(txn)
-            txn.put("meta", b"format", _FORMAT)
+            txn.put("meta", b"format", FORMAT)
 
     def __enter__(self) -> Catalogue:
         return self

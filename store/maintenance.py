@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import Environment
-from ragkv.store.disk import DiskTier
+from ragkv.folder import refuse_open, salvage
+from ragkv.store.disk import DATABASES, DiskTier
 from ragkv.store.layout import Payload
 from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record
@@ -156,7 +156,7 @@ def compact(path: str | os.PathLike[str]) -> tuple[int, int]:
         StoreError: it is open in this process.
     """
     folder = Path(path)
-    _refuse_open(folder)
+    refuse_open(folder)
     target = folder / "compacting"
     before = (folder / _DATA).stat().st_size
     _clear(target)
@@ -181,19 +181,19 @@ def repair(path: str | os.PathLike[str]) -> int:
         How many records were saved.
     """
     folder = Path(path)
-    _refuse_open(folder)
+    refuse_open(folder)
     broken = folder / "data.mdb.damaged"
     os.replace(folder / _DATA, broken)
     (folder / _LOCK).unlink(missing_ok=True)
     rescue = folder / "rescue"
     _clear(rescue)
-    os.link(broken, rescue / _DATA)
     saved = 0
     try:
-        # A file that does not open, or no further, ends the rescue: what was saved so far is what there is.
-        with opened(folder, _NO_BUDGET - 1) as tier, suppress(RecordError), opened(rescue) as old:
-            for key in old.stored():
-                saved += _save(old, tier, key)
+        with opened(folder, _NO_BUDGET - 1) as tier, suppress(RecordError):
+            salvage(broken, rescue, DATABASES)
+            with opened(rescue) as old:
+                for key in old.stored():
+                    saved += _save(old, tier, key)
     finally:
         _clear(rescue, remove=True)
     return saved
@@ -268,29 +268,6 @@ def _entry(tier: DiskTier, key: bytes) -> Entry | None:
         expires_s=row.expires_s,
         pinned=row.pinned(tier.now()),
     )
-
-
-def _refuse_open(folder: Path) -> None:
-    if not (folder / _DATA).exists():
-        raise StoreError(f"{folder} is not a folder of a store")
-    if Environment.is_open(folder):
-        raise StoreError(f"{folder} is open in this process: close its stores first")
-    if (folder / _LOCK).exists() and _locked(folder / _LOCK):
-        raise StoreError(f"{folder} is open in another process: stop it first")
-
-
-def _locked(file: Path) -> bool:
-    """Whether another process holds the lock that LMDB keeps on this file for as long as it is open."""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    with open(file, "r+b") as handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def _clear(folder: Path, *, remove: bool = False) -> None:

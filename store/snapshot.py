@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import Environment, translated
+from ragkv.folder import Environment
 from ragkv.store.layout import Payload, runs
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
@@ -76,7 +76,7 @@ class Snapshot:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Keeps others out, and the folder's memory in place, while it is read."""
-        with self._environment.gate, self._lock, translated(self._environment.path):
+        with self._environment.inside(), self._lock:
             yield
 
     def pieces(self, key: bytes, record: Record, rows: Mapping[int, Rows], token: int) -> list[Piece]:
@@ -133,7 +133,7 @@ class Snapshot:
         return np.frombuffer(data, dtype=np.uint8)
 
     def _get(self, db: bytes, key: bytes) -> bytes | None:
-        with self._environment.gate, self._lock, translated(self._environment.path):
+        with self._environment.inside(), self._lock:
             data = self._txn.get(key, db=self._environment.db(db))
             return None if data is None else bytes(data)
 

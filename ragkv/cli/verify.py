@@ -8,7 +8,9 @@ from pathlib import Path
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import store_folder
+from ragkv.folder import problems
 from ragkv.retrieval import Catalogue
+from ragkv.retrieval.rescue import rescue
 from ragkv.store.maintenance import repair, structure, verify
 
 
@@ -19,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     broken, saved = structure(place), None
     if broken and args.repair:
         saved = repair(place)
-    documents = _documents(path / "documents")
+    documents = _documents(path / "documents", args.repair)
     if broken and saved is None:
         damaged, checked, read, dropped = [], 0, 0, 0
     else:
@@ -58,8 +60,13 @@ def _verdict(damaged: int, repaired: bool) -> str:
     return f"{damaged:,} damaged{', removed' if repaired else ''}"
 
 
-def _documents(place: Path) -> list[str]:
+def _documents(place: Path, repair: bool) -> list[str]:
     if not place.is_dir():
         return []
+    broken = [f"the file: {problem}" for problem in problems(place)]
+    if broken and repair:
+        broken.append(f"{show.number(rescue(place), 'value')} saved into a new file")
+    elif broken:
+        return broken
     with Catalogue(place) as catalogue:
-        return catalogue.check()
+        return broken + catalogue.check()

@@ -3,9 +3,10 @@
 lmdb is imported when a folder is opened.
 """
 
+from ragkv.folder.connection import problems
 from ragkv.folder.environment import Environment
+from ragkv.folder.salvage import refuse_open, rewrite, salvage
 from ragkv.folder.seal import seal, unseal
 from ragkv.folder.transaction import Transaction
-from ragkv.folder.translation import translated
 
-__all__ = ["Environment", "Transaction", "seal", "translated", "unseal"]
+__all__ = ["Environment", "Transaction", "problems", "refuse_open", "rewrite", "salvage", "seal", "unseal"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import Any
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder.translation import HOW_TO_REPAIR, translated
 
-logger = logging.getLogger("ragkv.folder")
-
 Databases = Mapping[bytes, Mapping[str, Any]]
 
 MAX_READERS = 1024
-_UNFILLED_BYTES = 1 << 16
 
 
 class Connection:
@@ -25,16 +21,14 @@ class Connection:
     Attributes:
         env: the environment.
         databases: the handle of each database.
-        was_cut: whether the file was found shorter than it has to be.
     """
 
     def __init__(self, path: Path, databases: Databases, map_bytes: int, durable: bool, readonly: bool) -> None:
         import lmdb
 
-        self.was_cut = False
+        self._cut = False
         self._path = path
         self._readonly = readonly
-        self._map_bytes = map_bytes
         self._data = str(path / "data.mdb")
         with translated(path):
             self.env = lmdb.open(
@@ -67,35 +61,35 @@ class Connection:
             return {name: self.env.open_db(name, txn=txn, **flags) for name, flags in databases.items()}
 
     def ensure_length(self) -> None:
-        """Lengthens a file that is shorter than its pages: to touch what is missing would kill the process.
+        """Sees to it that the file is as long as its pages: to touch one that is missing would kill the process.
 
-        What was cut off then reads as zeros, which no checksum and no page header takes for data.
+        LMDB may leave out pages at the end that it never filled; by those it is lengthened.
 
         Raises:
-            RecordError: it is short and may not be written to, or there is no telling how long it has to be.
+            RecordError: more is missing, or it may not be lengthened.
         """
         status = self._status()
         if status is None:
             return  # deleted or replaced: what is mapped stays whole
-        length = status.st_size
-        # The first two pages say how long the file is: not even they may be touched where they are missing.
-        if length < 2 * self._page_bytes:
-            raise RecordError(f"{self._data} was cut to {length} bytes: put a copy of it in its place")
-        if length >= self._needed_bytes():
-            return
-        if self._readonly:
-            raise RecordError(f"{self._data} was cut short, and it may not be repaired here")
-        if self._needed_bytes() > self._map_bytes:
-            raise RecordError(f"{self._path} is damaged (it claims {self._needed_bytes()} bytes): {HOW_TO_REPAIR}")
-        # The lock of a write transaction keeps the other processes from lengthening it at the same time.
-        with self.env.begin(write=True) as txn:
-            missing = self._needed_bytes() - os.stat(self._data).st_size
-            if missing > 0:
-                os.truncate(self._data, self._needed_bytes())
-            # LMDB leaves out pages at the end that it never filled; more than that is damage.
-            if missing > _UNFILLED_BYTES:
-                self.was_cut = True
-                logger.warning("%s was %d bytes too short: what stood there is lost", self._data, missing)
+        # The first two pages say how long the file has to be: they may not be touched before they are known to be there.
+        if status.st_size >= 2 * self._page_bytes:
+            if status.st_size >= self._needed_bytes():
+                return
+            if not (self._cut or self._readonly):
+                self._lengthen()
+                return
+        raise RecordError(f"{self._data} was cut short, to {status.st_size} bytes: {HOW_TO_REPAIR}")
+
+    def _lengthen(self) -> None:
+        # Nobody may commit meanwhile: a page would seem wrong that is only used again.
+        txn = self.env.begin(write=True)
+        try:
+            length = os.stat(self._data).st_size
+            self._cut = length < self._needed_bytes() and bool(problems(self._path))
+            if self._cut:
+                raise RecordError(f"{self._data} was cut short, to {length} bytes: {HOW_TO_REPAIR}")
+            os.truncate(self._data, max(length, self._needed_bytes()))
+        finally:
             txn.abort()
 
     def _needed_bytes(self) -> int:
@@ -114,3 +108,13 @@ class Connection:
         except FileNotFoundError:
             return None
         return status if (status.st_dev, status.st_ino) == self._identity else None
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with the pages of a folder's file, a line each; they are read without LMDB."""
+    from lmdb.verify import VerifyError, verify
+
+    try:
+        return list(verify(str(path)))
+    except VerifyError as error:
+        return [str(error)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder.connection import Connection, Databases
+from ragkv.folder.connection import Connection, Databases, problems
 from ragkv.folder.filesystem import prepare
 from ragkv.folder.gate import Gate
 from ragkv.folder.transaction import Transaction
@@ -122,9 +122,8 @@ class Environment:
         """
         import lmdb
 
-        with self.gate, translated(self.path):
+        with self.inside():
             connection = self._live
-            connection.ensure_length()
             try:
                 txn = connection.env.begin(buffers=True)
             except lmdb.ReadersFullError:
@@ -134,6 +133,13 @@ class Environment:
         reading = Transaction(txn, connection.databases)
         self._readings.add(reading)
         return reading
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """To look at LMDB's memory in a transaction that is open: no fork meanwhile, and the file is as long as it has to be."""
+        with self.gate, translated(self.path):
+            self._live.ensure_length()
+            yield
 
     @contextmanager
     def read(self) -> Iterator[Any]:
@@ -175,8 +181,8 @@ class Environment:
             connection.check_place()
             connection.ensure_length()
             with connection.env.begin(write=True) as txn:
-                if (suspicious or self._suspicious or connection.was_cut) and self._problems is None:
-                    self._problems = self._look()
+                if (suspicious or self._suspicious) and self._problems is None:
+                    self._problems = problems(self.path)
                 if self._problems:
                     raise RecordError(f"{self.path} is damaged ({self._problems[0]}): {HOW_TO_REPAIR}")
                 yield txn
@@ -196,19 +202,11 @@ class Environment:
 
     def problems(self) -> list[str]:
         """What is wrong with LMDB's own pages, a line each; about 5 s for 100,000 entries."""
+        # Nobody may commit meanwhile: a page would seem wrong that is only used again.
         if self.readonly:
-            return self._look()
+            return problems(self.path)
         with self.write_lock, translated(self.path), self._live.env.begin(write=True):
-            return self._look()
-
-    def _look(self) -> list[str]:
-        """Walks over all pages. Nobody may commit meanwhile: a page would seem wrong that is only used again."""
-        from lmdb.verify import VerifyError, verify
-
-        try:
-            return list(verify(str(self.path)))
-        except VerifyError as error:
-            return [str(error)]
+            return problems(self.path)
 
     def clear_stale_readers(self) -> int:
         """Frees the reader slots of processes that are gone; how many."""

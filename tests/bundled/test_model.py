@@ -120,4 +120,6 @@ def test_it_brings_a_foreign_text_that_it_can_read(loaded):
     assert not any(line in read for line in bundled.foreign().splitlines())
     with RAG.from_pretrained() as rag:
         reader = rag.engine.documents.reader
-        assert reader._foreign_ids == encode(loaded[1], bundled.foreign()) + encode(loaded[1], TEMPLATE["after_chunk"])
+        assert list(reader._foreign_ids) == encode(loaded[1], bundled.foreign()) + encode(
+            loaded[1], TEMPLATE["after_chunk"]
+        )

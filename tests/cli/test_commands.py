@@ -62,7 +62,7 @@ def test_add_ask_stats(files, tmp_path, capsys):
     code, out, _ = run(capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8)
     answer, *_ = out.splitlines()
     assert code == 0
-    assert f"{files}/clearport.md" in out and "disk" in out and "first token after" in out
+    assert f"{files}/clearport.md" in out and ("disk" in out or "cpu" in out) and "first token after" in out
 
     code, out, _ = run(
         capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8, "--json", "--method", "lego-link:k=4"
@@ -70,7 +70,7 @@ def test_add_ask_stats(files, tmp_path, capsys):
     found = json.loads(out)
     assert code == 0 and found["question"] == question
     assert found["report"]["fusion"]["method"] == "LegoLink(k=4)"
-    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} == {"disk"}
+    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} <= {"disk", "cpu"}
     times = found["milliseconds"]
     assert times["retrieve"] > 0 and times["retrieve"] + times["compute"] < times["first_token"] < times["total"]
 

@@ -157,12 +157,3 @@ def test_a_folder_deleted_or_replaced_under_a_running_process(tmp_path, replaced
         assert [document.source for document in catalogue] == (["b"] if replaced else [])
         put(catalogue, "c", ["three"])
         assert catalogue.check() == []
-
-
-def test_network_file_systems_are_refused(tmp_path, monkeypatch):
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path / 'net'} nfs4 rw 0 0\n")
-    monkeypatch.setattr("ragkv.folder.filesystem.MOUNTS", mounts)
-    with pytest.raises(StoreError, match="nfs4"):
-        Catalogue(tmp_path / "net" / "c")
-    assert not (tmp_path / "net").exists()

@@ -74,20 +74,6 @@ def test_disk_full_on_a_small_file_system(tmp_path, kv, key, forked):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_map_full(folder, kv, key, same, monkeypatch):
-    monkeypatch.setattr("ragkv.folder.environment.MIN_MAP_BYTES", 1 << 20)
-    with TieredStore(folder, cpu_bytes=0, disk_bytes=300_000) as store:
-        store._disk.budget_bytes = 1 << 40
-        with pytest.raises(StoreFullError, match="map is full"):
-            for number in range(10_000):
-                store.put(key(number), kv(number, tokens=100))
-        same(store.get(key(0)), kv(0, tokens=100))
-        for number in range(5):
-            store.remove(key(number))
-        store.put(key(1), kv(1))
-        same(store.get(key(1)), kv(1))
-
-
 def test_too_many_readers(folder, kv, key, monkeypatch):
     monkeypatch.setattr("ragkv.folder.connection.MAX_READERS", 3)
     with TieredStore(folder, cpu_bytes=0) as store:
@@ -100,22 +86,6 @@ def test_too_many_readers(folder, kv, key, monkeypatch):
         ):
             store.read([key(1)])
         assert store.get(key(1)) is not None
-
-
-def test_stale_readers_of_killed_processes_are_cleared(folder, kv, key, forked, monkeypatch):
-    monkeypatch.setattr("ragkv.folder.connection.MAX_READERS", 3)
-
-    def hold():
-        store = TieredStore(folder, cpu_bytes=0)
-        store.read([key(1)])
-        os.kill(os.getpid(), 9)
-
-    with TieredStore(folder, cpu_bytes=0) as store:
-        store.put(key(1), kv(1))
-        for _ in range(5):
-            assert forked(hold) == "signal 9"
-        with store.read([key(1)]) as batch:
-            assert batch.tiers == ["disk"]
 
 
 def test_deleted_folder_under_a_running_process(folder, kv, key, same):

@@ -169,6 +169,48 @@ def test_damage_is_a_miss_or_a_named_error(filled, tmp_path, kv, key, forked, ha
     assert any(outcome != "equal" for outcome in outcomes)
 
 
+def test_cut_short_while_it_is_open(filled, tmp_path, kv, key, forked):
+    """What is mapped behind the end of a file kills whoever touches it: new reads, writes, and batches that are open."""
+    size, chance, outcomes = (filled / "data.mdb").stat().st_size, random.Random(9), Counter()
+
+    def cut(folder, length):
+        with TieredStore(folder, cpu_bytes=0) as store:
+            seen = set()
+
+            def read(number, batch):
+                try:
+                    got = batch.layer(batch_keys.index(key(number)), 1)[0]
+                    assert torch.equal(got, kv(number, tokens=tokens_of(number), heads=4, dim=32).keys[1])
+                    seen.add("equal")
+                except RagKVError as error:
+                    seen.add(type(error).__name__)
+
+            batch_keys = [key(number) for number in range(1, 12)]
+            with store.read(batch_keys) as batch:
+                read(1, batch)
+                os.truncate(folder / "data.mdb", length)
+                for number in range(1, 12):
+                    read(number, batch)
+            for work in (lambda: store.get(key(2)), lambda: store.put(key(99), kv(1)), lambda: store.remove(key(3))):
+                try:
+                    work()
+                except RagKVError as error:
+                    seen.add(type(error).__name__)
+        return " ".join(sorted(seen))
+
+    lengths = [0, 1, 4096, 8191, 8192, 8193, size - 1, *(chance.randrange(size) for _ in range(8))]
+    for number, length in enumerate(lengths):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(filled / "data.mdb", folder)
+        outcome = forked(lambda folder=folder, length=length: cut(folder, length))
+        assert "raised" not in outcome and "signal" not in outcome, (length, outcome)
+        outcomes[outcome] += 1
+        again = forked(lambda folder=folder: read_all(folder, kv, key))
+        assert "raised" not in again and "signal" not in again, (length, again)
+    assert any("RecordError" in outcome for outcome in outcomes)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("harm", "times"), [(flip_bits(7), 1500), (cut_short(7), 500)], ids=["flipped", "cut"])
 def test_damage_2000_times(filled, tmp_path, kv, key, forked, harm, times):

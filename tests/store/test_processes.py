@@ -215,25 +215,6 @@ def test_readonly_needs_a_store(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
-def test_network_file_systems_are_refused(tmp_path, monkeypatch, kind):
-    mounts = tmp_path / "mounts"
-    mounts.write_text(
-        f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path / 'net work'} {kind} rw 0 0\n".replace("t w", "t\\040w")
-    )
-    monkeypatch.setattr("ragkv.folder.filesystem.MOUNTS", mounts)
-    with pytest.raises(StoreError, match=kind):
-        TieredStore(tmp_path / "net work" / "kv")
-    assert not (tmp_path / "net work").exists()
-    TieredStore(tmp_path / "local").close()
-
-
-def test_a_file_where_the_folder_should_be(tmp_path):
-    (tmp_path / "kv").write_text("x")
-    with pytest.raises(StoreError):
-        TieredStore(tmp_path / "kv")
-
-
 def test_another_kind_of_file_is_not_taken_for_a_store(folder):
     folder.mkdir(parents=True)
     (folder / "data.mdb").write_bytes(b"something else " * 1000)

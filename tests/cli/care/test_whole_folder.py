@@ -1,11 +1,15 @@
 """verify, stats, compact, export, import: a folder as a whole."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
+import numpy as np
+
 from ragkv import bundled
+from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
 
 
@@ -32,6 +36,29 @@ def test_verify_repairs_a_file_whose_pages_are_damaged(run, folder):
     code, out, err = run("verify")
     assert code == 1 and "the file: " in out and "--repair" in err
     assert run("verify", "--repair")[0] == 1
+    assert run("verify")[0] == 0
+
+
+def test_verify_saves_documents_of_a_file_that_was_cut_short(run, folder):
+    data = folder / "documents" / "data.mdb"
+
+    def embed(texts):
+        return np.ones((len(texts), 4), np.float32)
+
+    with Catalogue(folder / "documents") as catalogue:
+        want = {document.source: catalogue.texts(document.source) for document in catalogue}
+        catalogue.put("large", ["a long text " * 40_000], embed)
+        for number in range(5):  # what every change moves goes to pages that became free
+            catalogue.put("small", [f"text {number}"], embed)
+    os.truncate(data, data.read_bytes().index(b"a long text a long text") // 4096 * 4096)
+    code, out, _ = run("verify")
+    assert code == 1 and "documents: the file: " in out
+    code, out, _ = run("verify", "--repair")
+    assert code == 1 and "saved into a new file" in out and "documents: large: " in out
+    with Catalogue(folder / "documents") as catalogue:
+        assert {source: catalogue.texts(source) for source in want} == want
+        assert "large: damaged and deleted, add it again" in catalogue.repair(embed)
+        assert catalogue.texts("small") == ["text 4"]
     assert run("verify")[0] == 0
 
 
