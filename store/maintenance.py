@@ -1,7 +1,6 @@
 """Care for a folder: list, verify, prune, compact, repair. What the command line calls.
 
-The functions that take a path open the folder themselves; it may be in use by other processes, except for
-:func:`repair` and :func:`compact`.
+What takes a path opens the folder itself; other processes may use it, except for :func:`repair` and :func:`compact`.
 """
 
 from __future__ import annotations
