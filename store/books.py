@@ -70,16 +70,12 @@ class MemoryBooks:
             if len(self._order) > 2 * len(self._rows) + 64:
                 self._order = [item for item in self._order if self._places.get(item[1]) == item[2]]
                 heapq.heapify(self._order)
-        for time_s, unpins in ((row.expires_s, False), (row.pinned_until_s, True)):
-            if 0 < time_s < math.inf:
-                heapq.heappush(self._alarms, (time_s, key, unpins))
-        if len(self._alarms) > 4 * len(self._rows) + 64:
-            self._alarms = [item for item in set(self._alarms) if self._rings(*item)]
-            heapq.heapify(self._alarms)
+        if row.expires_s < math.inf or row.pinned_until_s:
+            self._alarm(key, row)
 
     def lift(self, key: bytes, row: Row) -> None:
-        self._ghosts.pop(key, None)
-        self._places.pop(key, None)
+        if self._places.pop(key, None) is None:
+            self._ghosts.pop(key, None)
 
     def strike(self, key: bytes) -> None:
         self._rows.pop(key, None)
@@ -114,6 +110,14 @@ class MemoryBooks:
 
     def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
         self._spaces[namespace] = used_bytes, quota_bytes
+
+    def _alarm(self, key: bytes, row: Row) -> None:
+        for time_s, unpins in ((row.expires_s, False), (row.pinned_until_s, True)):
+            if 0 < time_s < math.inf:
+                heapq.heappush(self._alarms, (time_s, key, unpins))
+        if len(self._alarms) > 4 * len(self._rows) + 64:
+            self._alarms = [item for item in set(self._alarms) if self._rings(*item)]
+            heapq.heapify(self._alarms)
 
     def _rings(self, time_s: float, key: bytes, unpins: bool) -> bool:
         row = self._rows.get(key)
