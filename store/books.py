@@ -13,6 +13,7 @@ keep in step with other processes.
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import struct
 from collections.abc import Generator
@@ -24,11 +25,18 @@ from ragkv.folder import Environment, seal, unseal
 from ragkv.store.planner import NO_QUOTA
 from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 
+logger = logging.getLogger("ragkv.store")
+
 _SPACE, _NUMBER = struct.Struct("<QQ"), struct.Struct(">Q")
 _EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
 _EXPIRES, _UNPINS = b"x", b"p"
 _REMOVED, _BEHIND_REMOVED = b"removed", b"removee"
 LOGGED_REMOVALS = 1024
+DATABASES: dict[bytes, dict[str, Any]] = {
+    name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
+}
+FOLDER_VERSION = 2
+_VERSION = struct.Struct("<Q")
 
 
 class MemoryBooks:
@@ -62,16 +70,12 @@ class MemoryBooks:
             if len(self._order) > 2 * len(self._rows) + 64:
                 self._order = [item for item in self._order if self._places.get(item[1]) == item[2]]
                 heapq.heapify(self._order)
-        for time_s, unpins in ((row.expires_s, False), (row.pinned_until_s, True)):
-            if 0 < time_s < math.inf:
-                heapq.heappush(self._alarms, (time_s, key, unpins))
-        if len(self._alarms) > 4 * len(self._rows) + 64:
-            self._alarms = [item for item in set(self._alarms) if self._rings(*item)]
-            heapq.heapify(self._alarms)
+        if row.expires_s < math.inf or row.pinned_until_s:
+            self._alarm(key, row)
 
     def lift(self, key: bytes, row: Row) -> None:
-        self._ghosts.pop(key, None)
-        self._places.pop(key, None)
+        if self._places.pop(key, None) is None:
+            self._ghosts.pop(key, None)
 
     def strike(self, key: bytes) -> None:
         self._rows.pop(key, None)
@@ -106,6 +110,14 @@ class MemoryBooks:
 
     def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
         self._spaces[namespace] = used_bytes, quota_bytes
+
+    def _alarm(self, key: bytes, row: Row) -> None:
+        for time_s, unpins in ((row.expires_s, False), (row.pinned_until_s, True)):
+            if 0 < time_s < math.inf:
+                heapq.heappush(self._alarms, (time_s, key, unpins))
+        if len(self._alarms) > 4 * len(self._rows) + 64:
+            self._alarms = [item for item in set(self._alarms) if self._rings(*item)]
+            heapq.heapify(self._alarms)
 
     def _rings(self, time_s: float, key: bytes, unpins: bool) -> bool:
         row = self._rows.get(key)
@@ -245,6 +257,32 @@ def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes
         except RecordError:
             return since, None
         return removals, keys
+
+
+def check_version(environment: Environment) -> None:
+    """Notes the version of a new folder, and empties one of the version before.
+
+    Raises:
+        RecordError: the folder has a version that is not read.
+    """
+    with environment.read() as txn:
+        data = txn.get(b"format", db=environment.db(b"state"))
+        version = None if data is None else bytes(data)
+    if version == _VERSION.pack(FOLDER_VERSION):
+        return
+    if environment.readonly or version not in (None, _VERSION.pack(FOLDER_VERSION - 1)):
+        raise RecordError(
+            f"{environment.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
+            f"{version!r}): use another folder, or delete it and let it be computed anew"
+        )
+    with environment.transaction(write=True) as change:
+        if version is not None:  # its KV have other keys now: nobody could ask for them
+            logger.warning(
+                "%s was made by the version before: its KV are dropped and will be read anew", environment.path
+            )
+            for name in DATABASES:
+                change.clear(name.decode())
+        change.put("state", b"format", _VERSION.pack(FOLDER_VERSION))
 
 
 def _places(key: bytes, row: Row) -> list[tuple[bytes, bytes]]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import Environment, seal, unseal
-from ragkv.store.books import FolderBooks, removed_since
+from ragkv.folder import Environment, seal
+from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
 from ragkv.store.layout import Payload
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.planner import Planner
@@ -29,12 +28,7 @@ from ragkv.store.tier import Offer, Source, Tier
 
 logger = logging.getLogger("ragkv.store")
 
-FOLDER_VERSION = 2
-DATABASES: dict[bytes, dict[str, Any]] = {
-    name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
-}
 PAGE_BYTES = 4096
-_VERSION = struct.Struct("<Q")
 
 
 class DiskTier(Tier):
@@ -79,7 +73,7 @@ class DiskTier(Tier):
         self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
         self.readonly = self.environment.readonly
         try:
-            self._check_version()
+            check_version(self.environment)
         except BaseException:
             self.environment.close()
             raise
@@ -224,7 +218,7 @@ class DiskTier(Tier):
         if (self._touched or (done is not None and done.any)) and not self.readonly:
             with self._planner() as planner:
                 if done is not None:
-                    history = self._read_history(planner.books.txn)
+                    history = Tally.known(planner.books.txn.get(b"history", db=self.environment.db(b"state")))
                     history.merge(done)
                     data = seal(b"history", history.to_bytes())
                     planner.books.txn.put(b"history", data, db=self.environment.db(b"state"))
@@ -233,7 +227,7 @@ class DiskTier(Tier):
     def history(self) -> Tally:
         """What all processes that closed the folder in good order did, since it was made."""
         with self.environment.read() as txn:
-            return self._read_history(txn)
+            return Tally.known(txn.get(b"history", db=self.environment.db(b"state")))
 
     def close(self, done: Tally | None = None) -> None:
         """See :meth:`flush`; then gives the folder back. Where that fails, only uses that were noted are lost."""
@@ -295,29 +289,6 @@ class DiskTier(Tier):
         with self.environment.read() as txn:
             data = txn.get(key, db=self.environment.db(db))
             return None if data is None else bytes(data)
-
-    def _read_history(self, txn: Any) -> Tally:
-        data = txn.get(b"history", db=self.environment.db(b"state"))
-        try:
-            return Tally() if data is None else Tally.from_bytes(unseal(b"history", bytes(data)))
-        except RecordError:
-            return Tally()
-
-    def _check_version(self) -> None:
-        version, wanted = self._get(b"state", b"format"), _VERSION.pack(FOLDER_VERSION)
-        if version == wanted:
-            return
-        if self.readonly or version not in (None, _VERSION.pack(FOLDER_VERSION - 1)):
-            raise RecordError(
-                f"{self.path} has a format that this version of ragkv does not read (wanted {FOLDER_VERSION}, got "
-                f"{version!r}): use another folder, or delete it and let it be computed anew"
-            )
-        with self.environment.transaction(write=True) as txn:
-            if version is not None:  # its KV have other keys now: nobody could ask for them
-                logger.warning("%s was made by the version before: its KV are dropped and will be read anew", self.path)
-                for name in DATABASES:
-                    txn.clear(name.decode())
-            txn.put("state", b"format", wanted)
 
 
 def _pages(count: int) -> int:

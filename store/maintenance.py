@@ -1,7 +1,6 @@
 """Care for a folder: list, verify, prune, compact, repair. What the command line calls.
 
-The functions that take a path open the folder themselves; it may be in use by other processes, except for
-:func:`repair` and :func:`compact`.
+What takes a path opens the folder itself; other processes may use it, except for :func:`repair` and :func:`compact`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +37,12 @@ class Entry:
     Attributes:
         key: what it is stored under.
         label: what whoever put it knows it by; empty where nothing was said.
-        space: fingerprint of the model and all else that it depends on; None where its header is damaged.
-        codec: how it is encoded; None where its header is damaged.
+        space, codec: what it depends on, and how it is encoded; None where its header is damaged.
         tokens: T; 0 where its header is damaged.
-        size_bytes: what it takes on disk.
-        frequency: how often it was put or read.
-        hits: how often it was read.
+        size_bytes: what it takes.
+        frequency, hits: how often it was put or read; how often it was read.
         cost_s: mean seconds that computing it took.
-        created_s: when it was put, in seconds of the wall clock.
-        used_s: when its last use was written down.
+        created_s, used_s: when it was put, and when its last use was written down, in seconds of the wall clock.
         expires_s: until when it may be read; infinite for ever.
         pinned: whether it must not be evicted now.
     """
@@ -211,11 +207,8 @@ def opened(path: str | os.PathLike[str], disk_bytes: int = _NO_BUDGET) -> Iterat
     """
     if disk_bytes == _NO_BUDGET and not (Path(path) / _DATA).exists():
         raise StoreError(f"{path} is not a folder of a store")
-    tier = DiskTier(Path(path), disk_bytes, PGDSF())
-    try:
+    with closing(DiskTier(Path(path), disk_bytes, PGDSF())) as tier:
         yield tier
-    finally:
-        tier.close()
 
 
 def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, Payload, Row]:

@@ -132,10 +132,11 @@ class Planner(Generic[AnyBooks]):
 
     def use(self, key: bytes, row: Row, times: int = 1) -> None:
         """Counts uses of an entry and moves it to its new place in the order."""
-        self.books.lift(key, row)
+        books = self.books
+        books.lift(key, row)
         self._used(row, times)
-        row.priority = self.policy.priority(key, row.usage, self.books.counters.clock)
-        self.books.place(key, row)
+        row.priority = self.policy.priority(key, row.usage, books.counters.clock)
+        books.place(key, row)
 
     def drop(self, key: bytes, reason: str | None = None) -> bool:
         """Deletes an entry; whether there was one, be it without a row.
@@ -222,10 +223,11 @@ class Planner(Generic[AnyBooks]):
         self.books.counters.clock = max(self.books.counters.clock, priority)
 
     def _used(self, row: Row, times: int) -> None:
-        self.books.counters.tick += 1
+        counters, usage = self.books.counters, row.usage
+        counters.tick += 1
         row.used_s = self.now()
-        row.usage.frequency += times
-        row.usage.tick = self.books.counters.tick
+        usage.frequency += times
+        usage.tick = counters.tick
 
     def _haunt(self, key: bytes, row: Row, uses: int = 0) -> None:
         """Remembers how an entry was used that is not there; the oldest ghost goes when there are too many."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.errors import RecordError
+from ragkv.folder import unseal
 from ragkv.store.tier import Source
 
 _GROWTH = math.log(1.1)
@@ -162,6 +163,14 @@ class Tally:
     def to_bytes(self) -> bytes:
         """The numbers as JSON."""
         return json.dumps(self, default=vars, separators=(",", ":")).encode()
+
+    @classmethod
+    def known(cls, sealed: bytes | None) -> Tally:
+        """The history of a folder; empty where there is none, or it is damaged."""
+        try:
+            return cls() if sealed is None else cls.from_bytes(unseal(b"history", bytes(sealed)))
+        except RecordError:
+            return cls()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tally:

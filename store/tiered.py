@@ -25,8 +25,8 @@ from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
 from ragkv.store.rope import Rotation, ropes_of
 from ragkv.store.stats import StoreStats
-from ragkv.store.terms import Item, Terms
-from ragkv.store.tier import Offer, Tier
+from ragkv.store.terms import Item
+from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
 
 
@@ -38,9 +38,7 @@ class TieredStore:
 
     Args:
         path: folder of the disk tier, made with its parents if it is not there; None for memory only.
-        gpu_bytes: budget of the GPU tier; 0 switches it off.
-        cpu_bytes: budget of the CPU tier; 0 switches it off.
-        disk_bytes: budget of the disk tier, in whole pages of the file; 0 switches it off.
+        gpu_bytes, cpu_bytes, disk_bytes: budgets of the tiers, on disk in whole pages of the file; 0 switches one off.
         policy: name of the eviction policy, or one of your own. Each tier keeps its own clock.
         codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, ``cachegen``, or one of these
             with other settings.
@@ -161,15 +159,8 @@ class TieredStore:
         """
         self._check_open()
         started = perf_counter()
-        given, ropes = [Item(*item) for item in items], ropes_of(rotations)
-        encoded = [self._levels.encode(item, space, ropes) for item in given]
-        offers, above = (
-            [
-                Offer(item.key, *pair[side], Terms(namespace, lifetime_s, item.cost_s))
-                for item, pair in zip(given, encoded, strict=True)
-            ]
-            for side in (0, 1)
-        )
+        given = [Item(*item) for item in items]
+        offers, above = self._levels.offers(given, space, ropes_of(rotations), namespace, lifetime_s)
         with self._tiers.lock:
             self._tiers.tally.latency["encode"].add(perf_counter() - started)
         return self._tiers.put_many(offers, above, facts)
@@ -189,31 +180,16 @@ class TieredStore:
             keys: may repeat and may be unknown: see :attr:`Batch.tiers`.
         """
         self._check_open()
-        started = perf_counter()
-        self._tiers.lease(keys)
-        try:
-            sources = self._tiers.find(keys, used=True)
-        except BaseException:
-            self._tiers.release(keys)
-            raise
-        with self._tiers.lock:
-            self._tiers.tally.count_reads(keys, sources)
-            self._tiers.tally.latency["find"].add(perf_counter() - started)
-        return Batch(self._tiers, keys, sources)
+        return self._tiers.read(keys)
 
     def prefetch(self, keys: Sequence[bytes]) -> Future[int]:
-        """Starts moving chunks from disk to memory while the caller does something else, such as embedding a question.
-
-        Chunks are loaded one after the other by one thread of the store; that is no use of them for the policy.
+        """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
 
         Returns:
             A future of the bytes read; nobody needs to wait for it.
         """
         self._check_open()
-        try:
-            return self._tiers.background.submit(self._tiers.load, list(keys))
-        except RuntimeError as error:  # another thread closed it just now
-            raise StoreError("the store is closed") from error
+        return self._tiers.prefetch(list(keys))
 
     @property
     def uses_costs(self) -> bool:
@@ -271,11 +247,7 @@ class TieredStore:
     def stats(self) -> StoreStats:
         """What the store holds, and what it did since it was opened."""
         self._check_open()
-        counts = {"gpu": (0, 0), "cpu": (0, 0)} | {tier.name: tier.counts() for tier in self._tiers.tiers}
-        entries, sizes = ({name: pair[side] for name, pair in counts.items()} for side in (0, 1))
-        file_bytes = 0 if self._disk is None else self._disk.environment.file_bytes()
-        with self._tiers.lock:
-            return self._tiers.counted().stats(entries, sizes, file_bytes)
+        return self._tiers.stats()
 
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""

@@ -8,14 +8,15 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import compress
 from time import perf_counter
 
 from ragkv.errors import RagKVError, RecordError, StoreError, StoreFullError
+from ragkv.store.batch import Batch
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
-from ragkv.store.stats import Tally
+from ragkv.store.stats import StoreStats, Tally
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Source, Tier
 
@@ -39,7 +40,6 @@ class Tiers:
 
     Attributes:
         tally: what was done so far.
-        background: runs prefetches; its thread begins when it is first needed.
 
     Raises:
         StoreError: two tiers have one name.
@@ -65,8 +65,16 @@ class Tiers:
         self.tally = Tally()
         # How many removals from home the tiers above know of.
         self._known_removals = home.removed(0)[0]
-        self.background = ThreadPoolExecutor(1, "ragkv-prefetch")
+        # Prefetches; its thread begins when it is first needed.
+        self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
         _tiers.add(self)
+
+    def prefetch(self, keys: Iterable[bytes]) -> Future[int]:
+        """Begins to move chunks to memory, see :meth:`load`."""
+        try:
+            return self._background.submit(self.load, keys)
+        except RuntimeError as error:  # another thread closed it just now
+            raise StoreError("the store is closed") from error
 
     def load(self, keys: Iterable[bytes]) -> int:
         """Moves chunks to memory; the bytes that were read. What proves damaged is dropped."""
@@ -86,10 +94,20 @@ class Tiers:
         self.count_load(read, perf_counter() - started)
         return read
 
-    def lease(self, keys: Sequence[bytes]) -> None:
-        """Keeps chunks from being evicted until :meth:`release`."""
+    def read(self, keys: Sequence[bytes]) -> Batch:
+        """Opens a batch: nothing of it is evicted until it says so with :meth:`release`."""
+        started = perf_counter()
         with self.lock:
             self.leases.update(keys)
+        try:
+            sources = self.find(keys, used=True)
+        except BaseException:
+            self.release(keys)
+            raise
+        with self.lock:
+            self.tally.count_reads(keys, sources)
+            self.tally.latency["find"].add(perf_counter() - started)
+        return Batch(self, keys, sources)
 
     def release(self, keys: Sequence[bytes]) -> None:
         """Ends a lease."""
@@ -188,16 +206,24 @@ class Tiers:
         self.lock = threading.RLock()
         self.leases.clear()
         self.tally = Tally()
-        self.background = ThreadPoolExecutor(1, "ragkv-prefetch")
+        self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
         for tier in self.tiers:
             if isinstance(tier, MemoryTier):
                 tier.lock = self.lock
             tier.after_fork()
 
+    def stats(self) -> StoreStats:
+        """What the tiers hold, and what was done so far."""
+        counts = {"gpu": (0, 0), "cpu": (0, 0)} | {tier.name: tier.counts() for tier in self.tiers}
+        entries, sizes = ({name: pair[side] for name, pair in counts.items()} for side in (0, 1))
+        file_bytes = self.home.environment.file_bytes() if isinstance(self.home, DiskTier) else 0
+        with self.lock:
+            return self.counted().stats(entries, sizes, file_bytes)
+
     def close(self) -> None:
         """Closes the tiers."""
         # A prefetch reads from the map: it must be over before that is gone.
-        self.background.shutdown(cancel_futures=True)
+        self._background.shutdown(cancel_futures=True)
         for tier in self.tiers:
             if isinstance(tier, DiskTier):
                 tier.close(self.counted())

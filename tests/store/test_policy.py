@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -16,13 +15,6 @@ from ragkv.store.planner import Planner
 from ragkv.store.policy import GDSF, LFU, LRU, PGDSF, Usage, get_policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.terms import Terms
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Stands for a chunk of so many bytes."""
-
-    nbytes: int
 
 
 def name(number: int) -> bytes:
