@@ -63,7 +63,7 @@ class Engine(Documents):
         self.method = _method(SensitiveTokens() if method is None else method)
         reading.setdefault("sensitivity", self.method.measured)
         super().__init__(model, tokenizer, store=store, template=template, **reading)
-        self._prefix  # read now, not with the first question
+        _ = self._prefix  # read now, not with the first question
 
     @per_fingerprint
     def _prefix(self) -> ChunkKV | None:

@@ -94,7 +94,7 @@ class Documents:
         self.document_tokens = min(wanted, room)
         self._measured = sensitivity
         self._piece_tokens, self._foreign_text = piece_tokens, self._foreign(foreign)
-        self._reader  # read now, not with the first question
+        _ = self._reader  # read now, not with the first question
         self.tokens_read = 0
 
     @property

@@ -56,9 +56,7 @@ def refuse_training(model: nn.Module) -> None:
         for module in model.modules()
         if isinstance(module, nn.modules.dropout._DropoutNd)
     ):
-        raise UnsupportedModelError(
-            "the model is in training mode, where dropout makes KV random: call model.eval()"
-        )
+        raise UnsupportedModelError("the model is in training mode, where dropout makes KV random: call model.eval()")
 
 
 def refuse_by_config(config: PreTrainedConfig) -> None:
