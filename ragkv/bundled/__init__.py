@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -33,12 +33,16 @@ TEMPLATE: dict[str, str] = {
 """The arguments of ``ragkv.PromptTemplate`` for this model; the tokenizer's BOS goes before the prefix, once."""
 
 
-def load() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Loads the model, in fp32 and in eval mode, and its tokenizer; needs no network."""
-    import torch
+def load(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads the model, in fp32 unless told otherwise and in eval mode, and its tokenizer; needs no network.
+
+    Args:
+        **options: of ``from_pretrained``: ``dtype``, ``attn_implementation``, ...
+    """
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32, local_files_only=True)
+    options = {"dtype": "float32", **options, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, **options)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
 
 

@@ -124,6 +124,8 @@ class Pass:
         self.piece, self.begun = self.rows, len(self.rows)
         layers = list(enumerate(self.decoder.layers))[self.checks[0] :]
         hooks = [layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in layers]
+        if self.decoder.keeps_last:
+            hooks.append(layers[-1][1].register_forward_hook(self._widened))
         try:
             with self._attention(scattered=True), self.cache.writing(self._write):
                 self.masks = self._masks(self.rows)
@@ -131,6 +133,15 @@ class Pass:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _widened(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """As many rows as the forward began with, zeros where none are left: some models (GPT-J) shape the end like the beginning."""
+        if self.kept is None:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        wide = hidden.new_zeros(hidden.shape[0], self.begun, hidden.shape[2])
+        wide[:, self.kept.to(hidden.device)] = hidden
+        return (wide, *output[1:]) if isinstance(output, tuple) else wide
 
     def _first_check(self) -> None:
         """Where every token is computed up to the first check, do so piece by piece and stop there.

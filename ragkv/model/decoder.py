@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Decoder:
         spans: the rules as selective attention takes them; ``None`` where scattered queries get masks instead.
         max_positions: positions of the longest prompt, or ``None``.
         vocab_size: ids are below it.
+        keeps_last: logits may be asked for of the last row alone.
 
     Raises:
         UnsupportedModelError: by name of the reason, when the model cannot be driven exactly.
@@ -62,7 +64,7 @@ class Decoder:
         self.vocab_size: int = embeddings.weight.shape[0]
         self.device = _device(embeddings)
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
-        self._keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         with self.turns:
             self.specs = self._probe_specs()
             self.dtype = self.specs[0].dtype
@@ -112,7 +114,7 @@ class Decoder:
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last one's next-token logits ``[1, V]``."""
-        keep = {"logits_to_keep": 1} if self._keeps_last else {}
+        keep = {"logits_to_keep": 1} if self.keeps_last else {}
         with self.turns:
             out = self.model(
                 input_ids=ids[None],
@@ -266,5 +268,6 @@ class _Recorder(FusedCache):
 
 def _device(embeddings: nn.Module) -> torch.device:
     """Where token ids go; offloaded weights (accelerate) come to where their hook runs them."""
-    device = embeddings.weight.device
-    return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+    device: torch.device = embeddings.weight.device  # type: ignore[assignment]
+    hook: Any = getattr(embeddings, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device

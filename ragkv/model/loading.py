@@ -43,10 +43,11 @@ def load_model(model: str | os.PathLike[str], device: str | None, options: dict[
     if model == BUNDLED:
         from ragkv import bundled
 
-        small, words = bundled.load()
-        return Loaded(small.to(device), words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign())
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        loaded, words = bundled.load(**options)
+        own = Loaded(loaded, words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign())
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
-    loaded = loaded if "device_map" in options else loaded.to(device)
-    return Loaded(loaded.eval(), AutoTokenizer.from_pretrained(model))
+        loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
+        own = Loaded(loaded.eval(), AutoTokenizer.from_pretrained(model))
+    return own if "device_map" in options else own._replace(model=loaded.to(device))

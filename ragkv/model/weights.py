@@ -20,7 +20,7 @@ from ragkv.errors import UnsupportedModelError
 
 _LANES = 1 << 13  # 64-bit words that are summed into one
 _BLOCK = 1 << 10  # sums made at once, which bounds the memory they take
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number
+_ODD = 0x1E3779B97F4A7C15  # large, odd, bits as if drawn at random
 
 
 class OnDisk(NamedTuple):
@@ -50,7 +50,7 @@ def parts(module: nn.Module) -> Iterator[tuple[str, Part]]:
     return _walk(module, "", ())
 
 
-def _walk(module: nn.Module, path: str, offloaded: tuple[tuple[str, Mapping], ...]) -> Iterator[tuple[str, Part]]:
+def _walk(module: Any, path: str, offloaded: tuple[tuple[str, Mapping], ...]) -> Iterator[tuple[str, Part]]:
     for hook in _hooks(module):
         if getattr(hook, "weights_map", None) is not None:
             offloaded = (*offloaded, (path, hook.weights_map))
@@ -92,7 +92,7 @@ def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _adapters(module: nn.Module) -> list[str] | None:
+def _adapters(module: Any) -> list[str] | None:
     """Names of the adapters that take part in a module's forward; ``None`` where it has no place for any."""
     if not hasattr(module, "adapter_layer_names"):
         return None
@@ -100,7 +100,7 @@ def _adapters(module: nn.Module) -> list[str] | None:
     return list(dict.fromkeys([*module.merged_adapters, *active]))
 
 
-def _adapter_state(module: nn.Module, adapters: list[str]) -> str:
+def _adapter_state(module: Any, adapters: list[str]) -> str:
     settings = [getattr(module, name, None) for name in module.other_param_names]
     numbers = [
         value[adapter]
@@ -160,7 +160,7 @@ def part_digest(part: Part) -> bytes:
 
 
 def _host_digest(raw: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(raw.numpy())
+    return xxhash.xxh3_128_digest(memoryview(raw.numpy()))
 
 
 def device_digest(raw: Tensor) -> bytes:
@@ -172,7 +172,7 @@ def device_digest(raw: Tensor) -> bytes:
     if raw.storage_offset() % 8:
         raw = raw.clone()
     whole = len(raw) - len(raw) % (8 * _LANES)
-    lanes = torch.arange(1, _LANES + 1, device=raw.device) * (2 * _ODD) + 1
+    lanes = (torch.arange(1, _LANES + 1, device=raw.device) * _ODD) | 1
     hasher = xxhash.xxh3_128()
     sums = []
     for words in raw[:whole].view(torch.int64).view(-1, _LANES).split(_BLOCK):
@@ -181,6 +181,6 @@ def device_digest(raw: Tensor) -> bytes:
         mixed *= _ODD
         sums.append((mixed ^ (mixed >> 29)).sum(1))
     if whole:
-        hasher.update(torch.cat(sums).cpu().numpy())
-    hasher.update(raw[whole:].cpu().numpy())
+        hasher.update(memoryview(torch.cat(sums).cpu().numpy()))
+    hasher.update(memoryview(raw[whole:].cpu().numpy()))
     return hasher.digest()

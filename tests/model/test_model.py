@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import ragkv
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, UnsupportedModelError
 from ragkv.model.decoder import Decoder
-from ragkv.model.fingerprint import weight_digest
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5])
@@ -181,10 +180,9 @@ def test_positions_within_which_keys_move():
 
 def test_the_space_tells_models_apart():
     one, two = tiny_model(), copy.deepcopy(tiny_model())
-    assert weight_digest(one) == weight_digest(two)
+    assert Engine(one).documents.space == Engine(two).documents.space
     with torch.no_grad():
         two.model.layers[3].mlp.down_proj.weight[5, 7] += 1e-3
-    assert weight_digest(one) != weight_digest(two)
     spaces = {Engine(one).documents.space, Engine(two).documents.space, Engine(one, template=TEMPLATE).documents.space}
     spaces.add(Engine(tiny_model(attn_implementation="eager")).documents.space)
     spaces.add(Engine(tiny_model(rope_parameters=ROPES["linear"])).documents.space)

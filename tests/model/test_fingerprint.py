@@ -1,0 +1,173 @@
+"""The fingerprint is of what runs: whatever changes the numbers changes it, and stored KV of before are not used."""
+
+import copy
+
+import pytest
+import torch
+
+from ragkv import Engine, PromptTemplate, Reuse, UnsupportedModelError
+from ragkv.model.runner import Runner
+from ragkv.model.weights import device_digest, part_digest
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
+QUESTION = random_ids(6)
+
+
+def full(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits[:, -1]
+
+
+def check(engine, model, chunks):
+    """The engine's answer over chunks that stand where they were made is what the model computes now."""
+    prompt = engine.fuse(chunks, QUESTION, method=Reuse())
+    assert float((prompt.logits - full(model, prompt.input_ids)).abs().max()) < 1e-4
+    return prompt.report.hits
+
+
+@pytest.mark.parametrize("digest", [lambda raw: part_digest(raw), device_digest])
+@pytest.mark.parametrize("size", [7, 70_000, 200_003])
+def test_digests_follow_every_byte_and_its_place(digest, size):
+    raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    raw[3], raw[5] = 1, 2
+    seen = {digest(raw), digest(raw[1:]), digest(raw[:-1])}
+    for change in ((3, 5), (0, size - 1), (size // 2, 1)):
+        other = raw.clone()
+        other[list(change)] ^= 0x80  # two signs: sums alone would miss it
+        swapped = raw.clone()
+        swapped[list(change)] = raw[list(reversed(change))]
+        seen |= {digest(other), digest(swapped)}
+    assert len(seen) >= 3 + 5
+    assert digest(raw.clone()) == digest(raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
+def test_swapped_rows_count(dtype):
+    weight = torch.randn(6, 8).mul(10).to(dtype)
+    assert part_digest(weight) != part_digest(weight[[1, 0, 2, 3, 4, 5]])
+    assert part_digest(weight) == part_digest(weight.clone())
+
+
+def test_what_kv_do_not_depend_on_is_left_out():
+    plain = Runner.of(tiny_model()).fingerprint
+    idle = tiny_model()
+    for name, value in (
+        ("pad_token_id", 3),
+        ("output_hidden_states", True),
+        ("use_cache", False),
+        ("id2label", {0: "a"}),
+    ):
+        setattr(idle.config, name, value)
+    assert Runner.of(idle).fingerprint == plain
+    assert Runner.of(tiny_model(attn_implementation="eager")).fingerprint != plain
+    assert Runner.of(tiny_model(rms_norm_eps=1e-3)).fingerprint != plain
+
+
+@pytest.mark.parametrize("kind", ["in place", "replaced", "data"])
+def test_changed_weights_are_noticed(kind):
+    model = tiny_model()
+    engine = Engine(model, template=TEMPLATE)
+    chunks, space = engine.add_document([random_ids(20), random_ids(15)]), engine.documents.space
+    assert check(engine, model, chunks) == {"cpu": 2}
+    projection = model.model.layers[1].self_attn.v_proj
+    with torch.no_grad():
+        if kind == "in place":
+            projection.weight.mul_(-1)
+        elif kind == "replaced":
+            projection.weight = torch.nn.Parameter(-projection.weight)
+        else:
+            projection.weight.data.mul_(-1)
+            engine.refresh()
+    assert check(engine, model, chunks) == {"computed": 2}
+    assert engine.documents.space != space
+    assert check(engine, model, chunks) == {"cpu": 2}
+    with torch.no_grad():
+        projection.weight.mul_(-1)
+    assert check(engine, model, chunks) == {"cpu": 2}
+    assert engine.documents.space == space
+
+
+def test_a_model_that_changes_in_more_than_weights_is_probed_again():
+    model = tiny_model()
+    engine = Engine(model, template=TEMPLATE)
+    chunks = engine.add([random_ids(20)])
+    with torch.no_grad():
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+    assert check(engine, model, chunks) == {"computed": 1}
+    assert torch.equal(engine.decoder.rotations[0].inv_freq, model.model.rotary_emb.inv_freq)
+    model.train()
+    with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
+        engine.fuse(chunks, QUESTION)
+
+
+def test_offloaded_weights_are_read_where_they_are(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    prints = []
+    for number in range(3):
+        model = tiny_model()
+        with torch.no_grad():
+            if number == 1:
+                model.model.layers[2].mlp.up_proj.weight[[0, 1]] = model.model.layers[2].mlp.up_proj.weight[[1, 0]]
+        if number == 2:
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            accelerate.disk_offload(model, str(tmp_path / str(number)), execution_device=torch.device("cpu"))
+        assert model.model.layers[2].mlp.up_proj.weight.is_meta
+        engine = Engine(model, template=TEMPLATE)
+        chunks = engine.add([random_ids(20)])
+        assert check(engine, model, chunks) == check(engine, model, chunks) == {"cpu": 1}
+        prints.append(engine.runner.fingerprint)
+    assert prints[0] == prints[2] == Runner.of(tiny_model()).fingerprint != prints[1]
+
+
+def test_weights_without_numbers_are_refused():
+    with torch.device("meta"):
+        model = copy.deepcopy(tiny_model()).to("meta")
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        _ = Runner.of(model).fingerprint
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    return model, peft.get_peft_model(model, config, adapter_name="one").eval(), config
+
+
+def test_adapters_never_share_kv():
+    bare = Runner.of(tiny_model()).fingerprint
+    model, wrapped, config = adapted()
+    engine = Engine(wrapped, template=TEMPLATE)
+    assert Runner.of(wrapped) is Runner.of(model) is engine.runner
+    chunks = engine.add([random_ids(20)])
+    one = engine.runner.fingerprint
+    assert check(engine, wrapped, chunks) == {"cpu": 1}
+    wrapped.add_adapter("two", config)  # a second one that is not active
+    wrapped.eval()
+    assert check(engine, wrapped, chunks) == {"cpu": 1} and engine.runner.fingerprint == one
+    wrapped.set_adapter("two")
+    assert check(engine, wrapped, chunks) == {"computed": 1}
+    two = engine.runner.fingerprint
+    with wrapped.disable_adapter():
+        assert check(engine, wrapped, chunks) == {"computed": 1}
+        assert engine.runner.fingerprint == bare
+    wrapped.set_adapter("one")
+    assert check(engine, wrapped, chunks) == {"cpu": 1} and engine.runner.fingerprint == one
+    wrapped.merge_adapter()
+    check(engine, wrapped, chunks)
+    merged = engine.runner.fingerprint
+    wrapped.unmerge_adapter()
+    check(engine, wrapped, chunks)
+    layer = model.model.layers[0].self_attn.k_proj
+    layer.scaling["one"] *= 2
+    assert check(engine, wrapped, chunks) == {"computed": 1}
+    assert len({bare, one, two, merged, engine.runner.fingerprint}) == 5
+
+
+def test_learned_prompt_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="prompt learning"):
+        Engine(peft.get_peft_model(tiny_model(), config).eval())

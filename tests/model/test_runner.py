@@ -1,0 +1,109 @@
+"""One runner a model: turns in order, one probing, and no trace whatever engines and threads stand over it."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+
+from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError
+from ragkv.model.runner import Runner
+from ragkv.model.turns import turns
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
+
+
+def test_one_runner_for_all_engines():
+    model = tiny_model()
+    one, two = Engine(model, template=TEMPLATE), Engine(model, namespace="other", kernels="auto")
+    assert one.runner is two.runner is Runner.of(model) and one.decoder is two.decoder
+    assert Engine(model, kernels="reference").decoder is not one.decoder
+    assert Runner.of(tiny_model()) is not one.runner
+    gone = weakref.ref(model)
+    del model, one, two
+    gc.collect()
+    assert gone() is None
+
+
+def test_turns_are_reentrant_and_in_order():
+    taken = turns(tiny_model().config)
+    order, asked = [], []
+
+    def work(name):
+        for number in range(3):
+            with taken, taken:
+                order.append((name, number))
+                while len(asked) < 3:  # the first one in waits until all others wait
+                    asked_now.wait(5)
+
+    asked_now, threads = threading.Event(), [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        while len(order) + len(taken._waiting) < number:
+            asked_now.wait(0.001)
+        asked.append(number)
+    asked_now.set()
+    for thread in threads:
+        thread.join()
+    assert [name for name, _ in order] == list("abc") * 3
+    assert taken._owner is None
+    with pytest.raises(RuntimeError, match="must end"):
+        taken.__exit__()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_threads_leave_the_attention_as_it_was(kernels):
+    model = tiny_model()
+    engines = [Engine(model, template=TEMPLATE, namespace=name, kernels=kernels) for name in ("a", "b")]
+    chunks = engines[0].add([random_ids(20), random_ids(30)])
+    want = engines[0].fuse(chunks[::-1], random_ids(5), method=LegoLink(k=4)).logits
+    wrong = []
+
+    def ask(engine):
+        for _ in range(8):
+            got = engine.fuse(chunks[::-1], random_ids(5), method=LegoLink(k=4))
+            if float((got.logits - want).abs().max()) > 1e-4 or got.report.attention.startswith("ragkv"):
+                wrong.append(got.report)
+
+    threads = [threading.Thread(target=ask, args=(engines[i % 2],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_room_for_the_answer_counts():
+    engine = Engine(tiny_model(max_position_embeddings=64), template=TEMPLATE)
+    chunks = engine.add([random_ids(50)])  # with prefix and question 59 tokens: 6 may follow, the last one unread
+    for call in (
+        lambda: engine.fuse(chunks, random_ids(6), room_tokens=7),
+        lambda: engine.generate(chunks, random_ids(6), max_new_tokens=128),
+        lambda: list(engine.generate(chunks, random_ids(6), max_new_tokens=128, num_beams=2).token_ids),
+    ):
+        with pytest.raises(PromptTooLongError, match="leave room for 6"):
+            call()
+    assert len(engine.generate(chunks, random_ids(6), max_new_tokens=6, eos_token_id=None).token_ids) == 6
+    assert len(engine.generate(chunks, random_ids(6), eos_token_id=None).token_ids) == 6
+    assert engine.fuse(chunks, random_ids(6)).logits.isfinite().all()
+
+
+def test_numbers_are_checked():
+    model = tiny_model()
+    for name in ("document_tokens", "piece_tokens"):
+        for value, error in ((0, ArgumentError), (-3, ArgumentError), (1.5, TypeError), (True, TypeError)):
+            with pytest.raises(error, match=name):
+                Engine(model, **{name: value})
+    engine = Engine(model, template=TEMPLATE)
+    chunks = engine.add([random_ids(5)])
+    with pytest.raises(ArgumentError, match="room_tokens must be >= 0, got -1"):
+        engine.fuse(chunks, random_ids(4), room_tokens=-1)
+    with pytest.raises(ArgumentError, match="max_new_tokens"):
+        engine.generate(chunks, random_ids(4), max_new_tokens=0)
+    with pytest.raises(ArgumentError, match="behind_tokens"):
+        engine.repair_document(chunks, [random_ids(5)], behind_tokens=-1)
+    with pytest.raises(PromptTooLongError, match="the anchor has 70 tokens"):
+        Engine(tiny_model(max_position_embeddings=64), template=PromptTemplate(prefix=random_ids(70)))
