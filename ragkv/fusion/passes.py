@@ -135,7 +135,7 @@ class Pass:
                 hook.remove()
 
     def _widened(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """As many rows as the forward began with, zeros where none are left: some models (GPT-J) shape the end like the beginning."""
+        """As many rows as the forward began with, zeros where none are left: some models shape the end like the beginning."""
         if self.kept is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output

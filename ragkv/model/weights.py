@@ -156,11 +156,11 @@ def part_digest(part: Part) -> bytes:
     if tensor.is_quantized:
         about, tensor = f"{about} {tensor.qscheme()} {tensor}", tensor.int_repr()
     raw = tensor.contiguous().view(-1).view(torch.uint8)
-    return about.encode() + (_host_digest(raw) if raw.device.type == "cpu" else device_digest(raw))
+    return about.encode() + (xxhash.xxh3_128_digest(_bytes(raw)) if raw.device.type == "cpu" else device_digest(raw))
 
 
-def _host_digest(raw: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(memoryview(raw.numpy()))
+def _bytes(raw: Tensor) -> Any:
+    return raw.numpy()  # without a copy
 
 
 def device_digest(raw: Tensor) -> bytes:
@@ -181,6 +181,6 @@ def device_digest(raw: Tensor) -> bytes:
         mixed *= _ODD
         sums.append((mixed ^ (mixed >> 29)).sum(1))
     if whole:
-        hasher.update(memoryview(torch.cat(sums).cpu().numpy()))
-    hasher.update(memoryview(raw[whole:].cpu().numpy()))
+        hasher.update(_bytes(torch.cat(sums).cpu()))
+    hasher.update(_bytes(raw[whole:].cpu()))
     return hasher.digest()
