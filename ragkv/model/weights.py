@@ -113,7 +113,7 @@ def _adapter_state(module: Any, adapters: list[str]) -> str:
 
 
 def _resolved(tensor: Tensor, name: str, offloaded: tuple[tuple[str, Mapping], ...]) -> Iterator[tuple[str, Part]]:
-    if is_traceable_wrapper_subclass(tensor):
+    if type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor):
         inner, context = tensor.__tensor_flatten__()
         yield name, f"{type(tensor).__name__} {context}"
         for attribute in inner:
