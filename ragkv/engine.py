@@ -169,8 +169,7 @@ class Engine:
         Raises:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
-        if behind_tokens < 0:
-            raise ValueError(f"behind_tokens must be >= 0, got {behind_tokens}")
+        whole_number("behind_tokens", behind_tokens)
         document = self.documents.cut(parts, old[0].document if old else "")
         repair = self.documents.plan_repair(old, document, behind_tokens)
         if repair is not None and self.documents.repair(repair) is not None:

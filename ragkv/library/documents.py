@@ -93,10 +93,11 @@ class Documents:
         self._piece_tokens, self._kernels, self._measured = piece_tokens, kernels, sensitivity
         self._lifetime_s = lifetime_s
         self._foreign_ids = self._foreign(foreign)
-        self._sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._reader: Reader | None = None
         self._costs: dict[str, CostProfile | None] = {}
-        self._own_records = StoreRecords(store, lambda: self.space)
+        sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
+        self._cutting = digest(namespace, context, str(self.document_tokens), sample).hex()
+        self._own_records = StoreRecords(store, self._cutting)
         self.records: list[Records] = [self._own_records]
 
     @property
@@ -123,7 +124,7 @@ class Documents:
     @property
     def setting(self) -> str:
         """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
-        return digest(self.space, self.namespace, self.context, str(self.document_tokens), self._sample).hex()
+        return digest(self.space, self._cutting).hex()
 
     def cut(self, parts: Sequence[Text], document_id: str = "") -> Document:
         """A document's chunks, without reading anything.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ragkv.chunk import Chunk
@@ -30,11 +30,11 @@ class StoreRecords:
 
     Args:
         store: keeps them.
-        space: of the model as it is now: in another space a document has another record.
+        setting: how documents are cut and their texts become ids: with another one they have other records.
     """
 
-    def __init__(self, store: TieredStore, space: Callable[[], str]):
-        self._store, self._space = store, space
+    def __init__(self, store: TieredStore, setting: str):
+        self._store, self._setting = store, setting
 
     def find(self, document_id: str) -> Document | None:
         """See the protocol. A damaged record counts as none."""
@@ -60,7 +60,7 @@ class StoreRecords:
 
     def name(self, document_id: str) -> str:
         """What the fact is called."""
-        return f"document:{self._space()}:{document_id}"
+        return f"document:{self._setting}:{document_id}"
 
 
 def has(document: Document | None, chunk: Chunk) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import eq, is_
 from typing import Any
 from weakref import ref
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ragkv.chunk import digest
-from ragkv.model.weights import OnDisk, Part, part_digest, parts
+from ragkv.model.weights import OnDisk, Part, contents, part_digest, parts
 
 # What says how a model is saved, trained, or decoded from, but not what its layers compute in eval mode.
 _IDLE = {
@@ -38,6 +39,8 @@ class Weights:
     def __init__(self, model: nn.Module):
         self._model = model
         self._seen: list[tuple] = []
+        self._shape: list[tuple[dict, tuple]] | None = None  # every module's tensors and children, where that tells all
+        self._marks: list[tuple] = []
         self._held: dict[Any, tuple[Any, tuple, bytes]] = {}  # by tensor: weak reference, mark, digest
         self._digest = b""
 
@@ -50,6 +53,8 @@ class Weights:
         Raises:
             UnsupportedModelError: some weights cannot be read.
         """
+        if self._shape is not None and self._as_before(self._shape):
+            return self._digest
         now = list(parts(self._model))
         seen = [(name, _key(part), _mark(part)) for name, part in now]
         alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())
@@ -61,11 +66,21 @@ class Weights:
                     held[key] = self._fresh(key, part, mark)
             named = [item for name, part in now for item in (name, held[_key(part)][2])]
             self._held, self._seen, self._digest = held, seen, digest(*named)
+        self._shape = contents(self._model)
+        self._marks = [_mark(value) for _, values in self._shape or () for value in values if isinstance(value, Tensor)]
         return self._digest
+
+    def _as_before(self, shape: list[tuple[dict, tuple]]) -> bool:
+        """A quick look: every module has just the tensors and children that it had, and none was written."""
+        for held, values in shape:
+            if len(held) != len(values) or not all(map(is_, held.values(), values)):
+                return False
+        tensors = (tensor for _, values in shape for tensor in values if isinstance(tensor, Tensor))
+        return all(map(eq, map(_mark, tensors), self._marks))
 
     def forget(self) -> None:
         """Take every digest anew at the next look."""
-        self._seen, self._held = [], {}
+        self._seen, self._held, self._shape = [], {}, None
 
     def _fresh(self, key: Any, part: Part, mark: tuple) -> tuple[Any, tuple, bytes]:
         reference, old, known = self._held.get(key, (None, None, b""))

@@ -36,7 +36,7 @@ def test_a_chunk_forgotten_once_the_batch_is_open_is_placed_all_the_same(stored,
     """What a batch holds stays readable, and nobody looks a second time."""
     chunks = stored.add([random_ids(n) for n in (20, 31, 9)])
     for method in (Reuse(), LegoLink(4), CacheBlend(0.3, check_layer=2)):
-        stored.add_chunks(chunks)
+        stored.documents.add(chunks)
         want = stored.fuse(chunks[::-1], QUESTION, method=method)
         lost = stored._lost
 
@@ -50,12 +50,12 @@ def test_a_chunk_forgotten_once_the_batch_is_open_is_placed_all_the_same(stored,
             got = stored.fuse(chunks[::-1], QUESTION, method=method)
         assert torch.equal(got.logits, want.logits)
         assert "computed" not in got.report.hits
-        assert stored.missing(chunks) == chunks  # and it did not come back
+        assert stored.documents.missing(chunks) == chunks  # and it did not come back
 
 
 def damaging(monkeypatch, engine, chunks):
     """These chunks' records prove damaged when they are read, each once."""
-    bad = {engine.chunk_key(chunk) for chunk in chunks}
+    bad = {engine.documents.key(chunk) for chunk in chunks}
     layer, direct = Batch.layer, Batch.direct
 
     def read(self, index, number):
@@ -77,7 +77,7 @@ def test_any_number_of_damaged_records_is_read_again(stored, monkeypatch, count)
     damaging(monkeypatch, stored, chunks[:count])
     got = stored.fuse(chunks[::-1], QUESTION, method=Reuse())
     torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
-    assert not stored.missing(chunks)
+    assert not stored.documents.missing(chunks)
 
 
 def test_a_record_that_cannot_be_dropped_raises(engine, monkeypatch):
@@ -126,7 +126,7 @@ def test_placing_waits_for_no_model_and_the_model_for_no_placing(engine, monkeyp
     slow, fast = engine.add([random_ids(20)]), engine.add([random_ids(31)])
     engine.fuse(fast, QUESTION)
     hangs, go_on = threading.Event(), threading.Event()
-    layer, key = Batch.layer, engine.chunk_key(slow[0])
+    layer, key = Batch.layer, engine.documents.key(slow[0])
 
     def hanging(self, index, number):
         if self.keys[index] == key:

@@ -102,9 +102,9 @@ def test_no_chunks_and_the_same_chunk_twice(engine):
     [
         ([], [], "question is empty"),
         ([[]], [4], "chunk is empty"),
-        ([[4, 128]], [4], "128 is out of the vocabulary"),
-        ([[-1]], [4], "-1 is out of the vocabulary"),
-        ([], [999], "999 is out of the vocabulary"),
+        ([[4, 128]], [4], "128 is out of the model's vocabulary"),
+        ([[-1]], [4], "-1 is out of the model's vocabulary"),
+        ([], [999], "999 is out of the model's vocabulary"),
         (["text"], [4], "no tokenizer"),
         ("text", [4], "must be a list"),
     ],

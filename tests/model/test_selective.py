@@ -20,7 +20,7 @@ from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
 # They call sdpa or eager themselves, past transformers' attention interface.
-CLOSED = ("falcon", "stablelm")
+CLOSED = ("falcon", "gptj", "stablelm")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
