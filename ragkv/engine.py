@@ -5,32 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ragkv.chunk import Chunk, ChunkKV
+from ragkv.chunk import Chunk
 from ragkv.errors import ModelChangedError, PromptError, PromptTooLongError, RecordError, whole_number
-from ragkv.fusion.fuse import fuse, plan
-from ragkv.fusion.layout import Layout, Placed, lay_out
-from ragkv.fusion.looking import Looking
-from ragkv.fusion.placement import Placement
-from ragkv.fusion.timing import Timer, clock
-from ragkv.fusion.view import Selection, View
-from ragkv.kernels import Impl, implementation
+from ragkv.fusing import fused
+from ragkv.fusion.layout import Layout, lay_out
+from ragkv.kernels import Impl
 from ragkv.library.documents import Documents, several
 from ragkv.methods import Auto, Method, SensitiveTokens
-from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.decoding import DEFAULT_NEW_TOKENS, Settings, beam_search, decode
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, FusionReport
-from ragkv.store import Batch, TieredStore
+from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt
+from ragkv.store import TieredStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,7 +215,8 @@ class Engine:
             method: instead of the engine's.
             room_tokens: room that the cache keeps for an answer; by default 64, or as much as the model's positions leave.
             starts: position of each chunk's first token, where chunks shall stand apart or share positions (as in APE,
-                arXiv:2502.05431); by default each stands right behind the one before.
+                arXiv:2502.05431); by default each stands right behind the one before. A decoding loop of your own goes on at
+                ``prompt.next_position``; layers with windows count slots there, as transformers does.
 
         Raises:
             PromptError: an empty question or chunk, or ids out of the vocabulary.
@@ -236,7 +229,7 @@ class Engine:
         suffix = self.encoder.suffix(question)
         known = self._chunks(chunks)
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, starts)
-        room = self._room(int(layout.positions[-1]) + 1, room_tokens)
+        room = self._room(layout.end, room_tokens)
         return self._fuse(layout, chosen, room, begin)
 
     def generate(
@@ -321,102 +314,18 @@ class Engine:
             )
         return min(DEFAULT_NEW_TOKENS, left)
 
-    @torch.no_grad()
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
         """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
         for _ in range(len(layout.chunks) + 1):
             try:
-                return self._fuse_once(layout, method, room_tokens, begin)
+                return fused(self.documents, self.encoder.prefix, layout, method, room_tokens, begin)
             except ModelChangedError as error:
                 logger.warning("fusing again: %s", error)
             except RecordError as error:
                 if not self.documents.missing([placed.chunk for placed in layout.chunks]):
                     raise  # it was not dropped
                 logger.warning("reading chunks again: %s", error)
-        return self._fuse_once(layout, method, room_tokens, begin)
-
-    def _fuse_once(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
-        reader = self.documents.reader
-        decoder, pieces, layers = reader.decoder, reader.piece_tokens, len(reader.decoder.layers)
-        timer = Timer(clock([decoder.device, *(spec.device for spec in decoder.specs)]), begin)
-        cache = decoder.cache(layout.tokens + room_tokens)
-        placement: Placement | None = None
-
-        def opened() -> Placement:
-            nonlocal placement
-            if placement is None:
-                placement = self._open(layout, cache, method.needs_sensitivity, timer, stack)
-            return placement
-
-        def sensitivity() -> list[Tensor | None]:
-            return self._sensitivities(layout, opened().batch, opened().fresh)
-
-        looking = Looking(decoder, cache, layout, pieces, opened, reader.turn, sensitivity, lambda: reader.check_layer)
-        with ExitStack() as stack:
-            with timer.stage("select"):
-                selection = Selection.of(method.select(View(layout, layers, looking)), method)
-                work = plan(selection, layout, layers)
-            first = work.first_stored
-            if first < layers:
-                opened().ahead(first)
-            with reader.turn(), placement.beside(first) if placement else nullcontext(), timer.stage("compute"):
-                logits, done = fuse(decoder, cache, layout, work, pieces, timer)
-        sources = placement.sources() if placement else ["unused"] * len(layout.chunks)
-        report = FusionReport(
-            method=selection.name,
-            attention=done.attention,
-            kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
-            prefix_tokens=layout.chunks_start,
-            chunk_tokens=layout.suffix_start - layout.chunks_start,
-            suffix_tokens=layout.tokens - layout.suffix_start,
-            hits={source: sources.count(source) for source in sorted(set(sources))},
-            sources=sources,
-            bytes_read=placement.bytes_read if placement else 0,
-            budget=done.budget,
-            fresh_by_layer=done.fresh,
-            looked=looking.looked,
-            timer=timer,
-        )
-        return FusedPrompt(layout.ids[None], logits, cache, done.rows, report)
-
-    def _open(self, layout: Layout, cache: FusedCache, measured: bool, timer: Timer, stack: ExitStack) -> Placement:
-        """Open a prompt's chunks in the store, and read those that are missing."""
-        with timer.stage("place"):
-            keys = {self.documents.key(item.chunk): item for item in layout.chunks}
-            batch = stack.enter_context(self.store.read(list(keys)))
-            lost = self._lost(keys, batch, measured)
-        fresh: dict[bytes, ChunkKV] = {}
-        if lost:
-            with timer.stage("read"):
-                items = list(self.documents.read(lost, measured=measured))
-                self.documents.keep(items, {key: item.chunk for key, item in keys.items()})
-                fresh = {item.key: item.kv for item in items}
-        held = {item.chunk: key for key, item in keys.items()}
-        opening = self.documents.reader.opening(self.encoder.prefix)
-        return Placement(self.decoder, cache, layout, opening, batch, held, fresh, timer)
-
-    def _sensitivities(self, layout: Layout, batch: Batch, fresh: dict[bytes, ChunkKV]) -> list[Tensor | None]:
-        known = dict(zip(batch.keys, batch.sensitivities, strict=True))
-        keys = [self.documents.key(item.chunk) for item in layout.chunks]
-        return [fresh[key].sensitivity if key in fresh else known[key] for key in keys]
-
-    def _lost(self, keys: dict[bytes, Placed], batch: Batch, measured: bool) -> list[Chunk]:
-        """The chunks that the store does not hold, or not with the sensitivity that is needed.
-
-        A record that is not what its key promises is dropped, and missing.
-        """
-        missing, broken, foreign = [], [], self.documents.reader.foreign
-        found = zip(batch.tiers, batch.bases, batch.lengths, batch.foreigns, strict=True)
-        for (key, item), (tier, base, tokens, measured_with) in zip(keys.items(), found, strict=True):
-            intact = tier is not None and (base, tokens) == (item.base, len(item.chunk))
-            if intact and (measured_with == foreign or not measured):
-                continue
-            if tier is not None and not intact:
-                broken.append(key)
-            missing.append(item.chunk)
-        if broken:
-            self.store.remove_many(broken)
-        return missing
+        return fused(self.documents, self.encoder.prefix, layout, method, room_tokens, begin)
 
     def _begin(
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]

@@ -70,6 +70,7 @@ class FusedPrompt:
         input_ids: LongTensor ``[1, N]``: the ids that a full prefill would be given.
         logits: FloatTensor ``[1, V]``: next-token logits.
         past_key_values: transformers ``Cache`` that holds the N tokens; generation appends to it.
+        next_position: where the answer's first token stands: N, unless chunks stand apart or share positions.
         recomputed: LongTensor ``[R]``: positions computed afresh in the last layer, the suffix among them.
         report: what it cost.
     """
@@ -79,6 +80,7 @@ class FusedPrompt:
     past_key_values: Cache
     recomputed: Tensor
     report: FusionReport
+    next_position: int
 
 
 @dataclass

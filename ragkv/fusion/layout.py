@@ -85,16 +85,22 @@ class Layout:
         shifts = [0, *(placed.shift for placed in self.chunks)]
         return shifts == sorted(shifts)
 
+    @property
+    def end(self) -> int:
+        """The position behind its last token."""
+        return self._suffix_position + self.tokens - self.suffix_start
+
+    @property
+    def _suffix_position(self) -> int:
+        return max((placed.position + len(placed.chunk) for placed in self.chunks), default=self.suffix_start)
+
     @cached_property
     def positions(self) -> Tensor:
         """``[N]`` where each token stands in the text; the suffix stands behind all else."""
         at = torch.arange(self.tokens)
         for placed in self.chunks:
             at[placed.start : placed.stop] += placed.shift
-        if self.chunks:
-            at[self.suffix_start :] += (
-                max(placed.position + len(placed.chunk) for placed in self.chunks) - self.suffix_start
-            )
+        at[self.suffix_start :] += self._suffix_position - self.suffix_start
         return at.to(self.ids.device)
 
     @property

@@ -5,9 +5,9 @@ L layers, H heads, N tokens of the prompt, R reusable tokens, S suffix tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,47 +18,44 @@ from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
 from ragkv.kernels import KernelError, deviation, implementation, question_scores
 from ragkv.model.attention import eager_attention
-from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import for_model
 
-#: The right to run the model, one at a time.
-Turn = Callable[[], AbstractContextManager[Any]]
+
+class Driver(Protocol):
+    """Who may run the model."""
+
+    decoder: Decoder
+    piece_tokens: int
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The model for this thread alone."""
 
 
-class Looking:
-    """Answers a :class:`~ragkv.View`'s questions, all but those about the model alone.
+class Looking(ABC):
+    """A prompt's cache, and what can be seen in it once stored chunks stand at their places.
 
     Args:
-        decoder: the model.
-        cache: of the prompt; stored KV are placed into it where a look needs them.
+        driver: of the model; never taken while KV are read.
         layout: the prompt.
-        piece_tokens: tokens that one forward computes at most.
-        opened: the prompt's placement, opened when it is first asked for.
-        turn: taken while the model runs; never while KV are read.
-        sensitivity: answers :meth:`ragkv.fusion.view.Looks.sensitivity`.
-        check_layer: answers :meth:`ragkv.fusion.view.Looks.check_layer`.
+        room_tokens: room that the cache keeps for an answer.
 
     Attributes:
+        decoder: the model.
+        cache: of the prompt.
         looked: what the suffix's attention was read from: ``"question_scores (triton)"``, ``"question_scores (reference)"`` or
             ``"eager"``; empty before :meth:`attention` was asked for.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        cache: FusedCache,
-        layout: Layout,
-        piece_tokens: int,
-        opened: Callable[[], Placement],
-        turn: Turn,
-        sensitivity: Callable[[], list[Tensor | None]],
-        check_layer: Callable[[], int],
-    ):
-        self.looked, self.sensitivity, self.check_layer = "", sensitivity, check_layer
-        self._decoder, self._cache, self._layout, self._piece_tokens = decoder, cache, layout, piece_tokens
-        self._opened, self._turn = opened, turn
+    def __init__(self, driver: Driver, layout: Layout, room_tokens: int):
+        self.decoder, self.looked, self._driver, self._layout = driver.decoder, "", driver, layout
+        self.cache = driver.decoder.cache(layout.tokens + room_tokens)
+
+    @property
+    @abstractmethod
+    def placement(self) -> Placement:
+        """Puts the stored chunks into the cache."""
 
     def attention(self, queries: str) -> Tensor:
         """The suffix's attention ``[L, R]`` to the chunks as they are stored.
@@ -66,14 +63,13 @@ class Looking:
         Where the model's attention is one that :func:`ragkv.kernels.question_scores` computes, no matrix of weights is made. Else
         the model's own eager attention shows its weights; not so where ``kernels`` were asked for by name.
         """
-        decoder, rows = self._decoder, self._layout.suffix
+        decoder, rows = self.decoder, self._layout.suffix
         if not getattr(decoder.model, "_supports_attention_backend", False):
             raise MethodError(
                 "this model's attention is not open to view, so no method that follows the question runs on it"
             )
-        placement = self._opened()
-        placement.ahead()
-        with self._turn(), placement.beside():
+        self.placement.ahead()
+        with self._driver.turn(), self.placement.beside():
             seen = self._look(rows, 0 if queries == "all" else len(rows) - 1)
         if len(seen) != len(decoder.layers):
             raise MethodError(
@@ -84,16 +80,15 @@ class Looking:
 
     def deviation(self) -> Tensor:
         """``[L, R]`` squared distance of stored keys and values to a full prefill's, each scaled to a mean of 1, added."""
-        decoder, layout, impl = self._decoder, self._layout, self._decoder.kernels
-        placement = self._opened()
-        placement.ahead()
+        decoder, layout, impl = self.decoder, self._layout, self.decoder.kernels
+        self.placement.ahead()
         full = decoder.cache(layout.tokens)
         everything = torch.arange(layout.tokens, device=layout.ids.device)
-        with self._turn(), placement.beside():
-            Pass(decoder, full, layout, everything, self._piece_tokens).logits()
+        with self._driver.turn(), self.placement.beside():
+            Pass(decoder, full, layout, everything, self._driver.piece_tokens).logits()
         span = slice(layout.chunks_start, layout.suffix_start)
         scores = []
-        for held, true in zip(self._cache.layers, full.layers, strict=True):
+        for held, true in zip(self.cache.layers, full.layers, strict=True):
             keys = deviation(true.key_room[0, :, span], held.key_room[0, :, span], impl=impl)
             values = deviation(true.value_room[0, :, span], held.value_room[0, :, span], impl=impl)
             scores.append((_scaled(keys) + _scaled(values)).to(layout.ids.device))
@@ -106,13 +101,13 @@ class Looking:
             try:
                 return self._scored(rows, first, rules)
             except (KernelError, UnsupportedModelError):
-                if self._decoder.kernels != "auto":
+                if self.decoder.kernels != "auto":
                     raise
         return self._eager(rows, first)
 
     def _rules(self) -> list[SpanRule] | None:
         """The attention of every layer as the kernels take it; ``None`` where model or layout do not allow it."""
-        decoder = self._decoder
+        decoder = self.decoder
         if not self._layout.even:
             return None
         if decoder.spans is not None or implementation(decoder.kernels, decoder.device, decoder.dtype) == "triton":
@@ -121,7 +116,7 @@ class Looking:
 
     def _scored(self, rows: Tensor, first: int, rules: list[SpanRule]) -> list[Tensor]:
         """From question scores, which the kernel takes on the way."""
-        decoder, seen = self._decoder, list[Tensor]()
+        decoder, seen = self.decoder, list[Tensor]()
         chunks = slice(self._layout.chunks_start, self._layout.suffix_start)
 
         def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
@@ -129,15 +124,15 @@ class Looking:
             seen.append(mass[chunks].to(rows.device) / (query.shape[0] * (len(rows) - first)))
 
         spans = for_model(SpanBuilder(rules, rows, self._layout.tokens), decoder.config)
-        self._cache.set_length(self._layout.suffix_start)
+        self.cache.set_length(self._layout.suffix_start)
         with kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, watch) as ran:
-            decoder.run(self._layout.ids[rows], rows, self._cache, spans)
+            decoder.run(self._layout.ids[rows], rows, self.cache, spans)
         self.looked = ran.replace("selective", "question_scores")
         return seen
 
     def _eager(self, rows: Tensor, first: int) -> list[Tensor]:
         """From the weights that the model's eager attention returns."""
-        decoder, layout, seen = self._decoder, self._layout, list[Tensor]()
+        decoder, layout, seen = self.decoder, self._layout, list[Tensor]()
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def keep(module: nn.Module, args: object, output: object) -> None:
@@ -145,14 +140,14 @@ class Looking:
             if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-1] == layout.tokens:
                 seen.append(weights[0, :, first:, chunks].float().mean((0, 1)).to(rows.device))
 
-        self._cache.set_length(layout.suffix_start)
+        self.cache.set_length(layout.suffix_start)
         hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
         try:
             with eager_attention(decoder.model, decoder.config):
                 at, mask = layout.positions[rows], None
                 if not layout.even:
                     mask = for_model(decoder.masks(at, layout.tokens, layout.positions), decoder.config)
-                decoder.run(layout.ids[rows], at, self._cache, mask)
+                decoder.run(layout.ids[rows], at, self.cache, mask)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -112,7 +112,9 @@ def decode(settings: Settings, prompt: FusedPrompt) -> Iterator[int]:
         yield int(token)
         if bool(criteria(ids, None).all()):
             return
-        position = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        position = torch.tensor(
+            [prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1], device=ids.device
+        )
         logits = decoder.step(token[0], position, cache)
 
 

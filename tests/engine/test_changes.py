@@ -16,6 +16,7 @@ from ragkv import (
     Reuse,
     TieredStore,
 )
+from ragkv.fusing import _Fusing
 from ragkv.fusion.placement import Placement
 from ragkv.store import Batch
 from ragkv.testing import random_ids
@@ -38,7 +39,7 @@ def test_a_chunk_forgotten_once_the_batch_is_open_is_placed_all_the_same(stored,
     for method in (Reuse(), LegoLink(4), CacheBlend(0.3, check_layer=2)):
         stored.documents.add(chunks)
         want = stored.fuse(chunks[::-1], QUESTION, method=method)
-        lost = stored._lost
+        lost = _Fusing._lost
 
         def and_forgets(*args, lost=lost):
             found = lost(*args)
@@ -46,7 +47,7 @@ def test_a_chunk_forgotten_once_the_batch_is_open_is_placed_all_the_same(stored,
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(stored, "_lost", and_forgets)
+            patch.setattr(_Fusing, "_lost", and_forgets)
             got = stored.fuse(chunks[::-1], QUESTION, method=method)
         assert torch.equal(got.logits, want.logits)
         assert "computed" not in got.report.hits

@@ -1,0 +1,144 @@
+"""One prompt from its layout to its logits: the method is asked, stored chunks are placed, the rest is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ragkv.chunk import Chunk
+from ragkv.fusion.fuse import fuse, plan
+from ragkv.fusion.layout import Layout
+from ragkv.fusion.looking import Looking
+from ragkv.fusion.placement import Placement
+from ragkv.fusion.timing import Timer, clock
+from ragkv.fusion.view import Selection, View
+from ragkv.kernels import implementation
+from ragkv.library.documents import Documents
+from ragkv.methods import Method
+from ragkv.report import FusedPrompt, FusionReport
+from ragkv.store import Batch
+
+
+@torch.no_grad()
+def fused(
+    documents: Documents, prefix: Sequence[int], layout: Layout, method: Method, room_tokens: int, begin: float
+) -> FusedPrompt:
+    """Compute what a method asks for over the stored rest.
+
+    Args:
+        documents: whose chunks they are.
+        prefix: ids that the prompt begins with.
+        layout: the prompt.
+        method: chooses.
+        room_tokens: room that the cache keeps for an answer.
+        begin: ``perf_counter()`` at which the prompt was asked for.
+
+    Raises:
+        RecordError: a record proved damaged; the store has dropped it.
+        ModelChangedError: the model is not what it was when this began.
+    """
+    with ExitStack() as stack:
+        one = _Fusing(documents, prefix, layout, method, room_tokens, begin, stack)
+        decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
+        with timer.stage("select"):
+            selection = Selection.of(method.select(View(layout, layers, one)), method)
+            work = plan(selection, layout, layers)
+        if work.first_stored < layers:
+            one.placement.ahead(work.first_stored)
+        beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
+        with one.reader.turn(), beside, timer.stage("compute"):
+            logits, done = fuse(decoder, one.cache, layout, work, one.reader.piece_tokens, timer)
+        sources = one.placement.sources() if one.opened else ["unused"] * len(layout.chunks)
+        report = FusionReport(
+            method=selection.name,
+            attention=done.attention,
+            kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
+            prefix_tokens=layout.chunks_start,
+            chunk_tokens=layout.suffix_start - layout.chunks_start,
+            suffix_tokens=layout.tokens - layout.suffix_start,
+            hits={source: sources.count(source) for source in sorted(set(sources))},
+            sources=sources,
+            bytes_read=one.placement.bytes_read if one.opened else 0,
+            budget=done.budget,
+            fresh_by_layer=done.fresh,
+            looked=one.looked,
+            timer=timer,
+        )
+        return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end)
+
+
+class _Fusing(Looking):
+    """What one prompt needs, opened when it is first asked for; answers its view's questions."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        prefix: Sequence[int],
+        layout: Layout,
+        method: Method,
+        room_tokens: int,
+        begin: float,
+        stack: ExitStack,
+    ):
+        self.reader = documents.reader
+        super().__init__(self.reader, layout, room_tokens)
+        devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
+        self.timer = Timer(clock(devices), begin)
+        self._documents, self._prefix, self._stack = documents, prefix, stack
+        self._measured = method.needs_sensitivity
+        self._keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
+
+    @property
+    def opened(self) -> bool:
+        """Whether stored chunks were asked for."""
+        return "placement" in vars(self)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """The prompt's chunks, open in the store; those that are missing are read now."""
+        chunks = {key: placed.chunk for key, placed in zip(self._keys, self._layout.chunks, strict=True)}
+        with self.timer.stage("place"):
+            batch = self._stack.enter_context(self._documents.store.read(list(chunks)))
+            lost = self._lost(chunks, batch)
+        items = []
+        if lost:
+            with self.timer.stage("read"):
+                items = list(self._documents.read(lost, measured=self._measured))
+                self._documents.keep(items, chunks)
+        fresh = {item.key: item.kv for item in items}
+        keys = {placed.chunk: key for placed, key in zip(self._layout.chunks, self._keys, strict=True)}
+        opening = self.reader.opening(self._prefix)
+        return Placement(self.decoder, self.cache, self._layout, opening, batch, keys, fresh, self.timer)
+
+    def sensitivity(self) -> list[Tensor | None]:
+        """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
+        batch, fresh = self.placement.batch, self.placement.fresh
+        known = dict(zip(batch.keys, batch.sensitivities, strict=True))
+        return [fresh[key].sensitivity if key in fresh else known[key] for key in self._keys]
+
+    def check_layer(self) -> int:
+        """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
+        return self.reader.check_layer
+
+    def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:
+        """The chunks that the store does not hold, or not with the sensitivity that is needed.
+
+        A record that is not what its key promises is dropped, and missing.
+        """
+        missing, broken = [], []
+        anchor = len(self.reader.anchor_ids)
+        found = zip(batch.tiers, batch.bases, batch.lengths, batch.foreigns, strict=True)
+        for (key, chunk), (tier, base, tokens, foreign) in zip(chunks.items(), found, strict=True):
+            intact = tier is not None and (base, tokens) == (anchor + chunk.offset, len(chunk))
+            if intact and (foreign == self.reader.foreign or not self._measured):
+                continue
+            if tier is not None and not intact:
+                broken.append(key)
+            missing.append(chunk)
+        if broken:
+            self._documents.store.remove_many(broken)
+        return missing
