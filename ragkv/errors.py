@@ -42,7 +42,7 @@ class RecordError(StoreError):
 
 
 class IncompatibleFolderError(RagKVError):
-    """A folder was made with another model, tokenizer or embedder than the one given."""
+    """A folder was made with another embedder than the one given."""
 
 
 class DocumentError(RagKVError):
