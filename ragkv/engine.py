@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+# How often a prompt begins anew because the model was changed meanwhile.
+_TRIES = 3
 
 
 class Engine:
@@ -105,7 +109,7 @@ class Engine:
     @property
     def decoder(self) -> Decoder:
         """The model as fusion sees it."""
-        return self.documents.reader.decoder
+        return self.runner.decoder(self.documents.kernels)
 
     def add(self, passages: Sequence[Text]) -> list[Chunk]:
         """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
@@ -173,7 +177,9 @@ class Engine:
     def forget(self, chunks: Sequence[Chunk]) -> int:
         """Remove chunks' KV from the store, and the records of their documents; returns how many KV were there.
 
-        A prompt that needs one of them computes it, and does not store it, until its document is added again.
+        A prompt that needs a chunk of such a document computes it, and does not store it, until the document is added again.
+        Passages that stand alone are of no document: the next prompt that needs one stores it again. Documents of a folder are
+        removed by :meth:`RAG.remove`.
         """
         return self.documents.forget(chunks)
 
@@ -244,14 +250,16 @@ class Engine:
             **generation: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``stop_strings``, ``num_beams``, ...
 
         Raises:
-            As :meth:`fuse`; ``ValueError`` for generation arguments that transformers refuses.
+            As :meth:`fuse`; ``ValueError`` for generation arguments that transformers refuses; ModelChangedError where the model
+            changes in the middle of the answer.
         """
         begin = perf_counter()
         settings, prompt = self._begin(chunks, question, method, generation)
         if settings.beams > 1:
-            with self.runner.turn():
+            fused_ms = _ms(begin)
+            with self._turn(prompt):
                 ids = beam_search(settings, prompt)
-            report = AnswerReport(prompt.report, decode_ms=_ms(begin), new_tokens=len(ids))
+            report = AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
             return Answer(self.encoder.decode(ids), ids, report)
         report, ids = AnswerReport(prompt.report), []
         for token in self._tokens(settings, prompt, report, begin):
@@ -291,10 +299,14 @@ class Engine:
         return AnswerStream(start, self.encoder.decode)
 
     def _chunks(self, chunks: Sequence[Chunk | Text]) -> list[Chunk]:
-        """Chunks as they are; text and ids as passages that stand alone, all of which are added together."""
-        given = several(chunks, "chunks")
-        fresh = iter(self.add([chunk for chunk in given if not isinstance(chunk, Chunk)]))
-        return [chunk if isinstance(chunk, Chunk) else next(fresh) for chunk in given]
+        """Chunks as they are; text and ids as passages that stand alone."""
+        known = [
+            chunk if isinstance(chunk, Chunk) else self.documents.passage(chunk) for chunk in several(chunks, "chunks")
+        ]
+        for chunk in known:
+            if max(chunk.ids) >= self.encoder.vocab_size:
+                self.encoder.ids(chunk.ids)  # says which
+        return known
 
     def _room(self, tokens: int, asked: int | None) -> int:
         """Room for an answer; its last token takes no position, for the model never runs it."""
@@ -316,16 +328,18 @@ class Engine:
 
     def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
         """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
-        for _ in range(len(layout.chunks) + 1):
+        damaged: set[str] = set()
+        for _ in range(len(layout.chunks) + _TRIES):
             try:
-                return fused(self.documents, self.encoder.prefix, layout, method, room_tokens, begin)
+                return fused(self.documents, layout, method, room_tokens, begin)
             except ModelChangedError as error:
                 logger.warning("fusing again: %s", error)
             except RecordError as error:
-                if not self.documents.missing([placed.chunk for placed in layout.chunks]):
+                if str(error) in damaged:
                     raise  # it was not dropped
+                damaged.add(str(error))
                 logger.warning("reading chunks again: %s", error)
-        return fused(self.documents, self.encoder.prefix, layout, method, room_tokens, begin)
+        return fused(self.documents, layout, method, room_tokens, begin)
 
     def _begin(
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]
@@ -333,8 +347,18 @@ class Engine:
         settings = Settings(self.decoder, self.tokenizer, generation)
         return settings, self.fuse(chunks, question, method=method, room_tokens=settings.asked)
 
+    @contextmanager
+    def _turn(self, prompt: FusedPrompt) -> Iterator[None]:
+        """The model for this thread alone, as it was when it computed a prompt."""
+        with self.runner.turn() as fingerprint:
+            if fingerprint != prompt.fingerprint:
+                raise ModelChangedError(
+                    "the model's weights, adapter or attention have changed behind the prompt: ask again"
+                )
+            yield
+
     def _tokens(self, settings: Settings, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
-        for token in decode(settings, prompt):  # each step is a turn of its own
+        for token in decode(settings, prompt, lambda: self._turn(prompt)):
             report.new_tokens += 1
             if report.new_tokens == 1:
                 report.first_token_ms = _ms(begin)

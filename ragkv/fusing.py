@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk
+from ragkv.errors import PromptError
 from ragkv.fusion.fuse import fuse, plan
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
@@ -17,6 +16,7 @@ from ragkv.fusion.placement import Placement
 from ragkv.fusion.timing import Timer, clock
 from ragkv.fusion.view import Selection, View
 from ragkv.kernels import implementation
+from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
 from ragkv.methods import Method
 from ragkv.report import FusedPrompt, FusionReport
@@ -24,14 +24,11 @@ from ragkv.store import Batch
 
 
 @torch.no_grad()
-def fused(
-    documents: Documents, prefix: Sequence[int], layout: Layout, method: Method, room_tokens: int, begin: float
-) -> FusedPrompt:
+def fused(documents: Documents, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
     """Compute what a method asks for over the stored rest.
 
     Args:
         documents: whose chunks they are.
-        prefix: ids that the prompt begins with.
         layout: the prompt.
         method: chooses.
         room_tokens: room that the cache keeps for an answer.
@@ -42,7 +39,7 @@ def fused(
         ModelChangedError: the model is not what it was when this began.
     """
     with ExitStack() as stack:
-        one = _Fusing(documents, prefix, layout, method, room_tokens, begin, stack)
+        one = _Fusing(documents, layout, method, room_tokens, begin, stack)
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
@@ -68,7 +65,7 @@ def fused(
             looked=one.looked,
             timer=timer,
         )
-        return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end)
+        return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
 class _Fusing(Looking):
@@ -77,7 +74,6 @@ class _Fusing(Looking):
     def __init__(
         self,
         documents: Documents,
-        prefix: Sequence[int],
         layout: Layout,
         method: Method,
         room_tokens: int,
@@ -88,7 +84,7 @@ class _Fusing(Looking):
         super().__init__(self.reader, layout, room_tokens)
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
-        self._documents, self._prefix, self._stack = documents, prefix, stack
+        self._documents, self._stack = documents, stack
         self._measured = method.needs_sensitivity
         self._keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
 
@@ -97,7 +93,7 @@ class _Fusing(Looking):
         """Whether stored chunks were asked for."""
         return "placement" in vars(self)
 
-    @cached_property
+    @lazy
     def placement(self) -> Placement:
         """The prompt's chunks, open in the store; those that are missing are read now."""
         chunks = {key: placed.chunk for key, placed in zip(self._keys, self._layout.chunks, strict=True)}
@@ -107,11 +103,11 @@ class _Fusing(Looking):
         items = []
         if lost:
             with self.timer.stage("read"):
-                items = list(self._documents.read(lost, measured=self._measured))
-                self._documents.keep(items, chunks)
+                items = list(self._documents.read(self.reader, lost, measured=self._measured))
+                self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
         keys = {placed.chunk: key for placed, key in zip(self._layout.chunks, self._keys, strict=True)}
-        opening = self.reader.opening(self._prefix)
+        opening = self.reader.opening(self._documents.encoder.prefix)
         return Placement(self.decoder, self.cache, self._layout, opening, batch, keys, fresh, self.timer)
 
     def sensitivity(self) -> list[Tensor | None]:
@@ -134,6 +130,11 @@ class _Fusing(Looking):
         found = zip(batch.tiers, batch.bases, batch.lengths, batch.foreigns, strict=True)
         for (key, chunk), (tier, base, tokens, foreign) in zip(chunks.items(), found, strict=True):
             intact = tier is not None and (base, tokens) == (anchor + chunk.offset, len(chunk))
+            if tier is not None and not intact and chunk.lineage() is None:
+                raise PromptError(
+                    f"chunk {chunk.number} of document {chunk.document} says that {chunk.offset} tokens stood in front of it; "
+                    "its KV are of another place"
+                )
             if intact and (foreign == self.reader.foreign or not self._measured):
                 continue
             if tier is not None and not intact:

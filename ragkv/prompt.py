@@ -74,7 +74,8 @@ class PromptTemplate:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
         rendered = _render(tokenizer, messages, chat_options)
-        if rendered != _render(tokenizer, messages, {"chat_template": _long_ago(tokenizer), **chat_options}):
+        long_ago = _long_ago(tokenizer)
+        if long_ago and rendered != _render(tokenizer, messages, {"chat_template": long_ago, **chat_options}):
             logger.warning(
                 "the chat template writes today's date into the prefix, so every document will be read again tomorrow: "
                 "fix the date (date_string=... with Llama 3), or give the template an anchor="
@@ -113,8 +114,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
 def _long_ago(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The chat template as it would render in another year."""
     template = tokenizer.chat_template
-    if not isinstance(template, str):
-        return template
+    if not isinstance(template, str):  # several, by name
+        return None
     return "{% macro long_ago(form) %}1 Jan 2000{% endmacro %}" + template.replace("strftime_now", "long_ago")
 
 

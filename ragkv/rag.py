@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ragkv.retrieval import (
     TokenChunker,
     load_files,
 )
-from ragkv.retrieval.records import source_id
+from ragkv.retrieval.records import checked_document, source_id
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
 
@@ -84,7 +84,7 @@ class RAG:
             raise ValueError("RAG reads text: the engine needs a tokenizer")
         self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
         self.chunker = chunker or TokenChunker(engine.tokenizer)
-        self._documents = CataloguedDocuments(retriever.catalogue, engine.documents)
+        self._documents = CataloguedDocuments(retriever, engine.documents)
 
     @classmethod
     def from_pretrained(
@@ -187,13 +187,14 @@ class RAG:
         """
         if isinstance(texts, str):
             raise DocumentError("texts must be a list of str, got one str")
-        names = [f"text:{digest(text).hex()[:16]}" for text in texts] if sources is None else list(sources)
+        names = [None] * len(texts) if sources is None else list(sources)
         extras = [None] * len(texts) if metadata is None else list(metadata)
         if not len(texts) == len(names) == len(extras):
             raise DocumentError(f"got {len(texts)} texts, {len(names)} sources and {len(extras)} metadata: one each")
         added = Added()
         for text, name, extra in zip(texts, names, extras, strict=True):
-            self._add(text, name, extra, added)
+            checked_document("a text" if name is None else name, [text], extra)
+            self._add(text, f"text:{digest(text).hex()[:16]}" if name is None else name, extra, added)
         return added
 
     def add_files(
@@ -235,9 +236,7 @@ class RAG:
         Raises:
             DocumentError: there is no such document.
         """
-        change = self.retriever.remove(source)
-        self.engine.store.remove_many(change.unused)
-        return change
+        return self._documents.remove(source)
 
     def pin(self, source: str, lifetime_s: float = math.inf) -> int:
         """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
@@ -265,6 +264,7 @@ class RAG:
             Tokens that were read.
         """
         tokens = 0
+        self.engine.documents.look()
         for listed in self.retriever.catalogue.documents():
             tokens += self.engine.documents.add(self._documents.now(listed.id))
             if progress is not None:
@@ -311,7 +311,7 @@ class RAG:
         """
         hits = self._found(question, top_k, neighbours)
         answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
-        return SourcedAnswer(answer.text, answer.token_ids, answer.report, hits)
+        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits))
 
     def stream(
         self,
@@ -336,10 +336,11 @@ class RAG:
         self.engine.store.prefetch(
             list(self.engine.documents.keys(chunks))
         )  # beside what the caller does with the hits
-        return hits, self.engine.stream(chunks, question, method=method, **generation)
+        return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
 
     def close(self) -> None:
         """Close retriever and store."""
+        self._documents.close()
         try:
             self.retriever.close()
         finally:
@@ -363,28 +364,11 @@ class RAG:
         return list(self.engine.documents.keys(self._documents.now(source_id(source))))
 
     def _add(self, text: str, source: str, metadata: dict[str, Any] | None, added: Added) -> None:
-        origin, catalogue = digest(text, self.chunker.settings).hex(), self.retriever.catalogue
-        with catalogue.snapshot() as view:
-            listed = view.get(source)
-            before = None if listed is None else self._documents.kept(view, listed)
-            old = [] if listed is None else view.texts(listed)
-        if listed is not None and listed.origin == origin:  # cut as it is, though perhaps with another model's tokens
-            passages, spans = old, listed.spans
-        else:
-            spans = self.chunker.spans(text)
-            passages = [text[start:stop] for start, stop in spans]
-        if not passages:
-            raise DocumentError(f"{source}: no text in it")
-        documents, repair = self.engine.documents, None
-        document = before if before is not None and old == passages else documents.cut(passages, source_id(source))
-        if before is not None and document is not before and self.repair_tokens is not None:
-            repair = documents.plan_repair(list(before), document, self.repair_tokens)
-        # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
-        reading = self._documents.reading(document if repair is None else repair.document)
-        change = self.retriever.add(source, passages, metadata, spans=spans, origin=origin, reading=reading)
+        change, tokens = self._documents.put(text, source, metadata, self.chunker, self.repair_tokens)
         added.changes.append(change)
-        repaired = None if repair is None else documents.repair(repair)
-        if repair is not None and repaired is None:  # old KV went in between
-            catalogue.keep([(change.document, self._documents.reading(document))])
-        added.tokens_read += documents.add(list(document)) if repaired is None else repaired
-        self.engine.store.remove_many(change.unused)
+        added.tokens_read += tokens
+
+
+def _shown(hits: list[Hit]) -> list[Hit]:
+    """Hits as sources, without how the model reads their documents."""
+    return [replace(hit, reading=None) for hit in hits]

@@ -73,6 +73,7 @@ class FusedPrompt:
         next_position: where the answer's first token stands: N, unless chunks stand apart or share positions.
         recomputed: LongTensor ``[R]``: positions computed afresh in the last layer, the suffix among them.
         report: what it cost.
+        fingerprint: of the model that computed it; another one cannot go on behind it.
     """
 
     input_ids: Tensor
@@ -81,6 +82,7 @@ class FusedPrompt:
     recomputed: Tensor
     report: FusionReport
     next_position: int
+    fingerprint: str
 
 
 @dataclass

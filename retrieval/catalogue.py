@@ -88,7 +88,7 @@ class Catalogue:
             IncompatibleFolderError: the folder was made with another one.
         """
         given = {"fingerprint": fingerprint, "name": name}
-        if self.settings.get(what) == given:
+        if self.settings.get(what, {}).get("fingerprint") == fingerprint:
             return
         with self._environment.transaction(write=True) as txn:
             view = Snapshot(txn)
@@ -133,11 +133,17 @@ class Catalogue:
         source, passages, metadata = records.checked_document(source, passages, metadata)
         given = Document(source, digest(*passages).hex(), (), metadata, tuple(spans), origin)
         readings = [] if reading is None else [reading]
+        if spans and len(spans) != len(passages):
+            raise DocumentError(f"{source}: got {len(spans)} spans for {len(passages)} passages")
         vectors: dict[str, NDArray[np.float32]] = {}
         while True:
             with self.snapshot() as view:
                 old = view.get(source)
-                if old is not None and replace(old, passage_ids=()) == given and all(map(view.keeps, [old], readings)):
+                if (
+                    old is not None
+                    and replace(old, passage_ids=()) == given
+                    and (reading is None or view.keeps(old, reading))
+                ):
                     return Change(old, kept=old.passage_ids, replaced=True, states=(view.state,) * 2)
                 missing = [text for text in dict.fromkeys(passages) if text not in vectors and not view.has_text(text)]
             vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())

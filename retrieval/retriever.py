@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,10 +170,12 @@ class Retriever:
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(f"the question must be a str that is not blank, got {query!r}")
         vector = self.embedder.encode_query(query)
-        # Under the lock index and snapshot are of one state, so every id found has its passage.
-        with self._lock, self.catalogue.snapshot() as view:
-            self._follow(view)
-            ids, scores = self.index.search(vector, top_k)
+        with ExitStack() as stack:
+            # Under the lock index and snapshot are of one state, so every id found has its passage.
+            with self._lock:
+                view = stack.enter_context(self.catalogue.snapshot())
+                self._follow(view)
+                ids, scores = self.index.search(vector, top_k)
             found = dict(zip(ids.tolist(), scores.tolist(), strict=True))
             for passage_id, score in list(found.items()) if neighbours else ():
                 for beside in _around(view.passage(passage_id), neighbours):

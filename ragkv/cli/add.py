@@ -16,7 +16,7 @@ from ragkv.retrieval import Change
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
-    options = {"foreign": args.foreign, "lifetime_s": args.lifetime, **storage(args)}
+    options = {"foreign": args.foreign, **storage(args)}
     with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
         begin = perf_counter()
         with show.progress(unit=" files") as bar:

@@ -47,12 +47,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
     add.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
-    add.add_argument(
-        "--lifetime",
-        type=parsed(filters.parse_duration),
-        metavar="TIME",
-        help="how long KV may be used before they are read again, as 12h or 30d (default: for ever)",
-    )
 
     ask = command(
         "ask",
@@ -126,6 +120,12 @@ def _storage() -> argparse.ArgumentParser:
         "--codec", metavar="NAME", help="how KV are encoded on disk: raw, lossless, int8, fp8, int4, cachegen"
     )
     options.add_argument("--cpu-codec", metavar="NAME", help="how KV are encoded in memory")
+    options.add_argument(
+        "--lifetime",
+        type=parsed(filters.parse_duration),
+        metavar="TIME",
+        help="how long KV may be used before they are read again, as 12h or 30d (default: for ever)",
+    )
     return options
 
 

@@ -25,11 +25,13 @@ class Listed:
     Attributes:
         entry: what the store says.
         places: source and position from 0 of every passage that it is read for; none where no document has it.
+        catalogued: whether there are documents at all.
         now: the wall clock in seconds, by which it is aged.
     """
 
     entry: Entry
     places: tuple[tuple[str, int], ...]
+    catalogued: bool
     now: float
 
     @property
@@ -40,7 +42,7 @@ class Listed:
     @property
     def orphan(self) -> bool:
         """Whether it was made for a document's passage, and no document has that any more."""
-        return bool(self.entry.label) and not self.places
+        return self.catalogued and bool(self.entry.label) and not self.places
 
     def field(self, name: str) -> Any:
         """What filters and orders look at, see :data:`ragkv.cli.filters.FIELDS`."""
@@ -101,8 +103,8 @@ def store_folder(path: Path) -> Path:
 def listed(path: Path) -> list[Listed]:
     """All entries, by document and passage; what belongs to none comes last."""
     places = _places(path / "documents")
-    now = time.time()
-    found = [Listed(entry, tuple(places.get(entry.key, ())), now) for entry in entries(store_folder(path))]
+    catalogued, now = (path / "documents" / _DATA).is_file(), time.time()
+    found = [Listed(entry, tuple(places.get(entry.key, ())), catalogued, now) for entry in entries(store_folder(path))]
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
 
 

@@ -48,6 +48,7 @@ def storage(args: argparse.Namespace) -> dict[str, Any]:
         "disk_bytes": args.disk_size,
         "codec": args.codec,
         "cpu_codec": args.cpu_codec,
+        "lifetime_s": args.lifetime,
     }
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, digest, marked
-from ragkv.errors import PromptError
+from ragkv.errors import PromptError, whole_number
+from ragkv.lazy import lazy
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Layout:
     def _suffix_position(self) -> int:
         return max((placed.position + len(placed.chunk) for placed in self.chunks), default=self.suffix_start)
 
-    @cached_property
+    @lazy
     def positions(self) -> Tensor:
         """``[N]`` where each token stands in the text; the suffix stands behind all else."""
         at = torch.arange(self.tokens)
@@ -164,6 +164,8 @@ def lay_out(
     Raises:
         PromptError: not one start for each chunk, or one inside the prefix.
     """
+    for start in starts or ():
+        whole_number("each of starts", start)
     if starts is not None and (len(starts) != len(chunks) or min(starts, default=len(prefix)) < len(prefix)):
         raise PromptError(
             f"starts must name one position, {len(prefix)} (behind the prefix) or later, for each of the {len(chunks)} chunks; "
@@ -172,6 +174,7 @@ def lay_out(
     at, context = len(prefix), b""
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
+    documents: set[str] = set()
     even = True  # so far
     for number, chunk in enumerate(chunks):
         shift = 0 if starts is None else starts[number] - at
@@ -179,31 +182,35 @@ def lay_out(
         alone = starts is None or min(starts[number + 1 :], default=at + len(chunk)) >= at + len(chunk)
         base = len(anchor) + chunk.offset
         exact = behind_anchor and even and alone and base == at and chunk.context == context
-        behind_another = any(_document(other) != _document(chunk) for other in chunks[:number])
+        document = chunk.document or chunk.id  # a passage that stands alone is a document of its own
+        behind_another = bool(documents - {document})
         continues = number > 0 and _continues(chunk, chunks[number - 1])
-        placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, chunks[:number]), shift))
+        placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, placed), shift))
+        documents.add(document)
         at += len(chunk)
         context = digest(context, chunk.ids)
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]
     return Layout(torch.tensor(ids, dtype=torch.long, device=device), tuple(placed), len(prefix), at)
 
 
-def _document(chunk: Chunk) -> str:
-    """What tells a chunk's document from others; a passage that stands alone is one of its own."""
-    return chunk.document or chunk.id
-
-
 def _continues(chunk: Chunk, before: Chunk) -> bool:
     return bool(chunk.document) and (chunk.document, chunk.number) == (before.document, before.number + 1)
 
 
-def _rooted(chunk: Chunk, before: Sequence[Chunk]) -> bool:
+def _rooted(chunk: Chunk, before: Sequence[Placed]) -> bool:
     """Whether what a chunk was read behind stands right in front of it."""
-    first, tokens = len(before), 0
+    if not chunk.offset:
+        return True
+    if not before or not _continues(chunk, before[-1].chunk):
+        return False
+    last = before[-1].chunk
+    if chunk.context == marked(last.context_after, chunk.mark):
+        return before[-1].rooted
+    first, tokens = len(before), 0  # a new window: its context is the end of the one before
     while first and tokens < chunk.offset:
         first -= 1
-        tokens += len(before[first])
+        tokens += len(before[first].chunk)
     context = b""
     for other in before[first:]:
-        context = digest(marked(context, other.mark), other.ids)
+        context = digest(marked(context, other.chunk.mark), other.chunk.ids)
     return tokens == chunk.offset and marked(context, chunk.mark) == chunk.context

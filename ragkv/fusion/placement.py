@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.timing import Timer
 from ragkv.kernels import Piece, Rotation, Stored, place, place_pieces, rotation_tables, slots_of
 from ragkv.kernels.stored import CodecName, Side
+from ragkv.lazy import lazy
 from ragkv.model.cache import FusedCache, FusedLayer
 from ragkv.store import Target
 
@@ -200,7 +200,7 @@ class Placement:
         stored = Stored.raw(keys.to(device)), Stored.raw(values.to(device))
         place_pieces(self._pieces(_Stretch.of(placed), layer, *stored), impl=self._decoder.kernels)
 
-    @cached_property
+    @lazy
     def _stretches(self) -> list[_Stretch]:
         """What is placed as one piece, in prompt order; the same in every layer."""
         made: list[_Stretch] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
 from ragkv.kernels import Impl, deviation
+from ragkv.lazy import lazy
 
 
 class Narrows(Protocol):
@@ -84,7 +84,7 @@ class View:
         self._looks = looks
         self._attention: dict[str, Tensor] = {}
 
-    @cached_property
+    @lazy
     def sensitivity(self) -> Tensor:
         """``[R]`` how much each token's values change behind another text, measured when its document was read.
 
@@ -115,7 +115,7 @@ class View:
             self._attention[queries] = self._looks.attention(queries)
         return self._attention[queries]
 
-    @cached_property
+    @lazy
     def deviation(self) -> Tensor:
         """``[L, R]`` squared distance of the stored keys and values to those of a full prefill, which is run for it.
 
@@ -123,7 +123,7 @@ class View:
         """
         return self._looks.deviation()
 
-    @cached_property
+    @lazy
     def check_layer(self) -> int:
         """The layer at which it shows best which tokens depend on the text in front of them, found out once for the model."""
         return self._looks.check_layer()

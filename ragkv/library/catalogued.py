@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from ragkv.chunk import Chunk
-from ragkv.errors import DocumentError
+from ragkv.chunk import Chunk, digest
+from ragkv.errors import DocumentError, StoreError
 from ragkv.library.document import Document
 from ragkv.library.documents import Documents
-from ragkv.retrieval import Catalogue, Hit, Reading, Snapshot
+from ragkv.retrieval import Change, Hit, Reading, Retriever, Snapshot, TokenChunker
 from ragkv.retrieval.records import Document as Listed
-from ragkv.retrieval.records import reading_key
+from ragkv.retrieval.records import checked_document, reading_key, source_id
+
+logger = logging.getLogger(__name__)
 
 
 class CataloguedDocuments:
     """From a catalogue's documents to the chunks that a model reads; the catalogue as :class:`~ragkv.library.records.Records`.
 
     Args:
-        catalogue: has the passages; keeps the records in the same transactions.
+        retriever: its catalogue has the passages, and keeps the records in the same transactions.
         documents: reads them.
     """
 
-    def __init__(self, catalogue: Catalogue, documents: Documents):
-        self._catalogue, self._documents = catalogue, documents
+    def __init__(self, retriever: Retriever, documents: Documents):
+        self._retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
         self._made: list[tuple[Listed, Reading]] = []
         documents.records.append(self)
+
+    def close(self) -> None:
+        """The documents know of the catalogue no more."""
+        self._documents.records.remove(self)
 
     def find(self, document_id: str) -> Document | None:
         """See the protocol."""
@@ -37,6 +45,68 @@ class CataloguedDocuments:
         """See the protocol."""
         with self._catalogue.snapshot() as view:
             return {key for key in chunks if view.names(key)}
+
+    def put(
+        self,
+        text: str,
+        source: str,
+        metadata: dict[str, Any] | None,
+        chunker: TokenChunker,
+        repair_tokens: int | None,
+    ) -> tuple[Change, int]:
+        """Add a document, or replace the one of the same source, and read what the store lacks of it.
+
+        Args:
+            text: the document.
+            source: what it is called.
+            metadata: anything that JSON can hold.
+            chunker: cuts it, unless the very text was cut in the same way before, perhaps with another model's tokens.
+            repair_tokens: see :class:`~ragkv.RAG`.
+
+        Returns:
+            What changed in the catalogue, and the tokens that the model read.
+
+        Raises:
+            DocumentError: a text is blank or cannot be stored as it is.
+            StoreFullError: document and vectors are stored, but KV do not fit.
+        """
+        checked_document(source, [text], metadata)
+        documents, origin = self._documents, digest(text, chunker.settings).hex()
+        documents.look()
+        with self._catalogue.snapshot() as view:
+            listed = view.get(source)
+            before = None if listed is None else self.kept(view, listed)
+            old = [] if listed is None else view.texts(listed)
+        spans = listed.spans if listed is not None and listed.origin == origin else chunker.spans(text)
+        passages = [text[start:stop] for start, stop in spans]
+        if not passages:
+            raise DocumentError(f"{source}: no text in it")
+        document = before if before is not None and old == passages else documents.cut(passages, source_id(source))
+        repair = None
+        if before is not None and document is not before and repair_tokens is not None:
+            repair = documents.plan_repair(list(before), document, repair_tokens)
+        # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
+        reading = self.reading(document if repair is None else repair.document)
+        change = self._retriever.add(source, passages, metadata, spans=spans, origin=origin, reading=reading)
+        tokens = None
+        try:
+            if repair is not None:  # from KV of the version before
+                tokens = documents.repair(repair)
+                if tokens is None:
+                    self._catalogue.keep([(change.document, self.reading(document))])
+        finally:
+            documents.store.remove_many(change.unused)
+        return change, documents.add(list(document)) if tokens is None else tokens
+
+    def remove(self, source: str) -> Change:
+        """Remove a document, and the KV that no other one needs.
+
+        Raises:
+            DocumentError: there is no such document.
+        """
+        change = self._retriever.remove(source)
+        self._documents.store.remove_many(change.unused)
+        return change
 
     def reading(self, document: Document) -> Reading:
         """What the catalogue keeps of a document."""
@@ -69,8 +139,11 @@ class CataloguedDocuments:
     def keep_made(self) -> None:
         """Keeps what had to be found out, in one transaction."""
         made, self._made = self._made, []
-        if made:
-            self._catalogue.keep(made)
+        try:
+            if made:
+                self._catalogue.keep(made)
+        except StoreError as error:  # full, or open for reading only: it is found out again next time
+            logger.warning("how documents are read could not be kept: %s", error)
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The chunks of passages that were found, each in the context of its document.

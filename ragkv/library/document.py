@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 
 from ragkv.chunk import Chunk, marked
 from ragkv.errors import RecordError
+from ragkv.lazy import lazy
 
 _FORMAT = "ragkv document 1"
 
@@ -109,9 +110,9 @@ class Document:
 
     def _chunk(self, number: int, first: int, context: bytes, behind: Any) -> Chunk:
         """A chunk as it is read behind those from ``first`` on."""
-        mark = self.marks.get(number, "")
+        ids, mark = self.ids[number], self.marks.get(number, "")
         return Chunk(
-            ids=tuple(np.asarray(self.ids[number]).tolist()),
+            ids=ids if isinstance(ids, tuple) else tuple(np.asarray(ids).tolist()),
             text=self.texts[number] if self.texts else None,
             document=self.id,
             number=number,
@@ -121,12 +122,12 @@ class Document:
             behind=behind,
         )
 
-    @cached_property
+    @lazy
     def _starts(self) -> list[int]:
         """Tokens in front of each chunk."""
         return [0, *accumulate(len(ids) for ids in self.ids)]
 
-    @cached_property
+    @lazy
     def _contexts(self) -> list[bytes]:
         """Of each chunk the digest of its context, without its own mark."""
         contexts: list[bytes] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import (
+    ArgumentError,
     DocumentError,
     ModelChangedError,
     PromptError,
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 # KV that wait to be written together: one transaction and one sync for all of them.
 _WRITTEN_TOGETHER_BYTES = 64 << 20
+_LONGEST_ID = 200
+# What records hold for changes with this number: their format, and how texts become ids.
+_RULES = "1"
 # How often reading begins anew because the model was changed meanwhile.
 _TRIES = 3
 
@@ -90,13 +94,15 @@ class Documents:
             )
         self.document_tokens = min(wanted, positions - len(encoder.anchor))
         whole_number("piece_tokens", piece_tokens, 1)
-        self._piece_tokens, self._kernels, self._measured = piece_tokens, kernels, sensitivity
+        self.kernels, self._piece_tokens, self._measured = kernels, piece_tokens, sensitivity
+        if not lifetime_s > 0:
+            raise ArgumentError(f"lifetime_s must be more than 0, got {lifetime_s}")
         self._lifetime_s = lifetime_s
         self._foreign_ids = self._foreign(foreign)
         self._reader: Reader | None = None
         self._costs: dict[str, CostProfile | None] = {}
         sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
-        self._cutting = digest(namespace, context, str(self.document_tokens), sample).hex()
+        self._cutting = digest(_RULES, namespace, context, str(self.document_tokens), sample).hex()
         self._own_records = StoreRecords(store, self._cutting)
         self.records: list[Records] = [self._own_records]
 
@@ -106,7 +112,7 @@ class Documents:
         fingerprint, reader = self.runner.fingerprint, self._reader
         if reader is None or reader.fingerprint != fingerprint:
             reader = Reader(
-                self.runner.decoder(self._kernels),
+                self.runner.decoder(self.kernels),
                 self.encoder.anchor,
                 self._piece_tokens,
                 self._foreign_ids,
@@ -136,6 +142,8 @@ class Documents:
         Raises:
             PromptError, PromptTooLongError: as for :meth:`ragkv.Engine.add`.
         """
+        if not isinstance(document_id, str) or len(document_id) > _LONGEST_ID:
+            raise PromptError(f"document_id must be a str of at most {_LONGEST_ID} characters, got {document_id!r}")
         ids = [self._ids(part) for part in several(parts, "parts")]
         lengths = [len(part) for part in ids]
         return Document(
@@ -187,10 +195,15 @@ class Documents:
         return self._add(chunks)
 
     def _add(self, chunks: Sequence[Chunk]) -> int:
+        self.look()
         reader, waiting = self.reader, dict[bytes, Item]()
+        keys = {self.key(chunk, reader.space): chunk for chunk in chunks}
+        missing = {key: keys[key] for key in self.store.missing(list(keys))}
+        if missing and reader.fingerprint not in self._costs:
+            self._costs[reader.fingerprint] = cost_profile(reader, self.store, self.document_tokens)
         size = tokens = 0
         try:
-            for item in self.read(self.missing(chunks), waiting):
+            for item in self.read(reader, list(missing.values()), waiting):
                 waiting[item.key] = item
                 tokens += len(item.kv)
                 size += item.kv.nbytes
@@ -198,51 +211,59 @@ class Documents:
                     size = 0
                     self._put(reader, waiting)
         finally:
-            self._put(reader, waiting)
+            try:
+                self._put(reader, waiting)
+            finally:
+                self._settle(missing)
         return tokens
 
+    def look(self) -> None:
+        """See whether the model is what it was; else there is another :attr:`reader`. Waits for the model."""
+        with self.runner.turn():
+            pass
+
     def read(
-        self, missing: Sequence[Chunk], waiting: Mapping[bytes, Item] | None = None, measured: bool = False
+        self,
+        reader: Reader,
+        missing: Sequence[Chunk],
+        waiting: Mapping[bytes, Item] | None = None,
+        measured: bool = False,
     ) -> Iterator[Item]:
         """Prefill chunks, each in its context, behind as much of its document's beginning as is stored, or waits to be.
 
         Args:
+            reader: :attr:`reader`, the same for all of one undertaking.
             missing: which.
             waiting: what is about to be stored.
             measured: with sensitivities, also where documents are not read with them by default.
 
         Raises:
             DocumentError: nothing says what a chunk was read behind.
+            ModelChangedError: the model is not what it was when the reader was made.
         """
-        reader = self.reader if missing else None
-        if reader is None:
-            return
         waiting = {} if waiting is None else waiting
 
         def known(chunk: Chunk) -> ChunkKV | None:
             key = self.key(chunk, reader.space)
             return waiting[key].kv if key in waiting else self.store.get(key)
 
-        lineages = [self._lineage(chunk) for chunk in missing]
-        for chunk, kv, seconds in reader.read(lineages, known, measured or self._measured):
+        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured or self._measured):
             yield self._item(reader, chunk, kv, seconds)
 
-    def keep(self, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:
+    def keep(self, reader: Reader, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:
         """Store what a prompt had to read, if it fits, and if its documents were not removed meanwhile.
 
         Args:
+            reader: that read it.
             items: what was read.
             chunks: theirs and perhaps others, by key.
         """
         stored = self._held({item.key: chunks[item.key] for item in items})
         try:
-            self._put(self.reader, {item.key: item for item in items if item.key in stored})
+            self._put(reader, {item.key: item for item in items if item.key in stored})
         except StoreError as error:  # full, or open for reading only
             logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), error)
-        # Whoever removes a document strikes out its record before its KV: what is gone now he may have missed.
-        gone = stored - self._held({key: chunks[key] for key in stored})
-        if gone:
-            self.store.remove_many(list(gone))
+        self._settle({key: chunks[key] for key in stored})
 
     def plan_repair(self, old: Sequence[Chunk], new: Document, behind_tokens: int) -> Repair | None:
         """How to read a changed document by computing only the changed parts and some tokens behind each.
@@ -259,9 +280,15 @@ class Documents:
         return repair if repair and not self.missing([source for source in repair.sources if source]) else None
 
     def repair(self, repair: Repair) -> int | None:
-        """Make and store the KV of a repaired document; returns the tokens that were computed, ``None`` where old KV are lost."""
+        """Make and store the KV of a repaired document; returns the tokens that were computed.
+
+        ``None`` where old KV are lost, or the model is another one now: the document has to be read.
+        """
         begin, reader = perf_counter(), self.reader
-        made = repaired(reader, self.store, repair, lambda chunk: self.key(chunk, reader.space))
+        try:
+            made = repaired(reader, self.store, repair, lambda chunk: self.key(chunk, reader.space))
+        except ModelChangedError:
+            return None
         if made is None:
             return None
         per_token = (perf_counter() - begin) / (len(self.encoder.anchor) + sum(map(len, repair.document)))
@@ -306,14 +333,21 @@ class Documents:
         held = chunks.keys() - of_documents.keys()
         return held.union(*(kept.holds(of_documents) for kept in self.records)) if of_documents else held
 
+    def _settle(self, stored: Mapping[bytes, Chunk]) -> None:
+        """Undo what was stored of documents that were removed meanwhile.
+
+        Whoever removes a document strikes out its record before its KV: what is stored without one he may have missed.
+        """
+        gone = stored.keys() - self._held(stored)
+        if gone:
+            self.store.remove_many(gone)
+
     def _item(self, reader: Reader, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
         """What is stored of a chunk: what it costs to compute behind its context, and its document's name.
 
         A namespace's documents are not named: whoever has the text could tell that it is there.
         """
-        if reader.fingerprint not in self._costs:
-            self._costs[reader.fingerprint] = cost_profile(reader, self.store, self.document_tokens)
-        costs = self._costs[reader.fingerprint]
+        costs = self._costs.get(reader.fingerprint)
         if costs is not None:
             seconds = costs(len(self.encoder.anchor) + chunk.offset, len(chunk))
         return Item(self.key(chunk, reader.space), kv, seconds, "" if self.namespace else chunk.document)
@@ -336,7 +370,7 @@ class Documents:
 
 
 def several(items: Sequence, what: str) -> Sequence:
-    """A list, where one string would be taken for a list of characters."""
-    if isinstance(items, str):
-        raise PromptError(f"{what} must be a list, got one string: write [{items[:20]!r}]")
-    return items
+    """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
+    if isinstance(items, str | Chunk) or not isinstance(items, Iterable):
+        raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")
+    return list(items)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
 from time import perf_counter
 
 import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
+from ragkv.lazy import lazy
 from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
@@ -76,22 +76,29 @@ class Reader:
         return self._openings[ids]
 
     def read(
-        self, lineages: Sequence[list[Chunk]], stored: Callable[[Chunk], ChunkKV | None], measured: bool = False
+        self,
+        wanted: Sequence[Chunk],
+        lineage: Callable[[Chunk], list[Chunk]],
+        stored: Callable[[Chunk], ChunkKV | None],
+        measured: bool = False,
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         """Prefill chunks, several of one document in one pass.
 
         Args:
-            lineages: for each chunk whose KV are missing those that it is read behind, and itself at the end.
+            wanted: chunks whose KV are missing.
+            lineage: gives the chunks that one is read behind, and itself at the end.
             stored: looks up the KV of a chunk that may be stored; a document's stored beginning is not read again.
             measured: read documents a second time, behind the foreign text, for their sensitivity.
 
         Yields:
             A chunk, its KV, and the seconds that reading it took.
         """
-        left = {_name(chain[-1]): chain[-1] for chain in lineages}
-        for chain in sorted(lineages, key=len, reverse=True):  # the longest covers the others of its document
-            if _name(chain[-1]) in left:
-                yield from self._read_chain(chain, left, stored, measured)
+        left = {_name(chunk): chunk for chunk in wanted}
+        for chunk in sorted(
+            wanted, key=lambda chunk: -chunk.offset
+        ):  # the longest chain covers the others of its document
+            if _name(chunk) in left:
+                yield from self._read_chain(lineage(chunk), left, stored, measured)
 
     def _read_chain(
         self, chain: list[Chunk], left: dict, stored: Callable, measured: bool
@@ -136,7 +143,7 @@ class Reader:
         self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
 
-    @cached_property
+    @lazy
     def check_layer(self) -> int:
         """The layer at which CacheBlend best sees which tokens depend on the text in front (:func:`~.depth.check_layer`)."""
         return check_layer(self.changes())

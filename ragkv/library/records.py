@@ -68,7 +68,7 @@ def has(document: Document | None, chunk: Chunk) -> bool:
     if document is None or chunk.number >= len(document):
         return False
     own = document[chunk.number]
-    return (own.ids, own.context) == (chunk.ids, chunk.context)
+    return (own.ids, own.context, own.offset) == (chunk.ids, chunk.context, chunk.offset)
 
 
 def lineage_of(chunk: Chunk, records: Sequence[Records]) -> list[Chunk] | None:

@@ -91,7 +91,7 @@ def repaired(
         cache = decoder.cache(len(ids))
         Placement(decoder, cache, layout, reader.anchor, batch, keys, {}, by_layer=False).ahead()
         with reader.turn():
-            recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device))
+            recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device), reader.piece_tokens)
         cache.set_length(len(ids))
         known = dict(zip(keys, zip(batch.sensitivities, batch.foreigns, strict=True), strict=True))
     made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]

@@ -6,7 +6,8 @@ them. Settings, logits processors and stopping criteria are transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,10 +95,17 @@ class Settings:
         return processors, criteria
 
 
-def decode(settings: Settings, prompt: FusedPrompt) -> Iterator[int]:
+def decode(
+    settings: Settings, prompt: FusedPrompt, turn: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Iterator[int]:
     """Token ids one by one, an end token included; the prompt's cache grows with them.
 
     The first one comes from the prompt's logits, without running the model.
+
+    Args:
+        settings: resolved for this prompt.
+        prompt: with its cache.
+        turn: taken for every step.
     """
     decoder, cache = settings.decoder, prompt.past_key_values
     assert isinstance(cache, FusedCache)
@@ -115,7 +123,8 @@ def decode(settings: Settings, prompt: FusedPrompt) -> Iterator[int]:
         position = torch.tensor(
             [prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1], device=ids.device
         )
-        logits = decoder.step(token[0], position, cache)
+        with turn():
+            logits = decoder.step(token[0], position, cache)
 
 
 def beam_search(settings: Settings, prompt: FusedPrompt) -> list[int]:

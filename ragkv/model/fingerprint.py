@@ -7,6 +7,7 @@ from operator import eq, is_
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -23,9 +24,14 @@ _IDLE = {
 
 
 def settings(config: PreTrainedConfig) -> str:
-    """A decoder's configuration as far as keys and values depend on it, its attention implementation among it; as JSON."""
+    """A decoder's configuration as far as keys and values depend on it, attention and autocast of this thread among it; as JSON."""
     used = {name: value for name, value in vars(config).items() if name not in _IDLE}
     used |= {"model_type": config.model_type, "attention": config._attn_implementation}
+    used |= {
+        f"autocast {kind}": torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    }
     return json.dumps(used, sort_keys=True, default=str)
 
 
@@ -48,7 +54,8 @@ class Weights:
         """Of all that runs now.
 
         Noticed are tensors that were replaced, moved, or written in place, and adapters that were switched, loaded, merged or
-        scaled. What PyTorch does not count as a write (``.data``, other programs) is not: see :meth:`forget`.
+        scaled. What PyTorch does not count as a write (``.data``, other programs) is not: see :meth:`forget`. Forward hooks
+        and other attributes of modules are not looked at.
 
         Raises:
             UnsupportedModelError: some weights cannot be read.

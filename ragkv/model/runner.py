@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 from transformers import PreTrainedModel
@@ -17,8 +17,6 @@ from ragkv.model.fingerprint import Weights, settings
 from ragkv.model.inspection import refuse_training, unwrapped
 from ragkv.model.rope import rope_frequencies
 from ragkv.model.turns import turns
-
-Made = TypeVar("Made")
 
 
 class Runner:
@@ -87,6 +85,8 @@ class Runner:
         Raises:
             UnsupportedModelError: the model cannot be driven exactly.
         """
+        if kernels in self._decoders:  # nobody waits for a turn to ask for it
+            return self._decoders[kernels]
         with self._turns:
             if kernels not in self._decoders:
                 self._decoders[kernels] = Decoder(self.model, kernels)
@@ -109,20 +109,3 @@ class Runner:
 
 _runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()
 _making = Lock()
-
-
-class per_fingerprint(Generic[Made]):
-    """A cached property of an object with a ``runner``: made once, and again when the model's fingerprint has changed."""
-
-    def __init__(self, make: Callable[[Any], Made]):
-        self._make, self._slot = make, f"_per_fingerprint_{make.__name__}"
-        self.__doc__ = make.__doc__
-
-    def __get__(self, owner: Any, kind: type | None = None) -> Made:
-        if owner is None:
-            return self  # type: ignore[return-value]
-        held = owner.__dict__.get(self._slot)
-        if held is None or held[0] != owner.runner.fingerprint:
-            with owner.runner.turn() as fingerprint:
-                held = owner.__dict__[self._slot] = (fingerprint, self._make(owner))
-        return held[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from threading import Lock, get_ident
 from weakref import WeakValueDictionary
@@ -56,6 +57,12 @@ class Turns:
             with self._guard:
                 self._pass_on()
 
+    def alone(self) -> None:
+        """In a forked child: the threads that waited are not there, and what this one held for the fork is given back."""
+        self._guard, self._waiting = Lock(), deque()
+        self.depth -= 1
+        self._owner = get_ident() if self.depth else None
+
     def _pass_on(self) -> None:
         if self._waiting:
             self._owner, gate = self._waiting.popleft()
@@ -80,3 +87,26 @@ def turns(config: PreTrainedConfig) -> Turns:
         if found is None:
             found = _made[id(config)] = Turns(config)
         return found
+
+
+def _before_fork() -> None:
+    """Wait until nobody runs a model: in the child whoever did is not there to give it back, or to undo a switched attention."""
+    for each in list(_made.values()):
+        each.__enter__()
+
+
+def _after_fork_in_parent() -> None:
+    for each in list(_made.values()):
+        if each.depth:
+            each.__exit__()
+
+
+def _after_fork_in_child() -> None:
+    global _making
+    _making = Lock()
+    for each in list(_made.values()):
+        each.alone()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,5 +1,6 @@
 """Chunks that vanish or prove damaged while a prompt is put together, and who waits for whom."""
 
+import copy
 import threading
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 
 from ragkv import (
     CacheBlend,
+    Chunk,
     Engine,
     FullPrefill,
     LegoLink,
     Method,
+    ModelChangedError,
+    PromptError,
     Random,
     RecordError,
     Reuse,
@@ -92,7 +96,50 @@ def test_a_record_that_cannot_be_dropped_raises(engine, monkeypatch):
     monkeypatch.setattr(Batch, "layer", damaged)
     with pytest.raises(RecordError):
         engine.fuse(chunks, QUESTION, method=Reuse())
-    assert len(tries) == 1  # nothing was gained, so nothing is tried again
+    assert len(tries) == 2  # nothing was gained, so nothing is tried a third time
+
+
+def test_equal_chunks_are_all_placed(engine, monkeypatch):
+    """Two objects of one content, in one prompt: each has a place of its own."""
+    one, other = engine.add_document([random_ids(20), random_ids(31)])
+    want = engine.fuse([other, one, other], QUESTION, method=Reuse())
+    twin = Chunk.from_dict(other.to_dict())
+    cache = engine.decoder.cache
+
+    def poisoned(capacity):
+        made = cache(capacity)
+        for layer in made.layers:
+            layer.key_room.fill_(float("nan"))
+            layer.value_room.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(engine.decoder, "cache", poisoned)
+    got = engine.fuse([twin, one, other], QUESTION, method=Reuse())
+    torch.testing.assert_close(got.logits, want.logits)
+
+
+def test_a_chunk_of_another_place_is_refused(engine):
+    chunk = engine.add_document([random_ids(20), random_ids(31)])[1]
+    for wrong in ({"offset": 200}, {"ids": [4, 500]}):
+        with pytest.raises(PromptError):
+            engine.fuse([Chunk.from_dict({**chunk.to_dict(), **wrong})], QUESTION)
+    assert engine.documents.missing([chunk]) == []
+
+
+def test_a_model_that_changes_behind_its_prompt_is_not_decoded_with(shared_model):
+    model = copy.deepcopy(shared_model)
+    engine = Engine(model, template=TEMPLATE, method=Reuse())
+    chunks = engine.add([random_ids(20)])
+
+    class Writes:
+        def __call__(self, ids, scores):
+            with torch.no_grad():
+                model.model.layers[1].self_attn.v_proj.weight.mul_(-1)
+            return scores
+
+    with pytest.raises(ModelChangedError):
+        engine.generate(chunks, QUESTION, max_new_tokens=4, logits_processor=[Writes()])
+    assert engine.documents.add(chunks) == len(chunks[0]), "read anew with the model as it is now"
 
 
 def test_what_the_layout_decides_opens_nothing(engine, monkeypatch):

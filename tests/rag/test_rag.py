@@ -99,6 +99,46 @@ def test_removal_drops_what_nothing_else_uses(rag):
     assert len(rag.engine.store) == len(rag.retriever.catalogue) == 0
 
 
+def test_what_is_read_is_what_sources_show(rag):
+    """One snapshot a question: a document that changes behind the search is read as it was found."""
+    hits = rag.retrieve(QUESTION, 6)
+    assert "clearport.md" in {hit.source for hit in hits}
+    rag.add_texts(["Clearport was given up."], ["clearport.md"])
+    rag.remove("blackfield.md")
+    chunks = rag.chunks(hits)
+    assert [chunk.ids for chunk in chunks] == [rag.engine.encoder.chunk(hit.text) for hit in hits]
+    assert rag.engine.fuse(chunks, QUESTION).report.sources.count("computed") > 0
+
+
+def test_removed_while_it_is_added(rag, monkeypatch):
+    """A removal that comes between a document's entry in the catalogue and the writing of its KV is not undone."""
+    put, entries = rag.engine.store.put_many, len(rag.engine.store)
+
+    def late(items, **more):
+        monkeypatch.setattr(rag.engine.store, "put_many", put)
+        rag.remove("late")
+        return put(items, **more)
+
+    monkeypatch.setattr(rag.engine.store, "put_many", late)
+    rag.add_texts(["A text that nobody wants to keep."], ["late"])
+    assert len(rag.engine.store) == entries
+
+
+def test_what_was_removed_stays_removed(rag):
+    """Chunks that somebody still holds are computed for a prompt, and not stored."""
+    hits = [hit for hit in rag.retrieve(QUESTION, 20) if hit.source == "clearport.md"]
+    chunks = rag.chunks(hits)
+    rag.remove("clearport.md")
+    entries = len(rag.engine.store)
+    for _ in range(2):
+        assert rag.engine.fuse(chunks, QUESTION).report.hits == {"computed": len(chunks)}
+        assert len(rag.engine.store) == entries
+    rag.add_texts([DOCUMENTS["clearport.md"] + " It was sold."], ["clearport.md"])
+    stored = len(rag.engine.store)
+    rag.engine.fuse(chunks, QUESTION)  # of the version before, as far as it differs
+    assert len(rag.engine.store) == stored
+
+
 def test_passages_read_alone_are_dropped_by_their_text(model):
     """With context="chunk" a passage's KV serve every document that has its text."""
     with open_rag(model=model, context="chunk") as rag:
@@ -160,7 +200,7 @@ def test_bad_input(model):
             rag.add_texts("one text")
         with pytest.raises(DocumentError, match="2 texts, 1 sources"):
             rag.add_texts(["one", "two"], ["one"])
-        with pytest.raises(DocumentError, match="no text"):
+        with pytest.raises(DocumentError, match="blank"):
             rag.add_texts(["good", "  "], ["good", "blank"])
         assert len(rag.retriever.catalogue) == 1
     with pytest.raises(ValueError, match="needs a tokenizer"):
