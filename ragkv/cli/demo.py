@@ -16,7 +16,7 @@ import torch
 
 from ragkv import bundled
 from ragkv.bundled import DemoQuestion
-from ragkv.chunk import Chunk, digest
+from ragkv.chunk import Chunk
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag
@@ -32,7 +32,7 @@ _NEW_TOKENS = 24
 
 def run(args: argparse.Namespace) -> int:
     """Read, answer, compare."""
-    path = folder(args, default=f"demo-{_model_name()}")
+    path = folder(args, default="demo")
     with open_rag(path, method=args.method) as rag:
         read = _read_documents(rag, path)
         if not args.json:
@@ -87,11 +87,6 @@ class Turn:
     prompt_tokens: int
     computed_tokens: int
     budget: float
-
-
-def _model_name() -> str:
-    """Differs for every version of the bundled model: a folder is of one model, and ragkv may bring another one."""
-    return digest((bundled.MODEL_PATH / "model.safetensors").read_bytes()).hex()[:8]
 
 
 def _read_documents(rag: RAG, path: Path) -> dict[str, Any]:

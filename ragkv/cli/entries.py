@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,17 +109,25 @@ def listed(path: Path) -> list[Listed]:
 
 
 def removed(
-    path: Path, chosen: Sequence[Listed], documents: Sequence[str] = (), *, ask: bool, dry_run: bool, as_json: bool
+    path: Path,
+    chosen: Sequence[Listed],
+    documents: Sequence[str] = (),
+    *,
+    ask: bool,
+    dry_run: bool,
+    as_json: bool,
+    behind: Callable[[], None] = lambda: None,
 ) -> int:
     """Shows what is to be removed, asks, removes it, and says so; the exit code.
 
     Args:
         path: the folder.
         chosen: entries to remove.
-        documents: documents that whoever calls removes too, once this returns 0.
+        documents: documents that ``behind`` removes too.
         ask: unless the answer is yes, nothing is removed.
         dry_run: remove nothing.
         as_json: say so for programs.
+        behind: called behind the removal of the entries, before it is said.
     """
     size = sum(item.entry.size_bytes for item in chosen)
     amount = f"{show.number(len(chosen), 'entry', 'entries')}, {show.size(size)}"
@@ -135,6 +143,7 @@ def removed(
             if chosen:
                 remove(store_folder(path), [item.entry.key for item in chosen])
             bar.update(len(chosen))
+        behind()
     if as_json:
         ids = [item.id for item in chosen]
         said = {"path": str(path), "dry_run": dry_run, "removed": ids, "bytes": size}

@@ -21,15 +21,15 @@ def run(args: argparse.Namespace) -> int:
         names = list(dict.fromkeys(_named(catalogue, target) for target in args.targets))
     entries = listed(path) if (path / "kv" / "data.mdb").is_file() else []
     alone = [item for item in entries if item.places and {name for name, _ in item.places} <= {*names}]
-    # KV first: what is cut short here leaves documents that are read again, and no KV that nobody asks for.
-    code = removed(path, alone, names, ask=not args.yes, dry_run=args.dry_run, as_json=args.json)
-    if code == 0 and not args.dry_run:
+
+    def forgotten() -> None:
         with Catalogue(path / "documents") as catalogue:
             unused = [key for name in names for key in catalogue.remove(name).unused]
         # Whoever asked in between may have stored some of it again.
         if (path / "kv" / "data.mdb").is_file():
             remove(path / "kv", unused)
-    return code
+
+    return removed(path, alone, names, ask=not args.yes, dry_run=args.dry_run, as_json=args.json, behind=forgotten)
 
 
 def _named(catalogue: Catalogue, target: str) -> str:

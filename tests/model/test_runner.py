@@ -5,6 +5,7 @@ import threading
 import weakref
 
 import pytest
+import torch
 
 from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError
 from ragkv.model.runner import Runner
@@ -107,3 +108,38 @@ def test_numbers_are_checked():
         engine.repair_document(chunks, [random_ids(5)], behind_tokens=-1)
     with pytest.raises(PromptTooLongError, match="the anchor has 70 tokens"):
         Engine(tiny_model(max_position_embeddings=64), template=PromptTemplate(prefix=random_ids(70)))
+
+
+def test_a_fork_waits_for_the_pass(forked):
+    """In the child nobody has the model, and its attention is as it was loaded, though another thread used it all the time."""
+    model = tiny_model()
+    engine = Engine(model, template=TEMPLATE)
+    chunks, over = engine.add([random_ids(20), random_ids(30)])[::-1], threading.Event()
+
+    def use():
+        while not over.is_set():
+            engine.fuse(chunks, random_ids(5), method=LegoLink(k=4))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert forked(lambda: _answered(engine, model, chunks)) == "sdpa"
+    finally:
+        over.set()
+        thread.join()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _answered(engine, model, chunks):
+    attention = model.config._attn_implementation
+    engine.fuse(chunks, random_ids(5), method=LegoLink(k=4))
+    return attention
+
+
+def test_autocast_is_another_space():
+    engine = Engine(tiny_model(), template=TEMPLATE, method=LegoLink(k=4))
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.add([random_ids(20)])
+    chunks = engine.add([random_ids(20)])
+    assert engine.documents.missing(chunks) == [] and len(engine.store) == 2
