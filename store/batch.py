@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Protocol
@@ -153,9 +153,11 @@ class Batch:
             self._found[index] = None
             self._open[key] -= 1
             source = None if self._open[key] else self._sources.pop(key, None)
-        if source is not None:
-            self._finish(key, source)
-        self._owner.release([key])
+        try:
+            if source is not None:
+                self._finish(key, source)
+        finally:
+            self._owner.release([key])
 
     def read_ahead(self) -> Batch:
         """Starts loading what lies on disk, layer by layer in the order of the chunks, beside the caller's work.
@@ -173,12 +175,13 @@ class Batch:
             if self._closed:
                 return
             self._closed = True
-        if self._ahead is not None:
-            self._ahead.join()
-        for key, source in self._sources.items():
-            self._finish(key, source)
-        self._owner.release(list(self._open.elements()))
-        self._owner.count_load(self.bytes_read, self._seconds)
+        with ExitStack() as last_first:  # each is done, whatever the others raise
+            last_first.callback(lambda: self._owner.count_load(self.bytes_read, self._seconds))
+            last_first.callback(self._owner.release, list(self._open.elements()))
+            for key, source in reversed(self._sources.items()):
+                last_first.callback(self._finish, key, source)
+            if self._ahead is not None:
+                last_first.callback(self._ahead.join)
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[Source]:

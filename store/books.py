@@ -276,6 +276,9 @@ def check_version(environment: Environment) -> None:
             f"{version!r}): use another folder, or delete it and let it be computed anew"
         )
     with environment.transaction(write=True) as change:
+        version = change.get("state", b"format")
+        if version == _VERSION.pack(FOLDER_VERSION):  # another process was faster
+            return
         if version is not None:  # its KV have other keys now: nobody could ask for them
             logger.warning(
                 "%s was made by the version before: its KV are dropped and will be read anew", environment.path

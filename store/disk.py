@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -66,9 +67,9 @@ class DiskTier(Tier):
         self._policy = policy
         self._held = held
         self._selective = selective
-        # Damaged records that could not be deleted.
-        self._unreadable: set[bytes] = set()
-        self._touched: dict[bytes, int] = {}
+        # Damaged records that could not be deleted, and when each was put.
+        self._unreadable: dict[bytes, float | None] = {}
+        self._touched: Counter[bytes] = Counter()
         self._touch_lock = threading.Lock()
         self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
         self.readonly = self.environment.readonly
@@ -89,7 +90,7 @@ class DiskTier(Tier):
         try:
             for key in keys:
                 try:
-                    there = None if key in self._unreadable else snapshot.find(key, self.now())
+                    there = None if self._known_damaged(key) else snapshot.find(key, self.now())
                 except RecordError as error:
                     logger.warning("dropped the damaged record %s: %s", key.hex(), error)
                     self.damaged(key)
@@ -107,7 +108,7 @@ class DiskTier(Tier):
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         now = self.now()
         with self.environment.read() as txn:
-            return [key for key in keys if key in self._unreadable or not self._alive(txn, key, now)]
+            return [key for key in keys if self._known_damaged(key) or not self._alive(txn, key, now)]
 
     def admit(self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS) -> list[bool]:
         """Stores records and small facts in one transaction, all or none; durable when it returns."""
@@ -125,7 +126,8 @@ class DiskTier(Tier):
                 written.add(entry.key)
             for name, value in facts.items():
                 txn.put(name.encode(), value, db=self.environment.db(b"facts"))
-        self._unreadable -= written
+        for key in written:
+            self._unreadable.pop(key, None)
         self.written_bytes += sum(entry.record.payload_bytes for entry in compress(entries, kept))
         return kept
 
@@ -147,15 +149,13 @@ class DiskTier(Tier):
         return gone
 
     def damaged(self, key: bytes) -> None:
-        self._unreadable.add(key)
-        if self.readonly:
-            return
         try:
-            self.remove([key], "damaged")
+            self._unreadable[key] = self._created_s(key)
+            if not self.readonly:
+                self.remove([key], "damaged")
+                self._unreadable.pop(key, None)
         except StoreError as failure:
             logger.warning("the damaged record %s could not be deleted: %s", key.hex(), failure)
-        else:
-            self._unreadable.discard(key)
 
     def removed(self, since: int) -> tuple[int, list[bytes] | None]:
         return removed_since(self.environment, since)
@@ -192,12 +192,12 @@ class DiskTier(Tier):
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""
         with self._touch_lock:
-            for key in keys:
-                self._touched[key] = self._touched.get(key, 0) + 1
+            self._touched.update(list(keys))
 
     def after_fork(self) -> None:
         self.evictions.clear()
         self.written_bytes = 0
+        self._touched = Counter()
         self._touch_lock = threading.Lock()
 
     def counts(self) -> tuple[int, int]:
@@ -241,10 +241,10 @@ class DiskTier(Tier):
     @contextmanager
     def _planner(self, *, enter_uses: bool = True, suspicious: bool = False) -> Iterator[Planner[FolderBooks]]:
         """A write transaction, with noted uses entered and what has expired dropped."""
-        touched: dict[bytes, int] = {}
+        touched: Counter[bytes] = Counter()
         if enter_uses:
             with self._touch_lock:
-                touched, self._touched = self._touched, {}
+                touched, self._touched = self._touched, touched
         try:
             with self.environment.write(suspicious=suspicious) as txn:
                 books, now = FolderBooks(self.environment, txn), self.now()
@@ -260,7 +260,7 @@ class DiskTier(Tier):
                 books.close(now)
         except BaseException:
             with self._touch_lock:
-                self._touched = {**touched, **self._touched}
+                self._touched.update(touched)
             raise
         self.evictions.update(planner.evicted)
 
@@ -284,6 +284,14 @@ class DiskTier(Tier):
         except RecordError:
             return False
         return alive and txn.get(key, db=self.environment.db(b"entries")) is not None
+
+    def _known_damaged(self, key: bytes) -> bool:
+        """Whether it was found damaged, and nobody put it again since."""
+        return key in self._unreadable and self._unreadable[key] == self._created_s(key)
+
+    def _created_s(self, key: bytes) -> float | None:
+        row = self.row(key)
+        return None if row is None else row.created_s
 
     def _get(self, db: bytes, key: bytes) -> bytes | None:
         with self.environment.read() as txn:

@@ -35,7 +35,7 @@ class Levels:
             return encode(item.kv, codec=codec, space=space, label=item.label, ropes=ropes)
 
         below = encoded(self.below)
-        return below, below if self.memory is None or self.memory.name == self.below.name else encoded(self.memory)
+        return below, below if self.memory is None or self._alike else encoded(self.memory)
 
     def offers(
         self, items: Sequence[Item], space: str, ropes: tuple[Rope | None, ...], namespace: str, lifetime_s: float
@@ -45,14 +45,21 @@ class Levels:
         above: list[Offer] = []
         for item in items:
             terms = Terms(namespace, lifetime_s, item.cost_s)
-            for offers, encoded in zip((below, above), self.encode(item, space, ropes), strict=True):
-                offers.append(Offer(item.key, *encoded, terms))
+            lowest, upper = self.encode(item, space, ropes)
+            below.append(Offer(item.key, *lowest, terms))
+            above.append(Offer(item.key, *upper, terms, ready=self.memory is not None))
         return below, above
 
     def for_memory(self, record: Record, payload: Payload) -> Encoded:
         """A chunk of whatever codec as CPU memory keeps it; itself where it is so already."""
         codec = self.memory or Raw()
-        if record.codec == codec.name:
+        if record.codec == codec.name and (self._alike or record.codec != self.below.name):
             return record, payload
         kv = record.decode(payload)
         return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)
+
+    @property
+    def _alike(self) -> bool:
+        """Whether what is encoded for the lowest tier is so for memory: by the same codec with the same settings."""
+        memory = self.memory or Raw()
+        return memory.name == self.below.name and vars(memory) == vars(self.below)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import refuse_open, salvage
+from ragkv.folder import refuse_open, replace_damaged, salvage
 from ragkv.store.disk import DATABASES, DiskTier
 from ragkv.store.layout import Payload
 from ragkv.store.policy import PGDSF
@@ -173,28 +173,28 @@ def compact(path: str | os.PathLike[str]) -> tuple[int, int]:
 def repair(path: str | os.PathLike[str]) -> int:
     """Makes a folder usable that does not open or fails in its structure: what can be read is kept.
 
-    The damaged file stays beside the new one as ``data.mdb.damaged``; delete it when it is no longer of interest.
-    No store may have the folder open.
+    The damaged file stays beside the new one, see :func:`~ragkv.folder.replace_damaged`. No store may have the folder
+    open.
 
     Returns:
         How many records were saved.
     """
     folder = Path(path)
     refuse_open(folder)
-    broken = folder / "data.mdb.damaged"
-    os.replace(folder / _DATA, broken)
-    (folder / _LOCK).unlink(missing_ok=True)
-    rescue = folder / "rescue"
+    rescue, repaired = folder / "rescue", folder / "repaired"
     _clear(rescue)
+    _clear(repaired)
     saved = 0
     try:
-        with opened(folder, _NO_BUDGET - 1) as tier, suppress(RecordError):
-            salvage(broken, rescue, DATABASES)
+        with opened(repaired, _NO_BUDGET - 1) as tier, suppress(RecordError):
+            salvage(folder / _DATA, rescue, DATABASES)
             with opened(rescue) as old:
                 for key in old.stored():
                     saved += _save(old, tier, key)
+        replace_damaged(folder, repaired / _DATA)
     finally:
         _clear(rescue, remove=True)
+        _clear(repaired, remove=True)
     return saved
 
 

@@ -83,6 +83,8 @@ class MemoryTier(Tier):
             return list(self._held)
 
     def prepare(self, entry: Offer) -> Offer:
+        if entry.ready:
+            return entry
         record, payload = self._form(entry.record, entry.payload)
         return entry._replace(record=record, payload=payload)
 

@@ -33,6 +33,7 @@ class Offer(NamedTuple):
         terms: on which it is kept.
         usage: how it was used so far, where another tier knows that.
         kv: its numbers, where the tier wants them.
+        ready: it is encoded as CPU memory keeps it.
     """
 
     key: bytes
@@ -41,6 +42,7 @@ class Offer(NamedTuple):
     terms: Terms
     usage: Usage | None = None
     kv: ChunkKV | None = None
+    ready: bool = False
 
 
 class Source(Protocol):

@@ -7,12 +7,13 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import compress
 from time import perf_counter
 
-from ragkv.errors import RagKVError, RecordError, StoreError, StoreFullError
+from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store.batch import Batch
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
@@ -29,7 +30,7 @@ class Tiers:
     """The tiers of one store, in order, and what its threads share. The owner of its batches.
 
     What is put is kept by the home tier, or the put fails. Tiers above hold copies of what they find worth it; tiers behind are
-    offered whatever is put, and searched for what no other has.
+    offered whatever is put, and searched for what no other has: when they fail, that is a miss.
 
     Args:
         above: in memory, fastest first.
@@ -127,14 +128,14 @@ class Tiers:
         """
         started = perf_counter()
         kept = self.home.admit([self.home.prepare(offer) for offer in offers], facts)
-        for better in compress(above, kept):
-            self._raise(better, self.home, self.above, anew=True)
+        for better, here in zip(above, kept, strict=True):
+            self._forget_above([better.key])
+            if here:
+                self._raise(better, self.home, self.above)
         stored = list(compress(offers, kept))
         for tier in self.behind if stored else ():
-            try:
+            with self._spared(tier):
                 tier.admit([tier.prepare(offer) for offer in stored])
-            except RagKVError as error:
-                logger.warning("the tier %s did not take %d chunks: %s", tier.name, len(stored), error)
         with self.lock:
             self.tally.puts += len(stored)
             self.tally.refused += len(kept) - len(stored)
@@ -147,7 +148,8 @@ class Tiers:
         self._catch_up()
         wanted = list(dict.fromkeys(keys))
         for tier in self.tiers:
-            wanted = tier.missing(wanted) if wanted else []
+            with self._spared(tier):
+                wanted = tier.missing(wanted) if wanted else []
         return wanted
 
     def find(self, keys: Collection[bytes], used: bool) -> dict[bytes, Source]:
@@ -163,10 +165,12 @@ class Tiers:
         try:
             for tier in self.tiers:
                 if wanted:
-                    sources |= tier.find(wanted)
+                    with self._spared(tier):
+                        sources |= tier.find(wanted)
                     wanted = [key for key in wanted if key not in sources]
             for tier in self.tiers if used and sources else ():
-                tier.touch(sources)
+                with self._spared(tier):
+                    tier.touch(sources)
         except BaseException:
             for source in sources.values():
                 source.release()
@@ -176,23 +180,36 @@ class Tiers:
     def finish(self, key: bytes, source: Source) -> None:
         """A batch is done with a chunk: the tiers above keep it if it is worth that."""
         origin = self.named[source.tier]
-        above = [tier for tier in self._over(origin) if tier.missing([key])]
+        above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
             self._raise(Offer(key, *source.whole, Terms()), origin, above)
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str]) -> int:
-        """Forgets chunks in every tier, and facts; how many chunks were stored."""
+        """Forgets chunks in every tier, and facts; how many chunks were stored.
+
+        What a tier behind raises is raised when all others have forgotten them.
+        """
         keys = list(keys)
-        removed = {key for tier in reversed(self.behind) for key in tier.remove(keys)}
+        removed: set[bytes] = set()
+        failures: list[Exception] = []
+        # From below to above: what is still below could come up again.
+        for tier in reversed(self.behind):
+            try:
+                removed.update(tier.remove(keys))
+            except Exception as error:
+                failures.append(error)
         removed.update(self.home.remove(keys, facts=facts))
-        return len(removed.union(*(tier.remove(keys) for tier in self.above)))
+        removed.update(*(tier.remove(keys) for tier in self.above))
+        if failures:
+            raise failures[0]
+        return len(removed)
 
     def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
         """Forgets a record that proved damaged in a tier, so that its next read there is a miss."""
         logger.warning("dropped the damaged record %s: %s", key.hex(), error)
-        for upper in self.above:
-            upper.remove([key])
-        self.named[tier].damaged(key)
+        self._forget_above([key])
+        with self._spared(self.named[tier]):
+            self.named[tier].damaged(key)
 
     def count_load(self, count: int, seconds: float) -> None:
         """Counts bytes read from disk, and the time that it took."""
@@ -214,7 +231,10 @@ class Tiers:
 
     def stats(self) -> StoreStats:
         """What the tiers hold, and what was done so far."""
-        counts = {"gpu": (0, 0), "cpu": (0, 0)} | {tier.name: tier.counts() for tier in self.tiers}
+        counts = {"gpu": (0, 0), "cpu": (0, 0)} | {tier.name: (0, 0) for tier in self.tiers}
+        for tier in self.tiers:
+            with self._spared(tier):
+                counts[tier.name] = tier.counts()
         entries, sizes = ({name: pair[side] for name, pair in counts.items()} for side in (0, 1))
         file_bytes = self.home.environment.file_bytes() if isinstance(self.home, DiskTier) else 0
         with self.lock:
@@ -240,23 +260,38 @@ class Tiers:
         """The tiers that are offered what is read from this one."""
         return [upper for upper in self.tiers[: self.tiers.index(tier)] if upper.volatile]
 
-    def _raise(self, offer: Offer, origin: Tier, above: Sequence[Tier], *, anew: bool = False) -> None:
-        """Offers what a tier has to some above it; ``anew`` where they may still have what it replaced."""
-        ready = [(tier, tier.prepare(offer)) for tier in above]
+    def _raise(self, offer: Offer, origin: Tier, above: Sequence[Tier]) -> None:
+        """Offers what a tier has to some above it. A copy is not needed: whatever fails, a warning is enough."""
+        try:
+            ready = [(tier, tier.prepare(offer)) for tier in above]
+            with self.lock:
+                # Asked under the lock: what is removed from below after this is removed from above after this.
+                row, now = origin.row(offer.key) if ready else None, origin.now()
+                if row is None or not row.alive(now):
+                    return
+                terms = Terms(lifetime_s=max(row.expires_s - now, 1e-9))
+                for tier, prepared in ready:
+                    try:
+                        tier.admit([prepared._replace(terms=terms, usage=row.usage)])
+                    except StoreFullError as error:
+                        logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, error)
+        except Exception as error:
+            logger.warning("%s is not kept above %s: %r", offer.key.hex(), origin.name, error)
+
+    def _forget_above(self, keys: Sequence[bytes]) -> None:
         with self.lock:
-            if anew:
-                for tier in above:
-                    tier.remove([offer.key])
-            # Asked under the lock: what is removed from below after this is removed from above after this.
-            row, now = origin.row(offer.key) if ready else None, origin.now()
-            if row is None or not row.alive(now):
-                return
-            terms = Terms(lifetime_s=max(row.expires_s - now, 1e-9))
-            for tier, prepared in ready:
-                try:
-                    tier.admit([prepared._replace(terms=terms, usage=row.usage)])
-                except StoreFullError as error:
-                    logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, error)
+            for tier in self.above:
+                tier.remove(keys)
+
+    @contextmanager
+    def _spared(self, tier: Tier) -> Iterator[None]:
+        """Turns what a tier behind raises into a warning."""
+        try:
+            yield
+        except Exception as error:
+            if tier not in self.behind:
+                raise
+            logger.warning("the tier %s failed: %r", tier.name, error)
 
     def _catch_up(self) -> None:
         """Drops from above what another process has removed from home."""
@@ -273,10 +308,28 @@ class Tiers:
         self._known_removals = removals
 
 
-def _after_fork() -> None:
-    for tiers in _tiers:
+_forking: list[Tiers] = []
+
+
+def _before_fork() -> None:
+    """What is in memory is not forked in the middle of a change."""
+    _forking[:] = list(_tiers)
+    for tiers in _forking:
+        tiers.lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for tiers in _forking:
+        tiers.lock.release()
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    for tiers in _forking:
         tiers.after_fork()
+    _forking.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # Before that of the folders, whose locks are taken under this one: the last to be registered goes first.
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -5,8 +5,18 @@ lmdb is imported when a folder is opened.
 
 from ragkv.folder.connection import problems
 from ragkv.folder.environment import Environment
-from ragkv.folder.salvage import refuse_open, rewrite, salvage
+from ragkv.folder.salvage import refuse_open, replace_damaged, rewrite, salvage
 from ragkv.folder.seal import seal, unseal
 from ragkv.folder.transaction import Transaction
 
-__all__ = ["Environment", "Transaction", "problems", "refuse_open", "rewrite", "salvage", "seal", "unseal"]
+__all__ = [
+    "Environment",
+    "Transaction",
+    "problems",
+    "refuse_open",
+    "replace_damaged",
+    "rewrite",
+    "salvage",
+    "seal",
+    "unseal",
+]

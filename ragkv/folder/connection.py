@@ -73,7 +73,10 @@ class Connection:
             return  # deleted or replaced: what is mapped stays whole
         # The first two pages say how long the file has to be: they may not be touched before they are known to be there.
         if status.st_size >= 2 * self._page_bytes:
-            if status.st_size >= self._needed_bytes():
+            needed = self._needed_bytes()
+            # Where it is too short, another process may have committed just now.
+            latest = status if status.st_size >= needed else self._status()
+            if latest is None or latest.st_size >= needed:
                 return
             if not (self._cut or self._readonly):
                 self._lengthen()

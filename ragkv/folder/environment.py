@@ -100,14 +100,22 @@ class Environment:
             return (status.st_dev, status.st_ino) in cls._open
 
     def close(self) -> None:
-        """Gives the environment back; the last one to do so closes it."""
+        """Gives the environment back; the last one to do so closes it, once no other thread is inside LMDB."""
         with self._registry_lock:
             self._users -= 1
-            if self._users == 0:
-                for identity in [key for key, value in self._open.items() if value is self]:
-                    del self._open[identity]
-                if self._connection is not None:
-                    self._connection.env.close()
+            if self._users:
+                return
+        with self.write_lock:  # locks in the order in which a fork takes them
+            self.gate.shut()
+            try:
+                with self._registry_lock:
+                    if self._users == 0:  # nobody has opened it meanwhile
+                        for identity in [key for key, value in self._open.items() if value is self]:
+                            del self._open[identity]
+                        if self._connection is not None:
+                            self._connection.env.close()
+            finally:
+                self.gate.open()
 
     def db(self, name: bytes) -> Any:
         """The handle of a database."""

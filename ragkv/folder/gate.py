@@ -1,4 +1,4 @@
-"""Keeps threads out of LMDB while the process is forked."""
+"""Keeps threads out of LMDB while the process is forked, or the folder closed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class Gate:
-    """Lets any number of threads in, and keeps new ones out while the process is forked.
+    """Lets any number of threads in, and keeps new ones out while it is shut, be it by several.
 
     LMDB's handle can only be closed in the child if no thread was inside it: that thread is not there to come out.
     """
@@ -14,7 +14,7 @@ class Gate:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._inside: dict[int, int] = {}
-        self._shut = False
+        self._shut = 0
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
@@ -34,12 +34,16 @@ class Gate:
     def shut(self) -> None:
         """Waits until no other thread is inside, and keeps all out."""
         with self._changed:
-            self._shut = True
-            while self._inside.keys() - {threading.get_ident()}:
-                self._changed.wait()
+            self._shut += 1
+            try:
+                while self._inside.keys() - {threading.get_ident()}:
+                    self._changed.wait()
+            except BaseException:
+                self.open()
+                raise
 
     def open(self) -> None:
-        """Lets threads in again."""
+        """Lets threads in again, once for each :meth:`shut`."""
         with self._changed:
-            self._shut = False
+            self._shut -= 1
             self._changed.notify_all()

@@ -7,6 +7,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -69,7 +70,7 @@ def salvage(damaged: Path, folder: Path, databases: Databases) -> int:
 def rewrite(folder: Path, databases: Databases) -> int:
     """Rewrites a folder's file with what :func:`salvage` can save of it.
 
-    The damaged file stays beside the new one as ``data.mdb.damaged``; delete it when it is no longer of interest.
+    The damaged file stays beside the new one, see :func:`replace_damaged`.
 
     Returns:
         How many values were saved.
@@ -83,12 +84,38 @@ def rewrite(folder: Path, databases: Databases) -> int:
     shutil.rmtree(new, ignore_errors=True)
     try:
         saved = salvage(folder / "data.mdb", new, databases)
-        os.replace(folder / "data.mdb", folder / "data.mdb.damaged")
-        os.replace(new / "data.mdb", folder / "data.mdb")
-        (folder / "lock.mdb").unlink(missing_ok=True)
+        replace_damaged(folder, new / "data.mdb")
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return saved
+
+
+def replace_damaged(folder: Path, new: Path) -> None:
+    """Puts a new file in the place of a folder's, in one step: whatever happens, there is one or the other.
+
+    The damaged file stays as ``data.mdb.damaged``, or with a number behind that where there is one already; delete it
+    when it is no longer of interest.
+    """
+    data = folder / "data.mdb"
+    names = (folder / f"data.mdb.damaged{number or ''}" for number in count())
+    damaged = next(name for name in names if not name.exists())
+    try:
+        os.link(data, damaged)
+    except OSError:  # a file system without links
+        shutil.copyfile(data, damaged)
+    _sync(new)
+    os.replace(new, data)
+    (folder / "lock.mdb").unlink(missing_ok=True)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Writes what the operating system still holds of a file, or of a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def refuse_open(folder: Path) -> None:

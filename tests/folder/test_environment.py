@@ -13,6 +13,7 @@ import pytest
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.folder import Environment
+from ragkv.folder.gate import Gate
 
 DATABASES = {b"plain": {}, b"several": {"dupsort": True}}
 
@@ -269,3 +270,50 @@ def test_commits_are_on_the_disk_with_their_meta_page(folder, monkeypatch):
     Environment.open(folder, DATABASES).close()
     Environment.open(folder, DATABASES, durable=False).close()
     assert [(flags["sync"], flags["metasync"]) for flags in seen] == [(True, True), (False, False)]
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_file_that_grows_while_it_is_looked_at_is_not_short(folder, environment, monkeypatch, readonly):
+    put(environment, b"a")
+    environment.close()
+    environment = Environment.open(folder, DATABASES, readonly=readonly)
+    monkeypatch.setattr(environment._live, "_lengthen", lambda: pytest.fail("it waits for the lock of the writer"))
+
+    def grown():
+        length = (folder / "data.mdb").stat().st_size + 4096
+        os.truncate(folder / "data.mdb", length)
+        return length
+
+    monkeypatch.setattr(environment._live, "_needed_bytes", grown)
+    environment._live.ensure_length()
+    environment.close()
+
+
+def test_it_is_closed_when_no_other_thread_is_inside(environment):
+    put(environment, b"a")
+    closing = threading.Thread(target=environment.close)
+    with environment.inside():
+        closing.start()
+        closing.join(0.3)
+        assert closing.is_alive()
+        assert environment._live.env.stat()["psize"]  # not closed yet
+    closing.join(10)
+    assert not closing.is_alive()
+    with pytest.raises(StoreError):
+        keys(environment)
+
+
+def test_a_gate_that_is_shut_twice_is_opened_twice():
+    gate, passed = Gate(), threading.Event()
+
+    def enter():
+        with gate:
+            passed.set()
+
+    gate.shut()
+    gate.shut()
+    threading.Thread(target=enter).start()
+    gate.open()
+    assert not passed.wait(0.2)
+    gate.open()
+    assert passed.wait(10)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, seal, unseal
-from ragkv.folder.salvage import refuse_open, salvage
+from ragkv.folder.salvage import refuse_open, rewrite, salvage
 
 DATABASES = {b"plain": {}, b"several": {"dupsort": True}, b"fixed": {"dupsort": True, "dupfixed": True}}
 
@@ -98,3 +99,25 @@ def test_a_folder_that_somebody_uses_is_refused(filled):
     with pytest.raises(StoreError, match="in this process"):
         refuse_open(filled)
     environment.close()
+
+
+def test_a_damaged_file_is_kept_and_replaced_in_one_step(filled, monkeypatch):
+    data, want = filled / "data.mdb", everything(filled)
+    (filled / "data.mdb.damaged").write_bytes(b"of an earlier day")
+    before = data.read_bytes()
+    rewrite(filled, DATABASES)
+    assert (filled / "data.mdb.damaged").read_bytes() == b"of an earlier day"
+    assert (filled / "data.mdb.damaged1").read_bytes() == before and everything(filled) == want
+    before = data.read_bytes()
+
+    real = os.replace
+
+    def crash(source, target):
+        if target == data:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(filled, DATABASES)
+    assert data.read_bytes() == before

@@ -342,3 +342,85 @@ def test_a_segment_that_proves_damaged_while_it_is_placed(folder, kv, key):
             with pytest.raises(RecordError, match=key(1).hex()):
                 batch.place(0, range(3), targets, 7)
         assert not store.contains(key(1))
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_copy_above_that_cannot_be_made_fails_no_question(folder, kv, key, forked, caplog, done):
+    """The file is cut short after all was read: the batch and the store can be closed, and nothing is held."""
+
+    def use():
+        with TieredStore(folder, cpu_bytes=0) as store:
+            for number in range(3):
+                store.put(key(number), kv(number))
+        store = TieredStore(folder)
+        with store.read([key(number) for number in range(3)]) as batch:
+            for index in range(3):
+                batch.kv(index)
+            os.truncate(folder / "data.mdb", 8192)
+            for index in range(3 if done else 0):
+                batch.done(index)
+        assert "not kept above disk" in caplog.text and not store._tiers.leases
+        assert all(reading.txn is None for reading in store._disk.environment._readings)
+        store.close()
+        return "ok"
+
+    assert forked(use) == "ok"
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_batch_that_cannot_be_finished_gives_back_all_it_holds(folder, kv, key, monkeypatch, done):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        for number in range(3):
+            store.put(key(number), kv(number))
+
+        def fail(name, source):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(store._tiers, "finish", fail)
+        batch = store.read([key(number) for number in range(3)])
+        for index in range(3 if done else 0):
+            with pytest.raises(KeyboardInterrupt):
+                batch.done(index)
+        if not done:
+            with pytest.raises(KeyboardInterrupt):
+                batch.close()
+        assert not store._tiers.leases
+        assert all(reading.txn is None for reading in store._disk.environment._readings)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no room"), StoreError("no")])
+def test_a_put_that_memory_cannot_keep_is_stored_and_not_served_as_before(folder, kv, key, same, monkeypatch, error):
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(store._tiers.above[0], "prepare", lambda offer: (_ for _ in ()).throw(error))
+            assert store.put(key(1), kv(2))
+        with store.read([key(1)]) as batch:
+            assert batch.tiers == ["disk"]
+        same(store.get(key(1)), kv(2))
+
+
+def test_what_another_process_puts_again_is_no_longer_damaged(folder, kv, key, same, monkeypatch, forked):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        env = store._disk.environment
+        with env.write() as txn:
+            data = bytearray(txn.get(segment_key(key(1), 0), db=env.db(b"segments")))
+            data[-1] ^= 1
+            txn.put(segment_key(key(1), 0), bytes(data), db=env.db(b"segments"))
+
+        def refuse(*_):
+            raise StoreError("nothing can be written")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._disk, "remove", refuse)
+            assert store.get(key(1)) is None
+        assert not store.contains(key(1)) and store.get(key(1)) is None
+
+        def other():
+            with TieredStore(folder, cpu_bytes=0) as mine:
+                return mine.put(key(1), kv(1))
+
+        assert forked(other) == "True"
+        assert store.contains(key(1))
+        same(store.get(key(1)), kv(1))

@@ -11,7 +11,7 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.kernels import Rotation, place, rotation_tables
 from ragkv.store import Target, TieredStore
-from ragkv.store.codecs import get_codec
+from ragkv.store.codecs import Int8, get_codec
 from ragkv.store.encode import encode
 from ragkv.store.record import Record
 from ragkv.store.rope import Rope, ropes_of
@@ -241,3 +241,21 @@ def test_a_record_whose_parts_have_another_shape_is_not_placed(folder, kv, key):
         with store.read([key(1)]) as batch, pytest.raises(RecordError, match="must be"):
             batch.place(0, range(1), [Target(prompt[0], prompt[1])], 0)
         assert not prompt.any() and not store.contains(key(1))
+
+
+def test_a_codec_with_other_settings_is_another(folder, kv, key):
+    """CPU memory keeps what it was told to, whether a chunk is put or comes from disk."""
+    want = kv(1, tokens=64, dim=64)
+    with TieredStore(folder, codec=Int8(64), cpu_codec=Int8(8)) as store:
+        store.put(key(1), want)
+        with store.read([key(1)]) as batch:
+            assert batch.tiers == ["cpu"] and batch.parts(0, 0)[0]["step"].shape[-1] == 8
+            put = error(batch.kv(0).keys, want.keys)
+    with TieredStore(folder, codec=Int8(64), cpu_codec=Int8(8)) as store:
+        for tier, groups in (("disk", 1), ("cpu", 8)):
+            with store.read([key(1)]) as batch:
+                assert batch.tiers == [tier] and batch.parts(0, 0)[0]["step"].shape[-1] == groups
+                assert error(batch.kv(0).keys, want.keys) > put
+    with TieredStore(cpu_codec=Int8(8)) as store:
+        store.put(key(1), want)
+        assert error(store.get(key(1)).keys, want.keys) == put

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -167,3 +168,24 @@ def test_what_is_no_store(tmp_path):
             function(tmp_path / "nothing")
     with pytest.raises(StoreError):
         list(entries(tmp_path / "nothing"))
+
+
+def test_a_repair_keeps_every_damaged_file_and_replaces_it_in_one_step(filled, monkeypatch):
+    data, kept = filled / "data.mdb", []
+    for name in ("data.mdb.damaged", "data.mdb.damaged1"):
+        kept.append(data.read_bytes())
+        assert repair(filled) > 0
+        assert [(filled / name).read_bytes() for name in ("data.mdb.damaged", name)] == [kept[0], kept[-1]]
+    before = data.read_bytes()
+
+    real = os.replace
+
+    def crash(source, target):
+        if target == data:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        repair(filled)
+    assert data.read_bytes() == before

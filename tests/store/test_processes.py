@@ -236,3 +236,24 @@ def test_another_kind_of_file_is_not_taken_for_a_store(folder):
 def test_bad_arguments(arguments):
     with pytest.raises(RagKVError):
         TieredStore(**arguments)
+
+
+def test_a_fork_waits_for_changes_in_memory_and_counts_no_use_twice(folder, kv, key, forked):
+    inside, changes = threading.Event(), []
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        store.get(key(1))
+
+        def change():
+            with store._tiers.lock:
+                inside.set()
+                time.sleep(0.3)
+                changes.append(1)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        inside.wait(10)
+        assert forked(lambda: (len(changes), dict(store._disk._touched))) == "(1, {})"
+        thread.join()
+        assert forked(lambda: store._tiers.lock.acquire(blocking=False)) == "True"
+        assert store._disk._touched == {key(1): 1}

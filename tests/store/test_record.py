@@ -14,6 +14,7 @@ from safetensors.torch import load as load_safetensors
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
+from ragkv.folder import Environment
 from ragkv.store import TieredStore
 from ragkv.store.codecs import get_codec
 from ragkv.store.encode import encode
@@ -200,3 +201,23 @@ def test_unaligned_parts_are_read():
     part = Part(torch.float32, (2,), 3)
     payload.fill(part, torch.tensor([1.5, -2.0]))
     assert payload.view(part).tolist() == [1.5, -2.0]
+
+
+def test_what_another_process_stored_since_it_emptied_the_folder_stays(folder, monkeypatch, forked):
+    with TieredStore(folder, cpu_bytes=0) as store, store._disk.environment.write() as txn:
+        txn.put(b"format", struct.pack("<Q", 1), db=store._disk.environment.db(b"state"))
+
+    def other():
+        with TieredStore(folder, cpu_bytes=0) as mine:
+            return mine.put(KEY, small())
+
+    change = Environment.transaction
+
+    def late(environment, **flags):
+        monkeypatch.undo()
+        assert forked(other) == "True"
+        return change(environment, **flags)
+
+    monkeypatch.setattr(Environment, "transaction", late)
+    with TieredStore(folder, cpu_bytes=0) as store:
+        assert store.contains(KEY)

@@ -397,3 +397,61 @@ def test_readers_writers_and_removers_together(store, kv, key):
         thread.join(30)
         assert not thread.is_alive()
     assert not failures, failures
+
+
+def test_what_is_refused_is_not_served_from_memory(folder, kv, key):
+    """A selective put drops what stood under its key, also above."""
+    size = kv(0, tokens=200).nbytes
+    with TieredStore(folder, disk_bytes=4 * size, selective=True) as store:
+        store.put(key(0), kv(0, tokens=60), cost_s=1e-6)
+        for number in (1, 2):
+            store.put(key(number), kv(number, tokens=200), cost_s=1e6)
+        assert store._tiers.above[0].missing([key(0)]) == []
+        assert store.put(key(0), kv(7, tokens=500), cost_s=1e-6) is False
+        assert not store.contains(key(0)) and store.get(key(0)) is None
+
+
+@pytest.mark.parametrize("error", [StoreError("the network is down"), ConnectionError("the network is down")])
+def test_a_tier_behind_that_is_not_there_is_a_miss(pooled, kv, key, same, monkeypatch, caplog, error):
+    def fail(*_):
+        raise error
+
+    pooled.put(key(1), kv(1))
+    for name in ("find", "missing", "touch", "admit", "damaged", "counts"):
+        monkeypatch.setattr(pooled._tiers.behind[0], name, fail)
+    assert pooled.put(key(2), kv(2))
+    with pooled.read([key(1), key(2), key(3)]) as batch:
+        assert batch.tiers[2] is None
+        same(batch.kv(1), kv(2))
+    assert pooled.missing([key(1), key(3)]) == [key(3)]
+    assert pooled.stats().entries["pool"] == 0
+    pooled._tiers.drop_damaged(key(1), "pool", RecordError("damaged"))
+    assert "network is down" in caplog.text
+
+
+def test_what_a_tier_behind_cannot_remove_is_removed_elsewhere(pooled, kv, key, monkeypatch):
+    def fail(*_):
+        raise StoreError("the network is down")
+
+    pooled.put(key(1), kv(1))
+    monkeypatch.setattr(pooled._tiers.behind[0], "remove", fail)
+    with pytest.raises(StoreError, match="network"):
+        pooled.remove(key(1))
+    with pooled.read([key(1)]) as batch:
+        assert batch.tiers == ["pool"]
+
+
+def test_uses_of_a_write_that_failed_are_added_to_later_ones(folder, kv, key, monkeypatch):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        store.get(key(1))
+
+        def fail(books, now):
+            store._disk.touch([key(1)])
+            raise StoreError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ragkv.store.books.FolderBooks.close", fail)
+            with pytest.raises(StoreError, match="full"):
+                store.flush()
+        assert store._disk._touched[key(1)] == 2
