@@ -7,7 +7,6 @@ from operator import eq, is_
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -24,14 +23,9 @@ _IDLE = {
 
 
 def settings(config: PreTrainedConfig) -> str:
-    """A decoder's configuration as far as keys and values depend on it, attention and autocast of this thread among it; as JSON."""
+    """A decoder's configuration as far as keys and values depend on it, its attention implementation among it; as JSON."""
     used = {name: value for name, value in vars(config).items() if name not in _IDLE}
     used |= {"model_type": config.model_type, "attention": config._attn_implementation}
-    used |= {
-        f"autocast {kind}": torch.get_autocast_dtype(kind)
-        for kind in ("cpu", "cuda")
-        if torch.is_autocast_enabled(kind)
-    }
     return json.dumps(used, sort_keys=True, default=str)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -43,6 +44,18 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     if not lists:
         raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
     return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Refuse to run in another precision than the model's own, which stored KV would not tell.
+
+    Raises:
+        UnsupportedModelError: autocast is on in this thread.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise UnsupportedModelError(
+            "torch.autocast is on: KV would be of another precision than the model's. Load it with dtype=... and leave autocast off"
+        )
 
 
 def refuse_training(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError
+from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError, UnsupportedModelError
 from ragkv.model.runner import Runner
 from ragkv.model.turns import turns
 from ragkv.testing import random_ids, tiny_model
@@ -137,9 +137,8 @@ def _answered(engine, model, chunks):
     return attention
 
 
-def test_autocast_is_another_space():
+def test_autocast_is_refused():
     engine = Engine(tiny_model(), template=TEMPLATE, method=LegoLink(k=4))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match="autocast is on"):
         engine.add([random_ids(20)])
-    chunks = engine.add([random_ids(20)])
-    assert engine.documents.missing(chunks) == [] and len(engine.store) == 2
+    assert len(engine.store) == 0 and len(engine.add([random_ids(20)])) == 1
