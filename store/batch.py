@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.snapshot import Loading
+from ragkv.store.source import Parts, Source
 from ragkv.store.target import Target
-from ragkv.store.tier import Parts, Source
 
 
 class Owner(Protocol):
@@ -121,7 +120,8 @@ class Batch:
 
     def direct(self, index: int) -> bool:
         """Whether :meth:`place` copies the chunk straight from the file: then it is the fastest way to read it."""
-        return isinstance(source := self._found[index], Loading) and source.direct
+        source = self._found[index]
+        return source is not None and source.direct
 
     def place(self, index: int, layers: range, targets: Sequence[Target], start: int) -> None:
         """Copies layers of the chunk at ``index`` into a prompt's K and V.
@@ -214,8 +214,8 @@ class Batch:
                     started = perf_counter()
                     try:
                         self._count(source.load(layer), started)
-                    except StoreError:
-                        return
+                    except StoreError:  # it is damaged, which :meth:`layer` says, or done
+                        continue
 
     def _count(self, count: int, started: float) -> None:
         if count:

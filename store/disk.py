@@ -24,8 +24,9 @@ from ragkv.store.policy import Policy
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
 from ragkv.store.snapshot import Loading, Snapshot, segment_key
+from ragkv.store.source import Source
 from ragkv.store.stats import Tally
-from ragkv.store.tier import Offer, Source, Tier
+from ragkv.store.tier import Offer, Tier
 
 logger = logging.getLogger("ragkv.store")
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from ragkv.errors import StoreError
+from ragkv.errors import StoreError, StoreFullError
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import Policy
 from ragkv.store.pool import BlockPool, Pooled, kinds_of
-from ragkv.store.tier import Offer, Source
+from ragkv.store.source import Source
+from ragkv.store.tier import Offer
 
 
 class GpuTier(MemoryTier):
@@ -35,21 +36,28 @@ class GpuTier(MemoryTier):
             raise StoreError("gpu_bytes needs a GPU that torch can use: set gpu_bytes=0 to do without")
         super().__init__(budget_bytes, policy, selective=True, **options)
         self._device = device
-        self._pool: BlockPool
+        self._pool: BlockPool | None = None
 
     def prepare(self, entry: Offer) -> Offer:
         """See :class:`Tier`: numbers, whatever the codec."""
         return entry._replace(kv=entry.record.decode(entry.payload))
 
     def _admit(self, entry: Offer) -> bool:
-        if not hasattr(self, "_pool"):
-            self._pool = BlockPool(entry.kv, self.budget_bytes, self._device)
+        assert entry.kv is not None
+        if self._pool is None:
+            try:
+                self._pool = BlockPool(entry.kv, self.budget_bytes, self._device)
+            except torch.OutOfMemoryError as error:
+                self._planner.budget_bytes = 0  # it is not tried for every chunk
+                raise StoreFullError(f"the device has no room for a pool of gpu_bytes: {error}") from error
             self._planner.budget_bytes = self._pool.count * self._pool.block_bytes
         return kinds_of(entry.kv) == self._pool.kinds and super()._admit(entry)
 
     def _size(self, entry: Offer) -> int:
+        assert self._pool is not None
         return self._pool.blocks_for(entry.record.tokens) * self._pool.block_bytes
 
     def _hold(self, entry: Offer) -> Source:
+        assert self._pool is not None and entry.kv is not None
         # Blocks of evicted chunks that open batches still hold are not free yet: it is full then.
         return Pooled(self._pool, entry.kv)

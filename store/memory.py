@@ -13,7 +13,8 @@ from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
-from ragkv.store.tier import InMemory, Offer, Source, Tier
+from ragkv.store.source import InMemory, Source
+from ragkv.store.tier import Offer, Tier
 
 NO_FACTS: Mapping[str, bytes] = {}
 

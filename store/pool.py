@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
-from ragkv.store.target import Target
+from ragkv.store.source import Parts, Source
 
 Kind = tuple[int, int, int, int, torch.dtype]  # heads and dim of K, heads and dim of V, dtype
 
@@ -91,21 +91,13 @@ class BlockPool:
         return self._keys[layer], self._values[layer]
 
 
-class Pooled:
-    """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch.
-
-    It is what a batch reads the chunk from.
-    """
-
-    tier = "gpu"
-    codec, unrotated = "raw", False
-    whole = None
+class Pooled(Source):
+    """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch."""
 
     def __init__(self, pool: BlockPool, kv: ChunkKV) -> None:
         if kinds_of(kv) != pool.kinds:
             raise StoreError("the chunk has other layers, heads or dtypes than the pool")
-        self.base, self.tokens, self.layers = kv.base, len(kv), len(kv.keys)
-        self.sensitivity, self.foreign = kv.sensitivity, kv.foreign
+        super().__init__("gpu", kv)
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)
@@ -116,23 +108,10 @@ class Pooled:
         """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
         return self._pool.read(self.blocks, self.tokens, layer), 0
 
-    def parts(self, layer: int) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], int]:
+    def parts(self, layer: int) -> tuple[Parts, int]:
         """The layer's whole pool, in which ``blocks`` are the chunk's."""
         keys, values = self._pool.layer(layer)
         return ({"": keys}, {"": values}), 0
-
-    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        """Copies layers into a prompt."""
-        for layer, target in zip(layers, targets, strict=True):
-            target.fill(start, *self.layer(layer)[0])
-        return 0
-
-    def load(self, layer: int | None = None) -> int:
-        """Nothing: it is there."""
-        return 0
-
-    def release(self) -> None:
-        """Nothing: its blocks are given back with the last reference."""
 
 
 def kinds_of(kv: ChunkKV) -> tuple[Kind, ...]:

@@ -16,6 +16,7 @@ from ragkv.folder import Environment
 from ragkv.store.layout import Payload, runs
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
+from ragkv.store.source import Parts, Source
 from ragkv.store.target import Target
 
 _SEGMENT = struct.Struct(">I")
@@ -138,10 +139,8 @@ class Snapshot:
             return None if data is None else bytes(data)
 
 
-class Loading:
+class Loading(Source):
     """A record on its way from a snapshot to memory, segment by segment. Safe for several threads.
-
-    It is what a batch reads the chunk from.
 
     Attributes:
         key: what it is stored under.
@@ -149,13 +148,8 @@ class Loading:
         row: what the books said of it.
     """
 
-    tier = "disk"
-    blocks = None
-
     def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
-        self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity, self.foreign = record.sensitivity, record.foreign
-        self.codec, self.unrotated = record.codec, record.turned_back
+        super().__init__("disk", record)
         self.key = key
         self.record = record
         self.row = row
@@ -190,7 +184,7 @@ class Loading:
         count = self.load(layer) if self._missing else 0
         return self.record.layer(self.payload, layer), count
 
-    def parts(self, layer: int) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], int]:
+    def parts(self, layer: int) -> tuple[Parts, int]:
         """K and V of a layer as they are encoded, and the bytes that were read for it."""
         count = self.load(layer) if self._missing else 0
         return self.record.parts(self.payload, layer), count
@@ -221,12 +215,7 @@ class Loading:
         """
         if self.direct and all(target.rows is not None for target in targets):
             return self._place_directly(layers, targets, start)
-        count = 0
-        for layer, target in zip(layers, targets, strict=True):
-            pair, read = self.layer(layer)
-            target.fill(start, *pair)
-            count += read
-        return count
+        return super().place(layers, targets, start)
 
     def _place_directly(self, layers: range, targets: Sequence[Target], start: int) -> int:
         """A segment is verified right behind its copy, out of the processor's cache, where that takes next to nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ragkv.errors import RecordError
 from ragkv.folder import unseal
-from ragkv.store.tier import Source
+from ragkv.store.source import Source
 
 _GROWTH = math.log(1.1)
 _LEAST_S = 1e-9

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 - InMemory keeps the contract of Source
 """What a tier is: a place where chunks' KV are kept. A store is an ordered list of them, fastest first."""
 
 from __future__ import annotations
@@ -7,20 +6,15 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import NamedTuple
 
 from ragkv.chunk import ChunkKV
 from ragkv.store.layout import Payload
 from ragkv.store.policy import Usage
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
-from ragkv.store.target import Target
+from ragkv.store.source import Source
 from ragkv.store.terms import Terms
-
-# K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
-Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Offer(NamedTuple):
@@ -45,100 +39,8 @@ class Offer(NamedTuple):
     ready: bool = False
 
 
-class Source(Protocol):
-    """A chunk as a tier holds it, opened for reading. Nothing that happens to the tier changes what it reads."""
-
-    @property
-    def tier(self) -> str:
-        """Its tier's name."""
-
-    @property
-    def base(self) -> int:
-        """Position at which the chunk's first token stood."""
-
-    @property
-    def tokens(self) -> int:
-        """T, the chunk's tokens."""
-
-    @property
-    def layers(self) -> int:
-        """L."""
-
-    @property
-    def sensitivity(self) -> Tensor | None:
-        """``[T]``, see :class:`~ragkv.chunk.ChunkKV`."""
-
-    @property
-    def foreign(self) -> str:
-        """See :class:`~ragkv.chunk.ChunkKV`."""
-
-    @property
-    def codec(self) -> str:
-        """How :meth:`parts` are encoded."""
-
-    @property
-    def unrotated(self) -> bool:
-        """Whether the keys among :meth:`parts` are as they were before rotary embedding."""
-
-    @property
-    def blocks(self) -> Tensor | None:
-        """Where it lies in a pool, block by block; None elsewhere."""
-
-    @property
-    def whole(self) -> tuple[Record, Payload] | None:
-        """The record, for tiers above; None where it was not read to its end, or is no record."""
-
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """K and V of a layer as they are held, and the bytes read from disk for it. Raises RecordError for damage."""
-
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V ``[H, T, D]`` of a layer, and the bytes read from disk for it. Raises RecordError for damage."""
-
-    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        """Copies layers into a prompt, each to its target, from token ``start`` on; the bytes read from disk for it."""
-
-    def load(self, layer: int | None = None) -> int:
-        """Reads a layer, or all, into memory, where that is not yet so; the bytes read. Raises RecordError for damage."""
-
-    def release(self) -> None:
-        """It is not read any more. Doing so twice is fine."""
-
-
-class InMemory:
-    """A chunk in memory, as a record: what tiers in memory hold, and what a batch reads the chunk from."""
-
-    blocks = None
-
-    def __init__(self, record: Record, payload: Payload, tier: str = "cpu") -> None:
-        self.tier = tier
-        self.base, self.tokens, self.layers = record.base, record.tokens, len(record.shapes)
-        self.sensitivity, self.foreign = record.sensitivity, record.foreign
-        self.codec, self.unrotated = record.codec, record.turned_back
-        self.whole = record, payload
-
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        record, payload = self.whole
-        return record.parts(payload, layer), 0
-
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        record, payload = self.whole
-        return record.layer(payload, layer), 0
-
-    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        record, payload = self.whole
-        for layer, target in zip(layers, targets, strict=True):
-            target.fill(start, *record.layer(payload, layer))
-        return 0
-
-    def load(self, layer: int | None = None) -> int:
-        return 0
-
-    def release(self) -> None:
-        return
-
-
 class Tier(ABC):
-    """The contract. Every method is safe for several threads, and none waits for another's disk.
+    """The contract. Every method is safe for several threads.
 
     Attributes:
         name: one a store; what :attr:`Batch.tiers` and the statistics call it.

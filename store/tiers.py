@@ -17,9 +17,10 @@ from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store.batch import Batch
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
+from ragkv.store.source import Source
 from ragkv.store.stats import StoreStats, Tally
 from ragkv.store.terms import Terms
-from ragkv.store.tier import Offer, Source, Tier
+from ragkv.store.tier import Offer, Tier
 
 logger = logging.getLogger("ragkv.store")
 

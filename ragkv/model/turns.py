@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from threading import Lock, get_ident
+from functools import cache
+from threading import Lock, get_ident, local
 from weakref import WeakValueDictionary
 
 from transformers import PreTrainedConfig
@@ -82,6 +83,7 @@ def turns(config: PreTrainedConfig) -> Turns:
     Args:
         config: the text config of a decoder.
     """
+    _watch_forks()
     with _making:
         found = _made.get(id(config))
         if found is None:
@@ -89,24 +91,42 @@ def turns(config: PreTrainedConfig) -> Turns:
         return found
 
 
+class _Forking(local):
+    """The turns that a forking thread has taken. Several may fork at once."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turns] = []
+
+
+_forking = _Forking()
+
+
 def _before_fork() -> None:
     """Wait until nobody runs a model: in the child whoever did is not there to give it back, or to undo a switched attention."""
-    for each in list(_made.values()):
+    with _making:
+        _forking.turns = list(_made.values())
+    for each in _forking.turns:
         each.__enter__()
 
 
 def _after_fork_in_parent() -> None:
-    for each in list(_made.values()):
-        if each.depth:
-            each.__exit__()
+    for each in _forking.turns:
+        each.__exit__()
+    _forking.turns = []
 
 
 def _after_fork_in_child() -> None:
     global _making
     _making = Lock()
-    for each in list(_made.values()):
+    for each in _forking.turns:
         each.alone()
+    _forking.turns = []
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+@cache
+def _watch_forks() -> None:
+    """Registered when a model is first run, behind the hooks of the store: so its locks are taken after the turns, as in a pass."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+        )

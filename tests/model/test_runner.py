@@ -1,7 +1,9 @@
 """One runner a model: turns in order, one probing, and no trace whatever engines and threads stand over it."""
 
 import gc
+import os
 import threading
+import time
 import weakref
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError, UnsupportedModelError
 from ragkv.model.runner import Runner
-from ragkv.model.turns import turns
+from ragkv.model.turns import _after_fork_in_parent, _before_fork, turns
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
@@ -135,6 +137,51 @@ def _answered(engine, model, chunks):
     attention = model.config._attn_implementation
     engine.fuse(chunks, random_ids(5), method=LegoLink(k=4))
     return attention
+
+
+def test_a_fork_takes_the_model_before_the_store(forked):
+    """As a pass does that reads the store: in the other order the two wait for each other."""
+    assert forked(_fork_beside_a_reader, timeout_s=20) == "read"
+
+
+def _fork_beside_a_reader():
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    [chunk], taken = engine.add([random_ids(20)]), engine.decoder.turns
+    begun, said = threading.Event(), []
+
+    def read():
+        with taken:
+            begun.set()
+            while not taken._waiting:  # until the fork waits
+                time.sleep(0.001)
+            said.append("read" if engine.store.get(engine.documents.key(chunk)) else "lost")
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    begun.wait()
+    if os.fork() == 0:
+        os._exit(0)
+    thread.join()
+    return said[0]
+
+
+def test_forks_of_two_threads():
+    taken = turns(tiny_model().config)
+
+    def fork():
+        _before_fork()
+        over.wait()
+        _after_fork_in_parent()
+
+    over, threads = threading.Event(), [threading.Thread(target=fork) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    while not taken._waiting:
+        time.sleep(0.001)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert taken._owner is None
 
 
 def test_autocast_is_refused():

@@ -15,7 +15,8 @@ from ragkv.store.layout import Payload
 from ragkv.store.policy import Usage
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
-from ragkv.store.tier import InMemory, Tier
+from ragkv.store.source import InMemory
+from ragkv.store.tier import Tier
 
 
 class FolderTier(Tier):

@@ -1,0 +1,89 @@
+"""A chunk as a tier holds it, opened for reading: what a batch takes its layers from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ragkv.chunk import ChunkKV
+from ragkv.store.layout import Payload
+from ragkv.store.record import Record
+from ragkv.store.target import Target
+
+# K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
+Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class Source(ABC):
+    """The contract. Nothing that happens to the tier changes what it reads.
+
+    What is read from disk on the way is returned in bytes. Damage is a RecordError.
+
+    Attributes:
+        tier: its tier's name.
+        base: position at which the chunk's first token stood.
+        tokens: T.
+        layers: L.
+        sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign``.
+        codec: how :meth:`parts` are encoded.
+        unrotated: whether the keys among :meth:`parts` are as they were before rotary embedding.
+        blocks: where it lies in a pool, block by block; None elsewhere.
+        direct: whether :meth:`place` copies straight from a file, the fastest way to read it.
+        whole: the record, for tiers above; None where it was not read to its end, or is no record.
+    """
+
+    codec, unrotated = "raw", False
+    blocks: Tensor | None = None
+    direct: bool = False
+    whole: tuple[Record, Payload] | None = None
+
+    def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
+        self.tier, self.base = tier, chunk.base
+        self.sensitivity, self.foreign = chunk.sensitivity, chunk.foreign
+        if isinstance(chunk, Record):
+            self.tokens, self.layers = chunk.tokens, len(chunk.shapes)
+            self.codec, self.unrotated = chunk.codec, chunk.turned_back
+        else:
+            self.tokens, self.layers = len(chunk), len(chunk.keys)
+
+    @abstractmethod
+    def parts(self, layer: int) -> tuple[Parts, int]:
+        """K and V of a layer as they are held, and the bytes."""
+
+    @abstractmethod
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """K and V ``[H, T, D]`` of a layer, and the bytes."""
+
+    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
+        """Copies layers into a prompt, each to its target, from token ``start`` on; the bytes."""
+        total = 0
+        for layer, target in zip(layers, targets, strict=True):
+            pair, count = self.layer(layer)
+            target.fill(start, *pair)
+            total += count
+        return total
+
+    def load(self, layer: int | None = None) -> int:
+        """Reads a layer, or all, into memory, where that is not yet so; the bytes."""
+        return 0
+
+    def release(self) -> None:  # noqa: B027
+        """It is not read any more. Doing so twice is fine."""
+
+
+class InMemory(Source):
+    """A chunk in memory, as a record: what tiers in memory hold."""
+
+    def __init__(self, record: Record, payload: Payload, tier: str = "cpu") -> None:
+        super().__init__(tier, record)
+        self._record, self._payload = self.whole = record, payload
+
+    def parts(self, layer: int) -> tuple[Parts, int]:
+        """See :class:`Source`."""
+        return self._record.parts(self._payload, layer), 0
+
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """See :class:`Source`."""
+        return self._record.layer(self._payload, layer), 0
