@@ -309,26 +309,26 @@ class Tiers:
         self._known_removals = removals
 
 
-_forking: list[Tiers] = []
+_forking = threading.local()  # what a thread has taken to fork: several may fork at once
 
 
 def _before_fork() -> None:
     """What is in memory is not forked in the middle of a change."""
-    _forking[:] = list(_tiers)
-    for tiers in _forking:
+    _forking.held = list(_tiers)
+    for tiers in _forking.held:
         tiers.lock.acquire()
 
 
 def _after_fork_in_parent() -> None:
-    for tiers in _forking:
+    for tiers in _forking.held:
         tiers.lock.release()
-    _forking.clear()
+    _forking.held.clear()
 
 
 def _after_fork_in_child() -> None:
-    for tiers in _forking:
+    for tiers in _forking.held:
         tiers.after_fork()
-    _forking.clear()
+    _forking.held.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -261,29 +261,29 @@ class Environment:
         self.gate = Gate()
 
 
-_forking: list[Environment] = []
+_forking = threading.local()  # what a thread has taken to fork: several may fork at once
 
 
 def _before_fork() -> None:
     """No thread may be reading, writing, opening or closing while the process is forked."""
-    _forking[:] = list(Environment._open.values())
-    for environment in _forking:
+    _forking.held = list(Environment._open.values())
+    for environment in _forking.held:
         environment.write_lock.acquire()
-    for environment in _forking:
+    for environment in _forking.held:
         environment.gate.shut()
     Environment._registry_lock.acquire()
 
 
 def _after_fork_in_parent() -> None:
     Environment._registry_lock.release()
-    for environment in _forking:
+    for environment in _forking.held:
         environment.gate.open()
         environment.write_lock.release()
-    _forking.clear()
+    _forking.held.clear()
 
 
 def _after_fork_in_child() -> None:
-    _forking.clear()
+    _forking.held.clear()
     Environment._registry_lock = threading.RLock()
     for environment in Environment._open.values():
         environment._disown()

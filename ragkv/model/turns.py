@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from functools import cache
 from threading import Lock, get_ident, local
 from weakref import WeakValueDictionary
@@ -92,10 +93,9 @@ def turns(config: PreTrainedConfig) -> Turns:
 
 
 class _Forking(local):
-    """The turns that a forking thread has taken. Several may fork at once."""
+    """What a thread has taken to fork: several may fork at once."""
 
-    def __init__(self) -> None:
-        self.turns: list[Turns] = []
+    held: Sequence[Turns] = ()
 
 
 _forking = _Forking()
@@ -104,23 +104,23 @@ _forking = _Forking()
 def _before_fork() -> None:
     """Wait until nobody runs a model: in the child whoever did is not there to give it back, or to undo a switched attention."""
     with _making:
-        _forking.turns = list(_made.values())
-    for each in _forking.turns:
+        _forking.held = list(_made.values())
+    for each in _forking.held:
         each.__enter__()
 
 
 def _after_fork_in_parent() -> None:
-    for each in _forking.turns:
+    for each in _forking.held:
         each.__exit__()
-    _forking.turns = []
+    _forking.held = ()
 
 
 def _after_fork_in_child() -> None:
     global _making
     _making = Lock()
-    for each in _forking.turns:
+    for each in _forking.held:
         each.alone()
-    _forking.turns = []
+    _forking.held = ()
 
 
 @cache

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,6 +184,27 @@ def test_readonly(folder, kv, key, same):
                 write()
         with pytest.raises(StoreError, match="reading only"):
             TieredStore(folder)
+
+
+def test_threads_fork_at_once(folder, kv, key, same, forked):
+    """Nobody gives back what another took, and nothing stays taken."""
+    assert forked(lambda: forks_of_threads(folder, kv, key, same), timeout_s=30) == "ok"
+
+
+def forks_of_threads(folder, kv, key, same):
+    def fork():
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+
+    with TieredStore(folder, cpu_bytes=1 << 20) as store, ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(fork) for _ in range(3)]:
+            done.result()
+        threads.submit(store.put, key(1), kv(1)).result()
+        same(store.get(key(1)), kv(1))
+        return "ok"
 
 
 def test_folder_that_may_not_be_written_opens_for_reading(folder, kv, key, same, forked):
