@@ -333,9 +333,7 @@ class RAG:
         """
         hits = self._found(question, top_k, neighbours)
         chunks = self.chunks(hits)
-        self.engine.store.prefetch(
-            list(self.engine.documents.keys(chunks))
-        )  # beside what the caller does with the hits
+        self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
         return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
 
     def close(self) -> None:
