@@ -94,9 +94,8 @@ class Reader:
             A chunk, its KV, and the seconds that reading it took.
         """
         left = {_name(chunk): chunk for chunk in wanted}
-        for chunk in sorted(
-            wanted, key=lambda chunk: -chunk.offset
-        ):  # the longest chain covers the others of its document
+        # The longest chain covers the others of its document.
+        for chunk in sorted(wanted, key=lambda chunk: -chunk.offset):
             if _name(chunk) in left:
                 yield from self._read_chain(lineage(chunk), left, stored, measured)
 

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 
 import pytest
+import torch
 
 from ragkv import Engine, PromptTemplate, Reuse, SensitiveTokens, TieredStore
 from ragkv.testing import random_ids, tiny_model
@@ -42,7 +43,8 @@ def test_a_question_waits_for_no_write(model, tmp_path, monkeypatch):
         assert answered and all(answered)
 
 
-def test_a_question_waits_for_one_piece_of_reading(model, monkeypatch):
+@pytest.mark.parametrize("parts", [PARTS[2:], [random_ids(150)]], ids=["many chunks", "a long one"])
+def test_a_question_waits_for_one_piece_of_reading(model, monkeypatch, parts):
     """Between any two pieces that reading computes, whoever waits for the model gets it."""
     engine = Engine(model, template=TEMPLATE, method=Reuse(), piece_tokens=16)
     warm, order, read, turn = engine.add(PARTS[:2]), [], engine.decoder.read, engine.documents.reader._turn
@@ -63,9 +65,29 @@ def test_a_question_waits_for_one_piece_of_reading(model, monkeypatch):
         return read(*args)
 
     monkeypatch.setattr(engine.decoder, "read", counted)
-    engine.add_document(PARTS[2:])
+    engine.add_document(parts)
     asker.join()
     assert order.count("piece") == 10 and order.index("answer") <= 3
+
+
+def test_a_model_that_changes_between_two_pieces(monkeypatch):
+    """No document is read half with the one and half with the other."""
+    model = tiny_model()
+    engine = Engine(model, template=TEMPLATE, method=Reuse(), piece_tokens=16)
+    read, pieces = engine.decoder.read, []
+
+    def writes(*args):
+        pieces.append(read(*args))
+        if len(pieces) == 3:
+            with torch.no_grad():
+                model.model.layers[1].self_attn.v_proj.weight.mul_(-1)
+        return pieces[-1]
+
+    monkeypatch.setattr(engine.decoder, "read", writes)
+    fused = engine.fuse(engine.add_document(PARTS[:6]), QUESTION)
+    assert len(pieces) == 3 + 1 + 6, "three pieces, then the anchor and all six anew"
+    again = Engine(model, template=TEMPLATE, method=Reuse())
+    torch.testing.assert_close(fused.logits, again.fuse(again.add_document(PARTS[:6]), QUESTION).logits)
 
 
 def test_one_transaction_for_all_that_is_missing(model, tmp_path, monkeypatch):
