@@ -11,7 +11,7 @@ import torch
 
 from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError, UnsupportedModelError
 from ragkv.model.runner import Runner
-from ragkv.model.turns import _after_fork_in_parent, _before_fork, turns
+from ragkv.model.turns import _after_fork_in_parent, _before_fork, _made, turns
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
@@ -166,7 +166,9 @@ def _fork_beside_a_reader():
 
 
 def test_forks_of_two_threads():
-    taken = turns(tiny_model().config)
+    """A fork takes the turns of every model there is, those of other tests among them."""
+    models = [tiny_model(), tiny_model()]
+    taken = [turns(model.config) for model in models]
 
     def fork():
         _before_fork()
@@ -176,12 +178,12 @@ def test_forks_of_two_threads():
     over, threads = threading.Event(), [threading.Thread(target=fork) for _ in "ab"]
     for thread in threads:
         thread.start()
-    while not taken._waiting:
+    while not any(each._waiting for each in list(_made.values())):
         time.sleep(0.001)
     over.set()
     for thread in threads:
         thread.join()
-    assert taken._owner is None
+    assert [each._owner for each in taken] == [None, None]
 
 
 def test_autocast_is_refused():
