@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk
 from ragkv.errors import ModelChangedError, PromptError, PromptTooLongError, RecordError, whole_number
-from ragkv.fusing import fused
+from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents, several
@@ -331,7 +331,7 @@ class Engine:
         damaged: set[str] = set()
         for _ in range(len(layout.chunks) + _TRIES):
             try:
-                return fused(self.documents, layout, method, room_tokens, begin)
+                return fuse(self.documents, layout, method, room_tokens, begin)
             except ModelChangedError as error:
                 logger.warning("fusing again: %s", error)
             except RecordError as error:
@@ -339,7 +339,7 @@ class Engine:
                     raise  # it was not dropped
                 damaged.add(str(error))
                 logger.warning("reading chunks again: %s", error)
-        return fused(self.documents, layout, method, room_tokens, begin)
+        return fuse(self.documents, layout, method, room_tokens, begin)
 
     def _begin(
         self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]

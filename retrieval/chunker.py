@@ -20,7 +20,7 @@ _WORD = re.compile(r"(?<=\S)(?=\s)")
 _BATCH = 4096
 
 
-class _Piece(NamedTuple):
+class _Unit(NamedTuple):
     """A part of the text that is not cut.
 
     Attributes:
@@ -104,7 +104,7 @@ class TokenChunker:
                 spans.append((start, stop))
         return spans
 
-    def _next(self, text: str, pieces: list[_Piece], totals: list[int], first: int) -> tuple[int, tuple[int, int]]:
+    def _next(self, text: str, pieces: list[_Unit], totals: list[int], first: int) -> tuple[int, tuple[int, int]]:
         """The piece behind the passage that begins with piece ``first``, and the passage's span."""
         room = self.chunk_tokens
         while True:
@@ -117,13 +117,13 @@ class TokenChunker:
                 return last, (start, stop)
             room -= excess
 
-    def _pieces(self, text: str) -> Iterator[_Piece]:
+    def _pieces(self, text: str) -> Iterator[_Unit]:
         marks = [Boundary(0, Rank.HEADING), *boundaries(text)]
         return self._measured(text, marks, len(text), (_lines, _words, _halves))
 
     def _measured(
         self, text: str, marks: list[Boundary], end: int, finer: tuple[Callable[[str], list[Boundary]], ...]
-    ) -> Iterator[_Piece]:
+    ) -> Iterator[_Unit]:
         """The pieces between boundaries; one that is too long is cut by the first of ``finer``, and so on."""
         stops = [mark.position for mark in marks[1:]] + [end]
         parts = [text[mark.position : stop] for mark, stop in zip(marks, stops, strict=True)]
@@ -131,7 +131,7 @@ class TokenChunker:
         counts = self._counts([part.strip() for part in parts])
         for mark, part, count in zip(marks, parts, counts, strict=True):
             if count <= self.chunk_tokens:
-                yield _Piece(mark.position, mark.rank, xxh3_64_intdigest(part.strip().encode()), count)
+                yield _Unit(mark.position, mark.rank, xxh3_64_intdigest(part.strip().encode()), count)
                 continue
             if len(part.strip()) == 1:
                 raise DocumentError(f"{part.strip()!r} alone has {count} tokens, chunk_tokens is {self.chunk_tokens}")
@@ -152,7 +152,7 @@ def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
     return stop - len(text[start:stop].lstrip()), stop
 
 
-def _cut(pieces: list[_Piece], totals: list[int], first: int, room: int) -> int:
+def _cut(pieces: list[_Unit], totals: list[int], first: int, room: int) -> int:
     """The piece before which the passage that begins with piece ``first`` ends."""
     begin, rest = totals[first], totals[-1] - totals[first]
     if rest <= room:

@@ -17,13 +17,13 @@ from typing import Any
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
-from ragkv.store.layout import Payload
 from ragkv.store.memory import NO_FACTS
+from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
 from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
-from ragkv.store.snapshot import Loading, Snapshot, segment_key
+from ragkv.store.snapshot import DiskSnapshot, Loading, segment_key
 from ragkv.store.source import Source
 from ragkv.store.stats import Tally
 from ragkv.store.tier import Offer, Tier
@@ -80,9 +80,9 @@ class DiskTier(Tier):
             self.environment.close()
             raise
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> DiskSnapshot:
         """A view of the folder as it is now, which no eviction changes."""
-        return Snapshot(self.environment)
+        return DiskSnapshot(self.environment)
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. A header that proves damaged is dropped."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Side
-from ragkv.store.layout import Layout, Payload, Segments
+from ragkv.store.payload import Contents, Payload, Segments
 from ragkv.store.record import SEGMENT_BYTES, Record, Shape, checksum
 from ragkv.store.rope import Rope, fit
 
@@ -53,13 +53,13 @@ def encode(
         for side, tensor in sides:
             for suffix, part in codec.encode(tensor, side, layer / len(kv.keys)).items():
                 tensors[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
-    layout = Layout.of(tensors)
-    payload = Payload(layout.payload_bytes)
+    contents = Contents.of(tensors)
+    payload = Payload(contents.payload_bytes)
     for name, tensor in tensors.items():
-        payload.fill(layout.parts[name], tensor)
-    spans = Segments.cut(layout, segment_bytes).spans
+        payload.fill(contents.parts[name], tensor)
+    spans = Segments.cut(contents, segment_bytes).spans
     record = Record(
-        layout=layout,
+        contents=contents,
         shapes=[(_shape(key), _shape(value)) for key, value in kv],
         dtypes=[key.dtype for key in kv.keys],
         base=kv.base,

@@ -21,8 +21,8 @@ from pathlib import Path
 import xxhash
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.layout import Payload
 from ragkv.store.maintenance import load, opened
+from ragkv.store.payload import Payload
 from ragkv.store.record import Record, checksum
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ragkv.store.codecs import Codec, Raw
 from ragkv.store.encode import encode
-from ragkv.store.layout import Payload
+from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.rope import Rope
 from ragkv.store.terms import Item, Terms

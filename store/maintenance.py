@@ -15,7 +15,7 @@ from pathlib import Path
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import refuse_open, replace_damaged, salvage
 from ragkv.store.disk import DATABASES, DiskTier
-from ragkv.store.layout import Payload
+from ragkv.store.payload import Payload
 from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record
 from ragkv.store.rows import Row

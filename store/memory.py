@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from ragkv.store.books import MemoryBooks
-from ragkv.store.layout import Payload
+from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
 from ragkv.store.record import Record

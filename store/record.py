@@ -31,7 +31,7 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError
 from ragkv.store import rope
 from ragkv.store.codecs import decoder
-from ragkv.store.layout import DTYPES, NAMES, Layout, Part, Payload, Segments
+from ragkv.store.payload import DTYPES, NAMES, Contents, Part, Payload, Segments
 from ragkv.store.rope import Rope
 
 VERSION = 1
@@ -55,7 +55,7 @@ class Record:
     """The header of a record: what it holds, where, and what its bytes must sum to.
 
     Attributes:
-        layout: where the stored tensors lie.
+        contents: where the stored tensors lie.
         shapes: per layer the K and the V shape ``[H, T, D]`` as they were before encoding.
         dtypes: per layer the dtype as it was before encoding.
         base: position at which the chunk's first token stood when the KV was made.
@@ -70,7 +70,7 @@ class Record:
             (:attr:`Codec.before_rotation`) has done so where they are known.
     """
 
-    layout: Layout
+    contents: Contents
     shapes: Sequence[tuple[Shape, Shape]]
     dtypes: Sequence[torch.dtype]
     base: int
@@ -91,12 +91,12 @@ class Record:
     @property
     def payload_bytes(self) -> int:
         """Bytes of all segments together."""
-        return self.layout.payload_bytes
+        return self.contents.payload_bytes
 
     @property
     def segments(self) -> Segments:
         """How the payload is cut."""
-        return Segments.cut(self.layout, self.segment_bytes)
+        return Segments.cut(self.contents, self.segment_bytes)
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -128,7 +128,7 @@ class Record:
 
     def parts(self, payload: Payload, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """K and V of one layer as the codec made them, by the names that it gave them; views of the payload."""
-        place = self.layout.layers[layer]
+        place = self.contents.layers[layer]
         return _views(payload, place.keys), _views(payload, place.values)
 
     @property
@@ -145,7 +145,7 @@ class Record:
 
     def safetensors_header(self) -> bytes:
         """``length u64, JSON``: what a safetensors file begins with."""
-        text = f"{_METADATA}{json.dumps(self._metadata(), separators=(',', ':'))},{self.layout.to_json()}}}".encode()
+        text = f"{_METADATA}{json.dumps(self._metadata(), separators=(',', ':'))},{self.contents.to_json()}}}".encode()
         text += b" " * (-len(text) % 8)
         return _LENGTH.pack(len(text)) + text
 
@@ -193,11 +193,11 @@ class Record:
         if not text.startswith(_METADATA):
             raise ValueError("it does not begin with ragkv's metadata")
         facts, end = _JSON.raw_decode(text, len(_METADATA))
-        layout = Layout.from_json(text[end + 1 :].rstrip()[:-1])
+        contents = Contents.from_json(text[end + 1 :].rstrip()[:-1])
         shapes, dtypes = _expand(facts["layers"], int(facts["tokens"]))
         digits = bytes.fromhex(facts["xxh3_64"])
         record = cls(
-            layout=layout,
+            contents=contents,
             shapes=shapes,
             dtypes=dtypes,
             base=int(facts["base"]),
@@ -212,7 +212,7 @@ class Record:
         )
         if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
             raise ValueError(f"{len(record.sensitivity)} sensitivities for {record.tokens} tokens")
-        if len(shapes) != len(layout.layers) or record.base < 0 or record.segment_bytes < 1:
+        if len(shapes) != len(contents.layers) or record.base < 0 or record.segment_bytes < 1:
             raise ValueError(f"{len(shapes)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
         if record.ropes and not rope.fit(record.ropes, [key[2] for key, _ in shapes]):
             raise ValueError("its rotations are not those of its layers")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-class Rotation(Protocol):
+class RotationLike(Protocol):
     """What a caller says of one layer, as :class:`ragkv.kernels.Rotation` does."""
 
     @property
@@ -36,14 +36,14 @@ class Rope:
 
     Attributes:
         inv_freq: radians per position of each pair, as little-endian fp32.
-        interleaved: see :class:`Rotation`.
+        interleaved: see :class:`RotationLike`.
     """
 
     inv_freq: bytes
     interleaved: bool
 
     @classmethod
-    def of(cls, rotation: Rotation) -> Rope:
+    def of(cls, rotation: RotationLike) -> Rope:
         """The same, as a value."""
         return cls(rotation.inv_freq.detach().cpu().numpy().astype("<f4").tobytes(), bool(rotation.interleaved))
 
@@ -82,7 +82,7 @@ def _tables(rope: Rope, base: int, tokens: int) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-def ropes_of(rotations: Sequence[Rotation | None]) -> tuple[Rope | None, ...]:
+def ropes_of(rotations: Sequence[RotationLike | None]) -> tuple[Rope | None, ...]:
     """The same, as values; empty where no layer turns its keys."""
     ropes = tuple(None if rotation is None else Rope.of(rotation) for rotation in rotations)
     return ropes if any(ropes) else ()

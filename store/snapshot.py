@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment
-from ragkv.store.layout import Payload, runs
+from ragkv.store.payload import Payload, extents
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.source import Parts, Source
@@ -25,7 +25,7 @@ _SEGMENT = struct.Struct(">I")
 Rows = tuple[Any, Any]
 
 
-class Piece(NamedTuple):
+class SegmentCopies(NamedTuple):
     """A segment in the file, and what is copied out of it: targets and sources."""
 
     segment: int
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     copies: list[tuple[Any, Any]]
 
 
-class Snapshot:
+class DiskSnapshot:
     """The folder as it was at one moment. Close it soon: pages that it sees are not used again until then."""
 
     def __init__(self, environment: Environment) -> None:
@@ -80,7 +80,7 @@ class Snapshot:
         with self._environment.inside(), self._lock:
             yield
 
-    def pieces(self, key: bytes, record: Record, rows: Mapping[int, Rows], token: int) -> list[Piece]:
+    def copies(self, key: bytes, record: Record, rows: Mapping[int, Rows], token: int) -> list[SegmentCopies]:
         """What to copy straight from the file for some layers that are stored as they are; valid :meth:`inside`.
 
         Args:
@@ -92,7 +92,7 @@ class Snapshot:
         Raises:
             RecordError: a segment is missing.
         """
-        spans, every = record.spans, runs(record.layout, record.segment_bytes)
+        spans, every = record.spans, extents(record.contents, record.segment_bytes)
         found = []
         for index in record.segments.of_layers(min(rows), max(rows)):
             view, copies = self._view(key, index, *spans[index]), []
@@ -101,7 +101,7 @@ class Snapshot:
                     at = token * token_bytes
                     target = rows[layer][side][heads, at + first : at + last]
                     copies.append((target, view[start:stop].reshape(target.shape)))
-            found.append(Piece(index, view, copies))
+            found.append(SegmentCopies(index, view, copies))
         return found
 
     def join(self) -> None:
@@ -148,7 +148,7 @@ class Loading(Source):
         row: what the books said of it.
     """
 
-    def __init__(self, snapshot: Snapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
+    def __init__(self, snapshot: DiskSnapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         super().__init__("disk", record)
         self.key = key
         self.record = record
@@ -222,8 +222,8 @@ class Loading(Source):
         rows, count = self._rows(layers, targets, start), 0
         with self._snapshot.inside():
             # All that is Python's comes first: it is slow once the copies have emptied the processor's caches.
-            pieces = self._snapshot.pieces(self.key, self.record, rows, start) if rows else []
-            for index, view, copies in pieces:
+            found = self._snapshot.copies(self.key, self.record, rows, start) if rows else []
+            for index, view, copies in found:
                 for target, source in copies:
                     target[...] = source
                 if index not in self._verified:
@@ -242,7 +242,7 @@ class Loading(Source):
         rows: dict[int, Rows] = {}
         fitting = None
         for layer, target in zip(layers, targets, strict=True):
-            stored = self.record.layout.layers[layer].kinds
+            stored = self.record.contents.layers[layer].kinds
             if fitting != (stored, self.record.shapes[layer], target.kinds):
                 fitting = stored, self.record.shapes[layer], target.kinds
                 if tuple(shape for shape, _ in stored) != self.record.shapes[layer]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ragkv.chunk import ChunkKV
-from ragkv.store.layout import Payload
+from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.target import Target
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import StoreError
-from ragkv.store.layout import Kind
+from ragkv.store.payload import Kind
 
 
 class Target:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ragkv.chunk import ChunkKV
-from ragkv.store.layout import Payload
+from ragkv.store.payload import Payload
 from ragkv.store.policy import Usage
 from ragkv.store.record import Record
 from ragkv.store.rows import Row

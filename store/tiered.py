@@ -23,7 +23,7 @@ from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
-from ragkv.store.rope import Rotation, ropes_of
+from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.stats import StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
@@ -110,7 +110,7 @@ class TieredStore:
         namespace: str = "",
         lifetime_s: float = math.inf,
         label: str = "",
-        rotations: Sequence[Rotation | None] = (),
+        rotations: Sequence[RotationLike | None] = (),
     ) -> bool:
         """Stores a chunk's KV; what was stored under the key is replaced. Durable, with a path, when it returns.
 
@@ -142,7 +142,7 @@ class TieredStore:
         space: str = "",
         namespace: str = "",
         lifetime_s: float = math.inf,
-        rotations: Sequence[Rotation | None] = (),
+        rotations: Sequence[RotationLike | None] = (),
     ) -> list[bool]:
         """Stores several chunks and small facts, on disk in one transaction: all or none, and synced once.
 

@@ -84,7 +84,7 @@ def between(ends: tuple[float, float], share: float) -> float:
     return ends[0] + (ends[1] - ends[0]) * share
 
 
-class Run:
+class TrainingRun:
     """A training run: the model, its optimizers and where it stands."""
 
     def __init__(self, folder: Path, size: Size, plan: Plan, curriculum: tuple[Stage, ...], device: str, seed: int):
@@ -216,7 +216,7 @@ def main() -> None:
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_PATH)
     plan = Plan(subject=args.subject, evidence=args.evidence)
-    run = Run(RESULTS / args.run, SIZES[args.size], plan, curriculum, args.device, args.seed)
+    run = TrainingRun(RESULTS / args.run, SIZES[args.size], plan, curriculum, args.device, args.seed)
     run.train(tokenizer, compiled=args.compile, workers=args.workers)
     print(f"{run.step} steps, {run.tokens} tokens, {run.seconds / 60:.1f} minutes on {run.device}")
 

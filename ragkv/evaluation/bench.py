@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CaseChunks:
     """A case's chunks as the model has read them.
 
     Attributes:
@@ -45,7 +45,7 @@ class Reading:
 
 
 @dataclass(eq=False)
-class Run:
+class PromptRun:
     """One prompt and its answer.
 
     Attributes:
@@ -110,16 +110,16 @@ class Bench:
         options = {"max_new_tokens": self.max_new_tokens, "foreign": self.foreign, **changes}
         return Bench(engine.model, self.tokenizer, engine.template, **options)
 
-    def read(self, case: Case) -> Reading:
+    def read(self, case: Case) -> CaseChunks:
         """Let the model read a case's documents, each chunk alone and in its document."""
         engine, whole = self.engine, {}
         alone = dict(zip(case.whole, engine.add([case.text(place) for place in case.whole]), strict=True))
         for document in dict.fromkeys(document for document, _ in case.whole):
             for number, chunk in enumerate(engine.add_document(list(case.documents[document]))):
                 whole[document, number] = chunk
-        return Reading({"alone": alone, "document": whole})
+        return CaseChunks({"alone": alone, "document": whole})
 
-    def forget(self, reading: Reading) -> None:
+    def forget(self, reading: CaseChunks) -> None:
         """Drop what was read, so that memory holds one case at a time."""
         self.engine.forget(reading.all())
 
@@ -169,11 +169,11 @@ class Bench:
         int(prompt.logits.argmax())  # waits for the device
         return prompt, (perf_counter() - begin) * 1e3
 
-    def run(self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True) -> Run:
+    def run(self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True) -> PromptRun:
         """Fuse and answer."""
         prompt, ttft_ms = self.fuse(chunks, case, method, rotated)
         said = reply(self.engine.decoder, prompt, self.gold_ids(case), self.ends, self.max_new_tokens)
-        return Run(prompt, said, self.engine.encoder.decode(said.ids).strip(), ttft_ms)
+        return PromptRun(prompt, said, self.engine.encoder.decode(said.ids).strip(), ttft_ms)
 
     def warm_up(self, case: Case) -> None:
         """The first passes of a process are slow, and would be charged to whoever comes first."""

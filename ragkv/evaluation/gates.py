@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
-from ragkv.evaluation.bench import Bench, Reading
+from ragkv.evaluation.bench import Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.metrics import divergence
-from ragkv.fusion.fuse import recompute
+from ragkv.fusion.compute import recompute
 from ragkv.methods import CacheBlend, FullPrefill, Reuse
 from ragkv.model.cache import FusedCache
 from ragkv.report import FusedPrompt
@@ -76,7 +76,7 @@ class _Truth:
     values: list[Tensor]
 
 
-def _one_document(bench: Bench, case: Case, reading: Reading) -> list[Chunk]:
+def _one_document(bench: Bench, case: Case, reading: CaseChunks) -> list[Chunk]:
     """The beginning of the document of the most chunks: as much as was read in one window and fits into a prompt."""
     numbers = dict.fromkeys(document for document, _ in case.whole)
     longest = max(numbers, key=lambda number: len(case.documents[number]))

@@ -13,7 +13,7 @@ from ragkv.chunk import Chunk, digest
 from ragkv.errors import MethodError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation import metrics
 from ragkv.evaluation.arms import Arm
-from ragkv.evaluation.bench import Bench, Reading
+from ragkv.evaluation.bench import Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.evaluation.rows import Row
@@ -60,7 +60,7 @@ class Group:
     """
 
     def __init__(
-        self, bench: Bench, case: Case, order: int, reading: Reading, charged: Mapping[str, float] | None = None
+        self, bench: Bench, case: Case, order: int, reading: CaseChunks, charged: Mapping[str, float] | None = None
     ):
         self.bench, self.case, self.order, self.reading = bench, case, order, reading
         self.charged = dict(charged or {})

@@ -14,7 +14,7 @@ import torch
 
 from ragkv.errors import MethodError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation.arms import Arm
-from ragkv.evaluation.bench import Bench, Reading
+from ragkv.evaluation.bench import Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.rows import Row
 from ragkv.report import FusedPrompt
@@ -62,7 +62,7 @@ class Clock:
             bench.forget(reading)
         return found
 
-    def _one(self, case: Case, arm: Arm, reading: Reading, charged: Mapping[str, float]) -> Row:
+    def _one(self, case: Case, arm: Arm, reading: CaseChunks, charged: Mapping[str, float]) -> Row:
         chunks = reading.at(arm.places(case), arm.context)
         method = arm.method_for([len(chunk) for chunk in chunks], charged)
         with Peak(self._memory.engine.decoder.device) as peak:

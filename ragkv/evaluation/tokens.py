@@ -14,7 +14,7 @@ from torch import Tensor
 from ragkv.engine import Engine
 from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.evaluation.arms import CONTEXTS, Arm
-from ragkv.evaluation.bench import Bench, Reading
+from ragkv.evaluation.bench import Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.methods import FullPrefill, Reuse
 from ragkv.model.attention import eager_attention
@@ -98,7 +98,7 @@ def _pieces(bench: Bench, ids: list[int]) -> list[str]:
     return [pair[len(shown[at]) :] for at, pair in enumerate(pairs)]
 
 
-def _spans(prompt: FusedPrompt, reading: Reading, case: Case) -> list[tuple[int, int]]:
+def _spans(prompt: FusedPrompt, reading: CaseChunks, case: Case) -> list[tuple[int, int]]:
     spans, at = [], prompt.report.prefix_tokens
     for chunk in reading.at(case.retrieved, "alone"):
         spans.append((at, at + len(chunk)))
@@ -107,7 +107,7 @@ def _spans(prompt: FusedPrompt, reading: Reading, case: Case) -> list[tuple[int,
 
 
 def _recomputed(
-    bench: Bench, case: Case, reading: Reading, arms: Sequence[Arm], charged: dict[str, float], about: float
+    bench: Bench, case: Case, reading: CaseChunks, arms: Sequence[Arm], charged: dict[str, float], about: float
 ) -> dict[str, list[int]]:
     """Positions of chunk tokens computed in the last layer, one arm of each family and context."""
     most: dict[tuple[str, str], tuple[str, list[int]]] = {}

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder.connection import Connection, Databases, problems
 from ragkv.folder.filesystem import prepare
-from ragkv.folder.gate import Gate
+from ragkv.folder.shared_lock import SharedLock
 from ragkv.folder.transaction import Transaction
 from ragkv.folder.translation import HOW_TO_REPAIR, translated
 
@@ -43,7 +43,7 @@ class Environment:
         self.path = path
         self.readonly = readonly
         self.write_lock = threading.RLock()
-        self.gate = Gate()
+        self.gate = SharedLock()
         self._databases = databases
         self._connect = partial(Connection, path, databases, map_bytes, durable, readonly)
         self._users = 0
@@ -258,7 +258,7 @@ class Environment:
         self._readings = weakref.WeakSet()
         self._inherited, self._connection = self._connection or self._inherited, None
         self.write_lock = threading.RLock()
-        self.gate = Gate()
+        self.gate = SharedLock()
 
 
 _forking = threading.local()  # what a thread has taken to fork: several may fork at once

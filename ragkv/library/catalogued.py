@@ -9,11 +9,10 @@ from typing import Any
 
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, StoreError
-from ragkv.library.document import Document
+from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
 from ragkv.retrieval import Change, Hit, Reading, Retriever, Snapshot, TokenChunker
-from ragkv.retrieval.records import Document as Listed
-from ragkv.retrieval.records import checked_document, reading_key, source_id
+from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +27,14 @@ class CataloguedDocuments:
 
     def __init__(self, retriever: Retriever, documents: Documents):
         self._retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
-        self._made: list[tuple[Listed, Reading]] = []
+        self._made: list[tuple[Document, Reading]] = []
         documents.records.append(self)
 
     def close(self) -> None:
         """The documents know of the catalogue no more."""
         self._documents.records.remove(self)
 
-    def find(self, document_id: str) -> Document | None:
+    def find(self, document_id: str) -> ChunkedDocument | None:
         """See the protocol."""
         with self._catalogue.snapshot() as view:
             listed = view.by_id(document_id)
@@ -108,16 +107,16 @@ class CataloguedDocuments:
         self._documents.store.remove_many(change.unused)
         return change
 
-    def reading(self, document: Document) -> Reading:
+    def reading(self, document: ChunkedDocument) -> Reading:
         """What the catalogue keeps of a document."""
         return Reading(self._documents.setting, self._documents.keys_of(document), document.to_bytes())
 
-    def kept(self, view: Snapshot, listed: Listed) -> Document | None:
+    def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
-        return None if reading is None else Document.from_bytes(reading.record)
+        return None if reading is None else ChunkedDocument.from_bytes(reading.record)
 
-    def read(self, view: Snapshot, listed: Listed) -> Reading:
+    def read(self, view: Snapshot, listed: Document) -> Reading:
         """How the model reads a document: as it is kept, or found out now and kept by :meth:`keep_made`.
 
         The latter in a folder that another model has used so far.
@@ -134,7 +133,7 @@ class CataloguedDocuments:
             listed = view.by_id(document_id)
             record = None if listed is None else self.read(view, listed).record
         self.keep_made()
-        return [] if record is None else list(Document.from_bytes(record))
+        return [] if record is None else list(ChunkedDocument.from_bytes(record))
 
     def keep_made(self) -> None:
         """Keeps what had to be found out, in one transaction."""
@@ -151,10 +150,10 @@ class CataloguedDocuments:
         Raises:
             DocumentError: a hit that was found without asking how its document is read, and that is gone meanwhile.
         """
-        documents: dict[str, Document] = {}
+        documents: dict[str, ChunkedDocument] = {}
         for hit in hits:
             if hit.document_id not in documents:
-                documents[hit.document_id] = Document.from_bytes((hit.reading or self._now(hit)).record)
+                documents[hit.document_id] = ChunkedDocument.from_bytes((hit.reading or self._now(hit)).record)
         self.keep_made()
         return [
             replace(documents[hit.document_id][hit.position], text=hit.text, span=hit.span, metadata=hit.metadata)

@@ -24,7 +24,7 @@ _FORMAT = "ragkv document 1"
 
 
 @dataclass(frozen=True, eq=False)
-class Document:
+class ChunkedDocument:
     """The chunks of one document. Its bytes are its record: with it a chunk is read again whenever its KV are lost.
 
     Attributes:
@@ -64,7 +64,7 @@ class Document:
             chain.append(self._chunk(at, first, context, lambda here=here: chain[:here]))
         return chain
 
-    def with_mark(self, number: int, mark: str) -> Document:
+    def with_mark(self, number: int, mark: str) -> ChunkedDocument:
         """The same document, its KV repaired from a chunk on."""
         return replace(self, marks={**self.marks, number: mark})
 
@@ -80,7 +80,7 @@ class Document:
         return save(arrays, {"format": _FORMAT, "document": json.dumps(header)})
 
     @classmethod
-    def from_bytes(cls, data: bytes, texts: Sequence[str | None] = ()) -> Document:
+    def from_bytes(cls, data: bytes, texts: Sequence[str | None] = ()) -> ChunkedDocument:
         """The document of :meth:`to_bytes`.
 
         Raises:

@@ -24,7 +24,7 @@ from ragkv.errors import (
 )
 from ragkv.kernels import Impl
 from ragkv.library.costs import cost_profile
-from ragkv.library.document import Document, windows
+from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.reading import Reader
 from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
@@ -132,7 +132,7 @@ class Documents:
         """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
         return digest(self.space, self._cutting).hex()
 
-    def cut(self, parts: Sequence[Text], document_id: str = "") -> Document:
+    def cut(self, parts: Sequence[Text], document_id: str = "") -> ChunkedDocument:
         """A document's chunks, without reading anything.
 
         Args:
@@ -146,7 +146,7 @@ class Documents:
             raise PromptError(f"document_id must be a str of at most {_LONGEST_ID} characters, got {document_id!r}")
         ids = [self._ids(part) for part in several(parts, "parts")]
         lengths = [len(part) for part in ids]
-        return Document(
+        return ChunkedDocument(
             id=document_id or digest(*ids).hex(),
             ids=ids,
             firsts=windows(lengths, self.document_tokens) if self.context == "document" else range(len(ids)),
@@ -166,7 +166,7 @@ class Documents:
         space = self.space
         return {self.key(chunk, space): chunk for chunk in chunks}
 
-    def keys_of(self, document: Document) -> list[bytes]:
+    def keys_of(self, document: ChunkedDocument) -> list[bytes]:
         """The keys of a document's KV, in order."""
         space = self.space
         return [self.key(chunk, space) for chunk in document]
@@ -176,7 +176,7 @@ class Documents:
         keys = self.keys(chunks)
         return [keys[key] for key in self.store.missing(list(keys))]
 
-    def record(self, document: Document) -> None:
+    def record(self, document: ChunkedDocument) -> None:
         """Keep a document's record beside the KV; for documents that no other of :attr:`records` has."""
         self._own_records.put(document)
 
@@ -265,7 +265,7 @@ class Documents:
             logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), error)
         self._settle({key: chunks[key] for key in stored})
 
-    def plan_repair(self, old: Sequence[Chunk], new: Document, behind_tokens: int) -> Repair | None:
+    def plan_repair(self, old: Sequence[Chunk], new: ChunkedDocument, behind_tokens: int) -> Repair | None:
         """How to read a changed document by computing only the changed parts and some tokens behind each.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Protocol
 from ragkv.chunk import Chunk
 from ragkv.errors import RecordError
 from ragkv.folder import seal, unseal
-from ragkv.library.document import Document
+from ragkv.library.document import ChunkedDocument
 from ragkv.store import TieredStore
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class Records(Protocol):
     """The documents that are kept."""
 
-    def find(self, document_id: str) -> Document | None:
+    def find(self, document_id: str) -> ChunkedDocument | None:
         """The document of an id, as it is now; None where it is not kept."""
 
     def holds(self, chunks: Mapping[bytes, Chunk]) -> set[bytes]:
@@ -36,12 +36,12 @@ class StoreRecords:
     def __init__(self, store: TieredStore, setting: str):
         self._store, self._setting = store, setting
 
-    def find(self, document_id: str) -> Document | None:
+    def find(self, document_id: str) -> ChunkedDocument | None:
         """See the protocol. A damaged record counts as none."""
         name = self.name(document_id)
         data = self._store.meta_get(name)
         try:
-            return None if data is None else Document.from_bytes(unseal(name.encode(), data))
+            return None if data is None else ChunkedDocument.from_bytes(unseal(name.encode(), data))
         except RecordError as error:
             logger.warning("the record of document %s is lost: %s", document_id, error)
             return None
@@ -51,7 +51,7 @@ class StoreRecords:
         documents = {name: self.find(name) for name in {chunk.document for chunk in chunks.values()}}
         return {key for key, chunk in chunks.items() if has(documents[chunk.document], chunk)}
 
-    def put(self, document: Document) -> None:
+    def put(self, document: ChunkedDocument) -> None:
         """Keep a document, in the place of the one of its id."""
         name = self.name(document.id)
         data = seal(name.encode(), document.to_bytes())
@@ -63,7 +63,7 @@ class StoreRecords:
         return f"document:{self._setting}:{document_id}"
 
 
-def has(document: Document | None, chunk: Chunk) -> bool:
+def has(document: ChunkedDocument | None, chunk: Chunk) -> bool:
     """Whether a document has just this chunk at its place."""
     if document is None or chunk.number >= len(document):
         return False

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.fusion.fuse import recompute
+from ragkv.fusion.compute import recompute
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.placement import Placement
-from ragkv.library.document import Document
+from ragkv.library.document import ChunkedDocument
 from ragkv.library.reading import Reader, cut
 from ragkv.store import TieredStore
 
@@ -35,13 +35,13 @@ class Repair:
         rows: positions of the tokens to compute, counted from the document's first token, ascending.
     """
 
-    document: Document
+    document: ChunkedDocument
     first: int
     sources: list[Chunk | None]
     rows: Tensor
 
 
-def plan_repair(old: Sequence[Chunk], document: Document, behind_tokens: int) -> Repair | None:
+def plan_repair(old: Sequence[Chunk], document: ChunkedDocument, behind_tokens: int) -> Repair | None:
     """How to make a document's KV from those of its version before; ``None`` where reading it costs no more.
 
     Args:

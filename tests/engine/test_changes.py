@@ -20,7 +20,7 @@ from ragkv import (
     Reuse,
     TieredStore,
 )
-from ragkv.fusing import _Fusing
+from ragkv.fuse import _Fusing
 from ragkv.fusion.placement import Placement
 from ragkv.store import Batch
 from ragkv.testing import random_ids

@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache
 
 from ragkv import Engine, LegoLink, Reuse
-from ragkv.library.document import Document, windows
+from ragkv.library.document import ChunkedDocument, windows
 from ragkv.testing import random_ids
 
 from .conftest import QUESTION, TEMPLATE, full
@@ -80,7 +80,7 @@ def test_long_documents_are_read_in_windows(shared_model, monkeypatch):
 def test_windows_never_exceed_and_always_advance():
     for lengths in ([64] * 5, [1] * 200, [60, 3, 3, 60, 64, 1], [40, 40, 40]):
         ids = [random_ids(n, seed=i) for i, n in enumerate(lengths)]
-        chunks = list(Document("", ids, windows(lengths, 64)))
+        chunks = list(ChunkedDocument("", ids, windows(lengths, 64)))
         assert all(chunk.offset + len(chunk) <= 64 for chunk in chunks)
 
 

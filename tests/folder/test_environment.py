@@ -13,7 +13,7 @@ import pytest
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.folder import Environment
-from ragkv.folder.gate import Gate
+from ragkv.folder.shared_lock import SharedLock
 
 DATABASES = {b"plain": {}, b"several": {"dupsort": True}}
 
@@ -304,7 +304,7 @@ def test_it_is_closed_when_no_other_thread_is_inside(environment):
 
 
 def test_a_gate_that_is_shut_twice_is_opened_twice():
-    gate, passed = Gate(), threading.Event()
+    gate, passed = SharedLock(), threading.Event()
 
     def enter():
         with gate:

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from ragkv import CacheBlend, Engine, FullPrefill, LegoLink, Method, PromptError, PromptTemplate, Reuse, Selection
-from ragkv.fusion.fuse import fuse, plan
+from ragkv.fusion.compute import compute, plan
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.view import View
 from ragkv.testing import random_ids, tiny_model
@@ -108,7 +108,7 @@ def test_slots_that_hold_nothing_are_never_seen(architecture, kernels, starts):
             layer.value_room.fill_(torch.nan)
             layer.key_room[:, :, : layout.tokens], layer.value_room[:, :, : layout.tokens] = held.keys, held.values
         work = plan(Selection.of(method.select(View(layout, 4, None)), method), layout, 4)
-        logits, _ = fuse(decoder, cache, layout, work, 16, slots=layout.tokens + 30)
+        logits, _ = compute(decoder, cache, layout, work, 16, slots=layout.tokens + 30)
         torch.testing.assert_close(logits, prompt.logits, atol=EXACT, rtol=0)
 
 

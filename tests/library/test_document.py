@@ -8,7 +8,7 @@ import torch
 from ragkv import Auto, Chunk, DocumentError, Engine, PromptError, PromptTemplate, Reuse, TieredStore
 from ragkv.errors import RecordError
 from ragkv.fusion.layout import lay_out
-from ragkv.library.document import Document, windows
+from ragkv.library.document import ChunkedDocument, windows
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture
 def long():
-    return Document("a document", [tuple(part) for part in PARTS], windows([15] * 12, 64), {5: "repaired"})
+    return ChunkedDocument("a document", [tuple(part) for part in PARTS], windows([15] * 12, 64), {5: "repaired"})
 
 
 def facts(chunk):
@@ -31,7 +31,7 @@ def facts(chunk):
 
 
 def test_its_record_holds_all_of_it(long):
-    again = Document.from_bytes(long.to_bytes(), [f"text {number}" for number in range(12)])
+    again = ChunkedDocument.from_bytes(long.to_bytes(), [f"text {number}" for number in range(12)])
     assert list(map(facts, again)) == list(map(facts, long)) and again[3].text == "text 3"
     for chunk, other in zip(again, long, strict=True):
         assert list(map(facts, chunk.lineage())) == list(map(facts, other.lineage()))
@@ -49,10 +49,10 @@ def test_each_chunk_of_a_lineage_knows_its_own(long):
 def test_a_damaged_record_is_refused(long):
     data = long.to_bytes()
     with pytest.raises(RecordError, match="this version reads 'ragkv document 1'"):
-        Document.from_bytes(data.replace(b"ragkv document 1", b"ragkv document 7"))
+        ChunkedDocument.from_bytes(data.replace(b"ragkv document 1", b"ragkv document 7"))
     for wrong in (b"", data[:-8], data[:40], b"x" * 100, data.replace(b"firsts", b"fastsx")):
         with pytest.raises(RecordError, match="damaged"):
-            Document.from_bytes(wrong)
+            ChunkedDocument.from_bytes(wrong)
 
 
 def test_a_chunk_goes_through_json(long):

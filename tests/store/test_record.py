@@ -18,7 +18,7 @@ from ragkv.folder import Environment
 from ragkv.store import TieredStore
 from ragkv.store.codecs import get_codec
 from ragkv.store.encode import encode
-from ragkv.store.layout import Part, Payload
+from ragkv.store.payload import Part, Payload
 from ragkv.store.record import Record
 
 KEY = bytes(range(32))

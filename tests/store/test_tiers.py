@@ -11,7 +11,7 @@ import torch
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store import Policy, Target, TieredStore
 from ragkv.store.books import LOGGED_REMOVALS
-from ragkv.store.layout import Payload
+from ragkv.store.payload import Payload
 from ragkv.store.policy import Usage
 from ragkv.store.record import Record
 from ragkv.store.rows import Row

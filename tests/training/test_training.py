@@ -19,7 +19,7 @@ from training.optim import orthogonalize
 from training.ranking import summary_of
 from training.ranking import table as ranking_table
 from training.tokenizer import HEADS, TAILS
-from training.train import Plan, Run, between
+from training.train import Plan, TrainingRun, between
 from training.world.generator import Question, questions
 from training.world.names import HELDOUT_NAMES, TRAINING_NAMES, Entity
 from training.world.writer import Context, Shape, write_context
@@ -124,7 +124,7 @@ def test_newton_schulz_makes_orthogonal():
 def test_run_resumes_where_it_was(tokenizer, size, tmp_path):
     def run(folder, steps):
         stage = Stage(**{**vars(STAGE), "steps": steps})
-        made = Run(folder, size, Plan(), (stage,), "cpu", seed=0)
+        made = TrainingRun(folder, size, Plan(), (stage,), "cpu", seed=0)
         made.train(tokenizer, compiled=False, every=1, save_every=1)
         return made
 
@@ -152,7 +152,7 @@ def test_export_is_loadable_and_whole(tokenizer, size, tmp_path):
 def test_a_stage_sets_rates_and_helpers(tokenizer, size, tmp_path):
     first = Stage(**{**vars(STAGE), "steps": 4, "rate": (1.0, 0.5), "helper": (1.0, 0.0)})
     last = Stage(**{**vars(STAGE), "steps": 2, "rate": (0.5, 0.1)})
-    run = Run(tmp_path, size, Plan(), (first, last), "cpu", seed=0)
+    run = TrainingRun(tmp_path, size, Plan(), (first, last), "cpu", seed=0)
     seen = []
     for run.step in range(6):
         stage, done = run.stage()
@@ -210,7 +210,7 @@ def test_a_helper_of_no_weight_changes_nothing(helper, tokenizer, size, tmp_path
     """A step with one helper's weight at 0 is a step on the losses without it."""
 
     def weights(name, plan, drop):
-        run = Run(tmp_path / name, size, plan, (STAGE,), "cpu", seed=0)
+        run = TrainingRun(tmp_path / name, size, plan, (STAGE,), "cpu", seed=0)
         run.low_precision = False
         for layer in run.model.model.layers:
             torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.2)
@@ -277,13 +277,13 @@ def test_runs_are_ranked_side_by_side(tokenizer, size, tmp_path):
     )
     summaries = {}
     for name in ("one", "two"):
-        run = Run(tmp_path / name, size, Plan(), (STAGE,), "cpu", seed=len(summaries))
+        run = TrainingRun(tmp_path / name, size, Plan(), (STAGE,), "cpu", seed=len(summaries))
         run.save()
         summaries[name] = summary_of(run.folder, plan)
     rows = [line.split(" | ") for line in ranking_table(summaries).splitlines()[2:]]
     assert {row[0] for row in rows} == {"| `full-prefill`", "| `reuse@document`"}
     assert all(len(row) == 3 and "%" in row[1] and "%" in row[2] for row in rows)
-    Run(tmp_path / "one", size, Plan(), (STAGE,), "cpu", seed=7).train(tokenizer, compiled=False)
+    TrainingRun(tmp_path / "one", size, Plan(), (STAGE,), "cpu", seed=7).train(tokenizer, compiled=False)
     summary_of(tmp_path / "one", plan)
     assert len(list((tmp_path / "one").glob("ranking-*"))) == 2
 

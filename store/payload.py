@@ -62,7 +62,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Contents:
     """All parts by name (``k.3``, ``v.3``, ``k.3.scale``), in the order of the payload, without holes."""
 
     parts: Mapping[str, Part]
@@ -81,7 +81,7 @@ class Layout:
         object.__setattr__(self, "layers", tuple(_layers(self.parts)))
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+    def of(cls, tensors: Mapping[str, Tensor]) -> Contents:
         """The tensors one after the other."""
         parts: dict[str, Part] = {}
         end = 0
@@ -100,13 +100,13 @@ class Layout:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def from_json(text: str) -> Layout:
-        """Reads :meth:`to_json`. Chunks of one length and model share one layout.
+    def from_json(text: str) -> Contents:
+        """Reads :meth:`to_json`. Chunks of one length and model share them.
 
         Raises:
             ValueError, KeyError, TypeError: it is none, or contradicts itself.
         """
-        return Layout({name: _part(entry) for name, entry in json.loads("{" + text + "}").items()})
+        return Contents({name: _part(entry) for name, entry in json.loads("{" + text + "}").items()})
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class Segments:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def cut(layout: Layout, bound: int) -> Segments:
+    def cut(contents: Contents, bound: int) -> Segments:
         """Cuts a payload into segments of at most ``bound`` bytes."""
         spans: list[tuple[int, int]] = []
         of_layer: list[range] = []
-        for layer in layout.layers:
+        for layer in contents.layers:
             size = layer.stop - layer.start
             if size > bound:
                 pieces = -(-size // bound)
@@ -148,8 +148,8 @@ class Segments:
         return Segments(tuple(spans), tuple(of_layer))
 
 
-class Run(NamedTuple):
-    """What one segment has of a layer's K or V: all its heads, or a piece of one.
+class Extent(NamedTuple):
+    """What one segment has of a layer's K or V: all its heads, or a part of one.
 
     Attributes:
         layer: which layer.
@@ -173,34 +173,34 @@ class Run(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def runs(layout: Layout, bound: int) -> tuple[tuple[Run, ...], ...]:
+def extents(contents: Contents, bound: int) -> tuple[tuple[Extent, ...], ...]:
     """What to copy out of each segment of a payload whose parts are stored as they are, each ``[H, T, D]``."""
-    found: list[tuple[Run, ...]] = []
-    for start, stop in Segments.cut(layout, bound).spans:
+    found: list[tuple[Extent, ...]] = []
+    for start, stop in Segments.cut(contents, bound).spans:
         parts = (
             (number, side, part)
-            for number, layer in enumerate(layout.layers)
+            for number, layer in enumerate(contents.layers)
             for side, part in enumerate((layer.keys[""], layer.values[""]))
             if part.start < stop and part.stop > start
         )
-        found.append(tuple(run for item in parts for run in _runs(*item, start, stop)))
+        found.append(tuple(extent for item in parts for extent in _extents(*item, start, stop)))
     return tuple(found)
 
 
-def _runs(layer: int, side: int, part: Part, start: int, stop: int) -> list[Run]:
+def _extents(layer: int, side: int, part: Part, start: int, stop: int) -> list[Extent]:
     """What the segment from ``start`` to ``stop`` has of a part."""
     heads, tokens, dim = part.shape
     token = dim * part.dtype.itemsize
     row = tokens * token
     if start <= part.start and part.stop <= stop:
-        return [Run(layer, side, slice(None), 0, row, part.start - start, part.stop - start, token)]
-    pieces = []
+        return [Extent(layer, side, slice(None), 0, row, part.start - start, part.stop - start, token)]
+    found = []
     for head in range(heads):
         begin = part.start + head * row
         first, last = max(begin, start), min(begin + row, stop)
         if first < last:
-            pieces.append(Run(layer, side, head, first - begin, last - begin, first - start, last - start, token))
-    return pieces
+            found.append(Extent(layer, side, head, first - begin, last - begin, first - start, last - start, token))
+    return found
 
 
 class Payload:

@@ -70,7 +70,7 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow)
 
 
-def fuse(
+def compute(
     decoder: Decoder,
     cache: FusedCache,
     layout: Layout,

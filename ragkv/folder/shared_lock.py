@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 
-class Gate:
+class SharedLock:
     """Lets any number of threads in, and keeps new ones out while it is shut, be it by several.
 
     LMDB's handle can only be closed in the child if no thread was inside it: that thread is not there to come out.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ragkv.chunk import Chunk
 from ragkv.errors import PromptError
-from ragkv.fusion.fuse import fuse, plan
+from ragkv.fusion.compute import compute, plan
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
 from ragkv.fusion.placement import Placement
@@ -24,7 +24,7 @@ from ragkv.store import Batch
 
 
 @torch.no_grad()
-def fused(documents: Documents, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
+def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
     """Compute what a method asks for over the stored rest.
 
     Args:
@@ -48,7 +48,7 @@ def fused(documents: Documents, layout: Layout, method: Method, room_tokens: int
             one.placement.ahead(work.first_stored)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn(), beside, timer.stage("compute"):
-            logits, done = fuse(decoder, one.cache, layout, work, one.reader.piece_tokens, timer)
+            logits, done = compute(decoder, one.cache, layout, work, one.reader.piece_tokens, timer)
         sources = one.placement.sources() if one.opened else ["unused"] * len(layout.chunks)
         report = FusionReport(
             method=selection.name,
