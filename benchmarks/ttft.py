@@ -29,6 +29,7 @@ import transformers
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
+from ragkv.evaluation.conditions import processor
 
 SHAPE = {
     "num_hidden_layers": 24,
@@ -240,7 +241,7 @@ def _conditions(args: argparse.Namespace) -> dict:
     return {
         "date": date.today().isoformat(),
         "machine": platform.processor() or platform.machine(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -253,14 +254,6 @@ def _conditions(args: argparse.Namespace) -> dict:
         "rounds": args.rounds,
         "peak_process_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def table(result: dict) -> str:
