@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ragkv.chunk import Chunk, digest
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError, RagKVError
+from ragkv.lazy import lazy
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, load_embedder, load_model
@@ -31,6 +35,10 @@ from ragkv.retrieval import (
 from ragkv.retrieval.records import checked_document, source_id
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
+from ragkv.streaming import AsyncAnswerStream
+
+# Questions of an event loop that are worked on at once: each holds its prompt's KV.
+_AT_ONCE = 8
 
 
 @dataclass
@@ -336,8 +344,26 @@ class RAG:
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
         return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
 
+    async def aask(self, question: str, **options: Any) -> SourcedAnswer:
+        """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
+        if options.get("num_beams", 1) > 1:
+            return await asyncio.wrap_future(self._threads.submit(partial(self.ask, question, **options)))
+        stream = self.astream(question, **options)
+        text = "".join([piece async for piece in stream])
+        assert stream.report is not None
+        return SourcedAnswer(text, stream.token_ids, stream.report, stream.sources)
+
+    def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
+        """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
+        return AsyncAnswerStream(partial(self.stream, question, **options), self._threads)
+
+    @lazy
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_AT_ONCE, "ragkv-answer")
+
     def close(self) -> None:
-        """Close retriever and store."""
+        """Close retriever and store, when the answers in the making are there; questions not begun are cancelled."""
+        self._threads.shutdown(cancel_futures=True)
         self._documents.close()
         try:
             self.retriever.close()

@@ -31,8 +31,9 @@ class CataloguedDocuments:
         documents.records.append(self)
 
     def close(self) -> None:
-        """The documents know of the catalogue no more."""
-        self._documents.records.remove(self)
+        """The documents know of the catalogue no more. Closing twice is fine."""
+        if self in self._documents.records:
+            self._documents.records.remove(self)
 
     def find(self, document_id: str) -> ChunkedDocument | None:
         """See the protocol."""

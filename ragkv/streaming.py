@@ -1,0 +1,77 @@
+"""Answers in an event loop: the model works in a thread, the loop never waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+
+from ragkv.errors import RagKVError
+from ragkv.report import AnswerReport, AnswerStream
+from ragkv.retrieval import Hit
+
+
+class AsyncAnswerStream(AsyncIterator[str]):
+    """A generated answer, piece by piece; the pieces joined are its text.
+
+    Whoever stops listening (a task that is cancelled, a connection that is closed, :meth:`aclose`) stops the model: before the
+    prompt is begun, or behind the token at hand.
+
+    Attributes:
+        sources: the passages in the order of the prompt; empty until the first piece is there.
+    """
+
+    def __init__(self, start: Callable[[], tuple[list[Hit], AnswerStream]], executor: Executor):
+        self.sources: list[Hit] = []
+        self._start, self._executor = start, executor
+        self._stream: AnswerStream | None = None
+        self._pieces = self._run()
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The ids generated so far, an end token included."""
+        return [] if self._stream is None else self._stream.token_ids
+
+    @property
+    def report(self) -> AnswerReport | None:
+        """What it cost so far; ``None`` until the first piece is there."""
+        return None if self._stream is None else self._stream.report
+
+    async def __anext__(self) -> str:
+        return await self._pieces.__anext__()
+
+    async def aclose(self) -> None:
+        """Stop the model. Closing twice, or behind the last piece, is fine."""
+        await self._pieces.aclose()
+
+    async def _run(self) -> AsyncGenerator[str]:
+        loop, stopped = asyncio.get_running_loop(), threading.Event()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def say(piece: str | None) -> None:
+            try:
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            except RuntimeError:  # the loop was closed meanwhile
+                stopped.set()
+
+        def work() -> None:
+            try:
+                if not stopped.is_set():
+                    self.sources, self._stream = self._start()
+                while not stopped.is_set() and self._stream and (piece := next(self._stream, None)) is not None:
+                    say(piece)
+            finally:
+                say(None)
+
+        try:
+            working = self._executor.submit(work)
+        except RuntimeError as error:
+            raise RagKVError("nothing is answered any more: it is closed") from error
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            await asyncio.wrap_future(working)  # raises what it raised
+        finally:
+            stopped.set()
+            working.cancel()
