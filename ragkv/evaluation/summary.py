@@ -35,6 +35,20 @@ class Metric:
     share: bool = True
     higher_is_better: bool = True
 
+    def merit(self, score: float) -> float:
+        """A score so that more is better."""
+        return score if self.higher_is_better else -score
+
+    def figure(self, score: float) -> str:
+        """A score for tables: per cent without the sign, or three digits."""
+        if self.share:
+            return f"{100 * score:.1f}"
+        return f"{score:.3g}" if score >= 1e-4 or score == 0 else f"{score:.0e}"
+
+    def shown(self, score: float, digits: int = 0) -> str:
+        """A score by itself: per cent, or three digits."""
+        return f"{score:.{digits}%}" if self.share else f"{score:.3g}"
+
 
 METRICS = {
     metric.name: metric
