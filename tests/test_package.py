@@ -112,6 +112,9 @@ def test_the_wheel_has_one_top_level_name(tmp_path):
             if path.suffix != ".pyc":
                 assert f"{home}/{path.relative_to(ROOT / room)}" in names, "pyproject.toml lists packages by name"
     assert "ragkv/py.typed" in names
+    templates = {path.name for path in (ROOT / "ragkv/evaluation/report/templates").iterdir()}
+    assert {"page.html.j2", "page.css.j2", "tables.md.j2"} < templates
+    assert {f"ragkv/evaluation/report/templates/{name}" for name in templates} < set(names)
     assert any(name.startswith("ragkv/bundled/model/") and name.endswith(".safetensors") for name in names)
     assert any(name.startswith("ragkv/bundled/documents/") for name in names)
     assert {f"ragkv/bundled/{name}" for name in ("cases.jsonl.bz2", "foreign.txt", "questions.json")} < set(names)

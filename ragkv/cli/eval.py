@@ -15,13 +15,14 @@ from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
 from ragkv.evaluation import Bench, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.gates import Gate
-from ragkv.evaluation.report import write_markdown, write_page
+from ragkv.evaluation.report import templates, write_markdown, write_page
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
 from ragkv.model.loading import BUNDLED, load_model
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
+    templates()  # hours of work should not end without a report
     upwards, arms = metric(args.metric), parse_arms(args.arms, args.budgets)
     form, cases = read_cases(CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words)
     plan = Plan(
@@ -133,6 +134,4 @@ def _row(arm: dict[str, Any]) -> tuple[str, ...]:
 
 def _mean(arm: dict[str, Any], slice_: str, wanted: Metric) -> str:
     held = arm["scores"].get(slice_, {}).get(wanted.name)
-    if held is None:
-        return ""
-    return f"{100 * held[0]:.1f}" if wanted.share else f"{held[0]:.3g}"
+    return "" if held is None else wanted.figure(held[0])

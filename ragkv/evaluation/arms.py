@@ -70,6 +70,10 @@ class Arm:
         """The chunks in the prompt, in order."""
         return {"retrieved": case.retrieved, "documents": case.whole, "gold": case.gold, "nothing": ()}[self.reads]
 
+    def suits(self, case: Case) -> bool:
+        """Whether the case has chunks for it."""
+        return self.reads != "gold" or bool(case.gold)
+
     def method_for(self, chunk_tokens: Sequence[int], charged: Mapping[str, float]) -> Method:
         """The method for one prompt.
 

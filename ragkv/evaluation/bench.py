@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
-from ragkv.errors import PromptError
+from ragkv.errors import MethodError, PromptError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation.answering import Reply, reply
+from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.methods import FullPrefill, Method
 from ragkv.prompt import PromptTemplate
-from ragkv.report import FusedPrompt
+from ragkv.report import FusedPrompt, FusionReport
 from ragkv.store import TieredStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+#: What is raised where a method or a model cannot do what an arm asks for. Others can, so that the run goes on.
+REFUSALS = (MethodError, UnsupportedModelError, PromptTooLongError)
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,34 @@ class CaseChunks:
         """Chunks in the order of their places."""
         return [self.chunks[context or "document"][place] for place in places]
 
+    def given(self, arm: Arm, case: Case, charged: Mapping[str, float]) -> tuple[list[Chunk], Method]:
+        """The chunks that an arm puts together for a case, and the method by which; ``charged`` and errors as for the method."""
+        chunks = self.at(arm.places(case), arm.context)
+        return chunks, arm.method_for([len(chunk) for chunk in chunks], charged)
+
     def all(self) -> list[Chunk]:
         """Every chunk of every context."""
         return [chunk for held in self.chunks.values() for chunk in held.values()]
 
 
-@dataclass(eq=False)
-class PromptRun:
-    """One prompt and its answer.
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one prompt gave, without its cache.
 
     Attributes:
-        prompt: fused; its cache is used up.
+        ids: the prompt, ``[N]``.
+        logits: next-token logits ``[1, V]``.
         reply: what the model says.
         text: the reply as text.
+        report: of the fusion.
         ttft_ms: from the call to the first token.
     """
 
-    prompt: FusedPrompt
+    ids: Tensor
+    logits: Tensor
     reply: Reply
     text: str
+    report: FusionReport
     ttft_ms: float
 
 
@@ -169,11 +184,12 @@ class Bench:
         int(prompt.logits.argmax())  # waits for the device
         return prompt, (perf_counter() - begin) * 1e3
 
-    def run(self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True) -> PromptRun:
+    def run(self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True) -> Outcome:
         """Fuse and answer."""
         prompt, ttft_ms = self.fuse(chunks, case, method, rotated)
         said = reply(self.engine.decoder, prompt, self.gold_ids(case), self.ends, self.max_new_tokens)
-        return PromptRun(prompt, said, self.engine.encoder.decode(said.ids).strip(), ttft_ms)
+        text = self.engine.encoder.decode(said.ids).strip()
+        return Outcome(prompt.input_ids[0], prompt.logits, said, text, prompt.report, ttft_ms)
 
     def warm_up(self, case: Case) -> None:
         """The first passes of a process are slow, and would be charged to whoever comes first."""

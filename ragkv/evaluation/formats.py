@@ -5,12 +5,12 @@ from __future__ import annotations
 import bz2
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ragkv.evaluation.cases import Case, Place, everything
+from ragkv.evaluation.cases import Case, everything
 from ragkv.evaluation.errors import EvaluationError
 
 Record = dict[str, Any]
@@ -114,42 +114,47 @@ def cut(text: str, words: int) -> tuple[str, ...]:
     return (*chunks, " ".join(held)) if held or not chunks else tuple(chunks)
 
 
-def _whole_or_cut(text: str, words: int) -> tuple[str, ...]:
-    text = text.strip()
-    return (text,) if len(text.split()) <= words else cut(text, words)
+def _titled(title: Any, text: str) -> str:
+    title = str(title or "").strip()
+    return f"{title}\n{text}" if title else text
 
 
-def _titled(title: str, text: str) -> str:
-    return f"{title.strip()}\n{text}" if title.strip() else text
-
-
-def _case(number: int, documents: Sequence[tuple[str, ...]], gold: Sequence[Place] = (), **rest: Any) -> Case:
-    documents = tuple(documents)
-    identity = str(rest.pop("id", None) or number)
-    return Case(id=identity, documents=documents, retrieved=everything(documents), gold=tuple(gold), **rest)
+def _case(number: int, words: int, passages: Iterable[str], gold: Collection[int] = (), **rest: Any) -> Case:
+    """A case of passages, which are cut where they are long; ``gold`` are the numbers of those that the answer rests on."""
+    texts = [passage.strip() for passage in passages]
+    documents = tuple((text,) if len(text.split()) <= words else cut(text, words) for text in texts)
+    places = everything(documents)
+    return Case(
+        id=str(rest.pop("id", None) or number),
+        answers=_texts(rest.pop("answers")),
+        documents=documents,
+        retrieved=places,
+        gold=tuple(place for place in places if place[0] in gold),
+        **rest,
+    )
 
 
 def _longbench(record: Record, number: int, words: int) -> Case:
-    pieces = [piece for piece in _PASSAGE.split(record["context"]) if piece.strip()]
     return _case(
         number,
-        [_whole_or_cut(piece, words) for piece in pieces],
+        words,
+        [piece for piece in _PASSAGE.split(record["context"]) if piece.strip()],
         id=record.get("_id"),
         kind=str(record.get("dataset") or "longbench"),
         question=str(record["input"]),
-        answers=_texts(record["answers"]),
+        answers=record["answers"],
     )
 
 
 def _cacheblend(record: Record, number: int, words: int) -> Case:
-    texts = [_titled(str(ctx.get("title") or ""), str(ctx["text"])) for ctx in record["ctxs"]]
     return _case(
         number,
-        [_whole_or_cut(text, words) for text in texts],
+        words,
+        [_titled(passage.get("title"), str(passage["text"])) for passage in record["ctxs"]],
         id=record.get("id"),
         kind="cacheblend",
         question=str(record["question"]),
-        answers=_texts(record["answers"]),
+        answers=record["answers"],
     )
 
 
@@ -158,42 +163,30 @@ def _hotpot(record: Record, number: int, words: int) -> Case:
     context, facts = record["context"], record.get("supporting_facts") or []
     if isinstance(context, dict):
         context = list(zip(context["title"], context.get("sentences") or context["content"], strict=True))
-    if isinstance(facts, dict):
-        facts = list(zip(facts["title"], facts["sent_id"], strict=True))
-    supporting = {title for title, _ in facts}
-    documents = [
-        _whole_or_cut(_titled(title, " ".join(sentence.strip() for sentence in text)), words) for title, text in context
-    ]
-    gold = [
-        (index, chunk)
-        for index, (title, _) in enumerate(context)
-        if title in supporting
-        for chunk in range(len(documents[index]))
-    ]
+    supporting = facts["title"] if isinstance(facts, dict) else [title for title, _ in facts]
     return _case(
         number,
-        documents,
-        gold,
+        words,
+        [_titled(title, " ".join(sentence.strip() for sentence in text)) for title, text in context],
+        [index for index, (title, _) in enumerate(context) if title in supporting],
         id=record.get("_id") or record.get("id"),
         kind=str(record.get("type") or "multi-hop"),
         question=str(record["question"]),
-        answers=_texts(record["answer"]),
+        answers=record["answer"],
     )
 
 
 def _musique(record: Record, number: int, words: int) -> Case:
     paragraphs = record["paragraphs"]
-    documents = [_whole_or_cut(_titled(str(p.get("title") or ""), p["paragraph_text"]), words) for p in paragraphs]
-    gold = [(n, c) for n, p in enumerate(paragraphs) if p.get("is_supporting") for c in range(len(documents[n]))]
-    answerable = record.get("answerable", True)
     return _case(
         number,
-        documents,
-        gold,
+        words,
+        [_titled(paragraph.get("title"), paragraph["paragraph_text"]) for paragraph in paragraphs],
+        [index for index, paragraph in enumerate(paragraphs) if paragraph.get("is_supporting")],
         id=record.get("id"),
         kind=str(record.get("id") or "musique").split("__")[0],
         question=str(record["question"]),
-        answers=_texts([record["answer"], record.get("answer_aliases") or []]) if answerable else (),
+        answers=[record["answer"], record.get("answer_aliases")] if record.get("answerable", True) else [],
     )
 
 
@@ -201,15 +194,14 @@ def _ruler(record: Record, number: int, words: int) -> Case:
     """RULER writes context and question into one text: the question is its last paragraph."""
     context, _, question = str(record["input"]).rstrip().rpartition("\n")
     opening, *listed = [piece for piece in _DOCUMENT.split(context) if piece.strip()]
-    # With listed documents, what stands before the first one is the task's instruction.
-    passages = [_whole_or_cut(piece, words) for piece in listed] or [cut(opening, words)]
     return _case(
         number,
-        passages,
+        words,
+        listed or [opening],  # what stands before the first of listed documents is the task's instruction
         id=record.get("index"),
         kind=str(record.get("task") or "ruler"),
         question=question.strip(),
-        answers=_texts(record["outputs"]),
+        answers=record["outputs"],
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -68,12 +68,10 @@ def run_gates(bench: Bench, case: Case) -> Iterator[Gate]:
 
 @dataclass(eq=False)
 class _Truth:
-    """The model's own prefill, without anything of ragkv: ids ``[N]``, logits ``[1, V]``, keys and values by layer."""
+    """The model's own prefill, without anything of ragkv: ids ``[N]``; logits ``[1, V]``, keys and values of every layer."""
 
     ids: Tensor
-    logits: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
+    found: list[Tensor]
 
 
 def _one_document(bench: Bench, case: Case, reading: CaseChunks) -> list[Chunk]:
@@ -94,8 +92,11 @@ def _one_document(bench: Bench, case: Case, reading: CaseChunks) -> list[Chunk]:
 def _own_prefill(engine: Engine, ids: Tensor) -> _Truth:
     cache = DynamicCache()  # made without a configuration it keeps what a window hides
     out = engine.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    layers = cache.layers
-    return _Truth(ids, out.logits[:, -1], [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
+    return _Truth(ids, _tensors(out.logits[:, -1], cache))
+
+
+def _tensors(logits: Tensor, cache: Cache) -> list[Tensor]:
+    return [logits, *(each[0] for layer in cache.layers for each in (layer.keys, layer.values))]
 
 
 def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
@@ -105,9 +106,7 @@ def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 def _compare(prompt: FusedPrompt, truth: _Truth) -> float:
-    layers = prompt.past_key_values.layers
-    keys, values = [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers]
-    return _error([prompt.logits, *keys, *values], [truth.logits, *truth.keys, *truth.values])
+    return _error(_tensors(prompt.logits, prompt.past_key_values), truth.found)
 
 
 def _noise_floor(engine: Engine, truth: _Truth) -> Gate:
@@ -117,10 +116,10 @@ def _noise_floor(engine: Engine, truth: _Truth) -> Gate:
     positions = torch.arange(len(ids), device=ids.device)
     decoder.step(ids[:half], positions[:half], cache)
     logits = decoder.step(ids[half:], positions[half:], cache)
-    kl = divergence(truth.logits, logits)
+    kl = divergence(truth.found[0], logits)
     return Gate(
         f"noise floor of {str(decoder.dtype).removeprefix('torch.')}",
-        _error([logits], [truth.logits]),
+        _error([logits], truth.found[:1]),
         min(0.1, 1000 * torch.finfo(decoder.dtype).eps),
         f"one prefill in two pieces against in one; KL of the first token {kl:.1e}",
     )
@@ -149,8 +148,7 @@ def _scattered(bench: Bench, case: Case, chunks: list[Chunk], truth: _Truth, lim
 def _first_layer(bench: Bench, case: Case, chunks: list[Chunk], truth: _Truth, limit: float) -> Gate:
     """Layer 0's keys depend on token and position alone, so turning them must give what is computed in place."""
     prompt = bench.engine.fuse(chunks, case.question, method=Reuse())
-    keys = prompt.past_key_values.layers[0].keys[0]
-    error = _error([keys], [truth.keys[0]])
+    error = _error([prompt.past_key_values.layers[0].keys[0]], truth.found[1:2])
     return Gate("layer-0 keys rotated = computed there", error, limit, f"{len(chunks)} chunks read alone and moved")
 
 

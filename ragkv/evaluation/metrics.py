@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,13 +32,12 @@ def contains(answer: str, gold: Sequence[str]) -> float:
 
 def f1(answer: str, gold: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, the best over the gold answers (SQuAD)."""
-    return max(_word_f1(normalised(answer).split(), normalised(right).split()) for right in gold)
+    return _f_measure(lambda a, b: (Counter(a) & Counter(b)).total(), answer, gold)
 
 
 def rouge_l(answer: str, gold: Sequence[str]) -> float:
     """F-measure over the longest common subsequence of words, the best over the gold answers (Lin, 2004)."""
-    words = normalised(answer).split()
-    return max(_rouge(words, normalised(right).split()) for right in gold)
+    return _f_measure(_common_subsequence, answer, gold)
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
@@ -53,17 +52,9 @@ def same_top(reference: Tensor, other: Tensor) -> float:
     return float(torch.equal(reference.argmax(-1), other.argmax(-1)))
 
 
-def _word_f1(answer: list[str], right: list[str]) -> float:
-    if not answer or not right:
-        return float(answer == right)
-    common = sum((Counter(answer) & Counter(right)).values())
-    return 2 * common / (len(answer) + len(right))
-
-
-def _rouge(answer: list[str], right: list[str]) -> float:
-    if not answer or not right:
-        return float(answer == right)
-    return 2 * _common_subsequence(answer, right) / (len(answer) + len(right))
+def _f_measure(common: Callable[[list[str], list[str]], int], answer: str, gold: Sequence[str]) -> float:
+    words, rights = normalised(answer).split(), [normalised(right).split() for right in gold]
+    return max(2 * common(words, right) / (len(words) + len(right)) if words or right else 1.0 for right in rights)
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:

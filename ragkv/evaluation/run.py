@@ -18,7 +18,6 @@ from ragkv.evaluation.conditions import conditions, versions
 from ragkv.evaluation.errors import EvaluationError, GateError
 from ragkv.evaluation.gates import Gate, run_gates
 from ragkv.evaluation.rows import Row, Rows, write_json
-from ragkv.evaluation.scoring import missing
 from ragkv.evaluation.summary import summarise
 from ragkv.evaluation.timing import Clock
 from ragkv.evaluation.tokens import look_at
@@ -105,7 +104,10 @@ def evaluate(
     _agree(plan, cases, rows)
     gates = _gates(bench, cases[0], passed)
     bench.warm_up(cases[0])
-    _score(bench, plan, cases, rows, progress, jobs, make_bench)
+    tasks = _tasks(plan, cases, rows)
+    for _, groups in zip(progress(tasks, "cases"), ask_all(tasks, bench, jobs, make_bench), strict=True):
+        for made in groups:
+            rows.add(made)
     timed = _times(bench, plan, cases, rows, folder, progress)
     tokens = _tokens(bench, plan, cases, rows)
     summary = summarise(
@@ -184,27 +186,18 @@ def _gates(bench: Bench, case: Case, passed: Callable[[Gate], None]) -> list[Gat
     return gates
 
 
-def _score(
-    bench: Bench,
-    plan: Plan,
-    cases: Sequence[Case],
-    rows: Rows,
-    progress: Progress,
-    jobs: int,
-    make_bench: MakeBench | None,
-) -> None:
+def _tasks(plan: Plan, cases: Sequence[Case], rows: Rows) -> list[Task]:
+    """What is not there yet."""
     tasks = []
     for case in cases:
-        prompts = [
-            Prompt(order, arranged, arms, _charged(plan, case, order, rows))
-            for order, arranged in case.arranged(plan.orders, plan.seed)
-            if (arms := missing(case, order, plan.arms, rows.kept))
-        ]
+        prompts = []
+        for order, arranged in case.arranged(plan.orders, plan.seed):
+            arms = [arm for arm in plan.arms if arm.suits(case) and (case.id, order, arm.name) not in rows]
+            if arms:
+                prompts.append(Prompt(order, arranged, arms, _charged(plan, case, order, rows)))
         if prompts:
             tasks.append(Task(case, prompts, plan.seed))
-    for _, found in zip(progress(tasks, "cases"), ask_all(tasks, bench, jobs, make_bench), strict=True):
-        for made in found:
-            rows.add(made)
+    return tasks
 
 
 def _times(

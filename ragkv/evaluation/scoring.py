@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import MethodError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation import metrics
 from ragkv.evaluation.arms import Arm
-from ragkv.evaluation.bench import Bench, CaseChunks
+from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks, Outcome
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.evaluation.rows import Row
 from ragkv.methods import FullPrefill, Method
-from ragkv.report import FusionReport
 
 _FULL = FullPrefill()
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What one prompt gave, without its cache.
-
-    Attributes:
-        ids: the prompt, ``[N]``.
-        logits: next-token logits ``[1, V]``.
-        answer: greedy ids, without the end token.
-        text: the answer.
-        gold_nll: nats a token of the gold answer.
-        report: of the fusion.
-        ttft_ms: from the call to the first token.
-    """
-
-    ids: Tensor
-    logits: Tensor
-    answer: tuple[int, ...]
-    text: str
-    gold_nll: float
-    report: FusionReport
-    ttft_ms: float
 
 
 class Group:
@@ -78,7 +51,7 @@ class Group:
         chunks = self._reference(self.case.retrieved)
         documents = self._reference(self.case.whole)
         for arm in sorted(shuffled, key=lambda arm: bool(arm.like)):
-            if arm.reads != "gold" or self.case.gold:
+            if arm.suits(self.case):
                 yield self._row(arm, chunks, documents)
 
     def _reference(self, places: Sequence) -> Outcome | None:
@@ -89,10 +62,8 @@ class Group:
     def _row(self, arm: Arm, chunks: Outcome | None, documents: Outcome | None) -> Row:
         row: Row = {**self._about, "arm": arm.name}
         try:
-            held = self.reading.at(arm.places(self.case), arm.context)
-            method = arm.method_for([len(chunk) for chunk in held], self.charged)
-            outcome = self._outcome(held, method, arm.rotated)
-        except (MethodError, UnsupportedModelError, PromptTooLongError) as error:
+            outcome = self._outcome(*self.reading.given(arm, self.case, self.charged), arm.rotated)
+        except REFUSALS as error:
             return {**row, "refused": " ".join(str(error).split())}
         self.charged[arm.name] = outcome.report.budget
         self._same_ids(arm, outcome, {"retrieved": chunks, "documents": documents}.get(arm.reads))
@@ -102,10 +73,7 @@ class Group:
         contexts = () if method == _FULL else tuple(chunk.context for chunk in chunks)
         key = (method, rotated, contexts, tuple(chunk.ids for chunk in chunks))
         if key not in self._known:
-            run = self.bench.run(chunks, self.case, method, rotated)
-            ids, logits = run.prompt.input_ids[0], run.prompt.logits
-            said = run.reply
-            self._known[key] = Outcome(ids, logits, said.ids, run.text, said.gold_nll, run.prompt.report, run.ttft_ms)
+            self._known[key] = self.bench.run(chunks, self.case, method, rotated)
         return self._known[key]
 
     def _same_ids(self, arm: Arm, outcome: Outcome, reference: Outcome | None) -> None:
@@ -123,13 +91,13 @@ class Group:
             "f1": metrics.f1(outcome.text, gold),
             "rouge_l": metrics.rouge_l(outcome.text, gold),
             "contained": metrics.contains(outcome.text, gold),
-            "gold_nll": outcome.gold_nll,
+            "gold_nll": outcome.reply.gold_nll,
         }
         for name, reference in (("chunks", chunks), ("documents", documents)):
             if reference is not None:
                 scores[f"kl_{name}"] = metrics.divergence(reference.logits, outcome.logits)
                 scores[f"top1_{name}"] = metrics.same_top(reference.logits, outcome.logits)
-                scores[f"same_{name}"] = float(reference.answer == outcome.answer)
+                scores[f"same_{name}"] = float(reference.reply.ids == outcome.reply.ids)
         return scores
 
 
@@ -144,8 +112,3 @@ def _costs(outcome: Outcome) -> Row:
         "ttft_ms": round(outcome.ttft_ms, 3),
         "stages": stages,
     }
-
-
-def missing(case: Case, order: int, arms: Sequence[Arm], done: Collection[tuple[str, int, str]]) -> list[Arm]:
-    """The arms whose rows are still to be made."""
-    return [arm for arm in arms if (case.id, order, arm.name) not in done and (arm.reads != "gold" or case.gold)]

@@ -40,16 +40,15 @@ class Resampling:
         Args:
             values: the rows of each case.
         """
-        held = {case: rows for case, rows in values.items() if rows}
-        if not held:
-            return None
         sums, counts = np.zeros(len(self._index)), np.zeros(len(self._index))
-        for case, rows in held.items():
+        for case, rows in values.items():
             sums[self._index[case]], counts[self._index[case]] = sum(rows), len(rows)
+        if not counts.any():
+            return None
         drawn = self._weights @ counts
         means = (self._weights @ sums)[drawn > 0] / drawn[drawn > 0]
         low, high = np.quantile(means, [0.025, 0.975])
-        return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), len(held))
+        return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), int(np.count_nonzero(counts)))
 
 
 def difference(arm: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

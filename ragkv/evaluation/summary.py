@@ -35,7 +35,22 @@ class Metric:
     share: bool = True
     higher_is_better: bool = True
 
+    def merit(self, score: float) -> float:
+        """A score so that more is better."""
+        return score if self.higher_is_better else -score
 
+    def figure(self, score: float) -> str:
+        """A score for tables: per cent without the sign, or three digits."""
+        if self.share:
+            return f"{100 * score:.1f}"
+        return f"{score:.3g}" if score >= 1e-4 or score == 0 else f"{score:.0e}"
+
+    def shown(self, score: float, digits: int = 0) -> str:
+        """A score by itself: per cent, or three digits."""
+        return f"{score:.{digits}%}" if self.share else f"{score:.3g}"
+
+
+_REFERENCES = {"chunks": "a full prefill of the same chunks", "documents": "a full prefill of the whole documents"}
 METRICS = {
     metric.name: metric
     for metric in (
@@ -44,29 +59,14 @@ METRICS = {
         Metric("rouge_l", "Rouge-L", "longest common subsequence of words with the best gold answer, F-measure"),
         Metric("contained", "contained", "a gold answer stands in the answer"),
         Metric("perplexity", "perplexity", "of the gold answer, a token", share=False, higher_is_better=False),
-        Metric("top1_chunks", "top-1, chunks", "the first token is that of a full prefill of the same chunks"),
-        Metric("same_chunks", "same answer, chunks", "the greedy answer is that of a full prefill of the same chunks"),
-        Metric(
-            "kl_chunks",
-            "KL, chunks",
-            "nats from a full prefill of the same chunks to the arm, first token",
-            share=False,
-            higher_is_better=False,
-        ),
-        Metric(
-            "top1_documents", "top-1, documents", "the first token is that of a full prefill of the whole documents"
-        ),
-        Metric(
-            "same_documents",
-            "same answer, documents",
-            "the greedy answer is that of a full prefill of the whole documents",
-        ),
-        Metric(
-            "kl_documents",
-            "KL, documents",
-            "nats from a full prefill of the whole documents to the arm, first token",
-            share=False,
-            higher_is_better=False,
+        *(
+            metric
+            for what, full in _REFERENCES.items()
+            for metric in (
+                Metric(f"top1_{what}", f"top-1, {what}", f"the first token is that of {full}"),
+                Metric(f"same_{what}", f"same answer, {what}", f"the greedy answer is that of {full}"),
+                Metric(f"kl_{what}", f"KL, {what}", f"nats from {full} to the arm, first token", False, False),
+            )
         ),
     )
 }
@@ -120,9 +120,10 @@ def summarise(
                 "n": len({row["case"] for row in scored}),
                 "prompts": len(scored),
                 "refused": dict(Counter(row["refused"] for row in held if "refused" in row)),
-                "scores": {name: _scores(resampling, scored, wanted) for name, wanted in slices.items()},
+                "scores": {name: _scores(resampling, filter(wanted, scored)) for name, wanted in slices.items()},
                 "against_documents": {
-                    name: _against(resampling, scored, reference, wanted) for name, wanted in slices.items()
+                    name: _against(resampling, filter(wanted, scored), filter(wanted, reference))
+                    for name, wanted in slices.items()
                 },
                 "cost": _cost(scored, [times[arm] for times in timed if arm in times]),
             }
@@ -134,61 +135,47 @@ def summarise(
     return {"slices": counts, "arms": found}
 
 
-def _slices(rows: Iterable[Row]) -> dict[str, Callable[[Row], bool]]:
+def _slices(rows: Sequence[Row]) -> dict[str, Callable[[Row], bool]]:
     """All, every kind in order of appearance, and where chunks were shuffled, both orders of those cases that were."""
-    kinds: dict[str, None] = {}
-    shuffled = set()
-    for row in rows:
-        kinds.setdefault(row["kind"], None)
-        if row["order"]:
-            shuffled.add(row["case"])
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    shuffled = {row["case"] for row in rows if row["order"]}
     slices: dict[str, Callable[[Row], bool]] = {ALL: lambda row: True}
     if len(kinds) > 1:
-        slices |= {kind: _of_kind(kind) for kind in kinds}
+        slices |= {kind: lambda row, kind=kind: row["kind"] == kind for kind in kinds}
     if shuffled:
         slices[GIVEN] = lambda row: row["order"] == 0 and row["case"] in shuffled
         slices[SHUFFLED] = lambda row: row["order"] > 0
     return slices
 
 
-def _of_kind(kind: str) -> Callable[[Row], bool]:
-    return lambda row: row["kind"] == kind
+def _values(rows: Iterable[Row], names: Iterable[str]) -> dict[str, dict[str, list[float]]]:
+    """By metric its values by case, orders ascending."""
+    ordered = sorted(rows, key=lambda row: row["order"])
+    values: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
+    for name, by_case in values.items():
+        field = "gold_nll" if name == "perplexity" else name
+        for row in ordered:
+            if field in row:
+                by_case[row["case"]].append(row[field])
+    return values
 
 
-def _values(rows: Iterable[Row], name: str) -> dict[str, list[float]]:
-    """A metric's values by case, orders ascending."""
-    field = "gold_nll" if name == "perplexity" else name
-    values = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["order"]):
-        if field in row:
-            values[row["case"]].append(row[field])
-    return dict(values)
-
-
-def _scores(resampling: Resampling, rows: Sequence[Row], wanted: Callable[[Row], bool]) -> dict[str, Any]:
-    kept = [row for row in rows if wanted(row)]
-    scores = {}
-    for name in METRICS:
-        estimate = resampling.estimate(_values(kept, name))
-        if estimate is not None:
-            scores[name] = _perplexity(estimate) if name == "perplexity" else estimate
+def _scores(resampling: Resampling, rows: Iterable[Row]) -> dict[str, Estimate]:
+    scores = _estimates(resampling, _values(rows, METRICS))
+    if "perplexity" in scores:
+        mean, low, high, n = scores["perplexity"]
+        scores["perplexity"] = Estimate(exp(mean), exp(low), exp(high), n)
     return scores
 
 
-def _against(
-    resampling: Resampling, rows: Sequence[Row], reference: Sequence[Row], wanted: Callable[[Row], bool]
-) -> dict[str, Any]:
-    kept, other = [row for row in rows if wanted(row)], [row for row in reference if wanted(row)]
-    found = {}
-    for name in ("em", "f1"):
-        estimate = resampling.estimate(difference(_values(kept, name), _values(other, name)))
-        if estimate is not None:
-            found[name] = estimate
-    return found
+def _against(resampling: Resampling, rows: Iterable[Row], reference: Iterable[Row]) -> dict[str, Estimate]:
+    held, other = _values(rows, ("em", "f1")), _values(reference, ("em", "f1"))
+    return _estimates(resampling, {name: difference(held[name], other[name]) for name in held})
 
 
-def _perplexity(nll: Estimate) -> Estimate:
-    return Estimate(exp(nll.mean), exp(nll.low), exp(nll.high), nll.n)
+def _estimates(resampling: Resampling, values: dict[str, dict[str, list[float]]]) -> dict[str, Estimate]:
+    found = {name: resampling.estimate(held) for name, held in values.items()}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def _cost(rows: Sequence[Row], timed: Sequence[Row]) -> dict[str, Any]:

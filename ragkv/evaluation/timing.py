@@ -12,9 +12,8 @@ from typing import Self
 
 import torch
 
-from ragkv.errors import MethodError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation.arms import Arm
-from ragkv.evaluation.bench import Bench, CaseChunks
+from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.rows import Row
 from ragkv.report import FusedPrompt
@@ -52,19 +51,15 @@ class Clock:
         self._disk.read(case)
         found = {}
         for arm in arms:
-            if arm.reads == "gold" and not case.gold:
-                continue
-            try:
-                found[arm.name] = self._one(case, arm, reading, charged)
-            except (MethodError, UnsupportedModelError, PromptTooLongError):
-                continue  # the row of its answer says why
+            if arm.suits(case):
+                with contextlib.suppress(*REFUSALS):  # the row of its answer says why
+                    found[arm.name] = self._one(case, arm, reading, charged)
         for bench in (self._memory, self._disk, self._cold):
             bench.forget(reading)
         return found
 
     def _one(self, case: Case, arm: Arm, reading: CaseChunks, charged: Mapping[str, float]) -> Row:
-        chunks = reading.at(arm.places(case), arm.context)
-        method = arm.method_for([len(chunk) for chunk in chunks], charged)
+        chunks, method = reading.given(arm, case, charged)
         with Peak(self._memory.engine.decoder.device) as peak:
             prompt, _ = self._memory.fuse(chunks, case, method, arm.rotated)
         kv_bytes = _kv_bytes(prompt)

@@ -6,15 +6,15 @@ L layers, N tokens of the prompt, H heads, S tokens of the suffix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ragkv.engine import Engine
-from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.evaluation.arms import CONTEXTS, Arm
-from ragkv.evaluation.bench import Bench, CaseChunks
+from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.methods import FullPrefill, Reuse
 from ragkv.model.attention import eager_attention
@@ -38,14 +38,15 @@ def look_at(
         ``None`` where the model does not show it), ``recomputed`` (positions by arm).
     """
     reading = bench.read(case)
-    full, _ = bench.fuse(reading.at(case.retrieved, "alone"), case, FullPrefill())
+    chunks = reading.at(case.retrieved, "alone")
+    full, _ = bench.fuse(chunks, case, FullPrefill())
     found: dict[str, Any] = {
         "case": case.id,
         "kind": case.kind,
         "question": case.question,
         "answers": list(case.answers),
         "tokens": _pieces(bench, full.input_ids[0].tolist()),
-        "chunks": _spans(full, reading, case),
+        "chunks": list(pairwise(accumulate(map(len, chunks), initial=full.report.prefix_tokens))),
         "gold": [case.retrieved.index(place) for place in case.gold if place in case.retrieved],
         "deviation": {},
         "recomputed": _recomputed(bench, case, reading, arms, charged, about),
@@ -98,14 +99,6 @@ def _pieces(bench: Bench, ids: list[int]) -> list[str]:
     return [pair[len(shown[at]) :] for at, pair in enumerate(pairs)]
 
 
-def _spans(prompt: FusedPrompt, reading: CaseChunks, case: Case) -> list[tuple[int, int]]:
-    spans, at = [], prompt.report.prefix_tokens
-    for chunk in reading.at(case.retrieved, "alone"):
-        spans.append((at, at + len(chunk)))
-        at += len(chunk)
-    return spans
-
-
 def _recomputed(
     bench: Bench, case: Case, reading: CaseChunks, arms: Sequence[Arm], charged: dict[str, float], about: float
 ) -> dict[str, list[int]]:
@@ -114,11 +107,10 @@ def _recomputed(
     for arm in arms:
         if arm.reads != "retrieved" or not arm.context or arm.like:
             continue
-        chunks = reading.at(case.retrieved, arm.context)
         try:
-            method = arm.method_for([len(chunk) for chunk in chunks], charged)
+            chunks, method = reading.given(arm, case, charged)
             prompt, _ = bench.fuse(chunks, case, method, arm.rotated)
-        except (MethodError, UnsupportedModelError):
+        except REFUSALS:
             continue
         first, tokens = prompt.report.prefix_tokens, prompt.report.chunk_tokens
         rows = [row for row in prompt.recomputed.tolist() if first <= row < first + tokens]

@@ -1,6 +1,7 @@
 """``ragkv eval`` as it is typed."""
 
 import json
+import sys
 
 import pytest
 
@@ -117,6 +118,13 @@ def test_the_bundled_data(tmp_path, capsys):
 def test_failures_are_one_line(argv, reason, tmp_path, capsys):
     code, out, err = run(capsys, *argv, "--out", tmp_path / "out")
     assert (code, out, err.count("\n")) == (1, "", 1) and reason in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_jinja2_nothing_is_begun(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, out, err = run(capsys, "--data", data, "--out", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "the report needs jinja2: pip install 'ragkv[report]'" in err
     assert not (tmp_path / "out").exists()
 
 

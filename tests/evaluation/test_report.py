@@ -1,5 +1,6 @@
 """The page: what stands in it, and in a real browser whether it is drawn."""
 
+import copy
 import json
 import re
 import shutil
@@ -9,10 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from ragkv.evaluation import Plan, evaluate, parse_arms
-from ragkv.evaluation.report import page, tables
-from ragkv.evaluation.report.markup import Markup, tag
+from ragkv.evaluation.report import page, write_markdown
 from ragkv.evaluation.report.scatter import BUDGET, TTFT
-from ragkv.evaluation.report.series import Look
 from ragkv.evaluation.summary import METRICS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -108,20 +107,60 @@ def test_what_comes_from_data_is_escaped(html):
     assert "tiny <model>" not in html and "tiny &lt;model&gt;" in html
 
 
-def test_costs_that_were_not_measured_are_dashes():
+def test_what_comes_from_data_is_escaped_everywhere(result):
+    """Whatever text a summary holds, none of it becomes an element."""
+    marked = json.loads(json.dumps([result.summary, result.tokens]).replace("reuse@alone", "<i id='x'>&amp;"))
+    summary, tokens = marked
+    tokens["question"] = tokens["kind"] = tokens["tokens"][0] = tokens["answers"][0] = "</p><script>"
+    summary["conditions"]["command"] = summary["gates"][0]["note"] = '"><script>'
+    summary["left_out"] = summary["arms"][0]["refused"] = {"</td><script>": 1}
+    found = Elements(page(summary, tokens, METRICS["em"]))
+    assert not found.all("script") and not found.all("i", id="x")
+    assert any("<i id='x'>&amp;" in text for text in found.texts)
+
+
+def test_costs_that_were_not_measured_are_dashes(result):
+    summary = copy.deepcopy(result.summary)
     stages = {"place": 1.0, "select": 0.0, "compute": 2.25}
-    cost = {"budget": 0.125, "tokens": 1234.0, "ttft_ms": 12.34, "ttft_p95_ms": 20.0, "stages_ms": stages}
-    arms = [{"name": "a", "cost": {**cost, "bytes_read": 3 << 20}}, {"name": "refused", "cost": {}}]
-    shown = Elements(tables.costs(arms, {"a": Look("a", "", "c0")})).texts
-    row = shown[shown.index("a") + 1 :]
+    cost = {"budget": 0.125, "tokens": 1234.0, "ttft_ms": 12.34, "ttft_p95_ms": 20.0, "stages_ms": stages, "timed": 1}
+    arm = next(arm for arm in summary["arms"] if arm["cost"])
+    arm["cost"] = {**cost, "bytes_read": 3 << 20}
+    html = page(summary, result.tokens, METRICS["em"])
+    shown = Elements(
+        html[html.index("<h2>Cost</h2>") : html.index("<h2>Left out and refused</h2>")].rpartition("</")[0]
+    )
+    texts = [text for text in shown.texts if text.strip()]
+    row = texts[texts.index(arm["name"]) + 1 :][:12]
     assert row[:7] == ["12.5%", "1,234", "12.3 ms", "20.0 ms", "1.0", "0.0", "2.2"]
     assert row[7:] == ["\u2013", "3.0 MiB", "\u2013", "\u2013", "\u2013"]
+    refused = {arm["name"] for arm in summary["arms"] if not arm["cost"]}
+    assert refused and not refused & set(texts)
 
 
-def test_markup():
-    assert tag("p", "a < b", Markup("<b>c</b>"), None, class_="x") == '<p class="x">a &lt; b<b>c</b></p>'
-    assert tag("input", type="radio", checked=True, hidden=False) == '<input type="radio" checked>'
-    assert tag("rect", x=1.04, y=2.0) == '<rect x="1" y="2"></rect>'
+@pytest.mark.parametrize(("metric", "best"), [("em", "lego-link:k=30%@alone"), ("kl_chunks", "lego-link:k=10%@alone")])
+def test_the_time_is_shown_of_the_best_arm(result, metric, best):
+    """Which is the one of the least divergence, but of the most right answers."""
+    summary = copy.deepcopy(result.summary)
+    names = ("lego-link:k=10%@alone", "lego-link:k=30%@alone")
+    for arm in summary["arms"]:
+        if arm["name"] in names:
+            score = 0.25 + 0.5 * names.index(arm["name"])
+            arm["scores"]["all"][metric] = (score, score, score, 2)
+    html = page(summary, result.tokens, METRICS[metric])
+    texts = Elements(re.search(r'<svg[^>]*data-plot="stages".*?</svg>', html, re.DOTALL)[0]).texts
+    assert [name for name in texts if name in names] == [best]
+
+
+def test_the_figures_in_markdown(result, tmp_path):
+    write_markdown(tmp_path / "tables.md", result.summary, METRICS["kl_chunks"])
+    written = (tmp_path / "tables.md").read_text()
+    tables = [block.splitlines() for block in written.split("\n\n") if block.startswith("|")]
+    ran = [arm for arm in result.summary["arms"] if arm["cost"]]
+    assert [len(table) for table in tables] == [2 + len(ran)] * 2
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+        assert [line.split("`")[1] for line in table[2:]] == [arm["name"] for arm in ran]
+    assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases, ") and written.endswith(" |\n")
 
 
 MEASURE = """<script>

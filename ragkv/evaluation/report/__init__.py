@@ -1,6 +1,5 @@
-"""The report: one self-contained HTML page, and tables in Markdown."""
+"""The report: one self-contained HTML page, and tables in Markdown. Its templates need jinja2."""
 
-from ragkv.evaluation.report.markdown import write_markdown
-from ragkv.evaluation.report.page import page, write_page
+from ragkv.evaluation.report.page import page, templates, write_markdown, write_page
 
-__all__ = ["page", "write_markdown", "write_page"]
+__all__ = ["page", "templates", "write_markdown", "write_page"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ragkv.evaluation.arms import FULL, FULL_DOCUMENTS
+from ragkv.evaluation.summary import ALL, Metric
+
+#: What a run's summary says of an arm.
+Arm = dict[str, Any]
 
 #: Classes of the style sheet, which has a colour for each in light and dark.
 _COLOURS = 8
@@ -37,9 +41,9 @@ class Look:
         return _SHAPES.get(self.family, "circle")
 
     @property
-    def swatch(self) -> str:
-        """Classes of its mark in legends and tables."""
-        return f"swatch {self.shape} {self.colour}{' hollow' if self.context == 'alone' else ''}"
+    def hollow(self) -> str:
+        """A class for marks of chunks that were read alone."""
+        return " hollow" if self.context == "alone" else ""
 
 
 def looks(summary: dict[str, Any]) -> dict[str, Look]:
@@ -53,20 +57,21 @@ def looks(summary: dict[str, Any]) -> dict[str, Look]:
     }
 
 
-def best_of_series(summary: dict[str, Any], metric: str, slice_: str) -> list[dict[str, Any]]:
-    """Of every family and context the arm that is best at a metric, the cheapest of equals; in order of appearance."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for arm in summary["arms"]:
-        key, score = tuple(summary["families"][arm["name"]]), value(arm, slice_, metric)
-        if score is None or arm["name"].startswith("random="):
-            continue
-        held = best.get(key)
-        if held is None or (score, -arm["cost"]["ttft_ms"]) > (value(held, slice_, metric), -held["cost"]["ttft_ms"]):
-            best[key] = arm
-    return list(best.values())
+def by_series(arms: Iterable[Arm], looks: dict[str, Look]) -> dict[tuple[str, str], list[Arm]]:
+    """Arms by family and context. Random controls at other arms' budgets are no series."""
+    series: dict[tuple[str, str], list[Arm]] = {}
+    for arm in arms:
+        if not arm["name"].startswith("random="):
+            look = looks[arm["name"]]
+            series.setdefault((look.family, look.context), []).append(arm)
+    return series
 
 
-def value(arm: dict[str, Any], slice_: str, metric: str) -> float | None:
-    """An arm's mean in a slice, or ``None``."""
-    scores: Sequence[float] | None = arm["scores"].get(slice_, {}).get(metric)
-    return None if scores is None else scores[0]
+def best(arms: Iterable[Arm], metric: Metric) -> Arm | None:
+    """The arm that is best at a metric, the fastest of equals; ``None`` where none has a score."""
+    scored = [arm for arm in arms if metric.name in arm["scores"][ALL]]
+    return max(
+        scored,
+        key=lambda arm: (metric.merit(arm["scores"][ALL][metric.name][0]), -arm["cost"]["ttft_ms"]),
+        default=None,
+    )
