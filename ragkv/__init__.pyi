@@ -7,6 +7,7 @@ from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import MethodError as MethodError
 from ragkv.errors import MissingPackageError as MissingPackageError
 from ragkv.errors import ModelChangedError as ModelChangedError
+from ragkv.errors import NonFiniteError as NonFiniteError
 from ragkv.errors import PromptError as PromptError
 from ragkv.errors import PromptTooLongError as PromptTooLongError
 from ragkv.errors import RagKVError as RagKVError
@@ -14,6 +15,7 @@ from ragkv.errors import RecordError as RecordError
 from ragkv.errors import RetrievalError as RetrievalError
 from ragkv.errors import StoreError as StoreError
 from ragkv.errors import StoreFullError as StoreFullError
+from ragkv.errors import UnknownArgumentError as UnknownArgumentError
 from ragkv.errors import UnsupportedModelError as UnsupportedModelError
 from ragkv.fusion.layout import Layout as Layout
 from ragkv.fusion.view import Check as Check

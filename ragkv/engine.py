@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk
-from ragkv.errors import ModelChangedError, PromptError, PromptTooLongError, RecordError, whole_number
+from ragkv.detokenizer import Detokenizer, cut, stop_texts
+from ragkv.errors import ArgumentError, ModelChangedError, PromptError, PromptTooLongError, RecordError, whole_number
 from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents, several
-from ragkv.methods import Auto, Method, SensitiveTokens
+from ragkv.methods import Method, SensitiveTokens
+from ragkv.methods.words import parse_method
 from ragkv.model.decoder import Decoder
-from ragkv.model.decoding import DEFAULT_NEW_TOKENS, Settings, beam_search, decode
+from ragkv.model.decoding import beam_search, decode
+from ragkv.model.generation import DEFAULT_NEW_TOKENS, Settings
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt
@@ -44,7 +47,8 @@ class Engine:
         model: any transformers decoder with rotary positions, in eval mode.
         tokenizer: ``None`` where everything is given as token ids.
         store: where KV are kept; CPU memory by default.
-        method: how prompts are put together, unless a call says otherwise; :class:`~ragkv.SensitiveTokens` by default.
+        method: how prompts are put together, unless a call says otherwise: a method, or its name as on the command line
+            (``"auto"``, ``"reuse"``, ``"lego-link:k=16"``); :class:`~ragkv.SensitiveTokens` by default.
         template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
         context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
         document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
@@ -231,15 +235,32 @@ class Engine:
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
+        return self._prompt(chunks, question, method, lambda _: room_tokens, begin, starts)
+
+    def _prompt(
+        self,
+        chunks: Sequence[Chunk | Text],
+        question: Text,
+        method: Method | str | None,
+        asked: Callable[[int], int | None],
+        begin: float,
+        starts: Sequence[int] | None = None,
+    ) -> FusedPrompt:
+        """One prompt, with the room that ``asked`` says for a prompt of so many tokens."""
         chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
         known = self._chunks(chunks)
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, starts)
-        room = self._room(layout.end, room_tokens)
-        return self._fuse(layout, chosen, room, begin)
+        return self._fuse(layout, chosen, self._room(layout.end, asked(layout.end)), begin)
 
     def generate(
-        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
+        self,
+        chunks: Sequence[Chunk | Text],
+        question: Text,
+        *,
+        method: Method | str | None = None,
+        stop: str | Sequence[str] = (),
+        **generation: Any,
     ) -> Answer:
         """Answer a question over chunks.
 
@@ -247,27 +268,40 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
+            stop: a text or several at which the answer ends, besides the template's; they are no part of it, while
+                ``stop_strings``, as in transformers, are.
             **generation: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``stop_strings``, ``num_beams``, ...
+                Each does what it does there, or is refused; the model's own generation config holds for the rest.
 
         Raises:
-            As :meth:`fuse`; ``ValueError`` for generation arguments that transformers refuses; ModelChangedError where the model
-            changes in the middle of the answer.
+            As :meth:`fuse`; UnknownArgumentError (a ``TypeError``) and ArgumentError (a ``ValueError``) for generation arguments;
+            NonFiniteError where the logits are NaN or infinite; ModelChangedError where the model changes in the middle of the
+            answer.
         """
         begin = perf_counter()
-        settings, prompt = self._begin(chunks, question, method, generation)
+        settings = self._settings(stop, generation)
         if settings.beams > 1:
+            prompt = self._prompt(chunks, question, method, settings.asked, begin)
             fused_ms = _ms(begin)
             with self._turn(prompt):
                 ids = beam_search(settings, prompt)
             report = AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
-            return Answer(self.encoder.decode(ids), ids, report)
-        report, ids = AnswerReport(prompt.report), []
-        for token in self._tokens(settings, prompt, report, begin):
-            ids.append(token)
-        return Answer(self.encoder.decode(ids), ids, report)
+        else:
+            stream = self._stream(chunks, question, method, settings, begin)
+            for _ in stream:
+                pass
+            assert stream.report is not None
+            ids, report = stream.token_ids, stream.report
+        return Answer(cut(self.encoder.decode(ids), settings.stop), ids, report)
 
     def stream(
-        self, chunks: Sequence[Chunk | Text], question: Text, *, method: Method | str | None = None, **generation: Any
+        self,
+        chunks: Sequence[Chunk | Text],
+        question: Text,
+        *,
+        method: Method | str | None = None,
+        stop: str | Sequence[str] = (),
+        **generation: Any,
     ) -> AnswerStream:
         """Answer a question over chunks, piece by piece as text.
 
@@ -277,26 +311,48 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
+            stop: as for :meth:`generate`; not even half a stop text is shown.
             **generation: as for :meth:`generate`; no beams.
 
         Returns:
             The pieces; joined they are the answer's text. Its ``report`` and ``token_ids`` grow with them.
 
         Raises:
-            As :meth:`generate`, when the first piece is asked for; PromptError where the engine has no tokenizer.
+            As :meth:`generate`, arguments at once and all else when the first piece is asked for; PromptError where the engine has
+            no tokenizer.
         """
         if self.tokenizer is None:
             raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
+        settings = self._settings(stop, generation)
+        if settings.beams > 1:
+            raise ArgumentError(
+                "num_beams: beam search knows its text only at the end: use generate(), or leave it out"
+            )
+        return self._stream(chunks, question, method, settings)
 
+    def _settings(self, stop: str | Sequence[str], generation: dict[str, Any]) -> Settings:
+        texts = (*stop_texts(self.template.stop), *stop_texts(stop))
+        if texts and self.tokenizer is None:
+            raise ArgumentError(
+                f"stop={texts} is text and the engine has no tokenizer: give it one, or stopping_criteria=[...]"
+            )
+        return Settings(self.decoder, self.tokenizer, generation, texts)
+
+    def _stream(
+        self,
+        chunks: Sequence[Chunk | Text],
+        question: Text,
+        method: Method | str | None,
+        settings: Settings,
+        begin: float | None = None,
+    ) -> AnswerStream:
         def start() -> tuple[AnswerReport, Iterator[int]]:
-            begin = perf_counter()
-            settings, prompt = self._begin(chunks, question, method, generation)
-            if settings.beams > 1:
-                raise ValueError("beam search knows its text only at the end: use generate()")
+            begun = perf_counter() if begin is None else begin
+            prompt = self._prompt(chunks, question, method, settings.asked, begun)
             report = AnswerReport(prompt.report)
-            return report, self._tokens(settings, prompt, report, begin)
+            return report, self._tokens(settings, prompt, report, begun)
 
-        return AnswerStream(start, self.encoder.decode)
+        return AnswerStream(start, Detokenizer(self.encoder, settings.stop))
 
     def _chunks(self, chunks: Sequence[Chunk | Text]) -> list[Chunk]:
         """Chunks as they are; text and ids as passages that stand alone."""
@@ -341,12 +397,6 @@ class Engine:
                 logger.warning("reading chunks again: %s", error)
         return fuse(self.documents, layout, method, room_tokens, begin)
 
-    def _begin(
-        self, chunks: Sequence[Chunk | Text], question: Text, method: Method | str | None, generation: dict[str, Any]
-    ) -> tuple[Settings, FusedPrompt]:
-        settings = Settings(self.decoder, self.tokenizer, generation)
-        return settings, self.fuse(chunks, question, method=method, room_tokens=settings.asked)
-
     @contextmanager
     def _turn(self, prompt: FusedPrompt) -> Iterator[None]:
         """The model for this thread alone, as it was when it computed a prompt."""
@@ -358,7 +408,7 @@ class Engine:
             yield
 
     def _tokens(self, settings: Settings, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
-        for token in decode(settings, prompt, lambda: self._turn(prompt)):
+        for token in decode(settings, prompt, begin, lambda: self._turn(prompt)):
             report.new_tokens += 1
             if report.new_tokens == 1:
                 report.first_token_ms = _ms(begin)
@@ -371,10 +421,10 @@ def _ms(begin: float) -> float:
 
 
 def _method(method: Method | str) -> Method:
-    if method == "auto":
-        return Auto()
+    if isinstance(method, str):
+        return parse_method(method)
     if not isinstance(method, Method):
         raise TypeError(
-            f"method must be a ragkv.Method, as ragkv.Reuse() or ragkv.LegoLink(k=16), or 'auto'; got {method!r}"
+            f"method must be a ragkv.Method, as ragkv.LegoLink(k=16), or its name, as 'lego-link:k=16'; got {method!r}"
         )
     return method

@@ -22,7 +22,15 @@ class PromptTooLongError(PromptError):
 
 
 class ArgumentError(RagKVError, ValueError):
-    """A number that the engine was given is out of range."""
+    """An argument that the engine was given is out of range, or cannot be honoured."""
+
+
+class UnknownArgumentError(RagKVError, TypeError):
+    """An argument of a name that nobody knows."""
+
+
+class NonFiniteError(RagKVError, ArithmeticError):
+    """The model computed NaN or infinite logits: most often it overflows in its dtype."""
 
 
 class MethodError(RagKVError, ValueError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk
-from ragkv.errors import PromptError
+from ragkv.errors import NonFiniteError, PromptError
 from ragkv.fusion.compute import compute, plan
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
@@ -19,6 +19,7 @@ from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
 from ragkv.methods import Method
+from ragkv.model.inspection import non_finite
 from ragkv.report import FusedPrompt, FusionReport
 from ragkv.store import Batch
 
@@ -37,6 +38,7 @@ def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int,
     Raises:
         RecordError: a record proved damaged; the store has dropped it.
         ModelChangedError: the model is not what it was when this began.
+        NonFiniteError: the logits are NaN or infinite, where they are on the CPU.
     """
     with ExitStack() as stack:
         one = _Fusing(documents, layout, method, room_tokens, begin, stack)
@@ -49,6 +51,10 @@ def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int,
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn(), beside, timer.stage("compute"):
             logits, done = compute(decoder, one.cache, layout, work, one.reader.piece_tokens, timer)
+        if (
+            logits.device.type == "cpu" and not logits.isfinite().all()
+        ):  # on a device, decoding looks: it waits for it anyway
+            raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
         sources = one.placement.sources() if one.opened else ["unused"] * len(layout.chunks)
         report = FusionReport(
             method=selection.name,

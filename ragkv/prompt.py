@@ -37,6 +37,7 @@ class PromptTemplate:
         after_chunk: stands behind every chunk.
         before_question: stands between the chunks and the question.
         after_question: stands behind the question (the assistant header).
+        stop: a text or several at which an answer ends; they are no part of it.
     """
 
     prefix: Text = ""
@@ -45,6 +46,7 @@ class PromptTemplate:
     after_chunk: Text = ""
     before_question: Text = ""
     after_question: Text = ""
+    stop: str | Sequence[str] = ()
 
     @classmethod
     def from_chat_template(
@@ -92,12 +94,16 @@ class PromptTemplate:
 
     @classmethod
     def default(cls, tokenizer: PreTrainedTokenizerBase | None) -> PromptTemplate:
-        """The chat template's parts where there is one, a plain question-answer form otherwise; nothing without tokenizer."""
+        """The chat template's parts where there is one, a plain question-answer form otherwise; nothing without tokenizer.
+
+        A base model goes on with a question of its own: the plain form's answers end there.
+        """
         if tokenizer is None:
             return cls()
         if getattr(tokenizer, "chat_template", None):
             return cls.from_chat_template(tokenizer)
-        return cls(after_chunk="\n\n", before_question="Question: ", after_question="\nAnswer:")
+        stop = ("\n\nQuestion:", "\nQuestion:", "Question:")
+        return cls(after_chunk="\n\n", before_question="Question: ", after_question="\nAnswer:", stop=stop)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ragkv.detokenizer import Detokenizer
 from ragkv.fusion.timing import Timer
 
 
@@ -111,8 +112,8 @@ class Answer:
     """A generated answer.
 
     Attributes:
-        text: without special tokens; empty when the engine has no tokenizer.
-        token_ids: the generated ids, an end token included.
+        text: without special tokens, and without the stop text that ended it; empty when the engine has no tokenizer.
+        token_ids: the generated ids, an end token and the ids of a stop text included.
         report: what it cost.
     """
 
@@ -128,14 +129,14 @@ class AnswerStream(Iterator[str]):
     """A generated answer, piece by piece; the pieces joined are its text.
 
     Attributes:
-        token_ids: the ids generated so far, an end token included.
+        token_ids: the ids generated so far, an end token and the ids of a stop text included.
         report: what it cost so far; ``None`` until the first piece was asked for.
     """
 
-    def __init__(self, start: Callable[[], tuple[AnswerReport, Iterator[int]]], decode: Callable[[list[int]], str]):
+    def __init__(self, start: Callable[[], tuple[AnswerReport, Iterator[int]]], detokenizer: Detokenizer):
         self.token_ids: list[int] = []
         self.report: AnswerReport | None = None
-        self._start, self._decode = start, decode
+        self._start, self._text = start, detokenizer
         self._pieces = self._run()
 
     def __next__(self) -> str:
@@ -143,14 +144,13 @@ class AnswerStream(Iterator[str]):
 
     def _run(self) -> Iterator[str]:
         self.report, tokens = self._start()
-        shown = ""
         for token in tokens:
             self.token_ids.append(token)
-            text = self._decode(self.token_ids)
-            if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
-                if len(text) > len(shown):
-                    yield text[len(shown) :]
-                shown = text
-        rest = self._decode(self.token_ids)
-        if len(rest) > len(shown):
-            yield rest[len(shown) :]
+            piece = self._text.add(token)
+            if piece:
+                yield piece
+            if self._text.stopped:
+                return
+        rest = self._text.rest()
+        if rest:
+            yield rest

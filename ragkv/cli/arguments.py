@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
     )
+    ask.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
 
     care.add_commands(command)
     evaluating.add_command(commands.add_parser)

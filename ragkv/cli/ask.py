@@ -39,9 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[str, float]]:
     begin = perf_counter()
-    hits, pieces = rag.stream(
-        args.question, top_k=args.top_k, neighbours=args.neighbours, max_new_tokens=args.max_new_tokens
-    )
+    search = {"top_k": args.top_k, "neighbours": args.neighbours}
+    hits, pieces = rag.stream(args.question, **search, stop=args.stop, max_new_tokens=args.max_new_tokens)
     text = ""
     for piece in pieces:
         if not args.json:

@@ -46,6 +46,13 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
 
 
+def non_finite(dtype: torch.dtype) -> str:
+    """Why a model computes NaN or infinities, and what to do."""
+    if dtype == torch.float16:
+        return "float16 is too narrow for this model: load it with dtype=torch.bfloat16 or dtype=torch.float32"
+    return f"its weights hold NaN, or {dtype} is too narrow: look at the weights, or load it with dtype=torch.float32"
+
+
 def refuse_autocast(device: torch.device) -> None:
     """Refuse to run in another precision than the model's own, which stored KV would not tell.
 

@@ -152,3 +152,15 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ragkv: no documents in ") and done.stderr.count("\n") == 1
+
+
+def test_ask_ends_before_a_text(files, capsys):
+    run(capsys, "add", files)
+    question = "Where is the Harbour Office?"
+    whole = json.loads(run(capsys, "ask", question, "--json", "--max-new-tokens", 8)[1])["answer"]
+    ends = ["never met", whole[3:6]]
+    code, out, _ = run(
+        capsys, "ask", question, "--json", "--max-new-tokens", 8, *(x for end in ends for x in ("--stop", end))
+    )
+    assert code == 0 and json.loads(out)["answer"] == whole[: whole.index(ends[1])].strip()
+    assert len(whole) > 6

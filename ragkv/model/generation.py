@@ -1,0 +1,260 @@
+"""Generation arguments: each argument of ``model.generate`` does what it does in transformers, or is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from difflib import get_close_matches
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ragkv.errors import ArgumentError, PromptTooLongError, UnknownArgumentError, whole_number
+from ragkv.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Tokens generated when neither the call nor the model's generation config says how many.
+DEFAULT_NEW_TOKENS = 64
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+#: Fields of a ``GenerationConfig`` that do what they do in ``model.generate``.
+HONOURED = frozenset(
+    _names("""
+    max_length max_new_tokens min_length min_new_tokens max_time stop_strings
+    do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits
+    num_beams early_stopping length_penalty guidance_scale watermarking_config remove_invalid_values
+    repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id pad_token_id bos_token_id eos_token_id
+    disable_compile transformers_version
+    """)
+)
+
+#: What ``model.generate`` takes besides these fields, and what is honoured too.
+BESIDE = frozenset(
+    _names("""
+    generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer tokenizer
+    negative_prompt_ids negative_prompt_attention_mask
+    """)
+)
+
+_PROMPT = "the engine makes the prompt and runs the model: give chunks and a question"
+_STRATEGY = "transformers fetches this strategy from the Hub: use do_sample, num_beams, or a logits_processor of your own instead"
+_ASSISTED = "answers are decoded token by token, without an assistant: leave it out, greedy answers are the same"
+_OUTPUTS = (
+    "an answer holds text, ids and a report: take logits from Engine.fuse(...).logits, or from a logits_processor"
+)
+_CACHE = "the answer grows in the prompt's own cache: leave it out"
+_COMPILED = "the model is not compiled here: leave it out"
+
+#: What cannot be honoured, and why.
+REFUSED: dict[str, str] = {
+    name: why
+    for why, names in {
+        _PROMPT: "inputs input_ids inputs_embeds attention_mask position_ids past_key_values custom_generate trust_remote_code",
+        _STRATEGY: "penalty_alpha dola_layers num_beam_groups diversity_penalty constraints force_words_ids low_memory",
+        _ASSISTED: "assistant_model assistant_tokenizer is_assistant use_mtp speculation_type num_assistant_tokens "
+        "num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size "
+        "assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight",
+        _OUTPUTS: "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate",
+        _CACHE: "use_cache cache_implementation cache_config max_cache_len",
+        _COMPILED: "compile_config",
+        "an answer is one sequence: ask again for another sample": "num_return_sequences",
+        "the engine's piece_tokens says how many tokens one pass computes": "prefill_chunk_size",
+        "prompts are spliced as ids, which healing would change: leave it out": "token_healing",
+        "answers are not batched: leave it out": "continuous_batching_config",
+        "decoders have no such token, only encoder-decoders": "decoder_start_token_id",
+        "one process runs the model: leave it out": "synced_gpus",
+    }.items()
+    for name in _names(names)
+}
+# Refused also where the model's own generation config says so, for without them the answer would be another one.
+_DECISIVE = [name for name, why in REFUSED.items() if why == _STRATEGY or name == "token_healing"]
+# Values at which an argument of those refused asks for nothing, besides None and False.
+_NEUTRAL = {**GenerationConfig._get_default_generation_params(), "cache_implementation": "dynamic"}
+# What beam search by ``model.generate`` must not take from the model's own generation config.
+_PLAIN = {"return_dict_in_generate": False, "use_cache": True, "cache_implementation": None, "num_return_sequences": 1}
+
+
+class Settings:
+    """Generation arguments, resolved by transformers.
+
+    Args:
+        decoder: the model. What its own generation config says holds where the arguments say nothing.
+        tokenizer: for stop strings; may be ``None``.
+        arguments: what ``model.generate`` takes.
+        stop: texts at which the answer ends, for beam search.
+
+    Attributes:
+        decoder: the model.
+        config: all settings together.
+        stop: texts at which the answer ends.
+        beams: searched at once; 1 for greedy decoding and sampling.
+        streamer: of transformers, if one was given.
+        runs_model: logits processors run the model, as classifier-free guidance does.
+
+    Raises:
+        UnknownArgumentError: neither transformers nor ragkv knows an argument of that name.
+        ArgumentError: an argument that cannot be honoured, or that transformers refuses.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase | None,
+        arguments: dict[str, Any],
+        stop: Sequence[str] = (),
+    ):
+        _check(decoder, arguments)
+        fields = {name: value for name, value in arguments.items() if name not in BESIDE}
+        self.decoder, self._fields, self.stop = decoder, fields, stop
+        self._beside: dict[str, Any] = {**dict.fromkeys(BESIDE), "tokenizer": tokenizer}
+        self._beside |= {name: arguments[name] for name in BESIDE if arguments.get(name) is not None}
+        self.streamer = self._beside["streamer"]
+        given: GenerationConfig | None = self._beside["generation_config"]
+        configs = (GenerationConfig(), given or GenerationConfig(), decoder.model.generation_config)
+        try:
+            self.config, _ = decoder.model._prepare_generation_config(given, **fields)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"transformers refuses the generation arguments: {error}") from error
+        for name in _DECISIVE:
+            if not _neutral(name, getattr(self.config, name, None)):
+                raise ArgumentError(f"{name} (the model's generation config sets it): {REFUSED[name]}")
+        said = {name: fields.get(name, getattr(given, name, None)) for name in ("max_new_tokens", "max_length")}
+        for name, number in said.items():
+            if number is not None:
+                whole_number(name, number, 1)
+        self._new_tokens: int | None = self.config.max_new_tokens
+        limited = fields.get("max_length") is not None or any(config.max_length is not None for config in configs[1:])
+        self._length: int | None = self.config.max_length if limited and self._new_tokens is None else None
+        self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
+        self.beams: int = self.config.num_beams or 1
+        self.runs_model = self.config.guidance_scale not in (None, 1)
+        if self.beams > 1 and self.streamer is not None:
+            raise ArgumentError(
+                "streamer: beam search knows its tokens only at the end: leave out streamer, or num_beams"
+            )
+        self._resolve(
+            torch.zeros(1, 1, dtype=torch.long), 1
+        )  # whatever transformers refuses, before the prompt is paid for
+
+    def asked(self, prompt_tokens: int) -> int | None:
+        """Tokens to generate behind a prompt, where the call says how many."""
+        return self.new_tokens(prompt_tokens) if self._said else None
+
+    def new_tokens(self, prompt_tokens: int) -> int:
+        """The most tokens to generate: as asked, or by default no more than the model's positions leave.
+
+        The last one takes no position, for the model never runs it.
+
+        Raises:
+            PromptTooLongError: ``max_length``, which counts the prompt too, is used up.
+        """
+        if self._length is not None and self._length <= prompt_tokens:
+            raise PromptTooLongError(
+                f"max_length={self._length} counts the prompt, which has {prompt_tokens} tokens: give fewer or shorter chunks, a "
+                "larger max_length, or max_new_tokens in its place"
+            )
+        wanted = self._new_tokens or (DEFAULT_NEW_TOKENS if self._length is None else self._length - prompt_tokens)
+        limit = self.decoder.max_positions
+        return wanted if self._said or limit is None else min(wanted, limit + 1 - prompt_tokens)
+
+    def resolve(self, ids: Tensor, begin: float):
+        """Logits processors and stopping criteria for a prompt ``[1, N]``.
+
+        Args:
+            ids: the prompt.
+            begin: ``perf_counter()`` from which ``max_time`` counts.
+        """
+        if self.config.max_time is not None:
+            self.config.max_time -= perf_counter() - begin
+        return self._resolve(ids, self.new_tokens(ids.shape[1]))
+
+    def for_generate(self, prompt_tokens: int) -> dict[str, Any]:
+        """The arguments as ``model.generate`` takes them, for one sequence."""
+        arguments = {**self._fields, **self._beside, **_PLAIN, "max_new_tokens": self.new_tokens(prompt_tokens)}
+        arguments.pop("max_length", None)
+        if self.stop:
+            own = self.config.stop_strings or []
+            arguments["stop_strings"] = [*([own] if isinstance(own, str) else own), *self.stop]
+        return arguments
+
+    def _resolve(self, ids: Tensor, new_tokens: int):
+        model, config, beside = self.decoder.model, self.config, self._beside
+        tokens = ids.shape[1]
+        config.max_length = tokens + new_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = tokens + config.min_new_tokens
+        names = ("negative_prompt_ids", "negative_prompt_attention_mask")
+        negative = {name: beside[name].to(ids.device) for name in names if beside[name] is not None}
+        try:
+            model._prepare_special_tokens(config, True, device=ids.device)
+            processors = model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=tokens,
+                encoder_input_ids=ids,
+                prefix_allowed_tokens_fn=beside["prefix_allowed_tokens_fn"],
+                logits_processor=beside["logits_processor"],
+                device=ids.device,
+                **negative,
+            )
+            criteria = model._get_stopping_criteria(
+                generation_config=config,
+                stopping_criteria=beside["stopping_criteria"] or [],
+                tokenizer=beside["tokenizer"],
+            )
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"transformers refuses the generation arguments: {error}") from error
+        return processors, criteria
+
+
+def _check(decoder: Decoder, arguments: dict[str, Any]) -> None:
+    """Refuse what is unknown or cannot be honoured."""
+    given = arguments.get("generation_config")
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ArgumentError(f"generation_config must be a transformers GenerationConfig, got {type(given).__name__}")
+    for name in ("logits_processor", "stopping_criteria"):
+        if not isinstance(arguments.get(name), list | None):
+            raise ArgumentError(
+                f"{name} must be a list, got {type(arguments[name]).__name__}: give [...] of one or more"
+            )
+    known = vars(GenerationConfig())
+    said = (
+        {} if given is None else {name: vars(given)[name] for name in known if name[0] != "_" and name in vars(given)}
+    )
+    for name, value in {**said, **arguments}.items():
+        if name in HONOURED or name in BESIDE or (name in {*REFUSED, *known} and _neutral(name, value)):
+            continue
+        why = REFUSED.get(name)
+        if why is None and name in known:
+            why = "this version of ragkv does not know it: leave it out"
+        elif why is None and name in inspect.signature(decoder.model.forward).parameters:
+            why = _PROMPT
+        if why is None:
+            raise UnknownArgumentError(_unknown(name))
+        raise ArgumentError(f"{name}={_short(value)}: {why}")
+
+
+def _neutral(name: str, value: Any) -> bool:
+    """Whether an argument that is refused otherwise asks for nothing."""
+    return value is None or (isinstance(value, bool | int | float | str) and value == _NEUTRAL.get(name, False))
+
+
+def _unknown(name: str) -> str:
+    near = get_close_matches(name, [*HONOURED, *BESIDE, "method", "stop"], 3)
+    hint = f": did you mean {' or '.join(near)}?" if near else ": it takes what model.generate takes"
+    return f"there is no generation argument {name}{hint}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"<{type(value).__name__}>"
