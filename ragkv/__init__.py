@@ -21,6 +21,7 @@ _HOMES = {
         "MethodError",
         "MissingPackageError",
         "ModelChangedError",
+        "ModelNotFoundError",
         "PromptError",
         "PromptTooLongError",
         "RagKVError",
