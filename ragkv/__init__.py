@@ -21,6 +21,7 @@ _HOMES = {
         "MethodError",
         "MissingPackageError",
         "ModelChangedError",
+        "ModelNotFoundError",
         "NonFiniteError",
         "PromptError",
         "PromptTooLongError",

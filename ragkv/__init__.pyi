@@ -7,6 +7,7 @@ from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import MethodError as MethodError
 from ragkv.errors import MissingPackageError as MissingPackageError
 from ragkv.errors import ModelChangedError as ModelChangedError
+from ragkv.errors import ModelNotFoundError as ModelNotFoundError
 from ragkv.errors import NonFiniteError as NonFiniteError
 from ragkv.errors import PromptError as PromptError
 from ragkv.errors import PromptTooLongError as PromptTooLongError

@@ -9,6 +9,10 @@ class UnsupportedModelError(RagKVError):
     """The model cannot be driven exactly: the message names the reason and what to do."""
 
 
+class ModelNotFoundError(RagKVError, OSError):
+    """A model, or a tokenizer, is not where it was asked for, or cannot be read there."""
+
+
 class ModelChangedError(RagKVError):
     """The model's weights, adapter or attention changed in the middle of something. Do it again with the model as it is now."""
 

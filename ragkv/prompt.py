@@ -71,7 +71,10 @@ class PromptTemplate:
             PromptError: no chat template, or one that fails or does not carry the user's message through whole.
         """
         if not getattr(tokenizer, "chat_template", None):
-            raise PromptError("the tokenizer has no chat template: give PromptTemplate(prefix=..., ...) instead")
+            asked = " for a system message" if system else ""
+            raise PromptError(
+                f"the tokenizer has no chat template{asked}: give PromptTemplate(prefix=..., ...) instead"
+            )
         user = f"{instruction}\n\n{_CHUNKS}Question: {_QUESTION}"
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
@@ -87,6 +90,10 @@ class PromptTemplate:
                 "the tokenizer's chat template changes the user's message: give PromptTemplate(...) yourself"
             )
         prefix, rest = rendered.split(_CHUNKS)
+        if system and system.strip() not in prefix:
+            raise PromptError(
+                "the tokenizer's chat template leaves the system message out: give PromptTemplate(prefix=...)"
+            )
         before_question, after_question = rest.split(_QUESTION)
         return cls(
             prefix=prefix, after_chunk=after_chunk, before_question=before_question, after_question=after_question

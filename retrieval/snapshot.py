@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,11 @@ class Snapshot:
     def settings(self) -> dict[str, dict[str, str]]:
         """What the folder was made with: ``{what: {"fingerprint": ..., "name": ...}}``."""
         return json.loads(self._txn.get("meta", b"settings") or b"{}")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the folder is opened with where nothing else is said."""
+        return json.loads(self._txn.get("meta", b"defaults") or b"{}")
 
     def __len__(self) -> int:
         return self._txn.count("documents")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, storage
+from ragkv.cli.opening import open_rag, options_of
 from ragkv.rag import Added
 from ragkv.retrieval import Change
 
@@ -16,8 +16,7 @@ from ragkv.retrieval import Change
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
-    options = {"foreign": args.foreign, **storage(args)}
-    with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
+    with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with show.progress(unit=" files") as bar:
             added = rag.add_files(args.paths, progress=lambda file: _step(bar, file.source))

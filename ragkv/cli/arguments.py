@@ -43,7 +43,17 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
 
     add = command(
-        "add", model, _storage(), summary="Read files, and folders with all that is in them: text, Markdown, PDF."
+        "add",
+        model,
+        method,
+        _storage(),
+        summary="Read files, and folders with all that is in them: text, Markdown, PDF.",
+    )
+    add.add_argument(
+        "--chunk-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="the longest passage (default: 256; 96 for the bundled model)",
     )
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
     add.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
@@ -105,11 +115,27 @@ def _search(neighbours: int) -> argparse.ArgumentParser:
 
 def _model() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", default="bundled", help="name or path of a transformers decoder (default: bundled)")
-    model.add_argument(
+    group = model.add_argument_group(
+        "the model", "'add' keeps these in the folder; by default they are what is kept there"
+    )
+    group.add_argument("--model", help="name or path of a transformers decoder (in a new folder: bundled)")
+    group.add_argument("--tokenizer", metavar="NAME", help="name or path of another tokenizer")
+    group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of model and tokenizer")
+    group.add_argument("--subfolder", metavar="NAME", help="where they stand in the model's folder")
+    group.add_argument("--gguf-file", metavar="NAME", help="the file of a GGUF model in its folder")
+    group.add_argument("--system", metavar="TEXT", help="a system message, where the tokenizer has a chat template")
+    group.add_argument("--namespace", metavar="NAME", help="KV stored under another one are never found")
+    group.add_argument(
         "--embedder", help="name or path of a sentence-transformers model (default: all-MiniLM-L6-v2, offline)"
     )
-    model.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
+    group.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
+    model.add_argument("--cache-dir", metavar="FOLDER", help="where fetched models are kept")
+    for name, what in (
+        ("--local-files-only", "fetch nothing"),
+        ("--trust-remote-code", "let the model's own code run; never kept"),
+    ):
+        model.add_argument(name, action="store_true", default=None, help=what)
     return model
 
 

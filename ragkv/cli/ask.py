@@ -8,7 +8,7 @@ from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, require_documents, storage
+from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.rag import RAG, SourcedAnswer
 
 #: Stages of an answer's time line, in order, and what they are called.
@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer the question."""
     path = folder(args)
     require_documents(path)
-    options = {"method": args.method, "foreign": args.foreign, **storage(args)}
-    with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
+    with open_rag(path, **options_of(args)) as rag:
         answer, stages = _answered(rag, args)
     if args.json:
         show.as_json(_as_dict(args.question, answer, stages))

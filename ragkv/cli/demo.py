@@ -22,7 +22,8 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag
 from ragkv.errors import RagKVError
 from ragkv.evaluation.metrics import contains, exact_match
-from ragkv.methods import FullPrefill, Method
+from ragkv.methods import FullPrefill, Method, SensitiveTokens
+from ragkv.model.loading import BUNDLED
 from ragkv.rag import RAG
 from ragkv.report import FusedPrompt
 from ragkv.retrieval import Hit
@@ -33,7 +34,7 @@ _NEW_TOKENS = 24
 def run(args: argparse.Namespace) -> int:
     """Read, answer, compare."""
     path = folder(args, default="demo")
-    with open_rag(path, method=args.method) as rag:
+    with open_rag(path, model=BUNDLED, method=args.method or SensitiveTokens()) as rag:
         read = _read_documents(rag, path)
         if not args.json:
             _show_read(read)

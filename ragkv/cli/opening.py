@@ -7,47 +7,51 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ragkv.defaults import kept_in
 from ragkv.errors import RagKVError
-from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED
 from ragkv.rag import RAG
 
+# Options of the command line that are called as in Python.
+_ALIKE = (
+    *(
+        "model",
+        "tokenizer",
+        "dtype",
+        "revision",
+        "subfolder",
+        "gguf_file",
+        "system",
+        "namespace",
+        "embedder",
+        "foreign",
+    ),
+    *("cache_dir", "local_files_only", "trust_remote_code", "method", "chunk_tokens", "codec", "cpu_codec"),
+)
 
-def open_rag(
-    folder: Path,
-    *,
-    model: str = BUNDLED,
-    embedder: str | None = None,
-    method: Method | None = None,
-    foreign: str | None = None,
-    **options: Any,
-) -> RAG:
+
+def open_rag(folder: Path, **options: Any) -> RAG:
     """Load model and embedder and open a folder, which is made if it is not there.
 
     Args:
         folder: documents, vectors and KV.
-        model: as for :meth:`RAG.from_pretrained`, like all the rest.
-        embedder: see there.
-        method: see there.
-        foreign: see there.
-        **options: others that it takes; ``None`` for its default.
+        **options: of :meth:`RAG.from_pretrained`; ``None`` for the folder's own, or its default.
     """
     from transformers.utils import logging
 
+    model = options.get("model") or kept_in(folder).get("model", BUNDLED)
     if model == BUNDLED or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
-    given = {name: value for name, value in options.items() if value is not None}
-    return RAG.from_pretrained(model, path=folder, embedder=embedder, method=method, foreign=foreign, **given)
+    return RAG.from_pretrained(path=folder, **{name: value for name, value in options.items() if value is not None})
 
 
-def storage(args: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of where KV are kept."""
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the model, of how it is asked and of where KV are kept, for :func:`open_rag`."""
     return {
+        **{name: getattr(args, name, None) for name in _ALIKE},
         "gpu_bytes": args.gpu_size,
         "cpu_bytes": args.cpu_size,
         "disk_bytes": args.disk_size,
-        "codec": args.codec,
-        "cpu_codec": args.cpu_codec,
         "lifetime_s": args.lifetime,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def _documents(path: Path) -> dict[str, Any]:
     with Catalogue(path / "documents") as catalogue:
         documents = catalogue.documents()
         return {
-            "made_with": {what: setting["name"] for what, setting in catalogue.settings.items()},
+            "made_with": {
+                **catalogue.defaults,
+                **{what: setting["name"] for what, setting in catalogue.settings.items()},
+            },
             "documents": len(documents),
             "passages": sum(len(document.passage_ids) for document in documents),
         }
@@ -70,7 +74,7 @@ def _show(found: dict[str, Any]) -> None:
         f"{show.number(found['documents'], 'document')}, {show.number(found['passages'], 'passage')} in {found['path']}"
     )
     for what, name in found["made_with"].items():
-        print(f"{what}: {name}")
+        print(f"{what}: {name if isinstance(name, str | int) else json.dumps(name, ensure_ascii=False)}")
     tiers = found["store"]["tiers"]
     rows = [("KV", "entries", "size")]
     rows += [(tier, f"{held['entries']:,}", show.size(held["bytes"])) for tier, held in tiers.items()]

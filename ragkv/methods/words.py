@@ -39,6 +39,23 @@ def parse_method(text: str) -> Method:
     return kind(**given)
 
 
+def words_of(method: Method) -> str | None:
+    """The text that names a method; ``None`` where no text does: one of your own, or made of others."""
+    name = next((name for name, kind in known_methods().items() if kind is type(method)), None)
+    if name is None:
+        return None
+    plain = type(method)()
+    knobs = {
+        knob: getattr(method, knob) for knob in knobs_of(type(method)) if getattr(method, knob) != getattr(plain, knob)
+    }
+    said = ",".join(f"{knob}={_said(value)}" for knob, value in knobs.items())
+    text = f"{name}:{said}" if said else name
+    try:
+        return text if parse_method(text) == method else None
+    except (MethodError, TypeError):
+        return None
+
+
 def known_methods() -> dict[str, type[Method]]:
     """The methods of ``ragkv.methods`` by the names that they have in words; not those that have to be given others."""
     exported = [getattr(methods, name) for name in methods.__all__]
@@ -49,6 +66,10 @@ def known_methods() -> dict[str, type[Method]]:
 def knobs_of(kind: type[Method]) -> dict[str, Field]:
     """A method's settings by name; none where its class is no dataclass."""
     return {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
+
+
+def _said(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _required(knob: Field) -> bool:

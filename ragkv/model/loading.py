@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ragkv.errors import ArgumentError, ModelNotFoundError, UnknownArgumentError
 from ragkv.prompt import PromptTemplate
 from ragkv.retrieval import Embedder, SentenceTransformerEmbedder
 
@@ -14,10 +17,40 @@ if TYPE_CHECKING:
 #: The name under which the model that ragkv ships is asked for.
 BUNDLED = "bundled"
 
+#: Options that say where a model stands: they hold for weights, configuration and tokenizer.
+PLACE = ("revision", "subfolder", "gguf_file")
 
-def load_embedder(embedder: str | Embedder | None) -> Embedder | None:
-    """A sentence-transformers model by name; an embedder, or none, is passed through."""
-    return SentenceTransformerEmbedder(embedder) if isinstance(embedder, str) else embedder
+#: How files are fetched: they hold for a tokenizer of another name too.
+_FETCHING = (
+    "trust_remote_code",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "code_revision",
+)
+
+_OF_WEIGHTS = (
+    *("dtype", "attn_implementation", "experts_implementation", "device_map", "max_memory", "offload_folder"),
+    *("offload_buffers", "quantization_config", "config", "variant", "use_safetensors", "weights_only", "use_kernels"),
+    *("kernel_config", "key_mapping", "adapter_kwargs", "adapter_name", "generation_config", "ignore_mismatched_sizes"),
+    *("disable_mmap", "tp_plan", "tp_size", "device_mesh", "distributed_config"),
+)
+
+#: What :func:`load_model` takes of ``from_pretrained``.
+OPTIONS = frozenset((*PLACE, *_FETCHING, *_OF_WEIGHTS))
+
+_NOT_BUNDLED = frozenset((*PLACE, *_FETCHING, "tokenizer", "system", "config", "variant", "adapter_kwargs"))
+
+
+def load_embedder(
+    embedder: str | os.PathLike[str] | Embedder | None, local_files_only: bool = False
+) -> Embedder | None:
+    """A sentence-transformers model by name or path; an embedder, or none, is passed through."""
+    if isinstance(embedder, str | os.PathLike):
+        return SentenceTransformerEmbedder(os.fspath(embedder), local_files_only=local_files_only)
+    return embedder
 
 
 class Loaded(NamedTuple):
@@ -29,16 +62,57 @@ class Loaded(NamedTuple):
     foreign: str | None = None
 
 
-def load_model(model: str | os.PathLike[str], device: str | None, options: dict[str, Any]) -> Loaded:
-    """Load a model by name or path.
+def check_options(model: str | os.PathLike[str], options: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Refuse options before anything is loaded.
+
+    Args:
+        model: as for :func:`load_model`.
+        options: names of those that were given.
+        others: names of those that the caller takes itself.
+
+    Raises:
+        TypeError: there is no such option; the message lists all that there are.
+        ArgumentError: it means nothing for the bundled model.
+    """
+    unknown = sorted({*options} - OPTIONS - {*others})
+    if unknown:
+        raise UnknownArgumentError(
+            f"there is no option {', '.join(unknown)}; there are: {', '.join(sorted({*OPTIONS, *others}))}"
+        )
+    useless = sorted({*options} & _NOT_BUNDLED) if model == BUNDLED else []
+    if useless:
+        raise ArgumentError(
+            f"{', '.join(useless)} cannot be given with the bundled model, which has its own tokenizer and template and is "
+            "never fetched: leave it out, or name another model"
+        )
+
+
+def load_model(
+    model: str | os.PathLike[str],
+    device: str | None,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    system: str | None = None,
+) -> Loaded:
+    """Load a model by name or path, its tokenizer first.
 
     Args:
         model: as transformers takes it, or :data:`BUNDLED`.
         device: a GPU if there is one, unless given.
-        options: of ``from_pretrained``.
+        options: of ``from_pretrained``, see :data:`OPTIONS`. What says where the model stands holds for its tokenizer too.
+        tokenizer: in place of the model's own; or the name or path of one.
+        system: text of a system message, for the tokenizer's chat template.
+
+    Raises:
+        TypeError, ArgumentError: as :func:`check_options`.
+        ModelNotFoundError: model or tokenizer are not where they were asked for.
+        PromptError: a system message, and the tokenizer has no chat template, or one without a place for it.
     """
     import torch
 
+    said = {"tokenizer": tokenizer, "system": system}
+    more = [name for name, value in said.items() if value is not None]
+    check_options(model, [*options, *more], said)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model == BUNDLED:
         from ragkv import bundled
@@ -46,8 +120,47 @@ def load_model(model: str | os.PathLike[str], device: str | None, options: dict[
         loaded, words = bundled.load(**options)
         own = Loaded(loaded, words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign())
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
-        own = Loaded(loaded.eval(), AutoTokenizer.from_pretrained(model))
+        words = _tokenizer(model, options, tokenizer)
+        template = PromptTemplate.from_chat_template(words, system=system) if system else None
+        with _found("model", model):
+            loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
+        own = Loaded(loaded.eval(), words, template)
     return own if "device_map" in options else own._replace(model=loaded.to(device))
+
+
+def _tokenizer(
+    model: str | os.PathLike[str],
+    options: dict[str, Any],
+    given: PreTrainedTokenizerBase | str | os.PathLike[str] | None,
+) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if given is not None and not isinstance(given, str | os.PathLike):
+        return given
+    place = (*PLACE, *_FETCHING) if given is None else _FETCHING
+    with _found("model" if given is None else "tokenizer", model if given is None else given):
+        return AutoTokenizer.from_pretrained(
+            model if given is None else given, **{name: options[name] for name in place if name in options}
+        )
+
+
+@contextmanager
+def _found(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
+    """Say what was looked for, and how another one is given, where it is not there.
+
+    transformers takes a path that leads nowhere for a name, and complains of its spelling.
+    """
+    path = os.fspath(name)
+    if (os.path.isabs(path) or path.startswith(".")) and not os.path.exists(path):
+        raise ModelNotFoundError(_not_found(what, name, "there is no such folder"))
+    try:
+        yield
+    except OSError as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelNotFoundError(_not_found(what, name, reason)) from error
+
+
+def _not_found(what: str, name: object, reason: str) -> str:
+    return f"the {what} {str(name)!r} cannot be loaded: {reason}; give another name or path with {what}= (--{what})"

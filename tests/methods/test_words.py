@@ -2,8 +2,8 @@
 
 import pytest
 
-from ragkv import LegoLink, Method, MethodError, Reuse
-from ragkv.methods.words import knobs_of, known_methods, parse_method
+from ragkv import Auto, CacheBlend, LegoLink, Method, MethodError, Reuse, Union
+from ragkv.methods.words import knobs_of, known_methods, parse_method, words_of
 
 
 def test_every_method_with_defaults_has_a_word():
@@ -22,3 +22,20 @@ def test_settings_are_a_dataclass_fields():
 
     assert list(knobs_of(LegoLink)) == ["k"]
     assert knobs_of(Reuse) == knobs_of(Plain) == {}
+
+
+def test_methods_give_their_words():
+    for method, text in (
+        (Reuse(), "reuse"),
+        (LegoLink(k=32), "lego-link:k=32"),
+        (CacheBlend(gradual=(0.3, 0.2, 0.1), signal="key"), "cache-blend:signal=key,gradual=0.3/0.2/0.1"),
+        (Auto(), "auto"),
+    ):
+        said = words_of(method)
+        assert said is not None and parse_method(said) == method
+        assert sorted(said.replace(":", ",").split(",")) == sorted(text.replace(":", ",").split(","))
+
+    class Own(Reuse):
+        pass
+
+    assert words_of(Union(Reuse(), LegoLink())) is words_of(Own()) is words_of(Auto(repair=Reuse())) is None
