@@ -66,18 +66,31 @@ def refuse_autocast(device: torch.device) -> None:
         )
 
 
-def refuse_training(model: nn.Module) -> None:
-    """Refuse a model whose KV would be random.
+def refuse_state(model: nn.Module) -> None:
+    """Refuse a model in training mode, whose KV would be random, or one that is compiled in place.
 
     Raises:
-        UnsupportedModelError: it, or a dropout in it (an adapter's, say), is in training mode.
+        UnsupportedModelError: it, or a dropout in it (an adapter's, say), is in training mode; or a part of it was compiled.
     """
-    if model.training or any(
-        module.training and getattr(module, "p", 0.0)
-        for module in model.modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd)
-    ):
+    dropout, random = nn.modules.dropout._DropoutNd, model.training
+    for module in model.modules():  # once for both: it is done at every turn
+        if _compiled(module):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} was compiled in place, and fusion steps into it while it runs: load the model again "
+                "without that; what torch.compile(model) returns may be given, and is driven uncompiled"
+            )
+        random = random or (module.training and isinstance(module, dropout) and module.p > 0)
+    if random:
         raise UnsupportedModelError("the model is in training mode, where dropout makes KV random: call model.eval()")
+
+
+def _compiled(module: nn.Module) -> bool:
+    own = module.__dict__
+    return (
+        own.get("_compiled_call_impl") is not None
+        or "_orig_mod" in own["_modules"]
+        or ("forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"))
+    )
 
 
 def refuse_by_config(config: PreTrainedConfig) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import Rotation, place, rotation_tables
+from ragkv.lazy import lazy
+from ragkv.model.inspection import non_finite
 
 
 class Probe(NamedTuple):
@@ -27,9 +29,34 @@ class Probe(NamedTuple):
 #: Runs the probe tokens with the first one at the given position.
 Run = Callable[[int], Probe]
 
-#: Largest relative error (Frobenius) at which two runs count as equal. A wrong rotation is off by about 1.
+#: Largest relative error (Frobenius) at which two runs of an exact model count as equal. A wrong rotation is off by about 1.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+# Of a model with noise of its own: so many times the noise, but never what learned positions differ by (0.7 and more).
+_NOISES, _LARGEST = 3.0, 0.3
 _FIRST_OFFSET = 1000
+
+
+class Tolerance:
+    """At which relative errors two runs of a model count as equal.
+
+    Weights or activations that are quantised make a model noisy: what it computes hangs on which tokens are run together. How
+    much is measured where an exact model's tolerance does not do.
+
+    Args:
+        noise: measures the relative difference of passes that an exact model computes alike.
+    """
+
+    def __init__(self, noise: Callable[[], float]):
+        self._measure = noise
+
+    def holds(self, error: float, dtype: torch.dtype) -> bool:
+        """Whether a relative error is small enough; NaN never is."""
+        return error <= TOLERANCE[dtype] or error <= self.noisy
+
+    @lazy
+    def noisy(self) -> float:
+        """The largest error that the model's own noise explains."""
+        return min(_NOISES * self._measure(), _LARGEST)
 
 
 def rope_frequencies(model: nn.Module) -> list[Tensor]:
@@ -79,22 +106,27 @@ def _of_sine_table(table: Tensor) -> Tensor:
     return (turns / position).float()
 
 
-def probe_rotations(model: nn.Module, run: Run, max_positions: int | None) -> tuple[list[Rotation | None], int | None]:
+def probe_rotations(
+    model: nn.Module, run: Run, max_positions: int | None, tolerance: Tolerance
+) -> tuple[list[Rotation | None], int | None]:
     """Find every layer's rotation, and up to which position keys can be moved.
 
     Args:
         model: the decoder, searched for frequency tables.
         run: runs the same few tokens with the first one at a given position.
         max_positions: the model's positions, if limited.
+        tolerance: at which errors two runs count as equal.
 
     Returns:
         One :class:`Rotation` a layer (``None``: the layer's keys carry no position), and the number of positions within which
         moved keys are those that the model would compute (``None``: no limit was found).
 
     Raises:
-        UnsupportedModelError: values change with the position, or no known rotation explains the keys.
+        UnsupportedModelError: the model computes NaN, values change with the position, or no known rotation explains the keys.
     """
     start = run(0)
+    if not all(bool(tensor.isfinite().all()) for tensor in (*start.keys, *start.values, start.hidden)):
+        raise UnsupportedModelError(f"a few tokens give NaN or infinite numbers: {non_finite(start.hidden.dtype)}")
     tokens = start.keys[0].shape[1]
     furthest = None if max_positions is None else max_positions - tokens
     offset = _FIRST_OFFSET if furthest is None else min(_FIRST_OFFSET, furthest)
@@ -102,33 +134,34 @@ def probe_rotations(model: nn.Module, run: Run, max_positions: int | None) -> tu
         raise UnsupportedModelError(f"the model has {max_positions} positions: too few to place a chunk")
     candidates = _candidates(rope_frequencies(model))
     moved = run(offset)
-    if not _same_content(start, moved):
+    if not _same_content(start, moved, tolerance):
         raise UnsupportedModelError(
             "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved. ragkv "
             "needs a decoder with rotary positions."
         )
     pairs = zip(start.keys, moved.keys, strict=True)
-    rotations = [_explain(layer, a, b, offset, candidates) for layer, (a, b) in enumerate(pairs)]
+    rotations = [_explain(layer, a, b, offset, candidates, tolerance) for layer, (a, b) in enumerate(pairs)]
     if all(rotation is None for rotation in rotations):
         raise UnsupportedModelError(
             "no layer's keys turn with their position (ALiBi, or no positions at all): moving a chunk could not be told from "
             "leaving it. ragkv needs a decoder with rotary positions."
         )
-    return rotations, _movable(run, start, rotations, offset, furthest)
+    return rotations, _movable(run, start, rotations, offset, furthest, tolerance)
 
 
 def _candidates(tables: Sequence[Tensor]) -> list[Rotation | None]:
     return [None] + [Rotation(table, interleaved) for table in tables for interleaved in (False, True)]
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Frobenius norm of the difference, relative to what is wanted."""
     return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
 
 
-def _same_content(start: Probe, moved: Probe) -> bool:
+def _same_content(start: Probe, moved: Probe, tolerance: Tolerance) -> bool:
     """Whether all but the keys is the same at both places, as it must be where only rotations tell positions."""
     pairs = zip([*start.values, start.hidden], [*moved.values, moved.hidden], strict=True)
-    return all(_error(b, a) <= TOLERANCE[a.dtype] for a, b in pairs)
+    return all(tolerance.holds(relative_error(b, a), a.dtype) for a, b in pairs)
 
 
 def turned(keys: Tensor, rotation: Rotation | None, old: int, new: int) -> Tensor:
@@ -142,12 +175,17 @@ def turned(keys: Tensor, rotation: Rotation | None, old: int, new: int) -> Tenso
 
 
 def _explain(
-    layer: int, at_zero: Tensor, at_offset: Tensor, offset: int, candidates: list[Rotation | None]
+    layer: int,
+    at_zero: Tensor,
+    at_offset: Tensor,
+    offset: int,
+    candidates: list[Rotation | None],
+    tolerance: Tolerance,
 ) -> Rotation | None:
     fitting = [c for c in candidates if c is None or c.rotary_dim <= at_zero.shape[-1]]
-    errors = [_error(turned(at_zero, c, 0, offset), at_offset) for c in fitting]
+    errors = [relative_error(turned(at_zero, c, 0, offset), at_offset) for c in fitting]
     best = min(range(len(fitting)), key=errors.__getitem__)
-    if not errors[best] <= TOLERANCE[at_zero.dtype]:
+    if not tolerance.holds(errors[best], at_zero.dtype):
         raise UnsupportedModelError(
             f"layer {layer}: no known rotation explains how its keys change with the position (tried {len(fitting)}, best "
             f"relative error {errors[best]:.2g}). ragkv knows rotary embedding of halves and of interleaved pairs, on all or "
@@ -156,14 +194,21 @@ def _explain(
     return fitting[best]
 
 
-def _movable(run: Run, start: Probe, rotations: list[Rotation | None], passed: int, furthest: int | None) -> int | None:
+def _movable(
+    run: Run,
+    start: Probe,
+    rotations: list[Rotation | None],
+    passed: int,
+    furthest: int | None,
+    tolerance: Tolerance,
+) -> int | None:
     """The positions within which the rotations hold; attention that changes with the absolute position ends them."""
 
     def holds(offset: int) -> bool:
         moved = run(offset)
         turns = zip(start.keys, moved.keys, rotations, strict=True)
-        return _same_content(start, moved) and all(
-            _error(turned(a, rotation, 0, offset), b) <= TOLERANCE[a.dtype] for a, b, rotation in turns
+        return _same_content(start, moved, tolerance) and all(
+            tolerance.holds(relative_error(turned(a, rotation, 0, offset), b), a.dtype) for a, b, rotation in turns
         )
 
     if furthest is None or furthest <= passed or holds(furthest):

@@ -14,7 +14,7 @@ from ragkv.chunk import digest
 from ragkv.kernels import Impl
 from ragkv.model.decoder import Decoder
 from ragkv.model.fingerprint import Weights, settings
-from ragkv.model.inspection import refuse_autocast, refuse_training, unwrapped
+from ragkv.model.inspection import refuse_autocast, refuse_state, unwrapped
 from ragkv.model.rope import rope_frequencies
 from ragkv.model.turns import turns
 
@@ -94,7 +94,7 @@ class Runner:
             return self._decoders[kernels]
 
     def _look(self) -> None:
-        refuse_training(self.model)
+        refuse_state(self.model)
         refuse_autocast(self.model.device)
         described, weights = settings(self._config), self._weights.digest()
         fingerprint = digest(weights, described).hex()

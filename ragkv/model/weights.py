@@ -103,8 +103,13 @@ def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", True)
     for name, value in saved.items():
-        if isinstance(value, Tensor) and name not in module._parameters and name not in module._buffers:
-            yield name, value
+        if name not in module._parameters and name not in module._buffers:
+            tensors = (
+                value if isinstance(value, tuple) else (value,)
+            )  # PyTorch's own quantised layers save weight and bias as one
+            yield from (
+                (f"{name}.{at}" if at else name, part) for at, part in enumerate(tensors) if isinstance(part, Tensor)
+            )
 
 
 def _adapters(module: Any) -> list[str] | None:

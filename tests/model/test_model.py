@@ -154,6 +154,50 @@ def test_refuses_training_mode():
         Engine(model)
 
 
+def never(graph, inputs):
+    raise AssertionError("it was compiled")
+
+
+def test_a_compiled_model_is_driven_uncompiled():
+    model = tiny_model()
+    engine = Engine(torch.compile(model, backend=never), template=TEMPLATE, method=Reuse())
+    answer = engine.generate([random_ids(9)], random_ids(7), max_new_tokens=3)
+    assert len(answer.token_ids) == 3
+    assert engine.documents.space == Engine(model, template=TEMPLATE, method=Reuse()).documents.space
+
+
+def compile_forward(model):
+    model.forward = torch.compile(model.forward, backend=never)
+
+
+def compile_inside(model):
+    model.model = torch.compile(model.model, backend=never)
+
+
+IN_PLACE = {
+    "model.compile()": lambda model: model.compile(backend=never),
+    "layer.compile()": lambda model: model.model.layers[1].compile(backend=never),
+    "model.forward": compile_forward,
+    "a part": compile_inside,
+}
+
+
+@pytest.mark.parametrize("way", IN_PLACE)
+def test_a_model_compiled_in_place_is_refused(way):
+    model = tiny_model()
+    IN_PLACE[way](model)
+    with pytest.raises(UnsupportedModelError, match="compiled in place"):
+        Engine(model)
+
+
+def test_a_model_compiled_in_place_later_is_refused():
+    model = tiny_model()
+    engine = Engine(model, template=TEMPLATE, method=Reuse())
+    model.compile(backend=never)
+    with pytest.raises(UnsupportedModelError, match="compiled in place"):
+        engine.fuse([random_ids(9)], random_ids(7))
+
+
 def test_wrong_rope_is_found_out():
     """A model whose keys turn by other frequencies than it shows is refused, not served."""
     model = copy.deepcopy(tiny_model())
