@@ -41,7 +41,7 @@ def open_rag(
 
 
 def storage(args: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of where KV are kept."""
+    """What the options say of the numbers of KV, and of where they are kept."""
     return {
         "gpu_bytes": args.gpu_size,
         "cpu_bytes": args.cpu_size,
@@ -49,6 +49,7 @@ def storage(args: argparse.Namespace) -> dict[str, Any]:
         "codec": args.codec,
         "cpu_codec": args.cpu_codec,
         "lifetime_s": args.lifetime,
+        "dtype": args.dtype,
     }
 
 
