@@ -16,6 +16,7 @@ _HOMES = {
     "engine": ("Engine",),
     "errors": (
         "ArgumentError",
+        "ArgumentTypeError",
         "DocumentError",
         "IncompatibleFolderError",
         "MethodError",
@@ -35,6 +36,7 @@ _HOMES = {
     ),
     "fusion.layout": ("Layout",),
     "fusion.view": ("Check", "Selection", "View"),
+    "library.watching": ("Progress",),
     "methods": (
         "Auto",
         "CacheBlend",

@@ -2,6 +2,7 @@ from ragkv.chunk import Chunk as Chunk
 from ragkv.chunk import ChunkKV as ChunkKV
 from ragkv.engine import Engine as Engine
 from ragkv.errors import ArgumentError as ArgumentError
+from ragkv.errors import ArgumentTypeError as ArgumentTypeError
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import MethodError as MethodError
@@ -22,6 +23,7 @@ from ragkv.fusion.layout import Layout as Layout
 from ragkv.fusion.view import Check as Check
 from ragkv.fusion.view import Selection as Selection
 from ragkv.fusion.view import View as View
+from ragkv.library.watching import Progress as Progress
 from ragkv.methods import Auto as Auto
 from ragkv.methods import CacheBlend as CacheBlend
 from ragkv.methods import FullPrefill as FullPrefill

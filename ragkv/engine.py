@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -13,11 +14,20 @@ from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk
 from ragkv.detokenizer import Detokenizer, cut, stop_texts
-from ragkv.errors import ArgumentError, ModelChangedError, PromptError, PromptTooLongError, RecordError, whole_number
+from ragkv.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ModelChangedError,
+    PromptError,
+    PromptTooLongError,
+    RecordError,
+    instance,
+    whole_number,
+)
 from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.kernels import Impl
-from ragkv.library.documents import Documents, several
+from ragkv.library.documents import Documents, several, several_chunks
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import parse_method
 from ragkv.model.decoder import Decoder
@@ -69,6 +79,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
+        ArgumentTypeError: something is not what it must be: a model's name in place of the model, say.
     """
 
     def __init__(
@@ -89,6 +100,7 @@ class Engine:
         lifetime_s: float = math.inf,
     ):
         self.method = _method(SensitiveTokens() if method is None else method)
+        _check_parts(model, tokenizer, store, template)
         self.model, self.tokenizer = model, tokenizer
         self.template = template or PromptTemplate.default(tokenizer)
         self.store = TieredStore() if store is None else store
@@ -170,6 +182,7 @@ class Engine:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
         whole_number("behind_tokens", behind_tokens)
+        old = several_chunks(old, "old")
         document = self.documents.cut(parts, old[0].document if old else "")
         repair = self.documents.plan_repair(old, document, behind_tokens)
         if repair is not None and self.documents.repair(repair) is not None:
@@ -250,7 +263,8 @@ class Engine:
         chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
         known = self._chunks(chunks)
-        layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, starts)
+        places = None if starts is None else several(starts, "starts")
+        layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, places)
         return self._fuse(layout, chosen, self._room(layout.end, asked(layout.end)), begin)
 
     def generate(
@@ -420,11 +434,28 @@ def _ms(begin: float) -> float:
     return (perf_counter() - begin) * 1e3
 
 
+def _check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:
+    if isinstance(model, str | os.PathLike):
+        raise ArgumentTypeError(
+            f"model must be a transformers model, got the name {os.fspath(model)!r}: load it first with "
+            "AutoModelForCausalLM.from_pretrained(...), or use ragkv.RAG.from_pretrained(...)"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise ArgumentTypeError(
+            f"tokenizer must be a transformers tokenizer, got {tokenizer!r:.80}: load it first with "
+            "AutoTokenizer.from_pretrained(...)"
+        )
+    instance("store", store, TieredStore | None, "a ragkv.TieredStore, as ragkv.TieredStore('kv/')")
+    instance(
+        "template", template, PromptTemplate | None, "a ragkv.PromptTemplate, as ragkv.PromptTemplate(prefix='...')"
+    )
+
+
 def _method(method: Method | str) -> Method:
     if isinstance(method, str):
         return parse_method(method)
     if not isinstance(method, Method):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"method must be a ragkv.Method, as ragkv.LegoLink(k=16), or its name, as 'lego-link:k=16'; got {method!r}"
         )
     return method

@@ -1,5 +1,9 @@
 """Everything that ragkv raises on purpose derives from :class:`RagKVError`."""
 
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any
+
 
 class RagKVError(Exception):
     """Base of all errors that ragkv raises on purpose."""
@@ -37,6 +41,10 @@ class NonFiniteError(RagKVError, ArithmeticError):
     """The model computed NaN or infinite logits: most often it overflows in its dtype."""
 
 
+class ArgumentTypeError(RagKVError, TypeError):
+    """An argument is of another type than it must be."""
+
+
 class MethodError(RagKVError, ValueError):
     """A method's knob is out of range, or a method asked fusion for something impossible."""
 
@@ -69,15 +77,35 @@ class MissingPackageError(RagKVError, ImportError):
     """An optional package is not installed: the message names the command that installs it."""
 
 
+def instance(name: str, value: Any, kinds: type | UnionType, must: str) -> None:
+    """Check that an argument is of some type.
+
+    Raises:
+        ArgumentTypeError: it is not; the message says what it must be.
+    """
+    if not isinstance(value, kinds):
+        raise ArgumentTypeError(f"{name} must be {must}, got {value!r:.80}")
+
+
+def no_question(value: Any) -> str:
+    """What is wrong with something that was asked instead of a question."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if parts and all(isinstance(part, Mapping) and "role" in part for part in parts):
+        return f"a question is text, not chat messages: give the text of the last one; got {value!r:.80}"
+    if len(parts) > 1 and all(isinstance(part, str) for part in parts):
+        return f"there is one question at a time: ask these {len(parts)} one by one"
+    return f"the question must be a str that is not blank, got {value!r:.80}"
+
+
 def whole_number(name: str, value: int, least: int = 0) -> int:
     """A whole number that an argument must be, at least ``least``.
 
     Raises:
         ArgumentError: it is smaller.
-        TypeError: it is none.
+        ArgumentTypeError: it is none.
     """
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ArgumentError(f"{name} must be >= {least}, got {value}")
     return value

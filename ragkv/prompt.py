@@ -6,12 +6,12 @@ So a chunk's ids never depend on its neighbours, and a stored chunk is found aga
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from ragkv.errors import PromptError
+from ragkv.errors import PromptError, no_question
 from ragkv.tokenizer import PrivateTokenizer
 
 if TYPE_CHECKING:
@@ -170,8 +170,12 @@ class Encoder:
         """The question's ids and what stands around it.
 
         Raises:
-            PromptError: the question is empty.
+            PromptError: the question is empty, or is none.
         """
+        parts = list(question) if isinstance(question, list | tuple) else []
+        texts = len(parts) > 1 and all(isinstance(part, str) for part in parts)
+        if texts or any(isinstance(part, Mapping) and "role" in part for part in (question, *parts)):
+            raise PromptError(no_question(question))
         inner = self.ids(question)
         if not inner:
             raise PromptError("the question is empty: give at least one token")

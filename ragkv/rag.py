@@ -14,28 +14,23 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ragkv.chunk import Chunk, digest
+from ragkv.chunk import Chunk
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import DocumentError, RagKVError
+from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.lazy import lazy
 from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
+from ragkv.library.listing import ListedDocument, listed_documents
+from ragkv.library.watching import Progress
 from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
 from ragkv.report import Answer, AnswerStream
-from ragkv.retrieval import (
-    Change,
-    Embedder,
-    Hit,
-    LoadedFile,
-    Retriever,
-    SkippedFile,
-    TokenChunker,
-    load_files,
-)
-from ragkv.retrieval.records import checked_document, source_id
+from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
+from ragkv.retrieval.naming import only
+from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
 from ragkv.streaming import AsyncAnswerStream
@@ -45,21 +40,6 @@ if TYPE_CHECKING:
 
 # Questions of an event loop that are worked on at once: each holds its prompt's KV.
 _AT_ONCE = 8
-
-
-@dataclass
-class Added:
-    """What adding documents did.
-
-    Attributes:
-        changes: what changed in the catalogue, a document each, in the order given.
-        skipped: files that could not be read, with the reason.
-        tokens_read: tokens that the model had to read; 0 where everything was known.
-    """
-
-    changes: list[Change] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    tokens_read: int = 0
 
 
 @dataclass
@@ -94,12 +74,17 @@ class RAG:
         chunker: TokenChunker | None = None,
         repair_tokens: int | None = None,
     ):
+        instance("engine", engine, Engine, "a ragkv.Engine, as ragkv.Engine(model, tokenizer)")
+        instance("retriever", retriever, Retriever, "a ragkv.retrieval.Retriever, as Retriever.open('documents/')")
+        instance("chunker", chunker, TokenChunker | None, "a ragkv.retrieval.TokenChunker")
+        if repair_tokens is not None:
+            whole_number("repair_tokens", repair_tokens)
         if engine.tokenizer is None:
-            raise ValueError("RAG reads text: the engine needs a tokenizer")
+            raise ArgumentError("RAG reads text: the engine needs a tokenizer")
         self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
         self.chunker = chunker or TokenChunker(engine.tokenizer)
         self._documents = CataloguedDocuments(retriever, engine.documents)
-        self._defaults: dict[str, Any] = {}
+        self._intake = Intake(retriever.catalogue, self._documents, engine.documents, self.chunker, repair_tokens)
 
     @classmethod
     def from_pretrained(
@@ -213,7 +198,7 @@ class RAG:
             )
             tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
             rag = cls(engine, retriever, TokenChunker(loaded.tokenizer, tokens), repair_tokens)
-            rag._defaults = to_keep(options)
+            rag._intake.defaults = to_keep(options)
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
 
@@ -239,6 +224,8 @@ class RAG:
         texts: Sequence[str],
         sources: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
+        *,
+        progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add documents given as text; one of a known source replaces it.
 
@@ -246,73 +233,83 @@ class RAG:
             texts: a document each.
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
+            progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:
-            DocumentError: a text is blank or cannot be stored as it is.
-            StoreFullError: documents and vectors are stored, but KV do not fit.
+            DocumentError: a text is blank or cannot be stored as it is: nothing was added.
+            StoreFullError: before anything is read: the disk is too small. Later: documents and vectors are stored, but KV do not
+                fit.
         """
-        if isinstance(texts, str):
-            raise DocumentError("texts must be a list of str, got one str")
-        names = [None] * len(texts) if sources is None else list(sources)
-        extras = [None] * len(texts) if metadata is None else list(metadata)
-        if not len(texts) == len(names) == len(extras):
-            raise DocumentError(f"got {len(texts)} texts, {len(names)} sources and {len(extras)} metadata: one each")
-        added = Added()
-        for text, name, extra in zip(texts, names, extras, strict=True):
-            checked_document("a text" if name is None else name, [text], extra)
-            self._add(text, f"text:{digest(text).hex()[:16]}" if name is None else name, extra, added)
-        return added
+        return self._intake.add_texts(texts, sources, metadata, progress)
 
     def add_files(
         self,
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
-        progress: Callable[[LoadedFile | SkippedFile], None] | None = None,
+        progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add files, and folders with all that is in them: text, Markdown, PDF. A file that cannot be read is named and skipped.
 
-        A file that is known and unchanged costs no reading. A changed one is read again from the first changed passage on.
+        A file that is known and unchanged costs no reading. A changed one is read again from the first changed passage on. One
+        that was moved, known by its content, is the same document under its new path.
 
         Args:
             paths: files and folders.
-            progress: called behind each file.
+            progress: called behind each file that was looked at, and behind each piece that the model has read.
 
         Raises:
-            StoreFullError: documents and vectors are stored, but KV do not fit.
+            DocumentError: ``paths`` are none.
+            StoreFullError: as for :meth:`add_texts`.
         """
-        added = Added()
-        for file in load_files(paths):
-            if isinstance(file, SkippedFile):
-                added.skipped.append(file)
-            else:
-                try:
-                    self._add(file.text, file.source, None, added)
-                except DocumentError as error:
-                    added.skipped.append(SkippedFile(file.source, str(error)))
-            if progress is not None:
-                progress(file)
-        return added
+        return self._intake.add_files(paths, progress)
 
-    def remove(self, source: str) -> Change:
+    def sync(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dry_run: bool = False,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> Synced:
+        """Bring the documents of a folder in step with the disk: as :meth:`add_files`, and what is gone from the folder goes.
+
+        Documents whose files lay elsewhere stay.
+
+        Args:
+            folder: with all that is in it.
+            dry_run: only say what would be done.
+            progress: as for :meth:`add_files`.
+
+        Raises:
+            DocumentError: there is no such folder, or nothing is left in it: its disk may not be mounted.
+            StoreFullError: as for :meth:`add_texts`.
+        """
+        return self._intake.sync(folder, dry_run, progress)
+
+    def documents(self) -> list[ListedDocument]:
+        """All documents, by source, with their length and what their KV take."""
+        return listed_documents(self.retriever.catalogue, self.engine.store, self.engine.documents.setting)
+
+    def remove(self, source: str | os.PathLike[str]) -> Change:
         """Remove a document, its passages and vectors, and the KV that no other document uses.
 
         Args:
-            source: what it is called; a file's absolute path.
+            source: what it is called, or a file's path.
 
         Raises:
             DocumentError: there is no such document.
         """
-        return self._documents.remove(source)
+        return self._documents.remove(self._source(source))
 
-    def pin(self, source: str, lifetime_s: float = math.inf) -> int:
+    def pin(self, source: str | os.PathLike[str], lifetime_s: float = math.inf) -> int:
         """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
 
         Raises:
             DocumentError: there is no such document.
         """
+        instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
         return self.engine.store.pin_many(self._keys(source), lifetime_s)
 
-    def unpin(self, source: str) -> int:
+    def unpin(self, source: str | os.PathLike[str]) -> int:
         """End the pins of a document's KV; returns how many of its passages' are stored.
 
         Raises:
@@ -320,22 +317,19 @@ class RAG:
         """
         return self.engine.store.unpin_many(self._keys(source))
 
-    def refresh(self, progress: Callable[[str], None] | None = None) -> int:
+    def refresh(self, progress: Callable[[Progress], object] | None = None) -> int:
         """Read whatever KV of the documents is missing, after a crash, with a new prefix or with another model say.
 
         Args:
-            progress: called with each document's source.
+            progress: called behind each document that was looked at, and behind each piece that the model has read.
 
         Returns:
             Tokens that were read.
+
+        Raises:
+            StoreFullError: as for :meth:`add_texts`.
         """
-        tokens = 0
-        self.engine.documents.look()
-        for listed in self.retriever.catalogue.documents():
-            tokens += self.engine.documents.add(self._documents.now(listed.id))
-            if progress is not None:
-                progress(listed.source)
-        return tokens
+        return self._intake.refresh(progress)
 
     def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
         """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
@@ -352,6 +346,9 @@ class RAG:
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
+        hits = listed(hits, "hits")
+        for hit in hits:
+            instance("each of hits", hit, Hit, "a passage that retrieve() found")
         return self._documents.chunks(hits)
 
     def ask(
@@ -361,6 +358,7 @@ class RAG:
         top_k: int = 5,
         neighbours: int = 0,
         method: Method | str | None = None,
+        progress: Callable[[Progress], object] | None = None,
         **generation: Any,
     ) -> SourcedAnswer:
         """Answer a question over the documents.
@@ -370,13 +368,15 @@ class RAG:
             top_k: passages to find.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
+            progress: called behind each piece that the model has to read because its KV are missing.
             **generation: what ``model.generate`` takes.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
         """
         hits = self._found(question, top_k, neighbours)
-        answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
+        with told_of_hits(progress, hits):
+            answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
         return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits))
 
     def stream(
@@ -386,6 +386,7 @@ class RAG:
         top_k: int = 5,
         neighbours: int = 0,
         method: Method | str | None = None,
+        progress: Callable[[Progress], object] | None = None,
         **generation: Any,
     ) -> tuple[list[Hit], AnswerStream]:
         """The passages for a question, and the answer over them piece by piece.
@@ -395,12 +396,14 @@ class RAG:
             top_k: passages to find.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
+            progress: called behind each piece that the model has to read because its KV are missing.
             **generation: what ``model.generate`` takes.
         """
         hits = self._found(question, top_k, neighbours)
         chunks = self.chunks(hits)
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
-        return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
+        with told_of_hits(progress, hits):
+            return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
 
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
@@ -440,18 +443,13 @@ class RAG:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
         return hits
 
-    def _keys(self, source: str) -> list[bytes]:
-        if source not in self.retriever.catalogue:
-            raise DocumentError(f"there is no document {source!r}")
-        return list(self.engine.documents.keys(self._documents.now(source_id(source))))
+    def _source(self, given: str | os.PathLike[str]) -> str:
+        if given in self.retriever.catalogue:
+            return str(given)
+        return only([document.source for document in self.retriever.catalogue], given, "RAG.documents()")
 
-    def _add(self, text: str, source: str, metadata: dict[str, Any] | None, added: Added) -> None:
-        change, tokens = self._documents.put(text, source, metadata, self.chunker, self.repair_tokens)
-        if self._defaults:
-            self.retriever.catalogue.keep_defaults(self._defaults)
-            self._defaults = {}
-        added.changes.append(change)
-        added.tokens_read += tokens
+    def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
+        return list(self.engine.documents.keys(self._documents.now(source_id(self._source(source)))))
 
 
 def _shown(hits: list[Hit]) -> list[Hit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -138,9 +139,10 @@ class AnswerStream(Iterator[str]):
         self.report: AnswerReport | None = None
         self._start, self._text = start, detokenizer
         self._pieces = self._run()
+        self._context = copy_context()  # who watches when it is made is told what is read later
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        return self._context.run(next, self._pieces)
 
     def _run(self) -> Iterator[str]:
         self.report, tokens = self._start()

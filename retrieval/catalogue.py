@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
+from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError, instance
 from ragkv.folder import Environment
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import new_state, put_readings, replaced
+from ragkv.retrieval.changes import new_state, put_readings, renamed, replaced
 from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
@@ -59,6 +59,7 @@ class Catalogue:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        instance("path", path, str | os.PathLike | None, "a folder's path, or None")
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
         self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary)
@@ -121,7 +122,7 @@ class Catalogue:
             passages: its texts in order, none blank.
             embed: gives the vectors, float32 ``[n, d]``, of texts; called outside of any transaction.
             metadata: anything that JSON can hold.
-            spans: see :class:`Document`.
+            spans: see :class:`Document`; one a passage, or none.
             origin: see :class:`Document`.
             reading: how a model reads it, kept in the same transaction. Those of other models stay if no passage changes.
 
@@ -131,6 +132,14 @@ class Catalogue:
             StoreFullError: disk or map are full; nothing was changed.
         """
         source, passages, metadata = records.checked_document(source, passages, metadata)
+        if not (
+            isinstance(spans, Sequence) and all(isinstance(span, tuple | list) and len(span) == 2 for span in spans)
+        ):
+            raise DocumentError(
+                f"{source}: spans must be pairs of first character and the one behind the last, got {spans!r:.80}"
+            )
+        instance("origin", origin, str, "a str")
+        instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         given = Document(source, digest(*passages).hex(), (), metadata, tuple(spans), origin)
         readings = [] if reading is None else [reading]
         if spans and len(spans) != len(passages):
@@ -165,6 +174,24 @@ class Catalogue:
                 if view.get(document.source) == document:
                     unused |= put_readings(txn, records.source_key(document.source), [reading])
             return {key for key in unused if not view.names(key)}
+
+    def rename(self, source: str, to: str, reread: Callable[[Reading], Reading | None]) -> Document | None:
+        """Calls a document by another source: passages, vectors and what models know of it stay.
+
+        Args:
+            source: what it was called.
+            to: what it is called now.
+            reread: gives how a model reads it under its new name; None for what is to be found out anew.
+
+        Returns:
+            The document; None where there is none of the first name, or one of the second: nothing was changed.
+        """
+        with self._environment.transaction(write=True) as txn:
+            view = Snapshot(txn)
+            document = view.get(source)
+            if document is None or view.get(to) is not None:
+                return None
+            return renamed(txn, document, to, list(filter(None, map(reread, view.readings(document)))))
 
     def remove(self, source: str) -> Change:
         """Removes a document with its passages and vectors.

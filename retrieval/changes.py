@@ -74,6 +74,26 @@ def replaced(
     )
 
 
+def renamed(txn: Transaction, document: Document, source: str, readings: Sequence[Reading]) -> Document:
+    """Calls a document by another source. Its passages and vectors stay what they are, so the state does too.
+
+    Args:
+        txn: a transaction that may write.
+        document: as it is kept.
+        source: of no document.
+        readings: how models read it, for its new name.
+    """
+    view, former, key = Snapshot(txn), records.source_key(document.source), records.source_key(source)
+    for passage_id, text in zip(document.passage_ids, view.texts(document), strict=True):
+        _write(txn, "passages", records.passage_key(passage_id), key + text.encode())
+    document = replace(document, source=source)
+    txn.delete("documents", former)
+    _write(txn, "documents", key, records.document_payload(document))
+    dropped_readings(txn, former, view.read_for(former))
+    put_readings(txn, key, readings)
+    return document
+
+
 def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading]) -> set[bytes]:
     """Keeps how models read a document; returns the keys of KV that the readings before them named."""
     before = dropped_readings(txn, source_key, [reading.setting for reading in readings])

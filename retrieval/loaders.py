@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ragkv.errors import DocumentError, MissingPackageError
 
@@ -30,7 +32,7 @@ class LoadedFile:
     """A file that could be read.
 
     Attributes:
-        source: its absolute path, so that two files never share a name.
+        source: its absolute path behind all links, so that a file has one name however it is reached.
         text: its text, line ends as ``\\n``; never blank.
     """
 
@@ -69,9 +71,12 @@ def load_files(
 
     Yields:
         a :class:`LoadedFile` or a :class:`SkippedFile` for every file.
+
+    Raises:
+        DocumentError: something else than paths was given.
     """
     codecs.lookup(encoding)
-    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    named = _listed(paths)
     seen: set[str] = set()
     for found in (entry for path in named for entry in _walk(os.path.abspath(os.fspath(path)))):
         source = found if isinstance(found, str) else found.source
@@ -79,7 +84,7 @@ def load_files(
         if real in seen:
             continue
         seen.add(real)
-        yield _load(found, encoding, max_bytes) if isinstance(found, str) else found
+        yield _load(found, real, encoding, max_bytes) if isinstance(found, str) else found
 
 
 def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8", max_bytes: int = 256 << 20) -> str:
@@ -108,11 +113,19 @@ def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8", max_byte
     return text
 
 
-def _load(source: str, encoding: str, max_bytes: int) -> LoadedFile | SkippedFile:
+def _load(path: str, real: str, encoding: str, max_bytes: int) -> LoadedFile | SkippedFile:
     try:
-        return LoadedFile(source, read_file(source, encoding=encoding, max_bytes=max_bytes))
+        return LoadedFile(real, read_file(path, encoding=encoding, max_bytes=max_bytes))
     except (DocumentError, MissingPackageError) as error:
-        return SkippedFile(source, str(error))
+        return SkippedFile(path, str(error))
+
+
+def _listed(paths: Any) -> list[str | os.PathLike[str]]:
+    listed = [paths] if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else list(paths)
+    for path in listed:
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise DocumentError(f"paths must be paths of files and folders, each a str or a path; got {path!r:.80}")
+    return listed
 
 
 def _walk(path: str) -> Iterator[str | SkippedFile]:
@@ -162,6 +175,10 @@ def _pdf_text(data: bytes) -> str:
         import pypdf
     except ImportError as error:
         raise MissingPackageError("reading PDF needs pypdf: pip install 'ragkv[pdf]'") from error
+    # Python shows what a logger without handlers says; what stops us is the error's, the rest is for whoever asks for it.
+    log = logging.getLogger("pypdf")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         # Many files are encrypted with the empty password, only to forbid printing.

@@ -106,7 +106,13 @@ def source_id(source: str) -> str:
 
 
 def source_key(source: str) -> bytes:
-    """The key of a document."""
+    """The key of a document.
+
+    Raises:
+        DocumentError: the source is no text.
+    """
+    if not isinstance(source, str):
+        raise DocumentError(f"a document is named by a str, got {source!r:.80}")
     return digest("source", source)
 
 

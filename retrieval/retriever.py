@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ragkv.errors import RecordError, RetrievalError
+from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
@@ -24,6 +24,8 @@ _LOG = logging.getLogger("ragkv.retrieval")
 
 #: How a model reads a document, from a snapshot.
 Readings = Callable[[Snapshot, Document], Reading]
+
+_EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
 INDEX_FILE = "index.safetensors"
 
@@ -73,6 +75,9 @@ class Retriever:
     """
 
     def __init__(self, embedder: Embedder, index: VectorIndex, catalogue: Catalogue) -> None:
+        instance("embedder", embedder, Embedder, _EMBEDDER)
+        instance("index", index, VectorIndex, "a ragkv.retrieval.VectorIndex, as FaissIndex(embedder.dimension)")
+        instance("catalogue", catalogue, Catalogue, "a ragkv.retrieval.Catalogue, as Catalogue('documents/')")
         if index.dimension != embedder.dimension:
             raise RetrievalError(
                 f"the index has dimension {index.dimension}, the embedder {embedder.name!r} {embedder.dimension}"
@@ -96,6 +101,7 @@ class Retriever:
             embedder: turns texts into vectors.
         """
         embedder = embedder or offline_embedder()
+        instance("embedder", embedder, Embedder, _EMBEDDER)
         index, catalogue = FaissIndex(embedder.dimension), Catalogue(path)
         try:
             return cls(embedder, index, catalogue)
@@ -136,7 +142,7 @@ class Retriever:
 
         Each document is one transaction, and none is begun where one of them cannot be stored as it is.
         """
-        checked = [checked_document(*document) for document in documents]
+        checked = [checked_document(*document) for document in _triples(documents)]
         texts = dict.fromkeys(text for _, passages, _ in checked for text in passages)
         with self.catalogue.snapshot() as view:
             missing = [text for text in texts if not view.has_text(text)]
@@ -168,7 +174,9 @@ class Retriever:
             RetrievalError: the question is blank, ``top_k`` is below 1, or the embedder gave no vector.
         """
         if not isinstance(query, str) or not query.strip():
-            raise RetrievalError(f"the question must be a str that is not blank, got {query!r}")
+            raise RetrievalError(no_question(query))
+        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 0:
+            raise RetrievalError(f"neighbours must be a whole number of at least 0, got {neighbours!r}")
         vector = self.embedder.encode_query(query)
         with ExitStack() as stack:
             # Under the lock index and snapshot are of one state, so every id found has its passage.
@@ -260,6 +268,14 @@ class Retriever:
                 f"[{len(texts)}, {self.embedder.dimension}], got {vectors.shape}"
             )
         return vectors
+
+
+def _triples(documents: Any) -> list[tuple[Any, Any, Any]]:
+    triples = list(documents) if isinstance(documents, Iterable) else [documents]
+    for triple in triples:
+        if not isinstance(triple, tuple | list) or len(triple) != 3:
+            raise DocumentError(f"documents must be a list of (source, passages, metadata), got {triple!r:.80}")
+    return [(source, passages, metadata) for source, passages, metadata in triples]
 
 
 def _around(passage: Passage, neighbours: int) -> tuple[int, ...]:

@@ -118,9 +118,7 @@ class DiskTier(Tier):
         with self._planner() as planner:
             txn = planner.books.txn
             for entry in entries:
-                size = _pages(len(entry.record.pack(entry.key)))
-                size += sum(_pages(stop - start) for start, stop in entry.record.spans)
-                row = planner.admit(entry.key, size, entry.terms, passed=written, selective=self._selective)
+                row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
                     self._write(txn, entry.key, entry.record, entry.payload)
                 kept.append(row is not None)
@@ -148,6 +146,12 @@ class DiskTier(Tier):
             for name in names:
                 planner.books.txn.delete(name, db=self.environment.db(b"facts"))
         return gone
+
+    def size(self, entry: Offer) -> int:
+        """Bytes that an entry takes here, in whole pages."""
+        return _pages(len(entry.record.pack(entry.key))) + sum(
+            _pages(stop - start) for start, stop in entry.record.spans
+        )
 
     def damaged(self, key: bytes) -> None:
         try:

@@ -53,7 +53,8 @@ class GpuTier(MemoryTier):
             self._planner.budget_bytes = self._pool.count * self._pool.block_bytes
         return kinds_of(entry.kv) == self._pool.kinds and super()._admit(entry)
 
-    def _size(self, entry: Offer) -> int:
+    def size(self, entry: Offer) -> int:
+        """Bytes of the blocks that an entry takes."""
         assert self._pool is not None
         return self._pool.blocks_for(entry.record.tokens) * self._pool.block_bytes
 

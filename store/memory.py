@@ -136,7 +136,7 @@ class MemoryTier(Tier):
     def _admit(self, entry: Offer) -> bool:
         self._planner.sweep()
         row = self._planner.admit(
-            entry.key, self._size(entry), entry.terms, usage=entry.usage, selective=self._selective
+            entry.key, self.size(entry), entry.terms, usage=entry.usage, selective=self._selective
         )
         if row is not None:
             try:
@@ -146,7 +146,7 @@ class MemoryTier(Tier):
                 raise
         return row is not None
 
-    def _size(self, entry: Offer) -> int:
+    def size(self, entry: Offer) -> int:
         """Bytes that an entry takes here."""
         return entry.record.payload_bytes
 

@@ -205,6 +205,30 @@ class TieredStore:
         self._check_open()
         return self._tiers.missing(keys)
 
+    def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
+        """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
+        self._check_open()
+        sizes: Counter[str] = Counter()
+        for key in dict.fromkeys(keys):
+            sizes.update({tier: row.usage.size_bytes for tier, row in self._tiers.rows(key).items()})
+        return dict(sizes)
+
+    @property
+    def budget_bytes(self) -> int:
+        """What all chunks may take where they are kept: on disk, or in memory without one."""
+        return self._home.budget_bytes
+
+    def stored_bytes(self, kv: ChunkKV, *, rotations: Sequence[RotationLike | None] = ()) -> int:
+        """Bytes that a chunk's KV would take where they are kept, in the codec of that place. Stores nothing."""
+        offers, _ = self._levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
+        return self._home.size(self._home.prepare(offers[0]))
+
+    def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of the chunks that are stored and pinned now, each once and in order."""
+        self._check_open()
+        rows = {key: self._tiers.rows(key).get(self._home.name) for key in keys}
+        return [key for key, row in rows.items() if row is not None and row.pinned(self._home.now())]
+
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
         return self.remove_many([key]) == 1

@@ -17,6 +17,9 @@ __all__ = ["main"]
 #: Where a command does not stand in the module of its name.
 _MODULES = {"export": "exchange", "import": "exchange"}
 
+#: Commands that may read for hours.
+_READING = ("add", "sync", "refresh")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -36,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        more = "what was read is kept, and the same command goes on from there"
+        return _fail(f"interrupted: {more}" if args.command in _READING else "interrupted", 130)
     except BrokenPipeError:
         # Whoever read our output has left; python would complain once more while it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

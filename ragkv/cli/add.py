@@ -9,7 +9,8 @@ from typing import Any
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of
-from ragkv.rag import Added
+from ragkv.cli.reading import reading
+from ragkv.library.intake import Added
 from ragkv.retrieval import Change
 
 
@@ -18,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
-        with show.progress(unit=" files") as bar:
-            added = rag.add_files(args.paths, progress=lambda file: _step(bar, file.source))
+        with reading(rag, args) as bar:
+            added = rag.add_files(args.paths, progress=bar)
         for change in added.changes if args.pin else ():
             rag.pin(change.document.source)
         summary = _summary(added, perf_counter() - begin)
@@ -34,17 +35,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if added.changes else 1
 
 
-def _step(bar: Any, source: str) -> None:
-    bar.set_postfix_str(show.short(source), refresh=False)
-    bar.update()
-
-
 def _summary(added: Added, seconds: float) -> dict[str, Any]:
-    kinds = [_kind(change) for change in added.changes]
+    kinds = ["moved" if change.document.source in added.moved else _kind(change) for change in added.changes]
     return {
-        "documents": {kind: kinds.count(kind) for kind in ("added", "changed", "unchanged")},
+        "documents": {kind: kinds.count(kind) for kind in ("added", "changed", "moved", "unchanged")},
         "passages": sum(len(change.document.passage_ids) for change in added.changes),
         "tokens_read": added.tokens_read,
+        "kv_bytes": added.kv_bytes,
         "seconds": round(seconds, 3),
         "skipped": [{"source": skipped.source, "reason": skipped.reason} for skipped in added.skipped],
     }
@@ -55,7 +52,8 @@ def _show(summary: dict[str, Any]) -> None:
     if summary["skipped"]:
         documents.append(f"{len(summary['skipped'])} skipped")
     read = f"{show.number(summary['tokens_read'], 'token')} read in {summary['seconds']:.1f} s"
-    print(f"documents: {', '.join(documents) or 'none'}; {show.number(summary['passages'], 'passage')}; {read}")
+    passages, size = show.number(summary["passages"], "passage"), show.kv(summary["kv_bytes"])
+    print(f"documents: {', '.join(documents) or 'none'}; {passages}; {read}; {size}")
 
 
 def _kind(change: Change) -> str:

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    shared, model, method = _shared(), _model(), _method()
+    shared, model, method, bar = _shared(), _model(), _method(), _bar()
 
     def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -42,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
 
+    reading = (model, _storage(), bar)
     add = command(
         "add",
-        model,
+        *reading,
         method,
-        _storage(),
         summary="Read files, and folders with all that is in them: text, Markdown, PDF.",
     )
     add.add_argument(
@@ -58,11 +58,22 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
     add.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
 
+    sync = command(
+        "sync",
+        *reading,
+        summary="Read what is new or changed in a folder, and forget the documents whose files are gone.",
+    )
+    sync.add_argument("folder", metavar="FOLDER")
+    sync.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
+
+    command("refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to.")
+
     ask = command(
         "ask",
         model,
         method,
         _storage(),
+        bar,
         _search(neighbours=0),
         summary="Answer a question over the documents that were added.",
     )
@@ -139,11 +150,25 @@ def _model() -> argparse.ArgumentParser:
     return model
 
 
+def _bar() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--progress",
+        action="store_true",
+        help="show how far reading is, also with --json or where stderr is no terminal",
+    )
+    return options
+
+
 def _storage() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     for tier, what in (("gpu", "memory of the GPU"), ("cpu", "memory"), ("disk", "disk")):
         options.add_argument(
-            f"--{tier}-size", type=parsed(filters.parse_size), metavar="SIZE", help=f"{what} for KV, as 8GiB"
+            f"--{tier}-size",
+            f"--{tier}-bytes",
+            type=parsed(filters.parse_size),
+            metavar="SIZE",
+            help=f"{what} for KV, as 8GiB",
         )
     options.add_argument(
         "--codec", metavar="NAME", help="how KV are encoded on disk: raw, lossless, int8, fp8, int4, cachegen"

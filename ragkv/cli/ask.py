@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
+from ragkv.cli.reading import reading
 from ragkv.rag import RAG, SourcedAnswer
 
 #: Stages of an answer's time line, in order, and what they are called.
@@ -38,13 +40,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[str, float]]:
     begin = perf_counter()
-    search = {"top_k": args.top_k, "neighbours": args.neighbours}
-    hits, pieces = rag.stream(args.question, **search, stop=args.stop, max_new_tokens=args.max_new_tokens)
     text = ""
-    for piece in pieces:
-        if not args.json:
-            print(piece if text else piece.lstrip(), end="", flush=True)
-        text += piece
+    with ExitStack() as shown:
+        bar = shown.enter_context(reading(rag, args))
+        search = {"top_k": args.top_k, "neighbours": args.neighbours}
+        options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        hits, pieces = rag.stream(args.question, **search, progress=bar, **options)
+        for piece in pieces:
+            shown.close()  # what had to be read is read
+            if not args.json:
+                print(piece if text else piece.lstrip(), end="", flush=True)
+            text += piece
     total_ms = (perf_counter() - begin) * 1e3
     if not args.json:
         print()

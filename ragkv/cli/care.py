@@ -15,7 +15,7 @@ _FILTER_HELP = (
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Registers ``ls``, ``rm``, ``forget``, ``prune``, ``verify``, ``stats``, ``compact``, ``export`` and ``import``.
+    """Registers ``docs``, ``ls``, ``rm``, ``forget``, ``prune``, ``verify``, ``stats``, ``compact``, ``export`` and ``import``.
 
     Args:
         command: makes a command's parser from its name, its parents and ``summary=``.
@@ -37,11 +37,21 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "rm", removal, summary="Remove KV by id or by document. Passages are read again when they are asked for."
     )
     rm.add_argument(
-        "targets", nargs="+", metavar="ID|DOCUMENT", help="the first digits of an id (at least 4), or a document"
+        "targets",
+        nargs="+",
+        metavar="ID|DOCUMENT",
+        help="the first digits of an id (at least 4), or documents as for forget",
     )
 
+    command("docs", summary="List the documents, with what their KV take.")
+
     forget = command("forget", removal, summary="Remove documents, with their passages, vectors and KV.")
-    forget.add_argument("targets", nargs="+", metavar="DOCUMENT", help="a file's path, or what the document is called")
+    forget.add_argument(
+        "targets",
+        nargs="+",
+        metavar="DOCUMENT",
+        help="what a document is called, a path, a folder with all below it, or a pattern as 'docs/*.md'",
+    )
 
     prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
     prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")

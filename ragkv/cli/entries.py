@@ -14,6 +14,9 @@ from ragkv.errors import RagKVError
 from ragkv.retrieval import Catalogue
 from ragkv.store.maintenance import Entry, entries, remove
 
+#: What lists the documents.
+DOCS = "'ragkv docs'"
+
 _SHORT = 12
 _DATA = "data.mdb"
 
@@ -123,7 +126,7 @@ def removed(
     Args:
         path: the folder.
         chosen: entries to remove.
-        documents: documents that ``behind`` removes too.
+        documents: documents that ``behind`` removes too, and which the caller has shown.
         ask: unless the answer is yes, nothing is removed.
         dry_run: remove nothing.
         as_json: say so for programs.
@@ -133,7 +136,7 @@ def removed(
     amount = f"{show.number(len(chosen), 'entry', 'entries')}, {show.size(size)}"
     if documents:
         amount = f"{show.number(len(documents), 'document')}, {amount}"
-    if not as_json and chosen:
+    if not as_json and chosen and not documents:
         table(chosen)
     if (chosen or documents) and not dry_run:
         if ask and not show.confirmed(f"Remove {amount}?"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from ragkv.cli import docs
 from ragkv.cli.arguments import folder
-from ragkv.cli.entries import listed, removed
+from ragkv.cli.entries import DOCS, listed, removed
 from ragkv.cli.opening import require_documents
 from ragkv.errors import RagKVError
 from ragkv.retrieval import Catalogue
+from ragkv.retrieval.naming import matching, unknown
 from ragkv.store.maintenance import remove
 
 
@@ -17,10 +18,16 @@ def run(args: argparse.Namespace) -> int:
     """Remove what the targets name: all of it exists, or nothing is removed. KV that other documents name stay."""
     path = folder(args)
     require_documents(path)
-    with Catalogue(path / "documents") as catalogue:
-        names = list(dict.fromkeys(_named(catalogue, target) for target in args.targets))
+    found = {document.source: document for document in docs.documents(path)}
+    chosen: dict[str, None] = {}
+    for target in args.targets:
+        meant = matching(found, target)
+        if not meant:
+            raise RagKVError(f"{unknown(found, target, DOCS)}; nothing was removed")
+        chosen.update(dict.fromkeys(meant))
+    names = sorted(chosen)
     entries = listed(path) if (path / "kv" / "data.mdb").is_file() else []
-    alone = [item for item in entries if item.places and {name for name, _ in item.places} <= {*names}]
+    alone = [item for item in entries if item.places and {name for name, _ in item.places} <= chosen.keys()]
 
     def forgotten() -> None:
         with Catalogue(path / "documents") as catalogue:
@@ -29,11 +36,6 @@ def run(args: argparse.Namespace) -> int:
         if (path / "kv" / "data.mdb").is_file():
             remove(path / "kv", unused)
 
+    if not args.json:
+        docs.table(found[name] for name in names)
     return removed(path, alone, names, ask=not args.yes, dry_run=args.dry_run, as_json=args.json, behind=forgotten)
-
-
-def _named(catalogue: Catalogue, target: str) -> str:
-    for name in (target, str(Path(target).expanduser().absolute())):
-        if name in catalogue:
-            return name
-    raise RagKVError(f"no document is called {target!r}: see 'ragkv ls'; nothing was removed")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from ragkv.cli.arguments import folder
-from ragkv.cli.entries import Listed, listed, removed
+from ragkv.cli.entries import DOCS, Listed, listed, removed
 from ragkv.errors import RagKVError
+from ragkv.retrieval.naming import matching, unknown
 
 _ID = re.compile(r"[0-9a-f]{4,64}")
 
@@ -23,12 +23,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _named(found: Sequence[Listed], target: str) -> list[Listed]:
-    """The entries of a document, or the one whose id begins so.
+    """The entries of the documents that are meant, or the one whose id begins so.
 
     Raises:
         RagKVError: there is none, or several ids begin so.
     """
-    names = {target, str(Path(target).expanduser().absolute())}
+    sources = {source for item in found for source, _ in item.places}
+    names = set(matching(sorted(sources), target))
     of_document = [item for item in found if any(source in names for source, _ in item.places)]
     if of_document:
         return of_document
@@ -36,5 +37,5 @@ def _named(found: Sequence[Listed], target: str) -> list[Listed]:
     if len(of_id) > 1:
         raise RagKVError(f"{len(of_id)} entries begin with {target}: give more digits; nothing was removed")
     if not of_id:
-        raise RagKVError(f"no entry and no document is called {target!r}: see 'ragkv ls'; nothing was removed")
+        raise RagKVError(f"no entry's id begins so, and {unknown(sources, target, DOCS)}; nothing was removed")
     return of_id

@@ -38,11 +38,12 @@ def paint(text: str, colour: str) -> str:
     return text if plain else f"\033[{_COLOURS[colour]}m{text}\033[0m"
 
 
-def progress(items: Iterable[Item] | None = None, **options: Any) -> Any:
-    """A tqdm bar on stderr; silent where stderr is no terminal."""
+def progress(items: Iterable[Item] | None = None, shown: bool | None = None, **options: Any) -> Any:
+    """A tqdm bar on stderr; silent where stderr is no terminal, unless told otherwise."""
     from tqdm import tqdm
 
-    return tqdm(items, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, **options)
+    disable = None if shown is None else not shown
+    return tqdm(items, file=sys.stderr, disable=disable, leave=False, dynamic_ncols=True, **options)
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -61,6 +62,13 @@ def size(count: int) -> str:
     while amount >= 1024 and len(units) > 1:
         amount, units = amount / 1024, units[1:]
     return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def kv(sizes: dict[str, int]) -> str:
+    """What KV take where they are kept: ``1.5 MiB of KV on disk``; what is in memory besides is a copy."""
+    if "disk" in sizes:
+        return f"{size(sizes['disk'])} of KV on disk"
+    return f"{size(sizes.get('cpu', 0))} of KV in memory"
 
 
 def milliseconds(value: float) -> str:

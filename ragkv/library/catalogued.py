@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import DocumentError, StoreError
+from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
 from ragkv.retrieval import Change, Hit, Reading, Retriever, Snapshot, TokenChunker
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A document that is about to be added.
+
+    Attributes:
+        source: what it is called.
+        passages: its texts in order.
+        metadata: what was given with it.
+        spans: where the passages stand in its text.
+        origin: digest of its text, and of how it was cut.
+        document: as the model reads it.
+        kind: ``"added"``, ``"changed"`` or ``"unchanged"``: what adding it will be.
+    """
+
+    source: str
+    passages: list[str]
+    metadata: dict[str, Any] | None
+    spans: Sequence[tuple[int, int]]
+    origin: str
+    document: ChunkedDocument
+    kind: str
 
 
 class CataloguedDocuments:
@@ -46,33 +69,20 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             return {key for key in chunks if view.names(key)}
 
-    def put(
-        self,
-        text: str,
-        source: str,
-        metadata: dict[str, Any] | None,
-        chunker: TokenChunker,
-        repair_tokens: int | None,
-    ) -> tuple[Change, int]:
-        """Add a document, or replace the one of the same source, and read what the store lacks of it.
+    def prepare(self, text: str, source: str, metadata: dict[str, Any] | None, chunker: TokenChunker) -> Prepared:
+        """What adding a document takes. Nothing is read or stored.
 
         Args:
             text: the document.
             source: what it is called.
             metadata: anything that JSON can hold.
             chunker: cuts it, unless the very text was cut in the same way before, perhaps with another model's tokens.
-            repair_tokens: see :class:`~ragkv.RAG`.
-
-        Returns:
-            What changed in the catalogue, and the tokens that the model read.
 
         Raises:
-            DocumentError: a text is blank or cannot be stored as it is.
-            StoreFullError: document and vectors are stored, but KV do not fit.
+            DocumentError: the text is blank or cannot be stored as it is.
         """
         checked_document(source, [text], metadata)
-        documents, origin = self._documents, digest(text, chunker.settings).hex()
-        documents.look()
+        origin = digest(text, chunker.settings).hex()
         with self._catalogue.snapshot() as view:
             listed = view.get(source)
             before = None if listed is None else self.kept(view, listed)
@@ -81,13 +91,38 @@ class CataloguedDocuments:
         passages = [text[start:stop] for start, stop in spans]
         if not passages:
             raise DocumentError(f"{source}: no text in it")
-        document = before if before is not None and old == passages else documents.cut(passages, source_id(source))
+        document = before if before is not None and old == passages else None
+        document = self._documents.cut(passages, source_id(source)) if document is None else document
+        kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
+        return Prepared(source, passages, metadata, spans, origin, document, kind)
+
+    def put(self, prepared: Prepared, repair_tokens: int | None) -> tuple[Change, int]:
+        """Add a document, or replace the one of the same source, and read what the store lacks of it.
+
+        Args:
+            prepared: from :meth:`prepare`.
+            repair_tokens: see :class:`~ragkv.RAG`.
+
+        Returns:
+            What changed in the catalogue, and the tokens that the model read.
+
+        Raises:
+            StoreFullError: document and vectors are stored, but KV do not fit.
+        """
+        documents, source, passages = self._documents, prepared.source, prepared.passages
+        documents.look()
+        with self._catalogue.snapshot() as view:
+            listed = view.get(source)
+            before = None if listed is None else self.kept(view, listed)
+            old = [] if listed is None else view.texts(listed)
+        document = before if before is not None and old == passages else prepared.document
         repair = None
         if before is not None and document is not before and repair_tokens is not None:
             repair = documents.plan_repair(list(before), document, repair_tokens)
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
-        change = self._retriever.add(source, passages, metadata, spans=spans, origin=origin, reading=reading)
+        more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
+        change = self._retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:
             if repair is not None:  # from KV of the version before
@@ -97,6 +132,10 @@ class CataloguedDocuments:
         finally:
             documents.store.remove_many(change.unused)
         return change, documents.add(list(document)) if tokens is None else tokens
+
+    def rename(self, source: str, to: str) -> bool:
+        """Call a document by another source: nothing is read or embedded again. Whether it was so called."""
+        return self._catalogue.rename(source, to, lambda reading: _reread(reading, to)) is not None
 
     def remove(self, source: str) -> Change:
         """Remove a document, and the KV that no other one needs.
@@ -169,3 +208,12 @@ class CataloguedDocuments:
                     f"passage {hit.position} of {hit.source} is not what was found any more: search again"
                 )
             return self.read(view, listed)
+
+
+def _reread(reading: Reading, source: str) -> Reading | None:
+    """How a model reads a document that is called otherwise now; None where the record is of another version."""
+    try:
+        document = ChunkedDocument.from_bytes(reading.record)
+    except RecordError:
+        return None
+    return reading._replace(record=replace(document, id=source_id(source)).to_bytes())

@@ -20,15 +20,17 @@ from ragkv.errors import (
     PromptTooLongError,
     StoreError,
     StoreFullError,
+    instance,
     whole_number,
 )
 from ragkv.kernels import Impl
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
-from ragkv.library.reading import Reader
+from ragkv.library.reading import Reader, chains, identity
 from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
 from ragkv.library.sensitivity import FOREIGN
+from ragkv.library.watching import counting
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, Text
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
@@ -82,7 +84,7 @@ class Documents:
         lifetime_s: float = math.inf,
     ):
         if context not in ("document", "chunk"):
-            raise ValueError(f"context must be 'document' or 'chunk', got {context!r}")
+            raise ArgumentError(f"context must be 'document' or 'chunk', got {context!r}")
         self.runner, self.encoder, self.store = runner, encoder, store
         self.context, self.namespace = context, namespace
         wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
@@ -95,6 +97,8 @@ class Documents:
         self.document_tokens = min(wanted, positions - len(encoder.anchor))
         whole_number("piece_tokens", piece_tokens, 1)
         self.kernels, self._piece_tokens, self._measured = kernels, piece_tokens, sensitivity
+        instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
+        instance("namespace", namespace, str, "a str")
         if not lifetime_s > 0:
             raise ArgumentError(f"lifetime_s must be more than 0, got {lifetime_s}")
         self._lifetime_s = lifetime_s
@@ -176,6 +180,15 @@ class Documents:
         keys = self.keys(chunks)
         return [keys[key] for key in self.store.missing(list(keys))]
 
+    def work(self, missing: Sequence[Chunk]) -> int:
+        """Tokens that the model runs to read chunks: of each document from the first one on that is not stored."""
+        wanted, tokens = {identity(chunk) for chunk in missing}, 0
+        for chain in chains(missing, self._lineage):
+            absent = set(map(identity, self.missing(chain))) | wanted
+            first = next((number for number, chunk in enumerate(chain) if identity(chunk) in absent), len(chain))
+            tokens += sum(map(len, chain[first:]))
+        return tokens
+
     def record(self, document: ChunkedDocument) -> None:
         """Keep a document's record beside the KV; for documents that no other of :attr:`records` has."""
         self._own_records.put(document)
@@ -242,12 +255,15 @@ class Documents:
             ModelChangedError: the model is not what it was when the reader was made.
         """
         waiting = {} if waiting is None else waiting
+        ran = counting(lambda: self.work(missing))
 
         def known(chunk: Chunk) -> ChunkKV | None:
             key = self.key(chunk, reader.space)
             return waiting[key].kv if key in waiting else self.store.get(key)
 
-        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured or self._measured):
+        if missing:
+            ran(missing[0].document, 0)
+        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured or self._measured, ran):
             yield self._item(reader, chunk, kv, seconds)
 
     def keep(self, reader: Reader, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:
@@ -298,6 +314,7 @@ class Documents:
 
     def forget(self, chunks: Sequence[Chunk]) -> int:
         """Remove chunks' KV, and the records of their documents, from the store; returns how many KV were there."""
+        chunks = several_chunks(chunks, "chunks")
         names = {self._own_records.name(chunk.document) for chunk in chunks if chunk.document}
         return self.store.remove_many(list(self.keys(chunks)), facts=names)
 
@@ -371,6 +388,14 @@ class Documents:
 
 def several(items: Sequence, what: str) -> Sequence:
     """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
-    if isinstance(items, str | Chunk) or not isinstance(items, Iterable):
+    if isinstance(items, str | bytes | Chunk | Mapping) or not isinstance(items, Iterable):
         raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")
     return list(items)
+
+
+def several_chunks(items: Sequence[Chunk], what: str) -> list[Chunk]:
+    """A list of chunks."""
+    chunks = several(items, what)
+    for chunk in chunks:
+        instance(f"each of {what}", chunk, Chunk, "a ragkv.Chunk, as add() and add_document() return them")
+    return list(chunks)

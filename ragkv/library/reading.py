@@ -81,6 +81,7 @@ class Reader:
         lineage: Callable[[Chunk], list[Chunk]],
         stored: Callable[[Chunk], ChunkKV | None],
         measured: bool = False,
+        ran: Callable[[str, int], object] = lambda document, tokens: None,
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         """Prefill chunks, several of one document in one pass.
 
@@ -89,18 +90,17 @@ class Reader:
             lineage: gives the chunks that one is read behind, and itself at the end.
             stored: looks up the KV of a chunk that may be stored; a document's stored beginning is not read again.
             measured: read documents a second time, behind the foreign text, for their sensitivity.
+            ran: called behind each piece with its document and its tokens.
 
         Yields:
             A chunk, its KV, and the seconds that reading it took.
         """
-        left = {_name(chunk): chunk for chunk in wanted}
-        # The longest chain covers the others of its document.
-        for chunk in sorted(wanted, key=lambda chunk: -chunk.offset):
-            if _name(chunk) in left:
-                yield from self._read_chain(lineage(chunk), left, stored, measured)
+        left = {identity(chunk): chunk for chunk in wanted}
+        for chain in chains(wanted, lineage):
+            yield from self._read_chain(chain, left, stored, measured, ran)
 
     def _read_chain(
-        self, chain: list[Chunk], left: dict, stored: Callable, measured: bool
+        self, chain: list[Chunk], left: dict, stored: Callable, measured: bool, ran: Callable
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         cache = self.decoder.cache(self._behind(chain[-1]))
         if self.anchor is not None:
@@ -113,9 +113,10 @@ class Reader:
             self._run(ids, cache, group[0].offset + self._anchor_tokens)
             if second is not None:
                 self._run(ids, second, second.get_seq_length())
-            per_token = (perf_counter() - begin) / sum(len(chunk) for chunk in group)
+            per_token = (perf_counter() - begin) / len(ids)
+            ran(group[0].document, len(ids))
             for chunk in group:
-                mine = left.pop(_name(chunk), None)
+                mine = left.pop(identity(chunk), None)
                 if mine is not None:
                     end = self._behind(chunk)
                     kv = cut(cache, end - len(chunk), end)
@@ -166,7 +167,7 @@ class Reader:
     def _append_stored(self, cache: FusedCache, chain: list[Chunk], left: dict, stored: Callable) -> int:
         """Take the stored beginning of a chain; returns the number of the first chunk to read."""
         for number, chunk in enumerate(chain):
-            kv = None if _name(chunk) in left else stored(chunk)
+            kv = None if identity(chunk) in left else stored(chunk)
             if kv is None:
                 return number
             _append(cache, kv)
@@ -206,7 +207,18 @@ def _pieces(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
         yield piece
 
 
-def _name(chunk: Chunk) -> tuple[tuple[int, ...], bytes]:
+def chains(wanted: Sequence[Chunk], lineage: Callable[[Chunk], list[Chunk]]) -> Iterator[list[Chunk]]:
+    """The lineages that chunks are read along: the longest of a document covers its others."""
+    left = {identity(chunk) for chunk in wanted}
+    for chunk in sorted(wanted, key=lambda chunk: -chunk.offset):
+        if identity(chunk) in left:
+            chain = lineage(chunk)
+            yield chain
+            left.difference_update(map(identity, chain))
+
+
+def identity(chunk: Chunk) -> tuple[tuple[int, ...], bytes]:
+    """What a chunk's KV hang on, as far as one model and one namespace are concerned."""
     return chunk.ids, chunk.context
 
 

@@ -1,6 +1,7 @@
 """add, ask, stats and demo, with the bundled model and the offline embedder."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import torch
 from ragkv import RAG, bundled
 from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
+
+LOAD = bundled.load
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,17 @@ def test_add_ask_stats(files, tmp_path, capsys):
     code, out, err = run(capsys, "add", files)
     assert code == 0
     assert out.startswith("documents: 2 added, 1 skipped; ") and " tokens read in " in out
-    assert err == f"skipped {files}/picture.png: binary\n"
+    to_read, skipped = err.splitlines()
+    assert re.fullmatch(r"to read: \d+ tokens, about 1\.\d MiB of KV", to_read) and out.endswith(" MiB of KV on disk\n")
+    assert skipped == f"skipped {files}/picture.png: binary"
 
     code, out, _ = run(capsys, "add", files, "--json")
     added = json.loads(out)
-    assert (code, added["tokens_read"], added["documents"]) == (0, 0, {"added": 0, "changed": 0, "unchanged": 2})
+    assert (code, added["tokens_read"], added["documents"]) == (
+        0,
+        0,
+        {"added": 0, "changed": 0, "moved": 0, "unchanged": 2},
+    )
     assert added["skipped"] == [{"source": f"{files}/picture.png", "reason": "binary"}]
 
     (files / "clearport.md").write_text((files / "clearport.md").read_text() + " One more sentence.")
@@ -83,6 +92,75 @@ def test_add_ask_stats(files, tmp_path, capsys):
     assert stats["store"]["tiers"]["disk"]["entries"] == stats["passages"] > 2
     code, out, _ = run(capsys, "stats")
     assert code == 0 and out.startswith("2 documents, ") and "embedder: all-MiniLM-L6-v2" in out
+
+
+def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "add", "files")[0] == 0
+    (files / "clearport.md").rename(files / "harbour.md")
+    (files / "blackstead.md").unlink()
+    (files / "new.md").write_text("Harps are made in Wye.")
+    code, out, _ = run(capsys, "sync", "files", "--dry-run")
+    lines = ["added    files/new.md", "removed  files/blackstead.md", "moved    files/clearport.md -> files/harbour.md"]
+    assert code == 0 and out.splitlines()[:3] == lines
+    assert re.fullmatch(
+        r"documents: 1 added, 1 moved, 1 removed; \d+ tokens to read; nothing was done", out.splitlines()[3]
+    )
+    code, out, _ = run(capsys, "sync", "files")
+    assert code == 0 and out.splitlines()[:3] == lines and out.endswith(" of KV on disk\n")
+    code, out, _ = run(capsys, "docs")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [
+        "document",
+        "files/harbour.md",
+        "files/new.md",
+    ]
+    code, out, _ = run(capsys, "sync", "files", "--json")
+    said = json.loads(out)
+    assert (said["tokens"], said["unchanged"]) == (0, [str(files / "harbour.md"), str(files / "new.md")])
+    assert json.loads(run(capsys, "docs", "--json")[1])["documents"][0]["tokens"] > 100
+    code, out, err = run(capsys, "sync", "nowhere")
+    assert (code, out) == (1, "") and "'nowhere' is no folder that is there" in err
+    code, out, _ = run(capsys, "forget", "files/*.md", "--yes")
+    assert code == 0 and out.splitlines()[-1].startswith("removed 2 documents, ")
+
+
+def test_progress_is_shown_where_it_is_wanted(files, tmp_path, capsys):
+    """Not on what is no terminal, unless it is asked for; and what is read again is named, with the reason."""
+    code, _, err = run(capsys, "add", files, "--progress", "--json")
+    assert code == 0 and "reading: 100%" in err.replace("\r", "\n") and "clearport.md" in err and "tokens/s" in err
+    question = ("ask", "On which river does Clearport lie?", "--top-k", 2, "--max-new-tokens", 4)
+    assert run(capsys, *question)[2] == "", "nothing was read"
+    assert run(capsys, "prune", "--max-size", 0, "--yes")[0] == 0
+    code, _, err = run(capsys, *question)
+    first, *again = err.splitlines()
+    assert re.fullmatch(r"to read: \d+ tokens, about [\d.]+ [KM]iB of KV", first)
+    assert again and all(re.fullmatch(r"reading \S+\.md again: its KV are not in the store", line) for line in again)
+    assert run(capsys, "prune", "--max-size", 0, "--yes")[0] == 0
+    assert run(capsys, *question, "--json")[2] == ""
+    code, out, err = run(capsys, "refresh")
+    assert code == 0 and re.match(r"[1-9]\d* tokens read in ", out) and err.startswith("to read: ")
+    assert run(capsys, "refresh")[1].startswith("0 tokens read")
+    assert json.loads(run(capsys, "refresh", "--json")[1])["tokens_read"] == 0
+
+
+def test_an_interrupted_add_says_how_to_go_on(files, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RAG, "add_files", interrupted)
+    code, _, err = run(capsys, "add", files)
+    assert code == 130
+    assert err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
+
+
+def test_numbers_and_budgets(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ragkv.bundled.load", LOAD)
+    sizes = {}
+    for name, argv in {"fp32": [], "bf16": ["--dtype", "bfloat16"], "int8": ["--codec", "int8"]}.items():
+        code, out, _ = run(capsys, "add", files, "--path", tmp_path / name, "--json", *argv, "--disk-bytes", "1GiB")
+        assert code == 0
+        sizes[name] = json.loads(out)["kv_bytes"]["disk"]
+    assert sizes["int8"] < sizes["bf16"] < sizes["fp32"]
 
 
 def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):

@@ -34,14 +34,14 @@ def rag(model):
 @pytest.fixture
 def held(rag, monkeypatch):
     """Every prompt waits until it is let go."""
-    go, begun, fuse = threading.Event(), threading.Event(), rag.engine.fuse
+    go, begun, fuse = threading.Event(), threading.Event(), rag.engine._fuse
 
     def waiting(*args, **kwargs):
         begun.set()
         assert go.wait(60)
         return fuse(*args, **kwargs)
 
-    monkeypatch.setattr(rag.engine, "fuse", waiting)
+    monkeypatch.setattr(rag.engine, "_fuse", waiting)
     yield begun, go
     go.set()
 

@@ -7,7 +7,7 @@ import pytest
 
 from ragkv import RAG, DocumentError, Engine, RagKVError, StoreFullError, TieredStore
 from ragkv.errors import RetrievalError
-from ragkv.retrieval import Retriever, SkippedFile
+from ragkv.retrieval import Retriever
 
 from .rags import DOCUMENTS, QUESTION, TOKENIZER, WordEmbedder, keys, open_rag, small_model, tokens_of
 
@@ -92,7 +92,7 @@ def test_removal_drops_what_nothing_else_uses(rag):
     rag.remove("longer")
     assert not any(key in rag.engine.store for key in shared)
     assert "clearport.md" not in {hit.source for hit in rag.retrieve(QUESTION, 50)}
-    with pytest.raises(DocumentError, match="no document 'longer'"):
+    with pytest.raises(DocumentError, match="no document is called 'longer'"):
         rag.remove("longer")
     for name in set(DOCUMENTS) - {"clearport.md"}:
         rag.remove(name)
@@ -161,7 +161,7 @@ def test_lost_kv_are_read_again(rag):
     assert got.token_ids == want.token_ids
     named = []
     assert 0 < rag.refresh(named.append) < every
-    assert named == sorted(DOCUMENTS)
+    assert [step.source for step in named if step.reason == "found"] == sorted(DOCUMENTS)
     assert rag.refresh() == 0
 
 
@@ -185,7 +185,7 @@ def test_unreadable_files_are_named_and_skipped(model, tmp_path):
             "missing.txt",
         ]
         assert all(skipped.reason for skipped in added.skipped)
-        assert len(seen) == 7 and sum(isinstance(file, SkippedFile) for file in seen) == 5
+        assert len([step for step in seen if step.reason == "found"]) == 7
         assert "Clearport" in rag.ask(QUESTION, top_k=1, max_new_tokens=2).sources[0].text
 
 
@@ -196,13 +196,13 @@ def test_bad_input(model):
                 ask(QUESTION)
         with pytest.raises(RetrievalError, match="blank"):
             rag.ask("  ")
-        with pytest.raises(DocumentError, match="got one str"):
+        with pytest.raises(DocumentError, match="got one str: write"):
             rag.add_texts("one text")
         with pytest.raises(DocumentError, match="2 texts, 1 sources"):
             rag.add_texts(["one", "two"], ["one"])
         with pytest.raises(DocumentError, match="blank"):
             rag.add_texts(["good", "  "], ["good", "blank"])
-        assert len(rag.retriever.catalogue) == 1
+        assert not len(rag.retriever.catalogue)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         RAG(Engine(model), Retriever.open(None, WordEmbedder()))
 

@@ -1,6 +1,7 @@
 """The catalogue: what documents put into it, what replaces what, what is left over."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,27 @@ def test_other_metadata_embeds_nothing(catalogue, embedder):
     change = put(catalogue, "a", ["one"], {"x": 2}, embedder)
     assert catalogue.get("a").metadata == {"x": 2} and embedder.embedded == ["one"]
     assert catalogue.state == state and change.first_changed is None and change.new == ()
+
+
+def test_a_renamed_document_keeps_everything(catalogue, embedder):
+    reading = Reading("ab" * 32, [digest("kv", text) for text in ("one", "two")], b"record")
+    change = catalogue.put("a", ["one", "two"], embedder.encode_documents, {"x": 1}, reading=reading)
+    put(catalogue, "c", ["two"], embedder=embedder)
+    state = catalogue.state
+    document = catalogue.rename("a", "b", lambda kept: kept._replace(record=b"of b"))
+    assert document == replace(change.document, source="b") == catalogue.get("b") and "a" not in catalogue
+    assert catalogue.texts("b") == ["one", "two"] and catalogue.state == state
+    assert catalogue.passage(document.passage_ids[1]).document == document
+    with catalogue.snapshot() as view:
+        assert view.readings(document) == [reading._replace(record=b"of b")] and view.names(reading.keys[0])
+    assert embedder.embedded == ["one", "two"] and catalogue.check() == []
+    assert (
+        catalogue.rename("a", "d", lambda kept: kept) is None and catalogue.rename("b", "c", lambda kept: kept) is None
+    )
+    assert sorted(item.source for item in catalogue) == ["b", "c"] and catalogue.check() == []
+    assert catalogue.rename("b", "d", lambda kept: None) and catalogue.check() == []
+    with catalogue.snapshot() as view:
+        assert not view.readings(catalogue.get("d")) and not view.names(reading.keys[0])
 
 
 def test_a_replaced_document_keeps_what_it_can(catalogue, embedder):
@@ -253,6 +275,13 @@ class Model(RuleBasedStateMachine):
         if source in self.expected:
             old = self.expected.pop(source)
             self.check_unused(self.catalogue.remove(source), old)
+
+    @rule(source=sources, to=sources)
+    def rename(self, source, to):
+        renamed = self.catalogue.rename(source, to, lambda reading: reading)
+        assert (renamed is not None) == (source in self.expected and to not in self.expected)
+        if renamed is not None:
+            self.expected[to] = self.expected.pop(source)
 
     def check_unused(self, change, old):
         named = {key for texts in self.expected.values() for key in read_by("m", texts).keys}

@@ -1,6 +1,8 @@
 import builtins
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,27 @@ def test_read_file_says_why(tmp_path):
         read_file(tmp_path / "nowhere.txt")
     with pytest.raises(DocumentError, match="not a regular file"):
         read_file(tmp_path)
+
+
+def test_a_file_has_one_name_however_it_is_reached(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "0a1b").write_bytes(pdf("Words in a page"))
+    (tmp_path / "named.pdf").symlink_to("store/0a1b")
+    found = list(load_files([tmp_path / "named.pdf"]))
+    assert found == [LoadedFile(str(tmp_path / "store" / "0a1b"), "Words in a page")], "read by the name that was given"
+
+
+def test_pypdf_is_quiet(tmp_path):
+    """In a process without any logging set up, where Python shows warnings of itself."""
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4\nbroken\nstartxref\n9\n%%EOF")
+    code = (
+        "import sys; from ragkv.retrieval import load_files; print([file.reason for file in load_files(sys.argv[1])])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "not a readable PDF" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("paths", [None, 3, [None], [""], "", [b"a"]])
+def test_what_is_no_path_is_refused(paths):
+    with pytest.raises(DocumentError, match="paths must be paths"):
+        list(load_files(paths))

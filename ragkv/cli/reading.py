@@ -1,0 +1,75 @@
+"""What is shown while the model reads: how much there is to do, a bar, and what is read again and why."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ragkv.cli import show
+from ragkv.library.sizes import token_bytes
+from ragkv.library.watching import Progress
+from ragkv.rag import RAG
+
+
+@contextmanager
+def reading(rag: RAG, args: argparse.Namespace) -> Iterator[Reading]:
+    """Shows progress on stderr: lines unless ``--json`` is given, a bar on a terminal, both where ``--progress`` asks for them."""
+    shown = Reading(
+        rag, lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty())
+    )
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+class Reading:
+    """Takes what a call tells of its progress; shows nothing before that.
+
+    Args:
+        rag: reads.
+        lines: say how much is to be read, and which documents are read again.
+        bar: show a bar.
+    """
+
+    def __init__(self, rag: RAG, lines: bool, bar: bool):
+        self._rag, self._lines = rag, lines
+        self._shown, self._bar = bar, None
+        self._begun, self._again = False, set[str]()
+
+    def __call__(self, progress: Progress) -> None:
+        """One step."""
+        bar = self._opened()
+        bar.total = progress.tokens
+        bar.set_postfix_str(show.short(progress.source), refresh=False)
+        if progress.reason == "found":
+            bar.refresh()
+            return
+        if not self._begun:
+            self._begun = True
+            size = show.size(int(progress.tokens * token_bytes(self._rag.engine.documents)))
+            self._say(f"to read: {show.number(progress.tokens, 'token')}, about {size} of KV")
+            bar.set_description("reading", refresh=False)
+            bar.reset(total=progress.tokens)
+        if progress.reason == "missing" and progress.source not in self._again:
+            self._again.add(progress.source)
+            self._say(f"reading {show.short(progress.source)} again: its KV are not in the store")
+        bar.update(progress.done_tokens - bar.n)
+
+    def close(self) -> None:
+        """The bar goes."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _opened(self) -> Any:
+        if self._bar is None:
+            self._bar = show.progress(shown=self._shown, total=0, unit=" tokens", desc="looking")
+        return self._bar
+
+    def _say(self, text: str) -> None:
+        if self._lines:
+            self._opened().clear()
+            show.hint(text)

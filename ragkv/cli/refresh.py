@@ -1,0 +1,27 @@
+"""``ragkv refresh``: KV that are missing are read, before a question waits for them."""
+
+from __future__ import annotations
+
+import argparse
+from time import perf_counter
+
+from ragkv.cli import show
+from ragkv.cli.arguments import folder
+from ragkv.cli.opening import open_rag, options_of, require_documents
+from ragkv.cli.reading import reading
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read what is missing, and say how much it was."""
+    path = folder(args)
+    require_documents(path)
+    with open_rag(path, **options_of(args)) as rag:
+        begin = perf_counter()
+        with reading(rag, args) as bar:
+            tokens = rag.refresh(bar)
+        seconds = perf_counter() - begin
+    if args.json:
+        show.as_json({"path": str(path), "tokens_read": tokens, "seconds": round(seconds, 3)})
+    else:
+        print(f"{show.number(tokens, 'token')} read in {seconds:.1f} s")
+    return 0

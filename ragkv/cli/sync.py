@@ -1,0 +1,47 @@
+"""``ragkv sync``: the documents of a folder as the folder is now."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from time import perf_counter
+
+from ragkv.cli import show
+from ragkv.cli.arguments import folder
+from ragkv.cli.opening import open_rag, options_of
+from ragkv.cli.reading import reading
+from ragkv.library.intake import Synced
+
+
+def run(args: argparse.Namespace) -> int:
+    """Add, rename, remove; and say what."""
+    path = folder(args)
+    with open_rag(path, **options_of(args)) as rag:
+        begin = perf_counter()
+        with reading(rag, args) as bar:
+            synced = rag.sync(args.folder, dry_run=args.dry_run, progress=bar)
+        seconds = perf_counter() - begin
+    for skipped in synced.skipped:
+        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    if args.json:
+        show.as_json({"path": str(path), "dry_run": args.dry_run, **asdict(synced), "seconds": round(seconds, 3)})
+    else:
+        _show(synced, args.dry_run, seconds)
+    return 0
+
+
+def _show(synced: Synced, dry_run: bool, seconds: float) -> None:
+    for kind in ("added", "changed", "removed"):
+        for source in getattr(synced, kind):
+            print(f"{kind:8} {show.short(source)}")
+    for source, former in synced.moved.items():
+        print(f"{'moved':8} {show.short(former)} -> {show.short(source)}")
+    counts = {
+        kind: len(getattr(synced, kind)) for kind in ("added", "changed", "moved", "removed", "unchanged", "skipped")
+    }
+    documents = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "none"
+    tokens = show.number(synced.tokens, "token")
+    if dry_run:
+        print(f"documents: {documents}; {tokens} to read; nothing was done")
+    else:
+        print(f"documents: {documents}; {tokens} read in {seconds:.1f} s; {show.kv(synced.kv_bytes)}")

@@ -1,0 +1,286 @@
+"""Documents in: what is new or changed is found out first, then read; a folder is kept in step with the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ragkv.chunk import digest
+from ragkv.errors import DocumentError, instance
+from ragkv.library.catalogued import CataloguedDocuments, Prepared
+from ragkv.library.documents import Documents
+from ragkv.library.sizes import check_room
+from ragkv.library.watching import Progress, watched
+from ragkv.retrieval import Catalogue, Change, Hit, SkippedFile, TokenChunker, load_files
+from ragkv.retrieval.naming import below, gone, named
+from ragkv.retrieval.records import checked_document
+
+Tell = Callable[[Progress], object]
+
+_REASONS = {"added": "new", "changed": "changed", "unchanged": "missing"}
+
+
+@dataclass
+class Added:
+    """What adding documents did.
+
+    Attributes:
+        changes: what changed in the catalogue, a document each, in the order given.
+        skipped: files that could not be read, with the reason.
+        moved: documents that are called otherwise now, because their file was moved: by the new source, what they were called.
+        tokens_read: tokens that the model had to read; 0 where everything was known.
+        kv_bytes: what the KV of these documents take now, by tier.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    tokens_read: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Synced:
+    """What bringing the documents of a folder in step with the disk did, or would do.
+
+    Attributes:
+        added, changed, unchanged: sources of the files that are there.
+        moved: by the new source, what the document was called.
+        removed: documents whose files are gone.
+        skipped: files that could not be read, with the reason; documents of theirs stay as they are.
+        tokens: that were read, or would have to be.
+        kv_bytes: what the KV of the files that are there take, by tier.
+    """
+
+    added: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
+    tokens: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Given(NamedTuple):
+    """A text that is to be a document."""
+
+    source: str
+    text: str
+    metadata: dict[str, Any] | None = None
+
+
+@dataclass
+class _Plan:
+    """What is to be done: documents, each with the tokens that the model has to run for it."""
+
+    documents: list[tuple[Prepared, int]] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    skipped: list[SkippedFile] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(tokens for _, tokens in self.documents)
+
+
+class Intake:
+    """Adds documents to a catalogue and lets the model read them.
+
+    Args:
+        catalogue: knows what there is.
+        catalogued: puts documents into it.
+        documents: reads them.
+        chunker: cuts texts into passages.
+        repair_tokens: see :class:`~ragkv.RAG`.
+
+    Attributes:
+        defaults: what the folder was opened with; kept there with the first document.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        catalogued: CataloguedDocuments,
+        documents: Documents,
+        chunker: TokenChunker,
+        repair_tokens: int | None,
+    ):
+        self._catalogue, self._catalogued, self._documents = catalogue, catalogued, documents
+        self._chunker, self._repair_tokens = chunker, repair_tokens
+        self.defaults: dict[str, Any] = {}
+
+    def add_texts(self, texts: Any, sources: Any, metadata: Any, tell: Tell | None) -> Added:
+        """See :meth:`ragkv.RAG.add_texts`."""
+        given = listed(texts, "texts")
+        names = [None] * len(given) if sources is None else listed(sources, "sources")
+        extras = [None] * len(given) if metadata is None else listed(metadata, "metadata")
+        if not len(given) == len(names) == len(extras):
+            raise DocumentError(f"got {len(given)} texts, {len(names)} sources and {len(extras)} metadata: one each")
+        for text, name, extra in zip(given, names, extras, strict=True):
+            checked_document("a text" if name is None else name, [text], extra)
+        called = [
+            f"text:{digest(text).hex()[:16]}" if name is None else name for text, name in zip(given, names, strict=True)
+        ]
+        return self._done(self._plan(map(Given, called, given, extras), tell), tell)
+
+    def add_files(self, paths: Any, tell: Tell | None) -> Added:
+        """See :meth:`ragkv.RAG.add_files`."""
+        return self._done(self._files(paths, tell), tell)
+
+    def sync(self, folder: str | os.PathLike[str], dry_run: bool, tell: Tell | None) -> Synced:
+        """See :meth:`ragkv.RAG.sync`."""
+        path = os.path.abspath(os.path.expanduser(named(folder)))
+        if not named(folder) or not os.path.isdir(path):
+            raise DocumentError(
+                f"{named(folder)!r} is no folder that is there: nothing was changed. Where it was moved, sync the new one; 'ragkv "
+                "forget' or RAG.remove() removes documents"
+            )
+        plan = self._files(path, tell)
+        kinds = {prepared.source: prepared.kind for prepared, _ in plan.documents}
+        lost = [source for source in self._below(path) if gone(source) and source not in plan.moved.values()]
+        if lost and not kinds and not plan.skipped:
+            raise DocumentError(
+                f"no file is left in {path}, and {len(lost)} documents came from there: nothing was changed. Is its disk mounted? "
+                "'ragkv forget' or RAG.remove() removes documents"
+            )
+        synced = Synced(moved=plan.moved, removed=lost, skipped=plan.skipped, tokens=plan.tokens)
+        for source, kind in kinds.items():
+            if source not in plan.moved:
+                getattr(synced, kind).append(source)
+        if not dry_run:
+            added = self._done(plan, tell)
+            synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
+            for source in lost:  # behind what was added: KV that both need are not read again
+                with suppress(DocumentError):  # somebody else has removed it
+                    self._catalogued.remove(source)
+        return synced
+
+    def refresh(self, tell: Tell | None) -> int:
+        """See :meth:`ragkv.RAG.refresh`."""
+        check_told(tell)
+        documents = self._documents
+        documents.look()
+        work: list[tuple[str, str, int]] = []
+        for document in self._catalogue.documents():
+            missing = documents.missing(self._catalogued.now(document.id))
+            work.append((document.source, document.id, documents.work(missing)))
+            if tell is not None:
+                tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
+        total = sum(tokens for *_, tokens in work)
+        check_room(documents, total)
+        done = read = 0
+        for source, document_id, tokens in work:
+            with _told(tell, source, "missing", done, total):
+                read += documents.add(self._catalogued.now(document_id))
+            done += tokens
+        return read
+
+    def _files(self, paths: Any, tell: Tell | None) -> _Plan:
+        """What adding files takes. One whose text is that of a document whose own file is gone was moved."""
+        found = (file if isinstance(file, SkippedFile) else Given(file.source, file.text) for file in load_files(paths))
+        plan = self._plan(found, tell, skip=True)
+        new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
+        formers: dict[str, list[str]] = {}
+        for document in self._catalogue.documents() if new else ():
+            formers.setdefault(document.origin, []).append(document.source)
+        for prepared in new:
+            former = next((source for source in formers.get(prepared.origin, ()) if gone(source)), None)
+            if former is not None:
+                formers[prepared.origin].remove(former)
+                plan.moved[prepared.source] = former
+        return plan
+
+    def _plan(self, given: Iterable[Given | SkippedFile], tell: Tell | None, skip: bool = False) -> _Plan:
+        """What adding documents takes; with ``skip`` those that cannot be stored are skipped."""
+        check_told(tell)
+        self._documents.look()
+        plan, counted, total = _Plan(), set[bytes](), 0
+        for item in given:
+            if isinstance(item, SkippedFile):
+                plan.skipped.append(item)
+            else:
+                try:
+                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self._chunker)
+                    plan.documents.append((prepared, self._work(prepared, counted)))
+                    total += plan.documents[-1][1]
+                except DocumentError as error:
+                    if not skip:
+                        raise
+                    plan.skipped.append(SkippedFile(item.source, str(error)))
+            if tell is not None:
+                tell(Progress(item.source, "found", 0, total))
+        return plan
+
+    def _work(self, prepared: Prepared, counted: set[bytes]) -> int:
+        """Tokens to run for a document, without those that one before it is read for."""
+        chunks = self._documents.keys(list(prepared.document))
+        missing = [key for key in self._documents.store.missing(chunks) if key not in counted]
+        counted.update(missing)
+        return self._documents.work([chunks[key] for key in missing])
+
+    def _done(self, plan: _Plan, tell: Tell | None) -> Added:
+        """The plan carried out."""
+        added, done, total = Added(skipped=plan.skipped, moved=plan.moved), 0, plan.tokens
+        check_room(self._documents, total)
+        for prepared, tokens in plan.documents:
+            if prepared.source in plan.moved:
+                self._catalogued.rename(plan.moved[prepared.source], prepared.source)
+            with _told(tell, prepared.source, _REASONS[prepared.kind], done, total):
+                change, read = self._catalogued.put(prepared, self._repair_tokens)
+            if self.defaults:
+                self._catalogue.keep_defaults(self.defaults)
+                self.defaults = {}
+            done += tokens
+            added.changes.append(change)
+            added.tokens_read += read
+        added.kv_bytes = self._kv_bytes(added)
+        return added
+
+    def _kv_bytes(self, added: Added) -> dict[str, int]:
+        setting, ids = self._documents.setting, {change.document.id for change in added.changes}
+        with self._catalogue.snapshot() as view:
+            there = [document for document in map(view.by_id, ids) if document is not None]
+            readings = [reading for document in there for reading in view.readings(document)]
+        return self._documents.store.sizes(
+            key for reading in readings if reading.setting == setting for key in reading.keys
+        )
+
+    def _below(self, path: str) -> list[str]:
+        real = os.path.realpath(path)
+        sources = [document.source for document in self._catalogue.documents()]
+        return [source for source in sources if below(source, path) or below(source, real)]
+
+
+def listed(items: Any, what: str) -> list[Any]:
+    """A list, where one text would be taken for a list of its characters.
+
+    Raises:
+        DocumentError: it is none.
+    """
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise DocumentError(f"{what} must be a list, one each; got one {type(items).__name__}: write [...] around it")
+    return list(items)
+
+
+def check_told(tell: Any) -> None:
+    """See that somebody can be told."""
+    instance("progress", tell, Callable | None, "a function that takes a ragkv.Progress")  # type: ignore[arg-type]
+
+
+def told_of_hits(tell: Tell | None, hits: Sequence[Hit]) -> AbstractContextManager[None]:
+    """Watches what is read for a question, of documents that were found."""
+    check_told(tell)
+    if tell is None:
+        return watched(None)
+    sources = {hit.document_id: hit.source for hit in hits}
+    return watched(lambda document, done, of: tell(Progress(sources.get(document, document), "missing", done, of)))
+
+
+def _told(tell: Tell | None, source: str, reason: str, done: int, total: int) -> AbstractContextManager[None]:
+    """Watches the reading of one document among several."""
+    if tell is None:
+        return watched(None)
+    return watched(lambda _, ran, __: tell(Progress(source, reason, min(done + ran, total), total)))

@@ -1,0 +1,64 @@
+"""What documents' KV take, before anything is read.
+
+L layers, H kv heads, T tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import torch
+
+from ragkv.chunk import ChunkKV
+from ragkv.errors import StoreFullError
+from ragkv.library.documents import Documents
+
+logger = logging.getLogger(__name__)
+
+# Long enough for an entry's header and its whole pages to weigh little, as in a passage.
+_SAMPLE_TOKENS = 64
+
+
+def token_bytes(documents: Documents) -> float:
+    """Bytes that a token's KV take where they are kept: of normal random numbers of the model's shapes, in the store's codec.
+
+    Exact but for headers where a codec's size hangs on shapes alone; ``lossless`` and ``cachegen`` do better on real KV.
+    """
+    specs, draw = documents.reader.decoder.specs, torch.Generator().manual_seed(0)
+
+    def side(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(heads, _SAMPLE_TOKENS, dim, generator=draw).to(dtype)
+
+    keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in specs]
+    kv = ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in specs], 0)
+    return documents.store.stored_bytes(kv, rotations=documents.reader.decoder.rotations) / _SAMPLE_TOKENS
+
+
+def check_room(documents: Documents, tokens: int) -> None:
+    """See whether there is room for so many more tokens' KV, and say so where there is not. What a budget lacks is logged.
+
+    Raises:
+        StoreFullError: the disk is too small for what the budget allows.
+    """
+    store = documents.store
+    needed = int(tokens * token_bytes(documents)) if tokens else 0
+    stats, budget = store.stats(), store.budget_bytes
+    used = stats.bytes["cpu" if store.path is None else "disk"]
+    if needed and used + needed > budget:
+        logger.warning(
+            "the KV of %d tokens take about %s, and %s of %s are free: what is used least goes from the store, and is read again "
+            "when a question asks for it. Allow more (disk_bytes, --disk-size), or encode them smaller (codec, --codec int8)",
+            *(tokens, _size(needed), _size(max(0, budget - used)), _size(budget)),
+        )
+    if needed and store.path is not None:
+        free = shutil.disk_usage(store.path).free + max(0, stats.file_bytes - used)
+        if min(needed, budget - used) > free:
+            raise StoreFullError(
+                f"the KV of {tokens} tokens take about {_size(needed)}, and the disk of {store.path} has {_size(free)} left: free "
+                "some, encode them smaller (codec, --codec int8), or allow less (disk_bytes, --disk-size). Nothing was added"
+            )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

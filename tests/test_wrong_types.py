@@ -1,0 +1,152 @@
+"""Whatever is given in place of what a public method takes: an error of ours that says what it must be."""
+
+import pytest
+
+import ragkv
+from ragkv import RAG, ArgumentTypeError, Engine, PromptError, RagKVError, Reuse
+from ragkv.errors import RetrievalError
+from ragkv.retrieval import Retriever
+
+from .rag.rags import TEMPLATE, TOKENIZER, WordEmbedder, open_rag, small_model
+
+CHAT = [{"role": "user", "content": "hi"}]
+NO_LIST = (None, 3, "one text", b"bytes", {"a": "b"})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def rag(model):
+    with open_rag(model=model) as rag:
+        rag.add_texts(["Clearport lies on the Aire."], ["a"])
+        yield rag
+
+
+def refused(call, *arguments, match=None, **named):
+    """A lazy answer is begun."""
+    with pytest.raises(RagKVError, match=match):
+        answer = call(*arguments, **named)
+        next(answer[-1] if isinstance(answer, tuple) else answer)
+
+
+def test_an_engine_takes_a_model(model):
+    with pytest.raises(
+        ArgumentTypeError, match=r"model must be .* got the name 'Qwen/x': load it first .*RAG\.from_pretrained"
+    ):
+        Engine("Qwen/x")
+    for thing in (None, 3, {}):
+        refused(Engine, thing)
+    refused(Engine, model, "Qwen/x", match=r"tokenizer must be .*load it first")
+    refused(Engine, model, TOKENIZER, store="kv/", match=r"store must be a ragkv\.TieredStore")
+    for template in ("hi", {}):
+        refused(Engine, model, TOKENIZER, template=template, match=r"template must be a ragkv\.PromptTemplate")
+    for options in (
+        {"lifetime_s": "1h"},
+        {"namespace": 3},
+        {"context": "x"},
+        {"piece_tokens": "x"},
+        {"method": "reuse"},
+    ):
+        refused(Engine, model, TOKENIZER, **options, match=next(iter(options)))
+
+
+@pytest.mark.parametrize("name", ["fuse", "generate", "stream"])
+def test_a_question_is_one_text(model, name):
+    engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
+    chunks, ask = engine.add(["One passage."]), getattr(engine, name)
+    refused(ask, chunks, ["first?", "second?"], match="ask these 2 one by one")
+    refused(ask, chunks, CHAT, match="not chat messages")
+    for question in (None, 3, b"x", {"q": 1}, "", [], [1, "x"]):
+        refused(ask, chunks, question)
+    for given in (*NO_LIST, chunks[0], [None], [3], [CHAT], [{"a": 1}], [chunks]):
+        refused(ask, given, "what?")
+    refused(ask, chunks, "what?", method="reuse", match="'auto'")
+
+
+def test_an_engine_takes_lists_of_texts_and_chunks(model):
+    engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
+    chunks = engine.add(["One passage."])
+    for given in (*NO_LIST, [None], [3], [""], [["a"]], [b"x"], [{"a": 1}]):
+        refused(engine.add, given)
+        refused(engine.add_document, given)
+    refused(engine.add_document, ["x"], document_id=3)
+    for given in (*NO_LIST, chunks[0], [None], ["x"]):
+        refused(engine.forget, given)
+        refused(engine.repair_document, given, ["x"])
+    refused(engine.repair_document, chunks, ["x"], behind_tokens="x")
+    for starts in (3, "x", [None]):
+        refused(engine.fuse, chunks, "what?", starts=starts)
+    refused(engine.fuse, chunks, "what?", room_tokens="x")
+    assert len(engine.store) == 1, "nothing is lost"
+
+
+@pytest.mark.parametrize("name", ["ask", "stream", "retrieve"])
+def test_rag_answers_one_question(rag, name):
+    ask = getattr(rag, name)
+    with pytest.raises(RetrievalError, match="ask these 2 one by one"):
+        ask(["first?", "second?"])
+    with pytest.raises(RetrievalError, match="not chat messages"):
+        ask(CHAT)
+    for question in (None, 3, b"x", {"q": 1}, " ", []):
+        refused(ask, question, match="question")
+    for number in ("x", None, -1, 1.5, True):
+        refused(ask, "what?", neighbours=number, match="neighbours must be a whole number of at least 0")
+        refused(ask, "what?", top_k=number)
+    if name != "retrieve":
+        refused(ask, "what?", progress=3, match=r"a function that takes a ragkv\.Progress")
+
+
+def test_rag_takes_documents(rag):
+    for given in (*NO_LIST, [None], [3], [b"x"], [["x"]]):
+        refused(rag.add_texts, given)
+    for names in (["a", "b"], "a", [3]):
+        refused(rag.add_texts, ["text"], names)
+    for extra in (["s"], [{"a": object()}], {"a": 1}, "s"):
+        refused(rag.add_texts, ["text"], ["b"], extra)
+    for paths in (None, 3, [None], [3], b"x", "", [""]):
+        refused(rag.add_files, paths)
+        refused(rag.sync, paths)
+    for call in (lambda **more: rag.add_texts(["x"], **more), rag.refresh):
+        refused(call, progress=3, match="progress must be a function")
+    for source in (None, 3, "zz", b"a", ["a"]):
+        for call in (rag.remove, rag.pin, rag.unpin):
+            refused(call, source)
+    for lifetime_s in ("x", None, 0):
+        refused(rag.pin, "a", lifetime_s)
+    for hits in (None, "x", 3, [None], ["x"]):
+        refused(rag.chunks, hits)
+    assert [document.source for document in rag.documents()] == ["a"]
+
+
+def test_rag_is_made_of_an_engine_and_a_retriever(rag, model):
+    for engine, retriever in ((None, None), (model, rag.retriever), (rag.engine, None), (rag.retriever, rag.engine)):
+        refused(RAG, engine, retriever, match="must be a ragkv")
+    refused(RAG, rag.engine, rag.retriever, 256, match="chunker")
+    for tokens in ("x", -1):
+        refused(RAG, rag.engine, rag.retriever, None, tokens, match="repair_tokens")
+
+
+def test_a_retriever_takes_documents():
+    with Retriever.open(None, WordEmbedder()) as retriever:
+        for given in (None, 3, "x", [3], [("a",)], ["abc"], [("a", "b", None)]):
+            refused(retriever.add_many, given)
+        for arguments in ((3, ["x"]), ("s", "x"), ("s", [3]), ("s", None), ("s", ["x"], "metadata")):
+            refused(retriever.add, *arguments)
+        for more in ({"spans": 3}, {"spans": ["x"]}, {"origin": 3}, {"reading": 3}):
+            refused(retriever.add, "s", ["x"], **more)
+        for source in (None, 3, ["a"], b"a"):
+            refused(retriever.remove, source)
+        refused(retriever.search, ["first?", "second?"], match="one by one")
+        assert not len(retriever.catalogue)
+    for path, embedder in ((3, WordEmbedder()), (None, "all-MiniLM-L6-v2"), (None, 3)):
+        refused(Retriever.open, path, embedder, match="must be a")
+    refused(Retriever, None, None, None, match="embedder must be")
+
+
+def test_the_error_is_both(model):
+    """Who caught TypeError and ValueError before still does."""
+    assert issubclass(ragkv.ArgumentTypeError, RagKVError) and issubclass(ragkv.ArgumentTypeError, TypeError)
+    assert issubclass(PromptError, ValueError)
