@@ -110,10 +110,8 @@ def evaluate(
             rows.add(made)
     timed = _times(bench, plan, cases, rows, folder, progress)
     tokens = _tokens(bench, plan, cases, rows)
-    summary = summarise(
-        rows.kept.values(), timed, [arm.name for arm in plan.arms], [case.id for case in cases], plan.seed
-    )
-    head = {
+    names = [arm.name for arm in plan.arms]
+    summary = {
         "model": plan.model,
         "data": plan.data,
         "seed": plan.seed,
@@ -123,10 +121,11 @@ def evaluate(
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "conditions": {**conditions(bench.engine, plan.command), "jobs": jobs},
+        **summarise(rows.kept.values(), timed, names, [case.id for case in cases], plan.seed),
+        "families": {arm.name: (arm.family, arm.context) for arm in plan.arms},
     }
-    found = {**head, **summary, "families": {arm.name: (arm.family, arm.context) for arm in plan.arms}}
-    write_json(folder / "summary.json", found)
-    return Result(found, tokens)
+    write_json(folder / "summary.json", summary)
+    return Result(summary, tokens)
 
 
 def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
