@@ -64,9 +64,9 @@ def run_gates(bench: Bench, case: Case) -> Iterator[Gate]:
         full = fuse(alone, FullPrefill())
         truth = _own_prefill(engine, full.input_ids[0])
 
-        logits = _in_two_pieces(engine.decoder, truth.ids)
-        error = _error([logits], truth.found[:1])
-        kl = f"KL of the first token {divergence(truth.found[0], logits):.1e}"
+        logits = _in_two_pieces(engine.decoder, full.input_ids[0])
+        error = _error([logits], truth[:1])
+        kl = f"KL of the first token {divergence(truth[0], logits):.1e}"
         name = f"noise floor of {str(engine.decoder.dtype).removeprefix('torch.')}"
         yield Gate(name, error, min(0.1, 1000 * eps), f"one prefill in two pieces against in one; {kl}")
         limit = max(1e-4, 10 * error, 10 * eps)
@@ -80,7 +80,7 @@ def run_gates(bench: Bench, case: Case) -> Iterator[Gate]:
         yield Gate("scattered tokens are exact", _compare(full, truth), limit, "every second token computed again")
 
         # Layer 0's keys depend on token and position alone, so turning them must give what is computed in place.
-        error = _error([fuse(alone, Reuse()).past_key_values.layers[0].keys[0]], truth.found[1:2])
+        error = _error([fuse(alone, Reuse()).past_key_values.layers[0].keys[0]], truth[1:2])
         note = f"{len(alone)} chunks read alone and moved"
         yield Gate("layer-0 keys rotated = computed there", error, limit, note)
 
@@ -90,14 +90,6 @@ def run_gates(bench: Bench, case: Case) -> Iterator[Gate]:
         yield Gate("a chunk where it was made = full prefill", error, limit, note)
     finally:
         bench.forget(reading)
-
-
-@dataclass(eq=False)
-class _Truth:
-    """The model's own prefill, without anything of ragkv: ids ``[N]``; logits ``[1, V]``, keys and values of every layer."""
-
-    ids: Tensor
-    found: list[Tensor]
 
 
 def _one_document(bench: Bench, case: Case, reading: CaseChunks) -> list[Chunk]:
@@ -117,10 +109,11 @@ def _one_document(bench: Bench, case: Case, reading: CaseChunks) -> list[Chunk]:
 
 
 @torch.no_grad()
-def _own_prefill(engine: Engine, ids: Tensor) -> _Truth:
+def _own_prefill(engine: Engine, ids: Tensor) -> list[Tensor]:
+    """The model's own prefill, without anything of ragkv: logits ``[1, V]``, keys and values of every layer."""
     cache = DynamicCache()  # made without a configuration it keeps what a window hides
     out = engine.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    return _Truth(ids, _tensors(out.logits[:, -1], cache))
+    return _tensors(out.logits[:, -1], cache)
 
 
 def _tensors(logits: Tensor, cache: Cache) -> list[Tensor]:
@@ -133,8 +126,8 @@ def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
-def _compare(prompt: FusedPrompt, truth: _Truth) -> float:
-    return _error(_tensors(prompt.logits, prompt.past_key_values), truth.found)
+def _compare(prompt: FusedPrompt, truth: Sequence[Tensor]) -> float:
+    return _error(_tensors(prompt.logits, prompt.past_key_values), truth)
 
 
 def _in_two_pieces(decoder: Decoder, ids: Tensor) -> Tensor:

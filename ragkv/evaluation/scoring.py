@@ -69,7 +69,7 @@ class Group:
                 f"case {self.case.id}: {arm.name} was given other token ids than the full prefill that it is compared with; this "
                 "is a bug of ragkv, please report it"
             )
-        row = {**_worth(outcome, self.case.answers), **_costs(outcome)}
+        row = _figures(outcome, self.case.answers)
         for name, reference in references.items():
             row[f"kl_{name}"] = metrics.divergence(reference.logits, outcome.logits)
             row[f"top1_{name}"] = metrics.same_top(reference.logits, outcome.logits)
@@ -84,7 +84,9 @@ class Group:
         return self._known[key]
 
 
-def _worth(outcome: Outcome, gold: Sequence[str]) -> Row:
+def _figures(outcome: Outcome, gold: Sequence[str]) -> Row:
+    """What it is worth by itself, and what it cost."""
+    report = outcome.report
     return {
         "answer": outcome.text,
         "em": metrics.exact_match(outcome.text, gold),
@@ -92,17 +94,10 @@ def _worth(outcome: Outcome, gold: Sequence[str]) -> Row:
         "rouge_l": metrics.rouge_l(outcome.text, gold),
         "contained": metrics.contains(outcome.text, gold),
         "gold_nll": outcome.reply.gold_nll,
-    }
-
-
-def _costs(outcome: Outcome) -> Row:
-    report = outcome.report
-    stages = {name: round(value, 3) for name, value in report.milliseconds.items() if name != "total"}
-    return {
         "method": report.method,
         "ids": digest(outcome.ids.tolist()).hex()[:16],
         "tokens": len(outcome.ids),
         "budget": report.budget,
         "ttft_ms": round(outcome.ttft_ms, 3),
-        "stages": stages,
+        "stages": {name: round(value, 3) for name, value in report.milliseconds.items() if name != "total"},
     }
