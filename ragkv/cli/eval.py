@@ -15,7 +15,7 @@ from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
 from ragkv.evaluation import Bench, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.gates import Gate
-from ragkv.evaluation.report import templates, write_markdown, write_page
+from ragkv.evaluation.report import page, tables, templates
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
 from ragkv.model.loading import BUNDLED, load_model
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     )
     bench = _bench(args)
     folder = Path(args.out).expanduser()
-    page = folder / "report.html"
+    path = folder / "report.html"
     passed = show.hint if args.json else print  # --json keeps stdout for its object
     result = evaluate(
         bench,
@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         make_bench=partial(_bench, args),
     )
-    write_page(page, result.summary, result.tokens, upwards)
-    write_markdown(folder / "tables.md", result.summary, upwards)
+    path.write_text(page(result.summary, result.tokens, upwards), encoding="utf-8")
+    (folder / "tables.md").write_text(tables(result.summary, upwards), encoding="utf-8")
     if args.json:
-        show.as_json({**result.summary, "page": str(page)})
+        show.as_json({**result.summary, "page": str(path)})
     else:
         _show(result.summary, upwards)
-        print(f"\nreport: {page}")
+        print(f"\nreport: {path}")
     return 0
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -45,9 +44,12 @@ def reply(decoder: Decoder, prompt: FusedPrompt, gold: Sequence[int], ends: froz
     """
     cache = prompt.past_key_values
     assert isinstance(cache, FusedCache)
-    start = prompt.input_ids.shape[1]
-    draft = torch.tensor(gold, device=prompt.input_ids.device)
-    logits = torch.cat([prompt.logits, _run(decoder, cache, draft, start)])  # [M + 1, V]
+    start, device = prompt.input_ids.shape[1], prompt.input_ids.device
+    draft, places = torch.tensor(gold, device=device), torch.arange(start, start + limit + len(gold), device=device)
+    out = decoder.model(
+        input_ids=draft[None], position_ids=places[None, : len(gold)], past_key_values=cache, use_cache=True
+    )
+    logits = torch.cat([prompt.logits, out.logits[0].to(device)])  # [M + 1, V]
     nll = -logits[:-1].double().log_softmax(-1).gather(1, draft[:, None]).mean()
     best = logits.argmax(-1).tolist()
     agreed = 0
@@ -58,15 +60,7 @@ def reply(decoder: Decoder, prompt: FusedPrompt, gold: Sequence[int], ends: froz
     token = best[agreed]
     while token not in ends and len(ids) < limit:
         ids.append(token)
-        if len(ids) == limit:
-            break
-        step = torch.tensor([token], device=draft.device)
-        token = int(_run(decoder, cache, step, start + len(ids) - 1)[-1].argmax())
+        if len(ids) < limit:
+            at = places[len(ids) - 1 : len(ids)]
+            token = int(decoder.step(torch.tensor([token], device=device), at, cache).argmax())
     return Reply(tuple(ids), float(nll))
-
-
-def _run(decoder: Decoder, cache: FusedCache, ids: Tensor, start: int) -> Tensor:
-    """Append tokens to the cache; the logits ``[S, V]`` behind each."""
-    positions = torch.arange(start, start + len(ids), device=ids.device)
-    out = decoder.model(input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True)
-    return out.logits[0].to(ids.device)

@@ -6,6 +6,7 @@ An arm says which chunks the prompt holds, what their KV were read behind, and w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,11 +47,9 @@ class Arm:
     """One way to answer.
 
     Attributes:
-        name: as it is written and shown.
-        family: what its name begins with; arms of one family are one series in a plot.
+        name: as it is written and shown; it ends in ``@`` and what chunks were read behind, where stored KV are used.
         reads: which chunks are in the prompt: ``"retrieved"``, ``"documents"`` (all of those that something was retrieved of),
             ``"gold"`` or ``"nothing"``.
-        context: one of :data:`CONTEXTS`; ``""`` where no stored KV are used.
         method: puts the prompt together; ``None`` where it depends on the prompt.
         rotated: whether keys are turned to their new positions.
         k_share: instead of ``method``: the first tokens of every chunk, so many that they are about this share.
@@ -58,13 +57,21 @@ class Arm:
     """
 
     name: str
-    family: str
     reads: str = "retrieved"
-    context: str = ""
     method: Method | None = None
     rotated: bool = True
     k_share: float | None = None
     like: str = ""
+
+    @property
+    def family(self) -> str:
+        """What its name begins with; arms of one family and context are one series in a plot."""
+        return re.split("[:=@]", self.name)[0]
+
+    @property
+    def context(self) -> str:
+        """One of :data:`CONTEXTS`; ``""`` where no stored KV are used."""
+        return self.name.rpartition("@")[2] if "@" in self.name else ""
 
     def places(self, case: Case) -> tuple[Place, ...]:
         """The chunks in the prompt, in order."""
@@ -131,15 +138,12 @@ def default_arms(budgets: Sequence[float]) -> list[Arm]:
 def special_arms() -> list[Arm]:
     """The arms that are no method of the library."""
     return [
-        Arm(FULL, FULL, method=FullPrefill()),
-        Arm(FULL_DOCUMENTS, FULL_DOCUMENTS, reads="documents", method=FullPrefill()),
-        Arm("gold-only", "gold-only", reads="gold", method=FullPrefill()),
-        Arm("no-context", "no-context", reads="nothing", method=FullPrefill()),
-        *[Arm(f"prefix-only@{context}", "prefix-only", context=context, method=PrefixOnly()) for context in CONTEXTS],
-        *[
-            Arm(f"no-rotation@{context}", "no-rotation", context=context, method=Reuse(), rotated=False)
-            for context in CONTEXTS
-        ],
+        Arm(FULL, method=FullPrefill()),
+        Arm(FULL_DOCUMENTS, reads="documents", method=FullPrefill()),
+        Arm("gold-only", reads="gold", method=FullPrefill()),
+        Arm("no-context", reads="nothing", method=FullPrefill()),
+        *[Arm(f"prefix-only@{context}", method=PrefixOnly()) for context in CONTEXTS],
+        *[Arm(f"no-rotation@{context}", method=Reuse(), rotated=False) for context in CONTEXTS],
     ]
 
 
@@ -161,8 +165,8 @@ def _parse(word: str, budgets: Sequence[float]) -> list[Arm]:
         names = [*dict.fromkeys(arm.name.split("@")[0] for arm in special_arms()), f"{RANDOM}=ARM", DEFAULT]
         raise EvaluationError(f"no arm {word!r}. Besides methods there are: {', '.join(names)}. {error}") from error
     if isinstance(method, FullPrefill):
-        return [Arm(FULL, FULL, method=method)]
-    return [Arm(f"{spec}@{context}", spec.split(":")[0], context=context, method=method) for context in contexts]
+        return [Arm(FULL, method=method)]
+    return [Arm(f"{spec}@{context}", method=method) for context in contexts]
 
 
 def _budgeted(name: str, context: str, budgets: Sequence[float]) -> list[Arm]:
@@ -171,15 +175,11 @@ def _budgeted(name: str, context: str, budgets: Sequence[float]) -> list[Arm]:
     knobs = knobs_of(kind)
     share = next((knob for knob in _SHARES if knob in knobs), None)
     if share is not None:
-        return [
-            Arm(f"{name}:{share}={budget:g}@{context}", name, context=context, method=kind(**{share: budget}))
-            for budget in budgets
-        ]
+        return [Arm(f"{name}:{share}={budget:g}@{context}", method=kind(**{share: budget})) for budget in budgets]
     if "k" in knobs:
-        return [Arm(f"{name}:k={budget:.0%}@{context}", name, context=context, k_share=budget) for budget in budgets]
-    return [Arm(f"{name}@{context}", name, context=context, method=kind())]
+        return [Arm(f"{name}:k={budget:.0%}@{context}", k_share=budget) for budget in budgets]
+    return [Arm(f"{name}@{context}", method=kind())]
 
 
 def _random_like(spec: str, context: str, budgets: Sequence[float]) -> list[Arm]:
-    models = _parse(f"{spec}@{context}", budgets)
-    return [Arm(f"{RANDOM}={arm.name}", RANDOM, context=context, like=arm.name) for arm in models]
+    return [Arm(f"{RANDOM}={arm.name}", like=arm.name) for arm in _parse(f"{spec}@{context}", budgets)]

@@ -50,10 +50,6 @@ class CaseChunks:
         chunks = self.at(arm.places(case), arm.context)
         return chunks, arm.method_for([len(chunk) for chunk in chunks], charged)
 
-    def all(self) -> list[Chunk]:
-        """Every chunk of every context."""
-        return [chunk for held in self.chunks.values() for chunk in held.values()]
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -136,17 +132,13 @@ class Bench:
 
     def forget(self, reading: CaseChunks) -> None:
         """Drop what was read, so that memory holds one case at a time."""
-        self.engine.forget(reading.all())
+        self.engine.forget([chunk for held in reading.chunks.values() for chunk in held.values()])
 
     def tokens(self, case: Case, places: Sequence[Place]) -> int:
         """Tokens of the prompt that holds these chunks, its answer not counted."""
         encoder = self.engine.encoder
-        segments = [
-            encoder.prefix,
-            *(encoder.chunk(case.text(place)) for place in places),
-            encoder.suffix(case.question),
-        ]
-        return sum(map(len, segments))
+        chunks = [encoder.chunk(case.text(place)) for place in places]
+        return sum(map(len, [encoder.prefix, *chunks, encoder.suffix(case.question)]))
 
     def room(self, case: Case) -> int:
         """Tokens that the cache keeps for the answer."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ragkv.evaluation.cases import Case, everything
+from ragkv.evaluation.cases import Case, Place, everything
 from ragkv.evaluation.errors import EvaluationError
 
 Record = dict[str, Any]
@@ -26,12 +26,13 @@ class Form:
     Attributes:
         name: what people call it.
         fields: what a record of this form has.
-        parse: makes a case of a record, its number and the words of the longest chunk.
+        parse: what a record says: the fields of a :class:`Case`, or of ``documents`` some as texts that are not cut yet, and as
+            ``supporting`` the numbers of those that the answer rests on.
     """
 
     name: str
     fields: tuple[str, ...]
-    parse: Callable[[Record, int, int], Case]
+    parse: Callable[[Record], dict[str, Any]]
 
 
 def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case]]:
@@ -67,7 +68,7 @@ def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case
         if not _fits(record, form):
             raise EvaluationError(f"{path}: record {number + 1} is not of the form {form.name}: {str(record)[:160]!r}")
         try:
-            cases.append(form.parse(record, number, chunk_words))
+            cases.append(_case(number, chunk_words, **form.parse(record)))
         except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
     return form.name, cases
@@ -119,105 +120,104 @@ def _titled(title: Any, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-def _case(number: int, words: int, passages: Iterable[str], gold: Collection[int] = (), **rest: Any) -> Case:
-    """A case of passages, which are cut where they are long; ``gold`` are the numbers of those that the answer rests on."""
-    texts = [passage.strip() for passage in passages]
-    documents = tuple((text,) if len(text.split()) <= words else cut(text, words) for text in texts)
+def _case(
+    number: int,
+    words: int,
+    documents: Iterable[Any],
+    retrieved: Iterable[Place] | None = None,
+    gold: Iterable[Place] = (),
+    supporting: Collection[int] = (),
+    **rest: Any,
+) -> Case:
+    documents = tuple(_chunks(text, words) if isinstance(text, str) else tuple(text) for text in documents)
     places = everything(documents)
     return Case(
-        id=str(rest.pop("id", None) or number),
+        id=str(rest.pop("id") or number),
         answers=_texts(rest.pop("answers")),
         documents=documents,
-        retrieved=places,
-        gold=tuple(place for place in places if place[0] in gold),
+        retrieved=places if retrieved is None else tuple((int(d), int(c)) for d, c in retrieved),
+        gold=(*((int(d), int(c)) for d, c in gold), *(place for place in places if place[0] in supporting)),
         **rest,
     )
 
 
-def _longbench(record: Record, number: int, words: int) -> Case:
-    return _case(
-        number,
-        words,
-        [piece for piece in _PASSAGE.split(record["context"]) if piece.strip()],
-        id=record.get("_id"),
-        kind=str(record.get("dataset") or "longbench"),
-        question=str(record["input"]),
-        answers=record["answers"],
-    )
+def _chunks(text: str, words: int) -> tuple[str, ...]:
+    text = text.strip()
+    return (text,) if len(text.split()) <= words else cut(text, words)
 
 
-def _cacheblend(record: Record, number: int, words: int) -> Case:
-    return _case(
-        number,
-        words,
-        [_titled(passage.get("title"), str(passage["text"])) for passage in record["ctxs"]],
-        id=record.get("id"),
-        kind="cacheblend",
-        question=str(record["question"]),
-        answers=record["answers"],
-    )
+def _longbench(record: Record) -> dict[str, Any]:
+    return {
+        "documents": [piece for piece in _PASSAGE.split(record["context"]) if piece.strip()],
+        "id": record.get("_id"),
+        "kind": str(record.get("dataset") or "longbench"),
+        "question": str(record["input"]),
+        "answers": record["answers"],
+    }
 
 
-def _hotpot(record: Record, number: int, words: int) -> Case:
+def _cacheblend(record: Record) -> dict[str, Any]:
+    return {
+        "documents": [_titled(passage.get("title"), str(passage["text"])) for passage in record["ctxs"]],
+        "id": record.get("id"),
+        "kind": "cacheblend",
+        "question": str(record["question"]),
+        "answers": record["answers"],
+    }
+
+
+def _hotpot(record: Record) -> dict[str, Any]:
     """HotpotQA and 2WikiMultihopQA: as first published, or with columns as in the Parquet files."""
     context, facts = record["context"], record.get("supporting_facts") or []
     if isinstance(context, dict):
         context = list(zip(context["title"], context.get("sentences") or context["content"], strict=True))
     supporting = facts["title"] if isinstance(facts, dict) else [title for title, _ in facts]
-    return _case(
-        number,
-        words,
-        [_titled(title, " ".join(sentence.strip() for sentence in text)) for title, text in context],
-        [index for index, (title, _) in enumerate(context) if title in supporting],
-        id=record.get("_id") or record.get("id"),
-        kind=str(record.get("type") or "multi-hop"),
-        question=str(record["question"]),
-        answers=record["answer"],
-    )
+    return {
+        "documents": [_titled(title, " ".join(sentence.strip() for sentence in text)) for title, text in context],
+        "supporting": [index for index, (title, _) in enumerate(context) if title in supporting],
+        "id": record.get("_id") or record.get("id"),
+        "kind": str(record.get("type") or "multi-hop"),
+        "question": str(record["question"]),
+        "answers": record["answer"],
+    }
 
 
-def _musique(record: Record, number: int, words: int) -> Case:
-    paragraphs = record["paragraphs"]
-    return _case(
-        number,
-        words,
-        [_titled(paragraph.get("title"), paragraph["paragraph_text"]) for paragraph in paragraphs],
-        [index for index, paragraph in enumerate(paragraphs) if paragraph.get("is_supporting")],
-        id=record.get("id"),
-        kind=str(record.get("id") or "musique").split("__")[0],
-        question=str(record["question"]),
-        answers=[record["answer"], record.get("answer_aliases")] if record.get("answerable", True) else [],
-    )
+def _musique(record: Record) -> dict[str, Any]:
+    passages = record["paragraphs"]
+    return {
+        "documents": [_titled(passage.get("title"), passage["paragraph_text"]) for passage in passages],
+        "supporting": [index for index, passage in enumerate(passages) if passage.get("is_supporting")],
+        "id": record.get("id"),
+        "kind": str(record.get("id") or "musique").split("__")[0],
+        "question": str(record["question"]),
+        "answers": [record["answer"], record.get("answer_aliases")] if record.get("answerable", True) else [],
+    }
 
 
-def _ruler(record: Record, number: int, words: int) -> Case:
+def _ruler(record: Record) -> dict[str, Any]:
     """RULER writes context and question into one text: the question is its last paragraph."""
     context, _, question = str(record["input"]).rstrip().rpartition("\n")
     opening, *listed = [piece for piece in _DOCUMENT.split(context) if piece.strip()]
-    return _case(
-        number,
-        words,
-        listed or [opening],  # what stands before the first of listed documents is the task's instruction
-        id=record.get("index"),
-        kind=str(record.get("task") or "ruler"),
-        question=question.strip(),
-        answers=record["outputs"],
-    )
+    return {
+        "documents": listed or [opening],  # what stands before the first of listed documents is the task's instruction
+        "id": record.get("index"),
+        "kind": str(record.get("task") or "ruler"),
+        "question": question.strip(),
+        "answers": record["outputs"],
+    }
 
 
-def _native(record: Record, number: int, words: int) -> Case:
-    documents = tuple((text,) if isinstance(text, str) else tuple(text) for text in record["documents"])
-    retrieved = record.get("retrieved")
-    return Case(
-        id=str(record.get("id", number)),
-        kind=str(record.get("kind", "all")),
-        question=record["question"],
-        answers=_texts(record["answers"]),
-        documents=documents,
-        retrieved=everything(documents) if retrieved is None else tuple((int(d), int(c)) for d, c in retrieved),
-        gold=tuple((int(d), int(c)) for d, c in record.get("gold", ())),
-        ordered=bool(record.get("ordered", False)),
-    )
+def _native(record: Record) -> dict[str, Any]:
+    return {
+        "documents": [(text,) if isinstance(text, str) else text for text in record["documents"]],
+        "retrieved": record.get("retrieved"),
+        "gold": record.get("gold", ()),
+        "id": str(record.get("id", "")),
+        "kind": str(record.get("kind", "all")),
+        "question": record["question"],
+        "answers": record["answers"],
+        "ordered": bool(record.get("ordered", False)),
+    }
 
 
 FORMS = (

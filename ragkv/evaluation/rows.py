@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,6 @@ from typing import Any
 from ragkv.evaluation.errors import EvaluationError
 
 Row = dict[str, Any]
-#: What tells a row: its case, the number of its order of chunks, its arm.
-Key = tuple[str, int, str]
-
-
-def key_of(row: Row) -> Key:
-    """What tells a row from others."""
-    return row["case"], row["order"], row["arm"]
 
 
 class Rows:
@@ -27,9 +21,6 @@ class Rows:
         folder: made if it is not there.
         settings: what every row of the run has in common.
 
-    Attributes:
-        kept: the rows so far.
-
     Raises:
         EvaluationError: the folder holds rows of other settings, or cannot be read.
     """
@@ -38,18 +29,27 @@ class Rows:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "rows.jsonl"
         self._agree(folder / "settings.json", settings)
-        self.kept: dict[Key, Row] = {}
+        self._kept: dict[tuple[str, int], dict[str, Row]] = defaultdict(dict)  # by case and order: by arm
         self._load()
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self.kept
+    def of(self, case: str, order: int) -> dict[str, Row]:
+        """The rows of one case in one order of its chunks, by arm."""
+        return self._kept.get((case, order), {})
+
+    def all(self) -> list[Row]:
+        """Every row so far."""
+        return [row for held in self._kept.values() for row in held.values()]
 
     def add(self, rows: Iterable[Row]) -> None:
         """Keep rows, on disk before the call returns."""
         rows = list(rows)
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self.kept.update((key_of(row), row) for row in rows)
+        for row in rows:
+            self._keep(row)
+
+    def _keep(self, row: Row) -> None:
+        self._kept[row["case"], row["order"]][row["arm"]] = row
 
     def _agree(self, path: Path, settings: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps(settings))
@@ -58,7 +58,10 @@ class Rows:
                 raise EvaluationError(f"{self._path} is there without {path.name}: give another folder with --out")
             write_json(path, wanted)
             return
-        held = _parsed(path)
+        try:
+            held = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(f"{path} is damaged: {error}") from error
         differ = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
         if differ:
             changes = "; ".join(f"{name}: {held.get(name)!r} there, {wanted.get(name)!r} now" for name in differ)
@@ -75,8 +78,7 @@ class Rows:
             self._path.write_bytes(whole)
         for number, line in enumerate(whole.splitlines()):
             try:
-                row = json.loads(line)
-                self.kept[key_of(row)] = row
+                self._keep(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise EvaluationError(f"{self._path}, line {number + 1} is no row of an evaluation: {error}") from error
 
@@ -86,11 +88,3 @@ def write_json(path: Path, value: Any) -> None:
     half = path.with_suffix(".part")
     half.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(half, path)
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{path} is damaged: {error}") from error
-    return held if isinstance(held, dict) else {}

@@ -101,19 +101,16 @@ def evaluate(
         raise EvaluationError(f"jobs must be at least 1, and several need make_bench; got {jobs}")
     cases, left_out = _cases(bench, plan)
     rows = Rows(folder, _settings(bench, plan, cases))
-    _agree(plan, cases, rows)
+    tasks = _tasks(plan, cases, rows)
     gates = _gates(bench, cases[0], passed)
     bench.warm_up(cases[0])
-    tasks = _tasks(plan, cases, rows)
     for _, groups in zip(progress(tasks, "cases"), ask_all(tasks, bench, jobs, make_bench), strict=True):
         for made in groups:
             rows.add(made)
     timed = _times(bench, plan, cases, rows, folder, progress)
     tokens = _tokens(bench, plan, cases, rows)
-    summary = summarise(
-        rows.kept.values(), timed, [arm.name for arm in plan.arms], [case.id for case in cases], plan.seed
-    )
-    head = {
+    names = [arm.name for arm in plan.arms]
+    summary = {
         "model": plan.model,
         "data": plan.data,
         "seed": plan.seed,
@@ -123,10 +120,11 @@ def evaluate(
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "conditions": {**conditions(bench.engine, plan.command), "jobs": jobs},
+        **summarise(rows.all(), timed, names, [case.id for case in cases], plan.seed),
+        "families": {arm.name: (arm.family, arm.context) for arm in plan.arms},
     }
-    found = {**head, **summary, "families": {arm.name: (arm.family, arm.context) for arm in plan.arms}}
-    write_json(folder / "summary.json", found)
-    return Result(found, tokens)
+    write_json(folder / "summary.json", summary)
+    return Result(summary, tokens)
 
 
 def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
@@ -161,18 +159,6 @@ def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]
     }
 
 
-def _agree(plan: Plan, cases: Sequence[Case], rows: Rows) -> None:
-    """Refuse rows of a case that was another one when it was asked: its data was edited, or cut into other chunks."""
-    for case in cases:
-        for order, arranged in case.arranged(plan.orders, plan.seed):
-            held = [rows.kept.get((case.id, order, arm.name), {}) for arm in plan.arms]
-            if any(row.get("fingerprint", arranged.fingerprint) != arranged.fingerprint for row in held):
-                raise EvaluationError(
-                    f"case {case.id} is not the one that was asked before (its data or --chunk-words changed): give another folder "
-                    "with --out"
-                )
-
-
 def _gates(bench: Bench, case: Case, passed: Callable[[Gate], None]) -> list[Gate]:
     gates = []
     for gate in run_gates(bench, case):
@@ -187,12 +173,18 @@ def _gates(bench: Bench, case: Case, passed: Callable[[Gate], None]) -> list[Gat
 
 
 def _tasks(plan: Plan, cases: Sequence[Case], rows: Rows) -> list[Task]:
-    """What is not there yet."""
+    """What is not there yet. Rows of a case that was another one when it was asked are refused."""
     tasks = []
     for case in cases:
         prompts = []
         for order, arranged in case.arranged(plan.orders, plan.seed):
-            arms = [arm for arm in plan.arms if arm.suits(case) and (case.id, order, arm.name) not in rows]
+            held = rows.of(case.id, order)
+            if any(held[arm.name].get("fingerprint") != arranged.fingerprint for arm in plan.arms if arm.name in held):
+                raise EvaluationError(
+                    f"case {case.id} is not the one that was asked before (its data or --chunk-words changed): give another folder "
+                    "with --out"
+                )
+            arms = [arm for arm in plan.arms if arm.suits(case) and arm.name not in held]
             if arms:
                 prompts.append(Prompt(order, arranged, arms, _charged(plan, case, order, rows)))
         if prompts:
@@ -218,15 +210,15 @@ def _times(
 
 def _charged(plan: Plan, case: Case, order: int, rows: Rows) -> dict[str, float]:
     """The budgets that arms were charged for one prompt, by name; of those that ran."""
-    held = {arm.name: rows.kept.get((case.id, order, arm.name), {}) for arm in plan.arms}
-    return {name: row["budget"] for name, row in held.items() if "budget" in row}
+    held = rows.of(case.id, order)
+    return {arm.name: held[arm.name]["budget"] for arm in plan.arms if "budget" in held.get(arm.name, ())}
 
 
 def _tokens(bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows) -> dict[str, Any]:
     """Of a case that naive reuse answers wrong and full prefill right, if there is one: there the tokens have something to show."""
 
     def right(case: Case, arm: str) -> float:
-        return rows.kept.get((case.id, 0, arm), {}).get("em", 0.0)
+        return rows.of(case.id, 0).get(arm, {}).get("em", 0.0)
 
     telling = (case for case in cases if right(case, FULL) and not right(case, "reuse@alone"))
     case = next(telling, cases[0])

@@ -48,26 +48,33 @@ class Group:
             seed: of that order.
         """
         shuffled = random.Random(f"{seed}/{self.case.id}/{self.order}").sample(arms, len(arms))
-        chunks = self._reference(self.case.retrieved)
-        documents = self._reference(self.case.whole)
+        references = {
+            name: self._outcome(self.reading.at(places, "document"), _FULL, True)
+            for name, places in (("chunks", self.case.retrieved), ("documents", self.case.whole))
+            if self.bench.fits(self.case, places)
+        }
         for arm in sorted(shuffled, key=lambda arm: bool(arm.like)):
             if arm.suits(self.case):
-                yield self._row(arm, chunks, documents)
+                yield {**self._about, "arm": arm.name, **self._row(arm, references)}
 
-    def _reference(self, places: Sequence) -> Outcome | None:
-        if not self.bench.fits(self.case, places):
-            return None
-        return self._outcome(self.reading.at(places, "document"), _FULL, True)
-
-    def _row(self, arm: Arm, chunks: Outcome | None, documents: Outcome | None) -> Row:
-        row: Row = {**self._about, "arm": arm.name}
+    def _row(self, arm: Arm, references: Mapping[str, Outcome]) -> Row:
         try:
             outcome = self._outcome(*self.reading.given(arm, self.case, self.charged), arm.rotated)
         except REFUSALS as error:
-            return {**row, "refused": " ".join(str(error).split())}
+            return {"refused": " ".join(str(error).split())}
         self.charged[arm.name] = outcome.report.budget
-        self._same_ids(arm, outcome, {"retrieved": chunks, "documents": documents}.get(arm.reads))
-        return {**row, **self._scores(outcome, chunks, documents), **_costs(outcome)}
+        same = references.get({"retrieved": "chunks"}.get(arm.reads, arm.reads))
+        if same is not None and not torch.equal(outcome.ids, same.ids):
+            raise EvaluationError(
+                f"case {self.case.id}: {arm.name} was given other token ids than the full prefill that it is compared with; this "
+                "is a bug of ragkv, please report it"
+            )
+        row = _figures(outcome, self.case.answers)
+        for name, reference in references.items():
+            row[f"kl_{name}"] = metrics.divergence(reference.logits, outcome.logits)
+            row[f"top1_{name}"] = metrics.same_top(reference.logits, outcome.logits)
+            row[f"same_{name}"] = float(reference.reply.ids == outcome.reply.ids)
+        return row
 
     def _outcome(self, chunks: Sequence[Chunk], method: Method, rotated: bool) -> Outcome:
         contexts = () if method == _FULL else tuple(chunk.context for chunk in chunks)
@@ -76,39 +83,21 @@ class Group:
             self._known[key] = self.bench.run(chunks, self.case, method, rotated)
         return self._known[key]
 
-    def _same_ids(self, arm: Arm, outcome: Outcome, reference: Outcome | None) -> None:
-        if reference is not None and not torch.equal(outcome.ids, reference.ids):
-            raise EvaluationError(
-                f"case {self.case.id}: {arm.name} was given other token ids than the full prefill that it is compared with; this "
-                "is a bug of ragkv, please report it"
-            )
 
-    def _scores(self, outcome: Outcome, chunks: Outcome | None, documents: Outcome | None) -> Row:
-        gold = self.case.answers
-        scores: Row = {
-            "answer": outcome.text,
-            "em": metrics.exact_match(outcome.text, gold),
-            "f1": metrics.f1(outcome.text, gold),
-            "rouge_l": metrics.rouge_l(outcome.text, gold),
-            "contained": metrics.contains(outcome.text, gold),
-            "gold_nll": outcome.reply.gold_nll,
-        }
-        for name, reference in (("chunks", chunks), ("documents", documents)):
-            if reference is not None:
-                scores[f"kl_{name}"] = metrics.divergence(reference.logits, outcome.logits)
-                scores[f"top1_{name}"] = metrics.same_top(reference.logits, outcome.logits)
-                scores[f"same_{name}"] = float(reference.reply.ids == outcome.reply.ids)
-        return scores
-
-
-def _costs(outcome: Outcome) -> Row:
+def _figures(outcome: Outcome, gold: Sequence[str]) -> Row:
+    """What it is worth by itself, and what it cost."""
     report = outcome.report
-    stages = {name: round(value, 3) for name, value in report.milliseconds.items() if name != "total"}
     return {
+        "answer": outcome.text,
+        "em": metrics.exact_match(outcome.text, gold),
+        "f1": metrics.f1(outcome.text, gold),
+        "rouge_l": metrics.rouge_l(outcome.text, gold),
+        "contained": metrics.contains(outcome.text, gold),
+        "gold_nll": outcome.reply.gold_nll,
         "method": report.method,
         "ids": digest(outcome.ids.tolist()).hex()[:16],
         "tokens": len(outcome.ids),
         "budget": report.budget,
         "ttft_ms": round(outcome.ttft_ms, 3),
-        "stages": stages,
+        "stages": {name: round(value, 3) for name, value in report.milliseconds.items() if name != "total"},
     }

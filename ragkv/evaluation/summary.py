@@ -103,35 +103,31 @@ def summarise(
         ``slices``: cases by slice. ``arms``: for each arm ``n``, ``refused`` (reasons and how often), ``scores[slice][metric]`` as
         [mean, low, high, n], ``against_documents`` likewise for the difference to the full prefill of whole documents, ``cost``.
     """
-    by_arm: dict[str, list[Row]] = {arm: [] for arm in arms}
-    known = set(cases)
-    for row in rows:
-        if row["arm"] in by_arm and row["case"] in known:
-            by_arm[row["arm"]].append(row)
-    resampling = Resampling(cases, seed)
-    reference = by_arm.get(FULL_DOCUMENTS, [])
-    slices = _slices([row for held in by_arm.values() for row in held])
-    found = []
-    for arm, held in by_arm.items():
-        scored = [row for row in held if "refused" not in row]
+    ids, ordered = set(cases), sorted(rows, key=lambda row: row["order"])
+    known = [row for row in ordered if row["arm"] in arms and row["case"] in ids]
+    resampling, slices = Resampling(cases, seed), _slices(known)
+
+    def scored(arm: str) -> dict[str, list[Row]]:
+        rows = [row for row in known if row["arm"] == arm and "refused" not in row]
+        return {name: list(filter(wanted, rows)) for name, wanted in slices.items()}
+
+    reference, found = scored(FULL_DOCUMENTS), []
+    for arm in arms:
+        held = scored(arm)
         found.append(
             {
                 "name": arm,
-                "n": len({row["case"] for row in scored}),
-                "prompts": len(scored),
-                "refused": dict(Counter(row["refused"] for row in held if "refused" in row)),
-                "scores": {name: _scores(resampling, filter(wanted, scored)) for name, wanted in slices.items()},
+                "n": len({row["case"] for row in held[ALL]}),
+                "prompts": len(held[ALL]),
+                "refused": dict(Counter(row["refused"] for row in known if row["arm"] == arm and "refused" in row)),
+                "scores": {name: _estimates(resampling, METRICS, held[name]) for name in slices},
                 "against_documents": {
-                    name: _against(resampling, filter(wanted, scored), filter(wanted, reference))
-                    for name, wanted in slices.items()
+                    name: _estimates(resampling, ("em", "f1"), held[name], less=reference[name]) for name in slices
                 },
-                "cost": _cost(scored, [times[arm] for times in timed if arm in times]),
+                "cost": _cost(held[ALL], [times[arm] for times in timed if arm in times]),
             }
         )
-    counts = {
-        name: len({row["case"] for held in by_arm.values() for row in held if wanted(row)})
-        for name, wanted in slices.items()
-    }
+    counts = {name: len({row["case"] for row in known if wanted(row)}) for name, wanted in slices.items()}
     return {"slices": counts, "arms": found}
 
 
@@ -148,34 +144,30 @@ def _slices(rows: Sequence[Row]) -> dict[str, Callable[[Row], bool]]:
     return slices
 
 
-def _values(rows: Iterable[Row], names: Iterable[str]) -> dict[str, dict[str, list[float]]]:
-    """By metric its values by case, orders ascending."""
-    ordered = sorted(rows, key=lambda row: row["order"])
-    values: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
-    for name, by_case in values.items():
-        field = "gold_nll" if name == "perplexity" else name
-        for row in ordered:
-            if field in row:
-                by_case[row["case"]].append(row[field])
-    return values
+def _values(rows: Iterable[Row], name: str) -> dict[str, list[float]]:
+    """A metric's values by case."""
+    field = "gold_nll" if name == "perplexity" else name
+    values = defaultdict(list)
+    for row in rows:
+        if field in row:
+            values[row["case"]].append(row[field])
+    return dict(values)
 
 
-def _scores(resampling: Resampling, rows: Iterable[Row]) -> dict[str, Estimate]:
-    scores = _estimates(resampling, _values(rows, METRICS))
-    if "perplexity" in scores:
-        mean, low, high, n = scores["perplexity"]
-        scores["perplexity"] = Estimate(exp(mean), exp(low), exp(high), n)
-    return scores
-
-
-def _against(resampling: Resampling, rows: Iterable[Row], reference: Iterable[Row]) -> dict[str, Estimate]:
-    held, other = _values(rows, ("em", "f1")), _values(reference, ("em", "f1"))
-    return _estimates(resampling, {name: difference(held[name], other[name]) for name in held})
-
-
-def _estimates(resampling: Resampling, values: dict[str, dict[str, list[float]]]) -> dict[str, Estimate]:
-    found = {name: resampling.estimate(held) for name, held in values.items()}
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+def _estimates(
+    resampling: Resampling, names: Iterable[str], rows: Sequence[Row], less: Sequence[Row] | None = None
+) -> dict[str, Estimate]:
+    """Of the metrics of these names that rows have; with ``less``, of what they have more than those."""
+    found = {}
+    for name in names:
+        values = _values(rows, name)
+        estimate = resampling.estimate(values if less is None else difference(values, _values(less, name)))
+        if estimate is not None:
+            found[name] = estimate
+    if "perplexity" in found:
+        mean, low, high, n = found["perplexity"]
+        found["perplexity"] = Estimate(exp(mean), exp(low), exp(high), n)
+    return found
 
 
 def _cost(rows: Sequence[Row], timed: Sequence[Row]) -> dict[str, Any]:

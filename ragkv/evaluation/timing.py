@@ -16,7 +16,6 @@ from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.rows import Row
-from ragkv.report import FusedPrompt
 from ragkv.store import TieredStore
 
 
@@ -62,7 +61,7 @@ class Clock:
         chunks, method = reading.given(arm, case, charged)
         with Peak(self._memory.engine.decoder.device) as peak:
             prompt, _ = self._memory.fuse(chunks, case, method, arm.rotated)
-        kv_bytes = _kv_bytes(prompt)
+        kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in prompt.past_key_values.layers)
         del prompt
         self._cold.forget(reading)
         cold, cold_ms = self._cold.fuse(chunks, case, method, arm.rotated)
@@ -114,8 +113,3 @@ class Peak:
 def _high_water() -> int:
     with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
-
-
-def _kv_bytes(prompt: FusedPrompt) -> int:
-    tensors = [tensor for layer in prompt.past_key_values.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -94,9 +94,9 @@ def question_attention(engine: Engine, prompt: FusedPrompt) -> Tensor | None:
 
 def _pieces(bench: Bench, ids: list[int]) -> list[str]:
     """Each token as it reads behind the one before it: alone, many a tokenizer drops the space in front."""
-    shown = [bench.tokenizer.decode(ids[max(0, at - 1) : at]) for at in range(len(ids) + 1)]
-    pairs = [bench.tokenizer.decode(ids[max(0, at - 1) : at + 1]) for at in range(len(ids))]
-    return [pair[len(shown[at]) :] for at, pair in enumerate(pairs)]
+    decode = bench.tokenizer.decode
+    pairs = [(ids[max(0, at - 1) : at], ids[max(0, at - 1) : at + 1]) for at in range(len(ids))]
+    return [decode(both)[len(decode(before)) :] for before, both in pairs]
 
 
 def _recomputed(

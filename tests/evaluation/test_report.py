@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ragkv.evaluation import Plan, evaluate, parse_arms
-from ragkv.evaluation.report import page, write_markdown
+from ragkv.evaluation.report import page, tables
 from ragkv.evaluation.report.scatter import BUDGET, TTFT
 from ragkv.evaluation.summary import METRICS
 
@@ -151,13 +151,12 @@ def test_the_time_is_shown_of_the_best_arm(result, metric, best):
     assert [name for name in texts if name in names] == [best]
 
 
-def test_the_figures_in_markdown(result, tmp_path):
-    write_markdown(tmp_path / "tables.md", result.summary, METRICS["kl_chunks"])
-    written = (tmp_path / "tables.md").read_text()
-    tables = [block.splitlines() for block in written.split("\n\n") if block.startswith("|")]
+def test_the_figures_in_markdown(result):
+    written = tables(result.summary, METRICS["kl_chunks"])
+    found = [block.splitlines() for block in written.split("\n\n") if block.startswith("|")]
     ran = [arm for arm in result.summary["arms"] if arm["cost"]]
-    assert [len(table) for table in tables] == [2 + len(ran)] * 2
-    for table in tables:
+    assert [len(table) for table in found] == [2 + len(ran)] * 2
+    for table in found:
         assert len({line.count("|") for line in table}) == 1
         assert [line.split("`")[1] for line in table[2:]] == [arm["name"] for arm in ran]
     assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases, ") and written.endswith(" |\n")

@@ -78,7 +78,7 @@ def test_all_arms_of_the_same_chunks_have_the_same_ids(tiny_bench, tmp_path, pla
 def test_other_ids_are_found_out(tiny_bench, small_case):
     case = small_case()
     group = Group(tiny_bench, case, 0, tiny_bench.read(case))
-    arm = Arm("reuse@alone", "reuse", context="alone", method=Reuse())
+    arm = Arm("reuse@alone", method=Reuse())
     object.__setattr__(arm, "places", lambda case: case.retrieved[::-1])
     with pytest.raises(EvaluationError, match="reuse@alone was given other token ids"):
         list(group.rows([arm]))

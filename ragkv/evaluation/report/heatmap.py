@@ -35,10 +35,12 @@ def text(tokens: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """The prompt as it reads: every token, the classes of all its levels, and its figures in words."""
     marked = set(next(iter(tokens["recomputed"].values()), ()))
     levels = list(zip(*heats(tokens).values(), strict=True))
-    figures = _figures(tokens)
     for position, token in enumerate(tokens["tokens"]):
         classes = [f"h{index}-{level}" for index, level in enumerate(levels[position]) if level]
-        yield token, " ".join(classes + ["fresh"] * (position in marked)), figures[position]
+        words = [f"deviation {_read(name)} {held[position]:.2f}" for name, held in tokens["deviation"].items()]
+        if tokens["attention"] is not None:
+            words.append(f"attention {tokens['attention'][position]:.2%}")
+        yield token, " ".join(classes + ["fresh"] * (position in marked)), f"token {position}: {', '.join(words)}"
 
 
 def _read(context: str) -> str:
@@ -62,13 +64,3 @@ def _runs(levels: Sequence[int]) -> Iterator[Run]:
         if level:
             yield start, count, level
         start += count
-
-
-def _figures(tokens: dict[str, Any]) -> list[str]:
-    parts = [
-        [f"deviation {_read(context)} {value:.2f}" for value in values]
-        for context, values in tokens["deviation"].items()
-    ]
-    if tokens["attention"] is not None:
-        parts.append([f"attention {value:.2%}" for value in tokens["attention"]])
-    return [f"token {position}: {', '.join(held)}" for position, held in enumerate(zip(*parts, strict=True))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkv.errors import MissingPackageError
@@ -38,11 +37,10 @@ def templates() -> Environment:
     )
 
 
-def write_page(path: Path, summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> None:
-    """Write the report.
+def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str:
+    """The report as HTML.
 
     Args:
-        path: of the HTML file.
         summary: of the run.
         tokens: of one prompt.
         metric: what is drawn upwards.
@@ -50,25 +48,6 @@ def write_page(path: Path, summary: dict[str, Any], tokens: dict[str, Any], metr
     Raises:
         MissingPackageError: jinja2 is not installed.
     """
-    path.write_text(page(summary, tokens, metric), encoding="utf-8")
-
-
-def write_markdown(path: Path, summary: dict[str, Any], metric: Metric) -> None:
-    """Write two tables: all arms, and one metric by kind of question.
-
-    Args:
-        path: of the file.
-        summary: of the run.
-        metric: of the second table.
-
-    Raises:
-        MissingPackageError: jinja2 is not installed.
-    """
-    path.write_text(_render("tables.md.j2", summary, metric), encoding="utf-8")
-
-
-def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str:
-    """The report as HTML; :func:`write_page` says of what."""
     look = looks(summary)
     series = by_series(summary["arms"], look).values()
     timed = [arm for arms in series if (arm := best(arms, metric))]
@@ -82,7 +61,10 @@ def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str
         FRAME=scatter.FRAME,
         looks=look,
         tiles=_tiles(summary, metric),
-        scatters=[(axis, scatter.plots(summary, look, metric, axis)) for axis in (scatter.BUDGET, scatter.TTFT)],
+        scatters=[
+            (axis, [scatter.plot(summary["arms"], look, metric, name, axis) for name in summary["slices"]])
+            for axis in (scatter.BUDGET, scatter.TTFT)
+        ],
         bars=list(zip([arm["name"] for arm in timed], *sides, strict=True)),
         longest=[max([sum(parts.values()) for parts in side], default=0.0) or 1.0 for side in sides],
         tokens=tokens,
@@ -96,6 +78,11 @@ def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str
             for why, count in arm["refused"].items()
         ],
     )
+
+
+def tables(summary: dict[str, Any], metric: Metric) -> str:
+    """Two tables as Markdown: all arms, and one metric by kind of question. Arguments and errors as for :func:`page`."""
+    return _render("tables.md.j2", summary, metric)
 
 
 def _render(name: str, summary: dict[str, Any], metric: Metric, **values: Any) -> str:

@@ -79,21 +79,18 @@ class Point:
     high: float
 
 
-def plots(summary: dict[str, Any], looks: dict[str, Look], metric: Metric, axis: Axis) -> list[dict[str, Any]]:
-    """One plot for each slice of the rows, as places in pixels and texts.
-
-    Args:
-        summary: of the run.
-        looks: of the arms.
-        metric: upwards; better is higher in the picture, also where lower values are better.
-        axis: to the right.
-    """
-    return [_plot(summary["arms"], looks, metric, slice_, axis) for slice_ in summary["slices"]]
-
-
-def _plot(
+def plot(
     arms: Sequence[dict[str, Any]], looks: dict[str, Look], metric: Metric, slice_: str, axis: Axis
 ) -> dict[str, Any]:
+    """One plot, as places in pixels and texts.
+
+    Args:
+        arms: of the run's summary.
+        looks: of the arms.
+        metric: upwards; better is higher in the picture, also where lower values are better.
+        slice_: the rows that count.
+        axis: to the right.
+    """
     scores = {arm["name"]: arm["scores"][slice_][metric.name] for arm in arms if metric.name in arm["scores"][slice_]}
     drawn = [arm for arm in arms if arm["name"] in scores and arm["name"] not in LINES]
     low, high, rows = _range([scores[arm["name"]][0] for arm in drawn], metric)
