@@ -68,11 +68,15 @@ class Decoder:
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
         self.keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         with self.turns:
-            self.specs = self._probe_specs()
+            start = self._begin()
+            self.specs = [
+                LayerSpec(k.shape[0], k.shape[2], v.shape[2], k.dtype, k.device)
+                for k, v in zip(start.keys, start.values, strict=True)
+            ]
             self.dtype = self.specs[0].dtype
             self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
             tolerance = Tolerance(self._noise)
-            self.rotations, movable = probe_rotations(self.model, self._run_at, self.max_positions, tolerance)
+            self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
             self.max_positions = movable or self.max_positions
             self.rules = layer_rules(self.config, len(self.layers), self.device)
             self.spans = self._span_rules()
@@ -193,10 +197,11 @@ class Decoder:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, self.vocab_size, (tokens,), generator=generator).to(self.device)
 
-    def _probe_specs(self) -> list[LayerSpec]:
+    def _begin(self) -> Probe:
+        """The probe's tokens at position 0, over a cache that only looks at what is written."""
         recorder = _Recorder()
         try:
-            self.read(self._random_ids(_PROBE_TOKENS), recorder, 0)
+            hidden = self.read(self._random_ids(_PROBE_TOKENS), recorder, 0)
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise UnsupportedModelError(f"the model does not run over a plain key-value cache: {error}") from error
         if sorted(recorder.seen) != list(range(len(self.layers))):
@@ -204,10 +209,8 @@ class Decoder:
                 f"the model wrote keys and values for layers {sorted(recorder.seen)} of {len(self.layers)}: recurrent layers, or "
                 "layers that share another's cache, are not supported"
             )
-        return [
-            LayerSpec(k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
-            for _, (k, v) in sorted(recorder.seen.items())
-        ]
+        pairs = [recorder.seen[layer] for layer in range(len(self.layers))]
+        return Probe([keys[0] for keys, _ in pairs], [values[0] for _, values in pairs], hidden)
 
     def _run_at(self, offset: int) -> Probe:
         cache = self.cache(_PROBE_TOKENS)
@@ -282,7 +285,7 @@ class Decoder:
 
 
 class _Recorder(FusedCache):
-    """A cache that only looks at what is written, to learn the shapes."""
+    """A cache that only looks at what is written."""
 
     def __init__(self) -> None:
         super().__init__([], 0)

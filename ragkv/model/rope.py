@@ -7,6 +7,7 @@ every layer, and the values are the same. L layers, H kv heads, T tokens, D head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -107,13 +108,14 @@ def _of_sine_table(table: Tensor) -> Tensor:
 
 
 def probe_rotations(
-    model: nn.Module, run: Run, max_positions: int | None, tolerance: Tolerance
+    model: nn.Module, start: Probe, run: Run, max_positions: int | None, tolerance: Tolerance
 ) -> tuple[list[Rotation | None], int | None]:
     """Find every layer's rotation, and up to which position keys can be moved.
 
     Args:
         model: the decoder, searched for frequency tables.
-        run: runs the same few tokens with the first one at a given position.
+        start: of a few tokens, the first one at position 0.
+        run: runs the same tokens with the first one at a given position.
         max_positions: the model's positions, if limited.
         tolerance: at which errors two runs count as equal.
 
@@ -124,16 +126,23 @@ def probe_rotations(
     Raises:
         UnsupportedModelError: the model computes NaN, values change with the position, or no known rotation explains the keys.
     """
-    start = run(0)
     if not all(bool(tensor.isfinite().all()) for tensor in (*start.keys, *start.values, start.hidden)):
         raise UnsupportedModelError(f"a few tokens give NaN or infinite numbers: {non_finite(start.hidden.dtype)}")
-    tokens = start.keys[0].shape[1]
-    furthest = None if max_positions is None else max_positions - tokens
-    offset = _FIRST_OFFSET if furthest is None else min(_FIRST_OFFSET, furthest)
-    if offset < 1:
+    furthest = None if max_positions is None else max_positions - start.keys[0].shape[1]
+    if furthest is not None and furthest < 1:
         raise UnsupportedModelError(f"the model has {max_positions} positions: too few to place a chunk")
     candidates = _candidates(rope_frequencies(model))
-    moved = run(offset)
+    if furthest is not None:
+        with suppress(UnsupportedModelError):  # one run is enough for most models
+            return _rotations(start, run(furthest), furthest, candidates, tolerance), None
+    offset = _FIRST_OFFSET if furthest is None else min(_FIRST_OFFSET, furthest)
+    rotations = _rotations(start, run(offset), offset, candidates, tolerance)
+    return rotations, _movable(run, start, rotations, offset, furthest, tolerance)
+
+
+def _rotations(
+    start: Probe, moved: Probe, offset: int, candidates: list[Rotation | None], tolerance: Tolerance
+) -> list[Rotation | None]:
     if not _same_content(start, moved, tolerance):
         raise UnsupportedModelError(
             "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved. ragkv "
@@ -146,7 +155,7 @@ def probe_rotations(
             "no layer's keys turn with their position (ALiBi, or no positions at all): moving a chunk could not be told from "
             "leaving it. ragkv needs a decoder with rotary positions."
         )
-    return rotations, _movable(run, start, rotations, offset, furthest, tolerance)
+    return rotations
 
 
 def _candidates(tables: Sequence[Tensor]) -> list[Rotation | None]:

@@ -73,6 +73,9 @@ def test_keys_stay_right_far_out():
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
 def test_attention_kinds(architecture, attention):
     model = tiny_model(architecture, attn_implementation=attention)
+    with torch.no_grad():
+        if not model(input_ids=torch.tensor([random_ids(24)])).logits.isfinite().all():
+            pytest.skip(f"transformers' own {attention} gives NaN here")
     engine = Engine(model, template=TEMPLATE)
     lone = engine.add([random_ids(30), random_ids(40)])
     for method in (LegoLink(k=1000), CacheBlend(ratio=1.0)):
