@@ -20,18 +20,18 @@ from ragkv.methods import FullPrefill, Reuse
 from ragkv.model.attention import eager_attention
 from ragkv.report import FusedPrompt
 
+#: Of each family and context, the arm is looked at that recomputes most within this share of the tokens.
+_SHARE = 0.2
 
-def look_at(
-    bench: Bench, case: Case, arms: Sequence[Arm], charged: dict[str, float], about: float = 0.2
-) -> dict[str, Any]:
+
+def look_at(bench: Bench, case: Case, arms: Sequence[Arm], charged: dict[str, float]) -> dict[str, Any]:
     """Look at the tokens of one case's prompt.
 
     Args:
         bench: the model.
         case: in its order.
-        arms: of each family and context, the one that recomputes most within ``about`` is looked at.
+        arms: one of each family and context is looked at.
         charged: budgets charged to arms for this case.
-        about: share of the tokens.
 
     Returns:
         Plain values: ``tokens`` (texts), ``chunks`` (first and last position of each), ``deviation`` by context, ``attention`` (or
@@ -49,7 +49,7 @@ def look_at(
         "chunks": list(pairwise(accumulate(map(len, chunks), initial=full.report.prefix_tokens))),
         "gold": [case.retrieved.index(place) for place in case.gold if place in case.retrieved],
         "deviation": {},
-        "recomputed": _recomputed(bench, case, reading, arms, charged, about),
+        "recomputed": _recomputed(bench, case, reading, arms, charged),
     }
     for context in CONTEXTS:
         reused, _ = bench.fuse(reading.at(case.retrieved, context), case, Reuse())
@@ -100,7 +100,7 @@ def _pieces(bench: Bench, ids: list[int]) -> list[str]:
 
 
 def _recomputed(
-    bench: Bench, case: Case, reading: CaseChunks, arms: Sequence[Arm], charged: dict[str, float], about: float
+    bench: Bench, case: Case, reading: CaseChunks, arms: Sequence[Arm], charged: dict[str, float]
 ) -> dict[str, list[int]]:
     """Positions of chunk tokens computed in the last layer, one arm of each family and context."""
     most: dict[tuple[str, str], tuple[str, list[int]]] = {}
@@ -115,6 +115,6 @@ def _recomputed(
         first, tokens = prompt.report.prefix_tokens, prompt.report.chunk_tokens
         rows = [row for row in prompt.recomputed.tolist() if first <= row < first + tokens]
         series = (arm.family, arm.context)
-        if 0 < len(rows) <= about * tokens and len(rows) > len(most.get(series, ("", []))[1]):
+        if 0 < len(rows) <= _SHARE * tokens and len(rows) > len(most.get(series, ("", []))[1]):
             most[series] = (arm.name, rows)
     return dict(most.values())
