@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"foreign": args.foreign, **storage(args)}
     with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
         begin = perf_counter()
-        with reading(rag, args) as bar:
+        with reading(args) as bar:
             added = rag.add_files(args.paths, progress=bar)
         for change in added.changes if args.pin else ():
             rag.pin(change.document.source)

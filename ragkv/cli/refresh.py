@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"foreign": args.foreign, **storage(args)}
     with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
         begin = perf_counter()
-        with reading(rag, args) as bar:
+        with reading(args) as bar:
             tokens = rag.refresh(bar)
         seconds = perf_counter() - begin
     if args.json:

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"foreign": args.foreign, **storage(args)}
     with open_rag(path, model=args.model, embedder=args.embedder, **options) as rag:
         begin = perf_counter()
-        with reading(rag, args) as bar:
+        with reading(args) as bar:
             synced = rag.sync(args.folder, dry_run=args.dry_run, progress=bar)
         seconds = perf_counter() - begin
     for skipped in synced.skipped:
