@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
-        with reading(rag, args) as bar:
+        with reading(args) as bar:
             added = rag.add_files(args.paths, progress=bar)
         for change in added.changes if args.pin else ():
             rag.pin(change.document.source)

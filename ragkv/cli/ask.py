@@ -42,7 +42,7 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     begin = perf_counter()
     text = ""
     with ExitStack() as shown:
-        bar = shown.enter_context(reading(rag, args))
+        bar = shown.enter_context(reading(args))
         search = {"top_k": args.top_k, "neighbours": args.neighbours}
         options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
         hits, pieces = rag.stream(args.question, **search, progress=bar, **options)

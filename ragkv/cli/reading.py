@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from ragkv.cli import show
-from ragkv.library.sizes import token_bytes
 from ragkv.library.watching import Progress
-from ragkv.rag import RAG
+
+#: So many documents that are read again are named.
+_NAMED = 5
 
 
 @contextmanager
-def reading(rag: RAG, args: argparse.Namespace) -> Iterator[Reading]:
+def reading(args: argparse.Namespace) -> Iterator[Reading]:
     """Shows progress on stderr: lines unless ``--json`` is given, a bar on a terminal, both where ``--progress`` asks for them."""
-    shown = Reading(
-        rag, lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty())
-    )
+    shown = Reading(lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty()))
     try:
         yield shown
     finally:
@@ -30,14 +29,12 @@ class Reading:
     """Takes what a call tells of its progress; shows nothing before that.
 
     Args:
-        rag: reads.
         lines: say how much is to be read, and which documents are read again.
         bar: show a bar.
     """
 
-    def __init__(self, rag: RAG, lines: bool, bar: bool):
-        self._rag, self._lines = rag, lines
-        self._shown, self._bar = bar, None
+    def __init__(self, lines: bool, bar: bool):
+        self._lines, self._shown, self._bar = lines, bar, None
         self._begun, self._again = False, set[str]()
 
     def __call__(self, progress: Progress) -> None:
@@ -50,13 +47,16 @@ class Reading:
             return
         if not self._begun:
             self._begun = True
-            size = show.size(int(progress.tokens * token_bytes(self._rag.engine.documents)))
-            self._say(f"to read: {show.number(progress.tokens, 'token')}, about {size} of KV")
+            size = f", about {show.size(progress.kv_bytes)} of KV" if progress.kv_bytes else ""
+            self._say(f"to read: {show.number(progress.tokens, 'token')}{size}")
             bar.set_description("reading", refresh=False)
             bar.reset(total=progress.tokens)
         if progress.reason == "missing" and progress.source not in self._again:
             self._again.add(progress.source)
-            self._say(f"reading {show.short(progress.source)} again: its KV are not in the store")
+            if len(self._again) <= _NAMED:
+                self._say(f"reading {show.short(progress.source)} again: its KV are not in the store")
+            elif len(self._again) == _NAMED + 1:
+                self._say("... and others")
         bar.update(progress.done_tokens - bar.n)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     require_documents(path)
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
-        with reading(rag, args) as bar:
+        with reading(args) as bar:
             tokens = rag.refresh(bar)
         seconds = perf_counter() - begin
     if args.json:

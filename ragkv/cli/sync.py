@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
-        with reading(rag, args) as bar:
+        with reading(args) as bar:
             synced = rag.sync(args.folder, dry_run=args.dry_run, progress=bar)
         seconds = perf_counter() - begin
     for skipped in synced.skipped:

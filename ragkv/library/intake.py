@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ragkv.chunk import digest
+from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, instance
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.documents import Documents
@@ -75,11 +75,12 @@ class Given(NamedTuple):
 
 @dataclass
 class _Plan:
-    """What is to be done: documents, each with the tokens that the model has to run for it."""
+    """What is to be done: documents, each with the tokens that the model has to run for it; tokens whose KV are stored by it."""
 
     documents: list[tuple[Prepared, int]] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     skipped: list[SkippedFile] = field(default_factory=list)
+    stored_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -164,16 +165,18 @@ class Intake:
         documents = self._documents
         documents.look()
         work: list[tuple[str, str, int]] = []
+        stored_tokens = 0
         for document in self._catalogue.documents():
             missing = documents.missing(self._catalogued.now(document.id))
+            stored_tokens += sum(map(len, missing))
             work.append((document.source, document.id, documents.work(missing)))
             if tell is not None:
                 tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
         total = sum(tokens for *_, tokens in work)
-        check_room(documents, total)
+        size = check_room(documents, stored_tokens)
         done = read = 0
         for source, document_id, tokens in work:
-            with _told(tell, source, "missing", done, total):
+            with _told(tell, source, "missing", done, total, size):
                 read += documents.add(self._catalogued.now(document_id))
             done += tokens
         return read
@@ -204,7 +207,9 @@ class Intake:
             else:
                 try:
                     prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self._chunker)
-                    plan.documents.append((prepared, self._work(prepared, counted)))
+                    missing = self._missing(prepared, counted)
+                    plan.documents.append((prepared, self._documents.work(missing)))
+                    plan.stored_tokens += sum(map(len, missing))
                     total += plan.documents[-1][1]
                 except DocumentError as error:
                     if not skip:
@@ -214,21 +219,21 @@ class Intake:
                 tell(Progress(item.source, "found", 0, total))
         return plan
 
-    def _work(self, prepared: Prepared, counted: set[bytes]) -> int:
-        """Tokens to run for a document, without those that one before it is read for."""
+    def _missing(self, prepared: Prepared, counted: set[bytes]) -> list[Chunk]:
+        """A document's chunks that the store lacks, without those that one before it is read for."""
         chunks = self._documents.keys(list(prepared.document))
         missing = [key for key in self._documents.store.missing(chunks) if key not in counted]
         counted.update(missing)
-        return self._documents.work([chunks[key] for key in missing])
+        return [chunks[key] for key in missing]
 
     def _done(self, plan: _Plan, tell: Tell | None) -> Added:
         """The plan carried out."""
         added, done, total = Added(skipped=plan.skipped, moved=plan.moved), 0, plan.tokens
-        check_room(self._documents, total)
+        size = check_room(self._documents, plan.stored_tokens)
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)
-            with _told(tell, prepared.source, _REASONS[prepared.kind], done, total):
+            with _told(tell, prepared.source, _REASONS[prepared.kind], done, total, size):
                 change, read = self._catalogued.put(prepared, self._repair_tokens)
             if self.defaults:
                 self._catalogue.keep_defaults(self.defaults)
@@ -279,8 +284,10 @@ def told_of_hits(tell: Tell | None, hits: Sequence[Hit]) -> AbstractContextManag
     return watched(lambda document, done, of: tell(Progress(sources.get(document, document), "missing", done, of)))
 
 
-def _told(tell: Tell | None, source: str, reason: str, done: int, total: int) -> AbstractContextManager[None]:
+def _told(
+    tell: Tell | None, source: str, reason: str, done: int, total: int, size: int
+) -> AbstractContextManager[None]:
     """Watches the reading of one document among several."""
     if tell is None:
         return watched(None)
-    return watched(lambda _, ran, __: tell(Progress(source, reason, min(done + ran, total), total)))
+    return watched(lambda _, ran, __: tell(Progress(source, reason, min(done + ran, total), total, size)))

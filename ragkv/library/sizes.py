@@ -35,8 +35,11 @@ def token_bytes(documents: Documents) -> float:
     return documents.store.stored_bytes(kv, rotations=documents.reader.decoder.rotations) / _SAMPLE_TOKENS
 
 
-def check_room(documents: Documents, tokens: int) -> None:
+def check_room(documents: Documents, tokens: int) -> int:
     """See whether there is room for so many more tokens' KV, and say so where there is not. What a budget lacks is logged.
+
+    Returns:
+        Bytes that they take, estimated.
 
     Raises:
         StoreFullError: the disk is too small for what the budget allows.
@@ -58,6 +61,7 @@ def check_room(documents: Documents, tokens: int) -> None:
                 f"the KV of {tokens} tokens take about {_size(needed)}, and the disk of {store.path} has {_size(free)} left: free "
                 "some, encode them smaller (codec, --codec int8), or allow less (disk_bytes, --disk-size). Nothing was added"
             )
+    return needed
 
 
 def _size(count: int) -> str:

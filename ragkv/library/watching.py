@@ -27,12 +27,14 @@ class Progress:
             ``"missing"``: it is read because the store holds its KV no more, or held them for another model.
         done_tokens: what the model has read so far.
         tokens: what it has to read, of all documents that were found so far.
+        kv_bytes: what KV that are stored by it will take, estimated; 0 before reading begins, and for a question.
     """
 
     source: str
     reason: str
     done_tokens: int
     tokens: int
+    kv_bytes: int = 0
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import ragkv
+from ragkv import Progress
 from ragkv.cli import main, show
 from ragkv.cli.arguments import parser
+from ragkv.cli.reading import Reading
 from ragkv.errors import MethodError
 from ragkv.methods import CacheBlend, FullPrefill, LegoLink, Reuse
 from ragkv.methods.words import parse_method
@@ -151,3 +153,17 @@ def test_numbers_for_people(tmp_path, monkeypatch, capsys):
     assert [show.short(name) for name in (f"{tmp_path}/a/b.md", "/b.md", "name")] == ["a/b.md", "/b.md", "name"]
     show.table([("name", "size"), ("a long one", "5")])
     assert capsys.readouterr().out == "name        size\na long one     5\n"
+
+
+def test_what_is_read_again_is_named_up_to_a_number(capsys):
+    shown = Reading(lines=True, bar=False)
+    for number in range(8):
+        for done in (0, 5):
+            shown(Progress(f"{number}.md", "missing", 10 * number + done, 80, 2048))
+    shown.close()
+    first, *again = capsys.readouterr().err.splitlines()
+    assert first == "to read: 80 tokens, about 2.0 KiB of KV"
+    assert again == [
+        *(f"reading {number}.md again: its KV are not in the store" for number in range(5)),
+        "... and others",
+    ]

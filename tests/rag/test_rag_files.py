@@ -185,6 +185,8 @@ def test_progress_inside_a_long_document(model, tmp_path, reads):
 
         again: list[Progress] = []
         rag.add_files(tmp_path / "docs", progress=again.append)
+        estimate = token_bytes(rag.engine.documents) * added.tokens_read
+        assert {step.kv_bytes for step in found} == {0} and {step.kv_bytes for step in read} == {int(estimate)}
         assert {step.reason for step in again} == {"found"} and again[-1].tokens == 0
 
         seen.clear()
@@ -207,6 +209,15 @@ def test_progress_inside_a_long_document(model, tmp_path, reads):
         tokens = rag.refresh(refreshed.append)
         assert refreshed[-1].done_tokens == refreshed[-1].tokens >= tokens > 0
         assert {step.reason for step in refreshed} == {"found", "missing"}
+
+
+def test_windows_are_counted_as_they_are_run(model, tmp_path, reads):
+    """A long document's windows overlap: more tokens are run than KV are stored."""
+    with open_rag(tmp_path / "rag", model, document_tokens=128) as rag:
+        steps, seen = [], reads(rag.engine)
+        added = rag.add_texts(["\n\n".join(DOCUMENTS.values())], progress=steps.append)
+        assert steps[-1].done_tokens == steps[-1].tokens == sum(seen) > added.tokens_read
+        assert steps[-1].kv_bytes == int(token_bytes(rag.engine.documents) * added.tokens_read)
 
 
 def test_what_was_read_before_ctrl_c_is_kept(model, tmp_path, reads):
