@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
+from ragkv.answering import Answering
 from ragkv.chunk import Chunk
-from ragkv.detokenizer import Detokenizer, cut, stop_texts
+from ragkv.detokenizer import stop_texts
 from ragkv.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -31,11 +31,10 @@ from ragkv.library.documents import Documents, several, several_chunks
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import parse_method
 from ragkv.model.decoder import Decoder
-from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import DEFAULT_NEW_TOKENS, Settings
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt
+from ragkv.report import Answer, AnswerStream, FusedPrompt
 from ragkv.store import TieredStore
 
 if TYPE_CHECKING:
@@ -248,24 +247,24 @@ class Engine:
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        return self._prompt(chunks, question, method, lambda _: room_tokens, begin, starts)
+        chosen = self.method if method is None else _method(method)
+        return self._prompt(chunks, question, chosen, lambda _: room_tokens, begin, starts)
 
     def _prompt(
         self,
         chunks: Sequence[Chunk | Text],
         question: Text,
-        method: Method | str | None,
+        method: Method,
         asked: Callable[[int], int | None],
         begin: float,
         starts: Sequence[int] | None = None,
     ) -> FusedPrompt:
         """One prompt, with the room that ``asked`` says for a prompt of so many tokens."""
-        chosen = self.method if method is None else _method(method)
         suffix = self.encoder.suffix(question)
         known = self._chunks(chunks)
         places = None if starts is None else several(starts, "starts")
         layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, places)
-        return self._fuse(layout, chosen, self._room(layout.end, asked(layout.end)), begin)
+        return self._fuse(layout, method, self._room(layout.end, asked(layout.end)), begin)
 
     def generate(
         self,
@@ -293,20 +292,7 @@ class Engine:
             answer.
         """
         begin = perf_counter()
-        settings = self._settings(stop, generation)
-        if settings.beams > 1:
-            prompt = self._prompt(chunks, question, method, settings.asked, begin)
-            fused_ms = _ms(begin)
-            with self._turn(prompt):
-                ids = beam_search(settings, prompt)
-            report = AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
-        else:
-            stream = self._stream(chunks, question, method, settings, begin)
-            for _ in stream:
-                pass
-            assert stream.report is not None
-            ids, report = stream.token_ids, stream.report
-        return Answer(cut(self.encoder.decode(ids), settings.stop), ids, report)
+        return self._answering(chunks, question, method, stop, generation).whole(begin)
 
     def stream(
         self,
@@ -337,36 +323,35 @@ class Engine:
         """
         if self.tokenizer is None:
             raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
-        settings = self._settings(stop, generation)
-        if settings.beams > 1:
-            raise ArgumentError(
-                "num_beams: beam search knows its text only at the end: use generate(), or leave it out"
-            )
-        return self._stream(chunks, question, method, settings)
+        return self._answering(chunks, question, method, stop, generation, pieces=True).pieces()
 
-    def _settings(self, stop: str | Sequence[str], generation: dict[str, Any]) -> Settings:
+    def _answering(
+        self,
+        chunks: Sequence[Chunk | Text],
+        question: Text,
+        method: Method | str | None,
+        stop: str | Sequence[str],
+        generation: dict[str, Any],
+        pieces: bool = False,
+    ) -> Answering:
+        """What answers, with all arguments checked before anything is computed."""
         texts = (*stop_texts(self.template.stop), *stop_texts(stop))
         if texts and self.tokenizer is None:
             raise ArgumentError(
                 f"stop={texts} is text and the engine has no tokenizer: give it one, or stopping_criteria=[...]"
             )
-        return Settings(self.decoder, self.tokenizer, generation, texts)
-
-    def _stream(
-        self,
-        chunks: Sequence[Chunk | Text],
-        question: Text,
-        method: Method | str | None,
-        settings: Settings,
-        begin: float | None = None,
-    ) -> AnswerStream:
-        def start() -> tuple[AnswerReport, Iterator[int]]:
-            begun = perf_counter() if begin is None else begin
-            prompt = self._prompt(chunks, question, method, settings.asked, begun)
-            report = AnswerReport(prompt.report)
-            return report, self._tokens(settings, prompt, report, begun)
-
-        return AnswerStream(start, Detokenizer(self.encoder, settings.stop))
+        settings = Settings(self.decoder, self.tokenizer, generation, texts)
+        if pieces and settings.beams > 1:
+            raise ArgumentError(
+                "num_beams: beam search knows its text only at the end: use generate(), or leave it out"
+            )
+        chosen = self.method if method is None else _method(method)
+        return Answering(
+            self.runner,
+            self.encoder,
+            settings,
+            lambda asked, begin: self._prompt(chunks, question, chosen, asked, begin),
+        )
 
     def _chunks(self, chunks: Sequence[Chunk | Text]) -> list[Chunk]:
         """Chunks as they are; text and ids as passages that stand alone."""
@@ -410,28 +395,6 @@ class Engine:
                 damaged.add(str(error))
                 logger.warning("reading chunks again: %s", error)
         return fuse(self.documents, layout, method, room_tokens, begin)
-
-    @contextmanager
-    def _turn(self, prompt: FusedPrompt) -> Iterator[None]:
-        """The model for this thread alone, as it was when it computed a prompt."""
-        with self.runner.turn() as fingerprint:
-            if fingerprint != prompt.fingerprint:
-                raise ModelChangedError(
-                    "the model's weights, adapter or attention have changed behind the prompt: ask again"
-                )
-            yield
-
-    def _tokens(self, settings: Settings, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
-        for token in decode(settings, prompt, begin, lambda: self._turn(prompt)):
-            report.new_tokens += 1
-            if report.new_tokens == 1:
-                report.first_token_ms = _ms(begin)
-            report.decode_ms = _ms(begin) - report.first_token_ms
-            yield token
-
-
-def _ms(begin: float) -> float:
-    return (perf_counter() - begin) * 1e3
 
 
 def _check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:

@@ -181,7 +181,7 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
 
         return timed
 
-    for module in ("engine", "fusion.timing"):
+    for module in ("engine", "answering", "fusion.timing"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
     monkeypatch.setattr(Placement, "_place_opening", costing(100, Placement._place_opening))
     for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "select"), (QuestionAware, "select")):

@@ -310,5 +310,7 @@ def test_methods_by_name(model):
         assert report.method == repr(Reuse())
         with pytest.raises(MethodError, match=r"no method 'reuze'; there are: auto.*reuse"):
             ask(chunks, QUESTION, method="reuze")
+    with pytest.raises(MethodError, match="no method 'reuze'"):
+        Engine(model, letters(), template=TEMPLATE, method="reuse").stream(chunks, QUESTION, method="reuze")
     with pytest.raises(TypeError, match=r"ragkv\.Method"):
         engine.fuse(chunks, QUESTION, method=7)

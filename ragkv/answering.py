@@ -1,0 +1,84 @@
+"""One question's way from its prompt to its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from ragkv.detokenizer import Detokenizer, cut
+from ragkv.errors import ModelChangedError
+from ragkv.model.decoding import beam_search, decode
+from ragkv.model.generation import Settings
+from ragkv.model.runner import Runner
+from ragkv.prompt import Encoder
+from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt
+
+#: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, and when the question began.
+MakePrompt = Callable[[Callable[[int], int | None], float], FusedPrompt]
+
+
+class Answering:
+    """Decodes behind a prompt that is made when it is needed.
+
+    Args:
+        runner: of the model.
+        encoder: decodes ids.
+        settings: of the answer.
+        prompt: makes the prompt.
+    """
+
+    def __init__(self, runner: Runner, encoder: Encoder, settings: Settings, prompt: MakePrompt):
+        self._runner, self._encoder, self._settings, self._prompt = runner, encoder, settings, prompt
+
+    def whole(self, begin: float) -> Answer:
+        """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
+        if self._settings.beams > 1:
+            ids, report = self._searched(begin)
+        else:
+            stream = self.pieces(begin)
+            for _ in stream:
+                pass
+            assert stream.report is not None
+            ids, report = stream.token_ids, stream.report
+        return Answer(cut(self._encoder.decode(ids), self._settings.stop), ids, report)
+
+    def pieces(self, begin: float | None = None) -> AnswerStream:
+        """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for."""
+
+        def start() -> tuple[AnswerReport, Iterator[int]]:
+            begun = perf_counter() if begin is None else begin
+            prompt = self._prompt(self._settings.asked, begun)
+            report = AnswerReport(prompt.report)
+            return report, self._timed(prompt, report, begun)
+
+        return AnswerStream(start, Detokenizer(self._encoder, self._settings.stop))
+
+    def _searched(self, begin: float) -> tuple[list[int], AnswerReport]:
+        prompt = self._prompt(self._settings.asked, begin)
+        fused_ms = _ms(begin)
+        with self._turn(prompt):
+            ids = beam_search(self._settings, prompt)
+        return ids, AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
+
+    def _timed(self, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
+        for token in decode(self._settings, prompt, begin, lambda: self._turn(prompt)):
+            report.new_tokens += 1
+            if report.new_tokens == 1:
+                report.first_token_ms = _ms(begin)
+            report.decode_ms = _ms(begin) - report.first_token_ms
+            yield token
+
+    @contextmanager
+    def _turn(self, prompt: FusedPrompt) -> Iterator[None]:
+        """The model for this thread alone, as it was when it computed the prompt."""
+        with self._runner.turn() as fingerprint:
+            if fingerprint != prompt.fingerprint:
+                raise ModelChangedError(
+                    "the model's weights, adapter or attention have changed behind the prompt: ask again"
+                )
+            yield
+
+
+def _ms(begin: float) -> float:
+    return (perf_counter() - begin) * 1e3
