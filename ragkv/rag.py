@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ragkv.chunk import Chunk, digest
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import DocumentError, RagKVError
+from ragkv.errors import DocumentError, PromptTooLongError, RagKVError
 from ragkv.kernels import Impl
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.methods import Method
@@ -38,6 +39,8 @@ from ragkv.store.codecs import Codec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Added:
@@ -60,9 +63,11 @@ class SourcedAnswer(Answer):
 
     Attributes:
         sources: the passages in the order of the prompt.
+        left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
     """
 
     sources: list[Hit] = field(default_factory=list)
+    left_out: list[Hit] = field(default_factory=list)
 
 
 class RAG:
@@ -366,10 +371,12 @@ class RAG:
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
+            PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
+                are, they are left out, with a warning.
         """
-        hits = self._found(question, top_k, neighbours)
-        answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
-        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits))
+        hits, chunks, left_out = self._found(question, top_k, neighbours)
+        answer = self.engine.generate(chunks, question, method=method, **generation)
+        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
 
     def stream(
         self,
@@ -389,8 +396,7 @@ class RAG:
             method: instead of the engine's.
             **generation: what ``model.generate`` takes.
         """
-        hits = self._found(question, top_k, neighbours)
-        chunks = self.chunks(hits)
+        hits, chunks, _ = self._found(question, top_k, neighbours)
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
         return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
 
@@ -408,11 +414,27 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int, neighbours: int) -> list[Hit]:
+    def _found(self, question: str, top_k: int, neighbours: int) -> tuple[list[Hit], list[Chunk], list[Hit]]:
+        """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
         hits = self.retrieve(question, top_k, neighbours)
         if not hits:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
-        return hits
+        pairs = list(zip(hits, self.chunks(hits), strict=True))
+        fitting = [pair for pair in pairs if self.engine.documents.fits(pair[1])]
+        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not self.engine.documents.fits(chunk)]
+        if left_out:
+            names = ", ".join(
+                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
+            )
+            said = (
+                f"longer than the {self.engine.documents.document_tokens} tokens that this model reads at once: {names}"
+            )
+            if not fitting:
+                raise PromptTooLongError(
+                    f"all passages found are {said}; add the documents to a folder of this model's own"
+                )
+            logger.warning("left out of the prompt, %s", said)
+        return [hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out]
 
     def _keys(self, source: str) -> list[bytes]:
         if source not in self.retriever.catalogue:
