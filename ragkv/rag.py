@@ -177,7 +177,7 @@ class RAG:
         name = options.setdefault("model", BUNDLED)
         place = {option: value for option, value in options.items() if option in OPTIONS}
         own = signature(cls.from_pretrained).parameters.keys() - {"model_options"}
-        check_options(name, options.keys() | model_options.keys(), own)
+        check_options(name, options.keys() | (model_options.keys() - OPTIONS), own)
         with ExitStack() as opened:
             finder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
             retriever = Retriever.open(None if folder is None else folder / "documents", finder)
