@@ -19,7 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Files in, questions answered.")
     parser.add_argument("files", nargs="*", help="files and folders; the bundled documents by default")
     parser.add_argument("--question", action="append", help="may be given several times")
-    parser.add_argument("--model", default="bundled", help="name or path of a transformers decoder")
+    parser.add_argument(
+        "--model", help="name or path of a transformers decoder; by default the folder's own, or bundled"
+    )
     parser.add_argument("--path", help="folder that keeps documents, vectors and KV")
     args = parser.parse_args()
     questions = args.question or [known.question for known in bundled.questions()[:3]]

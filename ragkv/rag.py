@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ragkv.chunk import Chunk
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
+from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.lazy import lazy
 from ragkv.library.catalogued import CataloguedDocuments
@@ -38,6 +39,8 @@ from ragkv.streaming import AsyncAnswerStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 # Questions of an event loop that are worked on at once: each holds its prompt's KV.
 _AT_ONCE = 8
 
@@ -48,9 +51,11 @@ class SourcedAnswer(Answer):
 
     Attributes:
         sources: the passages in the order of the prompt.
+        left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
     """
 
     sources: list[Hit] = field(default_factory=list)
+    left_out: list[Hit] = field(default_factory=list)
 
 
 class RAG:
@@ -165,7 +170,7 @@ class RAG:
         name = options.setdefault("model", BUNDLED)
         place = {option: value for option, value in options.items() if option in OPTIONS}
         own = signature(cls.from_pretrained).parameters.keys() - {"model_options"}
-        check_options(name, options.keys() | model_options.keys(), own)
+        check_options(name, options.keys() | (model_options.keys() - OPTIONS), own)
         with ExitStack() as opened:
             finder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
             retriever = Retriever.open(None if folder is None else folder / "documents", finder)
@@ -373,11 +378,13 @@ class RAG:
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
+            PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
+                are, they are left out, with a warning.
         """
-        hits = self._found(question, top_k, neighbours)
+        hits, chunks, left_out = self._found(question, top_k, neighbours)
         with told_of_hits(progress, hits):
-            answer = self.engine.generate(self.chunks(hits), question, method=method, **generation)
-        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits))
+            answer = self.engine.generate(chunks, question, method=method, **generation)
+        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
 
     def stream(
         self,
@@ -399,8 +406,7 @@ class RAG:
             progress: called behind each piece that the model has to read because its KV are missing.
             **generation: what ``model.generate`` takes.
         """
-        hits = self._found(question, top_k, neighbours)
-        chunks = self.chunks(hits)
+        hits, chunks, _ = self._found(question, top_k, neighbours)
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
         with told_of_hits(progress, hits):
             return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
@@ -437,11 +443,27 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int, neighbours: int) -> list[Hit]:
+    def _found(self, question: str, top_k: int, neighbours: int) -> tuple[list[Hit], list[Chunk], list[Hit]]:
+        """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
         hits = self.retrieve(question, top_k, neighbours)
         if not hits:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
-        return hits
+        pairs = list(zip(hits, self.chunks(hits), strict=True))
+        fitting = [pair for pair in pairs if self.engine.documents.fits(pair[1])]
+        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not self.engine.documents.fits(chunk)]
+        if left_out:
+            names = ", ".join(
+                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
+            )
+            said = (
+                f"longer than the {self.engine.documents.document_tokens} tokens that this model reads at once: {names}"
+            )
+            if not fitting:
+                raise PromptTooLongError(
+                    f"all passages found are {said}; add the documents to a folder of this model's own"
+                )
+            logger.warning("left out of the prompt, %s", said)
+        return [hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out]
 
     def _source(self, given: str | os.PathLike[str]) -> str:
         if given in self.retriever.catalogue:

@@ -20,8 +20,8 @@ from ragkv.chunk import digest
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError, instance
 from ragkv.folder import Environment
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import new_state, put_readings, renamed, replaced
-from ragkv.retrieval.records import Change, Document, Passage, Reading
+from ragkv.retrieval.changes import merged, new_state, put_readings, renamed, replaced
+from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
 
@@ -161,6 +161,18 @@ class Catalogue:
                 # Another process may have removed a text whose vector was counted on.
                 if all(text in vectors or view.has_text(text) for text in passages):
                     return replace(replaced(txn, given, passages, vectors, readings), embedded=len(vectors))
+
+    def merge(self, archived: ArchivedDocument, *, replace_other: bool = False) -> Merged:
+        """Takes in a document of an archive, in one transaction; nothing is embedded.
+
+        A version that is there stays, and is given the readings that it lacks where its passages are equal.
+
+        Args:
+            archived: with vectors of this catalogue's embedder.
+            replace_other: put it in the place of the version that is there.
+        """
+        with self._environment.transaction(write=True) as txn:
+            return merged(txn, archived, replace_other)
 
     def keep(self, readings: Sequence[tuple[Document, Reading]]) -> set[bytes]:
         """Keeps how a model reads documents that are there, in one transaction; those that have changed are passed over.

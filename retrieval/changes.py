@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.records import Change, Document, Reading
+from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Reading
 from ragkv.retrieval.snapshot import Snapshot
 
 
@@ -92,6 +92,19 @@ def renamed(txn: Transaction, document: Document, source: str, readings: Sequenc
     dropped_readings(txn, former, view.read_for(former))
     put_readings(txn, key, readings)
     return document
+
+
+def merged(txn: Transaction, archived: ArchivedDocument, replace_other: bool) -> Merged:
+    """Takes in a document of an archive: as :meth:`~ragkv.retrieval.Catalogue.merge`, inside a transaction that may write."""
+    view, given = Snapshot(txn), archived.document
+    old, key = view.get(given.source), records.source_key(given.source)
+    if old is not None and not replace_other:
+        readings = archived.readings if old.content_hash == given.content_hash else ()
+        new = [reading for reading in readings if view.reading(records.reading_key(key, reading.setting)) is None]
+        put_readings(txn, key, new)
+        return Merged(kept=replace(old, passage_ids=()) != given)
+    vectors = dict(zip(archived.passages, archived.vectors, strict=True))
+    return Merged(unused=replaced(txn, given, list(archived.passages), vectors, archived.readings).unused)
 
 
 def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading]) -> set[bytes]:

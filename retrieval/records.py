@@ -100,6 +100,34 @@ class Change:
     states: tuple[str, str] = ("", "")
 
 
+class ArchivedDocument(NamedTuple):
+    """A document on its way from one catalogue to another.
+
+    Attributes:
+        document: without ids, which are the catalogue's own.
+        passages: its n texts in order.
+        vectors: float32 ``[n, d]``.
+        readings: how models read it.
+    """
+
+    document: Document
+    passages: Sequence[str]
+    vectors: NDArray[np.float32]
+    readings: Sequence[Reading]
+
+
+class Merged(NamedTuple):
+    """What taking in an archived document did.
+
+    Attributes:
+        kept: another version of the source is there, and stays.
+        unused: keys of KV that no document's reading names any more.
+    """
+
+    kept: bool = False
+    unused: tuple[bytes, ...] = ()
+
+
 def source_id(source: str) -> str:
     """The id of a source's document."""
     return source_key(source).hex()

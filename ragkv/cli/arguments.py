@@ -185,7 +185,9 @@ def _storage() -> argparse.ArgumentParser:
 
 def _method() -> argparse.ArgumentParser:
     method = argparse.ArgumentParser(add_help=False)
-    method.add_argument("--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: sensitive-tokens)")
+    method.add_argument(
+        "--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: the folder's, or sensitive-tokens)"
+    )
     return method
 
 

@@ -67,12 +67,17 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     command("compact", summary="Give free pages back to the disk. Nothing else may use the folder meanwhile.")
 
-    export = command("export", chosen, summary="Write the stored KV into one file.")
+    export = command("export", chosen, summary="Write documents, vectors and KV into one file.")
     export.add_argument("file", metavar="FILE")
+    _extent(export, "documents, vectors, what models read and KV (the default)", "KV alone")
     export.add_argument("--force", action="store_true", help="replace the file where it is there")
 
-    taking = command("import", summary="Take in the KV of a file that 'ragkv export' wrote.")
+    taking = command("import", summary="Take in a file that 'ragkv export' wrote; nothing is read again.")
     taking.add_argument("file", metavar="FILE")
+    _extent(taking, "all that is in the file (the default)", "its KV alone")
+    taking.add_argument(
+        "--replace", action="store_true", help="take the file's version of a document that is here already"
+    )
     taking.add_argument(
         "--disk-size",
         type=parsed(filters.parse_size),
@@ -95,6 +100,12 @@ def _filter() -> argparse.ArgumentParser:
         help=_FILTER_HELP,
     )
     return options
+
+
+def _extent(parser: argparse.ArgumentParser, everything: str, alone: str) -> None:
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--all", action="store_false", dest="kv_only", default=False, help=everything)
+    either.add_argument("--kv-only", action="store_true", help=alone)
 
 
 def _removal() -> argparse.ArgumentParser:

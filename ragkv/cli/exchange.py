@@ -1,41 +1,62 @@
-"""``ragkv export`` and ``ragkv import``: KV in one file, to another folder or machine."""
+"""``ragkv export`` and ``ragkv import``: a folder, or its KV alone, in one file, to another folder or machine."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import listed, store_folder
 from ragkv.errors import RagKVError
+from ragkv.exchange import Exchanged, export_folder, import_folder, kv_folder
 from ragkv.store.exchange import Progress, export, import_records
 
 
 def run(args: argparse.Namespace) -> int:
     """Write or read the file."""
     path, file = folder(args), Path(args.file).expanduser()
-    with show.progress(unit=" records") as bar:
-        if args.command == "export":
-            count = _export(path, file, args, lambda done: bar.update())
-        else:
-            place = store_folder(path) if (path / "data.mdb").is_file() else path / "kv"
-            count = import_records(place, file, disk_bytes=args.disk_size, progress=lambda done: bar.update())
+    with show.progress(unit=" entries") as bar:
+        exchange = _export if args.command == "export" else _import
+        done = exchange(path, file, args, lambda done: bar.update())
     size = file.stat().st_size
     if args.json:
-        show.as_json({"path": str(path), "file": str(file), "records": count, "bytes": size})
-    elif args.command == "export":
-        print(f"{show.number(count, 'record')} written to {file}, {show.size(size)}")
-    else:
-        print(f"{show.number(count, 'record')} taken in from {file}, {show.size(size)}")
+        show.as_json({"path": str(path), "file": str(file), **asdict(done), "bytes": size})
+        return 0
+    amount = show.number(done.records, "record")
+    if not args.kv_only:
+        amount = f"{show.number(done.documents, 'document')}, {amount}"
+    said = "written to" if args.command == "export" else "taken in from"
+    print(f"{amount} {said} {file}, {show.size(size)}")
+    for source in done.kept:
+        show.hint(f"kept {show.short(source)}: another version of it is here, --replace takes the file's")
+    if done.useless:
+        show.hint(f"left out {show.number(done.useless, 'record')} of versions that were not taken in")
     return 0
 
 
-def _export(path: Path, file: Path, args: argparse.Namespace, progress: Progress) -> int:
+def _export(path: Path, file: Path, args: argparse.Namespace, progress: Progress) -> Exchanged:
     if file.exists() and not args.force:
         raise RagKVError(f"{file} is there already: --force replaces it")
-    place = store_folder(path)
+    if args.kv_only or not (path / "documents" / "data.mdb").is_file():
+        place = store_folder(path)
+        wanted = _chosen(path, args)[1].__contains__ if args.filters else lambda key: True
+        return Exchanged(records=export(place, file, wanted=wanted, progress=progress))
     if not args.filters:
-        return export(place, file, progress=progress)
-    chosen = {item.entry.key for item in listed(path) if all(holds(item) for holds in args.filters)}
-    return export(place, file, wanted=chosen.__contains__, progress=progress)
+        return export_folder(path, file, progress=progress)
+    sources, keys = _chosen(path, args)
+    return export_folder(path, file, sources=sources.__contains__, wanted=keys.__contains__, progress=progress)
+
+
+def _chosen(path: Path, args: argparse.Namespace) -> tuple[set[str], set[bytes]]:
+    """The documents, as a list shows them, and the keys of the entries for which all filters hold."""
+    chosen = [item for item in listed(path) if all(holds(item) for holds in args.filters)]
+    return {source for item in chosen for source, _ in item.places[:1]}, {item.entry.key for item in chosen}
+
+
+def _import(path: Path, file: Path, args: argparse.Namespace, progress: Progress) -> Exchanged:
+    if args.kv_only:
+        count = import_records(kv_folder(path), file, disk_bytes=args.disk_size, progress=progress)
+        return Exchanged(records=count)
+    return import_folder(path, file, disk_bytes=args.disk_size, replace=args.replace, progress=progress)

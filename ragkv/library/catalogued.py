@@ -87,12 +87,13 @@ class CataloguedDocuments:
             listed = view.get(source)
             before = None if listed is None else self.kept(view, listed)
             old = [] if listed is None else view.texts(listed)
-        spans = listed.spans if listed is not None and listed.origin == origin else chunker.spans(text)
+        cut = listed is not None and listed.origin == origin
+        spans = listed.spans if listed is not None and cut else chunker.spans(text)
         passages = [text[start:stop] for start, stop in spans]
         if not passages:
             raise DocumentError(f"{source}: no text in it")
         document = before if before is not None and old == passages else None
-        document = self._documents.cut(passages, source_id(source)) if document is None else document
+        document = self._documents.cut(passages, source_id(source), any_length=cut) if document is None else document
         kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
         return Prepared(source, passages, metadata, spans, origin, document, kind)
 
@@ -131,7 +132,7 @@ class CataloguedDocuments:
                     self._catalogue.keep([(change.document, self.reading(document))])
         finally:
             documents.store.remove_many(change.unused)
-        return change, documents.add(list(document)) if tokens is None else tokens
+        return change, documents.add(list(filter(documents.fits, document))) if tokens is None else tokens
 
     def rename(self, source: str, to: str) -> bool:
         """Call a document by another source: nothing is read or embedded again. Whether it was so called."""
@@ -163,17 +164,17 @@ class CataloguedDocuments:
         """
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
         if reading is None:
-            reading = self.reading(self._documents.cut(view.texts(listed), listed.id))
+            reading = self.reading(self._documents.cut(view.texts(listed), listed.id, any_length=True))
             self._made.append((listed, reading))
         return reading
 
     def now(self, document_id: str) -> list[Chunk]:
-        """The chunks of a document as it is now; none where it is gone."""
+        """The chunks of a document as it is now, without those that are too long for the model; none where it is gone."""
         with self._catalogue.snapshot() as view:
             listed = view.by_id(document_id)
             record = None if listed is None else self.read(view, listed).record
         self.keep_made()
-        return [] if record is None else list(ChunkedDocument.from_bytes(record))
+        return [] if record is None else list(filter(self._documents.fits, ChunkedDocument.from_bytes(record)))
 
     def keep_made(self) -> None:
         """Keeps what had to be found out, in one transaction."""
@@ -185,7 +186,7 @@ class CataloguedDocuments:
             logger.warning("how documents are read could not be kept: %s", error)
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
-        """The chunks of passages that were found, each in the context of its document.
+        """The chunks of passages that were found, each in the context of its document; also those that are too long for the model.
 
         Raises:
             DocumentError: a hit that was found without asking how its document is read, and that is gone meanwhile.

@@ -136,19 +136,21 @@ class Documents:
         """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
         return digest(self.space, self._cutting).hex()
 
-    def cut(self, parts: Sequence[Text], document_id: str = "") -> ChunkedDocument:
+    def cut(self, parts: Sequence[Text], document_id: str = "", *, any_length: bool = False) -> ChunkedDocument:
         """A document's chunks, without reading anything.
 
         Args:
             parts: text or token ids each, in document order.
             document_id: what it is known by; by default a digest of its ids.
+            any_length: take parts that are too long too: nothing is read behind them, and they must not be read (:meth:`fits`).
 
         Raises:
             PromptError, PromptTooLongError: as for :meth:`ragkv.Engine.add`.
         """
         if not isinstance(document_id, str) or len(document_id) > _LONGEST_ID:
             raise PromptError(f"document_id must be a str of at most {_LONGEST_ID} characters, got {document_id!r}")
-        ids = [self._ids(part) for part in several(parts, "parts")]
+        encode = self.encoder.chunk if any_length else self._ids
+        ids = [encode(part) for part in several(parts, "parts")]
         lengths = [len(part) for part in ids]
         return ChunkedDocument(
             id=document_id or digest(*ids).hex(),
@@ -156,6 +158,10 @@ class Documents:
             firsts=windows(lengths, self.document_tokens) if self.context == "document" else range(len(ids)),
             texts=[part if isinstance(part, str) else None for part in parts],
         )
+
+    def fits(self, chunk: Chunk) -> bool:
+        """Whether a chunk is no longer than the model reads at once."""
+        return len(chunk) <= self.document_tokens
 
     def passage(self, passage: Text) -> Chunk:
         """The chunk of a passage that stands alone, without reading it."""

@@ -221,7 +221,7 @@ class Intake:
 
     def _missing(self, prepared: Prepared, counted: set[bytes]) -> list[Chunk]:
         """A document's chunks that the store lacks, without those that one before it is read for."""
-        chunks = self._documents.keys(list(prepared.document))
+        chunks = self._documents.keys(list(filter(self._documents.fits, prepared.document)))
         missing = [key for key in self._documents.store.missing(chunks) if key not in counted]
         counted.update(missing)
         return [chunks[key] for key in missing]

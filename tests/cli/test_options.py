@@ -63,6 +63,11 @@ def test_a_folder_need_not_be_told_again(run, tmp_path):
     out = run("stats")[1]
     assert f"model: {tmp_path}/models\n" in out and "system: Be brief.\n" in out
 
+    assert run("export", "all.tar")[0] == run("import", "all.tar", "--path", "other")[0] == 0
+    code, out, _ = run("ask", "Where?", "--max-new-tokens", 2, "--json", "--path", "other")
+    again = json.loads(out)
+    assert (code, again["answer"]) == (0, found["answer"]) and {source["kv"] for source in again["sources"]} == {"disk"}
+
     (tmp_path / "models").rename(tmp_path / "moved")
     code, out, err = run("ask", "Where?")
     assert (code, out, err.count("\n")) == (1, "", 1) and f"{tmp_path}/models" in err and "(--model)" in err

@@ -51,11 +51,18 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("ragkv.rag.load_model", None)
     with pytest.raises(TypeError, match=r"no option chunk_token; there are: .*chunk_tokens.*dtype.*path.*token"):
         RAG.from_pretrained("some/model", path=tmp_path / "kv", chunk_token=3)
+    with pytest.raises(TypeError, match=r"no option chunk_token;"):
+        RAG.from_pretrained("some/model", chunk_token=None)
     with pytest.raises(ArgumentError, match=r"revision cannot be given with the bundled model"):
         RAG.from_pretrained(path=tmp_path / "kv", revision="main")
     with pytest.raises(ArgumentError, match=r"template= or system="):
         RAG.from_pretrained("some/model", path=tmp_path / "kv", template=TEMPLATE, system="Be brief.")
     assert not (tmp_path / "kv").exists()
+
+
+def test_none_says_nothing():
+    with opened(revision=None, token=None, system=None, method=None) as rag:
+        assert rag.engine.template.prefix.startswith("Read the documents")
 
 
 def test_a_folder_knows_what_it_was_made_with(repository, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from typing import NamedTuple
 
@@ -32,9 +33,9 @@ def archive(folder, tmp_path, kv, key):
 
 
 def stored(tmp_path):
-    """How many entries a refused file has left behind."""
+    """The keys that were taken in."""
     place = tmp_path / "other"
-    return len(list(entries(place))) if place.exists() else 0
+    return {entry.key for entry in entries(place)} if place.exists() else set()
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8"])
@@ -90,6 +91,7 @@ def test_an_old_file_stays_where_export_fails(archive, tmp_path, monkeypatch):
 
 
 def test_cut_short_at_every_kind_of_place(archive, tmp_path):
+    """What stands whole in front of the cut is taken in."""
     whole = archive.read_bytes()
     with tarfile.open(archive) as packed:
         members = packed.getmembers()
@@ -98,24 +100,39 @@ def test_cut_short_at_every_kind_of_place(archive, tmp_path):
         len(whole)
     }:
         archive.write_bytes(whole[:length])
-        with pytest.raises(RecordError):
+        before = [member for member in members[:3] if member.offset_data + member.size <= length]
+        with pytest.raises(RecordError, match=rf"kv.tar is damaged; taken in: {len(before)} records;"):
             import_records(tmp_path / "other", archive, disk_bytes=ROOM)
-        assert stored(tmp_path) == 0, f"cut at {length}"
+        assert stored(tmp_path) == {bytes.fromhex(member.name[:64]) for member in before}, f"cut at {length}"
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
 
 
 def test_flipped_bits(archive, tmp_path):
-    """Wherever a record's byte is wrong the file is refused; in tar's own padding nothing depends on it."""
+    """A record of which a byte is wrong is named and left out, the others are taken in; tar's own padding does not matter."""
     whole = archive.read_bytes()
     with tarfile.open(archive) as packed:
-        spans = [(member.offset_data, member.size) for member in packed.getmembers()]
-    for start, size in spans:
+        spans = [(member.name, member.offset_data, member.size) for member in packed.getmembers()]
+    keys = {bytes.fromhex(name[:64]) for name, _, _ in spans[:3]}
+    for name, start, size in spans:
         for place in {start, start + 3, start + size // 3, start + size // 2, start + size - 1}:
             harmed = bytearray(whole)
             harmed[place] ^= 4
             archive.write_bytes(harmed)
-            with pytest.raises(RecordError):
+            with pytest.raises(RecordError, match=name if name != "end.json" else "taken in: 3 records"):
                 import_records(tmp_path / "other", archive, disk_bytes=ROOM)
-            assert stored(tmp_path) == 0
+            assert stored(tmp_path) == {key for key in keys if not name.startswith(key.hex())}
+            shutil.rmtree(tmp_path / "other")
+
+
+def test_a_damaged_header_ends_the_reading(archive, tmp_path):
+    whole = bytearray(archive.read_bytes())
+    with tarfile.open(archive) as packed:
+        first, second = packed.getmembers()[:2]
+    whole[second.offset + 150] ^= 1  # in the checksum of its extended header
+    archive.write_bytes(whole)
+    with pytest.raises(RecordError, match=r"taken in: 1 records.*was it cut short"):
+        import_records(tmp_path / "other", archive, disk_bytes=ROOM)
+    assert stored(tmp_path) == {bytes.fromhex(first.name[:64])}
 
 
 class Link(NamedTuple):
@@ -158,12 +175,12 @@ NAME = "ab" * 32 + ".safetensors"
         (packed(end(1)), "cut short"),
         (packed(("end.json", b"[" * 4000)), "no archive"),
         (packed(("end.json", b"{}" * 4000)), "more than there can be"),
-        (packed(("../../etc/cron", b"x"), end(1)), "only records belong there"),
-        (packed((NAME, Link(tarfile.SYMTYPE)), end(1)), "only records belong there"),
-        (packed((NAME, Link(tarfile.LNKTYPE)), end(1)), "only records belong there"),
-        (packed((NAME.upper(), b"x"), end(1)), "only records belong there"),
-        (packed((NAME, b""), end(1)), "no archive"),
-        (packed((NAME, b"\x02" + bytes(7) + b"{}"), end(1)), "no archive"),
+        (packed(("../../etc/cron", b"x"), end(1)), "belong there"),
+        (packed((NAME, Link(tarfile.SYMTYPE)), end(1)), "belong there"),
+        (packed((NAME, Link(tarfile.LNKTYPE)), end(1)), "belong there"),
+        (packed((NAME.upper(), b"x"), end(1)), "belong there"),
+        (packed((NAME, b""), end(1)), f"taken in: 0 records; not: {NAME} is damaged"),
+        (packed((NAME, b"\x02" + bytes(7) + b"{}"), end(1)), f"{NAME}: the checksum of its header differs"),
         (packed((NAME, b"\xff" * 100), end(1), about=TERMS), "cannot be read"),
         (packed((NAME, b"\x02" + bytes(7) + b"{}"), end(1), about=TERMS), "cannot be read"),
     ],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from ragkv import bundled
 from ragkv.retrieval import Catalogue
@@ -91,24 +92,52 @@ def test_compact(run, folder):
         assert code == 1 and "open in this process" in err
 
 
-def test_export_and_import(run, left, tmp_path, key):
-    code, out, _ = run("export", "kv.tar")
+def test_export_and_import_kv_alone(run, left, tmp_path, key):
+    code, out, _ = run("export", "kv.tar", "--kv-only")
     assert code == 0 and out.startswith("6 records written to kv.tar, ")
-    code, _, err = run("export", "kv.tar")
+    code, _, err = run("export", "kv.tar", "--kv-only")
     assert code == 1 and "--force" in err
-    assert run("export", "kv.tar", "--force", "--filter", "document=a.md")[1].startswith("3 records written")
+    assert run("export", "kv.tar", "--kv-only", "--force", "--filter", "document=a.md")[1].startswith(
+        "3 records written"
+    )
     assert run("rm", "a.md", "-y")[0] == 0 and left() == [2, 4, 9]
     code, out, _ = run("import", "kv.tar", "--json")
     assert code == 0 and json.loads(out)["records"] == 3
     assert left() == [0, 1, 2, 3, 4, 9]
-    assert run("import", "kv.tar")[1].startswith("0 records taken in"), "what is there stays"
-    assert run("import", "kv.tar", "--path", "elsewhere")[1].startswith("3 records taken in")
+    assert run("import", "kv.tar", "--kv-only")[1].startswith("0 records taken in"), "what is there stays"
+    assert run("import", "kv.tar", "--path", "elsewhere")[1].startswith("0 documents, 3 records taken in")
     with TieredStore(tmp_path / "elsewhere" / "kv", cpu_bytes=0) as store:
         assert store.get(key(0)) is not None and not store.contains(key(2))
     data = (tmp_path / "kv.tar").read_bytes()
-    (tmp_path / "kv.tar").write_bytes(data[: len(data) // 2])
+    (tmp_path / "kv.tar").write_bytes(data[:600])
     code, out, err = run("import", "kv.tar", "--path", "third")
     assert (code, out, err.count("\n")) == (1, "", 1) and not (tmp_path / "third").exists()
+
+
+def test_export_and_import_a_folder(run, left, tmp_path, folder):
+    code, out, _ = run("export", "all.tar")
+    assert code == 0 and out.startswith("2 documents, 6 records written to all.tar, ")
+    code, out, err = run("import", "all.tar", "--path", "elsewhere")
+    assert (code, err) == (0, "") and out.startswith("2 documents, 6 records taken in from all.tar, ")
+    with Catalogue(tmp_path / "elsewhere" / "documents") as there, Catalogue(folder / "documents") as here:
+        assert {document.source: there.texts(document.source) for document in there} == {
+            document.source: here.texts(document.source) for document in here
+        }
+    assert run("ls", "-q", "--path", "elsewhere")[1] == run("ls", "-q")[1]
+    assert run("import", "all.tar", "--path", "third", "--kv-only")[1].startswith("6 records taken in")
+    assert not (tmp_path / "third" / "documents").exists()
+
+    assert run("export", "some.tar", "--filter", "document=a.md")[1].startswith("1 document, 3 records written")
+    with Catalogue(folder / "documents") as catalogue:
+        catalogue.put(str(tmp_path / "a.md"), ["now another"], lambda texts: np.ones((len(texts), 4), np.float32))
+    code, out, err = run("import", "some.tar", "--json")
+    said = json.loads(out)
+    assert (code, err, said["documents"], said["kept"]) == (0, "", 0, [str(tmp_path / "a.md")])
+    code, out, err = run("import", "some.tar")
+    assert err.startswith("kept a.md: another version of it is here, --replace")
+    assert run("import", "some.tar", "--replace")[1:] == (out.replace("0 documents", "1 document"), "")
+    with pytest.raises(SystemExit):
+        run("import", "some.tar", "--all", "--kv-only")
 
 
 def test_a_folder_of_kv_alone(run, tmp_path, key, kv):

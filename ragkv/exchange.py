@@ -1,0 +1,202 @@
+"""A folder in one file: documents with vectors and readings, what it was made with, and KV, for another folder or machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ragkv.errors import RagKVError, RecordError
+from ragkv.folder.archive import BEGIN, FOLDER_FORMAT, UNREADABLE, Lost, Member, Writer, written
+from ragkv.retrieval import Catalogue
+from ragkv.retrieval.exchange import opened, packed, sealed, unpacked
+from ragkv.retrieval.records import ArchivedDocument
+from ragkv.store import exchange as records
+from ragkv.store import maintenance
+from ragkv.store.disk import DiskTier
+from ragkv.store.tier import Offer
+
+logger = logging.getLogger(__name__)
+
+_DATA = "data.mdb"
+
+
+@dataclass
+class Exchanged:
+    """What was written into an archive, or taken in from one.
+
+    Attributes:
+        documents: how many.
+        records: KV of how many passages.
+        kept: sources of which the folder has another version, which stayed.
+        useless: records that were left out, because they belong to the archive's version of a document of which another stayed.
+    """
+
+    documents: int = 0
+    records: int = 0
+    kept: list[str] = field(default_factory=list)
+    useless: int = 0
+
+
+def export_folder(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    sources: Callable[[str], bool] = lambda source: True,
+    wanted: Callable[[bytes], bool] = lambda key: True,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Exchanged:
+    """Writes documents, vectors, readings and KV into one file, complete or not at all.
+
+    Args:
+        path: the folder of :meth:`~ragkv.RAG.from_pretrained`; one of KV alone gives an archive of KV alone.
+        target: the file; replaced where it is there.
+        sources: which documents.
+        wanted: the keys of which KV. What is damaged or has expired is left out, with a warning.
+        progress: called with the number of documents, then of records done.
+    """
+    documents, kv = Path(path) / "documents", kv_folder(Path(path))
+    if not (documents / _DATA).is_file():
+        return Exchanged(records=records.export(kv, target, wanted=wanted, progress=progress))
+    with ExitStack() as stack:
+        catalogue = stack.enter_context(Catalogue(documents))
+        archive = stack.enter_context(written(target, FOLDER_FORMAT))
+        made = {"embedder": catalogue.settings.get("embedder"), "defaults": catalogue.defaults}
+        archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made}).encode()))
+        _add_documents(archive, catalogue, sources, progress)
+        if (kv / _DATA).is_file():
+            records.add_records(archive, stack.enter_context(maintenance.opened(kv)), wanted, progress)
+        return Exchanged(archive.counts["documents"], archive.counts["records"])
+
+
+def import_folder(
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    disk_bytes: int,
+    replace: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Exchanged:
+    """Takes in what :func:`export_folder` wrote: nothing is tokenised, embedded or computed.
+
+    Every member is checked before it is taken in. That finds accidents, not forgeries: take in what you trust. A document of which
+    another version is there is left out, unless it is to be replaced; readings and KV of other models are taken in beside those
+    that are there. A folder without documents takes over what the archive's were made with.
+
+    Args:
+        path: the folder, made if it is not there.
+        source: the file; one of KV alone gives KV alone.
+        disk_bytes: what the folder's KV may take; beyond that, those of least worth are evicted.
+        replace: the archive's version of a document replaces the one that is there.
+        progress: called with the number of members done.
+
+    Raises:
+        IncompatibleFolderError: the vectors were made by another embedder than the folder's; nothing was written.
+        RecordError: the file is damaged, cut short, or not one of ours; what is whole is taken in, the message names the rest.
+        StoreFullError: something does not fit; what came before it is taken in.
+    """
+    lost = Lost(source)
+    archive, kv = lost.until_broken(), kv_folder(Path(path))
+    first = next(archive, None)
+    if first is None or first.name != BEGIN:
+        return Exchanged(records=records.import_records(kv, source, disk_bytes=disk_bytes, progress=progress))
+    made = lost.parsed(_made, first)
+    if made is None:
+        lost.refuse("nothing")
+        return Exchanged()
+    if kv == Path(path):
+        raise RagKVError(f"{path} holds KV and no documents: take in the KV alone, or name another folder")
+    done = Exchanged()
+    with Catalogue(Path(path) / "documents") as catalogue:
+        dimension = _agree(catalogue, made)
+        with maintenance.opened(kv, disk_bytes) as tier:
+            for number, member in enumerate(archive, 1):
+                if member.kind == "documents":
+                    document = lost.parsed(unpacked, member)
+                    dimension = dimension or (document and document.vectors.shape[1])
+                    if document is not None and document.vectors.shape[1] != dimension:
+                        lost.note(f"{member.name} has vectors of another dimension than the folder's {dimension}")
+                    elif document is not None:
+                        _take_document(document, catalogue, tier, replace, done)
+                else:
+                    offer = lost.parsed(records.unpacked, member)
+                    if offer is not None:
+                        _take_record(offer, catalogue, tier, done)
+                progress(number)
+    lost.refuse(f"{done.documents} documents, {done.records} records")
+    return done
+
+
+def kv_folder(path: Path) -> Path:
+    """Where a folder's KV are: the folder itself where it is one of KV alone."""
+    return path if (path / _DATA).is_file() else path / "kv"
+
+
+def _add_documents(
+    archive: Writer, catalogue: Catalogue, sources: Callable[[str], bool], progress: Callable[[int], None]
+) -> None:
+    with catalogue.snapshot() as view:
+        chosen = sorted(document.source for document in view.documents() if sources(document.source))
+    for source in chosen:
+        try:
+            with catalogue.snapshot() as view:
+                document = view.get(source)
+                if document is not None:  # else it was removed meanwhile
+                    archive.add(packed(view, document))
+        except RecordError as error:
+            logger.warning("%s is not exported: %s", source, error)
+        progress(archive.counts["documents"])
+
+
+def _made(member: Member) -> dict[str, Any]:
+    """What the archive's documents were made with."""
+    try:
+        made = json.loads(opened(member).data)
+        if made["format"] != FOLDER_FORMAT:
+            raise RecordError(f"it is of format {made['format']!r}, this version reads {FOLDER_FORMAT!r}")
+        embedder = made["embedder"] or {"fingerprint": "", "name": "unknown"}
+        return {"embedder": (str(embedder["fingerprint"]), str(embedder["name"])), "defaults": dict(made["defaults"])}
+    except UNREADABLE as error:
+        raise RecordError(f"{member.name} is damaged: {error}") from error
+
+
+def _agree(catalogue: Catalogue, made: dict[str, Any]) -> int | None:
+    """Refuse another embedder's vectors; take over what the documents were made with where there are none yet.
+
+    Returns:
+        The dimension of the vectors that are there.
+    """
+    fingerprint, name = made["embedder"]
+    if fingerprint or "embedder" in catalogue.settings:
+        catalogue.require("embedder", fingerprint, name)
+    with catalogue.snapshot() as view:
+        first = view.passage_ids()[:1]
+        dimension = view.vectors(first).shape[1] if len(first) else None
+    if dimension is None:
+        catalogue.keep_defaults(made["defaults"])
+    return dimension
+
+
+def _take_document(
+    archived: ArchivedDocument, catalogue: Catalogue, tier: DiskTier, replace: bool, done: Exchanged
+) -> None:
+    merged = catalogue.merge(archived, replace_other=replace)
+    tier.remove(merged.unused)
+    if merged.kept:
+        done.kept.append(archived.document.source)
+    else:
+        done.documents += 1
+
+
+def _take_record(offer: Offer, catalogue: Catalogue, tier: DiskTier, done: Exchanged) -> None:
+    with catalogue.snapshot() as view:
+        useless = not view.names(offer.key) and view.by_id(offer.record.label) is not None
+    if useless:
+        done.useless += 1
+    else:
+        done.records += records.admitted(tier, offer)

@@ -1,0 +1,209 @@
+"""Records and documents in one file, for another machine to take in: a tar archive of safetensors files.
+
+Any program can read the members once the archive is unpacked; nothing here is ever unpacked to the disk. What is said of a member,
+and a checksum, stand in its extended header. The last member counts the others, so that an archive that was cut short is noticed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ragkv.errors import RecordError, StoreError
+
+Item = TypeVar("Item")
+
+#: KV alone; and documents with their KV, which begins with :data:`BEGIN`.
+FORMATS = RECORDS_FORMAT, FOLDER_FORMAT = "ragkv-archive-1", "ragkv-archive-2"
+
+#: The first member of an archive with documents: what they were made with.
+BEGIN = "begin.json"
+
+_END = "end.json"
+_KINDS = {
+    "records": re.compile(r"[0-9a-f]{64}\.safetensors"),
+    "documents": re.compile(r"documents/[0-9a-f]{64}\.safetensors"),
+}
+_ABOUT, _SUM = "RAGKV.terms", "RAGKV.xxh3_64"
+_NAMED = 20
+_LARGEST_NOTE = {BEGIN: 64 << 20, _END: 4096}
+#: What reading somebody's bytes may raise.
+UNREADABLE = (
+    tarfile.TarError,
+    struct.error,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    EOFError,
+    MemoryError,
+    RecursionError,
+)
+
+
+class Member(NamedTuple):
+    """One file of an archive.
+
+    Attributes:
+        name: ``KEY.safetensors`` of a record, ``documents/ID.safetensors`` of a document, 64 hex digits each; :data:`BEGIN`.
+        data: its bytes.
+        about: what is said of it beside, as text.
+        checksum: what whoever wrote it made of it.
+    """
+
+    name: str
+    data: bytes
+    about: str = ""
+    checksum: str = ""
+
+    @property
+    def kind(self) -> str:
+        """``"records"`` or ``"documents"``; empty for what is neither."""
+        return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(self.name)), "")
+
+
+class Writer:
+    """Adds members to an archive.
+
+    Attributes:
+        counts: how many there are, by kind.
+    """
+
+    def __init__(self, archive: tarfile.TarFile, archive_format: str):
+        self._archive = archive
+        self.counts = {"records": 0} if archive_format == RECORDS_FORMAT else {"records": 0, "documents": 0}
+
+    def add(self, member: Member) -> None:
+        """Write a member."""
+        info = tarfile.TarInfo(member.name)
+        info.size = len(member.data)
+        if member.checksum:
+            info.pax_headers = {_ABOUT: member.about, _SUM: member.checksum}
+        self._archive.addfile(info, io.BytesIO(member.data))
+        self._archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+        if member.kind:
+            self.counts[member.kind] += 1
+
+
+@contextmanager
+def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Writer]:
+    """To write an archive: complete when the block ends, or not there at all; a file that was there stays until then."""
+    file = Path(target)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with open(part, "wb") as raw:
+            with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                writer = Writer(archive, archive_format)
+                yield writer
+                writer.add(Member(_END, json.dumps({"format": archive_format, **writer.counts}).encode()))
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def members(source: str | os.PathLike[str]) -> Iterator[Member]:
+    """The members of an archive, one after the other; what is in them is for the caller to check.
+
+    Raises:
+        StoreError: there is no such file.
+        RecordError: it is cut short, damaged between its members, or not one of ours; behind those that are whole.
+    """
+    file = Path(source)
+    if not file.is_file():
+        raise StoreError(f"there is no file {file}")
+    counts: dict[str, int] = {}
+    end: Any = None
+    try:
+        with tarfile.open(file, "r:") as archive:
+            while (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+                if end is not None:
+                    raise RecordError("something stands behind its end")
+                member = _member(archive, info, file.stat().st_size)
+                if member.name == _END:
+                    end = json.loads(member.data)
+                    continue
+                counts[member.kind] = counts.get(member.kind, 0) + 1
+                yield member
+        kinds = {kind: counts.get(kind, 0) for kind in (("records", "documents") if "" in counts else ("records",))}
+        want = {"format": FOLDER_FORMAT if "" in counts else RECORDS_FORMAT, **kinds}
+        if end != want:
+            raise RecordError(f"it must end with {want}, it ends with {end}: was it cut short?")
+    except RecordError as error:
+        raise RecordError(f"{file}: {error}") from error
+    except UNREADABLE as error:
+        raise RecordError(f"{file} is no archive of ragkv, or damaged: {error}") from error
+
+
+def _member(archive: tarfile.TarFile, info: tarfile.TarInfo, file_bytes: int) -> Member:
+    """A member's bytes; its name and size are somebody's claim."""
+    said = info.pax_headers
+    member = Member(info.name, b"", said.get(_ABOUT, ""), said.get(_SUM, ""))
+    if not info.isreg() or info.issparse() or not (member.kind or info.name in _LARGEST_NOTE):
+        raise RecordError(f"it holds {info.name[:80]!r}, and only records and documents belong there")
+    if info.offset_data + info.size > file_bytes or info.size > _LARGEST_NOTE.get(info.name, file_bytes):
+        raise RecordError(f"{info.name} has {info.size} bytes, more than there can be")
+    reader = archive.extractfile(info)
+    return member._replace(data=b"" if reader is None else reader.read())
+
+
+class Lost:
+    """Reads an archive and remembers what of it cannot be taken in, so that the rest is.
+
+    Args:
+        source: the archive.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]):
+        self._source, self._count, self._reasons = source, 0, list[str]()
+
+    def until_broken(self) -> Iterator[Member]:
+        """The members, up to where the file cannot be read any more."""
+        reader = members(self._source)
+        while True:
+            try:
+                member = next(reader)
+            except StopIteration:
+                return
+            except RecordError as error:
+                self.note(str(error))
+                return
+            yield member
+
+    def parsed(self, parse: Callable[[Member], Item], member: Member) -> Item | None:
+        """What is in a member; ``None`` where it proves damaged."""
+        try:
+            return parse(member)
+        except RecordError as error:
+            self.note(str(error))
+            return None
+
+    def refuse(self, taken: str) -> None:
+        """Say what was lost, if anything was.
+
+        Args:
+            taken: what was taken in.
+
+        Raises:
+            RecordError: something was lost.
+        """
+        if self._count:
+            more = f"; and {self._count - _NAMED} more" if self._count > _NAMED else ""
+            raise RecordError(f"{self._source} is damaged; taken in: {taken}; not: {'; '.join(self._reasons)}{more}")
+
+    def note(self, reason: str) -> None:
+        """Remember why something is not taken in."""
+        self._count += 1
+        if self._count <= _NAMED:
+            self._reasons.append(reason)

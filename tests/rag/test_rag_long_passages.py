@@ -1,0 +1,73 @@
+"""A folder cut for a model of many positions, opened with one of few: what is too long for it is left out and named."""
+
+import logging
+
+import pytest
+
+from ragkv import PromptTooLongError
+from ragkv.retrieval import TokenChunker
+from ragkv.testing import tiny_model
+
+from .rags import DOCUMENTS, TOKENIZER, open_rag, small_model
+
+TEXTS = list(DOCUMENTS.values())
+LONG = " ".join(TEXTS[:3])
+SHORT = "The harbour lies in the north and is small."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One document of passages of 230, 194 and 82 tokens, and one short one."""
+    place = tmp_path_factory.mktemp("long")
+    with open_rag(place, small_model()) as rag:
+        rag.chunker = TokenChunker(TOKENIZER, 250)
+        rag.add_texts([LONG, SHORT], ["long", "short"])
+    return place
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=1792, max_position_embeddings=160)
+
+
+def test_they_are_left_out_and_named(folder, model, caplog):
+    with open_rag(folder, model) as rag:
+        found = rag.retrieve("harbour", 20)
+        long = [hit for hit, chunk in zip(found, rag.chunks(found), strict=True) if len(chunk) > 160]
+        few = [hit for hit in found if hit not in long]
+        assert len(long) == 2 and {hit.source for hit in few} == {"long", "short"}, "parts of one document are left out"
+        top_k = len(found)
+        with caplog.at_level(logging.WARNING):
+            answer = rag.ask("harbour", top_k=top_k, max_new_tokens=2)
+        assert [(hit.source, hit.position) for hit in answer.left_out] == [(hit.source, hit.position) for hit in long]
+        assert [(hit.source, hit.position) for hit in answer.sources] == [(hit.source, hit.position) for hit in few]
+        assert len(answer.report.fusion.sources) == len(few)
+        (warning,) = [record.getMessage() for record in caplog.records if record.name == "ragkv.rag"]
+        for hit in long:
+            assert f"passage {hit.position + 1} of long (" in warning
+        want = rag.engine.generate(rag.chunks(few), "harbour", max_new_tokens=2)
+        assert answer.token_ids == want.token_ids
+        hits, pieces = rag.stream("harbour", top_k=top_k, max_new_tokens=2)
+        assert len(hits) == len(few) and "".join(pieces) == answer.text
+
+
+def test_nothing_is_left(folder, model):
+    with open_rag(folder, model) as rag:
+        longest = max(rag.retriever.catalogue.texts("long"), key=len)
+        with pytest.raises(
+            PromptTooLongError, match=r"all passages found are longer than the \d+ .* passage \d+ of long \("
+        ):
+            rag.ask(longest, top_k=1)
+
+
+def test_the_folder_can_be_used_otherwise(folder, model):
+    with open_rag(folder, model) as rag:
+        rag.refresh()
+        assert rag.refresh() == 0
+        assert 0 < rag.pin("long") < len(rag.retriever.catalogue.texts("long"))
+        rag.chunker = TokenChunker(TOKENIZER, 250)
+        assert rag.add_texts([LONG], ["long"]).tokens_read == 0, "it is not cut again, and what fits is read already"
+        with pytest.raises(PromptTooLongError, match="split it into smaller parts"):
+            rag.add_texts([LONG + " More."], ["new"])
+    with open_rag(folder, small_model()) as rag:
+        assert rag.refresh() == 0 and not rag.ask("harbour", max_new_tokens=1).left_out
