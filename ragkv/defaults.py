@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ragkv.detokenizer import stop_texts
 from ragkv.errors import ArgumentError
 from ragkv.methods import Method
 from ragkv.methods.words import parse_method, words_of
@@ -69,8 +70,9 @@ def _as_json(name: str, value: Any) -> Any:
     if isinstance(value, Method):
         return words_of(value)
     if isinstance(value, PromptTemplate):
-        parts = asdict(value).items()
-        return {part: text if text is None or isinstance(text, str) else [int(i) for i in text] for part, text in parts}
+        parts = {part: text for part, text in asdict(value).items() if part != "stop"}.items()
+        kept = {part: text if text is None or isinstance(text, str) else [int(i) for i in text] for part, text in parts}
+        return {**kept, "stop": list(stop_texts(value.stop))}
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if name in ("model", "embedder", "tokenizer"):

@@ -48,7 +48,7 @@ def test_an_engine_takes_a_model(model):
         {"namespace": 3},
         {"context": "x"},
         {"piece_tokens": "x"},
-        {"method": "reuse"},
+        {"method": "reuse it"},
     ):
         refused(Engine, model, TOKENIZER, **options, match=next(iter(options)))
 
@@ -63,7 +63,7 @@ def test_a_question_is_one_text(model, name):
         refused(ask, chunks, question)
     for given in (*NO_LIST, chunks[0], [None], [3], [CHAT], [{"a": 1}], [chunks]):
         refused(ask, given, "what?")
-    refused(ask, chunks, "what?", method="reuse", match="'auto'")
+    refused(ask, chunks, "what?", method="reuse it", match="there are: auto")
 
 
 def test_an_engine_takes_lists_of_texts_and_chunks(model):

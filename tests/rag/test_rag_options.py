@@ -122,10 +122,10 @@ def test_what_is_kept_is_json_and_runs_nothing():
     class Own(Reuse):
         pass
 
-    template = PromptTemplate(prefix=torch.tensor([1, 2]), before_chunk=(3,))
+    template = PromptTemplate(prefix=torch.tensor([1, 2]), before_chunk=(3,), stop="\n\n")
     given = {"template": template, "trust_remote_code": True, "token": "secret", "cache_dir": "/c", "method": Own()}
     kept = to_keep({**given, "embedder": WordEmbedder(), "tokenizer": TOKENIZER, "dtype": torch.bfloat16, "system": ""})
-    parts = {"anchor": None, "after_chunk": "", "before_question": "", "after_question": ""}
+    parts = {"anchor": None, "after_chunk": "", "before_question": "", "after_question": "", "stop": ["\n\n"]}
     assert kept == {"template": {"prefix": [1, 2], "before_chunk": [3], **parts}, "dtype": "bfloat16", "system": ""}
     assert with_kept({}, kept)["template"].prefix == [1, 2]
 
