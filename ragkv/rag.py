@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
@@ -34,7 +33,7 @@ from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
-from ragkv.streaming import AsyncAnswerStream
+from ragkv.streaming import AsyncAnswerStream, stoppable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -413,12 +412,7 @@ class RAG:
 
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
-        if options.get("num_beams", 1) > 1:
-            return await asyncio.wrap_future(self._threads.submit(partial(self.ask, question, **options)))
-        stream = self.astream(question, **options)
-        text = "".join([piece async for piece in stream])
-        assert stream.report is not None
-        return SourcedAnswer(text, stream.token_ids, stream.report, stream.sources)
+        return await stoppable(self._threads, partial(self.ask, question), **options)
 
     def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from ragkv.errors import RagKVError
 from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Hit
+
+Result = TypeVar("Result")
 
 
 class AsyncAnswerStream(AsyncIterator[str]):
@@ -64,10 +71,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
             finally:
                 say(None)
 
-        try:
-            working = self._executor.submit(work)
-        except RuntimeError as error:
-            raise RagKVError("nothing is answered any more: it is closed") from error
+        working = _submitted(self._executor, work)
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
@@ -75,3 +79,31 @@ class AsyncAnswerStream(AsyncIterator[str]):
         finally:
             stopped.set()
             working.cancel()
+
+
+async def stoppable(executor: Executor, ask: Callable[..., Result], **options: Any) -> Result:
+    """What ``ask`` gives, run in a thread; it is stopped behind the token at hand where nobody waits for it any more.
+
+    Args:
+        executor: of the thread.
+        ask: takes ``stopping_criteria``, as ``model.generate`` does.
+        **options: others for it.
+    """
+    stopped = threading.Event()
+
+    def given_up(ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
+        return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+
+    criteria = [*(options.pop("stopping_criteria", None) or ()), given_up]
+    working = _submitted(executor, partial(ask, stopping_criteria=criteria, **options))
+    try:
+        return await asyncio.wrap_future(working)
+    finally:
+        stopped.set()
+
+
+def _submitted(executor: Executor, work: Callable[[], Result]) -> Future[Result]:
+    try:
+        return executor.submit(work)
+    except RuntimeError as error:
+        raise RagKVError("nothing is answered any more: it is closed") from error

@@ -109,6 +109,31 @@ def test_who_stops_listening_stops_the_model(rag, how):
     assert 0 < len(stream.token_ids) < LONG["max_new_tokens"]
 
 
+def test_an_answer_that_nobody_waits_for_is_given_up(rag, monkeypatch):
+    found, generate = [], rag.engine.generate
+
+    def kept(*args, **options):
+        found.append(generate(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(rag.engine, "generate", kept)
+    begun = threading.Event()
+
+    async def cancelled():
+        asked = asyncio.ensure_future(
+            rag.aask(QUESTION, **LONG, stopping_criteria=[lambda *_, **__: begun.set() or False])
+        )
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        assert asked.cancelled()
+
+    asyncio.run(cancelled())
+    rag.close()
+    assert 0 < len(found[0].token_ids) < LONG["max_new_tokens"]
+
+
 def test_cancelled_before_it_begins(rag, held):
     begun, go = held
 
