@@ -88,6 +88,9 @@ def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
     for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True):
         rows.append((show.short(hit.source), str(hit.position + 1), f"{hit.score:.2f}", kv))
     show.table(rows)
+    fusion = answer.report.fusion
+    print(f"\n{show.paint('recomputed', 'bold')}")
+    print(f"{fusion.budget:.1%} of {show.number(fusion.chunk_tokens, 'passage token')}, by {fusion.method}")
     print(f"\n{show.paint('time', 'bold')}")
     stages = [
         f"{name} {show.milliseconds(milliseconds[stage])}"

@@ -72,12 +72,16 @@ def test_add_ask_stats(files, tmp_path, capsys):
     answer, *_ = out.splitlines()
     assert code == 0
     assert f"{files}/clearport.md" in out and ("disk" in out or "cpu" in out) and "first token after" in out
+    spent, tokens = re.search(r"recomputed\n([\d.]+)% of ([\d,]+) passage tokens, by SensitiveTokens", out).groups()
 
     code, out, _ = run(
         capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8, "--json", "--method", "lego-link:k=4"
     )
     found = json.loads(out)
     assert code == 0 and found["question"] == question
+    assert (
+        found["report"]["fusion"]["budget"] > float(spent) / 100 == 0 < int(tokens)
+    )  # one document: nothing to repair
     assert found["report"]["fusion"]["method"] == "LegoLink(k=4)"
     assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} <= {"disk", "cpu"}
     times = found["milliseconds"]
