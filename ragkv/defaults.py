@@ -37,7 +37,7 @@ def kept_in(folder: Path | None) -> dict[str, Any]:
 def with_kept(given: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
     """Options as they were given, and as they are kept where nothing was.
 
-    Another model has its own place, and the bundled one its own tokenizer, template and dtype too.
+    Another model has its own place, tokenizer and template, and the bundled one its own dtype and system message too.
 
     Args:
         given: options by name; ``None`` says nothing.
@@ -51,7 +51,7 @@ def with_kept(given: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, An
         raise ArgumentError("give template= or system=, not both: a template has its own prefix")
     out = {"template", "system"} if given.keys() & {"template", "system"} else set[str]()
     if "model" in given and _name(given["model"]) != kept.get("model", BUNDLED):
-        out |= {*_PLACE, *(_OF_MODEL if given["model"] == BUNDLED else ())}
+        out |= {*_PLACE, "template", *(_OF_MODEL if given["model"] == BUNDLED else ())}
     left = {name: kept[name] for name in KEPT if name in kept.keys() - given.keys() - out}
     if "method" in left:
         left["method"] = parse_method(left["method"])

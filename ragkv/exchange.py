@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ragkv.errors import RagKVError, RecordError
+from ragkv.errors import RagKVError, RecordError, RetrievalError
 from ragkv.folder.archive import BEGIN, FOLDER_FORMAT, UNREADABLE, Lost, Member, Writer, written
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.exchange import opened, packed, sealed, unpacked
@@ -111,7 +111,7 @@ def import_folder(
         return Exchanged()
     if kv == Path(path):
         raise RagKVError(f"{path} holds KV and no documents: take in the KV alone, or name another folder")
-    done = Exchanged()
+    done, named = Exchanged(), set[bytes]()
     with Catalogue(Path(path) / "documents") as catalogue:
         dimension = _agree(catalogue, made)
         with maintenance.opened(kv, disk_bytes) as tier:
@@ -122,11 +122,12 @@ def import_folder(
                     if document is not None and document.vectors.shape[1] != dimension:
                         lost.note(f"{member.name} has vectors of another dimension than the folder's {dimension}")
                     elif document is not None:
+                        named.update(key for reading in document.readings for key in reading.keys)
                         _take_document(document, catalogue, tier, replace, done)
                 else:
                     offer = lost.parsed(records.unpacked, member)
                     if offer is not None:
-                        _take_record(offer, catalogue, tier, done)
+                        _take_record(offer, named, catalogue, tier, done)
                 progress(number)
     lost.refuse(f"{done.documents} documents, {done.records} records")
     return done
@@ -148,7 +149,7 @@ def _add_documents(
                 document = view.get(source)
                 if document is not None:  # else it was removed meanwhile
                     archive.add(packed(view, document))
-        except RecordError as error:
+        except (RecordError, RetrievalError) as error:
             logger.warning("%s is not exported: %s", source, error)
         progress(archive.counts["documents"])
 
@@ -172,12 +173,12 @@ def _agree(catalogue: Catalogue, made: dict[str, Any]) -> int | None:
         The dimension of the vectors that are there.
     """
     fingerprint, name = made["embedder"]
-    if fingerprint or "embedder" in catalogue.settings:
-        catalogue.require("embedder", fingerprint, name)
     with catalogue.snapshot() as view:
         first = view.passage_ids()[:1]
         dimension = view.vectors(first).shape[1] if len(first) else None
-    if dimension is None:
+    if fingerprint or dimension is not None:
+        catalogue.require("embedder", fingerprint, name)
+    if dimension is None and made["defaults"] and not catalogue.defaults:
         catalogue.keep_defaults(made["defaults"])
     return dimension
 
@@ -193,9 +194,11 @@ def _take_document(
         done.documents += 1
 
 
-def _take_record(offer: Offer, catalogue: Catalogue, tier: DiskTier, done: Exchanged) -> None:
+def _take_record(offer: Offer, named: set[bytes], catalogue: Catalogue, tier: DiskTier, done: Exchanged) -> None:
+    """Take in KV, unless only a document of the archive names them that was not taken in."""
     with catalogue.snapshot() as view:
-        useless = not view.names(offer.key) and view.by_id(offer.record.label) is not None
+        known = offer.key in named or view.by_id(offer.record.label) is not None
+        useless = known and not view.names(offer.key)
     if useless:
         done.useless += 1
     else:

@@ -19,7 +19,6 @@ from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
 from ragkv.kernels import Impl
-from ragkv.lazy import lazy
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
 from ragkv.library.listing import ListedDocument, listed_documents
@@ -88,6 +87,7 @@ class RAG:
         self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
         self.chunker = chunker or TokenChunker(engine.tokenizer)
         self._documents = CataloguedDocuments(retriever, engine.documents)
+        self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
         self._intake = Intake(retriever.catalogue, self._documents, engine.documents, self.chunker, repair_tokens)
 
     @classmethod
@@ -412,19 +412,21 @@ class RAG:
 
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
-        return await stoppable(self._threads, partial(self.ask, question), **options)
+        return await stoppable(self._pool(), partial(self.ask, question), **options)
 
     def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
-        return AsyncAnswerStream(partial(self.stream, question, **options), self._threads)
+        return AsyncAnswerStream(partial(self.stream, question, **options), self._pool())
 
-    @lazy
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_AT_ONCE, "ragkv-answer")
+    def _pool(self) -> ThreadPoolExecutor:
+        """Threads for an event loop's questions; those of a parent are not there in its fork."""
+        if self._process != os.getpid():
+            self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+        return self._threads
 
     def close(self) -> None:
         """Close retriever and store, when the answers in the making are there; questions not begun are cancelled."""
-        self._threads.shutdown(cancel_futures=True)
+        self._pool().shutdown(cancel_futures=True)
         self._documents.close()
         try:
             self.retriever.close()

@@ -17,6 +17,7 @@ from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")
+_CLOSED = "nothing is answered any more: it is closed"
 
 
 class AsyncAnswerStream(AsyncIterator[str]):
@@ -33,7 +34,8 @@ class AsyncAnswerStream(AsyncIterator[str]):
         self.sources: list[Hit] = []
         self._start, self._executor = start, executor
         self._stream: AnswerStream | None = None
-        self._pieces = self._run()
+        self._stopped, self._queue = threading.Event(), asyncio.Queue[str | None]()
+        self._pieces, self._awaited = self._run(), False
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -46,39 +48,45 @@ class AsyncAnswerStream(AsyncIterator[str]):
         return None if self._stream is None else self._stream.report
 
     async def __anext__(self) -> str:
-        return await self._pieces.__anext__()
+        self._awaited = True
+        try:
+            return await self._pieces.__anext__()
+        finally:
+            self._awaited = False
 
     async def aclose(self) -> None:
-        """Stop the model. Closing twice, or behind the last piece, is fine."""
-        await self._pieces.aclose()
+        """Stop the model, be a piece awaited or not. Closing twice, or behind the last piece, is fine."""
+        self._stopped.set()
+        if self._awaited:
+            self._queue.put_nowait(None)  # whoever waits for a piece is told that there are no more
+        else:
+            await self._pieces.aclose()
 
     async def _run(self) -> AsyncGenerator[str]:
-        loop, stopped = asyncio.get_running_loop(), threading.Event()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
 
         def say(piece: str | None) -> None:
             try:
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                loop.call_soon_threadsafe(self._queue.put_nowait, piece)
             except RuntimeError:  # the loop was closed meanwhile
-                stopped.set()
+                self._stopped.set()
 
-        def work() -> None:
-            try:
-                if not stopped.is_set():
-                    self.sources, self._stream = self._start()
-                while not stopped.is_set() and self._stream and (piece := next(self._stream, None)) is not None:
-                    say(piece)
-            finally:
-                say(None)
-
-        working = _submitted(self._executor, work)
+        working = _submitted(self._executor, lambda: self._work(say))
+        working.add_done_callback(lambda _: say(None))  # also where it is cancelled before it begins
         try:
-            while (piece := await pieces.get()) is not None:
+            while (piece := await self._queue.get()) is not None:
                 yield piece
-            await asyncio.wrap_future(working)  # raises what it raised
+            if not self._stopped.is_set():
+                await _given(working)
         finally:
-            stopped.set()
+            self._stopped.set()
             working.cancel()
+
+    def _work(self, say: Callable[[str], None]) -> None:
+        if not self._stopped.is_set():
+            self.sources, self._stream = self._start()
+        while not self._stopped.is_set() and self._stream and (piece := next(self._stream, None)) is not None:
+            say(piece)
 
 
 async def stoppable(executor: Executor, ask: Callable[..., Result], **options: Any) -> Result:
@@ -94,10 +102,12 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
     def given_up(ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         return torch.full((len(ids),), stopped.is_set(), device=ids.device)
 
-    criteria = [*(options.pop("stopping_criteria", None) or ()), given_up]
+    criteria = options.pop("stopping_criteria", None) or []
+    if isinstance(criteria, list):  # else it is refused by name
+        criteria = [*criteria, given_up]
     working = _submitted(executor, partial(ask, stopping_criteria=criteria, **options))
     try:
-        return await asyncio.wrap_future(working)
+        return await _given(working)
     finally:
         stopped.set()
 
@@ -106,4 +116,15 @@ def _submitted(executor: Executor, work: Callable[[], Result]) -> Future[Result]
     try:
         return executor.submit(work)
     except RuntimeError as error:
-        raise RagKVError("nothing is answered any more: it is closed") from error
+        raise RagKVError(_CLOSED) from error
+
+
+async def _given(working: Future[Result]) -> Result:
+    """What it gives or raises; where it was cancelled, that it was closed."""
+    try:
+        return await asyncio.wrap_future(working)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if working.cancelled() and not (task and task.cancelling()):
+            raise RagKVError(_CLOSED) from None
+        raise

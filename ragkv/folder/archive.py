@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,9 +99,12 @@ class Writer:
 def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Writer]:
     """To write an archive: complete when the block ends, or not there at all; a file that was there stays until then."""
     file = Path(target)
-    part = file.with_name(f".{file.name}.part")
+    handle, name = tempfile.mkstemp(
+        ".part", f".{file.name}.", file.parent
+    )  # another export to the same file has its own
+    part = Path(name)
     try:
-        with open(part, "wb") as raw:
+        with open(handle, "wb") as raw:
             with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 writer = Writer(archive, archive_format)
                 yield writer

@@ -155,7 +155,7 @@ class CataloguedDocuments:
     def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
-        return None if reading is None else ChunkedDocument.from_bytes(reading.record)
+        return None if reading is None else _parsed(reading, listed)
 
     def read(self, view: Snapshot, listed: Document) -> Reading:
         """How the model reads a document: as it is kept, or found out now and kept by :meth:`keep_made`.
@@ -163,7 +163,7 @@ class CataloguedDocuments:
         The latter in a folder that another model has used so far.
         """
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
-        if reading is None:
+        if reading is None or _parsed(reading, listed) is None:
             reading = self.reading(self._documents.cut(view.texts(listed), listed.id, any_length=True))
             self._made.append((listed, reading))
         return reading
@@ -218,3 +218,13 @@ def _reread(reading: Reading, source: str) -> Reading | None:
     except RecordError:
         return None
     return reading._replace(record=replace(document, id=source_id(source)).to_bytes())
+
+
+def _parsed(reading: Reading, listed: Document) -> ChunkedDocument | None:
+    """A document as a model reads it; ``None`` where the record is not one of this document, and it is found out anew."""
+    try:
+        document = ChunkedDocument.from_bytes(reading.record)
+    except RecordError as error:
+        logger.warning("how %s is read is damaged, and found out anew: %s", listed.source, error)
+        return None
+    return document if (len(document), document.id) == (len(listed.passage_ids), listed.id) else None

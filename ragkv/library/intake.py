@@ -154,9 +154,11 @@ class Intake:
         if not dry_run:
             added = self._done(plan, tell)
             synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
-            for source in lost:  # behind what was added: KV that both need are not read again
+            synced.removed = []
+            for source in filter(gone, lost):  # behind what was added: KV that both need are not read again
                 with suppress(DocumentError):  # somebody else has removed it
                     self._catalogued.remove(source)
+                    synced.removed.append(source)
         return synced
 
     def refresh(self, tell: Tell | None) -> int:
@@ -188,7 +190,8 @@ class Intake:
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
         for document in self._catalogue.documents() if new else ():
-            formers.setdefault(document.origin, []).append(document.source)
+            if not document.metadata:  # files have none
+                formers.setdefault(document.origin, []).append(document.source)
         for prepared in new:
             former = next((source for source in formers.get(prepared.origin, ()) if gone(source)), None)
             if former is not None:
@@ -230,14 +233,14 @@ class Intake:
         """The plan carried out."""
         added, done, total = Added(skipped=plan.skipped, moved=plan.moved), 0, plan.tokens
         size = check_room(self._documents, plan.stored_tokens)
+        if self.defaults and plan.documents:  # before reading, which may take hours and be cut short
+            self._catalogue.keep_defaults(self.defaults)
+            self.defaults = {}
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)
             with _told(tell, prepared.source, _REASONS[prepared.kind], done, total, size):
                 change, read = self._catalogued.put(prepared, self._repair_tokens)
-            if self.defaults:
-                self._catalogue.keep_defaults(self.defaults)
-                self.defaults = {}
             done += tokens
             added.changes.append(change)
             added.tokens_read += read

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ragkv.errors import ArgumentError, PromptTooLongError, UnknownArgumentError, whole_number
+from ragkv.errors import ArgumentError, NonFiniteError, PromptTooLongError, UnknownArgumentError, whole_number
 from ragkv.model.decoder import Decoder
+from ragkv.model.inspection import non_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,10 +184,17 @@ class Settings:
         """The arguments as ``model.generate`` takes them, for one sequence."""
         arguments = {**self._fields, **self._beside, **_PLAIN, "max_new_tokens": self.new_tokens(prompt_tokens)}
         arguments.pop("max_length", None)
+        arguments["logits_processor"] = [*(arguments["logits_processor"] or ()), self._finite]
         if self.stop:
             own = self.config.stop_strings or []
             arguments["stop_strings"] = [*([own] if isinstance(own, str) else own), *self.stop]
         return arguments
+
+    def _finite(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores as they are; NaN where any is, so no beam ends with one."""
+        if not scores.max(-1).values.isfinite().all():
+            raise NonFiniteError(f"a beam's scores are NaN or infinite: {non_finite(self.decoder.dtype)}")
+        return scores
 
     def _resolve(self, ids: Tensor, new_tokens: int):
         model, config, beside = self.decoder.model, self.config, self._beside

@@ -219,8 +219,10 @@ def test_scores_that_are_not_finite_are_no_answer(base, value, sample):
     with pytest.raises(NonFiniteError, match=r"best score of a next token is -?(nan|inf).*float32"):
         list(stream)
     assert len(stream.token_ids) == 2
-    with pytest.raises(NonFiniteError):
-        base.generate(["A passage."], "who?", logits_processor=[Spoils(value, 0)], do_sample=sample)
+    for beams in (1, 2):
+        spoils = {"logits_processor": [Spoils(value, 0)], "num_beams": beams, "max_new_tokens": 3}
+        with pytest.raises(NonFiniteError):
+            base.generate(["A passage."], "who?", **spoils, do_sample=sample)
 
 
 def test_a_model_that_overflows_gives_no_answer():

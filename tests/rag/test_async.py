@@ -134,6 +134,46 @@ def test_an_answer_that_nobody_waits_for_is_given_up(rag, monkeypatch):
     assert 0 < len(found[0].token_ids) < LONG["max_new_tokens"]
 
 
+def test_a_piece_that_is_awaited_ends_with_the_stream(rag, held):
+    begun, go = held
+
+    async def closed():
+        stream = rag.astream(QUESTION, **LONG)
+        waiting = asyncio.ensure_future(anext(stream))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(waiting, 60)
+        go.set()
+
+    asyncio.run(closed())
+
+
+def test_questions_not_begun_are_told_of_the_end(rag, held):
+    begun, go = held
+
+    async def closed():
+        asked = [asyncio.ensure_future(rag.aask(QUESTION, max_new_tokens=2)) for _ in range(9)]
+        asked += [asyncio.ensure_future(anext(rag.astream(QUESTION, max_new_tokens=2))) for _ in range(2)]
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        closing = asyncio.ensure_future(asyncio.to_thread(rag.close))
+        late = await asyncio.wait_for(asyncio.gather(*asked[8:], return_exceptions=True), 60)
+        go.set()
+        await closing
+        return late, await asyncio.gather(*asked[:8])
+
+    late, answers = asyncio.run(closed())
+    assert [type(error) for error in late] == [RagKVError] * 3
+    assert all(len(answer.token_ids) == 2 for answer in answers)
+
+
+def test_a_fork_has_threads_of_its_own(rag, forked):
+    rag._pool().submit(int).result()
+    assert forked(lambda: rag._pool().submit(int).result(60)) == "0"
+
+
 def test_cancelled_before_it_begins(rag, held):
     begun, go = held
 

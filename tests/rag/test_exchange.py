@@ -244,6 +244,14 @@ def test_names_lead_nowhere(archive, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.tar", "other"]
 
 
+def test_a_folder_keeps_its_own_defaults(archive, tmp_path):
+    with Catalogue(tmp_path / "mine" / "documents") as catalogue:
+        catalogue.keep_defaults({"model": "mine"})
+    import_folder(tmp_path / "mine", archive, disk_bytes=1 << 30)
+    with Catalogue(tmp_path / "mine" / "documents") as catalogue:
+        assert catalogue.defaults == {"model": "mine"}
+
+
 def test_a_newer_format_is_refused(answer, archive, tmp_path):
     data = json.dumps({"format": "ragkv-archive-9"}).encode()
     raw = io.BytesIO()

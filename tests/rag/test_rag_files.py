@@ -145,6 +145,39 @@ def test_a_copy_is_no_move(rag, docs):
     assert synced.removed == [] and len(sources(rag)) == 5
 
 
+@pytest.mark.parametrize("source", ["/no-such-folder/page", "{gone}/a.md"])
+def test_a_text_is_no_file_that_was_moved(rag, docs, tmp_path, source):
+    source = source.format(gone=tmp_path / "gone")
+    rag.add_texts(["The harbour is old."], [source], [{"lang": "en"}])
+    (docs / "copy.md").write_text("The harbour is old.")
+    assert not rag.add_files(docs / "copy.md").moved
+    assert {document.source: document.metadata for document in rag.documents()}[source] == {"lang": "en"}
+
+
+def test_a_name_that_nothing_on_the_disk_is_like_is_no_file(rag, docs):
+    rag.add_texts(["The harbour is old."], ["/no-such-folder/page"])
+    (docs / "copy.md").write_text("The harbour is old.")
+    assert not rag.add_files(docs / "copy.md").moved
+    assert rag.sync(docs).removed == []
+    assert "/no-such-folder/page" in rag.retriever.catalogue
+
+
+def test_a_file_that_is_back_is_not_removed(rag, docs, monkeypatch):
+    """It was away for a moment while others were read, as an editor saves."""
+    rag.add_files(docs)
+    kept = next(iter(docs.rglob("*.md")))
+    text = kept.read_text()
+    kept.unlink()
+    done = rag._intake._done
+
+    def back(*args):
+        kept.write_text(text)
+        return done(*args)
+
+    monkeypatch.setattr(rag._intake, "_done", back)
+    assert rag.sync(docs).removed == [] and str(kept) in rag.retriever.catalogue
+
+
 def test_a_folder_that_is_not_there_loses_nothing(rag, docs, tmp_path):
     rag.add_files(docs)
     before = sources(rag)

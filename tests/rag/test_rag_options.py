@@ -128,6 +128,7 @@ def test_what_is_kept_is_json_and_runs_nothing():
     parts = {"anchor": None, "after_chunk": "", "before_question": "", "after_question": "", "stop": ["\n\n"]}
     assert kept == {"template": {"prefix": [1, 2], "before_chunk": [3], **parts}, "dtype": "bfloat16", "system": ""}
     assert with_kept({}, kept)["template"].prefix == [1, 2]
+    assert "template" not in with_kept({"model": "another"}, kept)
 
 
 def test_defaults_stand_in_the_catalogue(tmp_path):
