@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ragkv.errors import ArgumentError
@@ -87,7 +87,7 @@ def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ArgumentError: one is empty, or no text.
     """
-    texts = (given,) if isinstance(given, str) else tuple(given)
+    texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(text, str) and text for text in texts):
         raise ArgumentError(f"stop must be a text or several, none of them empty; got {given!r}")
     return texts

@@ -53,6 +53,12 @@ def test_an_engine_takes_a_model(model):
         refused(Engine, model, TOKENIZER, **options, match=next(iter(options)))
 
 
+def test_a_document_has_parts_and_stops_are_texts(model):
+    engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
+    refused(engine.add_document, [], match="at least one part")
+    refused(engine.generate, ["One passage."], "what?", stop=3, match="stop must be a text")
+
+
 @pytest.mark.parametrize("name", ["fuse", "generate", "stream"])
 def test_a_question_is_one_text(model, name):
     engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())

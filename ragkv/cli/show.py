@@ -16,7 +16,8 @@ _COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
 
 def as_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    print(text.encode("utf-8", "backslashreplace").decode())  # a file's name need not be Unicode
 
 
 def hint(text: str) -> None:

@@ -151,6 +151,8 @@ class Documents:
             raise PromptError(f"document_id must be a str of at most {_LONGEST_ID} characters, got {document_id!r}")
         encode = self.encoder.chunk if any_length else self._ids
         ids = [encode(part) for part in several(parts, "parts")]
+        if not ids:
+            raise PromptError("a document has at least one part, got none")
         lengths = [len(part) for part in ids]
         return ChunkedDocument(
             id=document_id or digest(*ids).hex(),
