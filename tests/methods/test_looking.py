@@ -256,7 +256,7 @@ def test_auto_says_what_it_picked(model):
     assert engine.fuse(document[::-1] + other, QUESTION).report.method == repr(SensitiveTokens())
     assert engine.fuse(engine.add([[7, 8], [9, 8]]), QUESTION).report.method == "FullPrefill()"
     assert engine.fuse(other + document, QUESTION, method=Auto(LegoLink(2))).report.method == "LegoLink(k=2)"
-    with pytest.raises(TypeError, match="'auto'"):
+    with pytest.raises(MethodError, match="there are: auto"):
         engine.fuse(document, QUESTION, method="automatic")
 
 
