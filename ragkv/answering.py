@@ -58,7 +58,7 @@ class Answering:
         prompt = self._prompt(self._settings.asked, begin)
         fused_ms = _ms(begin)
         with self._turn(prompt):
-            ids = beam_search(self._settings, prompt)
+            ids = beam_search(self._settings, prompt, begin)
         return ids, AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
 
     def _timed(self, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:

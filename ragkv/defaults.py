@@ -12,6 +12,7 @@ import torch
 
 from ragkv.detokenizer import stop_texts
 from ragkv.errors import ArgumentError
+from ragkv.folder.filesystem import has_data
 from ragkv.methods import Method
 from ragkv.methods.words import parse_method, words_of
 from ragkv.model.loading import BUNDLED, PLACE
@@ -28,7 +29,7 @@ KEPT = ("model", *_PLACE, *_OF_MODEL, *_OF_FOLDER)
 
 def kept_in(folder: Path | None) -> dict[str, Any]:
     """What a folder was made with; nothing where there is none."""
-    if folder is None or not (folder / "documents" / "data.mdb").is_file():
+    if folder is None or not has_data(folder / "documents"):
         return {}
     with Catalogue(folder / "documents") as catalogue:
         return catalogue.defaults

@@ -13,6 +13,7 @@ from typing import Any
 
 from ragkv.errors import RagKVError, RecordError, RetrievalError
 from ragkv.folder.archive import BEGIN, FOLDER_FORMAT, UNREADABLE, Lost, Member, Writer, written
+from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.exchange import opened, packed, sealed, unpacked
 from ragkv.retrieval.records import ArchivedDocument
@@ -22,8 +23,6 @@ from ragkv.store.disk import DiskTier
 from ragkv.store.tier import Offer
 
 logger = logging.getLogger(__name__)
-
-_DATA = "data.mdb"
 
 
 @dataclass
@@ -61,7 +60,7 @@ def export_folder(
         progress: called with the number of documents, then of records done.
     """
     documents, kv = Path(path) / "documents", kv_folder(Path(path))
-    if not (documents / _DATA).is_file():
+    if not has_data(documents):
         return Exchanged(records=records.export(kv, target, wanted=wanted, progress=progress))
     with ExitStack() as stack:
         catalogue = stack.enter_context(Catalogue(documents))
@@ -69,7 +68,7 @@ def export_folder(
         made = {"embedder": catalogue.settings.get("embedder"), "defaults": catalogue.defaults}
         archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made}).encode()))
         _add_documents(archive, catalogue, sources, progress)
-        if (kv / _DATA).is_file():
+        if has_data(kv):
             records.add_records(archive, stack.enter_context(maintenance.opened(kv)), wanted, progress)
         return Exchanged(archive.counts["documents"], archive.counts["records"])
 
@@ -134,8 +133,8 @@ def import_folder(
 
 
 def kv_folder(path: Path) -> Path:
-    """Where a folder's KV are: the folder itself where it is one of KV alone."""
-    return path if (path / _DATA).is_file() else path / "kv"
+    """Where a folder's KV are: beside its documents, or in the folder itself where it is one of KV alone."""
+    return path if has_data(path) and not has_data(path / "kv") else path / "kv"
 
 
 def _add_documents(

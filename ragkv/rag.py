@@ -84,11 +84,11 @@ class RAG:
             whole_number("repair_tokens", repair_tokens)
         if engine.tokenizer is None:
             raise ArgumentError("RAG reads text: the engine needs a tokenizer")
-        self.engine, self.retriever, self.repair_tokens = engine, retriever, repair_tokens
-        self.chunker = chunker or TokenChunker(engine.tokenizer)
+        self.engine, self.retriever = engine, retriever
         self._documents = CataloguedDocuments(retriever, engine.documents)
         self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
-        self._intake = Intake(retriever.catalogue, self._documents, engine.documents, self.chunker, repair_tokens)
+        cuts = chunker or TokenChunker(engine.tokenizer)
+        self._intake = Intake(retriever.catalogue, self._documents, engine.documents, cuts, repair_tokens)
 
     @classmethod
     def from_pretrained(
@@ -217,11 +217,21 @@ class RAG:
         Raises:
             RagKVError: nothing was ever added there; and as :meth:`from_pretrained`.
         """
+        instance("path", path, str | os.PathLike, "the path of a folder")
         if not (Path(path) / "documents").is_dir():
             raise RagKVError(
                 f"no documents in {path}: RAG.from_pretrained(path=...) makes a folder, and add_files() fills it"
             )
         return cls.from_pretrained(path=path, **options)
+
+    @property
+    def chunker(self) -> TokenChunker:
+        """Cuts texts into passages. With another one, documents that are added again are cut anew."""
+        return self._intake.chunker
+
+    @chunker.setter
+    def chunker(self, chunker: TokenChunker) -> None:
+        self._intake.chunker = chunker
 
     def add_texts(
         self,
@@ -416,7 +426,7 @@ class RAG:
 
     def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
-        return AsyncAnswerStream(partial(self.stream, question, **options), self._pool())
+        return AsyncAnswerStream(partial(self.stream, question), self._pool(), **options)
 
     def _pool(self) -> ThreadPoolExecutor:
         """Threads for an event loop's questions; those of a parent are not there in its fork."""

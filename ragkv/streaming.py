@@ -30,11 +30,12 @@ class AsyncAnswerStream(AsyncIterator[str]):
         sources: the passages in the order of the prompt; empty until the first piece is there.
     """
 
-    def __init__(self, start: Callable[[], tuple[list[Hit], AnswerStream]], executor: Executor):
+    def __init__(self, start: Callable[..., tuple[list[Hit], AnswerStream]], executor: Executor, **options: Any):
         self.sources: list[Hit] = []
-        self._start, self._executor = start, executor
+        self._stop = _Stop()
+        self._start = partial(start, **self._stop.among(options))
+        self._executor, self._queue = executor, asyncio.Queue[str | None]()
         self._stream: AnswerStream | None = None
-        self._stopped, self._queue = threading.Event(), asyncio.Queue[str | None]()
         self._pieces, self._awaited = self._run(), False
 
     @property
@@ -56,7 +57,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     async def aclose(self) -> None:
         """Stop the model, be a piece awaited or not. Closing twice, or behind the last piece, is fine."""
-        self._stopped.set()
+        self._stop.set()
         if self._awaited:
             self._queue.put_nowait(None)  # whoever waits for a piece is told that there are no more
         else:
@@ -69,23 +70,23 @@ class AsyncAnswerStream(AsyncIterator[str]):
             try:
                 loop.call_soon_threadsafe(self._queue.put_nowait, piece)
             except RuntimeError:  # the loop was closed meanwhile
-                self._stopped.set()
+                self._stop.set()
 
         working = _submitted(self._executor, lambda: self._work(say))
         working.add_done_callback(lambda _: say(None))  # also where it is cancelled before it begins
         try:
             while (piece := await self._queue.get()) is not None:
                 yield piece
-            if not self._stopped.is_set():
+            if not self._stop.is_set():
                 await _given(working)
         finally:
-            self._stopped.set()
+            self._stop.set()
             working.cancel()
 
     def _work(self, say: Callable[[str], None]) -> None:
-        if not self._stopped.is_set():
+        if not self._stop.is_set():
             self.sources, self._stream = self._start()
-        while not self._stopped.is_set() and self._stream and (piece := next(self._stream, None)) is not None:
+        for piece in self._stream or () if not self._stop.is_set() else ():
             say(piece)
 
 
@@ -95,21 +96,26 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
     Args:
         executor: of the thread.
         ask: takes ``stopping_criteria``, as ``model.generate`` does.
-        **options: others for it.
+        **options: for it.
     """
-    stopped = threading.Event()
-
-    def given_up(ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
-        return torch.full((len(ids),), stopped.is_set(), device=ids.device)
-
-    criteria = options.pop("stopping_criteria", None) or []
-    if isinstance(criteria, list):  # else it is refused by name
-        criteria = [*criteria, given_up]
-    working = _submitted(executor, partial(ask, stopping_criteria=criteria, **options))
+    stop = _Stop()
+    working = _submitted(executor, partial(ask, **stop.among(options)))
     try:
         return await _given(working)
     finally:
-        stopped.set()
+        stop.set()
+
+
+class _Stop(threading.Event):
+    """Ends an answer behind the token at hand, as one of its stopping criteria."""
+
+    def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
+        return torch.full((len(ids),), self.is_set(), device=ids.device)
+
+    def among(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Generation arguments with this among the criteria; what is no list is left to be refused by name."""
+        criteria = options.get("stopping_criteria") or []
+        return {**options, "stopping_criteria": [*criteria, self] if isinstance(criteria, list) else criteria}
 
 
 def _submitted(executor: Executor, work: Callable[[], Result]) -> Future[Result]:

@@ -3,7 +3,7 @@
 import pytest
 
 import ragkv
-from ragkv import RAG, ArgumentTypeError, Engine, PromptError, RagKVError, Reuse
+from ragkv import RAG, ArgumentTypeError, CacheBlend, Engine, PromptError, RagKVError, Reuse, TieredStore
 from ragkv.errors import RetrievalError
 from ragkv.retrieval import Retriever
 
@@ -57,6 +57,12 @@ def test_a_document_has_parts_and_stops_are_texts(model):
     engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
     refused(engine.add_document, [], match="at least one part")
     refused(engine.generate, ["One passage."], "what?", stop=3, match="stop must be a text")
+
+
+def test_numbers_are_numbers(tmp_path):
+    refused(CacheBlend, ratio="x", match="ratio must lie in")
+    refused(TieredStore, tmp_path, cpu_bytes="8GiB", match="budgets are bytes, got .* cpu '8GiB'")
+    refused(RAG.open, 3, match="path must be the path of a folder")
 
 
 @pytest.mark.parametrize("name", ["fuse", "generate", "stream"])

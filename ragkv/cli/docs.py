@@ -10,6 +10,7 @@ from pathlib import Path
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import require_documents
+from ragkv.folder.filesystem import has_data
 from ragkv.library.listing import ListedDocument, listed_documents
 from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 def documents(path: Path) -> list[ListedDocument]:
     """The documents of a folder; of KV what is on disk, for memory is each process's own."""
     with Catalogue(path / "documents") as catalogue:
-        if not (path / "kv" / "data.mdb").is_file():
+        if not has_data(path / "kv"):
             return listed_documents(catalogue, None)
         with TieredStore(path / "kv", cpu_bytes=0) as store:
             return listed_documents(catalogue, store)

@@ -11,6 +11,8 @@ from typing import Any
 
 from ragkv.cli import show
 from ragkv.errors import RagKVError
+from ragkv.exchange import kv_folder
+from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.store.maintenance import Entry, entries, remove
 
@@ -18,7 +20,6 @@ from ragkv.store.maintenance import Entry, entries, remove
 DOCS = "'ragkv docs'"
 
 _SHORT = 12
-_DATA = "data.mdb"
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def store_folder(path: Path) -> Path:
     Raises:
         RagKVError: there is neither.
     """
-    for folder in (path / "kv", path):
-        if (folder / _DATA).is_file():
-            return folder
+    folder = kv_folder(path)
+    if has_data(folder):
+        return folder
     raise RagKVError(
         f"no stored KV in {path}: add documents with 'ragkv add PATH...', or name another folder with --path"
     )
@@ -106,7 +107,7 @@ def store_folder(path: Path) -> Path:
 def listed(path: Path) -> list[Listed]:
     """All entries, by document and passage; what belongs to none comes last."""
     places = _places(path / "documents")
-    catalogued, now = (path / "documents" / _DATA).is_file(), time.time()
+    catalogued, now = has_data(path / "documents"), time.time()
     found = [Listed(entry, tuple(places.get(entry.key, ())), catalogued, now) for entry in entries(store_folder(path))]
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
 
@@ -183,7 +184,7 @@ def table(items: Iterable[Listed]) -> None:
 def _places(folder: Path) -> dict[bytes, list[tuple[str, int]]]:
     """Where the passages stand that each entry is read for, by its key."""
     places: dict[bytes, list[tuple[str, int]]] = {}
-    if not (folder / _DATA).is_file():
+    if not has_data(folder):
         return places
     with Catalogue(folder) as catalogue, catalogue.snapshot() as view:
         for document in sorted(view.documents(), key=lambda document: document.source):

@@ -11,6 +11,7 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.entries import listed, store_folder
 from ragkv.errors import RagKVError
 from ragkv.exchange import Exchanged, export_folder, import_folder, kv_folder
+from ragkv.folder.filesystem import has_data
 from ragkv.store.exchange import Progress, export, import_records
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def _export(path: Path, file: Path, args: argparse.Namespace, progress: Progress) -> Exchanged:
     if file.exists() and not args.force:
         raise RagKVError(f"{file} is there already: --force replaces it")
-    if args.kv_only or not (path / "documents" / "data.mdb").is_file():
+    if args.kv_only or not has_data(path / "documents"):
         place = store_folder(path)
         wanted = _chosen(path, args)[1].__contains__ if args.filters else lambda key: True
         return Exchanged(records=export(place, file, wanted=wanted, progress=progress))

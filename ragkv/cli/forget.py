@@ -9,6 +9,7 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.entries import DOCS, listed, removed
 from ragkv.cli.opening import require_documents
 from ragkv.errors import RagKVError
+from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.naming import matching, unknown
 from ragkv.store.maintenance import remove
@@ -26,14 +27,14 @@ def run(args: argparse.Namespace) -> int:
             raise RagKVError(f"{unknown(found, target, DOCS)}; nothing was removed")
         chosen.update(dict.fromkeys(meant))
     names = sorted(chosen)
-    entries = listed(path) if (path / "kv" / "data.mdb").is_file() else []
+    entries = listed(path) if has_data(path / "kv") else []
     alone = [item for item in entries if item.places and {name for name, _ in item.places} <= chosen.keys()]
 
     def forgotten() -> None:
         with Catalogue(path / "documents") as catalogue:
             unused = [key for name in names for key in catalogue.remove(name).unused]
         # Whoever asked in between may have stored some of it again.
-        if (path / "kv" / "data.mdb").is_file():
+        if has_data(path / "kv"):
             remove(path / "kv", unused)
 
     if not args.json:

@@ -37,5 +37,7 @@ def _named(found: Sequence[Listed], target: str) -> list[Listed]:
     if len(of_id) > 1:
         raise RagKVError(f"{len(of_id)} entries begin with {target}: give more digits; nothing was removed")
     if not of_id:
-        raise RagKVError(f"no entry's id begins so, and {unknown(sources, target, DOCS)}; nothing was removed")
+        raise RagKVError(
+            f"no entry's id begins with these digits (4 at least), and {unknown(sources, target, DOCS)}; nothing was removed"
+        )
     return of_id

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ragkv.folder.filesystem import size
+
 Item = TypeVar("Item")
 
 _COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
@@ -55,14 +57,6 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
         cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
         cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
         print("  ".join(cells).rstrip())
-
-
-def size(count: int) -> str:
-    """Bytes for people: ``1.5 MiB``."""
-    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
 
 
 def kv(sizes: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Where a folder may lie: LMDB's locks and its memory map need a local file system."""
+"""Where a folder may lie, what is in it, and bytes for people. LMDB's locks and its memory map need a local file system."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def prepare(path: Path, *, readonly: bool) -> bool:
         return readonly or not writable or (data.exists() and not os.access(data, os.W_OK))
     except OSError as error:
         raise StoreError(f"{path} cannot be made or used: {error}") from error
+
+
+def has_data(folder: Path) -> bool:
+    """Whether something is kept in a folder."""
+    return (folder / "data.mdb").is_file()
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``1.5 MiB``."""
+    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
 
 
 def filesystem_of(path: Path) -> str:

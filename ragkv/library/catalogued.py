@@ -83,10 +83,7 @@ class CataloguedDocuments:
         """
         checked_document(source, [text], metadata)
         origin = digest(text, chunker.settings).hex()
-        with self._catalogue.snapshot() as view:
-            listed = view.get(source)
-            before = None if listed is None else self.kept(view, listed)
-            old = [] if listed is None else view.texts(listed)
+        listed, before, old = self._before(source)
         cut = listed is not None and listed.origin == origin
         spans = listed.spans if listed is not None and cut else chunker.spans(text)
         passages = [text[start:stop] for start, stop in spans]
@@ -112,10 +109,7 @@ class CataloguedDocuments:
         """
         documents, source, passages = self._documents, prepared.source, prepared.passages
         documents.look()
-        with self._catalogue.snapshot() as view:
-            listed = view.get(source)
-            before = None if listed is None else self.kept(view, listed)
-            old = [] if listed is None else view.texts(listed)
+        _, before, old = self._before(source)
         document = before if before is not None and old == passages else prepared.document
         repair = None
         if before is not None and document is not before and repair_tokens is not None:
@@ -133,6 +127,12 @@ class CataloguedDocuments:
         finally:
             documents.store.remove_many(change.unused)
         return change, documents.add(list(filter(documents.fits, document))) if tokens is None else tokens
+
+    def _before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
+        """The document of a source as it is now, as the model reads it where that is kept, and its passages."""
+        with self._catalogue.snapshot() as view:
+            listed = view.get(source)
+            return (None, None, []) if listed is None else (listed, self.kept(view, listed), view.texts(listed))
 
     def rename(self, source: str, to: str) -> bool:
         """Call a document by another source: nothing is read or embedded again. Whether it was so called."""

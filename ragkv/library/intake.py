@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import DocumentError, instance
+from ragkv.errors import ArgumentTypeError, DocumentError
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.documents import Documents
 from ragkv.library.sizes import check_room
@@ -94,8 +94,8 @@ class Intake:
         catalogue: knows what there is.
         catalogued: puts documents into it.
         documents: reads them.
-        chunker: cuts texts into passages.
-        repair_tokens: see :class:`~ragkv.RAG`.
+        chunker: cuts texts into passages; may be replaced.
+        repair_tokens: see :class:`~ragkv.RAG`; may be changed.
 
     Attributes:
         defaults: what the folder was opened with; kept there with the first document.
@@ -110,7 +110,7 @@ class Intake:
         repair_tokens: int | None,
     ):
         self._catalogue, self._catalogued, self._documents = catalogue, catalogued, documents
-        self._chunker, self._repair_tokens = chunker, repair_tokens
+        self.chunker, self.repair_tokens = chunker, repair_tokens
         self.defaults: dict[str, Any] = {}
 
     def add_texts(self, texts: Any, sources: Any, metadata: Any, tell: Tell | None) -> Added:
@@ -209,7 +209,7 @@ class Intake:
                 plan.skipped.append(item)
             else:
                 try:
-                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self._chunker)
+                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self.chunker)
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
@@ -240,7 +240,7 @@ class Intake:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)
             with _told(tell, prepared.source, _REASONS[prepared.kind], done, total, size):
-                change, read = self._catalogued.put(prepared, self._repair_tokens)
+                change, read = self._catalogued.put(prepared, self.repair_tokens)
             done += tokens
             added.changes.append(change)
             added.tokens_read += read
@@ -275,7 +275,8 @@ def listed(items: Any, what: str) -> list[Any]:
 
 def check_told(tell: Any) -> None:
     """See that somebody can be told."""
-    instance("progress", tell, Callable | None, "a function that takes a ragkv.Progress")  # type: ignore[arg-type]
+    if tell is not None and not callable(tell):
+        raise ArgumentTypeError(f"progress must be a function that takes a ragkv.Progress, got {tell!r:.80}")
 
 
 def told_of_hits(tell: Tell | None, hits: Sequence[Hit]) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreFullError
+from ragkv.folder.filesystem import size
 from ragkv.library.documents import Documents
 
 logger = logging.getLogger(__name__)
@@ -52,17 +53,13 @@ def check_room(documents: Documents, tokens: int) -> int:
         logger.warning(
             "the KV of %d tokens take about %s, and %s of %s are free: what is used least goes from the store, and is read again "
             "when a question asks for it. Allow more (disk_bytes, --disk-size), or encode them smaller (codec, --codec int8)",
-            *(tokens, _size(needed), _size(max(0, budget - used)), _size(budget)),
+            *(tokens, size(needed), size(max(0, budget - used)), size(budget)),
         )
     if needed and store.path is not None:
         free = shutil.disk_usage(store.path).free + max(0, stats.file_bytes - used)
         if min(needed, budget - used) > free:
             raise StoreFullError(
-                f"the KV of {tokens} tokens take about {_size(needed)}, and the disk of {store.path} has {_size(free)} left: free "
+                f"the KV of {tokens} tokens take about {size(needed)}, and the disk of {store.path} has {size(free)} left: free "
                 "some, encode them smaller (codec, --codec int8), or allow less (disk_bytes, --disk-size). Nothing was added"
             )
     return needed
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

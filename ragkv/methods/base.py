@@ -37,10 +37,10 @@ def check_share(method: Method, name: str, share: float) -> None:
     """Refuse a share of the tokens that is none.
 
     Raises:
-        MethodError: it lies outside [0, 1].
+        MethodError: it is no number, or lies outside [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share}")
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share!r}")
 
 
 def highest(scores: Tensor, candidates: Tensor, ratio: float, layout: Layout) -> Tensor:

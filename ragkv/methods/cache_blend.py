@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.view import Check, Selection, View
-from ragkv.methods.base import Method
+from ragkv.methods.base import Method, check_share
 
 _SIGNALS = ("key", "value", "both")
 
@@ -37,8 +37,9 @@ class CacheBlend(Method):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not all(0 <= share <= 1 for share in (self.ratio, *self.gradual)):
-            raise MethodError(f"CacheBlend: ratio and gradual must lie in [0, 1], got {self.ratio} and {self.gradual}")
+        check_share(self, "ratio", self.ratio)
+        for share in self.gradual:
+            check_share(self, "gradual", share)
         if list(self.gradual) != sorted(self.gradual, reverse=True):
             raise MethodError(f"CacheBlend: gradual shares must not rise, got {self.gradual}")
         if self.check_layer is not None and self.check_layer < 1:

@@ -79,7 +79,7 @@ def _chosen(decoder: Decoder, scores: Tensor, sample: bool | None) -> int:
     return int(chosen)
 
 
-def beam_search(settings: Settings, prompt: FusedPrompt) -> list[int]:
+def beam_search(settings: Settings, prompt: FusedPrompt, begin: float) -> list[int]:
     """The best beam's ids, by ``model.generate`` over the fused cache.
 
     transformers needs one token to begin with: the prompt's last one is run again, and only that one.
@@ -87,6 +87,6 @@ def beam_search(settings: Settings, prompt: FusedPrompt) -> list[int]:
     cache, ids = prompt.past_key_values, prompt.input_ids
     cache.crop(-1)
     cache.batch_repeat_interleave(settings.beams)
-    arguments = settings.for_generate(ids.shape[1])
+    arguments = settings.for_generate(ids.shape[1], begin)
     out = settings.decoder.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
     return out[0, ids.shape[1] :].tolist()

@@ -180,10 +180,12 @@ class Settings:
             self.config.max_time -= perf_counter() - begin
         return self._resolve(ids, self.new_tokens(ids.shape[1]))
 
-    def for_generate(self, prompt_tokens: int) -> dict[str, Any]:
-        """The arguments as ``model.generate`` takes them, for one sequence."""
+    def for_generate(self, prompt_tokens: int, begin: float) -> dict[str, Any]:
+        """The arguments as ``model.generate`` takes them, for one sequence; ``max_time`` counts from ``begin``."""
         arguments = {**self._fields, **self._beside, **_PLAIN, "max_new_tokens": self.new_tokens(prompt_tokens)}
         arguments.pop("max_length", None)
+        if self.config.max_time is not None:
+            arguments["max_time"] = self.config.max_time - (perf_counter() - begin)
         arguments["logits_processor"] = [*(arguments["logits_processor"] or ()), self._finite]
         if self.stop:
             own = self.config.stop_strings or []

@@ -1,6 +1,7 @@
 """Every argument of ``model.generate`` does what it does there, or is refused by name before anything is computed."""
 
 import inspect
+from time import perf_counter
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ragkv import ArgumentError, Engine, FullPrefill, MethodError, PromptTooLongError, Reuse, UnknownArgumentError
-from ragkv.model.generation import BESIDE, HONOURED, REFUSED
+from ragkv.model.generation import BESIDE, HONOURED, REFUSED, Settings
 from ragkv.testing import random_ids, tiny_model
 
 from .conftest import QUESTION, TEMPLATE
@@ -314,3 +315,8 @@ def test_methods_by_name(model):
         Engine(model, letters(), template=TEMPLATE, method="reuse").stream(chunks, QUESTION, method="reuze")
     with pytest.raises(TypeError, match=r"ragkv\.Method"):
         engine.fuse(chunks, QUESTION, method=7)
+
+
+def test_time_counts_from_the_question_with_beams_too(model):
+    settings = Settings(Engine(model, template=TEMPLATE).decoder, None, {"num_beams": 2, "max_time": 60.0})
+    assert settings.for_generate(N, perf_counter() - 50)["max_time"] < 11

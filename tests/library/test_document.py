@@ -58,7 +58,7 @@ def test_a_damaged_record_is_refused(long):
 def test_a_chunk_goes_through_json(long):
     for chunk in long:
         again = Chunk.from_dict(json.loads(json.dumps(chunk.to_dict())))
-        assert facts(again) == facts(chunk)
+        assert facts(again) == facts(chunk) and again.to_dict() == chunk.to_dict()
         assert (again.lineage() is None) == bool(chunk.offset)
 
 

@@ -13,22 +13,10 @@ import uvicorn
 
 from ragkv import RagKVError
 
-from .rags import DOCUMENTS, QUESTION, open_rag, small_model
+from .rags import QUESTION, open_rag
 
 WEB = Path(__file__).parents[2] / "examples" / "web.py"
 LONG = {"max_new_tokens": 400, "min_new_tokens": 400, "top_k": 2}  # it ends by being stopped
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture
-def rag(model):
-    with open_rag(model=model) as opened:
-        opened.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        yield opened
 
 
 @pytest.fixture

@@ -12,18 +12,6 @@ from ragkv.retrieval import Retriever
 from .rags import DOCUMENTS, QUESTION, TOKENIZER, WordEmbedder, keys, open_rag, small_model, tokens_of
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture
-def rag(model):
-    with open_rag(model=model) as opened:
-        opened.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        yield opened
-
-
 def test_ask(rag):
     answer = rag.ask(QUESTION, top_k=3, max_new_tokens=5)
     assert "clearport.md" in [hit.source for hit in answer.sources]

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     """One document of passages of 230, 194 and 82 tokens, and one short one."""
     place = tmp_path_factory.mktemp("long")
     with open_rag(place, small_model()) as rag:
-        rag.chunker = rag._intake._chunker = TokenChunker(TOKENIZER, 250)
+        rag.chunker = TokenChunker(TOKENIZER, 250)
         rag.add_texts([LONG, SHORT], ["long", "short"])
     return place
 

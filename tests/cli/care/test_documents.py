@@ -104,4 +104,6 @@ def test_rm_understands_the_same(run, left, tmp_path):
     assert run("rm", "*.md", "--yes")[0] == 0
     assert left() == [4, 9]
     code, _, err = run("rm", "a.mdx", "--yes")
-    assert code == 1 and "no entry's id begins so, and no document is called 'a.mdx': " in err
+    assert (
+        code == 1 and "no entry's id begins with these digits (4 at least), and no document is called 'a.mdx': " in err
+    )
