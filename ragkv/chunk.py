@@ -39,8 +39,8 @@ def digest(*parts: bytes | str | Sequence[int]) -> bytes:
 class Chunk:
     """The token ids of one passage with its wrapper, and what they are prefilled behind.
 
-    An application may keep it: :meth:`to_dict` is what JSON can hold, and :meth:`from_dict` takes it back. Objects are equal where they
-    are one; compare their dicts to see whether they say the same.
+    An application may keep it: :meth:`to_dict` is what JSON can hold, and :meth:`from_dict` takes it back. Objects are equal where
+    they are one; compare their dicts to see whether they say the same.
 
     Attributes:
         ids: token ids, wrapper included; never empty.
