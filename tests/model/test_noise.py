@@ -70,6 +70,12 @@ def test_learned_positions_are_refused_in_noise_too(architecture, kind):
         Decoder(model)
 
 
+def test_no_noise_is_so_great_that_anything_passes(monkeypatch):
+    monkeypatch.setattr(Decoder, "_noise", lambda decoder: 5.0)
+    with pytest.raises(UnsupportedModelError, match="absolute position"):
+        Decoder(tiny_model("gpt2", **ABSOLUTE["gpt2"]))
+
+
 def test_an_exact_model_is_not_measured(monkeypatch):
     monkeypatch.setattr(Decoder, "_noise", None)
     assert Decoder(tiny_model()).rotations

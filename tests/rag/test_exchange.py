@@ -116,6 +116,17 @@ def test_documents_merge_by_source(model, answer, archive, tmp_path):
         assert rag.ask(QUESTION, max_new_tokens=4).token_ids == want.token_ids
 
 
+def test_kv_of_versions_that_are_not_taken_are_left_out_in_a_namespace_too(model, tmp_path):
+    """There entries have no label, which would tell their document."""
+    for name, text in (("one", "A text about the harbour."), ("two", "Another text.")):
+        with open_rag(tmp_path / name, model, namespace="mine") as rag:
+            rag.add_texts([text], ["same"])
+    export_folder(tmp_path / "one", tmp_path / "one.tar")
+    done = import_folder(tmp_path / "two", tmp_path / "one.tar", disk_bytes=ROOM)
+    assert (done.kept, done.records, done.useless) == (["same"], 0, 1)
+    assert len(list(entries(tmp_path / "two" / "kv"))) == 1
+
+
 def test_readings_of_another_model_go_in_beside(model, answer, archive, tmp_path):
     folder, other = tmp_path / "there", small_model(seed=1)
     with open_rag(folder, other) as rag:

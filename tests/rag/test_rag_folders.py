@@ -124,3 +124,18 @@ def test_killed_while_adding(model, tmp_path):
         got, want = killed.ask(QUESTION, max_new_tokens=5), calm.ask(QUESTION, max_new_tokens=5)
         assert got.token_ids == want.token_ids
         assert "computed" not in got.report.fusion.hits
+
+
+@pytest.mark.parametrize("record", ["of another document", "damaged"])
+def test_a_record_that_is_not_the_documents_is_found_out_anew(model, tmp_path, record):
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        want = rag.ask(QUESTION, max_new_tokens=4)
+        catalogue = rag.retriever.catalogue
+        with catalogue.snapshot() as view:
+            [one] = [document for document in view.documents() if document.source == want.sources[0].source]
+            [reading] = view.readings(one)
+            [wrong] = view.readings(next(document for document in view.documents() if document.source != one.source))
+        catalogue.keep([(one, reading._replace(record=wrong.record if record == "of another document" else b"junk"))])
+        got = rag.ask(QUESTION, max_new_tokens=4)
+        assert (got.token_ids, got.sources) == (want.token_ids, want.sources)

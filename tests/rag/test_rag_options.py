@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ragkv import RAG, ArgumentError, LegoLink, ModelNotFoundError, PromptTemplate, RagKVError, Reuse
-from ragkv.defaults import KEPT, to_keep, with_kept
+from ragkv.defaults import KEPT, kept_in, to_keep, with_kept
 from ragkv.retrieval import Catalogue
 
 from .rags import DOCUMENTS, QUESTION, TEMPLATE, TOKENIZER, WordEmbedder, small_model
@@ -116,6 +116,16 @@ def test_another_model_has_its_own_place():
         "template": TEMPLATE,
     }
     assert with_kept({}, {"from a newer version": 1, "namespace": "x"}) == {"namespace": "x"}
+
+
+def test_it_is_kept_before_reading_which_may_be_cut_short(repository, tmp_path):
+    def stop(step):
+        if step.done_tokens:
+            raise KeyboardInterrupt
+
+    with opened(repository / "chat", path=tmp_path, piece_tokens=16) as rag, pytest.raises(KeyboardInterrupt):
+        rag.add_texts([TEXT], [NAME], progress=stop)
+    assert kept_in(tmp_path)["model"] == str(repository / "chat")
 
 
 def test_what_is_kept_is_json_and_runs_nothing():
