@@ -32,9 +32,9 @@ def matching(sources: Iterable[str], target: str | os.PathLike[str]) -> list[str
     known, name = list(sources), named(target)
     if not name.strip():
         return []
-    exact = [way for way in (name, *_paths(name)) if way in set(known)]
+    exact = _called(known, name)
     if exact:
-        return exact[:1]
+        return [exact]
     inside = [source for source in known if any(below(source, path) for path in _paths(name))]
     if inside or not has_magic(name):
         return inside
@@ -49,10 +49,15 @@ def only(sources: Sequence[str], target: str | os.PathLike[str], where: str) -> 
         DocumentError: there is none; those with a like name are named, and where they are listed.
     """
     name = named(target)
-    for way in (name, *_paths(name)):
-        if way in sources:
-            return way
-    raise DocumentError(unknown(sources, name, where))
+    exact = _called(sources, name)
+    if exact is None:
+        raise DocumentError(unknown(sources, name, where))
+    return exact
+
+
+def _called(sources: Sequence[str], name: str) -> str | None:
+    """The document of just this name, or of the file that it leads to."""
+    return next((way for way in (name, *_paths(name)) if way in sources), None)
 
 
 def unknown(sources: Iterable[str], target: str, where: str) -> str:

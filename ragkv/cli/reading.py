@@ -16,16 +16,18 @@ _NAMED = 5
 
 
 @contextmanager
-def reading(args: argparse.Namespace) -> Iterator[Reading]:
+def reading(args: argparse.Namespace) -> Iterator[ReadingBar]:
     """Shows progress on stderr: lines unless ``--json`` is given, a bar on a terminal, both where ``--progress`` asks for them."""
-    shown = Reading(lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty()))
+    shown = ReadingBar(
+        lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty())
+    )
     try:
         yield shown
     finally:
         shown.close()
 
 
-class Reading:
+class ReadingBar:
     """Takes what a call tells of its progress; shows nothing before that.
 
     Args:
