@@ -231,7 +231,7 @@ def _checksum(state: str, ids: NDArray[np.int64], vectors: NDArray[np.float32]) 
 
 def _write_whole(path: Path, data: bytes) -> None:
     """Write beside the file, to the disk, and only then in its place."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
         for left in path.parent.glob(f"{path.name}.*.tmp"):
             if not _runs(left.name.split(".")[-2]):

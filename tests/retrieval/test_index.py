@@ -167,6 +167,28 @@ def test_what_a_killed_process_was_writing_goes(index, tmp_path):
     assert left == {"index", "index.1.tmp", f"index.{os.getppid()}.tmp"}
 
 
+def test_two_that_save_at_once_write_files_of_their_own(index, tmp_path, monkeypatch):
+    """As two retrievers of one folder do, when both are closed."""
+    path, both, sync, errors = tmp_path / "index", threading.Barrier(2), os.fsync, []
+
+    def together(file):
+        both.wait(60)  # both have written, and neither has put its file in place
+        sync(file)
+
+    def work(state):
+        try:
+            index.save(path, state)
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr("os.fsync", together)
+    threads = [threading.Thread(target=work, args=(state,)) for state in ("one", "two")]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert errors == [] and FaissIndex(D).load(path) in ("one", "two")
+    assert [file.name for file in tmp_path.iterdir()] == ["index"]
+
+
 def test_threads_may_share_it(vectors):
     index, errors = FaissIndex(D), []
 
