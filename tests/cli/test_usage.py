@@ -10,7 +10,7 @@ import ragkv
 from ragkv import Progress
 from ragkv.cli import main, show
 from ragkv.cli.arguments import parser
-from ragkv.cli.reading import Reading
+from ragkv.cli.reading import ReadingBar
 from ragkv.errors import MethodError
 from ragkv.methods import CacheBlend, FullPrefill, LegoLink, Reuse
 from ragkv.methods.words import parse_method
@@ -156,7 +156,7 @@ def test_numbers_for_people(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_read_again_is_named_up_to_a_number(capsys):
-    shown = Reading(lines=True, bar=False)
+    shown = ReadingBar(lines=True, bar=False)
     for number in range(8):
         for done in (0, 5):
             shown(Progress(f"{number}.md", "missing", 10 * number + done, 80, 2048))
