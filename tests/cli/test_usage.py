@@ -73,7 +73,7 @@ def test_methods_as_words(text, method):
         ("lego-link:16", "no setting '16'; it is spelled lego-link:k="),
         ("lego-link:k=many", "k must be of type int, got 'many'"),
         ("cache-blend:threshold=high", "threshold must be of type float, got 'high'"),
-        ("cache-blend:ratio=2", r"ratio and gradual must lie in \[0, 1\]"),
+        ("cache-blend:ratio=2", r"ratio must lie in \[0, 1\]"),
     ],
 )
 def test_bad_methods(text, reason):
