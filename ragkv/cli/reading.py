@@ -60,6 +60,8 @@ class ReadingBar:
             elif len(self._again) == _NAMED + 1:
                 self._say("... and others")
         bar.update(progress.done_tokens - bar.n)
+        if progress.done_tokens == progress.tokens:
+            bar.refresh()  # tqdm draws no step that follows another within its interval, the last one included
 
     def close(self) -> None:
         """The bar goes."""
