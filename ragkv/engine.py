@@ -104,7 +104,7 @@ class Engine:
         self.template = template or PromptTemplate.default(tokenizer)
         self.store = TieredStore() if store is None else store
         self.runner = Runner.of(model)
-        vocab_size = self.runner.decoder(kernels).vocab_size
+        vocab_size = self.runner.decoder(kernels, self.store).vocab_size
         self.encoder = Encoder(self.template, tokenizer, vocab_size)
         self.documents = Documents(
             self.runner,
@@ -119,7 +119,7 @@ class Engine:
             kernels=kernels,
             lifetime_s=lifetime_s,
         )
-        self.documents.reader.opening(self.encoder.prefix)
+        self.documents.reader.opening(self.encoder.prefix, "prefix")
 
     @property
     def decoder(self) -> Decoder:

@@ -27,6 +27,18 @@ def reads(monkeypatch):
     return watch
 
 
+@pytest.fixture
+def facts():
+    """Names of the small values that a store keeps on disk."""
+
+    def names(store):
+        environment = store._disk.environment
+        with environment.read() as txn, txn.cursor(environment.db(b"facts")) as cursor:
+            return [bytes(key).decode() for key in cursor.iternext(values=False)]
+
+    return names
+
+
 def run_forked(work: Callable[[], object], *, kill_after_s: float | None = None, timeout_s: float = 60) -> str:
     """Runs ``work`` in a forked child and returns what it returned, as text.
 

@@ -88,7 +88,7 @@ class Documents:
         self.runner, self.encoder, self.store = runner, encoder, store
         self.context, self.namespace = context, namespace
         wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
-        positions = runner.decoder(kernels).max_positions or 1 << 30
+        positions = runner.decoder(kernels, store).max_positions or 1 << 30
         if positions <= len(encoder.anchor):
             raise PromptTooLongError(
                 f"the anchor has {len(encoder.anchor)} tokens and leaves no room in the model's {positions} positions: give a "
@@ -122,6 +122,7 @@ class Documents:
                 self._foreign_ids,
                 self.runner.turn,
                 fingerprint,
+                self.store,
             )
             self._reader = reader
         return reader

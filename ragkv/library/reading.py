@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 
 import torch
+from safetensors.torch import load, save
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
@@ -15,6 +16,10 @@ from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
+from ragkv.model.traits import Facts, keep, model_key, recalled
+
+# A longer opening is computed by every process: the store's small values are never evicted.
+_KEPT_BYTES = 32 << 20
 
 
 class Reader:
@@ -27,6 +32,7 @@ class Reader:
         foreign: ids of a text to stand in front of documents for their sensitivity to be measured.
         turn: gives the model to one thread, and says its fingerprint; by default nobody else uses it.
         fingerprint: of the model.
+        facts: where KV of the anchor, and of a template's prefix, outlive the process; by default they do not.
 
     Attributes:
         space: fingerprint of all that KV depend on besides their chunk.
@@ -41,6 +47,7 @@ class Reader:
         foreign: Sequence[int] = (),
         turn: Callable[[], AbstractContextManager[str]] | None = None,
         fingerprint: str = "",
+        facts: Facts | None = None,
     ):
         self.decoder, self.piece_tokens, self.fingerprint = decoder, piece_tokens, fingerprint
         self._turn = turn or (lambda: nullcontext(fingerprint))
@@ -49,7 +56,11 @@ class Reader:
         self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
         self.foreign = digest(self._foreign_ids).hex()[:16]
         self._openings: dict[tuple[int, ...], ChunkKV | None] = {(): None}
-        self.opening(self.anchor_ids)
+        self._facts, self._model = (
+            facts,
+            None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels),
+        )
+        self.opening(self.anchor_ids, "anchor")
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -68,12 +79,36 @@ class Reader:
         """KV of the anchor."""
         return self.opening(self.anchor_ids)
 
-    def opening(self, ids: Sequence[int]) -> ChunkKV | None:
-        """KV of ids that stand at position 0, computed once and kept; ``None`` for no ids."""
+    def opening(self, ids: Sequence[int], name: str = "") -> ChunkKV | None:
+        """KV of ids that stand at position 0, computed once and kept; ``None`` for no ids.
+
+        Args:
+            ids: what a prompt or a document begins with.
+            name: what the KV are kept under for the next process, in the place of those of other ids; empty: they are not.
+        """
         ids = tuple(ids)
         if ids not in self._openings:
-            self._openings[ids] = self._computed(ids)
+            self._openings[ids] = self._kept(ids, name) if name else self._computed(ids)
         return self._openings[ids]
+
+    def _kept(self, ids: tuple[int, ...], name: str) -> ChunkKV | None:
+        if self._facts is None or self._model is None:
+            return self._computed(ids)
+        name, key = f"{name}:{self._model.hex()}", digest(self._model, ids)
+        data = recalled(self._facts, name, key)
+        if data is not None:
+            tensors, layers = load(data), self.decoder.specs
+            keys = [tensors[f"k{number}"].to(spec.device) for number, spec in enumerate(layers)]
+            return ChunkKV(keys, [tensors[f"v{number}"].to(spec.device) for number, spec in enumerate(layers)], 0)
+        kv = self._computed(ids)
+        if kv is not None and kv.nbytes <= _KEPT_BYTES:
+            named = {
+                f"{part}{number}": tensor
+                for number, pair in enumerate(kv)
+                for part, tensor in zip("kv", pair, strict=True)
+            }
+            keep(self._facts, name, key, save({part: tensor.cpu() for part, tensor in named.items()}))
+        return kv
 
     def read(
         self,

@@ -24,6 +24,7 @@ from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config,
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import MaskBuilder, for_model, layer_rules
 from ragkv.model.rope import Probe, Tolerance, probe_rotations, relative_error
+from ragkv.model.traits import Traits
 from ragkv.model.turns import turns
 
 _PROBE_TOKENS = 8
@@ -51,14 +52,18 @@ class Decoder:
         UnsupportedModelError: by name of the reason, when the model cannot be driven exactly.
     """
 
-    def __init__(self, model: PreTrainedModel, kernels: Impl = "auto"):
+    def __init__(self, model: PreTrainedModel, kernels: Impl = "auto", known: Traits | None = None):
         self.model, self.kernels = unwrapped(model), kernels
         self.config = self.model.config.get_text_config(decoder=True)
         self.turns = turns(self.config)
-        self.probe()
+        self.probe(known)
 
-    def probe(self) -> None:
-        """Find out what the model does, once more where it was changed in more than its weights."""
+    def probe(self, known: Traits | None = None) -> None:
+        """Find out what the model does, once more where it was changed in more than its weights.
+
+        Args:
+            known: what was found of just this model before.
+        """
         refuse_by_config(self.config)
         refuse_state(self.model)
         embeddings = self.model.get_input_embeddings()
@@ -67,20 +72,33 @@ class Decoder:
         self.device = _device(embeddings)
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
         self.keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        with self.turns:
-            start = self._begin()
-            self.specs = [
-                LayerSpec(k.shape[0], k.shape[2], v.shape[2], k.dtype, k.device)
-                for k, v in zip(start.keys, start.values, strict=True)
-            ]
+        self.rules = layer_rules(self.config, len(self.layers), self.device)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        if known is None:
+            with self.turns:
+                self._try()
+        else:
+            self.specs, self.rotations, self.max_positions = known.specs, known.rotations, known.max_positions
             self.dtype = self.specs[0].dtype
-            self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
-            tolerance = Tolerance(self._noise)
-            self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
-            self.max_positions = movable or self.max_positions
-            self.rules = layer_rules(self.config, len(self.layers), self.device)
-            self.spans = self._span_rules()
-            self._check_scattered(tolerance)
+            self.spans = self._span_rules() if known.spans else None
+
+    @property
+    def traits(self) -> Traits:
+        """What was found."""
+        return Traits(self.specs, self.rotations, self.max_positions, self.spans is not None)
+
+    def _try(self) -> None:
+        start = self._begin()
+        self.specs = [
+            LayerSpec(k.shape[0], k.shape[2], v.shape[2], k.dtype, k.device)
+            for k, v in zip(start.keys, start.values, strict=True)
+        ]
+        self.dtype = self.specs[0].dtype
+        tolerance = Tolerance(self._noise)
+        self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
+        self.max_positions = movable or self.max_positions
+        self.spans = self._span_rules()
+        self._check_scattered(tolerance)
 
     @property
     def attention(self) -> str:

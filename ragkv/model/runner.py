@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
@@ -11,11 +11,13 @@ from weakref import WeakValueDictionary
 from transformers import PreTrainedModel
 
 from ragkv.chunk import digest
+from ragkv.errors import RecordError
 from ragkv.kernels import Impl
 from ragkv.model.decoder import Decoder
 from ragkv.model.fingerprint import Weights, settings
-from ragkv.model.inspection import refuse_autocast, refuse_state, unwrapped
+from ragkv.model.inspection import refuse_autocast, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.rope import rope_frequencies
+from ragkv.model.traits import Facts, Traits, keep, model_key, recalled
 from ragkv.model.turns import turns
 
 
@@ -79,8 +81,12 @@ class Runner:
             self._weights.forget()
             self._look()
 
-    def decoder(self, kernels: Impl = "auto") -> Decoder:
+    def decoder(self, kernels: Impl = "auto", facts: Facts | None = None) -> Decoder:
         """The model as fusion drives it: probed once for each choice of kernels, and again when more than weights change.
+
+        Args:
+            kernels: which implementation of ``ragkv.kernels`` runs.
+            facts: where an earlier process may have kept what it found of this model, and this one keeps it.
 
         Raises:
             UnsupportedModelError: the model cannot be driven exactly.
@@ -89,9 +95,23 @@ class Runner:
             return self._decoders[kernels]
         with self._turns:
             if kernels not in self._decoders:
-                self._decoders[kernels] = Decoder(self.model, kernels)
+                self._decoders[kernels] = self._made(kernels, facts)
         with self.turn():
             return self._decoders[kernels]
+
+    def _made(self, kernels: Impl, facts: Facts | None) -> Decoder:
+        refuse_by_config(self._config)  # before weights are read
+        key = None if facts is None else model_key(self.model, self.fingerprint, kernels)
+        if facts is None or key is None:
+            return Decoder(self.model, kernels)
+        name = f"model:{key.hex()}"
+        with suppress(RecordError):
+            known = recalled(facts, name, key)
+            if known is not None:
+                return Decoder(self.model, kernels, Traits.from_bytes(known, self.model))
+        decoder = Decoder(self.model, kernels)
+        keep(facts, name, key, decoder.traits.to_bytes(self.model))
+        return decoder
 
     def _look(self) -> None:
         refuse_state(self.model)

@@ -65,7 +65,7 @@ def test_not_measured_where_nobody_asks(model, tmp_path, measured):
     assert measured == []
 
 
-def test_damaged_profile_is_measured_again(model, tmp_path, measured):
+def test_damaged_profile_is_measured_again(model, tmp_path, measured, facts):
     reader = reader_of(model, "model")
     with TieredStore(tmp_path, cpu_bytes=0) as store:
         assert cost_profile(reader, store, 1000) is not None
@@ -81,12 +81,6 @@ def test_damaged_profile_is_measured_again(model, tmp_path, measured):
 
 def reader_of(model, fingerprint=""):
     return Reader(Decoder(model), (), 512, fingerprint=fingerprint)
-
-
-def facts(store):
-    env = store._disk.environment
-    with env.read() as txn, txn.cursor(env.db(b"facts")) as cursor:
-        return [bytes(key).decode() for key in cursor.iternext(values=False)]
 
 
 @pytest.mark.parametrize("most", [1, 7, 20, 300, 100_000])
