@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,24 @@ class Snapshot:
     def __len__(self) -> int:
         return self._txn.count("documents")
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, in no particular order."""
+    def documents(self, damaged: Callable[[str, RecordError], object] | None = None) -> Iterator[Document]:
+        """All documents, in no particular order.
+
+        Args:
+            damaged: told of a document that is damaged, by its id, which is passed over then.
+
+        Raises:
+            RecordError: a document is damaged, and nobody wants to be told.
+        """
         for key, record in self._txn.items("documents"):
-            yield records.document_from(records.opened("a document", key, record))
+            try:
+                document = records.document_from(records.opened("a document", key, record))
+            except RecordError as error:
+                if damaged is None:
+                    raise
+                damaged(key.hex(), error)
+            else:
+                yield document
 
     def get(self, source: str) -> Document | None:
         """The document of a source; None where there is none."""
