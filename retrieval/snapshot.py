@@ -155,6 +155,10 @@ class Snapshot:
         """Whether just this reading of a document is kept."""
         return self.reading(records.reading_key(records.source_key(document.source), reading.setting)) == reading
 
+    def named(self) -> list[bytes]:
+        """The keys of all KV that some document's reading names, each once."""
+        return list(dict.fromkeys(self._txn.keys("kv")))
+
     def names(self, kv: bytes) -> bool:
         """Whether any document's reading names the KV of a key."""
         return self._txn.get("kv", kv) is not None
