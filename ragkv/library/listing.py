@@ -20,8 +20,8 @@ class ListedDocument:
         source: what it is called.
         passages: how many it has.
         tokens: as a model counts them that has read it; None where none has.
-        kv_bytes: what its KV take, by tier, of all models together; a passage that several documents share counts for each, so that the
-            sum may be more than what :func:`kept_bytes` or the store's own ``stats()`` say.
+        kv_bytes: what its KV take, by tier, of all models together; a passage that several documents share counts for each, so
+            that their sum may be more than the store's own ``stats()`` say.
         pinned: whether any of its KV is kept from being evicted.
         metadata: what was given with it.
     """
