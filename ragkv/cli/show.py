@@ -59,11 +59,17 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
         print("  ".join(cells).rstrip())
 
 
+def documents(counts: dict[str, int], hidden: int) -> str:
+    """What became of documents, kind by kind, and what was not looked at."""
+    said = f"documents: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count) or 'none'}"
+    return f"{said} ({number(hidden, 'hidden one')} left out)" if hidden else said
+
+
 def kv(sizes: dict[str, int]) -> str:
-    """What KV take where they are kept: ``1.5 MiB of KV on disk``; what is in memory besides is a copy."""
-    if "disk" in sizes:
-        return f"{size(sizes['disk'])} of KV on disk"
-    return f"{size(sizes.get('cpu', 0))} of KV in memory"
+    """What KV take where they are kept, behind a list: ``; 1.5 MiB of KV on disk``; what is in memory besides is a copy."""
+    if not sizes:
+        return ""
+    return f"; {size(sizes['disk'])} of KV on disk" if "disk" in sizes else f"; {size(sizes['cpu'])} of KV in memory"
 
 
 def milliseconds(value: float) -> str:

@@ -47,15 +47,17 @@ def run(capsys, *argv):
 
 def test_add_ask_stats(files, tmp_path, capsys):
     (files / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (files / ".draft.md").write_text("Not yet.")
     code, out, err = run(capsys, "add", files)
     assert code == 0
-    assert out.startswith("documents: 2 added, 1 skipped; ") and " tokens read in " in out
+    assert out.startswith("documents: 2 added, 1 skipped (1 hidden one left out); ") and " tokens read in " in out
     to_read, skipped = err.splitlines()
     assert re.fullmatch(r"to read: \d+ tokens, about 1\.\d MiB of KV", to_read) and out.endswith(" MiB of KV on disk\n")
     assert skipped == f"skipped {files}/picture.png: binary"
 
     code, out, _ = run(capsys, "add", files, "--json")
     added = json.loads(out)
+    assert added["hidden"] == 1
     assert (code, added["tokens_read"], added["documents"]) == (
         0,
         0,
@@ -106,11 +108,13 @@ def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
     (files / "clearport.md").rename(files / "harbour.md")
     (files / "blackstead.md").unlink()
     (files / "new.md").write_text("Harps are made in Wye.")
+    (files / ".draft.md").write_text("Not yet.")
     code, out, _ = run(capsys, "sync", "files", "--dry-run")
     lines = ["added    files/new.md", "removed  files/blackstead.md", "moved    files/clearport.md -> files/harbour.md"]
     assert code == 0 and out.splitlines()[:3] == lines
     assert re.fullmatch(
-        r"documents: 1 added, 1 moved, 1 removed; \d+ tokens to read; nothing was done", out.splitlines()[3]
+        r"documents: 1 added, 1 moved, 1 removed \(1 hidden one left out\); \d+ tokens to read; nothing was done",
+        out.splitlines()[3],
     )
     code, out, _ = run(capsys, "sync", "files")
     assert code == 0 and out.splitlines()[:3] == lines and out.endswith(" of KV on disk\n")
@@ -122,7 +126,11 @@ def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
     ]
     code, out, _ = run(capsys, "sync", "files", "--json")
     said = json.loads(out)
-    assert (said["tokens"], said["unchanged"]) == (0, [str(files / "harbour.md"), str(files / "new.md")])
+    assert (said["tokens"], said["hidden"], said["unchanged"]) == (
+        0,
+        1,
+        [str(files / "harbour.md"), str(files / "new.md")],
+    )
     assert json.loads(run(capsys, "docs", "--json")[1])["documents"][0]["tokens"] > 100
     code, out, err = run(capsys, "sync", "nowhere")
     assert (code, out) == (1, "") and "'nowhere' is no folder that is there" in err
@@ -183,7 +191,7 @@ def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):
 def test_nothing_could_be_added(tmp_path, capsys):
     code, out, err = run(capsys, "add", tmp_path / "missing.txt", "--path", tmp_path / "kv")
     assert code == 1
-    assert out.startswith("documents: 1 skipped; 0 passages; 0 tokens read")
+    assert re.fullmatch(r"documents: 1 skipped; 0 passages; 0 tokens read in [\d.]+ s\n", out), "there are no KV"
     assert err.splitlines()[0] == f"skipped {tmp_path}/missing.txt: cannot be read: No such file or directory"
     code, _, err = run(capsys, "ask", "What?", "--path", tmp_path / "kv")
     assert (code, err.count("\n")) == (1, 1) and "no documents yet" in err
