@@ -31,6 +31,16 @@ def opened(model=None, path=None, **options):
     return RAG.from_pretrained(model, path=path, embedder=WordEmbedder(), device="cpu", cpu_bytes=1 << 26, **options)
 
 
+def test_an_embedder_of_local_files_beside_the_bundled_model(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "ragkv.model.loading.SentenceTransformerEmbedder",
+        lambda name, local_files_only: made.append((name, local_files_only)) or WordEmbedder(),
+    )
+    with RAG.from_pretrained(embedder="mine/words", local_files_only=True, cpu_bytes=1 << 26) as rag:
+        assert made == [("mine/words", True)] and rag.add_texts([TEXT]).tokens_read > 0
+
+
 def test_every_option_arrives(repository):
     options = {"context": "chunk", "document_tokens": 200, "piece_tokens": 64, "namespace": "mine", "sensitivity": True}
     more = {"kernels": "reference", "method": LegoLink(k=2), "template": TEMPLATE, "chunk_tokens": 30}
