@@ -179,7 +179,7 @@ def test_a_real_interrupt_keeps_what_was_read(tmp_path):
         assert first.poll() is None, said.decode()
     first.send_signal(signal.SIGINT)
     out, rest = first.communicate()
-    assert (first.returncode, out) == (130, b"")
+    assert (first.returncode, out) == (130, b""), (said + rest).decode()
     assert rest.decode().splitlines()[-1] == (
         "ragkv: interrupted: what was read is kept, and the same command goes on from there"
     )
