@@ -61,5 +61,7 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"ragkv: {message}", file=sys.stderr)
+    from ragkv.cli.show import plain
+
+    print(f"ragkv: {plain(message)}", file=sys.stderr)
     return code
