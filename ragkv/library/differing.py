@@ -61,8 +61,8 @@ def warn_of_differences(catalogue: Catalogue, documents: Documents) -> None:
         unread = sum(documents.setting not in view.read_for(bytes.fromhex(listed.id)) for listed in view.documents())
     if unread:
         logger.warning(
-            "%d documents of %s are read again when they are asked for; what differs from when they were read: %s",
-            unread,
+            "documents of %s that are read again when they are asked for: %d; what differs from when they were read: %s",
             catalogue.path.parent,
+            unread,
             ", ".join(differences(before, now)),
         )

@@ -63,7 +63,7 @@ def folder(tmp_path):
 def test_what_differs_is_named(folder, said, changed, names):
     options = {**changed, "model": model_of(**changed.get("model", {}))}
     assert said(folder, **options) == [
-        f"2 documents of {folder} are read again when they are asked for; what differs from when they were read: {names}"
+        f"documents of {folder} that are read again when they are asked for: 2; what differs from when they were read: {names}"
     ]
 
 
