@@ -18,6 +18,7 @@ from ragkv.fusion.view import Selection, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
+from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
 from ragkv.report import FusedPrompt, FusionReport
@@ -55,7 +56,8 @@ def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int,
             logits.device.type == "cpu" and not logits.isfinite().all()
         ):  # on a device, decoding looks: it waits for it anyway
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
-        sources = one.placement.sources() if one.opened else ["unused"] * len(layout.chunks)
+        moved = moved_for_this()
+        sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
         report = FusionReport(
             method=selection.name,
             attention=done.attention,
@@ -65,7 +67,7 @@ def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int,
             suffix_tokens=layout.tokens - layout.suffix_start,
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
-            bytes_read=one.placement.bytes_read if one.opened else 0,
+            bytes_read=one.placement.bytes_read(moved) if one.opened else 0,
             budget=done.budget,
             fresh_by_layer=done.fresh,
             looked=one.looked,

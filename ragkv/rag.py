@@ -20,9 +20,10 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.differing import warn_of_differences
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
 from ragkv.library.listing import ListedDocument, listed_documents
-from ragkv.library.watching import Progress
+from ragkv.library.watching import Progress, prefetched
 from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
@@ -30,7 +31,7 @@ from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
-from ragkv.store import TieredStore
+from ragkv.store import Moved, TieredStore
 from ragkv.store.codecs import Codec
 from ragkv.streaming import AsyncAnswerStream, stoppable
 
@@ -89,6 +90,7 @@ class RAG:
         self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
         cuts = chunker or TokenChunker(engine.tokenizer)
         self._intake = Intake(retriever.catalogue, self._documents, engine.documents, cuts, repair_tokens)
+        warn_of_differences(retriever.catalogue, engine.documents)
 
     @classmethod
     def from_pretrained(
@@ -414,18 +416,24 @@ class RAG:
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
             **generation: what ``model.generate`` takes.
+
+        Returns:
+            The passages, and the pieces; these know what was left out, too: ``left_out``, as :attr:`SourcedAnswer.left_out`.
         """
-        hits, chunks, _ = self._found(question, top_k, neighbours)
-        self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
-        with told_of_hits(progress, hits):
-            return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
+        hits, chunks, left_out = self._found(question, top_k, neighbours)
+        moved: dict[bytes, Moved] = {}
+        self.engine.store.prefetch(list(self.engine.documents.keys(chunks)), moved)  # beside what the caller does now
+        with told_of_hits(progress, hits), prefetched(moved):
+            pieces = self.engine.stream(chunks, question, method=method, **generation)
+        pieces.sources, pieces.left_out = _shown(hits), _shown(left_out)
+        return pieces.sources, pieces
 
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         return await stoppable(self._pool(), partial(self.ask, question), **options)
 
     def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
-        """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
+        """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources`` and ``left_out``."""
         return AsyncAnswerStream(partial(self.stream, question), self._pool(), **options)
 
     def _pool(self) -> ThreadPoolExecutor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ragkv.detokenizer import Detokenizer
 from ragkv.fusion.timing import Timer
+
+if TYPE_CHECKING:
+    from ragkv.retrieval import Hit
 
 
 @dataclass
@@ -132,11 +135,14 @@ class AnswerStream(Iterator[str]):
     Attributes:
         token_ids: the ids generated so far, an end token and the ids of a stop text included.
         report: what it cost so far; ``None`` until the first piece was asked for.
+        sources, left_out: as of :class:`~ragkv.rag.SourcedAnswer`, where :meth:`RAG.stream` asked.
     """
 
     def __init__(self, start: Callable[[], tuple[AnswerReport, Iterator[int]]], detokenizer: Detokenizer):
         self.token_ids: list[int] = []
         self.report: AnswerReport | None = None
+        self.sources: list[Hit] = []
+        self.left_out: list[Hit] = []
         self._start, self._text = start, detokenizer
         self._pieces = self._run()
         self._context = copy_context()  # who watches when it is made is told what is read later

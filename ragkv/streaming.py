@@ -28,10 +28,12 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     Attributes:
         sources: the passages in the order of the prompt; empty until the first piece is there.
+        left_out: those that were found and are too long for the model; likewise.
     """
 
     def __init__(self, start: Callable[..., tuple[list[Hit], AnswerStream]], executor: Executor, **options: Any):
         self.sources: list[Hit] = []
+        self.left_out: list[Hit] = []
         self._stop = _Stop()
         self._start = partial(start, **self._stop.among(options))
         self._executor, self._queue = executor, asyncio.Queue[str | None]()
@@ -86,6 +88,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
     def _work(self, say: Callable[[str], None]) -> None:
         if not self._stop.is_set():
             self.sources, self._stream = self._start()
+            self.left_out = self._stream.left_out
         for piece in self._stream or () if not self._stop.is_set() else ():
             say(piece)
 

@@ -98,13 +98,14 @@ def merged(txn: Transaction, archived: ArchivedDocument, replace_other: bool) ->
     """Takes in a document of an archive: as :meth:`~ragkv.retrieval.Catalogue.merge`, inside a transaction that may write."""
     view, given = Snapshot(txn), archived.document
     old, key = view.get(given.source), records.source_key(given.source)
+    there = old is not None and replace(old, passage_ids=()) == given
     if old is not None and not replace_other:
         readings = archived.readings if old.content_hash == given.content_hash else ()
         new = [reading for reading in readings if view.reading(records.reading_key(key, reading.setting)) is None]
         put_readings(txn, key, new)
-        return Merged(kept=replace(old, passage_ids=()) != given)
+        return Merged(kept=not there, there=there)
     vectors = dict(zip(archived.passages, archived.vectors, strict=True))
-    return Merged(unused=replaced(txn, given, list(archived.passages), vectors, archived.readings).unused)
+    return Merged(there=there, unused=replaced(txn, given, list(archived.passages), vectors, archived.readings).unused)
 
 
 def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading]) -> set[bytes]:

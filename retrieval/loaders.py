@@ -76,7 +76,7 @@ def load_files(
         DocumentError: something else than paths was given.
     """
     codecs.lookup(encoding)
-    named = _listed(paths)
+    named = listed_paths(paths)
     seen: set[str] = set()
     for found in (entry for path in named for entry in _walk(os.path.abspath(os.fspath(path)))):
         source = found if isinstance(found, str) else found.source
@@ -85,6 +85,15 @@ def load_files(
             continue
         seen.add(real)
         yield _load(found, real, encoding, max_bytes) if isinstance(found, str) else found
+
+
+def hidden_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> int:
+    """How many hidden files and folders :func:`load_files` passes over in folders."""
+    named, found = {os.path.realpath(path) for path in listed_paths(paths)}, set[str]()
+    for folder, folders, files in (step for path in named for step in os.walk(path)):
+        found.update(os.path.join(folder, name) for name in (*folders, *files) if name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return len(found - named)
 
 
 def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8", max_bytes: int = 256 << 20) -> str:
@@ -120,7 +129,12 @@ def _load(path: str, real: str, encoding: str, max_bytes: int) -> LoadedFile | S
         return SkippedFile(path, str(error))
 
 
-def _listed(paths: Any) -> list[str | os.PathLike[str]]:
+def listed_paths(paths: Any) -> list[str | os.PathLike[str]]:
+    """A path, or paths, as a list.
+
+    Raises:
+        DocumentError: something else was given.
+    """
     listed = [paths] if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else list(paths)
     for path in listed:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):

@@ -121,10 +121,12 @@ class Merged(NamedTuple):
 
     Attributes:
         kept: another version of the source is there, and stays.
+        there: just this document is there already.
         unused: keys of KV that no document's reading names any more.
     """
 
     kept: bool = False
+    there: bool = False
     unused: tuple[bytes, ...] = ()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,32 @@ class Snapshot:
         """What the folder is opened with where nothing else is said."""
         return json.loads(self._txn.get("meta", b"defaults") or b"{}")
 
+    @property
+    def read_with(self) -> dict[str, str]:
+        """What documents were last read with, by name."""
+        return json.loads(self._txn.get("meta", b"read with") or b"{}")
+
     def __len__(self) -> int:
         return self._txn.count("documents")
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, in no particular order."""
+    def documents(self, damaged: Callable[[str, RecordError], object] | None = None) -> Iterator[Document]:
+        """All documents, in no particular order.
+
+        Args:
+            damaged: told of a document that is damaged, by its id, which is passed over then.
+
+        Raises:
+            RecordError: a document is damaged, and nobody wants to be told.
+        """
         for key, record in self._txn.items("documents"):
-            yield records.document_from(records.opened("a document", key, record))
+            try:
+                document = records.document_from(records.opened("a document", key, record))
+            except RecordError as error:
+                if damaged is None:
+                    raise
+                damaged(key.hex(), error)
+            else:
+                yield document
 
     def get(self, source: str) -> Document | None:
         """The document of a source; None where there is none."""
@@ -140,6 +159,10 @@ class Snapshot:
     def keeps(self, document: Document, reading: Reading) -> bool:
         """Whether just this reading of a document is kept."""
         return self.reading(records.reading_key(records.source_key(document.source), reading.setting)) == reading
+
+    def named(self) -> list[bytes]:
+        """The keys of all KV that some document's reading names, each once."""
+        return list(dict.fromkeys(self._txn.keys("kv")))
 
     def names(self, kv: bytes) -> bool:
         """Whether any document's reading names the KV of a key."""

@@ -43,17 +43,16 @@ def _summary(added: Added, seconds: float) -> dict[str, Any]:
         "tokens_read": added.tokens_read,
         "kv_bytes": added.kv_bytes,
         "seconds": round(seconds, 3),
+        "hidden": added.hidden,
         "skipped": [{"source": skipped.source, "reason": skipped.reason} for skipped in added.skipped],
     }
 
 
 def _show(summary: dict[str, Any]) -> None:
-    documents = [f"{count} {kind}" for kind, count in summary["documents"].items() if count]
-    if summary["skipped"]:
-        documents.append(f"{len(summary['skipped'])} skipped")
+    counts = {**summary["documents"], "skipped": len(summary["skipped"])}
     read = f"{show.number(summary['tokens_read'], 'token')} read in {summary['seconds']:.1f} s"
-    passages, size = show.number(summary["passages"], "passage"), show.kv(summary["kv_bytes"])
-    print(f"documents: {', '.join(documents) or 'none'}; {passages}; {read}; {size}")
+    passages = show.number(summary["passages"], "passage")
+    print(f"{show.documents(counts, summary['hidden'])}; {passages}; {read}{show.kv(summary['kv_bytes'])}")
 
 
 def _kind(change: Change) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ragkv import __version__
 from ragkv.cli import care, evaluating, filters
 from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
@@ -26,7 +27,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="'ragkv demo' needs no model, no documents and no network. 'ragkv COMMAND --help' says more.",
         allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top.add_argument("--version", action="version", version=f"ragkv {__version__}")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser] = top.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Command
+    )
     shared, model, method, bar = _shared(), _model(), _method(), _bar()
 
     def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
@@ -88,6 +92,16 @@ def parser() -> argparse.ArgumentParser:
     care.add_commands(command)
     evaluating.add_command(commands.add_parser)
     return top
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one command: what it does not know is its own usage error, not that of the whole."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def home() -> Path:
@@ -154,8 +168,9 @@ def _bar() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--progress",
-        action="store_true",
-        help="show how far reading is, also with --json or where stderr is no terminal",
+        action=argparse.BooleanOptionalAction,
+        help="show on stderr how far reading is, or do not (default: on a terminal; elsewhere lines without a bar, and with "
+        "--json nothing)",
     )
     return options
 

@@ -12,6 +12,7 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
 from ragkv.rag import RAG, SourcedAnswer
+from ragkv.retrieval import Hit
 
 #: Stages of an answer's time line, in order, and what they are called.
 _STAGES = {
@@ -55,7 +56,7 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     if not args.json:
         print()
     assert pieces.report is not None
-    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits)
+    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits, pieces.left_out)
     return answer, _milliseconds(answer, total_ms)
 
 
@@ -69,17 +70,22 @@ def _milliseconds(answer: SourcedAnswer, total_ms: float) -> dict[str, float]:
 
 
 def _as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
-    sources = [
-        {"source": hit.source, "position": hit.position, "score": hit.score, "kv": kv, "text": hit.text}
-        for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True)
-    ]
+    """For programs. Times are in ``milliseconds`` only: the report's count from the passages on, and not from the question."""
+    report = answer.report.as_dict()
+    del report["first_token_ms"], report["decode_ms"], report["fusion"]["milliseconds"]
+    sources = zip(answer.sources, answer.report.fusion.sources, strict=True)
     return {
         "question": question,
         "answer": answer.text.strip(),
-        "sources": sources,
+        "sources": [{**_passage(hit), "kv": kv} for hit, kv in sources],
+        "left_out": [_passage(hit) for hit in answer.left_out],
         "milliseconds": {stage: round(value, 3) for stage, value in milliseconds.items()},
-        "report": answer.report.as_dict(),
+        "report": report,
     }
+
+
+def _passage(hit: Hit) -> dict[str, Any]:
+    return {"source": hit.source, "position": hit.position, "score": hit.score, "text": hit.text}
 
 
 def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:

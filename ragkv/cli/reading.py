@@ -17,10 +17,13 @@ _NAMED = 5
 
 @contextmanager
 def reading(args: argparse.Namespace) -> Iterator[ReadingBar]:
-    """Shows progress on stderr: lines unless ``--json`` is given, a bar on a terminal, both where ``--progress`` asks for them."""
-    shown = ReadingBar(
-        lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty())
-    )
+    """Shows progress on stderr: lines and a bar on a terminal; elsewhere lines alone, and with ``--json`` nothing.
+
+    ``--progress`` shows both wherever that is, ``--no-progress`` neither.
+    """
+    terminal = sys.stderr.isatty()
+    lines, bar = (terminal or not args.json, terminal) if args.progress is None else (args.progress,) * 2
+    shown = ReadingBar(lines=lines, bar=bar)
     try:
         yield shown
     finally:

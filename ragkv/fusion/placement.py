@@ -25,7 +25,7 @@ from ragkv.store import Target
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
-    from ragkv.store import Batch
+    from ragkv.store import Batch, Moved
 
 _DECODED: tuple[CodecName, ...] = ("int8", "int4", "fp8")  # by the kernel that places
 
@@ -110,14 +110,20 @@ class Placement:
         if self._by_layer:
             batch.read_ahead()
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from disk so far."""
-        return self.batch.bytes_read
+    def bytes_read(self, moved: Mapping[bytes, Moved]) -> int:
+        """Bytes read from disk so far, for what was moved to memory for this prompt too."""
+        return self.batch.bytes_read + sum(moved[key].bytes_read for key in self._index.keys() & moved.keys())
 
-    def sources(self) -> list[str]:
-        """Where each chunk's KV came from, in prompt order."""
-        return ["computed" if key in self.fresh else str(self.batch.tiers[self._index[key]]) for _, key in self._chunks]
+    def sources(self, moved: Mapping[bytes, Moved]) -> list[str]:
+        """Where each chunk's KV came from, in prompt order; what was moved to memory for this prompt, from where it was before."""
+        return [
+            "computed"
+            if key in self.fresh
+            else moved[key].tier
+            if key in moved
+            else str(self.batch.tiers[self._index[key]])
+            for _, key in self._chunks
+        ]
 
     def ahead(self, first: int = 0) -> None:
         """Place what a pass needs from layer ``first`` on, as far as that is better done before the pass: all of it on the CPU.

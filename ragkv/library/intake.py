@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import ArgumentTypeError, DocumentError
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
+from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, watched
 from ragkv.retrieval import Catalogue, Change, Hit, SkippedFile, TokenChunker, load_files
+from ragkv.retrieval.loaders import hidden_files, listed_paths
 from ragkv.retrieval.naming import below, gone, named
 from ragkv.retrieval.records import checked_document
 
@@ -30,6 +32,7 @@ class Added:
     Attributes:
         changes: what changed in the catalogue, a document each, in the order given.
         skipped: files that could not be read, with the reason.
+        hidden: how many hidden files and folders were passed over in folders.
         moved: documents that are called otherwise now, because their file was moved: by the new source, what they were called.
         tokens_read: tokens that the model had to read; 0 where everything was known.
         kv_bytes: what the KV of these documents take now, by tier.
@@ -38,6 +41,7 @@ class Added:
     changes: list[Change] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
+    hidden: int = 0
     tokens_read: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -51,6 +55,7 @@ class Synced:
         moved: by the new source, what the document was called.
         removed: documents whose files are gone.
         skipped: files that could not be read, with the reason; documents of theirs stay as they are.
+        hidden: how many hidden files and folders were passed over.
         tokens: that were read, or would have to be.
         kv_bytes: what the KV of the files that are there take, by tier.
     """
@@ -61,6 +66,7 @@ class Synced:
     moved: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
+    hidden: int = 0
     tokens: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -80,6 +86,7 @@ class _Plan:
     documents: list[tuple[Prepared, int]] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     skipped: list[SkippedFile] = field(default_factory=list)
+    hidden: int = 0
     stored_tokens: int = 0
 
     @property
@@ -147,7 +154,7 @@ class Intake:
                 f"no file is left in {path}, and {len(lost)} documents came from there: nothing was changed. Is its disk mounted? "
                 "'ragkv forget' or RAG.remove() removes documents"
             )
-        synced = Synced(moved=plan.moved, removed=lost, skipped=plan.skipped, tokens=plan.tokens)
+        synced = Synced(moved=plan.moved, removed=lost, skipped=plan.skipped, hidden=plan.hidden, tokens=plan.tokens)
         for source, kind in kinds.items():
             if source not in plan.moved:
                 getattr(synced, kind).append(source)
@@ -176,6 +183,8 @@ class Intake:
                 tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
         total = sum(tokens for *_, tokens in work)
         size = check_room(documents, stored_tokens)
+        if work:
+            self._catalogue.keep_read_with(described(self._documents))
         done = read = 0
         for source, document_id, tokens in work:
             with _told(tell, source, "missing", done, total, size):
@@ -185,8 +194,10 @@ class Intake:
 
     def _files(self, paths: Any, tell: Tell | None) -> _Plan:
         """What adding files takes. One whose text is that of a document whose own file is gone was moved."""
+        paths = listed_paths(paths)
         found = (file if isinstance(file, SkippedFile) else Given(file.source, file.text) for file in load_files(paths))
         plan = self._plan(found, tell, skip=True)
+        plan.hidden = hidden_files(paths)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
         for document in self._catalogue.documents() if new else ():
@@ -231,11 +242,13 @@ class Intake:
 
     def _done(self, plan: _Plan, tell: Tell | None) -> Added:
         """The plan carried out."""
-        added, done, total = Added(skipped=plan.skipped, moved=plan.moved), 0, plan.tokens
+        added, done, total = Added(skipped=plan.skipped, hidden=plan.hidden, moved=plan.moved), 0, plan.tokens
         size = check_room(self._documents, plan.stored_tokens)
         if self.defaults and plan.documents:  # before reading, which may take hours and be cut short
             self._catalogue.keep_defaults(self.defaults)
             self.defaults = {}
+        if plan.documents:
+            self._catalogue.keep_read_with(described(self._documents))
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)

@@ -20,7 +20,8 @@ class ListedDocument:
         source: what it is called.
         passages: how many it has.
         tokens: as a model counts them that has read it; None where none has.
-        kv_bytes: what its KV take, by tier, of all models together; a passage that several documents share counts for each.
+        kv_bytes: what its KV take, by tier, of all models together; a passage that several documents share counts for each, so
+            that their sum may be more than the store's own ``stats()`` say.
         pinned: whether any of its KV is kept from being evicted.
         metadata: what was given with it.
     """
@@ -57,6 +58,12 @@ def listed_documents(catalogue: Catalogue, store: TieredStore | None, setting: s
                 )
             )
     return found
+
+
+def kept_bytes(catalogue: Catalogue, store: TieredStore) -> dict[str, int]:
+    """What the KV of all documents take together, by tier; what several of them share counts once."""
+    with catalogue.snapshot() as view:
+        return store.sizes(view.named())
 
 
 def _tokens(readings: Sequence[Reading]) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -47,15 +48,17 @@ def run(capsys, *argv):
 
 def test_add_ask_stats(files, tmp_path, capsys):
     (files / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (files / ".draft.md").write_text("Not yet.")
     code, out, err = run(capsys, "add", files)
     assert code == 0
-    assert out.startswith("documents: 2 added, 1 skipped; ") and " tokens read in " in out
+    assert out.startswith("documents: 2 added, 1 skipped (1 hidden one left out); ") and " tokens read in " in out
     to_read, skipped = err.splitlines()
     assert re.fullmatch(r"to read: \d+ tokens, about 1\.\d MiB of KV", to_read) and out.endswith(" MiB of KV on disk\n")
     assert skipped == f"skipped {files}/picture.png: binary"
 
     code, out, _ = run(capsys, "add", files, "--json")
     added = json.loads(out)
+    assert added["hidden"] == 1
     assert (code, added["tokens_read"], added["documents"]) == (
         0,
         0,
@@ -71,7 +74,7 @@ def test_add_ask_stats(files, tmp_path, capsys):
     code, out, _ = run(capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8)
     answer, *_ = out.splitlines()
     assert code == 0
-    assert f"{files}/clearport.md" in out and ("disk" in out or "cpu" in out) and "first token after" in out
+    assert f"{files}/clearport.md" in out and "  disk\n" in out and "  cpu\n" not in out and "first token after" in out
     spent, tokens = re.search(r"recomputed\n([\d.]+)% of ([\d,]+) passage tokens, by SensitiveTokens", out).groups()
 
     code, out, _ = run(
@@ -83,7 +86,9 @@ def test_add_ask_stats(files, tmp_path, capsys):
         found["report"]["fusion"]["budget"] > float(spent) / 100 == 0 < int(tokens)
     )  # one document: nothing to repair
     assert found["report"]["fusion"]["method"] == "LegoLink(k=4)"
-    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} <= {"disk", "cpu"}
+    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} == {"disk"}
+    assert found["left_out"] == []
+    assert found["report"].keys() == {"fusion", "new_tokens"} and "milliseconds" not in found["report"]["fusion"]
     times = found["milliseconds"]
     assert times["retrieve"] > 0 and times["retrieve"] + times["compute"] < times["first_token"] < times["total"]
 
@@ -104,11 +109,13 @@ def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
     (files / "clearport.md").rename(files / "harbour.md")
     (files / "blackstead.md").unlink()
     (files / "new.md").write_text("Harps are made in Wye.")
+    (files / ".draft.md").write_text("Not yet.")
     code, out, _ = run(capsys, "sync", "files", "--dry-run")
     lines = ["added    files/new.md", "removed  files/blackstead.md", "moved    files/clearport.md -> files/harbour.md"]
     assert code == 0 and out.splitlines()[:3] == lines
     assert re.fullmatch(
-        r"documents: 1 added, 1 moved, 1 removed; \d+ tokens to read; nothing was done", out.splitlines()[3]
+        r"documents: 1 added, 1 moved, 1 removed \(1 hidden one left out\); \d+ tokens to read; nothing was done",
+        out.splitlines()[3],
     )
     code, out, _ = run(capsys, "sync", "files")
     assert code == 0 and out.splitlines()[:3] == lines and out.endswith(" of KV on disk\n")
@@ -120,7 +127,11 @@ def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
     ]
     code, out, _ = run(capsys, "sync", "files", "--json")
     said = json.loads(out)
-    assert (said["tokens"], said["unchanged"]) == (0, [str(files / "harbour.md"), str(files / "new.md")])
+    assert (said["tokens"], said["hidden"], said["unchanged"]) == (
+        0,
+        1,
+        [str(files / "harbour.md"), str(files / "new.md")],
+    )
     assert json.loads(run(capsys, "docs", "--json")[1])["documents"][0]["tokens"] > 100
     code, out, err = run(capsys, "sync", "nowhere")
     assert (code, out) == (1, "") and "'nowhere' is no folder that is there" in err
@@ -157,6 +168,29 @@ def test_an_interrupted_add_says_how_to_go_on(files, capsys, monkeypatch):
     assert err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
 
 
+def test_a_real_interrupt_keeps_what_was_read(tmp_path):
+    """SIGINT in the middle of one long document; the second time only the rest of it is read."""
+    (tmp_path / "long.md").write_text("\n\n".join(list(bundled.documents().values())[:8]))
+    argv = [sys.executable, "-m", "ragkv.cli", "add", "long.md", "--method", "reuse", "--progress"]
+    first = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    said = b""
+    while not re.search(rb"reading: +[1-9]\d?%", said):  # a first piece is read, and there are more
+        said += first.stderr.read1()
+        assert first.poll() is None, said.decode()
+    first.send_signal(signal.SIGINT)
+    out, rest = first.communicate()
+    assert (first.returncode, out) == (130, b""), (said + rest).decode()
+    assert rest.decode().splitlines()[-1] == (
+        "ragkv: interrupted: what was read is kept, and the same command goes on from there"
+    )
+    second = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    before, now = (
+        int(re.search(r"to read: ([\d,]+) tokens", text)[1].replace(",", "")) for text in (said.decode(), second.stderr)
+    )
+    assert second.returncode == 0 and 200 < before - now < before
+    assert f" {now:,} tokens read in " in second.stdout
+
+
 def test_numbers_and_budgets(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ragkv.bundled.load", LOAD)
     sizes = {}
@@ -181,7 +215,7 @@ def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):
 def test_nothing_could_be_added(tmp_path, capsys):
     code, out, err = run(capsys, "add", tmp_path / "missing.txt", "--path", tmp_path / "kv")
     assert code == 1
-    assert out.startswith("documents: 1 skipped; 0 passages; 0 tokens read")
+    assert re.fullmatch(r"documents: 1 skipped; 0 passages; 0 tokens read in [\d.]+ s\n", out), "there are no KV"
     assert err.splitlines()[0] == f"skipped {tmp_path}/missing.txt: cannot be read: No such file or directory"
     code, _, err = run(capsys, "ask", "What?", "--path", tmp_path / "kv")
     assert (code, err.count("\n")) == (1, 1) and "no documents yet" in err

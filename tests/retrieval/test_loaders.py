@@ -9,6 +9,7 @@ import pytest
 
 from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.retrieval import LoadedFile, SkippedFile, load_files, read_file
+from ragkv.retrieval.loaders import hidden_files
 
 
 def pdf(text, password=None):
@@ -42,6 +43,18 @@ def pdf(text, password=None):
 
 def by_name(found):
     return {Path(file.source).name: file for file in found}
+
+
+def test_hidden_files_are_counted(tmp_path):
+    for name in (".env", "a.md", ".git/config", ".git/.deep", "sub/.swp", "sub/b.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / ".git")  # is not followed
+    assert hidden_files(tmp_path) == 3, ".env, .git as one, .swp"
+    assert hidden_files([tmp_path, tmp_path / "sub", tmp_path / ".env"]) == 2, "what is named itself is read"
+    assert hidden_files(tmp_path / ".git") == 1 and hidden_files(tmp_path / "a.md") == 0
+    assert hidden_files(tmp_path / "nothing") == hidden_files([]) == 0
+    assert len(list(load_files([tmp_path, tmp_path / ".env"]))) == 3
 
 
 def test_a_folder_of_everything(tmp_path):
