@@ -48,6 +48,7 @@ def export_folder(
         catalogue = stack.enter_context(Catalogue(documents))
         archive = stack.enter_context(written(target, FOLDER_FORMAT))
         made = {"embedder": catalogue.settings.get("embedder"), "defaults": catalogue.defaults}
+        made["read_with"] = catalogue.read_with
         archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made}).encode()))
         _add_documents(archive, catalogue, sources, progress)
         if has_data(kv):
@@ -144,7 +145,12 @@ def _made(member: Member) -> dict[str, Any]:
         if made["format"] != FOLDER_FORMAT:
             raise RecordError(f"it is of format {made['format']!r}, this version reads {FOLDER_FORMAT!r}")
         embedder = made["embedder"] or {"fingerprint": "", "name": "unknown"}
-        return {"embedder": (str(embedder["fingerprint"]), str(embedder["name"])), "defaults": dict(made["defaults"])}
+        read_with = {str(name): str(value) for name, value in dict(made.get("read_with", {})).items()}
+        return {
+            "embedder": (str(embedder["fingerprint"]), str(embedder["name"])),
+            "defaults": dict(made["defaults"]),
+            "read_with": read_with,
+        }
     except UNREADABLE as error:
         raise RecordError(f"{member.name} is damaged: {error}") from error
 
@@ -163,6 +169,8 @@ def _agree(catalogue: Catalogue, made: dict[str, Any]) -> int | None:
         catalogue.require("embedder", fingerprint, name)
     if dimension is None and made["defaults"] and not catalogue.defaults:
         catalogue.keep_defaults(made["defaults"])
+    if dimension is None and made["read_with"] and not catalogue.read_with:
+        catalogue.keep_read_with(made["read_with"])
     return dimension
 
 

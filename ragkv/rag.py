@@ -20,6 +20,7 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.differing import warn_of_differences
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
 from ragkv.library.listing import ListedDocument, listed_documents
 from ragkv.library.watching import Progress, prefetched
@@ -89,6 +90,7 @@ class RAG:
         self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
         cuts = chunker or TokenChunker(engine.tokenizer)
         self._intake = Intake(retriever.catalogue, self._documents, engine.documents, cuts, repair_tokens)
+        warn_of_differences(retriever.catalogue, engine.documents)
 
     @classmethod
     def from_pretrained(

@@ -248,6 +248,18 @@ class Catalogue:
             with self._environment.transaction(write=True) as txn:
                 txn.put("meta", b"defaults", json.dumps(defaults).encode())
 
+    @property
+    def read_with(self) -> dict[str, str]:
+        """What documents were last read with, by name; see :meth:`keep_read_with`."""
+        with self.snapshot() as view:
+            return view.read_with
+
+    def keep_read_with(self, described: dict[str, str]) -> None:
+        """Keeps what documents are read with, to name what differs later; in the place of what was kept before."""
+        if described != self.read_with:
+            with self._environment.transaction(write=True) as txn:
+                txn.put("meta", b"read with", json.dumps(described).encode())
+
     def documents(self) -> list[Document]:
         """All documents, by source."""
         with self.snapshot() as view:

@@ -43,6 +43,11 @@ class Snapshot:
         """What the folder is opened with where nothing else is said."""
         return json.loads(self._txn.get("meta", b"defaults") or b"{}")
 
+    @property
+    def read_with(self) -> dict[str, str]:
+        """What documents were last read with, by name."""
+        return json.loads(self._txn.get("meta", b"read with") or b"{}")
+
     def __len__(self) -> int:
         return self._txn.count("documents")
 

@@ -51,7 +51,7 @@ def progress(items: Iterable[Item] | None = None, shown: bool | None = None, **o
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print rows in columns, the first ones to the left and numbers to the right; what a terminal would obey is not."""
-    shown = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    shown = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
@@ -90,7 +90,13 @@ def number(count: int, noun: str, nouns: str = "") -> str:
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
+def plain(text: str) -> str:
+    """A text in one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def short(source: str) -> str:
-    """A file below the working folder by its relative path, anything else as it is."""
+    """A file below the working folder by its relative path, anything else as it is; as :func:`plain` text."""
     path = Path(source)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else source
+    below = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return plain(str(path.relative_to(Path.cwd())) if below else source)

@@ -140,9 +140,13 @@ def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Wri
     """To write an archive: complete when the block ends, or not there at all; a file that was there stays until then.
 
     Raises:
-        StoreError: nothing was added.
+        StoreError: nothing was added, or there is no place for the file.
     """
     file = Path(target)
+    if file.is_dir():
+        raise StoreError(f"{file} is a folder: name a file to write")
+    if not file.parent.is_dir():
+        raise StoreError(f"there is no folder {file.parent} to write {file.name} into: make it first")
     handle, name = tempfile.mkstemp(
         ".part", f".{file.name}.", file.parent
     )  # another export to the same file has its own

@@ -66,6 +66,7 @@ class Documents:
 
     Attributes:
         records: where documents are looked up whose chunks come without them; others may be appended.
+        sample: the ids of a fixed text, by which tokenizers are told apart.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class Documents:
         self._foreign_ids = self._foreign(foreign)
         self._reader: Reader | None = None
         self._costs: dict[str, CostProfile | None] = {}
-        sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
-        self._cutting = digest(_RULES, namespace, context, str(self.document_tokens), sample).hex()
+        self.sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
+        self._cutting = digest(_RULES, namespace, context, str(self.document_tokens), self.sample).hex()
         self._own_records = StoreRecords(store, self._cutting)
         self.records: list[Records] = [self._own_records]
 

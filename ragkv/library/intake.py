@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import ArgumentTypeError, DocumentError
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
+from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, watched
@@ -182,6 +183,8 @@ class Intake:
                 tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
         total = sum(tokens for *_, tokens in work)
         size = check_room(documents, stored_tokens)
+        if work:
+            self._catalogue.keep_read_with(described(self._documents))
         done = read = 0
         for source, document_id, tokens in work:
             with _told(tell, source, "missing", done, total, size):
@@ -244,6 +247,8 @@ class Intake:
         if self.defaults and plan.documents:  # before reading, which may take hours and be cut short
             self._catalogue.keep_defaults(self.defaults)
             self.defaults = {}
+        if plan.documents:
+            self._catalogue.keep_read_with(described(self._documents))
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -165,6 +166,29 @@ def test_an_interrupted_add_says_how_to_go_on(files, capsys, monkeypatch):
     code, _, err = run(capsys, "add", files)
     assert code == 130
     assert err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
+
+
+def test_a_real_interrupt_keeps_what_was_read(tmp_path):
+    """SIGINT in the middle of one long document; the second time only the rest of it is read."""
+    (tmp_path / "long.md").write_text("\n\n".join(list(bundled.documents().values())[:8]))
+    argv = [sys.executable, "-m", "ragkv.cli", "add", "long.md", "--method", "reuse", "--progress"]
+    first = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    said = b""
+    while not re.search(rb"reading: +[1-9]\d?%", said):  # a first piece is read, and there are more
+        said += first.stderr.read1()
+        assert first.poll() is None, said.decode()
+    first.send_signal(signal.SIGINT)
+    out, rest = first.communicate()
+    assert (first.returncode, out) == (130, b""), (said + rest).decode()
+    assert rest.decode().splitlines()[-1] == (
+        "ragkv: interrupted: what was read is kept, and the same command goes on from there"
+    )
+    second = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    before, now = (
+        int(re.search(r"to read: ([\d,]+) tokens", text)[1].replace(",", "")) for text in (said.decode(), second.stderr)
+    )
+    assert second.returncode == 0 and 200 < before - now < before
+    assert f" {now:,} tokens read in " in second.stdout
 
 
 def test_numbers_and_budgets(files, tmp_path, capsys, monkeypatch):

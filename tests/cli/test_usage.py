@@ -132,6 +132,15 @@ def test_an_unexpected_failure_is_one_line(monkeypatch, capsys):
         main(["stats", "--debug"])
 
 
+def test_a_failure_tells_the_terminal_nothing(monkeypatch, capsys):
+    def broken(_):
+        raise ragkv.DocumentError("no document is called \x1b[31mred")
+
+    monkeypatch.setattr("ragkv.cli.stats.run", broken)
+    assert main(["stats"]) == 1
+    assert capsys.readouterr().err == "ragkv: no document is called ?[31mred\n"
+
+
 def test_interrupted(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
@@ -180,6 +189,8 @@ def test_numbers_for_people(tmp_path, monkeypatch, capsys):
     assert [show.milliseconds(value) for value in (0.04, 12.34, 1234.5)] == ["0.0 ms", "12.3 ms", "1.23 s"]
     assert [show.number(count, "file") for count in (0, 1, 1200)] == ["0 files", "1 file", "1,200 files"]
     monkeypatch.chdir(tmp_path)
+    odd = f"{tmp_path}/e\x1b[31mvil\n\udce9.md"
+    assert show.short(odd) == "e?[31mvil??.md", "nothing that a terminal obeys, or that cannot be printed"
     assert [show.short(name) for name in (f"{tmp_path}/a/b.md", "/b.md", "name")] == ["a/b.md", "/b.md", "name"]
     show.table([("name", "size"), ("a long one", "5")])
     assert capsys.readouterr().out == "name        size\na long one     5\n"

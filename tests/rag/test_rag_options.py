@@ -128,6 +128,23 @@ def test_another_model_has_its_own_place():
     assert with_kept({}, {"from a newer version": 1, "namespace": "x"}) == {"namespace": "x"}
 
 
+@pytest.mark.parametrize("sensitivity", [False, True])
+def test_who_stops_at_a_step_has_what_it_says_was_read(sensitivity):
+    with opened("bundled", sensitivity=sensitivity, piece_tokens=100) as rag:
+        steps = []
+
+        def stop(progress):
+            steps.append(progress)
+            if progress.reason == "new" and progress.done_tokens:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            rag.add_texts([TEXT], [NAME], progress=stop)
+        last = steps[-1]
+        assert 0 < last.done_tokens < last.tokens
+        assert rag.add_texts([TEXT], [NAME]).tokens_read == last.tokens - last.done_tokens
+
+
 def test_it_is_kept_before_reading_which_may_be_cut_short(repository, tmp_path):
     def stop(step):
         if step.done_tokens:

@@ -114,6 +114,13 @@ def test_nothing_to_export_writes_nothing(archive, folder):
     assert archive.read_bytes() == before and len(list(archive.parent.glob("*kv.tar*"))) == 1
 
 
+def test_a_place_where_no_file_can_be(archive, folder, tmp_path):
+    with pytest.raises(StoreError, match=r"there is no folder .*none to write kv\.tar into"):
+        export(folder, tmp_path / "none" / "kv.tar")
+    with pytest.raises(StoreError, match="is a folder: name a file"):
+        export(folder, tmp_path)
+
+
 def test_an_old_file_stays_where_export_fails(archive, tmp_path, monkeypatch):
     before = archive.read_bytes()
     with pytest.raises(StoreError, match="not a folder"):
