@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,12 +82,23 @@ def parser() -> argparse.ArgumentParser:
         _search(neighbours=0),
         summary="Answer a question over the documents that were added.",
     )
-    ask.add_argument("question", type=_question, metavar="QUESTION")
+    ask.add_argument("question", type=_question, metavar="QUESTION", help="'-' reads it from the standard input")
     ask.add_argument(
         "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
     )
     ask.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+
+    command(
+        "info",
+        summary="Show versions, the machine, what runs on it, and the folder: what a report of a fault should name.",
+    )
+    completion = command("completion", summary="Print a script by which a shell completes commands and options.")
+    completion.add_argument(
+        "shell",
+        choices=("bash", "zsh", "tcsh"),
+        help="as in: ragkv completion bash > ~/.local/share/bash-completion/completions/ragkv",
     )
 
     care.add_commands(command)
@@ -217,6 +229,8 @@ def _parsed_method(text: str) -> Method:
 
 
 def _question(text: str) -> str:
+    if text == "-":
+        text = sys.stdin.read().strip() if sys.stdin is not None else ""
     if not text.strip():
         raise argparse.ArgumentTypeError("the question is blank")
     return text
