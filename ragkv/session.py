@@ -143,7 +143,7 @@ class Session:
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         turn = _Next(question)
-        answer = await stoppable(self._rag._pool(), partial(self._answered, turn), **options)
+        answer = await stoppable(self._rag.threads.pool(), partial(self._answered, turn), **options)
         self._keep(turn, answer.text, answer.past)
         return replace(answer, past=None)
 
@@ -151,7 +151,7 @@ class Session:
         """:meth:`stream` in an event loop: ``async for piece in session.astream(question)``; see its ``sources``, too."""
         turn = _Next(question)
         start = partial(self._streamed, turn, None)
-        return AsyncAnswerStream(start, self._rag._pool(), partial(self._ended, turn), **options)
+        return AsyncAnswerStream(start, self._rag.threads.pool(), partial(self._ended, turn), **options)
 
     def _answered(
         self, turn: _Next, *, progress: Callable[[Progress], object] | None = None, **options: Any
