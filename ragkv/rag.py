@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ragkv.chunk import Chunk
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
+from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, RetrievalError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
@@ -27,7 +27,7 @@ from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
 from ragkv.report import Answer, AnswerStream
-from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
+from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
@@ -345,18 +345,22 @@ class RAG:
         """
         return self._intake.refresh(progress)
 
-    def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
+    def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
         """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
+            **retrieval: more of :class:`ragkv.Retrieval`: ``hybrid``, ``hops``, ``where``, ``min_score``, ``max_context_tokens``,
+                ``rerank``.
+
+        Raises:
+            RetrievalError: an option is out of range.
+            UnknownArgumentError: there is no such option.
         """
-        hits = self.retriever.search(question, top_k, neighbours=neighbours, readings=self._documents.read)
-        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+        return self._documents.search(question, Retrieval.of(top_k=top_k, neighbours=neighbours, **retrieval))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
@@ -369,28 +373,29 @@ class RAG:
         self,
         question: str,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> SourcedAnswer:
         """Answer a question over the documents.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find, see :meth:`retrieve`.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **options: more of :class:`ragkv.Retrieval`, and what ``model.generate`` takes.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
             PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
                 are, they are left out, with a warning.
         """
-        hits, chunks, left_out = self._found(question, top_k, neighbours)
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        hits, chunks, left_out = self._found(question, retrieval)
         with told_of_hits(progress, hits):
             answer = self.engine.generate(chunks, question, method=method, **generation)
         return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
@@ -399,23 +404,24 @@ class RAG:
         self,
         question: str,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> tuple[list[Hit], AnswerStream]:
         """The passages for a question, and the answer over them piece by piece.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find, see :meth:`retrieve`.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **options: more of :class:`ragkv.Retrieval`, and what ``model.generate`` takes.
         """
-        hits, chunks, _ = self._found(question, top_k, neighbours)
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        hits, chunks, _ = self._found(question, retrieval)
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
         with told_of_hits(progress, hits):
             return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
@@ -449,9 +455,13 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int, neighbours: int) -> tuple[list[Hit], list[Chunk], list[Hit]]:
+    def _found(self, question: str, retrieval: Retrieval) -> tuple[list[Hit], list[Chunk], list[Hit]]:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
-        hits = self.retrieve(question, top_k, neighbours)
+        hits = self._documents.search(question, retrieval)
+        if not hits and len(self.retriever.catalogue):
+            raise RetrievalError(
+                f"no passage was found: where=, min_score= and max_context_tokens= leave none; got {retrieval}"
+            )
         if not hits:
             raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
         pairs = list(zip(hits, self.chunks(hits), strict=True))

@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,11 @@ from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, n
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
+from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.records import Change, Document, Passage, Reading, checked_document
+from ragkv.retrieval.search import Search, within
 from ragkv.retrieval.snapshot import Snapshot
+from ragkv.retrieval.words import WordIndex
 
 _LOG = logging.getLogger("ragkv.retrieval")
 
@@ -27,7 +29,7 @@ Readings = Callable[[Snapshot, Document], Reading]
 
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
-INDEX_FILE = "index.safetensors"
+INDEX_FILE, WORDS_FILE = "index.safetensors", "words.sqlite"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Hit:
     Attributes:
         passage_id: its id in the catalogue.
         text: its text.
-        score: inner product of its vector and the question's.
+        score: inner product of its vector and the question's, or what a reranker said. A neighbour has that of its hit.
         source: the source of its document.
         document_id: the id of its document.
         position: its place among the passages of its document, from 0.
@@ -87,6 +89,7 @@ class Retriever:
         self.index = index
         self.catalogue = catalogue
         self._lock = threading.RLock()
+        self._words = WordIndex(None if catalogue.temporary or catalogue.readonly else catalogue.path / WORDS_FILE)
         self._closed = False
         self._saved = self._state = self._restored()
         with self._lock, catalogue.snapshot() as view:
@@ -161,37 +164,68 @@ class Retriever:
         """
         return self._applied(self.catalogue.remove(source))
 
-    def search(self, query: str, top_k: int = 5, *, neighbours: int = 0, readings: Readings | None = None) -> list[Hit]:
-        """The passages nearest to a question, best first, all of one state of the catalogue.
+    def search(self, query: str, top_k: int | None = None, **options: Any) -> list[Hit]:
+        """The passages for a question, best first and neighbours behind the others, all of one state of the catalogue.
 
         Args:
             query: a question, not blank.
-            top_k: how many, at least 1. Fewer come back where there are fewer.
-            neighbours: passages to take along on either side of each, from its own document and with its score, behind the others.
-            readings: says how a model reads a document, for the hits; asked once for each.
+            top_k: how many, at least 1; 5 by default. Fewer come back where there are fewer.
+            **options: of :class:`~ragkv.retrieval.Retrieval`: ``neighbours``, ``hybrid``, ``where``, ``hops``, ...
 
         Raises:
-            RetrievalError: the question is blank, ``top_k`` is below 1, or the embedder gave no vector.
+            RetrievalError: the question is blank, an option is out of range, or the embedder gave no vector.
+            UnknownArgumentError: there is no such option.
+        """
+        return self.find(query, Retrieval.of(top_k=top_k, **options))
+
+    def find(
+        self,
+        query: str,
+        retrieval: Retrieval,
+        *,
+        readings: Readings | None = None,
+        tokens: Callable[[Reading], Sequence[int]] | None = None,
+    ) -> list[Hit]:
+        """As :meth:`search`, for a model.
+
+        Args:
+            query: a question, not blank.
+            retrieval: how.
+            readings: says how a model reads a document, for the hits; asked once for each.
+            tokens: says how many tokens each passage of a reading has; without both ``max_context_tokens`` is refused.
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
-        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 0:
-            raise RetrievalError(f"neighbours must be a whole number of at least 0, got {neighbours!r}")
+        if retrieval.max_context_tokens is not None and (readings is None or tokens is None):
+            raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)
-        with ExitStack() as stack:
-            # Under the lock index and snapshot are of one state, so every id found has its passage.
-            with self._lock:
-                view = stack.enter_context(self.catalogue.snapshot())
-                self._follow(view)
-                ids, scores = self.index.search(vector, top_k)
-            found = dict(zip(ids.tolist(), scores.tolist(), strict=True))
-            for passage_id, score in list(found.items()) if neighbours else ():
-                for beside in _around(view.passage(passage_id), neighbours):
-                    found.setdefault(beside, score)
+        with self.catalogue.snapshot() as view:
+            found = Search(retrieval, self.embedder, self._candidates)(view, query, vector)
             passages = [view.passage(passage_id) for passage_id in found]
-            documents = {passage.document.id: passage.document for passage in passages}
-            read = {name: readings(view, document) for name, document in documents.items()} if readings else {}
-            return [_hit(passage, found[passage.id], read.get(passage.document.id)) for passage in passages]
+            read: dict[str, Reading] = {}
+
+            def reading(document: Document) -> Reading:
+                assert readings is not None
+                if document.id not in read:
+                    read[document.id] = readings(view, document)
+                return read[document.id]
+
+            if retrieval.max_context_tokens is not None and tokens is not None:
+                passages = within(retrieval.max_context_tokens, passages, lambda document: tokens(reading(document)))
+            return [
+                _hit(passage, found[passage.id], reading(passage.document) if readings else None)
+                for passage in passages
+            ]
+
+    def _candidates(
+        self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None
+    ) -> tuple[dict[int, float], list[int]]:
+        """See :class:`~ragkv.retrieval.search.Candidates`."""
+        with self._lock:
+            self._follow(view)
+            ids, scores = self.index.search(vector, k) if among is None else self.index.search(vector, k, among)
+            near = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+            return near, self._words.search(view, query, k, among) if words else []
 
     def save(self) -> None:
         """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
@@ -209,6 +243,7 @@ class Retriever:
         try:
             self.save()
         finally:
+            self._words.close()
             self.catalogue.close()
 
     def __enter__(self) -> Retriever:
@@ -276,12 +311,6 @@ def _triples(documents: Any) -> list[tuple[Any, Any, Any]]:
         if not isinstance(triple, tuple | list) or len(triple) != 3:
             raise DocumentError(f"documents must be a list of (source, passages, metadata), got {triple!r:.80}")
     return [(source, passages, metadata) for source, passages, metadata in triples]
-
-
-def _around(passage: Passage, neighbours: int) -> tuple[int, ...]:
-    """The ids of a passage and those on either side of it."""
-    first = max(0, passage.position - neighbours)
-    return passage.document.passage_ids[first : passage.position + neighbours + 1]
 
 
 def _hit(passage: Passage, score: float, reading: Reading | None) -> Hit:

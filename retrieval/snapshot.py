@@ -86,6 +86,19 @@ class Snapshot:
         keys = b"".join(self._txn.keys("passages"))
         return np.frombuffer(keys, ">i8").astype(np.int64)
 
+    def text_digests(self) -> Iterator[tuple[int, bytes]]:
+        """The id of every passage and the digest of its text, 32 bytes, in no particular order."""
+        for key, passage_id in self._txn.items("uses"):
+            yield int.from_bytes(passage_id, "big"), key
+
+    def passage_text(self, passage_id: int) -> str:
+        """The text of a passage.
+
+        Raises:
+            RetrievalError: there is no such passage.
+        """
+        return self._text(passage_id)[1]
+
     def vectors(self, passage_ids: Iterable[int]) -> NDArray[np.float32]:
         """The vectors of passages, float32 ``[n, d]``; ``[0, 0]`` for no ids."""
         rows = [self.vector(int(passage_id)) for passage_id in passage_ids]

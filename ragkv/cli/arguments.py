@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragkv.cli import care, evaluating, filters
+from ragkv.cli import care, evaluating, filters, searching
 from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     demo = command(
         "demo",
         method,
-        _search(neighbours=1),
+        searching.options(top_k=3, neighbours=2, hybrid=True, hops=2),
         summary="Let the bundled model read the bundled documents and answer questions.",
     )
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         method,
         _storage(),
         bar,
-        _search(neighbours=0),
+        searching.options(),
         summary="Answer a question over the documents that were added.",
     )
     ask.add_argument("question", type=_question, metavar="QUESTION")
@@ -109,19 +109,6 @@ def _shared() -> argparse.ArgumentParser:
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     shared.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return shared
-
-
-def _search(neighbours: int) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--top-k", type=at_least(1), default=5, metavar="K", help="passages to find (default: 5)")
-    options.add_argument(
-        "--neighbours",
-        type=at_least(0),
-        default=neighbours,
-        metavar="N",
-        help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
-    )
-    return options
 
 
 def _model() -> argparse.ArgumentParser:

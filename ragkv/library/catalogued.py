@@ -11,7 +11,7 @@ from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
-from ragkv.retrieval import Change, Hit, Reading, Retriever, Snapshot, TokenChunker
+from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,12 @@ class CataloguedDocuments:
             self._made.append((listed, reading))
         return reading
 
+    def search(self, question: str, retrieval: Retrieval) -> list[Hit]:
+        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order."""
+        hits = self._retriever.find(question, retrieval, readings=self.read, tokens=_lengths)
+        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+
     def now(self, document_id: str) -> list[Chunk]:
         """The chunks of a document as it is now, without those that are too long for the model; none where it is gone."""
         with self._catalogue.snapshot() as view:
@@ -209,6 +215,11 @@ class CataloguedDocuments:
                     f"passage {hit.position} of {hit.source} is not what was found any more: search again"
                 )
             return self.read(view, listed)
+
+
+def _lengths(reading: Reading) -> list[int]:
+    """The tokens of each passage."""
+    return [len(ids) for ids in ChunkedDocument.from_bytes(reading.record).ids]
 
 
 def _reread(reading: Reading, source: str) -> Reading | None:
