@@ -147,7 +147,7 @@ class RAG:
             disk_bytes: disk for KV.
             codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
-            namespace: KV stored under another one are never found.
+            namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             context, document_tokens, piece_tokens, sensitivity, kernels: see :class:`~ragkv.Engine`.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
@@ -300,8 +300,9 @@ class RAG:
         return self._intake.sync(folder, dry_run, progress)
 
     def documents(self) -> list[ListedDocument]:
-        """All documents, by source, with their length and what their KV take."""
-        return listed_documents(self.retriever.catalogue, self.engine.store, self.engine.documents.setting)
+        """The documents of the namespace, by source, with their length and what their KV take."""
+        documents = self.engine.documents
+        return listed_documents(self.retriever.catalogue, self.engine.store, documents.setting, documents.namespace)
 
     def remove(self, source: str | os.PathLike[str]) -> Change:
         """Remove a document, its passages and vectors, and the KV that no other document uses.
@@ -458,12 +459,14 @@ class RAG:
     def _found(self, question: str, retrieval: Retrieval) -> tuple[list[Hit], list[Chunk], list[Hit]]:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
         hits = self._documents.search(question, retrieval)
-        if not hits and len(self.retriever.catalogue):
+        namespace = self.engine.documents.namespace
+        if not hits and self.retriever.catalogue.documents(namespace):
             raise RetrievalError(
                 f"no passage was found: where=, min_score= and max_context_tokens= leave none; got {retrieval}"
             )
         if not hits:
-            raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
+            within = f" in namespace {namespace!r}" if namespace else ""
+            raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")
         pairs = list(zip(hits, self.chunks(hits), strict=True))
         fitting = [pair for pair in pairs if self.engine.documents.fits(pair[1])]
         left_out = [(hit, len(chunk)) for hit, chunk in pairs if not self.engine.documents.fits(chunk)]
@@ -482,12 +485,17 @@ class RAG:
         return [hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out]
 
     def _source(self, given: str | os.PathLike[str]) -> str:
-        if given in self.retriever.catalogue:
-            return str(given)
-        return only([document.source for document in self.retriever.catalogue], given, "RAG.documents()")
+        catalogue, namespace = self.retriever.catalogue, self.engine.documents.namespace
+        if isinstance(given, str) and catalogue.get(given, namespace) is not None:
+            return given
+        return only([document.source for document in catalogue.documents(namespace)], given, "RAG.documents()")
 
     def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
-        return list(self.engine.documents.keys(self._documents.now(source_id(self._source(source)))))
+        return list(
+            self.engine.documents.keys(
+                self._documents.now(source_id(self._source(source), self.engine.documents.namespace))
+            )
+        )
 
 
 def _shown(hits: list[Hit]) -> list[Hit]:

@@ -121,8 +121,9 @@ class Retriever:
         spans: Sequence[tuple[int, int]] = (),
         origin: str = "",
         reading: Reading | None = None,
+        namespace: str = "",
     ) -> Change:
-        """Adds a document, or replaces the one of the same source; embeds only texts that no document has.
+        """Adds a document, or replaces the one of the same source and namespace; embeds only texts that none of its documents has.
 
         Args:
             source: what the document is called: a path, a URL, any name.
@@ -131,16 +132,19 @@ class Retriever:
             spans: see :class:`~ragkv.retrieval.Document`.
             origin: see :class:`~ragkv.retrieval.Document`.
             reading: how a model reads it.
+            namespace: it is found only by those who search within it.
 
         Raises:
             DocumentError: the document cannot be stored as it is.
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        more: dict[str, Any] = {"spans": spans, "origin": origin, "reading": reading}
+        more: dict[str, Any] = {"spans": spans, "origin": origin, "reading": reading, "namespace": namespace}
         return self._applied(self.catalogue.put(source, passages, self._embed, metadata, **more))
 
-    def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
+    def add_many(
+        self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]], namespace: str = ""
+    ) -> list[Change]:
         """Adds documents, each as (source, passages, metadata), with one call of the embedder for all of them.
 
         Each document is one transaction, and none is begun where one of them cannot be stored as it is.
@@ -148,41 +152,46 @@ class Retriever:
         checked = [checked_document(*document) for document in _triples(documents)]
         texts = dict.fromkeys(text for _, passages, _ in checked for text in passages)
         with self.catalogue.snapshot() as view:
-            missing = [text for text in texts if not view.has_text(text)]
+            missing = [text for text in texts if not view.has_text(text, namespace)]
         vectors = dict(zip(missing, self._embed(missing), strict=True))
 
         def embed(texts: list[str]) -> NDArray[np.float32]:
             return np.stack([vectors[text] if text in vectors else self._embed([text])[0] for text in texts])
 
-        return [self._applied(self.catalogue.put(source, texts, embed, extra)) for source, texts, extra in checked]
+        return [
+            self._applied(self.catalogue.put(source, texts, embed, extra, namespace=namespace))
+            for source, texts, extra in checked
+        ]
 
-    def remove(self, source: str) -> Change:
-        """Removes a document with its passages and vectors.
+    def remove(self, source: str, namespace: str = "") -> Change:
+        """Removes a document of a namespace with its passages and vectors.
 
         Raises:
             DocumentError: there is no such document.
         """
-        return self._applied(self.catalogue.remove(source))
+        return self._applied(self.catalogue.remove(source, namespace))
 
-    def search(self, query: str, top_k: int | None = None, **options: Any) -> list[Hit]:
+    def search(self, query: str, top_k: int | None = None, *, namespace: str = "", **options: Any) -> list[Hit]:
         """The passages for a question, best first and neighbours behind the others, all of one state of the catalogue.
 
         Args:
             query: a question, not blank.
             top_k: how many, at least 1; 5 by default. Fewer come back where there are fewer.
+            namespace: whose documents.
             **options: of :class:`~ragkv.retrieval.Retrieval`: ``neighbours``, ``hybrid``, ``where``, ``hops``, ...
 
         Raises:
             RetrievalError: the question is blank, an option is out of range, or the embedder gave no vector.
             UnknownArgumentError: there is no such option.
         """
-        return self.find(query, Retrieval.of(top_k=top_k, **options))
+        return self.find(query, Retrieval.of(top_k=top_k, **options), namespace=namespace)
 
     def find(
         self,
         query: str,
         retrieval: Retrieval,
         *,
+        namespace: str = "",
         readings: Readings | None = None,
         tokens: Callable[[Reading], Sequence[int]] | None = None,
     ) -> list[Hit]:
@@ -191,16 +200,18 @@ class Retriever:
         Args:
             query: a question, not blank.
             retrieval: how.
+            namespace: whose documents.
             readings: says how a model reads a document, for the hits; asked once for each.
             tokens: says how many tokens each passage of a reading has; without both ``max_context_tokens`` is refused.
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
+        instance("namespace", namespace, str, "a str")
         if retrieval.max_context_tokens is not None and (readings is None or tokens is None):
             raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)
         with self.catalogue.snapshot() as view:
-            found = Search(retrieval, self.embedder, self._candidates)(view, query, vector)
+            found = Search(retrieval, namespace, self.embedder, self._candidates)(view, query, vector)
             passages = [view.passage(passage_id) for passage_id in found]
             read: dict[str, Reading] = {}
 

@@ -46,12 +46,14 @@ class Search:
 
     Args:
         retrieval: how.
+        namespace: whose documents.
         embedder: turns the question of a second hop into a vector.
         candidates: gives them.
     """
 
-    def __init__(self, retrieval: Retrieval, embedder: Embedder, candidates: Candidates) -> None:
-        self._retrieval, self._embedder, self._candidates = retrieval, embedder, candidates
+    def __init__(self, retrieval: Retrieval, namespace: str, embedder: Embedder, candidates: Candidates) -> None:
+        self._retrieval, self._namespace = retrieval, namespace
+        self._embedder, self._candidates = embedder, candidates
 
     def __call__(self, view: Snapshot, question: str, vector: NDArray[np.float32]) -> dict[int, float]:
         """Passages by id with their scores: those that were found, best first, hop by hop; then their neighbours."""
@@ -69,10 +71,12 @@ class Search:
 
     def _among(self, view: Snapshot) -> list[int] | None:
         """The ids of passages that may be found; None for all."""
-        if self._retrieval.where is None:
+        where, namespace = self._retrieval.where, self._namespace
+        if where is None and view.all_within(namespace):
             return None
-        fits = condition(self._retrieval.where)
-        return [passage_id for document in view.documents() if fits(document) for passage_id in document.passage_ids]
+        fits = condition(where or {})
+        found = filter(fits, view.documents(namespace))
+        return [passage_id for document in found for passage_id in document.passage_ids]
 
     def _hop(
         self,

@@ -123,7 +123,7 @@ def _model() -> argparse.ArgumentParser:
     group.add_argument("--subfolder", metavar="NAME", help="where they stand in the model's folder")
     group.add_argument("--gguf-file", metavar="NAME", help="the file of a GGUF model in its folder")
     group.add_argument("--system", metavar="TEXT", help="a system message, where the tokenizer has a chat template")
-    group.add_argument("--namespace", metavar="NAME", help="KV stored under another one are never found")
+    group.add_argument("--namespace", metavar="NAME", help="documents and KV stored under another one are never found")
     group.add_argument(
         "--embedder", help="name or path of a sentence-transformers model (default: all-MiniLM-L6-v2, offline)"
     )

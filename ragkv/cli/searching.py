@@ -108,7 +108,8 @@ def _meant(condition: dict[str, Any], rag: RAG) -> dict[str, Any]:
     if not isinstance(test, dict) or not isinstance(test.get("$eq", test.get("$ne")), str):
         return condition
     (sign, target), *_ = test.items()
-    sources = [document.source for document in rag.retriever.catalogue]
+    documents = rag.retriever.catalogue.documents(rag.engine.documents.namespace)
+    sources = [document.source for document in documents]
     meant = matching(sources, target)
     if not meant:
         raise RagKVError(unknown(sources, target, "'ragkv docs'"))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from ragkv.errors import ArgumentError, RetrievalError, UnknownArgumentError
+from ragkv.errors import ArgumentError, DocumentError, RagKVError, RetrievalError, UnknownArgumentError
 from ragkv.retrieval import Document
 
 from .rags import DOCUMENTS, QUESTION, open_rag
@@ -95,3 +95,55 @@ def test_a_function_is_a_condition(listed):
 
     assert {hit.source for hit in listed.retrieve(QUESTION, 9, where=fits)} == {"clearport.md"}
     assert len(seen) == len(DOCUMENTS) and all(isinstance(document, Document) for document in seen)
+
+
+def test_users_of_one_folder_are_kept_apart(model, tmp_path):
+    with (
+        open_rag(tmp_path, model=model, namespace="ada") as ada,
+        open_rag(tmp_path, model=model, namespace="bob") as bob,
+        open_rag(tmp_path, model=model) as nobody,
+    ):
+        ada.add_texts(["Ada's boat lies in Clearport.", "The same text."], ["notes", "same"])
+        bob.add_texts(["Bob's goose lives in Belmar.", "The same text."], ["notes", "same"])
+        assert {hit.text for hit in ada.ask("Where?", top_k=9, max_new_tokens=1).sources} == {
+            "Ada's boat lies in Clearport.",
+            "The same text.",
+        }
+        assert {hit.text for hit in bob.retrieve("Where?", 9, hybrid=True)} == {
+            "Bob's goose lives in Belmar.",
+            "The same text.",
+        }
+        with pytest.raises(RagKVError, match="there are no documents yet"):
+            nobody.ask("Where?")
+        with (
+            open_rag(tmp_path, model=model, namespace="eve") as eve,
+            pytest.raises(RagKVError, match="no documents in namespace 'eve' yet"),
+        ):
+            eve.ask("Where?")
+        assert [(each.source, each.namespace) for each in ada.documents()] == [("notes", "ada"), ("same", "ada")]
+        assert not set(ada._keys("same")) & set(bob._keys("same"))
+        with pytest.raises(DocumentError):
+            nobody.remove("notes")
+        ada.remove("notes")
+        assert [each.source for each in bob.documents()] == ["notes", "same"]
+        assert bob.ask("Where?", max_new_tokens=1).report.fusion.sources.count("miss") == 0
+        assert bob.refresh() == 0 and ada.refresh() == 0
+
+
+def test_a_moved_file_is_its_owners(model, tmp_path):
+    file = tmp_path / "files" / "notes.md"
+    file.parent.mkdir()
+    file.write_text("Ada's boat lies in Clearport.")
+    with (
+        open_rag(tmp_path / "kv", model=model, namespace="ada") as ada,
+        open_rag(tmp_path / "kv", model=model, namespace="bob") as bob,
+    ):
+        ada.add_files(file)
+        bob.add_files(file)
+        file.rename(file.with_name("moved.md"))
+        assert ada.sync(file.parent).moved == {str(file.with_name("moved.md")): str(file)}
+        assert [each.source for each in bob.documents()] == [str(file)]
+        assert bob.retrieve("Where?")[0].source == str(file)
+        file.with_name("moved.md").write_text("Another text.")
+        assert bob.sync(file.parent).removed == [str(file)]
+        assert [hit.text for hit in ada.retrieve("Where?")] == ["Ada's boat lies in Clearport."]
