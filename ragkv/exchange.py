@@ -125,12 +125,12 @@ def _add_documents(
     archive: Writer, catalogue: Catalogue, sources: Callable[[str], bool], progress: Callable[[int], None]
 ) -> None:
     with catalogue.snapshot() as view:
-        found = view.documents(lambda document_id, error: archive.pass_over(f"document {document_id}", error))
-        chosen = sorted(document.source for document in found if sources(document.source))
-    for source in chosen:
+        found = view.documents(damaged=lambda document_id, error: archive.pass_over(f"document {document_id}", error))
+        chosen = sorted((each.source, each.namespace) for each in found if sources(each.source))
+    for source, namespace in chosen:
         try:
             with catalogue.snapshot() as view:
-                document = view.get(source)
+                document = view.get(source, namespace)
                 if document is not None:  # else it was removed meanwhile
                     archive.add(packed(view, document))
         except (RecordError, RetrievalError) as error:

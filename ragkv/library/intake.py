@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -120,6 +121,14 @@ class Intake:
         self.chunker, self.repair_tokens = chunker, repair_tokens
         self.defaults: dict[str, Any] = {}
 
+    def within(self, catalogued: CataloguedDocuments, documents: Documents) -> Intake:
+        """The same for other documents of the model: those of a namespace."""
+        if documents is self._documents:
+            return self
+        other = copy(self)
+        other._catalogued, other._documents = catalogued, documents
+        return other
+
     def add_texts(self, texts: Any, sources: Any, metadata: Any, tell: Tell | None) -> Added:
         """See :meth:`ragkv.RAG.add_texts`."""
         given = listed(texts, "texts")
@@ -175,7 +184,7 @@ class Intake:
         documents.look()
         work: list[tuple[str, str, int]] = []
         stored_tokens = 0
-        for document in self._catalogue.documents():
+        for document in self._catalogue.documents(self._documents.namespace):
             missing = documents.missing(self._catalogued.now(document.id))
             stored_tokens += sum(map(len, missing))
             work.append((document.source, document.id, documents.work(missing)))
@@ -200,7 +209,7 @@ class Intake:
         plan.hidden = hidden_files(paths)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
-        for document in self._catalogue.documents() if new else ():
+        for document in self._catalogue.documents(self._documents.namespace) if new else ():
             if not document.metadata:  # files have none
                 formers.setdefault(document.origin, []).append(document.source)
         for prepared in new:
@@ -271,7 +280,7 @@ class Intake:
 
     def _below(self, path: str) -> list[str]:
         real = os.path.realpath(path)
-        sources = [document.source for document in self._catalogue.documents()]
+        sources = [document.source for document in self._catalogue.documents(self._documents.namespace)]
         return [source for source in sources if below(source, path) or below(source, real)]
 
 
