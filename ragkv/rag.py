@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,15 +31,12 @@ from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
-from ragkv.streaming import AsyncAnswerStream, stoppable
+from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# Questions of an event loop that are worked on at once: each holds its prompt's KV.
-_AT_ONCE = 8
 
 
 @dataclass
@@ -86,7 +82,7 @@ class RAG:
             raise ArgumentError("RAG reads text: the engine needs a tokenizer")
         self.engine, self.retriever = engine, retriever
         self._documents = CataloguedDocuments(retriever, engine.documents)
-        self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+        self.threads = Threads()
         cuts = chunker or TokenChunker(engine.tokenizer)
         self._intake = Intake(retriever.catalogue, self._documents, engine.documents, cuts, repair_tokens)
 
@@ -422,21 +418,15 @@ class RAG:
 
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
-        return await stoppable(self._pool(), partial(self.ask, question), **options)
+        return await stoppable(self.threads.pool(), partial(self.ask, question), **options)
 
     def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
-        return AsyncAnswerStream(partial(self.stream, question), self._pool(), **options)
-
-    def _pool(self) -> ThreadPoolExecutor:
-        """Threads for an event loop's questions; those of a parent are not there in its fork."""
-        if self._process != os.getpid():
-            self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
-        return self._threads
+        return AsyncAnswerStream(partial(self.stream, question), self.threads.pool(), **options)
 
     def close(self) -> None:
         """Close retriever and store, when the answers in the making are there; questions not begun are cancelled."""
-        self._pool().shutdown(cancel_futures=True)
+        self.threads.close()
         self._documents.close()
         try:
             self.retriever.close()

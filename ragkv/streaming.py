@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +19,25 @@ from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")
 _CLOSED = "nothing is answered any more: it is closed"
+# Questions of an event loop that are worked on at once: each holds its prompt's KV.
+_AT_ONCE = 8
+
+
+class Threads:
+    """Threads for an event loop's questions; those of a parent are not there in its fork."""
+
+    def __init__(self) -> None:
+        self._pool, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+
+    def pool(self) -> ThreadPoolExecutor:
+        """Those of this process."""
+        if self._process != os.getpid():
+            self._pool, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+        return self._pool
+
+    def close(self) -> None:
+        """Wait for what is worked on; what was not begun is cancelled."""
+        self.pool().shutdown(cancel_futures=True)
 
 
 class AsyncAnswerStream(AsyncIterator[str]):

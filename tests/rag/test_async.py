@@ -158,8 +158,8 @@ def test_questions_not_begun_are_told_of_the_end(rag, held):
 
 
 def test_a_fork_has_threads_of_its_own(rag, forked):
-    rag._pool().submit(int).result()
-    assert forked(lambda: rag._pool().submit(int).result(60)) == "0"
+    rag.threads.pool().submit(int).result()
+    assert forked(lambda: rag.threads.pool().submit(int).result(60)) == "0"
 
 
 def test_cancelled_before_it_begins(rag, held):
