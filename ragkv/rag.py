@@ -235,6 +235,7 @@ class RAG:
         sources: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
+        chunker: TokenChunker | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add documents given as text; one of a known source replaces it.
@@ -243,6 +244,7 @@ class RAG:
             texts: a document each.
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
+            chunker: cuts these texts, instead of :attr:`chunker`.
             progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:
@@ -250,7 +252,8 @@ class RAG:
             StoreFullError: before anything is read: the disk is too small. Later: documents and vectors are stored, but KV do not
                 fit.
         """
-        return self._intake.add_texts(texts, sources, metadata, progress)
+        instance("chunker", chunker, TokenChunker | None, "a ragkv.retrieval.TokenChunker")
+        return self._intake.add_texts(texts, sources, metadata, chunker, progress)
 
     def add_files(
         self,
