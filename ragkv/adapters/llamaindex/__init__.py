@@ -15,6 +15,7 @@ from ragkv.adapters.llamaindex.embedding import RagKVEmbedding
 from ragkv.adapters.llamaindex.llm import RagKVLLM
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
 from ragkv.adapters.llamaindex.synthesizer import RagKVQueryEngine, RagKVSynthesizer
+from ragkv.adapters.llamaindex.vector_store import RagKVVectorStore
 
 __all__ = [
     "RagKVEmbedding",
@@ -22,4 +23,5 @@ __all__ = [
     "RagKVQueryEngine",
     "RagKVRetriever",
     "RagKVSynthesizer",
+    "RagKVVectorStore",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from llama_index.core.base.llms.generic_utils import (
     astream_completion_response_to_chat_response,
     completion_response_to_chat_response,
+    messages_to_prompt,
 )
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -120,17 +121,20 @@ class RagKVLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **generation: Any) -> ChatResponse:
         """``chat`` in an event loop, which goes on meanwhile."""
-        response = await self.acomplete(self.messages_to_prompt(messages), formatted=True, **generation)
+        response = await self.acomplete(self._text(messages), formatted=True, **generation)
         return completion_response_to_chat_response(response)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **generation: Any) -> ChatResponseAsyncGen:
         """``stream_chat`` in an event loop, which goes on meanwhile."""
-        pieces = await self.astream_complete(self.messages_to_prompt(messages), formatted=True, **generation)
+        pieces = await self.astream_complete(self._text(messages), formatted=True, **generation)
         return astream_completion_response_to_chat_response(pieces)
 
+    def _text(self, messages: Sequence[ChatMessage]) -> str:
+        return messages_to_prompt(messages) if self.messages_to_prompt is None else self.messages_to_prompt(messages)
+
     def _asked(self, prompt: str, formatted: bool) -> str:
-        return prompt if formatted else self.completion_to_prompt(prompt)
+        return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
 
 
 def _whole(answer: Answer) -> CompletionResponse:

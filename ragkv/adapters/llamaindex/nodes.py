@@ -18,9 +18,12 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_
 from ragkv.adapters.passages import REFERENCE, Passage, reference
 from ragkv.errors import DocumentError
 from ragkv.retrieval import Hit
+from ragkv.retrieval.records import source_id
 
 #: Where a document's metadata keep the nodes that it was made of, one a passage.
-NODES = "llamaindex"
+NODES = "llamaindex_nodes"
+#: What documents made of nodes are called in their folder, in front of their ids.
+ADDED = "llamaindex:"
 
 
 def node_of(hit: Hit) -> BaseNode:
@@ -28,9 +31,8 @@ def node_of(hit: Hit) -> BaseNode:
 
     What the model is shown of it (``MetadataMode.LLM``) is the passage's text.
     """
-    kept = hit.metadata.get(NODES)
-    if kept is not None:
-        node = metadata_dict_to_node(kept[hit.position])
+    if NODES in hit.metadata:
+        node = metadata_dict_to_node(hit.metadata[NODES][hit.position])
     else:
         start, end = hit.span or (None, None)
         node = TextNode(
@@ -39,15 +41,11 @@ def node_of(hit: Hit) -> BaseNode:
             metadata={"source": hit.source, **hit.metadata},
             start_char_idx=start,
             end_char_idx=end,
-            relationships={
-                NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.source, node_type=ObjectType.DOCUMENT)
-            },
+            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.source, node_type=ObjectType.DOCUMENT)},
         )
-        node.excluded_llm_metadata_keys = node.excluded_embed_metadata_keys = list(node.metadata)
-    node.metadata[REFERENCE] = reference(hit)
-    node.excluded_llm_metadata_keys = [*node.excluded_llm_metadata_keys, REFERENCE]
-    node.excluded_embed_metadata_keys = [*node.excluded_embed_metadata_keys, REFERENCE]
-    return node
+        node.excluded_llm_metadata_keys = list(node.metadata)
+        node.excluded_embed_metadata_keys = list(node.metadata)
+    return _referring(node, reference(hit))
 
 
 def scored(hits: list[Hit]) -> list[NodeWithScore]:
@@ -66,16 +64,39 @@ def passage_of(node: NodeWithScore) -> Passage:
 
 
 def kept(node: BaseNode) -> dict[str, Any]:
-    """A node as a document's metadata keep it, for :func:`node_of`.
+    """A node as its document's metadata keep it, without its reference: where it stands may change.
 
     Raises:
         DocumentError: it has no text, or metadata that JSON cannot hold.
     """
     if not shown(node).strip():
         raise DocumentError(f"node {node.node_id} has no text: leave it out. Nothing was added")
+    plain = node.model_copy()
+    plain.metadata = {name: value for name, value in node.metadata.items() if name != REFERENCE}
     try:
-        return node_to_metadata_dict(node)
+        return node_to_metadata_dict(plain)
     except (TypeError, ValueError) as error:
         raise DocumentError(
             f"node {node.node_id} has metadata that JSON cannot hold: {error}. Nothing was added"
         ) from error
+
+
+def nodes_of(source: str, metadata: dict[str, Any]) -> dict[str, BaseNode]:
+    """The nodes that a document was made of, in order, by id; none where it was made of something else.
+
+    Args:
+        source: what the document is called.
+        metadata: its own.
+    """
+    nodes = [metadata_dict_to_node(fields) for fields in metadata.get(NODES, ())]
+    places = [{"document": source_id(source), "passage": number} for number in range(len(nodes))]
+    return {node.node_id: _referring(node, place) for node, place in zip(nodes, places, strict=True)}
+
+
+def _referring(node: BaseNode, place: dict[str, Any]) -> BaseNode:
+    """The node, with a reference that no model is shown."""
+    node.metadata = {**node.metadata, REFERENCE: place}
+    for hidden in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
+        if REFERENCE not in hidden:
+            hidden.append(REFERENCE)
+    return node

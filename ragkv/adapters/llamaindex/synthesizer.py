@@ -34,7 +34,7 @@ class RagKVSynthesizer(BaseSynthesizer):
 
     Nodes of a :class:`RagKVRetriever` or a :class:`RagKVVectorStore` have theirs, in the context of their document. What the
     model is shown of any other (its text, and the metadata that are not excluded) is read on the way, and kept in the store. Nodes
-    without text, or too long for the model, are left out with a warning, and are no ``source_nodes`` of the response. The response's
+    without text, or too long for the model, are left out with a warning, and are no ``source_nodes`` of the response. Its
     ``metadata["ragkv"]`` has the ``report`` of the answer, when it is there, and ``left_out``, the reason by node id.
 
     Args:

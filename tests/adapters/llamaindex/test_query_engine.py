@@ -185,12 +185,16 @@ async def test_nothing_was_found(rag, streaming):
 
 
 def test_what_has_no_text_is_left_out(rag, caplog):
-    bad = [TextNode(id_="blank", text=" \n"), ImageNode(id_="picture", image="aGk="), TextNode(id_="half", text="\ud800")]
+    bad = [
+        TextNode(id_="blank", text=" \n"),
+        ImageNode(id_="picture", image="aGk="),
+        TextNode(id_="half", text="\ud800"),
+    ]
     response = others(rag, [*bad, *texts(FOREIGN[0])], max_new_tokens=4).query(QUESTION)
     assert [found.node.text for found in response.source_nodes] == FOREIGN[:1]
     assert response.metadata["ragkv"]["left_out"].keys() == {"blank", "picture", "half"}
     assert all(f"node {name}: " in caplog.text for name in ("blank", "picture", "half"))
-    with pytest.raises(PromptError, match="none of the 3 passages .* node picture: it must have text"):
+    with pytest.raises(PromptError, match=r"none of the 3 passages .* node picture: it must have text"):
         others(rag, bad).query(QUESTION)
 
 
