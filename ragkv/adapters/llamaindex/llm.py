@@ -25,7 +25,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from ragkv.adapters.parts import threads_of, usage
+from ragkv.adapters.parts import model_name, threads_of, usage
 from ragkv.adapters.passages import engine_of
 from ragkv.engine import Engine
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
@@ -71,7 +71,7 @@ class RagKVLLM(CustomLLM):
         return LLMMetadata(
             context_window=positions - template,
             num_output=self.generation.get("max_new_tokens", DEFAULT_NEW_TOKENS),
-            model_name=getattr(self._engine.model.config, "name_or_path", "") or type(self._engine.model).__name__,
+            model_name=model_name(self._engine),
         )
 
     @llm_completion_callback()
