@@ -237,7 +237,7 @@ def _content(message: BaseMessage) -> str:
     texts = [part if isinstance(part, str) else part.get("text") for part in parts]
     kinds = [part["type"] for part in parts if isinstance(part, dict) and part.get("type") != "text"]
     if kinds or not all(isinstance(text, str) for text in texts):
-        raise ArgumentTypeError(f"a message must be text, got {', '.join(map(str, kinds)) or parts!r:.80}")
+        raise ArgumentTypeError(f"a message must be text, got {(kinds or parts)!r:.80}")
     if getattr(message, "tool_calls", None):
         raise ArgumentTypeError("this model knows no tools: a message must have no tool calls")
     return "".join(map(str, texts))
