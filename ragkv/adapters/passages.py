@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk
@@ -87,7 +87,7 @@ def hand_over(engine: Engine, passages: Iterable[Passage]) -> HandedOver:
         PromptError: there are passages, and all of them had to be left out.
     """
     given = list(passages)
-    known = _known(engine, given)
+    known = known_chunks(engine, given)
     chunks, numbers, left_out = list[Chunk](), list[int](), dict[int, str]()
     for number, passage in enumerate(given):
         try:
@@ -105,15 +105,9 @@ def hand_over(engine: Engine, passages: Iterable[Passage]) -> HandedOver:
     return HandedOver(chunks, numbers, left_out)
 
 
-def _alone(engine: Engine, text: Any) -> Chunk:
-    if not isinstance(text, str) or not text.strip():
-        raise PromptError(f"it must have text that is not blank, got {text!r:.60}")
-    return engine.documents.passage(text)
-
-
-def _known(engine: Engine, given: list[Passage]) -> dict[int, Chunk]:
-    """The chunks of passages that the engine's folders have, by number."""
-    wanted = {number: place for number, passage in enumerate(given) if (place := _place(passage)) is not None}
+def known_chunks(engine: Engine, passages: Sequence[Passage]) -> dict[int, Chunk]:
+    """The chunks of those passages that a folder of the engine's has in the place of their reference, by number."""
+    wanted = {number: place for number, passage in enumerate(passages) if (place := _place(passage)) is not None}
     chunks: dict[int, Chunk] = {}
     for records in engine.documents.records:
         if isinstance(records, CataloguedDocuments):
@@ -121,6 +115,12 @@ def _known(engine: Engine, given: list[Passage]) -> dict[int, Chunk]:
             found = zip(hits, records.chunks(list(hits.values())), strict=True)
             chunks |= {number: chunk for number, chunk in found if engine.documents.fits(chunk)}
     return chunks
+
+
+def _alone(engine: Engine, text: Any) -> Chunk:
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(f"it must have text that is not blank, got {text!r:.60}")
+    return engine.documents.passage(text)
 
 
 def _place(passage: Passage) -> tuple[str, int, str] | None:

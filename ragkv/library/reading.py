@@ -10,11 +10,14 @@ import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
-from ragkv.lazy import lazy
+from ragkv.lazy import keep_last, lazy
 from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
+
+# Prefixes whose KV are kept, besides the anchor's: a template's own, and those of other system messages.
+_OPENINGS = 8
 
 
 class Reader:
@@ -30,6 +33,7 @@ class Reader:
 
     Attributes:
         space: fingerprint of all that KV depend on besides their chunk.
+        anchor: KV of the anchor; ``None`` where it is empty.
         foreign: id of the foreign text.
     """
 
@@ -48,8 +52,8 @@ class Reader:
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
         self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
         self.foreign = digest(self._foreign_ids).hex()[:16]
-        self._openings: dict[tuple[int, ...], ChunkKV | None] = {(): None}
-        self.opening(self.anchor_ids)
+        self._openings: dict[tuple[int, ...], ChunkKV | None] = {}
+        self.anchor = self._computed(self.anchor_ids)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -63,17 +67,13 @@ class Reader:
                 raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
             yield
 
-    @property
-    def anchor(self) -> ChunkKV | None:
-        """KV of the anchor."""
-        return self.opening(self.anchor_ids)
-
     def opening(self, ids: Sequence[int]) -> ChunkKV | None:
-        """KV of ids that stand at position 0, computed once and kept; ``None`` for no ids."""
+        """KV of ids that stand at position 0, computed once and kept, as long as others are not asked for; ``None`` for no ids."""
         ids = tuple(ids)
-        if ids not in self._openings:
-            self._openings[ids] = self._computed(ids)
-        return self._openings[ids]
+        if ids == self.anchor_ids:
+            return self.anchor
+        known = self._openings.get(ids)
+        return keep_last(self._openings, ids, self._computed(ids), _OPENINGS) if known is None else known
 
     def read(
         self,
@@ -103,16 +103,15 @@ class Reader:
         self, chain: list[Chunk], left: dict, stored: Callable, measured: bool, ran: Callable
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         cache = self.decoder.cache(self._behind(chain[-1]))
-        if self.anchor is not None:
-            _append(cache, self.anchor)
+        append(cache, self.anchor)
         first = self._append_stored(cache, chain, left, stored)
         second = self._second(chain, chain[:first]) if measured else None
         for group in _pieces(chain[first:], self.piece_tokens):
             begin = perf_counter()
             ids = [i for chunk in group for i in chunk.ids]
-            self._run(ids, cache, group[0].offset + self._anchor_tokens)
+            self.run(ids, cache, group[0].offset + self._anchor_tokens)
             if second is not None:
-                self._run(ids, second, second.get_seq_length())
+                self.run(ids, second, second.get_seq_length())
             per_token = (perf_counter() - begin) / len(ids)
             ran(group[0].document, len(ids))
             for chunk in group:
@@ -138,9 +137,8 @@ class Reader:
         room = len(self._foreign_ids) if limit is None else min(len(self._foreign_ids), max(0, limit - whole))
         cache = self.decoder.cache(whole + room)
         front = self.opening([*self.anchor_ids, *self._foreign_ids])
-        if front is not None:
-            _append(cache, front.first(self._anchor_tokens + room))
-        self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
+        append(cache, None if front is None else front.first(self._anchor_tokens + room))
+        self.run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
 
     @lazy
@@ -170,7 +168,7 @@ class Reader:
             kv = None if identity(chunk) in left else stored(chunk)
             if kv is None:
                 return number
-            _append(cache, kv)
+            append(cache, kv)
         return len(chain)
 
     @property
@@ -184,11 +182,12 @@ class Reader:
         if not ids:
             return None
         cache = self.decoder.cache(len(ids))
-        self._run(ids, cache, 0)
+        self.run(ids, cache, 0)
         return cut(cache, 0, len(ids))
 
     @torch.no_grad()
-    def _run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
+    def run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
+        """Compute the KV of ids behind what a cache holds, a turn a piece; ``start`` is the position of the first one."""
         tensor = torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
         for at in range(0, len(ids), self.piece_tokens):
             with self.turn():
@@ -222,7 +221,10 @@ def identity(chunk: Chunk) -> tuple[tuple[int, ...], bytes]:
     return chunk.ids, chunk.context
 
 
-def _append(cache: FusedCache, kv: ChunkKV) -> None:
+def append(cache: FusedCache, kv: ChunkKV | None) -> None:
+    """Put KV behind what a cache holds; ``None`` for no tokens."""
+    if kv is None:
+        return
     for layer, (keys, values) in zip(cache.layers, kv, strict=True):
         layer.update(keys[None].to(layer.device), values[None].to(layer.device))
 

@@ -8,8 +8,16 @@ except ImportError as error:
     raise MissingPackageError("LangChain is not installed: pip install 'ragkv[langchain]'") from error
 
 from ragkv.adapters.langchain.chain import create_ragkv_chain
+from ragkv.adapters.langchain.chat import ChatRagKV
 from ragkv.adapters.langchain.embeddings import LangChainEmbedder, RagKVEmbeddings
 from ragkv.adapters.langchain.retriever import RagKVRetriever
 from ragkv.adapters.langchain.vectorstore import RagKVVectorStore
 
-__all__ = ["LangChainEmbedder", "RagKVEmbeddings", "RagKVRetriever", "RagKVVectorStore", "create_ragkv_chain"]
+__all__ = [
+    "ChatRagKV",
+    "LangChainEmbedder",
+    "RagKVEmbeddings",
+    "RagKVRetriever",
+    "RagKVVectorStore",
+    "create_ragkv_chain",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -80,12 +81,12 @@ class _Steps:
             question = _question(given)
             yield AddableDict(question=question)
             documents = await self._retriever.ainvoke(question, config)
-            handed = hand_over(self._engine, passages_of(documents))
+            pool = self._threads.pool()
+            look_up = partial(hand_over, self._engine, passages_of(documents))
+            handed = await asyncio.get_running_loop().run_in_executor(pool, look_up)
             yield AddableDict(context=_given(documents, handed))
             start = partial(self._start, handed, question)
-            async with aclosing(
-                AsyncAnswerStream(start, self._threads.pool(), **{**self._generation, **generation})
-            ) as pieces:
+            async with aclosing(AsyncAnswerStream(start, pool, **{**self._generation, **generation})) as pieces:
                 async for piece in pieces:
                     yield AddableDict(answer=piece)
             yield _end(pieces.report)

@@ -7,8 +7,10 @@ from typing import Any
 
 from langchain_core.documents import Document
 
+from ragkv.adapters.found import FoundPassages
 from ragkv.adapters.passages import REFERENCE, Passage, only_passage, reference
 from ragkv.errors import ArgumentTypeError
+from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 
 #: What documents of the vector store are called in their folder, in front of their ids.
@@ -20,6 +22,11 @@ def document_of(hit: Hit) -> Document:
     more = {"score": hit.score, REFERENCE: reference(hit)}
     metadata = {"source": hit.source, **hit.metadata, **more}
     return Document(id=f"{hit.source}#{hit.position}", page_content=hit.text, metadata=metadata)
+
+
+def remember(rag: RAG, hits: Iterable[Hit]) -> None:
+    """Let a chat model find in its messages what was found."""
+    FoundPassages.of(rag.engine).leave(Passage(hit.text, hit.source, reference(hit)) for hit in hits)
 
 
 def passages_of(documents: Any) -> list[Passage]:

@@ -9,7 +9,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
 
-from ragkv.adapters.langchain.documents import document_of
+from ragkv.adapters.langchain.documents import document_of, remember
 from ragkv.rag import RAG
 
 
@@ -37,7 +37,9 @@ class RagKVRetriever(BaseRetriever):
         neighbours: int | None = None,
     ) -> list[Document]:
         top_k, beside = self.k if k is None else k, self.neighbours if neighbours is None else neighbours
-        return [document_of(hit) for hit in self.rag.retrieve(query, top_k, beside)]
+        hits = self.rag.retrieve(query, top_k, beside)
+        remember(self.rag, hits)
+        return [document_of(hit) for hit in hits]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **options: Any

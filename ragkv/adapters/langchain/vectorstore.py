@@ -12,7 +12,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
-from ragkv.adapters.langchain.documents import ADDED, document_of
+from ragkv.adapters.langchain.documents import ADDED, document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
 from ragkv.rag import RAG
@@ -167,7 +167,7 @@ class RagKVVectorStore(VectorStore):
             **options: none.
         """
         _no_more(options)
-        return [_as_added(hit) for hit in self._nearest(query, k, filter)]
+        return [document for document, _ in self.similarity_search_with_score(query, k, filter)]
 
     def similarity_search_with_score(
         self, query: str, k: int = 4, filter: Filter | None = None, **options: Any
@@ -204,6 +204,7 @@ class RagKVVectorStore(VectorStore):
             hits = self.rag.retriever.search(query, look)
             kept = [hit for hit in hits if _wanted(hit, wanted)]
             if len(kept) >= k or len(hits) < look:
+                remember(self.rag, kept[:k])
                 return kept[:k]
             look *= 4
 
