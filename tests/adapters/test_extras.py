@@ -29,7 +29,7 @@ def test_nothing_is_loaded_before_it_is_asked_for():
     assert fresh(code) == "[]"
 
 
-@pytest.mark.parametrize("extra", ["llamaindex", "haystack"])
+@pytest.mark.parametrize("extra", ["langchain", "llamaindex", "haystack"])
 def test_a_missing_one_is_named(extra):
     code = (
         f"import sys; sys.modules[{FRAMEWORKS[extra]!r}] = None\n"
@@ -40,7 +40,7 @@ def test_a_missing_one_is_named(extra):
     assert f"pip install 'ragkv[{extra}]'" in fresh(code)
 
 
-@pytest.mark.parametrize("extra", ["llamaindex", "haystack"])
+@pytest.mark.parametrize("extra", ["langchain", "llamaindex", "haystack"])
 def test_one_does_without_the_others(extra):
     others = [name for key, name in FRAMEWORKS.items() if key != extra]
     code = (

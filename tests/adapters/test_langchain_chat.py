@@ -4,14 +4,17 @@ import asyncio
 
 import pytest
 from langchain_core.callbacks import UsageMetadataCallbackHandler
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerFast
 
-from ragkv import ArgumentTypeError, PromptError, UnknownArgumentError
+from ragkv import ArgumentTypeError, Engine, PromptError, UnknownArgumentError
 from ragkv.adapters.langchain import ChatRagKV, RagKVRetriever, RagKVVectorStore
+from ragkv.adapters.langchain.chat import _ROLES
+from ragkv.bundled import MODEL_PATH
 from tests.rag.rags import QUESTION
 
 
@@ -172,4 +175,59 @@ def test_what_is_no_text_is_refused(rag):
         chat.invoke("hello", nonsense=1)
     with pytest.raises(ValidationError, match="rag"):
         ChatRagKV(rag="folder")
+    with pytest.raises(ValidationError, match="max_token\n"):
+        ChatRagKV(rag=rag, max_token=5)
     assert chat.invoke([HumanMessage(["hel", {"type": "text", "text": "lo"}])]).text == chat.invoke("hello").text
+
+
+def test_a_conversation(rag):
+    """Passages belong to the last question; what was said before stands in front of them."""
+    found = joined(RagKVRetriever(rag=rag, k=2).invoke(QUESTION))
+    chunks = rag.chunks(rag.retrieve(QUESTION, 2))
+    said = [HumanMessage("Hello."), AIMessage("Good day."), HumanMessage("Now then.")]
+    answer = ChatRagKV(rag=rag, max_tokens=4).invoke([*said, HumanMessage(f"{found}\n\n{QUESTION}")])
+    assert usage(answer) == (sum(map(len, chunks)), 0)
+    messages = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": f"Now then.\n\n{QUESTION}"},
+    ]
+    assert answer.text == rag.engine.generate(chunks, messages, max_new_tokens=4).text
+
+
+def test_a_system_message(rag):
+    messages = [SystemMessage("Be"), SystemMessage("brief."), HumanMessage(message_for(rag, k=2))]
+    chunks = rag.chunks(rag.retrieve(QUESTION, 2))
+    want = rag.engine.generate(chunks, QUESTION, system="Be\n\nbrief.", max_new_tokens=4).text
+    assert ChatRagKV(rag=rag, max_tokens=4).invoke(messages).text == want
+
+
+def test_passages_of_earlier_turns_are_text(rag):
+    message, chat = message_for(rag, k=2), ChatRagKV(rag=rag, max_tokens=2)
+    assert usage(chat.invoke([HumanMessage(message), AIMessage("The Exe."), HumanMessage("Why?")])) == (0, 0)
+
+
+def test_roles_that_nobody_knows_are_refused(rag):
+    chat = ChatRagKV(rag=rag, max_tokens=1)
+    for messages, said in (
+        ([ChatMessage("hello", role="critic")], "a role must be one of system, user, assistant, got 'critic'"),
+        ([HumanMessage("hello"), AIMessage("good day")], "the last message must be the user's question"),
+        ([HumanMessage("hello"), SystemMessage("Be brief."), HumanMessage("and?")], "there may be one system message"),
+    ):
+        with pytest.raises(PromptError, match=said):
+            chat.invoke(messages)
+
+
+def test_roles_come_from_the_chat_template(model):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    engine = Engine(model, tokenizer, method="reuse")
+    said = [SystemMessage("Be brief."), HumanMessage("Hello."), AIMessage("Good day."), HumanMessage(QUESTION)]
+    messages = [{"role": _ROLES[type(message)], "content": message.content} for message in said]
+    want = engine.generate([], messages, max_new_tokens=4)
+    assert ChatRagKV(rag=engine, max_tokens=4).invoke(said).text == want.text
+    prompt = tokenizer.decode(engine.fuse([], messages).input_ids[0])
+    assert "[system] Be brief. [user] Hello. [assistant] Good day. [user]" in " ".join(prompt.split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
@@ -68,9 +68,9 @@ class _Steps:
             documents = self._retriever.invoke(question, config)
             handed = hand_over(self._engine, passages_of(documents))
             yield AddableDict(context=_given(documents, handed))
-            pieces = self._engine.stream(handed.chunks, question, **{**self._generation, **generation})
-            for piece in pieces:
-                yield AddableDict(answer=piece)
+            with closing(self._engine.stream(handed.chunks, question, **{**self._generation, **generation})) as pieces:
+                for piece in pieces:
+                    yield AddableDict(answer=piece)
             yield _end(pieces.report)
 
     async def aanswer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from ragkv.adapters.found import FoundPassages
 from ragkv.adapters.passages import engine_of, known_chunks
@@ -44,9 +44,12 @@ class ChatRagKV(BaseChatModel):
         max_tokens: of the answer.
         stop: a text or several at which the answer ends.
         timeout: seconds after which the answer ends where it is.
-        max_retries: taken because LangChain's programs give it: a model in this process is asked once.
+        streaming: stream under the hood of ``invoke`` too, so that callbacks hear every piece.
+        max_retries, api_key: taken because LangChain's programs give them, and not used: a model in this process is asked once.
         generation: whatever else :meth:`ragkv.Engine.generate` takes. A call's own arguments override all of them.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     rag: RAG | Engine
     model: str = ""
@@ -54,7 +57,9 @@ class ChatRagKV(BaseChatModel):
     max_tokens: int | None = None
     stop: str | list[str] | None = None
     timeout: float | None = None
+    streaming: bool = False
     max_retries: int | None = None
+    api_key: SecretStr | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
     _threads: Threads = PrivateAttr(default_factory=Threads)
 
@@ -109,11 +114,12 @@ class ChatRagKV(BaseChatModel):
         **generation: Any,
     ) -> Iterator[ChatGenerationChunk]:
         chunks, pieces = self._pieces(messages, **self._options(stop, generation))
-        for piece in pieces:
-            part = _part(piece)
-            if run_manager:
-                run_manager.on_llm_new_token(piece, chunk=part)
-            yield part
+        with closing(pieces):
+            for piece in pieces:
+                part = _part(piece)
+                if run_manager:
+                    run_manager.on_llm_new_token(piece, chunk=part)
+                yield part
         yield self._last(chunks, pieces.report)
 
     async def _astream(
