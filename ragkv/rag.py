@@ -354,7 +354,8 @@ class RAG:
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
         """
         hits = self.retriever.search(question, top_k, neighbours=neighbours, readings=self._documents.read)
-        return prompt_order(hits)
+        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
@@ -470,12 +471,6 @@ class RAG:
 
     def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
         return list(self.engine.documents.keys(self._documents.now(source_id(self._source(source)))))
-
-
-def prompt_order(hits: list[Hit]) -> list[Hit]:
-    """Passages, best first, in the order of the prompt: documents by their best one, each in its own order."""
-    rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-    return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
 
 
 def _shown(hits: list[Hit]) -> list[Hit]:

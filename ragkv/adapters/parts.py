@@ -8,7 +8,7 @@ from typing import Any
 from ragkv.engine import Engine
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.retrieval import Hit
+from ragkv.retrieval import Document, Hit
 from ragkv.streaming import Threads
 
 
@@ -44,6 +44,23 @@ def search(
     beside = {(hit.document_id, hit.position + by) for hit in found for by in range(-neighbours, neighbours + 1)}
     more = [hit for hit in hits if (hit.document_id, hit.position) in beside and hit.passage_id not in chosen]
     return found + [hit for hit in more if wanted(hit)]
+
+
+def prompt_order(hits: list[Hit]) -> list[Hit]:
+    """Passages, best first, in the order of the prompt: documents by their best one, each in its own order."""
+    rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+    return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+
+
+def listed(rag: RAG) -> list[Document]:
+    """All documents, as the catalogue has them."""
+    return rag.retriever.catalogue.documents()
+
+
+def document(rag: RAG, source: str) -> Document | None:
+    """The document of a source; None where there is none."""
+    with rag.retriever.catalogue.snapshot() as view:
+        return view.get(source)
 
 
 def model_name(engine: Engine) -> str:
