@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ragkv.chunk import Chunk
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
+from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, RetrievalError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
@@ -26,7 +26,7 @@ from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
 from ragkv.report import Answer, AnswerStream
-from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
+from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
 from ragkv.store import TieredStore
@@ -143,7 +143,7 @@ class RAG:
             disk_bytes: disk for KV.
             codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
-            namespace: KV stored under another one are never found.
+            namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             context, document_tokens, piece_tokens, sensitivity, kernels: see :class:`~ragkv.Engine`.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
@@ -299,8 +299,9 @@ class RAG:
         return self._intake.sync(folder, dry_run, progress)
 
     def documents(self) -> list[ListedDocument]:
-        """All documents, by source, with their length and what their KV take."""
-        return listed_documents(self.retriever.catalogue, self.engine.store, self.engine.documents.setting)
+        """The documents of the namespace, by source, with their length and what their KV take."""
+        documents = self.engine.documents
+        return listed_documents(self.retriever.catalogue, self.engine.store, documents.setting, documents.namespace)
 
     def remove(self, source: str | os.PathLike[str]) -> Change:
         """Remove a document, its passages and vectors, and the KV that no other document uses.
@@ -344,18 +345,22 @@ class RAG:
         """
         return self._intake.refresh(progress)
 
-    def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
+    def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
         """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
+            **retrieval: more of :class:`ragkv.Retrieval`: ``hybrid``, ``hops``, ``where``, ``min_score``, ``max_context_tokens``,
+                ``rerank``.
+
+        Raises:
+            RetrievalError: an option is out of range.
+            UnknownArgumentError: there is no such option.
         """
-        hits = self.retriever.search(question, top_k, neighbours=neighbours, readings=self._documents.read)
-        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+        return self._documents.search(question, Retrieval.of(top_k=top_k, neighbours=neighbours, **retrieval))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
@@ -368,28 +373,29 @@ class RAG:
         self,
         question: str,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> SourcedAnswer:
         """Answer a question over the documents.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find, see :meth:`retrieve`.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **options: more of :class:`ragkv.Retrieval`, and what ``model.generate`` takes.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
             PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
                 are, they are left out, with a warning.
         """
-        hits, chunks, left_out = self._found(question, top_k, neighbours)
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        hits, chunks, left_out = self._found(question, retrieval)
         with told_of_hits(progress, hits):
             answer = self.engine.generate(chunks, question, method=method, **generation)
         return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
@@ -398,23 +404,24 @@ class RAG:
         self,
         question: str,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> tuple[list[Hit], AnswerStream]:
         """The passages for a question, and the answer over them piece by piece.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find, see :meth:`retrieve`.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **options: more of :class:`ragkv.Retrieval`, and what ``model.generate`` takes.
         """
-        hits, chunks, _ = self._found(question, top_k, neighbours)
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        hits, chunks, _ = self._found(question, retrieval)
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
         with told_of_hits(progress, hits):
             return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
@@ -442,11 +449,17 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int, neighbours: int) -> tuple[list[Hit], list[Chunk], list[Hit]]:
+    def _found(self, question: str, retrieval: Retrieval) -> tuple[list[Hit], list[Chunk], list[Hit]]:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
-        hits = self.retrieve(question, top_k, neighbours)
+        hits = self._documents.search(question, retrieval)
+        namespace = self.engine.documents.namespace
+        if not hits and self.retriever.catalogue.documents(namespace):
+            raise RetrievalError(
+                f"no passage was found: where=, min_score= and max_context_tokens= leave none; got {retrieval}"
+            )
         if not hits:
-            raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
+            within = f" in namespace {namespace!r}" if namespace else ""
+            raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")
         pairs = list(zip(hits, self.chunks(hits), strict=True))
         fitting = [pair for pair in pairs if self.engine.documents.fits(pair[1])]
         left_out = [(hit, len(chunk)) for hit, chunk in pairs if not self.engine.documents.fits(chunk)]
@@ -465,12 +478,17 @@ class RAG:
         return [hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out]
 
     def _source(self, given: str | os.PathLike[str]) -> str:
-        if given in self.retriever.catalogue:
-            return str(given)
-        return only([document.source for document in self.retriever.catalogue], given, "RAG.documents()")
+        catalogue, namespace = self.retriever.catalogue, self.engine.documents.namespace
+        if isinstance(given, str) and catalogue.get(given, namespace) is not None:
+            return given
+        return only([document.source for document in catalogue.documents(namespace)], given, "RAG.documents()")
 
     def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
-        return list(self.engine.documents.keys(self._documents.now(source_id(self._source(source)))))
+        return list(
+            self.engine.documents.keys(
+                self._documents.now(source_id(self._source(source), self.engine.documents.namespace))
+            )
+        )
 
 
 def _shown(hits: list[Hit]) -> list[Hit]:
