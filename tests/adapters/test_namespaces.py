@@ -5,7 +5,7 @@ from haystack import Document as HaystackDocument
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import VectorStoreQuery
 
-from ragkv.adapters import haystack, llamaindex
+from ragkv.adapters import haystack, langchain, llamaindex
 from ragkv.adapters.passages import Passage, hand_over, reference
 from tests.rag.rags import QUESTION, open_rag
 
@@ -34,6 +34,20 @@ def test_llama_index(two):
     assert {node.text for node in llamaindex.RagKVVectorStore(theirs).get_nodes()} == set(TEXTS)
 
 
+def test_langchain(two):
+    ours, theirs = two
+    store, other = langchain.RagKVVectorStore(ours), langchain.RagKVVectorStore(theirs)
+    other.add_texts(TEXTS, ids=["1", "2"])
+    assert store.similarity_search(QUESTION, 9) == [] and store.get_by_ids(["1"]) == []
+    assert langchain.RagKVRetriever(rag=ours).invoke(QUESTION) == []
+    store.add_texts(["Ours."], ids=["1"])
+    assert [found.page_content for found in store.similarity_search(QUESTION, 9)] == ["Ours."]
+    store.delete(["2"])
+    store.delete()
+    assert store.get_by_ids(["1"]) == [] and len(other.get_by_ids(["1", "2"])) == 2
+    assert len(other.similarity_search(QUESTION, 9)) > 2
+
+
 def test_haystack(two):
     ours, theirs = two
     every = {"field": "meta.source", "operator": "!=", "value": "x"}
@@ -42,7 +56,9 @@ def test_haystack(two):
         assert haystack.RagKVRetriever(theirs).run(QUESTION, filters)["documents"]
     (found,) = haystack.RagKVRetriever(theirs, 1).run(TEXTS[1])["documents"]
     said = haystack.RagKVGenerator(ours, {"max_new_tokens": 4}).run(QUESTION, [found])
-    alone = haystack.RagKVGenerator(ours, {"max_new_tokens": 4}).run(QUESTION, [HaystackDocument(content=found.content)])
+    alone = haystack.RagKVGenerator(ours, {"max_new_tokens": 4}).run(
+        QUESTION, [HaystackDocument(content=found.content)]
+    )
     assert said["replies"] == alone["replies"]
 
 
