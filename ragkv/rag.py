@@ -225,6 +225,7 @@ class RAG:
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
         namespace: str | None = None,
+        chunker: TokenChunker | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add documents given as text; one of a known source replaces it.
@@ -234,6 +235,7 @@ class RAG:
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
             namespace: in place of the engine's: :meth:`ask` finds them with the same one.
+            chunker: cuts these texts, instead of :attr:`chunker`.
             progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:
@@ -241,7 +243,8 @@ class RAG:
             StoreFullError: before anything is read: the disk is too small. Later: documents and vectors are stored, but KV do not
                 fit.
         """
-        return self._taking_in(namespace).add_texts(texts, sources, metadata, progress)
+        instance("chunker", chunker, TokenChunker | None, "a ragkv.retrieval.TokenChunker")
+        return self._taking_in(namespace).add_texts(texts, sources, metadata, chunker, progress)
 
     def add_files(
         self,

@@ -122,6 +122,11 @@ class AsyncAnswerStream(AsyncIterator[str]):
             say(piece)
 
 
+async def in_thread(executor: Executor, work: Callable[[], Result]) -> Result:
+    """What ``work`` gives, run in a thread; it goes on where nobody waits for it any more."""
+    return await _given(_submitted(executor, work))
+
+
 async def stoppable(executor: Executor, ask: Callable[..., Result], **options: Any) -> Result:
     """What ``ask`` gives, run in a thread; it is stopped behind the token at hand where nobody waits for it any more.
 

@@ -215,6 +215,25 @@ class CataloguedDocuments:
             for hit in hits
         ]
 
+    def at(self, places: Mapping[int, tuple[str, int, str]]) -> dict[int, Hit]:
+        """Passages by where they stand, for :meth:`chunks`: only those that are there, with just this text.
+
+        Args:
+            places: each the id of a document, a number among its passages, and a text.
+        """
+        hits: dict[int, Hit] = {}
+        with self._catalogue.snapshot() as view:
+            for name, (document_id, number, text) in places.items():
+                listed = view.by_id(document_id)
+                if listed is None or listed.namespace != self._documents.namespace:
+                    continue
+                ids = listed.passage_ids[number : number + 1] if number >= 0 else ()
+                if ids and view.passage(ids[0]).text == text:
+                    span = listed.spans[number] if listed.spans else None
+                    facts = (listed.source, listed.id, number, listed.metadata, span)
+                    hits[name] = Hit(ids[0], text, 1.0, *facts, self.read(view, listed))
+        return hits
+
     def _now(self, hit: Hit) -> Reading:
         with self._catalogue.snapshot() as view:
             listed = view.by_id(hit.document_id)

@@ -129,7 +129,9 @@ class Intake:
         other._catalogued, other._documents = catalogued, documents
         return other
 
-    def add_texts(self, texts: Any, sources: Any, metadata: Any, tell: Tell | None) -> Added:
+    def add_texts(
+        self, texts: Any, sources: Any, metadata: Any, chunker: TokenChunker | None, tell: Tell | None
+    ) -> Added:
         """See :meth:`ragkv.RAG.add_texts`."""
         given = listed(texts, "texts")
         names = [None] * len(given) if sources is None else listed(sources, "sources")
@@ -141,7 +143,7 @@ class Intake:
         called = [
             f"text:{digest(text).hex()[:16]}" if name is None else name for text, name in zip(given, names, strict=True)
         ]
-        return self._done(self._plan(map(Given, called, given, extras), tell), tell)
+        return self._done(self._plan(map(Given, called, given, extras), tell, chunker=chunker), tell)
 
     def add_files(self, paths: Any, tell: Tell | None) -> Added:
         """See :meth:`ragkv.RAG.add_files`."""
@@ -219,7 +221,13 @@ class Intake:
                 plan.moved[prepared.source] = former
         return plan
 
-    def _plan(self, given: Iterable[Given | SkippedFile], tell: Tell | None, skip: bool = False) -> _Plan:
+    def _plan(
+        self,
+        given: Iterable[Given | SkippedFile],
+        tell: Tell | None,
+        skip: bool = False,
+        chunker: TokenChunker | None = None,
+    ) -> _Plan:
         """What adding documents takes; with ``skip`` those that cannot be stored are skipped."""
         check_told(tell)
         self._documents.look()
@@ -229,7 +237,7 @@ class Intake:
                 plan.skipped.append(item)
             else:
                 try:
-                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self.chunker)
+                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, chunker or self.chunker)
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
