@@ -34,7 +34,7 @@ class FusionReport:
             computed before.
         hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
             ``"unused"``: the method computes everything itself.
-        sources: the same for each chunk of the prompt, in order.
+        sources: the same for each chunk that was given, in order; ``prompt`` where a session's prompt had it already.
         bytes_read: bytes read from disk.
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.

@@ -216,7 +216,8 @@ class Session:
             there = {identity(chunk) for earlier in state.turns for chunk in earlier.chunks}
             chunks = [chunk for chunk in turn.found.chunks if identity(chunk) not in there]
             try:
-                return made(replace(request, chunks=chunks, past=state.past), roomy, begin, stack)
+                prompt = made(replace(request, chunks=chunks, past=state.past), roomy, begin, stack)
+                return _for_question(prompt, chunks, turn.found.chunks)
             except PromptTooLongError:
                 dropped = 1
             except ModelChangedError:
@@ -227,15 +228,17 @@ class Session:
             said = [message for earlier in left for message in _messages(earlier)]
             every = {identity(chunk): chunk for earlier in left for chunk in earlier.chunks}
             every |= {identity(chunk): chunk for chunk in turn.found.chunks}
+            chunks = list(every.values())
             anew = replace(
                 request,
-                chunks=list(every.values()),
+                chunks=chunks,
                 question=[*said, {"role": "user", "content": turn.question}],
                 system=self._system,
                 namespace=self._namespace,
             )
             try:
-                return made(anew, roomy if left else room, begin, stack)
+                prompt = made(anew, roomy if left else room, begin, stack)
+                return _for_question(prompt, chunks, turn.found.chunks)
             except PromptTooLongError:
                 if not left:
                     raise
@@ -257,6 +260,13 @@ class Session:
 
     def _documents(self) -> Documents:
         return self._rag.engine.prompting.documents_for(self._system, self._namespace)
+
+
+def _for_question(prompt: FusedPrompt, placed: Sequence[Chunk], asked: Sequence[Chunk]) -> FusedPrompt:
+    """The prompt, whose report names the KV of the question's passages: of those that were placed, and those that were there."""
+    origins = {identity(chunk): origin for chunk, origin in zip(placed, prompt.report.sources, strict=True)}
+    prompt.report.sources = [origins.get(identity(chunk), "prompt") for chunk in asked]
+    return prompt
 
 
 def _messages(turn: _Turn) -> list[dict[str, str]]:

@@ -73,21 +73,20 @@ def parser() -> argparse.ArgumentParser:
 
     command("refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to.")
 
-    ask = command(
-        "ask",
-        model,
-        method,
-        _storage(),
-        bar,
-        searching.options(),
-        summary="Answer a question over the documents that were added.",
-    )
+    answering = (model, method, _storage(), bar, searching.options(), _answer())
+    ask = command("ask", *answering, summary="Answer a question over the documents that were added.")
     ask.add_argument("question", type=_question, metavar="QUESTION", help="'-' reads it from the standard input")
-    ask.add_argument(
-        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
+    chat = command(
+        "chat",
+        *answering,
+        summary="A conversation over the documents: a question a line. /help says what else a line may be.",
     )
-    ask.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    chat.add_argument("--sources", action="store_true", help="show behind each answer where it comes from")
+    chat.add_argument(
+        "--context-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="the longest prompt with its answer; beyond it the oldest turns are dropped (default: the model's positions)",
     )
 
     command(
@@ -161,6 +160,17 @@ def _model() -> argparse.ArgumentParser:
     ):
         model.add_argument(name, action="store_true", default=None, help=what)
     return model
+
+
+def _answer() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
+    )
+    options.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    return options
 
 
 def _bar() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
@@ -12,7 +13,8 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
 from ragkv.cli.searching import search_of
-from ragkv.rag import RAG, SourcedAnswer
+from ragkv.rag import SourcedAnswer
+from ragkv.report import AnswerStream
 from ragkv.retrieval import Hit
 
 #: Stages of an answer's time line, in order, and what they are called.
@@ -32,22 +34,35 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     require_documents(path)
     with open_rag(path, **options_of(args)) as rag:
-        answer, stages = _answered(rag, args)
+        answer, stages = answered(rag.stream, args.question, args, search_of(args, rag))
     if args.json:
-        show.as_json(_as_dict(args.question, answer, stages))
+        show.as_json(as_dict(args.question, answer, stages))
     else:
-        _show(answer, stages)
+        show_sources(answer)
+        _show_costs(answer, stages)
     return 0
 
 
-def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[str, float]]:
+def answered(
+    stream: Callable[..., tuple[list[Hit], AnswerStream]],
+    question: str,
+    args: argparse.Namespace,
+    search: dict[str, Any],
+) -> tuple[SourcedAnswer, dict[str, float]]:
+    """An answer, which is shown as it grows, and the milliseconds of its stages.
+
+    Args:
+        stream: of a :class:`RAG`, or of a session of it.
+        question: what is asked.
+        args: of the command.
+        search: how passages are found.
+    """
     begin = perf_counter()
     text = ""
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
-        search = search_of(args, rag)
         options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
-        hits, pieces = rag.stream(args.question, **search, progress=bar, **options)
+        hits, pieces = stream(question, **search, progress=bar, **options)
         for piece in pieces:
             shown.close()  # what had to be read is read
             if not args.json:
@@ -70,7 +85,7 @@ def _milliseconds(answer: SourcedAnswer, total_ms: float) -> dict[str, float]:
     return {"retrieve": retrieve, **stages, "first_token": first_token, "decode": report.decode_ms, "total": total_ms}
 
 
-def _as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
+def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
     """For programs. Times are in ``milliseconds`` only: the report's count from the passages on, and not from the question."""
     report = answer.report.as_dict()
     del report["first_token_ms"], report["decode_ms"], report["fusion"]["milliseconds"]
@@ -89,12 +104,16 @@ def _passage(hit: Hit) -> dict[str, Any]:
     return {"source": hit.source, "position": hit.position, "score": hit.score, "text": hit.text}
 
 
-def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
+def show_sources(answer: SourcedAnswer) -> None:
+    """A table of the passages that an answer was given."""
     print(f"\n{show.paint('sources', 'bold')}")
     rows = [("", "passage", "score", "KV from")]
     for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True):
         rows.append((show.short(hit.source), str(hit.position + 1), f"{hit.score:.2f}", kv))
     show.table(rows)
+
+
+def _show_costs(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
     fusion = answer.report.fusion
     print(f"\n{show.paint('recomputed', 'bold')}")
     print(f"{fusion.budget:.1%} of {show.number(fusion.chunk_tokens, 'passage token')}, by {fusion.method}")

@@ -16,10 +16,10 @@ Item = TypeVar("Item")
 _COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
 
 
-def as_json(value: dict[str, Any]) -> None:
-    """Print one JSON object."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file's name need not be Unicode
+def as_json(value: dict[str, Any], *, one_line: bool = False) -> None:
+    """Print one JSON object, at once."""
+    text = json.dumps(value, ensure_ascii=False, indent=None if one_line else 2)
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)  # a file's name need not be Unicode
 
 
 def hint(text: str) -> None:
