@@ -15,7 +15,7 @@ from ragkv.model.generation import Settings
 from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder
-from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt
+from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, Made
 
 #: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, when the question began, and what is
 #: undone behind the answer.
@@ -39,14 +39,14 @@ class Answering:
         """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
         if self._settings.beams > 1:
             ids, report = self._searched(begin)
-            return Answer(self._said(ids), ids, report)
+            return Answer(self.said(ids), ids, report)
         stream = self.pieces(begin)
         for _ in stream:
             pass
         assert stream.report is not None
-        return Answer(self._said(stream.token_ids), stream.token_ids, stream.report, past=stream.past)
+        return Answer(self.said(stream.token_ids), stream.token_ids, stream.report, past=stream.past)
 
-    def pieces(self, begin: float | None = None, ended: Callable[[AnswerStream], object] | None = None) -> AnswerStream:
+    def pieces(self, begin: float | None = None, ended: Callable[[Made], object] | None = None) -> AnswerStream:
         """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for.
 
         Args:
@@ -62,7 +62,8 @@ class Answering:
 
         return AnswerStream(start, Detokenizer(self._encoder, self._settings.stop), ended)
 
-    def _said(self, ids: Sequence[int]) -> str:
+    def said(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids."""
         return cut(self._encoder.decode(ids), self._settings.stop)
 
     def _past(self, prompt: FusedPrompt, ids: Sequence[int]) -> Past | None:
@@ -71,7 +72,7 @@ class Answering:
         """
         if prompt.past is None:
             return None
-        text, kept = self._said(ids), len(ids)
+        text, kept = self.said(ids), len(ids)
         while kept and not text.startswith(self._encoder.decode(ids[:kept])):
             kept -= 1
         rest = self._encoder.ids(text[len(self._encoder.decode(ids[:kept])) :])

@@ -252,7 +252,7 @@ class Engine:
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        request = Request(chunks, question, self._method(method), system, namespace, starts)
+        request = Request(chunks, question, self.method_of(method), system, namespace, starts)
         return self.prompting.prompt(request, lambda _: room_tokens, begin, ExitStack())
 
     def generate(
@@ -292,7 +292,7 @@ class Engine:
         """
         begin = perf_counter()
         request = Request(
-            chunks, question, self._method(method), system, namespace, None, past, keep_past or past is not None
+            chunks, question, self.method_of(method), system, namespace, None, past, keep_past or past is not None
         )
         return self._answering(request, stop, generation).whole(begin)
 
@@ -331,7 +331,7 @@ class Engine:
             no tokenizer.
         """
         request = Request(
-            chunks, question, self._method(method), system, namespace, None, past, keep_past or past is not None
+            chunks, question, self.method_of(method), system, namespace, None, past, keep_past or past is not None
         )
         return self._answering(request, stop, generation, pieces=True).pieces()
 
@@ -383,7 +383,8 @@ class Engine:
             raise ArgumentError(f"num_beams: {why}: leave it out" + (", or use generate()" if pieces else ""))
         return Answering(self.runner, self.encoder, settings, prompt)
 
-    def _method(self, method: Method | str | None) -> Method:
+    def method_of(self, method: Method | str | None) -> Method:
+        """A method as it is given to a call: by default the engine's."""
         return self.method if method is None else _method(method)
 
 

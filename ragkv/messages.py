@@ -95,14 +95,19 @@ def asked(encoder: Encoder, question: Question, system: str | None = None) -> As
     system, said = checked_system(system), [Message("user", cast(Text, question))]
     if is_chat(question):
         system, said = conversation(question, system)
-    chat = encoder.template.chat
-    own = "" if chat is None else chat.get("system") or ""
-    if system is None or (chat is not None and system == own):  # the template's prefix has it
+    begin = opening(encoder, system)
+    if begin is encoder.prefix:  # which has the system message
         if len(said) == 1:
-            return Asked(encoder.prefix, encoder.suffix(said[0].content), encoder.prefix)
-        return Asked(*_written(encoder, said, own=own), encoder.prefix)
-    behind = [Message("system", system)] if system else []
-    return Asked(*_written(encoder, behind + said), _written(encoder, behind + said[-1:])[0])
+            return Asked(begin, encoder.suffix(said[0].content), begin)
+        return Asked(*_written(encoder, said, own=_own(encoder)), begin)
+    return Asked(*_written(encoder, [*_system(system), *said]), begin)
+
+
+def opening(encoder: Encoder, system: str | None) -> tuple[int, ...]:
+    """What stands in front of the passages where nothing was said before, with a system message in the place of the template's."""
+    if system is None or (encoder.template.chat is not None and system == _own(encoder)):
+        return encoder.prefix
+    return _written(encoder, [*_system(system), Message("user", (0,))])[0]
 
 
 def going_on(encoder: Encoder, question: Text) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -112,6 +117,11 @@ def going_on(encoder: Encoder, question: Text) -> tuple[tuple[int, ...], tuple[i
     said = [Message("user", "?"), Message("assistant", "!"), Message("user", question)]
     segments = _segments(encoder, said)
     return _spliced(encoder, segments[[number for _, number in segments].index(1) + 1 :], said)
+
+
+def last_turns(said: Sequence[Message]) -> str:
+    """What to look for: the question, and what was said in the two turns before it."""
+    return "\n".join(str(message.content) for message in said[-5:] if str(message.content).strip())
 
 
 def checked_system(system: Any) -> str | None:
@@ -148,6 +158,15 @@ def _message(number: int, message: Any) -> Message:
     if role == "user" and not text.strip():
         raise PromptError(f"the user's message at {number} is empty: give at least one token")
     return Message(role, text)
+
+
+def _own(encoder: Encoder) -> str:
+    """The system message of the template's own."""
+    return (encoder.template.chat or {}).get("system") or ""
+
+
+def _system(system: str | None) -> list[Message]:
+    return [Message("system", system)] if system else []
 
 
 def _written(encoder: Encoder, said: Sequence[Message], own: str = "") -> tuple[tuple[int, ...], tuple[int, ...]]:

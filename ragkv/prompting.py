@@ -14,7 +14,7 @@ from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, R
 from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.library.documents import Documents, several
-from ragkv.messages import Question, asked, going_on, is_chat
+from ragkv.messages import Question, asked, checked_system, going_on, is_chat, opening
 from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Line, Past
@@ -69,9 +69,9 @@ class Prompting:
     def __init__(self, documents: Documents):
         self.documents, self.encoder = documents, documents.encoder
 
-    def documents_for(self, question: Question, system: str | None = None, namespace: str | None = None) -> Documents:
-        """Where the passages of a question stand: behind its system message, unless the template has an anchor."""
-        return self._placed(asked(self.encoder, question, system).opening, namespace)
+    def documents_for(self, system: str | None, namespace: str | None) -> Documents:
+        """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
+        return self._placed(opening(self.encoder, checked_system(system)), namespace)
 
     def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack) -> FusedPrompt:
         """A prompt whose keys and values are ready.
@@ -82,10 +82,10 @@ class Prompting:
             begin: ``perf_counter()`` at which it was asked for.
             stack: what has to be undone behind the answer.
         """
-        past, opening, held = request.past, None, 0
+        past, begins, held = request.past, None, 0
         if past is None:
-            prefix, suffix, opening = asked(self.encoder, request.question, request.system)
-            documents = self._placed(opening, request.namespace)
+            prefix, suffix, begins = asked(self.encoder, request.question, request.system)
+            documents = self._placed(begins, request.namespace)
         else:
             if is_chat(request.question) or request.system is not None or request.namespace is not None:
                 raise ArgumentError(
@@ -99,7 +99,7 @@ class Prompting:
             prefix, suffix = prefix[:held], (*prefix[held:], *suffix)
         starts = None if request.starts is None else several(request.starts, "starts")
         device = documents.reader.decoder.device
-        layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, opening, held)
+        layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, begins, held)
         tokens = self._room(layout.end, room(layout.end), request.most_tokens)
         turns = () if past is None else stack.enter_context(past.going_on(request.stop))
         prompt = self.fuse(layout, request.method, tokens, begin, documents, past)
@@ -141,9 +141,9 @@ class Prompting:
                 logger.warning("reading chunks again: %s", error)
         return fuse(documents, layout, method, room_tokens, begin, past)
 
-    def _placed(self, opening: tuple[int, ...], namespace: str | None) -> Documents:
-        """Documents behind an opening, or behind the template's anchor."""
-        return self.documents.within(namespace, opening if self.encoder.template.anchor is None else None)
+    def _placed(self, begins: tuple[int, ...], namespace: str | None) -> Documents:
+        """Documents behind what a prompt begins with, or behind the template's anchor."""
+        return self.documents.within(namespace, begins if self.encoder.template.anchor is None else None)
 
     def _chunks(self, documents: Documents, given: Sequence[Chunk | Text]) -> list[Chunk]:
         """Chunks as they are; text and ids as passages that stand alone."""

@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ragkv.chunk import Chunk
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
+from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
+from ragkv.finding import Finder, Found, shown
+from ragkv.finding import SourcedAnswer as SourcedAnswer
 from ragkv.kernels import Impl
-from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.documents import Documents
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
 from ragkv.library.listing import ListedDocument, listed_documents
 from ragkv.library.watching import Progress
+from ragkv.messages import Question, conversation, last_turns
 from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
-from ragkv.report import Answer, AnswerStream
+from ragkv.report import AnswerStream
 from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
+from ragkv.session import Session
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SourcedAnswer(Answer):
-    """An answer with the passages that it was given.
-
-    Attributes:
-        sources: the passages in the order of the prompt.
-        left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
-    """
-
-    sources: list[Hit] = field(default_factory=list)
-    left_out: list[Hit] = field(default_factory=list)
 
 
 class RAG:
@@ -81,10 +68,10 @@ class RAG:
         if engine.tokenizer is None:
             raise ArgumentError("RAG reads text: the engine needs a tokenizer")
         self.engine, self.retriever = engine, retriever
-        self._documents = CataloguedDocuments(retriever, engine.documents)
+        self.finder = Finder(retriever, engine.documents)
         self.threads = Threads()
         cuts = chunker or TokenChunker(engine.tokenizer)
-        self._intake = Intake(retriever.catalogue, self._documents, engine.documents, cuts, repair_tokens)
+        self._intake = Intake(retriever.catalogue, self.finder.catalogued(), engine.documents, cuts, repair_tokens)
 
     @classmethod
     def from_pretrained(
@@ -236,6 +223,7 @@ class RAG:
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
         chunker: TokenChunker | None = None,
+        namespace: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add documents given as text; one of a known source replaces it.
@@ -245,6 +233,7 @@ class RAG:
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
             chunker: cuts these texts, instead of :attr:`chunker`.
+            namespace: in place of the engine's, of their KV: :meth:`ask` uses these with the same one.
             progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:
@@ -253,12 +242,13 @@ class RAG:
                 fit.
         """
         instance("chunker", chunker, TokenChunker | None, "a ragkv.retrieval.TokenChunker")
-        return self._intake.add_texts(texts, sources, metadata, chunker, progress)
+        return self._taking_in(namespace).add_texts(texts, sources, metadata, chunker, progress)
 
     def add_files(
         self,
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
+        namespace: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add files, and folders with all that is in them: text, Markdown, PDF. A file that cannot be read is named and skipped.
@@ -268,13 +258,14 @@ class RAG:
 
         Args:
             paths: files and folders.
+            namespace: as for :meth:`add_texts`.
             progress: called behind each file that was looked at, and behind each piece that the model has read.
 
         Raises:
             DocumentError: ``paths`` are none.
             StoreFullError: as for :meth:`add_texts`.
         """
-        return self._intake.add_files(paths, progress)
+        return self._taking_in(namespace).add_files(paths, progress)
 
     def sync(
         self,
@@ -311,7 +302,7 @@ class RAG:
         Raises:
             DocumentError: there is no such document.
         """
-        return self._documents.remove(self._source(source))
+        return self.finder.catalogued().remove(self._source(source))
 
     def pin(self, source: str | os.PathLike[str], lifetime_s: float = math.inf) -> int:
         """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
@@ -353,20 +344,41 @@ class RAG:
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
         """
-        hits = self.retriever.search(question, top_k, neighbours=neighbours, readings=self._documents.read)
-        return prompt_order(hits)
+        return self.finder.retrieve(question, top_k, neighbours)
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
         hits = listed(hits, "hits")
         for hit in hits:
             instance("each of hits", hit, Hit, "a passage that retrieve() found")
-        return self._documents.chunks(hits)
+        return self.finder.catalogued().chunks(hits)
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        namespace: str | None = None,
+        rewrite: Callable[[list[dict[str, str]]], str] | None = None,
+        context_tokens: int | None = None,
+    ) -> Session:
+        """A conversation of which nothing is computed twice, see :class:`~ragkv.session.Session`.
+
+        Args:
+            system: a system message in place of the template's.
+            namespace: in place of the engine's.
+            rewrite: given all messages, the new question last, says what to look for; by default the question and the last two
+                turns, joined.
+            context_tokens: the most tokens of prompt and answer: beyond, the oldest turns go. By default the model's positions.
+        """
+        return Session(self, system, namespace, rewrite, context_tokens)
 
     def ask(
         self,
-        question: str,
+        question: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
         top_k: int = 5,
         neighbours: int = 0,
         method: Method | str | None = None,
@@ -377,6 +389,10 @@ class RAG:
 
         Args:
             question: not blank.
+            messages: in its place, chat messages of which the last one is the user's question, as for :meth:`Engine.fuse`.
+                Passages are found with the last two turns in mind.
+            system: a system message in place of the template's. Where the template has no anchor, passages are read behind it.
+            namespace: in place of the engine's: KV of another one are never used. What is found does not depend on it.
             top_k: passages to find.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
@@ -388,48 +404,44 @@ class RAG:
             PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
                 are, they are left out, with a warning.
         """
-        hits, chunks, left_out = self._found(question, top_k, neighbours)
-        with told_of_hits(progress, hits):
-            answer = self.engine.generate(chunks, question, method=method, **generation)
-        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
+        asked, found, _ = self._found(question, messages, system, namespace, top_k, neighbours)
+        options = {"system": system, "namespace": namespace, "method": method, **generation}
+        with told_of_hits(progress, found.hits):
+            answer = self.engine.generate(found.chunks, asked, **options)
+        return SourcedAnswer.of(answer, found)
 
     def stream(
         self,
-        question: str,
+        question: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
         top_k: int = 5,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
         **generation: Any,
     ) -> tuple[list[Hit], AnswerStream]:
-        """The passages for a question, and the answer over them piece by piece.
+        """The passages for a question, and the answer over them piece by piece; arguments as for :meth:`ask`."""
+        asked, found, documents = self._found(question, messages, system, namespace, top_k, neighbours)
+        self.engine.store.prefetch(list(documents.keys(found.chunks)))  # beside what the caller does now
+        options = {"system": system, "namespace": namespace, "method": method, **generation}
+        with told_of_hits(progress, found.hits):
+            return shown(found.hits), self.engine.stream(found.chunks, asked, **options)
 
-        Args:
-            question: not blank.
-            top_k: passages to find.
-            neighbours: passages to take along on either side of each, see :meth:`retrieve`.
-            method: instead of the engine's.
-            progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
-        """
-        hits, chunks, _ = self._found(question, top_k, neighbours)
-        self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
-        with told_of_hits(progress, hits):
-            return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
-
-    async def aask(self, question: str, **options: Any) -> SourcedAnswer:
+    async def aask(self, question: str | None = None, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         return await stoppable(self.threads.pool(), partial(self.ask, question), **options)
 
-    def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
+    def astream(self, question: str | None = None, **options: Any) -> AsyncAnswerStream:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
         return AsyncAnswerStream(partial(self.stream, question), self.threads.pool(), **options)
 
     def close(self) -> None:
         """Close retriever and store, when the answers in the making are there; questions not begun are cancelled."""
         self.threads.close()
-        self._documents.close()
+        self.finder.close()
         try:
             self.retriever.close()
         finally:
@@ -441,27 +453,29 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int, neighbours: int) -> tuple[list[Hit], list[Chunk], list[Hit]]:
-        """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
-        hits = self.retrieve(question, top_k, neighbours)
-        if not hits:
-            raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
-        pairs = list(zip(hits, self.chunks(hits), strict=True))
-        fitting = [pair for pair in pairs if self.engine.documents.fits(pair[1])]
-        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not self.engine.documents.fits(chunk)]
-        if left_out:
-            names = ", ".join(
-                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
-            )
-            said = (
-                f"longer than the {self.engine.documents.document_tokens} tokens that this model reads at once: {names}"
-            )
-            if not fitting:
-                raise PromptTooLongError(
-                    f"all passages found are {said}; add the documents to a folder of this model's own"
-                )
-            logger.warning("left out of the prompt, %s", said)
-        return [hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out]
+    def _found(
+        self,
+        question: str | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        system: str | None,
+        namespace: str | None,
+        top_k: int,
+        neighbours: int,
+    ) -> tuple[Question, Found, Documents]:
+        """What is asked, the passages for it, and where they are read."""
+        if (question is None) == (messages is None):
+            raise ArgumentError("give a question or messages=[...], one of the two")
+        text = question
+        if messages is not None:
+            system, said = conversation(messages, system)
+            text = last_turns(said)
+        documents = self.engine.prompting.documents_for(system, namespace)
+        found = self.finder.found(cast(str, text), top_k, neighbours, documents)
+        return cast(Question, question if messages is None else list(messages)), found, documents
+
+    def _taking_in(self, namespace: str | None) -> Intake:
+        documents = self.engine.documents.within(namespace)
+        return self._intake.within(self.finder.catalogued(documents), documents)
 
     def _source(self, given: str | os.PathLike[str]) -> str:
         if given in self.retriever.catalogue:
@@ -469,15 +483,4 @@ class RAG:
         return only([document.source for document in self.retriever.catalogue], given, "RAG.documents()")
 
     def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
-        return list(self.engine.documents.keys(self._documents.now(source_id(self._source(source)))))
-
-
-def prompt_order(hits: list[Hit]) -> list[Hit]:
-    """Passages, best first, in the order of the prompt: documents by their best one, each in its own order."""
-    rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-    return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
-
-
-def _shown(hits: list[Hit]) -> list[Hit]:
-    """Hits as sources, without how the model reads their documents."""
-    return [replace(hit, reading=None) for hit in hits]
+        return list(self.engine.documents.keys(self.finder.catalogued().now(source_id(self._source(source)))))

@@ -148,26 +148,47 @@ class Answer:
         return self.text
 
 
+@dataclass
+class Made:
+    """What there is of an answer so far; see :class:`AnswerStream`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    report: AnswerReport | None = None
+    past: Past | None = None
+
+
 #: Begins an answer, with what has to be undone behind it: its report, its token ids, and what makes its past of these.
 Start = Callable[[ExitStack], tuple[AnswerReport, Iterator[int], Callable[[Sequence[int]], Past | None]]]
 
 
 class AnswerStream(Iterator[str]):
-    """A generated answer, piece by piece; the pieces joined are its text.
+    """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more.
 
-    Attributes:
-        token_ids: the ids generated so far, an end token and the ids of a stop text included.
-        report: what it cost so far; ``None`` until the first piece was asked for.
-        past: as of :class:`Answer`, behind the last piece.
+    Args:
+        start: begins it.
+        detokenizer: makes text of ids.
+        ended: called behind the last piece.
     """
 
-    def __init__(self, start: Start, detokenizer: Detokenizer, ended: Callable[[AnswerStream], object] | None = None):
-        self.token_ids: list[int] = []
-        self.report: AnswerReport | None = None
-        self.past: Past | None = None
-        self._start, self._text, self._ended = start, detokenizer, ended
-        self._pieces = self._run()
+    def __init__(self, start: Start, detokenizer: Detokenizer, ended: Callable[[Made], object] | None = None):
+        self._made = Made()
+        self._pieces = _pieces(self._made, start, detokenizer, ended)
         self._context = copy_context()  # who watches when it is made is told what is read later
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids generated so far, an end token and the ids of a stop text included."""
+        return self._made.token_ids
+
+    @property
+    def report(self) -> AnswerReport | None:
+        """What it cost so far; ``None`` until the first piece was asked for."""
+        return self._made.report
+
+    @property
+    def past(self) -> Past | None:
+        """As of :class:`Answer`, behind the last piece."""
+        return self._made.past
 
     def __next__(self) -> str:
         return self._context.run(next, self._pieces)
@@ -176,19 +197,22 @@ class AnswerStream(Iterator[str]):
         """End it here. Closing twice, or behind the last piece, is fine."""
         self._pieces.close()
 
-    def _run(self) -> Generator[str]:
-        with ExitStack() as stack:
-            self.report, tokens, past = self._start(stack)
-            for token in tokens:
-                self.token_ids.append(token)
-                piece = self._text.add(token)
-                if piece:
-                    yield piece
-                if self._text.stopped:
-                    break
-            rest = self._text.rest()
-            if rest:
-                yield rest
-            self.past = past(self.token_ids)
-            if self._ended is not None:
-                self._ended(self)
+
+def _pieces(
+    made: Made, start: Start, text: Detokenizer, ended: Callable[[Made], object] | None
+) -> Generator[str, None, None]:
+    with ExitStack() as stack:
+        made.report, tokens, past = start(stack)
+        for token in tokens:
+            made.token_ids.append(token)
+            piece = text.add(token)
+            if piece:
+                yield piece
+            if text.stopped:
+                break
+        rest = text.rest()
+        if rest:
+            yield rest
+        made.past = past(made.token_ids)
+        if ended is not None:
+            ended(made)

@@ -50,8 +50,15 @@ class AsyncAnswerStream(AsyncIterator[str]):
         sources: the passages in the order of the prompt; empty until the first piece is there.
     """
 
-    def __init__(self, start: Callable[..., tuple[list[Hit], AnswerStream]], executor: Executor, **options: Any):
+    def __init__(
+        self,
+        start: Callable[..., tuple[list[Hit], AnswerStream]],
+        executor: Executor,
+        ended: Callable[[AnswerStream], object] | None = None,
+        **options: Any,
+    ):
         self.sources: list[Hit] = []
+        self._ended = ended  # called behind the last piece, if somebody listened to the end
         self._stop = _Stop()
         self._start = partial(start, **self._stop.among(options))
         self._executor, self._queue = executor, asyncio.Queue[str | None]()
@@ -99,6 +106,8 @@ class AsyncAnswerStream(AsyncIterator[str]):
                 yield piece
             if not self._stop.is_set():
                 await _given(working)
+                if self._ended is not None and self._stream is not None:
+                    self._ended(self._stream)
         finally:
             self._stop.set()
             working.cancel()

@@ -49,7 +49,7 @@ class CataloguedDocuments:
     """
 
     def __init__(self, retriever: Retriever, documents: Documents):
-        self._retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
+        self.retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
         self._made: list[tuple[Document, Reading]] = []
         documents.records.append(self)
 
@@ -117,7 +117,7 @@ class CataloguedDocuments:
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
         more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
-        change = self._retriever.add(source, passages, prepared.metadata, **more)
+        change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:
             if repair is not None:  # from KV of the version before
@@ -144,7 +144,7 @@ class CataloguedDocuments:
         Raises:
             DocumentError: there is no such document.
         """
-        change = self._retriever.remove(source)
+        change = self.retriever.remove(source)
         self._documents.store.remove_many(change.unused)
         return change
 

@@ -138,6 +138,10 @@ class Documents:
             keep_last(self._others, key, other, _OTHERS)
         return other
 
+    def everywhere(self) -> list[Documents]:
+        """These, and those of other namespaces and anchors that something is kept of."""
+        return [self, *list(self._others.values())]
+
     @property
     def reader(self) -> Reader:
         """Reads with the model as it is now: weights and adapters may have changed since the last call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,6 +113,14 @@ class Intake:
         self._catalogue, self._catalogued, self._documents = catalogue, catalogued, documents
         self.chunker, self.repair_tokens = chunker, repair_tokens
         self.defaults: dict[str, Any] = {}
+
+    def within(self, catalogued: CataloguedDocuments, documents: Documents) -> Intake:
+        """The same for other documents of the model: those of a namespace."""
+        if documents is self._documents:
+            return self
+        other = copy(self)
+        other._catalogued, other._documents = catalogued, documents
+        return other
 
     def add_texts(
         self, texts: Any, sources: Any, metadata: Any, chunker: TokenChunker | None, tell: Tell | None

@@ -14,7 +14,8 @@ from ragkv.adapters.haystack.documents import document_of
 from ragkv.adapters.haystack.folder import Folder
 from ragkv.adapters.parts import search
 from ragkv.errors import instance
-from ragkv.rag import RAG, prompt_order
+from ragkv.finding import prompt_order
+from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 from ragkv.streaming import in_thread
 
