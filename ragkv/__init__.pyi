@@ -42,6 +42,7 @@ from ragkv.report import Answer as Answer
 from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
+from ragkv.retrieval.options import Retrieval as Retrieval
 from ragkv.store import TieredStore as TieredStore
 
 __version__: str

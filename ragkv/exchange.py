@@ -141,11 +141,11 @@ def _add_documents(
     archive: Writer, catalogue: Catalogue, sources: Callable[[str], bool], progress: Callable[[int], None]
 ) -> None:
     with catalogue.snapshot() as view:
-        chosen = sorted(document.source for document in view.documents() if sources(document.source))
-    for source in chosen:
+        chosen = sorted((each.source, each.namespace) for each in view.documents() if sources(each.source))
+    for source, namespace in chosen:
         try:
             with catalogue.snapshot() as view:
-                document = view.get(source)
+                document = view.get(source, namespace)
                 if document is not None:  # else it was removed meanwhile
                     archive.add(packed(view, document))
         except (RecordError, RetrievalError) as error:

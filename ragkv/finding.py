@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ragkv.chunk import Chunk
-from ragkv.errors import PromptTooLongError, RagKVError
+from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
 from ragkv.report import Answer
-from ragkv.retrieval import Hit, Retriever
+from ragkv.retrieval import Hit, Retrieval, Retriever
 
 logger = logging.getLogger(__name__)
 
@@ -74,29 +74,30 @@ class Finder:
         for documents in self._documents.everywhere():
             self.catalogued(documents).close()
 
-    def retrieve(self, text: str, top_k: int, neighbours: int, documents: Documents | None = None) -> list[Hit]:
-        """See :meth:`ragkv.RAG.retrieve`."""
-        readings = self.catalogued(documents).read
-        hits = self._retriever.search(text, top_k, neighbours=neighbours, readings=readings)
-        return prompt_order(hits)
-
-    def found(self, text: str, top_k: int, neighbours: int, documents: Documents | None = None) -> Found:
+    def found(self, text: str, retrieval: Retrieval, documents: Documents | None = None) -> Found:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once.
 
         Args:
             text: what to look for.
-            top_k, neighbours: as for :meth:`ragkv.RAG.retrieve`.
+            retrieval: how.
             documents: in which namespace and behind which anchor they are read; the engine's by default.
 
         Raises:
             RagKVError: there are no documents.
+            RetrievalError: there are, and none of their passages was found.
             PromptTooLongError: all passages found are too long for the model.
         """
-        hits = self.retrieve(text, top_k, neighbours, documents)
+        catalogued, namespace = self.catalogued(documents), (documents or self._documents).namespace
+        hits = catalogued.search(text, retrieval)
+        if not hits and self._retriever.catalogue.documents(namespace):
+            raise RetrievalError(
+                f"no passage was found: where=, min_score= and max_context_tokens= leave none; got {retrieval}"
+            )
         if not hits:
-            raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
+            within = f" in namespace {namespace!r}" if namespace else ""
+            raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")
         fits, most = self._documents.fits, self._documents.document_tokens
-        pairs = list(zip(hits, self.catalogued(documents).chunks(hits), strict=True))
+        pairs = list(zip(hits, catalogued.chunks(hits), strict=True))
         fitting = [pair for pair in pairs if fits(pair[1])]
         left_out = [(hit, len(chunk)) for hit, chunk in pairs if not fits(chunk)]
         if left_out:

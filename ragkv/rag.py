@@ -27,7 +27,7 @@ from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
 from ragkv.report import AnswerStream
-from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
+from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
 from ragkv.session import Session
@@ -130,7 +130,7 @@ class RAG:
             disk_bytes: disk for KV.
             codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
-            namespace: KV stored under another one are never found.
+            namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             context, document_tokens, piece_tokens, sensitivity, kernels: see :class:`~ragkv.Engine`.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
@@ -233,7 +233,7 @@ class RAG:
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
             chunker: cuts these texts, instead of :attr:`chunker`.
-            namespace: in place of the engine's, of their KV: :meth:`ask` uses these with the same one.
+            namespace: in place of the engine's: :meth:`ask` finds them with the same one.
             progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:
@@ -289,20 +289,23 @@ class RAG:
         """
         return self._intake.sync(folder, dry_run, progress)
 
-    def documents(self) -> list[ListedDocument]:
-        """All documents, by source, with their length and what their KV take."""
-        return listed_documents(self.retriever.catalogue, self.engine.store, self.engine.documents.setting)
+    def documents(self, *, namespace: str | None = None) -> list[ListedDocument]:
+        """The documents of a namespace, the engine's by default, by source, with their length and what their KV take."""
+        documents = self.engine.documents.within(namespace)
+        return listed_documents(self.retriever.catalogue, self.engine.store, documents.setting, documents.namespace)
 
-    def remove(self, source: str | os.PathLike[str]) -> Change:
+    def remove(self, source: str | os.PathLike[str], *, namespace: str | None = None) -> Change:
         """Remove a document, its passages and vectors, and the KV that no other document uses.
 
         Args:
             source: what it is called, or a file's path.
+            namespace: in place of the engine's.
 
         Raises:
             DocumentError: there is no such document.
         """
-        return self.finder.catalogued().remove(self._source(source))
+        documents = self.engine.documents.within(namespace)
+        return self.finder.catalogued(documents).remove(self._source(source, documents.namespace))
 
     def pin(self, source: str | os.PathLike[str], lifetime_s: float = math.inf) -> int:
         """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
@@ -335,16 +338,22 @@ class RAG:
         """
         return self._intake.refresh(progress)
 
-    def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
+    def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
         """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
+            **retrieval: more of :class:`ragkv.Retrieval`: ``hybrid``, ``hops``, ``where``, ``min_score``, ``max_context_tokens``,
+                ``rerank``.
+
+        Raises:
+            RetrievalError: an option is out of range.
+            UnknownArgumentError: there is no such option.
         """
-        return self.finder.retrieve(question, top_k, neighbours)
+        return self.finder.catalogued().search(question, Retrieval.of(top_k=top_k, neighbours=neighbours, **retrieval))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
@@ -379,11 +388,11 @@ class RAG:
         messages: Sequence[Mapping[str, Any]] | None = None,
         system: str | None = None,
         namespace: str | None = None,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> SourcedAnswer:
         """Answer a question over the documents.
 
@@ -392,22 +401,23 @@ class RAG:
             messages: in its place, chat messages of which the last one is the user's question, as for :meth:`Engine.fuse`.
                 Passages are found with the last two turns in mind.
             system: a system message in place of the template's. Where the template has no anchor, passages are read behind it.
-            namespace: in place of the engine's: KV of another one are never used. What is found does not depend on it.
-            top_k: passages to find.
+            namespace: in place of the engine's: documents and KV of another one are never found.
+            top_k: passages to find, see :meth:`retrieve`.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **options: more of :class:`ragkv.Retrieval`, and what ``model.generate`` takes.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
             PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
                 are, they are left out, with a warning.
         """
-        asked, found, _ = self._found(question, messages, system, namespace, top_k, neighbours)
-        options = {"system": system, "namespace": namespace, "method": method, **generation}
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        asked, found, _ = self._found(question, messages, system, namespace, retrieval)
+        generation |= {"system": system, "namespace": namespace, "method": method}
         with told_of_hits(progress, found.hits):
-            answer = self.engine.generate(found.chunks, asked, **options)
+            answer = self.engine.generate(found.chunks, asked, **generation)
         return SourcedAnswer.of(answer, found)
 
     def stream(
@@ -417,18 +427,19 @@ class RAG:
         messages: Sequence[Mapping[str, Any]] | None = None,
         system: str | None = None,
         namespace: str | None = None,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> tuple[list[Hit], AnswerStream]:
         """The passages for a question, and the answer over them piece by piece; arguments as for :meth:`ask`."""
-        asked, found, documents = self._found(question, messages, system, namespace, top_k, neighbours)
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        asked, found, documents = self._found(question, messages, system, namespace, retrieval)
         self.engine.store.prefetch(list(documents.keys(found.chunks)))  # beside what the caller does now
-        options = {"system": system, "namespace": namespace, "method": method, **generation}
+        generation |= {"system": system, "namespace": namespace, "method": method}
         with told_of_hits(progress, found.hits):
-            return shown(found.hits), self.engine.stream(found.chunks, asked, **options)
+            return shown(found.hits), self.engine.stream(found.chunks, asked, **generation)
 
     async def aask(self, question: str | None = None, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
@@ -459,8 +470,7 @@ class RAG:
         messages: Sequence[Mapping[str, Any]] | None,
         system: str | None,
         namespace: str | None,
-        top_k: int,
-        neighbours: int,
+        retrieval: Retrieval,
     ) -> tuple[Question, Found, Documents]:
         """What is asked, the passages for it, and where they are read."""
         if (question is None) == (messages is None):
@@ -470,17 +480,20 @@ class RAG:
             system, said = conversation(messages, system)
             text = last_turns(said)
         documents = self.engine.prompting.documents_for(system, namespace)
-        found = self.finder.found(cast(str, text), top_k, neighbours, documents)
+        found = self.finder.found(cast(str, text), retrieval, documents)
         return cast(Question, question if messages is None else list(messages)), found, documents
 
     def _taking_in(self, namespace: str | None) -> Intake:
         documents = self.engine.documents.within(namespace)
         return self._intake.within(self.finder.catalogued(documents), documents)
 
-    def _source(self, given: str | os.PathLike[str]) -> str:
-        if given in self.retriever.catalogue:
-            return str(given)
-        return only([document.source for document in self.retriever.catalogue], given, "RAG.documents()")
+    def _source(self, given: str | os.PathLike[str], namespace: str) -> str:
+        catalogue = self.retriever.catalogue
+        if isinstance(given, str) and catalogue.get(given, namespace) is not None:
+            return given
+        return only([document.source for document in catalogue.documents(namespace)], given, "RAG.documents()")
 
     def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
-        return list(self.engine.documents.keys(self.finder.catalogued().now(source_id(self._source(source)))))
+        namespace = self.engine.documents.namespace
+        document = source_id(self._source(source, namespace), namespace)
+        return list(self.engine.documents.keys(self.finder.catalogued().now(document)))

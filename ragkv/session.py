@@ -25,7 +25,7 @@ from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Past
 from ragkv.prompting import Request, Room
 from ragkv.report import AnswerStream, FusedPrompt, Made
-from ragkv.retrieval import Hit
+from ragkv.retrieval import Hit, Retrieval
 from ragkv.streaming import AsyncAnswerStream, stoppable
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class Session:
 
         Args:
             question: not blank.
-            **options: ``top_k``, ``neighbours``, ``method``, ``progress`` and generation arguments, as for :meth:`RAG.ask`; no
-                beams.
+            **options: ``method``, ``progress``, those of :class:`ragkv.Retrieval` and generation arguments, as for
+                :meth:`RAG.ask`; no beams.
 
         Returns:
             The answer. Its sources are all passages found for this question, those that stood in the prompt already among them;
@@ -177,19 +177,18 @@ class Session:
         self,
         turn: _Next,
         *,
-        top_k: int = 5,
-        neighbours: int = 0,
         method: Method | str | None = None,
         stop: str | Sequence[str] = (),
         pieces: bool = False,
-        **generation: Any,
+        **options: Any,
     ) -> None:
         """Find passages and check all arguments; nothing is computed yet."""
         engine, text = self._rag.engine, turn.question
+        retrieval, generation = Retrieval.split(options)
         if isinstance(text, str) and text.strip() and self._state.turns:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
-        turn.found = self._rag.finder.found(text, top_k, neighbours, self._documents())
+        turn.found = self._rag.finder.found(text, retrieval, self._documents())
         request = Request((), turn.question, engine.method_of(method), keep=True, stop=stopped_by(generation))
         request = replace(request, most_tokens=self._context_tokens)
         make = partial(self._prompt, turn, request)

@@ -8,6 +8,7 @@ from ragkv.retrieval.chunker import TokenChunker
 from ragkv.retrieval.embedder import Embedder, SentenceTransformerEmbedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
 from ragkv.retrieval.loaders import LoadedFile, SkippedFile, load_files, read_file
+from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.retriever import Hit, Retriever
 from ragkv.retrieval.snapshot import Snapshot
@@ -22,6 +23,7 @@ __all__ = [
     "LoadedFile",
     "Passage",
     "Reading",
+    "Retrieval",
     "Retriever",
     "SentenceTransformerEmbedder",
     "SkippedFile",

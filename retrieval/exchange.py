@@ -26,7 +26,6 @@ from ragkv.retrieval.records import (
     checked_document,
     document_from,
     document_payload,
-    source_id,
 )
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -79,16 +78,17 @@ def opened(member: Member) -> Member:
 def _parsed(member: Member) -> ArchivedDocument:
     arrays = load(member.data)
     facts = json.loads(arrays["document"].tobytes())
-    source, texts, metadata = checked_document(facts["source"], facts["texts"], facts["metadata"])
+    _, texts, metadata = checked_document(facts["source"], facts["texts"], facts["metadata"])
     document = replace(document_from(arrays["document"].tobytes()), metadata=metadata)
     vectors, spans = arrays["vectors"], document.spans
     readings = [_reading(setting, arrays, number) for number, setting in enumerate(facts["settings"])]
     wrong = (
-        (member.name != f"documents/{source_id(source)}.safetensors", "it has another document's name"),
+        (member.name != f"documents/{document.id}.safetensors", "it has another document's name"),
         (document.content_hash != digest(*texts).hex(), "its texts do not give its content hash"),
         (document.passage_ids != (), "it has ids of its own"),
         (len(spans) not in (0, len(texts)) or not all(0 <= a <= b for a, b in spans), "spans that cannot be"),
         (not isinstance(document.origin, str), "an origin that is no text"),
+        (not isinstance(document.namespace, str), "a namespace that is no text"),
         (vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(texts), "not a vector a passage"),
         (not vectors.size or not np.isfinite(vectors).all(), "a vector that is none"),
         (any(len(reading.keys) != len(texts) for reading in readings), "a reading of other passages"),

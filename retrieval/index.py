@@ -45,8 +45,10 @@ class VectorIndex(Protocol):
         """Removes vectors and says how many there were; ids that it does not have are passed over."""
         ...
 
-    def search(self, vector: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The ids and inner products of the ``min(k, n)`` nearest vectors, best first."""
+    def search(
+        self, vector: ArrayLike, k: int, among: ArrayLike | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The ids and inner products of the ``min(k, n)`` nearest vectors, best first; with ``among`` of those ids alone."""
         ...
 
     def clear(self) -> None:
@@ -138,15 +140,18 @@ class FaissIndex:
                 self._known -= gone
             return len(gone)
 
-    def search(self, vector: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, vector: ArrayLike, k: int, among: ArrayLike | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The nearest vectors, best first; among equals the smaller id first.
 
         Args:
             vector: ``[d]``, finite.
             k: how many, at least 1.
+            among: ids that may be found, ``[m]``; ``None`` for all. Those that it does not have are passed over.
 
         Returns:
-            ids, int64 ``[min(k, n)]``, and inner products, float32 ``[min(k, n)]``.
+            ids, int64 ``[min(k, n)]``, and inner products, float32 ``[min(k, n)]``, n being the number of those that may be found.
 
         Raises:
             RetrievalError: the vector has another dimension or is not finite, or ``k`` is below 1.
@@ -154,14 +159,16 @@ class FaissIndex:
         query = self._checked_vectors(vector, rank=1)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise RetrievalError(f"the number of results must be a whole number of at least 1, got {k!r}")
+        faiss: Any = self._faiss
+        params = None if among is None else faiss.SearchParameters(sel=faiss.IDSelectorBatch(_checked_ids(among)))
         with self._lock:
-            # faiss pads missing results with id -1.
             count = min(int(k), len(self))
             if not count:
                 return np.empty(0, np.int64), np.empty(0, np.float32)
-            scores, ids = self._index.search(query[None], count)
-        order = np.lexsort((ids[0], -scores[0]))
-        return ids[0][order], scores[0][order]
+            (scores,), (ids,) = self._index.search(query[None], count, params=params)
+        scores, ids = scores[ids >= 0], ids[ids >= 0]  # faiss pads missing results with id -1
+        order = np.lexsort((ids, -scores))
+        return ids[order], scores[order]
 
     def save(self, path: str | os.PathLike[str], state: str) -> None:
         """Writes the index to a file that is there whole or not at all.

@@ -14,18 +14,22 @@ from ragkv.chunk import digest
 from ragkv.errors import DocumentError, RecordError
 from ragkv.folder import unseal
 
+#: In ``meta`` as long as all documents are of the empty namespace; where it is lost each document is looked at.
+UNDIVIDED = b"undivided"
+
 
 @dataclass(frozen=True)
 class Document:
     """A document in the catalogue.
 
     Attributes:
-        source: what it is called: a path, a URL, any name. One document a source.
+        source: what it is called: a path, a URL, any name. One document a source and namespace.
         content_hash: digest of its passages, 64 hex digits.
         passage_ids: its passages in order. An id is never given to another text.
         metadata: what was given with it.
         spans: where the passages stand in its text, first character and the one behind the last; empty where not known.
         origin: digest of what the passages were cut from, and how; empty where not known.
+        namespace: whose it is: it is found by those only who ask within it.
     """
 
     source: str
@@ -34,11 +38,17 @@ class Document:
     metadata: dict[str, Any] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] = ()
     origin: str = ""
+    namespace: str = ""
 
     @property
     def id(self) -> str:
-        """Digest of the source, 64 hex digits: stays when the content changes."""
-        return source_id(self.source)
+        """Digest of namespace and source, 64 hex digits: stays when the content changes."""
+        return self.key.hex()
+
+    @property
+    def key(self) -> bytes:
+        """The key of its record."""
+        return source_key(self.source, self.namespace)
 
 
 @dataclass(frozen=True)
@@ -128,20 +138,26 @@ class Merged(NamedTuple):
     unused: tuple[bytes, ...] = ()
 
 
-def source_id(source: str) -> str:
+def source_id(source: str, namespace: str = "") -> str:
     """The id of a source's document."""
-    return source_key(source).hex()
+    return source_key(source, namespace).hex()
 
 
-def source_key(source: str) -> bytes:
-    """The key of a document.
+def source_key(source: str, namespace: str = "") -> bytes:
+    """The key of a document; those of one namespace stand together, unless it is the empty one.
 
     Raises:
         DocumentError: the source is no text.
     """
     if not isinstance(source, str):
         raise DocumentError(f"a document is named by a str, got {source!r:.80}")
-    return digest("source", source)
+    key = digest("source", source)
+    return namespace_prefix(namespace) + key[:16] if namespace else key
+
+
+def namespace_prefix(namespace: str) -> bytes:
+    """What the keys of a namespace's documents begin with."""
+    return digest("namespace", namespace)[:16]
 
 
 def passage_key(passage_id: int) -> bytes:
@@ -149,14 +165,17 @@ def passage_key(passage_id: int) -> bytes:
     return passage_id.to_bytes(8, "big")
 
 
-def text_key(text: str) -> bytes:
-    """The key under which the passages of a text are found, wherever they stand."""
-    return digest("text", text)
+def text_key(text: str, namespace: str = "") -> bytes:
+    """The key under which the passages of a text are found, wherever in a namespace they stand.
+
+    Namespaces share no vectors: whoever has a text could tell that it is there.
+    """
+    return digest("text", text, namespace) if namespace else digest("text", text)
 
 
-def uses(texts: list[str], ids: tuple[int, ...] | list[int]) -> set[tuple[bytes, bytes]]:
+def uses(texts: list[str], ids: Sequence[int], namespace: str) -> set[tuple[bytes, bytes]]:
     """What stands for a document in ``uses``: every passage under its text key."""
-    return {(text_key(text), passage_key(passage_id)) for text, passage_id in zip(texts, ids, strict=True)}
+    return {(text_key(text, namespace), passage_key(passage_id)) for text, passage_id in zip(texts, ids, strict=True)}
 
 
 def reading_key(source_key: bytes, setting: str) -> bytes:
@@ -198,6 +217,7 @@ def document_payload(document: Document) -> bytes:
         "metadata": document.metadata,
         "spans": document.spans,
         "origin": document.origin,
+        "namespace": document.namespace,
     }
     return json.dumps(fields, ensure_ascii=False).encode()
 
@@ -212,6 +232,7 @@ def document_from(payload: bytes) -> Document:
         metadata=fields["metadata"],
         spans=tuple((start, stop) for start, stop in fields.get("spans", ())),
         origin=fields.get("origin", ""),
+        namespace=fields.get("namespace", ""),
     )
 
 

@@ -1,5 +1,6 @@
 """Chat messages in: roles are the template's, what people said is plain text, and documents stand in the last turn."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from ragkv import ArgumentError, ArgumentTypeError, Engine, FullPrefill, PromptError, PromptTemplate, Reuse, TieredStore
 from ragkv.bundled import MODEL_PATH
+from ragkv.defaults import to_keep, with_kept
 from ragkv.messages import asked, conversation, going_on
 from ragkv.prompt import Encoder
 from ragkv.testing import tiny_model
@@ -178,6 +180,14 @@ def test_the_templates_own_system_message_needs_no_other_prefix(chatting):
     assert "Bebrief." not in said(chatting, asked(parts, "Since when?", ""))
 
 
+def test_a_folder_keeps_how_messages_are_written(chatting):
+    template = PromptTemplate.from_chat_template(chatting, system="Be brief.", enable_thinking=False)
+    kept = json.loads(json.dumps(to_keep({"template": template})))
+    again = with_kept({}, kept)["template"]
+    assert again.chat == template.chat and again.chat["enable_thinking"] is False
+    assert asked(encoder(chatting, again), TALK) == asked(encoder(chatting, template), TALK)
+
+
 def full(model, ids):
     with torch.no_grad():
         return model(input_ids=ids, past_key_values=DynamicCache()).logits[:, -1]
@@ -266,3 +276,18 @@ def test_a_system_message_that_leaves_no_room_for_a_chunk(chatting):
     chunks = engine.add(["Mira Lund runs the mill. " * 3])
     with pytest.raises(PromptError, match="shorter system message, or the template an anchor="):
         engine.fuse(chunks, "who?", system="Be brief. " * 8)
+
+
+def test_of_system_messages_only_the_last_few_are_kept(model, chatting):
+    """KV of their beginnings, that is; documents stay in the store."""
+    for anchor in (None, "<bos>"):
+        template = replace(PromptTemplate.default(chatting), anchor=anchor)
+        engine = Engine(model, chatting, template=template, method=Reuse())
+        chunks = engine.add(["Mira Lund runs the mill."])
+        for number in range(12):
+            engine.fuse(chunks, "who?", system=f"Be {number} years old.")
+        readers = engine.documents._readers.values()
+        assert len(readers) <= 8 and all(len(reader._openings) <= 8 for reader in readers)
+        again = engine.fuse(chunks, "who?", system="Be 0 years old.")
+        assert again.report.hits == {"cpu": 1}
+        assert engine.fuse(chunks, "who?").report.hits == {"cpu": 1}

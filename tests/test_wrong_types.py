@@ -106,7 +106,11 @@ def test_rag_answers_one_question(rag, name):
         refused(ask, question, match="question")
     for number in ("x", None, -1, 1.5, True):
         refused(ask, "what?", neighbours=number, match="neighbours must be a whole number of at least 0")
-        refused(ask, "what?", top_k=number)
+        if number is not None:  # the default
+            refused(ask, "what?", top_k=number)
+    refused(ask, "what?", hops="x", match="hops must be a whole number")
+    refused(ask, "what?", where=3, match="where must be a dict")
+    refused(ask, "what?", min_score="x", match="min_score must be a number")
     if name != "retrieve":
         refused(ask, "what?", progress=3, match=r"a function that takes a ragkv\.Progress")
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragkv.cli import care, evaluating, filters
+from ragkv.cli import care, evaluating, filters, searching
 from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     demo = command(
         "demo",
         method,
-        _search(neighbours=1),
+        searching.options(top_k=3, neighbours=2, hybrid=True, hops=2),
         summary="Let the bundled model read the bundled documents and answer questions.",
     )
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         method,
         _storage(),
         bar,
-        _search(neighbours=0),
+        searching.options(),
         summary="Answer a question over the documents that were added.",
     )
     ask.add_argument("question", type=_question, metavar="QUESTION")
@@ -111,19 +111,6 @@ def _shared() -> argparse.ArgumentParser:
     return shared
 
 
-def _search(neighbours: int) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--top-k", type=at_least(1), default=5, metavar="K", help="passages to find (default: 5)")
-    options.add_argument(
-        "--neighbours",
-        type=at_least(0),
-        default=neighbours,
-        metavar="N",
-        help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
-    )
-    return options
-
-
 def _model() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group(
@@ -136,7 +123,7 @@ def _model() -> argparse.ArgumentParser:
     group.add_argument("--subfolder", metavar="NAME", help="where they stand in the model's folder")
     group.add_argument("--gguf-file", metavar="NAME", help="the file of a GGUF model in its folder")
     group.add_argument("--system", metavar="TEXT", help="a system message, where the tokenizer has a chat template")
-    group.add_argument("--namespace", metavar="NAME", help="KV stored under another one are never found")
+    group.add_argument("--namespace", metavar="NAME", help="documents and KV stored under another one are never found")
     group.add_argument(
         "--embedder", help="name or path of a sentence-transformers model (default: all-MiniLM-L6-v2, offline)"
     )

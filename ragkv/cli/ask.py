@@ -11,6 +11,7 @@ from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
+from ragkv.cli.searching import search_of
 from ragkv.rag import RAG, SourcedAnswer
 
 #: Stages of an answer's time line, in order, and what they are called.
@@ -43,7 +44,7 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     text = ""
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
-        search = {"top_k": args.top_k, "neighbours": args.neighbours}
+        search = search_of(args, rag)
         options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
         hits, pieces = rag.stream(args.question, **search, progress=bar, **options)
         for piece in pieces:

@@ -42,9 +42,12 @@ def documents(path: Path) -> list[ListedDocument]:
 
 def table(items: Iterable[ListedDocument]) -> None:
     """Prints documents, one a line."""
-    rows = [("document", "passages", "tokens", "KV on disk", "")]
+    items = list(items)
+    named = any(item.namespace for item in items)
+    rows = [("document", *(["namespace"] if named else []), "passages", "tokens", "KV on disk", "")]
     for item in items:
         tokens = "" if item.tokens is None else f"{item.tokens:,}"
         size = show.size(item.kv_bytes.get("disk", 0))
-        rows.append((show.short(item.source), f"{item.passages:,}", tokens, size, "pinned" if item.pinned else ""))
-    show.table(rows)
+        name = [show.short(item.source), *([item.namespace] if named else [])]
+        rows.append((*name, f"{item.passages:,}", tokens, size, "pinned" if item.pinned else ""))
+    show.table(rows, left=2 if named else 1)

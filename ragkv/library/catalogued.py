@@ -11,7 +11,7 @@ from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
-from ragkv.retrieval import Change, Hit, Reading, Retriever, Snapshot, TokenChunker
+from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,11 @@ class CataloguedDocuments:
         if not passages:
             raise DocumentError(f"{source}: no text in it")
         document = before if before is not None and old == passages else None
-        document = self._documents.cut(passages, source_id(source), any_length=cut) if document is None else document
+        document = (
+            self._documents.cut(passages, source_id(source, self._documents.namespace), any_length=cut)
+            if document is None
+            else document
+        )
         kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
         return Prepared(source, passages, metadata, spans, origin, document, kind)
 
@@ -117,6 +121,7 @@ class CataloguedDocuments:
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
         more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
+        more["namespace"] = documents.namespace
         change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:
@@ -131,12 +136,14 @@ class CataloguedDocuments:
     def _before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
         """The document of a source as it is now, as the model reads it where that is kept, and its passages."""
         with self._catalogue.snapshot() as view:
-            listed = view.get(source)
+            listed = view.get(source, self._documents.namespace)
             return (None, None, []) if listed is None else (listed, self.kept(view, listed), view.texts(listed))
 
     def rename(self, source: str, to: str) -> bool:
         """Call a document by another source: nothing is read or embedded again. Whether it was so called."""
-        return self._catalogue.rename(source, to, lambda reading: _reread(reading, to)) is not None
+        namespace = self._documents.namespace
+        to_id = source_id(to, namespace)
+        return self._catalogue.rename(source, to, lambda reading: _reread(reading, to_id), namespace) is not None
 
     def remove(self, source: str) -> Change:
         """Remove a document, and the KV that no other one needs.
@@ -144,7 +151,7 @@ class CataloguedDocuments:
         Raises:
             DocumentError: there is no such document.
         """
-        change = self.retriever.remove(source)
+        change = self.retriever.remove(source, self._documents.namespace)
         self._documents.store.remove_many(change.unused)
         return change
 
@@ -167,6 +174,13 @@ class CataloguedDocuments:
             reading = self.reading(self._documents.cut(view.texts(listed), listed.id, any_length=True))
             self._made.append((listed, reading))
         return reading
+
+    def search(self, question: str, retrieval: Retrieval) -> list[Hit]:
+        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order."""
+        namespace = self._documents.namespace
+        hits = self.retriever.find(question, retrieval, namespace=namespace, readings=self.read, tokens=_lengths)
+        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
 
     def now(self, document_id: str) -> list[Chunk]:
         """The chunks of a document as it is now, without those that are too long for the model; none where it is gone."""
@@ -228,13 +242,18 @@ class CataloguedDocuments:
             return self.read(view, listed)
 
 
-def _reread(reading: Reading, source: str) -> Reading | None:
-    """How a model reads a document that is called otherwise now; None where the record is of another version."""
+def _lengths(reading: Reading) -> list[int]:
+    """The tokens of each passage."""
+    return [len(ids) for ids in ChunkedDocument.from_bytes(reading.record).ids]
+
+
+def _reread(reading: Reading, document_id: str) -> Reading | None:
+    """How a model reads a document that has another id now; None where the record is of another version."""
     try:
         document = ChunkedDocument.from_bytes(reading.record)
     except RecordError:
         return None
-    return reading._replace(record=replace(document, id=source_id(source)).to_bytes())
+    return reading._replace(record=replace(document, id=document_id).to_bytes())
 
 
 def _parsed(reading: Reading, listed: Document) -> ChunkedDocument | None:

@@ -179,7 +179,7 @@ class Intake:
         documents.look()
         work: list[tuple[str, str, int]] = []
         stored_tokens = 0
-        for document in self._catalogue.documents():
+        for document in self._catalogue.documents(self._documents.namespace):
             missing = documents.missing(self._catalogued.now(document.id))
             stored_tokens += sum(map(len, missing))
             work.append((document.source, document.id, documents.work(missing)))
@@ -200,7 +200,7 @@ class Intake:
         plan = self._plan(found, tell, skip=True)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
-        for document in self._catalogue.documents() if new else ():
+        for document in self._catalogue.documents(self._documents.namespace) if new else ():
             if not document.metadata:  # files have none
                 formers.setdefault(document.origin, []).append(document.source)
         for prepared in new:
@@ -275,7 +275,7 @@ class Intake:
 
     def _below(self, path: str) -> list[str]:
         real = os.path.realpath(path)
-        sources = [document.source for document in self._catalogue.documents()]
+        sources = [document.source for document in self._catalogue.documents(self._documents.namespace)]
         return [source for source in sources if below(source, path) or below(source, real)]
 
 

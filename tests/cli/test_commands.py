@@ -202,12 +202,16 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
     assert code == 0
     assert out.startswith("Read 36 documents, ") and "they are on disk now" in out
     assert out.count("full prefill ") == 3 + 2  # each question, and twice in the summary
-    assert " of 3 right (full prefill of the same passages: " in out
-    assert "Winwich, not among the passages)" in out and "because the answer was not retrieved: 1 of 1." in out
+    assert " 3 of 3 right (full prefill of the same passages: 3)" in out
     (folder,) = (tmp_path / "home").iterdir()
     assert err == f"documents, vectors and KV are in {folder}\n"
 
-    code, out, _ = run(capsys, "demo", "--questions", 3, "--json")
+    plain = ("--top-k", 5, "--neighbours", 1, "--no-hybrid", "--hops", 1)
+    code, out, _ = run(capsys, "demo", "--questions", 3, *plain)
+    assert code == 0 and " 2 of 3 right " in out
+    assert "Winwich, not among the passages)" in out and "because the answer was not retrieved: 1 of 1." in out
+
+    code, out, _ = run(capsys, "demo", "--questions", 3, "--json", *plain)
     found = json.loads(out)
     assert code == 0
     assert (found["read"]["documents"], found["read"]["tokens_read"]) == (36, 0)
@@ -226,6 +230,45 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
 
     code, out, _ = run(capsys, "demo", "--questions", 1)
     assert code == 0 and out.startswith("Warm start: 36 documents found on disk, 0 tokens read.")
+
+
+def test_ask_finds_as_it_is_told(files, tmp_path, capsys):
+    with RAG.from_pretrained(path=tmp_path / "home" / "default") as rag:
+        rag.add_texts([bundled.documents()["kingstead.md"]], ["kingstead"], [{"kind": "town", "year": 1950}])
+    assert run(capsys, "add", files)[0] == 0
+
+    def asked(*options):
+        code, out, err = run(capsys, "ask", "What grows in Blackstead?", "--json", "--max-new-tokens", 1, *options)
+        assert code == 0, err
+        return {hit["source"].rpartition("/")[2] for hit in json.loads(out)["sources"]}, json.loads(out)["sources"]
+
+    assert asked("--top-k", 9)[0] == {"blackstead.md", "clearport.md", "kingstead"}
+    for where in (
+        "kind=town",
+        "year>=1950",
+        "year<1951",
+        "source!=*.md",
+        '{"year": [1, 1950]}',
+        "year=[1950]",
+        "source=king*",
+    ):
+        assert asked("--where", where)[0] == {"kingstead"}, where
+    assert asked("--where", f"source={files}")[0] == {"blackstead.md", "clearport.md"}
+    assert asked("--where", "source=*.md", "--where", f"source!={files}/clearport.md")[0] == {"blackstead.md"}
+    hits = asked("--hybrid", "--hops", 2, "--top-k", 1)[1]
+    assert "blackstead.md" in hits[0]["source"]
+    best = max(hit["score"] for hit in asked()[1])
+    assert [hit["score"] for hit in asked("--min-score", best)[1]] == [best]
+    assert 1 <= len(asked("--max-context-tokens", 150)[1]) < 5 < len(asked("--max-context-tokens", 5000)[1])
+
+    for options, message in (
+        (["--where", "kind=nothing"], "no passage was found"),
+        (["--where", "source=blackstad.md"], "no document is called 'blackstad.md': did you mean"),
+        (["--where", '{"year": {"$near": 3}}'], "'year' takes a value"),
+        (["--rerank", str(tmp_path / "nowhere")], "cannot be loaded"),
+    ):
+        code, out, err = run(capsys, "ask", "What grows?", *options)
+        assert (code, out, err.count("\n")) == (1, "", 1) and message in err
 
 
 def test_as_a_program(tmp_path):

@@ -16,6 +16,7 @@ from ragkv import bundled
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTION = "On which river does Clearport lie?"
+TALK = f"{QUESTION}\nWho governs it?\n{QUESTION}\n\nwhat comes behind an empty line\n"
 
 # Each program gets its own arguments and its own stdout.
 RUN_ALL = """
@@ -45,7 +46,12 @@ def printed(tmp_path_factory):
         [str(path), *arguments.get(path.name, [])] for path in sorted(EXAMPLES.glob("*.py")) if path.name != "web.py"
     ]
     done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, json.dumps(programs)], capture_output=True, text=True, timeout=300, cwd=folder
+        [sys.executable, "-c", RUN_ALL, json.dumps(programs)],
+        input=TALK,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return {Path(path).name: out for path, out in json.loads(done.stdout).items()}
@@ -56,6 +62,14 @@ def test_qa(printed):
     assert out.startswith("1 document(s), ")
     assert "skipped" in out and "broken.pdf: " in out
     assert f"{QUESTION}\n  " in out and "clearport.md (passage " in out
+
+
+def test_chat(printed):
+    out = printed["chat.py"]
+    assert out.count("from ") == out.count("tokens: ") == 3 and "clearport.md" in out
+    counts = re.findall(r"tokens: (\d+) reused, (\d+) placed, (\d+) recomputed, (\d+) fresh", out)
+    reused, placed, _, fresh = zip(*[map(int, row) for row in counts], strict=True)
+    assert reused[0] < reused[1] < reused[2] and placed[0] > 0 == placed[2] and max(fresh[1:]) < reused[1]
 
 
 def test_your_own_retriever(printed):

@@ -42,7 +42,7 @@ def test_they_are_left_out_and_named(folder, model, caplog):
         assert [(hit.source, hit.position) for hit in answer.left_out] == [(hit.source, hit.position) for hit in long]
         assert [(hit.source, hit.position) for hit in answer.sources] == [(hit.source, hit.position) for hit in few]
         assert len(answer.report.fusion.sources) == len(few)
-        (warning,) = [record.getMessage() for record in caplog.records if record.name == "ragkv.rag"]
+        (warning,) = [record.getMessage() for record in caplog.records if record.name == "ragkv.finding"]
         for hit in long:
             assert f"passage {hit.position + 1} of long (" in warning
         want = rag.engine.generate(rag.chunks(few), "harbour", max_new_tokens=2)

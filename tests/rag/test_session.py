@@ -301,7 +301,9 @@ def test_another_model_begins_anew():
 
 def test_namespace_and_system_message(rag):
     for namespace, system in (("a", None), (None, "Be brief."), ("b", "Be brief.")):
-        for want in ("computed", "cpu"):
+        if namespace:
+            rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS), namespace=namespace)
+        for want in ("computed", "cpu") if system else ("cpu",):
             session = rag.session(namespace=namespace, system=system)
             answer = session.ask(QUESTION, **SHORT)
             assert set(answer.report.fusion.hits) == {want}
@@ -320,22 +322,27 @@ def test_namespace_and_system_message(rag):
 
 
 def test_namespaces_of_a_folder(model, tmp_path):
-    """Documents are read once for each, and what is removed is removed of all."""
+    """Documents of each are found and read in it alone."""
     with open_rag(tmp_path, model=model) as rag:
         texts, names = list(DOCUMENTS.values())[:2], list(DOCUMENTS)[:2]
         read = rag.add_texts(texts, names, namespace="a").tokens_read
         assert read and rag.add_texts(texts, names, namespace="a").tokens_read == 0
         answer = rag.ask(QUESTION, namespace="a", **SHORT)
         assert set(answer.report.fusion.hits) <= {"cpu", "disk"}
-        assert set(rag.ask(QUESTION, **SHORT).report.fusion.hits) == {"computed"}
-        assert rag.add_texts(texts, names).tokens_read < read, "those of the question are there"
+        for others in ({}, {"namespace": "b"}):
+            with pytest.raises(RagKVError, match=r"no documents .*yet"):
+                rag.ask(QUESTION, **others)
+            with pytest.raises(RagKVError, match=r"no documents .*yet"):
+                rag.session(**others).ask(QUESTION)
+        assert rag.add_texts(texts[:1], names[:1]).tokens_read > 0
+        assert {hit.source for hit in rag.ask(QUESTION, **SHORT).sources} == {names[0]}
     with open_rag(tmp_path, model=model) as rag:
         assert set(rag.ask(QUESTION, namespace="a", **SHORT).report.fusion.hits) == {"disk"}
-        for name in names:
-            rag.remove(name)
-        assert len(rag.engine.store) == 0
-        with pytest.raises(RagKVError, match="no documents yet"):
-            rag.ask(QUESTION, namespace="a")
+        assert rag.session(namespace="a").ask(QUESTION, **SHORT).token_ids == answer.token_ids
+        assert [document.source for document in rag.documents(namespace="a")] == sorted(names)
+        rag.remove(names[0], namespace="a")
+        assert [document.source for document in rag.documents(namespace="a")] == names[1:]
+        assert [document.source for document in rag.documents()] == names[:1]
 
 
 def test_messages_of_a_rag(rag):

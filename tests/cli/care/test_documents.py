@@ -50,6 +50,7 @@ def test_docs(run, folder, key, tmp_path):
         "kv_bytes": sizes,
         "pinned": True,
         "metadata": {},
+        "namespace": "",
     }
 
 
