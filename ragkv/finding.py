@@ -113,12 +113,6 @@ class Finder:
         return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
 
 
-def prompt_order(hits: list[Hit]) -> list[Hit]:
-    """Passages, best first, in the order of the prompt: documents by their best one, each in its own order."""
-    rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-    return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
-
-
 def shown(hits: Sequence[Hit]) -> list[Hit]:
     """Hits as sources, without how the model reads their documents."""
     return [replace(hit, reading=None) for hit in hits]

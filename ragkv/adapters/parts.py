@@ -8,7 +8,7 @@ from typing import Any
 from ragkv.engine import Engine
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.retrieval import Hit
+from ragkv.retrieval import Document, Hit
 from ragkv.streaming import Threads
 
 
@@ -32,18 +32,35 @@ def search(
     Raises:
         RetrievalError: a blank question, or ``top_k`` below 1.
     """
-    hits = rag.retriever.search(question, top_k, neighbours=neighbours)
+    options: dict[str, Any] = {"neighbours": neighbours, "namespace": rag.engine.documents.namespace}
+    hits = rag.retriever.search(question, top_k, **options)
     if wanted is None:
         return hits
     look, there = top_k, len(rag.retriever.index.ids())
     while len(found := [hit for hit in hits[:look] if wanted(hit)]) < top_k and look < there:
         look *= 4
-        hits = rag.retriever.search(question, look, neighbours=neighbours)
+        hits = rag.retriever.search(question, look, **options)
     del found[top_k:]
     chosen = {hit.passage_id for hit in found}
     beside = {(hit.document_id, hit.position + by) for hit in found for by in range(-neighbours, neighbours + 1)}
     more = [hit for hit in hits if (hit.document_id, hit.position) in beside and hit.passage_id not in chosen]
     return found + [hit for hit in more if wanted(hit)]
+
+
+def prompt_order(hits: list[Hit]) -> list[Hit]:
+    """Passages, best first, in the order of the prompt: documents by their best one, each in its own order."""
+    rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+    return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+
+
+def listed(rag: RAG) -> list[Document]:
+    """All documents of a RAG's namespace, as the catalogue has them."""
+    return rag.retriever.catalogue.documents(rag.engine.documents.namespace)
+
+
+def document(rag: RAG, source: str) -> Document | None:
+    """The document of a source in a RAG's namespace; None where there is none."""
+    return rag.retriever.catalogue.get(source, rag.engine.documents.namespace)
 
 
 def model_name(engine: Engine) -> str:

@@ -225,8 +225,10 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             for name, (document_id, number, text) in places.items():
                 listed = view.by_id(document_id)
-                ids = () if listed is None or number < 0 else listed.passage_ids[number : number + 1]
-                if listed is not None and ids and view.passage(ids[0]).text == text:
+                if listed is None or listed.namespace != self._documents.namespace:
+                    continue
+                ids = listed.passage_ids[number : number + 1] if number >= 0 else ()
+                if ids and view.passage(ids[0]).text == text:
                     span = listed.spans[number] if listed.spans else None
                     facts = (listed.source, listed.id, number, listed.metadata, span)
                     hits[name] = Hit(ids[0], text, 1.0, *facts, self.read(view, listed))

@@ -117,9 +117,9 @@ def test_what_a_call_says_goes_before(rag):
         chain.invoke(QUESTION, nonsense=1)
 
 
-def test_a_system_message_and_a_namespace(rag):
-    """Passages are read behind the one and in the other, once, and stay in the context of their document."""
-    options = {"system": "Be brief.", "namespace": "seven", "max_new_tokens": 3}
+def test_a_system_message(rag):
+    """Passages are read behind it, once, and stay in the context of their document."""
+    options = {"system": "Be brief.", "max_new_tokens": 3}
     chain = create_ragkv_chain(RagKVRetriever(rag=rag, k=3), rag, **options)
     first, again = chain.invoke(QUESTION), chain.invoke(QUESTION)
     assert first["answer"] == again["answer"] == rag.ask(QUESTION, top_k=3, **options).text

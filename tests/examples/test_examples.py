@@ -89,6 +89,15 @@ def test_your_own_method(printed):
     assert fresh == sorted(fresh) and fresh[0] == 0 and len(set(fresh)) == 4
 
 
+@pytest.mark.parametrize(("program", "found"), [("llamaindex_qa.py", "nodes"), ("haystack_qa.py", "documents")])
+def test_other_frameworks(printed, program, found):
+    """Their retrievers' passages are read once; those of the folder never again."""
+    out = printed[program]
+    assert out.startswith(f"{QUESTION}\n  ") and "Exe" in out.splitlines()[1] and "- clearport.md: " in out
+    hits = re.findall(rf"{found} by where their KV came from: (.*)", out)
+    assert hits[0] in ("{'cpu': 4}", "{'disk': 4}") and hits[1:] == ["{'computed': 1}", "{'cpu': 1}"]
+
+
 def test_langchain_qa(printed):
     out = printed["langchain_qa.py"]
     assert out.startswith(f"{QUESTION}\n  Exe\n") and "  - clearport.md, " in out

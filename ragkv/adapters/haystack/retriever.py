@@ -12,9 +12,8 @@ from haystack.utils.filters import document_matches_filter
 
 from ragkv.adapters.haystack.documents import document_of
 from ragkv.adapters.haystack.folder import Folder
-from ragkv.adapters.parts import search
+from ragkv.adapters.parts import prompt_order, search
 from ragkv.errors import instance
-from ragkv.finding import prompt_order
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 from ragkv.streaming import in_thread

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from langchain_core.documents import Document
@@ -14,6 +15,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from ragkv.adapters.langchain.documents import ADDED, document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
+from ragkv.adapters.parts import document, listed, search
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit, TokenChunker
@@ -137,12 +139,11 @@ class RagKVVectorStore(VectorStore):
         """
         _no_more(options)
         if ids is None:
-            sources = [document.source for document in self.rag.retriever.catalogue.documents()]
-            names = [source for source in sources if source.startswith(ADDED)]
+            names = [made.source for made in listed(self.rag) if made.source.startswith(ADDED)]
         else:
             names = [f"{ADDED}{name}" for name in ids]
         for name in names:
-            if name in self.rag.retriever.catalogue:
+            if document(self.rag, name) is not None:
                 with suppress(DocumentError):  # somebody else has removed it
                     self.rag.remove(name)
         return True
@@ -150,11 +151,11 @@ class RagKVVectorStore(VectorStore):
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents of ids that are there, each once, in the order of the ids."""
         with self.rag.retriever.catalogue.snapshot() as view:
-            found = {name: view.get(f"{ADDED}{name}") for name in ids}
+            found = {name: view.get(f"{ADDED}{name}", self.rag.engine.documents.namespace) for name in ids}
             return [
-                Document(id=name, page_content=view.texts(document)[0], metadata=document.metadata)
-                for name, document in found.items()
-                if document is not None
+                Document(id=name, page_content=view.texts(made)[0], metadata=made.metadata)
+                for name, made in found.items()
+                if made is not None
             ]
 
     def similarity_search(self, query: str, k: int = 4, filter: Filter | None = None, **options: Any) -> list[Document]:
@@ -167,7 +168,7 @@ class RagKVVectorStore(VectorStore):
             **options: none.
         """
         _no_more(options)
-        return [document for document, _ in self.similarity_search_with_score(query, k, filter)]
+        return [found for found, _ in self.similarity_search_with_score(query, k, filter)]
 
     def similarity_search_with_score(
         self, query: str, k: int = 4, filter: Filter | None = None, **options: Any
@@ -198,15 +199,10 @@ class RagKVVectorStore(VectorStore):
         return lambda cosine: min(1.0, max(0.0, cosine))
 
     def _nearest(self, query: str, k: int, wanted: Filter | None) -> list[Hit]:
-        """The nearest passages that are wanted: more and more are looked through, until there are enough, or no more."""
-        look = k
-        while True:
-            hits = self.rag.retriever.search(query, look)
-            kept = [hit for hit in hits if _wanted(hit, wanted)]
-            if len(kept) >= k or len(hits) < look:
-                remember(self.rag, kept[:k])
-                return kept[:k]
-            look *= 4
+        """The nearest passages that are wanted."""
+        kept = search(self.rag, query, k, None if wanted is None else partial(_wanted, wanted=wanted))
+        remember(self.rag, kept)
+        return kept
 
 
 class _Whole(TokenChunker):
@@ -232,10 +228,8 @@ def _no_more(options: Mapping[str, Any]) -> None:
         raise UnknownArgumentError(f"the vector store does not take {', '.join(sorted(options))}")
 
 
-def _wanted(hit: Hit, wanted: Filter | None) -> bool:
-    if wanted is None:
-        return True
-    document = _as_added(hit)
+def _wanted(hit: Hit, wanted: Filter) -> bool:
+    found = _as_added(hit)
     if callable(wanted):
-        return bool(wanted(document))
-    return all(name in document.metadata and document.metadata[name] == value for name, value in wanted.items())
+        return bool(wanted(found))
+    return all(name in found.metadata and found.metadata[name] == value for name, value in wanted.items())

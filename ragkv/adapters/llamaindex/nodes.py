@@ -17,8 +17,7 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_
 
 from ragkv.adapters.passages import REFERENCE, Passage, reference
 from ragkv.errors import DocumentError
-from ragkv.retrieval import Hit
-from ragkv.retrieval.records import source_id
+from ragkv.retrieval import Document, Hit
 
 #: Where a document's metadata keep the nodes that it was made of, one a passage.
 NODES = "llamaindex_nodes"
@@ -81,15 +80,10 @@ def kept(node: BaseNode) -> dict[str, Any]:
         ) from error
 
 
-def nodes_of(source: str, metadata: dict[str, Any]) -> dict[str, BaseNode]:
-    """The nodes that a document was made of, in order, by id; none where it was made of something else.
-
-    Args:
-        source: what the document is called.
-        metadata: its own.
-    """
-    nodes = [metadata_dict_to_node(fields) for fields in metadata.get(NODES, ())]
-    places = [{"document": source_id(source), "passage": number} for number in range(len(nodes))]
+def nodes_of(document: Document) -> dict[str, BaseNode]:
+    """The nodes that a document was made of, in order, by id; none where it was made of something else."""
+    nodes = [metadata_dict_to_node(fields) for fields in document.metadata.get(NODES, ())]
+    places = [{"document": document.id, "passage": number} for number in range(len(nodes))]
     return {node.node_id: _referring(node, place) for node, place in zip(nodes, places, strict=True)}
 
 

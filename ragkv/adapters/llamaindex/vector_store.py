@@ -21,7 +21,7 @@ from llama_index.core.vector_stores.types import (
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from ragkv.adapters.llamaindex.nodes import ADDED, NODES, kept, node_of, nodes_of, shown
-from ragkv.adapters.parts import search
+from ragkv.adapters.parts import document, listed, search
 from ragkv.chunk import digest
 from ragkv.errors import ArgumentError, DocumentError, instance
 from ragkv.rag import RAG
@@ -152,20 +152,18 @@ class RagKVVectorStore(BasePydanticVectorStore):
         self._rag.add_texts(list(cut.texts), list(documents), metadata, chunker=cut)
 
     def _remove(self, source: str) -> None:
-        if source in self._rag.retriever.catalogue:
+        if document(self._rag, source) is not None:
             with suppress(DocumentError):  # somebody else has removed it
                 self._rag.remove(source)
 
     def _nodes(self, source: str) -> dict[str, BaseNode]:
         """The nodes of a document in order, by id; none where it is not there."""
-        with self._rag.retriever.catalogue.snapshot() as view:
-            document = view.get(source)
-        return {} if document is None else nodes_of(source, document.metadata)
+        made = document(self._rag, source)
+        return {} if made is None else nodes_of(made)
 
     def _all(self) -> dict[str, dict[str, BaseNode]]:
         """The nodes of all documents that were added here, by source."""
-        documents = [document for document in self._rag.retriever.catalogue.documents() if NODES in document.metadata]
-        return {document.source: nodes_of(document.source, document.metadata) for document in documents}
+        return {made.source: nodes_of(made) for made in listed(self._rag) if NODES in made.metadata}
 
 
 class _Cut(TokenChunker):

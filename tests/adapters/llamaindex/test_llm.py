@@ -1,13 +1,12 @@
 """The engine's model and the folder's embedder as LlamaIndex's own kinds of model."""
 
 import asyncio
-import threading
 
 import numpy as np
 import pytest
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
-from llama_index.core.llms import ChatMessage
+from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import TextNode
 
@@ -43,9 +42,15 @@ def test_stream_complete(llm, want):
     assert pieces[-1].raw["usage"]["completion_tokens"] == 8
 
 
-def test_chat_is_the_messages_as_one_text(llm, rag):
-    messages = [ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content=QUESTION)]
-    want = rag.engine.generate([], llm.messages_to_prompt(messages), **ANSWER).text
+def test_chat(llm, rag):
+    messages = [
+        ChatMessage(role="system", content="Be brief."),
+        ChatMessage(role="user", content="Where is Clearport?"),
+        ChatMessage(role="assistant", content="By a river."),
+        ChatMessage(role="user", content=QUESTION),
+    ]
+    said = [{"role": message.role.value, "content": message.content} for message in messages]
+    want = rag.engine.generate([], said, **ANSWER).text
     assert llm.chat(messages).message.content == want
     assert list(llm.stream_chat(messages))[-1].message.content == want
 
@@ -54,6 +59,25 @@ def test_chat_is_the_messages_as_one_text(llm, rag):
         return (await llm.achat(messages)).message.content, pieces[-1].message.content
 
     assert asyncio.run(both()) == (want, want)
+    assert llm.chat(messages[-1:]).message.content == llm.complete(QUESTION).text
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (ChatMessage(role="tool", content="5"), "a role must be one of"),
+        (
+            ChatMessage(role="user", blocks=[TextBlock(text="See:"), ImageBlock(image=b"aGk=")]),
+            "content must be a text",
+        ),
+        (ChatMessage(role="assistant", content="By a river."), "the last message must be the user's question"),
+        (ChatMessage(role="user", content="Go.", additional_kwargs={"tool_calls": [1]}), "got tool_calls at 0"),
+    ],
+    ids=["tool", "picture", "answer", "calls"],
+)
+def test_messages_that_it_cannot_read(llm, message, said):
+    with pytest.raises(PromptError, match=said):
+        llm.chat([message])
 
 
 async def test_in_an_event_loop(llm, want):
@@ -62,15 +86,9 @@ async def test_in_an_event_loop(llm, want):
     assert pieces[-1].text == want.text == "".join(piece.delta for piece in pieces)
 
 
-async def test_the_loop_goes_on(llm, rag, monkeypatch):
-    go, begun, fuse = threading.Event(), threading.Event(), rag.engine._fuse
-    monkeypatch.setattr(
-        rag.engine, "_fuse", lambda *args, **kwargs: (begun.set(), go.wait(60), fuse(*args, **kwargs))[2]
-    )
-    asked = asyncio.ensure_future(llm.achat([ChatMessage(content=QUESTION)]))
-    while not begun.is_set():
-        await asyncio.sleep(0.001)
-    go.set()
+async def test_the_loop_goes_on(llm, held):
+    asked = asyncio.ensure_future(llm.achat([ChatMessage(content=QUESTION)], stopping_criteria=[held]))
+    await held.let_go()
     assert (await asked).message.content
 
 
@@ -96,7 +114,7 @@ def test_arguments_of_a_call_come_first(llm):
 
 def test_metadata(llm, rag):
     about, engine = llm.metadata, rag.engine
-    assert about.num_output == 8 and about.model_name == "LlamaForCausalLM"
+    assert about.num_output == 8 and about.model_name == "LlamaForCausalLM" and not about.is_chat_model
     longest = about.context_window - about.num_output
     engine.fuse([], [5] * longest, room_tokens=about.num_output)  # fits
     with pytest.raises(PromptError):

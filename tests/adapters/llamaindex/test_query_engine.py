@@ -120,16 +120,11 @@ async def test_in_an_event_loop(rag):
     assert response.metadata["ragkv"]["report"]["new_tokens"] == 8
 
 
-async def test_the_loop_goes_on(rag, monkeypatch):
-    """The model is let go by the loop: if that waited for the model, both would wait for ever."""
-    go, begun, fuse = threading.Event(), threading.Event(), rag.engine._fuse
-    monkeypatch.setattr(
-        rag.engine, "_fuse", lambda *args, **kwargs: (begun.set(), go.wait(60), fuse(*args, **kwargs))[2]
+async def test_the_loop_goes_on(rag, held):
+    asked = asyncio.ensure_future(
+        others(rag, texts(*FOREIGN), max_new_tokens=3, stopping_criteria=[held]).aquery(QUESTION)
     )
-    asked = asyncio.ensure_future(others(rag, texts(*FOREIGN), max_new_tokens=3).aquery(QUESTION))
-    while not begun.is_set():
-        await asyncio.sleep(0.001)
-    go.set()
+    await held.let_go()
     assert (await asked).metadata["ragkv"]["report"]["new_tokens"] == 3
 
 
