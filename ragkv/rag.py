@@ -224,8 +224,8 @@ class RAG:
         sources: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
-        namespace: str | None = None,
         chunker: TokenChunker | None = None,
+        namespace: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add documents given as text; one of a known source replaces it.
@@ -234,8 +234,8 @@ class RAG:
             texts: a document each.
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
-            namespace: in place of the engine's: :meth:`ask` finds them with the same one.
             chunker: cuts these texts, instead of :attr:`chunker`.
+            namespace: in place of the engine's: :meth:`ask` finds them with the same one.
             progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import PromptError, instance
+from ragkv.finding import Finder
 from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.documents import Documents
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 from ragkv.retrieval.records import source_id
@@ -72,7 +74,7 @@ def engine_of(rag: RAG | Engine) -> Engine:
     return rag.engine if isinstance(rag, RAG) else rag
 
 
-def hand_over(engine: Engine, passages: Iterable[Passage]) -> HandedOver:
+def hand_over(engine: Engine, passages: Iterable[Passage], documents: Documents | None = None) -> HandedOver:
     """Passages as chunks; nothing is read yet.
 
     One with a reference is a chunk in the context of its document, and is not tokenised, where a folder of the engine's has
@@ -82,12 +84,14 @@ def hand_over(engine: Engine, passages: Iterable[Passage]) -> HandedOver:
     Args:
         engine: whose chunks they become.
         passages: in the order of the prompt. One that is no text, or blank, or too long for the model, is left out with a warning.
+        documents: where they are read, with a system message or in a namespace (``engine.prompting.documents_for``); the engine's
+            own by default.
 
     Raises:
         PromptError: there are passages, and all of them had to be left out.
     """
     given = list(passages)
-    known = known_chunks(engine, given)
+    known = known_chunks(engine, given, documents)
     chunks, numbers, left_out = list[Chunk](), list[int](), dict[int, str]()
     for number, passage in enumerate(given):
         try:
@@ -105,15 +109,15 @@ def hand_over(engine: Engine, passages: Iterable[Passage]) -> HandedOver:
     return HandedOver(chunks, numbers, left_out)
 
 
-def known_chunks(engine: Engine, passages: Sequence[Passage]) -> dict[int, Chunk]:
+def known_chunks(engine: Engine, passages: Sequence[Passage], documents: Documents | None = None) -> dict[int, Chunk]:
     """The chunks of those passages that a folder of the engine's has in the place of their reference, by number."""
     wanted = {number: place for number, passage in enumerate(passages) if (place := _place(passage)) is not None}
     chunks: dict[int, Chunk] = {}
-    for records in engine.documents.records:
-        if isinstance(records, CataloguedDocuments):
-            hits = records.at({number: place for number, place in wanted.items() if number not in chunks})
-            found = zip(hits, records.chunks(list(hits.values())), strict=True)
-            chunks |= {number: chunk for number, chunk in found if engine.documents.fits(chunk)}
+    for folder in [records for records in engine.documents.records if isinstance(records, CataloguedDocuments)]:
+        read = Finder(folder.retriever, engine.documents).catalogued(documents)
+        hits = read.at({number: place for number, place in wanted.items() if number not in chunks})
+        found = zip(hits, read.chunks(list(hits.values())), strict=True)
+        chunks |= {number: chunk for number, chunk in found if engine.documents.fits(chunk)}
     return chunks
 
 

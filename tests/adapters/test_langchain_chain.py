@@ -117,6 +117,15 @@ def test_what_a_call_says_goes_before(rag):
         chain.invoke(QUESTION, nonsense=1)
 
 
+def test_a_system_message(rag):
+    """Passages are read behind it, once, and stay in the context of their document."""
+    options = {"system": "Be brief.", "max_new_tokens": 3}
+    chain = create_ragkv_chain(RagKVRetriever(rag=rag, k=3), rag, **options)
+    first, again = chain.invoke(QUESTION), chain.invoke(QUESTION)
+    assert first["answer"] == again["answer"] == rag.ask(QUESTION, top_k=3, **options).text
+    assert again["report"]["fusion"]["hits"] == {"cpu": 3}
+
+
 def test_it_is_a_part_of_longer_chains(rag):
     chain = {"question": RunnablePassthrough()} | create_ragkv_chain(foreign(*TEXTS), rag, max_new_tokens=3)
     text = chain | RunnableLambda(lambda result: result["answer"].upper())

@@ -163,6 +163,7 @@ def test_what_is_kept_is_json_and_runs_nothing():
     given = {"template": template, "trust_remote_code": True, "token": "secret", "cache_dir": "/c", "method": Own()}
     kept = to_keep({**given, "embedder": WordEmbedder(), "tokenizer": TOKENIZER, "dtype": torch.bfloat16, "system": ""})
     parts = {"anchor": None, "after_chunk": "", "before_question": "", "after_question": "", "stop": ["\n\n"]}
+    parts |= {"after_answer": "", "chat": None}
     assert kept == {"template": {"prefix": [1, 2], "before_chunk": [3], **parts}, "dtype": "bfloat16", "system": ""}
     assert with_kept({}, kept)["template"].prefix == [1, 2]
     assert "template" not in with_kept({"model": "another"}, kept)

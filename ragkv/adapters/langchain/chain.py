@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, closing
 from functools import partial
@@ -18,7 +17,7 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, instance, no_question
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.streaming import AsyncAnswerStream, Threads
+from ragkv.streaming import AsyncAnswerStream, Threads, in_thread
 
 
 def create_ragkv_chain(
@@ -65,10 +64,10 @@ class _Steps:
         """See :func:`create_ragkv_chain`."""
         for question in map(_question, inputs):
             yield AddableDict(question=question)
-            documents = self._retriever.invoke(question, config)
-            handed = hand_over(self._engine, passages_of(documents))
+            documents, options = self._retriever.invoke(question, config), {**self._generation, **generation}
+            handed = self._handed(documents, options)
             yield AddableDict(context=_given(documents, handed))
-            with closing(self._engine.stream(handed.chunks, question, **{**self._generation, **generation})) as pieces:
+            with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
                 for piece in pieces:
                     yield AddableDict(answer=piece)
             yield _end(pieces.report)
@@ -81,15 +80,17 @@ class _Steps:
             question = _question(given)
             yield AddableDict(question=question)
             documents = await self._retriever.ainvoke(question, config)
-            pool = self._threads.pool()
-            look_up = partial(hand_over, self._engine, passages_of(documents))
-            handed = await asyncio.get_running_loop().run_in_executor(pool, look_up)
+            pool, options = self._threads.pool(), {**self._generation, **generation}
+            handed = await in_thread(pool, partial(self._handed, documents, options))
             yield AddableDict(context=_given(documents, handed))
-            start = partial(self._start, handed, question)
-            async with aclosing(AsyncAnswerStream(start, pool, **{**self._generation, **generation})) as pieces:
+            async with aclosing(AsyncAnswerStream(partial(self._start, handed, question), pool, **options)) as pieces:
                 async for piece in pieces:
                     yield AddableDict(answer=piece)
             yield _end(pieces.report)
+
+    def _handed(self, documents: Any, options: Mapping[str, Any]) -> HandedOver:
+        where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
+        return hand_over(self._engine, passages_of(documents), where)
 
     def _start(self, handed: HandedOver, question: str, **generation: Any) -> Any:
         return [], self._engine.stream(handed.chunks, question, **generation)

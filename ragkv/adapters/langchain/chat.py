@@ -141,20 +141,22 @@ class ChatRagKV(BaseChatModel):
         yield self._last(pieces.sources, pieces.report)
 
     def _whole(self, messages: list[BaseMessage], **options: Any) -> tuple[list[Chunk], Answer]:
-        chunks, question = self._asked(messages)
+        chunks, question = self._asked(messages, options)
         return chunks, self._engine.generate(chunks, question, **options)
 
     def _pieces(self, messages: list[BaseMessage], **options: Any) -> tuple[list[Chunk], AnswerStream]:
-        chunks, question = self._asked(messages)
+        chunks, question = self._asked(messages, options)
         return chunks, self._engine.stream(chunks, question, **options)
 
-    def _asked(self, messages: list[BaseMessage]) -> tuple[list[Chunk], Any]:
+    def _asked(self, messages: list[BaseMessage], options: dict[str, Any]) -> tuple[list[Chunk], Any]:
         """The chunks found in the last message, and the question or the conversation without them."""
         turns = _turns(messages)
         chunks: list[Chunk] = []
         if turns and turns[-1]["role"] == "user":
             passages, rest = FoundPassages.of(self._engine).split(turns[-1]["content"])
-            known = known_chunks(self._engine, passages)
+            system = turns[0]["content"] if turns[0]["role"] == "system" else options.get("system")
+            documents = self._engine.prompting.documents_for(system, options.get("namespace"))
+            known = known_chunks(self._engine, passages, documents)
             if len(known) == len(passages):  # else a document has changed since: all is text
                 chunks, turns[-1]["content"] = [known[number] for number in range(len(passages))], rest
         return chunks, turns[0]["content"] if [turn["role"] for turn in turns] == ["user"] else turns
