@@ -11,6 +11,7 @@ from ragkv.retrieval.loaders import LoadedFile, SkippedFile, load_files, read_fi
 from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.retriever import Hit, Retriever
+from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Reading",
     "Retrieval",
     "Retriever",
+    "SegmentedIndex",
     "SentenceTransformerEmbedder",
     "SkippedFile",
     "Snapshot",

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
-from ragkv.retrieval.index import FaissIndex, VectorIndex
+from ragkv.retrieval.index import VectorIndex
 from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.records import Change, Document, Passage, Reading, checked_document
 from ragkv.retrieval.search import Search, within
+from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.words import WordIndex
 
@@ -105,8 +106,9 @@ class Retriever:
         """
         embedder = embedder or offline_embedder()
         instance("embedder", embedder, Embedder, _EMBEDDER)
-        index, catalogue = FaissIndex(embedder.dimension), Catalogue(path)
+        catalogue = Catalogue(path)
         try:
+            index = SegmentedIndex(embedder.dimension, None if catalogue.readonly else catalogue.path)
             return cls(embedder, index, catalogue)
         except BaseException:
             catalogue.close()
@@ -234,9 +236,21 @@ class Retriever:
         """See :class:`~ragkv.retrieval.search.Candidates`."""
         with self._lock:
             self._follow(view)
-            ids, scores = self.index.search(vector, k) if among is None else self.index.search(vector, k, among)
+            try:
+                ids, scores = self._nearest(vector, k, among)
+            except RecordError as error:
+                _LOG.warning("the index is filled again from the stored vectors: %s", error)
+                self.index.clear()
+                self._state = ""
+                self._follow(view)
+                ids, scores = self._nearest(vector, k, among)
             near = dict(zip(ids.tolist(), scores.tolist(), strict=True))
             return near, self._words.search(view, query, k, among) if words else []
+
+    def _nearest(
+        self, vector: NDArray[np.float32], k: int, among: list[int] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return self.index.search(vector, k) if among is None else self.index.search(vector, k, among)
 
     def save(self) -> None:
         """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
