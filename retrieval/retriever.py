@@ -43,6 +43,8 @@ class Hit:
         position: its place among the passages of its document, from 0.
         metadata: of its document.
         span: where it stands in its document's text, if that is known.
+        page: the page (of a presentation: the slide) that it begins on, from 1; None where there are none.
+        heading: the headings that it stands under, ``"Harbours > Clearport"``; in a workbook its sheet; empty where there are none.
         reading: how the model that asks reads its document, if that is kept.
     """
 
@@ -54,6 +56,8 @@ class Hit:
     position: int
     metadata: dict[str, Any]
     span: tuple[int, int] | None = None
+    page: int | None = None
+    heading: str = ""
     reading: Reading | None = field(default=None, repr=False, compare=False)
 
 
@@ -117,6 +121,8 @@ class Retriever:
         *,
         spans: Sequence[tuple[int, int]] = (),
         origin: str = "",
+        pages: Sequence[int] = (),
+        headings: Sequence[str] = (),
         reading: Reading | None = None,
     ) -> Change:
         """Adds a document, or replaces the one of the same source; embeds only texts that no document has.
@@ -125,8 +131,7 @@ class Retriever:
             source: what the document is called: a path, a URL, any name.
             passages: its texts in order, none blank.
             metadata: anything that JSON can hold.
-            spans: see :class:`~ragkv.retrieval.Document`.
-            origin: see :class:`~ragkv.retrieval.Document`.
+            spans, origin, pages, headings: see :class:`~ragkv.retrieval.Document`.
             reading: how a model reads it.
 
         Raises:
@@ -134,7 +139,13 @@ class Retriever:
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        more: dict[str, Any] = {"spans": spans, "origin": origin, "reading": reading}
+        more: dict[str, Any] = {
+            "spans": spans,
+            "origin": origin,
+            "pages": pages,
+            "headings": headings,
+            "reading": reading,
+        }
         return self._applied(self.catalogue.put(source, passages, self._embed, metadata, **more))
 
     def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
@@ -286,5 +297,16 @@ def _around(passage: Passage, neighbours: int) -> tuple[int, ...]:
 
 def _hit(passage: Passage, score: float, reading: Reading | None) -> Hit:
     document, at = passage.document, passage.position
-    span = document.spans[at] if document.spans else None
-    return Hit(passage.id, passage.text, score, document.source, document.id, at, document.metadata, span, reading)
+    return Hit(
+        passage_id=passage.id,
+        text=passage.text,
+        score=score,
+        source=document.source,
+        document_id=document.id,
+        position=at,
+        metadata=document.metadata,
+        span=document.spans[at] if document.spans else None,
+        page=document.pages[at] if document.pages else None,
+        heading=document.headings[at] if document.headings else "",
+        reading=reading,
+    )

@@ -12,6 +12,7 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
 from ragkv.rag import RAG, SourcedAnswer
+from ragkv.retrieval import Hit
 
 #: Stages of an answer's time line, in order, and what they are called.
 _STAGES = {
@@ -70,7 +71,15 @@ def _milliseconds(answer: SourcedAnswer, total_ms: float) -> dict[str, float]:
 
 def _as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
     sources = [
-        {"source": hit.source, "position": hit.position, "score": hit.score, "kv": kv, "text": hit.text}
+        {
+            "source": hit.source,
+            "page": hit.page,
+            "heading": hit.heading,
+            "position": hit.position,
+            "score": hit.score,
+            "kv": kv,
+            "text": hit.text,
+        }
         for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True)
     ]
     return {
@@ -86,7 +95,7 @@ def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
     print(f"\n{show.paint('sources', 'bold')}")
     rows = [("", "passage", "score", "KV from")]
     for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True):
-        rows.append((show.short(hit.source), str(hit.position + 1), f"{hit.score:.2f}", kv))
+        rows.append((_place(hit), str(hit.position + 1), f"{hit.score:.2f}", kv))
     show.table(rows)
     fusion = answer.report.fusion
     print(f"\n{show.paint('recomputed', 'bold')}")
@@ -98,3 +107,9 @@ def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
         if stage != "read" or milliseconds[stage]
     ]
     print(f"{' · '.join(stages)} ({show.number(answer.report.new_tokens, 'token')})")
+
+
+def _place(hit: Hit) -> str:
+    """``report.pdf, page 3, Harbours > Clearport``."""
+    page = "" if hit.page is None else f"page {hit.page}"
+    return ", ".join(filter(None, (show.short(hit.source), page, hit.heading)))

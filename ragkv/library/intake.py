@@ -14,8 +14,12 @@ from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.documents import Documents
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, watched
-from ragkv.retrieval import Catalogue, Change, Hit, SkippedFile, TokenChunker, load_files
+from ragkv.retrieval import Catalogue, Change, Hit, LoadedFile, SkippedFile, TokenChunker
+from ragkv.retrieval.converter import Converter
+from ragkv.retrieval.encodings import checked_encoding
+from ragkv.retrieval.loaders import found_files, load
 from ragkv.retrieval.naming import below, gone, named
+from ragkv.retrieval.outline import NO_OUTLINE, Outline, sections
 from ragkv.retrieval.records import checked_document
 
 Tell = Callable[[Progress], object]
@@ -71,6 +75,7 @@ class Given(NamedTuple):
     source: str
     text: str
     metadata: dict[str, Any] | None = None
+    outline: Outline = NO_OUTLINE
 
 
 @dataclass
@@ -125,13 +130,14 @@ class Intake:
         called = [
             f"text:{digest(text).hex()[:16]}" if name is None else name for text, name in zip(given, names, strict=True)
         ]
-        return self._done(self._plan(map(Given, called, given, extras), tell), tell)
+        outlines = [Outline(sections=sections(text)) for text in given]
+        return self._done(self._plan(map(Given, called, given, extras, outlines), len(given), tell), tell)
 
-    def add_files(self, paths: Any, tell: Tell | None) -> Added:
+    def add_files(self, paths: Any, encoding: str | None, tell: Tell | None) -> Added:
         """See :meth:`ragkv.RAG.add_files`."""
-        return self._done(self._files(paths, tell), tell)
+        return self._done(self._files(paths, encoding, tell), tell)
 
-    def sync(self, folder: str | os.PathLike[str], dry_run: bool, tell: Tell | None) -> Synced:
+    def sync(self, folder: str | os.PathLike[str], dry_run: bool, encoding: str | None, tell: Tell | None) -> Synced:
         """See :meth:`ragkv.RAG.sync`."""
         path = os.path.abspath(os.path.expanduser(named(folder)))
         if not named(folder) or not os.path.isdir(path):
@@ -139,7 +145,7 @@ class Intake:
                 f"{named(folder)!r} is no folder that is there: nothing was changed. Where it was moved, sync the new one; 'ragkv "
                 "forget' or RAG.remove() removes documents"
             )
-        plan = self._files(path, tell)
+        plan = self._files(path, encoding, tell)
         kinds = {prepared.source: prepared.kind for prepared, _ in plan.documents}
         lost = [source for source in self._below(path) if gone(source) and source not in plan.moved.values()]
         if lost and not kinds and not plan.skipped:
@@ -167,13 +173,14 @@ class Intake:
         documents = self._documents
         documents.look()
         work: list[tuple[str, str, int]] = []
-        stored_tokens = 0
-        for document in self._catalogue.documents():
+        stored_tokens, catalogued = 0, self._catalogue.documents()
+        for document in catalogued:
             missing = documents.missing(self._catalogued.now(document.id))
             stored_tokens += sum(map(len, missing))
             work.append((document.source, document.id, documents.work(missing)))
             if tell is not None:
-                tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
+                total = sum(tokens for *_, tokens in work)
+                tell(Progress(document.source, "found", 0, total, done_documents=len(work), documents=len(catalogued)))
         total = sum(tokens for *_, tokens in work)
         size = check_room(documents, stored_tokens)
         done = read = 0
@@ -183,10 +190,13 @@ class Intake:
             done += tokens
         return read
 
-    def _files(self, paths: Any, tell: Tell | None) -> _Plan:
+    def _files(self, paths: Any, encoding: str | None, tell: Tell | None) -> _Plan:
         """What adding files takes. One whose text is that of a document whose own file is gone was moved."""
-        found = (file if isinstance(file, SkippedFile) else Given(file.source, file.text) for file in load_files(paths))
-        plan = self._plan(found, tell, skip=True)
+        checked_encoding(encoding)
+        found = found_files(paths)
+        with Converter() as converter:
+            files = (item if isinstance(item, SkippedFile) else load(item, converter, encoding) for item in found)
+            plan = self._plan(map(_given, files), len(found), tell, skip=True)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
         for document in self._catalogue.documents() if new else ():
@@ -199,17 +209,19 @@ class Intake:
                 plan.moved[prepared.source] = former
         return plan
 
-    def _plan(self, given: Iterable[Given | SkippedFile], tell: Tell | None, skip: bool = False) -> _Plan:
-        """What adding documents takes; with ``skip`` those that cannot be stored are skipped."""
+    def _plan(self, given: Iterable[Given | SkippedFile], count: int, tell: Tell | None, skip: bool = False) -> _Plan:
+        """What adding so many documents takes; with ``skip`` those that cannot be stored are skipped."""
         check_told(tell)
         self._documents.look()
         plan, counted, total = _Plan(), set[bytes](), 0
-        for item in given:
+        for done, item in enumerate(given, 1):
             if isinstance(item, SkippedFile):
                 plan.skipped.append(item)
             else:
                 try:
-                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self.chunker)
+                    prepared = self._catalogued.prepare(
+                        item.text, item.source, item.metadata, item.outline, self.chunker
+                    )
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
@@ -219,7 +231,7 @@ class Intake:
                         raise
                     plan.skipped.append(SkippedFile(item.source, str(error)))
             if tell is not None:
-                tell(Progress(item.source, "found", 0, total))
+                tell(Progress(item.source, "found", 0, total, done_documents=done, documents=count))
         return plan
 
     def _missing(self, prepared: Prepared, counted: set[bytes]) -> list[Chunk]:
@@ -260,6 +272,10 @@ class Intake:
         real = os.path.realpath(path)
         sources = [document.source for document in self._catalogue.documents()]
         return [source for source in sources if below(source, path) or below(source, real)]
+
+
+def _given(file: LoadedFile | SkippedFile) -> Given | SkippedFile:
+    return file if isinstance(file, SkippedFile) else Given(file.source, file.text, outline=file.outline)
 
 
 def listed(items: Any, what: str) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from ragkv import RAG, bundled
 from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
+from tests.retrieval.files import pptx
 
 LOAD = bundled.load
 
@@ -234,6 +235,27 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ragkv: no documents in ") and done.stderr.count("\n") == 1
+
+
+def test_pages_headings_and_encodings(tmp_path, capsys):
+    text = "# Rivers\n\n## Clearport\n\nClearport lies on the river Taint, says Jürg.\n"
+    (tmp_path / "old.md").write_bytes(text.encode("cp850"))
+    (tmp_path / "slides.pptx").write_bytes(pptx(("Harbours", "Greywater lies on the lake."), ("Rivers", "Wye is dry.")))
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "add", tmp_path, "--encoding", "klingon")
+    assert "encoding must be one that Python knows, got 'klingon'; it knows ascii" in capsys.readouterr().err
+    assert run(capsys, "add", tmp_path / "old.md", tmp_path / "slides.pptx", "--encoding", "cp850")[0] == 0
+    synced = json.loads(run(capsys, "sync", tmp_path, "--encoding", "cp850", "--json")[1])
+    assert len(synced["unchanged"]) == 2 and synced["tokens"] == 0
+    _, out, _ = run(capsys, "ask", "On which river does Clearport lie?", "--max-new-tokens", 2)
+    assert f"{tmp_path}/old.md, Rivers > Clearport" in out and f"{tmp_path}/slides.pptx, page 1, Harbours" in out
+    _, out, _ = run(capsys, "ask", "On which river does Clearport lie?", "--max-new-tokens", 2, "--json")
+    sources = json.loads(out)["sources"]
+    assert {(source["page"], source["heading"]) for source in sources} == {
+        (None, "Rivers > Clearport"),
+        (1, "Harbours"),
+    }
+    assert any("says Jürg." in source["text"] for source in sources)
 
 
 def test_ask_ends_before_a_text(files, capsys):
