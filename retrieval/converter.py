@@ -10,10 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Timer, get_ident
 from typing import Any, NamedTuple
+
+from xxhash import xxh3_128_hexdigest
 
 from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.retrieval import conversion
@@ -89,9 +92,14 @@ def converts(path: Path) -> bool:
 
 
 class Converter:
-    """Converts files one after the other; its process begins with the first one and ends with :meth:`close`."""
+    """Converts files one after the other; its process begins with the first one and ends with :meth:`close`.
 
-    def __init__(self) -> None:
+    Args:
+        kept: a folder where converted files are kept, so that they need not be converted again after Ctrl-C; ``None``: nowhere.
+    """
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self._kept = kept
         self._process: subprocess.Popen[bytes] | None = None
 
     def convert(self, path: Path, data: bytes, encoding: str | None = None) -> Converted:
@@ -113,10 +121,30 @@ class Converter:
             )
         if kind.text:
             data = decoded(data, encoding, markup=kind is _HTML).encode("utf-8", "replace")
-        answer = self._asked(kind.name, data)
-        if "error" in answer:
-            raise DocumentError(answer["error"])
-        return Converted(answer["pages"], kind.numbered, kind.markdown)
+        name = xxh3_128_hexdigest(kind.name.encode() + b" " + data)
+        pages = self._pages(name)
+        if pages is None:
+            answer = self._asked(kind.name, data)
+            if "error" in answer:
+                raise DocumentError(answer["error"])
+            pages = answer["pages"]
+            self._keep(name, pages)
+        return Converted(pages, kind.numbered, kind.markdown)
+
+    def _pages(self, name: str) -> list[str] | None:
+        """What is kept of a file; ``None`` where that is nothing, or damaged."""
+        try:
+            return json.loads((self._kept / name).read_bytes()) if self._kept else None
+        except (OSError, ValueError):
+            return None
+
+    def _keep(self, name: str, pages: list[str]) -> None:
+        if self._kept is not None:
+            beside = self._kept / f"{name}.{os.getpid()}.{get_ident()}"
+            with suppress(OSError):  # where the disk is full, it is converted again
+                self._kept.mkdir(exist_ok=True)
+                beside.write_text(json.dumps(pages), encoding="ascii")
+                beside.replace(self._kept / name)
 
     def _asked(self, kind: str, data: bytes) -> dict[str, Any]:
         process = self._process = self._process or _started()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk, digest
@@ -135,7 +137,9 @@ class Intake:
 
     def add_files(self, paths: Any, encoding: str | None, tell: Tell | None) -> Added:
         """See :meth:`ragkv.RAG.add_files`."""
-        return self._done(self._files(paths, encoding, tell), tell)
+        added = self._done(self._files(paths, encoding, tell), tell)
+        self._forget_converted()
+        return added
 
     def sync(self, folder: str | os.PathLike[str], dry_run: bool, encoding: str | None, tell: Tell | None) -> Synced:
         """See :meth:`ragkv.RAG.sync`."""
@@ -159,6 +163,7 @@ class Intake:
                 getattr(synced, kind).append(source)
         if not dry_run:
             added = self._done(plan, tell)
+            self._forget_converted()
             synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
             synced.removed = []
             for source in filter(gone, lost):  # behind what was added: KV that both need are not read again
@@ -190,11 +195,21 @@ class Intake:
             done += tokens
         return read
 
+    @property
+    def _converted(self) -> Path | None:
+        """Where converted files are kept until all of them are documents: an interrupted call need not convert them again."""
+        catalogue = self._catalogue
+        return None if catalogue.temporary or catalogue.readonly else catalogue.path / ".converted"
+
+    def _forget_converted(self) -> None:
+        if self._converted is not None:
+            shutil.rmtree(self._converted, ignore_errors=True)
+
     def _files(self, paths: Any, encoding: str | None, tell: Tell | None) -> _Plan:
         """What adding files takes. One whose text is that of a document whose own file is gone was moved."""
         checked_encoding(encoding)
         found = found_files(paths)
-        with Converter() as converter:
+        with Converter(self._converted) as converter:
             files = (item if isinstance(item, SkippedFile) else load(item, converter, encoding) for item in found)
             plan = self._plan(map(_given, files), len(found), tell, skip=True)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]

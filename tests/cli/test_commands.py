@@ -11,7 +11,7 @@ import torch
 from ragkv import RAG, bundled
 from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
-from tests.retrieval.files import pptx
+from tests.retrieval.files import PARSER, pptx
 
 LOAD = bundled.load
 
@@ -256,6 +256,21 @@ def test_pages_headings_and_encodings(tmp_path, capsys):
         (1, "Harbours"),
     }
     assert any("says Jürg." in source["text"] for source in sources)
+
+
+def test_ctrl_c_while_files_are_converted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "parser").mkdir()
+    (tmp_path / "parser" / "pypdf.py").write_text(PARSER)
+    monkeypatch.syspath_prepend(tmp_path / "parser")
+    files = {name: tmp_path / f"{name}.pdf" for name in "abc"}
+    for name, file in files.items():
+        file.write_text("ctrl-c" if name == "b" else f"File {name}.")
+    code, _, err = run(capsys, "add", *files.values())
+    assert code == 130 and err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
+    assert len(list(tmp_path.rglob(".converted/*"))) == 1
+    files["b"].write_text("File b.")
+    code, out, _ = run(capsys, "add", *files.values())
+    assert code == 0 and out.startswith("documents: 3 added")
 
 
 def test_ask_ends_before_a_text(files, capsys):

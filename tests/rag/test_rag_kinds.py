@@ -4,6 +4,7 @@ import pytest
 
 from ragkv import ArgumentError
 from ragkv.exchange import export_folder, import_folder
+from ragkv.retrieval.converter import Converter
 from tests.retrieval.files import docx, pdf, pptx, xlsx
 
 from .rags import open_rag, small_model
@@ -132,3 +133,31 @@ def test_one_bad_file_among_many(model, docs, tmp_path):
             "bad.docx": "not a readable DOCX",
             "bad.pdf": "encrypted",
         }
+
+
+def test_what_was_converted_before_ctrl_c_is_kept(model, docs, tmp_path, monkeypatch):
+    """The same call goes on from there; what was there before stays, and nothing is left behind at last."""
+    asked, ask = [], Converter._asked
+    monkeypatch.setattr(Converter, "_asked", lambda self, kind, data: asked.append(kind) or ask(self, kind, data))
+
+    def stop(step):
+        if step.source.endswith("c.docx"):
+            raise KeyboardInterrupt
+
+    with open_rag(tmp_path / "rag", model) as rag:
+        rag.add_texts([MILL], ["there before"])
+        with pytest.raises(KeyboardInterrupt):
+            rag.add_files(docs, progress=stop)
+        assert asked == ["pdf", "pptx", "docx"] and [document.source for document in rag.documents()] == [
+            "there before"
+        ]
+        damaged, *_ = (tmp_path / "rag").rglob(".converted/*")
+        damaged.write_bytes(b"")
+    with open_rag(tmp_path / "rag", model) as rag:
+        asked.clear()
+        assert len(rag.add_files(docs).changes) == len(FILES)
+        assert len(asked) == 3 and asked[1:] == ["xlsx", "html"], "the damaged one, and those not yet converted"
+        assert {name: places(rag, name) for name in FILES} == {name: where for name, (_, where) in FILES.items()}
+        assert not list((tmp_path / "rag").rglob(".converted"))
+        assert rag.sync(docs, dry_run=True).tokens == 0 and rag.sync(docs).tokens == 0
+        assert not list((tmp_path / "rag").rglob(".converted"))

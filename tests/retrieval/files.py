@@ -9,6 +9,24 @@ _RELATIONS = "http://schemas.openxmlformats.org/package/2006/relationships"
 _OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 _MAIN = "application/vnd.openxmlformats-officedocument.wordprocessingml"
 
+#: Stands where the converter finds pypdf: does to it whatever a file says.
+PARSER = """
+import os, signal, time
+class Page:
+    def __init__(self, text): self.text = text
+    def extract_text(self): return self.text
+class PdfReader:
+    is_encrypted = False
+    def __init__(self, file):
+        text = file.read().decode()
+        if text == "ctrl-c": os.kill(os.getppid(), signal.SIGINT)
+        if text in ("hang", "ctrl-c"): time.sleep(600)
+        if text == "swell": self.data = bytearray(1 << 40)
+        if text == "die": os.abort()
+        if text == "print": print("what a parser says", flush=True)
+        self.pages = [Page(text + " " + str(os.getpid()))]
+"""
+
 
 def zipped(entries, compression=zipfile.ZIP_DEFLATED):
     buffer = io.BytesIO()
