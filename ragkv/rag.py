@@ -251,9 +251,12 @@ class RAG:
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
         namespace: str | None = None,
+        encoding: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
-        """Add files, and folders with all that is in them: text, Markdown, PDF. A file that cannot be read is named and skipped.
+        """Add files, and folders with all that is in them: text, Markdown, PDF, HTML, Office and others (docs/retrieval.md).
+
+        A file that cannot be read is named and skipped.
 
         A file that is known and unchanged costs no reading. A changed one is read again from the first changed passage on. One
         that was moved, known by its content, is the same document under its new path.
@@ -261,19 +264,22 @@ class RAG:
         Args:
             paths: files and folders.
             namespace: as for :meth:`add_texts`.
+            encoding: of text files, as ``"cp1252"``; by default UTF-8 where they are, else it is found out.
             progress: called behind each file that was looked at, and behind each piece that the model has read.
 
         Raises:
             DocumentError: ``paths`` are none.
+            ArgumentError: Python knows no encoding of this name.
             StoreFullError: as for :meth:`add_texts`.
         """
-        return self._taking_in(namespace).add_files(paths, progress)
+        return self._taking_in(namespace).add_files(paths, encoding, progress)
 
     def sync(
         self,
         folder: str | os.PathLike[str],
         *,
         dry_run: bool = False,
+        encoding: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Synced:
         """Bring the documents of a folder in step with the disk: as :meth:`add_files`, and what is gone from the folder goes.
@@ -283,13 +289,13 @@ class RAG:
         Args:
             folder: with all that is in it.
             dry_run: only say what would be done.
-            progress: as for :meth:`add_files`.
+            encoding, progress: as for :meth:`add_files`.
 
         Raises:
             DocumentError: there is no such folder, or nothing is left in it: its disk may not be mounted.
             StoreFullError: as for :meth:`add_texts`.
         """
-        return self._intake.sync(folder, dry_run, progress)
+        return self._intake.sync(folder, dry_run, encoding, progress)
 
     def documents(self, *, namespace: str | None = None) -> list[ListedDocument]:
         """The documents of a namespace, the engine's by default, by source, with their length and what their KV take."""

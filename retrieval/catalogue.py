@@ -21,7 +21,7 @@ from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, Re
 from ragkv.folder import Environment
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import merged, new_state, put_readings, renamed, replaced
-from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading
+from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading, misplaced
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
 
@@ -110,6 +110,8 @@ class Catalogue:
         *,
         spans: Sequence[tuple[int, int]] = (),
         origin: str = "",
+        pages: Sequence[int] = (),
+        headings: Sequence[str] = (),
         reading: Reading | None = None,
         namespace: str = "",
     ) -> Change:
@@ -123,7 +125,7 @@ class Catalogue:
             passages: its texts in order, none blank.
             embed: gives the vectors, float32 ``[n, d]``, of texts; called outside of any transaction.
             metadata: anything that JSON can hold.
-            spans: see :class:`Document`; one a passage, or none.
+            spans, pages, headings: see :class:`Document`; one a passage, or none.
             origin: see :class:`Document`.
             reading: how a model reads it, kept in the same transaction. Those of other models stay if no passage changes.
             namespace: see :class:`Document`.
@@ -134,19 +136,26 @@ class Catalogue:
             StoreFullError: disk or map are full; nothing was changed.
         """
         source, passages, metadata = records.checked_document(source, passages, metadata)
-        if not (
-            isinstance(spans, Sequence) and all(isinstance(span, tuple | list) and len(span) == 2 for span in spans)
-        ):
-            raise DocumentError(
-                f"{source}: spans must be pairs of first character and the one behind the last, got {spans!r:.80}"
-            )
         instance("origin", origin, str, "a str")
         instance("namespace", namespace, str, "a str")
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
-        given = Document(source, digest(*passages).hex(), (), metadata, tuple(spans), origin, namespace)
+        for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
+            instance(name, items, list | tuple, "a list, one a passage")
+        given = Document(
+            source,
+            digest(*passages).hex(),
+            (),
+            metadata,
+            tuple(spans),
+            origin,
+            namespace,
+            tuple(pages),
+            tuple(headings),
+        )
+        wrong = misplaced(given, len(passages))
+        if wrong:
+            raise DocumentError(f"{source}: {wrong}")
         readings = [] if reading is None else [reading]
-        if spans and len(spans) != len(passages):
-            raise DocumentError(f"{source}: got {len(spans)} spans for {len(passages)} passages")
         vectors: dict[str, NDArray[np.float32]] = {}
         while True:
             with self.snapshot() as view:

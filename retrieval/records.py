@@ -30,6 +30,8 @@ class Document:
         spans: where the passages stand in its text, first character and the one behind the last; empty where not known.
         origin: digest of what the passages were cut from, and how; empty where not known.
         namespace: whose it is: it is found by those only who ask within it.
+        pages: the page, from 1, that each passage begins on; empty for a document without pages.
+        headings: what each passage stands under, ``"Harbours > Clearport"``; empty for a document without headings.
     """
 
     source: str
@@ -39,6 +41,8 @@ class Document:
     spans: tuple[tuple[int, int], ...] = ()
     origin: str = ""
     namespace: str = ""
+    pages: tuple[int, ...] = ()
+    headings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -220,6 +224,8 @@ def document_payload(document: Document) -> bytes:
         "spans": document.spans,
         "origin": document.origin,
         "namespace": document.namespace,
+        "pages": document.pages,
+        "headings": document.headings,
     }
     return json.dumps(fields, ensure_ascii=False).encode()
 
@@ -235,6 +241,32 @@ def document_from(payload: bytes) -> Document:
         spans=tuple((start, stop) for start, stop in fields.get("spans", ())),
         origin=fields.get("origin", ""),
         namespace=fields.get("namespace", ""),
+        pages=tuple(fields.get("pages", ())),
+        headings=tuple(fields.get("headings", ())),
+    )
+
+
+def misplaced(document: Document, passages: int) -> str:
+    """What is wrong with where a document's passages stand; empty where nothing is."""
+    for name, one, holds in (
+        ("spans", "a pair of first character and the one behind the last", _is_span),
+        ("pages", "a number from 1", lambda page: isinstance(page, int) and page > 0),
+        ("headings", "a str", lambda heading: isinstance(heading, str)),
+    ):
+        given = getattr(document, name)
+        if len(given) not in (0, passages):
+            return f"got {len(given)} {name} for {passages} passages"
+        if not all(map(holds, given)):
+            return f"each of {name} must be {one}, got {given!r:.80}"
+    return ""
+
+
+def _is_span(span: Any) -> bool:
+    return (
+        isinstance(span, tuple | list)
+        and len(span) == 2
+        and all(isinstance(at, int) for at in span)
+        and 0 <= span[0] <= span[1]
     )
 
 

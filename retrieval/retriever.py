@@ -46,6 +46,8 @@ class Hit:
         position: its place among the passages of its document, from 0.
         metadata: of its document.
         span: where it stands in its document's text, if that is known.
+        page: the page (of a presentation: the slide) that it begins on, from 1; None where there are none.
+        heading: the headings that it stands under, ``"Harbours > Clearport"``; in a workbook its sheet; empty where there are none.
         reading: how the model that asks reads its document, if that is kept.
     """
 
@@ -57,6 +59,8 @@ class Hit:
     position: int
     metadata: dict[str, Any]
     span: tuple[int, int] | None = None
+    page: int | None = None
+    heading: str = ""
     reading: Reading | None = field(default=None, repr=False, compare=False)
 
 
@@ -122,6 +126,8 @@ class Retriever:
         *,
         spans: Sequence[tuple[int, int]] = (),
         origin: str = "",
+        pages: Sequence[int] = (),
+        headings: Sequence[str] = (),
         reading: Reading | None = None,
         namespace: str = "",
     ) -> Change:
@@ -131,8 +137,7 @@ class Retriever:
             source: what the document is called: a path, a URL, any name.
             passages: its texts in order, none blank.
             metadata: anything that JSON can hold.
-            spans: see :class:`~ragkv.retrieval.Document`.
-            origin: see :class:`~ragkv.retrieval.Document`.
+            spans, origin, pages, headings: see :class:`~ragkv.retrieval.Document`.
             reading: how a model reads it.
             namespace: it is found only by those who search within it.
 
@@ -141,7 +146,14 @@ class Retriever:
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        more: dict[str, Any] = {"spans": spans, "origin": origin, "reading": reading, "namespace": namespace}
+        more: dict[str, Any] = {
+            "spans": spans,
+            "origin": origin,
+            "pages": pages,
+            "headings": headings,
+            "reading": reading,
+            "namespace": namespace,
+        }
         return self._applied(self.catalogue.put(source, passages, self._embed, metadata, **more))
 
     def add_many(
@@ -340,5 +352,16 @@ def _triples(documents: Any) -> list[tuple[Any, Any, Any]]:
 
 def _hit(passage: Passage, score: float, reading: Reading | None) -> Hit:
     document, at = passage.document, passage.position
-    span = document.spans[at] if document.spans else None
-    return Hit(passage.id, passage.text, score, document.source, document.id, at, document.metadata, span, reading)
+    return Hit(
+        passage_id=passage.id,
+        text=passage.text,
+        score=score,
+        source=document.source,
+        document_id=document.id,
+        position=at,
+        metadata=document.metadata,
+        span=document.spans[at] if document.spans else None,
+        page=document.pages[at] if document.pages else None,
+        heading=document.headings[at] if document.headings else "",
+        reading=reading,
+    )

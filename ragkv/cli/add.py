@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with reading(args) as bar:
-            added = rag.add_files(args.paths, progress=bar)
+            added = rag.add_files(args.paths, encoding=args.encoding, progress=bar)
         for change in added.changes if args.pin else ():
             rag.pin(change.document.source)
         summary = _summary(added, perf_counter() - begin)

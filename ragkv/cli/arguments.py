@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "add",
         *reading,
         method,
-        summary="Read files, and folders with all that is in them: text, Markdown, PDF.",
+        summary="Read files, and folders with all that is in them: text, Markdown, PDF, HTML, Office, mail and others.",
     )
     add.add_argument(
         "--chunk-tokens",
@@ -70,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sync.add_argument("folder", metavar="FOLDER")
     sync.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
+
+    for command_of_files in (add, sync):
+        command_of_files.add_argument(
+            "--encoding",
+            type=parsed(_encoding),
+            metavar="NAME",
+            help="of text files, as cp1252 (default: UTF-8 where they are, else it is found out)",
+        )
 
     command("refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to.")
 
@@ -213,6 +221,12 @@ def _method() -> argparse.ArgumentParser:
         "--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: the folder's, or sensitive-tokens)"
     )
     return method
+
+
+def _encoding(name: str) -> str | None:
+    from ragkv.retrieval.encodings import checked_encoding
+
+    return checked_encoding(name)
 
 
 def _parsed_method(text: str) -> Method:

@@ -101,7 +101,8 @@ def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]
 
 
 def _passage(hit: Hit) -> dict[str, Any]:
-    return {"source": hit.source, "position": hit.position, "score": hit.score, "text": hit.text}
+    where = {"source": hit.source, "page": hit.page, "heading": hit.heading, "position": hit.position}
+    return {**where, "score": hit.score, "text": hit.text}
 
 
 def show_sources(answer: SourcedAnswer) -> None:
@@ -109,7 +110,7 @@ def show_sources(answer: SourcedAnswer) -> None:
     print(f"\n{show.paint('sources', 'bold')}")
     rows = [("", "passage", "score", "KV from")]
     for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True):
-        rows.append((show.short(hit.source), str(hit.position + 1), f"{hit.score:.2f}", kv))
+        rows.append((_place(hit), str(hit.position + 1), f"{hit.score:.2f}", kv))
     show.table(rows)
 
 
@@ -124,3 +125,9 @@ def _show_costs(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
         if stage != "read" or milliseconds[stage]
     ]
     print(f"{' · '.join(stages)} ({show.number(answer.report.new_tokens, 'token')})")
+
+
+def _place(hit: Hit) -> str:
+    """``report.pdf, page 3, Harbours > Clearport``."""
+    page = "" if hit.page is None else f"page {hit.page}"
+    return ", ".join(filter(None, (show.short(hit.source), page, hit.heading)))

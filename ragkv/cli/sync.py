@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with reading(args) as bar:
-            synced = rag.sync(args.folder, dry_run=args.dry_run, progress=bar)
+            synced = rag.sync(args.folder, dry_run=args.dry_run, encoding=args.encoding, progress=bar)
         seconds = perf_counter() - begin
     for skipped in synced.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")

@@ -12,6 +12,7 @@ from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
 from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
+from ragkv.retrieval.outline import Outline
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Prepared:
         metadata: what was given with it.
         spans: where the passages stand in its text.
         origin: digest of its text, and of how it was cut.
+        pages, headings: where each passage begins, see :class:`~ragkv.retrieval.Document`.
         document: as the model reads it.
         kind: ``"added"``, ``"changed"`` or ``"unchanged"``: what adding it will be.
     """
@@ -36,6 +38,8 @@ class Prepared:
     metadata: dict[str, Any] | None
     spans: Sequence[tuple[int, int]]
     origin: str
+    pages: Sequence[int]
+    headings: Sequence[str]
     document: ChunkedDocument
     kind: str
 
@@ -69,13 +73,16 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             return {key for key in chunks if view.names(key)}
 
-    def prepare(self, text: str, source: str, metadata: dict[str, Any] | None, chunker: TokenChunker) -> Prepared:
+    def prepare(
+        self, text: str, source: str, metadata: dict[str, Any] | None, outline: Outline, chunker: TokenChunker
+    ) -> Prepared:
         """What adding a document takes. Nothing is read or stored.
 
         Args:
             text: the document.
             source: what it is called.
             metadata: anything that JSON can hold.
+            outline: where its pages and sections begin.
             chunker: cuts it, unless the very text was cut in the same way before, perhaps with another model's tokens.
 
         Raises:
@@ -96,7 +103,9 @@ class CataloguedDocuments:
             else document
         )
         kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
-        return Prepared(source, passages, metadata, spans, origin, document, kind)
+        pages = [outline.page(start) or 1 for start, _ in spans] if outline.pages else []
+        headings = [outline.heading(start) for start, _ in spans] if outline.sections else []
+        return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind)
 
     def put(self, prepared: Prepared, repair_tokens: int | None) -> tuple[Change, int]:
         """Add a document, or replace the one of the same source, and read what the store lacks of it.
@@ -121,7 +130,7 @@ class CataloguedDocuments:
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
         more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
-        more["namespace"] = documents.namespace
+        more |= {"pages": prepared.pages, "headings": prepared.headings, "namespace": documents.namespace}
         change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk, digest
@@ -16,9 +18,12 @@ from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, watched
-from ragkv.retrieval import Catalogue, Change, Hit, SkippedFile, TokenChunker, load_files
-from ragkv.retrieval.loaders import hidden_files, listed_paths
+from ragkv.retrieval import Catalogue, Change, Hit, LoadedFile, SkippedFile, TokenChunker
+from ragkv.retrieval.converter import Converter
+from ragkv.retrieval.encodings import checked_encoding
+from ragkv.retrieval.loaders import found_files, hidden_files, listed_paths, load
 from ragkv.retrieval.naming import below, gone, named
+from ragkv.retrieval.outline import NO_OUTLINE, Outline, sections
 from ragkv.retrieval.records import checked_document
 
 Tell = Callable[[Progress], object]
@@ -78,6 +83,7 @@ class Given(NamedTuple):
     source: str
     text: str
     metadata: dict[str, Any] | None = None
+    outline: Outline = NO_OUTLINE
 
 
 @dataclass
@@ -143,13 +149,18 @@ class Intake:
         called = [
             f"text:{digest(text).hex()[:16]}" if name is None else name for text, name in zip(given, names, strict=True)
         ]
-        return self._done(self._plan(map(Given, called, given, extras), tell, chunker=chunker), tell)
+        outlines = [Outline(sections=sections(text)) for text in given]
+        return self._done(
+            self._plan(map(Given, called, given, extras, outlines), len(given), tell, chunker=chunker), tell
+        )
 
-    def add_files(self, paths: Any, tell: Tell | None) -> Added:
+    def add_files(self, paths: Any, encoding: str | None, tell: Tell | None) -> Added:
         """See :meth:`ragkv.RAG.add_files`."""
-        return self._done(self._files(paths, tell), tell)
+        added = self._done(self._files(paths, encoding, tell), tell)
+        self._forget_converted()
+        return added
 
-    def sync(self, folder: str | os.PathLike[str], dry_run: bool, tell: Tell | None) -> Synced:
+    def sync(self, folder: str | os.PathLike[str], dry_run: bool, encoding: str | None, tell: Tell | None) -> Synced:
         """See :meth:`ragkv.RAG.sync`."""
         path = os.path.abspath(os.path.expanduser(named(folder)))
         if not named(folder) or not os.path.isdir(path):
@@ -157,7 +168,7 @@ class Intake:
                 f"{named(folder)!r} is no folder that is there: nothing was changed. Where it was moved, sync the new one; 'ragkv "
                 "forget' or RAG.remove() removes documents"
             )
-        plan = self._files(path, tell)
+        plan = self._files(path, encoding, tell)
         kinds = {prepared.source: prepared.kind for prepared, _ in plan.documents}
         lost = [source for source in self._below(path) if gone(source) and source not in plan.moved.values()]
         if lost and not kinds and not plan.skipped:
@@ -171,6 +182,7 @@ class Intake:
                 getattr(synced, kind).append(source)
         if not dry_run:
             added = self._done(plan, tell)
+            self._forget_converted()
             synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
             synced.removed = []
             for source in filter(gone, lost):  # behind what was added: KV that both need are not read again
@@ -185,13 +197,14 @@ class Intake:
         documents = self._documents
         documents.look()
         work: list[tuple[str, str, int]] = []
-        stored_tokens = 0
-        for document in self._catalogue.documents(self._documents.namespace):
+        stored_tokens, catalogued = 0, self._catalogue.documents(self._documents.namespace)
+        for document in catalogued:
             missing = documents.missing(self._catalogued.now(document.id))
             stored_tokens += sum(map(len, missing))
             work.append((document.source, document.id, documents.work(missing)))
             if tell is not None:
-                tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
+                total = sum(tokens for *_, tokens in work)
+                tell(Progress(document.source, "found", 0, total, done_documents=len(work), documents=len(catalogued)))
         total = sum(tokens for *_, tokens in work)
         size = check_room(documents, stored_tokens)
         if work:
@@ -203,11 +216,24 @@ class Intake:
             done += tokens
         return read
 
-    def _files(self, paths: Any, tell: Tell | None) -> _Plan:
+    @property
+    def _converted(self) -> Path | None:
+        """Where converted files are kept until all of them are documents: an interrupted call need not convert them again."""
+        catalogue = self._catalogue
+        return None if catalogue.temporary or catalogue.readonly else catalogue.path / ".converted"
+
+    def _forget_converted(self) -> None:
+        if self._converted is not None:
+            shutil.rmtree(self._converted, ignore_errors=True)
+
+    def _files(self, paths: Any, encoding: str | None, tell: Tell | None) -> _Plan:
         """What adding files takes. One whose text is that of a document whose own file is gone was moved."""
+        checked_encoding(encoding)
         paths = listed_paths(paths)
-        found = (file if isinstance(file, SkippedFile) else Given(file.source, file.text) for file in load_files(paths))
-        plan = self._plan(found, tell, skip=True)
+        found = found_files(paths)
+        with Converter(self._converted) as converter:
+            files = (item if isinstance(item, SkippedFile) else load(item, converter, encoding) for item in found)
+            plan = self._plan(map(_given, files), len(found), tell, skip=True)
         plan.hidden = hidden_files(paths)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
@@ -224,20 +250,23 @@ class Intake:
     def _plan(
         self,
         given: Iterable[Given | SkippedFile],
+        count: int,
         tell: Tell | None,
         skip: bool = False,
         chunker: TokenChunker | None = None,
     ) -> _Plan:
-        """What adding documents takes; with ``skip`` those that cannot be stored are skipped."""
+        """What adding so many documents takes; with ``skip`` those that cannot be stored are skipped."""
         check_told(tell)
         self._documents.look()
         plan, counted, total = _Plan(), set[bytes](), 0
-        for item in given:
+        for done, item in enumerate(given, 1):
             if isinstance(item, SkippedFile):
                 plan.skipped.append(item)
             else:
                 try:
-                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, chunker or self.chunker)
+                    prepared = self._catalogued.prepare(
+                        item.text, item.source, item.metadata, item.outline, chunker or self.chunker
+                    )
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
@@ -247,7 +276,7 @@ class Intake:
                         raise
                     plan.skipped.append(SkippedFile(item.source, str(error)))
             if tell is not None:
-                tell(Progress(item.source, "found", 0, total))
+                tell(Progress(item.source, "found", 0, total, done_documents=done, documents=count))
         return plan
 
     def _missing(self, prepared: Prepared, counted: set[bytes]) -> list[Chunk]:
@@ -290,6 +319,10 @@ class Intake:
         real = os.path.realpath(path)
         sources = [document.source for document in self._catalogue.documents(self._documents.namespace)]
         return [source for source in sources if below(source, path) or below(source, real)]
+
+
+def _given(file: LoadedFile | SkippedFile) -> Given | SkippedFile:
+    return file if isinstance(file, SkippedFile) else Given(file.source, file.text, outline=file.outline)
 
 
 def listed(items: Any, what: str) -> list[Any]:

@@ -31,6 +31,8 @@ class Progress:
         done_tokens: what the model has read so far.
         tokens: what it has to read, of all documents that were found so far.
         kv_bytes: what KV that are stored by it will take, estimated; 0 before reading begins, and for a question.
+        done_documents: those that were looked at so far; 0 behind that.
+        documents: those that there are to look at; 0 behind that.
     """
 
     source: str
@@ -38,6 +40,8 @@ class Progress:
     done_tokens: int
     tokens: int
     kv_bytes: int = 0
+    done_documents: int = 0
+    documents: int = 0
 
 
 @contextmanager

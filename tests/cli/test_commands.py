@@ -12,6 +12,7 @@ import torch
 from ragkv import RAG, bundled
 from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
+from tests.retrieval.files import PARSER, pptx
 
 LOAD = bundled.load
 
@@ -311,6 +312,42 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ragkv: no documents in ") and done.stderr.count("\n") == 1
+
+
+def test_pages_headings_and_encodings(tmp_path, capsys):
+    text = "# Rivers\n\n## Clearport\n\nClearport lies on the river Taint, says Jürg.\n"
+    (tmp_path / "old.md").write_bytes(text.encode("cp850"))
+    (tmp_path / "slides.pptx").write_bytes(pptx(("Harbours", "Greywater lies on the lake."), ("Rivers", "Wye is dry.")))
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "add", tmp_path, "--encoding", "klingon")
+    assert "encoding must be one that Python knows, got 'klingon'; it knows ascii" in capsys.readouterr().err
+    assert run(capsys, "add", tmp_path / "old.md", tmp_path / "slides.pptx", "--encoding", "cp850")[0] == 0
+    synced = json.loads(run(capsys, "sync", tmp_path, "--encoding", "cp850", "--json")[1])
+    assert len(synced["unchanged"]) == 2 and synced["tokens"] == 0
+    _, out, _ = run(capsys, "ask", "On which river does Clearport lie?", "--max-new-tokens", 2)
+    assert f"{tmp_path}/old.md, Rivers > Clearport" in out and f"{tmp_path}/slides.pptx, page 1, Harbours" in out
+    _, out, _ = run(capsys, "ask", "On which river does Clearport lie?", "--max-new-tokens", 2, "--json")
+    sources = json.loads(out)["sources"]
+    assert {(source["page"], source["heading"]) for source in sources} == {
+        (None, "Rivers > Clearport"),
+        (1, "Harbours"),
+    }
+    assert any("says Jürg." in source["text"] for source in sources)
+
+
+def test_ctrl_c_while_files_are_converted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "parser").mkdir()
+    (tmp_path / "parser" / "pypdf.py").write_text(PARSER)
+    monkeypatch.syspath_prepend(tmp_path / "parser")
+    files = {name: tmp_path / f"{name}.pdf" for name in "abc"}
+    for name, file in files.items():
+        file.write_text("ctrl-c" if name == "b" else f"File {name}.")
+    code, _, err = run(capsys, "add", *files.values())
+    assert code == 130 and err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
+    assert len(list(tmp_path.rglob(".converted/*"))) == 1
+    files["b"].write_text("File b.")
+    code, out, _ = run(capsys, "add", *files.values())
+    assert code == 0 and out.startswith("documents: 3 added")
 
 
 def test_ask_ends_before_a_text(files, capsys):

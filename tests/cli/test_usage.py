@@ -1,5 +1,6 @@
 """What the command line takes, and what it says where it cannot go on. No model is loaded here."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,21 @@ def test_when_progress_is_shown(command, options, terminal, shows, monkeypatch, 
         bar(Progress("a.md", "new", 5, 10, 2048))
     err = capsys.readouterr().err
     assert ("to read: 10 tokens" in err, "reading:" in err) == ("lines" in shows, "bar" in shows)
+
+
+def test_the_bar_counts_documents_then_tokens_with_rate_and_time_left(monkeypatch, capsys):
+    times = iter(range(1000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(times)))
+    shown = ReadingBar(lines=False, bar=True)
+    for number in (1, 2, 3):
+        shown(Progress(f"{number}.pdf", "found", 0, 100, done_documents=number, documents=4))
+    drawn = capsys.readouterr().err.split("\r")
+    assert any(
+        re.search(r"looking:  75%.* 3/4 \[\d\d:\d\d<\d\d:\d\d, .*(documents/s|s/ documents), 3.pdf\]", line)
+        for line in drawn
+    )
+    for done in (0, 50, 100):
+        shown(Progress("1.pdf", "new", done, 100))
+    shown.close()
+    drawn = capsys.readouterr().err.split("\r")
+    assert any(map(re.compile(r"reading: 100%.* 100/100 \[\d\d:\d\d<00:00, .* ?tokens").search, drawn))
