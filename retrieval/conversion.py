@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import datetime, time
 from typing import Any, BinaryIO, NoReturn
 
 # Parts of a web page that are none of its text.
@@ -74,8 +75,6 @@ def _clean(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    from datetime import datetime, time
-
     if value is None:
         return ""
     if isinstance(value, datetime) and value.time() == time():
@@ -94,8 +93,9 @@ def _pdf(data: bytes) -> list[str]:
 
 
 def _html(data: bytes) -> str:
+    """By markdownify, as markitdown does it, without what is no text of the page."""
     from bs4 import BeautifulSoup
-    from markitdown.converters import HtmlConverter
+    from markdownify import ATX, MarkdownConverter
 
     soup = BeautifulSoup(data.decode(), "html.parser")
     for part in soup(_NOISE):
@@ -103,7 +103,10 @@ def _html(data: bytes) -> str:
     for image in soup("img"):
         image.replace_with(str(image.get("alt") or ""))
     body = soup.find("main") or soup
-    text = HtmlConverter().convert_string(str(body), **_PLAIN).markdown
+    try:
+        text = MarkdownConverter(heading_style=ATX, **_PLAIN).convert_soup(body).strip()
+    except RecursionError:  # thousands of tags, one inside the other
+        text = body.get_text("\n", strip=True)
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     return f"# {title}\n\n{text}" if title and not body.find("h1") else text
 

@@ -50,7 +50,7 @@ class _Kind(NamedTuple):
     markdown: bool = True
 
 
-_HTML = _Kind("html", text=True)
+_HTML = _Kind("html", packages=("bs4", "markdownify"), text=True)
 _KINDS = {
     ".pdf": _Kind("pdf", "pdf", ("pypdf",), numbered=True, markdown=False),
     ".html": _HTML,
@@ -65,7 +65,7 @@ _KINDS = {
     ".rss": _Kind("feed"),
     ".atom": _Kind("feed"),
     ".msg": _Kind("msg", packages=("markitdown", "olefile")),
-    ".eml": _Kind("mail"),
+    ".eml": _Kind("mail", packages=("bs4", "markdownify")),
     ".csv": _Kind("csv", packages=(), text=True, markdown=False),
     ".tsv": _Kind("csv", packages=(), text=True, markdown=False),
     ".json": _Kind("json", packages=(), text=True, markdown=False),

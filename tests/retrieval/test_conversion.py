@@ -57,6 +57,11 @@ def test_html_in_the_encoding_that_it_names(read):
     assert read("a.htm", page.encode("cp1251")) == "# Порт\n\nДа"
 
 
+def test_deeply_nested_html(read):
+    deep = 5000
+    assert read("a.html", "<div>" * deep + "<p>inner</p>" + "</div>" * deep) == "inner"
+
+
 def test_docx(read):
     text = read("a.docx", docx((1, "Harbours"), "Clearport is old.", (2, "Trade"), "They sell tar_pots."))
     assert text == "# Harbours\n\nClearport is old.\n\n## Trade\n\nThey sell tar_pots."

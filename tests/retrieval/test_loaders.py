@@ -121,7 +121,7 @@ def test_without_its_extra_a_file_is_skipped_and_the_command_named(tmp_path, mon
     for name in ("a.pdf", "b.docx", "c.html", "d.xlsx"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "e.txt").write_text("text")
-    for package in ("pypdf", "mammoth", "markitdown", "openpyxl"):
+    for package in ("pypdf", "mammoth", "markdownify", "openpyxl"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=r"pip install 'ragkv\[pdf\]'"):
         read_file(tmp_path / "a.pdf")
