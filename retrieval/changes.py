@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.folder import Transaction, seal
@@ -24,7 +25,7 @@ def replaced(
     txn: Transaction,
     document: Document,
     passages: list[str],
-    vectors: dict[str, NDArray],
+    vectors: dict[str, NDArray[np.float32]],
     readings: Sequence[Reading] = (),
 ) -> Change:
     """Puts a document in the place of the version before.
