@@ -60,7 +60,7 @@ docs: $(VENV)/.docs
 	mkdir -p build/pages/benchmarks
 	cp -r *.md docs examples build/pages
 	cp -r benchmarks/results build/pages/benchmarks
-	$(PY) -m mkdocs build -q --strict -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict -f docs/site/mkdocs.yml
 
 $(VENV)/.release: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[release]"
@@ -72,16 +72,19 @@ wheel: $(VENV)/.release
 	$(PY) -m twine check --strict dist/*
 	$(PY) -m check_wheel_contents dist/*.whl
 
-# The public face of the wheel, installed by itself beside the dependencies.
+# The public face of the wheel, installed by itself beside the dependencies, where the sources are not found.
 INSTALLED := build/installed
+PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
+
 typing: wheel
 	$(PY) -m venv --clear --without-pip $(INSTALLED)
 	$(PY) -m pip --python $(INSTALLED)/bin/python install -q --no-deps dist/*.whl
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(INSTALLED)/dependencies
-	mv $(INSTALLED)/dependencies $$($(INSTALLED)/bin/python -P -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
-	$(INSTALLED)/bin/ragkv --help > build/installed/help.txt
-	$(PY) -m mypy --strict --config-file= --python-executable $(INSTALLED)/bin/python tests/typed/face.py
-	$(PY) -m pyright --pythonpath $(INSTALLED)/bin/python tests/typed/face.py
+	$(PY) -c $(PURELIB) > $$($(INSTALLED)/bin/python -c $(PURELIB))/dependencies.pth
+	cp tests/typed/face.py $(INSTALLED)
+	echo '{"typeCheckingMode": "strict", "include": ["face.py"]}' > $(INSTALLED)/pyrightconfig.json
+	cd $(INSTALLED) && bin/ragkv --help > help.txt
+	cd $(INSTALLED) && $(CURDIR)/$(PY) -m mypy --strict --config-file= --python-executable bin/python face.py
+	cd $(INSTALLED) && $(CURDIR)/$(PY) -m pyright -p . --pythonpath bin/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,6 +4,7 @@ import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 import griffe
 from mkdocs.structure.files import File
@@ -13,18 +14,19 @@ MODULES += ("ragkv.kernels", "ragkv.evaluation", "ragkv.bundled", "ragkv.adapter
 
 
 def modules() -> list[str]:
-    """The public modules that there are, those of a package without an ``__all__`` of its own one by one."""
+    """The public modules that there are; of a package without an ``__all__`` those in it that have one."""
     found: list[str] = []
     for name in MODULES:
         spec = find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        if "__all__" in Path(spec.origin).read_text(encoding="utf-8"):
-            found.append(name)
-        else:
-            below = sorted(path.stem for path in Path(spec.origin).parent.glob("[!_]*.py"))
-            found += [f"{name}.{stem}" for stem in below]
+        if spec is not None and spec.origin is not None:
+            below = (f"{name}.{module.name}" for module in iter_modules(spec.submodule_search_locations))
+            found += [name] if _public(name) else filter(_public, below)
     return found
+
+
+def _public(module: str) -> bool:
+    spec = find_spec(module)
+    return spec is not None and "__all__" in Path(str(spec.origin)).read_text(encoding="utf-8")
 
 
 def page(module: str) -> str:
