@@ -17,6 +17,7 @@ _HOMES = {
     "errors": (
         "ArgumentError",
         "ArgumentTypeError",
+        "ConversationError",
         "DocumentError",
         "IncompatibleFolderError",
         "MethodError",
@@ -53,6 +54,7 @@ _HOMES = {
     "prompt": ("PromptTemplate",),
     "rag": ("RAG",),
     "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
+    "retrieval.options": ("Retrieval",),
     "store": ("TieredStore",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

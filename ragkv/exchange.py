@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ragkv.errors import RagKVError, RecordError, RetrievalError
-from ragkv.folder.archive import BEGIN, FOLDER_FORMAT, UNREADABLE, Lost, Member, Writer, written
+from ragkv.folder.archive import BEGIN, FOLDER_FORMAT, UNREADABLE, Exchanged, Lost, Member, Writer, written
 from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.exchange import opened, packed, sealed, unpacked
@@ -21,25 +19,6 @@ from ragkv.store import exchange as records
 from ragkv.store import maintenance
 from ragkv.store.disk import DiskTier
 from ragkv.store.tier import Offer
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Exchanged:
-    """What was written into an archive, or taken in from one.
-
-    Attributes:
-        documents: how many.
-        records: KV of how many passages.
-        kept: sources of which the folder has another version, which stayed.
-        useless: records that were left out, because they belong to the archive's version of a document of which another stayed.
-    """
-
-    documents: int = 0
-    records: int = 0
-    kept: list[str] = field(default_factory=list)
-    useless: int = 0
 
 
 def export_folder(
@@ -56,21 +35,25 @@ def export_folder(
         path: the folder of :meth:`~ragkv.RAG.from_pretrained`; one of KV alone gives an archive of KV alone.
         target: the file; replaced where it is there.
         sources: which documents.
-        wanted: the keys of which KV. What is damaged or has expired is left out, with a warning.
+        wanted: the keys of which KV. What has expired is left out, and what is damaged, documents too, with a warning.
         progress: called with the number of documents, then of records done.
+
+    Raises:
+        StoreError: nothing is left to write.
     """
     documents, kv = Path(path) / "documents", kv_folder(Path(path))
     if not has_data(documents):
-        return Exchanged(records=records.export(kv, target, wanted=wanted, progress=progress))
+        return records.export(kv, target, wanted=wanted, progress=progress)
     with ExitStack() as stack:
         catalogue = stack.enter_context(Catalogue(documents))
         archive = stack.enter_context(written(target, FOLDER_FORMAT))
         made = {"embedder": catalogue.settings.get("embedder"), "defaults": catalogue.defaults}
+        made["read_with"] = catalogue.read_with
         archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made}).encode()))
         _add_documents(archive, catalogue, sources, progress)
         if has_data(kv):
             records.add_records(archive, stack.enter_context(maintenance.opened(kv)), wanted, progress)
-        return Exchanged(archive.counts["documents"], archive.counts["records"])
+    return archive.done
 
 
 def import_folder(
@@ -96,14 +79,15 @@ def import_folder(
 
     Raises:
         IncompatibleFolderError: the vectors were made by another embedder than the folder's; nothing was written.
-        RecordError: the file is damaged, cut short, or not one of ours; what is whole is taken in, the message names the rest.
+        RecordError: the file is not one of ours; or it is damaged or cut short: what is whole is taken in, the message names the
+            rest.
         StoreFullError: something does not fit; what came before it is taken in.
     """
     lost = Lost(source)
     archive, kv = lost.until_broken(), kv_folder(Path(path))
     first = next(archive, None)
     if first is None or first.name != BEGIN:
-        return Exchanged(records=records.import_records(kv, source, disk_bytes=disk_bytes, progress=progress))
+        return records.import_records(kv, source, disk_bytes=disk_bytes, progress=progress)
     made = lost.parsed(_made, first)
     if made is None:
         lost.refuse("nothing")
@@ -141,15 +125,16 @@ def _add_documents(
     archive: Writer, catalogue: Catalogue, sources: Callable[[str], bool], progress: Callable[[int], None]
 ) -> None:
     with catalogue.snapshot() as view:
-        chosen = sorted(document.source for document in view.documents() if sources(document.source))
-    for source in chosen:
+        found = view.documents(damaged=lambda document_id, error: archive.pass_over(f"document {document_id}", error))
+        chosen = sorted((each.source, each.namespace) for each in found if sources(each.source))
+    for source, namespace in chosen:
         try:
             with catalogue.snapshot() as view:
-                document = view.get(source)
+                document = view.get(source, namespace)
                 if document is not None:  # else it was removed meanwhile
                     archive.add(packed(view, document))
         except (RecordError, RetrievalError) as error:
-            logger.warning("%s is not exported: %s", source, error)
+            archive.pass_over(source, error)
         progress(archive.counts["documents"])
 
 
@@ -160,7 +145,12 @@ def _made(member: Member) -> dict[str, Any]:
         if made["format"] != FOLDER_FORMAT:
             raise RecordError(f"it is of format {made['format']!r}, this version reads {FOLDER_FORMAT!r}")
         embedder = made["embedder"] or {"fingerprint": "", "name": "unknown"}
-        return {"embedder": (str(embedder["fingerprint"]), str(embedder["name"])), "defaults": dict(made["defaults"])}
+        read_with = {str(name): str(value) for name, value in dict(made.get("read_with", {})).items()}
+        return {
+            "embedder": (str(embedder["fingerprint"]), str(embedder["name"])),
+            "defaults": dict(made["defaults"]),
+            "read_with": read_with,
+        }
     except UNREADABLE as error:
         raise RecordError(f"{member.name} is damaged: {error}") from error
 
@@ -179,6 +169,8 @@ def _agree(catalogue: Catalogue, made: dict[str, Any]) -> int | None:
         catalogue.require("embedder", fingerprint, name)
     if dimension is None and made["defaults"] and not catalogue.defaults:
         catalogue.keep_defaults(made["defaults"])
+    if dimension is None and made["read_with"] and not catalogue.read_with:
+        catalogue.keep_read_with(made["read_with"])
     return dimension
 
 
@@ -189,16 +181,27 @@ def _take_document(
     tier.remove(merged.unused)
     if merged.kept:
         done.kept.append(archived.document.source)
+    elif merged.there:
+        done.documents_there += 1
     else:
         done.documents += 1
 
 
 def _take_record(offer: Offer, named: set[bytes], catalogue: Catalogue, tier: DiskTier, done: Exchanged) -> None:
-    """Take in KV, unless only a document of the archive names them that was not taken in."""
+    """Take in KV, unless only a document of the archive names them that was not taken in, or that is removed meanwhile."""
     with catalogue.snapshot() as view:
         known = offer.key in named or view.by_id(offer.record.label) is not None
-        useless = known and not view.names(offer.key)
-    if useless:
+    if known and not _named(catalogue, offer.key):
         done.useless += 1
-    else:
-        done.records += records.admitted(tier, offer)
+        return
+    before = done.records
+    records.take(tier, offer, done)
+    # Whoever removes a document strikes it out before its KV: what is stored behind that he may have missed.
+    if known and done.records > before and not _named(catalogue, offer.key):
+        tier.remove([offer.key])
+        done.records, done.useless = before, done.useless + 1
+
+
+def _named(catalogue: Catalogue, key: bytes) -> bool:
+    with catalogue.snapshot() as view:
+        return view.names(key)

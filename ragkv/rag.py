@@ -2,58 +2,42 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ragkv.chunk import Chunk
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentError, PromptTooLongError, RagKVError, instance, whole_number
+from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
+from ragkv.finding import Finder, Found, shown
+from ragkv.finding import SourcedAnswer as SourcedAnswer
 from ragkv.kernels import Impl
-from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.differing import warn_of_differences
+from ragkv.library.documents import Documents
 from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
 from ragkv.library.listing import ListedDocument, listed_documents
-from ragkv.library.watching import Progress
+from ragkv.library.watching import Progress, prefetched
+from ragkv.messages import Question, conversation, last_turns
 from ragkv.methods import Method
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.prompt import PromptTemplate
-from ragkv.report import Answer, AnswerStream
-from ragkv.retrieval import Change, Embedder, Hit, Retriever, TokenChunker
+from ragkv.report import AnswerStream
+from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
-from ragkv.store import TieredStore
+from ragkv.session import Session
+from ragkv.store import Moved, TieredStore
 from ragkv.store.codecs import Codec
-from ragkv.streaming import AsyncAnswerStream, stoppable
+from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-# Questions of an event loop that are worked on at once: each holds its prompt's KV.
-_AT_ONCE = 8
-
-
-@dataclass
-class SourcedAnswer(Answer):
-    """An answer with the passages that it was given.
-
-    Attributes:
-        sources: the passages in the order of the prompt.
-        left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
-    """
-
-    sources: list[Hit] = field(default_factory=list)
-    left_out: list[Hit] = field(default_factory=list)
 
 
 class RAG:
@@ -85,10 +69,11 @@ class RAG:
         if engine.tokenizer is None:
             raise ArgumentError("RAG reads text: the engine needs a tokenizer")
         self.engine, self.retriever = engine, retriever
-        self._documents = CataloguedDocuments(retriever, engine.documents)
-        self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+        self.finder = Finder(retriever, engine.documents)
+        self.threads = Threads()
         cuts = chunker or TokenChunker(engine.tokenizer)
-        self._intake = Intake(retriever.catalogue, self._documents, engine.documents, cuts, repair_tokens)
+        self._intake = Intake(retriever.catalogue, self.finder.catalogued(), engine.documents, cuts, repair_tokens)
+        warn_of_differences(retriever.catalogue, engine.documents)
 
     @classmethod
     def from_pretrained(
@@ -147,7 +132,7 @@ class RAG:
             disk_bytes: disk for KV.
             codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
-            namespace: KV stored under another one are never found.
+            namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             context, document_tokens, piece_tokens, sensitivity, kernels: see :class:`~ragkv.Engine`.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
@@ -239,6 +224,8 @@ class RAG:
         sources: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         *,
+        chunker: TokenChunker | None = None,
+        namespace: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
         """Add documents given as text; one of a known source replaces it.
@@ -247,6 +234,8 @@ class RAG:
             texts: a document each.
             sources: what they are called; by default a name made from the text, so that the same text is one document.
             metadata: anything that JSON can hold, for each.
+            chunker: cuts these texts, instead of :attr:`chunker`.
+            namespace: in place of the engine's: :meth:`ask` finds them with the same one.
             progress: called behind each text that was looked at, and behind each piece that the model has read.
 
         Raises:
@@ -254,34 +243,43 @@ class RAG:
             StoreFullError: before anything is read: the disk is too small. Later: documents and vectors are stored, but KV do not
                 fit.
         """
-        return self._intake.add_texts(texts, sources, metadata, progress)
+        instance("chunker", chunker, TokenChunker | None, "a ragkv.retrieval.TokenChunker")
+        return self._taking_in(namespace).add_texts(texts, sources, metadata, chunker, progress)
 
     def add_files(
         self,
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
+        namespace: str | None = None,
+        encoding: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Added:
-        """Add files, and folders with all that is in them: text, Markdown, PDF. A file that cannot be read is named and skipped.
+        """Add files, and folders with all that is in them: text, Markdown, PDF, HTML, Office and others (docs/retrieval.md).
+
+        A file that cannot be read is named and skipped.
 
         A file that is known and unchanged costs no reading. A changed one is read again from the first changed passage on. One
         that was moved, known by its content, is the same document under its new path.
 
         Args:
             paths: files and folders.
+            namespace: as for :meth:`add_texts`.
+            encoding: of text files, as ``"cp1252"``; by default UTF-8 where they are, else it is found out.
             progress: called behind each file that was looked at, and behind each piece that the model has read.
 
         Raises:
             DocumentError: ``paths`` are none.
+            ArgumentError: Python knows no encoding of this name.
             StoreFullError: as for :meth:`add_texts`.
         """
-        return self._intake.add_files(paths, progress)
+        return self._taking_in(namespace).add_files(paths, encoding, progress)
 
     def sync(
         self,
         folder: str | os.PathLike[str],
         *,
         dry_run: bool = False,
+        encoding: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Synced:
         """Bring the documents of a folder in step with the disk: as :meth:`add_files`, and what is gone from the folder goes.
@@ -291,28 +289,31 @@ class RAG:
         Args:
             folder: with all that is in it.
             dry_run: only say what would be done.
-            progress: as for :meth:`add_files`.
+            encoding, progress: as for :meth:`add_files`.
 
         Raises:
             DocumentError: there is no such folder, or nothing is left in it: its disk may not be mounted.
             StoreFullError: as for :meth:`add_texts`.
         """
-        return self._intake.sync(folder, dry_run, progress)
+        return self._intake.sync(folder, dry_run, encoding, progress)
 
-    def documents(self) -> list[ListedDocument]:
-        """All documents, by source, with their length and what their KV take."""
-        return listed_documents(self.retriever.catalogue, self.engine.store, self.engine.documents.setting)
+    def documents(self, *, namespace: str | None = None) -> list[ListedDocument]:
+        """The documents of a namespace, the engine's by default, by source, with their length and what their KV take."""
+        documents = self.engine.documents.within(namespace)
+        return listed_documents(self.retriever.catalogue, self.engine.store, documents.setting, documents.namespace)
 
-    def remove(self, source: str | os.PathLike[str]) -> Change:
+    def remove(self, source: str | os.PathLike[str], *, namespace: str | None = None) -> Change:
         """Remove a document, its passages and vectors, and the KV that no other document uses.
 
         Args:
             source: what it is called, or a file's path.
+            namespace: in place of the engine's.
 
         Raises:
             DocumentError: there is no such document.
         """
-        return self._documents.remove(self._source(source))
+        documents = self.engine.documents.within(namespace)
+        return self.finder.catalogued(documents).remove(self._source(source, documents.namespace))
 
     def pin(self, source: str | os.PathLike[str], lifetime_s: float = math.inf) -> int:
         """Keep a document's KV from being evicted for some seconds; returns how many of its passages' are stored.
@@ -345,99 +346,128 @@ class RAG:
         """
         return self._intake.refresh(progress)
 
-    def retrieve(self, question: str, top_k: int = 5, neighbours: int = 0) -> list[Hit]:
+    def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
         """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            top_k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
+            **retrieval: more of :class:`ragkv.Retrieval`: ``hybrid``, ``hops``, ``where``, ``min_score``, ``max_context_tokens``,
+                ``rerank``.
+
+        Raises:
+            RetrievalError: an option is out of range.
+            UnknownArgumentError: there is no such option.
         """
-        hits = self.retriever.search(question, top_k, neighbours=neighbours, readings=self._documents.read)
-        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+        return self.finder.catalogued().search(question, Retrieval.of(top_k=top_k, neighbours=neighbours, **retrieval))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The engine's chunks for passages that were found, each in the context of its document."""
         hits = listed(hits, "hits")
         for hit in hits:
             instance("each of hits", hit, Hit, "a passage that retrieve() found")
-        return self._documents.chunks(hits)
+        return self.finder.catalogued().chunks(hits)
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        namespace: str | None = None,
+        rewrite: Callable[[list[dict[str, str]]], str] | None = None,
+        context_tokens: int | None = None,
+    ) -> Session:
+        """A conversation of which nothing is computed twice, see :class:`~ragkv.session.Session`.
+
+        Args:
+            system: a system message in place of the template's.
+            namespace: in place of the engine's.
+            rewrite: given all messages, the new question last, says what to look for; by default the question and the last two
+                turns, joined.
+            context_tokens: the most tokens of prompt and answer: beyond, the oldest turns go. By default the model's positions.
+        """
+        return Session(self, system, namespace, rewrite, context_tokens)
 
     def ask(
         self,
-        question: str,
+        question: str | None = None,
         *,
-        top_k: int = 5,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> SourcedAnswer:
         """Answer a question over the documents.
 
         Args:
             question: not blank.
-            top_k: passages to find.
+            messages: in its place, chat messages of which the last one is the user's question, as for :meth:`Engine.fuse`.
+                Passages are found with the last two turns in mind.
+            system: a system message in place of the template's. Where the template has no anchor, passages are read behind it.
+            namespace: in place of the engine's: documents and KV of another one are never found.
+            top_k: passages to find, see :meth:`retrieve`.
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **options: more of :class:`ragkv.Retrieval`, and what ``model.generate`` takes.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
             PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
                 are, they are left out, with a warning.
         """
-        hits, chunks, left_out = self._found(question, top_k, neighbours)
-        with told_of_hits(progress, hits):
-            answer = self.engine.generate(chunks, question, method=method, **generation)
-        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        asked, found, _ = self._found(question, messages, system, namespace, retrieval)
+        generation |= {"system": system, "namespace": namespace, "method": method}
+        with told_of_hits(progress, found.hits):
+            answer = self.engine.generate(found.chunks, asked, **generation)
+        return SourcedAnswer.of(answer, found)
 
     def stream(
         self,
-        question: str,
+        question: str | None = None,
         *,
-        top_k: int = 5,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
+        top_k: int | None = None,
         neighbours: int = 0,
         method: Method | str | None = None,
         progress: Callable[[Progress], object] | None = None,
-        **generation: Any,
+        **options: Any,
     ) -> tuple[list[Hit], AnswerStream]:
-        """The passages for a question, and the answer over them piece by piece.
+        """The passages for a question, and the answer over them piece by piece; arguments as for :meth:`ask`.
 
-        Args:
-            question: not blank.
-            top_k: passages to find.
-            neighbours: passages to take along on either side of each, see :meth:`retrieve`.
-            method: instead of the engine's.
-            progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+        Returns:
+            The passages, and the pieces; these know what was left out, too: ``left_out``, as :attr:`SourcedAnswer.left_out`.
         """
-        hits, chunks, _ = self._found(question, top_k, neighbours)
-        self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now
-        with told_of_hits(progress, hits):
-            return _shown(hits), self.engine.stream(chunks, question, method=method, **generation)
+        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
+        asked, found, documents = self._found(question, messages, system, namespace, retrieval)
+        moved: dict[bytes, Moved] = {}
+        self.engine.store.prefetch(list(documents.keys(found.chunks)), moved)  # beside what the caller does now
+        generation |= {"system": system, "namespace": namespace, "method": method}
+        with told_of_hits(progress, found.hits), prefetched(moved):
+            pieces = self.engine.stream(found.chunks, asked, **generation)
+        pieces.sources, pieces.left_out = shown(found.hits), shown(found.left_out)
+        return pieces.sources, pieces
 
-    async def aask(self, question: str, **options: Any) -> SourcedAnswer:
+    async def aask(self, question: str | None = None, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
-        return await stoppable(self._pool(), partial(self.ask, question), **options)
+        return await stoppable(self.threads.pool(), partial(self.ask, question), **options)
 
-    def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
-        """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources``, too."""
-        return AsyncAnswerStream(partial(self.stream, question), self._pool(), **options)
-
-    def _pool(self) -> ThreadPoolExecutor:
-        """Threads for an event loop's questions; those of a parent are not there in its fork."""
-        if self._process != os.getpid():
-            self._threads, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
-        return self._threads
+    def astream(self, question: str | None = None, **options: Any) -> AsyncAnswerStream:
+        """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources`` and ``left_out``."""
+        return AsyncAnswerStream(partial(self.stream, question), self.threads.pool(), **options)
 
     def close(self) -> None:
         """Close retriever and store, when the answers in the making are there; questions not begun are cancelled."""
-        self._pool().shutdown(cancel_futures=True)
-        self._documents.close()
+        self.threads.close()
+        self.finder.close()
         try:
             self.retriever.close()
         finally:
@@ -449,37 +479,36 @@ class RAG:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _found(self, question: str, top_k: int, neighbours: int) -> tuple[list[Hit], list[Chunk], list[Hit]]:
-        """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once."""
-        hits = self.retrieve(question, top_k, neighbours)
-        if not hits:
-            raise RagKVError("there are no documents yet: add some with add_texts() or add_files()")
-        pairs = list(zip(hits, self.chunks(hits), strict=True))
-        fitting = [pair for pair in pairs if self.engine.documents.fits(pair[1])]
-        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not self.engine.documents.fits(chunk)]
-        if left_out:
-            names = ", ".join(
-                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
-            )
-            said = (
-                f"longer than the {self.engine.documents.document_tokens} tokens that this model reads at once: {names}"
-            )
-            if not fitting:
-                raise PromptTooLongError(
-                    f"all passages found are {said}; add the documents to a folder of this model's own"
-                )
-            logger.warning("left out of the prompt, %s", said)
-        return [hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out]
+    def _found(
+        self,
+        question: str | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        system: str | None,
+        namespace: str | None,
+        retrieval: Retrieval,
+    ) -> tuple[Question, Found, Documents]:
+        """What is asked, the passages for it, and where they are read."""
+        if (question is None) == (messages is None):
+            raise ArgumentError("give a question or messages=[...], one of the two")
+        text = question
+        if messages is not None:
+            system, said = conversation(messages, system)
+            text = last_turns(said)
+        documents = self.engine.prompting.documents_for(system, namespace)
+        found = self.finder.found(cast(str, text), retrieval, documents)
+        return cast(Question, question if messages is None else list(messages)), found, documents
 
-    def _source(self, given: str | os.PathLike[str]) -> str:
-        if given in self.retriever.catalogue:
-            return str(given)
-        return only([document.source for document in self.retriever.catalogue], given, "RAG.documents()")
+    def _taking_in(self, namespace: str | None) -> Intake:
+        documents = self.engine.documents.within(namespace)
+        return self._intake.within(self.finder.catalogued(documents), documents)
+
+    def _source(self, given: str | os.PathLike[str], namespace: str) -> str:
+        catalogue = self.retriever.catalogue
+        if isinstance(given, str) and catalogue.get(given, namespace) is not None:
+            return given
+        return only([document.source for document in catalogue.documents(namespace)], given, "RAG.documents()")
 
     def _keys(self, source: str | os.PathLike[str]) -> list[bytes]:
-        return list(self.engine.documents.keys(self._documents.now(source_id(self._source(source)))))
-
-
-def _shown(hits: list[Hit]) -> list[Hit]:
-    """Hits as sources, without how the model reads their documents."""
-    return [replace(hit, reading=None) for hit in hits]
+        namespace = self.engine.documents.namespace
+        document = source_id(self._source(source, namespace), namespace)
+        return list(self.engine.documents.keys(self.finder.catalogued().now(document)))

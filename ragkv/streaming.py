@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +19,25 @@ from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")
 _CLOSED = "nothing is answered any more: it is closed"
+# Questions of an event loop that are worked on at once: each holds its prompt's KV.
+_AT_ONCE = 8
+
+
+class Threads:
+    """Threads for an event loop's questions; those of a parent are not there in its fork."""
+
+    def __init__(self) -> None:
+        self._pool, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+
+    def pool(self) -> ThreadPoolExecutor:
+        """Those of this process."""
+        if self._process != os.getpid():
+            self._pool, self._process = ThreadPoolExecutor(_AT_ONCE, "ragkv-answer"), os.getpid()
+        return self._pool
+
+    def close(self) -> None:
+        """Wait for what is worked on; what was not begun is cancelled."""
+        self.pool().shutdown(cancel_futures=True)
 
 
 class AsyncAnswerStream(AsyncIterator[str]):
@@ -28,10 +48,19 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     Attributes:
         sources: the passages in the order of the prompt; empty until the first piece is there.
+        left_out: those that were found and are too long for the model; likewise.
     """
 
-    def __init__(self, start: Callable[..., tuple[list[Hit], AnswerStream]], executor: Executor, **options: Any):
+    def __init__(
+        self,
+        start: Callable[..., tuple[list[Hit], AnswerStream]],
+        executor: Executor,
+        ended: Callable[[AnswerStream], object] | None = None,
+        **options: Any,
+    ):
         self.sources: list[Hit] = []
+        self.left_out: list[Hit] = []
+        self._ended = ended  # called behind the last piece, if somebody listened to the end
         self._stop = _Stop()
         self._start = partial(start, **self._stop.among(options))
         self._executor, self._queue = executor, asyncio.Queue[str | None]()
@@ -79,6 +108,8 @@ class AsyncAnswerStream(AsyncIterator[str]):
                 yield piece
             if not self._stop.is_set():
                 await _given(working)
+                if self._ended is not None and self._stream is not None:
+                    self._ended(self._stream)
         finally:
             self._stop.set()
             working.cancel()
@@ -86,8 +117,14 @@ class AsyncAnswerStream(AsyncIterator[str]):
     def _work(self, say: Callable[[str], None]) -> None:
         if not self._stop.is_set():
             self.sources, self._stream = self._start()
+            self.left_out = self._stream.left_out
         for piece in self._stream or () if not self._stop.is_set() else ():
             say(piece)
+
+
+async def in_thread(executor: Executor, work: Callable[[], Result]) -> Result:
+    """What ``work`` gives, run in a thread; it goes on where nobody waits for it any more."""
+    return await _given(_submitted(executor, work))
 
 
 async def stoppable(executor: Executor, ask: Callable[..., Result], **options: Any) -> Result:

@@ -8,8 +8,10 @@ from ragkv.retrieval.chunker import TokenChunker
 from ragkv.retrieval.embedder import Embedder, SentenceTransformerEmbedder, offline_embedder
 from ragkv.retrieval.index import FaissIndex, VectorIndex
 from ragkv.retrieval.loaders import LoadedFile, SkippedFile, load_files, read_file
+from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.records import Change, Document, Passage, Reading
 from ragkv.retrieval.retriever import Hit, Retriever
+from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "LoadedFile",
     "Passage",
     "Reading",
+    "Retrieval",
     "Retriever",
+    "SegmentedIndex",
     "SentenceTransformerEmbedder",
     "SkippedFile",
     "Snapshot",

@@ -28,7 +28,17 @@ class Boundary(NamedTuple):
     rank: Rank
 
 
-_HEADING = re.compile(r" {0,3}#{1,6}(\s|\Z)")
+class Heading(NamedTuple):
+    """A heading of Markdown: where its line begins and ends, its level from 1 to 6, and its text."""
+
+    start: int
+    end: int
+    level: int
+    title: str
+
+
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|\Z)")
+_HEADING_MARKS = re.compile(r"\A\s*#{1,6}|(?:\s#+)?\s*\Z")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 # Items of a list, rows of a table and quoted lines stand alone even without a full stop.
 _ITEM = re.compile(r"\s*([-*+•|>]\s|\d{1,3}[.)]\s|\|)")
@@ -75,6 +85,19 @@ def boundaries(text: str) -> Iterator[Boundary]:
             blank = bool(before and not fence)
         position += len(line)
     yield from _sentences(text, block_start, position)
+
+
+def headings(text: str) -> Iterator[Heading]:
+    """The headings of a Markdown text, in order; none inside of fenced code."""
+    fence, position = "", 0
+    for line in text.splitlines(keepends=True):
+        heading = None if fence else _HEADING.match(line)
+        if heading:
+            title = _HEADING_MARKS.sub("", line).strip()
+            yield Heading(position, position + len(line), len(heading[1]), title)
+        elif not line.isspace():
+            fence = _fence_after(line, fence)
+        position += len(line)
 
 
 def _line_rank(line: str, in_fence: bool, blank: bool, heading: bool) -> Rank | None:

@@ -21,11 +21,11 @@ from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, Re
 from ragkv.folder import Environment
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import merged, new_state, put_readings, renamed, replaced
-from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading
+from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading, misplaced
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
 
-FORMAT, _FORMER = b"ragkv.catalogue/2", b"ragkv.catalogue/1"
+FORMAT, _FORMER = b"ragkv.catalogue/3", (b"ragkv.catalogue/1", b"ragkv.catalogue/2")
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
@@ -110,11 +110,14 @@ class Catalogue:
         *,
         spans: Sequence[tuple[int, int]] = (),
         origin: str = "",
+        pages: Sequence[int] = (),
+        headings: Sequence[str] = (),
         reading: Reading | None = None,
+        namespace: str = "",
     ) -> Change:
-        """Adds a document, or replaces the one of the same source.
+        """Adds a document, or replaces the one of the same source and namespace.
 
-        Passages whose text was in the version before keep their ids. Nothing is embedded whose text any document
+        Passages whose text was in the version before keep their ids. Nothing is embedded whose text any document of the namespace
         has. A document that is there already, all of it equal, changes nothing.
 
         Args:
@@ -122,9 +125,10 @@ class Catalogue:
             passages: its texts in order, none blank.
             embed: gives the vectors, float32 ``[n, d]``, of texts; called outside of any transaction.
             metadata: anything that JSON can hold.
-            spans: see :class:`Document`; one a passage, or none.
+            spans, pages, headings: see :class:`Document`; one a passage, or none.
             origin: see :class:`Document`.
             reading: how a model reads it, kept in the same transaction. Those of other models stay if no passage changes.
+            namespace: see :class:`Document`.
 
         Raises:
             DocumentError: the document cannot be stored as it is.
@@ -132,34 +136,46 @@ class Catalogue:
             StoreFullError: disk or map are full; nothing was changed.
         """
         source, passages, metadata = records.checked_document(source, passages, metadata)
-        if not (
-            isinstance(spans, Sequence) and all(isinstance(span, tuple | list) and len(span) == 2 for span in spans)
-        ):
-            raise DocumentError(
-                f"{source}: spans must be pairs of first character and the one behind the last, got {spans!r:.80}"
-            )
         instance("origin", origin, str, "a str")
+        instance("namespace", namespace, str, "a str")
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
-        given = Document(source, digest(*passages).hex(), (), metadata, tuple(spans), origin)
+        for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
+            instance(name, items, list | tuple, "a list, one a passage")
+        given = Document(
+            source,
+            digest(*passages).hex(),
+            (),
+            metadata,
+            tuple(spans),
+            origin,
+            namespace,
+            tuple(pages),
+            tuple(headings),
+        )
+        wrong = misplaced(given, len(passages))
+        if wrong:
+            raise DocumentError(f"{source}: {wrong}")
         readings = [] if reading is None else [reading]
-        if spans and len(spans) != len(passages):
-            raise DocumentError(f"{source}: got {len(spans)} spans for {len(passages)} passages")
         vectors: dict[str, NDArray[np.float32]] = {}
         while True:
             with self.snapshot() as view:
-                old = view.get(source)
+                old = view.get(source, namespace)
                 if (
                     old is not None
                     and replace(old, passage_ids=()) == given
                     and (reading is None or view.keeps(old, reading))
                 ):
                     return Change(old, kept=old.passage_ids, replaced=True, states=(view.state,) * 2)
-                missing = [text for text in dict.fromkeys(passages) if text not in vectors and not view.has_text(text)]
+                missing = [
+                    text
+                    for text in dict.fromkeys(passages)
+                    if text not in vectors and not view.has_text(text, namespace)
+                ]
             vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())
             with self._environment.transaction(write=True) as txn:
                 view = Snapshot(txn)
                 # Another process may have removed a text whose vector was counted on.
-                if all(text in vectors or view.has_text(text) for text in passages):
+                if all(text in vectors or view.has_text(text, namespace) for text in passages):
                     return replace(replaced(txn, given, passages, vectors, readings), embedded=len(vectors))
 
     def merge(self, archived: ArchivedDocument, *, replace_other: bool = False) -> Merged:
@@ -183,36 +199,39 @@ class Catalogue:
         with self._environment.transaction(write=True) as txn:
             view, unused = Snapshot(txn), set[bytes]()
             for document, reading in readings:
-                if view.get(document.source) == document:
-                    unused |= put_readings(txn, records.source_key(document.source), [reading])
+                if view.get(document.source, document.namespace) == document:
+                    unused |= put_readings(txn, document.key, [reading])
             return {key for key in unused if not view.names(key)}
 
-    def rename(self, source: str, to: str, reread: Callable[[Reading], Reading | None]) -> Document | None:
+    def rename(
+        self, source: str, to: str, reread: Callable[[Reading], Reading | None], namespace: str = ""
+    ) -> Document | None:
         """Calls a document by another source: passages, vectors and what models know of it stay.
 
         Args:
             source: what it was called.
             to: what it is called now.
             reread: gives how a model reads it under its new name; None for what is to be found out anew.
+            namespace: its own.
 
         Returns:
             The document; None where there is none of the first name, or one of the second: nothing was changed.
         """
         with self._environment.transaction(write=True) as txn:
             view = Snapshot(txn)
-            document = view.get(source)
-            if document is None or view.get(to) is not None:
+            document = view.get(source, namespace)
+            if document is None or view.get(to, namespace) is not None:
                 return None
             return renamed(txn, document, to, list(filter(None, map(reread, view.readings(document)))))
 
-    def remove(self, source: str) -> Change:
-        """Removes a document with its passages and vectors.
+    def remove(self, source: str, namespace: str = "") -> Change:
+        """Removes a document of a namespace with its passages and vectors.
 
         Raises:
             DocumentError: there is no such document.
         """
         with self._environment.transaction(write=True) as txn:
-            document = Snapshot(txn).get(source)
+            document = Snapshot(txn).get(source, namespace)
             if document is None:
                 raise DocumentError(f"there is no document {source!r}")
             change = replaced(txn, replace(document, passage_ids=()), [], {})
@@ -248,24 +267,36 @@ class Catalogue:
             with self._environment.transaction(write=True) as txn:
                 txn.put("meta", b"defaults", json.dumps(defaults).encode())
 
-    def documents(self) -> list[Document]:
-        """All documents, by source."""
+    @property
+    def read_with(self) -> dict[str, str]:
+        """What documents were last read with, by name; see :meth:`keep_read_with`."""
         with self.snapshot() as view:
-            return sorted(view.documents(), key=lambda document: document.source)
+            return view.read_with
 
-    def get(self, source: str) -> Document | None:
+    def keep_read_with(self, described: dict[str, str]) -> None:
+        """Keeps what documents are read with, to name what differs later; in the place of what was kept before."""
+        if described != self.read_with:
+            with self._environment.transaction(write=True) as txn:
+                txn.put("meta", b"read with", json.dumps(described).encode())
+
+    def documents(self, namespace: str | None = None) -> list[Document]:
+        """The documents of a namespace, by default of all, by source."""
+        with self.snapshot() as view:
+            return sorted(view.documents(namespace), key=lambda document: (document.source, document.namespace))
+
+    def get(self, source: str, namespace: str = "") -> Document | None:
         """The document of a source; None where there is none."""
         with self.snapshot() as view:
-            return view.get(source)
+            return view.get(source, namespace)
 
-    def texts(self, source: str) -> list[str]:
+    def texts(self, source: str, namespace: str = "") -> list[str]:
         """The passages of a document, in order.
 
         Raises:
             DocumentError: there is no such document.
         """
         with self.snapshot() as view:
-            document = view.get(source)
+            document = view.get(source, namespace)
             if document is None:
                 raise DocumentError(f"there is no document {source!r}")
             return view.texts(document)
@@ -330,11 +361,18 @@ class Catalogue:
             found = txn.get("meta", b"format")
         if found == FORMAT:
             return
-        if found not in (None, _FORMER):
+        if found not in (None, *_FORMER):
             raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {FORMAT.decode()}")
+        if self.readonly and found == _FORMER[-1]:  # readable as it is, where it has one namespace
+            if self.defaults.get("namespace"):
+                raise IncompatibleFolderError(
+                    f"the documents of {self.path} have no namespace yet: open it once where it may be written to"
+                )
+            return
         with self._environment.transaction(write=True) as txn:
             if found is None:
                 txn.put("meta", b"state", new_state())
+                txn.put("meta", records.UNDIVIDED, b"1")
             else:
                 migrate(txn)
             txn.put("meta", b"format", FORMAT)

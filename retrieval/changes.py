@@ -6,6 +6,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,21 +40,24 @@ def replaced(
     """
     view = Snapshot(txn)
     before = view.state
-    old = view.get(document.source)
+    old = view.get(document.source, document.namespace)
     old_ids = old.passage_ids if old else ()
     old_texts = view.texts(old) if old else []
     ids, new = _matched(txn, passages, old_texts, old_ids)
-    key = records.source_key(document.source)
+    key = document.key
     for text, passage_id in zip(passages, ids, strict=True):
         if passage_id in new:
-            vector = vectors[text] if text in vectors else view.vector_of(text)
+            vector = vectors[text] if text in vectors else view.vector_of(text, document.namespace)
             _write(txn, "passages", records.passage_key(passage_id), key + text.encode())
             _write(txn, "vectors", records.passage_key(passage_id), records.vector_payload(vector))
     removed = tuple(sorted(set(old_ids) - set(ids)))
     for passage_id in removed:
         txn.delete("passages", records.passage_key(passage_id))
         txn.delete("vectors", records.passage_key(passage_id))
-    _write_uses(txn, records.uses(old_texts, old_ids), records.uses(passages, ids))
+    uses = partial(records.uses, namespace=document.namespace)
+    _write_uses(txn, uses(old_texts, old_ids), uses(passages, ids))
+    if document.namespace:
+        txn.delete("meta", records.UNDIVIDED)
     document = replace(document, passage_ids=tuple(ids))
     if passages:
         _write(txn, "documents", key, records.document_payload(document))
@@ -75,7 +79,9 @@ def replaced(
     )
 
 
-def renamed(txn: Transaction, document: Document, source: str, readings: Sequence[Reading]) -> Document:
+def renamed(
+    txn: Transaction, document: Document, source: str, readings: Sequence[Reading], namespace: str | None = None
+) -> Document:
     """Calls a document by another source. Its passages and vectors stay what they are, so the state does too.
 
     Args:
@@ -83,29 +89,32 @@ def renamed(txn: Transaction, document: Document, source: str, readings: Sequenc
         document: as it is kept.
         source: of no document.
         readings: how models read it, for its new name.
+        namespace: of its own by default.
     """
-    view, former, key = Snapshot(txn), records.source_key(document.source), records.source_key(source)
-    for passage_id, text in zip(document.passage_ids, view.texts(document), strict=True):
-        _write(txn, "passages", records.passage_key(passage_id), key + text.encode())
-    document = replace(document, source=source)
+    view, former = Snapshot(txn), document.key
+    namespace = document.namespace if namespace is None else namespace
+    texts, document = view.texts(document), replace(document, source=source, namespace=namespace)
+    for passage_id, text in zip(document.passage_ids, texts, strict=True):
+        _write(txn, "passages", records.passage_key(passage_id), document.key + text.encode())
     txn.delete("documents", former)
-    _write(txn, "documents", key, records.document_payload(document))
+    _write(txn, "documents", document.key, records.document_payload(document))
     dropped_readings(txn, former, view.read_for(former))
-    put_readings(txn, key, readings)
+    put_readings(txn, document.key, readings)
     return document
 
 
 def merged(txn: Transaction, archived: ArchivedDocument, replace_other: bool) -> Merged:
     """Takes in a document of an archive: as :meth:`~ragkv.retrieval.Catalogue.merge`, inside a transaction that may write."""
     view, given = Snapshot(txn), archived.document
-    old, key = view.get(given.source), records.source_key(given.source)
+    old, key = view.get(given.source, given.namespace), given.key
+    there = old is not None and replace(old, passage_ids=()) == given
     if old is not None and not replace_other:
         readings = archived.readings if old.content_hash == given.content_hash else ()
         new = [reading for reading in readings if view.reading(records.reading_key(key, reading.setting)) is None]
         put_readings(txn, key, new)
-        return Merged(kept=replace(old, passage_ids=()) != given)
+        return Merged(kept=not there, there=there)
     vectors = dict(zip(archived.passages, archived.vectors, strict=True))
-    return Merged(unused=replaced(txn, given, list(archived.passages), vectors, archived.readings).unused)
+    return Merged(there=there, unused=replaced(txn, given, list(archived.passages), vectors, archived.readings).unused)
 
 
 def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading]) -> set[bytes]:

@@ -1,7 +1,7 @@
 """Documents in an archive, with passages, vectors and readings: see :mod:`ragkv.folder.archive`.
 
-A member is a safetensors file: ``document`` (JSON in UTF-8: source, texts, spans, metadata), ``vectors`` float32 ``[n, d]``, and
-for each reading ``keys.I`` uint8 ``[n, 32]`` and ``record.I`` uint8.
+A member is a safetensors file: ``document`` (JSON in UTF-8: source, texts, where they stand, metadata), ``vectors`` float32
+``[n, d]``, and for each reading ``keys.I`` uint8 ``[n, 32]`` and ``record.I`` uint8.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ragkv.retrieval.records import (
     checked_document,
     document_from,
     document_payload,
-    source_id,
+    misplaced,
 )
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -79,16 +79,17 @@ def opened(member: Member) -> Member:
 def _parsed(member: Member) -> ArchivedDocument:
     arrays = load(member.data)
     facts = json.loads(arrays["document"].tobytes())
-    source, texts, metadata = checked_document(facts["source"], facts["texts"], facts["metadata"])
+    _, texts, metadata = checked_document(facts["source"], facts["texts"], facts["metadata"])
     document = replace(document_from(arrays["document"].tobytes()), metadata=metadata)
-    vectors, spans = arrays["vectors"], document.spans
+    vectors = arrays["vectors"]
     readings = [_reading(setting, arrays, number) for number, setting in enumerate(facts["settings"])]
     wrong = (
-        (member.name != f"documents/{source_id(source)}.safetensors", "it has another document's name"),
+        (member.name != f"documents/{document.id}.safetensors", "it has another document's name"),
         (document.content_hash != digest(*texts).hex(), "its texts do not give its content hash"),
         (document.passage_ids != (), "it has ids of its own"),
-        (len(spans) not in (0, len(texts)) or not all(0 <= a <= b for a, b in spans), "spans that cannot be"),
+        (misplaced(document, len(texts)) != "", "passages that cannot stand where it says"),
         (not isinstance(document.origin, str), "an origin that is no text"),
+        (not isinstance(document.namespace, str), "a namespace that is no text"),
         (vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(texts), "not a vector a passage"),
         (not vectors.size or not np.isfinite(vectors).all(), "a vector that is none"),
         (any(len(reading.keys) != len(texts) for reading in readings), "a reading of other passages"),

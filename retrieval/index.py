@@ -45,8 +45,10 @@ class VectorIndex(Protocol):
         """Removes vectors and says how many there were; ids that it does not have are passed over."""
         ...
 
-    def search(self, vector: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The ids and inner products of the ``min(k, n)`` nearest vectors, best first."""
+    def search(
+        self, vector: ArrayLike, k: int, among: ArrayLike | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The ids and inner products of the ``min(k, n)`` nearest vectors, best first; with ``among`` of those ids alone."""
         ...
 
     def clear(self) -> None:
@@ -138,15 +140,18 @@ class FaissIndex:
                 self._known -= gone
             return len(gone)
 
-    def search(self, vector: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, vector: ArrayLike, k: int, among: ArrayLike | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The nearest vectors, best first; among equals the smaller id first.
 
         Args:
             vector: ``[d]``, finite.
             k: how many, at least 1.
+            among: ids that may be found, ``[m]``; ``None`` for all. Those that it does not have are passed over.
 
         Returns:
-            ids, int64 ``[min(k, n)]``, and inner products, float32 ``[min(k, n)]``.
+            ids, int64 ``[min(k, n)]``, and inner products, float32 ``[min(k, n)]``, n being the number of those that may be found.
 
         Raises:
             RetrievalError: the vector has another dimension or is not finite, or ``k`` is below 1.
@@ -154,14 +159,16 @@ class FaissIndex:
         query = self._checked_vectors(vector, rank=1)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise RetrievalError(f"the number of results must be a whole number of at least 1, got {k!r}")
+        faiss: Any = self._faiss
+        params = None if among is None else faiss.SearchParameters(sel=faiss.IDSelectorBatch(_checked_ids(among)))
         with self._lock:
-            # faiss pads missing results with id -1.
             count = min(int(k), len(self))
             if not count:
                 return np.empty(0, np.int64), np.empty(0, np.float32)
-            scores, ids = self._index.search(query[None], count)
-        order = np.lexsort((ids[0], -scores[0]))
-        return ids[0][order], scores[0][order]
+            (scores,), (ids,) = self._index.search(query[None], count, params=params)
+        scores, ids = scores[ids >= 0], ids[ids >= 0]  # faiss pads missing results with id -1
+        order = np.lexsort((ids, -scores))
+        return ids[order], scores[order]
 
     def save(self, path: str | os.PathLike[str], state: str) -> None:
         """Writes the index to a file that is there whole or not at all.
@@ -175,14 +182,16 @@ class FaissIndex:
         Raises:
             RetrievalError: the file cannot be written; the one that was there is untouched.
         """
-        from safetensors.numpy import save
+        with self._lock:
+            ids, vectors = self.contents()
+        write_whole(Path(path), {"ids": ids, "vectors": vectors}, state)
 
+    def contents(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All ids, int64 ``[n]``, and their vectors, float32 ``[n, d]``."""
         with self._lock:
             ids = self._faiss.vector_to_array(self._index.id_map).astype(np.int64)
             flat = self._faiss.downcast_index(self._index.index)
-            vectors = flat.reconstruct_n(0, len(ids)) if len(ids) else np.empty((0, self.dimension), np.float32)
-        metadata = {"format": _FORMAT, "state": state, "checksum": _checksum(state, ids, vectors)}
-        _write_whole(Path(path), save({"ids": ids, "vectors": vectors}, metadata))
+            return ids, flat.reconstruct_n(0, len(ids)) if len(ids) else np.empty((0, self.dimension), np.float32)
 
     def load(self, path: str | os.PathLike[str]) -> str:
         """Replaces the index by a saved one.
@@ -194,10 +203,10 @@ class FaissIndex:
             RecordError: the file is missing, damaged, of another format or dimension; the index is empty then.
         """
         self.clear()
-        ids, vectors, state = _read_whole(Path(path))
-        if vectors.shape[1:] != (self.dimension,):
-            raise RecordError(f"{path}: holds vectors of shape {vectors.shape}, expected [n, {self.dimension}]")
-        self.add(ids, vectors)
+        arrays, state, parts = read_whole(Path(path), self.dimension)
+        if parts:
+            raise RecordError(f"{path}: a part of a larger index, with {parts}")
+        self.add(arrays["ids"], arrays["vectors"])
         return state
 
     def _checked_vectors(self, vectors: ArrayLike, rank: int) -> NDArray[np.float32]:
@@ -222,15 +231,17 @@ def _checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _checksum(state: str, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> str:
-    hasher = xxh3_128(state.encode())
-    hasher.update(np.ascontiguousarray(ids).data)
-    hasher.update(np.ascontiguousarray(vectors).data)
-    return hasher.hexdigest()
+def write_whole(path: Path, arrays: dict[str, NDArray[Any]], state: str, parts: str = "") -> None:
+    """Writes arrays to a file that is there whole or not at all, with a state and the names of files that belong to it.
 
+    Raises:
+        RetrievalError: the file cannot be written; the one that was there is untouched.
+    """
+    from safetensors.numpy import save
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the file, to the disk, and only then in its place."""
+    metadata = {"format": _FORMAT, "state": state, "checksum": _checksum(f"{state}{parts}", arrays)}
+    data = save(arrays, {**metadata, "parts": parts} if parts else metadata)
+    # Beside the file, to the disk, and only then in its place.
     beside = path.with_name(f"{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
         for left in path.parent.glob(f"{path.name}.*.tmp"):
@@ -246,6 +257,33 @@ def _write_whole(path: Path, data: bytes) -> None:
         raise RetrievalError(f"the index cannot be written to {path}: {error}") from error
 
 
+def read_whole(path: Path, dimension: int) -> tuple[dict[str, NDArray[Any]], str, str]:
+    """What :func:`write_whole` wrote: arrays, state, and names of files.
+
+    Raises:
+        RecordError: the file is missing, damaged, of another format or dimension.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise RecordError(f"{path}: of format {metadata.get('format')!r}, expected {_FORMAT!r}")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            ids, vectors = arrays["ids"], arrays["vectors"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise RecordError(f"{path}: no index can be read from it: {error}") from error
+    if ids.dtype != np.int64 or vectors.dtype != np.float32 or len(ids) != len(vectors):
+        raise RecordError(f"{path}: damaged, shapes or types do not fit")
+    state, parts = metadata.get("state", ""), metadata.get("parts", "")
+    if _checksum(f"{state}{parts}", arrays) != metadata.get("checksum"):
+        raise RecordError(f"{path}: damaged, its checksum does not fit")
+    if vectors.shape[1:] != (dimension,):
+        raise RecordError(f"{path}: holds vectors of shape {vectors.shape}, expected [n, {dimension}]")
+    return arrays, state, parts
+
+
 def _runs(process: str) -> bool:
     """Whether a process of this id is there: what a killed one was writing can go."""
     try:
@@ -257,20 +295,8 @@ def _runs(process: str) -> bool:
     return True
 
 
-def _read_whole(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise RecordError(f"{path}: of format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            ids, vectors = file.get_tensor("ids"), file.get_tensor("vectors")
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"{path}: no index can be read from it: {error}") from error
-    if ids.dtype != np.int64 or vectors.dtype != np.float32 or len(ids) != len(vectors):
-        raise RecordError(f"{path}: damaged, shapes or types do not fit")
-    state = metadata.get("state", "")
-    if _checksum(state, ids, vectors) != metadata.get("checksum"):
-        raise RecordError(f"{path}: damaged, its checksum does not fit")
-    return ids, vectors, state
+def _checksum(names: str, arrays: dict[str, NDArray[Any]]) -> str:
+    hasher = xxh3_128(names.encode())
+    for name in sorted(arrays):
+        hasher.update(np.ascontiguousarray(arrays[name]).data)
+    return hasher.hexdigest()

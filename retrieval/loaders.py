@@ -1,13 +1,10 @@
-"""Files and folders as text: plain text and Markdown as they are, PDF through pypdf.
+"""Files and folders as text: plain text and Markdown as they are, anything else through a converter.
 
 One bad file among many is named and skipped with its reason; the rest goes on.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
-import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -16,15 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.errors import DocumentError, MissingPackageError
+from ragkv.retrieval.converter import Converter, converts
+from ragkv.retrieval.encodings import checked_encoding, decoded
+from ragkv.retrieval.outline import NO_OUTLINE, Outline, joined, sections
 
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MARKDOWN = (".md", ".markdown", ".mdown", ".mdx", ".qmd", ".rmd")
 
 
 @dataclass(frozen=True)
@@ -34,10 +27,12 @@ class LoadedFile:
     Attributes:
         source: its absolute path behind all links, so that a file has one name however it is reached.
         text: its text, line ends as ``\\n``; never blank.
+        outline: where its pages and sections begin.
     """
 
     source: str
     text: str
+    outline: Outline = NO_OUTLINE
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class SkippedFile:
 def load_files(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
-    encoding: str = "utf-8",
+    encoding: str | None = None,
     max_bytes: int = 256 << 20,
 ) -> Iterator[LoadedFile | SkippedFile]:
     """Reads files, and folders with all that is in them, one after the other in a fixed order.
@@ -66,7 +61,8 @@ def load_files(
 
     Args:
         paths: a path or many, of files and folders, read in the order given.
-        encoding: of text files without a byte order mark. Nothing is guessed: a wrong guess is wrong text.
+        encoding: of text files (HTML, CSV and JSON among them) without a byte order mark; ``None``: UTF-8 where they are, else
+            it is found out.
         max_bytes: a larger file is skipped.
 
     Yields:
@@ -74,53 +70,82 @@ def load_files(
 
     Raises:
         DocumentError: something else than paths was given.
+        ArgumentError: Python knows no encoding of this name.
     """
-    codecs.lookup(encoding)
-    named = _listed(paths)
-    seen: set[str] = set()
-    for found in (entry for path in named for entry in _walk(os.path.abspath(os.fspath(path)))):
-        source = found if isinstance(found, str) else found.source
-        real = os.path.realpath(source)
-        if real in seen:
-            continue
-        seen.add(real)
-        yield _load(found, real, encoding, max_bytes) if isinstance(found, str) else found
+    checked_encoding(encoding)
+    with Converter() as converter:
+        for found in found_files(paths):
+            yield found if isinstance(found, SkippedFile) else load(found, converter, encoding, max_bytes)
 
 
-def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8", max_bytes: int = 256 << 20) -> str:
+def found_files(paths: Any) -> list[str | SkippedFile]:
+    """The files that :func:`load_files` reads, as they are reached, each once; and folders that cannot be listed."""
+    entries = (entry for path in listed_paths(paths) for entry in _walk(os.path.abspath(os.fspath(path))))
+    found: dict[str, str | SkippedFile] = {}
+    for entry in entries:
+        found.setdefault(os.path.realpath(entry if isinstance(entry, str) else entry.source), entry)
+    return list(found.values())
+
+
+def hidden_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> int:
+    """How many hidden files and folders :func:`load_files` passes over in folders."""
+    named, found = {os.path.realpath(path) for path in listed_paths(paths)}, set[str]()
+    for folder, folders, files in (step for path in named for step in os.walk(path)):
+        found.update(os.path.join(folder, name) for name in (*folders, *files) if name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return len(found - named)
+
+
+def load(path: str, converter: Converter, encoding: str | None, max_bytes: int = 256 << 20) -> LoadedFile | SkippedFile:
+    """One file; see :func:`load_files`."""
+    try:
+        text, outline = _read(Path(path), converter, encoding, max_bytes)
+    except (DocumentError, MissingPackageError) as error:
+        return SkippedFile(path, str(error))
+    return LoadedFile(os.path.realpath(path), text, outline)
+
+
+def read_file(path: str | os.PathLike[str], *, encoding: str | None = None, max_bytes: int = 256 << 20) -> str:
     """The text of one file.
 
     Args:
-        path: a text, Markdown or PDF file. A name that ends in ``.pdf`` is read with pypdf, any other as text.
-        encoding: of a text file without a byte order mark.
+        path: the file. Its ending says what it is; one that is not known is read as text.
+        encoding: see :func:`load_files`.
         max_bytes: a larger file is refused.
 
     Returns:
-        the text, never blank. Line ends are ``\\n``; the pages of a PDF are joined by a blank line.
+        the text, never blank. Line ends are ``\\n``; pages are joined by a blank line.
 
     Raises:
         DocumentError: the file cannot be read as text; the message is the reason.
-        MissingPackageError: the file is a PDF and pypdf is not installed.
+        MissingPackageError: what reads it is not installed; the message names the command that installs it.
+        ArgumentError: Python knows no encoding of this name.
     """
-    path = Path(path)
+    checked_encoding(encoding)
+    with Converter() as converter:
+        return _read(Path(path), converter, encoding, max_bytes)[0]
+
+
+def _read(path: Path, converter: Converter, encoding: str | None, max_bytes: int) -> tuple[str, Outline]:
     data = _read_bytes(path, max_bytes)
-    text = _pdf_text(data) if path.suffix.lower() == ".pdf" else _decoded(data, encoding)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if converts(path):
+        converted = converter.convert(path, data, encoding)
+        text, starts = joined(converted.pages)
+        pages, markdown = starts if converted.numbered else (), converted.markdown
+    else:
+        text = decoded(data, encoding).replace("\r\n", "\n").replace("\r", "\n")
+        pages, markdown = (), path.suffix.lower() in _MARKDOWN
     if not text.strip():
-        raise DocumentError(
-            "no text in it (a scanned PDF needs OCR first)" if path.suffix.lower() == ".pdf" else "empty"
-        )
-    return text
+        raise DocumentError("no text in it (a scan needs OCR first)" if pages else "empty")
+    return text, Outline(pages, sections(text) if markdown else ())
 
 
-def _load(path: str, real: str, encoding: str, max_bytes: int) -> LoadedFile | SkippedFile:
-    try:
-        return LoadedFile(real, read_file(path, encoding=encoding, max_bytes=max_bytes))
-    except (DocumentError, MissingPackageError) as error:
-        return SkippedFile(path, str(error))
+def listed_paths(paths: Any) -> list[str | os.PathLike[str]]:
+    """A path, or paths, as a list.
 
-
-def _listed(paths: Any) -> list[str | os.PathLike[str]]:
+    Raises:
+        DocumentError: something else was given.
+    """
     listed = [paths] if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else list(paths)
     for path in listed:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
@@ -155,39 +180,3 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DocumentError(f"cannot be read: {error.strerror or error}") from error
-
-
-def _decoded(data: bytes, encoding: str) -> str:
-    marked = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
-    try:
-        text = data.decode(marked or encoding)
-    except UnicodeDecodeError as error:
-        if b"\0" in data[:8192]:
-            raise DocumentError("binary") from error
-        raise DocumentError(f"not {marked or encoding}: byte {error.start} ({error.reason})") from error
-    if "\0" in text:
-        raise DocumentError("binary")
-    return text
-
-
-def _pdf_text(data: bytes) -> str:
-    try:
-        import pypdf
-    except ImportError as error:
-        raise MissingPackageError("reading PDF needs pypdf: pip install 'ragkv[pdf]'") from error
-    # Python shows what a logger without handlers says; what stops us is the error's, the rest is for whoever asks for it.
-    log = logging.getLogger("pypdf")
-    if not log.handlers:
-        log.addHandler(logging.NullHandler())
-    try:
-        reader = pypdf.PdfReader(io.BytesIO(data))
-        # Many files are encrypted with the empty password, only to forbid printing.
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError("encrypted: save a copy without a password")
-        text = "\n\n".join(page.extract_text() for page in reader.pages)
-    except DocumentError:
-        raise
-    except Exception as error:  # a parser of hostile bytes raises nearly anything, RecursionError included
-        raise DocumentError(f"not a readable PDF: {type(error).__name__}: {error}".splitlines()[0]) from error
-    # Broken fonts leave half surrogate pairs, which no encoder and no tokenizer takes.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")

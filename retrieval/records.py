@@ -14,18 +14,24 @@ from ragkv.chunk import digest
 from ragkv.errors import DocumentError, RecordError
 from ragkv.folder import unseal
 
+#: In ``meta`` as long as all documents are of the empty namespace; where it is lost each document is looked at.
+UNDIVIDED = b"undivided"
+
 
 @dataclass(frozen=True)
 class Document:
     """A document in the catalogue.
 
     Attributes:
-        source: what it is called: a path, a URL, any name. One document a source.
+        source: what it is called: a path, a URL, any name. One document a source and namespace.
         content_hash: digest of its passages, 64 hex digits.
         passage_ids: its passages in order. An id is never given to another text.
         metadata: what was given with it.
         spans: where the passages stand in its text, first character and the one behind the last; empty where not known.
         origin: digest of what the passages were cut from, and how; empty where not known.
+        namespace: whose it is: it is found by those only who ask within it.
+        pages: the page, from 1, that each passage begins on; empty for a document without pages.
+        headings: what each passage stands under, ``"Harbours > Clearport"``; empty for a document without headings.
     """
 
     source: str
@@ -34,11 +40,19 @@ class Document:
     metadata: dict[str, Any] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] = ()
     origin: str = ""
+    namespace: str = ""
+    pages: tuple[int, ...] = ()
+    headings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
-        """Digest of the source, 64 hex digits: stays when the content changes."""
-        return source_id(self.source)
+        """Digest of namespace and source, 64 hex digits: stays when the content changes."""
+        return self.key.hex()
+
+    @property
+    def key(self) -> bytes:
+        """The key of its record."""
+        return source_key(self.source, self.namespace)
 
 
 @dataclass(frozen=True)
@@ -121,27 +135,35 @@ class Merged(NamedTuple):
 
     Attributes:
         kept: another version of the source is there, and stays.
+        there: just this document is there already.
         unused: keys of KV that no document's reading names any more.
     """
 
     kept: bool = False
+    there: bool = False
     unused: tuple[bytes, ...] = ()
 
 
-def source_id(source: str) -> str:
+def source_id(source: str, namespace: str = "") -> str:
     """The id of a source's document."""
-    return source_key(source).hex()
+    return source_key(source, namespace).hex()
 
 
-def source_key(source: str) -> bytes:
-    """The key of a document.
+def source_key(source: str, namespace: str = "") -> bytes:
+    """The key of a document; those of one namespace stand together, unless it is the empty one.
 
     Raises:
         DocumentError: the source is no text.
     """
     if not isinstance(source, str):
         raise DocumentError(f"a document is named by a str, got {source!r:.80}")
-    return digest("source", source)
+    key = digest("source", source)
+    return namespace_prefix(namespace) + key[:16] if namespace else key
+
+
+def namespace_prefix(namespace: str) -> bytes:
+    """What the keys of a namespace's documents begin with."""
+    return digest("namespace", namespace)[:16]
 
 
 def passage_key(passage_id: int) -> bytes:
@@ -149,14 +171,17 @@ def passage_key(passage_id: int) -> bytes:
     return passage_id.to_bytes(8, "big")
 
 
-def text_key(text: str) -> bytes:
-    """The key under which the passages of a text are found, wherever they stand."""
-    return digest("text", text)
+def text_key(text: str, namespace: str = "") -> bytes:
+    """The key under which the passages of a text are found, wherever in a namespace they stand.
+
+    Namespaces share no vectors: whoever has a text could tell that it is there.
+    """
+    return digest("text", text, namespace) if namespace else digest("text", text)
 
 
-def uses(texts: list[str], ids: tuple[int, ...] | list[int]) -> set[tuple[bytes, bytes]]:
+def uses(texts: list[str], ids: Sequence[int], namespace: str) -> set[tuple[bytes, bytes]]:
     """What stands for a document in ``uses``: every passage under its text key."""
-    return {(text_key(text), passage_key(passage_id)) for text, passage_id in zip(texts, ids, strict=True)}
+    return {(text_key(text, namespace), passage_key(passage_id)) for text, passage_id in zip(texts, ids, strict=True)}
 
 
 def reading_key(source_key: bytes, setting: str) -> bytes:
@@ -198,6 +223,9 @@ def document_payload(document: Document) -> bytes:
         "metadata": document.metadata,
         "spans": document.spans,
         "origin": document.origin,
+        "namespace": document.namespace,
+        "pages": document.pages,
+        "headings": document.headings,
     }
     return json.dumps(fields, ensure_ascii=False).encode()
 
@@ -212,6 +240,33 @@ def document_from(payload: bytes) -> Document:
         metadata=fields["metadata"],
         spans=tuple((start, stop) for start, stop in fields.get("spans", ())),
         origin=fields.get("origin", ""),
+        namespace=fields.get("namespace", ""),
+        pages=tuple(fields.get("pages", ())),
+        headings=tuple(fields.get("headings", ())),
+    )
+
+
+def misplaced(document: Document, passages: int) -> str:
+    """What is wrong with where a document's passages stand; empty where nothing is."""
+    for name, one, holds in (
+        ("spans", "a pair of first character and the one behind the last", _is_span),
+        ("pages", "a number from 1", lambda page: isinstance(page, int) and page > 0),
+        ("headings", "a str", lambda heading: isinstance(heading, str)),
+    ):
+        given = getattr(document, name)
+        if len(given) not in (0, passages):
+            return f"got {len(given)} {name} for {passages} passages"
+        if not all(map(holds, given)):
+            return f"each of {name} must be {one}, got {given!r:.80}"
+    return ""
+
+
+def _is_span(span: Any) -> bool:
+    return (
+        isinstance(span, tuple | list)
+        and len(span) == 2
+        and all(isinstance(at, int) for at in span)
+        and 0 <= span[0] <= span[1]
     )
 
 

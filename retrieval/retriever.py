@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +15,13 @@ from numpy.typing import NDArray
 from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
-from ragkv.retrieval.index import FaissIndex, VectorIndex
+from ragkv.retrieval.index import VectorIndex
+from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.records import Change, Document, Passage, Reading, checked_document
+from ragkv.retrieval.search import Search, within
+from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
+from ragkv.retrieval.words import WordIndex
 
 _LOG = logging.getLogger("ragkv.retrieval")
 
@@ -27,7 +30,7 @@ Readings = Callable[[Snapshot, Document], Reading]
 
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
-INDEX_FILE = "index.safetensors"
+INDEX_FILE, WORDS_FILE = "index.safetensors", "words.sqlite"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Hit:
     Attributes:
         passage_id: its id in the catalogue.
         text: its text.
-        score: inner product of its vector and the question's.
+        score: inner product of its vector and the question's, or what a reranker said. A neighbour has that of its hit.
         source: the source of its document.
         document_id: the id of its document.
         position: its place among the passages of its document, from 0.
         metadata: of its document.
         span: where it stands in its document's text, if that is known.
+        page: the page (of a presentation: the slide) that it begins on, from 1; None where there are none.
+        heading: the headings that it stands under, ``"Harbours > Clearport"``; in a workbook its sheet; empty where there are none.
         reading: how the model that asks reads its document, if that is kept.
     """
 
@@ -54,6 +59,8 @@ class Hit:
     position: int
     metadata: dict[str, Any]
     span: tuple[int, int] | None = None
+    page: int | None = None
+    heading: str = ""
     reading: Reading | None = field(default=None, repr=False, compare=False)
 
 
@@ -87,6 +94,7 @@ class Retriever:
         self.index = index
         self.catalogue = catalogue
         self._lock = threading.RLock()
+        self._words = WordIndex(None if catalogue.temporary or catalogue.readonly else catalogue.path / WORDS_FILE)
         self._closed = False
         self._saved = self._state = self._restored()
         with self._lock, catalogue.snapshot() as view:
@@ -102,8 +110,9 @@ class Retriever:
         """
         embedder = embedder or offline_embedder()
         instance("embedder", embedder, Embedder, _EMBEDDER)
-        index, catalogue = FaissIndex(embedder.dimension), Catalogue(path)
+        catalogue = Catalogue(path)
         try:
+            index = SegmentedIndex(embedder.dimension, None if catalogue.readonly else catalogue.path)
             return cls(embedder, index, catalogue)
         except BaseException:
             catalogue.close()
@@ -117,27 +126,39 @@ class Retriever:
         *,
         spans: Sequence[tuple[int, int]] = (),
         origin: str = "",
+        pages: Sequence[int] = (),
+        headings: Sequence[str] = (),
         reading: Reading | None = None,
+        namespace: str = "",
     ) -> Change:
-        """Adds a document, or replaces the one of the same source; embeds only texts that no document has.
+        """Adds a document, or replaces the one of the same source and namespace; embeds only texts that none of its documents has.
 
         Args:
             source: what the document is called: a path, a URL, any name.
             passages: its texts in order, none blank.
             metadata: anything that JSON can hold.
-            spans: see :class:`~ragkv.retrieval.Document`.
-            origin: see :class:`~ragkv.retrieval.Document`.
+            spans, origin, pages, headings: see :class:`~ragkv.retrieval.Document`.
             reading: how a model reads it.
+            namespace: it is found only by those who search within it.
 
         Raises:
             DocumentError: the document cannot be stored as it is.
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        more: dict[str, Any] = {"spans": spans, "origin": origin, "reading": reading}
+        more: dict[str, Any] = {
+            "spans": spans,
+            "origin": origin,
+            "pages": pages,
+            "headings": headings,
+            "reading": reading,
+            "namespace": namespace,
+        }
         return self._applied(self.catalogue.put(source, passages, self._embed, metadata, **more))
 
-    def add_many(self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]]) -> list[Change]:
+    def add_many(
+        self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]], namespace: str = ""
+    ) -> list[Change]:
         """Adds documents, each as (source, passages, metadata), with one call of the embedder for all of them.
 
         Each document is one transaction, and none is begun where one of them cannot be stored as it is.
@@ -145,53 +166,103 @@ class Retriever:
         checked = [checked_document(*document) for document in _triples(documents)]
         texts = dict.fromkeys(text for _, passages, _ in checked for text in passages)
         with self.catalogue.snapshot() as view:
-            missing = [text for text in texts if not view.has_text(text)]
+            missing = [text for text in texts if not view.has_text(text, namespace)]
         vectors = dict(zip(missing, self._embed(missing), strict=True))
 
         def embed(texts: list[str]) -> NDArray[np.float32]:
             return np.stack([vectors[text] if text in vectors else self._embed([text])[0] for text in texts])
 
-        return [self._applied(self.catalogue.put(source, texts, embed, extra)) for source, texts, extra in checked]
+        return [
+            self._applied(self.catalogue.put(source, texts, embed, extra, namespace=namespace))
+            for source, texts, extra in checked
+        ]
 
-    def remove(self, source: str) -> Change:
-        """Removes a document with its passages and vectors.
+    def remove(self, source: str, namespace: str = "") -> Change:
+        """Removes a document of a namespace with its passages and vectors.
 
         Raises:
             DocumentError: there is no such document.
         """
-        return self._applied(self.catalogue.remove(source))
+        return self._applied(self.catalogue.remove(source, namespace))
 
-    def search(self, query: str, top_k: int = 5, *, neighbours: int = 0, readings: Readings | None = None) -> list[Hit]:
-        """The passages nearest to a question, best first, all of one state of the catalogue.
+    def search(self, query: str, top_k: int | None = None, *, namespace: str = "", **options: Any) -> list[Hit]:
+        """The passages for a question, best first and neighbours behind the others, all of one state of the catalogue.
 
         Args:
             query: a question, not blank.
-            top_k: how many, at least 1. Fewer come back where there are fewer.
-            neighbours: passages to take along on either side of each, from its own document and with its score, behind the others.
-            readings: says how a model reads a document, for the hits; asked once for each.
+            top_k: how many, at least 1; 5 by default. Fewer come back where there are fewer.
+            namespace: whose documents.
+            **options: of :class:`~ragkv.retrieval.Retrieval`: ``neighbours``, ``hybrid``, ``where``, ``hops``, ...
 
         Raises:
-            RetrievalError: the question is blank, ``top_k`` is below 1, or the embedder gave no vector.
+            RetrievalError: the question is blank, an option is out of range, or the embedder gave no vector.
+            UnknownArgumentError: there is no such option.
+        """
+        return self.find(query, Retrieval.of(top_k=top_k, **options), namespace=namespace)
+
+    def find(
+        self,
+        query: str,
+        retrieval: Retrieval,
+        *,
+        namespace: str = "",
+        readings: Readings | None = None,
+        tokens: Callable[[Reading], Sequence[int]] | None = None,
+    ) -> list[Hit]:
+        """As :meth:`search`, for a model.
+
+        Args:
+            query: a question, not blank.
+            retrieval: how.
+            namespace: whose documents.
+            readings: says how a model reads a document, for the hits; asked once for each.
+            tokens: says how many tokens each passage of a reading has; without both ``max_context_tokens`` is refused.
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
-        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 0:
-            raise RetrievalError(f"neighbours must be a whole number of at least 0, got {neighbours!r}")
+        instance("namespace", namespace, str, "a str")
+        if retrieval.max_context_tokens is not None and (readings is None or tokens is None):
+            raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)
-        with ExitStack() as stack:
-            # Under the lock index and snapshot are of one state, so every id found has its passage.
-            with self._lock:
-                view = stack.enter_context(self.catalogue.snapshot())
-                self._follow(view)
-                ids, scores = self.index.search(vector, top_k)
-            found = dict(zip(ids.tolist(), scores.tolist(), strict=True))
-            for passage_id, score in list(found.items()) if neighbours else ():
-                for beside in _around(view.passage(passage_id), neighbours):
-                    found.setdefault(beside, score)
+        with self.catalogue.snapshot() as view:
+            found = Search(retrieval, namespace, self.embedder, self._candidates)(view, query, vector)
             passages = [view.passage(passage_id) for passage_id in found]
-            documents = {passage.document.id: passage.document for passage in passages}
-            read = {name: readings(view, document) for name, document in documents.items()} if readings else {}
-            return [_hit(passage, found[passage.id], read.get(passage.document.id)) for passage in passages]
+            read: dict[str, Reading] = {}
+
+            def reading(document: Document) -> Reading:
+                assert readings is not None
+                if document.id not in read:
+                    read[document.id] = readings(view, document)
+                return read[document.id]
+
+            if retrieval.max_context_tokens is not None and tokens is not None:
+                passages = within(retrieval.max_context_tokens, passages, lambda document: tokens(reading(document)))
+            return [
+                _hit(passage, found[passage.id], reading(passage.document) if readings else None)
+                for passage in passages
+            ]
+
+    def _candidates(
+        self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None
+    ) -> tuple[dict[int, float], list[int]]:
+        """See :class:`~ragkv.retrieval.search.Candidates`."""
+        with self._lock:
+            self._follow(view)
+            try:
+                ids, scores = self._nearest(vector, k, among)
+            except RecordError as error:
+                _LOG.warning("the index is filled again from the stored vectors: %s", error)
+                self.index.clear()
+                self._state = ""
+                self._follow(view)
+                ids, scores = self._nearest(vector, k, among)
+            near = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+            return near, self._words.search(view, query, k, among) if words else []
+
+    def _nearest(
+        self, vector: NDArray[np.float32], k: int, among: list[int] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return self.index.search(vector, k) if among is None else self.index.search(vector, k, among)
 
     def save(self) -> None:
         """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
@@ -209,6 +280,7 @@ class Retriever:
         try:
             self.save()
         finally:
+            self._words.close()
             self.catalogue.close()
 
     def __enter__(self) -> Retriever:
@@ -278,13 +350,18 @@ def _triples(documents: Any) -> list[tuple[Any, Any, Any]]:
     return [(source, passages, metadata) for source, passages, metadata in triples]
 
 
-def _around(passage: Passage, neighbours: int) -> tuple[int, ...]:
-    """The ids of a passage and those on either side of it."""
-    first = max(0, passage.position - neighbours)
-    return passage.document.passage_ids[first : passage.position + neighbours + 1]
-
-
 def _hit(passage: Passage, score: float, reading: Reading | None) -> Hit:
     document, at = passage.document, passage.position
-    span = document.spans[at] if document.spans else None
-    return Hit(passage.id, passage.text, score, document.source, document.id, at, document.metadata, span, reading)
+    return Hit(
+        passage_id=passage.id,
+        text=passage.text,
+        score=score,
+        source=document.source,
+        document_id=document.id,
+        position=at,
+        metadata=document.metadata,
+        span=document.spans[at] if document.spans else None,
+        page=document.pages[at] if document.pages else None,
+        heading=document.headings[at] if document.headings else "",
+        reading=reading,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,17 +43,47 @@ class Snapshot:
         """What the folder is opened with where nothing else is said."""
         return json.loads(self._txn.get("meta", b"defaults") or b"{}")
 
+    @property
+    def read_with(self) -> dict[str, str]:
+        """What documents were last read with, by name."""
+        return json.loads(self._txn.get("meta", b"read with") or b"{}")
+
     def __len__(self) -> int:
         return self._txn.count("documents")
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, in no particular order."""
-        for key, record in self._txn.items("documents"):
-            yield records.document_from(records.opened("a document", key, record))
+    def documents(
+        self, namespace: str | None = None, damaged: Callable[[str, RecordError], object] | None = None
+    ) -> Iterator[Document]:
+        """The documents of a namespace, by default of all, in no particular order.
 
-    def get(self, source: str) -> Document | None:
+        Args:
+            namespace: whose; ``None`` for all.
+            damaged: told of a document that is damaged, by its id, which is passed over then.
+
+        Raises:
+            RecordError: a document is damaged, and nobody wants to be told.
+        """
+        prefix = records.namespace_prefix(namespace) if namespace else b""
+        for key, record in self._txn.items("documents", prefix):
+            try:
+                document = records.document_from(records.opened("a document", key, record))
+            except RecordError as error:
+                if damaged is None:
+                    raise
+                damaged(key.hex(), error)
+                continue
+            if namespace is None or document.namespace == namespace:
+                yield document
+
+    def all_within(self, namespace: str) -> bool:
+        """Whether it is known, without looking at each, that all documents are of a namespace."""
+        if not namespace:
+            return self._txn.get("meta", records.UNDIVIDED) is not None
+        return sum(1 for _ in self._txn.keys("documents", records.namespace_prefix(namespace))) == len(self)
+
+    def get(self, source: str, namespace: str = "") -> Document | None:
         """The document of a source; None where there is none."""
-        return self._document(records.source_key(source))
+        return self._document(records.source_key(source, namespace))
 
     def by_id(self, document_id: str) -> Document | None:
         """The document of an id; None where there is none."""
@@ -86,6 +116,19 @@ class Snapshot:
         keys = b"".join(self._txn.keys("passages"))
         return np.frombuffer(keys, ">i8").astype(np.int64)
 
+    def text_digests(self) -> Iterator[tuple[int, bytes]]:
+        """The id of every passage and the digest of its text, 32 bytes, in no particular order."""
+        for key, passage_id in self._txn.items("uses"):
+            yield int.from_bytes(passage_id, "big"), key
+
+    def passage_text(self, passage_id: int) -> str:
+        """The text of a passage.
+
+        Raises:
+            RetrievalError: there is no such passage.
+        """
+        return self._text(passage_id)[1]
+
     def vectors(self, passage_ids: Iterable[int]) -> NDArray[np.float32]:
         """The vectors of passages, float32 ``[n, d]``; ``[0, 0]`` for no ids."""
         rows = [self.vector(int(passage_id)) for passage_id in passage_ids]
@@ -105,14 +148,14 @@ class Snapshot:
             )
         return records.vector_from(records.opened(f"the vector of passage {passage_id}", key, record))
 
-    def vector_of(self, text: str) -> NDArray[np.float32] | None:
-        """The vector of a text that some passage has, float32 ``[d]``; None where none has it."""
-        key = self._txn.get("uses", records.text_key(text))
+    def vector_of(self, text: str, namespace: str = "") -> NDArray[np.float32] | None:
+        """The vector of a text that some passage of a namespace has, float32 ``[d]``; None where none has it."""
+        key = self._txn.get("uses", records.text_key(text, namespace))
         return None if key is None else self.vector(int.from_bytes(key, "big"))
 
-    def has_text(self, text: str) -> bool:
-        """Whether any passage has this text."""
-        return self.used(records.text_key(text))
+    def has_text(self, text: str, namespace: str = "") -> bool:
+        """Whether any passage of a namespace has this text."""
+        return self.used(records.text_key(text, namespace))
 
     def used(self, key: bytes) -> bool:
         """Whether any passage stands under a text key."""
@@ -124,7 +167,7 @@ class Snapshot:
 
     def readings(self, document: Document) -> list[Reading]:
         """How models read a document, as far as that is kept and sound."""
-        key = records.source_key(document.source)
+        key = document.key
         found = [self.reading(records.reading_key(key, setting)) for setting in self.read_for(key)]
         return [reading for reading in found if reading is not None]
 
@@ -139,7 +182,11 @@ class Snapshot:
 
     def keeps(self, document: Document, reading: Reading) -> bool:
         """Whether just this reading of a document is kept."""
-        return self.reading(records.reading_key(records.source_key(document.source), reading.setting)) == reading
+        return self.reading(records.reading_key(document.key, reading.setting)) == reading
+
+    def named(self) -> list[bytes]:
+        """The keys of all KV that some document's reading names, each once."""
+        return list(dict.fromkeys(self._txn.keys("kv")))
 
     def names(self, kv: bytes) -> bool:
         """Whether any document's reading names the KV of a key."""

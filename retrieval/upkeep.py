@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from ragkv.chunk import digest
 from ragkv.errors import RagKVError
 from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
+from ragkv.retrieval.changes import renamed
 from ragkv.retrieval.records import Document
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -28,7 +29,10 @@ def problems(txn: Transaction) -> list[str]:
     found: list[str] = []
     expected: Counter[str] = Counter()
     dimensions: set[int] = set()
+    undivided = view.all_within("")
     for document in _documents(txn, found):
+        if undivided and document.namespace:
+            found.append(f"{document.source}: the catalogue says that it has no namespaces")
         try:
             _check_document(view, document, found)
             dimensions.update(view.vectors(document.passage_ids).shape[1:])
@@ -98,11 +102,12 @@ def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
         key = records.passage_key(passage_id)
         if key in kept:
             txn.put("vectors", key, seal(key, records.vector_payload(vector)))
-    mend_readings(txn, {records.source_key(document.source): document for document in sound})
+    mend_readings(txn, {document.key: document for document in sound})
     txn.clear("uses")
     for document in sound:
-        for key, value in sorted(records.uses(Snapshot(txn).texts(document), document.passage_ids)):
+        for key, value in sorted(_uses(txn, document)):
             txn.put("uses", key, value)
+    mark_undivided(txn, sound)
 
 
 def mend_readings(txn: Transaction, sound: dict[bytes, Document]) -> None:
@@ -120,18 +125,42 @@ def mend_readings(txn: Transaction, sound: dict[bytes, Document]) -> None:
 
 
 def migrate(txn: Transaction) -> None:
-    """Brings a catalogue of the former format to the present one: it had no readings, and belonged to one model."""
+    """Brings a catalogue of a former format to the present one.
+
+    The first had no readings, and belonged to one model. The second had no namespaces: its documents are of the one that the
+    folder was opened with, and are found out anew by models.
+    """
     view = Snapshot(txn)
     settings = {what: setting for what, setting in view.settings.items() if what != "model"}
     txn.put("meta", b"settings", json.dumps(settings).encode())
-    txn.clear("uses")
-    for document in _documents(txn, []):
+    namespace = view.defaults.get("namespace", "")
+    for document in list(_documents(txn, [])) if namespace else ():
         try:
-            listed = sorted(records.uses(view.texts(document), document.passage_ids))
+            renamed(txn, document, document.source, [], namespace)
+        except RagKVError:
+            continue  # repair() names it
+    txn.clear("uses")
+    documents = list(_documents(txn, []))
+    for document in documents:
+        try:
+            listed = sorted(_uses(txn, document))
         except RagKVError:
             continue  # repair() names it
         for key, value in listed:
             txn.put("uses", key, value)
+    mark_undivided(txn, documents)
+
+
+def mark_undivided(txn: Transaction, documents: Iterable[Document]) -> None:
+    """Notes whether all documents are of the empty namespace."""
+    if any(document.namespace for document in documents):
+        txn.delete("meta", records.UNDIVIDED)
+    else:
+        txn.put("meta", records.UNDIVIDED, b"1")
+
+
+def _uses(txn: Transaction, document: Document) -> set[tuple[bytes, bytes]]:
+    return records.uses(Snapshot(txn).texts(document), document.passage_ids, document.namespace)
 
 
 def _documents(txn: Transaction, found: list[str]) -> Iterator[Document]:
@@ -141,7 +170,7 @@ def _documents(txn: Transaction, found: list[str]) -> Iterator[Document]:
         except RagKVError as error:
             found.append(str(error))
             continue
-        if records.source_key(document.source) != key:
+        if document.key != key:
             found.append(f"{document.source}: stands under the key of another document")
         yield document
 
@@ -150,13 +179,13 @@ def _check_document(view: Snapshot, document: Document, found: list[str]) -> Non
     texts = view.texts(document)
     if digest(*texts).hex() != document.content_hash:
         found.append(f"{document.source}: its passages do not give its content hash")
-    if not all(map(view.has_text, texts)):
+    if not all(view.has_text(text, document.namespace) for text in texts):
         found.append(f"{document.source}: a passage is not listed under its text")
 
 
 def _check_readings(txn: Transaction, document: Document, found: list[str]) -> dict[str, int]:
     """Checks how models read a document; returns how many records that takes, by database."""
-    view, source_key, named = Snapshot(txn), records.source_key(document.source), 0
+    view, source_key, named = Snapshot(txn), document.key, 0
     settings = view.read_for(source_key)
     for setting in settings:
         reading = view.reading(records.reading_key(source_key, setting))

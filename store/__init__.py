@@ -10,5 +10,6 @@ from ragkv.store.stats import StoreStats
 from ragkv.store.target import Target
 from ragkv.store.terms import Item
 from ragkv.store.tiered import TieredStore
+from ragkv.store.tiers import Moved
 
-__all__ = ["Batch", "CostProfile", "Item", "Policy", "StoreStats", "Target", "TieredStore", "chunk_key"]
+__all__ = ["Batch", "CostProfile", "Item", "Moved", "Policy", "StoreStats", "Target", "TieredStore", "chunk_key"]

@@ -6,7 +6,6 @@ Each member is one record; what the books say of it (cost, uses, lifetime, names
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import struct
@@ -16,15 +15,13 @@ from contextlib import ExitStack
 import xxhash
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder.archive import RECORDS_FORMAT, UNREADABLE, Lost, Member, Writer, written
+from ragkv.folder.archive import RECORDS_FORMAT, UNREADABLE, Exchanged, Lost, Member, Writer, written
 from ragkv.store.disk import DiskTier
 from ragkv.store.maintenance import load, opened
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record, checksum
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer
-
-logger = logging.getLogger("ragkv.store")
 
 Progress = Callable[[int], None]
 
@@ -35,29 +32,34 @@ def export(
     *,
     wanted: Callable[[bytes], bool] = lambda key: True,
     progress: Progress = lambda done: None,
-) -> int:
-    """Writes records into one file, complete or not at all; how many.
+) -> Exchanged:
+    """Writes records into one file, complete or not at all.
 
     Args:
         path: the folder of a store.
         target: the file; replaced where it is there.
-        wanted: which keys; all by default. What is damaged or has expired is left out.
+        wanted: which keys; all by default. What has expired is left out, and what is damaged, with a warning.
         progress: called with the number of records done.
+
+    Raises:
+        StoreError: nothing is left to write.
     """
     with opened(path) as tier, written(target, RECORDS_FORMAT) as archive:
         add_records(archive, tier, wanted, progress)
-        return archive.counts["records"]
+    return archive.done
 
 
 def add_records(archive: Writer, tier: DiskTier, wanted: Callable[[bytes], bool], progress: Progress) -> None:
     """Adds the wanted records of a folder to an archive."""
     for key in filter(wanted, tier.stored()):
         try:
-            archive.add(_packed(tier, key))
+            member = _packed(tier, key)
         except RecordError as error:
-            logger.warning("%s is not exported: %s", key.hex(), error)
+            archive.pass_over(key.hex(), error)
             continue
-        progress(archive.counts["records"])
+        if member is not None:
+            archive.add(member)
+            progress(archive.counts["records"])
 
 
 def import_records(
@@ -66,8 +68,8 @@ def import_records(
     *,
     disk_bytes: int,
     progress: Progress = lambda done: None,
-) -> int:
-    """Stores the records of a file that :func:`export` wrote; how many. What is there already stays as it is.
+) -> Exchanged:
+    """Stores the records of a file that :func:`export` wrote. What is there already stays as it is.
 
     Every record is checked before it is stored. That finds accidents and nonsense, not forgeries: whoever made the file
     chose what KV stand under a key. Take in what you trust. Documents in the file are passed over.
@@ -76,28 +78,33 @@ def import_records(
         path: the folder of a store, made if it is not there.
         source: the file.
         disk_bytes: what the folder's records may take; beyond that, those of least worth are evicted.
-        progress: called with the number of records stored.
+        progress: called with the number of records done.
 
     Raises:
-        RecordError: the file is damaged, cut short, or not one of ours; what is whole in it is stored, the message names the rest.
+        RecordError: the file is not one of ours; or it is damaged or cut short: what is whole in it is stored, the message names
+            the rest.
         StoreFullError: a record does not fit; those before it are stored.
     """
-    stored, lost = 0, Lost(source)
+    done, lost = Exchanged(), Lost(source)
     with ExitStack() as stack:
         tier = None
         for member in lost.until_broken():
             offer = lost.parsed(unpacked, member) if member.kind == "records" else None
             if offer is not None:
                 tier = tier or stack.enter_context(opened(path, disk_bytes))
-                stored += admitted(tier, offer)
-                progress(stored)
-    lost.refuse(f"{stored} records")
-    return stored
+                take(tier, offer, done)
+                progress(done.records + done.records_there)
+    lost.refuse(f"{done.records} records")
+    return done
 
 
-def admitted(tier: DiskTier, offer: Offer) -> int:
-    """Stores a record unless it is there; how many."""
-    return int(tier.admit([offer])[0]) if tier.missing([offer.key]) else 0
+def take(tier: DiskTier, offer: Offer, done: Exchanged) -> None:
+    """Stores a record unless it is there."""
+    if tier.missing([offer.key]):
+        tier.admit([offer])
+        done.records += 1
+    else:
+        done.records_there += 1
 
 
 def unpacked(member: Member) -> Offer:
@@ -114,8 +121,11 @@ def unpacked(member: Member) -> Offer:
         raise RecordError(f"{member.name} is damaged: {error}") from error
 
 
-def _packed(tier: DiskTier, key: bytes) -> Member:
-    record, payload, row = load(tier, key)
+def _packed(tier: DiskTier, key: bytes) -> Member | None:
+    """A record as a member; ``None`` where it has expired."""
+    record, payload, row = load(tier, key, expired=True)
+    if not row.alive(tier.now()):
+        return None
     terms, header = row.terms(tier.now()), record.safetensors_header()
     namespace = terms.namespace if isinstance(terms.namespace, bytes) else b""
     about = json.dumps(

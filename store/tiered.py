@@ -27,7 +27,7 @@ from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.stats import StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
-from ragkv.store.tiers import Tiers
+from ragkv.store.tiers import Moved, Tiers
 
 
 class TieredStore:
@@ -183,14 +183,18 @@ class TieredStore:
         self._check_open()
         return self._tiers.read(keys)
 
-    def prefetch(self, keys: Sequence[bytes]) -> Future[int]:
+    def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
+
+        Args:
+            keys: may repeat and may be unknown.
+            moved: is told where each chunk that is moved was.
 
         Returns:
             A future of the bytes read; nobody needs to wait for it.
         """
         self._check_open()
-        return self._tiers.prefetch(list(keys))
+        return self._tiers.prefetch(list(keys), {} if moved is None else moved)
 
     @property
     def uses_costs(self) -> bool:

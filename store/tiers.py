@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import compress
 from time import perf_counter
+from typing import NamedTuple
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store.batch import Batch
@@ -24,6 +25,14 @@ from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Tier
 
 logger = logging.getLogger("ragkv.store")
+
+
+class Moved(NamedTuple):
+    """Where a chunk was that was moved to memory, and the bytes that were read for that."""
+
+    tier: str
+    bytes_read: int
+
 
 _tiers: weakref.WeakSet[Tiers] = weakref.WeakSet()
 
@@ -72,15 +81,18 @@ class Tiers:
         self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
         _tiers.add(self)
 
-    def prefetch(self, keys: Iterable[bytes]) -> Future[int]:
+    def prefetch(self, keys: Iterable[bytes], moved: dict[bytes, Moved]) -> Future[int]:
         """Begins to move chunks to memory, see :meth:`load`."""
         try:
-            return self._background.submit(self.load, keys)
+            return self._background.submit(self.load, keys, moved)
         except RuntimeError as error:  # another thread closed it just now
             raise StoreError("the store is closed") from error
 
-    def load(self, keys: Iterable[bytes]) -> int:
-        """Moves chunks to memory; the bytes that were read. What proves damaged is dropped."""
+    def load(self, keys: Iterable[bytes], moved: dict[bytes, Moved]) -> int:
+        """Moves chunks to memory; the bytes that were read. What proves damaged is dropped.
+
+        ``moved`` is told of each before it is in memory.
+        """
         read, started = 0, perf_counter()
         for key in keys:
             if not all(tier.missing([key]) for tier in self.tiers if tier.volatile):
@@ -88,7 +100,8 @@ class Tiers:
             for source in self.find([key], used=False).values():
                 try:
                     if source.whole is None and any(self._over(self.named[source.tier])):
-                        read += source.load()
+                        moved[key] = Moved(source.tier, source.load())
+                        read += moved[key].bytes_read
                     self.finish(key, source)
                 except RecordError as error:
                     self.drop_damaged(key, source.tier, error)

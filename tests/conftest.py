@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 import pytest
 import torch

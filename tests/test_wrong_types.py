@@ -70,7 +70,7 @@ def test_a_question_is_one_text(model, name):
     engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
     chunks, ask = engine.add(["One passage."]), getattr(engine, name)
     refused(ask, chunks, ["first?", "second?"], match="ask these 2 one by one")
-    refused(ask, chunks, CHAT, match="not chat messages")
+    refused(ask, chunks, CHAT[0], match="not chat messages")
     for question in (None, 3, b"x", {"q": 1}, "", [], [1, "x"]):
         refused(ask, chunks, question)
     for given in (*NO_LIST, chunks[0], [None], [3], [CHAT], [{"a": 1}], [chunks]):
@@ -106,7 +106,11 @@ def test_rag_answers_one_question(rag, name):
         refused(ask, question, match="question")
     for number in ("x", None, -1, 1.5, True):
         refused(ask, "what?", neighbours=number, match="neighbours must be a whole number of at least 0")
-        refused(ask, "what?", top_k=number)
+        if number is not None:  # the default
+            refused(ask, "what?", top_k=number)
+    refused(ask, "what?", hops="x", match="hops must be a whole number")
+    refused(ask, "what?", where=3, match="where must be a dict")
+    refused(ask, "what?", min_score="x", match="min_score must be a number")
     if name != "retrieve":
         refused(ask, "what?", progress=3, match=r"a function that takes a ragkv\.Progress")
 

@@ -17,8 +17,8 @@ __all__ = ["main"]
 #: Where a command does not stand in the module of its name.
 _MODULES = {"export": "exchange", "import": "exchange"}
 
-#: Commands that may read for hours.
-_READING = ("add", "sync", "refresh")
+#: Commands that may read for hours, and keep what they have read.
+_READING = ("add", "sync", "refresh", "import", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,5 +61,7 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"ragkv: {message}", file=sys.stderr)
+    from ragkv.cli.show import plain
+
+    print(f"ragkv: {plain(message)}", file=sys.stderr)
     return code

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with reading(args) as bar:
-            added = rag.add_files(args.paths, progress=bar)
+            added = rag.add_files(args.paths, encoding=args.encoding, progress=bar)
         for change in added.changes if args.pin else ():
             rag.pin(change.document.source)
         summary = _summary(added, perf_counter() - begin)
@@ -43,17 +43,16 @@ def _summary(added: Added, seconds: float) -> dict[str, Any]:
         "tokens_read": added.tokens_read,
         "kv_bytes": added.kv_bytes,
         "seconds": round(seconds, 3),
+        "hidden": added.hidden,
         "skipped": [{"source": skipped.source, "reason": skipped.reason} for skipped in added.skipped],
     }
 
 
 def _show(summary: dict[str, Any]) -> None:
-    documents = [f"{count} {kind}" for kind, count in summary["documents"].items() if count]
-    if summary["skipped"]:
-        documents.append(f"{len(summary['skipped'])} skipped")
+    counts = {**summary["documents"], "skipped": len(summary["skipped"])}
     read = f"{show.number(summary['tokens_read'], 'token')} read in {summary['seconds']:.1f} s"
-    passages, size = show.number(summary["passages"], "passage"), show.kv(summary["kv_bytes"])
-    print(f"documents: {', '.join(documents) or 'none'}; {passages}; {read}; {size}")
+    passages = show.number(summary["passages"], "passage")
+    print(f"{show.documents(counts, summary['hidden'])}; {passages}; {read}{show.kv(summary['kv_bytes'])}")
 
 
 def _kind(change: Change) -> str:

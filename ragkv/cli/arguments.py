@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ragkv.cli import care, evaluating, filters
+from ragkv import __version__
+from ragkv.cli import care, evaluating, filters, searching
 from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="'ragkv demo' needs no model, no documents and no network. 'ragkv COMMAND --help' says more.",
         allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top.add_argument("--version", action="version", version=f"ragkv {__version__}")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser] = top.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Command
+    )
     shared, model, method, bar = _shared(), _model(), _method(), _bar()
 
     def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
@@ -37,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     demo = command(
         "demo",
         method,
-        _search(neighbours=1),
+        searching.options(top_k=3, neighbours=2, hybrid=True, hops=2),
         summary="Let the bundled model read the bundled documents and answer questions.",
     )
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
@@ -47,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "add",
         *reading,
         method,
-        summary="Read files, and folders with all that is in them: text, Markdown, PDF.",
+        summary="Read files, and folders with all that is in them: text, Markdown, PDF, HTML, Office, mail and others.",
     )
     add.add_argument(
         "--chunk-tokens",
@@ -66,28 +71,56 @@ def parser() -> argparse.ArgumentParser:
     sync.add_argument("folder", metavar="FOLDER")
     sync.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
 
+    for command_of_files in (add, sync):
+        command_of_files.add_argument(
+            "--encoding",
+            type=parsed(_encoding),
+            metavar="NAME",
+            help="of text files, as cp1252 (default: UTF-8 where they are, else it is found out)",
+        )
+
     command("refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to.")
 
-    ask = command(
-        "ask",
-        model,
-        method,
-        _storage(),
-        bar,
-        _search(neighbours=0),
-        summary="Answer a question over the documents that were added.",
+    answering = (model, method, _storage(), bar, searching.options(), _answer())
+    ask = command("ask", *answering, summary="Answer a question over the documents that were added.")
+    ask.add_argument("question", type=_question, metavar="QUESTION", help="'-' reads it from the standard input")
+    chat = command(
+        "chat",
+        *answering,
+        summary="A conversation over the documents: a question a line. /help says what else a line may be.",
     )
-    ask.add_argument("question", type=_question, metavar="QUESTION")
-    ask.add_argument(
-        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
+    chat.add_argument("--sources", action="store_true", help="show behind each answer where it comes from")
+    chat.add_argument(
+        "--context-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="the longest prompt with its answer; beyond it the oldest turns are dropped (default: the model's positions)",
     )
-    ask.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+
+    command(
+        "info",
+        summary="Show versions, the machine, what runs on it, and the folder: what a report of a fault should name.",
+    )
+    completion = command("completion", summary="Print a script by which a shell completes commands and options.")
+    completion.add_argument(
+        "shell",
+        choices=("bash", "zsh", "tcsh"),
+        help="as in: ragkv completion bash > ~/.local/share/bash-completion/completions/ragkv",
     )
 
     care.add_commands(command)
     evaluating.add_command(commands.add_parser)
     return top
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one command: what it does not know is its own usage error, not that of the whole."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def home() -> Path:
@@ -111,19 +144,6 @@ def _shared() -> argparse.ArgumentParser:
     return shared
 
 
-def _search(neighbours: int) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--top-k", type=at_least(1), default=5, metavar="K", help="passages to find (default: 5)")
-    options.add_argument(
-        "--neighbours",
-        type=at_least(0),
-        default=neighbours,
-        metavar="N",
-        help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
-    )
-    return options
-
-
 def _model() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group(
@@ -136,7 +156,7 @@ def _model() -> argparse.ArgumentParser:
     group.add_argument("--subfolder", metavar="NAME", help="where they stand in the model's folder")
     group.add_argument("--gguf-file", metavar="NAME", help="the file of a GGUF model in its folder")
     group.add_argument("--system", metavar="TEXT", help="a system message, where the tokenizer has a chat template")
-    group.add_argument("--namespace", metavar="NAME", help="KV stored under another one are never found")
+    group.add_argument("--namespace", metavar="NAME", help="documents and KV stored under another one are never found")
     group.add_argument(
         "--embedder", help="name or path of a sentence-transformers model (default: all-MiniLM-L6-v2, offline)"
     )
@@ -150,12 +170,24 @@ def _model() -> argparse.ArgumentParser:
     return model
 
 
+def _answer() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
+    )
+    options.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    return options
+
+
 def _bar() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--progress",
-        action="store_true",
-        help="show how far reading is, also with --json or where stderr is no terminal",
+        action=argparse.BooleanOptionalAction,
+        help="show on stderr how far reading is, or do not (default: on a terminal; elsewhere lines without a bar, and with "
+        "--json nothing)",
     )
     return options
 
@@ -191,6 +223,12 @@ def _method() -> argparse.ArgumentParser:
     return method
 
 
+def _encoding(name: str) -> str | None:
+    from ragkv.retrieval.encodings import checked_encoding
+
+    return checked_encoding(name)
+
+
 def _parsed_method(text: str) -> Method:
     from ragkv.errors import MethodError
     from ragkv.methods.words import parse_method
@@ -202,6 +240,8 @@ def _parsed_method(text: str) -> Method:
 
 
 def _question(text: str) -> str:
+    if text == "-":
+        text = sys.stdin.read().strip() if sys.stdin is not None else ""
     if not text.strip():
         raise argparse.ArgumentTypeError("the question is blank")
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
@@ -11,7 +12,10 @@ from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
-from ragkv.rag import RAG, SourcedAnswer
+from ragkv.cli.searching import search_of
+from ragkv.rag import SourcedAnswer
+from ragkv.report import AnswerStream
+from ragkv.retrieval import Hit
 
 #: Stages of an answer's time line, in order, and what they are called.
 _STAGES = {
@@ -30,22 +34,35 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     require_documents(path)
     with open_rag(path, **options_of(args)) as rag:
-        answer, stages = _answered(rag, args)
+        answer, stages = answered(rag.stream, args.question, args, search_of(args, rag))
     if args.json:
-        show.as_json(_as_dict(args.question, answer, stages))
+        show.as_json(as_dict(args.question, answer, stages))
     else:
-        _show(answer, stages)
+        show_sources(answer)
+        _show_costs(answer, stages)
     return 0
 
 
-def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[str, float]]:
+def answered(
+    stream: Callable[..., tuple[list[Hit], AnswerStream]],
+    question: str,
+    args: argparse.Namespace,
+    search: dict[str, Any],
+) -> tuple[SourcedAnswer, dict[str, float]]:
+    """An answer, which is shown as it grows, and the milliseconds of its stages.
+
+    Args:
+        stream: of a :class:`RAG`, or of a session of it.
+        question: what is asked.
+        args: of the command.
+        search: how passages are found.
+    """
     begin = perf_counter()
     text = ""
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
-        search = {"top_k": args.top_k, "neighbours": args.neighbours}
         options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
-        hits, pieces = rag.stream(args.question, **search, progress=bar, **options)
+        hits, pieces = stream(question, **search, progress=bar, **options)
         for piece in pieces:
             shown.close()  # what had to be read is read
             if not args.json:
@@ -55,7 +72,7 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     if not args.json:
         print()
     assert pieces.report is not None
-    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits)
+    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits, pieces.left_out)
     return answer, _milliseconds(answer, total_ms)
 
 
@@ -68,26 +85,36 @@ def _milliseconds(answer: SourcedAnswer, total_ms: float) -> dict[str, float]:
     return {"retrieve": retrieve, **stages, "first_token": first_token, "decode": report.decode_ms, "total": total_ms}
 
 
-def _as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
-    sources = [
-        {"source": hit.source, "position": hit.position, "score": hit.score, "kv": kv, "text": hit.text}
-        for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True)
-    ]
+def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]) -> dict[str, Any]:
+    """For programs. Times are in ``milliseconds`` only: the report's count from the passages on, and not from the question."""
+    report = answer.report.as_dict()
+    del report["first_token_ms"], report["decode_ms"], report["fusion"]["milliseconds"]
+    sources = zip(answer.sources, answer.report.fusion.sources, strict=True)
     return {
         "question": question,
         "answer": answer.text.strip(),
-        "sources": sources,
+        "sources": [{**_passage(hit), "kv": kv} for hit, kv in sources],
+        "left_out": [_passage(hit) for hit in answer.left_out],
         "milliseconds": {stage: round(value, 3) for stage, value in milliseconds.items()},
-        "report": answer.report.as_dict(),
+        "report": report,
     }
 
 
-def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
+def _passage(hit: Hit) -> dict[str, Any]:
+    where = {"source": hit.source, "page": hit.page, "heading": hit.heading, "position": hit.position}
+    return {**where, "score": hit.score, "text": hit.text}
+
+
+def show_sources(answer: SourcedAnswer) -> None:
+    """A table of the passages that an answer was given."""
     print(f"\n{show.paint('sources', 'bold')}")
     rows = [("", "passage", "score", "KV from")]
     for hit, kv in zip(answer.sources, answer.report.fusion.sources, strict=True):
-        rows.append((show.short(hit.source), str(hit.position + 1), f"{hit.score:.2f}", kv))
+        rows.append((_place(hit), str(hit.position + 1), f"{hit.score:.2f}", kv))
     show.table(rows)
+
+
+def _show_costs(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
     fusion = answer.report.fusion
     print(f"\n{show.paint('recomputed', 'bold')}")
     print(f"{fusion.budget:.1%} of {show.number(fusion.chunk_tokens, 'passage token')}, by {fusion.method}")
@@ -98,3 +125,9 @@ def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
         if stage != "read" or milliseconds[stage]
     ]
     print(f"{' · '.join(stages)} ({show.number(answer.report.new_tokens, 'token')})")
+
+
+def _place(hit: Hit) -> str:
+    """``report.pdf, page 3, Harbours > Clearport``."""
+    page = "" if hit.page is None else f"page {hit.page}"
+    return ", ".join(filter(None, (show.short(hit.source), page, hit.heading)))

@@ -52,6 +52,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="DOCUMENT",
         help="what a document is called, a path, a folder with all below it, or a pattern as 'docs/*.md'",
     )
+    forget.add_argument("--namespace", metavar="NAME", help="whose documents (default: the one kept in the folder)")
 
     prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
     prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")

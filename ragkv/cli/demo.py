@@ -20,6 +20,7 @@ from ragkv.chunk import Chunk
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag
+from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError
 from ragkv.evaluation.metrics import contains, exact_match
 from ragkv.methods import FullPrefill, Method, SensitiveTokens
@@ -103,7 +104,7 @@ def _warm_up(rag: RAG) -> None:
 
 
 def _answer(rag: RAG, question: DemoQuestion, args: argparse.Namespace, full_first: bool) -> Turn:
-    hits = rag.retrieve(question.question, args.top_k, args.neighbours)
+    hits = rag.retrieve(question.question, **search_of(args, rag))
     chunks = rag.chunks(hits)
     method, full = rag.engine.method, FullPrefill()
     arms = {arm: _first_token(rag, chunks, question, arm) for arm in ([full, method] if full_first else [method, full])}

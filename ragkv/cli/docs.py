@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import require_documents
 from ragkv.folder.filesystem import has_data
-from ragkv.library.listing import ListedDocument, listed_documents
+from ragkv.library.listing import ListedDocument, kept_bytes, listed_documents
 from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
 
@@ -20,31 +21,46 @@ def run(args: argparse.Namespace) -> int:
     """List documents: a table, or JSON."""
     path = folder(args)
     require_documents(path)
-    found = documents(path)
-    size = sum(sum(document.kv_bytes.values()) for document in found)
+    with _opened(path) as (catalogue, store):
+        found = listed_documents(catalogue, store)
+        kept = {} if store is None else kept_bytes(catalogue, store)
     if args.json:
-        show.as_json({"path": str(path), "found": len(found), "documents": [asdict(document) for document in found]})
+        listed = [asdict(document) for document in found]
+        show.as_json({"path": str(path), "found": len(found), "kv_bytes": kept, "documents": listed})
         return 0
     if found:
         table(found)
-    show.hint(f"Found {show.number(len(found), 'document')}, {show.size(size)} of KV on disk.")
+    size = sum(kept.values())
+    said = f"Found {show.number(len(found), 'document')}, {show.size(size)} of KV on disk."
+    more = sum(sum(document.kv_bytes.values()) for document in found) - size
+    if more:
+        said += f" What several documents share counts for each of them above: {show.size(more)} more."
+    show.hint(said)
     return 0
 
 
 def documents(path: Path) -> list[ListedDocument]:
     """The documents of a folder; of KV what is on disk, for memory is each process's own."""
-    with Catalogue(path / "documents") as catalogue:
-        if not has_data(path / "kv"):
-            return listed_documents(catalogue, None)
-        with TieredStore(path / "kv", cpu_bytes=0) as store:
-            return listed_documents(catalogue, store)
+    with _opened(path) as (catalogue, store):
+        return listed_documents(catalogue, store)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Catalogue, TieredStore | None]]:
+    with ExitStack() as stack:
+        catalogue = stack.enter_context(Catalogue(path / "documents"))
+        store = stack.enter_context(TieredStore(path / "kv", cpu_bytes=0)) if has_data(path / "kv") else None
+        yield catalogue, store
 
 
 def table(items: Iterable[ListedDocument]) -> None:
     """Prints documents, one a line."""
-    rows = [("document", "passages", "tokens", "KV on disk", "")]
+    items = list(items)
+    named = any(item.namespace for item in items)
+    rows = [("document", *(["namespace"] if named else []), "passages", "tokens", "KV on disk", "")]
     for item in items:
         tokens = "" if item.tokens is None else f"{item.tokens:,}"
         size = show.size(item.kv_bytes.get("disk", 0))
-        rows.append((show.short(item.source), f"{item.passages:,}", tokens, size, "pinned" if item.pinned else ""))
-    show.table(rows)
+        name = [show.short(item.source), *([item.namespace] if named else [])]
+        rows.append((*name, f"{item.passages:,}", tokens, size, "pinned" if item.pinned else ""))
+    show.table(rows, left=2 if named else 1)

@@ -104,9 +104,17 @@ def store_folder(path: Path) -> Path:
     )
 
 
-def listed(path: Path) -> list[Listed]:
-    """All entries, by document and passage; what belongs to none comes last."""
-    places = _places(path / "documents")
+def listed(path: Path, *, passing_over: bool = False) -> list[Listed]:
+    """All entries, by document and passage; what belongs to none comes last.
+
+    Args:
+        path: the folder.
+        passing_over: go on where a document is damaged, as if it were not there.
+
+    Raises:
+        RecordError: a document is damaged.
+    """
+    places = _places(path / "documents", passing_over)
     catalogued, now = has_data(path / "documents"), time.time()
     found = [Listed(entry, tuple(places.get(entry.key, ())), catalogued, now) for entry in entries(store_folder(path))]
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
@@ -181,13 +189,14 @@ def table(items: Iterable[Listed]) -> None:
     show.table(rows, left=2)
 
 
-def _places(folder: Path) -> dict[bytes, list[tuple[str, int]]]:
+def _places(folder: Path, passing_over: bool) -> dict[bytes, list[tuple[str, int]]]:
     """Where the passages stand that each entry is read for, by its key."""
     places: dict[bytes, list[tuple[str, int]]] = {}
     if not has_data(folder):
         return places
     with Catalogue(folder) as catalogue, catalogue.snapshot() as view:
-        for document in sorted(view.documents(), key=lambda document: document.source):
+        documents = view.documents((lambda document_id, error: None) if passing_over else None)
+        for document in sorted(documents, key=lambda document: document.source):
             for reading in view.readings(document):
                 for position, key in enumerate(reading.keys):
                     places.setdefault(key, []).append((document.source, position))

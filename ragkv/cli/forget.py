@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ragkv.cli import docs
 from ragkv.cli.arguments import folder
@@ -19,7 +20,8 @@ def run(args: argparse.Namespace) -> int:
     """Remove what the targets name: all of it exists, or nothing is removed. KV that other documents name stay."""
     path = folder(args)
     require_documents(path)
-    found = {document.source: document for document in docs.documents(path)}
+    namespace = _kept_namespace(path) if args.namespace is None else args.namespace
+    found = {document.source: document for document in docs.documents(path) if document.namespace == namespace}
     chosen: dict[str, None] = {}
     for target in args.targets:
         meant = matching(found, target)
@@ -28,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
         chosen.update(dict.fromkeys(meant))
     names = sorted(chosen)
     entries = listed(path) if has_data(path / "kv") else []
-    alone = [item for item in entries if item.places and {name for name, _ in item.places} <= chosen.keys()]
+    keys = _keys(path, names, namespace)
+    alone = [item for item in entries if item.entry.key in keys and {name for name, _ in item.places} <= chosen.keys()]
 
     def forgotten() -> None:
         with Catalogue(path / "documents") as catalogue:
-            unused = [key for name in names for key in catalogue.remove(name).unused]
+            unused = [key for name in names for key in catalogue.remove(name, namespace).unused]
         # Whoever asked in between may have stored some of it again.
         if has_data(path / "kv"):
             remove(path / "kv", unused)
@@ -40,3 +43,15 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         docs.table(found[name] for name in names)
     return removed(path, alone, names, ask=not args.yes, dry_run=args.dry_run, as_json=args.json, behind=forgotten)
+
+
+def _kept_namespace(path: Path) -> str:
+    with Catalogue(path / "documents") as catalogue:
+        return catalogue.defaults.get("namespace", "")
+
+
+def _keys(path: Path, names: list[str], namespace: str) -> set[bytes]:
+    """The keys of the KV of documents."""
+    with Catalogue(path / "documents") as catalogue, catalogue.snapshot() as view:
+        documents = filter(None, [view.get(name, namespace) for name in names])
+        return {key for document in documents for reading in view.readings(document) for key in reading.keys}

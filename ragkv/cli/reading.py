@@ -17,10 +17,13 @@ _NAMED = 5
 
 @contextmanager
 def reading(args: argparse.Namespace) -> Iterator[ReadingBar]:
-    """Shows progress on stderr: lines unless ``--json`` is given, a bar on a terminal, both where ``--progress`` asks for them."""
-    shown = ReadingBar(
-        lines=args.progress or not args.json, bar=args.progress or (not args.json and sys.stderr.isatty())
-    )
+    """Shows progress on stderr: lines and a bar on a terminal; elsewhere lines alone, and with ``--json`` nothing.
+
+    ``--progress`` shows both wherever that is, ``--no-progress`` neither.
+    """
+    terminal = sys.stderr.isatty()
+    lines, bar = (terminal or not args.json, terminal) if args.progress is None else (args.progress,) * 2
+    shown = ReadingBar(lines=lines, bar=bar)
     try:
         yield shown
     finally:
@@ -41,17 +44,19 @@ class ReadingBar:
 
     def __call__(self, progress: Progress) -> None:
         """One step."""
-        bar = self._opened()
-        bar.total = progress.tokens
+        bar = self._opened(progress.done_documents)
         bar.set_postfix_str(show.short(progress.source), refresh=False)
         if progress.reason == "found":
+            bar.total, bar.n = progress.documents, progress.done_documents
             bar.refresh()
             return
+        bar.total = progress.tokens
         if not self._begun:
             self._begun = True
             size = f", about {show.size(progress.kv_bytes)} of KV" if progress.kv_bytes else ""
             self._say(f"to read: {show.number(progress.tokens, 'token')}{size}")
             bar.set_description("reading", refresh=False)
+            bar.unit, bar.initial = " tokens", 0
             bar.reset(total=progress.tokens)
         if progress.reason == "missing" and progress.source not in self._again:
             self._again.add(progress.source)
@@ -68,9 +73,9 @@ class ReadingBar:
         if self._bar is not None:
             self._bar.close()
 
-    def _opened(self) -> Any:
-        if self._bar is None:
-            self._bar = show.progress(shown=self._shown, total=0, unit=" tokens", desc="looking")
+    def _opened(self, done: int = 0) -> Any:
+        if self._bar is None:  # what was done before it is there says nothing of the rate
+            self._bar = show.progress(shown=self._shown, total=0, initial=done, unit=" documents", desc="looking")
         return self._bar
 
     def _say(self, text: str) -> None:

@@ -16,10 +16,10 @@ Item = TypeVar("Item")
 _COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
 
 
-def as_json(value: dict[str, Any]) -> None:
-    """Print one JSON object."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file's name need not be Unicode
+def as_json(value: dict[str, Any], *, one_line: bool = False) -> None:
+    """Print one JSON object, at once."""
+    text = json.dumps(value, ensure_ascii=False, indent=None if one_line else 2)
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)  # a file's name need not be Unicode
 
 
 def hint(text: str) -> None:
@@ -51,7 +51,7 @@ def progress(items: Iterable[Item] | None = None, shown: bool | None = None, **o
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print rows in columns, the first ones to the left and numbers to the right; what a terminal would obey is not."""
-    shown = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    shown = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
@@ -59,11 +59,17 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
         print("  ".join(cells).rstrip())
 
 
+def documents(counts: dict[str, int], hidden: int) -> str:
+    """What became of documents, kind by kind, and what was not looked at."""
+    said = f"documents: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count) or 'none'}"
+    return f"{said} ({number(hidden, 'hidden one')} left out)" if hidden else said
+
+
 def kv(sizes: dict[str, int]) -> str:
-    """What KV take where they are kept: ``1.5 MiB of KV on disk``; what is in memory besides is a copy."""
-    if "disk" in sizes:
-        return f"{size(sizes['disk'])} of KV on disk"
-    return f"{size(sizes.get('cpu', 0))} of KV in memory"
+    """What KV take where they are kept, behind a list: ``; 1.5 MiB of KV on disk``; what is in memory besides is a copy."""
+    if not sizes:
+        return ""
+    return f"; {size(sizes['disk'])} of KV on disk" if "disk" in sizes else f"; {size(sizes['cpu'])} of KV in memory"
 
 
 def milliseconds(value: float) -> str:
@@ -84,7 +90,13 @@ def number(count: int, noun: str, nouns: str = "") -> str:
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
+def plain(text: str) -> str:
+    """A text in one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def short(source: str) -> str:
-    """A file below the working folder by its relative path, anything else as it is."""
+    """A file below the working folder by its relative path, anything else as it is; as :func:`plain` text."""
     path = Path(source)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else source
+    below = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return plain(str(path.relative_to(Path.cwd())) if below else source)

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with reading(args) as bar:
-            synced = rag.sync(args.folder, dry_run=args.dry_run, progress=bar)
+            synced = rag.sync(args.folder, dry_run=args.dry_run, encoding=args.encoding, progress=bar)
         seconds = perf_counter() - begin
     for skipped in synced.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
@@ -39,9 +39,9 @@ def _show(synced: Synced, dry_run: bool, seconds: float) -> None:
     counts = {
         kind: len(getattr(synced, kind)) for kind in ("added", "changed", "moved", "removed", "unchanged", "skipped")
     }
-    documents = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "none"
+    documents = show.documents(counts, synced.hidden)
     tokens = show.number(synced.tokens, "token")
     if dry_run:
-        print(f"documents: {documents}; {tokens} to read; nothing was done")
+        print(f"{documents}; {tokens} to read; nothing was done")
     else:
-        print(f"documents: {documents}; {tokens} read in {seconds:.1f} s; {show.kv(synced.kv_bytes)}")
+        print(f"{documents}; {tokens} read in {seconds:.1f} s{show.kv(synced.kv_bytes)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import struct
@@ -15,10 +16,14 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import RagKVError, RecordError, StoreError
+from ragkv.folder.foreign import what_it_is
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -51,6 +56,29 @@ UNREADABLE = (
 )
 
 
+@dataclass
+class Exchanged:
+    """What was written into an archive, or taken in from one.
+
+    Attributes:
+        documents: how many.
+        records: KV of how many passages.
+        documents_there, records_there: how many more of the archive's the folder had already.
+        kept: sources of which the folder has another version, which stayed.
+        useless: records that were left out, because no document needs them: they belong to the archive's version of one of which
+            another stayed, or to one that was removed meanwhile.
+        damaged: what is damaged in the folder, so that it was not written: a document's id, or a key of KV, in hex digits.
+    """
+
+    documents: int = 0
+    records: int = 0
+    documents_there: int = 0
+    records_there: int = 0
+    kept: list[str] = field(default_factory=list)
+    useless: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+
 class Member(NamedTuple):
     """One file of an archive.
 
@@ -77,11 +105,13 @@ class Writer:
 
     Attributes:
         counts: how many there are, by kind.
+        damaged: what could not be read to be added.
     """
 
     def __init__(self, archive: tarfile.TarFile, archive_format: str):
         self._archive = archive
         self.counts = {"records": 0} if archive_format == RECORDS_FORMAT else {"records": 0, "documents": 0}
+        self.damaged: list[str] = []
 
     def add(self, member: Member) -> None:
         """Write a member."""
@@ -94,11 +124,29 @@ class Writer:
         if member.kind:
             self.counts[member.kind] += 1
 
+    def pass_over(self, name: str, error: RagKVError) -> None:
+        """Name what is damaged, and go on without it."""
+        logger.warning("%s is not exported: %s", name, error)
+        self.damaged.append(name)
+
+    @property
+    def done(self) -> Exchanged:
+        """What was written."""
+        return Exchanged(self.counts.get("documents", 0), self.counts["records"], damaged=self.damaged)
+
 
 @contextmanager
 def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Writer]:
-    """To write an archive: complete when the block ends, or not there at all; a file that was there stays until then."""
+    """To write an archive: complete when the block ends, or not there at all; a file that was there stays until then.
+
+    Raises:
+        StoreError: nothing was added, or there is no place for the file.
+    """
     file = Path(target)
+    if file.is_dir():
+        raise StoreError(f"{file} is a folder: name a file to write")
+    if not file.parent.is_dir():
+        raise StoreError(f"there is no folder {file.parent} to write {file.name} into: make it first")
     handle, name = tempfile.mkstemp(
         ".part", f".{file.name}.", file.parent
     )  # another export to the same file has its own
@@ -108,6 +156,9 @@ def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Wri
             with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 writer = Writer(archive, archive_format)
                 yield writer
+                if not any(writer.counts.values()):
+                    left = f": {len(writer.damaged)} that were chosen are damaged" if writer.damaged else ""
+                    raise StoreError(f"there is nothing to export{left}; {file} was not written")
                 writer.add(Member(_END, json.dumps({"format": archive_format, **writer.counts}).encode()))
             raw.flush()
             os.fsync(raw.fileno())
@@ -120,12 +171,9 @@ def members(source: str | os.PathLike[str]) -> Iterator[Member]:
     """The members of an archive, one after the other; what is in them is for the caller to check.
 
     Raises:
-        StoreError: there is no such file.
-        RecordError: it is cut short, damaged between its members, or not one of ours; behind those that are whole.
+        RecordError: it is cut short or damaged between its members; behind those that are whole.
     """
     file = Path(source)
-    if not file.is_file():
-        raise StoreError(f"there is no file {file}")
     counts: dict[str, int] = {}
     end: Any = None
     try:
@@ -143,11 +191,35 @@ def members(source: str | os.PathLike[str]) -> Iterator[Member]:
         kinds = {kind: counts.get(kind, 0) for kind in (("records", "documents") if "" in counts else ("records",))}
         want = {"format": FOLDER_FORMAT if "" in counts else RECORDS_FORMAT, **kinds}
         if end != want:
-            raise RecordError(f"it must end with {want}, it ends with {end}: was it cut short?")
-    except RecordError as error:
-        raise RecordError(f"{file}: {error}") from error
+            raise RecordError(
+                f"what stands behind {sum(counts.values())} of its members: it must end with {want}, it ends with {end}"
+            )
     except UNREADABLE as error:
-        raise RecordError(f"{file} is no archive of ragkv, or damaged: {error}") from error
+        raise RecordError(f"what stands behind {sum(counts.values())} of its members: {error}") from error
+
+
+def recognise(source: str | os.PathLike[str]) -> None:
+    """See that a file can be one of ours.
+
+    Raises:
+        StoreError: there is no such file.
+        RecordError: it is another kind of file; the message says which, as far as its beginning shows it.
+    """
+    file = Path(source)
+    if not file.is_file():
+        raise StoreError(f"{file} is a folder, no file" if file.is_dir() else f"there is no file {file}")
+    with open(file, "rb") as raw:
+        begin = raw.read(tarfile.BLOCKSIZE)
+    what = "" if begin[257:262] == b"ustar" else what_it_is(begin)
+    try:
+        with tarfile.open(file, "r:") as archive:
+            first = archive.next()
+        if first and not (Member(first.name, b"").kind or first.name in _LARGEST_NOTE):
+            what = f"it holds {first.name[:80]!r}, and only records and documents belong there"
+    except UNREADABLE:
+        pass  # it begins as one and is damaged
+    if what:
+        raise RecordError(f"{file} is no archive that 'ragkv export' wrote: {what}; nothing was taken in")
 
 
 def _member(archive: tarfile.TarFile, info: tarfile.TarInfo, file_bytes: int) -> Member:
@@ -173,7 +245,12 @@ class Lost:
         self._source, self._count, self._reasons = source, 0, list[str]()
 
     def until_broken(self) -> Iterator[Member]:
-        """The members, up to where the file cannot be read any more."""
+        """The members, up to where the file cannot be read any more.
+
+        Raises:
+            StoreError, RecordError: as :func:`recognise`.
+        """
+        recognise(self._source)
         reader = members(self._source)
         while True:
             try:
@@ -204,10 +281,19 @@ class Lost:
         """
         if self._count:
             more = f"; and {self._count - _NAMED} more" if self._count > _NAMED else ""
-            raise RecordError(f"{self._source} is damaged; taken in: {taken}; not: {'; '.join(self._reasons)}{more}")
+            how = "is damaged" if _whole(self._source) else "was cut short"
+            raise RecordError(f"{self._source} {how}; taken in: {taken}; not: {'; '.join(self._reasons)}{more}")
 
     def note(self, reason: str) -> None:
         """Remember why something is not taken in."""
         self._count += 1
         if self._count <= _NAMED:
             self._reasons.append(reason)
+
+
+def _whole(source: str | os.PathLike[str]) -> bool:
+    """Whether a file ends as an archive does: tar fills up its last record, with two empty blocks at least."""
+    with open(source, "rb") as raw:
+        length = raw.seek(0, os.SEEK_END)
+        raw.seek(max(0, length - 2 * tarfile.BLOCKSIZE))
+        return length % tarfile.RECORDSIZE == 0 and not any(raw.read())

@@ -11,7 +11,8 @@ from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
-from ragkv.retrieval import Change, Hit, Reading, Retriever, Snapshot, TokenChunker
+from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
+from ragkv.retrieval.outline import Outline
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Prepared:
         metadata: what was given with it.
         spans: where the passages stand in its text.
         origin: digest of its text, and of how it was cut.
+        pages, headings: where each passage begins, see :class:`~ragkv.retrieval.Document`.
         document: as the model reads it.
         kind: ``"added"``, ``"changed"`` or ``"unchanged"``: what adding it will be.
     """
@@ -36,6 +38,8 @@ class Prepared:
     metadata: dict[str, Any] | None
     spans: Sequence[tuple[int, int]]
     origin: str
+    pages: Sequence[int]
+    headings: Sequence[str]
     document: ChunkedDocument
     kind: str
 
@@ -49,7 +53,7 @@ class CataloguedDocuments:
     """
 
     def __init__(self, retriever: Retriever, documents: Documents):
-        self._retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
+        self.retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
         self._made: list[tuple[Document, Reading]] = []
         documents.records.append(self)
 
@@ -69,13 +73,16 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             return {key for key in chunks if view.names(key)}
 
-    def prepare(self, text: str, source: str, metadata: dict[str, Any] | None, chunker: TokenChunker) -> Prepared:
+    def prepare(
+        self, text: str, source: str, metadata: dict[str, Any] | None, outline: Outline, chunker: TokenChunker
+    ) -> Prepared:
         """What adding a document takes. Nothing is read or stored.
 
         Args:
             text: the document.
             source: what it is called.
             metadata: anything that JSON can hold.
+            outline: where its pages and sections begin.
             chunker: cuts it, unless the very text was cut in the same way before, perhaps with another model's tokens.
 
         Raises:
@@ -90,9 +97,15 @@ class CataloguedDocuments:
         if not passages:
             raise DocumentError(f"{source}: no text in it")
         document = before if before is not None and old == passages else None
-        document = self._documents.cut(passages, source_id(source), any_length=cut) if document is None else document
+        document = (
+            self._documents.cut(passages, source_id(source, self._documents.namespace), any_length=cut)
+            if document is None
+            else document
+        )
         kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
-        return Prepared(source, passages, metadata, spans, origin, document, kind)
+        pages = [outline.page(start) or 1 for start, _ in spans] if outline.pages else []
+        headings = [outline.heading(start) for start, _ in spans] if outline.sections else []
+        return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind)
 
     def put(self, prepared: Prepared, repair_tokens: int | None) -> tuple[Change, int]:
         """Add a document, or replace the one of the same source, and read what the store lacks of it.
@@ -117,7 +130,8 @@ class CataloguedDocuments:
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
         more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
-        change = self._retriever.add(source, passages, prepared.metadata, **more)
+        more |= {"pages": prepared.pages, "headings": prepared.headings, "namespace": documents.namespace}
+        change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:
             if repair is not None:  # from KV of the version before
@@ -131,12 +145,14 @@ class CataloguedDocuments:
     def _before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
         """The document of a source as it is now, as the model reads it where that is kept, and its passages."""
         with self._catalogue.snapshot() as view:
-            listed = view.get(source)
+            listed = view.get(source, self._documents.namespace)
             return (None, None, []) if listed is None else (listed, self.kept(view, listed), view.texts(listed))
 
     def rename(self, source: str, to: str) -> bool:
         """Call a document by another source: nothing is read or embedded again. Whether it was so called."""
-        return self._catalogue.rename(source, to, lambda reading: _reread(reading, to)) is not None
+        namespace = self._documents.namespace
+        to_id = source_id(to, namespace)
+        return self._catalogue.rename(source, to, lambda reading: _reread(reading, to_id), namespace) is not None
 
     def remove(self, source: str) -> Change:
         """Remove a document, and the KV that no other one needs.
@@ -144,7 +160,7 @@ class CataloguedDocuments:
         Raises:
             DocumentError: there is no such document.
         """
-        change = self._retriever.remove(source)
+        change = self.retriever.remove(source, self._documents.namespace)
         self._documents.store.remove_many(change.unused)
         return change
 
@@ -167,6 +183,13 @@ class CataloguedDocuments:
             reading = self.reading(self._documents.cut(view.texts(listed), listed.id, any_length=True))
             self._made.append((listed, reading))
         return reading
+
+    def search(self, question: str, retrieval: Retrieval) -> list[Hit]:
+        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order."""
+        namespace = self._documents.namespace
+        hits = self.retriever.find(question, retrieval, namespace=namespace, readings=self.read, tokens=_lengths)
+        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
+        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
 
     def now(self, document_id: str) -> list[Chunk]:
         """The chunks of a document as it is now, without those that are too long for the model; none where it is gone."""
@@ -201,6 +224,25 @@ class CataloguedDocuments:
             for hit in hits
         ]
 
+    def at(self, places: Mapping[int, tuple[str, int, str]]) -> dict[int, Hit]:
+        """Passages by where they stand, for :meth:`chunks`: only those that are there, with just this text.
+
+        Args:
+            places: each the id of a document, a number among its passages, and a text.
+        """
+        hits: dict[int, Hit] = {}
+        with self._catalogue.snapshot() as view:
+            for name, (document_id, number, text) in places.items():
+                listed = view.by_id(document_id)
+                if listed is None or listed.namespace != self._documents.namespace:
+                    continue
+                ids = listed.passage_ids[number : number + 1] if number >= 0 else ()
+                if ids and view.passage(ids[0]).text == text:
+                    span = listed.spans[number] if listed.spans else None
+                    facts = (listed.source, listed.id, number, listed.metadata, span)
+                    hits[name] = Hit(ids[0], text, 1.0, *facts, self.read(view, listed))
+        return hits
+
     def _now(self, hit: Hit) -> Reading:
         with self._catalogue.snapshot() as view:
             listed = view.by_id(hit.document_id)
@@ -211,13 +253,18 @@ class CataloguedDocuments:
             return self.read(view, listed)
 
 
-def _reread(reading: Reading, source: str) -> Reading | None:
-    """How a model reads a document that is called otherwise now; None where the record is of another version."""
+def _lengths(reading: Reading) -> list[int]:
+    """The tokens of each passage."""
+    return [len(ids) for ids in ChunkedDocument.from_bytes(reading.record).ids]
+
+
+def _reread(reading: Reading, document_id: str) -> Reading | None:
+    """How a model reads a document that has another id now; None where the record is of another version."""
     try:
         document = ChunkedDocument.from_bytes(reading.record)
     except RecordError:
         return None
-    return reading._replace(record=replace(document, id=source_id(source)).to_bytes())
+    return reading._replace(record=replace(document, id=document_id).to_bytes())
 
 
 def _parsed(reading: Reading, listed: Document) -> ChunkedDocument | None:

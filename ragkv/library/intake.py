@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import ArgumentTypeError, DocumentError
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
+from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, watched
-from ragkv.retrieval import Catalogue, Change, Hit, SkippedFile, TokenChunker, load_files
+from ragkv.retrieval import Catalogue, Change, Hit, LoadedFile, SkippedFile, TokenChunker
+from ragkv.retrieval.converter import Converter
+from ragkv.retrieval.encodings import checked_encoding
+from ragkv.retrieval.loaders import found_files, hidden_files, listed_paths, load
 from ragkv.retrieval.naming import below, gone, named
+from ragkv.retrieval.outline import NO_OUTLINE, Outline, sections
 from ragkv.retrieval.records import checked_document
 
 Tell = Callable[[Progress], object]
@@ -30,6 +38,7 @@ class Added:
     Attributes:
         changes: what changed in the catalogue, a document each, in the order given.
         skipped: files that could not be read, with the reason.
+        hidden: how many hidden files and folders were passed over in folders.
         moved: documents that are called otherwise now, because their file was moved: by the new source, what they were called.
         tokens_read: tokens that the model had to read; 0 where everything was known.
         kv_bytes: what the KV of these documents take now, by tier.
@@ -38,6 +47,7 @@ class Added:
     changes: list[Change] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
+    hidden: int = 0
     tokens_read: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -51,6 +61,7 @@ class Synced:
         moved: by the new source, what the document was called.
         removed: documents whose files are gone.
         skipped: files that could not be read, with the reason; documents of theirs stay as they are.
+        hidden: how many hidden files and folders were passed over.
         tokens: that were read, or would have to be.
         kv_bytes: what the KV of the files that are there take, by tier.
     """
@@ -61,6 +72,7 @@ class Synced:
     moved: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
+    hidden: int = 0
     tokens: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -71,6 +83,7 @@ class Given(NamedTuple):
     source: str
     text: str
     metadata: dict[str, Any] | None = None
+    outline: Outline = NO_OUTLINE
 
 
 @dataclass
@@ -80,6 +93,7 @@ class _Plan:
     documents: list[tuple[Prepared, int]] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     skipped: list[SkippedFile] = field(default_factory=list)
+    hidden: int = 0
     stored_tokens: int = 0
 
     @property
@@ -113,7 +127,17 @@ class Intake:
         self.chunker, self.repair_tokens = chunker, repair_tokens
         self.defaults: dict[str, Any] = {}
 
-    def add_texts(self, texts: Any, sources: Any, metadata: Any, tell: Tell | None) -> Added:
+    def within(self, catalogued: CataloguedDocuments, documents: Documents) -> Intake:
+        """The same for other documents of the model: those of a namespace."""
+        if documents is self._documents:
+            return self
+        other = copy(self)
+        other._catalogued, other._documents = catalogued, documents
+        return other
+
+    def add_texts(
+        self, texts: Any, sources: Any, metadata: Any, chunker: TokenChunker | None, tell: Tell | None
+    ) -> Added:
         """See :meth:`ragkv.RAG.add_texts`."""
         given = listed(texts, "texts")
         names = [None] * len(given) if sources is None else listed(sources, "sources")
@@ -125,13 +149,18 @@ class Intake:
         called = [
             f"text:{digest(text).hex()[:16]}" if name is None else name for text, name in zip(given, names, strict=True)
         ]
-        return self._done(self._plan(map(Given, called, given, extras), tell), tell)
+        outlines = [Outline(sections=sections(text)) for text in given]
+        return self._done(
+            self._plan(map(Given, called, given, extras, outlines), len(given), tell, chunker=chunker), tell
+        )
 
-    def add_files(self, paths: Any, tell: Tell | None) -> Added:
+    def add_files(self, paths: Any, encoding: str | None, tell: Tell | None) -> Added:
         """See :meth:`ragkv.RAG.add_files`."""
-        return self._done(self._files(paths, tell), tell)
+        added = self._done(self._files(paths, encoding, tell), tell)
+        self._forget_converted()
+        return added
 
-    def sync(self, folder: str | os.PathLike[str], dry_run: bool, tell: Tell | None) -> Synced:
+    def sync(self, folder: str | os.PathLike[str], dry_run: bool, encoding: str | None, tell: Tell | None) -> Synced:
         """See :meth:`ragkv.RAG.sync`."""
         path = os.path.abspath(os.path.expanduser(named(folder)))
         if not named(folder) or not os.path.isdir(path):
@@ -139,7 +168,7 @@ class Intake:
                 f"{named(folder)!r} is no folder that is there: nothing was changed. Where it was moved, sync the new one; 'ragkv "
                 "forget' or RAG.remove() removes documents"
             )
-        plan = self._files(path, tell)
+        plan = self._files(path, encoding, tell)
         kinds = {prepared.source: prepared.kind for prepared, _ in plan.documents}
         lost = [source for source in self._below(path) if gone(source) and source not in plan.moved.values()]
         if lost and not kinds and not plan.skipped:
@@ -147,12 +176,13 @@ class Intake:
                 f"no file is left in {path}, and {len(lost)} documents came from there: nothing was changed. Is its disk mounted? "
                 "'ragkv forget' or RAG.remove() removes documents"
             )
-        synced = Synced(moved=plan.moved, removed=lost, skipped=plan.skipped, tokens=plan.tokens)
+        synced = Synced(moved=plan.moved, removed=lost, skipped=plan.skipped, hidden=plan.hidden, tokens=plan.tokens)
         for source, kind in kinds.items():
             if source not in plan.moved:
                 getattr(synced, kind).append(source)
         if not dry_run:
             added = self._done(plan, tell)
+            self._forget_converted()
             synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
             synced.removed = []
             for source in filter(gone, lost):  # behind what was added: KV that both need are not read again
@@ -167,15 +197,18 @@ class Intake:
         documents = self._documents
         documents.look()
         work: list[tuple[str, str, int]] = []
-        stored_tokens = 0
-        for document in self._catalogue.documents():
+        stored_tokens, catalogued = 0, self._catalogue.documents(self._documents.namespace)
+        for document in catalogued:
             missing = documents.missing(self._catalogued.now(document.id))
             stored_tokens += sum(map(len, missing))
             work.append((document.source, document.id, documents.work(missing)))
             if tell is not None:
-                tell(Progress(document.source, "found", 0, sum(tokens for *_, tokens in work)))
+                total = sum(tokens for *_, tokens in work)
+                tell(Progress(document.source, "found", 0, total, done_documents=len(work), documents=len(catalogued)))
         total = sum(tokens for *_, tokens in work)
         size = check_room(documents, stored_tokens)
+        if work:
+            self._catalogue.keep_read_with(described(self._documents))
         done = read = 0
         for source, document_id, tokens in work:
             with _told(tell, source, "missing", done, total, size):
@@ -183,13 +216,28 @@ class Intake:
             done += tokens
         return read
 
-    def _files(self, paths: Any, tell: Tell | None) -> _Plan:
+    @property
+    def _converted(self) -> Path | None:
+        """Where converted files are kept until all of them are documents: an interrupted call need not convert them again."""
+        catalogue = self._catalogue
+        return None if catalogue.temporary or catalogue.readonly else catalogue.path / ".converted"
+
+    def _forget_converted(self) -> None:
+        if self._converted is not None:
+            shutil.rmtree(self._converted, ignore_errors=True)
+
+    def _files(self, paths: Any, encoding: str | None, tell: Tell | None) -> _Plan:
         """What adding files takes. One whose text is that of a document whose own file is gone was moved."""
-        found = (file if isinstance(file, SkippedFile) else Given(file.source, file.text) for file in load_files(paths))
-        plan = self._plan(found, tell, skip=True)
+        checked_encoding(encoding)
+        paths = listed_paths(paths)
+        found = found_files(paths)
+        with Converter(self._converted) as converter:
+            files = (item if isinstance(item, SkippedFile) else load(item, converter, encoding) for item in found)
+            plan = self._plan(map(_given, files), len(found), tell, skip=True)
+        plan.hidden = hidden_files(paths)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
-        for document in self._catalogue.documents() if new else ():
+        for document in self._catalogue.documents(self._documents.namespace) if new else ():
             if not document.metadata:  # files have none
                 formers.setdefault(document.origin, []).append(document.source)
         for prepared in new:
@@ -199,17 +247,26 @@ class Intake:
                 plan.moved[prepared.source] = former
         return plan
 
-    def _plan(self, given: Iterable[Given | SkippedFile], tell: Tell | None, skip: bool = False) -> _Plan:
-        """What adding documents takes; with ``skip`` those that cannot be stored are skipped."""
+    def _plan(
+        self,
+        given: Iterable[Given | SkippedFile],
+        count: int,
+        tell: Tell | None,
+        skip: bool = False,
+        chunker: TokenChunker | None = None,
+    ) -> _Plan:
+        """What adding so many documents takes; with ``skip`` those that cannot be stored are skipped."""
         check_told(tell)
         self._documents.look()
         plan, counted, total = _Plan(), set[bytes](), 0
-        for item in given:
+        for done, item in enumerate(given, 1):
             if isinstance(item, SkippedFile):
                 plan.skipped.append(item)
             else:
                 try:
-                    prepared = self._catalogued.prepare(item.text, item.source, item.metadata, self.chunker)
+                    prepared = self._catalogued.prepare(
+                        item.text, item.source, item.metadata, item.outline, chunker or self.chunker
+                    )
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
@@ -219,7 +276,7 @@ class Intake:
                         raise
                     plan.skipped.append(SkippedFile(item.source, str(error)))
             if tell is not None:
-                tell(Progress(item.source, "found", 0, total))
+                tell(Progress(item.source, "found", 0, total, done_documents=done, documents=count))
         return plan
 
     def _missing(self, prepared: Prepared, counted: set[bytes]) -> list[Chunk]:
@@ -231,11 +288,13 @@ class Intake:
 
     def _done(self, plan: _Plan, tell: Tell | None) -> Added:
         """The plan carried out."""
-        added, done, total = Added(skipped=plan.skipped, moved=plan.moved), 0, plan.tokens
+        added, done, total = Added(skipped=plan.skipped, hidden=plan.hidden, moved=plan.moved), 0, plan.tokens
         size = check_room(self._documents, plan.stored_tokens)
         if self.defaults and plan.documents:  # before reading, which may take hours and be cut short
             self._catalogue.keep_defaults(self.defaults)
             self.defaults = {}
+        if plan.documents:
+            self._catalogue.keep_read_with(described(self._documents))
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)
@@ -258,8 +317,12 @@ class Intake:
 
     def _below(self, path: str) -> list[str]:
         real = os.path.realpath(path)
-        sources = [document.source for document in self._catalogue.documents()]
+        sources = [document.source for document in self._catalogue.documents(self._documents.namespace)]
         return [source for source in sources if below(source, path) or below(source, real)]
+
+
+def _given(file: LoadedFile | SkippedFile) -> Given | SkippedFile:
+    return file if isinstance(file, SkippedFile) else Given(file.source, file.text, outline=file.outline)
 
 
 def listed(items: Any, what: str) -> list[Any]:

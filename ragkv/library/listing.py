@@ -20,9 +20,11 @@ class ListedDocument:
         source: what it is called.
         passages: how many it has.
         tokens: as a model counts them that has read it; None where none has.
-        kv_bytes: what its KV take, by tier, of all models together; a passage that several documents share counts for each.
+        kv_bytes: what its KV take, by tier, of all models together; a passage that several documents share counts for each, so
+            that their sum may be more than the store's own ``stats()`` say.
         pinned: whether any of its KV is kept from being evicted.
         metadata: what was given with it.
+        namespace: whose it is.
     """
 
     source: str
@@ -31,19 +33,23 @@ class ListedDocument:
     kv_bytes: dict[str, int]
     pinned: bool
     metadata: dict[str, Any]
+    namespace: str = ""
 
 
-def listed_documents(catalogue: Catalogue, store: TieredStore | None, setting: str = "") -> list[ListedDocument]:
-    """All documents, by source.
+def listed_documents(
+    catalogue: Catalogue, store: TieredStore | None, setting: str = "", namespace: str | None = None
+) -> list[ListedDocument]:
+    """Documents, by source.
 
     Args:
         catalogue: has them.
         store: holds their KV.
         setting: of the model whose tokens are counted; by default any.
+        namespace: whose documents; by default all.
     """
     found = []
     with catalogue.snapshot() as view:
-        for document in sorted(view.documents(), key=lambda document: document.source):
+        for document in sorted(view.documents(namespace), key=lambda document: (document.source, document.namespace)):
             readings = sorted(view.readings(document), key=lambda reading: reading.setting != setting)
             keys = [key for reading in readings for key in reading.keys]
             found.append(
@@ -54,9 +60,16 @@ def listed_documents(catalogue: Catalogue, store: TieredStore | None, setting: s
                     kv_bytes={} if store is None else store.sizes(keys),
                     pinned=store is not None and bool(store.pinned(keys)),
                     metadata=document.metadata,
+                    namespace=document.namespace,
                 )
             )
     return found
+
+
+def kept_bytes(catalogue: Catalogue, store: TieredStore) -> dict[str, int]:
+    """What the KV of all documents take together, by tier; what several of them share counts once."""
+    with catalogue.snapshot() as view:
+        return store.sizes(view.named())
 
 
 def _tokens(readings: Sequence[Reading]) -> int | None:

@@ -23,7 +23,10 @@ _IDLE = {
 
 
 def settings(config: PreTrainedConfig) -> str:
-    """A decoder's configuration as far as keys and values depend on it, its attention implementation among it; as JSON."""
+    """A decoder's configuration as far as keys and values depend on it, its attention implementation among it; as JSON.
+
+    Keys that its class does not declare count too: transformers asks any configuration for some (``is_causal``, ``layer_types``).
+    """
     used = {name: value for name, value in vars(config).items() if name not in _IDLE}
     used |= {"model_type": config.model_type, "attention": config._attn_implementation}
     return json.dumps(used, sort_keys=True, default=str)

@@ -41,7 +41,9 @@ _OF_WEIGHTS = (
 #: What :func:`load_model` takes of ``from_pretrained``.
 OPTIONS = frozenset((*PLACE, *_FETCHING, *_OF_WEIGHTS))
 
-_NOT_BUNDLED = frozenset((*PLACE, *_FETCHING, "tokenizer", "system", "config", "variant", "adapter_kwargs"))
+_NOT_BUNDLED = frozenset((*PLACE, *_FETCHING, "tokenizer", "system", "config", "variant", "adapter_kwargs")) - {
+    "local_files_only"  # which it does anyway, and which holds for an embedder too
+}
 
 
 def load_embedder(

@@ -35,6 +35,7 @@ class Runner:
         self._weights = Weights(model)
         self._decoders: dict[Impl, Decoder] = {}
         self._probed = self._fingerprint = ""
+        self._described = "", ""
 
     @classmethod
     def of(cls, model: Any) -> Runner:
@@ -74,6 +75,12 @@ class Runner:
             with self.turn():
                 pass
         return self._fingerprint
+
+    @property
+    def described(self) -> tuple[str, str]:
+        """What the fingerprint is made of: hex digest of the weights, and the configuration as JSON (:func:`settings`)."""
+        with self.turn():
+            return self._described
 
     def refresh(self) -> None:
         """Take the fingerprint anew from every weight: for writes that PyTorch does not count, as those through ``.data``."""
@@ -125,7 +132,7 @@ class Runner:
         if self._probed and probed != self._probed:
             for decoder in self._decoders.values():
                 decoder.probe()
-        self._fingerprint, self._probed = fingerprint, probed
+        self._fingerprint, self._probed, self._described = fingerprint, probed, (weights.hex(), described)
 
 
 _runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from ragkv import RAG, bundled
 from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
+from tests.retrieval.files import PARSER, pptx
 
 LOAD = bundled.load
 
@@ -47,15 +49,17 @@ def run(capsys, *argv):
 
 def test_add_ask_stats(files, tmp_path, capsys):
     (files / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (files / ".draft.md").write_text("Not yet.")
     code, out, err = run(capsys, "add", files)
     assert code == 0
-    assert out.startswith("documents: 2 added, 1 skipped; ") and " tokens read in " in out
+    assert out.startswith("documents: 2 added, 1 skipped (1 hidden one left out); ") and " tokens read in " in out
     to_read, skipped = err.splitlines()
     assert re.fullmatch(r"to read: \d+ tokens, about 1\.\d MiB of KV", to_read) and out.endswith(" MiB of KV on disk\n")
     assert skipped == f"skipped {files}/picture.png: binary"
 
     code, out, _ = run(capsys, "add", files, "--json")
     added = json.loads(out)
+    assert added["hidden"] == 1
     assert (code, added["tokens_read"], added["documents"]) == (
         0,
         0,
@@ -71,7 +75,7 @@ def test_add_ask_stats(files, tmp_path, capsys):
     code, out, _ = run(capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8)
     answer, *_ = out.splitlines()
     assert code == 0
-    assert f"{files}/clearport.md" in out and ("disk" in out or "cpu" in out) and "first token after" in out
+    assert f"{files}/clearport.md" in out and "  disk\n" in out and "  cpu\n" not in out and "first token after" in out
     spent, tokens = re.search(r"recomputed\n([\d.]+)% of ([\d,]+) passage tokens, by SensitiveTokens", out).groups()
 
     code, out, _ = run(
@@ -83,7 +87,9 @@ def test_add_ask_stats(files, tmp_path, capsys):
         found["report"]["fusion"]["budget"] > float(spent) / 100 == 0 < int(tokens)
     )  # one document: nothing to repair
     assert found["report"]["fusion"]["method"] == "LegoLink(k=4)"
-    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} <= {"disk", "cpu"}
+    assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} == {"disk"}
+    assert found["left_out"] == []
+    assert found["report"].keys() == {"fusion", "new_tokens"} and "milliseconds" not in found["report"]["fusion"]
     times = found["milliseconds"]
     assert times["retrieve"] > 0 and times["retrieve"] + times["compute"] < times["first_token"] < times["total"]
 
@@ -104,11 +110,13 @@ def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
     (files / "clearport.md").rename(files / "harbour.md")
     (files / "blackstead.md").unlink()
     (files / "new.md").write_text("Harps are made in Wye.")
+    (files / ".draft.md").write_text("Not yet.")
     code, out, _ = run(capsys, "sync", "files", "--dry-run")
     lines = ["added    files/new.md", "removed  files/blackstead.md", "moved    files/clearport.md -> files/harbour.md"]
     assert code == 0 and out.splitlines()[:3] == lines
     assert re.fullmatch(
-        r"documents: 1 added, 1 moved, 1 removed; \d+ tokens to read; nothing was done", out.splitlines()[3]
+        r"documents: 1 added, 1 moved, 1 removed \(1 hidden one left out\); \d+ tokens to read; nothing was done",
+        out.splitlines()[3],
     )
     code, out, _ = run(capsys, "sync", "files")
     assert code == 0 and out.splitlines()[:3] == lines and out.endswith(" of KV on disk\n")
@@ -120,7 +128,11 @@ def test_sync_and_docs(files, tmp_path, capsys, monkeypatch):
     ]
     code, out, _ = run(capsys, "sync", "files", "--json")
     said = json.loads(out)
-    assert (said["tokens"], said["unchanged"]) == (0, [str(files / "harbour.md"), str(files / "new.md")])
+    assert (said["tokens"], said["hidden"], said["unchanged"]) == (
+        0,
+        1,
+        [str(files / "harbour.md"), str(files / "new.md")],
+    )
     assert json.loads(run(capsys, "docs", "--json")[1])["documents"][0]["tokens"] > 100
     code, out, err = run(capsys, "sync", "nowhere")
     assert (code, out) == (1, "") and "'nowhere' is no folder that is there" in err
@@ -157,6 +169,29 @@ def test_an_interrupted_add_says_how_to_go_on(files, capsys, monkeypatch):
     assert err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
 
 
+def test_a_real_interrupt_keeps_what_was_read(tmp_path):
+    """SIGINT in the middle of one long document; the second time only the rest of it is read."""
+    (tmp_path / "long.md").write_text("\n\n".join(list(bundled.documents().values())[:8]))
+    argv = [sys.executable, "-m", "ragkv.cli", "add", "long.md", "--method", "reuse", "--progress"]
+    first = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    said = b""
+    while not re.search(rb"reading: +[1-9]\d?%", said):  # a first piece is read, and there are more
+        said += first.stderr.read1()
+        assert first.poll() is None, said.decode()
+    first.send_signal(signal.SIGINT)
+    out, rest = first.communicate()
+    assert (first.returncode, out) == (130, b""), (said + rest).decode()
+    assert rest.decode().splitlines()[-1] == (
+        "ragkv: interrupted: what was read is kept, and the same command goes on from there"
+    )
+    second = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    before, now = (
+        int(re.search(r"to read: ([\d,]+) tokens", text)[1].replace(",", "")) for text in (said.decode(), second.stderr)
+    )
+    assert second.returncode == 0 and 200 < before - now < before
+    assert f" {now:,} tokens read in " in second.stdout
+
+
 def test_numbers_and_budgets(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ragkv.bundled.load", LOAD)
     sizes = {}
@@ -181,7 +216,7 @@ def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):
 def test_nothing_could_be_added(tmp_path, capsys):
     code, out, err = run(capsys, "add", tmp_path / "missing.txt", "--path", tmp_path / "kv")
     assert code == 1
-    assert out.startswith("documents: 1 skipped; 0 passages; 0 tokens read")
+    assert re.fullmatch(r"documents: 1 skipped; 0 passages; 0 tokens read in [\d.]+ s\n", out), "there are no KV"
     assert err.splitlines()[0] == f"skipped {tmp_path}/missing.txt: cannot be read: No such file or directory"
     code, _, err = run(capsys, "ask", "What?", "--path", tmp_path / "kv")
     assert (code, err.count("\n")) == (1, 1) and "no documents yet" in err
@@ -202,12 +237,16 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
     assert code == 0
     assert out.startswith("Read 36 documents, ") and "they are on disk now" in out
     assert out.count("full prefill ") == 3 + 2  # each question, and twice in the summary
-    assert " of 3 right (full prefill of the same passages: " in out
-    assert "Winwich, not among the passages)" in out and "because the answer was not retrieved: 1 of 1." in out
+    assert " 3 of 3 right (full prefill of the same passages: 3)" in out
     (folder,) = (tmp_path / "home").iterdir()
     assert err == f"documents, vectors and KV are in {folder}\n"
 
-    code, out, _ = run(capsys, "demo", "--questions", 3, "--json")
+    plain = ("--top-k", 5, "--neighbours", 1, "--no-hybrid", "--hops", 1)
+    code, out, _ = run(capsys, "demo", "--questions", 3, *plain)
+    assert code == 0 and " 2 of 3 right " in out
+    assert "Winwich, not among the passages)" in out and "because the answer was not retrieved: 1 of 1." in out
+
+    code, out, _ = run(capsys, "demo", "--questions", 3, "--json", *plain)
     found = json.loads(out)
     assert code == 0
     assert (found["read"]["documents"], found["read"]["tokens_read"]) == (36, 0)
@@ -228,12 +267,87 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
     assert code == 0 and out.startswith("Warm start: 36 documents found on disk, 0 tokens read.")
 
 
+def test_ask_finds_as_it_is_told(files, tmp_path, capsys):
+    with RAG.from_pretrained(path=tmp_path / "home" / "default") as rag:
+        rag.add_texts([bundled.documents()["kingstead.md"]], ["kingstead"], [{"kind": "town", "year": 1950}])
+    assert run(capsys, "add", files)[0] == 0
+
+    def asked(*options):
+        code, out, err = run(capsys, "ask", "What grows in Blackstead?", "--json", "--max-new-tokens", 1, *options)
+        assert code == 0, err
+        return {hit["source"].rpartition("/")[2] for hit in json.loads(out)["sources"]}, json.loads(out)["sources"]
+
+    assert asked("--top-k", 9)[0] == {"blackstead.md", "clearport.md", "kingstead"}
+    for where in (
+        "kind=town",
+        "year>=1950",
+        "year<1951",
+        "source!=*.md",
+        '{"year": [1, 1950]}',
+        "year=[1950]",
+        "source=king*",
+    ):
+        assert asked("--where", where)[0] == {"kingstead"}, where
+    assert asked("--where", f"source={files}")[0] == {"blackstead.md", "clearport.md"}
+    assert asked("--where", "source=*.md", "--where", f"source!={files}/clearport.md")[0] == {"blackstead.md"}
+    hits = asked("--hybrid", "--hops", 2, "--top-k", 1)[1]
+    assert "blackstead.md" in hits[0]["source"]
+    best = max(hit["score"] for hit in asked()[1])
+    assert [hit["score"] for hit in asked("--min-score", best)[1]] == [best]
+    assert 1 <= len(asked("--max-context-tokens", 150)[1]) < 5 < len(asked("--max-context-tokens", 5000)[1])
+
+    for options, message in (
+        (["--where", "kind=nothing"], "no passage was found"),
+        (["--where", "source=blackstad.md"], "no document is called 'blackstad.md': did you mean"),
+        (["--where", '{"year": {"$near": 3}}'], "'year' takes a value"),
+        (["--rerank", str(tmp_path / "nowhere")], "cannot be loaded"),
+    ):
+        code, out, err = run(capsys, "ask", "What grows?", *options)
+        assert (code, out, err.count("\n")) == (1, "", 1) and message in err
+
+
 def test_as_a_program(tmp_path):
     """The real thing in its own process: exit code, one line, no traceback."""
     argv = [sys.executable, "-m", "ragkv.cli", "ask", "What?", "--path", str(tmp_path / "nowhere")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ragkv: no documents in ") and done.stderr.count("\n") == 1
+
+
+def test_pages_headings_and_encodings(tmp_path, capsys):
+    text = "# Rivers\n\n## Clearport\n\nClearport lies on the river Taint, says Jürg.\n"
+    (tmp_path / "old.md").write_bytes(text.encode("cp850"))
+    (tmp_path / "slides.pptx").write_bytes(pptx(("Harbours", "Greywater lies on the lake."), ("Rivers", "Wye is dry.")))
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "add", tmp_path, "--encoding", "klingon")
+    assert "encoding must be one that Python knows, got 'klingon'; it knows ascii" in capsys.readouterr().err
+    assert run(capsys, "add", tmp_path / "old.md", tmp_path / "slides.pptx", "--encoding", "cp850")[0] == 0
+    synced = json.loads(run(capsys, "sync", tmp_path, "--encoding", "cp850", "--json")[1])
+    assert len(synced["unchanged"]) == 2 and synced["tokens"] == 0
+    _, out, _ = run(capsys, "ask", "On which river does Clearport lie?", "--max-new-tokens", 2)
+    assert f"{tmp_path}/old.md, Rivers > Clearport" in out and f"{tmp_path}/slides.pptx, page 1, Harbours" in out
+    _, out, _ = run(capsys, "ask", "On which river does Clearport lie?", "--max-new-tokens", 2, "--json")
+    sources = json.loads(out)["sources"]
+    assert {(source["page"], source["heading"]) for source in sources} == {
+        (None, "Rivers > Clearport"),
+        (1, "Harbours"),
+    }
+    assert any("says Jürg." in source["text"] for source in sources)
+
+
+def test_ctrl_c_while_files_are_converted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "parser").mkdir()
+    (tmp_path / "parser" / "pypdf.py").write_text(PARSER)
+    monkeypatch.syspath_prepend(tmp_path / "parser")
+    files = {name: tmp_path / f"{name}.pdf" for name in "abc"}
+    for name, file in files.items():
+        file.write_text("ctrl-c" if name == "b" else f"File {name}.")
+    code, _, err = run(capsys, "add", *files.values())
+    assert code == 130 and err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
+    assert len(list(tmp_path.rglob(".converted/*"))) == 1
+    files["b"].write_text("File b.")
+    code, out, _ = run(capsys, "add", *files.values())
+    assert code == 0 and out.startswith("documents: 3 added")
 
 
 def test_ask_ends_before_a_text(files, capsys):

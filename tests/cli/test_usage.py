@@ -1,5 +1,6 @@
 """What the command line takes, and what it says where it cannot go on. No model is loaded here."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import ragkv
 from ragkv import Progress
 from ragkv.cli import main, show
 from ragkv.cli.arguments import parser
-from ragkv.cli.reading import ReadingBar
+from ragkv.cli.reading import ReadingBar, reading
 from ragkv.errors import MethodError
 from ragkv.methods import CacheBlend, FullPrefill, LegoLink, Reuse
 from ragkv.methods.words import parse_method
@@ -45,6 +46,35 @@ def test_usage_errors_exit_with_2(argv, reason, capsys):
     assert stopped.value.code == 2
     assert reason in err
     assert out == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "usage"),
+    [
+        (["fly"], "ragkv [-h]"),
+        (["--fly"], "ragkv [-h]"),
+        (["add"], "ragkv add"),
+        (["ask", "what?", "--top-k", "0"], "ragkv ask"),
+        (["ask", "what?", "and"], "ragkv ask"),
+        (["add", "x", "--pinn"], "ragkv add"),
+        (["stats", "--model", "bundled"], "ragkv stats"),
+        (["eval", "--top-k", "3"], "ragkv eval"),
+        (["prune"], "ragkv prune"),
+        (["export", "x", "--all", "--kv-only"], "ragkv export"),
+    ],
+)
+def test_usage_errors_show_the_usage_of_their_command(argv, usage, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: {usage} ") and err.count("usage: ") == 1
+    assert err.splitlines()[-1].startswith(f"{usage.removesuffix(' [-h]')}: error: ")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert (stopped.value.code, *capsys.readouterr()) == (0, f"ragkv {ragkv.__version__}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +133,15 @@ def test_an_unexpected_failure_is_one_line(monkeypatch, capsys):
         main(["stats", "--debug"])
 
 
+def test_a_failure_tells_the_terminal_nothing(monkeypatch, capsys):
+    def broken(_):
+        raise ragkv.DocumentError("no document is called \x1b[31mred")
+
+    monkeypatch.setattr("ragkv.cli.stats.run", broken)
+    assert main(["stats"]) == 1
+    assert capsys.readouterr().err == "ragkv: no document is called ?[31mred\n"
+
+
 def test_interrupted(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
@@ -116,9 +155,10 @@ def test_help_loads_no_model_library():
     """In a fresh interpreter, with ragkv's own namespace bare: only the command line's modules are looked at."""
     root = Path(ragkv.__file__).parent
     code = (
-        "import sys, types; bare = types.ModuleType('ragkv'); bare.__path__ = [sys.argv[1]]; sys.modules['ragkv'] = bare\n"
+        "import sys, types; bare = types.ModuleType('ragkv'); bare.__path__ = [sys.argv[1]]\n"
+        "bare.__version__ = '1'; sys.modules['ragkv'] = bare\n"
         "from ragkv.cli import main\n"
-        "for argv in (['--help'], ['ask', '--help'], ['ask', '']):\n"
+        "for argv in (['--help'], ['--version'], ['ask', '--help'], ['ask', '']):\n"
         "    try: main(argv)\n"
         "    except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'faiss', 'lmdb', 'numpy'} & set(sys.modules)\n"
@@ -150,6 +190,8 @@ def test_numbers_for_people(tmp_path, monkeypatch, capsys):
     assert [show.milliseconds(value) for value in (0.04, 12.34, 1234.5)] == ["0.0 ms", "12.3 ms", "1.23 s"]
     assert [show.number(count, "file") for count in (0, 1, 1200)] == ["0 files", "1 file", "1,200 files"]
     monkeypatch.chdir(tmp_path)
+    odd = f"{tmp_path}/e\x1b[31mvil\n\udce9.md"
+    assert show.short(odd) == "e?[31mvil??.md", "nothing that a terminal obeys, or that cannot be printed"
     assert [show.short(name) for name in (f"{tmp_path}/a/b.md", "/b.md", "name")] == ["a/b.md", "/b.md", "name"]
     show.table([("name", "size"), ("a long one", "5")])
     assert capsys.readouterr().out == "name        size\na long one     5\n"
@@ -167,3 +209,44 @@ def test_what_is_read_again_is_named_up_to_a_number(capsys):
         *(f"reading {number}.md again: its KV are not in the store" for number in range(5)),
         "... and others",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "terminal", "shows"),
+    [
+        ([], True, "bar and lines"),
+        (["--json"], True, "bar and lines"),
+        ([], False, "lines"),
+        (["--json"], False, ""),
+        (["--progress"], False, "bar and lines"),
+        (["--progress", "--json"], False, "bar and lines"),
+        (["--no-progress"], True, ""),
+        (["--no-progress", "--json"], True, ""),
+        (["--no-progress"], False, ""),
+    ],
+)
+@pytest.mark.parametrize("command", [["add", "x"], ["sync", "x"], ["refresh"], ["ask", "what?"]])
+def test_when_progress_is_shown(command, options, terminal, shows, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with reading(parser().parse_args([*command, *options])) as bar:
+        bar(Progress("a.md", "new", 5, 10, 2048))
+    err = capsys.readouterr().err
+    assert ("to read: 10 tokens" in err, "reading:" in err) == ("lines" in shows, "bar" in shows)
+
+
+def test_the_bar_counts_documents_then_tokens_with_rate_and_time_left(monkeypatch, capsys):
+    times = iter(range(1000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(times)))
+    shown = ReadingBar(lines=False, bar=True)
+    for number in (1, 2, 3):
+        shown(Progress(f"{number}.pdf", "found", 0, 100, done_documents=number, documents=4))
+    drawn = capsys.readouterr().err.split("\r")
+    assert any(
+        re.search(r"looking:  75%.* 3/4 \[\d\d:\d\d<\d\d:\d\d, .*(documents/s|s/ documents), 3.pdf\]", line)
+        for line in drawn
+    )
+    for done in (0, 50, 100):
+        shown(Progress("1.pdf", "new", done, 100))
+    shown.close()
+    drawn = capsys.readouterr().err.split("\r")
+    assert any(map(re.compile(r"reading: 100%.* 100/100 \[\d\d:\d\d<00:00, .* ?tokens").search, drawn))

@@ -70,7 +70,7 @@ def test_an_unknown_option_is_answered_with_all_there_are(calls, model):
     assert not calls
 
 
-@pytest.mark.parametrize("name", [*PLACE, "trust_remote_code", "token", "cache_dir", "local_files_only", "config"])
+@pytest.mark.parametrize("name", [*PLACE, "trust_remote_code", "token", "cache_dir", "config"])
 def test_what_means_nothing_for_the_bundled_model(calls, name):
     assert name in OPTIONS
     with pytest.raises(ArgumentError, match=f"{name} cannot be given with the bundled model"):

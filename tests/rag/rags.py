@@ -38,13 +38,13 @@ def small_model(seed=0):
     return tiny_model(vocab_size=1792, seed=seed)
 
 
-def open_rag(path=None, model=None, embedder=None, template=TEMPLATE, **engine_options):
+def open_rag(path=None, model=None, embedder=None, template=TEMPLATE, tokenizer=TOKENIZER, **engine_options):
     retriever = Retriever.open(None if path is None else path / "documents", embedder or WordEmbedder())
     try:
         store = TieredStore(None if path is None else path / "kv", cpu_bytes=64 << 20, disk_bytes=1 << 30)
         engine_options = {"store": store, "method": Reuse(), **engine_options}
         return RAG(
-            Engine(model or small_model(), TOKENIZER, template=template, **engine_options),
+            Engine(model or small_model(), tokenizer, template=template, **engine_options),
             retriever,
             TokenChunker(TOKENIZER, 48),
         )

@@ -95,6 +95,23 @@ def test_a_warm_question_tokenises_nothing_but_itself(model, tmp_path, monkeypat
         assert said == [QUESTION] and answer.report.fusion.hits == {"disk": 5}
 
 
+def test_what_is_prefetched_for_a_question_came_from_disk(model, tmp_path, monkeypatch):
+    """However far the store is with it when the first piece is asked for; another question finds it in memory."""
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+    with open_rag(tmp_path, model) as rag:
+        want = rag.ask(QUESTION, max_new_tokens=1).report.fusion
+        assert want.hits == {"disk": 5} and want.bytes_read > 0
+    with open_rag(tmp_path, model) as rag:
+        prefetch = rag.engine.store.prefetch
+        monkeypatch.setattr(rag.engine.store, "prefetch", lambda *args: prefetch(*args).result(30))
+        for source, size in (("disk", want.bytes_read), ("cpu", 0)):
+            _, pieces = rag.stream(QUESTION, max_new_tokens=1)
+            list(pieces)
+            report = pieces.report.fusion
+            assert (report.hits, report.sources, report.bytes_read) == ({source: 5}, [source] * 5, size)
+
+
 def test_text_that_did_not_change_is_not_cut_again(model, tmp_path):
     """Another model's tokens would cut it elsewhere: passages and vectors stay, for all models."""
     with open_rag(tmp_path, model) as rag:

@@ -1,5 +1,6 @@
 """A folder cut for a model of many positions, opened with one of few: what is too long for it is left out and named."""
 
+import asyncio
 import logging
 
 import pytest
@@ -42,13 +43,21 @@ def test_they_are_left_out_and_named(folder, model, caplog):
         assert [(hit.source, hit.position) for hit in answer.left_out] == [(hit.source, hit.position) for hit in long]
         assert [(hit.source, hit.position) for hit in answer.sources] == [(hit.source, hit.position) for hit in few]
         assert len(answer.report.fusion.sources) == len(few)
-        (warning,) = [record.getMessage() for record in caplog.records if record.name == "ragkv.rag"]
+        (warning,) = [record.getMessage() for record in caplog.records if record.name == "ragkv.finding"]
         for hit in long:
             assert f"passage {hit.position + 1} of long (" in warning
         want = rag.engine.generate(rag.chunks(few), "harbour", max_new_tokens=2)
         assert answer.token_ids == want.token_ids
         hits, pieces = rag.stream("harbour", top_k=top_k, max_new_tokens=2)
         assert len(hits) == len(few) and "".join(pieces) == answer.text
+        assert (pieces.sources, pieces.left_out) == (hits, answer.left_out)
+
+        async def streamed():
+            pieces = rag.astream("harbour", top_k=top_k, max_new_tokens=2)
+            assert (pieces.sources, pieces.left_out) == ([], [])
+            return "".join([piece async for piece in pieces]), pieces.sources, pieces.left_out
+
+        assert asyncio.run(streamed()) == (answer.text, answer.sources, answer.left_out)
 
 
 def test_nothing_is_left(folder, model):

@@ -31,6 +31,16 @@ def opened(model=None, path=None, **options):
     return RAG.from_pretrained(model, path=path, embedder=WordEmbedder(), device="cpu", cpu_bytes=1 << 26, **options)
 
 
+def test_an_embedder_of_local_files_beside_the_bundled_model(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "ragkv.model.loading.SentenceTransformerEmbedder",
+        lambda name, local_files_only: made.append((name, local_files_only)) or WordEmbedder(),
+    )
+    with RAG.from_pretrained(embedder="mine/words", local_files_only=True, cpu_bytes=1 << 26) as rag:
+        assert made == [("mine/words", True)] and rag.add_texts([TEXT]).tokens_read > 0
+
+
 def test_every_option_arrives(repository):
     options = {"context": "chunk", "document_tokens": 200, "piece_tokens": 64, "namespace": "mine", "sensitivity": True}
     more = {"kernels": "reference", "method": LegoLink(k=2), "template": TEMPLATE, "chunk_tokens": 30}
@@ -118,6 +128,23 @@ def test_another_model_has_its_own_place():
     assert with_kept({}, {"from a newer version": 1, "namespace": "x"}) == {"namespace": "x"}
 
 
+@pytest.mark.parametrize("sensitivity", [False, True])
+def test_who_stops_at_a_step_has_what_it_says_was_read(sensitivity):
+    with opened("bundled", sensitivity=sensitivity, piece_tokens=100) as rag:
+        steps = []
+
+        def stop(progress):
+            steps.append(progress)
+            if progress.reason == "new" and progress.done_tokens:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            rag.add_texts([TEXT], [NAME], progress=stop)
+        last = steps[-1]
+        assert 0 < last.done_tokens < last.tokens
+        assert rag.add_texts([TEXT], [NAME]).tokens_read == last.tokens - last.done_tokens
+
+
 def test_it_is_kept_before_reading_which_may_be_cut_short(repository, tmp_path):
     def stop(step):
         if step.done_tokens:
@@ -136,6 +163,7 @@ def test_what_is_kept_is_json_and_runs_nothing():
     given = {"template": template, "trust_remote_code": True, "token": "secret", "cache_dir": "/c", "method": Own()}
     kept = to_keep({**given, "embedder": WordEmbedder(), "tokenizer": TOKENIZER, "dtype": torch.bfloat16, "system": ""})
     parts = {"anchor": None, "after_chunk": "", "before_question": "", "after_question": "", "stop": ["\n\n"]}
+    parts |= {"after_answer": "", "chat": None}
     assert kept == {"template": {"prefix": [1, 2], "before_chunk": [3], **parts}, "dtype": "bfloat16", "system": ""}
     assert with_kept({}, kept)["template"].prefix == [1, 2]
     assert "template" not in with_kept({"model": "another"}, kept)

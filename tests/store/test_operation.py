@@ -18,7 +18,10 @@ def test_prefetched_chunks_are_read_from_memory(folder, kv, key, same):
             store.put(key(number), kv(number, tokens=300))
     with TieredStore(folder) as store:
         before = store._disk.row(key(0)).usage.frequency
-        assert store.prefetch([key(0), key(1), key(9), key(0)]).result(30) == 2 * kv(0, tokens=300).nbytes
+        moved, size = {}, kv(0, tokens=300).nbytes
+        assert store.prefetch([key(0), key(1), key(9), key(0)], moved).result(30) == 2 * size
+        assert moved == {key(0): ("disk", size), key(1): ("disk", size)}
+        assert store.prefetch([key(0)], moved).result(30) == 0 and len(moved) == 2
         with store.read([key(0), key(1), key(2)]) as batch:
             assert batch.tiers == ["cpu", "cpu", "disk"]
             assert torch.equal(batch.layer(1, 2)[0], kv(1, tokens=300).keys[2])

@@ -16,6 +16,7 @@ import ragkv
 ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.ArgumentError,
     ragkv.ArgumentTypeError,
+    ragkv.ConversationError,
     ragkv.DocumentError,
     ragkv.IncompatibleFolderError,
     ragkv.MethodError,
@@ -118,6 +119,13 @@ async def rag() -> None:
         hits, stream = opened.stream("a question?")
         assert_type(hits[0].score, float)
         assert_type(next(stream), str)
+
+        retrieval = ragkv.Retrieval(top_k=5, hybrid=True, where={"year": 2026})
+        assert_type(retrieval.hops, int)
+        assert_type(opened.retrieve("a question?", hybrid=True)[0].text, str)
+        session = opened.session()
+        assert_type(session.ask("a question?").text, str)
+        assert_type(session.messages, list[dict[str, str]])
 
         assert_type((await opened.aask("a question?")).text, str)
         async for piece in opened.astream("a question?"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ragkv.cli import show
 from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
 
@@ -34,7 +35,7 @@ def test_docs(run, folder, key, tmp_path):
         store.pin(key(0))
         sizes = store.sizes([key(number) for number in (0, 1, 3)])
     code, out, err = run("docs")
-    assert code == 0 and err.startswith("Found 2 documents, ") and err.endswith(" of KV on disk.\n")
+    assert code == 0 and err.startswith("Found 2 documents, ") and " of KV on disk." in err
     head, first, second = (line.split() for line in out.splitlines())
     assert head == ["document", "passages", "tokens", "KV", "on", "disk"]
     assert (
@@ -50,7 +51,25 @@ def test_docs(run, folder, key, tmp_path):
         "kv_bytes": sizes,
         "pinned": True,
         "metadata": {},
+        "namespace": "",
     }
+
+
+def test_what_documents_share_is_counted_once_in_the_whole(run, left, folder, key):
+    """a.md and b.md share a passage; entries 4 and 9 belong to no document, and only stats count them."""
+    with TieredStore(folder / "kv", cpu_bytes=0) as store:
+        shared, whole = store.sizes([key(3)])["disk"], store.sizes(map(key, range(4)))["disk"]
+        orphans = store.sizes([key(4), key(9)])["disk"]
+    said = json.loads(run("docs", "--json")[1])
+    assert sum(document["kv_bytes"]["disk"] for document in said["documents"]) == whole + shared
+    assert said["kv_bytes"] == {"disk": whole}
+    assert json.loads(run("stats", "--json")[1])["store"]["tiers"]["disk"]["bytes"] == whole + orphans
+    assert run("docs")[2] == (
+        f"Found 2 documents, {show.size(whole)} of KV on disk. What several documents share counts for each of them above: "
+        f"{show.size(shared)} more.\n"
+    )
+    run("forget", "b.md", "--yes")
+    assert run("docs")[2].endswith(" of KV on disk.\n")
 
 
 def test_docs_without_kv_or_documents(run, tmp_path):

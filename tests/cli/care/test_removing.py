@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ragkv.retrieval import Catalogue
+from ragkv.retrieval import Catalogue, Reading
 from ragkv.store import TieredStore
 
 
@@ -126,3 +126,26 @@ def test_forget_without_kv(run, folder, tmp_path):
     code, out, _ = run("forget", "x", "--yes", "--path", tmp_path / "bare")
     assert code == 0 and out.splitlines()[-1] == "removed 1 document, 0 entries, 0 B"
     assert not (tmp_path / "bare" / "kv").exists()
+
+
+def test_forget_is_of_one_namespace(run, left, folder, tmp_path, key, kv):
+    """The same name in another one, and its KV, stay; the folder's own is meant where none is named."""
+    with Catalogue(folder / "documents") as catalogue, TieredStore(folder / "kv", cpu_bytes=0) as store:
+        reading = Reading("cd" * 32, [key(8)], b"")
+        vectors = lambda many: torch.ones(len(many), 4).numpy()  # noqa: E731
+        catalogue.put(str(tmp_path / "a.md"), ["of ada"], vectors, reading=reading, namespace="ada")
+        store.put(key(8), kv(8), space="model", cost_s=0.1, label="a document")
+    code, out, _ = run("docs")
+    assert code == 0 and "namespace" in out and out.count("a.md") == 2 and " ada " in out
+    listed = json.loads(run("docs", "--json")[1])["documents"]
+    assert [item["namespace"] for item in listed] == ["", "ada", ""]
+    assert run("forget", "b.md", "--namespace", "ada", "--yes")[0] == 1
+    assert run("forget", "a.md", "--yes")[0] == 0
+    with Catalogue(folder / "documents") as catalogue:
+        assert [(each.namespace, catalogue.texts(each.source, each.namespace)[0]) for each in catalogue] == [
+            ("ada", "of ada"),
+            ("", "beta one"),
+        ]
+    assert left() == [2, 3, 4, 8, 9], "3 is shared with b.md"
+    assert run("forget", "a.md", "--namespace", "ada", "--yes")[0] == 0
+    assert left() == [2, 3, 4, 9]

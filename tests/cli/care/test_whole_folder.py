@@ -104,7 +104,8 @@ def test_export_and_import_kv_alone(run, left, tmp_path, key):
     code, out, _ = run("import", "kv.tar", "--json")
     assert code == 0 and json.loads(out)["records"] == 3
     assert left() == [0, 1, 2, 3, 4, 9]
-    assert run("import", "kv.tar", "--kv-only")[1].startswith("0 records taken in"), "what is there stays"
+    out = run("import", "kv.tar", "--kv-only")[1]
+    assert out.startswith("0 records taken in") and out.endswith("already there: 3 records\n"), "what is there stays"
     assert run("import", "kv.tar", "--path", "elsewhere")[1].startswith("0 documents, 3 records taken in")
     with TieredStore(tmp_path / "elsewhere" / "kv", cpu_bytes=0) as store:
         assert store.get(key(0)) is not None and not store.contains(key(2))
@@ -135,9 +136,69 @@ def test_export_and_import_a_folder(run, left, tmp_path, folder):
     assert (code, err, said["documents"], said["kept"]) == (0, "", 0, [str(tmp_path / "a.md")])
     code, out, err = run("import", "some.tar")
     assert err.startswith("kept a.md: another version of it is here, --replace")
-    assert run("import", "some.tar", "--replace")[1:] == (out.replace("0 documents", "1 document"), "")
+    assert out.startswith("0 documents, 0 records taken in from some.tar, ") and out.endswith(
+        "already there: 1 record\n"
+    )
+    code, out, err = run("import", "some.tar", "--replace")
+    assert (code, err) == (0, "") and out.startswith("1 document, 0 records taken in")
+    code, out, _ = run("import", "some.tar")
+    assert code == 0 and out.startswith("0 documents, 0 records taken in from some.tar, ")
+    assert out.endswith("; already there: 1 document, 3 records\n")
+    said = json.loads(run("import", "some.tar", "--json")[1])
+    assert [said[name] for name in ("documents", "documents_there", "records", "records_there")] == [0, 1, 0, 3]
     with pytest.raises(SystemExit):
         run("import", "some.tar", "--all", "--kv-only")
+
+
+@pytest.mark.parametrize("more", [[], ["--kv-only"], ["--json", "--force"]])
+def test_an_export_of_nothing_writes_nothing(run, tmp_path, more):
+    (tmp_path / "all.tar").write_text("what was there")
+    code, out, err = run("export", "all.tar", "-f", "document=c.md", *more)
+    assert (code, out, err.count("\n")) == (1, "", 1) and ("holds for no entry" in err or "--force" in err)
+    assert (tmp_path / "all.tar").read_text() == "what was there"
+    code, out, err = run("export", "none.tar", "-f", "document=c.md", *more)
+    assert (code, out) == (1, "") and err == (
+        "ragkv: --filter holds for no entry, and none.tar was not written: 'ragkv ls' lists them, and takes it too\n"
+    )
+    with Catalogue(tmp_path / "bare" / "documents"):
+        pass
+    code, out, err = run("export", "none.tar", "--path", "bare")
+    assert (code, out, err) == (1, "", "ragkv: there is nothing to export; none.tar was not written\n")
+    assert not (tmp_path / "none.tar").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--filter", "size>0"]])
+def test_export_passes_over_what_is_damaged(run, folder, key, spoil, tmp_path, more):
+    with Catalogue(folder / "documents") as catalogue:
+        document, _ = catalogue.documents()
+        with catalogue._environment.transaction(write=True) as txn:
+            name = bytes.fromhex(document.id)
+            txn.put("documents", name, txn.get("documents", name)[:-3] + b"???")
+    spoil(2)
+    code, out, err = run("export", "all.tar", *more)
+    assert code == 1 and out.startswith("1 document, 5 records written to all.tar, ")
+    assert err.endswith("ragkv: 2 damaged and not in the file: 'ragkv verify' says more\n")
+    code, out, _ = run("export", "again.tar", *more, "--json")
+    assert code == 1 and json.loads(out)["damaged"] == [f"document {document.id}", key(2).hex()]
+    assert run("import", "all.tar", "--path", "elsewhere")[0] == 0
+    with Catalogue(tmp_path / "elsewhere" / "documents") as catalogue:
+        assert [document.source for document in catalogue] == [str(tmp_path / "b.md")]
+
+
+@pytest.mark.parametrize("more", [[], ["--kv-only"]])
+def test_import_says_what_a_file_is_that_is_none_of_ours(run, tmp_path, more):
+    run("export", "all.tar")
+    whole = (tmp_path / "all.tar").read_bytes()
+    (tmp_path / "notes.txt").write_text("Dear all,\nwe meet on Monday.")
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    for name, said in {
+        "notes.txt": "notes.txt is no archive that 'ragkv export' wrote: it is a text that begins with 'Dear all,",
+        "cut.tar": "cut.tar was cut short; taken in: ",
+        "home": "home is a folder, no file",
+        "missing.tar": "there is no file missing.tar",
+    }.items():
+        code, out, err = run("import", name, "--path", "elsewhere", *more)
+        assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith(f"ragkv: {said}")
 
 
 def test_a_folder_of_kv_alone(run, tmp_path, key, kv):

@@ -1,0 +1,170 @@
+"""Answers over Haystack's documents from stored KV."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.dataclasses import ComponentInfo, StreamingCallbackT, StreamingChunk, select_streaming_callback
+from haystack.utils import deserialize_callable, serialize_callable
+
+from ragkv.adapters.haystack.documents import passage_of
+from ragkv.adapters.haystack.folder import Folder
+from ragkv.adapters.parts import model_name, usage
+from ragkv.adapters.passages import HandedOver, engine_of, hand_over
+from ragkv.engine import Engine
+from ragkv.rag import RAG
+from ragkv.report import AnswerReport
+from ragkv.streaming import AsyncAnswerStream, Threads, in_thread, stoppable
+
+logger = logging.getLogger(__name__)
+
+
+@component
+class RagKVGenerator:
+    """Answers a question over documents, as a Haystack component: they stay apart, each placed from its KV.
+
+    Documents of a :class:`RagKVRetriever` have theirs, in the context of the document that they are of. The text of any other is
+    read on the way, and kept in the store. What has no text, or is too long for the model, is left out with a warning.
+    """
+
+    def __init__(
+        self,
+        rag: RAG | Engine | str | os.PathLike[str],
+        generation_kwargs: dict[str, Any] | None = None,
+        streaming_callback: StreamingCallbackT | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        """Nothing is loaded yet.
+
+        Args:
+            rag: path of a folder, opened by :meth:`warm_up` or the first call, once for all components of the process; or a RAG or
+                an engine, with a tokenizer.
+            generation_kwargs: what ``model.generate`` takes, and ``method`` and ``stop``.
+            streaming_callback: called with each piece of the answer.
+            options: of :meth:`ragkv.RAG.from_pretrained`, for a path.
+        """
+        self.generation_kwargs, self.streaming_callback = generation_kwargs or {}, streaming_callback
+        self._folder, self._threads = Folder(rag, options), Threads()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a pipeline's file holds it.
+
+        Raises:
+            ArgumentError: it was given an object and not a path.
+        """
+        callback = self.streaming_callback and serialize_callable(self.streaming_callback)
+        more = {"generation_kwargs": self.generation_kwargs, "streaming_callback": callback}
+        return default_to_dict(self, **self._folder.to_dict(), **more)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RagKVGenerator:
+        """The component of :meth:`to_dict`."""
+        given = dict(data.get("init_parameters", {}))
+        if given.get("streaming_callback"):
+            given["streaming_callback"] = deserialize_callable(given["streaming_callback"])
+        return default_from_dict(cls, {**data, "init_parameters": given})
+
+    def warm_up(self) -> None:
+        """Open the folder and load its model, if that is not done yet."""
+        self._folder.open()
+
+    async def warm_up_async(self) -> None:
+        """:meth:`warm_up` in an event loop, which goes on meanwhile."""
+        await asyncio.to_thread(self.warm_up)
+
+    def close(self) -> None:
+        """Close the folder, when no other component needs it."""
+        self._folder.close()
+
+    @component.output_types(replies=list[str], meta=list[dict[str, Any]], documents=list[Document])
+    def run(
+        self,
+        query: str,
+        documents: list[Document],
+        generation_kwargs: dict[str, Any] | None = None,
+        streaming_callback: StreamingCallbackT | None = None,
+    ) -> dict[str, Any]:
+        """Answer a question.
+
+        Args:
+            query: not blank.
+            documents: in the order of the prompt. Where there are none, there is no reply, and a warning.
+            generation_kwargs: besides the component's, and before them.
+            streaming_callback: instead of the component's.
+
+        Returns:
+            ``replies``: the answer; ``meta``: its ``model``, ``usage``, ``report`` and what was ``left_out``, the reason by the
+            document's id; ``documents``: those that the model was given.
+
+        Raises:
+            PromptError: none of the documents can be given to the model; and as :meth:`ragkv.Engine.generate`.
+        """
+        callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=False)
+        if not documents:
+            return _nothing()
+        engine, options = engine_of(self._folder.open()), {**self.generation_kwargs, **(generation_kwargs or {})}
+        handed = hand_over(engine, map(passage_of, documents))
+        if callback is None:
+            answer = engine.generate(handed.chunks, query, **options)
+            return _said(engine, answer.text, answer.report, documents, handed)
+        text, stream = "", engine.stream(handed.chunks, query, **options)
+        for piece in stream:
+            callback(self._piece(piece, start=not text))
+            text += piece
+        return _said(engine, text, stream.report, documents, handed)
+
+    @component.output_types(replies=list[str], meta=list[dict[str, Any]], documents=list[Document])
+    async def run_async(
+        self,
+        query: str,
+        documents: list[Document],
+        generation_kwargs: dict[str, Any] | None = None,
+        streaming_callback: StreamingCallbackT | None = None,
+    ) -> dict[str, Any]:
+        """:meth:`run` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
+        callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=True)
+        if not documents:
+            return _nothing()
+        opened = await asyncio.to_thread(self._folder.open)
+        engine, options = engine_of(opened), {**self.generation_kwargs, **(generation_kwargs or {})}
+        pool = (opened.threads if isinstance(opened, RAG) else self._threads).pool()
+        handed = await in_thread(pool, lambda: hand_over(engine, map(passage_of, documents)))
+        if callback is None:
+            answer = await stoppable(pool, partial(engine.generate, handed.chunks, query), **options)
+            return _said(engine, answer.text, answer.report, documents, handed)
+        start = partial(engine.stream, handed.chunks, query)
+        text, stream = "", AsyncAnswerStream(lambda **more: ([], start(**more)), pool, **options)
+        async with aclosing(stream):
+            async for piece in stream:
+                waited: Any = callback(self._piece(piece, start=not text))
+                if inspect.isawaitable(waited):
+                    await waited
+                text += piece
+        return _said(engine, text, stream.report, documents, handed)
+
+    def _piece(self, text: str, start: bool) -> StreamingChunk:
+        return StreamingChunk(content=text, index=0, start=start, component_info=ComponentInfo.from_component(self))
+
+
+def _nothing() -> dict[str, Any]:
+    logger.warning("nothing is answered: there are no documents")
+    return {"replies": [], "meta": [], "documents": []}
+
+
+def _said(
+    engine: Engine, text: str, report: AnswerReport | None, documents: list[Document], handed: HandedOver
+) -> dict[str, Any]:
+    meta = {
+        "model": model_name(engine),
+        "usage": usage(report),
+        "report": report and report.as_dict(),
+        "left_out": {documents[number].id: reason for number, reason in handed.left_out.items()},
+    }
+    return {"replies": [text], "meta": [meta], "documents": [documents[number] for number in handed.numbers]}

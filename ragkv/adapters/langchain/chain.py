@@ -1,0 +1,113 @@
+"""The chain: a question in; the documents that were found, and the answer over their stored KV, out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, closing
+from functools import partial
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableGenerator
+from langchain_core.runnables.utils import AddableDict
+
+from ragkv.adapters.langchain.documents import passages_of
+from ragkv.adapters.passages import HandedOver, engine_of, hand_over
+from ragkv.engine import Engine
+from ragkv.errors import ArgumentTypeError, instance, no_question
+from ragkv.rag import RAG
+from ragkv.report import AnswerReport
+from ragkv.streaming import AsyncAnswerStream, Threads, in_thread
+
+
+def create_ragkv_chain(
+    retriever: Runnable[str, list[Document]], rag: RAG | Engine, **generation: Any
+) -> Runnable[str | dict[str, Any], dict[str, Any]]:
+    """A chain that answers a question over what a retriever finds; documents reach the model as documents.
+
+    It takes a question, or a dict with one under ``"question"``, and gives a dict: ``"question"``; ``"context"``, the documents
+    that the model was given, in the order of the prompt; ``"answer"``; and ``"report"``, what it cost
+    (:meth:`ragkv.report.AnswerReport.as_dict`). ``stream()`` gives the parts as they come, the answer piece by piece. Whoever
+    stops listening stops the model.
+
+    Documents of :class:`RagKVRetriever` and :class:`RagKVVectorStore` over the same folder are its stored chunks. Those of any
+    other retriever are read on the way, each alone, and kept in the store: the next question finds them. One without text, or
+    too long for the model, is left out with a warning.
+
+    Args:
+        retriever: any retriever of LangChain, or a runnable that gives documents for a question.
+        rag: what answers. Whoever made it closes it.
+        **generation: what :meth:`ragkv.Engine.stream` takes: ``method``, ``stop``, ``max_new_tokens``, ... A call's own arguments
+            override them: ``chain.invoke(question, max_new_tokens=8)``.
+
+    Raises:
+        ArgumentTypeError: ``retriever`` is no runnable, or ``rag`` neither of the two. When it runs: the question is no text, or
+            the retriever gives no list.
+        PromptError: when it runs: none of the documents can be given to the model; and as :meth:`ragkv.Engine.stream`.
+    """
+    instance("retriever", retriever, Runnable, "a retriever of LangChain, or a runnable that gives documents")
+    steps: Any = _Steps(retriever, engine_of(rag), rag.threads if isinstance(rag, RAG) else Threads(), generation)
+    return RunnableGenerator(steps.answer, steps.aanswer, name="ragkv_chain")
+
+
+class _Steps:
+    """From the question to the parts of the result, in turn."""
+
+    def __init__(
+        self, retriever: Runnable[str, list[Document]], engine: Engine, threads: Threads, generation: dict[str, Any]
+    ):
+        self._retriever, self._engine, self._threads, self._generation = retriever, engine, threads, generation
+
+    def answer(
+        self, inputs: Iterator[str | dict[str, Any]], config: RunnableConfig, **generation: Any
+    ) -> Iterator[AddableDict]:
+        """See :func:`create_ragkv_chain`."""
+        for question in map(_question, inputs):
+            yield AddableDict(question=question)
+            documents, options = self._retriever.invoke(question, config), {**self._generation, **generation}
+            handed = self._handed(documents, options)
+            yield AddableDict(context=_given(documents, handed))
+            with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
+                for piece in pieces:
+                    yield AddableDict(answer=piece)
+            yield _end(pieces.report)
+
+    async def aanswer(
+        self, inputs: AsyncIterator[str | dict[str, Any]], config: RunnableConfig, **generation: Any
+    ) -> AsyncIterator[AddableDict]:
+        """See :func:`create_ragkv_chain`."""
+        async for given in inputs:
+            question = _question(given)
+            yield AddableDict(question=question)
+            documents = await self._retriever.ainvoke(question, config)
+            pool, options = self._threads.pool(), {**self._generation, **generation}
+            handed = await in_thread(pool, partial(self._handed, documents, options))
+            yield AddableDict(context=_given(documents, handed))
+            async with aclosing(AsyncAnswerStream(partial(self._start, handed, question), pool, **options)) as pieces:
+                async for piece in pieces:
+                    yield AddableDict(answer=piece)
+            yield _end(pieces.report)
+
+    def _handed(self, documents: Any, options: Mapping[str, Any]) -> HandedOver:
+        where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
+        return hand_over(self._engine, passages_of(documents), where)
+
+    def _start(self, handed: HandedOver, question: str, **generation: Any) -> Any:
+        return [], self._engine.stream(handed.chunks, question, **generation)
+
+
+def _question(given: Any) -> str:
+    question = given.get("question") if isinstance(given, Mapping) else given
+    if not isinstance(question, str) or not question.strip():
+        raise ArgumentTypeError(f"give a question, or a dict with one under 'question': {no_question(question)}")
+    return question
+
+
+def _given(documents: list[Document], handed: HandedOver) -> list[Document]:
+    """The documents that the model is given."""
+    return [documents[number] for number in handed.numbers]
+
+
+def _end(report: AnswerReport | None) -> AddableDict:
+    """The last part; the answer's text is empty, so that there is one where the model said nothing."""
+    return AddableDict(answer="", report=None if report is None else report.as_dict())

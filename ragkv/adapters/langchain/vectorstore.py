@@ -1,0 +1,235 @@
+"""The vector store: documents of LangChain in a ragkv folder, their KV made when they are added."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores.utils import maximal_marginal_relevance
+
+from ragkv.adapters.langchain.documents import ADDED, document_of, remember
+from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
+from ragkv.adapters.parts import document, listed, search
+from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
+from ragkv.rag import RAG
+from ragkv.retrieval import Hit, TokenChunker
+
+#: Metadata that a document must have, or a function that says whether it is wanted.
+Filter = Mapping[str, Any] | Callable[[Document], bool]
+
+
+class RagKVVectorStore(VectorStore):
+    """LangChain's documents in a folder of ragkv.
+
+    A document is one passage, as it was split, and is read alone. Passages of files and texts that were added to the folder
+    otherwise are found too, each in the context of its document, with ids as those of :class:`RagKVRetriever`.
+
+    Args:
+        rag: where documents go; whoever made it closes it.
+    """
+
+    def __init__(self, rag: RAG) -> None:
+        instance("rag", rag, RAG, "a ragkv.RAG")
+        self.rag = rag
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The folder's embedder."""
+        return RagKVEmbeddings(self.rag.retriever.embedder)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        embedding: Embeddings | None = None,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        rag: RAG | None = None,
+        **options: Any,
+    ) -> RagKVVectorStore:
+        """A vector store with texts.
+
+        Args:
+            texts: as for :meth:`add_texts`.
+            embedding: turns them into vectors; by default the folder's own embedder, or the offline one.
+            metadatas: as for :meth:`add_texts`.
+            ids: as for :meth:`add_texts`.
+            rag: where they go; without it one is made, to be closed as ``store.rag.close()``.
+            **options: of :meth:`ragkv.RAG.from_pretrained`, ``path`` and ``model`` say.
+
+        Raises:
+            ArgumentError: ``rag`` has an embedder of its own, and another is given, or options.
+            DocumentError: as :meth:`add_texts`.
+        """
+        embedder = embedder_of(embedding)
+        if rag is None:
+            made = RAG.from_pretrained(embedder=embedder, **options)
+            try:
+                store = cls(made)
+                store.add_texts(texts, metadatas, ids=ids)
+            except BaseException:
+                made.close()
+                raise
+            return store
+        if options or (embedder is not None and embedder.fingerprint != rag.retriever.embedder.fingerprint):
+            said = f"with the embedder {rag.retriever.embedder.name!r}"
+            raise ArgumentError(f"rag is there already, {said}: leave out embedding and {sorted(options) or 'options'}")
+        store = cls(rag)
+        store.add_texts(texts, metadatas, ids=ids)
+        return store
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Add texts, and let the model read them; one of a known id replaces it.
+
+        Args:
+            texts: a passage each.
+            metadatas: anything that JSON can hold, for each.
+            ids: of each; where there is none, a new one.
+            batch_size: what LangChain's indexing says; all are added together.
+            **options: none.
+
+        Returns:
+            The ids.
+
+        Raises:
+            DocumentError: a text is blank, metadata are nothing that JSON can hold, an id is given to two texts: nothing was added.
+            PromptTooLongError: a text is longer than the model reads at once: nothing was added.
+            StoreFullError: as for :meth:`ragkv.RAG.add_texts`.
+        """
+        _no_more(options)
+        given = list(texts)
+        names = [str(uuid.uuid4()) if name is None else name for name in ([None] * len(given) if ids is None else ids)]
+        extras = [{}] * len(given) if metadatas is None else list(metadatas)
+        if not len(given) == len(names) == len(extras):
+            raise DocumentError(f"got {len(given)} texts, {len(names)} ids and {len(extras)} metadatas: one each")
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise DocumentError(f"an id must be a str that is not empty, got {name!r:.80}")
+        distinct: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, text, extra in zip(names, given, extras, strict=True):
+            if distinct.setdefault(name, (text, extra)) != (text, extra):
+                raise DocumentError(f"two documents have the id {name!r}: nothing was added")
+        if distinct:
+            documents, metadata = zip(*distinct.values(), strict=True)
+            whole = _Whole(self.rag.engine.tokenizer)
+            self.rag.add_texts(documents, [f"{ADDED}{name}" for name in distinct], metadata, chunker=whole)
+        return names
+
+    def delete(self, ids: Sequence[str] | None = None, **options: Any) -> bool:
+        """Remove documents, and the KV that no other one needs. Ids that are not there are fine.
+
+        Args:
+            ids: which; ``None``: all that were added here.
+            **options: none.
+        """
+        _no_more(options)
+        if ids is None:
+            names = [made.source for made in listed(self.rag) if made.source.startswith(ADDED)]
+        else:
+            names = [f"{ADDED}{name}" for name in ids]
+        for name in names:
+            if document(self.rag, name) is not None:
+                with suppress(DocumentError):  # somebody else has removed it
+                    self.rag.remove(name)
+        return True
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        """The documents of ids that are there, each once, in the order of the ids."""
+        with self.rag.retriever.catalogue.snapshot() as view:
+            found = {name: view.get(f"{ADDED}{name}", self.rag.engine.documents.namespace) for name in ids}
+            return [
+                Document(id=name, page_content=view.texts(made)[0], metadata=made.metadata)
+                for name, made in found.items()
+                if made is not None
+            ]
+
+    def similarity_search(self, query: str, k: int = 4, filter: Filter | None = None, **options: Any) -> list[Document]:
+        """The documents nearest to a text, best first.
+
+        Args:
+            query: not blank.
+            k: how many.
+            filter: metadata that a document must have, or a function that is given the document and says whether it is wanted.
+            **options: none.
+        """
+        _no_more(options)
+        return [found for found, _ in self.similarity_search_with_score(query, k, filter)]
+
+    def similarity_search_with_score(
+        self, query: str, k: int = 4, filter: Filter | None = None, **options: Any
+    ) -> list[tuple[Document, float]]:
+        """The documents nearest to a text with the inner product of their vectors: the cosine, where those are of length one."""
+        _no_more(options)
+        return [(_as_added(hit), hit.score) for hit in self._nearest(query, k, filter)]
+
+    def max_marginal_relevance_search(
+        self,
+        query: str,
+        k: int = 4,
+        fetch_k: int = 20,
+        lambda_mult: float = 0.5,
+        filter: Filter | None = None,
+        **options: Any,
+    ) -> list[Document]:
+        """Of the ``fetch_k`` documents nearest to a text, ``k`` that differ among each other (maximal marginal relevance)."""
+        _no_more(options)
+        hits = self._nearest(query, fetch_k, filter)
+        with self.rag.retriever.catalogue.snapshot() as view:
+            vectors = list(view.vectors(hit.passage_id for hit in hits))
+        asked = self.rag.retriever.embedder.encode_query(query)
+        chosen = maximal_marginal_relevance(asked, vectors, lambda_mult, k) if hits else []
+        return [_as_added(hits[number]) for number in chosen]
+
+    def _select_relevance_score_fn(self) -> Callable[[float], float]:
+        return lambda cosine: min(1.0, max(0.0, cosine))
+
+    def _nearest(self, query: str, k: int, wanted: Filter | None) -> list[Hit]:
+        """The nearest passages that are wanted."""
+        kept = search(self.rag, query, k, None if wanted is None else partial(_wanted, wanted=wanted))
+        remember(self.rag, kept)
+        return kept
+
+
+class _Whole(TokenChunker):
+    """A text is one passage, as it is."""
+
+    @property
+    def settings(self) -> str:
+        return "whole"
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        return [(0, len(text))]
+
+
+def _as_added(hit: Hit) -> Document:
+    """A document as it was added; a passage of a file or text that was added otherwise as the retriever gives it."""
+    if hit.source.startswith(ADDED):
+        return Document(id=hit.source.removeprefix(ADDED), page_content=hit.text, metadata=hit.metadata)
+    return document_of(hit)
+
+
+def _no_more(options: Mapping[str, Any]) -> None:
+    if options:
+        raise UnknownArgumentError(f"the vector store does not take {', '.join(sorted(options))}")
+
+
+def _wanted(hit: Hit, wanted: Filter) -> bool:
+    found = _as_added(hit)
+    if callable(wanted):
+        return bool(wanted(found))
+    return all(name in found.metadata and found.metadata[name] == value for name, value in wanted.items())

@@ -1,0 +1,96 @@
+"""LlamaIndex's nodes and our passages, one as the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.schema import (
+    BaseNode,
+    MetadataMode,
+    NodeRelationship,
+    NodeWithScore,
+    ObjectType,
+    RelatedNodeInfo,
+    TextNode,
+)
+from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+
+from ragkv.adapters.passages import REFERENCE, Passage, reference
+from ragkv.errors import DocumentError
+from ragkv.retrieval import Document, Hit
+
+#: Where a document's metadata keep the nodes that it was made of, one a passage.
+NODES = "llamaindex_nodes"
+#: What documents made of nodes are called in their folder, in front of their ids.
+ADDED = "llamaindex:"
+
+
+def node_of(hit: Hit) -> BaseNode:
+    """A passage as a node that refers to it: the one that it was added as, or a ``TextNode``.
+
+    What the model is shown of it (``MetadataMode.LLM``) is the passage's text.
+    """
+    if NODES in hit.metadata:
+        node = metadata_dict_to_node(hit.metadata[NODES][hit.position])
+    else:
+        start, end = hit.span or (None, None)
+        node = TextNode(
+            id_=f"{hit.document_id}:{hit.position}",
+            text=hit.text,
+            metadata={"source": hit.source, **hit.metadata},
+            start_char_idx=start,
+            end_char_idx=end,
+            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.source, node_type=ObjectType.DOCUMENT)},
+        )
+        node.excluded_llm_metadata_keys = list(node.metadata)
+        node.excluded_embed_metadata_keys = list(node.metadata)
+    return _referring(node, reference(hit))
+
+
+def scored(hits: list[Hit]) -> list[NodeWithScore]:
+    """Passages as nodes with their scores."""
+    return [NodeWithScore(node=node_of(hit), score=hit.score) for hit in hits]
+
+
+def shown(node: BaseNode) -> str:
+    """What a model is shown of a node."""
+    return node.get_content(metadata_mode=MetadataMode.LLM)
+
+
+def passage_of(node: NodeWithScore) -> Passage:
+    """What a model is shown of a node that was found, with its reference if it has one."""
+    return Passage(shown(node.node), f"node {node.node.node_id}", node.node.metadata.get(REFERENCE))
+
+
+def kept(node: BaseNode) -> dict[str, Any]:
+    """A node as its document's metadata keep it, without its reference: where it stands may change.
+
+    Raises:
+        DocumentError: it has no text, or metadata that JSON cannot hold.
+    """
+    if not shown(node).strip():
+        raise DocumentError(f"node {node.node_id} has no text: leave it out. Nothing was added")
+    plain = node.model_copy()
+    plain.metadata = {name: value for name, value in node.metadata.items() if name != REFERENCE}
+    try:
+        return node_to_metadata_dict(plain)
+    except (TypeError, ValueError) as error:
+        raise DocumentError(
+            f"node {node.node_id} has metadata that JSON cannot hold: {error}. Nothing was added"
+        ) from error
+
+
+def nodes_of(document: Document) -> dict[str, BaseNode]:
+    """The nodes that a document was made of, in order, by id; none where it was made of something else."""
+    nodes = [metadata_dict_to_node(fields) for fields in document.metadata.get(NODES, ())]
+    places = [{"document": document.id, "passage": number} for number in range(len(nodes))]
+    return {node.node_id: _referring(node, place) for node, place in zip(nodes, places, strict=True)}
+
+
+def _referring(node: BaseNode, place: dict[str, Any]) -> BaseNode:
+    """The node, with a reference that no model is shown."""
+    node.metadata = {**node.metadata, REFERENCE: place}
+    for hidden in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
+        if REFERENCE not in hidden:
+            hidden.append(REFERENCE)
+    return node

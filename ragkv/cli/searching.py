@@ -1,0 +1,117 @@
+"""Options that say how passages are found. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from ragkv.cli.values import at_least, parsed
+
+if TYPE_CHECKING:
+    from ragkv.rag import RAG
+
+_EXPRESSION = re.compile(r"\s*([^=!<>{]+?)\s*(>=|<=|!=|>|<|=)\s*(.*?)\s*", re.DOTALL)
+_SIGNS = {"=": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
+_OPTIONS = ("top_k", "neighbours", "max_context_tokens", "min_score", "hybrid", "rerank", "hops")
+
+
+def options(
+    top_k: int | None = None, neighbours: int = 0, hybrid: bool = False, hops: int = 1
+) -> argparse.ArgumentParser:
+    """The options, with a command's defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("finding passages")
+    group.add_argument(
+        "--top-k",
+        type=at_least(1),
+        default=top_k,
+        metavar="K",
+        help=f"passages to find, in each hop (default: {top_k or '5, or what --max-context-tokens takes'})",
+    )
+    group.add_argument(
+        "--neighbours",
+        type=at_least(0),
+        default=neighbours,
+        metavar="N",
+        help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
+    )
+    group.add_argument(
+        "--hybrid",
+        action=argparse.BooleanOptionalAction,
+        default=hybrid,
+        help=f"search by words (BM25) besides vectors (default: {'yes' if hybrid else 'no'})",
+    )
+    group.add_argument(
+        "--hops",
+        type=at_least(1),
+        default=hops,
+        metavar="N",
+        help=f"2: search again for names in the best document found (default: {hops})",
+    )
+    group.add_argument("--max-context-tokens", type=at_least(1), metavar="N", help="the most tokens of all passages")
+    group.add_argument("--min-score", type=parsed(_number), metavar="X", help="take no passage of a lower score")
+    group.add_argument(
+        "--where",
+        type=parsed(_condition),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only documents whose metadata say so: also !=, >, >=, <, <= or a JSON object; source=PATH for a file, a folder or a "
+        "pattern; may be repeated",
+    )
+    group.add_argument("--rerank", metavar="MODEL", help="name or path of a cross-encoder that orders what was found")
+    return parser
+
+
+def search_of(args: argparse.Namespace, rag: RAG) -> dict[str, Any]:
+    """What the options say, for :meth:`RAG.retrieve`.
+
+    Raises:
+        RagKVError: a source of ``--where`` names no document.
+    """
+    chosen = {name: getattr(args, name) for name in _OPTIONS}
+    conditions = [_meant(each, rag) for each in args.where]
+    return {**chosen, "where": {"$and": conditions} if conditions else None}
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError(f"must be a number, got {text!r}")
+    return value
+
+
+def _condition(text: str) -> dict[str, Any]:
+    """A condition as :func:`ragkv.retrieval.where.condition` takes it."""
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    match = _EXPRESSION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"must be NAME, one of {' '.join(_SIGNS)}, VALUE, or a JSON object; got {text!r}")
+    name, sign, value = match.groups()
+    try:
+        value = json.loads(value)
+    except json.JSONDecodeError:
+        pass  # a text
+    return {name: value if isinstance(value, list) and sign == "=" else {_SIGNS[sign]: value}}
+
+
+def _meant(condition: dict[str, Any], rag: RAG) -> dict[str, Any]:
+    """With the documents that a source means in the place of what they were called by."""
+    from ragkv.errors import RagKVError
+    from ragkv.retrieval.naming import matching, unknown
+
+    test = condition.get("source")
+    if not isinstance(test, dict) or not isinstance(test.get("$eq", test.get("$ne")), str):
+        return condition
+    (sign, target), *_ = test.items()
+    documents = rag.retriever.catalogue.documents(rag.engine.documents.namespace)
+    sources = [document.source for document in documents]
+    meant = matching(sources, target)
+    if not meant:
+        raise RagKVError(unknown(sources, target, "'ragkv docs'"))
+    among = {**condition, "source": {"$in": meant}}
+    return among if sign == "$eq" else {"$not": among}

@@ -1,0 +1,118 @@
+"""Passages for a question, as the model reads them: found, put in order, and without those that are too long for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from ragkv.chunk import Chunk
+from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
+from ragkv.library.catalogued import CataloguedDocuments
+from ragkv.library.documents import Documents
+from ragkv.report import Answer
+from ragkv.retrieval import Hit, Retrieval, Retriever
+
+logger = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """What was found for a question.
+
+    Attributes:
+        hits: the passages in the order of the prompt.
+        chunks: theirs.
+        left_out: passages that are longer than the model reads at once.
+    """
+
+    hits: list[Hit]
+    chunks: list[Chunk]
+    left_out: list[Hit]
+
+
+@dataclass
+class SourcedAnswer(Answer):
+    """An answer with the passages that it was given.
+
+    Attributes:
+        sources: the passages in the order of the prompt.
+        left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
+    """
+
+    sources: list[Hit] = field(default_factory=list)
+    left_out: list[Hit] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, answer: Answer, found: Found) -> SourcedAnswer:
+        """An answer over what was found."""
+        sources, left_out = shown(found.hits), shown(found.left_out)
+        return cls(answer.text, answer.token_ids, answer.report, sources, left_out, past=answer.past)
+
+
+class Finder:
+    """Finds passages.
+
+    Args:
+        retriever: searches.
+        documents: of the engine.
+    """
+
+    def __init__(self, retriever: Retriever, documents: Documents):
+        self._retriever, self._documents = retriever, documents
+        self.catalogued()
+
+    def catalogued(self, documents: Documents | None = None) -> CataloguedDocuments:
+        """The catalogue's documents as the model reads them, in some namespace and behind some anchor; the engine's by default."""
+        documents = documents or self._documents
+        known = (kept for kept in documents.records if isinstance(kept, CataloguedDocuments))
+        own = next((kept for kept in known if kept.retriever is self._retriever), None)
+        return CataloguedDocuments(self._retriever, documents) if own is None else own
+
+    def close(self) -> None:
+        """The engine's documents know of the catalogue no more. Closing twice is fine."""
+        for documents in self._documents.everywhere():
+            self.catalogued(documents).close()
+
+    def found(self, text: str, retrieval: Retrieval, documents: Documents | None = None) -> Found:
+        """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once.
+
+        Args:
+            text: what to look for.
+            retrieval: how.
+            documents: in which namespace and behind which anchor they are read; the engine's by default.
+
+        Raises:
+            RagKVError: there are no documents.
+            RetrievalError: there are, and none of their passages was found.
+            PromptTooLongError: all passages found are too long for the model.
+        """
+        catalogued, namespace = self.catalogued(documents), (documents or self._documents).namespace
+        hits = catalogued.search(text, retrieval)
+        if not hits and self._retriever.catalogue.documents(namespace):
+            raise RetrievalError(
+                f"no passage was found: where=, min_score= and max_context_tokens= leave none; got {retrieval}"
+            )
+        if not hits:
+            within = f" in namespace {namespace!r}" if namespace else ""
+            raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")
+        fits, most = self._documents.fits, self._documents.document_tokens
+        pairs = list(zip(hits, catalogued.chunks(hits), strict=True))
+        fitting = [pair for pair in pairs if fits(pair[1])]
+        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not fits(chunk)]
+        if left_out:
+            names = ", ".join(
+                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
+            )
+            said = f"longer than the {most} tokens that this model reads at once: {names}"
+            if not fitting:
+                raise PromptTooLongError(
+                    f"all passages found are {said}; add the documents to a folder of this model's own"
+                )
+            logger.warning("left out of the prompt, %s", said)
+        return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
+
+
+def shown(hits: Sequence[Hit]) -> list[Hit]:
+    """Hits as sources, without how the model reads their documents."""
+    return [replace(hit, reading=None) for hit in hits]

@@ -1,0 +1,273 @@
+"""Conversations over documents: earlier turns, their answers and their passages stay in one cache and are not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ragkv.answering import Answering
+from ragkv.chunk import Chunk
+from ragkv.engine import stopped_by
+from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
+from ragkv.finding import Found, SourcedAnswer, shown
+from ragkv.library.documents import Documents
+from ragkv.library.intake import told_of_hits
+from ragkv.library.reading import identity
+from ragkv.library.watching import Progress, prefetched
+from ragkv.messages import Message, last_turns
+from ragkv.methods import Method
+from ragkv.model.generation import DEFAULT_NEW_TOKENS
+from ragkv.past import Past
+from ragkv.prompting import Request, Room
+from ragkv.report import AnswerStream, FusedPrompt, Made
+from ragkv.retrieval import Hit, Retrieval
+from ragkv.store import Moved
+from ragkv.streaming import AsyncAnswerStream, stoppable
+
+if TYPE_CHECKING:
+    from ragkv.rag import RAG
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """A question, its answer, and the passages that were found for it."""
+
+    question: str
+    answer: str
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a session knows: the turns of its prompt, those that were dropped, and what was computed of the former."""
+
+    turns: tuple[_Turn, ...] = ()
+    dropped: tuple[_Turn, ...] = ()
+    past: Past | None = None
+
+    def without(self, turns: int) -> _State:
+        """The oldest turns dropped; the rest has to be placed anew."""
+        return _State(self.turns[turns:], (*self.dropped, *self.turns[:turns]))
+
+
+class _Next:
+    """A turn in the making.
+
+    Attributes:
+        question: what is asked.
+        found: the passages for it.
+        begun: the session's state when its prompt was begun.
+        state: that state as its prompt has it: turns may have been dropped.
+        answering: decodes.
+    """
+
+    def __init__(self, question: str):
+        self.question = question
+        self.begun = self.state = _State()
+        self.found: Found
+        self.answering: Answering
+
+
+class Session:
+    """A conversation over a :class:`~ragkv.RAG`'s documents, for one caller at a time; made by :meth:`RAG.session`.
+
+    Prompt and answers of all turns lie in one cache, which lives as long as the session: its KV are not computed again, and a
+    passage that stands in it is not placed again. Where a prompt would be longer than ``context_tokens``, the oldest turns are
+    dropped and the rest is put together anew, with the passages of the turns that are left in front of the new question. So it is
+    where the model has changed. A turn that fails or is cancelled leaves everything as it was.
+
+    Args:
+        rag: finds and answers.
+        system, namespace, rewrite, context_tokens: see :meth:`RAG.session`.
+    """
+
+    def __init__(
+        self,
+        rag: RAG,
+        system: str | None = None,
+        namespace: str | None = None,
+        rewrite: Callable[[list[dict[str, str]]], str] | None = None,
+        context_tokens: int | None = None,
+    ):
+        if rewrite is not None and not callable(rewrite):
+            raise ArgumentTypeError(f"rewrite must be a function that takes messages, got {rewrite!r:.80}")
+        if context_tokens is not None:
+            whole_number("context_tokens", context_tokens, 1)
+        self._rag, self._system, self._namespace = rag, system, namespace
+        self._rewrite, self._context_tokens = rewrite, context_tokens
+        self._documents()  # says now what is wrong with them
+        self._state, self._guard = _State(), Lock()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All that was said, as chat messages; also the turns that are not in the prompt any more."""
+        said = [Message("system", self._system)] if self._system else []
+        for turn in (*self._state.dropped, *self._state.turns):
+            said += [Message("user", turn.question), Message("assistant", turn.answer)]
+        return [{"role": message.role, "content": str(message.content)} for message in said]
+
+    def ask(self, question: str, **options: Any) -> SourcedAnswer:
+        """The next turn.
+
+        Args:
+            question: not blank.
+            **options: ``method``, ``progress``, those of :class:`ragkv.Retrieval` and generation arguments, as for
+                :meth:`RAG.ask`; no beams.
+
+        Returns:
+            The answer. Its sources are all passages found for this question, those that stood in the prompt already among them;
+            ``report.fusion.tokens`` says what was reused, placed, recomputed and fresh.
+
+        Raises:
+            As :meth:`RAG.ask`; ConversationError where another caller asks just now.
+        """
+        turn = _Next(question)
+        answer = self._answered(turn, **options)
+        self._keep(turn, answer.text, answer.past)
+        return replace(answer, past=None)
+
+    def stream(self, question: str, **options: Any) -> tuple[list[Hit], AnswerStream]:
+        """The next turn, piece by piece: its passages, and its answer. It belongs to the session behind the last piece.
+
+        Args:
+            question: not blank.
+            **options: as for :meth:`ask`.
+        """
+        turn = _Next(question)
+        return self._streamed(turn, partial(self._ended, turn), **options)
+
+    async def aask(self, question: str, **options: Any) -> SourcedAnswer:
+        """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
+        turn = _Next(question)
+        answer = await stoppable(self._rag.threads.pool(), partial(self._answered, turn), **options)
+        self._keep(turn, answer.text, answer.past)
+        return replace(answer, past=None)
+
+    def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
+        """:meth:`stream` in an event loop: ``async for piece in session.astream(question)``; see its ``sources``, too."""
+        turn = _Next(question)
+        start = partial(self._streamed, turn, None)
+        return AsyncAnswerStream(start, self._rag.threads.pool(), partial(self._ended, turn), **options)
+
+    def _answered(
+        self, turn: _Next, *, progress: Callable[[Progress], object] | None = None, **options: Any
+    ) -> SourcedAnswer:
+        self._begin(turn, **options)
+        with told_of_hits(progress, turn.found.hits):
+            return SourcedAnswer.of(turn.answering.whole(perf_counter()), turn.found)
+
+    def _streamed(
+        self,
+        turn: _Next,
+        ended: Callable[[Made], object] | None,
+        *,
+        progress: Callable[[Progress], object] | None = None,
+        **options: Any,
+    ) -> tuple[list[Hit], AnswerStream]:
+        self._begin(turn, **options, pieces=True)
+        moved: dict[bytes, Moved] = {}
+        self._rag.engine.store.prefetch(list(self._documents().keys(turn.found.chunks)), moved)
+        with told_of_hits(progress, turn.found.hits), prefetched(moved):
+            pieces = turn.answering.pieces(ended=ended)
+        pieces.sources, pieces.left_out = shown(turn.found.hits), shown(turn.found.left_out)
+        return pieces.sources, pieces
+
+    def _begin(
+        self,
+        turn: _Next,
+        *,
+        method: Method | str | None = None,
+        stop: str | Sequence[str] = (),
+        pieces: bool = False,
+        **options: Any,
+    ) -> None:
+        """Find passages and check all arguments; nothing is computed yet."""
+        engine, text = self._rag.engine, turn.question
+        retrieval, generation = Retrieval.split(options)
+        if isinstance(text, str) and text.strip() and self._state.turns:
+            messages = [*self.messages, {"role": "user", "content": text}]
+            text = self._look_for(messages)
+        turn.found = self._rag.finder.found(text, retrieval, self._documents())
+        request = Request((), turn.question, engine.method_of(method), keep=True, stop=stopped_by(generation))
+        request = replace(request, most_tokens=self._context_tokens)
+        make = partial(self._prompt, turn, request)
+        turn.answering = engine.answering(make, stop, generation, pieces=pieces, kept=True)
+
+    def _look_for(self, messages: list[dict[str, str]]) -> str:
+        if self._rewrite is not None:
+            return self._rewrite(messages)
+        return last_turns([Message(**message) for message in messages if message["role"] != "system"])
+
+    def _prompt(self, turn: _Next, request: Request, room: Room, begin: float, stack: ExitStack) -> FusedPrompt:
+        """The turn's prompt: behind what was said, or put together anew, without as many of the oldest turns as is needed."""
+        state = turn.begun = turn.state = self._state
+        made, dropped = self._rag.engine.prompting.prompt, 0
+
+        def roomy(tokens: int) -> int:
+            asked = room(tokens)
+            return DEFAULT_NEW_TOKENS if asked is None else asked
+
+        if state.past is not None:
+            there = {identity(chunk) for earlier in state.turns for chunk in earlier.chunks}
+            chunks = [chunk for chunk in turn.found.chunks if identity(chunk) not in there]
+            try:
+                prompt = made(replace(request, chunks=chunks, past=state.past), roomy, begin, stack)
+                return _for_question(prompt, chunks, turn.found.chunks)
+            except PromptTooLongError:
+                dropped = 1
+            except ModelChangedError:
+                pass  # all of it is computed by the model as it is now
+        while True:
+            turn.state = state.without(dropped)
+            left = turn.state.turns
+            said = [message for earlier in left for message in _messages(earlier)]
+            every = {identity(chunk): chunk for earlier in left for chunk in earlier.chunks}
+            every |= {identity(chunk): chunk for chunk in turn.found.chunks}
+            chunks = list(every.values())
+            anew = replace(
+                request,
+                chunks=chunks,
+                question=[*said, {"role": "user", "content": turn.question}],
+                system=self._system,
+                namespace=self._namespace,
+            )
+            try:
+                prompt = made(anew, roomy if left else room, begin, stack)
+                return _for_question(prompt, chunks, turn.found.chunks)
+            except PromptTooLongError:
+                if not left:
+                    raise
+                dropped += 1
+
+    def _ended(self, turn: _Next, made: Made | AnswerStream) -> None:
+        self._keep(turn, turn.answering.said(made.token_ids), made.past)
+
+    def _keep(self, turn: _Next, answer: str, past: Past | None) -> None:
+        """Make a turn a part of the session."""
+        done = _Turn(turn.question, answer, tuple(turn.found.chunks))
+        with self._guard:
+            if self._state is not turn.begun:
+                raise ConversationError(
+                    "another question was answered in this session meanwhile, and this one is no part of it: a session is for one "
+                    "caller at a time"
+                )
+            self._state = _State((*turn.state.turns, done), turn.state.dropped, past)
+
+    def _documents(self) -> Documents:
+        return self._rag.engine.prompting.documents_for(self._system, self._namespace)
+
+
+def _for_question(prompt: FusedPrompt, placed: Sequence[Chunk], asked: Sequence[Chunk]) -> FusedPrompt:
+    """The prompt, whose report names the KV of the question's passages: of those that were placed, and those that were there."""
+    origins = {identity(chunk): origin for chunk, origin in zip(placed, prompt.report.sources, strict=True)}
+    prompt.report.sources = [origins.get(identity(chunk), "prompt") for chunk in asked]
+    return prompt
+
+
+def _messages(turn: _Turn) -> list[dict[str, str]]:
+    return [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]

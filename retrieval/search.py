@@ -1,0 +1,133 @@
+"""One search: candidates by meaning and words, ordered, cut, followed to a second hop, with their neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkv.retrieval import rerank
+from ragkv.retrieval.embedder import Embedder
+from ragkv.retrieval.options import Retrieval
+from ragkv.retrieval.ranking import fused, names
+from ragkv.retrieval.records import Document, Passage
+from ragkv.retrieval.snapshot import Snapshot
+from ragkv.retrieval.where import condition
+
+# Where an order is made of others, it is made of more passages than are taken.
+_CANDIDATES = 50
+
+
+class Candidates(Protocol):
+    """Gives the ids of passages that may be what is looked for."""
+
+    def __call__(
+        self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None
+    ) -> tuple[dict[int, float], list[int]]:
+        """The ids of the k nearest passages of a snapshot with their scores, and of the k best by words; best first.
+
+        Args:
+            view: all is of its state.
+            query: a text.
+            vector: the text's.
+            k: at least 1.
+            words: whether words are searched.
+            among: ids of passages that may be found; ``None`` for all.
+        """
+        ...
+
+
+class Search:
+    """Finds passages in one snapshot.
+
+    Args:
+        retrieval: how.
+        namespace: whose documents.
+        embedder: turns the question of a second hop into a vector.
+        candidates: gives them.
+    """
+
+    def __init__(self, retrieval: Retrieval, namespace: str, embedder: Embedder, candidates: Candidates) -> None:
+        self._retrieval, self._namespace = retrieval, namespace
+        self._embedder, self._candidates = embedder, candidates
+
+    def __call__(self, view: Snapshot, question: str, vector: NDArray[np.float32]) -> dict[int, float]:
+        """Passages by id with their scores: those that were found, best first, hop by hop; then their neighbours."""
+        among = self._among(view)
+        if among == []:
+            return {}
+        found = hop = self._hop(view, question, vector, among, {})
+        for _ in range(1, self._retrieval.hops):
+            query = self._next(view, question, hop)
+            if query is None:
+                break
+            hop = self._hop(view, query, self._embedder.encode_query(query), among, self._spread(view, found))
+            found = {**found, **hop}
+        return self._spread(view, found)
+
+    def _among(self, view: Snapshot) -> list[int] | None:
+        """The ids of passages that may be found; None for all."""
+        where, namespace = self._retrieval.where, self._namespace
+        if where is None and view.all_within(namespace):
+            return None
+        fits = condition(where or {})
+        found = filter(fits, view.documents(namespace))
+        return [passage_id for document in found for passage_id in document.passage_ids]
+
+    def _hop(
+        self,
+        view: Snapshot,
+        query: str,
+        vector: NDArray[np.float32],
+        among: list[int] | None,
+        before: dict[int, float],
+    ) -> dict[int, float]:
+        """The best passages that were not found before, with their scores."""
+        retrieval, depth = self._retrieval, self._retrieval.limit
+        if retrieval.hybrid or retrieval.rerank is not None:
+            depth = max(_CANDIDATES, 4 * depth)
+        near, worded = self._candidates(view, query, vector, depth + len(before), retrieval.hybrid, among)
+        ids = [each for each in (fused([list(near), worded]) if retrieval.hybrid else near) if each not in before]
+        pairs: Iterable[tuple[int, float]]
+        if retrieval.rerank is None:
+            pairs = ((each, near[each] if each in near else float(view.vector(each) @ vector)) for each in ids)
+        else:
+            ids = ids[:depth]
+            said = rerank.scores(retrieval.rerank, query, list(map(view.passage_text, ids))) if ids else []
+            pairs = sorted(zip(ids, said, strict=True), key=lambda pair: -pair[1])
+        least = -math.inf if retrieval.min_score is None else retrieval.min_score
+        return dict(islice((pair for pair in pairs if pair[1] >= least), retrieval.limit))
+
+    def _next(self, view: Snapshot, question: str, hop: dict[int, float]) -> str | None:
+        """The question with the names that stand in what was found of the best document; None where there are none."""
+        passages = [view.passage(each) for each in self._spread(view, hop)]
+        texts = [passage.text for passage in passages if passage.document == passages[0].document]
+        found = names(texts, question)
+        return f"{question} {' '.join(found)}" if found else None
+
+    def _spread(self, view: Snapshot, found: dict[int, float]) -> dict[int, float]:
+        """With the neighbours of each passage behind all of them, each with the score of its passage."""
+        spread, reach = dict(found), self._retrieval.neighbours
+        for passage_id, score in found.items() if reach else ():
+            passage = view.passage(passage_id)
+            first = max(0, passage.position - reach)
+            for beside in passage.document.passage_ids[first : passage.position + reach + 1]:
+                spread.setdefault(beside, score)
+        return spread
+
+
+def within(budget: int, passages: Iterable[Passage], tokens: Callable[[Document], Sequence[int]]) -> list[Passage]:
+    """The passages that fit into a budget of tokens, the first ones first; one that does not fit is passed over."""
+    taken, lengths = list[Passage](), dict[str, Sequence[int]]()
+    for passage in passages:
+        document = passage.document
+        if document.id not in lengths:
+            lengths[document.id] = tokens(document)
+        if lengths[document.id][passage.position] <= budget:
+            budget -= lengths[document.id][passage.position]
+            taken.append(passage)
+    return taken

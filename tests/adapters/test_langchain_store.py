@@ -1,0 +1,280 @@
+"""The retriever, the vector store and embeddings: what LangChain's own tests do not ask."""
+
+import json
+
+import numpy as np
+import pytest
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.indexing import InMemoryRecordManager, index
+
+from ragkv import (
+    RAG,
+    ArgumentError,
+    ArgumentTypeError,
+    DocumentError,
+    IncompatibleFolderError,
+    PromptTooLongError,
+    RetrievalError,
+    UnknownArgumentError,
+)
+from ragkv.adapters.langchain import LangChainEmbedder, RagKVEmbeddings, RagKVRetriever, RagKVVectorStore
+from ragkv.adapters.passages import REFERENCE
+from tests.rag.rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag
+
+TEXTS = ["Clearport lies on the river Exe.", "Mira Lund runs the mill.", "The mill stands in Clearport."]
+WHERE = [{"page": 1, "kind": "town"}, {"page": 2, "kind": "mill"}, {"page": 3, "kind": "mill", "tags": ["old"]}]
+
+
+@pytest.fixture
+def store(model):
+    with open_rag(model=model) as rag:
+        store = RagKVVectorStore(rag)
+        store.add_texts(TEXTS, WHERE, ids=["a", "b", "c"])
+        yield store
+
+
+def ids(documents):
+    return [document.id for document in documents]
+
+
+def state(store):
+    rag = store.rag
+    return sorted((d.source, d.content_hash, str(d.metadata)) for d in rag.retriever.catalogue.documents())
+
+
+def test_the_retriever_gives_what_the_folder_finds(rag):
+    hits = rag.retrieve(QUESTION, top_k=4, neighbours=1)
+    documents = RagKVRetriever(rag=rag, k=4, neighbours=1).invoke(QUESTION)
+    assert [d.page_content for d in documents] == [hit.text for hit in hits]
+    assert [(d.metadata["source"], d.metadata["score"]) for d in documents] == [(h.source, h.score) for h in hits]
+    assert len(set(ids(documents))) == len(hits)
+    assert json.loads(json.dumps([d.metadata for d in documents])) == [d.metadata for d in documents]
+    assert RagKVRetriever(rag=rag).invoke(QUESTION, k=4, neighbours=1) == documents
+
+
+async def test_the_retriever_in_an_event_loop(rag):
+    retriever = RagKVRetriever(rag=rag, k=2)
+    assert await retriever.ainvoke(QUESTION) == retriever.invoke(QUESTION)
+    assert await retriever.ainvoke(QUESTION, k=3) == retriever.invoke(QUESTION, k=3)
+
+
+def test_the_documents_metadata_come_along(model):
+    with open_rag(model=model) as rag:
+        rag.add_texts(TEXTS[:1], ["a"], [{"page": 7, REFERENCE: "mine"}])
+        (document,) = RagKVRetriever(rag=rag).invoke("Clearport")
+        assert document.metadata["page"] == 7 and document.metadata[REFERENCE]["passage"] == 0
+
+
+def test_a_retriever_is_told_what_is_wrong(rag):
+    with pytest.raises(RetrievalError, match="question must be"):
+        RagKVRetriever(rag=rag).invoke(" ")
+    with pytest.raises(RetrievalError, match="0"):
+        RagKVRetriever(rag=rag).invoke(QUESTION, k=0)
+
+
+def test_kv_are_made_when_documents_are_added(store, reads):
+    seen = reads(store.rag.engine)
+    assert store.rag.documents()[0].kv_bytes
+    store.add_texts(TEXTS, WHERE, ids=["a", "b", "c"])
+    assert not seen
+    store.add_texts(["Something new."], ids=["d"])
+    assert len(seen) == 1
+
+
+def test_a_text_is_one_passage_as_it_is(store):
+    text = "\n A text " + "with many words " * 60 + "\n"
+    store.add_texts([text], ids=["long"])
+    (document,) = store.get_by_ids(["long"])
+    assert document.page_content == text
+    assert [d.passages for d in store.rag.documents() if d.source == "langchain:long"] == [1]
+
+
+def test_filters(store):
+    def found(wanted, k=3):
+        return ids(store.similarity_search("Clearport mill", k=k, filter=wanted))
+
+    assert set(found({"kind": "mill"})) == {"b", "c"}
+    assert found({"kind": "mill", "page": 2}) == ["b"]
+    assert found({"tags": ["old"]}) == ["c"]
+    assert found({"nothing": None}) == []
+    assert found(lambda document: document.metadata["page"] < 2) == ["a"]
+    with_score = store.similarity_search_with_score("Clearport", k=1, filter={"page": 2})
+    assert ids(document for document, _ in with_score) == ["b"]
+    retriever = store.as_retriever(search_kwargs={"k": 1, "filter": {"page": 3}})
+    assert ids(retriever.invoke("Mira Lund")) == ["c"]
+
+
+def test_a_filter_looks_as_far_as_it_has_to(store):
+    store.add_texts([f"Clearport {n}" for n in range(30)], [{"page": 0}] * 30)
+    assert ids(store.similarity_search("Clearport", k=1, filter={"page": 2})) == ["b"]
+
+
+def test_scores_are_cosines_and_relevance_lies_between_0_and_1(store):
+    scores = store.similarity_search_with_score(TEXTS[1], k=3)
+    vectors = store.rag.retriever.embedder.encode_documents(TEXTS)
+    want = sorted((vectors @ vectors[1]).tolist(), reverse=True)
+    assert [score for _, score in scores] == pytest.approx(want, abs=1e-6) and scores[0][0].id == "b"
+    relevant = store.similarity_search_with_relevance_scores(TEXTS[1], k=3, score_threshold=0.9)
+    assert ids(document for document, _ in relevant) == ["b"]
+
+
+def test_relevance_of_opposite_vectors():
+    class Signed(DeterministicFakeEmbedding):
+        def embed_query(self, text):
+            return [-1.0, 0.0] if text == "no" else [3.0, 0.0]
+
+        def embed_documents(self, texts):
+            return [self.embed_query(text) for text in texts]
+
+    with open_rag(embedder=LangChainEmbedder(Signed(size=2))) as rag:
+        store = RagKVVectorStore(rag)
+        store.add_texts(["yes", "no"])
+        found = store.similarity_search_with_relevance_scores("yes", k=2)
+        assert [score for _, score in found] == [1.0, 0.0]
+
+
+def test_maximal_marginal_relevance(store):
+    store.add_texts([TEXTS[0] + " Indeed."], ids=["again"])
+    assert ids(store.similarity_search(TEXTS[0], k=2)) == ["a", "again"]
+    assert ids(store.max_marginal_relevance_search(TEXTS[0], k=2, lambda_mult=0.1))[0] == "a"
+    assert "again" not in ids(store.max_marginal_relevance_search(TEXTS[0], k=2, lambda_mult=0.1))
+    assert store.max_marginal_relevance_search("x", filter={"page": 9}) == []
+
+
+def test_an_id_is_overwritten_and_its_kv_go(store):
+    before = store.rag.documents()
+    store.add_texts(["Another text."], [{"page": 9}], ids=["a"])
+    assert store.get_by_ids(["a", "a", "none"]) == [
+        Document(id="a", page_content="Another text.", metadata={"page": 9})
+    ]
+    assert len(store.rag.documents()) == len(before)
+    assert len(store.rag.engine.store) == 3
+
+
+def test_delete(store, rag):
+    assert store.delete(["a", "none"]) and ids(store.get_by_ids(["a", "b"])) == ["b"]
+    both = RagKVVectorStore(rag)
+    both.add_texts(TEXTS, ids=["a", "b", "c"])
+    assert both.delete() and {d.source for d in rag.documents()} == set(DOCUMENTS)
+
+
+def test_an_id_is_no_file_of_the_folder(rag):
+    """What was added as a file is neither overwritten nor removed by an id that is called as it is."""
+    name, before = next(iter(DOCUMENTS)), len(rag.documents())
+    store = RagKVVectorStore(rag)
+    store.add_texts(TEXTS[:1], ids=[name])
+    assert len(rag.documents()) == before + 1
+    store.delete([name, "clearport"])
+    assert len(rag.documents()) == before and store.get_by_ids([name]) == []
+    found = store.similarity_search(QUESTION, k=2)
+    assert found == RagKVRetriever(rag=rag).invoke(QUESTION, k=2)
+
+
+BAD = {
+    "blank": (["fine", " "], {}, "blank"),
+    "no text": (["fine", 7], {}, "must be a list of str"),
+    "surrogate": (["fine", "\ud800"], {}, "not valid Unicode"),
+    "no JSON": (["fine", "too"], {"metadatas": [{}, {"at": object()}]}, "what JSON can hold"),
+    "clash": (["one", "two"], {"ids": ["x", "x"]}, "two documents have the id 'x'"),
+    "ids": (["one", "two"], {"ids": ["x"]}, "one each"),
+    "metadatas": (["one", "two"], {"metadatas": [{}]}, "one each"),
+    "id": (["one"], {"ids": [""]}, "an id must be a str"),
+}
+
+
+@pytest.mark.parametrize(("texts", "options", "said"), BAD.values(), ids=BAD)
+def test_what_cannot_be_added_adds_nothing(store, texts, options, said):
+    before = state(store)
+    with pytest.raises(DocumentError, match=said):
+        store.add_texts(texts, **options)
+    assert state(store) == before
+
+
+def test_what_is_too_long_adds_nothing(model):
+    with open_rag(model=model, document_tokens=64) as rag:
+        store = RagKVVectorStore(rag)
+        with pytest.raises(PromptTooLongError, match="split it"):
+            store.add_texts(["fine", "word " * 200])
+        assert not rag.documents()
+
+
+def test_the_same_document_twice_is_one(store):
+    assert store.add_texts(["one", "one"], ids=["x", "x"]) == ["x", "x"]
+    assert ids(store.get_by_ids(["x"])) == ["x"]
+
+
+def test_no_argument_is_ignored(store):
+    for call in (
+        lambda: store.add_texts(["x"], nonsense=1),
+        lambda: store.delete(["x"], nonsense=1),
+        lambda: store.similarity_search("x", nonsense=1),
+        lambda: store.similarity_search_with_score("x", nonsense=1),
+        lambda: store.max_marginal_relevance_search("x", nonsense=1),
+    ):
+        with pytest.raises(UnknownArgumentError, match="nonsense"):
+            call()
+
+
+def test_langchains_indexing(store):
+    manager = InMemoryRecordManager("test")
+    documents = [Document(page_content=text, metadata={"source": "a"}) for text in TEXTS]
+    options = {"cleanup": "full", "source_id_key": "source", "key_encoder": "sha256"}
+    assert index(documents, manager, store, **options)["num_added"] == 3
+    assert index(documents[:2], manager, store, **options) == {
+        "num_added": 0,
+        "num_updated": 0,
+        "num_skipped": 2,
+        "num_deleted": 1,
+    }
+    assert len(store.rag.documents()) == 5
+
+
+def test_from_texts_in_a_folder(tmp_path):
+    store = RagKVVectorStore.from_texts(TEXTS, RagKVEmbeddings(WordEmbedder()), ids=["a", "b", "c"], path=tmp_path)
+    store.rag.close()
+    with RAG.open(tmp_path, embedder=WordEmbedder()) as rag:
+        again = RagKVVectorStore.from_documents([Document(id="d", page_content="More.")], None, rag=rag)
+        assert ids(again.similarity_search(TEXTS[1], k=1)) == ["b"] and ids(again.get_by_ids(["a", "d"])) == ["a", "d"]
+        assert again.embeddings.embed_query("mill") == WordEmbedder().encode_query("mill").tolist()
+        with pytest.raises(ArgumentError, match="leave out embedding"):
+            RagKVVectorStore.from_texts(TEXTS, RagKVEmbeddings(WordEmbedder("other")), rag=rag)
+        with pytest.raises(ArgumentError, match="path"):
+            RagKVVectorStore.from_texts(TEXTS, path=tmp_path, rag=rag)
+    with pytest.raises(IncompatibleFolderError):
+        RagKVVectorStore.from_texts(TEXTS, DeterministicFakeEmbedding(size=6), path=tmp_path)
+
+
+async def test_the_vector_store_in_an_event_loop(store):
+    assert await store.aadd_texts(["New."], ids=["d"]) == ["d"]
+    assert ids(await store.asimilarity_search("Clearport", k=1, filter={"page": 2})) == ["b"]
+
+
+def test_embeddings_are_told_apart():
+    class Named(DeterministicFakeEmbedding):
+        model: str = ""
+
+    one, two = LangChainEmbedder(Named(size=6, model="one")), LangChainEmbedder(Named(size=6, model="two"))
+    assert (one.name, one.dimension) == ("one", 6) and np.linalg.norm(one.encode_query("x")) == pytest.approx(1)
+    plain = DeterministicFakeEmbedding(size=6)
+    prints = [one.fingerprint, two.fingerprint, LangChainEmbedder(plain).fingerprint]
+    assert len(set(prints)) == 3 and prints[2] == LangChainEmbedder(DeterministicFakeEmbedding(size=6)).fingerprint
+    assert LangChainEmbedder(plain, "mine").fingerprint == "mine"
+    assert one.encode_documents([]).shape == (0, 6)
+
+
+def test_embeddings_that_are_none():
+    class Broken(DeterministicFakeEmbedding):
+        answer: object = None
+
+        def embed_query(self, text):
+            return self.answer
+
+    for answer, error in (([float("nan")], RetrievalError), ([], RetrievalError), (["x"], ArgumentTypeError)):
+        with pytest.raises(error, match="embeddings must give"):
+            LangChainEmbedder(Broken(size=1, answer=answer))
+    with pytest.raises(ArgumentTypeError, match="Embeddings"):
+        LangChainEmbedder("name")
+    with pytest.raises(ArgumentTypeError, match=r"ragkv\.retrieval\.Embedder"):
+        RagKVEmbeddings("name")
+    assert RagKVEmbeddings(WordEmbedder()).embed_documents([]) == []
