@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python -P
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long lint format bench eval train-bundled wheel clean
+.PHONY: demo test test-long lint format bench eval train-bundled docs wheel typing clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,8 +48,43 @@ train-bundled: $(READY)
 	$(BIN)/python -m training.train
 	$(BIN)/python -m training.export
 
-wheel: $(READY)
-	$(BIN)/python -m build -q --outdir dist
+# Where the pages' own tools are: what the library is tested with does not need them.
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+# Pages in build/site; a broken link or a docstring that cannot be read ends it.
+docs: $(VENV)/.docs
+	rm -rf build/lib build/api build/pages
+	$(PY) -m pip install -q --no-deps --no-build-isolation --target build/api .
+	mkdir -p build/pages/benchmarks
+	cp -r *.md docs examples build/pages
+	cp -r benchmarks/results build/pages/benchmarks
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict -f docs/site/mkdocs.yml
+
+$(VENV)/.release: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e ".[release]"
+	touch $@
+
+wheel: $(VENV)/.release
+	rm -rf build/lib build/bdist.* dist
+	$(PY) -m build -q --outdir dist
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m check_wheel_contents dist/*.whl
+
+# The public face of the wheel, installed by itself beside the dependencies, where the sources are not found.
+INSTALLED := build/installed
+PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+typing: wheel
+	$(PY) -m venv --clear --without-pip $(INSTALLED)
+	$(PY) -m pip --python $(INSTALLED)/bin/python install -q --no-deps dist/*.whl
+	$(PY) -c $(PURELIB) > $$($(INSTALLED)/bin/python -c $(PURELIB))/dependencies.pth
+	cp tests/typed/face.py $(INSTALLED)
+	echo '{"typeCheckingMode": "strict", "include": ["face.py"]}' > $(INSTALLED)/pyrightconfig.json
+	cd $(INSTALLED) && bin/ragkv --help > help.txt
+	cd $(INSTALLED) && $(CURDIR)/$(PY) -m mypy --strict --config-file= --python-executable bin/python face.py
+	cd $(INSTALLED) && $(CURDIR)/$(PY) -m pyright -p . --pythonpath bin/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

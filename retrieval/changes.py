@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.folder import Transaction, seal
@@ -25,7 +26,7 @@ def replaced(
     txn: Transaction,
     document: Document,
     passages: list[str],
-    vectors: dict[str, NDArray],
+    vectors: dict[str, NDArray[np.float32]],
     readings: Sequence[Reading] = (),
 ) -> Change:
     """Puts a document in the place of the version before.

@@ -100,7 +100,7 @@ def _parsed(member: Member) -> ArchivedDocument:
     return ArchivedDocument(document, texts, vectors, readings)
 
 
-def _reading(setting: Any, arrays: dict[str, NDArray], number: int) -> Reading:
+def _reading(setting: Any, arrays: dict[str, NDArray[Any]], number: int) -> Reading:
     keys = arrays[f"keys.{number}"]
     if len(bytes.fromhex(setting)) != 32 or keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 32:
         raise ValueError("a reading that cannot be")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,7 +232,7 @@ class Payload:
             self.view(part).copy_(tensor)
 
 
-def _part(entry: dict) -> Part:
+def _part(entry: dict[str, Any]) -> Part:
     start, stop = entry["data_offsets"]
     part = Part(DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]), int(start))
     if start < 0 or min(part.shape, default=1) < 0 or part.stop != stop:

@@ -62,6 +62,12 @@ def test_public_names():
         ragkv.nonsense  # noqa: B018
 
 
+def test_type_checkers_are_shown_every_name():
+    face = ast.walk(ast.parse((ROOT / "tests" / "typed" / "face.py").read_text()))
+    used = {node.attr for node in face if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ragkv"}
+    assert used == {*ragkv.__all__, "__version__"}
+
+
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -161,7 +161,7 @@ class Pass:
         self._shrink(layer, self._choose(layer, torch.cat(keys, 2), torch.cat(values, 2)))
         self.checks = self.checks[1:]
 
-    def _forward(self, rows: Tensor, mask=None) -> Tensor:
+    def _forward(self, rows: Tensor, mask: Any = None) -> Tensor:
         """Logits behind the last piece; behind the others hidden states, for which nobody asks."""
         run = self.decoder.step if rows[-1] == self.rows[-1] else self.decoder.run
         return run(self.layout.ids[rows], self.layout.positions[rows], self.cache, mask)

@@ -428,7 +428,7 @@ class Documents:
                 self.store.put_many([item], **common)
 
 
-def several(items: Sequence, what: str) -> Sequence:
+def several(items: Sequence[Any], what: str) -> Sequence[Any]:
     """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
     if isinstance(items, str | bytes | Chunk | Mapping) or not isinstance(items, Iterable):
         raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")

@@ -124,7 +124,7 @@ class Decoder:
         return self.run(ids, self._span(start, len(ids))[0], cache)
 
     @torch.no_grad()
-    def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
+    def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
         with self.turns:
             out = self.backbone(
@@ -137,7 +137,7 @@ class Decoder:
         return out[0][0]
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask=None) -> Tensor:
+    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last one's next-token logits ``[1, V]``."""
         keep = {"logits_to_keep": 1} if self.keeps_last else {}
         with self.turns:
@@ -310,7 +310,7 @@ class _Recorder(FusedCache):
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.seen[layer_idx] = (key_states, value_states)
         return key_states, value_states

@@ -17,7 +17,7 @@ from ragkv.model.decoder import Decoder
 from ragkv.model.inspection import non_finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 #: Tokens generated when neither the call nor the model's generation config says how many.
 DEFAULT_NEW_TOKENS = 64
@@ -172,7 +172,7 @@ class Settings:
         limit = self.decoder.max_positions
         return wanted if self._said or limit is None else min(wanted, limit + 1 - prompt_tokens)
 
-    def resolve(self, ids: Tensor, begin: float):
+    def resolve(self, ids: Tensor, begin: float) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
         """Logits processors and stopping criteria for a prompt ``[1, N]``.
 
         Args:
@@ -201,7 +201,7 @@ class Settings:
             raise NonFiniteError(f"a beam's scores are NaN or infinite: {non_finite(self.decoder.dtype)}")
         return scores
 
-    def _resolve(self, ids: Tensor, new_tokens: int):
+    def _resolve(self, ids: Tensor, new_tokens: int) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
         model, config, beside = self.decoder.model, self.config, self._beside
         tokens = ids.shape[1]
         config.max_length = tokens + new_tokens

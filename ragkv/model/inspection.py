@@ -124,7 +124,7 @@ def refuse_by_config(config: PreTrainedConfig) -> None:
             )
 
 
-def _rope_kinds(parameters) -> list[str]:
+def _rope_kinds(parameters: Any) -> list[str]:
     if not isinstance(parameters, dict):
         return []
     if "rope_type" in parameters:

@@ -115,7 +115,7 @@ class KernelAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention over spans; without them causal, as sdpa computes it.
 
@@ -199,7 +199,15 @@ def kernel_attention(
             AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _spans_of_model(*, q_length: int, kv_length: int, mask_function: Rule, device="cpu", q_offset: int = 0, **kwargs):
+def _spans_of_model(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Rule,
+    device: torch.device | str = "cpu",
+    q_offset: int = 0,
+    **kwargs: Any,
+) -> Tensor | None:
     """Where the model makes its own masks: none for all tokens under a causal rule, else spans.
 
     Raises:

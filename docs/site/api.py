@@ -1,0 +1,52 @@
+"""The API pages, one for each public module: what its ``__all__`` names, from the docstrings."""
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+
+import griffe
+from mkdocs.structure.files import File
+
+MODULES = ("ragkv", "ragkv.methods", "ragkv.retrieval", "ragkv.store", "ragkv.store.codecs", "ragkv.store.policy")
+MODULES += ("ragkv.kernels", "ragkv.evaluation", "ragkv.bundled", "ragkv.adapters")
+
+
+def modules() -> list[str]:
+    """The public modules that there are; of a package without an ``__all__`` those in it that have one."""
+    found: list[str] = []
+    for name in MODULES:
+        spec = find_spec(name)
+        if spec is not None and spec.origin is not None:
+            below = (f"{name}.{module.name}" for module in iter_modules(spec.submodule_search_locations))
+            found += [name] if _public(name) else filter(_public, below)
+    return found
+
+
+def _public(module: str) -> bool:
+    spec = find_spec(module)
+    return spec is not None and "__all__" in Path(str(spec.origin)).read_text(encoding="utf-8")
+
+
+def page(module: str) -> str:
+    """The Markdown that mkdocstrings fills."""
+    names = import_module(module).__all__
+    own = [f"::: {module}", "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}", ""]
+    return "\n".join([f"# {module}", "", *own, *(f"::: {module}.{name}\n" for name in names)])
+
+
+def on_files(files, config):
+    """Called by MkDocs: adds the pages to the files that it found."""
+    for module in modules():
+        files.append(File.generated(config, f"api/{module}.md", content=page(module)))
+    return files
+
+
+class PlainRoles(griffe.Extension):
+    """Shows ``:meth:`Engine.add``` as what it names."""
+
+    def on_object(self, *, obj, **_):
+        """Called by griffe for whatever has a docstring."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
