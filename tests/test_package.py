@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -93,6 +94,25 @@ def test_imports_go_one_way(room, allowed):
             if name == "ragkv" or name.startswith("ragkv."):
                 assert any(name == home or name.startswith(home + ".") for home in allowed), f"{path}: {name}"
             assert not (room in ("kernels", "store", "ragkv/folder") and name.split(".")[0] == "transformers"), path
+
+
+def test_the_sdist_builds_and_tests(tmp_path):
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.pt")
+    shutil.copytree(ROOT, source, ignore=skip)
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    rooms = ("ragkv", "kernels", "store", "retrieval", "tests", "docs", "examples", "benchmarks", "training")
+    paths = [path for room in rooms for path in (source / room).rglob("*") if path.is_file() and path.name[0] != "."]
+    assert {str(path.relative_to(source)) for path in [*paths, *source.glob("*.md")]} <= names
+    assert {"Makefile", "constraints.txt", "pyproject.toml", "LICENSE"} <= names
 
 
 def test_the_wheel_has_one_top_level_name(tmp_path):

@@ -12,6 +12,10 @@ from mkdocs.structure.files import File
 MODULES = ("ragkv", "ragkv.methods", "ragkv.retrieval", "ragkv.store", "ragkv.store.codecs", "ragkv.store.policy")
 MODULES += ("ragkv.kernels", "ragkv.evaluation", "ragkv.bundled", "ragkv.adapters")
 
+# What the public face hands out, and nobody makes.
+RESULTS = ("rag.SourcedAnswer", "report.AnswerReport", "session.Session", "streaming.AsyncAnswerStream")
+RESULTS += ("library.intake.Added", "library.intake.Synced", "library.listing.ListedDocument", "store.stats.StoreStats")
+
 
 def modules() -> list[str]:
     """The public modules that there are; of a package without an ``__all__`` those in it that have one."""
@@ -40,6 +44,8 @@ def on_files(files, config):
     """Called by MkDocs: adds the pages to the files that it found."""
     for module in modules():
         files.append(File.generated(config, f"api/{module}.md", content=page(module)))
+    results = "\n".join(["# What calls return", "", *(f"::: ragkv.{name}\n" for name in RESULTS)])
+    files.append(File.generated(config, "api/results.md", content=results))
     return files
 
 
