@@ -29,6 +29,14 @@ def reads(monkeypatch):
 
 
 @pytest.fixture
+def interruptible():
+    """Ctrl-C is heard, also where the tests were started in the background; and by programs that are started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def facts():
     """Names of the small values that a store keeps on disk."""
 

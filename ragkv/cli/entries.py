@@ -195,7 +195,7 @@ def _places(folder: Path, passing_over: bool) -> dict[bytes, list[tuple[str, int
     if not has_data(folder):
         return places
     with Catalogue(folder) as catalogue, catalogue.snapshot() as view:
-        documents = view.documents((lambda document_id, error: None) if passing_over else None)
+        documents = view.documents(damaged=(lambda document_id, error: None) if passing_over else None)
         for document in sorted(documents, key=lambda document: document.source):
             for reading in view.readings(document):
                 for position, key in enumerate(reading.keys):

@@ -169,7 +169,7 @@ def test_an_interrupted_add_says_how_to_go_on(files, capsys, monkeypatch):
     assert err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
 
 
-def test_a_real_interrupt_keeps_what_was_read(tmp_path):
+def test_a_real_interrupt_keeps_what_was_read(interruptible, tmp_path):
     """SIGINT in the middle of one long document; the second time only the rest of it is read."""
     (tmp_path / "long.md").write_text("\n\n".join(list(bundled.documents().values())[:8]))
     argv = [sys.executable, "-m", "ragkv.cli", "add", "long.md", "--method", "reuse", "--progress"]
@@ -335,7 +335,7 @@ def test_pages_headings_and_encodings(tmp_path, capsys):
     assert any("says Jürg." in source["text"] for source in sources)
 
 
-def test_ctrl_c_while_files_are_converted(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_while_files_are_converted(interruptible, tmp_path, monkeypatch, capsys):
     (tmp_path / "parser").mkdir()
     (tmp_path / "parser" / "pypdf.py").write_text(PARSER)
     monkeypatch.syspath_prepend(tmp_path / "parser")
