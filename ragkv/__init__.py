@@ -17,6 +17,7 @@ _HOMES = {
     "errors": (
         "ArgumentError",
         "ArgumentTypeError",
+        "ConversationError",
         "DocumentError",
         "IncompatibleFolderError",
         "MethodError",

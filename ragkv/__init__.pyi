@@ -3,6 +3,7 @@ from ragkv.chunk import ChunkKV as ChunkKV
 from ragkv.engine import Engine as Engine
 from ragkv.errors import ArgumentError as ArgumentError
 from ragkv.errors import ArgumentTypeError as ArgumentTypeError
+from ragkv.errors import ConversationError as ConversationError
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import MethodError as MethodError

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 from ragkv.detokenizer import Detokenizer, cut
 from ragkv.errors import ModelChangedError
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
 from ragkv.model.runner import Runner
+from ragkv.past import Past
 from ragkv.prompt import Encoder
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt
 
-#: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, and when the question began.
-MakePrompt = Callable[[Callable[[int], int | None], float], FusedPrompt]
+#: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, when the question began, and what is
+#: undone behind the answer.
+MakePrompt = Callable[[Callable[[int], int | None], float, ExitStack], FusedPrompt]
 
 
 class Answering:
@@ -35,27 +39,50 @@ class Answering:
         """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
         if self._settings.beams > 1:
             ids, report = self._searched(begin)
-        else:
-            stream = self.pieces(begin)
-            for _ in stream:
-                pass
-            assert stream.report is not None
-            ids, report = stream.token_ids, stream.report
-        return Answer(cut(self._encoder.decode(ids), self._settings.stop), ids, report)
+            return Answer(self._said(ids), ids, report)
+        stream = self.pieces(begin)
+        for _ in stream:
+            pass
+        assert stream.report is not None
+        return Answer(self._said(stream.token_ids), stream.token_ids, stream.report, past=stream.past)
 
-    def pieces(self, begin: float | None = None) -> AnswerStream:
-        """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for."""
+    def pieces(self, begin: float | None = None, ended: Callable[[AnswerStream], object] | None = None) -> AnswerStream:
+        """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for.
 
-        def start() -> tuple[AnswerReport, Iterator[int]]:
+        Args:
+            begin: ``perf_counter()`` at which the question began.
+            ended: called behind the last piece.
+        """
+
+        def start(stack: ExitStack) -> Any:
             begun = perf_counter() if begin is None else begin
-            prompt = self._prompt(self._settings.asked, begun)
+            prompt = self._prompt(self._settings.asked, begun, stack)
             report = AnswerReport(prompt.report)
-            return report, self._timed(prompt, report, begun)
+            return report, self._timed(prompt, report, begun), lambda ids: self._past(prompt, ids)
 
-        return AnswerStream(start, Detokenizer(self._encoder, self._settings.stop))
+        return AnswerStream(start, Detokenizer(self._encoder, self._settings.stop), ended)
+
+    def _said(self, ids: Sequence[int]) -> str:
+        return cut(self._encoder.decode(ids), self._settings.stop)
+
+    def _past(self, prompt: FusedPrompt, ids: Sequence[int]) -> Past | None:
+        """Prompt and answer, without what of the ids is no part of it: those of a stop text, and an end token, which the
+        template writes behind an earlier answer where there is one.
+        """
+        if prompt.past is None:
+            return None
+        text, kept = self._said(ids), len(ids)
+        while kept and not text.startswith(self._encoder.decode(ids[:kept])):
+            kept -= 1
+        rest = self._encoder.ids(text[len(self._encoder.decode(ids[:kept])) :])
+        if kept and ids[kept - 1] in self._settings.ends:
+            kept -= 1
+        front = prompt.input_ids.shape[1]
+        held = front + min(kept, len(ids) - 1)  # the last token was never run
+        return replace(prompt.past, ids=(*prompt.past.ids, *ids[:kept], *rest), held=held)
 
     def _searched(self, begin: float) -> tuple[list[int], AnswerReport]:
-        prompt = self._prompt(self._settings.asked, begin)
+        prompt = self._prompt(self._settings.asked, begin, ExitStack())
         fused_ms = _ms(begin)
         with self._turn(prompt):
             ids = beam_search(self._settings, prompt, begin)

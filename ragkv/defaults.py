@@ -71,9 +71,9 @@ def _as_json(name: str, value: Any) -> Any:
     if isinstance(value, Method):
         return words_of(value)
     if isinstance(value, PromptTemplate):
-        parts = {part: text for part, text in asdict(value).items() if part != "stop"}.items()
+        parts = {part: text for part, text in asdict(value).items() if part not in ("stop", "chat")}.items()
         kept = {part: text if text is None or isinstance(text, str) else [int(i) for i in text] for part, text in parts}
-        return {**kept, "stop": list(stop_texts(value.stop))}
+        return {**kept, "stop": list(stop_texts(value.stop)), "chat": None if value.chat is None else dict(value.chat)}
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if name in ("model", "embedder", "tokenizer"):

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
-from ragkv.answering import Answering
+from ragkv.answering import Answering, MakePrompt
 from ragkv.chunk import Chunk
 from ragkv.detokenizer import stop_texts
-from ragkv.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    ModelChangedError,
-    PromptError,
-    PromptTooLongError,
-    RecordError,
-    instance,
-    whole_number,
-)
-from ragkv.fuse import fuse
-from ragkv.fusion.layout import Layout, lay_out
+from ragkv.errors import ArgumentError, ArgumentTypeError, PromptError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents, several, several_chunks
+from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import parse_method
 from ragkv.model.decoder import Decoder
-from ragkv.model.generation import DEFAULT_NEW_TOKENS, Settings
+from ragkv.model.generation import Settings
 from ragkv.model.runner import Runner
+from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
+from ragkv.prompting import Prompting, Request
 from ragkv.report import Answer, AnswerStream, FusedPrompt
 from ragkv.store import TieredStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-# How often a prompt begins anew because the model was changed meanwhile.
-_TRIES = 3
 
 
 class Engine:
@@ -126,11 +115,12 @@ class Engine:
         """The model as fusion sees it."""
         return self.runner.decoder(self.documents.kernels)
 
-    def add(self, passages: Sequence[Text]) -> list[Chunk]:
+    def add(self, passages: Sequence[Text], *, namespace: str | None = None) -> list[Chunk]:
         """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
 
         Args:
             passages: text or token ids each.
+            namespace: instead of the engine's; :meth:`generate` finds them with the same one.
 
         Returns:
             One chunk a passage, in order.
@@ -140,11 +130,14 @@ class Engine:
             PromptTooLongError: a passage is longer than the model reads at once.
             StoreFullError: a chunk does not fit into the store; those before it are stored.
         """
-        chunks = [self.documents.passage(passage) for passage in several(passages, "passages")]
-        self.documents.add(chunks)
+        documents = self.documents.within(namespace)
+        chunks = [documents.passage(passage) for passage in several(passages, "passages")]
+        documents.add(chunks)
         return chunks
 
-    def add_document(self, parts: Sequence[Text], *, document_id: str = "") -> list[Chunk]:
+    def add_document(
+        self, parts: Sequence[Text], *, document_id: str = "", namespace: str | None = None
+    ) -> list[Chunk]:
         """Read one document, given as its consecutive parts; each part becomes a chunk that knows the text before it.
 
         The document is prefilled as a whole, once, in pieces. Parts in front that are stored already are not read again.
@@ -152,6 +145,7 @@ class Engine:
         Args:
             parts: text or token ids each, in document order.
             document_id: what it is known by, so that it may change and stay the same document; by default a digest of its ids.
+            namespace: instead of the engine's.
 
         Returns:
             One chunk a part, in order.
@@ -159,10 +153,11 @@ class Engine:
         Raises:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
-        document = self.documents.cut(parts, document_id)
-        self.documents.record(document)
+        documents = self.documents.within(namespace)
+        document = documents.cut(parts, document_id)
+        documents.record(document)
         chunks = list(document)
-        self.documents.add(chunks)
+        documents.add(chunks)
         return chunks
 
     def repair_document(self, old: Sequence[Chunk], parts: Sequence[Text], behind_tokens: int = 32) -> list[Chunk]:
@@ -190,14 +185,18 @@ class Engine:
         self.documents.add(list(document))
         return list(document)
 
-    def forget(self, chunks: Sequence[Chunk]) -> int:
+    def forget(self, chunks: Sequence[Chunk], *, namespace: str | None = None) -> int:
         """Remove chunks' KV from the store, and the records of their documents; returns how many KV were there.
 
         A prompt that needs a chunk of such a document computes it, and does not store it, until the document is added again.
         Passages that stand alone are of no document: the next prompt that needs one stores it again. Documents of a folder are
         removed by :meth:`RAG.remove`.
+
+        Args:
+            chunks: which.
+            namespace: instead of the engine's.
         """
-        return self.documents.forget(chunks)
+        return self.documents.within(namespace).forget(chunks)
 
     def refresh(self) -> None:
         """Look at every weight of the model again.
@@ -220,11 +219,13 @@ class Engine:
     def fuse(
         self,
         chunks: Sequence[Chunk | Text],
-        question: Text,
+        question: Question,
         *,
         method: Method | str | None = None,
         room_tokens: int | None = None,
         starts: Sequence[int] | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
 
@@ -233,45 +234,37 @@ class Engine:
         Args:
             chunks: from :meth:`add` or :meth:`add_document`, in the order of the prompt; text or ids are added on the way. May be
                 empty, and may hold a chunk twice.
-            question: text or token ids; not empty.
+            question: text or token ids, not empty; or chat messages, ``{"role": "system" | "user" | "assistant", "content": ...}``
+                each, of which the last one is the user's question. The chunks belong to it.
             method: instead of the engine's.
             room_tokens: room that the cache keeps for an answer; by default 64, or as much as the model's positions leave.
             starts: position of each chunk's first token, where chunks shall stand apart or share positions (as in APE,
                 arXiv:2502.05431); by default each stands right behind the one before. A decoding loop of your own goes on at
                 ``prompt.next_position``; layers with windows count slots there, as transformers does.
+            system: a system message instead of the template's. Where the template has no anchor, chunks are read behind it.
+            namespace: instead of the engine's.
 
         Raises:
-            PromptError: an empty question or chunk, or ids out of the vocabulary.
+            PromptError: an empty question or chunk, or ids out of the vocabulary; messages that are not understood, or that the
+                chat template cannot write.
             PromptTooLongError: the prompt, and the room that was asked for, exceed the model's positions.
         """
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        chosen = self.method if method is None else _method(method)
-        return self._prompt(chunks, question, chosen, lambda _: room_tokens, begin, starts)
-
-    def _prompt(
-        self,
-        chunks: Sequence[Chunk | Text],
-        question: Text,
-        method: Method,
-        asked: Callable[[int], int | None],
-        begin: float,
-        starts: Sequence[int] | None = None,
-    ) -> FusedPrompt:
-        """One prompt, with the room that ``asked`` says for a prompt of so many tokens."""
-        suffix = self.encoder.suffix(question)
-        known = self._chunks(chunks)
-        places = None if starts is None else several(starts, "starts")
-        layout = lay_out(self.encoder.prefix, self.encoder.anchor, known, suffix, self.decoder.device, places)
-        return self._fuse(layout, method, self._room(layout.end, asked(layout.end)), begin)
+        request = Request(chunks, question, self._method(method), system, namespace, starts)
+        return self.prompting.prompt(request, lambda _: room_tokens, begin, ExitStack())
 
     def generate(
         self,
         chunks: Sequence[Chunk | Text],
-        question: Text,
+        question: Question,
         *,
         method: Method | str | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
+        past: Past | None = None,
+        keep_past: bool = False,
         stop: str | Sequence[str] = (),
         **generation: Any,
     ) -> Answer:
@@ -281,6 +274,12 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
+            system: as for :meth:`fuse`.
+            namespace: instead of the engine's.
+            past: of an answer that this one goes on from: what was said there is not computed again. It has its system message,
+                its namespace and all earlier turns; chunks that stand there already need not be given.
+            keep_past: keep prompt and answer with their KV, as ``answer.past``, to be gone on from. So it is wherever a ``past``
+                was given.
             stop: a text or several at which the answer ends, besides the template's; they are no part of it, while
                 ``stop_strings``, as in transformers, are.
             **generation: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``stop_strings``, ``num_beams``, ...
@@ -289,17 +288,24 @@ class Engine:
         Raises:
             As :meth:`fuse`; UnknownArgumentError (a ``TypeError``) and ArgumentError (a ``ValueError``) for generation arguments;
             NonFiniteError where the logits are NaN or infinite; ModelChangedError where the model changes in the middle of the
-            answer.
+            answer, or has changed since the past was computed; ConversationError where the past is in use, or is gone.
         """
         begin = perf_counter()
-        return self._answering(chunks, question, method, stop, generation).whole(begin)
+        request = Request(
+            chunks, question, self._method(method), system, namespace, None, past, keep_past or past is not None
+        )
+        return self._answering(request, stop, generation).whole(begin)
 
     def stream(
         self,
         chunks: Sequence[Chunk | Text],
-        question: Text,
+        question: Question,
         *,
         method: Method | str | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
+        past: Past | None = None,
+        keep_past: bool = False,
         stop: str | Sequence[str] = (),
         **generation: Any,
     ) -> AnswerStream:
@@ -311,6 +317,9 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
+            system: as for :meth:`fuse`.
+            namespace: instead of the engine's.
+            past, keep_past: as for :meth:`generate`; ``past`` of the stream is there behind the last piece.
             stop: as for :meth:`generate`; not even half a stop text is shown.
             **generation: as for :meth:`generate`; no beams.
 
@@ -321,80 +330,67 @@ class Engine:
             As :meth:`generate`, arguments at once and all else when the first piece is asked for; PromptError where the engine has
             no tokenizer.
         """
-        if self.tokenizer is None:
-            raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
-        return self._answering(chunks, question, method, stop, generation, pieces=True).pieces()
+        request = Request(
+            chunks, question, self._method(method), system, namespace, None, past, keep_past or past is not None
+        )
+        return self._answering(request, stop, generation, pieces=True).pieces()
+
+    @property
+    def prompting(self) -> Prompting:
+        """Makes prompts."""
+        return Prompting(self.documents)
 
     def _answering(
+        self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
+    ) -> Answering:
+        request = replace(request, stop=stopped_by(generation))
+        return self.answering(
+            lambda room, begin, stack: self.prompting.prompt(request, room, begin, stack),
+            stop,
+            generation,
+            pieces=pieces,
+            kept=request.keep,
+        )
+
+    def answering(
         self,
-        chunks: Sequence[Chunk | Text],
-        question: Text,
-        method: Method | str | None,
+        prompt: MakePrompt,
         stop: str | Sequence[str],
         generation: dict[str, Any],
+        *,
         pieces: bool = False,
+        kept: bool = False,
     ) -> Answering:
-        """What answers, with all arguments checked before anything is computed."""
+        """What answers, with all arguments checked before anything is computed.
+
+        Args:
+            prompt: makes the prompt.
+            stop: texts at which the answer ends, besides the template's.
+            generation: what ``model.generate`` takes.
+            pieces: the answer is wanted piece by piece.
+            kept: it is to be gone on from.
+        """
+        if pieces and self.tokenizer is None:
+            raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
         texts = (*stop_texts(self.template.stop), *stop_texts(stop))
         if texts and self.tokenizer is None:
             raise ArgumentError(
                 f"stop={texts} is text and the engine has no tokenizer: give it one, or stopping_criteria=[...]"
             )
         settings = Settings(self.decoder, self.tokenizer, generation, texts)
-        if pieces and settings.beams > 1:
-            raise ArgumentError(
-                "num_beams: beam search knows its text only at the end: use generate(), or leave it out"
-            )
-        chosen = self.method if method is None else _method(method)
-        return Answering(
-            self.runner,
-            self.encoder,
-            settings,
-            lambda asked, begin: self._prompt(chunks, question, chosen, asked, begin),
-        )
+        if settings.beams > 1 and (pieces or kept):
+            why = "beam search knows its text only at the end" if pieces else "beams leave no cache to go on from"
+            raise ArgumentError(f"num_beams: {why}: leave it out" + (", or use generate()" if pieces else ""))
+        return Answering(self.runner, self.encoder, settings, prompt)
 
-    def _chunks(self, chunks: Sequence[Chunk | Text]) -> list[Chunk]:
-        """Chunks as they are; text and ids as passages that stand alone."""
-        known = [
-            chunk if isinstance(chunk, Chunk) else self.documents.passage(chunk) for chunk in several(chunks, "chunks")
-        ]
-        for chunk in known:
-            if max(chunk.ids) >= self.encoder.vocab_size:
-                self.encoder.ids(chunk.ids)  # says which
-        return known
+    def _method(self, method: Method | str | None) -> Method:
+        return self.method if method is None else _method(method)
 
-    def _room(self, tokens: int, asked: int | None) -> int:
-        """Room for an answer; its last token takes no position, for the model never runs it."""
-        limit = self.decoder.max_positions
-        if limit is not None and tokens > limit:
-            raise PromptTooLongError(
-                f"the prompt has {tokens} tokens, {tokens - limit} more than the model's {limit} positions: give fewer or shorter "
-                "chunks"
-            )
-        left = None if limit is None else limit + 1 - tokens
-        if left is None or (asked is not None and asked <= left):
-            return DEFAULT_NEW_TOKENS if asked is None else asked
-        if asked is not None:
-            raise PromptTooLongError(
-                f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {asked} were asked "
-                "for: give fewer or shorter chunks, or ask for a shorter answer"
-            )
-        return min(DEFAULT_NEW_TOKENS, left)
 
-    def _fuse(self, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
-        """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
-        damaged: set[str] = set()
-        for _ in range(len(layout.chunks) + _TRIES):
-            try:
-                return fuse(self.documents, layout, method, room_tokens, begin)
-            except ModelChangedError as error:
-                logger.warning("fusing again: %s", error)
-            except RecordError as error:
-                if str(error) in damaged:
-                    raise  # it was not dropped
-                damaged.add(str(error))
-                logger.warning("reading chunks again: %s", error)
-        return fuse(self.documents, layout, method, room_tokens, begin)
+def stopped_by(generation: dict[str, Any]) -> Event | None:
+    """The event among the stopping criteria that stops the answer from outside, if there is one."""
+    criteria = generation.get("stopping_criteria")
+    return next((item for item in criteria if isinstance(item, Event)), None) if isinstance(criteria, list) else None
 
 
 def _check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:

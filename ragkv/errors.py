@@ -22,7 +22,7 @@ class ModelChangedError(RagKVError):
 
 
 class PromptError(RagKVError, ValueError):
-    """A prompt cannot be built: empty question, empty chunk, ids out of the vocabulary, bad template."""
+    """A prompt cannot be built: empty question, empty chunk, ids out of the vocabulary, bad template, bad chat messages."""
 
 
 class PromptTooLongError(PromptError):
@@ -31,6 +31,10 @@ class PromptTooLongError(PromptError):
 
 class ArgumentError(RagKVError, ValueError):
     """An argument that the engine was given is out of range, or cannot be honoured."""
+
+
+class ConversationError(RagKVError, RuntimeError):
+    """An earlier turn cannot be gone on from: another answer is being made behind it, or was made in its place."""
 
 
 class UnknownArgumentError(RagKVError, TypeError):
@@ -91,7 +95,9 @@ def no_question(value: Any) -> str:
     """What is wrong with something that was asked instead of a question."""
     parts = value if isinstance(value, list | tuple) else [value]
     if parts and all(isinstance(part, Mapping) and "role" in part for part in parts):
-        return f"a question is text, not chat messages: give the text of the last one; got {value!r:.80}"
+        return (
+            f"a question is text, not chat messages: give these as a list, RAG.ask(messages=[...]); got {value!r:.80}"
+        )
     if len(parts) > 1 and all(isinstance(part, str) for part in parts):
         return f"there is one question at a time: ask these {len(parts)} one by one"
     return f"the question must be a str that is not blank, got {value!r:.80}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk
-from ragkv.errors import NonFiniteError, PromptError
+from ragkv.errors import ModelChangedError, NonFiniteError, PromptError
 from ragkv.fusion.compute import compute, plan
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
@@ -18,14 +18,23 @@ from ragkv.fusion.view import Selection, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
+from ragkv.library.reading import append
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
+from ragkv.past import Past
 from ragkv.report import FusedPrompt, FusionReport
 from ragkv.store import Batch
 
 
 @torch.no_grad()
-def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int, begin: float) -> FusedPrompt:
+def fuse(
+    documents: Documents,
+    layout: Layout,
+    method: Method,
+    room_tokens: int,
+    begin: float,
+    past: Past | None = None,
+) -> FusedPrompt:
     """Compute what a method asks for over the stored rest.
 
     Args:
@@ -34,14 +43,15 @@ def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int,
         method: chooses.
         room_tokens: room that the cache keeps for an answer.
         begin: ``perf_counter()`` at which the prompt was asked for.
+        past: what the layout says is held; its cache is grown in place.
 
     Raises:
         RecordError: a record proved damaged; the store has dropped it.
-        ModelChangedError: the model is not what it was when this began.
+        ModelChangedError: the model is not what it was when this began, or when the past was computed.
         NonFiniteError: the logits are NaN or infinite, where they are on the CPU.
     """
     with ExitStack() as stack:
-        one = _Fusing(documents, layout, method, room_tokens, begin, stack)
+        one = _Fusing(documents, layout, method, room_tokens, begin, stack, past)
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
@@ -63,6 +73,7 @@ def fuse(documents: Documents, layout: Layout, method: Method, room_tokens: int,
             prefix_tokens=layout.chunks_start,
             chunk_tokens=layout.suffix_start - layout.chunks_start,
             suffix_tokens=layout.tokens - layout.suffix_start,
+            reused_tokens=one.known,
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
             bytes_read=one.placement.bytes_read if one.opened else 0,
@@ -85,9 +96,13 @@ class _Fusing(Looking):
         room_tokens: int,
         begin: float,
         stack: ExitStack,
+        past: Past | None,
     ):
         self.reader = documents.reader
-        super().__init__(self.reader, layout, room_tokens)
+        if past is not None and past.fingerprint != self.reader.fingerprint:
+            raise ModelChangedError("the model's weights, adapter or attention have changed since the answer before")
+        super().__init__(self.reader, layout, room_tokens, None if past is None else past.cache)
+        self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
         self._documents, self._stack = documents, stack
@@ -113,8 +128,18 @@ class _Fusing(Looking):
                 self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
         keys = {placed.chunk: key for placed, key in zip(self._layout.chunks, self._keys, strict=True)}
-        opening = self.reader.opening(self._documents.encoder.prefix)
-        return Placement(self.decoder, self.cache, self._layout, opening, batch, keys, fresh, self.timer)
+        self._open()
+        return Placement(self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer)
+
+    def _open(self) -> None:
+        """Put what stands in front of the chunks into the cache: what is known, and what has to be computed."""
+        layout = self._layout
+        if not layout.held:
+            with self.timer.stage("place"):
+                append(self.cache, self.reader.opening(layout.ids[: layout.opening].tolist()))
+            self.known = layout.opening
+        with self.timer.stage("compute"):
+            self.reader.run(layout.ids[self.known : layout.chunks_start].tolist(), self.cache, self.known)
 
     def sensitivity(self) -> list[Tensor | None]:
         """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""

@@ -1,10 +1,11 @@
-"""Attributes that are worked out when they are first asked for."""
+"""What is worked out when it is first asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
@@ -28,3 +29,11 @@ class lazy(Generic[Value]):
             return self
         value = vars(owner)[self._name] = self._make(owner)
         return value
+
+
+def keep_last(kept: dict[Key, Value], key: Key, value: Value, most: int) -> Value:
+    """Put a value into a dict that holds no more than ``most``: those put first are dropped. Returns it."""
+    kept[key] = value
+    for oldest in list(kept)[:-most]:
+        kept.pop(oldest, None)
+    return value

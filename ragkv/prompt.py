@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 #: Text, or token ids in its place.
 Text = str | Sequence[int]
 
-_CHUNKS, _QUESTION = "\u2983ragkv chunks\u2984", "\u2983ragkv question\u2984"
+#: Marks that a chat template is rendered around.
+CHUNKS, QUESTION = "\u2983ragkv chunks\u2984", "\u2983ragkv question\u2984"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class PromptTemplate:
         after_chunk: stands behind every chunk.
         before_question: stands between the chunks and the question.
         after_question: stands behind the question (the assistant header).
+        after_answer: stands behind an earlier answer, where a conversation is not written by a chat template.
         stop: a text or several at which an answer ends; they are no part of it.
+        chat: the arguments of :meth:`from_chat_template`, where it made this one: chat messages are written with them. Elsewhere
+            every turn is written as the question is (:mod:`ragkv.messages`).
     """
 
     prefix: Text = ""
@@ -46,7 +50,9 @@ class PromptTemplate:
     after_chunk: Text = ""
     before_question: Text = ""
     after_question: Text = ""
+    after_answer: Text = ""
     stop: str | Sequence[str] = ()
+    chat: Mapping[str, Any] | None = None
 
     @classmethod
     def from_chat_template(
@@ -75,28 +81,31 @@ class PromptTemplate:
             raise PromptError(
                 f"the tokenizer has no chat template{asked}: give PromptTemplate(prefix=..., ...) instead"
             )
-        user = f"{instruction}\n\n{_CHUNKS}Question: {_QUESTION}"
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": user})
-        rendered = _render(tokenizer, messages, chat_options)
+        messages.append({"role": "user", "content": asking(instruction)})
+        rendered = render(tokenizer, messages, chat_options)
         long_ago = _long_ago(tokenizer)
-        if long_ago and rendered != _render(tokenizer, messages, {"chat_template": long_ago, **chat_options}):
+        if long_ago and rendered != render(tokenizer, messages, {"chat_template": long_ago, **chat_options}):
             logger.warning(
                 "the chat template writes today's date into the prefix, so every document will be read again tomorrow: "
                 "fix the date (date_string=... with Llama 3), or give the template an anchor="
             )
-        if not isinstance(rendered, str) or rendered.count(_CHUNKS) != 1 or rendered.count(_QUESTION) != 1:
+        if not isinstance(rendered, str) or rendered.count(CHUNKS) != 1 or rendered.count(QUESTION) != 1:
             raise PromptError(
                 "the tokenizer's chat template changes the user's message: give PromptTemplate(...) yourself"
             )
-        prefix, rest = rendered.split(_CHUNKS)
+        prefix, rest = rendered.split(CHUNKS)
         if system and system.strip() not in prefix:
             raise PromptError(
                 "the tokenizer's chat template leaves the system message out: give PromptTemplate(prefix=...)"
             )
-        before_question, after_question = rest.split(_QUESTION)
+        before_question, after_question = rest.split(QUESTION)
         return cls(
-            prefix=prefix, after_chunk=after_chunk, before_question=before_question, after_question=after_question
+            prefix=prefix,
+            after_chunk=after_chunk,
+            before_question=before_question,
+            after_question=after_question,
+            chat={"system": system, "instruction": instruction, "after_chunk": after_chunk, **chat_options},
         )
 
     @classmethod
@@ -110,10 +119,21 @@ class PromptTemplate:
         if getattr(tokenizer, "chat_template", None):
             return cls.from_chat_template(tokenizer)
         stop = ("\n\nQuestion:", "\nQuestion:", "Question:")
-        return cls(after_chunk="\n\n", before_question="Question: ", after_question="\nAnswer:", stop=stop)
+        plain: dict[str, Any] = {"before_question": "Question: ", "after_question": "\nAnswer:", "after_answer": "\n\n"}
+        return cls(after_chunk="\n\n", stop=stop, **plain)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any]) -> Any:
+def asking(instruction: str) -> str:
+    """The user's message that passages and a question are put into, with marks in their places."""
+    return f"{instruction}\n\n{CHUNKS}Question: {QUESTION}"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any]) -> Any:
+    """Messages as the tokenizer's chat template writes them, the assistant's header behind them.
+
+    Raises:
+        PromptError: the template fails.
+    """
     from jinja2 import TemplateError  # what transformers renders with
 
     try:
@@ -145,7 +165,7 @@ class Encoder:
     """
 
     def __init__(self, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int):
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.template, self.tokenizer, self.vocab_size = template, tokenizer, vocab_size
         self._private = None if tokenizer is None else PrivateTokenizer(tokenizer)
         parts = {part.name: getattr(template, part.name) for part in fields(template)}
         self.prefix = self._opening(parts["prefix"])
@@ -154,6 +174,7 @@ class Encoder:
         self._after_chunk = self.ids(parts["after_chunk"], trusted=True)
         self._before_question = self.ids(parts["before_question"], trusted=True)
         self._after_question = self.ids(parts["after_question"], trusted=True)
+        self.after_answer = self.ids(parts["after_answer"], trusted=True)
 
     def chunk(self, passage: Text) -> tuple[int, ...]:
         """A passage's ids with its wrapper.
@@ -172,6 +193,14 @@ class Encoder:
         Raises:
             PromptError: the question is empty, or is none.
         """
+        return (*self._before_question, *self.question(question), *self._after_question)
+
+    def question(self, question: Text) -> tuple[int, ...]:
+        """The question's ids.
+
+        Raises:
+            PromptError: the question is empty, or is none.
+        """
         parts = list(question) if isinstance(question, list | tuple) else []
         texts = len(parts) > 1 and all(isinstance(part, str) for part in parts)
         if texts or any(isinstance(part, Mapping) and "role" in part for part in (question, *parts)):
@@ -179,7 +208,7 @@ class Encoder:
         inner = self.ids(question)
         if not inner:
             raise PromptError("the question is empty: give at least one token")
-        return (*self._before_question, *inner, *self._after_question)
+        return inner
 
     def ids(self, text: Text, *, trusted: bool = False) -> tuple[int, ...]:
         """Token ids of a segment on its own; ids are checked and passed through.
@@ -217,7 +246,11 @@ class Encoder:
 
     def _opening(self, text: Text) -> tuple[int, ...]:
         ids = self.ids(text, trusted=True)
-        bos = self._private.bos() if self._private is not None and isinstance(text, str) else ()
+        return self.opened(ids) if isinstance(text, str) else ids
+
+    def opened(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids that a prompt begins with, behind the BOS that the tokenizer puts in front, once."""
+        bos = () if self._private is None else self._private.bos()
         return ids if ids[: len(bos)] == bos else (*bos, *ids)
 
 

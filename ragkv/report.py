@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from ragkv.detokenizer import Detokenizer
 from ragkv.fusion.timing import Timer
+from ragkv.past import Past
 
 
 @dataclass
@@ -25,6 +27,8 @@ class FusionReport:
         prefix_tokens: tokens of the prefix.
         chunk_tokens: tokens of all chunks.
         suffix_tokens: tokens of the suffix.
+        reused_tokens: tokens of the prefix whose KV were there already: an earlier conversation's, or those of a prefix that was
+            computed before.
         hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
             ``"unused"``: the method computes everything itself.
         sources: the same for each chunk of the prompt, in order.
@@ -47,6 +51,7 @@ class FusionReport:
     bytes_read: int = 0
     budget: float = 0.0
     fresh_by_layer: list[int] = field(default_factory=list)
+    reused_tokens: int = 0
     looked: str = ""
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 
@@ -57,6 +62,19 @@ class FusionReport:
         The total is from the call to the next-token logits. A device is waited for when this is first asked for.
         """
         return self.timer.milliseconds()
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The prompt's tokens in the last layer: ``reused`` where they stood, ``placed`` from the store, ``recomputed`` though
+        they were stored, ``fresh``.
+        """
+        recomputed = self.fresh_by_layer[-1] if self.fresh_by_layer else 0
+        return {
+            "reused": self.reused_tokens,
+            "placed": self.chunk_tokens - recomputed,
+            "recomputed": recomputed,
+            "fresh": self.prefix_tokens - self.reused_tokens + self.suffix_tokens,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -76,6 +94,7 @@ class FusedPrompt:
         recomputed: LongTensor ``[R]``: positions computed afresh in the last layer, the suffix among them.
         report: what it cost.
         fingerprint: of the model that computed it; another one cannot go on behind it.
+        past: what the next turn goes on from; ``None`` where that was not asked for.
     """
 
     input_ids: Tensor
@@ -85,6 +104,7 @@ class FusedPrompt:
     report: FusionReport
     next_position: int
     fingerprint: str
+    past: Past | None = None
 
 
 @dataclass
@@ -116,14 +136,20 @@ class Answer:
         text: without special tokens, and without the stop text that ended it; empty when the engine has no tokenizer.
         token_ids: the generated ids, an end token and the ids of a stop text included.
         report: what it cost.
+        past: prompt and answer with their KV, to go on from; ``None`` where that was not asked for.
     """
 
     text: str
     token_ids: Sequence[int]
     report: AnswerReport
+    past: Past | None = field(default=None, repr=False, kw_only=True)
 
     def __str__(self) -> str:
         return self.text
+
+
+#: Begins an answer, with what has to be undone behind it: its report, its token ids, and what makes its past of these.
+Start = Callable[[ExitStack], tuple[AnswerReport, Iterator[int], Callable[[Sequence[int]], Past | None]]]
 
 
 class AnswerStream(Iterator[str]):
@@ -132,27 +158,37 @@ class AnswerStream(Iterator[str]):
     Attributes:
         token_ids: the ids generated so far, an end token and the ids of a stop text included.
         report: what it cost so far; ``None`` until the first piece was asked for.
+        past: as of :class:`Answer`, behind the last piece.
     """
 
-    def __init__(self, start: Callable[[], tuple[AnswerReport, Iterator[int]]], detokenizer: Detokenizer):
+    def __init__(self, start: Start, detokenizer: Detokenizer, ended: Callable[[AnswerStream], object] | None = None):
         self.token_ids: list[int] = []
         self.report: AnswerReport | None = None
-        self._start, self._text = start, detokenizer
+        self.past: Past | None = None
+        self._start, self._text, self._ended = start, detokenizer, ended
         self._pieces = self._run()
         self._context = copy_context()  # who watches when it is made is told what is read later
 
     def __next__(self) -> str:
         return self._context.run(next, self._pieces)
 
-    def _run(self) -> Iterator[str]:
-        self.report, tokens = self._start()
-        for token in tokens:
-            self.token_ids.append(token)
-            piece = self._text.add(token)
-            if piece:
-                yield piece
-            if self._text.stopped:
-                return
-        rest = self._text.rest()
-        if rest:
-            yield rest
+    def close(self) -> None:
+        """End it here. Closing twice, or behind the last piece, is fine."""
+        self._pieces.close()
+
+    def _run(self) -> Generator[str]:
+        with ExitStack() as stack:
+            self.report, tokens, past = self._start(stack)
+            for token in tokens:
+                self.token_ids.append(token)
+                piece = self._text.add(token)
+                if piece:
+                    yield piece
+                if self._text.stopped:
+                    break
+            rest = self._text.rest()
+            if rest:
+                yield rest
+            self.past = past(self.token_ids)
+            if self._ended is not None:
+                self._ended(self)

@@ -70,7 +70,7 @@ def test_a_question_is_one_text(model, name):
     engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
     chunks, ask = engine.add(["One passage."]), getattr(engine, name)
     refused(ask, chunks, ["first?", "second?"], match="ask these 2 one by one")
-    refused(ask, chunks, CHAT, match="not chat messages")
+    refused(ask, chunks, CHAT[0], match="not chat messages")
     for question in (None, 3, b"x", {"q": 1}, "", [], [1, "x"]):
         refused(ask, chunks, question)
     for given in (*NO_LIST, chunks[0], [None], [3], [CHAT], [{"a": 1}], [chunks]):

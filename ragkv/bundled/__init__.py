@@ -23,12 +23,13 @@ MODEL_PATH = _HERE / "model"
 CASES_PATH = _HERE / "cases.jsonl.bz2"
 """What ``ragkv eval`` asks where no data are given: :func:`ragkv.evaluation.read_cases` reads it."""
 
-TEMPLATE: dict[str, str] = {
+TEMPLATE: dict[str, Any] = {
     "prefix": "Read the documents, then answer the question.\n",
     "before_chunk": "",
     "after_chunk": "\n",
     "before_question": "Question:",
     "after_question": "\nAnswer:",
+    "after_answer": "\n",
 }
 """The arguments of ``ragkv.PromptTemplate`` for this model; the tokenizer's BOS goes before the prefix, once."""
 

@@ -193,7 +193,8 @@ def without_rotation(engine: Engine) -> Engine:
     """The same engine, which leaves keys as they were made wherever it places them."""
     twin = copy(engine)
     twin.documents = copy(engine.documents)
-    reader = twin.documents._reader = copy(engine.documents.reader)
+    reader = copy(engine.documents.reader)
+    twin.documents._readers, twin.documents._others = {reader.anchor_ids: reader}, {}
     reader.decoder = copy(engine.decoder)
     reader.decoder.rotations = [None] * len(engine.decoder.rotations)
     return twin

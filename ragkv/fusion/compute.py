@@ -65,7 +65,7 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
 
     if len(active) == len(layout.reusable) > 0 and context is None:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
-        rows = torch.arange(layout.tokens, device=layout.ids.device)
+        rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
         return Plan(rows, checks, checks[0] if checks else layers, None, narrow)
     return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -62,12 +63,16 @@ class Layout:
         chunks: the chunks in prompt order.
         chunks_start: slot of the first chunk token; what stands before is the prefix.
         suffix_start: slot of the first suffix token; always computed afresh from here on.
+        opening: tokens in front that other prompts begin with too: their KV are computed once and kept.
+        held: tokens in front whose KV lie in the prompt's cache already, as those of an earlier conversation; never computed again.
     """
 
     ids: Tensor
     chunks: tuple[Placed, ...]
     chunks_start: int
     suffix_start: int
+    opening: int = 0
+    held: int = 0
 
     @property
     def tokens(self) -> int:
@@ -149,6 +154,8 @@ def lay_out(
     suffix: Sequence[int],
     device: torch.device,
     starts: Sequence[int] | None = None,
+    opening: Sequence[int] | None = None,
+    held: int = 0,
 ) -> Layout:
     """Give every segment of a prompt its place.
 
@@ -160,6 +167,8 @@ def lay_out(
         device: of the model.
         starts: position of each chunk's first token, where chunks shall stand apart or share positions; by default each stands
             right behind the one before. The suffix stands behind all of them.
+        opening: ids that other prompts begin with too; the prefix by default. What the two have in common is computed once.
+        held: tokens in front whose KV lie in the prompt's cache.
 
     Raises:
         PromptError: not one start for each chunk, or one inside the prefix.
@@ -190,7 +199,11 @@ def lay_out(
         at += len(chunk)
         context = digest(context, chunk.ids)
     ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]
-    return Layout(torch.tensor(ids, dtype=torch.long, device=device), tuple(placed), len(prefix), at)
+    common = len(prefix)
+    if opening is not None and opening != prefix:
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, opening, strict=False)))
+    tensor = torch.tensor(ids, dtype=torch.long, device=device)
+    return Layout(tensor, tuple(placed), len(prefix), at, common, held)
 
 
 def _continues(chunk: Chunk, before: Chunk) -> bool:

@@ -18,6 +18,7 @@ from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
 from ragkv.kernels import KernelError, deviation, implementation, question_scores
 from ragkv.model.attention import eager_attention
+from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import for_model
@@ -40,6 +41,7 @@ class Looking(ABC):
         driver: of the model; never taken while KV are read.
         layout: the prompt.
         room_tokens: room that the cache keeps for an answer.
+        cache: with what the layout says is held; a new one by default.
 
     Attributes:
         decoder: the model.
@@ -48,9 +50,11 @@ class Looking(ABC):
             ``"eager"``; empty before :meth:`attention` was asked for.
     """
 
-    def __init__(self, driver: Driver, layout: Layout, room_tokens: int):
+    def __init__(self, driver: Driver, layout: Layout, room_tokens: int, cache: FusedCache | None = None):
         self.decoder, self.looked, self._driver, self._layout = driver.decoder, "", driver, layout
-        self.cache = driver.decoder.cache(layout.tokens + room_tokens)
+        self.cache = driver.decoder.cache(layout.tokens + room_tokens) if cache is None else cache
+        if cache is not None:
+            cache.reserve(layout.held, layout.tokens + room_tokens)
 
     @property
     @abstractmethod

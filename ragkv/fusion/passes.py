@@ -91,7 +91,7 @@ class Pass:
     def logits(self) -> Tensor:
         """Run in the cheapest way that is exact for these rows; returns next-token logits ``[1, V]``."""
         plain = self.layout.even and self.context is None and self.slots == self.layout.tokens
-        if self.checks and plain and len(self.rows) == self.layout.tokens:
+        if self.checks and plain and len(self.rows) == self.layout.tokens - self.layout.held:
             self._first_check()
         if self.checks:
             logits = self._narrowing()
@@ -144,7 +144,7 @@ class Pass:
         return (wide, *output[1:]) if isinstance(output, tuple) else wide
 
     def _first_check(self) -> None:
-        """Where every token is computed up to the first check, do so piece by piece and stop there.
+        """Where every token that is not held is computed up to the first check, do so piece by piece and stop there.
 
         The layers above the check are run again for the few tokens that were kept: that costs less than to hold the hidden
         states of all.

@@ -75,7 +75,6 @@ class Placement:
         decoder: the model.
         cache: written.
         layout: the prompt.
-        opening: KV of what stands in front of the chunks, or ``None`` where nothing does.
         batch: an open read of the chunks, so that none is evicted meanwhile. On the CPU it is done with each once it is placed.
         keys: for every chunk to place, the key of the KV that it takes.
         fresh: KV that the batch does not hold, by key.
@@ -92,7 +91,6 @@ class Placement:
         decoder: Decoder,
         cache: FusedCache,
         layout: Layout,
-        opening: ChunkKV | None,
         batch: Batch,
         keys: Mapping[Chunk, bytes],
         fresh: dict[bytes, ChunkKV],
@@ -100,7 +98,7 @@ class Placement:
         by_layer: bool | None = None,
     ):
         self.batch, self.fresh = batch, fresh
-        self._decoder, self._cache, self._layout, self._opening = decoder, cache, layout, opening
+        self._decoder, self._cache, self._layout = decoder, cache, layout
         self._timer = Timer() if timer is None else timer
         self._chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
         self._index = {key: number for number, key in enumerate(batch.keys)}
@@ -151,8 +149,6 @@ class Placement:
         if not layers:
             return
         with self._timer.stage("place"):
-            for number in layers:
-                self._place_opening(number)
             if self._by_layer:
                 for number in layers:
                     self._place_layer(number)
@@ -188,12 +184,6 @@ class Placement:
         else:
             for layer in layers:
                 self._place(placed, layer, *self.batch.layer(index, layer))
-
-    def _place_opening(self, layer: int) -> None:
-        if self._opening is not None:
-            held, tokens = self._cache.layers[layer], len(self._opening)
-            held.key_room[0, :, :tokens] = self._opening.keys[layer]
-            held.value_room[0, :, :tokens] = self._opening.values[layer]
 
     def _place(self, placed: Placed, layer: int, keys: Tensor, values: Tensor) -> None:
         device = self._cache.layers[layer].key_room.device

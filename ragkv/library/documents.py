@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,7 @@ from ragkv.errors import (
     whole_number,
 )
 from ragkv.kernels import Impl
+from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.reading import Reader, chains, identity
@@ -42,6 +44,8 @@ _WRITTEN_TOGETHER_BYTES = 64 << 20
 _LONGEST_ID = 200
 # What records hold for changes with this number: their format, and how texts become ids.
 _RULES = "1"
+# Anchors, and namespaces with an anchor, of which something is kept: see Documents.within.
+_READERS, _OTHERS = 8, 256
 # How often reading begins anew because the model was changed meanwhile.
 _TRIES = 3
 
@@ -65,6 +69,7 @@ class Documents:
         lifetime_s: seconds after which stored KV are a miss.
 
     Attributes:
+        anchor: ids that documents are read behind.
         records: where documents are looked up whose chunks come without them; others may be appended.
     """
 
@@ -86,7 +91,7 @@ class Documents:
         if context not in ("document", "chunk"):
             raise ArgumentError(f"context must be 'document' or 'chunk', got {context!r}")
         self.runner, self.encoder, self.store = runner, encoder, store
-        self.context, self.namespace = context, namespace
+        self.context, self.namespace, self.anchor = context, namespace, encoder.anchor
         wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
         positions = runner.decoder(kernels, store).max_positions or 1 << 30
         if positions <= len(encoder.anchor):
@@ -103,34 +108,57 @@ class Documents:
             raise ArgumentError(f"lifetime_s must be more than 0, got {lifetime_s}")
         self._lifetime_s = lifetime_s
         self._foreign_ids = self._foreign(foreign)
-        self._reader: Reader | None = None
+        self._readers = dict[tuple[int, ...], Reader]()
         self._costs: dict[str, CostProfile | None] = {}
-        sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
-        self._cutting = digest(_RULES, namespace, context, str(self.document_tokens), sample).hex()
-        self._own_records = StoreRecords(store, self._cutting)
+        self._sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
+        self._others = dict[tuple[str, tuple[int, ...]], Documents]()
+        self._cut_as(namespace)
+
+    def _cut_as(self, namespace: str) -> None:
+        self.namespace = namespace
+        self._cutting = digest(_RULES, namespace, self.context, str(self.document_tokens), self._sample).hex()
+        self._own_records = StoreRecords(self.store, self._cutting)
         self.records: list[Records] = [self._own_records]
+
+    def within(self, namespace: str | None = None, anchor: Sequence[int] | None = None) -> Documents:
+        """Documents of another namespace, or behind another anchor, for the same model and store; these by default.
+
+        It costs next to nothing: what is kept for each anchor are its KV, for the last few.
+        """
+        if namespace is not None:
+            instance("namespace", namespace, str, "a str")
+        key = self.namespace if namespace is None else namespace, self.anchor if anchor is None else tuple(anchor)
+        if key == (self.namespace, self.anchor):
+            return self
+        other = self._others.get(key)
+        if other is None:
+            other = copy(self)
+            other.anchor = key[1]
+            other._cut_as(key[0])
+            keep_last(self._others, key, other, _OTHERS)
+        return other
 
     @property
     def reader(self) -> Reader:
         """Reads with the model as it is now: weights and adapters may have changed since the last call."""
-        fingerprint, reader = self.runner.fingerprint, self._reader
+        fingerprint, reader = self.runner.fingerprint, self._readers.get(self.anchor)
         if reader is None or reader.fingerprint != fingerprint:
             reader = Reader(
                 self.runner.decoder(self.kernels),
-                self.encoder.anchor,
+                self.anchor,
                 self._piece_tokens,
                 self._foreign_ids,
                 self.runner.turn,
                 fingerprint,
                 self.store,
             )
-            self._reader = reader
+            keep_last(self._readers, self.anchor, reader, _READERS)
         return reader
 
     @property
     def space(self) -> str:
         """Fingerprint of all that KV depend on besides their chunk: the model as it is now, and the anchor."""
-        return digest(self.runner.fingerprint, self.encoder.anchor).hex()
+        return digest(self.runner.fingerprint, self.anchor).hex()
 
     @property
     def setting(self) -> str:
@@ -316,7 +344,7 @@ class Documents:
             return None
         if made is None:
             return None
-        per_token = (perf_counter() - begin) / (len(self.encoder.anchor) + sum(map(len, repair.document)))
+        per_token = (perf_counter() - begin) / (len(self.anchor) + sum(map(len, repair.document)))
         items = [self._item(reader, chunk, kv, per_token * len(chunk)) for chunk, kv in made]
         self._put(reader, {item.key: item for item in items})
         return len(repair.rows)
@@ -375,7 +403,7 @@ class Documents:
         """
         costs = self._costs.get(reader.fingerprint)
         if costs is not None:
-            seconds = costs(len(self.encoder.anchor) + chunk.offset, len(chunk))
+            seconds = costs(len(self.anchor) + chunk.offset, len(chunk))
         return Item(self.key(chunk, reader.space), kv, seconds, "" if self.namespace else chunk.document)
 
     def _put(self, reader: Reader, waiting: dict[bytes, Item]) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
-from ragkv.lazy import lazy
+from ragkv.lazy import keep_last, lazy
 from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
@@ -20,6 +20,9 @@ from ragkv.model.traits import Facts, keep, model_key, recalled
 
 # A longer opening is computed by every process: the store's small values are never evicted.
 _KEPT_BYTES = 32 << 20
+
+# Prefixes whose KV are kept, besides the anchor's: a template's own, and those of other system messages.
+_OPENINGS = 8
 
 
 class Reader:
@@ -36,6 +39,7 @@ class Reader:
 
     Attributes:
         space: fingerprint of all that KV depend on besides their chunk.
+        anchor: KV of the anchor; ``None`` where it is empty.
         foreign: id of the foreign text.
     """
 
@@ -55,12 +59,12 @@ class Reader:
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
         self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
         self.foreign = digest(self._foreign_ids).hex()[:16]
-        self._openings: dict[tuple[int, ...], ChunkKV | None] = {(): None}
+        self._openings: dict[tuple[int, ...], ChunkKV | None] = {}
         self._facts, self._model = (
             facts,
             None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels),
         )
-        self.opening(self.anchor_ids, "anchor")
+        self.anchor = self._kept(self.anchor_ids, "anchor")
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -74,22 +78,21 @@ class Reader:
                 raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
             yield
 
-    @property
-    def anchor(self) -> ChunkKV | None:
-        """KV of the anchor."""
-        return self.opening(self.anchor_ids)
-
     def opening(self, ids: Sequence[int], name: str = "") -> ChunkKV | None:
-        """KV of ids that stand at position 0, computed once and kept; ``None`` for no ids.
+        """KV of ids that stand at position 0, computed once and kept, as long as others are not asked for; ``None`` for no ids.
 
         Args:
             ids: what a prompt or a document begins with.
             name: what the KV are kept under for the next process, in the place of those of other ids; empty: they are not.
         """
         ids = tuple(ids)
-        if ids not in self._openings:
-            self._openings[ids] = self._kept(ids, name) if name else self._computed(ids)
-        return self._openings[ids]
+        if ids == self.anchor_ids:
+            return self.anchor
+        known = self._openings.get(ids)
+        if known is None:
+            known = self._kept(ids, name) if name else self._computed(ids)
+            keep_last(self._openings, ids, known, _OPENINGS)
+        return known
 
     def _kept(self, ids: tuple[int, ...], name: str) -> ChunkKV | None:
         if self._facts is None or self._model is None:
@@ -138,16 +141,15 @@ class Reader:
         self, chain: list[Chunk], left: dict, stored: Callable, measured: bool, ran: Callable
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         cache = self.decoder.cache(self._behind(chain[-1]))
-        if self.anchor is not None:
-            _append(cache, self.anchor)
+        append(cache, self.anchor)
         first = self._append_stored(cache, chain, left, stored)
         second = self._second(chain, chain[:first]) if measured else None
         for group in _pieces(chain[first:], self.piece_tokens):
             begin = perf_counter()
             ids = [i for chunk in group for i in chunk.ids]
-            self._run(ids, cache, group[0].offset + self._anchor_tokens)
+            self.run(ids, cache, group[0].offset + self._anchor_tokens)
             if second is not None:
-                self._run(ids, second, second.get_seq_length())
+                self.run(ids, second, second.get_seq_length())
             per_token = (perf_counter() - begin) / len(ids)
             ran(group[0].document, len(ids))
             for chunk in group:
@@ -173,9 +175,8 @@ class Reader:
         room = len(self._foreign_ids) if limit is None else min(len(self._foreign_ids), max(0, limit - whole))
         cache = self.decoder.cache(whole + room)
         front = self.opening([*self.anchor_ids, *self._foreign_ids])
-        if front is not None:
-            _append(cache, front.first(self._anchor_tokens + room))
-        self._run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
+        append(cache, None if front is None else front.first(self._anchor_tokens + room))
+        self.run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
 
     @lazy
@@ -205,7 +206,7 @@ class Reader:
             kv = None if identity(chunk) in left else stored(chunk)
             if kv is None:
                 return number
-            _append(cache, kv)
+            append(cache, kv)
         return len(chain)
 
     @property
@@ -219,11 +220,12 @@ class Reader:
         if not ids:
             return None
         cache = self.decoder.cache(len(ids))
-        self._run(ids, cache, 0)
+        self.run(ids, cache, 0)
         return cut(cache, 0, len(ids))
 
     @torch.no_grad()
-    def _run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
+    def run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
+        """Compute the KV of ids behind what a cache holds, a turn a piece; ``start`` is the position of the first one."""
         tensor = torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
         for at in range(0, len(ids), self.piece_tokens):
             with self.turn():
@@ -257,7 +259,10 @@ def identity(chunk: Chunk) -> tuple[tuple[int, ...], bytes]:
     return chunk.ids, chunk.context
 
 
-def _append(cache: FusedCache, kv: ChunkKV) -> None:
+def append(cache: FusedCache, kv: ChunkKV | None) -> None:
+    """Put KV behind what a cache holds; ``None`` for no tokens."""
+    if kv is None:
+        return
     for layer, (keys, values) in zip(cache.layers, kv, strict=True):
         layer.update(keys[None].to(layer.device), values[None].to(layer.device))
 

@@ -20,7 +20,7 @@ from ragkv.fusion.compute import recompute
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.placement import Placement
 from ragkv.library.document import ChunkedDocument
-from ragkv.library.reading import Reader, cut
+from ragkv.library.reading import Reader, append, cut
 from ragkv.store import TieredStore
 
 
@@ -89,7 +89,8 @@ def repaired(
         if None in batch.tiers:
             return None
         cache = decoder.cache(len(ids))
-        Placement(decoder, cache, layout, reader.anchor, batch, keys, {}, by_layer=False).ahead()
+        append(cache, reader.anchor)
+        Placement(decoder, cache, layout, batch, keys, {}, by_layer=False).ahead()
         with reader.turn():
             recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device), reader.piece_tokens)
         cache.set_length(len(ids))

@@ -164,6 +164,13 @@ class FusedCache(Cache):
             layer.key_room.index_fill_(2, here, 0)
             layer.value_room.index_fill_(2, here, 0)
 
+    def reserve(self, held: int, capacity: int) -> None:
+        """Declare the first ``held`` slots as held, forget what is behind them, and have room for ``capacity`` in all."""
+        self.set_length(held)
+        for layer in self.layers:
+            if capacity > layer.key_room.shape[2]:
+                layer._grow(capacity)
+
     def set_length(self, tokens: int) -> None:
         """Declare the first ``tokens`` slots of every layer as held."""
         for layer in self.layers:

@@ -100,6 +100,7 @@ class Settings:
         config: all settings together.
         stop: texts at which the answer ends.
         beams: searched at once; 1 for greedy decoding and sampling.
+        ends: the token ids at which an answer ends.
         streamer: of transformers, if one was given.
         runs_model: logits processors run the model, as classifier-free guidance does.
 
@@ -139,6 +140,8 @@ class Settings:
         self._length: int | None = self.config.max_length if limited and self._new_tokens is None else None
         self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
         self.beams: int = self.config.num_beams or 1
+        ends = self.config.eos_token_id
+        self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.runs_model = self.config.guidance_scale not in (None, 1)
         if self.beams > 1 and self.streamer is not None:
             raise ArgumentError(

@@ -183,7 +183,10 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
 
     for module in ("engine", "answering", "fusion.timing"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Placement, "_place_opening", costing(100, Placement._place_opening))
+    placed = Placement._place_chunks
+    monkeypatch.setattr(
+        Placement, "_place_chunks", lambda self, layers: costing(100 * len(layers), placed)(self, layers)
+    )
     for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "select"), (QuestionAware, "select")):
         monkeypatch.setattr(kind, choice, costing(10_000, getattr(kind, choice)))
     model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))

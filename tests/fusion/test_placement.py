@@ -70,7 +70,7 @@ def place(decoder, monkeypatch):
         )
         keys = {item.chunk: key for item, key in zip(layout.chunks, batch.keys, strict=True)}
         new = {batch.keys[number]: batch.chunks[number] for number in fresh}
-        work = placement.Placement(decoder, cache, layout, None, batch, keys, new, by_layer=True)
+        work = placement.Placement(decoder, cache, layout, batch, keys, new, by_layer=True)
         for number, layer in enumerate(cache.layers):
             layer.key_room.fill_(torch.nan)
             layer.value_room.fill_(torch.nan)

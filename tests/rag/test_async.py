@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from ragkv import RagKVError
+from ragkv.prompting import Prompting
 
 from .rags import QUESTION, open_rag
 
@@ -22,14 +23,14 @@ LONG = {"max_new_tokens": 400, "min_new_tokens": 400, "top_k": 2}  # it ends by 
 @pytest.fixture
 def held(rag, monkeypatch):
     """Every prompt waits until it is let go."""
-    go, begun, fuse = threading.Event(), threading.Event(), rag.engine._fuse
+    go, begun, fuse = threading.Event(), threading.Event(), Prompting.fuse
 
     def waiting(*args, **kwargs):
         begun.set()
         assert go.wait(60)
         return fuse(*args, **kwargs)
 
-    monkeypatch.setattr(rag.engine, "_fuse", waiting)
+    monkeypatch.setattr(Prompting, "fuse", waiting)
     yield begun, go
     go.set()
 

@@ -1,0 +1,84 @@
+"""What was said so far, with its keys and values: the next turn goes on behind it, and nothing of it is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Event, Lock
+
+from ragkv.errors import ConversationError
+from ragkv.model.cache import FusedCache
+
+
+class Line:
+    """What all turns in one cache share.
+
+    Attributes:
+        cache: of the prompt and whatever came behind it.
+        turns: those whose tokens stand there, one behind the other.
+    """
+
+    def __init__(self, cache: FusedCache):
+        self.cache, self.turns = cache, list[object]()
+        self._lock, self._stop = Lock(), Event()
+
+    @contextmanager
+    def alone(self, stop: Event | None) -> Iterator[None]:
+        """The cache for one caller. One that is being stopped is waited for: it ends behind the token at hand."""
+        if not self._lock.acquire(blocking=self._stop.is_set()):
+            raise ConversationError(
+                "an answer is being made behind this turn: a conversation is gone on with by one caller at a time. Wait for it, or "
+                "end or close() its stream"
+            )
+        self._stop = stop or Event()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """A prompt and its answer, to be gone on from. It holds its whole cache in memory as long as it is held.
+
+    Attributes:
+        ids: of all that was said.
+        held: how many of them have their KV in ``cache``; the last one or few are computed with the next turn.
+        fingerprint: of the model that computed them.
+        anchor: what its passages were read behind.
+        namespace: of its passages.
+    """
+
+    ids: tuple[int, ...]
+    held: int
+    fingerprint: str
+    anchor: tuple[int, ...]
+    namespace: str
+    line: Line = field(repr=False)
+    turns: tuple[object, ...] = field(default=(), repr=False)
+
+    @property
+    def cache(self) -> FusedCache:
+        """A transformers ``Cache``; of the first ``held`` tokens, and perhaps of turns that came later."""
+        return self.line.cache
+
+    @contextmanager
+    def going_on(self, stop: Event | None = None) -> Iterator[tuple[object, ...]]:
+        """A block in which the next turn is computed in the same cache; yields the turns that stand there then.
+
+        Another turn that went on from here before is overwritten: whoever tries to go on behind that one is told so.
+
+        Args:
+            stop: stops the answer when it is set.
+
+        Raises:
+            ConversationError: another caller goes on from here just now, or went on from an earlier turn in its place.
+        """
+        with self.line.alone(stop):
+            if tuple(self.line.turns[: len(self.turns)]) != self.turns:
+                raise ConversationError(
+                    "this turn's KV are not there any more: another answer went on from an earlier turn in its place"
+                )
+            self.line.turns = [*self.turns, object()]
+            yield tuple(self.line.turns)

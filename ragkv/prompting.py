@@ -1,0 +1,180 @@
+"""One prompt from what was asked: its ids, its layout, its room, its keys and values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from threading import Event
+from typing import cast
+
+from ragkv.chunk import Chunk
+from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError
+from ragkv.fuse import fuse
+from ragkv.fusion.layout import Layout, lay_out
+from ragkv.library.documents import Documents, several
+from ragkv.messages import Question, asked, going_on, is_chat
+from ragkv.methods import Method
+from ragkv.model.generation import DEFAULT_NEW_TOKENS
+from ragkv.past import Line, Past
+from ragkv.prompt import Text
+from ragkv.report import FusedPrompt
+
+logger = logging.getLogger(__name__)
+
+# How often a prompt begins anew because the model was changed meanwhile.
+_TRIES = 3
+
+#: The tokens that a call asks for behind a prompt of so many; ``None`` where it does not say.
+Room = Callable[[int], int | None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a prompt is made of: the arguments of :meth:`ragkv.Engine.fuse` and :meth:`~ragkv.Engine.generate`.
+
+    Attributes:
+        chunks: chunks, texts or ids.
+        question: text, ids or messages.
+        method: puts them together.
+        system: in the place of the template's system message.
+        namespace: in the place of the engine's.
+        starts: position of each chunk.
+        past: what the prompt goes on from.
+        keep: the prompt is to be gone on from.
+        stop: stops the answer when it is set.
+        most_tokens: of prompt and answer, if fewer than the model has positions.
+    """
+
+    chunks: Sequence[Chunk | Text]
+    question: Question
+    method: Method
+    system: str | None = None
+    namespace: str | None = None
+    starts: Sequence[int] | None = None
+    past: Past | None = None
+    keep: bool = False
+    stop: Event | None = None
+    most_tokens: int | None = None
+
+
+class Prompting:
+    """Makes an engine's prompts.
+
+    Args:
+        documents: of the engine.
+    """
+
+    def __init__(self, documents: Documents):
+        self.documents, self.encoder = documents, documents.encoder
+
+    def documents_for(self, question: Question, system: str | None = None, namespace: str | None = None) -> Documents:
+        """Where the passages of a question stand: behind its system message, unless the template has an anchor."""
+        return self._placed(asked(self.encoder, question, system).opening, namespace)
+
+    def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack) -> FusedPrompt:
+        """A prompt whose keys and values are ready.
+
+        Args:
+            request: what it is made of.
+            room: that its cache keeps for an answer.
+            begin: ``perf_counter()`` at which it was asked for.
+            stack: what has to be undone behind the answer.
+        """
+        past, opening, held = request.past, None, 0
+        if past is None:
+            prefix, suffix, opening = asked(self.encoder, request.question, request.system)
+            documents = self._placed(opening, request.namespace)
+        else:
+            if is_chat(request.question) or request.system is not None or request.namespace is not None:
+                raise ArgumentError(
+                    "the past has its system message, namespace and messages: give the next question alone"
+                )
+            documents = self.documents.within(past.namespace, past.anchor)
+            behind, suffix = going_on(self.encoder, cast(Text, request.question))
+            prefix, held = (*past.ids, *behind), past.held
+        chunks = self._chunks(documents, request.chunks)
+        if past is not None and not chunks:  # one pass for all that is new
+            prefix, suffix = prefix[:held], (*prefix[held:], *suffix)
+        starts = None if request.starts is None else several(request.starts, "starts")
+        device = documents.reader.decoder.device
+        layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, opening, held)
+        tokens = self._room(layout.end, room(layout.end), request.most_tokens)
+        turns = () if past is None else stack.enter_context(past.going_on(request.stop))
+        prompt = self.fuse(layout, request.method, tokens, begin, documents, past)
+        if request.keep:
+            line = Line(prompt.past_key_values) if past is None else past.line
+            prompt.past = Past(
+                tuple(layout.ids.tolist()),
+                layout.tokens,
+                prompt.fingerprint,
+                documents.anchor,
+                documents.namespace,
+                line,
+                turns,
+            )
+        return prompt
+
+    def fuse(
+        self,
+        layout: Layout,
+        method: Method,
+        room_tokens: int,
+        begin: float,
+        documents: Documents | None = None,
+        past: Past | None = None,
+    ) -> FusedPrompt:
+        """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
+        documents, damaged = documents or self.documents, set[str]()
+        for _ in range(len(layout.chunks) + _TRIES):
+            try:
+                return fuse(documents, layout, method, room_tokens, begin, past)
+            except ModelChangedError as error:
+                if past is not None:
+                    raise  # what was said was computed by another model
+                logger.warning("fusing again: %s", error)
+            except RecordError as error:
+                if str(error) in damaged:
+                    raise  # it was not dropped
+                damaged.add(str(error))
+                logger.warning("reading chunks again: %s", error)
+        return fuse(documents, layout, method, room_tokens, begin, past)
+
+    def _placed(self, opening: tuple[int, ...], namespace: str | None) -> Documents:
+        """Documents behind an opening, or behind the template's anchor."""
+        return self.documents.within(namespace, opening if self.encoder.template.anchor is None else None)
+
+    def _chunks(self, documents: Documents, given: Sequence[Chunk | Text]) -> list[Chunk]:
+        """Chunks as they are; text and ids as passages that stand alone."""
+        known = [chunk if isinstance(chunk, Chunk) else documents.passage(chunk) for chunk in several(given, "chunks")]
+        limit = documents.reader.decoder.max_positions
+        for chunk in known:
+            if max(chunk.ids) >= self.encoder.vocab_size:
+                self.encoder.ids(chunk.ids)  # says which
+            behind = len(documents.anchor) + chunk.offset + len(chunk)
+            if limit is not None and behind > limit:
+                raise PromptTooLongError(
+                    f"a chunk ends {behind} tokens behind the beginning of what it is read behind, {behind - limit} more than the "
+                    f"model's {limit} positions: give a shorter system message, or the template an anchor="
+                )
+        return known
+
+    def _room(self, tokens: int, asked: int | None, most_tokens: int | None) -> int:
+        """Room for an answer; its last token takes no position, for the model never runs it."""
+        limits = [limit for limit in (self.documents.reader.decoder.max_positions, most_tokens) if limit is not None]
+        limit = min(limits, default=None)
+        if limit is not None and tokens > limit:
+            raise PromptTooLongError(
+                f"the prompt has {tokens} tokens, {tokens - limit} more than the model's {limit} positions: give fewer or shorter "
+                "chunks"
+            )
+        left = None if limit is None else limit + 1 - tokens
+        if left is None or (asked is not None and asked <= left):
+            return DEFAULT_NEW_TOKENS if asked is None else asked
+        if asked is not None:
+            raise PromptTooLongError(
+                f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {asked} were asked "
+                "for: give fewer or shorter chunks, or ask for a shorter answer"
+            )
+        return min(DEFAULT_NEW_TOKENS, left)
