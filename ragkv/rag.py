@@ -383,7 +383,7 @@ class RAG:
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **generation: what ``model.generate`` takes, and ``schema=`` and ``logprobs=`` as for :meth:`Engine.generate`.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
@@ -393,7 +393,7 @@ class RAG:
         hits, chunks, left_out = self._found(question, top_k, neighbours)
         with told_of_hits(progress, hits):
             answer = self.engine.generate(chunks, question, method=method, **generation)
-        return SourcedAnswer(answer.text, answer.token_ids, answer.report, _shown(hits), _shown(left_out))
+        return SourcedAnswer(**vars(answer), sources=_shown(hits), left_out=_shown(left_out))
 
     def stream(
         self,
@@ -413,7 +413,7 @@ class RAG:
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **generation: what ``model.generate`` takes.
+            **generation: what ``model.generate`` takes, and ``schema=`` and ``logprobs=`` as for :meth:`Engine.generate`.
         """
         hits, chunks, _ = self._found(question, top_k, neighbours)
         self.engine.store.prefetch(list(self.engine.documents.keys(chunks)))  # beside what the caller does now

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragkv.cli import care, evaluating, filters
-from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
+from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, schema_of_file, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -83,6 +83,20 @@ def parser() -> argparse.ArgumentParser:
     )
     ask.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    ask.add_argument(
+        "--schema",
+        type=schema_of_file,
+        metavar="FILE",
+        help="the answer is JSON that fits the JSON schema in this file",
+    )
+    ask.add_argument(
+        "--logprobs",
+        type=at_least(1),
+        nargs="?",
+        const=True,
+        metavar="N",
+        help="with --json: log-probabilities of the answer's tokens, and of the N likeliest in the place of each",
     )
 
     care.add_commands(command)

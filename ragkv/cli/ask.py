@@ -11,6 +11,7 @@ from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
+from ragkv.errors import IncompleteAnswerError
 from ragkv.rag import RAG, SourcedAnswer
 
 #: Stages of an answer's time line, in order, and what they are called.
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         show.as_json(_as_dict(args.question, answer, stages))
     else:
         _show(answer, stages)
+    if args.schema is not None:
+        _ = answer.value  # an answer that was cut is shown, and a failure
     return 0
 
 
@@ -44,7 +47,8 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
         search = {"top_k": args.top_k, "neighbours": args.neighbours}
-        options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        options: dict[str, Any] = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        options |= {"schema": args.schema, "logprobs": args.logprobs}
         hits, pieces = rag.stream(args.question, **search, progress=bar, **options)
         for piece in pieces:
             shown.close()  # what had to be read is read
@@ -55,7 +59,8 @@ def _answered(rag: RAG, args: argparse.Namespace) -> tuple[SourcedAnswer, dict[s
     if not args.json:
         print()
     assert pieces.report is not None
-    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits)
+    kept: dict[str, Any] = {"logprobs": pieces.logprobs, "schema": pieces.schema}
+    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits, **kept)
     return answer, _milliseconds(answer, total_ms)
 
 
@@ -76,10 +81,24 @@ def _as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float
     return {
         "question": question,
         "answer": answer.text.strip(),
+        **_for_programs(answer),
         "sources": sources,
         "milliseconds": {stage: round(value, 3) for stage, value in milliseconds.items()},
         "report": answer.report.as_dict(),
     }
+
+
+def _for_programs(answer: SourcedAnswer) -> dict[str, Any]:
+    """What was asked for besides the text; an answer that was cut has no value."""
+    found: dict[str, Any] = {}
+    if answer.schema is not None:
+        try:
+            found["value"] = answer.value
+        except IncompleteAnswerError:
+            found["value"] = None
+    if answer.logprobs is not None:
+        found["logprobs"] = [one.as_dict() for one in answer.logprobs]
+    return found
 
 
 def _show(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
