@@ -1,10 +1,10 @@
-"""ask --schema and --logprobs."""
+"""Schemas and log-probabilities of RAG, and of the command line."""
 
 import json
 
 import pytest
 
-from ragkv import bundled
+from ragkv import RAG, bundled
 from ragkv.cli import main
 
 
@@ -42,3 +42,16 @@ def test_a_file_that_is_no_schema(text, message, folder, capsys):
     with pytest.raises(SystemExit):
         asked(folder, capsys, "--schema", folder / "bad.json")
     assert message in capsys.readouterr().err
+
+
+async def test_every_way_to_ask(folder):
+    schema, question = {"enum": ["a town", "a river"]}, "Is Clearport a town?"
+    with RAG.open(folder / "kept") as rag:
+        answer = rag.ask(question, schema=schema, logprobs=True)
+        assert answer.value in schema["enum"] and answer.sources and len(answer.logprobs) == len(answer.token_ids)
+        _, stream = rag.stream(question, schema=schema)
+        assert "".join(stream) == answer.text and stream.value == answer.value
+        assert (await rag.aask(question, schema=schema)).value == answer.value
+        pieces = rag.astream(question, schema=schema, logprobs=True)
+        assert "".join([piece async for piece in pieces]) == answer.text
+        assert pieces.value == answer.value and pieces.logprobs == answer.logprobs
