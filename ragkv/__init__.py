@@ -20,6 +20,7 @@ _HOMES = {
         "ConversationError",
         "DocumentError",
         "IncompatibleFolderError",
+        "IncompleteAnswerError",
         "MethodError",
         "MissingPackageError",
         "ModelChangedError",

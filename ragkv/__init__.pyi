@@ -6,6 +6,7 @@ from ragkv.errors import ArgumentTypeError as ArgumentTypeError
 from ragkv.errors import ConversationError as ConversationError
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
+from ragkv.errors import IncompleteAnswerError as IncompleteAnswerError
 from ragkv.errors import MethodError as MethodError
 from ragkv.errors import MissingPackageError as MissingPackageError
 from ragkv.errors import ModelChangedError as ModelChangedError

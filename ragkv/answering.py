@@ -10,6 +10,7 @@ from typing import Any
 
 from ragkv.detokenizer import Detokenizer, cut
 from ragkv.errors import ModelChangedError
+from ragkv.logprobs import Logprobs
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
 from ragkv.model.runner import Runner
@@ -39,12 +40,19 @@ class Answering:
         """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
         if self._settings.beams > 1:
             ids, report = self._searched(begin)
-            return Answer(self.said(ids), ids, report)
+            return Answer(self.said(ids), ids, report, schema=self._settings.schema)
         stream = self.pieces(begin)
         for _ in stream:
             pass
         assert stream.report is not None
-        return Answer(self.said(stream.token_ids), stream.token_ids, stream.report, past=stream.past)
+        return Answer(
+            self.said(stream.token_ids),
+            stream.token_ids,
+            stream.report,
+            past=stream.past,
+            logprobs=stream.logprobs,
+            schema=stream.schema,
+        )
 
     def pieces(self, begin: float | None = None, ended: Callable[[Made], object] | None = None) -> AnswerStream:
         """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for.
@@ -54,13 +62,16 @@ class Answering:
             ended: called behind the last piece.
         """
 
+        settings = self._settings
+        logprobs = None if settings.logprobs is None else Logprobs(self._encoder.tokenizer, settings.logprobs)
+
         def start(stack: ExitStack) -> Any:
             begun = perf_counter() if begin is None else begin
             prompt = self._prompt(self._settings.asked, begun, stack)
             report = AnswerReport(prompt.report)
-            return report, self._timed(prompt, report, begun), lambda ids: self._past(prompt, ids)
+            return report, self._timed(prompt, report, begun, logprobs), lambda ids: self._past(prompt, ids)
 
-        return AnswerStream(start, Detokenizer(self._encoder, self._settings.stop), ended)
+        return AnswerStream(start, Detokenizer(self._encoder, settings.stop), ended, logprobs, settings.schema)
 
     def said(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids."""
@@ -89,8 +100,11 @@ class Answering:
             ids = beam_search(self._settings, prompt, begin)
         return ids, AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
 
-    def _timed(self, prompt: FusedPrompt, report: AnswerReport, begin: float) -> Iterator[int]:
-        for token in decode(self._settings, prompt, begin, lambda: self._turn(prompt)):
+    def _timed(
+        self, prompt: FusedPrompt, report: AnswerReport, begin: float, logprobs: Logprobs | None
+    ) -> Iterator[int]:
+        note = None if logprobs is None else logprobs.note
+        for token in decode(self._settings, prompt, begin, lambda: self._turn(prompt), note):
             report.new_tokens += 1
             if report.new_tokens == 1:
                 report.first_token_ms = _ms(begin)

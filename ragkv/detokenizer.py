@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ragkv.errors import ArgumentError
+from ragkv.tokenizer import BYTE
 
 if TYPE_CHECKING:
     from ragkv.prompt import Encoder
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Detokenizer:
@@ -62,7 +60,7 @@ class Detokenizer:
         if self._text.endswith("\ufffd") or (self._cleans and " " in self._text[-3:]):
             return True
         spelled = self._tokenizer.convert_ids_to_tokens(token)
-        return bool(_BYTE.fullmatch(str(spelled)))  # a wrong byte undoes its whole run
+        return bool(BYTE.fullmatch(str(spelled)))  # a wrong byte undoes its whole run
 
     def _certain(self, piece: str) -> str:
         text = self._held + piece

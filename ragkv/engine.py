@@ -283,7 +283,10 @@ class Engine:
             stop: a text or several at which the answer ends, besides the template's; they are no part of it, while
                 ``stop_strings``, as in transformers, are.
             **generation: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``stop_strings``, ``num_beams``, ...
-                Each does what it does there, or is refused; the model's own generation config holds for the rest.
+                Each does what it does there, or is refused; the model's own generation config holds for the rest. And two more.
+                ``schema``: the answer is JSON that fits it (``ragkv[json]``): a JSON schema as a dict, a pydantic model's class, or
+                ``"json"`` for any object; ``answer.value`` is what it says. ``logprobs``: ``True`` for the log-probability of each
+                token, a number for those of so many likeliest ones besides, as ``answer.logprobs``.
 
         Raises:
             As :meth:`fuse`; UnknownArgumentError (a ``TypeError``) and ArgumentError (a ``ValueError``) for generation arguments;

@@ -41,6 +41,20 @@ class UnknownArgumentError(RagKVError, TypeError):
     """An argument of a name that nobody knows."""
 
 
+class IncompleteAnswerError(RagKVError, ValueError):
+    """An answer ended before it fitted its schema.
+
+    Attributes:
+        text: as far as it came.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        super().__init__(
+            f"the answer ended before it was whole JSON: allow more max_new_tokens, and no stop text inside; it is {text!r:.200}"
+        )
+
+
 class NonFiniteError(RagKVError, ArithmeticError):
     """The model computed NaN or infinite logits: most often it overflows in its dtype."""
 

@@ -46,8 +46,7 @@ class SourcedAnswer(Answer):
     @classmethod
     def of(cls, answer: Answer, found: Found) -> SourcedAnswer:
         """An answer over what was found."""
-        sources, left_out = shown(found.hits), shown(found.left_out)
-        return cls(answer.text, answer.token_ids, answer.report, sources, left_out, past=answer.past)
+        return cls(**vars(answer), sources=shown(found.hits), left_out=shown(found.left_out))
 
 
 class Finder:

@@ -12,7 +12,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ragkv.errors import PromptError, no_question
-from ragkv.tokenizer import PrivateTokenizer
+from ragkv.tokenizer import PrivateTokenizer, never_shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,6 +167,7 @@ class Encoder:
     def __init__(self, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int):
         self.template, self.tokenizer, self.vocab_size = template, tokenizer, vocab_size
         self._private = None if tokenizer is None else PrivateTokenizer(tokenizer)
+        self._hidden = never_shown(tokenizer)
         parts = {part.name: getattr(template, part.name) for part in fields(template)}
         self.prefix = self._opening(parts["prefix"])
         self.anchor = self.prefix if template.anchor is None else self._opening(parts["anchor"])
@@ -229,7 +230,12 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out; empty without a tokenizer."""
-        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        if self.tokenizer is None:
+            return ""
+        hidden = self._hidden
+        if hidden is None:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode([i for i in ids if i not in hidden]))
 
     def _encoded(self, text: str, trusted: bool) -> tuple[int, ...]:
         if not text:

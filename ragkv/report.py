@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ragkv.detokenizer import Detokenizer
+from ragkv.errors import ArgumentError
 from ragkv.fusion.timing import Timer
+from ragkv.logprobs import Logprobs, TokenLogprob
+from ragkv.model.schema import Schema
 from ragkv.past import Past
 
 if TYPE_CHECKING:
@@ -131,8 +134,27 @@ class AnswerReport:
         return {**{item.name: getattr(self, item.name) for item in fields(self)}, "fusion": self.fusion.as_dict()}
 
 
+class Structured:
+    """A text that may have a schema."""
+
+    text: str
+    schema: Schema | None
+
+    @property
+    def value(self) -> Any:
+        """What an answer to ``schema=`` says: plain values, or an object of the pydantic model.
+
+        Raises:
+            ArgumentError: no ``schema=`` was given.
+            IncompleteAnswerError: the answer ended in the middle; ``text`` is what there is.
+        """
+        if self.schema is None:
+            raise ArgumentError("the answer is free text: ask with schema= for one that has a value")
+        return self.schema.value(self.text)
+
+
 @dataclass
-class Answer:
+class Answer(Structured):
     """A generated answer.
 
     Attributes:
@@ -140,12 +162,16 @@ class Answer:
         token_ids: the generated ids, an end token and the ids of a stop text included.
         report: what it cost.
         past: prompt and answer with their KV, to go on from; ``None`` where that was not asked for.
+        logprobs: of each of ``token_ids``; ``None`` where they were not asked for.
+        schema: that it was to fit; see :attr:`value`.
     """
 
     text: str
     token_ids: Sequence[int]
     report: AnswerReport
     past: Past | None = field(default=None, repr=False, kw_only=True)
+    logprobs: Sequence[TokenLogprob] | None = field(default=None, repr=False, kw_only=True)
+    schema: Schema | None = field(default=None, repr=False, kw_only=True)
 
     def __str__(self) -> str:
         return self.text
@@ -164,22 +190,33 @@ class Made:
 Start = Callable[[ExitStack], tuple[AnswerReport, Iterator[int], Callable[[Sequence[int]], Past | None]]]
 
 
-class AnswerStream(Iterator[str]):
+class AnswerStream(Structured, Iterator[str]):
     """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more.
 
     Args:
         start: begins it.
         detokenizer: makes text of ids.
         ended: called behind the last piece.
+        logprobs, schema: see the attributes.
 
     Attributes:
         sources, left_out: as of :class:`~ragkv.rag.SourcedAnswer`, where :meth:`RAG.stream` asked.
+        text: the pieces so far.
+        logprobs, schema: as of :class:`Answer`; ``logprobs`` grow with ``token_ids``.
     """
 
-    def __init__(self, start: Start, detokenizer: Detokenizer, ended: Callable[[Made], object] | None = None):
+    def __init__(
+        self,
+        start: Start,
+        detokenizer: Detokenizer,
+        ended: Callable[[Made], object] | None = None,
+        logprobs: Logprobs | None = None,
+        schema: Schema | None = None,
+    ):
         self._made = Made()
         self.sources: list[Hit] = []
         self.left_out: list[Hit] = []
+        self.text, self.logprobs, self.schema = "", logprobs, schema
         self._pieces = _pieces(self._made, start, detokenizer, ended)
         self._context = copy_context()  # who watches when it is made is told what is read later
 
@@ -199,7 +236,9 @@ class AnswerStream(Iterator[str]):
         return self._made.past
 
     def __next__(self) -> str:
-        return self._context.run(next, self._pieces)
+        piece = self._context.run(next, self._pieces)
+        self.text += piece
+        return piece
 
     def close(self) -> None:
         """End it here. Closing twice, or behind the last piece, is fine."""

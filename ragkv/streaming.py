@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import RagKVError
+from ragkv.logprobs import TokenLogprob
 from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Hit
 
@@ -76,6 +77,16 @@ class AsyncAnswerStream(AsyncIterator[str]):
     def report(self) -> AnswerReport | None:
         """What it cost so far; ``None`` until the first piece is there."""
         return None if self._stream is None else self._stream.report
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob] | None:
+        """As of :class:`~ragkv.Answer`, so far."""
+        return None if self._stream is None else self._stream.logprobs
+
+    @property
+    def value(self) -> Any:
+        """As of :class:`~ragkv.Answer`, behind the last piece; ``None`` until the first piece is there."""
+        return None if self._stream is None else self._stream.value
 
     async def __anext__(self) -> str:
         self._awaited = True

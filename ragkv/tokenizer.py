@@ -14,7 +14,7 @@ from typing import Any
 from ragkv.errors import PromptError
 
 # What a model falls back to for characters that it does not know; some tokenizers mark them as special.
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class PrivateTokenizer:
@@ -128,6 +128,14 @@ class _Called:
         return [part for ids in self.encode(list(self._tokenizer.convert_ids_to_tokens(token))) for part in ids]
 
 
+def never_shown(tokenizer: Any) -> frozenset[int] | None:
+    """The ids that a decoded text leaves out, where ``skip_special_tokens`` would leave out bytes too; ``None`` elsewhere."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i: token.content for i, token in added.items() if token.special}
+    bytes_ = {i for i, content in special.items() if BYTE.fullmatch(content)}
+    return frozenset(special.keys() - bytes_) if bytes_ else None
+
+
 def _is_only_backend(tokenizer: Any) -> bool:
     """Whether a call of the tokenizer is a call of its backend, with no Python of its class around it."""
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -151,7 +159,7 @@ def _forbidden(special: dict[str, int], unknown: str | None, tokenizer: Any) -> 
     """
     if unknown in (getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None)):
         unknown = None
-    harmless = (token for token in special if token == unknown or len(token) == 1 or _BYTE.fullmatch(token))
+    harmless = (token for token in special if token == unknown or len(token) == 1 or BYTE.fullmatch(token))
     return frozenset(special.values()) - {special[token] for token in harmless}
 
 

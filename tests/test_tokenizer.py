@@ -244,3 +244,10 @@ def test_a_special_token_that_is_described_anew_stays_special():
     tokenizer.add_tokens([AddedToken("<x>", special=False, normalized=True)])
     assert PrivateTokenizer(tokenizer).plain(["a<x>"]) == [call(tokenizer, "a<x>", True)]
     assert tokenizer.convert_tokens_to_ids("<x>") not in PrivateTokenizer(tokenizer).plain(["a<x>"])[0]
+
+
+def test_bytes_are_shown_though_they_are_marked_as_special():
+    tokenizer = EXACT["bundled"]
+    encoder = Encoder(PromptTemplate(), tokenizer, len(tokenizer))
+    ids = encoder.ids('say {"ä"}')
+    assert encoder.decode([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]) == 'say {"ä"}'

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragkv import __version__
 from ragkv.cli import care, evaluating, filters, searching
-from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
+from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, schema_of_file, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -106,6 +106,20 @@ def parser() -> argparse.ArgumentParser:
         "shell",
         choices=("bash", "zsh", "tcsh"),
         help="as in: ragkv completion bash > ~/.local/share/bash-completion/completions/ragkv",
+    )
+    ask.add_argument(
+        "--schema",
+        type=schema_of_file,
+        metavar="FILE",
+        help="the answer is JSON that fits the JSON schema in this file",
+    )
+    ask.add_argument(
+        "--logprobs",
+        type=at_least(1),
+        nargs="?",
+        const=True,
+        metavar="N",
+        help="with --json: log-probabilities of the answer's tokens, and of the N likeliest in the place of each",
     )
 
     care.add_commands(command)

@@ -13,6 +13,7 @@ from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
 from ragkv.cli.searching import search_of
+from ragkv.errors import IncompleteAnswerError
 from ragkv.rag import SourcedAnswer
 from ragkv.report import AnswerStream
 from ragkv.retrieval import Hit
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         show_sources(answer)
         _show_costs(answer, stages)
+    if args.schema is not None:
+        _ = answer.value  # an answer that was cut is shown, and a failure
     return 0
 
 
@@ -61,7 +64,8 @@ def answered(
     text = ""
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
-        options = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        options: dict[str, Any] = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        options |= {"schema": args.schema, "logprobs": args.logprobs}
         hits, pieces = stream(question, **search, progress=bar, **options)
         for piece in pieces:
             shown.close()  # what had to be read is read
@@ -72,7 +76,8 @@ def answered(
     if not args.json:
         print()
     assert pieces.report is not None
-    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits, pieces.left_out)
+    kept: dict[str, Any] = {"logprobs": pieces.logprobs, "schema": pieces.schema}
+    answer = SourcedAnswer(text, pieces.token_ids, pieces.report, hits, pieces.left_out, **kept)
     return answer, _milliseconds(answer, total_ms)
 
 
@@ -93,6 +98,7 @@ def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]
     return {
         "question": question,
         "answer": answer.text.strip(),
+        **_for_programs(answer),
         "sources": [{**_passage(hit), "kv": kv} for hit, kv in sources],
         "left_out": [_passage(hit) for hit in answer.left_out],
         "milliseconds": {stage: round(value, 3) for stage, value in milliseconds.items()},
@@ -103,6 +109,19 @@ def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]
 def _passage(hit: Hit) -> dict[str, Any]:
     where = {"source": hit.source, "page": hit.page, "heading": hit.heading, "position": hit.position}
     return {**where, "score": hit.score, "text": hit.text}
+
+
+def _for_programs(answer: SourcedAnswer) -> dict[str, Any]:
+    """What was asked for besides the text; an answer that was cut has no value."""
+    found: dict[str, Any] = {}
+    if answer.schema is not None:
+        try:
+            found["value"] = answer.value
+        except IncompleteAnswerError:
+            found["value"] = None
+    if answer.logprobs is not None:
+        found["logprobs"] = [one.as_dict() for one in answer.logprobs]
+    return found
 
 
 def show_sources(answer: SourcedAnswer) -> None:

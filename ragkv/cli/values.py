@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -50,6 +52,17 @@ def text_of_file(path: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError(f"{path!r} holds no text")
     return text
+
+
+def schema_of_file(path: str) -> dict[str, Any]:
+    """The JSON schema that stands in a file."""
+    try:
+        schema = json.loads(text_of_file(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path!r} is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(f"{path!r} must hold a JSON schema, an object")
+    return schema
 
 
 #: For the option that every command which reads documents takes.

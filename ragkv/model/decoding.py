@@ -26,6 +26,7 @@ def decode(
     prompt: FusedPrompt,
     begin: float,
     turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+    note: Callable[[Tensor, int], object] | None = None,
 ) -> Iterator[int]:
     """Token ids one by one, an end token included; the prompt's cache grows with them.
 
@@ -36,6 +37,7 @@ def decode(
         prompt: with its cache.
         begin: ``perf_counter()`` from which ``max_time`` counts.
         turn: taken for every step.
+        note: told the processed scores ``[1, V]`` of every token, and the token.
 
     Raises:
         NonFiniteError: the logits are NaN or infinite.
@@ -52,6 +54,8 @@ def decode(
             with torch.no_grad(), scoring():
                 scores = processors(ids, logits.to(ids.device, torch.float32, copy=True))
             token = _chosen(decoder, scores, settings.config.do_sample)
+            if note is not None:
+                note(scores, token)
             ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
             if streamer is not None:
                 streamer.put(ids[0, -1:].cpu())

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ragkv.errors import ArgumentError, NonFiniteError, PromptTooLongError, UnknownArgumentError, whole_number
+from ragkv.logprobs import asked_logprobs
 from ragkv.model.decoder import Decoder
 from ragkv.model.inspection import non_finite
+from ragkv.model.schema import Constraint, Schema
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -47,6 +49,9 @@ BESIDE = frozenset(
     negative_prompt_ids negative_prompt_attention_mask
     """)
 )
+
+#: What ragkv takes besides; see :meth:`ragkv.Engine.generate`.
+OWN = frozenset(_names("schema logprobs"))
 
 _PROMPT = "the engine makes the prompt and runs the model: give chunks and a question"
 _STRATEGY = "transformers fetches this strategy from the Hub: use do_sample, num_beams, or a logits_processor of your own instead"
@@ -102,6 +107,8 @@ class Settings:
         beams: searched at once; 1 for greedy decoding and sampling.
         ends: the token ids at which an answer ends.
         streamer: of transformers, if one was given.
+        schema: that the answer must fit; ``None`` for free text.
+        logprobs: how many of the likeliest tokens are wanted beside each; ``None`` for no log-probabilities.
         runs_model: logits processors run the model, as classifier-free guidance does.
 
     Raises:
@@ -116,6 +123,8 @@ class Settings:
         arguments: dict[str, Any],
         stop: Sequence[str] = (),
     ):
+        given_schema, self.logprobs = arguments.get("schema"), asked_logprobs(arguments.get("logprobs"))
+        arguments = {name: value for name, value in arguments.items() if name not in OWN}
         _check(decoder, arguments)
         fields = {name: value for name, value in arguments.items() if name not in BESIDE}
         self.decoder, self._fields, self.stop = decoder, fields, stop
@@ -142,6 +151,13 @@ class Settings:
         self.beams: int = self.config.num_beams or 1
         ends = self.config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        if self.beams > 1 and self.logprobs is not None:
+            raise ArgumentError("logprobs: a beam's tokens were not taken one by one: leave out logprobs, or num_beams")
+        self.schema = None if given_schema is None else Schema(given_schema)
+        if self.schema is not None:
+            constraint = Constraint(self.schema, tokenizer, self.ends)
+            own = {"logits_processor": constraint, "stopping_criteria": constraint.ended}
+            self._beside |= {name: [one, *(self._beside[name] or ())] for name, one in own.items()}
         self.runs_model = self.config.guidance_scale not in (None, 1)
         if self.beams > 1 and self.streamer is not None:
             raise ArgumentError(
@@ -263,7 +279,7 @@ def _neutral(name: str, value: Any) -> bool:
 
 
 def _unknown(name: str) -> str:
-    near = get_close_matches(name, [*HONOURED, *BESIDE, "method", "stop"], 3)
+    near = get_close_matches(name, [*HONOURED, *BESIDE, *OWN, "method", "stop"], 3)
     hint = f": did you mean {' or '.join(near)}?" if near else ": it takes what model.generate takes"
     return f"there is no generation argument {name}{hint}"
 
