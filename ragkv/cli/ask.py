@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     require_documents(path)
     with open_rag(path, **options_of(args)) as rag:
-        answer, stages = answered(rag.stream, args.question, args, search_of(args, rag))
+        options = {**search_of(args, rag), "schema": args.schema, "logprobs": args.logprobs}
+        answer, stages = answered(rag.stream, args.question, args, options)
     if args.json:
         show.as_json(as_dict(args.question, answer, stages))
     else:
@@ -50,7 +51,7 @@ def answered(
     stream: Callable[..., tuple[list[Hit], AnswerStream]],
     question: str,
     args: argparse.Namespace,
-    search: dict[str, Any],
+    options: dict[str, Any],
 ) -> tuple[SourcedAnswer, dict[str, float]]:
     """An answer, which is shown as it grows, and the milliseconds of its stages.
 
@@ -58,15 +59,14 @@ def answered(
         stream: of a :class:`RAG`, or of a session of it.
         question: what is asked.
         args: of the command.
-        search: how passages are found.
+        options: more of those of :meth:`RAG.stream`.
     """
     begin = perf_counter()
     text = ""
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
-        options: dict[str, Any] = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
-        options |= {"schema": args.schema, "logprobs": args.logprobs}
-        hits, pieces = stream(question, **search, progress=bar, **options)
+        of_answer = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        hits, pieces = stream(question, progress=bar, **of_answer, **options)
         for piece in pieces:
             shown.close()  # what had to be read is read
             if not args.json:

@@ -154,7 +154,11 @@ def test_the_reference_scatters():
     torch.testing.assert_close(deviation(fresh_keys, before[0], rows=rows), gaps)
 
 
-@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"sinks": torch.randn(4)}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"softcap": 2.0}, {"sinks": torch.randn(4)}, {"scale": 0.3}],
+    ids=lambda more: next(iter(more), "plain"),
+)
 def test_the_attention_reference(more):
     """Row by row, by the definition, in fp64."""
     spans = torch.tensor([[0, 2], [3, 5], [4, 3]], dtype=torch.int32)

@@ -36,7 +36,7 @@ def fits(where, metadata=MANUAL, source="a.md"):
         {"$not": {"missing": 3}, "kind": "manual"},
         lambda document: document.metadata["year"] == 2021,
     ],
-    ids=str,
+    ids=lambda where: "function" if callable(where) else str(where),
 )
 def test_what_fits(where):
     assert fits(where)
@@ -65,7 +65,7 @@ def test_what_fits(where):
         {"$not": {"kind": "manual"}},
         lambda document: document.source == "b.md",
     ],
-    ids=str,
+    ids=lambda where: "function" if callable(where) else str(where),
 )
 def test_what_does_not(where):
     assert not fits(where)

@@ -231,6 +231,7 @@ def end(count):
         (bytes(range(256)) * 4, "it is no tar file"),
         (packed(("notes/a.md", b"x")), "it holds 'notes/a.md', and only records and documents belong there"),
     ],
+    ids=lambda given: given if isinstance(given, str) else "",
 )
 def test_other_files_are_named(tmp_path, data, what):
     file = tmp_path / "other.file"

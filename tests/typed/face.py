@@ -19,6 +19,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.ConversationError,
     ragkv.DocumentError,
     ragkv.IncompatibleFolderError,
+    ragkv.IncompleteAnswerError,
     ragkv.MethodError,
     ragkv.MissingPackageError,
     ragkv.ModelChangedError,
