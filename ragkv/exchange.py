@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,13 @@ def import_folder(
         return Exchanged()
     if kv == Path(path):
         raise RagKVError(f"{path} holds KV and no documents: take in the KV alone, or name another folder")
-    done, named = Exchanged(), set[bytes]()
+    done, named, namespace = Exchanged(), set[bytes](), str(made["defaults"].get("namespace", ""))
     with Catalogue(Path(path) / "documents") as catalogue:
         dimension = _agree(catalogue, made)
         with maintenance.opened(kv, disk_bytes) as tier:
             for number, member in enumerate(archive, 1):
                 if member.kind == "documents":
-                    document = lost.parsed(unpacked, member)
+                    document = lost.parsed(partial(unpacked, namespace=namespace), member)
                     dimension = dimension or (document and document.vectors.shape[1])
                     if document is not None and document.vectors.shape[1] != dimension:
                         lost.note(f"{member.name} has vectors of another dimension than the folder's {dimension}")

@@ -48,14 +48,18 @@ def packed(view: Snapshot, document: Document) -> Member:
     return sealed(f"documents/{document.id}.safetensors", save(arrays))
 
 
-def unpacked(member: Member) -> ArchivedDocument:
+def unpacked(member: Member, namespace: str = "") -> ArchivedDocument:
     """The document of a member.
+
+    Args:
+        member: of the archive.
+        namespace: of documents that were written before they had one.
 
     Raises:
         RecordError: it is damaged, or cannot be.
     """
     try:
-        return _parsed(opened(member))
+        return _parsed(opened(member), namespace)
     except (DocumentError, SafetensorError, *UNREADABLE) as error:
         raise RecordError(f"{member.name} is damaged: {error}") from error
 
@@ -76,7 +80,7 @@ def opened(member: Member) -> Member:
     return member
 
 
-def _parsed(member: Member) -> ArchivedDocument:
+def _parsed(member: Member, namespace: str) -> ArchivedDocument:
     arrays = load(member.data)
     facts = json.loads(arrays["document"].tobytes())
     _, texts, metadata = checked_document(facts["source"], facts["texts"], facts["metadata"])
@@ -97,6 +101,8 @@ def _parsed(member: Member) -> ArchivedDocument:
     for holds, reason in wrong:
         if holds:
             raise ValueError(reason)
+    if "namespace" not in facts:
+        document = replace(document, namespace=namespace)
     return ArchivedDocument(document, texts, vectors, readings)
 
 

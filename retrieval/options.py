@@ -15,6 +15,8 @@ from ragkv.retrieval.where import Condition, condition
 _TOP_K = 5
 # With a budget of tokens alone, one passage is looked for per so many of them.
 _TOKENS_A_PASSAGE = 16
+# More than any catalogue holds, and a number that SQLite takes.
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Retrieval:
         if not isinstance(self.hybrid, bool):
             raise ArgumentTypeError(f"hybrid must be True or False, got {self.hybrid!r:.80}")
         score = self.min_score
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score)):
+        wrong = isinstance(score, bool) or not isinstance(score, int | float | None)
+        if wrong or (isinstance(score, float) and math.isnan(score)):
             raise ArgumentTypeError(f"min_score must be a number, got {score!r:.80}")
         if self.where is not None:
             condition(self.where)
@@ -75,8 +78,8 @@ class Retrieval:
     def limit(self) -> int:
         """How many passages a hop finds at most."""
         if self.top_k is not None:
-            return self.top_k
-        return max(_TOP_K, (self.max_context_tokens or 0) // _TOKENS_A_PASSAGE)
+            return min(self.top_k, _MOST)
+        return min(max(_TOP_K, (self.max_context_tokens or 0) // _TOKENS_A_PASSAGE), _MOST)
 
     @classmethod
     def of(cls, **options: Any) -> Retrieval:

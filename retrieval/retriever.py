@@ -220,6 +220,8 @@ class Retriever:
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
+        if any("\ud800" <= letter <= "\udfff" for letter in query):
+            raise RetrievalError(f"a question must be valid Unicode, got half a surrogate pair: {query!a:.80}")
         instance("namespace", namespace, str, "a str")
         if retrieval.max_context_tokens is not None and (readings is None or tokens is None):
             raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")

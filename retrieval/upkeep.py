@@ -128,7 +128,7 @@ def migrate(txn: Transaction) -> None:
     """Brings a catalogue of a former format to the present one.
 
     The first had no readings, and belonged to one model. The second had no namespaces: its documents are of the one that the
-    folder was opened with, and are found out anew by models.
+    folder was opened with.
     """
     view = Snapshot(txn)
     settings = {what: setting for what, setting in view.settings.items() if what != "model"}
@@ -136,7 +136,7 @@ def migrate(txn: Transaction) -> None:
     namespace = view.defaults.get("namespace", "")
     for document in list(_documents(txn, [])) if namespace else ():
         try:
-            renamed(txn, document, document.source, [], namespace)
+            renamed(txn, document, document.source, view.readings(document), namespace)
         except RagKVError:
             continue  # repair() names it
     txn.clear("uses")

@@ -16,9 +16,10 @@ _RANGES = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": 
 _SIGNS = ("$eq", "$ne", "$in", *_RANGES)
 _JOINS = ("$and", "$or", "$not")
 _MISSING = object()
+_DEEPEST = 32
 
 
-def condition(where: Mapping[str, Any] | Condition) -> Condition:
+def condition(where: Mapping[str, Any] | Condition, depth: int = 0) -> Condition:
     """The condition that a dict writes; a function is one already.
 
     Names are those of the metadata, and ``source``.
@@ -30,6 +31,10 @@ def condition(where: Mapping[str, Any] | Condition) -> Condition:
     A list in the metadata, of tags say, fits where one of its values does. What a document does not have fits ``$ne`` and ``$not``
     only.
 
+    Args:
+        where: the dict; 32 deep at most.
+        depth: how deep it stands in another one.
+
     Raises:
         RetrievalError: it is written in another way.
     """
@@ -39,18 +44,20 @@ def condition(where: Mapping[str, Any] | Condition) -> Condition:
         raise RetrievalError(
             f"where must be a dict, as {{'year': {{'$gte': 2020}}}}, or a function of a document, got {where!r:.80}"
         )
-    parts = [_part(name, wanted) for name, wanted in where.items()]
+    if depth > _DEEPEST:
+        raise RetrievalError(f"where: $and, $or and $not may stand {_DEEPEST} deep in each other, got more")
+    parts = [_part(name, wanted, depth + 1) for name, wanted in where.items()]
     return lambda document: all(part(document) for part in parts)
 
 
-def _part(name: str, wanted: Any) -> Condition:
+def _part(name: str, wanted: Any, depth: int) -> Condition:
     if name == "$not":
-        inner = condition(wanted)
+        inner = condition(wanted, depth)
         return lambda document: not inner(document)
     if name in _JOINS:
         if not isinstance(wanted, list | tuple):
             raise RetrievalError(f"where: {name} takes a list of dicts, got {wanted!r:.80}")
-        each, joined = [condition(one) for one in wanted], all if name == "$and" else any
+        each, joined = [condition(one, depth) for one in wanted], all if name == "$and" else any
         return lambda document: joined(one(document) for one in each)
     if name.startswith("$"):
         raise RetrievalError(f"where: {name!r} is none of {', '.join(_JOINS)}")

@@ -56,12 +56,12 @@ def reference(hit: Hit) -> dict[str, Any]:
 
 
 def only_passage(source: str) -> dict[str, Any]:
-    """The reference of a document that is one passage.
+    """The reference of a document that is one passage, in the namespace of whoever asks.
 
     Args:
         source: what the document is called.
     """
-    return {"document": source_id(source), "passage": 0}
+    return {"source": source, "passage": 0}
 
 
 def engine_of(rag: RAG | Engine) -> Engine:
@@ -111,7 +111,9 @@ def hand_over(engine: Engine, passages: Iterable[Passage], documents: Documents 
 
 def known_chunks(engine: Engine, passages: Sequence[Passage], documents: Documents | None = None) -> dict[int, Chunk]:
     """The chunks of those passages that a folder of the engine's has in the place of their reference, by number."""
-    wanted = {number: place for number, passage in enumerate(passages) if (place := _place(passage)) is not None}
+    namespace = (documents or engine.documents).namespace
+    places = {number: _place(passage, namespace) for number, passage in enumerate(passages)}
+    wanted = {number: place for number, place in places.items() if place is not None}
     chunks: dict[int, Chunk] = {}
     for folder in [records for records in engine.documents.records if isinstance(records, CataloguedDocuments)]:
         read = Finder(folder.retriever, engine.documents).catalogued(documents)
@@ -127,11 +129,14 @@ def _alone(engine: Engine, text: Any) -> Chunk:
     return engine.documents.passage(text)
 
 
-def _place(passage: Passage) -> tuple[str, int, str] | None:
+def _place(passage: Passage, namespace: str) -> tuple[str, int, str] | None:
     """Document, passage and text, where the reference may be one."""
     if not isinstance(passage.reference, Mapping) or not isinstance(passage.text, str):
         return None
     document, number = passage.reference.get("document"), passage.reference.get("passage")
+    source = passage.reference.get("source")
+    if document is None and isinstance(source, str):
+        document = source_id(source, namespace)
     if not isinstance(document, str) or not isinstance(number, int) or isinstance(number, bool):
         return None
     return document, number, passage.text

@@ -171,7 +171,8 @@ class CataloguedDocuments:
     def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
-        return None if reading is None else _parsed(reading, listed)
+        document = None if reading is None else _parsed(reading, listed)
+        return document and replace(document, id=listed.id)
 
     def read(self, view: Snapshot, listed: Document) -> Reading:
         """How the model reads a document: as it is kept, or found out now and kept by :meth:`keep_made`.
@@ -179,9 +180,14 @@ class CataloguedDocuments:
         The latter in a folder that another model has used so far.
         """
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
-        if reading is None or _parsed(reading, listed) is None:
+        document = None if reading is None else _parsed(reading, listed)
+        if reading is None or document is None:
             reading = self.reading(self._documents.cut(view.texts(listed), listed.id, any_length=True))
-            self._made.append((listed, reading))
+        elif document.id != listed.id:
+            reading = reading._replace(record=replace(document, id=listed.id).to_bytes())
+        else:
+            return reading
+        self._made.append((listed, reading))
         return reading
 
     def search(self, question: str, retrieval: Retrieval) -> list[Hit]:
@@ -268,10 +274,14 @@ def _reread(reading: Reading, document_id: str) -> Reading | None:
 
 
 def _parsed(reading: Reading, listed: Document) -> ChunkedDocument | None:
-    """A document as a model reads it; ``None`` where the record is not one of this document, and it is found out anew."""
+    """A document as a model reads it; ``None`` where the record is not one of this document, and it is found out anew.
+
+    It may have the id that the document had when catalogues had no namespaces.
+    """
     try:
         document = ChunkedDocument.from_bytes(reading.record)
     except RecordError as error:
         logger.warning("how %s is read is damaged, and found out anew: %s", listed.source, error)
         return None
-    return document if (len(document), document.id) == (len(listed.passage_ids), listed.id) else None
+    ids = listed.id, source_id(listed.source)
+    return document if len(document) == len(listed.passage_ids) and document.id in ids else None

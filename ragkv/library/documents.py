@@ -136,6 +136,8 @@ class Documents:
             other = copy(self)
             other.anchor = key[1]
             other._cut_as(key[0])
+            # Of several threads all get the same: what one of them appends to its records, the others need.
+            other = self._others.setdefault(key, other)
             keep_last(self._others, key, other, _OTHERS)
         return other
 

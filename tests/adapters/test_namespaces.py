@@ -6,7 +6,9 @@ from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import VectorStoreQuery
 
 from ragkv.adapters import haystack, langchain, llamaindex
-from ragkv.adapters.passages import Passage, hand_over, reference
+from ragkv.adapters.langchain.documents import ADDED, passages_of
+from ragkv.adapters.passages import Passage, hand_over, known_chunks, reference
+from ragkv.retrieval.records import source_id
 from tests.rag.rags import QUESTION, open_rag
 
 TEXTS = ["She runs the harbour.", "Clearport lies on the river Exe."]
@@ -70,3 +72,19 @@ def test_a_reference_into_another_namespace_is_none(two):
     assert [chunk.to_dict() for chunk in handed.chunks] == [
         ours.engine.documents.passage(hit.text).to_dict() for hit in hits
     ]
+
+
+def test_what_a_vector_store_gives_is_known_in_its_own_namespace(two):
+    """Its documents come back without a reference: the folder's KV are theirs all the same."""
+    ours, theirs = two
+    for rag in two:
+        langchain.RagKVVectorStore(rag).add_texts(
+            [*TEXTS, rag.engine.documents.namespace or "none"], ids=["1", "2", "3"]
+        )
+    found = langchain.RagKVVectorStore(theirs).get_by_ids(["1", "2", "3"])
+    given = passages_of(found)
+    want = [source_id(f"{ADDED}{number}", "b") for number in (1, 2, 3)]
+    assert [chunk.document for chunk in known_chunks(theirs.engine, given).values()] == want
+    other = known_chunks(ours.engine, given)
+    assert list(other) == [0, 1] and not {chunk.document for chunk in other.values()} & set(want)
+    assert theirs.engine.documents.missing(hand_over(theirs.engine, given).chunks) == []

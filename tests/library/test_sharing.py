@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ragkv import Engine, PromptTemplate, Reuse, SensitiveTokens, TieredStore
+from ragkv.library.documents import Documents
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
@@ -146,3 +147,17 @@ def test_another_foreign_text_is_measured_with(model, tmp_path):
             seen.append((prompt.report.hits.get("computed", 0), kv.foreign, kv.sensitivity.tolist()))
     assert [computed for computed, *_ in seen] == [0, 4, 0]
     assert seen[0][1] != seen[1][1] == seen[2][1] and seen[0][2] != seen[1][2] == seen[2][2]
+
+
+def test_a_namespace_is_one_object_however_many_begin_it_at_once(model, monkeypatch):
+    """What one thread tells it of a catalogue, the others' prompts know; else their KV would not be kept."""
+    engine, together = Engine(model, template=TEMPLATE), threading.Barrier(2)
+    cut_as = Documents._cut_as
+    monkeypatch.setattr(Documents, "_cut_as", lambda self, name: (together.wait(30), cut_as(self, name)))
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(engine.documents.within("a"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(got) == 2 and got[0] is got[1] is engine.documents.within("a")

@@ -56,6 +56,7 @@ def test_a_budget_of_tokens(listed):
         report = listed.ask(QUESTION, max_context_tokens=budget, max_new_tokens=1).report
         assert report.fusion.chunk_tokens <= budget
     assert len(listed.retrieve(QUESTION, max_context_tokens=10_000)) == len(ranked), "more than five"
+    assert listed.retrieve(QUESTION, max_context_tokens=10**30) == listed.retrieve(QUESTION, max_context_tokens=10_000)
     assert len(listed.retrieve(QUESTION, 2, max_context_tokens=10_000)) == 2, "both hold"
     some = listed.retrieve(QUESTION, 1, neighbours=9, max_context_tokens=100)
     assert ranked[0] in {hit.passage_id for hit in some} and sum(lengths[hit.passage_id] for hit in some) <= 100

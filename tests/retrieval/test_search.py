@@ -178,3 +178,20 @@ def test_two_retrievers_on_one_folder(tmp_path, embedder):
         two.add("b", ["the XJ-900 valve"])
         two.remove("a")
         assert texts(one.search("xj-900", hybrid=True)) == ["the XJ-900 valve"]
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_numbers_that_no_machine_counts_to(retriever, hybrid):
+    def found(**options):
+        return texts(retriever.search("Ada Moor", hybrid=hybrid, **options))
+
+    assert found(top_k=10**30) == found(top_k=2**62) == found(top_k=99) and len(found(top_k=99)) == 15
+    assert found(top_k=1, neighbours=10**30) == found(top_k=1, neighbours=9)
+    assert found(min_score=10**400) == []
+    assert Retrieval(max_context_tokens=10**30).limit < 2**62
+
+
+def test_half_a_surrogate_pair_is_no_question(retriever):
+    for question in ("\ud800", "where is \udfff?"):
+        with pytest.raises(RetrievalError, match="valid Unicode"):
+            retriever.search(question)

@@ -111,3 +111,20 @@ def test_only_what_fits_is_found_however_far_it_is(embedder, hybrid):
         assert {hit.source for hit in found} == {"0.md", "1.md", "2.md"}
         retriever.add("far.md", ["something else altogether", "and more of it, with a boat"], {"number": 1})
         assert retriever.search("a boat", 5, where={"number": 100}, hybrid=hybrid) == [], "metadata as they are now"
+
+
+@pytest.mark.parametrize(
+    "join", [lambda inner: {"$not": inner}, lambda inner: {"$and": [inner, inner]}], ids=["not", "and"]
+)
+def test_how_deep_it_may_be(join):
+    where = {"kind": "manual"}
+    for _ in range(2):
+        where = join(where)
+    assert fits(where)
+    for _ in range(5000):
+        where = {"$not": where}
+    cycle = {}
+    cycle["$not"] = cycle
+    for deep in (where, cycle):
+        with pytest.raises(RetrievalError, match="32 deep"):
+            condition(deep)
