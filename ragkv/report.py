@@ -173,7 +173,7 @@ class AnswerStream(Iterator[str]):
         ended: called behind the last piece.
 
     Attributes:
-        sources, left_out: as of :class:`~ragkv.rag.SourcedAnswer`, where :meth:`RAG.stream` asked.
+        sources, left_out: as of :class:`~ragkv.finding.SourcedAnswer`, where :meth:`RAG.stream` asked.
     """
 
     def __init__(self, start: Start, detokenizer: Detokenizer, ended: Callable[[Made], object] | None = None):

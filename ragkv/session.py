@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ragkv.answering import Answering
 from ragkv.chunk import Chunk
-from ragkv.engine import stopped_by
 from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
 from ragkv.finding import Found, SourcedAnswer, shown
 from ragkv.library.documents import Documents
@@ -21,7 +20,7 @@ from ragkv.library.reading import identity
 from ragkv.library.watching import Progress, prefetched
 from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
-from ragkv.model.generation import DEFAULT_NEW_TOKENS
+from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
 from ragkv.past import Past
 from ragkv.prompting import Request, Room
 from ragkv.report import AnswerStream, FusedPrompt, Made
@@ -193,10 +192,10 @@ class Session:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
         turn.found = self._rag.finder.found(text, retrieval, self._documents())
-        request = Request((), turn.question, engine.method_of(method), keep=True, stop=stopped_by(generation))
-        request = replace(request, most_tokens=self._context_tokens)
+        most, stops = self._context_tokens, stopping(generation)
+        request = Request((), turn.question, engine.method_of(method), keep=True, stop=stops, most_tokens=most)
         make = partial(self._prompt, turn, request)
-        turn.answering = engine.answering(make, stop, generation, pieces=pieces, kept=True)
+        turn.answering = engine.answering(make, stop, generation, pieces, kept=True)
 
     def _look_for(self, messages: list[dict[str, str]]) -> str:
         if self._rewrite is not None:
