@@ -349,7 +349,7 @@ class RAG:
                 turns, joined.
             context_tokens: the most tokens of prompt and answer: beyond, the oldest turns go. By default the model's positions.
         """
-        return Session(self, system, namespace, rewrite, context_tokens)
+        return Session(self.engine, self.finder, self.threads, system, namespace, rewrite, context_tokens)
 
     def ask(
         self,
