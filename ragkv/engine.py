@@ -18,7 +18,8 @@ from ragkv.chunk import Chunk
 from ragkv.detokenizer import stop_texts
 from ragkv.errors import ArgumentTypeError, instance, whole_number
 from ragkv.kernels import Impl
-from ragkv.library.documents import Documents, several, several_chunks
+from ragkv.library.documents import Documents
+from ragkv.library.given import several, several_chunks
 from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import as_method

@@ -18,9 +18,10 @@ from ragkv.finding import Finder, Found, SourcedAnswer, shown
 from ragkv.kernels import Impl
 from ragkv.library.differing import warn_of_differences
 from ragkv.library.documents import Documents
-from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
+from ragkv.library.done import Added, Synced
+from ragkv.library.intake import Intake, listed
 from ragkv.library.listing import ListedDocument, listed_documents
-from ragkv.library.watching import Progress, prefetched
+from ragkv.library.watching import Progress, prefetched, told_of_hits
 from ragkv.messages import Question, conversation, last_turns
 from ragkv.methods import Method
 from ragkv.opening import open_parts

@@ -16,9 +16,8 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
 from ragkv.finding import Finder, Found, SourcedAnswer, shown
 from ragkv.library.documents import Documents
-from ragkv.library.intake import told_of_hits
 from ragkv.library.reading import identity
-from ragkv.library.watching import Progress, prefetched
+from ragkv.library.watching import Progress, prefetched, told_of_hits
 from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
