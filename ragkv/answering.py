@@ -9,8 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from ragkv.detokenizer import Detokenizer, cut
-from ragkv.errors import ModelChangedError
+from ragkv.errors import ArgumentError, ModelChangedError, PromptError
 from ragkv.logprobs import Logprobs
+from ragkv.model.decoder import Decoder
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
 from ragkv.model.runner import Runner
@@ -29,11 +30,39 @@ class Answering:
     Args:
         runner: of the model.
         encoder: decodes ids.
-        settings: of the answer.
+        decoder: the model.
         prompt: makes the prompt.
+        generation: what ``model.generate`` takes.
+        stop: texts at which the answer ends.
+        pieces: it is wanted piece by piece.
+        kept: it is to be gone on from.
+
+    Raises:
+        PromptError, ArgumentError: what is asked for needs a tokenizer; beams for pieces, or for what is to be gone on from; and as
+            :class:`~ragkv.model.generation.Settings`.
     """
 
-    def __init__(self, runner: Runner, encoder: Encoder, settings: Settings, prompt: MakePrompt):
+    def __init__(
+        self,
+        runner: Runner,
+        encoder: Encoder,
+        decoder: Decoder,
+        prompt: MakePrompt,
+        generation: dict[str, Any],
+        stop: Sequence[str],
+        pieces: bool,
+        kept: bool,
+    ):
+        if pieces and encoder.tokenizer is None:
+            raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
+        if stop and encoder.tokenizer is None:
+            raise ArgumentError(
+                f"stop={stop} is text and the engine has no tokenizer: give it one, or stopping_criteria=[...]"
+            )
+        settings = Settings(decoder, encoder.tokenizer, generation, stop)
+        if settings.beams > 1 and (pieces or kept):
+            why = "beam search knows its text only at the end" if pieces else "beams leave no cache to go on from"
+            raise ArgumentError(f"num_beams: {why}: leave it out" + (", or use generate()" if pieces else ""))
         self._runner, self._encoder, self._settings, self._prompt = runner, encoder, settings, prompt
 
     def whole(self, begin: float) -> Answer:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from threading import Event
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 from ragkv.answering import Answering, MakePrompt
 from ragkv.chunk import Chunk
 from ragkv.detokenizer import stop_texts
-from ragkv.errors import ArgumentError, ArgumentTypeError, PromptError, instance, whole_number
+from ragkv.errors import ArgumentTypeError, instance, whole_number
 from ragkv.kernels import Impl
-from ragkv.library.documents import Documents, several, several_chunks
+from ragkv.library.documents import Documents
+from ragkv.library.given import several, several_chunks
 from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
-from ragkv.methods.words import parse_method
+from ragkv.methods.words import as_method
 from ragkv.model.decoder import Decoder
-from ragkv.model.generation import Settings
+from ragkv.model.generation import stopping
 from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
@@ -87,7 +88,7 @@ class Engine:
         kernels: Impl = "auto",
         lifetime_s: float = math.inf,
     ):
-        self.method = _method(SensitiveTokens() if method is None else method)
+        self.method = as_method(SensitiveTokens() if method is None else method)
         _check_parts(model, tokenizer, store, template)
         self.model, self.tokenizer = model, tokenizer
         self.template = template or PromptTemplate.default(tokenizer)
@@ -346,21 +347,14 @@ class Engine:
     def _answering(
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
     ) -> Answering:
-        request = replace(request, stop=stopped_by(generation))
-        return self.answering(
-            lambda room, begin, stack: self.prompting.prompt(request, room, begin, stack),
-            stop,
-            generation,
-            pieces=pieces,
-            kept=request.keep,
-        )
+        request = replace(request, stop=stopping(generation))
+        return self.answering(partial(self.prompting.prompt, request), stop, generation, pieces, request.keep)
 
     def answering(
         self,
         prompt: MakePrompt,
         stop: str | Sequence[str],
         generation: dict[str, Any],
-        *,
         pieces: bool = False,
         kept: bool = False,
     ) -> Answering:
@@ -373,28 +367,12 @@ class Engine:
             pieces: the answer is wanted piece by piece.
             kept: it is to be gone on from.
         """
-        if pieces and self.tokenizer is None:
-            raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
         texts = (*stop_texts(self.template.stop), *stop_texts(stop))
-        if texts and self.tokenizer is None:
-            raise ArgumentError(
-                f"stop={texts} is text and the engine has no tokenizer: give it one, or stopping_criteria=[...]"
-            )
-        settings = Settings(self.decoder, self.tokenizer, generation, texts)
-        if settings.beams > 1 and (pieces or kept):
-            why = "beam search knows its text only at the end" if pieces else "beams leave no cache to go on from"
-            raise ArgumentError(f"num_beams: {why}: leave it out" + (", or use generate()" if pieces else ""))
-        return Answering(self.runner, self.encoder, settings, prompt)
+        return Answering(self.runner, self.encoder, self.decoder, prompt, generation, texts, pieces, kept)
 
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""
-        return self.method if method is None else _method(method)
-
-
-def stopped_by(generation: dict[str, Any]) -> Event | None:
-    """The event among the stopping criteria that stops the answer from outside, if there is one."""
-    criteria = generation.get("stopping_criteria")
-    return next((item for item in criteria if isinstance(item, Event)), None) if isinstance(criteria, list) else None
+        return self.method if method is None else as_method(method)
 
 
 def _check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:
@@ -412,13 +390,3 @@ def _check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:
     instance(
         "template", template, PromptTemplate | None, "a ragkv.PromptTemplate, as ragkv.PromptTemplate(prefix='...')"
     )
-
-
-def _method(method: Method | str) -> Method:
-    if isinstance(method, str):
-        return parse_method(method)
-    if not isinstance(method, Method):
-        raise ArgumentTypeError(
-            f"method must be a ragkv.Method, as ragkv.LegoLink(k=16), or its name, as 'lego-link:k=16'; got {method!r}"
-        )
-    return method

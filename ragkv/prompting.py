@@ -13,7 +13,8 @@ from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError
 from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
-from ragkv.library.documents import Documents, several
+from ragkv.library.documents import Documents
+from ragkv.library.given import several
 from ragkv.messages import Question, asked, checked_system, going_on, is_chat, opening
 from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ragkv.chunk import Chunk
-from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
-from ragkv.finding import Finder, Found, shown
-from ragkv.finding import SourcedAnswer as SourcedAnswer
+from ragkv.finding import Finder, Found, SourcedAnswer, shown
 from ragkv.kernels import Impl
 from ragkv.library.differing import warn_of_differences
 from ragkv.library.documents import Documents
-from ragkv.library.intake import Added, Intake, Synced, listed, told_of_hits
+from ragkv.library.done import Added, Synced
+from ragkv.library.intake import Intake, listed
 from ragkv.library.listing import ListedDocument, listed_documents
-from ragkv.library.watching import Progress, prefetched
+from ragkv.library.watching import Progress, prefetched, told_of_hits
 from ragkv.messages import Question, conversation, last_turns
 from ragkv.methods import Method
-from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
+from ragkv.opening import open_parts
 from ragkv.prompt import PromptTemplate
 from ragkv.report import AnswerStream
 from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenChunker
@@ -146,48 +145,12 @@ class RAG:
             UnsupportedModelError: the model cannot be driven exactly.
             IncompatibleFolderError: the folder was made with another embedder.
         """
-        folder = None if path is None else Path(path)
-        given = {"model": model, "embedder": embedder, "tokenizer": tokenizer, "chunk_tokens": chunk_tokens}
-        given |= {"method": method, "template": template, "system": system, "foreign": foreign, "codec": codec}
-        given |= {"namespace": namespace, "context": context, "document_tokens": document_tokens}
-        options = with_kept({**given, "sensitivity": sensitivity, **model_options}, kept_in(folder))
-        name = options.setdefault("model", BUNDLED)
-        place = {option: value for option, value in options.items() if option in OPTIONS}
+        options = {name: value for name, value in locals().items() if name not in ("cls", "model_options")}
         own = signature(cls.from_pretrained).parameters.keys() - {"model_options"}
-        check_options(name, options.keys() | (model_options.keys() - OPTIONS), own)
         with ExitStack() as opened:
-            finder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
-            retriever = Retriever.open(None if folder is None else folder / "documents", finder)
-            opened.callback(retriever.close)
-            loaded = load_model(name, device, place, options.get("tokenizer"), options.get("system"))
-            if store is None:
-                store = TieredStore(
-                    None if folder is None else folder / "kv",
-                    gpu_bytes=gpu_bytes,
-                    cpu_bytes=cpu_bytes,
-                    disk_bytes=disk_bytes,
-                    codec=options.get("codec", "raw"),
-                    cpu_codec=cpu_codec,
-                )
-            opened.callback(store.close)
-            engine = Engine(
-                loaded.model,
-                loaded.tokenizer,
-                store=store,
-                method=options.get("method"),
-                template=options.get("template", loaded.template),
-                context=options.get("context", "document"),
-                document_tokens=options.get("document_tokens"),
-                piece_tokens=piece_tokens,
-                namespace=options.get("namespace", ""),
-                sensitivity=options.get("sensitivity"),
-                foreign=options.get("foreign", loaded.foreign),
-                kernels=kernels,
-                lifetime_s=lifetime_s,
-            )
-            tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
-            rag = cls(engine, retriever, TokenChunker(loaded.tokenizer, tokens), repair_tokens)
-            rag._intake.defaults = to_keep(options)
+            parts = open_parts(options | model_options, own, opened)
+            rag = cls(parts.engine, parts.retriever, parts.chunker, repair_tokens)
+            rag._intake.defaults = parts.defaults
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
 
@@ -387,7 +350,7 @@ class RAG:
                 turns, joined.
             context_tokens: the most tokens of prompt and answer: beyond, the oldest turns go. By default the model's positions.
         """
-        return Session(self, system, namespace, rewrite, context_tokens)
+        return Session(self.engine, self.finder, self.threads, system, namespace, rewrite, context_tokens)
 
     def ask(
         self,

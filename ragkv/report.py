@@ -200,7 +200,7 @@ class AnswerStream(Structured, Iterator[str]):
         logprobs, schema: see the attributes.
 
     Attributes:
-        sources, left_out: as of :class:`~ragkv.rag.SourcedAnswer`, where :meth:`RAG.stream` asked.
+        sources, left_out: as of :class:`~ragkv.finding.SourcedAnswer`, where :meth:`RAG.stream` asked.
         text: the pieces so far.
         logprobs, schema: as of :class:`Answer`; ``logprobs`` grow with ``token_ids``.
     """

@@ -8,29 +8,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ragkv.answering import Answering
 from ragkv.chunk import Chunk
-from ragkv.engine import stopped_by
+from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
-from ragkv.finding import Found, SourcedAnswer, shown
+from ragkv.finding import Finder, Found, SourcedAnswer, shown
 from ragkv.library.documents import Documents
-from ragkv.library.intake import told_of_hits
 from ragkv.library.reading import identity
-from ragkv.library.watching import Progress, prefetched
+from ragkv.library.watching import Progress, prefetched, told_of_hits
 from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
-from ragkv.model.generation import DEFAULT_NEW_TOKENS
+from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
 from ragkv.past import Past
 from ragkv.prompting import Request, Room
 from ragkv.report import AnswerStream, FusedPrompt, Made
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.store import Moved
-from ragkv.streaming import AsyncAnswerStream, stoppable
-
-if TYPE_CHECKING:
-    from ragkv.rag import RAG
+from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +78,17 @@ class Session:
     where the model has changed. A turn that fails or is cancelled leaves everything as it was.
 
     Args:
-        rag: finds and answers.
+        engine: answers.
+        finder: finds passages.
+        threads: to answer in, in an event loop.
         system, namespace, rewrite, context_tokens: see :meth:`RAG.session`.
     """
 
     def __init__(
         self,
-        rag: RAG,
+        engine: Engine,
+        finder: Finder,
+        threads: Threads,
         system: str | None = None,
         namespace: str | None = None,
         rewrite: Callable[[list[dict[str, str]]], str] | None = None,
@@ -98,7 +98,8 @@ class Session:
             raise ArgumentTypeError(f"rewrite must be a function that takes messages, got {rewrite!r:.80}")
         if context_tokens is not None:
             whole_number("context_tokens", context_tokens, 1)
-        self._rag, self._system, self._namespace = rag, system, namespace
+        self._engine, self._finder, self._threads = engine, finder, threads
+        self._system, self._namespace = system, namespace
         self._rewrite, self._context_tokens = rewrite, context_tokens
         self._documents()  # says now what is wrong with them
         self._state, self._guard = _State(), Lock()
@@ -144,7 +145,7 @@ class Session:
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         turn = _Next(question)
-        answer = await stoppable(self._rag.threads.pool(), partial(self._answered, turn), **options)
+        answer = await stoppable(self._threads.pool(), partial(self._answered, turn), **options)
         self._keep(turn, answer.text, answer.past)
         return replace(answer, past=None)
 
@@ -152,7 +153,7 @@ class Session:
         """:meth:`stream` in an event loop: ``async for piece in session.astream(question)``; see its ``sources``, too."""
         turn = _Next(question)
         start = partial(self._streamed, turn, None)
-        return AsyncAnswerStream(start, self._rag.threads.pool(), partial(self._ended, turn), **options)
+        return AsyncAnswerStream(start, self._threads.pool(), partial(self._ended, turn), **options)
 
     def _answered(
         self, turn: _Next, *, progress: Callable[[Progress], object] | None = None, **options: Any
@@ -171,7 +172,7 @@ class Session:
     ) -> tuple[list[Hit], AnswerStream]:
         self._begin(turn, **options, pieces=True)
         moved: dict[bytes, Moved] = {}
-        self._rag.engine.store.prefetch(list(self._documents().keys(turn.found.chunks)), moved)
+        self._engine.store.prefetch(list(self._documents().keys(turn.found.chunks)), moved)
         with told_of_hits(progress, turn.found.hits), prefetched(moved):
             pieces = turn.answering.pieces(ended=ended)
         pieces.sources, pieces.left_out = shown(turn.found.hits), shown(turn.found.left_out)
@@ -187,16 +188,16 @@ class Session:
         **options: Any,
     ) -> None:
         """Find passages and check all arguments; nothing is computed yet."""
-        engine, text = self._rag.engine, turn.question
+        text = turn.question
         retrieval, generation = Retrieval.split(options)
         if isinstance(text, str) and text.strip() and self._state.turns:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
-        turn.found = self._rag.finder.found(text, retrieval, self._documents())
-        request = Request((), turn.question, engine.method_of(method), keep=True, stop=stopped_by(generation))
-        request = replace(request, most_tokens=self._context_tokens)
+        turn.found = self._finder.found(text, retrieval, self._documents())
+        most, stops = self._context_tokens, stopping(generation)
+        request = Request((), turn.question, self._engine.method_of(method), keep=True, stop=stops, most_tokens=most)
         make = partial(self._prompt, turn, request)
-        turn.answering = engine.answering(make, stop, generation, pieces=pieces, kept=True)
+        turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
 
     def _look_for(self, messages: list[dict[str, str]]) -> str:
         if self._rewrite is not None:
@@ -206,7 +207,7 @@ class Session:
     def _prompt(self, turn: _Next, request: Request, room: Room, begin: float, stack: ExitStack) -> FusedPrompt:
         """The turn's prompt: behind what was said, or put together anew, without as many of the oldest turns as is needed."""
         state = turn.begun = turn.state = self._state
-        made, dropped = self._rag.engine.prompting.prompt, 0
+        made, dropped = self._engine.prompting.prompt, 0
 
         def roomy(tokens: int) -> int:
             asked = room(tokens)
@@ -259,7 +260,7 @@ class Session:
             self._state = _State((*turn.state.turns, done), turn.state.dropped, past)
 
     def _documents(self) -> Documents:
-        return self._rag.engine.prompting.documents_for(self._system, self._namespace)
+        return self._engine.prompting.documents_for(self._system, self._namespace)
 
 
 def _for_question(prompt: FusedPrompt, placed: Sequence[Chunk], asked: Sequence[Chunk]) -> FusedPrompt:

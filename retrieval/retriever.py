@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.embedder import Embedder, offline_embedder
+from ragkv.retrieval.hit import Hit
 from ragkv.retrieval.index import VectorIndex
 from ragkv.retrieval.options import Retrieval
-from ragkv.retrieval.records import Change, Document, Passage, Reading, checked_document
+from ragkv.retrieval.records import Change, Document, Reading, checked_document
 from ragkv.retrieval.search import Search, within
 from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
@@ -31,37 +31,6 @@ Readings = Callable[[Snapshot, Document], Reading]
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
 INDEX_FILE, WORDS_FILE = "index.safetensors", "words.sqlite"
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A passage that was found.
-
-    Attributes:
-        passage_id: its id in the catalogue.
-        text: its text.
-        score: inner product of its vector and the question's, or what a reranker said. A neighbour has that of its hit.
-        source: the source of its document.
-        document_id: the id of its document.
-        position: its place among the passages of its document, from 0.
-        metadata: of its document.
-        span: where it stands in its document's text, if that is known.
-        page: the page (of a presentation: the slide) that it begins on, from 1; None where there are none.
-        heading: the headings that it stands under, ``"Harbours > Clearport"``; in a workbook its sheet; empty where there are none.
-        reading: how the model that asks reads its document, if that is kept.
-    """
-
-    passage_id: int
-    text: str
-    score: float
-    source: str
-    document_id: str
-    position: int
-    metadata: dict[str, Any]
-    span: tuple[int, int] | None = None
-    page: int | None = None
-    heading: str = ""
-    reading: Reading | None = field(default=None, repr=False, compare=False)
 
 
 class Retriever:
@@ -240,7 +209,7 @@ class Retriever:
             if retrieval.max_context_tokens is not None and tokens is not None:
                 passages = within(retrieval.max_context_tokens, passages, lambda document: tokens(reading(document)))
             return [
-                _hit(passage, found[passage.id], reading(passage.document) if readings else None)
+                Hit.of(passage, found[passage.id], reading(passage.document) if readings else None)
                 for passage in passages
             ]
 
@@ -350,20 +319,3 @@ def _triples(documents: Any) -> list[tuple[Any, Any, Any]]:
         if not isinstance(triple, tuple | list) or len(triple) != 3:
             raise DocumentError(f"documents must be a list of (source, passages, metadata), got {triple!r:.80}")
     return [(source, passages, metadata) for source, passages, metadata in triples]
-
-
-def _hit(passage: Passage, score: float, reading: Reading | None) -> Hit:
-    document, at = passage.document, passage.position
-    return Hit(
-        passage_id=passage.id,
-        text=passage.text,
-        score=score,
-        source=document.source,
-        document_id=document.id,
-        position=at,
-        metadata=document.metadata,
-        span=document.spans[at] if document.spans else None,
-        page=document.pages[at] if document.pages else None,
-        heading=document.headings[at] if document.headings else "",
-        reading=reading,
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from ragkv.engine import Engine
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.retrieval import Document, Hit
+from ragkv.retrieval import Document, Hit, Retrieval
 from ragkv.streaming import Threads
 
 
@@ -17,40 +17,37 @@ def threads_of(rag: RAG | Engine) -> Threads:
     return rag.threads if isinstance(rag, RAG) else Threads()
 
 
-def search(
-    rag: RAG, question: str, top_k: int, wanted: Callable[[Hit], bool] | None = None, neighbours: int = 0
-) -> list[Hit]:
-    """The passages nearest to a question, best first, of those that are wanted; their neighbours behind them.
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of :class:`ragkv.Retrieval` among others, checked, and the others.
+
+    Raises:
+        RetrievalError, ArgumentTypeError: one is out of range, or of another type.
+    """
+    _, others = Retrieval.split(options)
+    return {name: value for name, value in options.items() if name not in others}, others
+
+
+def search(rag: RAG, question: str, top_k: int, wanted: Callable[[Hit], bool] | None = None) -> list[Hit]:
+    """The passages nearest to a question, best first, of those that are wanted.
 
     Args:
         rag: whose documents are searched.
         question: not blank.
         top_k: how many, at least 1; fewer where there are fewer.
         wanted: whether a passage is; all by default. More and more are looked through, until there are enough.
-        neighbours: passages to take along on either side of each, if they are wanted too.
 
     Raises:
         RetrievalError: a blank question, or ``top_k`` below 1.
     """
-    options: dict[str, Any] = {"neighbours": neighbours, "namespace": rag.engine.documents.namespace}
-    hits = rag.retriever.search(question, top_k, **options)
+    namespace = rag.engine.documents.namespace
+    hits = rag.retriever.search(question, top_k, namespace=namespace)
     if wanted is None:
         return hits
     look, there = top_k, len(rag.retriever.index.ids())
-    while len(found := [hit for hit in hits[:look] if wanted(hit)]) < top_k and look < there:
+    while len(found := list(filter(wanted, hits))) < top_k and look < there:
         look *= 4
-        hits = rag.retriever.search(question, look, **options)
-    del found[top_k:]
-    chosen = {hit.passage_id for hit in found}
-    beside = {(hit.document_id, hit.position + by) for hit in found for by in range(-neighbours, neighbours + 1)}
-    more = [hit for hit in hits if (hit.document_id, hit.position) in beside and hit.passage_id not in chosen]
-    return found + [hit for hit in more if wanted(hit)]
-
-
-def prompt_order(hits: list[Hit]) -> list[Hit]:
-    """Passages, best first, in the order of the prompt: documents by their best one, each in its own order."""
-    rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-    return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+        hits = rag.retriever.search(question, look, namespace=namespace)
+    return found[:top_k]
 
 
 def listed(rag: RAG) -> list[Document]:
@@ -68,10 +65,15 @@ def model_name(engine: Engine) -> str:
     return getattr(engine.model.config, "name_or_path", "") or type(engine.model).__name__
 
 
+def prompt_tokens(report: AnswerReport) -> int:
+    """Tokens of the prompt."""
+    fusion = report.fusion
+    return fusion.prefix_tokens + fusion.chunk_tokens + fusion.suffix_tokens
+
+
 def usage(report: AnswerReport | None) -> dict[str, Any]:
     """Tokens of prompt and answer, by the names that frameworks know."""
     if report is None:
         return {}
-    fusion, answer = report.fusion, report.new_tokens
-    prompt = fusion.prefix_tokens + fusion.chunk_tokens + fusion.suffix_tokens
+    prompt, answer = prompt_tokens(report), report.new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

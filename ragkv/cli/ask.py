@@ -14,7 +14,7 @@ from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
 from ragkv.cli.searching import search_of
 from ragkv.errors import IncompleteAnswerError
-from ragkv.rag import SourcedAnswer
+from ragkv.finding import SourcedAnswer
 from ragkv.report import AnswerStream
 from ragkv.retrieval import Hit
 

@@ -12,7 +12,8 @@ from ragkv.cli.ask import answered, as_dict, show_sources
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError
-from ragkv.rag import RAG, SourcedAnswer
+from ragkv.finding import SourcedAnswer
+from ragkv.rag import RAG
 from ragkv.session import Session
 
 _HELP = """/sources  where the last answer comes from

@@ -10,7 +10,7 @@ from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of
 from ragkv.cli.reading import reading
-from ragkv.library.intake import Synced
+from ragkv.library.done import Synced
 
 
 def run(args: argparse.Namespace) -> int:

@@ -243,10 +243,9 @@ class CataloguedDocuments:
                 if listed is None or listed.namespace != self._documents.namespace:
                     continue
                 ids = listed.passage_ids[number : number + 1] if number >= 0 else ()
-                if ids and view.passage(ids[0]).text == text:
-                    span = listed.spans[number] if listed.spans else None
-                    facts = (listed.source, listed.id, number, listed.metadata, span)
-                    hits[name] = Hit(ids[0], text, 1.0, *facts, self.read(view, listed))
+                passage = view.passage(ids[0]) if ids else None
+                if passage is not None and passage.text == text:
+                    hits[name] = Hit.of(passage, 1.0, self.read(view, listed))
         return hits
 
     def _now(self, hit: Hit) -> Reading:

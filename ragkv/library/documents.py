@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from time import perf_counter
 from typing import Any
-
-import torch
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import (
@@ -28,10 +26,11 @@ from ragkv.kernels import Impl
 from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
+from ragkv.library.given import several, several_chunks
 from ragkv.library.reading import Reader, chains, identity
 from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
-from ragkv.library.sensitivity import FOREIGN
+from ragkv.library.sensitivity import FOREIGN, foreign_ids
 from ragkv.library.watching import counting
 from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, Text
@@ -108,7 +107,7 @@ class Documents:
         if not lifetime_s > 0:
             raise ArgumentError(f"lifetime_s must be more than 0, got {lifetime_s}")
         self._lifetime_s = lifetime_s
-        self._foreign_ids = self._foreign(foreign)
+        self._foreign_ids = foreign_ids(encoder, foreign)
         self._readers = dict[tuple[int, ...], Reader]()
         self._costs: dict[str, CostProfile | None] = {}
         self.sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
@@ -371,14 +370,6 @@ class Documents:
             )
         return ids
 
-    def _foreign(self, given: Text | None) -> tuple[int, ...]:
-        if given is not None:
-            return self.encoder.chunk(given)
-        if self.encoder.tokenizer is not None:
-            return self.encoder.chunk(FOREIGN)
-        draw = torch.randint(self.encoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
-        return self.encoder.chunk(draw.tolist())
-
     def _lineage(self, chunk: Chunk) -> list[Chunk]:
         lineage = lineage_of(chunk, self.records)
         if lineage is None:
@@ -428,18 +419,3 @@ class Documents:
                 raise
             for item in items:
                 self.store.put_many([item], **common)
-
-
-def several(items: Sequence[Any], what: str) -> Sequence[Any]:
-    """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
-    if isinstance(items, str | bytes | Chunk | Mapping) or not isinstance(items, Iterable):
-        raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")
-    return list(items)
-
-
-def several_chunks(items: Sequence[Chunk], what: str) -> list[Chunk]:
-    """A list of chunks."""
-    chunks = several(items, what)
-    for chunk in chunks:
-        instance(f"each of {what}", chunk, Chunk, "a ragkv.Chunk, as add() and add_document() return them")
-    return list(chunks)

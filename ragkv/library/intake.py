@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import ArgumentTypeError, DocumentError
+from ragkv.errors import DocumentError
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
+from ragkv.library.done import Added, Synced
 from ragkv.library.sizes import check_room
-from ragkv.library.watching import Progress, watched
-from ragkv.retrieval import Catalogue, Change, Hit, LoadedFile, SkippedFile, TokenChunker
+from ragkv.library.watching import Progress, Tell, check_told, told
+from ragkv.retrieval import Catalogue, LoadedFile, SkippedFile, TokenChunker
 from ragkv.retrieval.converter import Converter
 from ragkv.retrieval.encodings import checked_encoding
 from ragkv.retrieval.loaders import found_files, hidden_files, listed_paths, load
@@ -26,55 +27,7 @@ from ragkv.retrieval.naming import below, gone, named
 from ragkv.retrieval.outline import NO_OUTLINE, Outline, sections
 from ragkv.retrieval.records import checked_document
 
-Tell = Callable[[Progress], object]
-
 _REASONS = {"added": "new", "changed": "changed", "unchanged": "missing"}
-
-
-@dataclass
-class Added:
-    """What adding documents did.
-
-    Attributes:
-        changes: what changed in the catalogue, a document each, in the order given.
-        skipped: files that could not be read, with the reason.
-        hidden: how many hidden files and folders were passed over in folders.
-        moved: documents that are called otherwise now, because their file was moved: by the new source, what they were called.
-        tokens_read: tokens that the model had to read; 0 where everything was known.
-        kv_bytes: what the KV of these documents take now, by tier.
-    """
-
-    changes: list[Change] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
-    hidden: int = 0
-    tokens_read: int = 0
-    kv_bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Synced:
-    """What bringing the documents of a folder in step with the disk did, or would do.
-
-    Attributes:
-        added, changed, unchanged: sources of the files that are there.
-        moved: by the new source, what the document was called.
-        removed: documents whose files are gone.
-        skipped: files that could not be read, with the reason; documents of theirs stay as they are.
-        hidden: how many hidden files and folders were passed over.
-        tokens: that were read, or would have to be.
-        kv_bytes: what the KV of the files that are there take, by tier.
-    """
-
-    added: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    hidden: int = 0
-    tokens: int = 0
-    kv_bytes: dict[str, int] = field(default_factory=dict)
 
 
 class Given(NamedTuple):
@@ -211,7 +164,7 @@ class Intake:
             self._catalogue.keep_read_with(described(self._documents))
         done = read = 0
         for source, document_id, tokens in work:
-            with _told(tell, source, "missing", done, total, size):
+            with told(tell, source, "missing", done, total, size):
                 read += documents.add(self._catalogued.now(document_id))
             done += tokens
         return read
@@ -298,7 +251,7 @@ class Intake:
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)
-            with _told(tell, prepared.source, _REASONS[prepared.kind], done, total, size):
+            with told(tell, prepared.source, _REASONS[prepared.kind], done, total, size):
                 change, read = self._catalogued.put(prepared, self.repair_tokens)
             done += tokens
             added.changes.append(change)
@@ -334,27 +287,3 @@ def listed(items: Any, what: str) -> list[Any]:
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise DocumentError(f"{what} must be a list, one each; got one {type(items).__name__}: write [...] around it")
     return list(items)
-
-
-def check_told(tell: Any) -> None:
-    """See that somebody can be told."""
-    if tell is not None and not callable(tell):
-        raise ArgumentTypeError(f"progress must be a function that takes a ragkv.Progress, got {tell!r:.80}")
-
-
-def told_of_hits(tell: Tell | None, hits: Sequence[Hit]) -> AbstractContextManager[None]:
-    """Watches what is read for a question, of documents that were found."""
-    check_told(tell)
-    if tell is None:
-        return watched(None)
-    sources = {hit.document_id: hit.source for hit in hits}
-    return watched(lambda document, done, of: tell(Progress(sources.get(document, document), "missing", done, of)))
-
-
-def _told(
-    tell: Tell | None, source: str, reason: str, done: int, total: int, size: int
-) -> AbstractContextManager[None]:
-    """Watches the reading of one document among several."""
-    if tell is None:
-        return watched(None)
-    return watched(lambda _, ran, __: tell(Progress(source, reason, min(done + ran, total), total, size)))

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ragkv.prompt import Encoder, Text
+
 # Several small texts about people, firms and places, with sentences that refer to others: whatever refers to something in front
 # of its document finds something there.
 FOREIGN = (
@@ -53,3 +55,13 @@ def sensitivity(alone: Sequence[Tensor], behind: Sequence[Tensor], foreign: Sequ
         size = unit.float().square().sum((0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
         total += ((own.float() - other.float()).square().sum((0, 2)) / size).cpu()
     return total / max(1, len(alone) - 1)
+
+
+def foreign_ids(encoder: Encoder, given: Text | None) -> tuple[int, ...]:
+    """The ids of a foreign text: the one that is given, else :data:`FOREIGN`, or 64 fixed ids where there is no tokenizer."""
+    if given is not None:
+        return encoder.chunk(given)
+    if encoder.tokenizer is not None:
+        return encoder.chunk(FOREIGN)
+    draw = torch.randint(encoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+    return encoder.chunk(draw.tolist())

@@ -6,11 +6,14 @@ down but stands in a context variable, so that threads do not hear of each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
+from ragkv.errors import ArgumentTypeError
+from ragkv.retrieval import Hit
 from ragkv.store import Moved
 
 #: Called with a document's id, the tokens that the model has run so far, and all that it has to run.
@@ -86,3 +89,29 @@ def counting(tokens: Callable[[], int]) -> Callable[[str, int], object]:
         watch(document, done, max(done, whole))
 
     return ran
+
+
+#: Called with how far it is.
+Tell = Callable[[Progress], object]
+
+
+def check_told(tell: Any) -> None:
+    """See that somebody can be told."""
+    if tell is not None and not callable(tell):
+        raise ArgumentTypeError(f"progress must be a function that takes a ragkv.Progress, got {tell!r:.80}")
+
+
+def told_of_hits(tell: Tell | None, hits: Sequence[Hit]) -> AbstractContextManager[None]:
+    """Watches what is read for a question, of documents that were found."""
+    check_told(tell)
+    if tell is None:
+        return watched(None)
+    sources = {hit.document_id: hit.source for hit in hits}
+    return watched(lambda document, done, of: tell(Progress(sources.get(document, document), "missing", done, of)))
+
+
+def told(tell: Tell | None, source: str, reason: str, done: int, total: int, size: int) -> AbstractContextManager[None]:
+    """Watches the reading of one document among several."""
+    if tell is None:
+        return watched(None)
+    return watched(lambda _, ran, __: tell(Progress(source, reason, min(done + ran, total), total, size)))

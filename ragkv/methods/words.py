@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ragkv import methods
-from ragkv.errors import MethodError
+from ragkv.errors import ArgumentTypeError, MethodError
 from ragkv.methods import Method
 
 
@@ -37,6 +37,22 @@ def parse_method(text: str) -> Method:
             raise MethodError(f"{name} has no setting {item!r}; it is spelled {_spelled(name, kind)}")
         given[knob] = _value(f"{name}: {knob}", value, hints[knob])
     return kind(**given)
+
+
+def as_method(method: Method | str) -> Method:
+    """A method, given itself or in words.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+        MethodError: as :func:`parse_method`.
+    """
+    if isinstance(method, str):
+        return parse_method(method)
+    if not isinstance(method, Method):
+        raise ArgumentTypeError(
+            f"method must be a ragkv.Method, as ragkv.LegoLink(k=16), or its name, as 'lego-link:k=16'; got {method!r}"
+        )
+    return method
 
 
 def words_of(method: Method) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from difflib import get_close_matches
+from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 #: Tokens generated when neither the call nor the model's generation config says how many.
 DEFAULT_NEW_TOKENS = 64
+
+
+def stopping(generation: dict[str, Any]) -> Event | None:
+    """The event among the stopping criteria that stops the answer from outside, if there is one."""
+    criteria = generation.get("stopping_criteria")
+    return next((item for item in criteria if isinstance(item, Event)), None) if isinstance(criteria, list) else None
 
 
 def _names(text: str) -> list[str]:

@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
     for name, text in DOCUMENTS.items():
         (tmp_path / "docs" / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ragkv.rag.load_embedder", lambda *_: WordEmbedder())
+    monkeypatch.setattr("ragkv.opening.load_embedder", lambda *_: WordEmbedder())
 
 
 def test_llama_index(monkeypatch, capsys):

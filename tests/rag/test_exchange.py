@@ -91,7 +91,7 @@ def test_a_forged_default_runs_nothing(archive, tmp_path, monkeypatch):
         said.update(name=name, options=options)
         raise RagKVError("enough")
 
-    monkeypatch.setattr("ragkv.rag.load_model", load_model)
+    monkeypatch.setattr("ragkv.opening.load_model", load_model)
     with pytest.raises(RagKVError, match="enough"):
         RAG.open(tmp_path / "other", embedder=WordEmbedder())
     assert said == {"name": "some/model", "options": {}}

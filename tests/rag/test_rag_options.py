@@ -57,8 +57,8 @@ def test_every_option_arrives(repository):
 
 
 def test_options_are_checked_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("ragkv.rag.load_embedder", None)
-    monkeypatch.setattr("ragkv.rag.load_model", None)
+    monkeypatch.setattr("ragkv.opening.load_embedder", None)
+    monkeypatch.setattr("ragkv.opening.load_model", None)
     with pytest.raises(TypeError, match=r"no option chunk_token; there are: .*chunk_tokens.*dtype.*path.*token"):
         RAG.from_pretrained("some/model", path=tmp_path / "kv", chunk_token=3)
     with pytest.raises(TypeError, match=r"no option chunk_token;"):

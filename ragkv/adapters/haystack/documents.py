@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
 from haystack import Document
+from haystack.utils.filters import document_matches_filter
 
 from ragkv.adapters.passages import REFERENCE, Passage, reference
+from ragkv.errors import ArgumentError
+from ragkv.retrieval import Document as Listed
 from ragkv.retrieval import Hit
+
+_NOT_META = {field.name for field in fields(Document)} - {"meta"}
 
 
 def document_of(hit: Hit) -> Document:
@@ -17,3 +26,24 @@ def document_of(hit: Hit) -> Document:
 def passage_of(document: Document) -> Passage:
     """What a model is shown of a document that was found, with its reference if it has one."""
     return Passage(document.content, f"document {document.id}", (document.meta or {}).get(REFERENCE))
+
+
+def fitting(filters: dict[str, Any]) -> Callable[[Listed], bool]:
+    """Haystack's filters as a condition on the folder's documents: on their metadata, and ``source``.
+
+    Raises:
+        ArgumentError: they are on something else, a passage's text say.
+    """
+    wrong = sorted({name for name in _names(filters) if name.partition(".")[0] in _NOT_META})
+    if wrong:
+        raise ArgumentError(f"filters must be on meta, as 'meta.source', got {', '.join(wrong)}")
+    return lambda listed: document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
+
+
+def _names(filters: Any) -> list[str]:
+    """The fields that filters look at."""
+    if not isinstance(filters, Mapping):
+        return []
+    own = [filters["field"]] if isinstance(filters.get("field"), str) else []
+    inner = filters.get("conditions")
+    return [*own, *(name for each in inner for name in _names(each))] if isinstance(inner, list) else own

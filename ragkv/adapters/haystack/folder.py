@@ -94,6 +94,15 @@ class Folder:
         return {"rag": os.fspath(self._given), "options": dict(self._options)}
 
 
+def json_can_hold(value: Any) -> bool:
+    """Whether a value can be written into a pipeline's file."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _let_go(key: _Key) -> None:
     with _lock:
         shared = _opened[key]

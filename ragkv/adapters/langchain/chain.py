@@ -12,16 +12,18 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableGenerator
 from langchain_core.runnables.utils import AddableDict
 
 from ragkv.adapters.langchain.documents import passages_of
+from ragkv.adapters.langchain.retriever import RagKVRetriever
+from ragkv.adapters.parts import split, threads_of
 from ragkv.adapters.passages import HandedOver, engine_of, hand_over
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentTypeError, instance, no_question
+from ragkv.errors import ArgumentError, ArgumentTypeError, instance, no_question
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
 from ragkv.streaming import AsyncAnswerStream, Threads, in_thread
 
 
 def create_ragkv_chain(
-    retriever: Runnable[str, list[Document]], rag: RAG | Engine, **generation: Any
+    retriever: Runnable[str, list[Document]], rag: RAG | Engine, **options: Any
 ) -> Runnable[str | dict[str, Any], dict[str, Any]]:
     """A chain that answers a question over what a retriever finds; documents reach the model as documents.
 
@@ -37,16 +39,18 @@ def create_ragkv_chain(
     Args:
         retriever: any retriever of LangChain, or a runnable that gives documents for a question.
         rag: what answers. Whoever made it closes it.
-        **generation: what :meth:`ragkv.Engine.stream` takes: ``method``, ``stop``, ``max_new_tokens``, ... A call's own arguments
-            override them: ``chain.invoke(question, max_new_tokens=8)``.
+        **options: what :meth:`ragkv.Engine.stream` takes: ``method``, ``stop``, ``max_new_tokens``, ...; for a
+            :class:`RagKVRetriever` also ``k`` and those of :class:`ragkv.Retrieval` but ``top_k``, which is sampling's. A
+            call's own arguments override them: ``chain.invoke(question, max_new_tokens=8, hops=2)``.
 
     Raises:
+        ArgumentError: options of retrieval, and the retriever is no :class:`RagKVRetriever`.
         ArgumentTypeError: ``retriever`` is no runnable, or ``rag`` neither of the two. When it runs: the question is no text, or
             the retriever gives no list.
         PromptError: when it runs: none of the documents can be given to the model; and as :meth:`ragkv.Engine.stream`.
     """
     instance("retriever", retriever, Runnable, "a retriever of LangChain, or a runnable that gives documents")
-    steps: Any = _Steps(retriever, engine_of(rag), rag.threads if isinstance(rag, RAG) else Threads(), generation)
+    steps: Any = _Steps(retriever, engine_of(rag), threads_of(rag), options)
     return RunnableGenerator(steps.answer, steps.aanswer, name="ragkv_chain")
 
 
@@ -54,17 +58,19 @@ class _Steps:
     """From the question to the parts of the result, in turn."""
 
     def __init__(
-        self, retriever: Runnable[str, list[Document]], engine: Engine, threads: Threads, generation: dict[str, Any]
+        self, retriever: Runnable[str, list[Document]], engine: Engine, threads: Threads, options: dict[str, Any]
     ):
-        self._retriever, self._engine, self._threads, self._generation = retriever, engine, threads, generation
+        self._retriever, self._engine, self._threads, self._options = retriever, engine, threads, options
+        self._both(options)
 
     def answer(
-        self, inputs: Iterator[str | dict[str, Any]], config: RunnableConfig, **generation: Any
+        self, inputs: Iterator[str | dict[str, Any]], config: RunnableConfig, **call: Any
     ) -> Iterator[AddableDict]:
         """See :func:`create_ragkv_chain`."""
         for question in map(_question, inputs):
             yield AddableDict(question=question)
-            documents, options = self._retriever.invoke(question, config), {**self._generation, **generation}
+            retrieval, options = self._both({**self._options, **call})
+            documents = self._retriever.invoke(question, config, **retrieval)
             handed = self._handed(documents, options)
             yield AddableDict(context=_given(documents, handed))
             with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
@@ -73,20 +79,32 @@ class _Steps:
             yield _end(pieces.report)
 
     async def aanswer(
-        self, inputs: AsyncIterator[str | dict[str, Any]], config: RunnableConfig, **generation: Any
+        self, inputs: AsyncIterator[str | dict[str, Any]], config: RunnableConfig, **call: Any
     ) -> AsyncIterator[AddableDict]:
         """See :func:`create_ragkv_chain`."""
         async for given in inputs:
             question = _question(given)
             yield AddableDict(question=question)
-            documents = await self._retriever.ainvoke(question, config)
-            pool, options = self._threads.pool(), {**self._generation, **generation}
+            retrieval, options = self._both({**self._options, **call})
+            documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
             handed = await in_thread(pool, partial(self._handed, documents, options))
             yield AddableDict(context=_given(documents, handed))
             async with aclosing(AsyncAnswerStream(partial(self._start, handed, question), pool, **options)) as pieces:
                 async for piece in pieces:
                     yield AddableDict(answer=piece)
             yield _end(pieces.report)
+
+    def _both(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The retriever's options, and the engine's."""
+        sampling = {name: options[name] for name in ("top_k",) if name in options}
+        retrieval, generation = split({name: value for name, value in options.items() if name not in sampling})
+        if "k" in generation:
+            retrieval["k"] = generation.pop("k")
+        if retrieval and not isinstance(self._retriever, RagKVRetriever):
+            raise ArgumentError(
+                f"{', '.join(sorted(retrieval))}: only a RagKVRetriever takes options of ragkv.Retrieval"
+            )
+        return retrieval, generation | sampling
 
     def _handed(self, documents: Any, options: Mapping[str, Any]) -> HandedOver:
         where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))

@@ -15,6 +15,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from ragkv.adapters.found import FoundPassages
+from ragkv.adapters.parts import model_name, prompt_tokens, threads_of
 from ragkv.adapters.passages import engine_of, known_chunks
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -61,15 +62,13 @@ class ChatRagKV(BaseChatModel):
     max_retries: int | None = None
     api_key: SecretStr | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
-    _threads: Threads = PrivateAttr(default_factory=Threads)
+    _threads: Threads = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
         """The model's name, and the threads of the RAG, where there is one."""
         super().model_post_init(context)
-        loaded = self._engine.model
-        self.model = self.model or loaded.name_or_path or loaded.config.model_type
-        if isinstance(self.rag, RAG):
-            self._threads = self.rag.threads
+        self.model = self.model or model_name(self._engine)
+        self._threads = threads_of(self.rag)
 
     @property
     def _engine(self) -> Engine:
@@ -204,7 +203,7 @@ def _usage(chunks: Sequence[Chunk], report: AnswerReport) -> UsageMetadata:
     tokens = {"placed": 0, "computed": 0, "unused": 0}
     for chunk, source in zip(chunks, fusion.sources, strict=True):
         tokens[source if source in tokens else "placed"] += len(chunk)
-    given = fusion.prefix_tokens + fusion.chunk_tokens + fusion.suffix_tokens
+    given = prompt_tokens(report)
     return UsageMetadata(
         input_tokens=given,
         output_tokens=report.new_tokens,

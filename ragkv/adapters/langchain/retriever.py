@@ -8,9 +8,11 @@ from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, Callba
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
+from pydantic import Field
 
 from ragkv.adapters.langchain.documents import document_of, remember
 from ragkv.rag import RAG
+from ragkv.retrieval import Retrieval
 
 
 class RagKVRetriever(BaseRetriever):
@@ -18,26 +20,35 @@ class RagKVRetriever(BaseRetriever):
 
     Each document's metadata say which stored chunk it is: what answers with ragkv needs no more to take its KV.
 
-    Attributes:
+    Args:
         rag: whose documents; whoever made it closes it.
-        k: passages to find. ``invoke(question, k=3)`` overrides it, and so on for the others.
-        neighbours: passages to take along on either side of each, see :meth:`ragkv.RAG.retrieve`.
+        k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
+        **options: of :class:`ragkv.Retrieval` (``neighbours``, ``hybrid``, ``hops``, ``where``, ...), and of LangChain's
+            ``BaseRetriever``. Those of retrieval, and ``k``, hold for one call too: ``invoke(question, k=3, hops=2)``.
+
+    Attributes:
+        retrieval: the options of retrieval.
+
+    Raises:
+        UnknownArgumentError: there is no such option.
+        RetrievalError, ArgumentTypeError: one is out of range, or of another type.
     """
 
     rag: RAG
-    k: int = 5
-    neighbours: int = 0
+    k: int | None = None
+    retrieval: dict[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, *, rag: RAG, k: int | None = None, **options: Any) -> None:
+        fields: dict[str, Any] = {name: options.pop(name) for name in BaseRetriever.model_fields if name in options}
+        Retrieval.of(top_k=k, **options)
+        fields |= {"rag": rag, "k": k, "retrieval": options}
+        super().__init__(**fields)
 
     def _get_relevant_documents(
-        self,
-        query: str,
-        *,
-        run_manager: CallbackManagerForRetrieverRun,
-        k: int | None = None,
-        neighbours: int | None = None,
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **options: Any
     ) -> list[Document]:
-        top_k, beside = self.k if k is None else k, self.neighbours if neighbours is None else neighbours
-        hits = self.rag.retrieve(query, top_k, beside)
+        asked = {**self.retrieval, **options}
+        hits = self.rag.retrieve(query, asked.pop("k", self.k), **asked)
         remember(self.rag, hits)
         return [document_of(hit) for hit in hits]
 

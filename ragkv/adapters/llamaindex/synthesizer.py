@@ -19,7 +19,7 @@ from llama_index.core.schema import NodeWithScore
 from ragkv.adapters.llamaindex.llm import RagKVLLM
 from ragkv.adapters.llamaindex.nodes import passage_of
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
-from ragkv.adapters.parts import threads_of
+from ragkv.adapters.parts import split, threads_of
 from ragkv.adapters.passages import REFERENCE, Passage, engine_of, hand_over
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -154,22 +154,23 @@ class RagKVQueryEngine(RetrieverQueryEngine):
         streaming: answer piece by piece.
         node_postprocessors: LlamaIndex's, between finding and answering.
         callback_manager: LlamaIndex's.
-        **generation: see :class:`RagKVSynthesizer`.
+        **options: more of :class:`ragkv.Retrieval`, and what :class:`RagKVSynthesizer` takes.
     """
 
     def __init__(
         self,
         rag: RAG,
-        top_k: int = 5,
+        top_k: int | None = None,
         neighbours: int = 0,
         *,
         streaming: bool = False,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
-        **generation: Any,
+        **options: Any,
     ):
+        retrieval, generation = split(options)
         super().__init__(
-            RagKVRetriever(rag, top_k, neighbours, callback_manager=callback_manager),
+            RagKVRetriever(rag, top_k, neighbours, callback_manager=callback_manager, **retrieval),
             RagKVSynthesizer(rag, streaming=streaming, callback_manager=callback_manager, **generation),
             node_postprocessors,
             callback_manager,

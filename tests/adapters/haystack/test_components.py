@@ -239,7 +239,7 @@ def test_answers(rag):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The path of a folder that the bundled model has read, opened with the words' embedder."""
-    monkeypatch.setattr("ragkv.rag.load_embedder", lambda *_: WordEmbedder())
+    monkeypatch.setattr("ragkv.opening.load_embedder", lambda *_: WordEmbedder())
     with RAG.from_pretrained(path=tmp_path / "kv") as rag:
         rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
         want = rag.ask(QUESTION, top_k=3, **ANSWER).text

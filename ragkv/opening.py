@@ -1,0 +1,66 @@
+"""The parts of a :class:`~ragkv.RAG`, from a model's name and a folder's path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ragkv.defaults import kept_in, to_keep, with_kept
+from ragkv.engine import Engine
+from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
+from ragkv.retrieval import Retriever, TokenChunker
+from ragkv.store import TieredStore
+
+
+class Parts(NamedTuple):
+    """What a RAG is made of, and the options that its folder keeps."""
+
+    engine: Engine
+    retriever: Retriever
+    chunker: TokenChunker
+    defaults: dict[str, Any]
+
+
+def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Parts:
+    """Load a model and open a folder, with what the folder keeps where nothing is said.
+
+    Args:
+        given: the arguments of :meth:`ragkv.RAG.from_pretrained`, which says what they mean and what is raised.
+        own: the names of those that are not the model's.
+        opened: what is to be closed is entered here.
+    """
+    path = None if given["path"] is None else Path(given["path"])
+    options = with_kept(given, kept_in(path))
+    name = options.setdefault("model", BUNDLED)
+    place = {option: value for option, value in options.items() if option in OPTIONS}
+    check_options(name, options.keys() | (given.keys() - OPTIONS - own), own)
+    embedder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
+    retriever = Retriever.open(None if path is None else path / "documents", embedder)
+    opened.callback(retriever.close)
+    loaded = load_model(name, options.get("device"), place, options.get("tokenizer"), options.get("system"))
+    store = options.get("store")
+    if store is None:
+        store = TieredStore(
+            None if path is None else path / "kv",
+            codec=options.get("codec", "raw"),
+            cpu_codec=options.get("cpu_codec"),
+            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes")},
+        )
+    opened.callback(store.close)
+    engine = Engine(
+        loaded.model,
+        loaded.tokenizer,
+        store=store,
+        method=options.get("method"),
+        template=options.get("template", loaded.template),
+        context=options.get("context", "document"),
+        document_tokens=options.get("document_tokens"),
+        namespace=options.get("namespace", ""),
+        sensitivity=options.get("sensitivity"),
+        foreign=options.get("foreign", loaded.foreign),
+        **{name: given[name] for name in ("piece_tokens", "kernels", "lifetime_s")},
+    )
+    tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
+    return Parts(engine, retriever, TokenChunker(loaded.tokenizer, tokens), to_keep(options))
