@@ -89,9 +89,9 @@ class Finder:
         catalogued, namespace = self.catalogued(documents), (documents or self._documents).namespace
         hits = catalogued.search(text, retrieval)
         if not hits and self._retriever.catalogue.documents(namespace):
-            raise RetrievalError(
-                f"no passage was found: where=, min_score= and max_context_tokens= leave none; got {retrieval}"
-            )
+            narrowing = {name: getattr(retrieval, name) for name in ("where", "min_score", "max_context_tokens")}
+            said = ", ".join(f"{name}={value!r}" for name, value in narrowing.items() if value is not None)
+            raise RetrievalError(f"no passage was found: {said or retrieval} leaves none")
         if not hits:
             within = f" in namespace {namespace!r}" if namespace else ""
             raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
@@ -14,9 +14,11 @@ from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
 from ragkv.cli.searching import search_of
 from ragkv.errors import IncompleteAnswerError
-from ragkv.finding import SourcedAnswer
-from ragkv.report import AnswerStream
-from ragkv.retrieval import Hit
+
+if TYPE_CHECKING:
+    from ragkv.finding import SourcedAnswer
+    from ragkv.report import AnswerStream
+    from ragkv.retrieval import Hit
 
 #: Stages of an answer's time line, in order, and what they are called.
 _STAGES = {
@@ -61,6 +63,8 @@ def answered(
         args: of the command.
         options: more of those of :meth:`RAG.stream`.
     """
+    from ragkv.finding import SourcedAnswer
+
     begin = perf_counter()
     text = ""
     with ExitStack() as shown:

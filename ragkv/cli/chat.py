@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
@@ -12,9 +13,11 @@ from ragkv.cli.ask import answered, as_dict, show_sources
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError
-from ragkv.finding import SourcedAnswer
-from ragkv.rag import RAG
-from ragkv.session import Session
+
+if TYPE_CHECKING:
+    from ragkv.finding import SourcedAnswer
+    from ragkv.rag import RAG
+    from ragkv.session import Session
 
 _HELP = """/sources  where the last answer comes from
 /new      begin another conversation

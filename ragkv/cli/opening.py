@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ragkv.defaults import kept_in
 from ragkv.errors import RagKVError
-from ragkv.model.loading import BUNDLED
-from ragkv.rag import RAG
+
+if TYPE_CHECKING:
+    from ragkv.rag import RAG
 
 # Options of the command line that are called as in Python.
 _ALIKE = (
@@ -38,6 +38,10 @@ def open_rag(folder: Path, **options: Any) -> RAG:
         **options: of :meth:`RAG.from_pretrained`; ``None`` for the folder's own, or its default.
     """
     from transformers.utils import logging
+
+    from ragkv.defaults import kept_in
+    from ragkv.model.loading import BUNDLED
+    from ragkv.rag import RAG
 
     model = options.get("model") or kept_in(folder).get("model", BUNDLED)
     if model == BUNDLED or not sys.stderr.isatty():

@@ -250,3 +250,17 @@ def test_the_bar_counts_documents_then_tokens_with_rate_and_time_left(monkeypatc
     shown.close()
     drawn = capsys.readouterr().err.split("\r")
     assert any(map(re.compile(r"reading: 100%.* 100/100 \[\d\d:\d\d<00:00, .* ?tokens").search, drawn))
+
+
+def test_what_needs_no_model_loads_none(tmp_path):
+    """A folder without documents is said to be one before anything is loaded that takes seconds."""
+    lines = ["ask why", "chat", "docs", "forget a.md", "refresh", "stats", "ls", "prune --orphans", "verify"]
+    code = (
+        "import sys\nfrom ragkv.cli import main\n"
+        "for line in sys.argv[2:]:\n"
+        "    assert main([*line.split(), '--path', sys.argv[1]]) == 1, line\n"
+        "    assert 'transformers' not in sys.modules, line\n"
+    )
+    argv = [sys.executable, "-P", "-c", code, str(tmp_path / "kv"), *lines]
+    run = subprocess.run(argv, capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0 and run.stderr.count("ragkv add") == len(lines), run.stderr
