@@ -54,6 +54,7 @@ class Chunk:
         span: first character of the passage in its document's text, and the one behind its last; ``None`` where not known.
         metadata: of its document; anything that JSON can hold.
         behind: gives the chunks of its context and itself; ``None`` where only its document's record can.
+        name: what its document is called, where it was found in a folder; reports show it, and nothing hangs on it.
     """
 
     ids: tuple[int, ...]
@@ -66,6 +67,7 @@ class Chunk:
     span: tuple[int, int] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     behind: Callable[[], list[Chunk]] | None = field(default=None, repr=False)
+    name: str = ""
 
     @property
     def id(self) -> str:
@@ -87,7 +89,7 @@ class Chunk:
         return None if self.behind is None else self.behind()
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the text and the context's chunks, as JSON can hold it."""
+        """All but the text, the name and the context's chunks, as JSON can hold it."""
         return {
             "ids": list(self.ids),
             "document": self.document,

@@ -23,7 +23,7 @@ from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
 from ragkv.past import Past
-from ragkv.report import FusedPrompt, FusionReport
+from ragkv.report import ChunkReport, FusedPrompt, FusionReport
 from ragkv.store import Batch
 
 
@@ -78,10 +78,15 @@ def fuse(
             reused_tokens=one.known,
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
+            chunks=[
+                ChunkReport(placed.chunk.name, placed.chunk.document, placed.chunk.number, len(placed.chunk), source)
+                for placed, source in zip(layout.chunks, sources, strict=True)
+            ],
             bytes_read=one.placement.bytes_read(moved) if one.opened else 0,
             budget=done.budget,
             fresh_by_layer=done.fresh,
             looked=one.looked,
+            rows=done.rows,
             timer=timer,
         )
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,7 +19,27 @@ from ragkv.model.schema import Schema
 from ragkv.past import Past
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ragkv.retrieval import Hit
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """One chunk as it stands in a prompt.
+
+    Attributes:
+        name: what its document is called; empty where it was not found in a folder.
+        document, number: as of :class:`ragkv.Chunk`.
+        tokens: how many it has.
+        source: where its KV came from, as in :attr:`FusionReport.hits`.
+    """
+
+    name: str
+    document: str
+    number: int
+    tokens: int
+    source: str
 
 
 @dataclass
@@ -38,11 +58,14 @@ class FusionReport:
         hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
             ``"unused"``: the method computes everything itself.
         sources: the same for each chunk that was given, in order; ``prompt`` where a session's prompt had it already.
+        chunks: those that were placed behind the prefix, in the prompt's order. In a session they may be fewer than those that were
+            found for the question, or others too, where earlier turns were put together anew.
         bytes_read: bytes read from disk.
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
+        rows: ``[R]`` slots of all tokens computed in the last layer, on the device; see :attr:`recomputed`.
         timer: took the times.
     """
 
@@ -54,11 +77,13 @@ class FusionReport:
     suffix_tokens: int
     hits: dict[str, int] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
+    chunks: list[ChunkReport] = field(default_factory=list)
     bytes_read: int = 0
     budget: float = 0.0
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
     looked: str = ""
+    rows: Tensor | None = field(default=None, repr=False, compare=False)
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 
     @property
@@ -82,10 +107,26 @@ class FusionReport:
             "fresh": self.prefix_tokens - self.reused_tokens + self.suffix_tokens,
         }
 
+    @property
+    def recomputed(self) -> list[tuple[int, int]]:
+        """Runs of chunk tokens that were computed in the last layer though they were stored, each by its first slot in the prompt
+        and the one behind its last. A device is waited for whenever this is asked for.
+        """
+        begin, runs = self.prefix_tokens, list[tuple[int, int]]()
+        for slot in [] if self.rows is None else self.rows.tolist():
+            if not begin <= slot < begin + self.chunk_tokens:
+                continue
+            if runs and runs[-1][1] == slot:
+                runs[-1] = (runs[-1][0], slot + 1)
+            else:
+                runs.append((slot, slot + 1))
+        return runs
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "timer"}
-        return {**plain, "milliseconds": self.milliseconds}
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rows", "timer")}
+        chunks = [asdict(chunk) for chunk in self.chunks]
+        return {**plain, "chunks": chunks, "recomputed": self.recomputed, "milliseconds": self.milliseconds}
 
 
 @dataclass
@@ -128,6 +169,17 @@ class AnswerReport:
     first_token_ms: float = 0.0
     decode_ms: float = 0.0
     new_tokens: int = 0
+
+    def plot(self) -> Figure:
+        """A picture of the answer: the prompt with its chunks, coloured by where their KV came from, above it the recomputed
+        tokens, and the time by stage until the first token. Save it with ``figure.savefig("answer.png")``.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        from ragkv.pictures import answer_picture
+
+        return answer_picture(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -224,7 +224,7 @@ class DiskTier(Tier):
             with self._planner() as planner:
                 if done is not None:
                     history = Tally.known(planner.books.txn.get(b"history", db=self.environment.db(b"state")))
-                    history.merge(done)
+                    history.add_closing(done, self.now(), planner.books.entries, planner.books.counters.used_bytes)
                     data = seal(b"history", history.to_bytes())
                     planner.books.txn.put(b"history", data, db=self.environment.db(b"state"))
         self.environment.sync()

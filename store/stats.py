@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ragkv.errors import RecordError
 from ragkv.folder import unseal
@@ -15,6 +15,7 @@ from ragkv.store.source import Source
 
 _GROWTH = math.log(1.1)
 _LEAST_S = 1e-9
+_MOST_SAMPLES = 400
 _COUNTS = ("misses", "tokens_hit", "puts", "refused", "bytes_read", "bytes_written")
 
 
@@ -102,9 +103,33 @@ class StoreStats:
     latency: dict[str, Latency]
 
 
+class Sample(NamedTuple):
+    """What a folder held when a process closed it, and what all processes had done by then.
+
+    Attributes:
+        at_s: when, in seconds since 1970.
+        hits: reads that found their chunk, by tier.
+        misses: reads that found nothing.
+        evictions: entries dropped, by tier.
+        entries: entries on disk.
+        bytes: what they take, in whole pages.
+    """
+
+    at_s: float
+    hits: dict[str, int]
+    misses: int
+    evictions: dict[str, int]
+    entries: int
+    bytes: int
+
+
 @dataclass
 class Tally:
-    """The numbers while they are counted; whoever counts holds the store's lock."""
+    """The numbers while they are counted; whoever counts holds the store's lock.
+
+    ``samples`` are those of a folder's history, the oldest first, and the very first of before the first closing: what was done
+    from closing to closing are the differences. Where they become too many, older ones are left out.
+    """
 
     hits: Counter[str] = field(default_factory=lambda: Counter({"gpu": 0, "cpu": 0, "disk": 0}))
     misses: int = 0
@@ -115,6 +140,7 @@ class Tally:
     bytes_written: int = 0
     evictions: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     latency: defaultdict[str, Latency] = field(default_factory=lambda: defaultdict(Latency))
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def any(self) -> bool:
@@ -140,6 +166,20 @@ class Tally:
             self.evictions[tier].update(reasons)
         for stage, latency in other.latency.items():
             self.latency[stage].merge(latency)
+
+    def add_closing(self, done: Tally, at_s: float, entries: int, size_bytes: int) -> None:
+        """Adds to a folder's history what a process did that closes it now, and a sample."""
+        if not self.samples:
+            self.samples.append(self._sample(at_s, entries, size_bytes))
+        self.merge(done)
+        self.samples.append(self._sample(at_s, entries, size_bytes))
+        if len(self.samples) > _MOST_SAMPLES:
+            half = _MOST_SAMPLES // 2
+            self.samples = self.samples[:half:2] + self.samples[half:]
+
+    def _sample(self, at_s: float, entries: int, size_bytes: int) -> Sample:
+        evictions = {tier: sum(reasons.values()) for tier, reasons in self.evictions.items() if reasons}
+        return Sample(round(at_s), dict(self.hits), self.misses, evictions, entries, size_bytes)
 
     def stats(self, entries: dict[str, int], sizes: dict[str, int], file_bytes: int) -> StoreStats:
         """The numbers so far, beside what the tiers hold."""
@@ -190,6 +230,14 @@ class Tally:
             for stage, item in facts["latency"].items():
                 buckets = Counter({int(bucket): int(count) for bucket, count in item["buckets"].items()})
                 tally.latency[stage] = Latency(int(item["count"]), float(item["total_s"]), buckets)
+            tally.samples = [_read_sample(*item) for item in facts.get("samples", [])]  # earlier versions wrote none
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"the numbers of a store cannot be read: {error}") from error
         return tally
+
+
+def _read_sample(at_s: Any, hits: Any, misses: Any, evictions: Any, entries: Any, size_bytes: Any) -> Sample:
+    def counts(item: Any) -> dict[str, int]:
+        return {str(tier): int(count) for tier, count in item.items()}
+
+    return Sample(float(at_s), counts(hits), int(misses), counts(evictions), int(entries), int(size_bytes))

@@ -122,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --json: log-probabilities of the answer's tokens, and of the N likeliest in the place of each",
     )
 
+    care.page_option(ask, "--report", "write a page with the answer, its sources and a picture of what it cost")
     care.add_commands(command)
     evaluating.add_command(commands.add_parser)
     return top

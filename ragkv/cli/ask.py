@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ragkv.cli import show
+from ragkv.cli import pages, show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.reading import reading
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer the question."""
     path = folder(args)
     require_documents(path)
+    pages.check(args)
     with open_rag(path, **options_of(args)) as rag:
         options = {**search_of(args, rag), "schema": args.schema, "logprobs": args.logprobs}
         answer, stages = answered(rag.stream, args.question, args, options)
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         show_sources(answer)
         _show_costs(answer, stages)
+    if args.page is not None:
+        _write_page(args, answer, stages)
     if args.schema is not None:
         _ = answer.value  # an answer that was cut is shown, and a failure
     return 0
@@ -148,6 +151,23 @@ def _show_costs(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
         if stage != "read" or milliseconds[stage]
     ]
     print(f"{' · '.join(stages)} ({show.number(answer.report.new_tokens, 'token')})")
+
+
+def _write_page(args: argparse.Namespace, answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
+    pages.write(
+        args,
+        "answer.html.j2",
+        "The prompt by where its KV came from, tokens recomputed, and time by stage until the first token",
+        answer.report.plot(),
+        question=args.question,
+        answer=answer.text.strip(),
+        sources=[
+            (_place(hit), hit, chunk) for hit, chunk in zip(answer.sources, answer.report.fusion.chunks, strict=True)
+        ],
+        left_out=[(_place(hit), hit) for hit in answer.left_out],
+        stages=[(name, show.milliseconds(milliseconds[stage])) for stage, name in _STAGES.items()],
+        method=answer.report.fusion.method,
+    )
 
 
 def _place(hit: Hit) -> str:

@@ -21,7 +21,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         command: makes a command's parser from its name, its parents and ``summary=``.
     """
     chosen, removal = _filter(), _removal()
-    command("stats", summary="Show what the folder holds and how it was used.")
+    stats = command("stats", summary="Show what the folder holds and how it was used.")
+    page_option(stats, "--html", "write a page with pictures of the store over time")
 
     listing = command("ls", chosen, summary="List the stored KV, an entry for each passage that was read.")
     listing.add_argument(
@@ -86,6 +87,12 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="SIZE",
         help="budget (default: 100GiB)",
     )
+
+
+def page_option(parser: argparse.ArgumentParser, name: str, summary: str) -> None:
+    """Registers an option that names an HTML file to be written."""
+    parser.add_argument(name, dest="page", metavar="FILE", help=f"{summary} (needs ragkv[report,plots])")
+    parser.add_argument("--force", action="store_true", help="replace the file where it is there")
 
 
 def _filter() -> argparse.ArgumentParser:

@@ -7,23 +7,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ragkv.cli import show
+from ragkv.cli import pages, show
 from ragkv.cli.arguments import folder
 from ragkv.cli.opening import require_documents
+from ragkv.pictures import store_picture
 from ragkv.retrieval import Catalogue
 from ragkv.store import TieredStore
 from ragkv.store.maintenance import history
+from ragkv.store.stats import Tally
 
 
 def run(args: argparse.Namespace) -> int:
     """Show documents, passages, stored KV, and what all processes that used them did."""
     path = folder(args)
     require_documents(path)
-    found = {"path": str(path), **_documents(path), "store": _store(path), "history": _history(path)}
+    pages.check(args)
+    done = history(path / "kv")
+    found = {"path": str(path), **_documents(path), "store": _store(path), "history": _history(done)}
     if args.json:
         show.as_json(found)
     else:
         _show(found)
+    if args.page is not None:
+        drawn = store_picture(done.samples) if done.samples else None
+        pages.write(args, "store.html.j2", "The store from closing to closing", drawn, found=found)
     return 0
 
 
@@ -50,9 +57,8 @@ def _store(path: Path) -> dict[str, Any]:
     }
 
 
-def _history(path: Path) -> dict[str, Any]:
+def _history(done: Tally) -> dict[str, Any]:
     """What processes wrote down when they closed the folder; those that were killed are missing."""
-    done = history(path / "kv")
     return {
         "hits": dict(done.hits),
         "misses": done.misses,

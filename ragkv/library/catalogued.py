@@ -225,9 +225,10 @@ class CataloguedDocuments:
             if hit.document_id not in documents:
                 documents[hit.document_id] = ChunkedDocument.from_bytes((hit.reading or self._now(hit)).record)
         self.keep_made()
+        found = [documents[hit.document_id][hit.position] for hit in hits]
         return [
-            replace(documents[hit.document_id][hit.position], text=hit.text, span=hit.span, metadata=hit.metadata)
-            for hit in hits
+            replace(chunk, text=hit.text, span=hit.span, metadata=hit.metadata, name=hit.source)
+            for hit, chunk in zip(hits, found, strict=True)
         ]
 
     def at(self, places: Mapping[int, tuple[str, int, str]]) -> dict[int, Hit]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -121,7 +123,61 @@ def test_a_forked_child_does_not_count_what_its_parent_did(folder, kv, key, fork
     assert (done.puts, done.misses, done.evictions["disk"]["budget"]) == (40, 1, evicted)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"hits": 3}', Tally().to_bytes().replace(b"0", b'"x"', 1)])
+def test_every_closing_leaves_a_sample(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.stats()
+    assert history(folder).samples == [], "nothing was done"
+    for number in range(3):
+        with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
+            store._disk.now = lambda number=number: 1000.0 + number
+            for entry in range(12 * number, 12 * number + 12):
+                store.put(key(entry), kv(entry, tokens=60))
+            store.get(key(12 * number + 11)), store.get(key(404))
+            held = store.stats()
+    first, *samples = history(folder).samples
+    assert (first.hits, first.misses, first.evictions) == ({"gpu": 0, "cpu": 0, "disk": 0}, 0, {})
+    assert [(sample.at_s, sample.hits["disk"], sample.misses) for sample in samples] == [
+        (1000.0, 1, 1),
+        (1001.0, 2, 2),
+        (1002.0, 3, 3),
+    ]
+    assert (samples[-1].entries, samples[-1].bytes) == (held.entries["disk"], held.bytes["disk"])
+    assert samples[-1].evictions == {"disk": 36 - samples[-1].entries}
+
+
+def test_a_history_of_an_earlier_version_has_no_samples_and_gets_some():
+    done = Tally(misses=5)
+    facts = json.loads(done.to_bytes())
+    del facts["samples"]
+    earlier = Tally.from_bytes(json.dumps(facts).encode())
+    assert (earlier.misses, earlier.samples) == (5, [])
+    earlier.add_closing(done, 7.0, 3, 4096)
+    assert [(sample.misses, sample.entries) for sample in earlier.samples] == [(5, 3), (10, 3)]
+    assert Tally.from_bytes(earlier.to_bytes()).samples == earlier.samples
+
+
+def test_samples_stay_few_and_the_first_and_the_last_ones_stay():
+    tally = Tally()
+    for number in range(2000):
+        tally.add_closing(Tally(misses=1), float(number), number, number)
+    assert len(tally.samples) <= 400 and len(tally.to_bytes()) < 50_000
+    assert tally.samples[0].misses == 0
+    assert [sample.misses for sample in tally.samples[-200:]] == list(range(1801, 2001))
+    times = [sample.at_s for sample in tally.samples]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"hits": 3}',
+        Tally().to_bytes().replace(b"0", b'"x"', 1),
+        Tally().to_bytes().replace(b'"samples":[]', b'"samples":[[1]]'),
+    ],
+)
 def test_numbers_that_cannot_be_read(data):
     with pytest.raises(RecordError):
         Tally.from_bytes(data)

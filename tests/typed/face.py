@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 import ragkv
+from ragkv.report import ChunkReport
 
 ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.ArgumentError,
@@ -92,6 +93,10 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(answer, ragkv.Answer)
         assert_type(answer.text, str)
         assert_type(answer.report.first_token_ms, float)
+        answer.report.plot().savefig("answer.png")
+        assert_type(report.chunks, list[ChunkReport])
+        assert_type(report.recomputed, list[tuple[int, int]])
+        assert_type(chunks[0].name, str)
         stream = assert_type(made.stream(chunks, "a question?"), ragkv.AnswerStream)
         for piece in stream:
             assert_type(piece, str)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _SMALL_BUDGET = 0.10
 
 
-def templates() -> Environment:
-    """What the report is made with. Called before a long run, it tells in time that it cannot be made.
+def templates(package: str = "ragkv.evaluation.report") -> Environment:
+    """What a package's pages are made with. Called before a long run, it tells in time that they cannot be made.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
@@ -28,7 +28,7 @@ def templates() -> Environment:
     except ImportError as error:
         raise MissingPackageError("the report needs jinja2: pip install 'ragkv[report]'") from error
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("ragkv.evaluation.report"),
+        loader=jinja2.PackageLoader(package),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
