@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/ragkv demo
 
 test: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-long: $(READY)
 	$(BIN)/pytest -q -m long

@@ -9,7 +9,7 @@ from io import StringIO
 from itertools import accumulate, pairwise
 from pathlib import PurePath
 from time import localtime, strftime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ragkv.errors import MissingPackageError
 from ragkv.folder.filesystem import size
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ragkv.report import AnswerReport, ChunkReport
     from ragkv.store.stats import Sample
 
 #: What is drawn in these is the page's own colours on a page, light or dark; all others do in both.
@@ -45,7 +44,16 @@ _STAGES = {
 _WIDTH, _LINE, _TOP, _GAP = 10.0, 0.17, 0.75, 0.65
 
 
-def answer_picture(report: AnswerReport) -> Figure:
+class Report(Protocol):
+    """What is drawn of a :class:`~ragkv.report.AnswerReport`."""
+
+    fusion: Any
+    first_token_ms: float
+    decode_ms: float
+    new_tokens: int
+
+
+def answer_picture(report: Report) -> Figure:
     """Where the KV of a prompt came from, which tokens were recomputed, and where the time went; see :meth:`AnswerReport.plot`."""
     chunks = report.fusion.chunks
     columns = 1 if len(chunks) <= 6 else 2 if len(chunks) <= 16 else 3
@@ -133,7 +141,7 @@ def _figure(height: float) -> Figure:
     return Figure(figsize=(_WIDTH, height), facecolor=_PAPER)
 
 
-def _draw_prompt(axes: Axes, report: AnswerReport) -> None:
+def _draw_prompt(axes: Axes, report: Report) -> None:
     fusion = report.fusion
     known = fusion.reused_tokens
     parts = [("", known, "prompt"), ("", fusion.prefix_tokens - known, "fresh")]
@@ -164,7 +172,7 @@ def _draw_prompt(axes: Axes, report: AnswerReport) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=8, **_LEGEND)
 
 
-def _draw_key(axes: Axes, report: AnswerReport, columns: int, lines: int) -> None:
+def _draw_key(axes: Axes, report: Report, columns: int, lines: int) -> None:
     """What the numbers in the bar stand for."""
     fusion = report.fusion
     axes.set_axis_off()
@@ -182,7 +190,7 @@ def _draw_key(axes: Axes, report: AnswerReport, columns: int, lines: int) -> Non
     axes.set_title(f"Chunks: document, passage, tokens recomputed{there}", loc="left", fontsize=8, color=_INK, pad=3)
 
 
-def _draw_times(axes: Axes, report: AnswerReport) -> None:
+def _draw_times(axes: Axes, report: Report) -> None:
     fusion = report.fusion
     spent = dict(fusion.milliseconds)
     whole = max(spent.pop("total"), report.first_token_ms)
@@ -243,7 +251,7 @@ def _dress(axes: Axes, title: str, unit: str = "") -> None:
     axes.set_xlabel(unit, fontsize=8, color=_INK, loc="right", labelpad=1)
 
 
-def _names(chunks: Sequence[ChunkReport]) -> list[str]:
+def _names(chunks: Sequence[Any]) -> list[str]:
     """What the chunks' documents are called; those without a name are numbered."""
     numbers: dict[str, int] = {}
     for chunk in chunks:

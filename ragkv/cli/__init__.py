@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 for a usage error, with 0 for ``--help``.
     """
     args = parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)  # a report names the command
     try:
         code = import_module(f"ragkv.cli.{_MODULES.get(args.command, args.command)}").run(args)
         sys.stdout.flush()

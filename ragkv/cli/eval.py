@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         orders=args.orders,
         timed=args.timed,
         seed=args.seed,
-        command=shlex.join(["ragkv", *sys.argv[1:]]),
+        command=shlex.join(["ragkv", *args.argv]),
     )
     bench = _bench(args)
     folder = Path(args.out).expanduser()

@@ -85,7 +85,7 @@ def test_an_answer_that_is_cut_keeps_its_text(reading):
 )
 def test_a_bad_schema_is_refused_before_the_prompt(reading, schema, message, monkeypatch):
     engine, chunks = reading
-    monkeypatch.setattr(type(engine.prompting), "prompt", None)
+    monkeypatch.setattr(type(engine.prompting), "prompt", lambda *args: pytest.fail("the prompt was made"))
     with pytest.raises(ArgumentError, match=message):
         engine.generate(chunks, "On which river?", schema=schema)
 

@@ -164,12 +164,11 @@ def test_unreadable_files_are_named_and_skipped(model, tmp_path):
     seen = []
     with open_rag(model=model) as rag:
         added = rag.add_files([tmp_path, tmp_path / "missing.txt"], progress=seen.append)
-        assert [Path(change.document.source).name for change in added.changes] == ["a.md", "g.txt"]
+        assert [Path(change.document.source).name for change in added.changes] == ["a.md", "e.txt", "g.txt"]
         assert [Path(skipped.source).name for skipped in added.skipped] == [
             "b.bin",
             "c.txt",
             "d.pdf",
-            "e.txt",
             "missing.txt",
         ]
         assert all(skipped.reason for skipped in added.skipped)

@@ -62,7 +62,7 @@ def test_text_needs_no_process(tmp_path, monkeypatch):
     assert all(isinstance(file, LoadedFile) for file in load_files(tmp_path))
 
 
-def test_ctrl_c_while_a_file_is_converted(tmp_path, parser):
+def test_ctrl_c_while_a_file_is_converted(interruptible, tmp_path, parser):
     write(tmp_path, a_pdf="ctrl-c", b_pdf="fine")
     with Converter() as converter:
         with pytest.raises(KeyboardInterrupt):

@@ -6,9 +6,12 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,7 +216,7 @@ def test_folder_that_may_not_be_written_opens_for_reading(folder, kv, key, same,
     (folder / "lock.mdb").unlink()
     for path in (folder, folder / "data.mdb"):
         path.chmod(0o555)
-    for parent in folder.parents[:4]:
+    for parent in takewhile(lambda parent: parent != Path(tempfile.gettempdir()), folder.parents):
         parent.chmod(0o755)
 
     def unprivileged():
