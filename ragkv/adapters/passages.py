@@ -55,6 +55,12 @@ def reference(hit: Hit) -> dict[str, Any]:
     return {"document": hit.document_id, "passage": hit.position}
 
 
+def metadata_of(hit: Hit) -> dict[str, Any]:
+    """What frameworks are told of a passage: its source, page and heading where it has any, and its document's metadata."""
+    where = {"source": hit.source, "page": hit.page, "heading": hit.heading or None}
+    return {**{name: value for name, value in where.items() if value is not None}, **hit.metadata}
+
+
 def only_passage(source: str) -> dict[str, Any]:
     """The reference of a document that is one passage, in the namespace of whoever asks.
 

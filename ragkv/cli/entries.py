@@ -20,6 +20,8 @@ from ragkv.store.maintenance import Entry, entries, remove
 DOCS = "'ragkv docs'"
 
 _SHORT = 12
+# So many entries that are to be removed are shown.
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def removed(
     if documents:
         amount = f"{show.number(len(documents), 'document')}, {amount}"
     if not as_json and chosen and not documents:
-        table(chosen)
+        table(chosen[:_SHOWN])
+        if len(chosen) > _SHOWN:
+            print(f"... and {show.number(len(chosen) - _SHOWN, 'other')}")
     if (chosen or documents) and not dry_run:
         if ask and not show.confirmed(f"Remove {amount}?"):
             show.hint("ragkv: nothing was removed; --yes removes without asking")

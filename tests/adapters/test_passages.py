@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ragkv import RAG, ArgumentTypeError, Engine, PromptError
-from ragkv.adapters.passages import Passage, engine_of, hand_over, only_passage, reference
+from ragkv.adapters.passages import Passage, engine_of, hand_over, metadata_of, only_passage, reference
 from ragkv.bundled import documents
 from ragkv.retrieval import Retriever, TokenChunker
 from tests.rag.rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model
@@ -28,6 +28,14 @@ def no_tokenizer(rag, monkeypatch):
         raise AssertionError(f"tokenised: {text}")
 
     return lambda: monkeypatch.setattr(rag.engine.encoder, "ids", refuse)
+
+
+def test_frameworks_are_told_where_a_passage_stands():
+    with open_rag() as rag:
+        rag.add_texts(["# Harbours\n\n" + TEXT, TEXT], ["a.md", "b.md"], [{"year": 1911}, {}])
+        told = {hit.source: metadata_of(hit) for hit in rag.retrieve(QUESTION)}
+    assert told["a.md"] == {"source": "a.md", "heading": "Harbours", "year": 1911}
+    assert told["b.md"] == {"source": "b.md"}
 
 
 def test_a_reference_is_a_chunk_in_its_document(rag, no_tokenizer):

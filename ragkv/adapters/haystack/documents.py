@@ -9,7 +9,7 @@ from typing import Any
 from haystack import Document
 from haystack.utils.filters import document_matches_filter
 
-from ragkv.adapters.passages import REFERENCE, Passage, reference
+from ragkv.adapters.passages import REFERENCE, Passage, metadata_of, reference
 from ragkv.errors import ArgumentError
 from ragkv.retrieval import Document as Listed
 from ragkv.retrieval import Hit
@@ -18,8 +18,8 @@ _NOT_META = {field.name for field in fields(Document)} - {"meta"}
 
 
 def document_of(hit: Hit) -> Document:
-    """A passage as a document that refers to it; its metadata are those of the document that it is of."""
-    meta = {"source": hit.source, **hit.metadata, REFERENCE: reference(hit)}
+    """A passage as a document that refers to it; its metadata are its document's, with source, page and heading."""
+    meta = {**metadata_of(hit), REFERENCE: reference(hit)}
     return Document(id=f"{hit.document_id}:{hit.position}", content=hit.text, meta=meta, score=hit.score)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from langchain_core.documents import Document
 
 from ragkv.adapters.found import FoundPassages
-from ragkv.adapters.passages import REFERENCE, Passage, only_passage, reference
+from ragkv.adapters.passages import REFERENCE, Passage, metadata_of, only_passage, reference
 from ragkv.errors import ArgumentTypeError
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
@@ -18,9 +18,8 @@ ADDED = "langchain:"
 
 
 def document_of(hit: Hit) -> Document:
-    """A passage that was found; its metadata are its document's, with source, score and :data:`REFERENCE`."""
-    more = {"score": hit.score, REFERENCE: reference(hit)}
-    metadata = {"source": hit.source, **hit.metadata, **more}
+    """A passage that was found; its metadata are its document's, with source, page, heading, score and :data:`REFERENCE`."""
+    metadata = {**metadata_of(hit), "score": hit.score, REFERENCE: reference(hit)}
     return Document(id=f"{hit.source}#{hit.position}", page_content=hit.text, metadata=metadata)
 
 

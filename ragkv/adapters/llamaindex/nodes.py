@@ -15,7 +15,7 @@ from llama_index.core.schema import (
 )
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 
-from ragkv.adapters.passages import REFERENCE, Passage, reference
+from ragkv.adapters.passages import REFERENCE, Passage, metadata_of, reference
 from ragkv.errors import DocumentError
 from ragkv.retrieval import Document, Hit
 
@@ -37,7 +37,7 @@ def node_of(hit: Hit) -> BaseNode:
         node = TextNode(
             id_=f"{hit.document_id}:{hit.position}",
             text=hit.text,
-            metadata={"source": hit.source, **hit.metadata},
+            metadata=metadata_of(hit),
             start_char_idx=start,
             end_char_idx=end,
             relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.source, node_type=ObjectType.DOCUMENT)},

@@ -33,6 +33,13 @@ def test_rm_asks(run, left, monkeypatch):
     assert left() == [2, 4, 9]
 
 
+def test_rm_shows_the_first_of_many(run, left, monkeypatch):
+    monkeypatch.setattr("ragkv.cli.entries._SHOWN", 2)
+    code, out, _ = run("rm", "a.md", "b.md", "--dry-run")
+    *listed, others, _ = out.splitlines()
+    assert code == 0 and len(listed) == 1 + 2 and others == "... and 2 others"
+
+
 def test_rm_dry_run(run, left, key):
     code, out, _ = run("rm", "a.md", "--dry-run")
     assert code == 0 and out.splitlines()[-1].startswith("would remove 3 entries, ")
