@@ -91,7 +91,7 @@ class Finder:
         if not hits and self._retriever.catalogue.documents(namespace):
             narrowing = {name: getattr(retrieval, name) for name in ("where", "min_score", "max_context_tokens")}
             said = ", ".join(f"{name}={value!r}" for name, value in narrowing.items() if value is not None)
-            raise RetrievalError(f"no passage was found: {said or retrieval} leaves none")
+            raise RetrievalError(f"no passage was found with {said or retrieval}")
         if not hits:
             within = f" in namespace {namespace!r}" if namespace else ""
             raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")

@@ -171,7 +171,7 @@ def test_honoured_by_beams(engine, model, plain, name):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_before_anything_is_computed(engine, monkeypatch, name):
-    monkeypatch.setattr(Prompting, "prompt", None)
+    monkeypatch.setattr(Prompting, "prompt", lambda *_: pytest.fail("the prompt was made"))
     value = {"use_cache": False, "num_return_sequences": 2}.get(name, object())
     for ask in (engine.generate, Engine(engine.model, letters(), template=TEMPLATE, method=Reuse()).stream):
         with pytest.raises(ArgumentError, match=rf"^{name}=.*: .+"):
@@ -234,7 +234,7 @@ def test_arguments_of_the_forward_are_refused(engine):
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_wrong_values_are_refused_before_anything_is_computed(engine, monkeypatch, arguments):
-    monkeypatch.setattr(Prompting, "prompt", None)
+    monkeypatch.setattr(Prompting, "prompt", lambda *_: pytest.fail("the prompt was made"))
     with pytest.raises(ArgumentError, match=next(iter(arguments)).removesuffix("s").replace("_", ".")):
         got(engine, **arguments)
 
