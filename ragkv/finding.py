@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ from ragkv.chunk import Chunk
 from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
-from ragkv.report import Answer
+from ragkv.library.watching import Tell, prefetched, told_of_hits
+from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import Hit, Retrieval, Retriever
+from ragkv.store import Moved
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class SourcedAnswer(Answer):
     @classmethod
     def of(cls, answer: Answer, found: Found) -> SourcedAnswer:
         """An answer over what was found."""
-        return cls(**vars(answer), sources=shown(found.hits), left_out=shown(found.left_out))
+        return cls(**vars(answer), sources=_shown(found.hits), left_out=_shown(found.left_out))
 
 
 class Finder:
@@ -112,6 +114,25 @@ class Finder:
         return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
 
 
-def shown(hits: Sequence[Hit]) -> list[Hit]:
+def streamed(
+    found: Found, documents: Documents, tell: Tell | None, begin: Callable[[], AnswerStream]
+) -> tuple[list[Hit], AnswerStream]:
+    """The passages, and an answer over them that begins when its first piece is asked for; their KV are fetched meanwhile.
+
+    Args:
+        found: for the question.
+        documents: that keep the KV.
+        tell: told of what is read.
+        begin: makes the stream.
+    """
+    moved: dict[bytes, Moved] = {}
+    documents.store.prefetch(list(documents.keys(found.chunks)), moved)
+    with told_of_hits(tell, found.hits), prefetched(moved):
+        pieces = begin()
+    pieces.sources, pieces.left_out = _shown(found.hits), _shown(found.left_out)
+    return pieces.sources, pieces
+
+
+def _shown(hits: Sequence[Hit]) -> list[Hit]:
     """Hits as sources, without how the model reads their documents."""
     return [replace(hit, reading=None) for hit in hits]
