@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ from ragkv.chunk import Chunk
 from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
-from ragkv.report import Answer
+from ragkv.library.watching import Progress, prefetched, told_of_hits
+from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import Hit, Retrieval, Retriever
+from ragkv.store import Moved
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,28 @@ class Finder:
                 )
             logger.warning("left out of the prompt, %s", said)
         return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
+
+
+def streamed(
+    found: Found,
+    documents: Documents,
+    progress: Callable[[Progress], object] | None,
+    begin: Callable[[], AnswerStream],
+) -> tuple[list[Hit], AnswerStream]:
+    """What was found, and the answer over it piece by piece; its KV come to memory beside what the caller does now.
+
+    Args:
+        found: for the question.
+        documents: where the passages are read.
+        progress: called behind each piece that the model has to read because its KV are missing.
+        begin: makes the stream.
+    """
+    moved: dict[bytes, Moved] = {}
+    documents.store.prefetch(list(documents.keys(found.chunks)), moved)
+    with told_of_hits(progress, found.hits), prefetched(moved):
+        pieces = begin()
+    pieces.sources, pieces.left_out = shown(found.hits), shown(found.left_out)
+    return pieces.sources, pieces
 
 
 def shown(hits: Sequence[Hit]) -> list[Hit]:

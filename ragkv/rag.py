@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
-from ragkv.finding import Finder, Found, SourcedAnswer, shown
+from ragkv.finding import Finder, Found, SourcedAnswer, streamed
 from ragkv.kernels import Impl
 from ragkv.library.differing import warn_of_differences
 from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Synced
 from ragkv.library.intake import Intake, listed
 from ragkv.library.listing import ListedDocument, listed_documents
-from ragkv.library.watching import Progress, prefetched, told_of_hits
+from ragkv.library.watching import Progress, told_of_hits
 from ragkv.messages import Question, conversation, last_turns
 from ragkv.methods import Method
 from ragkv.opening import open_parts
@@ -31,7 +31,7 @@ from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenCh
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
 from ragkv.session import Session
-from ragkv.store import Moved, TieredStore
+from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
@@ -412,13 +412,8 @@ class RAG:
         """
         retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
         asked, found, documents = self._found(question, messages, system, namespace, retrieval)
-        moved: dict[bytes, Moved] = {}
-        self.engine.store.prefetch(list(documents.keys(found.chunks)), moved)  # beside what the caller does now
         generation |= {"system": system, "namespace": namespace, "method": method}
-        with told_of_hits(progress, found.hits), prefetched(moved):
-            pieces = self.engine.stream(found.chunks, asked, **generation)
-        pieces.sources, pieces.left_out = shown(found.hits), shown(found.left_out)
-        return pieces.sources, pieces
+        return streamed(found, documents, progress, partial(self.engine.stream, found.chunks, asked, **generation))
 
     async def aask(self, question: str | None = None, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""

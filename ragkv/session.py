@@ -14,10 +14,10 @@ from ragkv.answering import Answering
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
-from ragkv.finding import Finder, Found, SourcedAnswer, shown
+from ragkv.finding import Finder, Found, SourcedAnswer, streamed
 from ragkv.library.documents import Documents
 from ragkv.library.reading import identity
-from ragkv.library.watching import Progress, prefetched, told_of_hits
+from ragkv.library.watching import Progress, told_of_hits
 from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
@@ -25,7 +25,6 @@ from ragkv.past import Past
 from ragkv.prompting import Request, Room
 from ragkv.report import AnswerStream, FusedPrompt, Made
 from ragkv.retrieval import Hit, Retrieval
-from ragkv.store import Moved
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
 
@@ -107,10 +106,10 @@ class Session:
     @property
     def messages(self) -> list[dict[str, str]]:
         """All that was said, as chat messages; also the turns that are not in the prompt any more."""
-        said = [Message("system", self._system)] if self._system else []
+        said = [{"role": "system", "content": self._system}] if self._system else []
         for turn in (*self._state.dropped, *self._state.turns):
-            said += [Message("user", turn.question), Message("assistant", turn.answer)]
-        return [{"role": message.role, "content": str(message.content)} for message in said]
+            said += _messages(turn)
+        return said
 
     def ask(self, question: str, **options: Any) -> SourcedAnswer:
         """The next turn.
@@ -171,12 +170,7 @@ class Session:
         **options: Any,
     ) -> tuple[list[Hit], AnswerStream]:
         self._begin(turn, **options, pieces=True)
-        moved: dict[bytes, Moved] = {}
-        self._engine.store.prefetch(list(self._documents().keys(turn.found.chunks)), moved)
-        with told_of_hits(progress, turn.found.hits), prefetched(moved):
-            pieces = turn.answering.pieces(ended=ended)
-        pieces.sources, pieces.left_out = shown(turn.found.hits), shown(turn.found.left_out)
-        return pieces.sources, pieces
+        return streamed(turn.found, self._documents(), progress, partial(turn.answering.pieces, ended=ended))
 
     def _begin(
         self,
