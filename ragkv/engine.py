@@ -295,9 +295,7 @@ class Engine:
             answer, or has changed since the past was computed; ConversationError where the past is in use, or is gone.
         """
         begin = perf_counter()
-        request = Request(
-            chunks, question, self.method_of(method), system, namespace, None, past, keep_past or past is not None
-        )
+        request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
         return self._answering(request, stop, generation).whole(begin)
 
     def stream(
@@ -334,9 +332,7 @@ class Engine:
             As :meth:`generate`, arguments at once and all else when the first piece is asked for; PromptError where the engine has
             no tokenizer.
         """
-        request = Request(
-            chunks, question, self.method_of(method), system, namespace, None, past, keep_past or past is not None
-        )
+        request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
         return self._answering(request, stop, generation, pieces=True).pieces()
 
     @property
@@ -347,7 +343,7 @@ class Engine:
     def _answering(
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
     ) -> Answering:
-        request = replace(request, stop=stopping(generation))
+        request = replace(request, keep=request.keep or request.past is not None, stop=stopping(generation))
         return self.answering(partial(self.prompting.prompt, request), stop, generation, pieces, request.keep)
 
     def answering(

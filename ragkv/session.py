@@ -106,10 +106,10 @@ class Session:
     @property
     def messages(self) -> list[dict[str, str]]:
         """All that was said, as chat messages; also the turns that are not in the prompt any more."""
-        said = [Message("system", self._system)] if self._system else []
+        said = [{"role": "system", "content": self._system}] if self._system else []
         for turn in (*self._state.dropped, *self._state.turns):
-            said += [Message("user", turn.question), Message("assistant", turn.answer)]
-        return [{"role": message.role, "content": str(message.content)} for message in said]
+            said += _messages(turn)
+        return said
 
     def ask(self, question: str, **options: Any) -> SourcedAnswer:
         """The next turn.

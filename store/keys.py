@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from ragkv.chunk import digest
 
-KEY_BYTES = 32
-
 
 def chunk_key(space: str, ids: Sequence[int], context: bytes, namespace: str = "") -> bytes:
     """32-byte blake2b over the canonical encoding of everything that a chunk's KV depends on.

@@ -288,10 +288,6 @@ class TieredStore:
         self._check_open()
         self._tiers.put_many([], [], {name: value})
 
-    def meta_remove(self, name: str) -> None:
-        """Forgets a small fact; nothing happens where there is none."""
-        self.remove_many([], facts=[name])
-
     def flush(self) -> None:
         """Writes what is pending (how often entries were used) to disk."""
         self._check_open()

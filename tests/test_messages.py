@@ -13,6 +13,7 @@ from ragkv.defaults import to_keep, with_kept
 from ragkv.messages import asked, conversation, going_on
 from ragkv.prompt import Encoder
 from ragkv.testing import tiny_model
+from tests.engine.conftest import full
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] not in ['system', 'user', 'assistant'] %}"
@@ -186,11 +187,6 @@ def test_a_folder_keeps_how_messages_are_written(chatting):
     again = with_kept({}, kept)["template"]
     assert again.chat == template.chat and again.chat["enable_thinking"] is False
     assert asked(encoder(chatting, again), TALK) == asked(encoder(chatting, template), TALK)
-
-
-def full(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids, past_key_values=DynamicCache()).logits[:, -1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])

@@ -1,7 +1,6 @@
 """The house: what an installed ragkv puts on the path, what importing it loads, and who may import whom."""
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
@@ -13,21 +12,10 @@ from pathlib import Path
 import pytest
 
 import ragkv
+from tests.fresh import fresh
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"triton", "faiss", "lmdb", "sentence_transformers", "pypdf"}
-
-
-def fresh(code: str, **env: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        cwd="/",
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
 
 
 def test_import_is_light():
@@ -96,17 +84,24 @@ def test_imports_go_one_way(room, allowed):
             assert not (room in ("kernels", "store", "ragkv/folder") and name.split(".")[0] == "transformers"), path
 
 
-def test_the_sdist_builds_and_tests(tmp_path):
+def built(what: str, tmp_path: Path, *left_out: str) -> Path:
+    """Builds from a copy: a build leaves folders behind that a later one would pick up."""
     source = tmp_path / "source"
-    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.pt")
-    shutil.copytree(ROOT, source, ignore=skip)
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", *left_out)
+    )
     run = subprocess.run(
-        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        [sys.executable, "-m", "build", f"--{what}", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    return source
+
+
+def test_the_sdist_builds_and_tests(tmp_path):
+    source = built("sdist", tmp_path, "*.pt")
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     rooms = ("ragkv", "kernels", "store", "retrieval", "tests", "docs", "examples", "benchmarks", "training")
@@ -116,16 +111,7 @@ def test_the_sdist_builds_and_tests(tmp_path):
 
 
 def test_the_wheel_has_one_top_level_name(tmp_path):
-    source = tmp_path / "source"  # built from a copy: a build leaves folders behind that a later one would pick up
-    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks", "training")
-    shutil.copytree(ROOT, source, ignore=skip)
-    run = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    built("wheel", tmp_path, "tests", "benchmarks", "training")
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names} == {"ragkv", f"ragkv-{ragkv.__version__}.dist-info"}
     for room, home in (

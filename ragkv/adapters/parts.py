@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Any
 
+from ragkv.chunk import Chunk
 from ragkv.engine import Engine
+from ragkv.errors import DocumentError
+from ragkv.messages import Question
 from ragkv.rag import RAG
-from ragkv.report import AnswerReport
+from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Document, Hit, Retrieval
-from ragkv.streaming import Threads
+from ragkv.streaming import AsyncAnswerStream, Threads
 
 
 def threads_of(rag: RAG | Engine) -> Threads:
@@ -58,6 +63,24 @@ def listed(rag: RAG) -> list[Document]:
 def document(rag: RAG, source: str) -> Document | None:
     """The document of a source in a RAG's namespace; None where there is none."""
     return rag.retriever.catalogue.get(source, rag.engine.documents.namespace)
+
+
+def remove(rag: RAG, source: str) -> None:
+    """Remove the document of a source from a RAG's namespace. One that is not there is fine."""
+    if document(rag, source) is not None:
+        with suppress(DocumentError):  # somebody else has removed it
+            rag.remove(source)
+
+
+def streamed(
+    engine: Engine, chunks: list[Chunk], question: Question, executor: Executor, options: dict[str, Any]
+) -> AsyncAnswerStream:
+    """:meth:`ragkv.Engine.stream` in an event loop, which goes on meanwhile."""
+
+    def start(**more: Any) -> tuple[list[Hit], AnswerStream]:
+        return [], engine.stream(chunks, question, **more)
+
+    return AsyncAnswerStream(start, executor, **options)
 
 
 def model_name(engine: Engine) -> str:

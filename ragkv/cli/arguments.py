@@ -84,6 +84,22 @@ def parser() -> argparse.ArgumentParser:
     answering = (model, method, _storage(), bar, searching.options(), _answer())
     ask = command("ask", *answering, summary="Answer a question over the documents that were added.")
     ask.add_argument("question", type=_question, metavar="QUESTION", help="'-' reads it from the standard input")
+    ask.add_argument(
+        "--schema",
+        type=schema_of_file,
+        metavar="FILE",
+        help="the answer is JSON that fits the JSON schema in this file",
+    )
+    ask.add_argument(
+        "--logprobs",
+        type=at_least(1),
+        nargs="?",
+        const=True,
+        metavar="N",
+        help="with --json: log-probabilities of the answer's tokens, and of the N likeliest in the place of each",
+    )
+
+    care.page_option(ask, "--report", "write a page with the answer, its sources and a picture of what it cost")
     chat = command(
         "chat",
         *answering,
@@ -107,22 +123,6 @@ def parser() -> argparse.ArgumentParser:
         choices=("bash", "zsh", "tcsh"),
         help="as in: ragkv completion bash > ~/.local/share/bash-completion/completions/ragkv",
     )
-    ask.add_argument(
-        "--schema",
-        type=schema_of_file,
-        metavar="FILE",
-        help="the answer is JSON that fits the JSON schema in this file",
-    )
-    ask.add_argument(
-        "--logprobs",
-        type=at_least(1),
-        nargs="?",
-        const=True,
-        metavar="N",
-        help="with --json: log-probabilities of the answer's tokens, and of the N likeliest in the place of each",
-    )
-
-    care.page_option(ask, "--report", "write a page with the answer, its sources and a picture of what it cost")
     care.add_commands(command)
     evaluating.add_command(commands.add_parser)
     return top

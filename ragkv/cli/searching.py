@@ -24,32 +24,20 @@ def options(
     """The options, with a command's defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("finding passages")
-    group.add_argument(
-        "--top-k",
-        type=at_least(1),
-        default=top_k,
-        metavar="K",
-        help=f"passages to find, in each hop (default: {top_k or '5, or what --max-context-tokens takes'})",
-    )
-    group.add_argument(
-        "--neighbours",
-        type=at_least(0),
-        default=neighbours,
-        metavar="N",
-        help=f"passages to take along on either side of each, from its own document (default: {neighbours})",
-    )
+    for name, least, default, letter, what in (
+        ("--top-k", 1, top_k, "K", "passages to find, in each hop"),
+        ("--neighbours", 0, neighbours, "N", "passages to take along on either side of each, from its own document"),
+        ("--hops", 1, hops, "N", "2: search again for names in the best document found"),
+    ):
+        said = "5, or what --max-context-tokens takes" if default is None else default
+        group.add_argument(
+            name, type=at_least(least), default=default, metavar=letter, help=f"{what} (default: {said})"
+        )
     group.add_argument(
         "--hybrid",
         action=argparse.BooleanOptionalAction,
         default=hybrid,
         help=f"search by words (BM25) besides vectors (default: {'yes' if hybrid else 'no'})",
-    )
-    group.add_argument(
-        "--hops",
-        type=at_least(1),
-        default=hops,
-        metavar="N",
-        help=f"2: search again for names in the best document found (default: {hops})",
     )
     group.add_argument("--max-context-tokens", type=at_least(1), metavar="N", help="the most tokens of all passages")
     group.add_argument("--min-score", type=parsed(_number), metavar="X", help="take no passage of a lower score")

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 #: KV alone; and documents with their KV, which begins with :data:`BEGIN`.
-FORMATS = RECORDS_FORMAT, FOLDER_FORMAT = "ragkv-archive-1", "ragkv-archive-2"
+RECORDS_FORMAT, FOLDER_FORMAT = "ragkv-archive-1", "ragkv-archive-2"
 
 #: The first member of an archive with documents: what they were made with.
 BEGIN = "begin.json"

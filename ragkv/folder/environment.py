@@ -216,10 +216,6 @@ class Environment:
         with self.write_lock, translated(self.path), self._live.env.begin(write=True):
             return problems(self.path)
 
-    def clear_stale_readers(self) -> int:
-        """Frees the reader slots of processes that are gone; how many."""
-        return 0 if self.readonly else self._live.env.reader_check()
-
     def copy(self, target: Path) -> None:
         """Writes a copy without free pages into an empty folder."""
         with translated(self.path):

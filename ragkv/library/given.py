@@ -8,7 +8,7 @@ from ragkv.chunk import Chunk
 from ragkv.errors import PromptError, instance
 
 
-def several(items: Sequence, what: str) -> Sequence:
+def several(items: Sequence, what: str) -> list:
     """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
     if isinstance(items, str | bytes | Chunk | Mapping) or not isinstance(items, Iterable):
         raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")
@@ -20,4 +20,4 @@ def several_chunks(items: Sequence[Chunk], what: str) -> list[Chunk]:
     chunks = several(items, what)
     for chunk in chunks:
         instance(f"each of {what}", chunk, Chunk, "a ragkv.Chunk, as add() and add_document() return them")
-    return list(chunks)
+    return chunks

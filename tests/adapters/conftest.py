@@ -4,19 +4,9 @@ import threading
 import pytest
 import torch
 
-from tests.rag.rags import DOCUMENTS, open_rag, small_model
+from tests.rag.conftest import model, rag
 
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture
-def rag(model):
-    with open_rag(model=model) as opened:
-        opened.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        yield opened
+__all__ = ["held", "model", "rag"]
 
 
 class Held:

@@ -1,24 +1,10 @@
 """Frameworks are extras: nothing of them is loaded before it is asked for, and a missing one is named."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.fresh import fresh
+
 FRAMEWORKS = {"haystack": "haystack", "llamaindex": "llama_index", "langchain": "langchain_core"}
-
-
-def fresh(code):
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HAYSTACK_TELEMETRY_ENABLED": "False"},
-        cwd="/",
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
 
 
 def test_nothing_is_loaded_before_it_is_asked_for():

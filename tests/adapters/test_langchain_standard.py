@@ -14,7 +14,9 @@ from ragkv.adapters.langchain import LangChainEmbedder, RagKVEmbeddings, RagKVRe
 from tests.rag.rags import QUESTION, WordEmbedder, open_rag
 
 
-class TestEmbeddingsUnit(EmbeddingsUnitTests):
+class Embeds:
+    """What is known of these embeddings."""
+
     @property
     def embeddings_class(self):
         return RagKVEmbeddings
@@ -24,14 +26,12 @@ class TestEmbeddingsUnit(EmbeddingsUnitTests):
         return {"embedder": WordEmbedder()}
 
 
-class TestEmbeddings(EmbeddingsIntegrationTests):
-    @property
-    def embeddings_class(self):
-        return RagKVEmbeddings
+class TestEmbeddingsUnit(Embeds, EmbeddingsUnitTests):
+    pass
 
-    @property
-    def embedding_model_params(self):
-        return {"embedder": WordEmbedder()}
+
+class TestEmbeddings(Embeds, EmbeddingsIntegrationTests):
+    pass
 
 
 class TestRetriever(RetrieversIntegrationTests):

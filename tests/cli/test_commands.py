@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ragkv import RAG, bundled
-from ragkv.cli import main
 from ragkv.retrieval import offline_embedder
 from tests.retrieval.files import PARSER, pptx
+
+from .commands import run
 
 LOAD = bundled.load
 
@@ -38,13 +39,6 @@ def files(tmp_path):
     for name in ("blackstead.md", "clearport.md"):
         (folder / name).write_text(bundled.documents()[name])
     return folder
-
-
-def run(capsys, *argv):
-    code = main([str(arg) for arg in argv])
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 def test_add_ask_stats(files, tmp_path, capsys):

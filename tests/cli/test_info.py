@@ -7,16 +7,11 @@ import sys
 
 import pytest
 
-from ragkv.cli import info, main
+from ragkv.cli import info
 from ragkv.cli.arguments import parser
 from ragkv.retrieval import Catalogue
 
-
-def run(capsys, *argv):
-    code = main([str(arg) for arg in argv])
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
+from .commands import run
 
 
 def test_info_names_versions_machine_and_what_is_missing(tmp_path, capsys, monkeypatch):

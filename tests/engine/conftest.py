@@ -24,3 +24,14 @@ def engine(shared_model):
 def full(model, ids):
     with torch.no_grad():
         return model(input_ids=ids, past_key_values=DynamicCache()).logits[:, -1]
+
+
+class Seen:
+    """A logits processor that keeps the ids and the scores of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, ids, scores):
+        self.steps.append((ids.clone(), scores.clone()))
+        return scores

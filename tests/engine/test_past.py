@@ -17,7 +17,7 @@ from ragkv import (
 from ragkv.bundled import MODEL_PATH
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
-from .conftest import full
+from .conftest import Seen, full
 
 EXACT = 1e-4
 TEMPLATE = PromptTemplate(
@@ -27,17 +27,6 @@ WORDS = PromptTemplate(
     prefix="Read.\n", after_chunk="\n", before_question="Q:", after_question="\nA:", after_answer="\n"
 )
 NO_END = {"max_new_tokens": 5, "eos_token_id": None}
-
-
-class Seen:
-    """A logits processor that keeps the ids and the scores of every step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def __call__(self, ids, scores):
-        self.steps.append((ids.clone(), scores.clone()))
-        return scores
 
 
 def talk(engine, turns, **options):

@@ -1,8 +1,6 @@
 """What the operations accept, which implementation runs, and the references against fp64."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,14 +23,9 @@ from ragkv.kernels import (
     slots_of,
 )
 from ragkv.store.codecs import get_codec
+from tests.fresh import fresh
 
 Q, KV, SPANS = torch.randn(4, 3, 16), torch.randn(2, 9, 16), key_spans(torch.tensor([2, 5, 8]))
-
-
-def fresh(code: str) -> str:
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd="/")
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
 
 
 def test_triton_is_loaded_when_asked_for():

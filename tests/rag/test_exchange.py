@@ -24,11 +24,6 @@ TEXTS = dict(list(DOCUMENTS.items())[:3])
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture(scope="module")
 def answer(model, tmp_path_factory):
     """What the folder answers that the archive is of, and the archive."""
     place = tmp_path_factory.mktemp("made")

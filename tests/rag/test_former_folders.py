@@ -10,12 +10,7 @@ from ragkv.retrieval import Catalogue, Snapshot
 from ragkv.retrieval.changes import renamed
 from ragkv.retrieval.records import document_payload, source_id
 
-from .rags import DOCUMENTS, QUESTION, open_rag, small_model, tokens_of
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
+from .rags import DOCUMENTS, QUESTION, open_rag, tokens_of
 
 
 def former(folder, namespace):

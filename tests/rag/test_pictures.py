@@ -12,7 +12,7 @@ from ragkv import FullPrefill, LegoLink, MissingPackageError, Retrieval, Reuse
 from ragkv.pictures import svg
 from ragkv.report import AnswerReport, ChunkReport, FusionReport
 
-from .rags import DOCUMENTS, QUESTION, open_rag, small_model
+from .rags import QUESTION, open_rag
 
 NAMES = {
     "#3b82d6": "cpu",
@@ -23,18 +23,6 @@ NAMES = {
     "#8b6fd6": "disk",
 }
 SHORT = {"top_k": 3, "max_new_tokens": 3, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture
-def rag(model):
-    with open_rag(model=model) as rag:
-        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
-        yield rag
 
 
 def bar(figure):

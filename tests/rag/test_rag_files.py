@@ -10,14 +10,9 @@ import pytest
 from ragkv import DocumentError, Progress, StoreFullError, TieredStore
 from ragkv.library.sizes import token_bytes
 
-from .rags import DOCUMENTS, QUESTION, keys, open_rag, small_model
+from .rags import DOCUMENTS, QUESTION, keys, open_rag
 
 NAMES = ["clearport.md", "blackfield.md"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 @pytest.fixture

@@ -15,11 +15,6 @@ from .rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model, toke
 PROGRAM = Path(__file__).with_name("rag_killed.py")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
 def test_a_restart_keeps_everything(model, tmp_path, reads):
     with open_rag(tmp_path, model) as rag:
         rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))

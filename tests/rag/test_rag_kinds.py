@@ -7,7 +7,7 @@ from ragkv.exchange import export_folder, import_folder
 from ragkv.retrieval.converter import Converter
 from tests.retrieval.files import docx, pdf, pptx, xlsx
 
-from .rags import open_rag, small_model
+from .rags import open_rag
 
 CASTLE = "The castle of Thornfield has seven towers and a bridge, and nobody has lived there for years."
 MILL = "The mill at Wye grinds barley for the whole valley, and its wheel turns by day and by night."
@@ -29,11 +29,6 @@ FILES = {
     ),
     "g.txt": (f"# no heading\n\n{CASTLE}\n\n# none\n\n{MILL}".encode(), {CASTLE: (None, ""), MILL: (None, "")}),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 @pytest.fixture

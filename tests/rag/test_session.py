@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ragkv import (
     ArgumentError,
@@ -21,6 +21,7 @@ from ragkv import (
 )
 from ragkv.bundled import MODEL_PATH
 from ragkv.testing import tiny_model
+from tests.engine.conftest import Seen, full
 
 from .rags import DOCUMENTS, QUESTION, open_rag
 
@@ -31,22 +32,6 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<eos>{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<eos>assistant:{% endif %}"
 )
-
-
-class Seen:
-    """A logits processor that keeps the ids and the scores of every step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def __call__(self, ids, scores):
-        self.steps.append((ids.clone(), scores.clone()))
-        return scores
-
-
-def full(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids, past_key_values=DynamicCache()).logits[:, -1]
 
 
 def state(session):

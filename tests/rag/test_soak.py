@@ -5,14 +5,9 @@ import time
 
 import pytest
 
-from .rags import DOCUMENTS, QUESTION, open_rag, small_model
+from .rags import DOCUMENTS, QUESTION, open_rag
 
 NAMES = list(DOCUMENTS)[:4]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 def version(name, number):

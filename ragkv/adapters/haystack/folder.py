@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
@@ -92,6 +93,24 @@ class Folder:
                 f"a {type(self._given).__name__} cannot be written into a file: give the path of its folder, rag='kv/'"
             )
         return {"rag": os.fspath(self._given), "options": dict(self._options)}
+
+
+class OverFolder:
+    """A component over a :class:`Folder`, which opens and closes with the pipeline."""
+
+    _folder: Folder
+
+    def warm_up(self) -> None:
+        """Open the folder and load its model, if that is not done yet."""
+        self._folder.open()
+
+    async def warm_up_async(self) -> None:
+        """:meth:`warm_up` in an event loop, which goes on meanwhile."""
+        await asyncio.to_thread(self.warm_up)
+
+    def close(self) -> None:
+        """Close the folder, when no other component needs it."""
+        self._folder.close()
 
 
 def json_can_hold(value: Any) -> bool:

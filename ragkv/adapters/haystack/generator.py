@@ -15,19 +15,19 @@ from haystack.dataclasses import ComponentInfo, StreamingCallbackT, StreamingChu
 from haystack.utils import deserialize_callable, serialize_callable
 
 from ragkv.adapters.haystack.documents import passage_of
-from ragkv.adapters.haystack.folder import Folder
-from ragkv.adapters.parts import model_name, usage
+from ragkv.adapters.haystack.folder import Folder, OverFolder
+from ragkv.adapters.parts import model_name, streamed, usage
 from ragkv.adapters.passages import HandedOver, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.streaming import AsyncAnswerStream, Threads, in_thread, stoppable
+from ragkv.streaming import Threads, in_thread, stoppable
 
 logger = logging.getLogger(__name__)
 
 
 @component
-class RagKVGenerator:
+class RagKVGenerator(OverFolder):
     """Answers a question over documents, as a Haystack component: they stay apart, each placed from its KV.
 
     Documents of a :class:`RagKVRetriever` have theirs, in the context of the document that they are of. The text of any other is
@@ -70,18 +70,6 @@ class RagKVGenerator:
         if given.get("streaming_callback"):
             given["streaming_callback"] = deserialize_callable(given["streaming_callback"])
         return default_from_dict(cls, {**data, "init_parameters": given})
-
-    def warm_up(self) -> None:
-        """Open the folder and load its model, if that is not done yet."""
-        self._folder.open()
-
-    async def warm_up_async(self) -> None:
-        """:meth:`warm_up` in an event loop, which goes on meanwhile."""
-        await asyncio.to_thread(self.warm_up)
-
-    def close(self) -> None:
-        """Close the folder, when no other component needs it."""
-        self._folder.close()
 
     @component.output_types(replies=list[str], meta=list[dict[str, Any]], documents=list[Document])
     def run(
@@ -139,8 +127,7 @@ class RagKVGenerator:
         if callback is None:
             answer = await stoppable(pool, partial(engine.generate, handed.chunks, query), **options)
             return _said(engine, answer.text, answer.report, documents, handed)
-        start = partial(engine.stream, handed.chunks, query)
-        text, stream = "", AsyncAnswerStream(lambda **more: ([], start(**more)), pool, **options)
+        text, stream = "", streamed(engine, handed.chunks, query, pool, options)
         async with aclosing(stream):
             async for piece in stream:
                 waited: Any = callback(self._piece(piece, start=not text))

@@ -10,7 +10,7 @@ from typing import Any, cast
 from haystack import Document, component, default_from_dict, default_to_dict
 
 from ragkv.adapters.haystack.documents import document_of, fitting
-from ragkv.adapters.haystack.folder import Folder, json_can_hold
+from ragkv.adapters.haystack.folder import Folder, OverFolder, json_can_hold
 from ragkv.errors import ArgumentError, instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Retrieval
@@ -19,7 +19,7 @@ from ragkv.streaming import in_thread
 
 
 @component
-class RagKVRetriever:
+class RagKVRetriever(OverFolder):
     """Finds passages of a folder of ragkv, as a Haystack component.
 
     Documents come in the order of the prompt: those of one source together, in their own order. Each carries a reference by
@@ -72,18 +72,6 @@ class RagKVRetriever:
     def from_dict(cls, data: dict[str, Any]) -> RagKVRetriever:
         """The component of :meth:`to_dict`."""
         return default_from_dict(cls, data)
-
-    def warm_up(self) -> None:
-        """Open the folder, if it is not open yet."""
-        self._folder.open()
-
-    async def warm_up_async(self) -> None:
-        """:meth:`warm_up` in an event loop, which goes on meanwhile."""
-        await asyncio.to_thread(self.warm_up)
-
-    def close(self) -> None:
-        """Close the folder, when no other component needs it."""
-        self._folder.close()
 
     @component.output_types(documents=list[Document])
     def run(

@@ -13,13 +13,13 @@ from langchain_core.runnables.utils import AddableDict
 
 from ragkv.adapters.langchain.documents import passages_of
 from ragkv.adapters.langchain.retriever import RagKVRetriever
-from ragkv.adapters.parts import split, threads_of
+from ragkv.adapters.parts import split, streamed, threads_of
 from ragkv.adapters.passages import HandedOver, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, ArgumentTypeError, instance, no_question
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.streaming import AsyncAnswerStream, Threads, in_thread
+from ragkv.streaming import Threads, in_thread
 
 
 def create_ragkv_chain(
@@ -89,7 +89,7 @@ class _Steps:
             documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
             handed = await in_thread(pool, partial(self._handed, documents, options))
             yield AddableDict(context=_given(documents, handed))
-            async with aclosing(AsyncAnswerStream(partial(self._start, handed, question), pool, **options)) as pieces:
+            async with aclosing(streamed(self._engine, handed.chunks, question, pool, options)) as pieces:
                 async for piece in pieces:
                     yield AddableDict(answer=piece)
             yield _end(pieces.report)
@@ -109,9 +109,6 @@ class _Steps:
     def _handed(self, documents: Any, options: Mapping[str, Any]) -> HandedOver:
         where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
         return hand_over(self._engine, passages_of(documents), where)
-
-    def _start(self, handed: HandedOver, question: str, **generation: Any) -> Any:
-        return [], self._engine.stream(handed.chunks, question, **generation)
 
 
 def _question(given: Any) -> str:

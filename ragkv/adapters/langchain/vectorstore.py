@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from ragkv.adapters.langchain.documents import ADDED, document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
-from ragkv.adapters.parts import document, listed, search
+from ragkv.adapters.parts import listed, remove, search
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit, TokenChunker
@@ -143,9 +142,7 @@ class RagKVVectorStore(VectorStore):
         else:
             names = [f"{ADDED}{name}" for name in ids]
         for name in names:
-            if document(self.rag, name) is not None:
-                with suppress(DocumentError):  # somebody else has removed it
-                    self.rag.remove(name)
+            remove(self.rag, name)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:

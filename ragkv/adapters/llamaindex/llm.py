@@ -26,14 +26,14 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from ragkv.adapters.parts import model_name, threads_of, usage
+from ragkv.adapters.parts import model_name, streamed, threads_of, usage
 from ragkv.adapters.passages import engine_of
 from ragkv.engine import Engine
 from ragkv.messages import Question
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.rag import RAG
 from ragkv.report import Answer
-from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
+from ragkv.streaming import Threads, stoppable
 
 # What LlamaIndex is told of a model without a limit of positions.
 _NO_LIMIT = 1 << 20
@@ -142,9 +142,8 @@ class RagKVLLM(CustomLLM):
         return pieces()
 
     async def _apieces(self, question: Question, **generation: Any) -> CompletionResponseAsyncGen:
-        start = partial(self._engine.stream, [], question)
         options = {**self.generation, **generation}
-        text, stream = "", AsyncAnswerStream(lambda **more: ([], start(**more)), self._threads.pool(), **options)
+        text, stream = "", streamed(self._engine, [], question, self._threads.pool(), options)
         async with aclosing(stream):
             async for piece in stream:
                 text += piece

@@ -19,7 +19,7 @@ from llama_index.core.schema import NodeWithScore
 from ragkv.adapters.llamaindex.llm import RagKVLLM
 from ragkv.adapters.llamaindex.nodes import passage_of
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
-from ragkv.adapters.parts import split, threads_of
+from ragkv.adapters.parts import split, streamed, threads_of
 from ragkv.adapters.passages import REFERENCE, Passage, engine_of, hand_over
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -124,8 +124,7 @@ class RagKVSynthesizer(BaseSynthesizer):
             chunks = (await in_thread(pool, lambda: hand_over(self._engine, map(Passage, texts)))).chunks
         options, said = {**self.generation, **generation}, {} if facts is None else facts
         if self._streaming:
-            start = partial(self._engine.stream, chunks, query_str)
-            return _async_pieces(AsyncAnswerStream(lambda **more: ([], start(**more)), pool, **options), said)
+            return _async_pieces(streamed(self._engine, chunks, query_str, pool, options), said)
         answer = await stoppable(pool, partial(self._engine.generate, chunks, query_str), **options)
         said["report"] = answer.report.as_dict()
         return answer.text

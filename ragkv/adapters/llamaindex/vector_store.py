@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -21,7 +20,7 @@ from llama_index.core.vector_stores.types import (
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from ragkv.adapters.llamaindex.nodes import ADDED, NODES, kept, node_of, nodes_of, shown
-from ragkv.adapters.parts import document, listed, search
+from ragkv.adapters.parts import document, listed, remove, search
 from ragkv.chunk import digest
 from ragkv.errors import ArgumentError, DocumentError, instance
 from ragkv.rag import RAG
@@ -89,7 +88,7 @@ class RagKVVectorStore(BasePydanticVectorStore):
     def delete(self, ref_doc_id: str, **_: Any) -> None:
         """Remove the nodes of a document, and the KV that nobody else needs. One that is not there is fine."""
         with self._lock:
-            self._remove(f"{ADDED}{ref_doc_id}")
+            remove(self._rag, f"{ADDED}{ref_doc_id}")
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
         """Nodes that were added, by id or by metadata; all by default."""
@@ -103,7 +102,7 @@ class RagKVVectorStore(BasePydanticVectorStore):
             for source, nodes in self._all().items():
                 left = {name: node for name, node in nodes.items() if not wanted(node)}
                 if not left:
-                    self._remove(source)
+                    remove(self._rag, source)
                 elif len(left) < len(nodes):
                     self._put({source: left})
 
@@ -150,11 +149,6 @@ class RagKVVectorStore(BasePydanticVectorStore):
         metadata = [{NODES: [kept(node) for node in nodes.values()]} for nodes in documents.values()]
         cut = _Cut(passages)
         self._rag.add_texts(list(cut.texts), list(documents), metadata, chunker=cut)
-
-    def _remove(self, source: str) -> None:
-        if document(self._rag, source) is not None:
-            with suppress(DocumentError):  # somebody else has removed it
-                self._rag.remove(source)
 
     def _nodes(self, source: str) -> dict[str, BaseNode]:
         """The nodes of a document in order, by id; none where it is not there."""
