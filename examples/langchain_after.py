@@ -1,4 +1,4 @@
-"""The program of `langchain_before.py` over ragkv: four lines are others.
+"""The program of `langchain_before.py` over ragkv: four lines become three.
 
 Passages are read when they are added, and their KV are kept in the folder `kv/`; the model finds the retrieved ones in its message
 and takes their KV from there.
