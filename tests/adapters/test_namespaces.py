@@ -44,6 +44,10 @@ def test_langchain(two):
     assert langchain.RagKVRetriever(rag=ours).invoke(QUESTION) == []
     store.add_texts(["Ours."], ids=["1"])
     assert [found.page_content for found in store.similarity_search(QUESTION, 9)] == ["Ours."]
+    store.add_texts(["Ours too."], ids=["3"])
+    for wanted in (["Ours."], ["Ours too."], []):  # has to look further for some of them
+        found = store.similarity_search(QUESTION, 1, filter=lambda document: document.page_content in wanted)  # noqa: B023
+        assert [document.page_content for document in found] == wanted
     store.delete(["2"])
     store.delete()
     assert store.get_by_ids(["1"]) == [] and len(other.get_by_ids(["1", "2"])) == 2

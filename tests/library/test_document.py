@@ -9,6 +9,7 @@ from ragkv import Auto, Chunk, DocumentError, Engine, PromptError, PromptTemplat
 from ragkv.errors import RecordError
 from ragkv.fusion.layout import lay_out
 from ragkv.library.document import ChunkedDocument, windows
+from ragkv.library.records import StoreRecords
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
@@ -28,6 +29,19 @@ def long():
 
 def facts(chunk):
     return chunk.ids, chunk.document, chunk.number, chunk.offset, chunk.context, chunk.mark
+
+
+def test_a_record_whose_bytes_changed_is_none(long):
+    with TieredStore() as store:
+        kept = StoreRecords(store, "setting")
+        kept.put(long)
+        assert list(map(facts, kept.find(long.id))) == list(map(facts, long))
+        data = bytearray(store.meta_get(kept.name(long.id)))
+        at = data.index(torch.tensor(PARTS[3][:4], dtype=torch.int32).numpy().tobytes())
+        data[at] ^= 1  # another token, and still a document
+        assert ChunkedDocument.from_bytes(bytes(data[16:]))[3].ids != long[3].ids
+        store.meta_put(kept.name(long.id), bytes(data))
+        assert kept.find(long.id) is None
 
 
 def test_its_record_holds_all_of_it(long):

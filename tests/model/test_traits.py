@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from ragkv import Engine, FullPrefill, PromptTemplate, Reuse, TieredStore
+from ragkv.model import traits
 from ragkv.model.decoder import Decoder
 from ragkv.model.runner import Runner
-from ragkv.model.traits import Traits
+from ragkv.model.traits import Traits, model_key
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], anchor=[1, 7])
@@ -88,6 +89,22 @@ def test_other_code_is_tried(tmp_path, runs, monkeypatch):
     assert "try" in asked(model, tmp_path, runs)[0]
     monkeypatch.setattr("torch.__version__", "0.0")
     assert "try" in asked(tiny_model(), tmp_path, runs)[0]
+
+
+def test_all_that_runs_the_model_is_in_its_key(monkeypatch):
+    """Traits hold for the kernels that were tried, on the devices where they were, by the versions that ran."""
+
+    def key(kernels="auto", device="cpu"):
+        return model_key(tiny_model().to(device), "weights", kernels)
+
+    before = key()
+    assert key() == before and len({before, key("reference"), key("triton"), key(device="meta")}) == 4
+    for name in ("torch", "transformers"):
+        with monkeypatch.context() as context:
+            context.setattr(getattr(traits, name), "__version__", "0.0")
+            assert key() != before, name
+    monkeypatch.setattr(traits, "version", lambda name: "0.0")
+    assert key() != before, "ragkv"
 
 
 def test_prefix_that_changes_takes_the_place_of_the_one_before(tmp_path, runs, facts):

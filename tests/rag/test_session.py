@@ -97,6 +97,20 @@ def test_passages_are_not_placed_twice(rag):
     assert len(more.sources) == 4 and sum(more.report.fusion.hits.values()) == 2
 
 
+def test_each_source_is_told_with_where_its_kv_came_from(rag):
+    session = rag.session(rewrite=lambda messages: messages[-1]["content"])
+    there = session.ask(QUESTION, **SHORT).sources
+    hits = rag.retrieve(QUESTION, 6)
+    new = [hit for hit in hits if hit.passage_id not in {earlier.passage_id for earlier in there}]
+    lost = new[-1]
+    assert rag.engine.store.remove_many(list(rag.engine.documents.keys(rag.chunks([lost])))) == 1
+    answer = session.ask(QUESTION, **{**SHORT, "top_k": 6})
+    known = {**dict.fromkeys((hit.passage_id for hit in there), "prompt"), lost.passage_id: "computed"}
+    want = [known.get(hit.passage_id, "cpu") for hit in hits]
+    assert [hit.passage_id for hit in answer.sources] == [hit.passage_id for hit in hits]
+    assert set(want) == {"prompt", "cpu", "computed"} and answer.report.fusion.sources == want
+
+
 def test_the_next_question_is_looked_up_with_the_conversation_in_mind(rag):
     assert "clearport.md" not in {hit.source for hit in rag.retrieve("And who is master there?", 2)}
     session, looked = rag.session(), []

@@ -3,6 +3,7 @@
 import gc
 import json
 
+import lmdb
 import numpy as np
 import pytest
 
@@ -23,6 +24,17 @@ def test_it_is_there_after_a_restart(tmp_path):
     catalogue.close()
     with pytest.raises(RetrievalError, match="is closed"):
         catalogue.get("a")
+
+
+def test_what_was_changed_survives_a_power_cut(tmp_path, monkeypatch):
+    seen, real = [], lmdb.open
+    monkeypatch.setattr(lmdb, "open", lambda *args, **flags: (seen.append(flags), real(*args, **flags))[1])
+    for path in (tmp_path / "folder", None):
+        with Catalogue(path) as catalogue:
+            put(catalogue, "a", ["one"])
+    assert [(flags["sync"], flags["metasync"]) for flags in seen] == [(True, True), (False, False)], (
+        "None: it is dropped"
+    )
 
 
 def test_a_temporary_one_leaves_nothing():

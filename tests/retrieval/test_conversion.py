@@ -10,7 +10,7 @@ import pytest
 
 from ragkv.retrieval.converter import Converter
 from ragkv.retrieval.loaders import load
-from ragkv.retrieval.outline import sections
+from ragkv.retrieval.outline import Outline, joined, sections
 
 from .files import docx, epub, pdf, pptx, xlsx
 
@@ -163,3 +163,8 @@ def test_sections():
     text = "intro\n# A #\n\n## B\ntext\n```\n# no\n```\n### C ##\nx\n## D\ny\n# E\n# F\nq"
     found = [(text[start:].splitlines()[0], path) for start, path in sections(text)]
     assert found == [("# A #", "A > B"), ("### C ##", "A > B > C"), ("## D", "A > D"), ("# E", "E"), ("# F", "F")]
+
+
+def test_a_page_begins_at_its_first_character():
+    text, starts = joined(["one", "two"])
+    assert [Outline(starts).page(at) for at in (0, text.index("two") - 1, text.index("two"), len(text))] == [1, 1, 2, 2]

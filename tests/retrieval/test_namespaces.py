@@ -29,7 +29,15 @@ def found(retriever, query="a boat in the harbour", top_k=50, **options):
     return sorted(hit.text for hit in retriever.search(query, top_k, **options))
 
 
-@pytest.mark.parametrize("options", [{}, {"hybrid": True}, {"hybrid": True, "hops": 2, "neighbours": 3}], ids=str)
+WAYS = {
+    "plain": {},
+    "hybrid": {"hybrid": True},
+    "hops": {"hybrid": True, "hops": 2, "neighbours": 3},
+    "reranked": {"rerank": lambda question, texts: [float(len(text)) for text in texts]},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_each_finds_their_own(shared, options):
     assert found(shared, **options) == sorted([*SAME, "nobody's own"])
     assert found(shared, namespace="ada", **options) == sorted([*SAME, "of Ada"])

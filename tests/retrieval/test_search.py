@@ -107,6 +107,11 @@ def test_min_score(retriever, embedder):
     assert retriever.search(query, 50, min_score=least) == [hit for hit in every if hit.score >= least]
     assert retriever.search(query, 50, min_score=2.0) == []
     assert retriever.search(query, 50, min_score=2, neighbours=3, hops=2, hybrid=True) == []
+    followed = {"neighbours": 2, "hybrid": True, "hops": 2}
+    one, two = retriever.search("Belmar is described here.", 1, **followed)[:2]
+    assert one.source != two.source and one.score > two.score
+    hits = retriever.search("Belmar is described here.", 1, min_score=(one.score + two.score) / 2, **followed)
+    assert {hit.source for hit in hits} == {one.source}, "it holds in a second hop too"
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ def test_bad_conditions(where, match):
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
+def test_what_orders_candidates_sees_only_what_fits(embedder, hybrid):
+    seen = []
+    with Retriever.open(None, embedder) as retriever:
+        for number in range(99):
+            retriever.add(f"{number}.md", [f"a boat in the harbour, number {number}"], {"number": number})
+        rerank = lambda question, texts: seen.extend(texts) or [1.0] * len(texts)  # noqa: E731
+        found = retriever.search("a boat", 5, where={"number": {"$lt": 3}}, rerank=rerank, hybrid=hybrid)
+    assert {hit.source for hit in found} == {"0.md", "1.md", "2.md"} and len(seen) == 3
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
 def test_only_what_fits_is_found_however_far_it_is(embedder, hybrid):
     with Retriever.open(None, embedder) as retriever:
         for number in range(99):

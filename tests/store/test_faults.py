@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from functools import partial
 
+import lmdb
 import pytest
 import torch
 
@@ -83,6 +84,14 @@ def test_kill_minus_nine(folder, kv, key, forked):
 @pytest.mark.long
 def test_kill_minus_nine_300_times(folder, kv, key, forked):
     kill_writers(300, folder, kv, key, forked)
+
+
+def test_what_was_stored_survives_a_power_cut(folder, kv, key, monkeypatch):
+    seen, real = [], lmdb.open
+    monkeypatch.setattr(lmdb, "open", lambda *args, **flags: (seen.append(flags), real(*args, **flags))[1])
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(0), kv(0))
+    assert [(flags["sync"], flags["metasync"]) for flags in seen] == [(True, True)]
 
 
 @pytest.fixture
