@@ -98,7 +98,8 @@ def _html(data: bytes) -> str:
     from markdownify import ATX, MarkdownConverter
 
     soup = BeautifulSoup(data.decode(), "html.parser")
-    for part in soup(_NOISE):
+    title = " ".join(soup.title.get_text().split()) if soup.title else ""
+    for part in soup(["title", *_NOISE]):
         part.decompose()
     for image in soup("img"):
         image.replace_with(str(image.get("alt") or ""))
@@ -107,7 +108,6 @@ def _html(data: bytes) -> str:
         text = MarkdownConverter(heading_style=ATX, **_PLAIN).convert_soup(body).strip()
     except RecursionError:  # thousands of tags, one inside the other
         text = body.get_text("\n", strip=True)
-    title = " ".join(soup.title.get_text().split()) if soup.title else ""
     return f"# {title}\n\n{text}" if title and not body.find("h1") else text
 
 

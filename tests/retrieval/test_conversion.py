@@ -44,8 +44,9 @@ def read(loaded):
     return lambda name, data: loaded(name, data).text
 
 
-def test_html_is_its_text(read):
-    text = read("a.html", PAGE)
+@pytest.mark.parametrize("body", ["main", "div"])
+def test_html_is_its_text(read, body):
+    text = read("a.html", PAGE.replace("main>", f"{body}>"))
     assert text.startswith("# The harbour\n\n## Prices\n\nTar costs **two** crowns a pot, says the list.\na pot")
     assert "| item | price_in_crowns |\n| --- | --- |\n| rope | 3*2 |" in text
     for noise in ("<", "tracking", "color", "About", "rights", "more()", "x.example", "base64"):
