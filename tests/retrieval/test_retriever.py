@@ -216,3 +216,19 @@ def test_the_real_embedder_finds_by_meaning(minilm):
         retriever.add("money", ["The bank raised its interest rates.", "Shares fell sharply in New York."])
         assert sources(retriever.search("What did the little cat drink?", 1)) == [("animals", 0)]
         assert sources(retriever.search("What happened on the stock market?", 1)) == [("money", 1)]
+
+
+def test_index_of_another_history_is_not_used(embedder, tmp_path):
+    """As after a backup of the catalogue was put back, whose next ids went to other texts."""
+    with Retriever.open(tmp_path, embedder) as retriever:
+        retriever.add("cats.md", TEXTS["cats.md"])
+    backup = (tmp_path / "data.mdb").read_bytes()
+    with Retriever.open(tmp_path, embedder) as retriever:
+        retriever.add("boats.md", TEXTS["boats.md"])
+    (tmp_path / "data.mdb").write_bytes(backup)
+    with Catalogue(tmp_path) as catalogue:  # a process that was killed before it saved its index
+        catalogue.put("dogs.md", ["the dog barked", "a bone lay there", "it ran off"], embedder.encode_documents)
+    with Retriever.open(tmp_path, embedder) as retriever:
+        hits = retriever.search("the dog barked", 1)
+        assert sources(hits) == [("dogs.md", 0)] and hits[0].score == pytest.approx(1, abs=1e-5)
+        assert {hit.source for hit in retriever.search(TEXTS["boats.md"][0], 9)} == {"cats.md", "dogs.md"}
