@@ -8,13 +8,15 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+from torch import Tensor
+
 from ragkv.detokenizer import Detokenizer, cut
 from ragkv.errors import ArgumentError, ModelChangedError, PromptError
 from ragkv.logprobs import Logprobs
-from ragkv.model.decoder import Decoder
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
-from ragkv.model.runner import Runner
+from ragkv.model.packing import Rows
+from ragkv.model.steps import Steps
 from ragkv.past import Past
 from ragkv.prompt import Encoder
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, Made
@@ -28,9 +30,8 @@ class Answering:
     """Decodes behind a prompt that is made when it is needed.
 
     Args:
-        runner: of the model.
+        steps: the model's forwards.
         encoder: decodes ids.
-        decoder: the model.
         prompt: makes the prompt.
         generation: what ``model.generate`` takes.
         stop: texts at which the answer ends.
@@ -44,9 +45,8 @@ class Answering:
 
     def __init__(
         self,
-        runner: Runner,
+        steps: Steps,
         encoder: Encoder,
-        decoder: Decoder,
         prompt: MakePrompt,
         generation: dict[str, Any],
         stop: Sequence[str],
@@ -59,11 +59,11 @@ class Answering:
             raise ArgumentError(
                 f"stop={stop} is text and the engine has no tokenizer: give it one, or stopping_criteria=[...]"
             )
-        settings = Settings(decoder, encoder.tokenizer, generation, stop)
+        settings = Settings(steps.decoder, encoder.tokenizer, generation, stop)
         if settings.beams > 1 and (pieces or kept):
             why = "beam search knows its text only at the end" if pieces else "beams leave no cache to go on from"
             raise ArgumentError(f"num_beams: {why}: leave it out" + (", or use generate()" if pieces else ""))
-        self._runner, self._encoder, self._settings, self._prompt = runner, encoder, settings, prompt
+        self._steps, self._encoder, self._settings, self._prompt = steps, encoder, settings, prompt
 
     def whole(self, begin: float) -> Answer:
         """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
@@ -133,17 +133,23 @@ class Answering:
         self, prompt: FusedPrompt, report: AnswerReport, begin: float, logprobs: Logprobs | None
     ) -> Iterator[int]:
         note = None if logprobs is None else logprobs.note
-        for token in decode(self._settings, prompt, begin, lambda: self._turn(prompt), note):
-            report.new_tokens += 1
-            if report.new_tokens == 1:
-                report.first_token_ms = _ms(begin)
-            report.decode_ms = _ms(begin) - report.first_token_ms
-            yield token
+        steps = self._steps
+        with steps.seat() as seat:
+
+            def forward(rows: Rows) -> Tensor | None:
+                return steps.run(rows, prompt.fingerprint, 1, seat)
+
+            for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note):
+                report.new_tokens += 1
+                if report.new_tokens == 1:
+                    report.first_token_ms = _ms(begin)
+                report.decode_ms = _ms(begin) - report.first_token_ms
+                yield token
 
     @contextmanager
     def _turn(self, prompt: FusedPrompt) -> Iterator[None]:
         """The model for this thread alone, as it was when it computed the prompt."""
-        with self._runner.turn() as fingerprint:
+        with self._steps.turn() as fingerprint:
             if fingerprint != prompt.fingerprint:
                 raise ModelChangedError(
                     "the model's weights, adapter or attention have changed behind the prompt: ask again"

@@ -364,7 +364,9 @@ class Engine:
             kept: it is to be gone on from.
         """
         texts = (*stop_texts(self.template.stop), *stop_texts(stop))
-        return Answering(self.runner, self.encoder, self.decoder, prompt, generation, texts, pieces, kept)
+        return Answering(
+            self.runner.steps(self.documents.kernels), self.encoder, prompt, generation, texts, pieces, kept
+        )
 
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""

@@ -59,9 +59,12 @@ def fuse(
             work = plan(selection, layout, layers)
         if work.first_stored < layers:
             one.placement.ahead(work.first_stored)
+        # Hooks that place layers, or narrow the set, must not be there in a forward that others' rows take part in.
+        alone = bool(work.checks) or (one.opened and one.placement.by_layer)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
-        with one.reader.turn(), beside, timer.stage("compute"):
-            logits, done = compute(decoder, one.cache, layout, work, one.reader.piece_tokens, timer)
+        with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
+            forward = None if alone else one.reader.forward
+            logits, done = compute(decoder, one.cache, layout, work, one.reader.piece_tokens, timer, forward=forward)
         if (
             logits.device.type == "cpu" and not logits.isfinite().all()
         ):  # on a device, decoding looks: it waits for it anyway

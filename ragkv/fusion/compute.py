@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.passes import Pass
+from ragkv.fusion.passes import Forward, Pass
 from ragkv.fusion.timing import Timer
 from ragkv.fusion.view import Check, Narrows, Selection
 from ragkv.model.cache import FusedCache
@@ -78,6 +78,7 @@ def compute(
     piece_tokens: int,
     timer: Timer | None = None,
     slots: int | None = None,
+    forward: Forward | None = None,
 ) -> tuple[Tensor, Pass]:
     """Compute what a method asks for over the stored rest, and the suffix in any case.
 
@@ -90,6 +91,7 @@ def compute(
         piece_tokens: tokens that one forward computes at most, but where the set narrows with depth.
         timer: counts the stage ``select``.
         slots: of the cache that attention is shown; N if not given.
+        forward: as for :class:`~ragkv.fusion.passes.Pass`.
 
     Returns:
         Next-token logits ``[1, V]`` and what was done. The cache then holds the N tokens.
@@ -108,6 +110,7 @@ def compute(
         context=work.context,
         slots=slots,
         timer=timer,
+        forward=forward,
     )
     return run.logits(), run
 

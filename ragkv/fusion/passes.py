@@ -18,6 +18,7 @@ from ragkv.fusion.layout import Layout
 from ragkv.fusion.timing import Timer
 from ragkv.model.cache import FusedCache, Writer
 from ragkv.model.masks import UNUSED, LayerMasks, for_model
+from ragkv.model.packing import Rows
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 #: Asked before a layer, with the R reusable tokens being computed and their fresh keys and values ``[H, R, D]``; returns those of
 #: them to go on with.
 Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+#: Runs rows of a prompt; returns the last one's next-token logits ``[1, V]`` where they are wanted.
+Forward = Callable[[Rows], Tensor | None]
 
 
 class _Reached(Exception):
@@ -51,6 +56,7 @@ class Pass:
             in front of them if not given.
         slots: of the cache that attention is shown, those behind the prompt's N hidden; N if not given.
         timer: counts the stage ``select``.
+        forward: runs rows of the prompt; by default the model, for one turn.
 
     Attributes:
         rows: of the layer at hand; in the end those computed in the last layer.
@@ -71,7 +77,9 @@ class Pass:
         context: Tensor | None = None,
         slots: int | None = None,
         timer: Timer | None = None,
+        forward: Forward | None = None,
     ):
+        self.forward = decoder.forward if forward is None else forward
         self.decoder, self.cache, self.layout, self.piece_tokens = decoder, cache, layout, piece_tokens
         self.checks, self.narrow, self.timer = checks, narrow, Timer() if timer is None else timer
         self.rows = rows
@@ -104,18 +112,17 @@ class Pass:
 
     def _behind(self) -> Tensor:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
-        with self._attention(scattered=False):
-            for piece in self._pieces():
-                self.cache.set_length(int(piece[0]))
-                out = self._forward(piece)
+        for piece in self._pieces():
+            self.cache.set_length(int(piece[0]))
+            out = self._run(piece)
         return out
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
         self._clear()
-        with self._attention(scattered=True), self.cache.writing(self._write):
+        with self.cache.writing(self._write):
             for piece in self._pieces():
-                out = self._forward(piece, for_model(self._masks(piece), self.decoder.config))
+                out = self._run(piece, self._masks(piece))
         return out
 
     def _narrowing(self) -> Tensor:
@@ -129,7 +136,8 @@ class Pass:
         try:
             with self._attention(scattered=True), self.cache.writing(self._write):
                 self.masks = self._masks(self.rows)
-                return self._forward(self.rows, for_model(self.masks, self.decoder.config))
+                at, mask = self.layout.positions[self.rows], for_model(self.masks, self.decoder.config)
+                return self.decoder.step(self.layout.ids[self.rows], at, self.cache, mask)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -161,10 +169,14 @@ class Pass:
         self._shrink(layer, self._choose(layer, torch.cat(keys, 2), torch.cat(values, 2)))
         self.checks = self.checks[1:]
 
-    def _forward(self, rows: Tensor, mask: Any = None) -> Tensor:
-        """Logits behind the last piece; behind the others hidden states, for which nobody asks."""
-        run = self.decoder.step if rows[-1] == self.rows[-1] else self.decoder.run
-        return run(self.layout.ids[rows], self.layout.positions[rows], self.cache, mask)
+    def _run(self, piece: Tensor, masks: LayerMasks | None = None) -> Any:
+        """Logits behind the last piece; behind the others nobody asks for any."""
+        last = bool(piece[-1] == self.rows[-1])
+        at = self.layout.positions[piece]
+        rows = Rows(self.layout.ids[piece], at, self.cache, masks, last, self._limited)
+        logits = self.forward(rows)
+        self.attention = rows.attention
+        return logits
 
     def _pieces(self) -> Iterator[Tensor]:
         for piece in self.rows.split(self.piece_tokens if self.layout.ascending else len(self.rows)):
@@ -173,9 +185,12 @@ class Pass:
 
     @contextmanager
     def _attention(self, scattered: bool) -> Iterator[None]:
-        limited = self.context is not None or not self.layout.even
-        with self.decoder.fusion_attention(scattered=scattered, limited=limited) as self.attention:
+        with self.decoder.fusion_attention(scattered=scattered, limited=self._limited) as self.attention:
             yield
+
+    @property
+    def _limited(self) -> bool:
+        return self.context is not None or not self.layout.even
 
     def _clear(self) -> None:
         """Let no piece be shown what nobody wrote: the slots of later pieces, and those behind the prompt."""

@@ -82,6 +82,7 @@ class Placement:
         by_layer: layer by layer; by default on an accelerator.
 
     Attributes:
+        by_layer: whether it goes layer by layer.
         batch: the read.
         fresh: what it does not hold.
     """
@@ -102,10 +103,10 @@ class Placement:
         self._timer = Timer() if timer is None else timer
         self._chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
         self._index = {key: number for number, key in enumerate(batch.keys)}
-        self._by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
+        self.by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
         self._done = 0  # layers below are placed, or were not asked for
         self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        if self._by_layer:
+        if self.by_layer:
             batch.read_ahead()
 
     def bytes_read(self, moved: Mapping[bytes, Moved]) -> int:
@@ -129,14 +130,14 @@ class Placement:
         Raises:
             RecordError: a record proved damaged; the store has dropped it.
         """
-        if not self._by_layer:
+        if not self.by_layer:
             self.upto(len(self._decoder.layers) - 1, first)
 
     @contextmanager
     def beside(self, first: int = 0) -> Iterator[None]:
         """A block in which the model runs: what is not placed yet is, right before its layer."""
         hooks = []
-        if self._by_layer:
+        if self.by_layer:
             for number, layer in list(enumerate(self._decoder.layers))[first:]:
                 hooks.append(layer.register_forward_pre_hook(lambda *_, n=number: self.upto(n, first)))
         try:
@@ -155,7 +156,7 @@ class Placement:
         if not layers:
             return
         with self._timer.stage("place"):
-            if self._by_layer:
+            if self.by_layer:
                 for number in layers:
                     self._place_layer(number)
             else:

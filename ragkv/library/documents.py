@@ -154,7 +154,7 @@ class Documents:
                 self.anchor,
                 self._piece_tokens,
                 self._foreign_ids,
-                self.runner.turn,
+                self.runner.steps(self.kernels),
                 fingerprint,
                 self.store if self.anchor == self.encoder.anchor else None,  # what every process needs
             )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
@@ -16,6 +17,8 @@ from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
+from ragkv.model.packing import Rows
+from ragkv.model.steps import Steps
 from ragkv.model.traits import Facts, keep, model_key, recalled
 
 # A longer opening is computed by every process: the store's small values are never evicted.
@@ -33,7 +36,7 @@ class Reader:
         anchor: ids that everything is read behind.
         piece_tokens: tokens of one forward pass.
         foreign: ids of a text to stand in front of documents for their sensitivity to be measured.
-        turn: gives the model to one thread, and says its fingerprint; by default nobody else uses it.
+        steps: the model's forwards; by default nobody else uses it.
         fingerprint: of the model.
         facts: where KV of the anchor, and of a template's prefix, outlive the process; by default they do not.
 
@@ -49,12 +52,12 @@ class Reader:
         anchor: Sequence[int],
         piece_tokens: int,
         foreign: Sequence[int] = (),
-        turn: Callable[[], AbstractContextManager[str]] | None = None,
+        steps: Steps | None = None,
         fingerprint: str = "",
         facts: Facts | None = None,
     ):
+        self.steps = Steps(decoder, lambda: nullcontext(fingerprint)) if steps is None else steps
         self.decoder, self.piece_tokens, self.fingerprint = decoder, piece_tokens, fingerprint
-        self._turn = turn or (lambda: nullcontext(fingerprint))
         self.space = digest(fingerprint, anchor).hex()
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
         self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
@@ -73,10 +76,14 @@ class Reader:
         Raises:
             ModelChangedError: it is not what it was when this reader was made.
         """
-        with self._turn() as fingerprint:
+        with self.steps.turn() as fingerprint:
             if fingerprint != self.fingerprint:
                 raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
             yield
+
+    def forward(self, rows: Rows) -> Tensor | None:
+        """Run rows of a prompt, with whatever other threads ask for; as :meth:`ragkv.model.steps.Steps.run`."""
+        return self.steps.run(rows, self.fingerprint, self.piece_tokens)
 
     def opening(self, ids: Sequence[int], name: str = "") -> ChunkKV | None:
         """KV of ids that stand at position 0, computed once and kept, as long as others are not asked for; ``None`` for no ids.

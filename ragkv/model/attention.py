@@ -62,6 +62,13 @@ def grouped_sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
+def grouped(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+    """Whether :func:`grouped_sdpa` takes the place of what a model was loaded with."""
+    # Models that do not go through transformers' attention interface ask for "sdpa" by name.
+    interface = getattr(model, "_supports_attention_backend", False)
+    return config._attn_implementation == "sdpa" and interface and model.device.type == "cpu"
+
+
 @contextmanager
 def eager_attention(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
     """The model's own eager attention, which returns its weights, for one turn; what was there is put back whatever happens."""
@@ -88,9 +95,7 @@ def fusion_attention(model: PreTrainedModel, config: PreTrainedConfig, scattered
     """
     with turns(config):
         loaded = config._attn_implementation
-        # Models that do not go through transformers' attention interface ask for "sdpa" by name.
-        interface = getattr(model, "_supports_attention_backend", False)
-        if loaded == "sdpa" and interface and model.device.type == "cpu":
+        if grouped(model, config):
             AttentionInterface.register(_GROUPED, grouped_sdpa)  # a name of our own: nothing that was there changes
             AttentionMaskInterface.register(_GROUPED, eager_mask)
             config._attn_implementation = _GROUPED

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 
 from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
-from ragkv.model.attention import eager_attention, fusion_attention
+from ragkv.lazy import lazy
+from ragkv.model.attention import eager_attention, fusion_attention, grouped
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import MaskBuilder, for_model, layer_rules
+from ragkv.model.packing import Rows, packable, run_packed
 from ragkv.model.rope import Probe, Tolerance, probe_rotations, relative_error
 from ragkv.model.traits import Traits
 from ragkv.model.turns import turns
@@ -66,6 +68,7 @@ class Decoder:
         """
         refuse_by_config(self.config)
         refuse_state(self.model)
+        vars(self).pop("packs", None)
         embeddings = self.model.get_input_embeddings()
         self.layers = decoder_layers(self.model, self.config.num_hidden_layers)
         self.vocab_size: int = embeddings.weight.shape[0]
@@ -151,6 +154,40 @@ class Decoder:
             )
         return out.logits[:, -1]
 
+    def forward(self, rows: Rows) -> Tensor | None:
+        """Run rows of one prompt; the last one's next-token logits ``[1, V]``, where they are wanted."""
+        run = self.step if rows.wanted else self.run
+        if rows.masks is None and len(rows) == 1:
+            out, rows.attention = run(rows.ids, rows.positions, rows.cache), self.attention
+        else:
+            with self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited) as rows.attention:
+                mask = None if rows.masks is None else for_model(rows.masks, self.config)
+                out = run(rows.ids, rows.positions, rows.cache, mask)
+        return out if rows.wanted else None
+
+    @lazy
+    def packs(self) -> bool:
+        """Whether rows of several prompts go through one forward: tried once, beside running them one by one."""
+        if not packable(self):
+            return False
+        with self.turns:
+            want = [self.forward(rows) for rows in self._samples()]
+            got = run_packed(self, self._samples())
+        errors = [relative_error(b, a) for a, b in zip(want, got, strict=True) if a is not None and b is not None]
+        return Tolerance(self._noise).holds(max(errors), self.dtype)
+
+    def _samples(self) -> list[Rows]:
+        """Rows of a few prompts: one behind some tokens, several behind some, and a whole prompt."""
+        limit = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
+        ids, everywhere = self._random_ids(limit), self._span(0, limit)[0]
+        samples = []
+        for start, end in ((limit - 1, limit), (limit // 2, limit), (0, max(1, limit // 3))):
+            cache = self.cache(limit)
+            if start:
+                self.run(ids[:start], everywhere[:start], cache)
+            samples.append(Rows(ids[start:end], everywhere[start:end], cache))
+        return samples
+
     def masks(
         self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None
     ) -> MaskBuilder | SpanBuilder:
@@ -166,7 +203,7 @@ class Decoder:
             return SpanBuilder(self.spans, positions, keys)
         if key_positions is None:
             key_positions = torch.arange(keys, device=positions.device)
-        additive = self.attention != "sdpa"
+        additive = self.attention != "sdpa" or grouped(self.model, self.config)
         return MaskBuilder(self.rules, positions, key_positions, self.model.dtype, additive, open_keys)
 
     @contextmanager

@@ -18,6 +18,7 @@ from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.generation import Settings
 from ragkv.model.inspection import non_finite
+from ragkv.model.packing import Rows
 from ragkv.report import FusedPrompt
 
 
@@ -25,6 +26,7 @@ def decode(
     settings: Settings,
     prompt: FusedPrompt,
     begin: float,
+    forward: Callable[[Rows], Tensor | None],
     turn: Callable[[], AbstractContextManager[object]] = nullcontext,
     note: Callable[[Tensor, int], object] | None = None,
 ) -> Iterator[int]:
@@ -36,7 +38,8 @@ def decode(
         settings: resolved for this prompt.
         prompt: with its cache.
         begin: ``perf_counter()`` from which ``max_time`` counts.
-        turn: taken for every step.
+        forward: runs one row.
+        turn: taken where logits processors run the model.
         note: told the processed scores ``[1, V]`` of every token, and the token.
 
     Raises:
@@ -63,8 +66,10 @@ def decode(
             if bool(criteria(ids, None).all()):
                 return
             position = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1
-            with turn():
-                logits = decoder.step(ids[0, -1:], torch.tensor([position], device=ids.device), cache)
+            at = torch.tensor([position], device=ids.device)
+            behind = forward(Rows(ids[0, -1:], at, cache))
+            assert behind is not None
+            logits = behind
     finally:
         if streamer is not None:
             streamer.end()

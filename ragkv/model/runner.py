@@ -17,6 +17,7 @@ from ragkv.model.decoder import Decoder
 from ragkv.model.fingerprint import Weights, settings
 from ragkv.model.inspection import refuse_autocast, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.rope import rope_frequencies
+from ragkv.model.steps import Steps
 from ragkv.model.traits import Facts, Traits, keep, model_key, recalled
 from ragkv.model.turns import turns
 
@@ -34,6 +35,7 @@ class Runner:
         self._turns = turns(self._config)
         self._weights = Weights(model)
         self._decoders: dict[Impl, Decoder] = {}
+        self._steps: dict[Impl, Steps] = {}
         self._probed = self._fingerprint = ""
         self._described = "", ""
 
@@ -105,6 +107,12 @@ class Runner:
                 self._decoders[kernels] = self._made(kernels, facts)
         with self.turn():
             return self._decoders[kernels]
+
+    def steps(self, kernels: Impl = "auto") -> Steps:
+        """The forwards of all threads that use the model with this choice of kernels."""
+        if kernels not in self._steps:
+            self._steps.setdefault(kernels, Steps(self.decoder(kernels), self.turn))
+        return self._steps[kernels]
 
     def _made(self, kernels: Impl, facts: Facts | None) -> Decoder:
         refuse_by_config(self._config)  # before weights are read

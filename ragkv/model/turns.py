@@ -59,6 +59,11 @@ class Turns:
             with self._guard:
                 self._pass_on()
 
+    @property
+    def mine(self) -> bool:
+        """Whether it is this thread's turn."""
+        return self._owner == get_ident()
+
     def alone(self) -> None:
         """In a forked child: the threads that waited are not there, and what this one held for the fork is given back."""
         self._guard, self._waiting = Lock(), deque()

@@ -1,0 +1,207 @@
+"""Rows of several prompts in one forward: what works token by token is shared, and each prompt's rows attend to its own keys.
+
+Iteration-level batching as in Orca (OSDI'22): prompts of any length and stage go side by side, without padding. No model is named:
+the fresh keys and values of a packed forward are handed to each prompt's own cache, and attention is called once for each of them.
+
+S rows of one prompt, N keys that they are shown, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, count, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ragkv.kernels import implementation
+from ragkv.model.attention import grouped, grouped_sdpa
+from ragkv.model.cache import FusedCache
+from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
+from ragkv.model.masks import LayerMasks, MaskBuilder, for_model
+
+if TYPE_CHECKING:
+    from ragkv.model.decoder import Decoder
+
+_names = count()
+
+
+@dataclass(eq=False)
+class Rows:
+    """Some tokens of one prompt, to be run together.
+
+    Attributes:
+        ids: ``[S]``, on the model's device.
+        positions: ``[S]``.
+        cache: of the prompt. It appends their keys and values, or writes them to their slots while it is ``writing``.
+        masks: which keys of the prompt they see; ``None`` for rows right behind what the cache holds.
+        wanted: whether the last row's logits are wanted.
+        limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
+        attention: the attention implementation that ran.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cache: FusedCache
+    masks: LayerMasks | None = None
+    wanted: bool = True
+    limited: bool = False
+    attention: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def held(self) -> int:
+        """Tokens that the cache holds."""
+        return self.cache.layers[0].length
+
+
+def packable(decoder: Decoder) -> bool:
+    """Whether the model says that its attention may be called as transformers' attention interface calls it."""
+    return bool(getattr(decoder.model, "_supports_attention_backend", False))
+
+
+@torch.no_grad()
+def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor | None]:
+    """Run rows of several prompts in one forward.
+
+    Args:
+        decoder: the model, which is :func:`packable`.
+        parts: of different caches.
+
+    Returns:
+        For each the last row's next-token logits ``[1, V]``, where they are wanted.
+    """
+    ends = list(accumulate(map(len, parts)))
+    wanted = [end - 1 for end, part in zip(ends, parts, strict=True) if part.wanted]
+    with _attention(decoder, parts, ends) as (cache, mask):
+        ids, positions = (
+            torch.cat([part.ids for part in parts])[None],
+            torch.cat([part.positions for part in parts])[None],
+        )
+        model, more = decoder.backbone, {}
+        if wanted:
+            model = decoder.model
+            more = {"logits_to_keep": torch.tensor(wanted, device=ids.device)} if decoder.keeps_last else {}
+        with decoder.turns:
+            out = model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **more,
+            )
+    if not wanted:
+        return [None] * len(parts)
+    logits = out.logits[0] if more else out.logits[0, wanted]
+    left = iter(logits.split(1))
+    return [next(left) if part.wanted else None for part in parts]
+
+
+class _Packed(Cache):
+    """Stands where the model expects one prompt's cache, and hands each prompt its own rows.
+
+    Attributes:
+        shown: keys and values ``[1, H, N, D]`` of each prompt, in the layer at hand.
+    """
+
+    def __init__(self, parts: Sequence[Rows], ends: Sequence[int]):
+        super().__init__(layers=[])
+        self.parts, self.spans = parts, list(pairwise((0, *ends)))
+        self.layer, self.shown = 0, list[tuple[Tensor, Tensor]]()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take fresh ``[1, H, S, D]`` of all prompts' rows."""
+        self.layer = layer_idx
+        self.shown = [
+            part.cache.update(key_states[:, :, a:b], value_states[:, :, a:b], layer_idx)
+            for part, (a, b) in zip(self.parts, self.spans, strict=True)
+        ]
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: ready-made masks say what is seen."""
+        return 0
+
+
+class _Attention:
+    """Attention of a packed forward: what each prompt's rows would be given alone."""
+
+    def __init__(self, decoder: Decoder, cache: _Packed, masks: Sequence[LayerMasks]):
+        self.cache, self.masks, self.loaded = cache, masks, decoder.attention
+        self.grouped = grouped(decoder.model, decoder.config)
+        self.kernel = None
+        if decoder.spans is not None:
+            self.kernel = KernelAttention(implementation(decoder.kernels, decoder.device, decoder.dtype))
+        for part in cache.parts:
+            eager = "sdpa" if self.loaded == "sdpa" else "eager"
+            part.attention = eager if self.kernel is None or part.limited else f"selective ({self.kernel.impl})"
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Takes query ``[1, H, S, D]`` of all rows; returns ``[1, S, H, D]``."""
+        cache, outs = self.cache, []
+        for part, (a, b), shown, masks in zip(cache.parts, cache.spans, cache.shown, self.masks, strict=True):
+            own = self._own(module) if self.kernel is None or part.limited else self.kernel
+            outs.append(own(module, query[:, :, a:b], *shown, masks.layer(cache.layer), **kwargs)[0])
+        return torch.cat(outs, 1), None
+
+    def _own(self, module: nn.Module) -> Any:
+        if self.loaded == "sdpa":
+            return grouped_sdpa if self.grouped else sdpa_attention_forward
+        return sys.modules[type(module).__module__].eager_attention_forward
+
+
+class _Behind:
+    """Masks of rows right behind what a cache holds; none where one row sees all of it."""
+
+    def __init__(self, decoder: Decoder, rows: Rows, rules: Sequence[SpanRule] | None):
+        self._rows, self._rules = rows, rules if decoder.attention == "sdpa" else None
+        self._masks: MaskBuilder | SpanBuilder = decoder.masks(rows.positions, rows.held + len(rows))
+
+    def layer(self, layer: int) -> Tensor | None:
+        """One layer's."""
+        if len(self._rows) == 1 and self._rules is not None and self._rules[layer] == SpanRule():
+            return None
+        return self._masks.layer(layer)
+
+
+@contextmanager
+def _attention(decoder: Decoder, parts: Sequence[Rows], ends: Sequence[int]) -> Iterator[tuple[_Packed, Any]]:
+    """A cache and a mask for the model, while its attention goes prompt by prompt; what was there is put back whatever happens."""
+    rules = span_rules(decoder.rules, decoder.device)
+    masks = [part.masks or _Behind(decoder, part, rules) for part in parts]
+    cache = _Packed(parts, ends)
+    nothing = torch.zeros(1, 1, ends[-1], 1, dtype=decoder.dtype, device=decoder.device)
+    loaded, name = decoder.attention, f"ragkv_packed_{next(_names)}"  # a name of this forward alone
+    with decoder.turns:
+        AttentionInterface.register(name, _Attention(decoder, cache, masks))
+        decoder.config._attn_implementation = name
+        try:
+            yield cache, for_model(_Same(nothing), decoder.config)
+        finally:
+            decoder.config._attn_implementation = loaded
+            AttentionInterface._global_mapping.pop(name, None)
+
+
+@dataclass(frozen=True)
+class _Same:
+    """One mask for all layers."""
+
+    mask: Tensor
+
+    def layer(self, layer: int) -> Tensor:
+        """It."""
+        return self.mask

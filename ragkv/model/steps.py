@@ -1,0 +1,232 @@
+"""Forwards that several threads ask for at the same time run as one.
+
+There is no thread of the model's own: one of those who ask takes the model and runs what waits, the others' rows with its own (flat
+combining, SPAA'10). So prompts join and leave between any two steps (Orca, OSDI'22), and pieces of a prompt that is being computed
+take the others' tokens along (Sarathi-Serve, OSDI'24). Who is alone waits for nobody.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from threading import Condition
+from time import perf_counter
+
+from torch import Tensor
+
+from ragkv.errors import ModelChangedError
+from ragkv.model.decoder import Decoder
+from ragkv.model.packing import Rows, run_packed
+
+# How long the next step waits for those who had a token in the last ones, as a share of what a step takes.
+_PATIENCE = 0.25
+
+
+@dataclass(eq=False)
+class Seat:
+    """Somebody who decodes an answer, token by token.
+
+    Attributes:
+        served_s: when the last step was done, as ``perf_counter()`` says it.
+        slow: it did not come back in time last time.
+        asking: its next row waits, or runs.
+    """
+
+    served_s: float
+    slow: bool = False
+    asking: bool = False
+
+
+@dataclass(eq=False)
+class _Asked:
+    """Rows that wait for a forward."""
+
+    rows: Rows
+    fingerprint: str
+    seat: Seat | None
+    alone: bool = False
+    done: bool = False
+    logits: Tensor | None = None
+    error: Exception | None = None
+
+
+class Steps:
+    """The forwards of one model.
+
+    Args:
+        decoder: the model.
+        turn: gives it to one thread, and says its fingerprint.
+
+    Attributes:
+        decoder, turn: as given.
+        steps: forwards so far.
+        prompts: in all of them together: over ``steps``, how many were served at once.
+    """
+
+    def __init__(self, decoder: Decoder, turn: Callable[[], AbstractContextManager[str]]):
+        self.steps = self.prompts = 0
+        self.turn, self.decoder, self._step_s = turn, decoder, 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._changed = os.getpid(), Condition()
+        self._waiting, self._seats = list[_Asked](), set[Seat]()
+        self._leader: _Asked | None = None
+
+    def run(self, rows: Rows, fingerprint: str, step_tokens: int, seat: Seat | None = None) -> Tensor | None:
+        """Run rows, with whatever else waits.
+
+        Args:
+            rows: of one prompt. Nobody else may use its cache meanwhile.
+            fingerprint: of the model that computed what the cache holds.
+            step_tokens: rows that one forward computes at most, single rows of others not counted.
+            seat: of the answer that they belong to.
+
+        Returns:
+            The last row's next-token logits ``[1, V]``, where they are wanted.
+
+        Raises:
+            ModelChangedError: the model is not the one that computed what the cache holds.
+        """
+        if self._process != os.getpid():
+            self._begin()  # in a fork: the threads that waited are not there
+        asked = _Asked(rows, fingerprint, seat, alone=self.decoder.turns.mine)
+        with self._changed:
+            if seat is not None:
+                seat.slow, seat.asking = perf_counter() > seat.served_s + self._patience, True
+            self._waiting.append(asked)
+            self._changed.notify_all()
+        try:
+            while self._to_lead(asked):
+                try:
+                    with self.turn() as found:
+                        self._lead(asked, found, step_tokens)
+                finally:
+                    self._give_over(asked)
+        except BaseException:
+            self._withdraw(asked)
+            raise
+        if asked.error is not None:
+            raise asked.error
+        return asked.logits
+
+    @contextmanager
+    def seat(self) -> Iterator[Seat]:
+        """A block in which an answer is decoded: others wait a moment for its next row, so that they go on together."""
+        seat = Seat(perf_counter())
+        with self._changed:
+            self._seats.add(seat)
+        try:
+            yield seat
+        finally:
+            with self._changed:
+                self._seats.discard(seat)
+                self._changed.notify_all()
+
+    def _to_lead(self, asked: _Asked) -> bool:
+        """Wait until the rows are run, or there is nobody who will: then whoever asked leads."""
+        with self._changed:
+            while not (asked.done or asked.alone or self._leader is None):
+                self._changed.wait()
+            if not asked.done and not asked.alone:
+                self._leader = asked
+            return not asked.done
+
+    def _give_over(self, asked: _Asked) -> None:
+        with self._changed:
+            if self._leader is asked:
+                self._leader = None
+                self._changed.notify_all()
+
+    def _lead(self, asked: _Asked, found: str, step_tokens: int) -> None:
+        """Run one forward; ``asked`` is among those that wait."""
+        company = len(self._waiting) > 1 or any(seat is not asked.seat for seat in self._seats)
+        together = company and not asked.alone and self.decoder.packs
+        if together:
+            self._gather()
+        with self._changed:
+            batch = self._fitting(step_tokens) if together else [asked]
+            self._waiting = [other for other in self._waiting if other not in batch]
+        lengths = [[layer.length for layer in one.rows.cache.layers] for one in batch]
+        begin = perf_counter()
+        try:
+            self._forward(batch, found)
+        except BaseException as error:
+            for one, before in zip(batch, lengths, strict=True):
+                one.alone = True  # whose fault it is shows when each runs by itself
+                for layer, length in zip(one.rows.cache.layers, before, strict=True):
+                    layer.length = length
+            if not isinstance(error, Exception):
+                raise
+            if len(batch) == 1:
+                batch[0].error, batch[0].done = error, True
+        finally:
+            self._over(batch, perf_counter() - begin)
+
+    def _forward(self, batch: list[_Asked], found: str) -> None:
+        for one in batch:
+            if one.fingerprint != found:
+                one.error = ModelChangedError(
+                    "the model's weights, adapter or attention have changed while it was in use: ask again"
+                )
+        good = [one for one in batch if one.error is None]
+        if len(good) == 1:
+            good[0].logits = self.decoder.forward(good[0].rows)
+        elif good:
+            logits = run_packed(self.decoder, [one.rows for one in good])
+            for one, its in zip(good, logits, strict=True):
+                one.logits = its
+        for one in batch:
+            one.done = True
+
+    def _over(self, batch: list[_Asked], seconds: float) -> None:
+        """Tell those whose rows were run; what was not goes back to its place."""
+        served = [one for one in batch if one.done]
+        with self._changed:
+            self._waiting = [*(one for one in batch if not one.done), *self._waiting]
+            self.steps += bool(served)
+            self.prompts += len(served)
+            self._step_s, now = seconds, perf_counter()
+            for one in served:
+                if one.seat is not None:
+                    one.seat.served_s, one.seat.asking = now, False
+            self._changed.notify_all()
+
+    def _gather(self) -> None:
+        """Wait a moment for those who had a token in the last steps and will soon ask for the next one."""
+        with self._changed:
+            while (left := self._expected() - perf_counter()) > 0:
+                self._changed.wait(left)
+
+    def _expected(self) -> float:
+        """Until when the next step may wait for somebody."""
+        thinking = [seat.served_s for seat in self._seats if not seat.slow and not seat.asking]
+        return max(thinking) + self._patience if thinking else 0.0
+
+    def _fitting(self, step_tokens: int) -> list[_Asked]:
+        """Of what waits: all single rows, and of the others the first ones that fit."""
+        batch, tokens = list[_Asked](), 0
+        for one in self._waiting:
+            if one.alone:
+                continue
+            if len(one.rows) > 1:
+                if tokens and tokens + len(one.rows) > step_tokens:
+                    continue
+                tokens += len(one.rows)
+            batch.append(one)
+        return batch
+
+    def _withdraw(self, asked: _Asked) -> None:
+        """Ask no more; where somebody runs the rows just now, that is waited for, for they are written to a cache."""
+        with self._changed:
+            while not asked.done:
+                if asked in self._waiting:
+                    self._waiting.remove(asked)
+                    break
+                self._changed.wait()
+
+    @property
+    def _patience(self) -> float:
+        return _PATIENCE * self._step_s

@@ -1,0 +1,82 @@
+"""Rows of several prompts in one forward are what each gives alone, on every architecture."""
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from ragkv.model.decoder import Decoder
+from ragkv.model.packing import Rows, run_packed
+from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
+
+EXACT = 1e-4
+NOT_PACKED = ("stablelm", "gptj", "falcon")  # their attention is not open to view
+
+
+def prompts(decoder):
+    """Rows behind caches of several lengths: the next token, some tokens, a whole prompt, scattered ones."""
+    made = []
+    for held, rows in ((30, 1), (50, 1), (7, 9), (0, 20), (40, 5)):
+        cache, ids = decoder.cache(100), torch.tensor(random_ids(held + rows))
+        if held:
+            decoder.read(ids[:held], cache, 0)
+        made.append(Rows(ids[held:], torch.arange(held, held + rows), cache))
+    return made
+
+
+def scattered(decoder, seed):
+    ids, cache = torch.tensor(random_ids(45, seed)), decoder.cache(50)
+    decoder.read(ids, cache, 0)
+    slots = torch.tensor([3, 4, 11, 25, 40, 44])
+    cache.set_length(0)
+    cache.writer = lambda layer, keys, values: cache.scatter(layer, keys, values, slots, 45)
+    return Rows(ids[slots], slots, cache, decoder.masks(slots, 45))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_is_alone(architecture):
+    decoder = Decoder(tiny_model(architecture))
+    assert decoder.packs == (architecture not in NOT_PACKED)
+    if not decoder.packs:
+        return
+    alone = [*prompts(decoder), scattered(decoder, 1), scattered(decoder, 2)]
+    packed = [*prompts(decoder), scattered(decoder, 1), scattered(decoder, 2)]
+    loaded = decoder.attention
+    want, got = [decoder.forward(rows) for rows in alone], run_packed(decoder, packed)
+    assert decoder.attention == loaded
+    for before, after, a, b in zip(want, got, alone, packed, strict=True):
+        assert float((before - after).abs().max()) < EXACT
+        assert a.attention == b.attention
+        for mine, other in zip(a.cache.layers, b.cache.layers, strict=True):
+            assert mine.length == other.length
+            held = mine.length or 45
+            assert float((mine.key_room[:, :, :held] - other.key_room[:, :, :held]).abs().max()) < EXACT
+            assert float((mine.value_room[:, :, :held] - other.value_room[:, :, :held]).abs().max()) < EXACT
+
+
+def test_logits_are_given_where_they_are_wanted():
+    decoder = Decoder(tiny_model())
+    some = prompts(decoder)
+    some[1].wanted = some[3].wanted = False
+    got = run_packed(decoder, some)
+    assert [logits is not None for logits in got] == [True, False, True, False, True]
+    for rows in some:
+        rows.wanted = False
+    assert run_packed(decoder, some) == [None] * 5
+
+
+def test_a_model_that_fails_leaves_its_attention_as_it_was(monkeypatch):
+    decoder = Decoder(tiny_model())
+    loaded = decoder.attention
+    monkeypatch.setattr(decoder.layers[2], "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_packed(decoder, prompts(decoder))
+    assert decoder.attention == loaded
+    assert not [name for name in AttentionInterface._global_mapping if name.startswith("ragkv_packed")]
+
+
+def test_a_model_whose_rows_hang_on_each_other_is_not_packed(monkeypatch):
+    decoder = Decoder(tiny_model())
+    norm = decoder.layers[1].input_layernorm
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda hidden: plain(hidden - hidden.mean(1, keepdim=True)))
+    assert not decoder.packs

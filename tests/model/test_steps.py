@@ -1,0 +1,188 @@
+"""Forwards that threads ask for together: they run as one, and each gets what it would get alone."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ragkv import Engine, LegoLink, ModelChangedError, PromptTemplate
+from ragkv.model import steps as module
+from ragkv.model.runner import Runner
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
+NO_END = {"max_new_tokens": 12, "eos_token_id": None}
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Steps wait for whoever decodes, however fast the model is."""
+    monkeypatch.setattr(module, "_PATIENCE", 1000.0)
+
+
+@pytest.fixture
+def engine():
+    return Engine(tiny_model(), template=TEMPLATE, method=LegoLink(4), piece_tokens=16)
+
+
+def requests(engine, many=6):
+    chunks = engine.add([random_ids(n) for n in (17, 20, 31)])
+    return [([chunks[n % 3], chunks[(n + 1) % 3]], random_ids(5 + n)) for n in range(many)]
+
+
+def at_once(work, items):
+    ready = threading.Barrier(len(items))
+
+    def begin(item):
+        ready.wait()
+        return work(item)
+
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(begin, items))
+
+
+class Scores:
+    """A logits processor that keeps what it sees."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, ids, scores):
+        self.seen.append(scores.clone())
+        return scores
+
+
+def answered(engine, request, **options):
+    scores = Scores()
+    answer = engine.generate(*request, logits_processor=[scores], **NO_END, **options)
+    return answer.token_ids, torch.cat(scores.seen)
+
+
+def test_alone_or_among_others_the_same_answer(engine, patient):
+    asked = requests(engine)
+    alone = [answered(engine, request) for request in asked]
+    steps = engine.runner.steps()
+    before = steps.steps, steps.prompts
+    together = at_once(lambda request: answered(engine, request), asked)
+    for (ids, scores), (others, other) in zip(alone, together, strict=True):
+        assert ids == others
+        assert float((scores - other).abs().max()) < 1e-4
+    served = (steps.prompts - before[1]) / (steps.steps - before[0])
+    assert served > 2  # they did run as one
+
+
+def test_who_is_alone_waits_for_nobody_and_is_not_packed(engine, monkeypatch):
+    packed = []
+    monkeypatch.setattr(module, "run_packed", lambda *args: packed.append(args))
+    monkeypatch.setattr(module.Condition, "wait", lambda *_: pytest.fail("waited"))
+    answered(engine, requests(engine)[0])
+    assert not packed
+
+
+def test_a_slow_listener_is_not_waited_for(engine, patient, monkeypatch):
+    """A stream that nobody pulls holds a seat; another answer goes on without it."""
+    monkeypatch.setattr(module, "_PATIENCE", 0.25)
+    second = requests(engine)[1]
+    steps = engine.runner.steps()
+    with steps.seat() as idle:
+        steps._step_s = 0.4
+        begin = time.perf_counter()
+        answered(engine, second)
+        assert not idle.asking
+    assert time.perf_counter() - begin < 5  # it is waited for once, a quarter of a step
+
+
+def test_one_that_fails_does_not_take_the_others_along(engine, patient):
+    asked = requests(engine)
+    alone = [answered(engine, request)[0] for request in asked]
+
+    def work(number):
+        if number == 3:
+            with pytest.raises(ZeroDivisionError):
+                engine.generate(*asked[3], logits_processor=[lambda ids, scores: 1 / 0], **NO_END)
+            return None
+        return answered(engine, asked[number])[0]
+
+    together = at_once(work, range(len(asked)))
+    assert together == [ids if number != 3 else None for number, ids in enumerate(alone)]
+
+
+def test_a_packed_forward_that_fails_is_run_one_by_one(engine, patient, monkeypatch):
+    asked = requests(engine)
+    alone = [answered(engine, request)[0] for request in asked]
+    real, failed = module.run_packed, []
+
+    def fails_behind_the_second_layer(decoder, parts):
+        hook = decoder.layers[2].register_forward_pre_hook(lambda *_: failed.append(1) or 1 / 0)
+        try:
+            return real(decoder, parts)
+        finally:
+            hook.remove()
+
+    assert engine.decoder.packs
+    monkeypatch.setattr(module, "run_packed", fails_behind_the_second_layer)
+    assert at_once(lambda request: answered(engine, request)[0], asked) == alone
+    assert failed
+
+
+def test_a_model_that_changed_is_told_to_each(engine, patient):
+    asked, model, decoding = requests(engine, 3), engine.model, threading.Barrier(3)
+
+    def work(number):
+        steps = []
+
+        def change(ids, scores):
+            steps.append(ids)
+            if len(steps) == 1:
+                decoding.wait()
+            if number == 0 and len(steps) == 5:
+                with torch.no_grad():
+                    model.get_output_embeddings().weight.add_(0.1)
+            return scores
+
+        with pytest.raises(ModelChangedError, match="ask again"):
+            engine.generate(*asked[number], logits_processor=[change], **NO_END)
+        return len(steps)
+
+    assert max(at_once(work, range(3))) < NO_END["max_new_tokens"]
+
+
+def test_pieces_of_a_prompt_take_single_rows_along(engine, patient):
+    """One decodes while another's prompt is computed, in pieces: no piece runs by itself."""
+    steps, first, long = engine.runner.steps(), requests(engine)[0], (list(engine.add([random_ids(200)])), [7, 8])
+    sizes, real = [], module.run_packed
+
+    def watched(decoder, parts):
+        sizes.append(sorted(len(part) for part in parts))
+        return real(decoder, parts)
+
+    begun = threading.Event()
+
+    def wait_for_the_other(ids, scores):
+        begun.set()
+        return scores
+
+    def decode():
+        return engine.generate(*first, logits_processor=[wait_for_the_other], max_new_tokens=40, eos_token_id=None)
+
+    module_run, module.run_packed = module.run_packed, watched
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(decode)
+            begun.wait()
+            engine.fuse(*long, method="full-prefill")
+            one.result()
+    finally:
+        module.run_packed = module_run
+    assert [1, 16] in sizes
+    assert steps is Runner.of(engine.model).steps()
+
+
+def test_a_fork_decodes_by_itself(engine, forked, patient):
+    asked = requests(engine)
+    want = answered(engine, asked[0])[0]
+    with engine.runner.steps().seat():  # of a thread that is not there in the child
+        said = forked(lambda: answered(engine, asked[0])[0])
+    assert said == str(want)
