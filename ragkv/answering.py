@@ -15,7 +15,7 @@ from ragkv.errors import ArgumentError, ModelChangedError, PromptError
 from ragkv.logprobs import Logprobs
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
-from ragkv.model.packing import Rows
+from ragkv.model.rows import Rows
 from ragkv.model.steps import Steps
 from ragkv.past import Past
 from ragkv.prompt import Encoder
@@ -137,7 +137,7 @@ class Answering:
         with steps.seat() as seat:
 
             def forward(rows: Rows) -> Tensor | None:
-                return steps.run(rows, prompt.fingerprint, 1, seat)
+                return steps.run(rows, prompt.fingerprint, seat)
 
             for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note):
                 report.new_tokens += 1

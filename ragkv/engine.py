@@ -31,6 +31,7 @@ from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.prompting import Prompting, Request
 from ragkv.report import Answer, AnswerStream, FusedPrompt
 from ragkv.store import TieredStore
+from ragkv.streaming import side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -297,6 +298,27 @@ class Engine:
         begin = perf_counter()
         request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
         return self._answering(request, stop, generation).whole(begin)
+
+    def generate_many(
+        self, requests: Sequence[tuple[Sequence[Chunk | Text], Question]], *, at_once: int = 8, **options: Any
+    ) -> list[Answer]:
+        """Answer several questions side by side: what each of them computes shares the others' forward passes.
+
+        So do calls of :meth:`generate` and :meth:`stream` that several threads make at the same time. Each answer is what it would
+        be alone; sampled ones are drawn from one random generator.
+
+        Args:
+            requests: chunks and question of each, as for :meth:`generate`.
+            at_once: how many are worked on at a time; each holds its prompt's KV in memory.
+            **options: as for :meth:`generate`, the same for all.
+
+        Returns:
+            The answers, in order.
+
+        Raises:
+            As :meth:`generate`: the first one that fails ends all.
+        """
+        return side_by_side(lambda one, **given: self.generate(*one, **given), requests, at_once, **options)
 
     def stream(
         self,

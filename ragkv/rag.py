@@ -33,7 +33,7 @@ from ragkv.retrieval.records import source_id
 from ragkv.session import Session
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
-from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
+from ragkv.streaming import AsyncAnswerStream, Threads, side_by_side, stoppable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -418,6 +418,10 @@ class RAG:
     async def aask(self, question: str | None = None, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         return await stoppable(self.threads.pool(), partial(self.ask, question), **options)
+
+    def ask_many(self, questions: Sequence[str], *, at_once: int = 8, **options: Any) -> list[SourcedAnswer]:
+        """:meth:`ask` for several questions side by side, as :meth:`Engine.generate_many`; the answers in order."""
+        return side_by_side(self.ask, listed(questions, "questions"), at_once, **options)
 
     def astream(self, question: str | None = None, **options: Any) -> AsyncAnswerStream:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources`` and ``left_out``."""

@@ -6,14 +6,14 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ragkv.errors import RagKVError
+from ragkv.errors import RagKVError, whole_number
 from ragkv.logprobs import TokenLogprob
 from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Hit
@@ -152,6 +152,35 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         return await _given(working)
     finally:
         stop.set()
+
+
+def side_by_side(
+    ask: Callable[..., Result], items: Sequence[Any], at_once: int = _AT_ONCE, **options: Any
+) -> list[Result]:
+    """What ``ask`` gives for each item, in order, several worked on at a time.
+
+    Args:
+        ask: takes an item and ``stopping_criteria``, as ``model.generate`` does.
+        items: any number.
+        at_once: threads.
+        **options: for ``ask``.
+
+    Raises:
+        Whatever the first of them raises that fails: those not begun are cancelled, and the others end behind the token at hand.
+    """
+    whole_number("at_once", at_once, 1)
+    stop = _Stop()
+    options = stop.among(options)
+    with ThreadPoolExecutor(at_once, "ragkv-answer") as pool:
+        working = [pool.submit(ask, item, **options) for item in items]
+        try:
+            done, _ = wait(working, return_when=FIRST_EXCEPTION)
+            failed = next((one for one in working if one in done and one.exception() is not None), None)
+            return [one.result() for one in (working if failed is None else [failed])]
+        finally:  # behind an interruption too
+            stop.set()
+            for one in working:
+                one.cancel()
 
 
 class _Stop(threading.Event):

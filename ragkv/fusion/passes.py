@@ -18,7 +18,7 @@ from ragkv.fusion.layout import Layout
 from ragkv.fusion.timing import Timer
 from ragkv.model.cache import FusedCache, Writer
 from ragkv.model.masks import UNUSED, LayerMasks, for_model
-from ragkv.model.packing import Rows
+from ragkv.model.rows import Rows
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder

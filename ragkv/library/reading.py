@@ -17,7 +17,7 @@ from ragkv.library.depth import check_layer
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
-from ragkv.model.packing import Rows
+from ragkv.model.rows import Rows
 from ragkv.model.steps import Steps
 from ragkv.model.traits import Facts, keep, model_key, recalled
 
@@ -83,7 +83,7 @@ class Reader:
 
     def forward(self, rows: Rows) -> Tensor | None:
         """Run rows of a prompt, with whatever other threads ask for; as :meth:`ragkv.model.steps.Steps.run`."""
-        return self.steps.run(rows, self.fingerprint, self.piece_tokens)
+        return self.steps.run(rows, self.fingerprint)
 
     def opening(self, ids: Sequence[int], name: str = "") -> ChunkKV | None:
         """KV of ids that stand at position 0, computed once and kept, as long as others are not asked for; ``None`` for no ids.

@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
-from ragkv.lazy import lazy
 from ragkv.model.attention import eager_attention, fusion_attention, grouped
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import MaskBuilder, for_model, layer_rules
-from ragkv.model.packing import Rows, packable, run_packed
 from ragkv.model.rope import Probe, Tolerance, probe_rotations, relative_error
+from ragkv.model.rows import Rows
 from ragkv.model.traits import Traits
 from ragkv.model.turns import turns
 
@@ -49,6 +48,7 @@ class Decoder:
         max_positions: positions of the longest prompt, or ``None``.
         vocab_size: ids are below it.
         keeps_last: logits may be asked for of the last row alone.
+        probes: how often it was found out what the model does.
 
     Raises:
         UnsupportedModelError: by name of the reason, when the model cannot be driven exactly.
@@ -57,7 +57,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, kernels: Impl = "auto", known: Traits | None = None):
         self.model, self.kernels = unwrapped(model), kernels
         self.config = self.model.config.get_text_config(decoder=True)
-        self.turns = turns(self.config)
+        self.turns, self.probes = turns(self.config), 0
         self.probe(known)
 
     def probe(self, known: Traits | None = None) -> None:
@@ -66,9 +66,9 @@ class Decoder:
         Args:
             known: what was found of just this model before.
         """
+        self.probes += 1
         refuse_by_config(self.config)
         refuse_state(self.model)
-        vars(self).pop("packs", None)
         embeddings = self.model.get_input_embeddings()
         self.layers = decoder_layers(self.model, self.config.num_hidden_layers)
         self.vocab_size: int = embeddings.weight.shape[0]
@@ -97,7 +97,7 @@ class Decoder:
             for k, v in zip(start.keys, start.values, strict=True)
         ]
         self.dtype = self.specs[0].dtype
-        tolerance = Tolerance(self._noise)
+        tolerance = self.tolerance()
         self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
         self.max_positions = movable or self.max_positions
         self.spans = self._span_rules()
@@ -165,29 +165,6 @@ class Decoder:
                 out = run(rows.ids, rows.positions, rows.cache, mask)
         return out if rows.wanted else None
 
-    @lazy
-    def packs(self) -> bool:
-        """Whether rows of several prompts go through one forward: tried once, beside running them one by one."""
-        if not packable(self):
-            return False
-        with self.turns:
-            want = [self.forward(rows) for rows in self._samples()]
-            got = run_packed(self, self._samples())
-        errors = [relative_error(b, a) for a, b in zip(want, got, strict=True) if a is not None and b is not None]
-        return Tolerance(self._noise).holds(max(errors), self.dtype)
-
-    def _samples(self) -> list[Rows]:
-        """Rows of a few prompts: one behind some tokens, several behind some, and a whole prompt."""
-        limit = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
-        ids, everywhere = self._random_ids(limit), self._span(0, limit)[0]
-        samples = []
-        for start, end in ((limit - 1, limit), (limit // 2, limit), (0, max(1, limit // 3))):
-            cache = self.cache(limit)
-            if start:
-                self.run(ids[:start], everywhere[:start], cache)
-            samples.append(Rows(ids[start:end], everywhere[start:end], cache))
-        return samples
-
     def masks(
         self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None
     ) -> MaskBuilder | SpanBuilder:
@@ -248,7 +225,12 @@ class Decoder:
     def _span(self, start: int, tokens: int) -> Tensor:
         return torch.arange(start, start + tokens, device=self.device)[None]
 
-    def _random_ids(self, tokens: int) -> Tensor:
+    def tolerance(self) -> Tolerance:
+        """At which relative errors two runs of the model count as equal."""
+        return Tolerance(self._noise)
+
+    def random_ids(self, tokens: int) -> Tensor:
+        """``[S]`` ids to try the model with, always the same."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, self.vocab_size, (tokens,), generator=generator).to(self.device)
 
@@ -256,7 +238,7 @@ class Decoder:
         """The probe's tokens at position 0, over a cache that only looks at what is written."""
         recorder = _Recorder()
         try:
-            hidden = self.read(self._random_ids(_PROBE_TOKENS), recorder, 0)
+            hidden = self.read(self.random_ids(_PROBE_TOKENS), recorder, 0)
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise UnsupportedModelError(f"the model does not run over a plain key-value cache: {error}") from error
         if sorted(recorder.seen) != list(range(len(self.layers))):
@@ -275,7 +257,7 @@ class Decoder:
         plain = nullcontext() if self.attention in ("eager", "sdpa") else eager_attention(self.model, self.config)
         try:
             with plain:
-                hidden = self.read(self._random_ids(_PROBE_TOKENS), cache, offset)
+                hidden = self.read(self.random_ids(_PROBE_TOKENS), cache, offset)
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"the model cannot run at position {offset}: positions from a table, or ALiBi ({error})"
@@ -286,7 +268,7 @@ class Decoder:
     def _noise(self) -> float:
         """How far apart passes are that an exact model computes alike: in one piece, in several, and of all but the same input."""
         tokens = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
-        ids, everywhere = self._random_ids(tokens), self._span(0, tokens)[0]
+        ids, everywhere = self.random_ids(tokens), self._span(0, tokens)[0]
         seeded = torch.Generator().manual_seed(0)
 
         def shaken(module: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -320,7 +302,7 @@ class Decoder:
     def _check_scattered(self, tolerance: Tolerance) -> None:
         """Recomputing scattered tokens of an exact cache must change nothing: the rules and the driving are right."""
         tokens = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
-        ids, everywhere = self._random_ids(tokens), self._span(0, tokens)[0]
+        ids, everywhere = self.random_ids(tokens), self._span(0, tokens)[0]
         cache = self.cache(tokens)
         want = self.step(ids, everywhere, cache)
         if not want.isfinite().all():

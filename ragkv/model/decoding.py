@@ -18,7 +18,7 @@ from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.generation import Settings
 from ragkv.model.inspection import non_finite
-from ragkv.model.packing import Rows
+from ragkv.model.rows import Rows
 from ragkv.report import FusedPrompt
 
 

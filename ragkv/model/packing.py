@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, count, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,50 +23,38 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ragkv.kernels import implementation
 from ragkv.model.attention import grouped, grouped_sdpa
-from ragkv.model.cache import FusedCache
+from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
 from ragkv.model.masks import LayerMasks, MaskBuilder, for_model
-
-if TYPE_CHECKING:
-    from ragkv.model.decoder import Decoder
+from ragkv.model.rope import relative_error
+from ragkv.model.rows import Rows
 
 _names = count()
+_TRIED_TOKENS = 24
 
 
-@dataclass(eq=False)
-class Rows:
-    """Some tokens of one prompt, to be run together.
-
-    Attributes:
-        ids: ``[S]``, on the model's device.
-        positions: ``[S]``.
-        cache: of the prompt. It appends their keys and values, or writes them to their slots while it is ``writing``.
-        masks: which keys of the prompt they see; ``None`` for rows right behind what the cache holds.
-        wanted: whether the last row's logits are wanted.
-        limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
-        attention: the attention implementation that ran.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    cache: FusedCache
-    masks: LayerMasks | None = None
-    wanted: bool = True
-    limited: bool = False
-    attention: str = ""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def held(self) -> int:
-        """Tokens that the cache holds."""
-        return self.cache.layers[0].length
+@torch.no_grad()
+def packs(decoder: Decoder) -> bool:
+    """Whether rows of several prompts go through one forward of a model: tried, beside running them one by one."""
+    if not getattr(decoder.model, "_supports_attention_backend", False):
+        return False  # its attention is not called as transformers' attention interface calls one
+    with decoder.turns:
+        want, got = [decoder.forward(rows) for rows in _samples(decoder)], run_packed(decoder, _samples(decoder))
+    errors = [relative_error(b, a) for a, b in zip(want, got, strict=True) if a is not None and b is not None]
+    return decoder.tolerance().holds(max(errors), decoder.dtype)
 
 
-def packable(decoder: Decoder) -> bool:
-    """Whether the model says that its attention may be called as transformers' attention interface calls it."""
-    return bool(getattr(decoder.model, "_supports_attention_backend", False))
+def _samples(decoder: Decoder) -> list[Rows]:
+    """Rows of a few prompts: one behind some tokens, several behind some, and a whole prompt."""
+    limit = min(_TRIED_TOKENS, decoder.max_positions or _TRIED_TOKENS)
+    ids, at = decoder.random_ids(limit), torch.arange(limit, device=decoder.device)
+    samples = []
+    for start, end in ((limit - 1, limit), (limit // 2, limit), (0, max(1, limit // 3))):
+        cache = decoder.cache(limit)
+        if start:
+            decoder.run(ids[:start], at[:start], cache)
+        samples.append(Rows(ids[start:end], at[start:end], cache))
+    return samples
 
 
 @torch.no_grad()
@@ -74,7 +62,7 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor | None]:
     """Run rows of several prompts in one forward.
 
     Args:
-        decoder: the model, which is :func:`packable`.
+        decoder: the model, where it :func:`packs`.
         parts: of different caches.
 
     Returns:

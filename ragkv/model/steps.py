@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ragkv.errors import ModelChangedError
 from ragkv.model.decoder import Decoder
-from ragkv.model.packing import Rows, run_packed
+from ragkv.model.packing import packs, run_packed
+from ragkv.model.rows import Rows
 
 # How long the next step waits for those who had a token in the last ones, as a share of what a step takes.
 _PATIENCE = 0.25
@@ -68,6 +69,7 @@ class Steps:
     def __init__(self, decoder: Decoder, turn: Callable[[], AbstractContextManager[str]]):
         self.steps = self.prompts = 0
         self.turn, self.decoder, self._step_s = turn, decoder, 0.0
+        self._packs, self._tried = False, 0
         self._begin()
 
     def _begin(self) -> None:
@@ -75,13 +77,12 @@ class Steps:
         self._waiting, self._seats = list[_Asked](), set[Seat]()
         self._leader: _Asked | None = None
 
-    def run(self, rows: Rows, fingerprint: str, step_tokens: int, seat: Seat | None = None) -> Tensor | None:
+    def run(self, rows: Rows, fingerprint: str, seat: Seat | None = None) -> Tensor | None:
         """Run rows, with whatever else waits.
 
         Args:
             rows: of one prompt. Nobody else may use its cache meanwhile.
             fingerprint: of the model that computed what the cache holds.
-            step_tokens: rows that one forward computes at most, single rows of others not counted.
             seat: of the answer that they belong to.
 
         Returns:
@@ -102,7 +103,7 @@ class Steps:
             while self._to_lead(asked):
                 try:
                     with self.turn() as found:
-                        self._lead(asked, found, step_tokens)
+                        self._lead(asked, found)
                 finally:
                     self._give_over(asked)
         except BaseException:
@@ -140,14 +141,14 @@ class Steps:
                 self._leader = None
                 self._changed.notify_all()
 
-    def _lead(self, asked: _Asked, found: str, step_tokens: int) -> None:
+    def _lead(self, asked: _Asked, found: str) -> None:
         """Run one forward; ``asked`` is among those that wait."""
         company = len(self._waiting) > 1 or any(seat is not asked.seat for seat in self._seats)
-        together = company and not asked.alone and self.decoder.packs
+        together = company and not asked.alone and self.packs
         if together:
             self._gather()
         with self._changed:
-            batch = self._fitting(step_tokens) if together else [asked]
+            batch = self._fitting() if together else [asked]
             self._waiting = [other for other in self._waiting if other not in batch]
         lengths = [[layer.length for layer in one.rows.cache.layers] for one in batch]
         begin = perf_counter()
@@ -205,18 +206,12 @@ class Steps:
         thinking = [seat.served_s for seat in self._seats if not seat.slow and not seat.asking]
         return max(thinking) + self._patience if thinking else 0.0
 
-    def _fitting(self, step_tokens: int) -> list[_Asked]:
-        """Of what waits: all single rows, and of the others the first ones that fit."""
-        batch, tokens = list[_Asked](), 0
-        for one in self._waiting:
-            if one.alone:
-                continue
-            if len(one.rows) > 1:
-                if tokens and tokens + len(one.rows) > step_tokens:
-                    continue
-                tokens += len(one.rows)
-            batch.append(one)
-        return batch
+    def _fitting(self) -> list[_Asked]:
+        """Of what waits: all single rows, and the several of the first prompt that is being computed. Those of two would cost what
+        both cost alone, and the first one would wait for the second.
+        """
+        several = [one for one in self._waiting if len(one.rows) > 1 and not one.alone]
+        return [one for one in self._waiting if not one.alone and (len(one.rows) == 1 or one in several[:1])]
 
     def _withdraw(self, asked: _Asked) -> None:
         """Ask no more; where somebody runs the rows just now, that is waited for, for they are written to a cache."""
@@ -226,6 +221,13 @@ class Steps:
                     self._waiting.remove(asked)
                     break
                 self._changed.wait()
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model takes rows of several prompts; tried when it is first asked for, and when the model was changed."""
+        if self._tried != self.decoder.probes:
+            self._packs, self._tried = packs(self.decoder), self.decoder.probes
+        return self._packs
 
     @property
     def _patience(self) -> float:

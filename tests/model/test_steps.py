@@ -121,7 +121,7 @@ def test_a_packed_forward_that_fails_is_run_one_by_one(engine, patient, monkeypa
         finally:
             hook.remove()
 
-    assert engine.decoder.packs
+    assert engine.runner.steps().packs
     monkeypatch.setattr(module, "run_packed", fails_behind_the_second_layer)
     assert at_once(lambda request: answered(engine, request)[0], asked) == alone
     assert failed

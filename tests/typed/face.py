@@ -100,6 +100,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         stream = assert_type(made.stream(chunks, "a question?"), ragkv.AnswerStream)
         for piece in stream:
             assert_type(piece, str)
+        assert_type(made.generate_many([(chunks, "a question?")], at_once=2), list[ragkv.Answer])
         assert_type(made.forget(chunks), int)
 
     kv = store.get(b"key")
@@ -134,6 +135,7 @@ async def rag() -> None:
         assert_type(session.messages, list[dict[str, str]])
 
         assert_type((await opened.aask("a question?")).text, str)
+        assert_type(opened.ask_many(["a question?"], at_once=2)[0].text, str)
         async for piece in opened.astream("a question?"):
             assert_type(piece, str)
         assert_type(opened.pin("a name"), int)

@@ -1,0 +1,41 @@
+"""What is run: some tokens of one prompt. S of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ragkv.model.cache import FusedCache
+from ragkv.model.masks import LayerMasks
+
+
+@dataclass(eq=False)
+class Rows:
+    """Some tokens of one prompt, to be run together.
+
+    Attributes:
+        ids: ``[S]``, on the model's device.
+        positions: ``[S]``.
+        cache: of the prompt. It appends their keys and values, or writes them to their slots while it is ``writing``.
+        masks: which keys of the prompt they see; ``None`` for rows right behind what the cache holds.
+        wanted: whether the last row's logits are wanted.
+        limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
+        attention: the attention implementation that ran.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cache: FusedCache
+    masks: LayerMasks | None = None
+    wanted: bool = True
+    limited: bool = False
+    attention: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def held(self) -> int:
+        """Tokens that the cache holds."""
+        return self.cache.layers[0].length

@@ -1,0 +1,53 @@
+"""Several questions side by side: each answer is what it would be alone."""
+
+import pytest
+
+from ragkv import RAG, ArgumentError, DocumentError, Engine, LegoLink, PromptError, PromptTemplate
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
+NO_END = {"max_new_tokens": 6, "eos_token_id": None}
+
+
+@pytest.fixture
+def engine():
+    return Engine(tiny_model(), template=TEMPLATE, method=LegoLink(4))
+
+
+def test_generate_many_is_generate_for_each(engine):
+    chunks = engine.add([random_ids(n) for n in (17, 20, 31)])
+    asked = [([chunks[n % 3], chunks[(n + 1) % 3]], random_ids(5 + n)) for n in range(7)]
+    want = [engine.generate(*one, **NO_END).token_ids for one in asked]
+    got = engine.generate_many(asked, at_once=3, **NO_END)
+    assert [answer.token_ids for answer in got] == want
+    assert got[0].report.new_tokens == 6
+    assert engine.generate_many([]) == []
+
+
+def test_the_first_that_fails_ends_all(engine):
+    chunks, seen = engine.add([random_ids(17)]), []
+
+    def count(ids, scores):
+        seen.append(1)
+        return scores
+
+    asked = [(chunks, random_ids(5)), (chunks, [])] + [(chunks, random_ids(6))] * 40
+    with pytest.raises(PromptError, match="question"):
+        engine.generate_many(asked, at_once=2, max_new_tokens=200, eos_token_id=None, logits_processor=[count])
+    assert len(seen) < 40 * 200
+    with pytest.raises(ArgumentError, match="at_once"):
+        engine.generate_many(asked, at_once=0)
+
+
+def test_ask_many_gives_each_its_sources(tmp_path):
+    with RAG.from_pretrained(path=tmp_path / "kv") as rag:
+        rag.add_texts(["Ormas Norwell leads the mill.", "The bridge of Glenfield is red."], ["mill", "bridge"])
+        questions = ["Who leads the mill?", "What colour is the bridge?", "Who is Ormas Norwell?"]
+        want = [rag.ask(question, top_k=1, max_new_tokens=5) for question in questions]
+        got = rag.ask_many(questions, top_k=1, max_new_tokens=5)
+        assert [answer.text for answer in got] == [answer.text for answer in want]
+        assert [[hit.source for hit in answer.sources] for answer in got] == [
+            [hit.source for hit in answer.sources] for answer in want
+        ]
+        with pytest.raises(DocumentError, match="must be a list"):
+            rag.ask_many("a question?")
