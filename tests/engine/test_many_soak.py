@@ -1,0 +1,86 @@
+"""Many at once for a while: no wrong answer, nothing left behind. A seed repeats what is asked."""
+
+import gc
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ragkv import Engine, PromptTemplate, TieredStore
+from ragkv.model import steps as module
+from ragkv.model.cache import FusedCache
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
+METHODS = (
+    *("reuse", "lego-link:k=4", "cache-blend:ratio=0.3", "full-prefill"),
+    *("sensitive-tokens:ratio=0.2", "question-aware:ratio=0.2"),
+)
+NAMESPACES = ("", "one", "two", "three")
+
+
+class Cancelled(Exception):
+    pass
+
+
+def cancel_at(tokens):
+    """A logits processor that gives up behind so many tokens."""
+    seen = []
+
+    def count(ids, scores):
+        seen.append(1)
+        if len(seen) > tokens:
+            raise Cancelled
+        return scores
+
+    return count
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_soak(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(module, "_PATIENCE", 20.0)
+    rng, requests = random.Random(seed), 60 if seed == 0 else 200
+    kv = 31 * 4 * 2 * 2 * 16 * 4  # bytes of the longest chunk
+    store = TieredStore(tmp_path / "kv", cpu_bytes=4 * kv, disk_bytes=1 << 20)
+    with Engine(tiny_model(), template=TEMPLATE, store=store) as engine:
+        texts = [random_ids(rng.randrange(8, 30)) for _ in range(12)]
+        asked = []
+        for _ in range(requests):
+            namespace = rng.choice(NAMESPACES)
+            given = rng.sample(texts, rng.randrange(1, 4)), random_ids(rng.randrange(4, 12))
+            options = {"method": rng.choice(METHODS), "namespace": namespace, "max_new_tokens": rng.randrange(1, 14)}
+            asked.append((given, options, rng.choice([None, None, None, 3])))
+
+        def ask(one):
+            (chunks, question), options, gives_up = one
+            more = {} if gives_up is None else {"logits_processor": [cancel_at(gives_up)]}
+            try:
+                return engine.generate(chunks, question, eos_token_id=None, **options, **more).token_ids
+            except Cancelled:
+                return "cancelled"
+
+        want = [ask(one) for one in asked]
+        stop = threading.Event()
+
+        def forget():
+            mine = random.Random(seed)
+            while not stop.wait(0.02):
+                engine.forget(engine.add([mine.choice(texts)]), namespace=mine.choice(NAMESPACES))
+
+        forgetting = threading.Thread(target=forget)
+        forgetting.start()
+        try:
+            with ThreadPoolExecutor(20) as pool:
+                got = list(pool.map(ask, asked))
+        finally:
+            stop.set()
+            forgetting.join()
+        assert got == want
+        steps = engine.runner.steps()
+        assert steps.prompts > steps.steps  # they did run together
+        assert not steps._waiting and not steps._seats and steps._leader is None
+        assert engine.decoder.attention == "sdpa"
+        assert not any(part._forward_pre_hooks or part._forward_hooks for part in engine.model.modules())
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is FusedCache]  # no prompt's cache is left
