@@ -29,7 +29,7 @@ import transformers
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
-from ragkv.evaluation.conditions import processor
+from ragkv.machine import processor
 
 SHAPE = {
     "num_hidden_layers": 24,

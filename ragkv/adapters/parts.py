@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -16,10 +18,16 @@ from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Document, Hit, Retrieval
 from ragkv.streaming import AsyncAnswerStream, Threads
 
+_of_engines: WeakKeyDictionary[Engine, Threads] = WeakKeyDictionary()
+_lock = threading.Lock()
+
 
 def threads_of(rag: RAG | Engine) -> Threads:
-    """Threads to answer in: those of a RAG, which waits for them when it is closed; some for an engine."""
-    return rag.threads if isinstance(rag, RAG) else Threads()
+    """Threads to answer in: those of a RAG, which waits for them when it is closed; one set for all adapters over an engine."""
+    if isinstance(rag, RAG):
+        return rag.threads
+    with _lock:
+        return _of_engines.setdefault(rag, Threads())
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
