@@ -257,7 +257,7 @@ def _conditions(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    """The figures that the README quotes."""
+    """The figures that docs/methods.md shows."""
     times = result["seconds"]
     rows = [
         "| method | TTFT | faster than full prefill | over the limit | peak memory / prompt KV |",
