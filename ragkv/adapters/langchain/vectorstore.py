@@ -207,12 +207,12 @@ class RagKVVectorStore(VectorStore):
             with self.rag.retriever.catalogue.snapshot() as view:
                 there = {made.source for made, _ in self._members.find(view, gone).values()}
                 before = {source: self._members.read(view, source) for source in [*homes, *there]}
-            now = {
-                source: {name: member for name, member in members.items() if name not in gone - homes[source].keys()}
-                | homes[source]
-                for source, members in before.items()
-            }
-            self._write({source: in_order(members) for source, members in now.items() if members})
+            now: dict[str, dict[str, Member]] = {}
+            for source, members in before.items():
+                here = homes.get(source, {})
+                stay = {name: member for name, member in members.items() if name in here or name not in gone}
+                now[source] = in_order({**stay, **here})
+            self._write({source: members for source, members in now.items() if members})
             for source in [source for source, members in now.items() if not members]:
                 self._remove(source)
 
