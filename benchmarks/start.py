@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from ragkv.bundled import MODEL_PATH
-from ragkv.evaluation.conditions import processor, versions
+from ragkv.evaluation.conditions import versions
+from ragkv.machine import processor
 from ragkv.model.loading import BUNDLED
 
 LOAD = """

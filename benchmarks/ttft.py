@@ -29,7 +29,7 @@ import transformers
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
-from ragkv.evaluation.conditions import processor
+from ragkv.machine import processor
 
 SHAPE = {
     "num_hidden_layers": 24,
@@ -257,7 +257,7 @@ def _conditions(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    """The figures that the README quotes."""
+    """The figures that docs/methods.md shows."""
     times = result["seconds"]
     rows = [
         "| method | TTFT | faster than full prefill | over the limit | peak memory / prompt KV |",

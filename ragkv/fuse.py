@@ -129,7 +129,7 @@ class _Fusing(Looking):
         """The prompt's chunks, open in the store; those that are missing are read now."""
         chunks = {key: placed.chunk for key, placed in zip(self._keys, self._layout.chunks, strict=True)}
         with self.timer.stage("place"):
-            batch = self._stack.enter_context(self._documents.store.read(list(chunks)))
+            batch = self._stack.enter_context(self._documents.store.read(list(chunks), moved_for_this()))
             lost = self._lost(chunks, batch)
         items = []
         if lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,11 @@ from ragkv.engine import Engine
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import TieredStore
+
+logger = logging.getLogger(__name__)
+
+#: What is said once, when a new folder is opened and nobody has named a model; how to name one follows.
+TOY = "no model is named: the bundled one is a toy that knows one made-up world. For texts of your own name a real one"
 
 
 class Parts(NamedTuple):
@@ -33,6 +39,10 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     """
     path = None if given["path"] is None else Path(given["path"])
     options = with_kept(given, kept_in(path))
+    if "model" not in options:
+        logger.warning(
+            f"{TOY}: RAG.from_pretrained('Qwen/Qwen3-0.6B'), or whatever decoder of transformers it is to be"
+        )
     name = options.setdefault("model", BUNDLED)
     place = {option: value for option, value in options.items() if option in OPTIONS}
     check_options(name, options.keys() | (given.keys() - OPTIONS - own), own)

@@ -112,6 +112,7 @@ class Catalogue:
         origin: str = "",
         pages: Sequence[int] = (),
         headings: Sequence[str] = (),
+        file: str = "",
         reading: Reading | None = None,
         namespace: str = "",
     ) -> Change:
@@ -126,7 +127,7 @@ class Catalogue:
             embed: gives the vectors, float32 ``[n, d]``, of texts; called outside of any transaction.
             metadata: anything that JSON can hold.
             spans, pages, headings: see :class:`Document`; one a passage, or none.
-            origin: see :class:`Document`.
+            origin, file: see :class:`Document`.
             reading: how a model reads it, kept in the same transaction. Those of other models stay if no passage changes.
             namespace: see :class:`Document`.
 
@@ -137,6 +138,7 @@ class Catalogue:
         """
         source, passages, metadata = records.checked_document(source, passages, metadata)
         instance("origin", origin, str, "a str")
+        instance("file", file, str, "a str")
         instance("namespace", namespace, str, "a str")
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
@@ -151,6 +153,7 @@ class Catalogue:
             namespace,
             tuple(pages),
             tuple(headings),
+            file,
         )
         wrong = misplaced(given, len(passages))
         if wrong:
@@ -162,7 +165,7 @@ class Catalogue:
                 old = view.get(source, namespace)
                 if (
                     old is not None
-                    and replace(old, passage_ids=()) == given
+                    and (replace(old, passage_ids=()), old.file) == (given, file)
                     and (reading is None or view.keeps(old, reading))
                 ):
                     return Change(old, kept=old.passage_ids, replaced=True, states=(view.state,) * 2)

@@ -43,8 +43,19 @@ def pages(kind: str, data: bytes, unpacked_bytes: int) -> list[str]:
     except (Refused, MemoryError):
         raise
     except Exception as error:  # a parser of hostile bytes raises nearly anything, RecursionError included
-        raise Refused(f"not a readable {kind.upper()}: {type(error).__name__}: {error}".splitlines()[0]) from error
+        raise Refused(f"{_damaged(kind)} ({_first_line(error)})") from error
     return [_clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+
+def _damaged(kind: str) -> str:
+    name = kind.upper()
+    return (
+        f"damaged or cut short, or no {name} at all: see whether another program opens it, and save or fetch it again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def table(rows: Iterable[Iterable[Any]]) -> str:

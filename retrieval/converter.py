@@ -11,6 +11,9 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Timer, get_ident
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
+from ragkv.chunk import digest
 from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.retrieval import conversion
 from ragkv.retrieval.encodings import decoded
@@ -72,6 +76,10 @@ _KINDS = {
 }
 
 
+#: Packages that are not installed by the name by which they are imported.
+_DISTRIBUTIONS = {"bs4": "beautifulsoup4", "pptx": "python-pptx"}
+
+
 class Converted(NamedTuple):
     """A file as text.
 
@@ -89,6 +97,21 @@ class Converted(NamedTuple):
 def converts(path: Path) -> bool:
     """Whether files of this name are no text and have to be converted."""
     return path.suffix.lower() in _KINDS
+
+
+def fingerprint(path: Path, data: bytes, encoding: str | None) -> str:
+    """Digest of a file's bytes, and of whatever else its text hangs on: its kind, the encoding, versions of what reads it."""
+    kind = _KINDS.get(path.suffix.lower())
+    packages = ("ragkv", "charset-normalizer", *(kind.packages if kind else ()))
+    return digest(path.suffix.lower(), encoding or "", *map(_version, packages), sha256(data).digest()).hex()
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(_DISTRIBUTIONS.get(package, package))
+    except PackageNotFoundError:
+        return ""
 
 
 class Converter:
@@ -119,6 +142,8 @@ class Converter:
             raise MissingPackageError(
                 f"reading {path.suffix.lower()} files needs more: pip install 'ragkv[{kind.extra}]'"
             )
+        if not data:
+            raise DocumentError("empty")
         if kind.text:
             data = decoded(data, encoding, markup=kind is _HTML).encode("utf-8", "replace")
         name = xxh3_128_hexdigest(kind.name.encode() + b" " + data)

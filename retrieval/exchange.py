@@ -92,7 +92,7 @@ def _parsed(member: Member, namespace: str) -> ArchivedDocument:
         (document.content_hash != digest(*texts).hex(), "its texts do not give its content hash"),
         (document.passage_ids != (), "it has ids of its own"),
         (misplaced(document, len(texts)) != "", "passages that cannot stand where it says"),
-        (not isinstance(document.origin, str), "an origin that is no text"),
+        (not isinstance(document.origin, str) or not isinstance(document.file, str), "an origin that is no text"),
         (not isinstance(document.namespace, str), "a namespace that is no text"),
         (vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(texts), "not a vector a passage"),
         (not vectors.size or not np.isfinite(vectors).all(), "a vector that is none"),

@@ -6,6 +6,7 @@ One bad file among many is named and skipped with its reason; the rest goes on.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,22 @@ from ragkv.retrieval.converter import Converter, converts
 from ragkv.retrieval.encodings import checked_encoding, decoded
 from ragkv.retrieval.outline import NO_OUTLINE, Outline, joined, sections
 
+# What begins as no text does: what it is, and what to do.
+_NO_TEXT = (
+    (
+        re.compile(
+            rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|PK\x03\x04.{26}(\[Content_Types\]|mimetypeapplication/vnd\.oasis)|{\\rtf",
+            re.S,
+        ),
+        "of an Office format that is not read: save a copy as .docx, .xlsx, .pptx or .pdf",
+    ),
+    (
+        re.compile(
+            rb"PK[\x03\x05\x07]|\x1f\x8b|BZh\d1AY|\xfd7zXZ\0|7z\xbc\xaf|Rar!\x1a|\x28\xb5\x2f\xfd|.{257}ustar", re.S
+        ),
+        "an archive: unpack it, and add the folder",
+    ),
+)
 _MARKDOWN = (".md", ".markdown", ".mdown", ".mdx", ".qmd", ".rmd")
 
 
@@ -99,7 +116,7 @@ def hidden_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 def load(path: str, converter: Converter, encoding: str | None, max_bytes: int = 256 << 20) -> LoadedFile | SkippedFile:
     """One file; see :func:`load_files`."""
     try:
-        text, outline = _read(Path(path), converter, encoding, max_bytes)
+        text, outline = text_of(Path(path), file_bytes(path, max_bytes), converter, encoding)
     except (DocumentError, MissingPackageError) as error:
         return SkippedFile(path, str(error))
     return LoadedFile(os.path.realpath(path), text, outline)
@@ -123,16 +140,19 @@ def read_file(path: str | os.PathLike[str], *, encoding: str | None = None, max_
     """
     checked_encoding(encoding)
     with Converter() as converter:
-        return _read(Path(path), converter, encoding, max_bytes)[0]
+        return text_of(Path(path), file_bytes(path, max_bytes), converter, encoding)[0]
 
 
-def _read(path: Path, converter: Converter, encoding: str | None, max_bytes: int) -> tuple[str, Outline]:
-    data = _read_bytes(path, max_bytes)
+def text_of(path: Path, data: bytes, converter: Converter, encoding: str | None) -> tuple[str, Outline]:
+    """The text of a file, and where its pages and sections begin; see :func:`read_file`."""
     if converts(path):
         converted = converter.convert(path, data, encoding)
         text, starts = joined(converted.pages)
         pages, markdown = starts if converted.numbered else (), converted.markdown
     else:
+        for begins, reason in _NO_TEXT:
+            if begins.match(data):
+                raise DocumentError(reason)
         text = decoded(data, encoding).replace("\r\n", "\n").replace("\r", "\n")
         pages, markdown = (), path.suffix.lower() in _MARKDOWN
     if not text.strip():
@@ -169,7 +189,13 @@ def _walk(path: str) -> Iterator[str | SkippedFile]:
             yield from _walk(inner)
 
 
-def _read_bytes(path: Path, max_bytes: int) -> bytes:
+def file_bytes(path: str | os.PathLike[str], max_bytes: int = 256 << 20) -> bytes:
+    """A whole file.
+
+    Raises:
+        DocumentError: it cannot be read, or is larger.
+    """
+    path = Path(path)
     try:
         status = path.stat()
         # A pipe or a device would block or never end.

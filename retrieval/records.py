@@ -32,6 +32,7 @@ class Document:
         namespace: whose it is: it is found by those only who ask within it.
         pages: the page, from 1, that each passage begins on; empty for a document without pages.
         headings: what each passage stands under, ``"Harbours > Clearport"``; empty for a document without headings.
+        file: digest of the file that it was read from, and of all that decides what passages it becomes; empty where it is of none.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Document:
     namespace: str = ""
     pages: tuple[int, ...] = ()
     headings: tuple[str, ...] = ()
+    file: str = field(default="", compare=False)
 
     @property
     def id(self) -> str:
@@ -226,6 +228,7 @@ def document_payload(document: Document) -> bytes:
         "namespace": document.namespace,
         "pages": document.pages,
         "headings": document.headings,
+        "file": document.file,
     }
     return json.dumps(fields, ensure_ascii=False).encode()
 
@@ -243,6 +246,7 @@ def document_from(payload: bytes) -> Document:
         namespace=fields.get("namespace", ""),
         pages=tuple(fields.get("pages", ())),
         headings=tuple(fields.get("headings", ())),
+        file=fields.get("file", ""),
     )
 
 

@@ -97,6 +97,7 @@ class Retriever:
         origin: str = "",
         pages: Sequence[int] = (),
         headings: Sequence[str] = (),
+        file: str = "",
         reading: Reading | None = None,
         namespace: str = "",
     ) -> Change:
@@ -106,7 +107,7 @@ class Retriever:
             source: what the document is called: a path, a URL, any name.
             passages: its texts in order, none blank.
             metadata: anything that JSON can hold.
-            spans, origin, pages, headings: see :class:`~ragkv.retrieval.Document`.
+            spans, origin, pages, headings, file: see :class:`~ragkv.retrieval.Document`.
             reading: how a model reads it.
             namespace: it is found only by those who search within it.
 
@@ -120,6 +121,7 @@ class Retriever:
             "origin": origin,
             "pages": pages,
             "headings": headings,
+            "file": file,
             "reading": reading,
             "namespace": namespace,
         }

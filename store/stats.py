@@ -19,6 +19,13 @@ _MOST_SAMPLES = 400
 _COUNTS = ("misses", "tokens_hit", "puts", "refused", "bytes_read", "bytes_written")
 
 
+class Moved(NamedTuple):
+    """Where a chunk was that was moved to memory, and the bytes that were read for that."""
+
+    tier: str
+    bytes_read: int
+
+
 @dataclass
 class Latency:
     """Times of one stage, counted in buckets that grow by a tenth: quantiles are right to 5 %, and sums can be added up.
@@ -147,14 +154,14 @@ class Tally:
         """Whether anything was done."""
         return bool(self.latency)
 
-    def count_reads(self, keys: Sequence[bytes], sources: Mapping[bytes, Source]) -> None:
-        """Counts what a batch found."""
+    def count_reads(self, keys: Sequence[bytes], sources: Mapping[bytes, Source], moved: Mapping[bytes, Moved]) -> None:
+        """Counts what a batch found; what was moved to memory for it, where it was before."""
         for key in keys:
             source = sources.get(key)
             if source is None:
                 self.misses += 1
             else:
-                self.hits[source.tier] += 1
+                self.hits[moved[key].tier if key in moved else source.tier] += 1
                 self.tokens_hit += source.tokens
 
     def merge(self, other: Tally) -> None:

@@ -24,10 +24,10 @@ from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
 from ragkv.store.rope import RotationLike, ropes_of
-from ragkv.store.stats import StoreStats
+from ragkv.store.stats import Moved, StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
-from ragkv.store.tiers import Moved, Tiers
+from ragkv.store.tiers import Tiers
 
 
 class TieredStore:
@@ -174,14 +174,15 @@ class TieredStore:
             except RecordError:
                 return None
 
-    def read(self, keys: Sequence[bytes]) -> Batch:
+    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved] | None = None) -> Batch:
         """Opens chunks for reading, layer by layer; nothing of them is evicted while the batch is open.
 
         Args:
             keys: may repeat and may be unknown: see :attr:`Batch.tiers`.
+            moved: what :meth:`prefetch` was given for these chunks: they are counted as hits of where they were.
         """
         self._check_open()
-        return self._tiers.read(keys)
+        return self._tiers.read(keys, moved or {})
 
     def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import compress
 from time import perf_counter
-from typing import NamedTuple
 
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store.batch import Batch
@@ -20,18 +19,11 @@ from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.rows import Row
 from ragkv.store.source import Source
-from ragkv.store.stats import StoreStats, Tally
+from ragkv.store.stats import Moved, StoreStats, Tally
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Tier
 
 logger = logging.getLogger("ragkv.store")
-
-
-class Moved(NamedTuple):
-    """Where a chunk was that was moved to memory, and the bytes that were read for that."""
-
-    tier: str
-    bytes_read: int
 
 
 _tiers: weakref.WeakSet[Tiers] = weakref.WeakSet()
@@ -110,8 +102,11 @@ class Tiers:
         self.count_load(read, perf_counter() - started)
         return read
 
-    def read(self, keys: Sequence[bytes]) -> Batch:
-        """Opens a batch: nothing of it is evicted until it says so with :meth:`release`."""
+    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved]) -> Batch:
+        """Opens a batch: nothing of it is evicted until it says so with :meth:`release`.
+
+        ``moved`` is what :meth:`load` was told to fill for it.
+        """
         started = perf_counter()
         with self.lock:
             self.leases.update(keys)
@@ -121,7 +116,7 @@ class Tiers:
             self.release(keys)
             raise
         with self.lock:
-            self.tally.count_reads(keys, sources)
+            self.tally.count_reads(keys, sources, moved)
             self.tally.latency["find"].add(perf_counter() - started)
         return Batch(self, keys, sources)
 

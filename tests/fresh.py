@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 
-def fresh(code: str, **env: str) -> str:
+def fresh(code: str, *args: object, **env: str) -> str:
     """What a program prints that sees the installed ragkv and nothing of this process."""
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-P", "-c", code, *map(str, args)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -13,13 +16,20 @@ from ragkv.errors import DocumentError
 from ragkv.messages import Question
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport, AnswerStream
-from ragkv.retrieval import Document, Hit, Retrieval
+from ragkv.retrieval import Change, Document, Hit, Retrieval, TokenChunker
 from ragkv.streaming import AsyncAnswerStream, Threads
+
+_of_engines: WeakKeyDictionary[Engine, Threads] = WeakKeyDictionary()
+_lock = threading.Lock()
+_BETWEEN = "\n\n"
 
 
 def threads_of(rag: RAG | Engine) -> Threads:
-    """Threads to answer in: those of a RAG, which waits for them when it is closed; some for an engine."""
-    return rag.threads if isinstance(rag, RAG) else Threads()
+    """Threads to answer in: those of a RAG, which waits for them when it is closed; one set for all adapters over an engine."""
+    if isinstance(rag, RAG):
+        return rag.threads
+    with _lock:
+        return _of_engines.setdefault(rag, Threads())
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,6 +65,35 @@ def search(rag: RAG, question: str, top_k: int, wanted: Callable[[Hit], bool] | 
     return found[:top_k]
 
 
+class Cut(TokenChunker):
+    """Makes texts of passages, and cuts them where those end; any other text is one passage, as it is.
+
+    Args:
+        documents: the passages of each, by its source.
+
+    Attributes:
+        texts: by source; what they begin with tells where their passages stand, so that no two are the same.
+    """
+
+    def __init__(self, documents: Mapping[str, Sequence[str]]):
+        self.texts: dict[str, str] = {}
+        self._spans: dict[str, list[tuple[int, int]]] = {}
+        for source, passages in documents.items():
+            head = f"{source} {' '.join(str(len(passage)) for passage in passages)}"
+            ends = accumulate(len(part) + len(_BETWEEN) for part in [head, *passages])
+            text = self.texts[source] = _BETWEEN.join([head, *passages])
+            self._spans[text] = [(start, start + len(passage)) for start, passage in zip(ends, passages, strict=False)]
+
+    @property
+    def settings(self) -> str:
+        """That a text says itself where it is cut."""
+        return "whole"
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the passages of a text stand."""
+        return self._spans.get(text, [(0, len(text))])
+
+
 def listed(rag: RAG) -> list[Document]:
     """All documents of a RAG's namespace, as the catalogue has them."""
     return rag.retriever.catalogue.documents(rag.engine.documents.namespace)
@@ -65,11 +104,12 @@ def document(rag: RAG, source: str) -> Document | None:
     return rag.retriever.catalogue.get(source, rag.engine.documents.namespace)
 
 
-def remove(rag: RAG, source: str) -> None:
-    """Remove the document of a source from a RAG's namespace. One that is not there is fine."""
+def remove(rag: RAG, source: str) -> Change | None:
+    """Remove the document of a source from a RAG's namespace; what changed, and None where it is not there."""
     if document(rag, source) is not None:
         with suppress(DocumentError):  # somebody else has removed it
-            rag.remove(source)
+            return rag.remove(source)
+    return None
 
 
 def streamed(

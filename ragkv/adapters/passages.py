@@ -14,7 +14,6 @@ from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
-from ragkv.retrieval.records import source_id
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +58,6 @@ def metadata_of(hit: Hit) -> dict[str, Any]:
     """What frameworks are told of a passage: its source, page and heading where it has any, and its document's metadata."""
     where = {"source": hit.source, "page": hit.page, "heading": hit.heading or None}
     return {**{name: value for name, value in where.items() if value is not None}, **hit.metadata}
-
-
-def only_passage(source: str) -> dict[str, Any]:
-    """The reference of a document that is one passage, in the namespace of whoever asks.
-
-    Args:
-        source: what the document is called.
-    """
-    return {"source": source, "passage": 0}
 
 
 def engine_of(rag: RAG | Engine) -> Engine:
@@ -117,8 +107,7 @@ def hand_over(engine: Engine, passages: Iterable[Passage], documents: Documents 
 
 def known_chunks(engine: Engine, passages: Sequence[Passage], documents: Documents | None = None) -> dict[int, Chunk]:
     """The chunks of those passages that a folder of the engine's has in the place of their reference, by number."""
-    namespace = (documents or engine.documents).namespace
-    places = {number: _place(passage, namespace) for number, passage in enumerate(passages)}
+    places = {number: _place(passage) for number, passage in enumerate(passages)}
     wanted = {number: place for number, place in places.items() if place is not None}
     chunks: dict[int, Chunk] = {}
     for folder in [records for records in engine.documents.records if isinstance(records, CataloguedDocuments)]:
@@ -135,14 +124,11 @@ def _alone(engine: Engine, text: Any) -> Chunk:
     return engine.documents.passage(text)
 
 
-def _place(passage: Passage, namespace: str) -> tuple[str, int, str] | None:
+def _place(passage: Passage) -> tuple[str, int, str] | None:
     """Document, passage and text, where the reference may be one."""
     if not isinstance(passage.reference, Mapping) or not isinstance(passage.text, str):
         return None
     document, number = passage.reference.get("document"), passage.reference.get("passage")
-    source = passage.reference.get("source")
-    if document is None and isinstance(source, str):
-        document = source_id(source, namespace)
     if not isinstance(document, str) or not isinstance(number, int) or isinstance(number, bool):
         return None
     return document, number, passage.text

@@ -15,7 +15,7 @@ from ragkv.cli.arguments import parser
 __all__ = ["main"]
 
 #: Where a command does not stand in the module of its name.
-_MODULES = {"export": "exchange", "import": "exchange"}
+_MODULES = {"export": "exchange", "import": "exchange", "doctor": "info"}
 
 #: Commands that may read for hours, and keep what they have read.
 _READING = ("add", "sync", "refresh", "import", "demo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,11 @@ def parser() -> argparse.ArgumentParser:
     )
     shared, model, method, bar = _shared(), _model(), _method(), _bar()
 
-    def command(name: str, *parents: argparse.ArgumentParser, summary: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, parents=[*parents, shared], help=summary, description=summary, allow_abbrev=False
-        )
+    def command(
+        name: str, *parents: argparse.ArgumentParser, summary: str, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
+        more: dict[str, Any] = {"description": summary, "aliases": aliases, "allow_abbrev": False}
+        return commands.add_parser(name, parents=[*parents, shared], help=summary, **more)
 
     demo = command(
         "demo",
@@ -116,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     command(
         "info",
         summary="Show versions, the machine, what runs on it, and the folder: what a report of a fault should name.",
+        aliases=["doctor"],
     )
     completion = command("completion", summary="Print a script by which a shell completes commands and options.")
     completion.add_argument(

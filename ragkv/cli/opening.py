@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ragkv.cli import show
 from ragkv.errors import RagKVError
 
 if TYPE_CHECKING:
@@ -30,21 +31,27 @@ _ALIKE = (
 )
 
 
-def open_rag(folder: Path, **options: Any) -> RAG:
+def open_rag(folder: Path, quiet: bool = False, **options: Any) -> RAG:
     """Load model and embedder and open a folder, which is made if it is not there.
 
     Args:
         folder: documents, vectors and KV.
+        quiet: do not say on a terminal that a new folder's model is the bundled one.
         **options: of :meth:`RAG.from_pretrained`; ``None`` for the folder's own, or its default.
     """
     from transformers.utils import logging
 
     from ragkv.defaults import kept_in
     from ragkv.model.loading import BUNDLED
+    from ragkv.opening import TOY
     from ragkv.rag import RAG
 
-    model = options.get("model") or kept_in(folder).get("model", BUNDLED)
-    if model == BUNDLED or not sys.stderr.isatty():
+    terminal, kept = sys.stderr.isatty(), kept_in(folder)
+    if options.get("model") is None and "model" not in kept:
+        options["model"] = BUNDLED
+        if terminal and not quiet:
+            show.hint(f"{TOY}: --model Qwen/Qwen3-0.6B, or whatever decoder of transformers it is to be")
+    if (options.get("model") or kept.get("model")) == BUNDLED or not terminal:
         logging.disable_progress_bar()  # of loading weights
     return RAG.from_pretrained(path=folder, **{name: value for name, value in options.items() if value is not None})
 
@@ -53,6 +60,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the options say of the model, of how it is asked and of where KV are kept, for :func:`open_rag`."""
     return {
         **{name: getattr(args, name, None) for name in _ALIKE},
+        "quiet": args.json,
         "gpu_bytes": args.gpu_size,
         "cpu_bytes": args.cpu_size,
         "disk_bytes": args.disk_size,

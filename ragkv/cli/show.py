@@ -51,11 +51,13 @@ def progress(items: Iterable[Item] | None = None, shown: bool | None = None, **o
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print rows in columns, the first ones to the left and numbers to the right; what a terminal would obey is not."""
+    from rich.cells import cell_len
+
     shown = [[plain(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
-        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
-        cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [cell + gap if at < left else gap + cell for at, (cell, gap) in enumerate(zip(row, gaps, strict=True))]
         print("  ".join(cells).rstrip())
 
 

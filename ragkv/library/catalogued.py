@@ -5,17 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
 from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
-from ragkv.retrieval.outline import Outline
+from ragkv.retrieval.outline import NO_OUTLINE, Outline
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
 logger = logging.getLogger(__name__)
+
+
+class Given(NamedTuple):
+    """A text that is to be a document.
+
+    Attributes:
+        source: what it is called.
+        text: all of it.
+        metadata: anything that JSON can hold.
+        outline: where its pages and sections begin.
+        file: see :class:`~ragkv.retrieval.Document`.
+    """
+
+    source: str
+    text: str
+    metadata: dict[str, Any] | None = None
+    outline: Outline = NO_OUTLINE
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,7 @@ class Prepared:
         metadata: what was given with it.
         spans: where the passages stand in its text.
         origin: digest of its text, and of how it was cut.
-        pages, headings: where each passage begins, see :class:`~ragkv.retrieval.Document`.
+        pages, headings, file: see :class:`~ragkv.retrieval.Document`.
         document: as the model reads it.
         kind: ``"added"``, ``"changed"`` or ``"unchanged"``: what adding it will be.
     """
@@ -42,6 +60,7 @@ class Prepared:
     headings: Sequence[str]
     document: ChunkedDocument
     kind: str
+    file: str = ""
 
 
 class CataloguedDocuments:
@@ -73,21 +92,31 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             return {key for key in chunks if view.names(key)}
 
-    def prepare(
-        self, text: str, source: str, metadata: dict[str, Any] | None, outline: Outline, chunker: TokenChunker
-    ) -> Prepared:
+    def unchanged(self, source: str, file: str) -> Prepared | None:
+        """What adding a file takes that was added before: its passages are known. ``None`` where anything differs.
+
+        Args:
+            source: what it is called.
+            file: see :class:`~ragkv.retrieval.Document`.
+        """
+        listed, document, texts = self._before(source)
+        if listed is None or listed.file != file:
+            return None
+        document = document or self._documents.cut(texts, listed.id, any_length=True)
+        where = listed.spans, listed.origin, listed.pages, listed.headings
+        return Prepared(source, texts, listed.metadata, *where, document, "unchanged", file)
+
+    def prepare(self, given: Given, chunker: TokenChunker) -> Prepared:
         """What adding a document takes. Nothing is read or stored.
 
         Args:
-            text: the document.
-            source: what it is called.
-            metadata: anything that JSON can hold.
-            outline: where its pages and sections begin.
+            given: the document.
             chunker: cuts it, unless the very text was cut in the same way before, perhaps with another model's tokens.
 
         Raises:
             DocumentError: the text is blank or cannot be stored as it is.
         """
+        source, text, metadata, outline, file = given
         checked_document(source, [text], metadata)
         origin = digest(text, chunker.settings).hex()
         listed, before, old = self._before(source)
@@ -105,7 +134,7 @@ class CataloguedDocuments:
         kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
         pages = [outline.page(start) or 1 for start, _ in spans] if outline.pages else []
         headings = [outline.heading(start) for start, _ in spans] if outline.sections else []
-        return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind)
+        return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind, file)
 
     def put(self, prepared: Prepared, repair_tokens: int | None) -> tuple[Change, int]:
         """Add a document, or replace the one of the same source, and read what the store lacks of it.
@@ -130,7 +159,8 @@ class CataloguedDocuments:
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
         more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
-        more |= {"pages": prepared.pages, "headings": prepared.headings, "namespace": documents.namespace}
+        more |= {"pages": prepared.pages, "headings": prepared.headings, "file": prepared.file}
+        more["namespace"] = documents.namespace
         change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:

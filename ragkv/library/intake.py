@@ -9,34 +9,25 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import DocumentError
-from ragkv.library.catalogued import CataloguedDocuments, Prepared
+from ragkv.errors import DocumentError, MissingPackageError
+from ragkv.library.catalogued import CataloguedDocuments, Given, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Synced
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, Tell, check_told, told
-from ragkv.retrieval import Catalogue, LoadedFile, SkippedFile, TokenChunker
-from ragkv.retrieval.converter import Converter
+from ragkv.retrieval import Catalogue, SkippedFile, TokenChunker
+from ragkv.retrieval.converter import Converter, fingerprint
 from ragkv.retrieval.encodings import checked_encoding
-from ragkv.retrieval.loaders import found_files, hidden_files, listed_paths, load
+from ragkv.retrieval.loaders import file_bytes, found_files, hidden_files, listed_paths, text_of
 from ragkv.retrieval.naming import below, gone, named
-from ragkv.retrieval.outline import NO_OUTLINE, Outline, sections
+from ragkv.retrieval.outline import Outline, sections
 from ragkv.retrieval.records import checked_document
 
 _REASONS = {"added": "new", "changed": "changed", "unchanged": "missing"}
-
-
-class Given(NamedTuple):
-    """A text that is to be a document."""
-
-    source: str
-    text: str
-    metadata: dict[str, Any] | None = None
-    outline: Outline = NO_OUTLINE
 
 
 @dataclass
@@ -185,8 +176,8 @@ class Intake:
         paths = listed_paths(paths)
         found = found_files(paths)
         with Converter(self._converted) as converter:
-            files = (item if isinstance(item, SkippedFile) else load(item, converter, encoding) for item in found)
-            plan = self._plan(map(_given, files), len(found), tell, skip=True)
+            files = (item if isinstance(item, SkippedFile) else self._file(item, converter, encoding) for item in found)
+            plan = self._plan(files, len(found), tell, skip=True)
         plan.hidden = hidden_files(paths)
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
@@ -200,9 +191,22 @@ class Intake:
                 plan.moved[prepared.source] = former
         return plan
 
+    def _file(self, path: str, converter: Converter, encoding: str | None) -> Given | Prepared | SkippedFile:
+        """A file's text; where its bytes became a document in the same way before, that one."""
+        try:
+            data, source = file_bytes(path), os.path.realpath(path)
+            file = digest(fingerprint(Path(path), data, encoding), self.chunker.settings).hex()
+            known = self._catalogued.unchanged(source, file)
+            if known is not None:
+                return known
+            text, outline = text_of(Path(path), data, converter, encoding)
+        except (DocumentError, MissingPackageError) as error:
+            return SkippedFile(path, str(error))
+        return Given(source, text, outline=outline, file=file)
+
     def _plan(
         self,
-        given: Iterable[Given | SkippedFile],
+        given: Iterable[Given | Prepared | SkippedFile],
         count: int,
         tell: Tell | None,
         skip: bool = False,
@@ -217,9 +221,9 @@ class Intake:
                 plan.skipped.append(item)
             else:
                 try:
-                    prepared = self._catalogued.prepare(
-                        item.text, item.source, item.metadata, item.outline, chunker or self.chunker
-                    )
+                    prepared = item
+                    if not isinstance(prepared, Prepared):
+                        prepared = self._catalogued.prepare(prepared, chunker or self.chunker)
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
@@ -272,10 +276,6 @@ class Intake:
         real = os.path.realpath(path)
         sources = [document.source for document in self._catalogue.documents(self._documents.namespace)]
         return [source for source in sources if below(source, path) or below(source, real)]
-
-
-def _given(file: LoadedFile | SkippedFile) -> Given | SkippedFile:
-    return file if isinstance(file, SkippedFile) else Given(file.source, file.text, outline=file.outline)
 
 
 def listed(items: Any, what: str) -> list[Any]:

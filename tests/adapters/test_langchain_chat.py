@@ -49,6 +49,16 @@ def test_lost_kv_are_read_and_counted(rag):
     assert usage(chat.invoke(message)) == (0, tokens) and usage(chat.invoke(message)) == (tokens, 0)
 
 
+def test_what_is_not_placed_is_not_read_from_a_cache(rag):
+    """The method computes everything anew, though all of it is stored; one of the passages is not even that."""
+    message = message_for(rag, k=2)
+    one, *_ = rag.engine.documents.keys(rag.chunks(rag.retrieve(QUESTION, 2)))
+    rag.engine.store.remove(one)
+    chat = ChatRagKV(rag=rag, max_tokens=1, generation={"method": "full-prefill"})
+    assert usage(chat.invoke(message)) == (0, 0) and usage(list(chat.stream(message))[-1]) == (0, 0)
+    assert usage(ChatRagKV(rag=rag, max_tokens=1).invoke(message))[0] > 0
+
+
 def test_what_nobody_found_is_text(rag):
     chat = ChatRagKV(rag=rag.engine, max_tokens=4)
     answer = chat.invoke(f"Some text.\n\n{QUESTION}")

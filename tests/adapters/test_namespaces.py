@@ -6,7 +6,8 @@ from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import VectorStoreQuery
 
 from ragkv.adapters import haystack, langchain, llamaindex
-from ragkv.adapters.langchain.documents import ADDED, passages_of
+from ragkv.adapters.langchain.documents import passages_of
+from ragkv.adapters.langchain.members import ADDED
 from ragkv.adapters.passages import Passage, hand_over, known_chunks, reference
 from ragkv.retrieval.records import source_id
 from tests.rag.rags import QUESTION, open_rag
@@ -86,9 +87,9 @@ def test_what_a_vector_store_gives_is_known_in_its_own_namespace(two):
             [*TEXTS, rag.engine.documents.namespace or "none"], ids=["1", "2", "3"]
         )
     found = langchain.RagKVVectorStore(theirs).get_by_ids(["1", "2", "3"])
-    given = passages_of(found)
+    given = passages_of(found, theirs.engine, "b")
     want = [source_id(f"{ADDED}{number}", "b") for number in (1, 2, 3)]
     assert [chunk.document for chunk in known_chunks(theirs.engine, given).values()] == want
-    other = known_chunks(ours.engine, given)
+    other = known_chunks(ours.engine, passages_of(found, ours.engine, ours.engine.documents.namespace))
     assert list(other) == [0, 1] and not {chunk.document for chunk in other.values()} & set(want)
     assert theirs.engine.documents.missing(hand_over(theirs.engine, given).chunks) == []

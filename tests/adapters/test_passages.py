@@ -5,9 +5,10 @@ import json
 import pytest
 
 from ragkv import RAG, ArgumentTypeError, Engine, PromptError
-from ragkv.adapters.passages import Passage, engine_of, hand_over, metadata_of, only_passage, reference
+from ragkv.adapters.passages import Passage, engine_of, hand_over, metadata_of, reference
 from ragkv.bundled import documents
 from ragkv.retrieval import Retriever, TokenChunker
+from ragkv.retrieval.records import source_id
 from tests.rag.rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model
 from tests.some_tokenizers import byte_level
 
@@ -64,7 +65,7 @@ def test_a_reference_that_does_not_hold_is_none(rag, how):
     text, said = {
         "other_text": (TEXT, {"document": name, "passage": hit.position}),
         "other_place": (text, {"document": name, "passage": hit.position + 1}),
-        "no_document": (text, only_passage("gone.md")),
+        "no_document": (text, {"document": source_id("gone.md"), "passage": 0}),
         "negative": (text, {"document": name, "passage": -1}),
         "nonsense": (text, "see above"),
         "types": (text, {"document": 5, "passage": True}),

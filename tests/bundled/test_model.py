@@ -109,6 +109,16 @@ def test_import_is_light():
     assert found.stdout.strip() == "set()"
 
 
+def test_who_names_no_model_is_told_what_it_is(tmp_path, caplog):
+    from ragkv import RAG
+
+    for given, told in ({}, True), ({}, False), ({"model": "bundled"}, False):
+        with RAG.from_pretrained(path=tmp_path, **given) as rag:
+            rag.add_texts(["Mira Lund runs the mill."])
+        assert [("a toy" in line and "from_pretrained('Qwen" in line) for line in caplog.messages] == [True] * told
+        caplog.clear()
+
+
 def test_it_brings_a_foreign_text_that_it_can_read(loaded):
     """Its tokenizer cuts English into scraps; a text of its own world is words, about subjects that no document is about."""
     from ragkv import RAG

@@ -207,6 +207,17 @@ def test_add_measures_with_a_text_of_your_own(files, tmp_path, capsys):
     assert not torch.equal(*found)
 
 
+def test_a_terminal_is_told_once_that_the_bundled_model_is_a_toy(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    add = ("add", files / "clearport.md", "--no-progress", "--path")
+    said = [run(capsys, *add, path, *more)[2] for path, *more in ((tmp_path / "a", "--json"), (tmp_path / "b",))]
+    assert "toy" not in said[0]
+    (line,) = [line for line in said[1].splitlines() if "toy" in line]
+    assert "--model Qwen/Qwen3-0.6B" in line
+    assert "toy" not in run(capsys, *add, tmp_path / "b")[2] + run(capsys, "refresh", "--path", tmp_path / "b")[2]
+    assert "toy" not in run(capsys, *add, tmp_path / "c", "--model", "bundled")[2]
+
+
 def test_nothing_could_be_added(tmp_path, capsys):
     code, out, err = run(capsys, "add", tmp_path / "missing.txt", "--path", tmp_path / "kv")
     assert code == 1

@@ -10,6 +10,8 @@ import pytest
 from ragkv.cli import info
 from ragkv.cli.arguments import parser
 from ragkv.retrieval import Catalogue
+from ragkv.store import TieredStore
+from tests.fresh import fresh
 
 from .commands import run
 
@@ -25,6 +27,11 @@ def test_info_names_versions_machine_and_what_is_missing(tmp_path, capsys, monke
     assert f"{tmp_path}/new: not there yet" in out and not (tmp_path / "new").exists()
 
 
+def test_doctor_is_another_name_for_it(tmp_path, capsys):
+    said = [run(capsys, command, "--path", tmp_path, "--json") for command in ("info", "doctor")]
+    assert said[0] == said[1] and said[0][0] == 0
+
+
 def test_info_knows_the_folder(tmp_path, capsys, monkeypatch):
     Catalogue(tmp_path / "documents").close()
     found = json.loads(run(capsys, "info", "--path", tmp_path, "--json")[1])
@@ -35,6 +42,24 @@ def test_info_knows_the_folder(tmp_path, capsys, monkeypatch):
     assert f"{tmp_path}: cannot be used: nfs4 is no local folder that can be read" in out
     (tmp_path / "file").write_text("")
     assert "cannot be used" in run(capsys, "info", "--path", tmp_path / "file")[1]
+
+
+LIGHT = """
+import sys
+
+sys.modules["transformers"] = None
+from ragkv.cli import main
+
+for command in ("info", "docs", "ls", "stats", "verify", "compact", "prune --orphans --dry-run"):
+    assert main([*command.split(), "--path", sys.argv[1]]) == 0, command
+"""
+
+
+def test_commands_that_load_no_model_do_without_transformers(tmp_path):
+    """It takes seconds to import."""
+    Catalogue(tmp_path / "documents").close()
+    TieredStore(tmp_path / "kv").close()
+    assert fresh(LIGHT, tmp_path)
 
 
 def test_completion_knows_every_command(tmp_path, capsys, monkeypatch):

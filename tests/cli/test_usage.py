@@ -197,6 +197,16 @@ def test_numbers_for_people(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "name        size\na long one     5\n"
 
 
+def test_columns_stand_where_a_terminal_shows_wide_letters(capsys):
+    show.table([("name", "size"), ("\ud55c\uae00.md", "5"), ("e\u0301te", "10"), ("\U0001f44d", "7")])
+    assert capsys.readouterr().out.splitlines() == [
+        "name     size",
+        "\ud55c\uae00.md     5",  # two letters, two columns each
+        "e\u0301te        10",  # four, one of which stands on another
+        "\U0001f44d          7",
+    ]
+
+
 def test_what_is_read_again_is_named_up_to_a_number(capsys):
     shown = ReadingBar(lines=True, bar=False)
     for number in range(8):

@@ -53,6 +53,21 @@ def test_an_answer_fits_its_schema(reading, options):
     assert answer.value == json.loads(answer.text)
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 2, "top_p": 1e-6}], ids=str
+)
+def test_a_schema_comes_before_what_leaves_few_tokens(reading, options):
+    """Behind it nothing would be left: the likeliest token of all is seldom one that the schema allows."""
+    engine, chunks = reading
+    free, fitting = (
+        engine.generate(chunks, "On which river?", max_new_tokens=60, **more) for more in ({}, {"schema": SCHEMA})
+    )
+    assert not free.text.lstrip().startswith("{")
+    options = {"do_sample": True, "temperature": 1.0, **options}
+    sampled = engine.generate(chunks, "On which river?", schema=SCHEMA, max_new_tokens=60, **options)
+    assert sampled.text == fitting.text and sampled.value
+
+
 def test_streams_pydantic_and_any_object(reading):
     engine, chunks = reading
     stream = engine.stream(chunks, "On which river?", schema=Place, max_new_tokens=120, stop="\n")

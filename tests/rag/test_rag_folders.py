@@ -9,6 +9,7 @@ import pytest
 
 from ragkv import IncompatibleFolderError, PromptTemplate
 from ragkv.retrieval import TokenChunker
+from ragkv.store.maintenance import history
 
 from .rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model, tokens_of
 
@@ -105,6 +106,8 @@ def test_what_is_prefetched_for_a_question_came_from_disk(model, tmp_path, monke
             list(pieces)
             report = pieces.report.fusion
             assert (report.hits, report.sources, report.bytes_read) == ({source: 5}, [source] * 5, size)
+        assert rag.engine.store.stats().hits == {"gpu": 0, "cpu": 5, "disk": 5}
+    assert history(tmp_path / "kv").hits["disk"] >= 10
 
 
 def test_text_that_did_not_change_is_not_cut_again(model, tmp_path):

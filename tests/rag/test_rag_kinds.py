@@ -4,10 +4,11 @@ import pytest
 
 from ragkv import ArgumentError
 from ragkv.exchange import export_folder, import_folder
+from ragkv.retrieval import TokenChunker
 from ragkv.retrieval.converter import Converter
 from tests.retrieval.files import docx, pdf, pptx, xlsx
 
-from .rags import open_rag
+from .rags import TOKENIZER, open_rag
 
 CASTLE = "The castle of Thornfield has seven towers and a bridge, and nobody has lived there for years."
 MILL = "The mill at Wye grinds barley for the whole valley, and its wheel turns by day and by night."
@@ -125,9 +126,39 @@ def test_one_bad_file_among_many(model, docs, tmp_path):
         added = rag.add_files(docs)
         assert len(added.changes) == len(FILES)
         assert {item.source.rpartition("/")[2]: item.reason.partition(":")[0] for item in added.skipped} == {
-            "bad.docx": "not a readable DOCX",
+            "bad.docx": "damaged or cut short, or no DOCX at all",
             "bad.pdf": "encrypted",
         }
+
+
+def test_an_unchanged_file_is_not_converted_again(model, docs, tmp_path, monkeypatch):
+    asked, ask = [], Converter._asked
+    monkeypatch.setattr(Converter, "_asked", lambda self, kind, data: asked.append(kind) or ask(self, kind, data))
+    kinds = ["pdf", "pptx", "docx", "xlsx", "html"]
+    with open_rag(tmp_path / "rag", model) as rag:
+        before = rag.add_files(docs)
+        assert asked == kinds
+    want = {name: where for name, (_, where) in FILES.items()}
+    with open_rag(tmp_path / "rag", model) as rag:
+        asked.clear()
+        again = rag.add_files(docs)
+        assert asked == [] and again.tokens_read == 0 and again.kv_bytes["disk"] == before.kv_bytes["disk"]
+        assert [change.document for change in again.changes] == [change.document for change in before.changes]
+        assert len(rag.sync(docs, dry_run=True).unchanged) == len(rag.sync(docs).unchanged) == len(FILES)
+        assert asked == [] and {name: places(rag, name) for name in FILES} == want
+
+        (docs / "a.pdf").write_bytes(pdf(MILL, CASTLE))
+        assert [change.replaced for change in rag.add_files(docs).changes] == [True] * len(FILES)
+        assert asked == ["pdf"] and places(rag, "a.pdf") == {MILL: (1, ""), CASTLE: (2, "")}
+        rag.sync(docs, encoding="ascii")
+        assert sorted(asked[1:]) == sorted(kinds), "what was asked for is another thing"
+        asked.clear()
+        monkeypatch.setattr("ragkv.retrieval.converter._version", lambda package: "of tomorrow")
+        rag.add_files(docs)
+        rag.add_files(docs)
+        assert asked == kinds
+        rag.chunker = TokenChunker(TOKENIZER, 12)
+        assert rag.add_files(docs / "a.pdf").changes[0].new
 
 
 def test_what_was_converted_before_ctrl_c_is_kept(model, docs, tmp_path, monkeypatch):

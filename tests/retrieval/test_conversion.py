@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001 - letters of many scripts are meant
 
 import json
+import re
 from datetime import datetime
 from email.message import EmailMessage
 
@@ -150,7 +151,8 @@ def test_a_damaged_file_is_named(loaded, name, damage):
     whole = {"a.docx": docx("text"), "a.xlsx": xlsx({"s": [["x"]]}), "a.epub": epub("x"), "a.pptx": pptx(("a", "b"))}
     data = whole.get(name, b"{broken <x>")
     data = data[: len(data) // 2] if damage == "cut" else b"noise, not a file"
-    assert loaded(name, data).reason.startswith("not a readable")
+    reason = loaded(name, data).reason
+    assert reason.startswith("damaged or cut short, or no ") and not re.search(r"Error\b", reason)
 
 
 @pytest.mark.parametrize("name", ["a.docx", "a.xlsx", "a.pptx"])

@@ -88,7 +88,7 @@ def test_an_archive_that_lies_about_its_size_is_not_unpacked(tmp_path, monkeypat
     assert lie != whole
     (tmp_path / "a.docx").write_bytes(lie)
     (skipped,) = load_files(tmp_path)
-    assert skipped.reason.startswith("not a readable DOCX: ")
+    assert skipped.reason.startswith("damaged or cut short, or no DOCX at all: ")
 
 
 def _exploding():

@@ -1,6 +1,12 @@
+import bz2
+import gzip
+import io
+import lzma
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +15,7 @@ from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.retrieval import LoadedFile, SkippedFile, load_files, read_file
 from ragkv.retrieval.loaders import hidden_files
 
-from .files import pdf
+from .files import pdf, zipped
 
 EXTRAS = ("pdf", "files", "files", "files")
 
@@ -73,7 +79,7 @@ def test_a_folder_of_everything(tmp_path):
     assert reasons.keys() == {"e.pdf", "f.pdf", "g.pdf", "j.bin", "l.txt", "m.txt", "pipe", "gone.txt"}
     for name, reason in {
         "e.pdf": "encrypted",
-        "f.pdf": "not a readable PDF",
+        "f.pdf": "damaged or cut short, or no PDF at all: see whether another program opens it",
         "g.pdf": "no text in it",
         "j.bin": "binary",
         "l.txt": "empty",
@@ -82,6 +88,41 @@ def test_a_folder_of_everything(tmp_path):
         "gone.txt": "cannot be read",
     }.items():
         assert reason in reasons[name] and "\n" not in reasons[name]
+
+
+OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600)
+
+
+def tarred():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        *((name, OLD_OFFICE, "save a copy as .docx") for name in ("a.doc", "a.xls", "a.ppt")),
+        ("a.rtf", rb"{\rtf1\ansi Text}", "save a copy as .docx"),
+        (
+            "a.odt",
+            zipped({"mimetype": b"application/vnd.oasis.opendocument.text"}, zipfile.ZIP_STORED),
+            "a copy as .docx",
+        ),
+        ("a.docm", zipped({"[Content_Types].xml": b"<Types/>"}), "save a copy as .docx"),
+        ("a.zip", zipped({"a.txt": b"text"}), "an archive: unpack it"),
+        ("a.tar", tarred(), "an archive: unpack it"),
+        ("a.tar.gz", gzip.compress(tarred()), "an archive: unpack it"),
+        ("a.tar.bz2", bz2.compress(tarred()), "an archive: unpack it"),
+        ("a.tar.xz", lzma.compress(tarred()), "an archive: unpack it"),
+        ("none.pdf", b"", "empty"),
+    ],
+)
+def test_what_no_converter_reads_is_named_with_what_to_do(tmp_path, name, data, reason):
+    (tmp_path / name).write_bytes(data)
+    (skipped,) = load_files(tmp_path)
+    assert reason in skipped.reason
 
 
 def test_paths_are_read_in_order_and_once(tmp_path, monkeypatch):
@@ -154,7 +195,7 @@ def test_pypdf_is_quiet(tmp_path):
         "import sys; from ragkv.retrieval import load_files; print([file.reason for file in load_files(sys.argv[1])])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "not a readable PDF" in done.stdout and done.stderr == ""
+    assert "no PDF at all" in done.stdout and done.stderr == ""
 
 
 @pytest.mark.parametrize("paths", [None, 3, [None], [""], "", [b"a"]])

@@ -24,12 +24,14 @@ def test_prefetched_chunks_are_read_from_memory(folder, kv, key, same):
         assert store.prefetch([key(0), key(1), key(9), key(0)], moved).result(30) == 2 * size
         assert moved == {key(0): ("disk", size), key(1): ("disk", size)}
         assert store.prefetch([key(0)], moved).result(30) == 0 and len(moved) == 2
-        with store.read([key(0), key(1), key(2)]) as batch:
+        with store.read([key(0), key(1), key(2)], moved) as batch:
             assert batch.tiers == ["cpu", "cpu", "disk"]
             assert torch.equal(batch.layer(1, 2)[0], kv(1, tokens=300).keys[2])
         store.flush()
         assert store._disk.row(key(0)).usage.frequency == before + 1
-        assert store.stats().hits == {"gpu": 0, "cpu": 2, "disk": 1}
+        assert store.stats().hits == {"gpu": 0, "cpu": 0, "disk": 3}, "they were moved for this batch"
+        with store.read([key(0), key(1)]):
+            assert store.stats().hits == {"gpu": 0, "cpu": 2, "disk": 3}
 
 
 def test_prefetch_drops_what_is_damaged(folder, kv, key):

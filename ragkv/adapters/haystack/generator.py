@@ -16,12 +16,12 @@ from haystack.utils import deserialize_callable, serialize_callable
 
 from ragkv.adapters.haystack.documents import passage_of
 from ragkv.adapters.haystack.folder import Folder, OverFolder
-from ragkv.adapters.parts import model_name, streamed, usage
+from ragkv.adapters.parts import model_name, streamed, threads_of, usage
 from ragkv.adapters.passages import HandedOver, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
-from ragkv.streaming import Threads, in_thread, stoppable
+from ragkv.streaming import in_thread, stoppable
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class RagKVGenerator(OverFolder):
             options: of :meth:`ragkv.RAG.from_pretrained`, for a path.
         """
         self.generation_kwargs, self.streaming_callback = generation_kwargs or {}, streaming_callback
-        self._folder, self._threads = Folder(rag, options), Threads()
+        self._folder = Folder(rag, options)
 
     def to_dict(self) -> dict[str, Any]:
         """As a pipeline's file holds it.
@@ -122,7 +122,7 @@ class RagKVGenerator(OverFolder):
             return _nothing()
         opened = await asyncio.to_thread(self._folder.open)
         engine, options = engine_of(opened), {**self.generation_kwargs, **(generation_kwargs or {})}
-        pool = (opened.threads if isinstance(opened, RAG) else self._threads).pool()
+        pool = threads_of(opened).pool()
         handed = await in_thread(pool, lambda: hand_over(engine, map(passage_of, documents)))
         if callback is None:
             answer = await stoppable(pool, partial(engine.generate, handed.chunks, query), **options)

@@ -108,7 +108,8 @@ class _Steps:
 
     def _handed(self, documents: Any, options: Mapping[str, Any]) -> HandedOver:
         where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
-        return hand_over(self._engine, passages_of(documents), where)
+        passages = passages_of(documents, self._engine, (where or self._engine.documents).namespace)
+        return hand_over(self._engine, passages, where)
 
 
 def _question(given: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,12 +13,14 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
-from ragkv.adapters.langchain.documents import ADDED, document_of, remember
+from ragkv.adapters.langchain.documents import document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
-from ragkv.adapters.parts import listed, remove, search
+from ragkv.adapters.langchain.members import TOGETHER, Member, Members, added_here, as_added, in_order, kept
+from ragkv.adapters.parts import Cut, listed, remove, search
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
 from ragkv.rag import RAG
-from ragkv.retrieval import Hit, TokenChunker
+from ragkv.retrieval import Hit
+from ragkv.retrieval.records import checked_document
 
 #: Metadata that a document must have, or a function that says whether it is wanted.
 Filter = Mapping[str, Any] | Callable[[Document], bool]
@@ -26,8 +29,10 @@ Filter = Mapping[str, Any] | Callable[[Document], bool]
 class RagKVVectorStore(VectorStore):
     """LangChain's documents in a folder of ragkv.
 
-    A document is one passage, as it was split, and is read alone. Passages of files and texts that were added to the folder
-    otherwise are found too, each in the context of its document, with ids as those of :class:`RagKVRetriever`.
+    A document is one passage, as it was split. Those whose metadata say their ``source`` and their place in it (``start_index``,
+    ``page``, ``page_number`` or ``split_id``, whole numbers) are read in that order, each behind those before it; all others are
+    read alone. Passages of files and texts that were added to the folder otherwise are found too, each in the context of its
+    document, with ids as those of :class:`RagKVRetriever`.
 
     Args:
         rag: where documents go; whoever made it closes it.
@@ -36,6 +41,7 @@ class RagKVVectorStore(VectorStore):
     def __init__(self, rag: RAG) -> None:
         instance("rag", rag, RAG, "a ragkv.RAG")
         self.rag = rag
+        self._members = Members.of(rag.retriever.catalogue, rag.engine.documents.namespace)
 
     @property
     def embeddings(self) -> Embeddings:
@@ -119,40 +125,40 @@ class RagKVVectorStore(VectorStore):
         for name in names:
             if not isinstance(name, str) or not name:
                 raise DocumentError(f"an id must be a str that is not empty, got {name!r:.80}")
-        distinct: dict[str, tuple[str, dict[str, Any]]] = {}
+        new: dict[str, Member] = {}
         for name, text, extra in zip(names, given, extras, strict=True):
-            if distinct.setdefault(name, (text, extra)) != (text, extra):
+            _, (text,), said = checked_document(name, [text], extra)
+            if new.setdefault(name, Member(text, said)) != (text, said):
                 raise DocumentError(f"two documents have the id {name!r}: nothing was added")
-        if distinct:
-            documents, metadata = zip(*distinct.values(), strict=True)
-            whole = _Whole(self.rag.engine.tokenizer)
-            self.rag.add_texts(documents, [f"{ADDED}{name}" for name in distinct], metadata, chunker=whole)
+        self._put(new, new)
         return names
 
     def delete(self, ids: Sequence[str] | None = None, **options: Any) -> bool:
         """Remove documents, and the KV that no other one needs. Ids that are not there are fine.
+
+        What stands behind them in their source was read behind their text, and is read again.
 
         Args:
             ids: which; ``None``: all that were added here.
             **options: none.
         """
         _no_more(options)
-        if ids is None:
-            names = [made.source for made in listed(self.rag) if made.source.startswith(ADDED)]
-        else:
-            names = [f"{ADDED}{name}" for name in ids]
-        for name in names:
-            remove(self.rag, name)
+        if ids is not None:
+            self._put(ids, {})
+            return True
+        with self._members.lock:
+            for made in listed(self.rag):
+                if added_here(made.source):
+                    self._remove(made.source)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents of ids that are there, each once, in the order of the ids."""
         with self.rag.retriever.catalogue.snapshot() as view:
-            found = {name: view.get(f"{ADDED}{name}", self.rag.engine.documents.namespace) for name in ids}
+            found = self._members.find(view, ids).values()
             return [
-                Document(id=name, page_content=view.texts(made)[0], metadata=made.metadata)
-                for name, made in found.items()
-                if made is not None
+                as_added(made.source, made.metadata, place, view.passage_text(made.passage_ids[place]))
+                for made, place in found
             ]
 
     def similarity_search(self, query: str, k: int = 4, filter: Filter | None = None, **options: Any) -> list[Document]:
@@ -192,6 +198,44 @@ class RagKVVectorStore(VectorStore):
         chosen = maximal_marginal_relevance(asked, vectors, lambda_mult, k) if hits else []
         return [_as_added(hits[number]) for number in chosen]
 
+    def _put(self, gone: Iterable[str], new: Mapping[str, Member]) -> None:
+        """Let documents of some ids go, and put others where they belong."""
+        gone, homes = set(gone), defaultdict[str, dict[str, Member]](dict)
+        for name, member in new.items():
+            homes[member.source(name)][name] = member
+        with self._members.lock:
+            with self.rag.retriever.catalogue.snapshot() as view:
+                there = {made.source for made, _ in self._members.find(view, gone).values()}
+                before = {source: self._members.read(view, source) for source in [*homes, *there]}
+            now: dict[str, dict[str, Member]] = {}
+            for source, members in before.items():
+                here = homes.get(source, {})
+                stay = {name: member for name, member in members.items() if name in here or name not in gone}
+                now[source] = in_order({**stay, **here})
+            self._write({source: members for source, members in now.items() if members})
+            for source in [source for source, members in now.items() if not members]:
+                self._remove(source)
+
+    def _write(self, documents: dict[str, dict[str, Member]]) -> None:
+        """Documents with their members as they are now."""
+        together = {
+            source: [member.text for member in members.values()]
+            for source, members in documents.items()
+            if source.startswith(TOGETHER)
+        }
+        cut = Cut(together)
+        texts = [cut.texts.get(source) or next(iter(members.values())).text for source, members in documents.items()]
+        metadata = [kept(source, members) for source, members in documents.items()]
+        if texts:
+            added = self.rag.add_texts(texts, list(documents), metadata, chunker=cut)
+            for change in added.changes:
+                self._members.follow(change, documents[change.document.source])
+
+    def _remove(self, source: str) -> None:
+        change = remove(self.rag, source)
+        if change is not None:
+            self._members.follow(change, ())
+
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         return lambda cosine: min(1.0, max(0.0, cosine))
 
@@ -202,22 +246,9 @@ class RagKVVectorStore(VectorStore):
         return kept
 
 
-class _Whole(TokenChunker):
-    """A text is one passage, as it is."""
-
-    @property
-    def settings(self) -> str:
-        return "whole"
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        return [(0, len(text))]
-
-
 def _as_added(hit: Hit) -> Document:
     """A document as it was added; a passage of a file or text that was added otherwise as the retriever gives it."""
-    if hit.source.startswith(ADDED):
-        return Document(id=hit.source.removeprefix(ADDED), page_content=hit.text, metadata=hit.metadata)
-    return document_of(hit)
+    return as_added(hit.source, hit.metadata, hit.position, hit.text) if added_here(hit.source) else document_of(hit)
 
 
 def _no_more(options: Mapping[str, Any]) -> None:

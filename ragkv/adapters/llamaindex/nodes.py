@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from llama_index.core.schema import (
@@ -85,6 +86,25 @@ def nodes_of(document: Document) -> dict[str, BaseNode]:
     nodes = [metadata_dict_to_node(fields) for fields in document.metadata.get(NODES, ())]
     places = [{"document": document.id, "passage": number} for number in range(len(nodes))]
     return {node.node_id: _referring(node, place) for node, place in zip(nodes, places, strict=True)}
+
+
+def ordered(nodes: dict[str, BaseNode]) -> dict[str, BaseNode]:
+    """Nodes of one document by id, each behind the one that is before it (``PREVIOUS``, ``NEXT``) where both are there."""
+    before = {node.next_node.node_id: name for name, node in nodes.items() if node.next_node}
+    before |= {name: node.prev_node.node_id for name, node in nodes.items() if node.prev_node}
+    behind: defaultdict[str, list[str]] = defaultdict(list)
+    for name in nodes:
+        behind[before.get(name, "")].append(name)
+    first = [name for name in nodes if before.get(name) not in nodes]
+    placed: dict[str, BaseNode] = {}
+    for start in [*first, *nodes]:  # the latter for those that stand behind each other in a circle
+        waiting = [start]
+        while waiting:
+            name = waiting.pop()
+            if name not in placed:
+                placed[name] = nodes[name]
+                waiting += reversed(behind[name])
+    return placed
 
 
 def _referring(node: BaseNode, place: dict[str, Any]) -> BaseNode:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from llama_index.core.bridge.pydantic import PrivateAttr
@@ -19,22 +18,19 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
-from ragkv.adapters.llamaindex.nodes import ADDED, NODES, kept, node_of, nodes_of, shown
-from ragkv.adapters.parts import document, listed, remove, search
-from ragkv.chunk import digest
+from ragkv.adapters.llamaindex.nodes import ADDED, NODES, kept, node_of, nodes_of, ordered, shown
+from ragkv.adapters.parts import Cut, document, listed, remove, search
 from ragkv.errors import ArgumentError, DocumentError, instance
 from ragkv.rag import RAG
-from ragkv.retrieval import TokenChunker
 from ragkv.streaming import in_thread
-
-_BETWEEN = "\n\n"
 
 
 class RagKVVectorStore(BasePydanticVectorStore):
     """Nodes of LlamaIndex in a folder of ragkv, as a ``BasePydanticVectorStore``; their KV are made when they are added.
 
-    Nodes of one document (``ref_doc_id``), in the order in which they are added, are that document's passages: each is read
-    behind those before it, as the model is shown them (``MetadataMode.LLM``). A node without a document is one of its own.
+    Nodes of one document (``ref_doc_id``) are that document's passages, in the order that they say themselves (``PREVIOUS``,
+    ``NEXT``), else in that in which they are added: each is read behind those before it, as the model is shown them
+    (``MetadataMode.LLM``). A node without a document is one of its own.
     Passages that were added to the folder otherwise are found too, as those of :class:`RagKVRetriever`.
 
     Vectors are made by the folder's own embedder, for nodes and for questions. Those of the index's ``embed_model`` are not used:
@@ -145,10 +141,10 @@ class RagKVVectorStore(BasePydanticVectorStore):
 
     def _put(self, documents: dict[str, dict[str, BaseNode]]) -> None:
         """Documents as they are now, each the passages of its nodes."""
-        passages = {source: [shown(node) for node in nodes.values()] for source, nodes in documents.items()}
+        documents = {source: ordered(nodes) for source, nodes in documents.items()}
+        cut = Cut({source: [shown(node) for node in nodes.values()] for source, nodes in documents.items()})
         metadata = [{NODES: [kept(node) for node in nodes.values()]} for nodes in documents.values()]
-        cut = _Cut(passages)
-        self._rag.add_texts(list(cut.texts), list(documents), metadata, chunker=cut)
+        self._rag.add_texts(list(cut.texts.values()), list(documents), metadata, chunker=cut)
 
     def _nodes(self, source: str) -> dict[str, BaseNode]:
         """The nodes of a document in order, by id; none where it is not there."""
@@ -158,31 +154,6 @@ class RagKVVectorStore(BasePydanticVectorStore):
     def _all(self) -> dict[str, dict[str, BaseNode]]:
         """The nodes of all documents that were added here, by source."""
         return {made.source: nodes_of(made) for made in listed(self._rag) if NODES in made.metadata}
-
-
-class _Cut(TokenChunker):
-    """Cuts texts where their nodes end.
-
-    Args:
-        passages: of each document, by its source.
-
-    Attributes:
-        texts: of each document, with where its passages stand; the source in front, so that no two are the same.
-    """
-
-    def __init__(self, passages: dict[str, list[str]]):
-        self.texts: dict[str, list[tuple[int, int]]] = {}
-        for source, parts in passages.items():
-            ends = accumulate(len(part) + len(_BETWEEN) for part in [source, *parts])
-            spans = [(start, start + len(part)) for start, part in zip(ends, parts, strict=False)]
-            self.texts[_BETWEEN.join([source, *parts])] = spans
-
-    @property
-    def settings(self) -> str:
-        return f"nodes {digest(repr(list(self.texts.values()))).hex()}"
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        return self.texts[text]
 
 
 def _source(node: BaseNode) -> str:

@@ -162,6 +162,18 @@ async def test_the_loop_goes_on(rag, held):
     assert (await running)["replies"]
 
 
+async def test_adapters_over_one_engine_share_its_threads(model):
+    engine, worked = Engine(model, TOKENIZER, template=TEMPLATE), []
+
+    def note(*_, **__):
+        worked.append(threading.current_thread())
+        return False
+
+    for _ in range(2):
+        await RagKVGenerator(engine, {**ANSWER, "stopping_criteria": [note]}).run_async(QUESTION, documents(*FOREIGN))
+    assert len(set(worked)) == 1
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_a_task_that_is_cancelled_stops_the_model(rag, streamed):
     begun, ran = threading.Event(), []

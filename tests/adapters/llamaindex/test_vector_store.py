@@ -70,6 +70,26 @@ def test_nodes_of_a_document_are_read_behind_each_other(store, empty):
     assert not empty.engine.documents.missing(chunks)
 
 
+@pytest.mark.parametrize("side", ["PREVIOUS", "NEXT"])
+def test_nodes_stand_in_the_order_that_they_say(store, side):
+    first, second, third = nodes = three()
+    for one, two in ((first, second), (second, third)):
+        link, other = (two, one) if side == "PREVIOUS" else (one, two)
+        link.relationships[NodeRelationship[side]] = RelatedNodeInfo(node_id=other.node_id)
+    store.add([third, *three("other"), first])
+    assert plain(store.get_nodes(["port 0", "port 2"])) == plain([third, first]), "nothing says how"
+    store.add([second])
+    assert plain(store.get_nodes([node.node_id for node in nodes])) == plain(nodes)
+
+
+def test_nodes_behind_each_other_in_a_circle_are_all_there(store):
+    nodes = three()
+    for at, made in enumerate(nodes):
+        made.relationships[NodeRelationship.PREVIOUS] = RelatedNodeInfo(node_id=nodes[at - 1].node_id)
+    store.add(nodes)
+    assert sorted(node.node_id for node in store.get_nodes()) == ["port 0", "port 1", "port 2"]
+
+
 def test_query_gives_the_nearest_first(store):
     store.add(three())
     result = store.query(asked(TEXTS[1], 2))
