@@ -17,6 +17,7 @@ _HOMES = {
     "errors": (
         "ArgumentError",
         "ArgumentTypeError",
+        "CalibrationError",
         "ConversationError",
         "DocumentError",
         "IncompatibleFolderError",
@@ -38,10 +39,12 @@ _HOMES = {
     ),
     "fusion.layout": ("Layout",),
     "fusion.view": ("Check", "Selection", "View"),
+    "gate": ("Gate",),
     "library.watching": ("Progress",),
     "methods": (
         "Auto",
         "CacheBlend",
+        "Calibrated",
         "FullPrefill",
         "LegoLink",
         "Method",

@@ -3,6 +3,7 @@ from ragkv.chunk import ChunkKV as ChunkKV
 from ragkv.engine import Engine as Engine
 from ragkv.errors import ArgumentError as ArgumentError
 from ragkv.errors import ArgumentTypeError as ArgumentTypeError
+from ragkv.errors import CalibrationError as CalibrationError
 from ragkv.errors import ConversationError as ConversationError
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
@@ -25,9 +26,11 @@ from ragkv.fusion.layout import Layout as Layout
 from ragkv.fusion.view import Check as Check
 from ragkv.fusion.view import Selection as Selection
 from ragkv.fusion.view import View as View
+from ragkv.gate import Gate as Gate
 from ragkv.library.watching import Progress as Progress
 from ragkv.methods import Auto as Auto
 from ragkv.methods import CacheBlend as CacheBlend
+from ragkv.methods import Calibrated as Calibrated
 from ragkv.methods import FullPrefill as FullPrefill
 from ragkv.methods import LegoLink as LegoLink
 from ragkv.methods import Method as Method

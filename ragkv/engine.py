@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from ragkv.answering import Answering, MakePrompt
+from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
 from ragkv.detokenizer import stop_texts
-from ragkv.errors import ArgumentTypeError, instance, whole_number
+from ragkv.errors import instance, whole_number
+from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
-from ragkv.library.given import several, several_chunks
+from ragkv.library.given import check_parts, several, several_chunks
 from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import as_method
@@ -62,10 +63,12 @@ class Engine:
             (:mod:`ragkv.library.sensitivity`). With another text they are measured anew.
         kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
         lifetime_s: seconds after which stored KV are a miss, and read again.
+        gate: check a share of the prompts against a full prefill, see :class:`~ragkv.Gate`.
 
     Attributes:
         documents: what the model has read, see :class:`~ragkv.library.documents.Documents`.
         encoder: turns text into ids.
+        gate: the gate at work, see :class:`~ragkv.gate.Guard`; ``None`` where there is none.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
@@ -88,9 +91,11 @@ class Engine:
         foreign: Text | None = None,
         kernels: Impl = "auto",
         lifetime_s: float = math.inf,
+        gate: Gate | None = None,
     ):
         self.method = as_method(SensitiveTokens() if method is None else method)
-        _check_parts(model, tokenizer, store, template)
+        check_parts(model, tokenizer, store, template)
+        instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
         self.model, self.tokenizer = model, tokenizer
         self.template = template or PromptTemplate.default(tokenizer)
         self.store = TieredStore() if store is None else store
@@ -111,6 +116,7 @@ class Engine:
             lifetime_s=lifetime_s,
         )
         self.documents.reader.opening(self.encoder.prefix, "prefix")
+        self.gate = None if gate is None else Guard(gate, self.documents)
 
     @property
     def decoder(self) -> Decoder:
@@ -200,6 +206,14 @@ class Engine:
         """
         return self.documents.within(namespace).forget(chunks)
 
+    def calibrate(self, cases: Iterable[Any], **options: Any) -> Calibration:
+        """Find the cheapest method whose loss against full prefill is proved to be under a bound, for ``method="calibrated"``.
+
+        Args:
+            cases, **options: and what is raised, see :func:`ragkv.calibration.calibrate`.
+        """
+        return calibrate(self, cases, **options)
+
     def refresh(self) -> None:
         """Look at every weight of the model again.
 
@@ -209,7 +223,9 @@ class Engine:
         self.runner.refresh()
 
     def close(self) -> None:
-        """Close the store."""
+        """Close the store. A check of the gate ends at its next piece."""
+        if self.gate is not None:
+            self.gate.close()
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -360,7 +376,7 @@ class Engine:
     @property
     def prompting(self) -> Prompting:
         """Makes prompts."""
-        return Prompting(self.documents)
+        return Prompting(self.documents, self.gate)
 
     def _answering(
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
@@ -393,20 +409,3 @@ class Engine:
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""
         return self.method if method is None else as_method(method)
-
-
-def _check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:
-    if isinstance(model, str | os.PathLike):
-        raise ArgumentTypeError(
-            f"model must be a transformers model, got the name {os.fspath(model)!r}: load it first with "
-            "AutoModelForCausalLM.from_pretrained(...), or use ragkv.RAG.from_pretrained(...)"
-        )
-    if tokenizer is not None and not callable(tokenizer):
-        raise ArgumentTypeError(
-            f"tokenizer must be a transformers tokenizer, got {tokenizer!r:.80}: load it first with "
-            "AutoTokenizer.from_pretrained(...)"
-        )
-    instance("store", store, TieredStore | None, "a ragkv.TieredStore, as ragkv.TieredStore('kv/')")
-    instance(
-        "template", template, PromptTemplate | None, "a ragkv.PromptTemplate, as ragkv.PromptTemplate(prefix='...')"
-    )

@@ -67,6 +67,10 @@ class MethodError(RagKVError, ValueError):
     """A method's knob is out of range, or a method asked fusion for something impossible."""
 
 
+class CalibrationError(MethodError):
+    """There is no calibration, or none can be made of what was given."""
+
+
 class StoreError(RagKVError):
     """The KV store, or a folder on disk, cannot do what was asked. What was stored before is still readable."""
 

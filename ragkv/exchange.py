@@ -48,7 +48,12 @@ def export_folder(
     with ExitStack() as stack:
         catalogue = stack.enter_context(Catalogue(documents))
         archive = stack.enter_context(written(target, FOLDER_FORMAT))
-        made = {"embedder": catalogue.settings.get("embedder"), "defaults": catalogue.defaults}
+        defaults = catalogue.defaults
+        if (
+            defaults.get("method") == "calibrated"
+        ):  # what was chosen stays with the KV, and is proved for what is read there
+            del defaults["method"]
+        made = {"embedder": catalogue.settings.get("embedder"), "defaults": defaults}
         made["read_with"] = catalogue.read_with
         archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made}).encode()))
         _add_documents(archive, catalogue, sources, progress)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from threading import Event
 from typing import cast
 
+from ragkv.calibration.kept import resolved
 from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError
 from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
+from ragkv.gate import Guard
 from ragkv.library.documents import Documents
 from ragkv.library.given import several
 from ragkv.messages import Question, asked, checked_system, going_on, is_chat, opening
@@ -65,10 +67,11 @@ class Prompting:
 
     Args:
         documents: of the engine.
+        gate: of the engine.
     """
 
-    def __init__(self, documents: Documents):
-        self.documents, self.encoder = documents, documents.encoder
+    def __init__(self, documents: Documents, gate: Guard | None = None):
+        self.documents, self.encoder, self._gate = documents, documents.encoder, gate
 
     def documents_for(self, system: str | None, namespace: str | None) -> Documents:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
@@ -103,7 +106,7 @@ class Prompting:
         layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, begins, held)
         tokens = self._room(layout.end, room(layout.end), request.most_tokens)
         turns = () if past is None else stack.enter_context(past.going_on(request.stop))
-        prompt = self.fuse(layout, request.method, tokens, begin, documents, past)
+        prompt = self._fused(layout, request.method, tokens, begin, documents, past, begins)
         if request.keep:
             line = Line(prompt.past_key_values) if past is None else past.line
             prompt.past = Past(
@@ -117,20 +120,29 @@ class Prompting:
             )
         return prompt
 
-    def fuse(
+    def _fused(
         self,
         layout: Layout,
         method: Method,
         room_tokens: int,
         begin: float,
-        documents: Documents | None = None,
-        past: Past | None = None,
+        documents: Documents,
+        past: Past | None,
+        begins: Sequence[int] | None,
     ) -> FusedPrompt:
         """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
-        documents, damaged = documents or self.documents, set[str]()
+        damaged = set[str]()
+
+        def once() -> FusedPrompt:
+            def make(method: Method) -> FusedPrompt:
+                return fuse(documents, layout, method, room_tokens, begin, past)
+
+            asked = resolved(method, documents, begins)
+            return make(asked) if self._gate is None else self._gate.fused(asked, layout, make)
+
         for _ in range(len(layout.chunks) + _TRIES):
             try:
-                return fuse(documents, layout, method, room_tokens, begin, past)
+                return once()
             except ModelChangedError as error:
                 if past is not None:
                     raise  # what was said was computed by another model
@@ -140,7 +152,7 @@ class Prompting:
                     raise  # it was not dropped
                 damaged.add(str(error))
                 logger.warning("reading chunks again: %s", error)
-        return fuse(documents, layout, method, room_tokens, begin, past)
+        return once()
 
     def _placed(self, begins: tuple[int, ...], namespace: str | None) -> Documents:
         """Documents behind what a prompt begins with, or behind the template's anchor."""

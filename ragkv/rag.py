@@ -11,10 +11,13 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ragkv.calibration import Calibration
+from ragkv.calibration.folder import calibrate_folder
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
 from ragkv.finding import Finder, Found, SourcedAnswer, streamed
+from ragkv.gate import Gate
 from ragkv.kernels import Impl
 from ragkv.library.differing import warn_of_differences
 from ragkv.library.documents import Documents
@@ -102,6 +105,7 @@ class RAG:
         piece_tokens: int = 512,
         sensitivity: bool | None = None,
         kernels: Impl = "auto",
+        gate: Gate | None = None,
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.
@@ -133,7 +137,7 @@ class RAG:
             cpu_codec: how they are encoded in memory.
             namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
-            context, document_tokens, piece_tokens, sensitivity, kernels: see :class:`~ragkv.Engine`.
+            context, document_tokens, piece_tokens, sensitivity, kernels, gate: see :class:`~ragkv.Engine`.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
                 fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``, ``cache_dir``,
                 ``local_files_only``, ...) hold for tokenizer and configuration too.
@@ -332,6 +336,22 @@ class RAG:
         for hit in hits:
             instance("each of hits", hit, Hit, "a passage that retrieve() found")
         return self.finder.catalogued().chunks(hits)
+
+    def calibrate(self, cases: Iterable[Any], **options: Any) -> Calibration:
+        """Find the cheapest method whose loss against full prefill is proved to be under a bound, on one's own questions.
+
+        If there is one, the folder's prompts are put together by it from now on, as with ``method="calibrated"``.
+
+        Args:
+            cases: questions, or ``{"question": ..., "answers": [...]}``, asked over the documents; or others of
+                :func:`ragkv.calibration.calibrate`.
+            **options: of :func:`ragkv.calibration.calibrate`, and of :class:`ragkv.Retrieval`, as for :meth:`retrieve`.
+
+        Raises:
+            RetrievalError: there are no documents; and as :func:`ragkv.calibration.calibrate`.
+        """
+        catalogue = self.retriever.catalogue
+        return calibrate_folder(self.engine, self.finder, catalogue, self._intake, listed(cases, "cases"), options)
 
     def session(
         self,

@@ -65,6 +65,7 @@ class FusionReport:
         fresh_by_layer: reusable tokens computed, layer by layer.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
+        gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
         rows: ``[R]`` slots of all tokens computed in the last layer, on the device; see :attr:`recomputed`.
         timer: took the times.
     """
@@ -83,6 +84,7 @@ class FusionReport:
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
     looked: str = ""
+    gate: str = ""
     rows: Tensor | None = field(default=None, repr=False, compare=False)
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 

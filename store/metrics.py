@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ragkv.errors import StoreError
@@ -55,6 +55,12 @@ class StoreCollector:
             buckets = [(str(bound), latency.below(bound)) for bound in _BUCKETS_S]
             seconds.add_metric([stage], [*buckets, ("+Inf", latency.count)], latency.total_s)
         yield seconds
+        for name, text, values in (
+            ("checks", "Prompts compared with a full prefill.", {m: item.count for m, item in stats.checks.items()}),
+            ("checks_kl_nats", "Their KL to it, summed.", {m: item.kl for m, item in stats.checks.items()}),
+            ("checks_agreed", "Those of the same first token.", {m: item.agreed for m, item in stats.checks.items()}),
+        ):
+            yield self._family("Counter", f"ragkv_store_{name}", text, values, "method")
         evictions = self._core.CounterMetricFamily(
             "ragkv_store_evictions", "Chunks dropped.", labels=["tier", "reason"]
         )
@@ -63,8 +69,8 @@ class StoreCollector:
                 evictions.add_metric([tier, reason], count)
         yield evictions
 
-    def _family(self, kind: str, name: str, text: str, by_tier: dict[str, int]) -> Any:
-        family = getattr(self._core, f"{kind}MetricFamily")(name, text, labels=["tier"])
-        for tier, value in by_tier.items():
-            family.add_metric([tier], value)
+    def _family(self, kind: str, name: str, text: str, values: Mapping[str, float], label: str = "tier") -> Any:
+        family = getattr(self._core, f"{kind}MetricFamily")(name, text, labels=[label])
+        for value_of, value in values.items():
+            family.add_metric([value_of], value)
         return family

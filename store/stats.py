@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ragkv.errors import RecordError
@@ -77,6 +77,30 @@ class Latency:
         return sum(count for bucket, count in self.buckets.items() if bucket <= bound)
 
 
+@dataclass
+class Checks:
+    """Prompts that were compared with a full prefill.
+
+    Attributes:
+        count: how many there were.
+        kl: the KL of their first tokens to the full prefill's, in nats, summed up.
+        agreed: of how many the first token was the same.
+    """
+
+    count: int = 0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def merge(self, other: Checks) -> None:
+        """Counts those of another, too."""
+        self.count, self.kl, self.agreed = self.count + other.count, self.kl + other.kl, self.agreed + other.agreed
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats, of one; 0 where there were none."""
+        return self.kl / self.count if self.count else 0.0
+
+
 @dataclass(frozen=True)
 class StoreStats:
     """What a store holds now, and what it did since it was opened in this process.
@@ -94,6 +118,7 @@ class StoreStats:
         bytes_read: bytes read from disk.
         bytes_written: bytes of the records written to disk.
         latency: times by stage: ``encode`` and ``write`` of a put, ``find`` and ``load`` (from disk) of a batch.
+        checks: prompts that were compared with a full prefill, by the method that put them together.
     """
 
     entries: dict[str, int]
@@ -108,6 +133,7 @@ class StoreStats:
     bytes_read: int
     bytes_written: int
     latency: dict[str, Latency]
+    checks: dict[str, Checks]
 
 
 class Sample(NamedTuple):
@@ -147,12 +173,13 @@ class Tally:
     bytes_written: int = 0
     evictions: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     latency: defaultdict[str, Latency] = field(default_factory=lambda: defaultdict(Latency))
+    checks: defaultdict[str, Checks] = field(default_factory=lambda: defaultdict(Checks))
     samples: list[Sample] = field(default_factory=list)
 
     @property
     def any(self) -> bool:
         """Whether anything was done."""
-        return bool(self.latency)
+        return bool(self.latency or self.checks)
 
     def count_reads(self, keys: Sequence[bytes], sources: Mapping[bytes, Source], moved: Mapping[bytes, Moved]) -> None:
         """Counts what a batch found; what was moved to memory for it, where it was before."""
@@ -173,6 +200,8 @@ class Tally:
             self.evictions[tier].update(reasons)
         for stage, latency in other.latency.items():
             self.latency[stage].merge(latency)
+        for method, checks in other.checks.items():
+            self.checks[method].merge(checks)
 
     def add_closing(self, done: Tally, at_s: float, entries: int, size_bytes: int) -> None:
         """Adds to a folder's history what a process did that closes it now, and a sample."""
@@ -205,6 +234,7 @@ class Tally:
             latency={
                 stage: Latency(item.count, item.total_s, item.buckets.copy()) for stage, item in self.latency.items()
             },
+            checks={method: replace(item) for method, item in self.checks.items()},
         )
 
     def to_bytes(self) -> bytes:
@@ -237,7 +267,9 @@ class Tally:
             for stage, item in facts["latency"].items():
                 buckets = Counter({int(bucket): int(count) for bucket, count in item["buckets"].items()})
                 tally.latency[stage] = Latency(int(item["count"]), float(item["total_s"]), buckets)
-            tally.samples = [_read_sample(*item) for item in facts.get("samples", [])]  # earlier versions wrote none
+            for method, item in facts.get("checks", {}).items():  # earlier versions wrote none
+                tally.checks[str(method)] = Checks(int(item["count"]), float(item["kl"]), int(item["agreed"]))
+            tally.samples = [_read_sample(*item) for item in facts.get("samples", [])]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"the numbers of a store cannot be read: {error}") from error
         return tally

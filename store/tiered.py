@@ -279,6 +279,17 @@ class TieredStore:
         self._check_open()
         return self._tiers.stats()
 
+    def count_check(self, method: str, kl: float, agreed: bool) -> None:
+        """Count a prompt that was compared with a full prefill, for :meth:`stats`.
+
+        Args:
+            method: that put it together.
+            kl: of its first token to the full prefill's, in nats.
+            agreed: whether the first token is the same.
+        """
+        self._check_open()
+        self._tiers.count_check(method, kl, agreed)
+
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""
         self._check_open()

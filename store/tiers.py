@@ -19,7 +19,7 @@ from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.rows import Row
 from ragkv.store.source import Source
-from ragkv.store.stats import Moved, StoreStats, Tally
+from ragkv.store.stats import Checks, Moved, StoreStats, Tally
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Tier
 
@@ -227,6 +227,11 @@ class Tiers:
             with self.lock:
                 self.tally.bytes_read += count
                 self.tally.latency["load"].add(seconds)
+
+    def count_check(self, method: str, kl: float, agreed: bool) -> None:
+        """Counts a prompt that was compared with a full prefill."""
+        with self.lock:
+            self.tally.checks[method].merge(Checks(1, kl, int(agreed)))
 
     def after_fork(self) -> None:
         """In a child: whatever thread held a lock is not in it, and the parent's batches and numbers are not its own."""

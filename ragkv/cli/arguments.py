@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkv import __version__
-from ragkv.cli import care, evaluating, filters, searching
+from ragkv.cli import calibrating, care, evaluating, filters, searching
 from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, schema_of_file, text_of_file
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     )
     care.add_commands(command)
     evaluating.add_command(commands.add_parser)
+    calibrating.add_command(command, model, _storage(), bar, searching.options())
     return top
 
 

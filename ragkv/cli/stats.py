@@ -68,6 +68,10 @@ def _history(done: Tally) -> dict[str, Any]:
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "evictions": {tier: dict(reasons) for tier, reasons in done.evictions.items() if reasons},
+        "checks": {
+            method: {"count": item.count, "mean_kl": item.mean_kl, "agreed": item.agreed}
+            for method, item in done.checks.items()
+        },
         "latency_ms": {
             stage: {"count": item.count, "median": item.median_s * 1e3, "p95": item.p95_s * 1e3}
             for stage, item in done.latency.items()
@@ -100,6 +104,13 @@ def _show_history(done: dict[str, Any]) -> None:
         ]
         print()
         show.table([("evicted from", "reason", "chunks"), *evicted], left=2)
+    if done["checks"]:
+        checked = [
+            (method, f"{item['count']:,}", f"{item['mean_kl']:.3f}", f"{item['agreed'] / item['count']:.1%}")
+            for method, item in done["checks"].items()
+        ]
+        print()
+        show.table([("checked against full prefill", "prompts", "mean KL", "same first token"), *checked])
     if done["latency_ms"]:
         times = [
             (stage, f"{item['count']:,}", show.milliseconds(item["median"]), show.milliseconds(item["p95"]))

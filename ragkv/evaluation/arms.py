@@ -16,7 +16,7 @@ from ragkv.errors import MethodError
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.fusion.view import View
-from ragkv.methods import FullPrefill, Method, Random, Reuse
+from ragkv.methods import Calibrated, FullPrefill, Method, Random, Reuse
 from ragkv.methods.words import knobs_of, known_methods, parse_method
 
 #: What chunks were read behind: the prefix alone, or their own document's earlier text too.
@@ -127,7 +127,7 @@ def default_arms(budgets: Sequence[float]) -> list[Arm]:
     """Special arms, every method of ``ragkv.methods`` at every budget on both contexts, what papers run, and controls for it."""
     arms = [arm for arm in special_arms() if arm.name not in _RARE]
     for name, kind in known_methods().items():
-        if kind is not FullPrefill:
+        if kind not in (FullPrefill, Calibrated):
             arms += [arm for context in CONTEXTS for arm in _budgeted(name, context, budgets)]
     for paper in _PAPERS:
         arms += [*_parse(paper, budgets), *_parse(f"{RANDOM}={paper}", budgets)]

@@ -7,8 +7,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
+from ragkv.closeness import divergence as divergence
+from ragkv.closeness import same_top as same_top
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -38,18 +38,6 @@ def f1(answer: str, gold: Sequence[str]) -> float:
 def rouge_l(answer: str, gold: Sequence[str]) -> float:
     """F-measure over the longest common subsequence of words, the best over the gold answers (Lin, 2004)."""
     return _f_measure(_common_subsequence, answer, gold)
-
-
-def divergence(reference: Tensor, other: Tensor) -> float:
-    """KL(reference || other) in nats of two next-token distributions, given as logits ``[1, V]``."""
-    p, q = (logits.double().log_softmax(-1) for logits in (reference, other))
-    # Clamped at 0: rounding may take the sum of two equal distributions a little below.
-    return max(0.0, float((p.exp() * (p - q)).nan_to_num(0.0).sum()))
-
-
-def same_top(reference: Tensor, other: Tensor) -> float:
-    """1 if both logits ``[1, V]`` have their maximum at the same token."""
-    return float(torch.equal(reference.argmax(-1), other.argmax(-1)))
 
 
 def _f_measure(common: Callable[[list[str], list[str]], int], answer: str, gold: Sequence[str]) -> float:

@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 _CONFIGURATION = "configuration "
 # Their values say nothing to people.
 _TOKENS = "tokenizer or the template's before_chunk and after_chunk"
-_PLAIN = {"model", "weights", "template prefix", _TOKENS}
+_PLAIN = {
+    *("model", "weights", "template prefix", _TOKENS),
+    *("template around passages, question and answer", "foreign text"),
+}
 
 
 def described(documents: Documents) -> dict[str, str]:

@@ -140,6 +140,14 @@ class Documents:
             keep_last(self._others, key, other, _OTHERS)
         return other
 
+    def over(self, store: TieredStore, sensitivity: bool) -> Documents:
+        """Documents read in the same way and kept in another store: nothing of them comes into this one."""
+        other = copy(self)
+        other.store, other._measured = store, sensitivity
+        other._readers, other._costs, other._others = {}, {}, {}
+        other._cut_as(self.namespace)
+        return other
+
     def everywhere(self) -> list[Documents]:
         """These, and those of other namespaces and anchors that something is kept of."""
         return [self, *list(self._others.values())]

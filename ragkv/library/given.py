@@ -1,11 +1,15 @@
-"""Lists that are given: one text or one chunk in the place of a list is refused."""
+"""What is given: one text or one chunk in the place of a list is refused, and what an engine is not made of."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ragkv.chunk import Chunk
-from ragkv.errors import PromptError, instance
+from ragkv.errors import ArgumentTypeError, PromptError, instance
+from ragkv.prompt import PromptTemplate
+from ragkv.store import TieredStore
 
 
 def several(items: Sequence, what: str) -> list:
@@ -21,3 +25,25 @@ def several_chunks(items: Sequence[Chunk], what: str) -> list[Chunk]:
     for chunk in chunks:
         instance(f"each of {what}", chunk, Chunk, "a ragkv.Chunk, as add() and add_document() return them")
     return chunks
+
+
+def check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:
+    """Check what an engine is made of.
+
+    Raises:
+        ArgumentTypeError: something is not what it must be.
+    """
+    if isinstance(model, str | os.PathLike):
+        raise ArgumentTypeError(
+            f"model must be a transformers model, got the name {os.fspath(model)!r}: load it first with "
+            "AutoModelForCausalLM.from_pretrained(...), or use ragkv.RAG.from_pretrained(...)"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise ArgumentTypeError(
+            f"tokenizer must be a transformers tokenizer, got {tokenizer!r:.80}: load it first with "
+            "AutoTokenizer.from_pretrained(...)"
+        )
+    instance("store", store, TieredStore | None, "a ragkv.TieredStore, as ragkv.TieredStore('kv/')")
+    instance(
+        "template", template, PromptTemplate | None, "a ragkv.PromptTemplate, as ragkv.PromptTemplate(prefix='...')"
+    )

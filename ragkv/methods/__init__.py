@@ -3,6 +3,7 @@
 from ragkv.methods.auto import Auto
 from ragkv.methods.base import Method
 from ragkv.methods.cache_blend import CacheBlend
+from ragkv.methods.calibrated import Calibrated
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.lego_link import LegoLink
 from ragkv.methods.oracle import Oracle
@@ -15,6 +16,7 @@ from ragkv.methods.union import Union
 __all__ = [
     "Auto",
     "CacheBlend",
+    "Calibrated",
     "FullPrefill",
     "LegoLink",
     "Method",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -69,6 +69,12 @@ class Runner:
             if self._turns.depth == 1 or not self._fingerprint:
                 self._look()
             yield self._fingerprint
+
+    def idle(self, seconds: float, stop: Event) -> bool:
+        """Whether nobody runs the model for so long from now on; waits for it, or until it is stopped."""
+        before = self._turns.taken
+        stop.wait(seconds)
+        return self._turns.free and self._turns.taken == before
 
     @property
     def fingerprint(self) -> str:

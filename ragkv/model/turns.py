@@ -25,6 +25,7 @@ class Turns:
     def __init__(self, config: PreTrainedConfig):
         self.config = config
         self.depth = 0  # how often the thread whose turn it is has entered
+        self.taken = 0  # how many turns there were
         self._owner: int | None = None
         self._guard = Lock()
         self._waiting: deque[tuple[int, Lock]] = deque()
@@ -38,6 +39,7 @@ class Turns:
         with self._guard:
             if self._owner is None:
                 self._owner, self.depth = me, 1
+                self.taken += 1
                 return
             gate.acquire()
             self._waiting.append((me, gate))
@@ -60,6 +62,11 @@ class Turns:
                 self._pass_on()
 
     @property
+    def free(self) -> bool:
+        """Whether nobody has or wants it just now."""
+        return self._owner is None and not self._waiting
+
+    @property
     def mine(self) -> bool:
         """Whether it is this thread's turn."""
         return self._owner == get_ident()
@@ -74,6 +81,7 @@ class Turns:
         if self._waiting:
             self._owner, gate = self._waiting.popleft()
             self.depth = 1
+            self.taken += 1
             gate.release()
         else:
             self._owner = None

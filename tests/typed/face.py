@@ -17,6 +17,7 @@ from ragkv.report import ChunkReport
 ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.ArgumentError,
     ragkv.ArgumentTypeError,
+    ragkv.CalibrationError,
     ragkv.ConversationError,
     ragkv.DocumentError,
     ragkv.IncompatibleFolderError,
@@ -39,6 +40,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
 METHODS: Sequence[ragkv.Method] = (
     ragkv.Auto(),
     ragkv.CacheBlend(ratio=0.15),
+    ragkv.Calibrated(),
     ragkv.FullPrefill(),
     ragkv.LegoLink(k=16),
     ragkv.Oracle(),
@@ -74,7 +76,7 @@ def tell(progress: ragkv.Progress) -> None:
 def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     store = ragkv.TieredStore("kv/", cpu_bytes=32 << 30, disk_bytes=500 << 30)
     template = ragkv.PromptTemplate(prefix=[1], after_chunk="\n")
-    with ragkv.Engine(model, tokenizer, store=store, template=template, method=Own()) as made:
+    with ragkv.Engine(model, tokenizer, store=store, template=template, method=Own(), gate=ragkv.Gate()) as made:
         assert_type(made, ragkv.Engine)
         chunks = assert_type(made.add_document(["a", [1, 2]]), list[ragkv.Chunk])
         assert_type(made.add(["a passage"]), list[ragkv.Chunk])
@@ -102,6 +104,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
             assert_type(piece, str)
         assert_type(made.generate_many([(chunks, "a question?")], at_once=2), list[ragkv.Answer])
         assert_type(made.forget(chunks), int)
+        assert_type(made.calibrate([(chunks, "a question?")], kl=0.1).chosen, str)
 
     kv = store.get(b"key")
     if kv is not None:
