@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     templates()  # hours of work should not end without a report
     upwards = metric(args.metric or ("em" if args.max_new_tokens else "kl_chunks"))
     arms = parse_arms(args.arms, args.budgets)
-    form, cases = read_cases(CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words, args.retrieve)
+    form, cases = read_cases(
+        CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words, args.retrieve, args.limit
+    )
     if args.instruction is None:
         args.instruction = brief(form, cases)
     plan = Plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bz2
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,9 @@ def brief(name: str, cases: Sequence[Case]) -> str:
     return _BRIEF[cases[0].language] if known else ""
 
 
-def read_cases(path: str | Path, chunk_words: int = 512, top_k: int | None = None) -> tuple[str, list[Case]]:
+def read_cases(
+    path: str | Path, chunk_words: int = 512, top_k: int | None = None, limit: int | None = None
+) -> tuple[str, list[Case]]:
     """Read a file of one of :data:`FORMS`, JSON or JSON lines.
 
     Args:
@@ -73,6 +75,7 @@ def read_cases(path: str | Path, chunk_words: int = 512, top_k: int | None = Non
         chunk_words: longer passages are cut into chunks of at most so many words; not those of the native form.
         top_k: passages that are retrieved for a question (:func:`ragkv.evaluation.retrieving.retrieve`); what the data says by
             default, and 5 where it says nothing (SQuAD).
+        limit: passages are retrieved for so many questions that have an answer, and what stands behind them is left out.
 
     Returns:
         The form's name, and the cases.
@@ -107,7 +110,17 @@ def read_cases(path: str | Path, chunk_words: int = 512, top_k: int | None = Non
             raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
     if top_k is None and not form.pooled:
         return form.name, cases
-    return form.name, list(retrieve(cases, top_k or _TOP_K, pooled=form.pooled))
+    return form.name, list(_first(limit, retrieve(cases, top_k or _TOP_K, pooled=form.pooled)))
+
+
+def _first(count: int | None, cases: Iterable[Case]) -> Iterator[Case]:
+    """Cases up to so many that have an answer."""
+    for case in cases:
+        yield case
+        if count is not None and any(case.answers):
+            count -= 1
+            if not count:
+                return
 
 
 def _records(text: str) -> list[Any]:

@@ -18,7 +18,7 @@ def retrieve(
     """Cases with the passages that are found for their questions, by vectors and words, best first.
 
     Args:
-        cases: those without question, or with an empty passage, stay as they are.
+        cases: those without question or answer, or with an empty passage, stay as they are.
         top_k: passages for each; a case that has no more keeps its own, in their order.
         pooled: look among the documents of all cases, instead of the case's own.
         embedder: the offline one by default.
@@ -55,7 +55,7 @@ def _found(cases: Sequence[Case], top_k: int, embedder: Callable[[], Embedder]) 
         for document, places in documents.items():
             retriever.add(str(document), [cases[0].text(place) for place in places])
         for case in cases:
-            if not case.question.strip():
+            if not (case.question.strip() and any(case.answers)):
                 yield case
                 continue
             hits = retriever.search(case.question, top_k, hybrid=True)

@@ -152,6 +152,8 @@ def test_passages_are_retrieved_from_all_articles(tmp_path, monkeypatch):
     assert [other.text(place) for place in other.retrieved] == ["The cedar is cedar."]
     assert other.gold == ()  # it stands in a document that was not found
     assert len(read(tmp_path, *articles)[1][0].retrieved) == 5
+    articles[0]["paragraphs"][1]["qas"] = [{**asked, "id": "d", "answers": [], "is_impossible": True}]
+    assert [case.id for case in read(tmp_path, *articles, limit=2)[1]] == ["c", "d", "a"]  # searched for no more
 
     _, (case,) = read(tmp_path, {**RECORDS["ragkv"], "question": "harp"}, top_k=1)
     assert [case.text(place) for place in case.retrieved] == ["She plays the harp."] and case.gold == ((0, 1),)
