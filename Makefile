@@ -14,8 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,offline,pdf,triton,langchain,llamaindex,haystack,files]"
 	touch $@
 
+# make demo MODEL=path: the same with a model of your own.
 demo: $(READY)
-	$(BIN)/ragkv demo
+	$(BIN)/ragkv demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadfile

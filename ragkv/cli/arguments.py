@@ -45,8 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "demo",
         method,
         searching.options(top_k=3, neighbours=2, hybrid=True, hops=2),
-        summary="Let the bundled model read the bundled documents and answer questions.",
+        summary="Let the bundled model, or yours, read the bundled documents and answer questions.",
     )
+    demo.add_argument("--model", default="bundled", metavar="PATH", help="a transformers decoder's (default: bundled)")
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
 
     reading = (model, _storage(), bar)

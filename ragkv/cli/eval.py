@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
 from ragkv.evaluation import Bench, Plan, evaluate, parse_arms, read_cases
+from ragkv.evaluation.formats import brief
 from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.report import page, tables, templates
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
@@ -23,8 +26,13 @@ from ragkv.model.loading import BUNDLED, load_model
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     templates()  # hours of work should not end without a report
-    upwards, arms = metric(args.metric), parse_arms(args.arms, args.budgets)
-    form, cases = read_cases(CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words)
+    upwards = metric(args.metric or ("em" if args.max_new_tokens else "kl_chunks"))
+    arms = parse_arms(args.arms, args.budgets)
+    form, cases = read_cases(
+        CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words, args.retrieve, args.limit
+    )
+    if args.instruction is None:
+        args.instruction = brief(form, cases)
     plan = Plan(
         model=args.model,
         data=f"{Path(args.data).name} ({form})",
@@ -34,21 +42,23 @@ def run(args: argparse.Namespace) -> int:
         orders=args.orders,
         timed=args.timed,
         seed=args.seed,
+        time_limit_s=args.time_limit,
         command=shlex.join(["ragkv", *args.argv]),
     )
     bench = _bench(args)
     folder = Path(args.out).expanduser()
     path = folder / "report.html"
     passed = show.hint if args.json else print  # --json keeps stdout for its object
-    result = evaluate(
-        bench,
-        plan,
-        folder,
-        passed=lambda gate: passed(_said(gate)),
-        progress=_progress,
-        jobs=args.jobs,
-        make_bench=partial(_bench, args),
-    )
+    with _terminable():
+        result = evaluate(
+            bench,
+            plan,
+            folder,
+            passed=lambda gate: passed(_said(gate)),
+            progress=_progress,
+            jobs=args.jobs,
+            make_bench=partial(_bench, args),
+        )
     path.write_text(page(result.summary, result.tokens, upwards), encoding="utf-8")
     (folder / "tables.md").write_text(tables(result.summary, upwards), encoding="utf-8")
     if args.json:
@@ -56,7 +66,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(result.summary, upwards)
         print(f"\nreport: {path}")
-    return 0
+    return 130 if result.interrupted else 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, with a report of what there is."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bench(args: argparse.Namespace) -> Bench:
@@ -66,9 +86,11 @@ def _bench(args: argparse.Namespace) -> Bench:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.model == BUNDLED or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
-    model, tokenizer, template, foreign = load_model(args.model, None, {})
+    options = {} if args.dtype is None else {"dtype": args.dtype}
+    model, tokenizer, template, foreign = load_model(args.model, None, options)
     foreign = foreign if args.foreign is None else args.foreign
-    return Bench(model, tokenizer, template, max_new_tokens=args.max_new_tokens, foreign=foreign)
+    options = {"max_new_tokens": args.max_new_tokens, "instruction": args.instruction, "foreign": foreign}
+    return Bench(model, tokenizer, template, **options)
 
 
 def _said(gate: Gate) -> str:
@@ -87,6 +109,9 @@ def _show(summary: dict[str, Any], upwards: Metric) -> None:
     names = list(summary["slices"])
     heads = [("arm", *names), ("cases", *[f"{summary['slices'][name]}" for name in names])]
     show.table([*heads, *[(arm["name"], *[_mean(arm, name, upwards) for name in names]) for arm in _ran(summary)]])
+    if summary["stopped"]:
+        asked = show.number(summary["slices"][ALL], "case")
+        print(f"\nstopped after {asked} of {summary['cases']}; the same command goes on from there")
     for why, count in summary["left_out"].items():
         print(f"\nleft out: {show.number(count, 'case')}, {why}")
     for arm in summary["arms"]:
@@ -116,12 +141,11 @@ _HEAD = (
 
 def _row(arm: dict[str, Any]) -> tuple[str, ...]:
     cost, scores = arm["cost"], arm["scores"][ALL]
-    _, low, high, _ = scores["em"]
     return (
         arm["name"],
         str(arm["n"]),
         _mean(arm, ALL, METRICS["em"]),
-        f"{100 * low:.0f}-{100 * high:.0f}",
+        f"{100 * scores['em'][1]:.0f}-{100 * scores['em'][2]:.0f}" if "em" in scores else "",
         *[
             _mean(arm, ALL, METRICS[name])
             for name in ("f1", "perplexity", "kl_chunks", "kl_documents", "same_documents")

@@ -10,8 +10,8 @@ from ragkv.cli.values import FOREIGN_HELP, at_least, share, text_of_file
 _SUMMARY = "Measure how well and how fast methods answer, on the bundled model or on your own model and data."
 
 _DATA_HELP = (
-    "'bundled', or a file of JSON or JSON lines: LongBench, CacheBlend, HotpotQA, 2WikiMultihopQA, MuSiQue, RULER, or ragkv's own "
-    "form; which one is seen from its content (default: bundled)"
+    "'bundled', or a file of JSON or JSON lines: LongBench, CacheBlend, HotpotQA, 2WikiMultihopQA, MuSiQue, RULER, SQuAD, or "
+    "ragkv's own form; which one is seen from its content (default: bundled)"
 )
 
 _ARMS_HELP = (
@@ -32,7 +32,19 @@ _COUNTS = (
         "processes that ask cases side by side, each with the model and its share of the cores (default: 1)",
     ),
     ("--timed", 0, 4, "cases timed cold and from disk too (default: 4)"),
-    ("--max-new-tokens", 1, 32, "the longest answer (default: 32)"),
+    (
+        "--max-new-tokens",
+        0,
+        32,
+        "the longest answer; 0: no answers, only the first token against full prefill, which is quick (default: 32)",
+    ),
+    (
+        "--retrieve",
+        1,
+        None,
+        "passages to find for each question, where the data has more (default: as the data says; SQuAD: 5)",
+    ),
+    ("--time-limit", 1, None, "stop after N seconds and write the report; the same command goes on"),
     ("--chunk-words", 1, 512, "longer passages, of data that is not cut yet, are cut after N words (default: 512)"),
 )
 
@@ -56,7 +68,17 @@ def add_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="SHARE",
         help="shares of tokens at which methods are run (default: 0.05 0.1 0.15 0.3)",
     )
-    command.add_argument("--metric", default="em", help="what the plots show upwards (default: em)")
+    command.add_argument("--metric", help="what the plots show upwards (default: em; without answers kl_chunks)")
+    command.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="stands between passages and question; '' for none (default: asks for a short answer where the data has those)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="of the weights (default: as the model was saved)",
+    )
     command.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
     for name, least, default, what in _COUNTS:
         command.add_argument(name, type=at_least(least), default=default, metavar="N", help=what)

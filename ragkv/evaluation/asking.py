@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -48,20 +49,18 @@ class Task:
     seed: int
 
 
-def ask(bench: Bench, task: Task) -> Iterator[list[Row]]:
-    """The rows of each of a task's prompts."""
+def ask(bench: Bench, task: Task) -> Iterator[Row]:
+    """The rows of a task's prompts."""
     reading = bench.read(task.case)
     try:
         for prompt in task.prompts:
             group = Group(bench, prompt.case, prompt.order, reading, prompt.charged)
-            yield list(group.rows(prompt.arms, task.seed))
+            yield from group.rows(prompt.arms, task.seed)
     finally:
         bench.forget(reading)
 
 
-def ask_all(
-    tasks: Sequence[Task], bench: Bench, jobs: int, make_bench: MakeBench | None
-) -> Iterator[Iterator[list[Row]]]:
+def ask_all(tasks: Sequence[Task], bench: Bench, jobs: int, make_bench: MakeBench | None) -> Iterator[Iterator[Row]]:
     """The rows of each task, in order; with several ``jobs`` each process has a bench of its own and its share of the cores."""
     if jobs == 1 or make_bench is None or not tasks:
         yield from (ask(bench, task) for task in tasks)
@@ -76,11 +75,12 @@ def ask_all(
 
 def _start(make_bench: MakeBench, threads: int, case: Case) -> None:
     global _own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(threads)
     _own = make_bench()
     _own.warm_up(case)
 
 
-def _ask(task: Task) -> list[list[Row]]:
+def _ask(task: Task) -> list[Row]:
     assert _own is not None
     return list(ask(_own, task))

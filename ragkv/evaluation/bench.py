@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragkv.chunk import Chunk
+from ragkv.detokenizer import cut, stop_texts
 from ragkv.engine import Engine
 from ragkv.errors import MethodError, PromptError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation.answering import Reply, reply
@@ -79,7 +80,8 @@ class Bench:
         model: as for :class:`ragkv.Engine`.
         tokenizer: cases are texts, so there must be one.
         template: the prompt's parts.
-        max_new_tokens: tokens of the longest answer.
+        max_new_tokens: tokens of the longest answer; with 0 nothing is answered, only the next token's distribution is compared.
+        instruction: stands between passages and question, so that no document's KV depend on it; asks for short answers, say.
         store: where KV are kept; CPU memory by default.
         measured: measure how sensitive tokens are when documents are read, for methods that need it.
         foreign: a text to measure it with, see :class:`ragkv.documents.Documents`.
@@ -95,18 +97,21 @@ class Bench:
         template: PromptTemplate | None = None,
         *,
         max_new_tokens: int = 32,
+        instruction: str = "",
         store: TieredStore | None = None,
         measured: bool = True,
         foreign: str | None = None,
     ):
-        if max_new_tokens < 1:
-            raise EvaluationError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+        if max_new_tokens < 0:
+            raise EvaluationError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
         # Nothing is evicted, so no policy needs to know what prefilling costs.
         held = TieredStore(policy="lru") if store is None else store
-        self.engine = Engine(model, tokenizer, template=template, store=held, sensitivity=measured, foreign=foreign)
+        asked = _instructed(template or PromptTemplate.default(tokenizer), instruction)
+        self.engine = Engine(model, tokenizer, template=asked, store=held, sensitivity=measured, foreign=foreign)
         self.tokenizer, self.max_new_tokens, self.foreign = tokenizer, max_new_tokens, foreign
+        self.instruction = instruction
         self.unrotated = without_rotation(self.engine)
-        self.ends = _end_ids(model, tokenizer)
+        self.ends = _end_ids(model, tokenizer, self.engine.encoder.ids(asked.after_question, trusted=True))
         # Behind ragkv's own plain "Answer:" a word comes with its space; chat templates end where the answer begins.
         plain = template is None and not getattr(tokenizer, "chat_template", None)
         self._before_answer = " " if plain else ""
@@ -180,7 +185,7 @@ class Bench:
         """Fuse and answer."""
         prompt, ttft_ms = self.fuse(chunks, case, method, rotated)
         said = reply(self.engine.decoder, prompt, self.gold_ids(case), self.ends, self.max_new_tokens)
-        text = self.engine.encoder.decode(said.ids).strip()
+        text = cut(self.engine.encoder.decode(said.ids), stop_texts(self.engine.template.stop)).strip()
         return Outcome(prompt.input_ids[0], prompt.logits, said, text, prompt.report, ttft_ms)
 
     def warm_up(self, case: Case) -> None:
@@ -200,7 +205,21 @@ def without_rotation(engine: Engine) -> Engine:
     return twin
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _instructed(template: PromptTemplate, instruction: str) -> PromptTemplate:
+    if not instruction:
+        return template
+    if not isinstance(template.before_question, str):
+        raise EvaluationError(
+            "an instruction stands in front of the template's before_question, which must then be a text"
+        )
+    return replace(template, before_question=f"{instruction}\n\n{template.before_question}")
+
+
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase, behind: Sequence[int]) -> frozenset[int]:
+    """What ends an answer: the end tokens of model and tokenizer, and the token with which a chat template ends a turn."""
     known = getattr(model.generation_config, "eos_token_id", None)
     listed = known if isinstance(known, list) else [known]
-    return frozenset(int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None)
+    turn = next(
+        (i for i in behind if i in tokenizer.all_special_ids), None
+    )  # the question's turn ends as the answer's does
+    return frozenset(int(i) for i in (*listed, tokenizer.eos_token_id, turn) if i is not None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ragkv.chunk import digest
 from ragkv.evaluation.errors import EvaluationError
+from ragkv.evaluation.metrics import LANGUAGES
 
 #: A chunk of a case: number of its document, number of the chunk in it.
 Place = tuple[int, int]
@@ -27,6 +28,7 @@ class Case:
         retrieved: the chunks that the prompt holds, in the order of the prompt.
         gold: the chunks that the answer rests on, in document order; empty where the data does not say.
         ordered: the answer hangs on the order of the chunks, so that they are never shuffled.
+        language: of the answers, one of :data:`ragkv.evaluation.metrics.LANGUAGES`.
     """
 
     id: str
@@ -37,8 +39,13 @@ class Case:
     retrieved: tuple[Place, ...]
     gold: tuple[Place, ...] = ()
     ordered: bool = False
+    language: str = "en"
 
     def __post_init__(self) -> None:
+        if self.language not in LANGUAGES:
+            raise EvaluationError(
+                f"case {self.id}: language must be one of {', '.join(LANGUAGES)}, got {self.language!r}"
+            )
         for document, chunk in (*self.retrieved, *self.gold):
             if not (0 <= document < len(self.documents) and 0 <= chunk < len(self.documents[document])):
                 raise EvaluationError(
@@ -77,6 +84,17 @@ class Case:
             retrieved = list(self.retrieved)
             random.Random(f"{seed}/{self.id}/{order}").shuffle(retrieved)
             yield order, replace(self, retrieved=tuple(retrieved))
+
+
+def narrowed(case: Case, places: Sequence[Place]) -> Case:
+    """The case with these chunks retrieved, in their order, and without the documents that none of them is of."""
+    kept = {document: number for number, document in enumerate(dict.fromkeys(document for document, _ in places))}
+    return replace(
+        case,
+        documents=tuple(case.documents[document] for document in kept),
+        retrieved=tuple((kept[document], chunk) for document, chunk in places),
+        gold=tuple((kept[document], chunk) for document, chunk in case.gold if document in kept),
+    )
 
 
 def everything(documents: Iterable[Iterable[str]]) -> tuple[Place, ...]:

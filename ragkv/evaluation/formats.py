@@ -5,17 +5,22 @@ from __future__ import annotations
 import bz2
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ragkv.evaluation.cases import Case, Place, everything
 from ragkv.evaluation.errors import EvaluationError
+from ragkv.evaluation.metrics import language_of
+from ragkv.evaluation.retrieving import retrieve
 
 Record = dict[str, Any]
 _PASSAGE = re.compile(r"^Passage \d+:\n", re.MULTILINE)
 _DOCUMENT = re.compile(r"^Document \d+:\n?", re.MULTILINE)
+#: Data sets of LongBench whose answers are summaries or reports.
+_LONG_ANSWERS = ("gov_report", "qmsum", "multi_news", "vcsum", "samsum", "dureader")
+_TOP_K = 5  # passages, where the data does not say which were retrieved
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -28,25 +33,56 @@ class Form:
         fields: what a record of this form has.
         parse: what a record says: the fields of a :class:`Case`, or of ``documents`` some as texts that are not cut yet, and as
             ``supporting`` the numbers of those that the answer rests on.
+        questions: a record with several questions as several records, for ``parse``.
+        brief: whether its answers are a few words.
+        pooled: whether all documents of the file are what a question is asked about, so that passages have to be retrieved.
     """
 
     name: str
     fields: tuple[str, ...]
     parse: Callable[[Record], dict[str, Any]]
+    questions: Callable[[Record], Iterable[Record]] = lambda record: [record]
+    brief: bool = True
+    pooled: bool = False
 
 
-def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case]]:
+#: Asks for the shortest answer, by language; LongBench's words (arXiv:2308.14508).
+_BRIEF = {
+    "en": "Only give me the answer and do not output any other words.",
+    "de": "Gib mir nur die Antwort und keine anderen Wörter aus.",
+    "zh": "只给我答案，不要输出任何其他字词。",  # noqa: RUF001 (Chinese punctuation)
+}
+
+
+def brief(name: str, cases: Sequence[Case]) -> str:
+    """What asks for the shortest answer in the language of the data; empty where answers are not a few words.
+
+    Args:
+        name: of the form.
+        cases: of the data.
+    """
+    known = {form.name: form.brief for form in FORMS}[name] and cases[0].kind not in _LONG_ANSWERS
+    return _BRIEF[cases[0].language] if known else ""
+
+
+def read_cases(
+    path: str | Path, chunk_words: int = 512, top_k: int | None = None, limit: int | None = None
+) -> tuple[str, list[Case]]:
     """Read a file of one of :data:`FORMS`, JSON or JSON lines.
 
     Args:
         path: the file; packed with bzip2 where its name ends in ``.bz2``.
         chunk_words: longer passages are cut into chunks of at most so many words; not those of the native form.
+        top_k: passages that are retrieved for a question (:func:`ragkv.evaluation.retrieving.retrieve`); what the data says by
+            default, and 5 where it says nothing (SQuAD).
+        limit: passages are retrieved for so many questions that have an answer, and what stands behind them is left out.
 
     Returns:
         The form's name, and the cases.
 
     Raises:
         EvaluationError: the file is of no known form, or a record is not of the first one's form.
+        MissingPackageError: passages are to be retrieved, and the offline embedder is not installed.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -63,15 +99,28 @@ def read_cases(path: str | Path, chunk_words: int = 512) -> tuple[str, list[Case
         raise EvaluationError(
             f"{path} is of no known form; {first}. Expected JSON or JSON lines whose records have the fields of one of: {known}"
         )
-    cases = []
+    cases: list[Case] = []
     for number, record in enumerate(records):
         if not _fits(record, form):
             raise EvaluationError(f"{path}: record {number + 1} is not of the form {form.name}: {str(record)[:160]!r}")
         try:
-            cases.append(_case(number, chunk_words, **form.parse(record)))
+            for asked in form.questions(record):
+                cases.append(_case(len(cases), chunk_words, **form.parse(asked)))
         except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
-    return form.name, cases
+    if top_k is None and not form.pooled:
+        return form.name, cases
+    return form.name, list(_first(limit, retrieve(cases, top_k or _TOP_K, pooled=form.pooled)))
+
+
+def _first(count: int | None, cases: Iterable[Case]) -> Iterator[Case]:
+    """Cases up to so many that have an answer."""
+    for case in cases:
+        yield case
+        if count is not None and any(case.answers):
+            count -= 1
+            if not count:
+                return
 
 
 def _records(text: str) -> list[Any]:
@@ -153,6 +202,7 @@ def _longbench(record: Record) -> dict[str, Any]:
         "kind": str(record.get("dataset") or "longbench"),
         "question": str(record["input"]),
         "answers": record["answers"],
+        "language": str(record.get("language") or "en"),
     }
 
 
@@ -217,15 +267,40 @@ def _native(record: Record) -> dict[str, Any]:
         "question": record["question"],
         "answers": record["answers"],
         "ordered": bool(record.get("ordered", False)),
+        "language": str(record.get("language", "en")),
+    }
+
+
+def _asked(article: Record) -> list[Record]:
+    """SQuAD has a record for an article, with its questions at their paragraphs."""
+    return [
+        {**article, **asked, "at": at}
+        for at, paragraph in enumerate(article["paragraphs"])
+        for asked in paragraph["qas"]
+    ]
+
+
+def _squad(record: Record) -> dict[str, Any]:
+    first, *rest = [paragraph["context"] for paragraph in record["paragraphs"]]
+    chunks = [_titled(str(record.get("title") or "").replace("_", " "), first), *rest]
+    return {
+        "documents": [chunks],
+        "gold": [(0, record["at"])],
+        "id": record.get("id"),
+        "kind": "squad",
+        "question": str(record["question"]),
+        "answers": [] if record.get("is_impossible") else list(dict.fromkeys(a["text"] for a in record["answers"])),
+        "language": language_of(" ".join(chunks)),
     }
 
 
 FORMS = (
-    Form("ragkv", ("question", "answers", "documents"), _native),
+    Form("ragkv", ("question", "answers", "documents"), _native, brief=False),
     Form("CacheBlend", ("ctxs", "question", "answers"), _cacheblend),
     Form("LongBench", ("input", "context", "answers"), _longbench),
     Form("MuSiQue", ("paragraphs", "question", "answer"), _musique),
     Form("HotpotQA or 2WikiMultihopQA", ("context", "question", "answer"), _hotpot),
-    Form("RULER", ("input", "outputs"), _ruler),
+    Form("RULER", ("input", "outputs"), _ruler, brief=False),
+    Form("SQuAD", ("paragraphs",), _squad, _asked, pooled=True),
 )
 """Every form that is read; a record fits the first one whose fields it has."""

@@ -4,45 +4,70 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ragkv.closeness import divergence as divergence
 from ragkv.closeness import same_top as same_top
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+#: Articles by language: SQuAD's (arXiv:1606.05250) and MLQA's (arXiv:1910.07475). What else a language needs is in :func:`words`.
+_ARTICLES = {
+    "en": re.compile(r"\b(a|an|the)\b"),
+    "de": re.compile(r"\b(ein|eine|einen|eines|einer|einem|der|die|das|den|dem|des)\b"),
+}
+LANGUAGES = (*_ARTICLES, "zh")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CJK = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff])")
 
 
-def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces: the normalisation of SQuAD (arXiv:1606.05250)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+def words(text: str, language: str = "en") -> list[str]:
+    """Words in lower case, without punctuation and articles, as SQuAD counts them; outside English as MLQA does.
+
+    Args:
+        text: an answer.
+        language: one of :data:`LANGUAGES`. In Chinese every character is a word.
+    """
+    text = text.lower()
+    if language == "en":
+        text = text.translate(_NO_PUNCTUATION)
+    else:
+        text = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
+    text = _CJK.sub(r" \1 ", text) if language == "zh" else _ARTICLES[language].sub(" ", text)
+    return text.split()
 
 
-def exact_match(answer: str, gold: Sequence[str]) -> float:
+def language_of(text: str) -> str:
+    """The language of :data:`LANGUAGES` that a text is most likely in: Chinese by its characters, else by the articles in it."""
+    if len(_CJK.findall(text)) > len(text) / 10:
+        return "zh"
+    return max(_ARTICLES, key=lambda language: len(_ARTICLES[language].findall(text.lower())))
+
+
+def exact_match(answer: str, gold: Sequence[str], language: str = "en") -> float:
     """1 if the answer is one of the gold answers, both normalised."""
-    return float(any(normalised(answer) == normalised(right) for right in gold))
+    return float(any(words(answer, language) == words(right, language) for right in gold))
 
 
-def contains(answer: str, gold: Sequence[str]) -> float:
+def contains(answer: str, gold: Sequence[str], language: str = "en") -> float:
     """1 if a gold answer stands in the answer, word by word, both normalised."""
-    padded = f" {normalised(answer)} "
-    return float(any(f" {normalised(right)} " in padded for right in gold if normalised(right)))
+    said, *rights = (f" {' '.join(words(text, language))} " for text in (answer, *gold))
+    return float(any(right in said for right in rights if right.strip()))
 
 
-def f1(answer: str, gold: Sequence[str]) -> float:
+def f1(answer: str, gold: Sequence[str], language: str = "en") -> float:
     """Harmonic mean of precision and recall over words, the best over the gold answers (SQuAD)."""
-    return _f_measure(lambda a, b: (Counter(a) & Counter(b)).total(), answer, gold)
+    return _f_measure(lambda a, b: (Counter(a) & Counter(b)).total(), answer, gold, language)
 
 
-def rouge_l(answer: str, gold: Sequence[str]) -> float:
+def rouge_l(answer: str, gold: Sequence[str], language: str = "en") -> float:
     """F-measure over the longest common subsequence of words, the best over the gold answers (Lin, 2004)."""
-    return _f_measure(_common_subsequence, answer, gold)
+    return _f_measure(_common_subsequence, answer, gold, language)
 
 
-def _f_measure(common: Callable[[list[str], list[str]], int], answer: str, gold: Sequence[str]) -> float:
-    words, rights = normalised(answer).split(), [normalised(right).split() for right in gold]
-    return max(2 * common(words, right) / (len(words) + len(right)) if words or right else 1.0 for right in rights)
+def _f_measure(common: Callable[[list[str], list[str]], int], answer: str, gold: Sequence[str], language: str) -> float:
+    said, rights = words(answer, language), [words(right, language) for right in gold]
+    return max(2 * common(said, right) / (len(said) + len(right)) if said or right else 1.0 for right in rights)
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:

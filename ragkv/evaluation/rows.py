@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,11 @@ class Rows:
         """Every row so far."""
         return [row for held in self._kept.values() for row in held.values()]
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Keep rows, on disk before the call returns."""
-        rows = list(rows)
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk before the call returns."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        for row in rows:
-            self._keep(row)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._keep(row)
 
     def _keep(self, row: Row) -> None:
         self._kept[row["case"], row["order"]][row["arm"]] = row

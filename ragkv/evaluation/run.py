@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from ragkv.chunk import digest
@@ -21,6 +23,8 @@ from ragkv.evaluation.rows import Row, Rows, write_json
 from ragkv.evaluation.summary import summarise
 from ragkv.evaluation.timing import Clock
 from ragkv.evaluation.tokens import look_at
+
+_TIMES = "times.json"
 
 #: Shows the progress of an iteration: takes the items and how they are called.
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -39,6 +43,7 @@ class Plan:
         orders: orders of chunks for each case: as given, and shuffled.
         timed: cases for which cold and disk times and memory are measured too.
         seed: of shuffling and resampling.
+        time_limit_s: seconds after which no further prompt is begun.
         command: the command line, for the report.
     """
 
@@ -50,10 +55,11 @@ class Plan:
     orders: int = 3
     timed: int = 4
     seed: int = 0
+    time_limit_s: float | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("orders", 1), ("timed", 0)):
+        for name, least in (("limit", 1), ("orders", 1), ("timed", 0), ("time_limit_s", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
@@ -65,11 +71,13 @@ class Result:
 
     Attributes:
         summary: all figures, as plain values.
-        tokens: one prompt's tokens, for the heat map.
+        tokens: one prompt's tokens, for the heat map; empty where the run was stopped.
+        interrupted: by Ctrl-C (``KeyboardInterrupt``), not by its time limit.
     """
 
     summary: dict[str, Any]
     tokens: dict[str, Any]
+    interrupted: bool = False
 
 
 def evaluate(
@@ -82,7 +90,7 @@ def evaluate(
     jobs: int = 1,
     make_bench: MakeBench | None = None,
 ) -> Result:
-    """Run what is not there yet and add everything up.
+    """Run what is not there yet and add everything up; where the run is stopped, what there is.
 
     Args:
         bench: the model.
@@ -96,7 +104,9 @@ def evaluate(
     Raises:
         EvaluationError: nothing can be scored, or the folder holds a run of other settings.
         GateError: the model is not driven exactly.
+        KeyboardInterrupt: the run was interrupted before it had a row.
     """
+    end = monotonic() + (inf if plan.time_limit_s is None else plan.time_limit_s)
     if jobs < 1 or (jobs > 1 and make_bench is None):
         raise EvaluationError(f"jobs must be at least 1, and several need make_bench; got {jobs}")
     cases, left_out = _cases(bench, plan)
@@ -104,11 +114,16 @@ def evaluate(
     tasks = _tasks(plan, cases, rows)
     gates = _gates(bench, cases[0], passed)
     bench.warm_up(cases[0])
-    for _, groups in zip(progress(tasks, "cases"), ask_all(tasks, bench, jobs, make_bench), strict=True):
-        for made in groups:
-            rows.add(made)
-    timed = _times(bench, plan, cases, rows, folder, progress)
-    tokens = _tokens(bench, plan, cases, rows)
+    tokens: dict[str, Any] = {}
+    interrupted = False
+    try:
+        if _asked(rows, zip(progress(tasks, "cases"), ask_all(tasks, bench, jobs, make_bench), strict=True), end):
+            _time(bench, plan, cases, rows, folder, progress)
+            tokens = _tokens(bench, plan, cases, rows)
+    except KeyboardInterrupt:
+        if not rows.all():
+            raise
+        interrupted = True
     names = [arm.name for arm in plan.arms]
     summary = {
         "model": plan.model,
@@ -117,14 +132,15 @@ def evaluate(
         "orders": plan.orders,
         "max_new_tokens": bench.max_new_tokens,
         "cases": len(cases),
+        "stopped": not tokens,
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "conditions": {**conditions(bench.engine, plan.command), "jobs": jobs},
-        **summarise(rows.all(), timed, names, [case.id for case in cases], plan.seed),
+        **summarise(rows.all(), _timed(folder, cases[: plan.timed]), names, [case.id for case in cases], plan.seed),
         "families": {arm.name: (arm.family, arm.context) for arm in plan.arms},
     }
     write_json(folder / "summary.json", summary)
-    return Result(summary, tokens)
+    return Result(summary, tokens, interrupted)
 
 
 def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
@@ -152,6 +168,7 @@ def _settings(bench: Bench, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]
         "device": str(bench.engine.decoder.device),
         "data": plan.data,
         "first case": cases[0].fingerprint,
+        "instruction": bench.instruction or None,
         "foreign": None if bench.foreign is None else digest(bench.foreign).hex()[:16],
         "seed": plan.seed,
         "max_new_tokens": bench.max_new_tokens,
@@ -192,20 +209,37 @@ def _tasks(plan: Plan, cases: Sequence[Case], rows: Rows) -> list[Task]:
     return tasks
 
 
-def _times(
-    bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows, folder: Path, progress: Progress
-) -> list[dict[str, Row]]:
+def _asked(rows: Rows, tasks: Iterable[tuple[Any, Iterator[Row]]], end: float) -> bool:
+    """Keep what is asked until the time is up; whether all was asked."""
+    for _, made in tasks:
+        for row in made:
+            rows.add(row)
+            if monotonic() > end:
+                return False
+    return True
+
+
+def _time(bench: Bench, plan: Plan, cases: Sequence[Case], rows: Rows, folder: Path, progress: Progress) -> None:
     """Times by arm for the first cases, kept in a file of their own."""
-    path = folder / "times.json"
-    held: dict[str, dict[str, Row]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    wanted = cases[: plan.timed]
-    todo = [case for case in wanted if not _charged(plan, case, 0, rows).keys() <= held.get(case.id, {}).keys()]
+    held = _times(folder)
+    todo = [
+        case for case in cases[: plan.timed] if not _charged(plan, case, 0, rows).keys() <= held.get(case.id, {}).keys()
+    ]
     if todo:
         with Clock(bench) as clock:
             for case in progress(todo, "timed cases"):
                 held[case.id] = clock.times(case, plan.arms, _charged(plan, case, 0, rows))
-                write_json(path, held)
-    return [held[case.id] for case in wanted]
+                write_json(folder / _TIMES, held)
+
+
+def _timed(folder: Path, cases: Sequence[Case]) -> list[dict[str, Row]]:
+    held = _times(folder)
+    return [held[case.id] for case in cases if case.id in held]
+
+
+def _times(folder: Path) -> dict[str, dict[str, Row]]:
+    path = folder / _TIMES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _charged(plan: Plan, case: Case, order: int, rows: Rows) -> dict[str, float]:

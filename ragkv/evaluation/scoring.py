@@ -69,11 +69,14 @@ class Group:
                 f"case {self.case.id}: {arm.name} was given other token ids than the full prefill that it is compared with; this "
                 "is a bug of ragkv, please report it"
             )
-        row = _figures(outcome, self.case.answers)
+        row = _figures(outcome)
+        if self.bench.max_new_tokens:
+            row |= _scores(outcome.text, self.case)
         for name, reference in references.items():
             row[f"kl_{name}"] = metrics.divergence(reference.logits, outcome.logits)
             row[f"top1_{name}"] = metrics.same_top(reference.logits, outcome.logits)
-            row[f"same_{name}"] = float(reference.reply.ids == outcome.reply.ids)
+            if self.bench.max_new_tokens:
+                row[f"same_{name}"] = float(reference.reply.ids == outcome.reply.ids)
         return row
 
     def _outcome(self, chunks: Sequence[Chunk], method: Method, rotated: bool) -> Outcome:
@@ -84,15 +87,21 @@ class Group:
         return self._known[key]
 
 
-def _figures(outcome: Outcome, gold: Sequence[str]) -> Row:
-    """What it is worth by itself, and what it cost."""
+def _scores(answer: str, case: Case) -> Row:
+    """What an answer is worth."""
+    return {
+        "answer": answer,
+        "em": metrics.exact_match(answer, case.answers, case.language),
+        "f1": metrics.f1(answer, case.answers, case.language),
+        "rouge_l": metrics.rouge_l(answer, case.answers, case.language),
+        "contained": metrics.contains(answer, case.answers, case.language),
+    }
+
+
+def _figures(outcome: Outcome) -> Row:
+    """What a prompt gave without its answer, and what it cost."""
     report = outcome.report
     return {
-        "answer": outcome.text,
-        "em": metrics.exact_match(outcome.text, gold),
-        "f1": metrics.f1(outcome.text, gold),
-        "rouge_l": metrics.rouge_l(outcome.text, gold),
-        "contained": metrics.contains(outcome.text, gold),
         "gold_nll": outcome.reply.gold_nll,
         "method": report.method,
         "ids": digest(outcome.ids.tolist()).hex()[:16],

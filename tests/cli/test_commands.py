@@ -11,6 +11,7 @@ import torch
 
 from ragkv import RAG, bundled
 from ragkv.retrieval import offline_embedder
+from ragkv.testing import tiny_model
 from tests.retrieval.files import PARSER, pptx
 
 from .commands import run
@@ -270,6 +271,20 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
 
     code, out, _ = run(capsys, "demo", "--questions", 1)
     assert code == 0 and out.startswith("Warm start: 36 documents found on disk, 0 tokens read.")
+
+
+def test_demo_on_another_model(tmp_path, capsys):
+    """A folder of its own; a random model's answers hold nothing, and everything else is as with the bundled one."""
+    _, tokenizer = bundled.load()
+    tiny_model(vocab_size=1792).save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    code, out, _ = run(capsys, "demo", "--questions", 1, "--json", "--model", tmp_path / "mine")
+    found = json.loads(out)
+    assert code == 0 and found["read"]["documents"] == 36 and found["read"]["tokens_read"] > 0
+    assert found["read"]["path"].endswith("/demo-mine")
+    (turn,) = found["questions"]
+    assert turn["right"] == (turn["expected"].lower() in turn["answer"].lower())
+    assert 0 < turn["computed_tokens"] < turn["prompt_tokens"]
 
 
 def test_ask_finds_as_it_is_told(files, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """``ragkv eval`` as it is typed."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -85,6 +86,32 @@ def test_your_own_model_and_foreign_text(data, loaded, tmp_path, capsys):
     assert found["arms"][1]["cost"].keys() >= {"bytes_read", "kv_bytes", "cold_read_ms", "disk_ms", "stages_ms"}
     code, out, err = run(capsys, *argv)
     assert (code, out, err.count("\n")) == (1, "", 1) and "other settings (foreign: " in err
+
+
+def test_sigterm_ends_as_ctrl_c_does_with_a_report(tmp_path, capsys, monkeypatch):
+    def progress(items, what):
+        yield items[0]
+        signal.raise_signal(signal.SIGTERM)
+        yield from items[1:]
+
+    monkeypatch.setattr("ragkv.cli.eval._progress", progress)
+    before = signal.getsignal(signal.SIGTERM)
+    argv = ("--limit", 2, "--orders", 1, "--arms", "full-prefill", "reuse@document", "--max-new-tokens", 4)
+    code, out, err = run(capsys, *argv, "--out", tmp_path / "out")
+    assert (code, err) == (130, "") and "stopped after 1 case of 2; the same command goes on from there" in out
+    assert "1 of 2 cases asked" in (tmp_path / "out" / "report.html").read_text()
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr("ragkv.cli.eval._progress", lambda items, what: items)
+    code, out, err = run(capsys, *argv, "--out", tmp_path / "out", "--timed", 0)
+    assert (code, err) == (0, "") and "stopped" not in out
+
+
+def test_without_answers_kl_is_drawn(data, tmp_path, capsys):
+    argv = ("--data", data, "--out", tmp_path / "out", "--arms", "full-prefill", "reuse@alone", "--timed", 0)
+    code, out, err = run(capsys, *argv, "--max-new-tokens", 0)
+    assert (code, err) == (0, "") and "KL, chunks by kind of question" in out
+    code, _, err = run(capsys, *argv, "--max-new-tokens", 0, "--instruction", "Be brief.")
+    assert code == 1 and "instruction: None there, 'Be brief.' now" in err
 
 
 def test_jobs_change_nothing_but_the_times(tmp_path, capsys):

@@ -1,13 +1,16 @@
 """Data of every form as cases: small files of our own, in the forms in which the data sets are published."""
 
 import bz2
+import hashlib
 import json
+import re
 
+import numpy as np
 import pytest
 
 from ragkv.evaluation import Case, EvaluationError, read_cases
 from ragkv.evaluation.cases import usable
-from ragkv.evaluation.formats import FORMS, cut
+from ragkv.evaluation.formats import FORMS, brief, cut
 
 ANNA, BELL = "Anna was born in Oslo. She plays the harp.", "Oslo lies in Norway."
 
@@ -61,7 +64,35 @@ RECORDS = {
         "outputs": ["harp", "the harp"],
         "length": 30,
     },
+    "SQuAD": {
+        "title": "Anna_Berg",
+        "paragraphs": [
+            {
+                "context": ANNA,
+                "qas": [
+                    {"id": "q1", "question": "What does Anna play?", "answers": [{"text": "harp", "answer_start": 35}]}
+                ],
+            },
+            {"context": BELL, "qas": [{"id": "q2", "question": "Where?", "answers": [], "is_impossible": True}]},
+        ],
+    },
 }
+
+
+class Words:
+    """Vectors of the words of a text."""
+
+    dimension, name, fingerprint = 256, "words", "words"
+
+    def encode_documents(self, texts):
+        counts = np.zeros((len(texts), self.dimension), np.float32)
+        for count, text in zip(counts, texts, strict=True):
+            for word in re.findall(r"\w+", text):
+                count[hashlib.md5(word.encode()).digest()[0]] += 1
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+    def encode_query(self, text):
+        return self.encode_documents([text])[0]
 
 
 def read(tmp_path, *records, lines=True, **options) -> tuple[str, list[Case]]:
@@ -78,11 +109,11 @@ def test_every_form_has_a_record_here():
 @pytest.mark.parametrize("lines", [True, False], ids=["JSON lines", "JSON"])
 @pytest.mark.parametrize("form", RECORDS)
 def test_forms_are_seen_from_their_content(tmp_path, form, lines):
-    name, (case,) = read(tmp_path, RECORDS[form], lines=lines)
+    name, (case, *_) = read(tmp_path, RECORDS[form], lines=lines)
     assert name == form
     assert case.question.endswith("What does Anna play?")
     assert case.answers[0] == "harp"
-    assert len(case.documents) == 2
+    assert len(case.documents) == (1 if form == "SQuAD" else 2)
     texts = [case.text(place) for place in case.whole]
     assert any("She plays the harp." in text for text in texts) and any(BELL in text for text in texts)
 
@@ -98,6 +129,56 @@ def test_what_a_form_says_is_kept(tmp_path):
     hotpot = found["HotpotQA or 2WikiMultihopQA"]
     assert (hotpot.kind, hotpot.gold, hotpot.documents[0]) == ("bridge", ((0, 0),), (f"Anna\n{ANNA}",))
     assert found["RULER"].documents == ((ANNA,), (BELL,))
+    squad = found["SQuAD"]
+    assert (squad.documents, squad.gold) == (((f"Anna Berg\n{ANNA}", BELL),), ((0, 0),))
+
+
+def test_passages_are_retrieved_from_all_articles(tmp_path, monkeypatch):
+    monkeypatch.setattr("ragkv.evaluation.retrieving.offline_embedder", Words)
+    words = ("alder", "birch", "cedar", "ebony", "fir", "gorse", "hazel", "iris")
+    articles = [
+        {
+            "title": "",
+            "paragraphs": [{"context": f"The {word} is {word}.", "qas": []} for word in words[half : half + 4]],
+        }
+        for half in (0, 4)
+    ]
+    asked = {"id": "a", "question": "hazel", "answers": [{"text": "hazel"}]}
+    articles[0]["paragraphs"][0]["qas"] = [{**asked, "id": "c"}]
+    articles[1]["paragraphs"][2]["qas"] = [asked, {**asked, "id": "b", "question": "cedar"}]
+    _, (_, one, other) = read(tmp_path, *articles, top_k=1)
+    assert [one.text(place) for place in one.retrieved] == ["The hazel is hazel."]
+    assert one.gold == one.retrieved == ((0, 2),) and len(one.whole) == 4
+    assert [other.text(place) for place in other.retrieved] == ["The cedar is cedar."]
+    assert other.gold == ()  # it stands in a document that was not found
+    assert len(read(tmp_path, *articles)[1][0].retrieved) == 5
+    articles[0]["paragraphs"][1]["qas"] = [{**asked, "id": "d", "answers": [], "is_impossible": True}]
+    assert [case.id for case in read(tmp_path, *articles, limit=2)[1]] == ["c", "d", "a"]  # searched for no more
+
+    _, (case,) = read(tmp_path, {**RECORDS["ragkv"], "question": "harp"}, top_k=1)
+    assert [case.text(place) for place in case.retrieved] == ["She plays the harp."] and case.gold == ((0, 1),)
+
+
+@pytest.mark.parametrize(
+    ("texts", "asks"),
+    [
+        ("The harp is in the hall of a house.", "Only give me the answer"),
+        ("Die Harfe steht in der Halle an einem Fenster.", "Gib mir nur die Antwort"),
+        ("竖琴在大厅里。", "只给我答案"),
+    ],
+)
+def test_short_answers_are_asked_for_in_the_language_of_the_data(tmp_path, texts, asks):
+    record = {**RECORDS["SQuAD"], "paragraphs": [{**RECORDS["SQuAD"]["paragraphs"][0], "context": texts}]}
+    assert brief(*read(tmp_path, record)).startswith(asks)
+
+
+def test_answers_of_any_length_are_not_asked_to_be_short(tmp_path):
+    assert not any(brief(*read(tmp_path, RECORDS[form])) for form in ("ragkv", "RULER"))
+    longbench = RECORDS["LongBench"]
+    assert brief(*read(tmp_path, longbench)) and not brief(*read(tmp_path, {**longbench, "dataset": "qmsum"}))
+    assert read(tmp_path, {**longbench, "language": "zh"})[1][0].language == "zh"
+    with pytest.raises(EvaluationError, match="language must be one of en, de, zh, got 'fr'"):
+        read(tmp_path, {**longbench, "language": "fr"})
 
 
 def test_hotpot_with_columns_as_in_its_parquet_files(tmp_path):

@@ -30,6 +30,23 @@ def test_answers(answer, gold, em, f1, rouge_l, contained):
     assert metrics.contains(answer, gold) == contained
 
 
+@pytest.mark.parametrize(
+    ("language", "answer", "gold", "em", "f1"),
+    [
+        ("de", "Die „Harfe“!", "eine Harfe", 1, 1),
+        ("de", "The harp", "harp", 0, 2 / 3),
+        ("zh", "《红楼梦》。", "红楼梦", 1, 1),
+        ("zh", "红楼", "红楼梦", 0, 0.8),
+        ("zh", "NBA 总冠军", "nba总冠军", 1, 1),
+    ],
+)
+def test_answers_of_other_languages(language, answer, gold, em, f1):
+    """By hand; every character of Chinese is a word (MLQA, arXiv:1910.07475)."""
+    assert metrics.exact_match(answer, [gold], language) == em
+    assert metrics.f1(answer, [gold], language) == pytest.approx(f1)
+    assert metrics.contains(answer, [gold], language) == float(em or language == "de")
+
+
 def test_divergence():
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     want = 0.5 * math.log(2) + 0.25 * math.log(0.5)

@@ -1,16 +1,19 @@
 """A whole run: gates, rows, going on after a stop, what is refused, and what the bundled model shows."""
 
+import copy
 import json
 
 import pytest
 import torch
 
-from ragkv import bundled
+from ragkv import PromptTemplate, bundled
 from ragkv.evaluation import Bench, EvaluationError, GateError, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.answering import reply
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.gates import run_gates
+from ragkv.evaluation.report import page, tables
 from ragkv.evaluation.scoring import Group
+from ragkv.evaluation.summary import METRICS
 from ragkv.evaluation.tokens import look_at
 from ragkv.kernels import Rotation
 from ragkv.methods import FullPrefill, LegoLink, Reuse
@@ -112,6 +115,71 @@ def test_a_stopped_run_goes_on(tiny_bench, tmp_path, monkeypatch, plan):
     assert scored == ["b", "b"] and len(lines(tmp_path)) == 2 * len(before)
     again = evaluate(tiny_bench, plan(timed=0), tmp_path)
     assert scored == ["b", "b"] and again.summary["arms"] == resumed.summary["arms"]
+
+
+def interrupt_after(count):
+    def progress(items, what):
+        for number, item in enumerate(items):
+            if what == "cases" and number == count:
+                raise KeyboardInterrupt
+            yield item
+
+    return progress
+
+
+def test_an_interrupted_run_adds_up_what_there_is(tiny_bench, tmp_path, plan):
+    with pytest.raises(KeyboardInterrupt):  # no row yet
+        evaluate(tiny_bench, plan(timed=0), tmp_path, progress=interrupt_after(0))
+    found = evaluate(tiny_bench, plan(), tmp_path, progress=interrupt_after(1))
+    assert found.interrupted and found.tokens == {} and found.summary["stopped"]
+    assert {arm["n"] for arm in found.summary["arms"]} == {1} and found.summary["cases"] == 2
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"]
+    found = evaluate(tiny_bench, plan(), tmp_path)
+    assert not (found.interrupted or found.summary["stopped"]) and {arm["n"] for arm in found.summary["arms"]} == {2}
+
+
+def test_a_time_limit_ends_a_run_behind_a_row(tiny_bench, tmp_path, plan):
+    arms, cases = ARMS[:3], plan().cases[:1]
+    for count in range(1, 2 * len(arms) + 1):
+        found = evaluate(tiny_bench, plan(time_limit_s=0, arms=arms, cases=cases, timed=0), tmp_path)
+        assert len(lines(tmp_path)) == count and found.summary["stopped"] and not found.interrupted
+    assert not evaluate(tiny_bench, plan(time_limit_s=0, arms=arms, cases=cases, timed=0), tmp_path).summary["stopped"]
+    rows = lines(tmp_path)
+    assert len({(row["order"], row["arm"]) for row in map(json.loads, rows)}) == len(rows) == 2 * len(arms)
+
+
+def test_without_answers_the_first_token_is_compared(loaded, tmp_path, plan):
+    bench = Bench(tiny_model(vocab_size=1792), loaded[1], PromptTemplate(**bundled.TEMPLATE), max_new_tokens=0)
+    found = evaluate(bench, plan(timed=0), tmp_path)
+    scores = {arm["name"]: arm["scores"]["all"] for arm in found.summary["arms"]}
+    assert scores["reuse@alone"]["kl_chunks"].mean > 0 and "perplexity" in scores["reuse@alone"]
+    assert not {"em", "f1", "same_chunks", "answer"} & {*scores["reuse@alone"], *json.loads(lines(tmp_path)[0])}
+    assert page(found.summary, found.tokens, METRICS["kl_chunks"]) and tables(found.summary, METRICS["kl_chunks"])
+
+
+def test_an_instruction_stands_in_front_of_the_question(loaded, tmp_path, plan, small_case):
+    """So no document's KV depend on it."""
+    plain = Bench(tiny_model(vocab_size=1792), loaded[1], PromptTemplate(**bundled.TEMPLATE))
+    asking = Bench(plain.engine.model, loaded[1], PromptTemplate(**bundled.TEMPLATE), instruction="Be brief.")
+    case = small_case()
+    assert asking.engine.encoder.prefix == plain.engine.encoder.prefix
+    text = loaded[1].decode(asking.engine.encoder.suffix(case.question))
+    assert text == f"Be brief.\n\n{loaded[1].decode(plain.engine.encoder.suffix(case.question))}"
+    assert asking.like().engine.template == asking.engine.template
+    evaluate(plain, plan(timed=0, arms=ARMS[:1]), tmp_path)
+    with pytest.raises(EvaluationError, match=r"other settings \(instruction: None there, 'Be brief.' now"):
+        evaluate(asking, plan(timed=0, arms=ARMS[:1]), tmp_path)
+
+
+def test_an_answer_ends_with_its_turn(loaded, small_case):
+    """Also where the model's generation settings do not know the token that ends a turn."""
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]<end>{% endfor %}"
+    bench = Bench(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<end>") in bench.ends
+    stop = Bench(bench.engine.model, tokenizer, PromptTemplate(stop=" "), max_new_tokens=8)
+    assert " " not in stop.run([], small_case(), FullPrefill()).text
 
 
 def test_further_arms_join_a_run(tiny_bench, tmp_path, plan):

@@ -42,7 +42,7 @@ def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str
 
     Args:
         summary: of the run.
-        tokens: of one prompt.
+        tokens: of one prompt; empty where the run was stopped.
         metric: what is drawn upwards.
 
     Raises:
@@ -68,10 +68,17 @@ def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str
         bars=list(zip([arm["name"] for arm in timed], *sides, strict=True)),
         longest=[max([sum(parts.values()) for parts in side], default=0.0) or 1.0 for side in sides],
         tokens=tokens,
-        heats=list(heatmap.heats(tokens)),
-        strips=heatmap.strips(tokens),
-        read=heatmap.text(tokens),
-        left_out=[(f"cases left out: {why}", count) for why, count in summary["left_out"].items()],
+        heats=list(heatmap.heats(tokens)) if tokens else [],
+        strips=heatmap.strips(tokens) if tokens else [],
+        read=heatmap.text(tokens) if tokens else (),
+        left_out=[
+            *(
+                [("stopped early", f"{summary['slices'][ALL]} of {summary['cases']} cases asked")]
+                if summary["stopped"]
+                else []
+            ),
+            *((f"cases left out: {why}", count) for why, count in summary["left_out"].items()),
+        ],
         refused=[
             (f"{arm['name']} refused ({count} prompts)", why)
             for arm in summary["arms"]

@@ -1,0 +1,181 @@
+"""The study of quality on real questions: `ragkv eval` on several sets of data, the most telling first, and its tables.
+
+    python -P benchmarks/study.py --model PATH --data FOLDER [--out FOLDER] [--dtype float32] [--time-limit S] [--sets NAME ...]
+    python -P benchmarks/study.py --tables [--out FOLDER] [--json FILE]
+
+DATA holds `hotpotqa_dev*`, `2wikimultihopqa_dev*`, `musique_dev*`, `xquad.en*` and `unnamed*` (made by benchmarks/unnamed.py);
+sets that are not there are left out. Stop and start it at will: it goes on where it was, and `--tables` sums up what there is,
+also while it runs. A set is asked in stages: first KL without answers (10, then 40, then all cases), then answers of the main arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from ragkv.evaluation.statistics import Estimate, Resampling, difference
+
+#: Sets, the first to be asked first: what their file's name begins with, and how they are asked. Where every document is one
+#: chunk, one context is both.
+SETS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
+    "hotpotqa": ("hotpotqa_dev", [], ("document",)),
+    "xquad": ("xquad.en", ["--retrieve", "5"], ("document", "alone")),
+    "unnamed": ("unnamed", [], ("document", "alone")),
+    "musique": ("musique_dev", [], ("document",)),
+    "2wiki": ("2wikimultihopqa_dev", [], ("document",)),
+}
+DEFAULT = "sensitive-tokens:ratio=0.1"
+MAIN = ["reuse", DEFAULT, "lego-link:k=16", "cache-blend:ratio=0.15,check_layer=1", "question-aware:ratio=0.1"]
+MORE = [
+    *["sensitive-tokens:ratio=0.05", "sensitive-tokens:ratio=0.2", "lego-link", "random:ratio=0.1", "oracle:ratio=0.1"],
+    *[f"question-aware:ratio={ratio}" for ratio in (0.05, 0.15, 0.2)],
+    *[f"question-aware:ratio={ratio},queries=last" for ratio in (0.05, 0.1, 0.15, 0.2)],
+]
+FULL = ["full-prefill", "full-documents"]
+#: Folder, cases, whether all arms are asked, tokens of an answer.
+STAGES = [("kl", 10, True, 0), ("kl", 40, True, 0), ("answers", 40, False, 24), ("kl", 10_000, True, 0)]
+STAGES += [("answers", 10_000, False, 24)]
+#: Asks for what LongBench asks for; here so that sets of ragkv's own form are asked alike.
+INSTRUCTION = "Only give me the answer and do not output any other words."
+
+
+def run(args: argparse.Namespace) -> None:
+    """All stages of all sets, one stage after the other."""
+    end = monotonic() + args.time_limit if args.time_limit else None
+    for folder, limit, everything, tokens in STAGES:
+        for name, path in found(args.data, args.sets):
+            _, how, contexts = SETS[name]
+            words = [*MAIN, *(MORE if everything else [])]
+            arms = [*FULL, *[f"{word}@{context}" for word in words for context in contexts]]
+            out = args.out / f"{name}-{folder}"
+            command = [
+                "eval",
+                "--model",
+                args.model,
+                "--data",
+                str(path),
+                "--out",
+                str(out),
+                "--limit",
+                str(limit),
+                *how,
+            ]
+            command += ["--arms", *arms, "--budgets", "0.1", "--orders", "1", "--timed", "0", "--jobs", str(args.jobs)]
+            command += ["--max-new-tokens", str(tokens), "--instruction", INSTRUCTION]
+            command += ["--dtype", args.dtype] if args.dtype else []
+            if end is not None:
+                left = int(end - monotonic())
+                if left < 1:
+                    return
+                command += ["--time-limit", str(left)]
+            print(f"\n{name}: {folder}, {limit} cases", flush=True)
+            subprocess.run([sys.executable, "-P", "-m", "ragkv.cli", *command], check=True)
+
+
+def found(data: Path, sets: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The sets whose files are there."""
+    for name, (beginning, _, _) in SETS.items():
+        paths = sorted(data.glob(f"{beginning}*")) if name in (sets or SETS) else []
+        if paths:
+            yield name, paths[0]
+
+
+def summed(folder: Path) -> dict[str, Any]:
+    """What a run's rows say so far, without the cases that some arm is missing of."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_case: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        by_case[row["case"]][row["arm"]] = row
+    arms = list(max(by_case.values(), key=len))
+    whole = [case for case, held in by_case.items() if len(held) == len(arms)]
+    resampling = Resampling(whole, seed=0)
+
+    def values(arm: str, metric: str) -> dict[str, list[float]]:
+        return {case: [by_case[case][arm][metric]] for case in whole if metric in by_case[case][arm]}
+
+    result = {}
+    metrics = ("kl_chunks", "kl_documents", "top1_chunks", "gold_nll", "f1", "em", "contained", "budget")
+    for arm in arms:
+        result[arm] = {metric: e for metric in metrics if (e := resampling.estimate(values(arm, metric))) is not None}
+        for metric in ("kl_chunks", "f1"):
+            for what, other in (("default", f"{DEFAULT}@document"), ("full", FULL[0])):
+                if other in arms and other != arm:
+                    less = resampling.estimate(difference(values(arm, metric), values(other, metric)))
+                    if less is not None:
+                        result[arm][f"{metric} less {what}"] = less
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    about = {name: settings[name] for name in ("data", "instruction", "max_new_tokens", "device", "versions")}
+    return {"about": about, "cases": len(whole), "arms": dict(sorted(result.items(), key=lambda arm: arm[1]["budget"]))}
+
+
+def figure(held: Estimate | Sequence[float] | None, scale: float, digits: int, sign: str = "") -> str:
+    """An estimate with its interval."""
+    if held is None:
+        return ""
+    mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in held[:3])
+    return f"{mean} ({low} to {high})"
+
+
+def table(name: str, held: dict[str, Any]) -> str:
+    """One run as Markdown."""
+    answered = held["about"]["max_new_tokens"] > 0
+    heads = ["arm", "charged", "F1", "less or more than `full-prefill`", "EM", "contained"]
+    if not answered:
+        heads = [
+            "arm",
+            "charged",
+            "KL to the chunks' full prefill",
+            "less or more than the default",
+            "KL to the documents'",
+            "top-1",
+        ]
+    lines = [f"{name}, n = {held['cases']}", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for arm, figures in held["arms"].items():
+        get = figures.get
+        cells = [
+            figure(get("kl_chunks"), 1, 3),
+            figure(get("kl_chunks less default"), 1, 3, "+"),
+            figure(get("kl_documents"), 1, 3),
+            f"{100 * get('top1_chunks')[0]:.0f}" if "top1_chunks" in figures else "",
+        ]
+        if answered:
+            cells = [figure(get("f1"), 100, 1), figure(get("f1 less full"), 100, 1, "+")]
+            cells += [f"{100 * get(metric)[0]:.1f}" for metric in ("em", "contained")]
+        lines.append(f"| `{arm}` | {100 * get('budget')[0]:.1f}% | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Quality on real questions.")
+    parser.add_argument("--model", help="name or path of a transformers decoder with a chat template")
+    parser.add_argument("--data", type=Path, help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("build/study"), help="rows and reports (default: build/study)")
+    parser.add_argument("--dtype", help="as for ragkv eval")
+    parser.add_argument("--jobs", type=int, default=1, help="as for ragkv eval")
+    parser.add_argument("--time-limit", type=int, metavar="S", help="seconds after which it stops")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=[], help="only these")
+    parser.add_argument("--tables", action="store_true", help="print tables of what there is, and run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --tables: write the figures here")
+    args = parser.parse_args(argv)
+    if not args.tables:
+        if args.model is None or args.data is None:
+            parser.error("give --model and --data, or --tables")
+        run(args)
+        return
+    folders = [args.out / f"{name}-{kind}" for name in SETS for kind in ("kl", "answers")]
+    results = {folder.name: summed(folder) for folder in folders if (folder / "rows.jsonl").exists()}
+    for name, held in results.items():
+        print(table(name, held), end="\n\n")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The study's sets and tables; asking itself is ``ragkv eval``."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def load(name):
+    """A script; benchmarks/ is not installed."""
+    file = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+study, unnamed = load("study"), load("unnamed")
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "wanted"),
+    [
+        ("Nikola_Tesla", "He was born in 1856.", True),
+        ("Nikola_Tesla", "In 1881 he moved to Budapest.", True),
+        ("Nikola_Tesla", "In 1881 Tesla moved to Budapest.", False),
+        ("Nikola_Tesla", "Their names were Tesla and Edison.", True),
+        ("The", "He was born in 1856.", False),  # no word to look for
+        ("Nikola_Tesla", "Hence Tesla left.", False),
+    ],
+)
+def test_a_passage_that_does_not_name_its_subject(title, text, wanted):
+    assert unnamed.unnamed(title, text) is wanted
+
+
+def test_musique_paragraphs_are_parted_from_their_titles():
+    record = {
+        "id": "2hop__1",
+        "question": "Who?",
+        "answer": "Anna",
+        "answer_aliases": ["Anna B."],
+        "paragraphs": [
+            {"title": "Oslo", "paragraph_text": "Oslo lies in Norway.", "is_supporting": False},
+            {"title": "Anna Berg", "paragraph_text": "She plays the harp.", "is_supporting": True},
+        ],
+    }
+    (case,) = unnamed.of_musique([record])
+    assert case["documents"][1] == ["Anna Berg", "She plays the harp."]
+    assert (case["retrieved"], case["gold"]) == ([[0, 1], [1, 1]], [[1, 1]]) and case["answers"] == ["Anna", "Anna B."]
+    record["paragraphs"][1]["paragraph_text"] = "Anna plays the harp."
+    assert not list(unnamed.of_musique([record]))
+
+
+def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
+    folder = tmp_path / "hotpotqa-kl"
+    folder.mkdir()
+    about = {"data": "d", "instruction": "i", "max_new_tokens": 0, "device": "cpu", "versions": {}}
+    (folder / "settings.json").write_text(json.dumps(about))
+    kl = {"full-prefill": 0.0, "sensitive-tokens:ratio=0.1@document": 0.2, "question-aware:ratio=0.1@document": 0.1}
+    rows = [
+        {"case": case, "arm": arm, "kl_chunks": value * (1 + int(case)), "top1_chunks": 1.0, "budget": 0.1}
+        for case in ("0", "1", "2")
+        for arm, value in kl.items()
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))  # of the last case an arm is missing
+    study.main(["--tables", "--out", str(tmp_path), "--json", str(tmp_path / "study.json")])
+    shown = capsys.readouterr().out
+    assert "hotpotqa-kl, n = 2" in shown
+    assert (
+        "| `question-aware:ratio=0.1@document` | 10.0% | 0.150 (0.100 to 0.200) | -0.150 (-0.200 to -0.100) |" in shown
+    )
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert written["hotpotqa-kl"]["arms"]["full-prefill"]["kl_chunks less default"][0] == pytest.approx(-0.3)
+
+
+def test_sets_that_are_there_are_asked_in_order(tmp_path):
+    for name in ("xquad.en.json", "hotpotqa_dev_120.jsonl", "other.json"):
+        (tmp_path / name).write_text("")
+    assert [name for name, _ in study.found(tmp_path, [])] == ["hotpotqa", "xquad"]
+    assert [name for name, _ in study.found(tmp_path, ["xquad"])] == ["xquad"]
