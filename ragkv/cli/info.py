@@ -14,9 +14,9 @@ import torch
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.evaluation.conditions import processor
 from ragkv.folder.filesystem import NETWORK, filesystem_of, has_data
 from ragkv.kernels import implementation
+from ragkv.machine import processor
 from ragkv.retrieval import Catalogue
 
 _PACKAGES = ("ragkv", "torch", "transformers", "tokenizers", "safetensors", "lmdb", "faiss-cpu", "numpy")

@@ -11,6 +11,7 @@ import transformers
 
 import ragkv
 from ragkv.engine import Engine
+from ragkv.machine import processor
 
 
 def versions() -> dict[str, str]:
@@ -47,12 +48,3 @@ def conditions(engine: Engine, command: str) -> dict[str, Any]:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-
-
-def processor() -> str:
-    """What the CPU is called."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
