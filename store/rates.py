@@ -64,6 +64,11 @@ class Rates:
         pieces = range(0, tokens, self.piece_tokens)
         return sum(self.costs(cached + at, min(self.piece_tokens, tokens - at)) for at in pieces)
 
+    def read_s(self, tokens: int, document_tokens: int) -> float:
+        """Seconds that reading a document takes once, in windows of at most ``document_tokens``."""
+        whole, rest = divmod(tokens, document_tokens)
+        return whole * self.compute_s(document_tokens) + self.compute_s(rest)
+
     def load_s(self, tokens: Mapping[str, int]) -> float:
         """Seconds that loading takes, of so many tokens from each tier.
 

@@ -18,7 +18,7 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import DiskTier
+from ragkv.store.disk import DiskTier, stored_size
 from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
@@ -229,6 +229,11 @@ class TieredStore:
         return self._home.budget_bytes
 
     @property
+    def readonly(self) -> bool:
+        """Whether its folder is open for reading only."""
+        return self._disk is not None and self._disk.readonly
+
+    @property
     def codecs(self) -> tuple[Codec, Codec | None]:
         """How KV are encoded where they are kept, and in CPU memory; ``None``: there as decoding the former gives them."""
         return self._levels.below, self._levels.memory
@@ -236,11 +241,10 @@ class TieredStore:
     def stored_bytes(
         self, kv: ChunkKV, *, rotations: Sequence[RotationLike | None] = (), codec: str | Codec | None = None
     ) -> int:
-        """Bytes that a chunk's KV would take where they are kept, in the codec of that place or another. Stores nothing."""
-        levels = self._levels if codec is None else Levels(get_codec(codec), get_codec(codec))
+        """Bytes that a chunk's KV would take where they are kept; with ``codec`` on disk, in that one. Stores nothing."""
+        levels = self._levels if codec is None else Levels(get_codec(codec))
         offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
-        offer = offers[0] if codec is not None else self._home.prepare(offers[0])
-        return self._home.size(offer)
+        return self._home.size(self._home.prepare(offers[0])) if codec is None else stored_size(offers[0])
 
     def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored and pinned now, each once and in order."""

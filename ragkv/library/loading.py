@@ -54,7 +54,7 @@ def measure_loading(documents: Documents, limit_s: float) -> dict[str, Loading]:
     with TieredStore(cpu_bytes=room, codec=codec, cpu_codec=cpu_codec) as memory:
         sample.put(memory)
         measured["cpu"] = sample.loading(memory, "cpu")
-    if store.path is None:
+    if store.path is None or store.readonly:
         return measured
     try:
         with _folder(store.path) as folder, TieredStore(folder, cpu_bytes=0, disk_bytes=room, codec=codec) as disk:
@@ -62,7 +62,7 @@ def measure_loading(documents: Documents, limit_s: float) -> dict[str, Loading]:
             _forget_pages(folder / "data.mdb")
             read = {"disk": sample.loading(disk, "disk", times=1), PAGE_CACHE: sample.loading(disk, "disk")}
         return measured | read
-    except (StoreError, OSError) as error:  # full, or open for reading only
+    except (StoreError, OSError) as error:  # full, say
         logger.warning("the disk is not measured: nothing can be written to %s: %s", store.path, error)
         return measured
 

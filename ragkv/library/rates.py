@@ -6,12 +6,13 @@ Prefill times are those of :mod:`ragkv.library.costs`, which the eviction policy
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from time import perf_counter
 from weakref import WeakKeyDictionary
 
 from ragkv.chunk import digest
 from ragkv.errors import RecordError, StoreError
-from ragkv.library.costs import known_costs, measured_costs
+from ragkv.library.costs import known_costs, measure, measured_costs
 from ragkv.library.documents import Documents
 from ragkv.library.loading import measure_loading
 from ragkv.machine import machine
@@ -19,6 +20,9 @@ from ragkv.store import Loading, Rates, TieredStore
 from ragkv.store.rates import loading_from_bytes, loading_to_bytes
 
 logger = logging.getLogger(__name__)
+
+#: A profile of fewer is measured again: it was made in less time.
+_LENGTHS, _MOMENT_S = 3, 2.0
 
 #: What this process has found in its stores: a warm question looks into none.
 _found: WeakKeyDictionary[TieredStore, dict[str, Rates | None]] = WeakKeyDictionary()
@@ -44,7 +48,9 @@ def measured_rates(documents: Documents, limit_s: float = 10.0, again: bool = Fa
     if known is not None:
         return known
     reader, store, begin = documents.reader, documents.store, perf_counter()
-    costs = measured_costs(reader, store, documents.document_tokens, limit_s / 2)
+    costs = known_costs(reader, store)
+    if again or costs is None or len(costs.new) <= _LENGTHS:
+        costs = measured_costs(reader, store, documents.document_tokens, limit_s / 2)
     tiers = measure_loading(documents, max(0.0, limit_s - (perf_counter() - begin)))
     name = _name(documents)
     try:
@@ -53,6 +59,19 @@ def measured_rates(documents: Documents, limit_s: float = 10.0, again: bool = Fa
         logger.warning("measured rates are used but not stored: %s", error)
     rates = _found.setdefault(store, {})[name] = Rates(costs, tiers, reader.piece_tokens, _beside(documents))
     return rates
+
+
+def reading_s(documents: Documents, tokens: Sequence[int]) -> float:
+    """Seconds that adding documents takes, each of which the model runs so many tokens for.
+
+    Where no prefill times are known they are measured for a moment, and not kept.
+    """
+    if not any(tokens):
+        return 0.0
+    reader, most = documents.reader, documents.document_tokens
+    costs = known_costs(reader, documents.store) or measure(reader, most, _MOMENT_S)
+    rates = Rates(costs, {}, reader.piece_tokens)
+    return documents.passes * sum(rates.read_s(count, most) for count in tokens)
 
 
 def _kept(documents: Documents, name: str) -> Rates | None:
