@@ -45,7 +45,7 @@ def measure_loading(documents: Documents, limit_s: float) -> dict[str, Loading]:
         limit_s: seconds that storing the sample on disk may take; its first two chunks are always stored.
     """
     decoder, store = documents.reader.decoder, documents.store
-    sample, (codec, cpu_codec) = _Sample(decoder), store.codecs
+    sample, (codec, cpu_codec) = Sample(decoder), store.codecs
     room, measured = 4 * sample.nbytes + (1 << 20), dict[str, Loading]()
     if decoder.device.type == "cuda":
         with TieredStore(gpu_bytes=room, cpu_bytes=room, device=decoder.device) as gpu:
@@ -59,15 +59,14 @@ def measure_loading(documents: Documents, limit_s: float) -> dict[str, Loading]:
     try:
         with _folder(store.path) as folder, TieredStore(folder, cpu_bytes=0, disk_bytes=room, codec=codec) as disk:
             sample.put(disk, limit_s)
-            _forget_pages(folder / "data.mdb")
-            read = {"disk": sample.loading(disk, "disk", times=1), PAGE_CACHE: sample.loading(disk, "disk")}
+            read = {"disk": sample.loading(disk, "disk", folder / "data.mdb"), PAGE_CACHE: sample.loading(disk, "disk")}
         return measured | read
     except (StoreError, OSError) as error:  # full, say
         logger.warning("the disk is not measured: nothing can be written to %s: %s", store.path, error)
         return measured
 
 
-class _Sample:
+class Sample:
     """Chunks of a model's shapes, the first of them short."""
 
     def __init__(self, decoder: Decoder):
@@ -98,18 +97,25 @@ class _Sample:
             item = Item(self.keys[chunk], self._kv.first(len(chunk)))
             store.put_many([item], rotations=self.decoder.rotations)
 
-    def loading(self, store: TieredStore, tier: str, times: int = 3) -> Loading:
-        """A tier's rate, from the long chunks, and what a prompt takes besides, from the short one."""
-        short, long = self.chunks[:1], self.chunks[1:]
-        if times > 1:
-            self._load(store, short)  # the first run of a process is slow
-        few_s = min(self._load(store, short) for _ in range(times))
-        many_s = min(self._load(store, long) for _ in range(times))
+    def loading(self, store: TieredStore, tier: str, file: Path | None = None) -> Loading:
+        """A tier's rate, and what a prompt takes besides: from a few tokens and from many.
+
+        Args:
+            store: holds the sample.
+            tier: of it.
+            file: read once, and without the page cache; by default the best of three times counts.
+        """
+        self._load(store, self.chunks[:1])  # the first run of a process is slow
+        first, times = (1, 1) if file is not None and len(self.chunks) > 2 else (0, 1 if file else 3)
+        if file is not None:
+            _forget_pages(file)
+        short, long = self.chunks[first : first + 1], self.chunks[first + 1 :]
+        few_s, many_s = (min(self._load(store, chunks) for _ in range(times)) for chunks in (short, long))
         few, many = (sum(map(len, chunks)) for chunks in (short, long))
         per_token = (many_s - few_s) / (many - few) if many > few else 0.0
         if per_token <= 0:
             per_token = many_s / many
-        token_bytes = store.sizes(map(self.keys.__getitem__, long))[tier] / many
+        token_bytes = store.sizes(self.keys[chunk] for chunk in long)[tier] / many
         return Loading(token_bytes / per_token, token_bytes, max(0.0, few_s - few * per_token))
 
     def _load(self, store: TieredStore, chunks: Sequence[Chunk]) -> float:

@@ -81,7 +81,7 @@ def weighed(method: Method, view: View, rates: Rates) -> Weighed | None:
 
     budget = min(1.0, method.expected_budget(view))
     slowest = sorted(tokens, key=lambda tier: (-rates.tiers[tier].seconds(tokens[tier]) / tokens[tier], tier))
-    full_s = rates.compute_s(layout.tokens - known, known)
+    full_s = rates.compute_s(layout.tokens - layout.held, layout.held)
     loaded = best = way()
     parts = [] if method.looks else [way(*slowest[:count]) for count in range(1, len(slowest))]
     for other in [*parts, Way(tuple(slowest), 0.0, full_s, full_s)]:

@@ -6,13 +6,17 @@ import pytest
 
 from ragkv import Engine, PromptTemplate, TieredStore
 from ragkv.errors import ArgumentError, StoreError
+from ragkv.library.loading import Sample
 from ragkv.library.rates import known_rates, measured_rates
+from ragkv.model.decoder import Decoder
 from ragkv.store import CostProfile, Loading, Rates
 from ragkv.store.rates import PAGE_CACHE
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6])
 COSTS = CostProfile((0, 1000), (0, 1000), ((0.0, 1.0), (0.0, 1.5)))
+
+GRID = CostProfile((0, 1000), (0, 16, 64, 256), ((0.0, 0.1, 0.2, 0.3), (0.0, 0.2, 0.3, 0.4)))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def test_every_tier_is_measured_through_the_stores_own_path(model, tmp_path):
     with open_engine(model, tmp_path) as engine:
         engine.store.put(bytes(32), engine.documents.reader.anchor)
         before, history = engine.store.stats(), len(engine.store)
-        rates = measured_rates(engine.documents)
+        rates = measured_rates(engine.documents, limit_s=1000)
         assert list(rates.tiers) == ["cpu", "disk", PAGE_CACHE] and not rates.beside
         for tier in rates.tiers.values():
             assert tier.bytes_per_s > 0 and tier.start_s >= 0
@@ -67,10 +71,20 @@ def test_measured_once_for_a_folder(model, tmp_path, monkeypatch):
 def test_there_is_one_grid(model, tmp_path, monkeypatch, facts):
     """The eviction policy's: what adding documents measured is not measured again."""
     with open_engine(model, tmp_path) as engine:
+        monkeypatch.setattr("ragkv.library.costs.measure", lambda *_: GRID)
         engine.add([random_ids(9)])
         (name,) = [name for name in facts(engine.store) if name.startswith("prefill seconds:")]
         monkeypatch.setattr("ragkv.library.costs.measure", forbidden)
-        assert engine.advise().rates.costs == CostProfile.from_bytes(engine.store.meta_get(name))
+        assert engine.advise().rates.costs == CostProfile.from_bytes(engine.store.meta_get(name)) == GRID
+
+
+def test_a_grid_of_too_few_lengths_is_measured_again(model, tmp_path, monkeypatch):
+    """One that was made in little time, when a document was added."""
+    with open_engine(model, tmp_path) as engine:
+        monkeypatch.setattr("ragkv.library.costs.measure", lambda *_: COSTS)
+        engine.add([random_ids(9)])
+        monkeypatch.setattr("ragkv.library.costs.measure", lambda *_: GRID)
+        assert engine.advise().rates.costs == GRID
 
 
 def test_a_damaged_figure_is_measured_again(model, tmp_path, facts):
@@ -109,6 +123,16 @@ def test_measuring_is_bounded(model, tmp_path, monkeypatch):
         monkeypatch.setattr(TieredStore, "put_many", counted)
         engine.advise(limit_s=1e-9)
     assert sum(count for on_disk, count in stored if on_disk) == 2
+
+
+def test_a_pool_is_measured_as_a_gpus_is(model):
+    """The GPU tier's pool, on this device."""
+    sample = Sample(Decoder(model))
+    with TieredStore(gpu_bytes=1 << 26, cpu_bytes=1 << 26, device="cpu") as store:
+        sample.put(store)
+        assert set(store.where(sample.keys.values()).values()) == {"gpu"}
+        loading = sample.loading(store, "gpu")
+    assert loading.bytes_per_s > 0 and loading.token_bytes * sum(map(len, sample.chunks)) >= 0.9 * sample.nbytes
 
 
 def test_what_follows_from_figures():
