@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from datetime import date
 from time import perf_counter
@@ -75,8 +76,10 @@ def prompts(args: argparse.Namespace, engine: ragkv.Engine, advice: ragkv.Advice
             for method, spent in times.items():
                 begin = perf_counter()
                 prompt = engine.fuse(chunks, question, method=method)
+                seconds = perf_counter() - begin
                 if number:  # the first round warms up
-                    spent.append(perf_counter() - begin)
+                    spent.append(seconds)
+                print(f"{tier}, {length} tokens, round {number}: {method} {seconds:.3f} s", file=sys.stderr)
                 if method == "auto":
                     report = prompt.report
         source = PAGE_CACHE if tier == "disk" else tier
