@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "advice": ("Advice",),
     "chunk": ("Chunk", "ChunkKV"),
     "engine": ("Engine",),
     "errors": (
@@ -59,7 +60,7 @@ _HOMES = {
     "rag": ("RAG",),
     "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
     "retrieval.options": ("Retrieval",),
-    "store": ("TieredStore",),
+    "store": ("Rates", "TieredStore"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,3 +1,4 @@
+from ragkv.advice import Advice as Advice
 from ragkv.chunk import Chunk as Chunk
 from ragkv.chunk import ChunkKV as ChunkKV
 from ragkv.engine import Engine as Engine
@@ -47,6 +48,7 @@ from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
 from ragkv.retrieval.options import Retrieval as Retrieval
+from ragkv.store import Rates as Rates
 from ragkv.store import TieredStore as TieredStore
 
 __version__: str

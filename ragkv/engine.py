@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
+from ragkv.advice import Advice, advise
 from ragkv.answering import Answering, MakePrompt
 from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
@@ -213,6 +214,17 @@ class Engine:
             cases, **options: and what is raised, see :func:`ragkv.calibration.calibrate`.
         """
         return calibrate(self, cases, **options)
+
+    def advise(self, *, limit_s: float = 10.0, again: bool = False) -> Advice:
+        """When reuse pays on this machine with this model: what was measured before, or is measured now and kept beside the KV.
+
+        ``method="auto"`` goes by it from then on; see docs/advise.md.
+
+        Args:
+            limit_s: seconds that measuring may take, about.
+            again: measure all the same.
+        """
+        return advise(self.documents, self.method, limit_s, again)
 
     def refresh(self) -> None:
         """Look at every weight of the model again.

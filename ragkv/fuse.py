@@ -18,13 +18,14 @@ from ragkv.fusion.view import Selection, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
+from ragkv.library.rates import known_rates
 from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
 from ragkv.past import Past
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
-from ragkv.store import Batch
+from ragkv.store import Batch, Rates
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ def fuse(
             selection = Selection.of(method.select(View(layout, layers, one)), method)
             work = plan(selection, layout, layers)
         if work.first_stored < layers:
+            one.placement.spare(work.whole)
             one.placement.ahead(work.first_stored)
         # Hooks that place layers, or narrow the set, must not be there in a forward that others' rows take part in.
         alone = bool(work.checks) or (one.opened and one.placement.by_layer)
@@ -73,6 +75,7 @@ def fuse(
         sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
         report = FusionReport(
             method=selection.name,
+            why=selection.why,
             attention=done.attention,
             kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
             prefix_tokens=layout.chunks_start,
@@ -160,6 +163,15 @@ class _Fusing(Looking):
     def check_layer(self) -> int:
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
         return self.reader.check_layer
+
+    def rates(self) -> Rates | None:
+        """See :meth:`ragkv.fusion.view.Looks.rates`."""
+        return known_rates(self._documents)
+
+    def tiers(self) -> list[str | None]:
+        """See :meth:`ragkv.fusion.view.Looks.tiers`."""
+        moved, places = moved_for_this(), self._documents.store.where(self._keys)
+        return [moved[key].tier if key in moved else places.get(key) for key in self._keys]
 
     def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:
         """The chunks that the store does not hold, or not with the sensitivity that is needed.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
+from ragkv.folder.filesystem import has_data
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import TieredStore
@@ -47,13 +48,16 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     place = {option: value for option, value in options.items() if option in OPTIONS}
     check_options(name, options.keys() | (given.keys() - OPTIONS - own), own)
     embedder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
-    retriever = Retriever.open(None if path is None else path / "documents", embedder)
+    readonly = given["readonly"]
+    retriever = Retriever.open(None if path is None else path / "documents", embedder, readonly=readonly)
     opened.callback(retriever.close)
     loaded = load_model(name, options.get("device"), place, options.get("tokenizer"), options.get("system"))
     store = options.get("store")
     if store is None:
+        kv = None if path is None or (readonly and not has_data(path / "kv")) else path / "kv"
         store = TieredStore(
-            None if path is None else path / "kv",
+            kv,
+            readonly=readonly,
             codec=options.get("codec", "raw"),
             cpu_codec=options.get("cpu_codec"),
             **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes")},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ragkv.advice import Advice
     from ragkv.store.stats import Sample
 
 #: What is drawn in these is the page's own colours on a page, light or dark; all others do in both.
@@ -105,6 +106,29 @@ def store_picture(samples: Sequence[Sample]) -> Figure:
     sizes.yaxis.set_ticks([part * step for part in range(4)], [size(part * step) for part in range(4)])
     shown = range(0, len(held), -(-len(held) // 6))
     sizes.set_xticks([at + 0.5 for at in shown], [strftime("%Y-%m-%d %H:%M", localtime(held[at].at_s)) for at in shown])
+    return figure
+
+
+def advice_picture(advice: Advice) -> Figure:
+    """Seconds to the first token over the chunk tokens of a prompt: full prefill, and from each tier.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    figure = _figure(4.2)
+    axes = figure.add_axes((0.09, 0.13, 0.88, 0.72))
+    most = max(advice.lengths)
+    lengths = sorted({max(1, round(most ** (step / 60))) for step in range(61)})
+    lines = {("full prefill", _MARK): [advice.full_s(length) for length in lengths]}
+    for tier in advice.rates.tiers:
+        lines[_look(tier)] = [advice.reuse_s(tier, length) for length in lengths]
+    for (words, colour), seconds in lines.items():
+        axes.plot(lengths, seconds, color=colour, linewidth=1.8, label=words)
+    axes.set(xscale="log", yscale="log", xlim=(1, most))
+    axes.yaxis.set_major_formatter(lambda value, _: _ms(value * 1e3))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    _dress(axes, "First token after, by the chunk tokens of the prompt", "tokens")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6, **_LEGEND)
     return figure
 
 

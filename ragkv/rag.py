@@ -21,7 +21,7 @@ from ragkv.gate import Gate
 from ragkv.kernels import Impl
 from ragkv.library.differing import warn_of_differences
 from ragkv.library.documents import Documents
-from ragkv.library.done import Added, Synced
+from ragkv.library.done import Added, Planned, Synced
 from ragkv.library.intake import Intake, listed
 from ragkv.library.listing import ListedDocument, listed_documents
 from ragkv.library.watching import Progress, told_of_hits
@@ -100,6 +100,7 @@ class RAG:
         cpu_codec: str | Codec | None = None,
         namespace: str | None = None,
         lifetime_s: float = math.inf,
+        readonly: bool = False,
         context: str | None = None,
         document_tokens: int | None = None,
         piece_tokens: int = 512,
@@ -137,6 +138,7 @@ class RAG:
             cpu_codec: how they are encoded in memory.
             namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
+            readonly: write nothing to the folder, which must be there: nothing can be added.
             context, document_tokens, piece_tokens, sensitivity, kernels, gate: see :class:`~ragkv.Engine`.
             **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
                 fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``, ``cache_dir``,
@@ -240,6 +242,17 @@ class RAG:
             StoreFullError: as for :meth:`add_texts`.
         """
         return self._taking_in(namespace).add_files(paths, encoding, progress)
+
+    def plan_files(
+        self,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        namespace: str | None = None,
+        encoding: str | None = None,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> Planned:
+        """What :meth:`add_files` would do and take. Files are looked at; nothing is computed, and nothing written."""
+        return self._taking_in(namespace).planned(paths, encoding, progress)
 
     def sync(
         self,

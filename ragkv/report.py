@@ -50,13 +50,14 @@ class FusionReport:
         method: the method with its knobs, as it ran.
         attention: the attention implementation that ran.
         kernels: the implementation of ``ragkv.kernels`` that ran: ``"triton"`` or ``"reference"``.
+        why: what :class:`~ragkv.Auto` weighed to choose it, with the figures; empty where nothing was weighed.
         prefix_tokens: tokens of the prefix.
         chunk_tokens: tokens of all chunks.
         suffix_tokens: tokens of the suffix.
         reused_tokens: tokens of the prefix whose KV were there already: an earlier conversation's, or those of a prefix that was
             computed before.
         hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
-            ``"unused"``: the method computes everything itself.
+            ``"unused"``: the method computes it whole.
         sources: the same for each chunk that was given, in order; ``prompt`` where a session's prompt had it already.
         chunks: those that were placed behind the prefix, in the prompt's order. In a session they may be fewer than those that were
             found for the question, or others too, where earlier turns were put together anew.
@@ -85,6 +86,7 @@ class FusionReport:
     reused_tokens: int = 0
     looked: str = ""
     gate: str = ""
+    why: str = ""
     rows: Tensor | None = field(default=None, repr=False, compare=False)
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 

@@ -52,17 +52,19 @@ class Catalogue:
 
     Args:
         path: the folder, made if it is not there; None for a temporary one that goes with the object.
+        readonly: open the folder for reading only; it must be there.
 
     Raises:
         StoreError: the folder cannot be used.
         RecordError: the folder holds something else, is damaged, or was made by a newer version.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, readonly: bool = False) -> None:
         instance("path", path, str | os.PathLike | None, "a folder's path, or None")
         self.temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary)
+        only_reading = readonly and not self.temporary
+        self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary, readonly=only_reading)
         self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
         try:
             self._check_format()

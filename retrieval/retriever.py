@@ -70,16 +70,19 @@ class Retriever:
             self._follow(view)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] | None = None, embedder: Embedder | None = None) -> Retriever:
+    def open(
+        cls, path: str | os.PathLike[str] | None = None, embedder: Embedder | None = None, *, readonly: bool = False
+    ) -> Retriever:
         """A retriever over a folder, with faiss, and with the offline embedder where none is given.
 
         Args:
             path: the folder, made if it is not there; None keeps nothing.
             embedder: turns texts into vectors.
+            readonly: open the folder for reading only; it must be there.
         """
         embedder = embedder or offline_embedder()
         instance("embedder", embedder, Embedder, _EMBEDDER)
-        catalogue = Catalogue(path)
+        catalogue = Catalogue(path, readonly=readonly)
         try:
             index = SegmentedIndex(embedder.dimension, None if catalogue.readonly else catalogue.path)
             return cls(embedder, index, catalogue)

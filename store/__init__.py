@@ -6,9 +6,22 @@ from ragkv.store.batch import Batch
 from ragkv.store.keys import chunk_key
 from ragkv.store.policy import Policy
 from ragkv.store.profile import CostProfile
+from ragkv.store.rates import Loading, Rates
 from ragkv.store.stats import Moved, StoreStats
 from ragkv.store.target import Target
 from ragkv.store.terms import Item
 from ragkv.store.tiered import TieredStore
 
-__all__ = ["Batch", "CostProfile", "Item", "Moved", "Policy", "StoreStats", "Target", "TieredStore", "chunk_key"]
+__all__ = [
+    "Batch",
+    "CostProfile",
+    "Item",
+    "Loading",
+    "Moved",
+    "Policy",
+    "Rates",
+    "StoreStats",
+    "Target",
+    "TieredStore",
+    "chunk_key",
+]

@@ -149,9 +149,7 @@ class DiskTier(Tier):
 
     def size(self, entry: Offer) -> int:
         """Bytes that an entry takes here, in whole pages."""
-        return _pages(len(entry.record.pack(entry.key))) + sum(
-            _pages(stop - start) for start, stop in entry.record.spans
-        )
+        return stored_size(entry)
 
     def damaged(self, key: bytes) -> None:
         try:
@@ -302,6 +300,11 @@ class DiskTier(Tier):
         with self.environment.read() as txn:
             data = txn.get(key, db=self.environment.db(db))
             return None if data is None else bytes(data)
+
+
+def stored_size(entry: Offer) -> int:
+    """Bytes that an entry takes on disk, in whole pages."""
+    return _pages(len(entry.record.pack(entry.key))) + sum(_pages(stop - start) for start, stop in entry.record.spans)
 
 
 def _pages(count: int) -> int:

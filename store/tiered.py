@@ -18,7 +18,7 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import DiskTier
+from ragkv.store.disk import DiskTier, stored_size
 from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
@@ -211,6 +211,11 @@ class TieredStore:
         self._check_open()
         return self._tiers.missing(keys)
 
+    def where(self, keys: Iterable[bytes]) -> dict[bytes, str]:
+        """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use."""
+        self._check_open()
+        return self._tiers.where(keys)
+
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
         self._check_open()
@@ -224,10 +229,23 @@ class TieredStore:
         """What all chunks may take where they are kept: on disk, or in memory without one."""
         return self._home.budget_bytes
 
-    def stored_bytes(self, kv: ChunkKV, *, rotations: Sequence[RotationLike | None] = ()) -> int:
-        """Bytes that a chunk's KV would take where they are kept, in the codec of that place. Stores nothing."""
-        offers, _ = self._levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
-        return self._home.size(self._home.prepare(offers[0]))
+    @property
+    def readonly(self) -> bool:
+        """Whether its folder is open for reading only."""
+        return self._disk is not None and self._disk.readonly
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec | None]:
+        """How KV are encoded where they are kept, and in CPU memory; ``None``: there as decoding the former gives them."""
+        return self._levels.below, self._levels.memory
+
+    def stored_bytes(
+        self, kv: ChunkKV, *, rotations: Sequence[RotationLike | None] = (), codec: str | Codec | None = None
+    ) -> int:
+        """Bytes that a chunk's KV would take where they are kept; with ``codec`` on disk, in that one. Stores nothing."""
+        levels = self._levels if codec is None else Levels(get_codec(codec))
+        offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
+        return self._home.size(self._home.prepare(offers[0])) if codec is None else stored_size(offers[0])
 
     def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored and pinned now, each once and in order."""

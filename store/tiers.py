@@ -162,6 +162,17 @@ class Tiers:
                 wanted = tier.missing(wanted) if wanted else []
         return wanted
 
+    def where(self, keys: Iterable[bytes]) -> dict[bytes, str]:
+        """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing."""
+        self._catch_up()
+        wanted, places = list(dict.fromkeys(keys)), dict[bytes, str]()
+        for tier in self.tiers:
+            with self._spared(tier):
+                missing = tier.missing(wanted) if wanted else []
+                places |= dict.fromkeys(set(wanted) - set(missing), tier.name)
+                wanted = missing
+        return places
+
     def find(self, keys: Collection[bytes], used: bool) -> dict[bytes, Source]:
         """Opens chunks, each in the first tier that has it.
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, options_of
+from ragkv.cli.opening import open_rag, open_unwritten, options_of
 from ragkv.cli.reading import reading
-from ragkv.library.done import Added
+from ragkv.library.done import Added, Planned
 from ragkv.retrieval import Change
 
 
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
+    if args.dry_run:
+        return _dry_run(args, path)
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with reading(args) as bar:
@@ -33,6 +37,35 @@ def run(args: argparse.Namespace) -> int:
     if not added.changes:
         show.hint("ragkv: nothing could be added")
     return 0 if added.changes else 1
+
+
+def _dry_run(args: argparse.Namespace, path: Path) -> int:
+    with open_unwritten(path, **options_of(args)) as rag, reading(args) as bar:
+        planned = rag.plan_files(args.paths, encoding=args.encoding, progress=bar)
+    for skipped in planned.skipped:
+        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    if args.json:
+        show.as_json({"path": str(path), "dry_run": True, **asdict(planned)})
+    else:
+        _show_plan(planned)
+    return 0 if planned.passages else 1
+
+
+def _show_plan(planned: Planned) -> None:
+    kinds = ("added", "changed", "moved", "unchanged", "skipped")
+    documents = show.documents({kind: len(getattr(planned, kind)) for kind in kinds}, planned.hidden)
+    print(f"{documents}; {show.number(planned.passages, 'passage')}, {show.number(planned.tokens, 'token')}")
+    there, run = show.number(planned.stored_tokens, "token"), show.number(planned.tokens_to_read, "token")
+    print(f"KV of {there} are there; to read: {run}, about {show.duration(planned.seconds)}")
+    if planned.kv_bytes:
+        print()
+        rows = [
+            (f"{name}{' (in use)' * (name == planned.codec)}", show.size(size))
+            for name, size in planned.kv_bytes.items()
+        ]
+        show.table([("codec", "KV on disk"), *rows])
+        print()
+    print("nothing was done")
 
 
 def _summary(added: Added, seconds: float) -> dict[str, Any]:

@@ -64,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
         help="the longest passage (default: 256; 96 for the bundled model)",
     )
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
-    add.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
+    either = add.add_mutually_exclusive_group()
+    either.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
+    either.add_argument(
+        "--dry-run", action="store_true", help="show what would be done and what it takes, and do nothing"
+    )
 
     sync = command(
         "sync",
@@ -115,6 +119,26 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the longest prompt with its answer; beyond it the oldest turns are dropped (default: the model's positions)",
     )
+
+    advise = command(
+        "advise",
+        model,
+        _storage(),
+        method,
+        summary="Measure when reuse pays on this machine with this model, and what documents would take.",
+    )
+    advise.add_argument(
+        "--tokens", type=at_least(1), default=1_000_000, metavar="N", help="of the documents (default: 1000000)"
+    )
+    advise.add_argument(
+        "--limit",
+        type=parsed(filters.parse_duration),
+        default=10.0,
+        metavar="TIME",
+        help="measure no longer, about (default: 10s)",
+    )
+    advise.add_argument("--again", action="store_true", help="measure, though what was measured before is kept")
+    care.page_option(advise, "--html", "write a page with a picture of it")
 
     command(
         "info",

@@ -144,6 +144,8 @@ def _show_costs(answer: SourcedAnswer, milliseconds: dict[str, float]) -> None:
     fusion = answer.report.fusion
     print(f"\n{show.paint('recomputed', 'bold')}")
     print(f"{fusion.budget:.1%} of {show.number(fusion.chunk_tokens, 'passage token')}, by {fusion.method}")
+    if fusion.why:
+        print(fusion.why)
     print(f"\n{show.paint('time', 'bold')}")
     stages = [
         f"{name} {show.milliseconds(milliseconds[stage])}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragkv.cli import show
 from ragkv.errors import RagKVError
+from ragkv.folder.filesystem import has_data
 
 if TYPE_CHECKING:
     from ragkv.rag import RAG
@@ -31,11 +32,11 @@ _ALIKE = (
 )
 
 
-def open_rag(folder: Path, quiet: bool = False, **options: Any) -> RAG:
+def open_rag(folder: Path | None, quiet: bool = False, **options: Any) -> RAG:
     """Load model and embedder and open a folder, which is made if it is not there.
 
     Args:
-        folder: documents, vectors and KV.
+        folder: documents, vectors and KV; ``None``: in memory.
         quiet: do not say on a terminal that a new folder's model is the bundled one.
         **options: of :meth:`RAG.from_pretrained`; ``None`` for the folder's own, or its default.
     """
@@ -54,6 +55,12 @@ def open_rag(folder: Path, quiet: bool = False, **options: Any) -> RAG:
     if (options.get("model") or kept.get("model")) == BUNDLED or not terminal:
         logging.disable_progress_bar()  # of loading weights
     return RAG.from_pretrained(path=folder, **{name: value for name, value in options.items() if value is not None})
+
+
+def open_unwritten(folder: Path, **options: Any) -> RAG:
+    """As :func:`open_rag`, but that nothing is made or written in the folder: one that is not there is taken for empty."""
+    there = has_data(folder / "documents")
+    return open_rag(folder if there else None, readonly=there, **options)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

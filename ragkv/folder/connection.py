@@ -37,7 +37,8 @@ class Connection:
                 max_dbs=len(databases),
                 max_readers=MAX_READERS,
                 readonly=readonly,
-                lock=not readonly,
+                # Who only reads says so where others may write: else they would use pages again that it looks at.
+                lock=not readonly or os.access(path / "lock.mdb", os.W_OK),
                 create=not readonly,
                 metasync=durable,
                 sync=durable,

@@ -30,7 +30,7 @@ class Environment:
 
     Attributes:
         path: the folder.
-        readonly: whether it can only be read: then there is no lock file.
+        readonly: whether it can only be read: then no lock file is made.
         write_lock: held by the thread of this process that writes.
         gate: entered by every thread that reads, for as long as it is inside LMDB.
     """

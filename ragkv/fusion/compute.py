@@ -31,6 +31,7 @@ class Plan:
         context: the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk; ``None``: all
             that stand in front of them.
         narrow: asked at the checks, with the cache.
+        whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
     """
 
     rows: Tensor
@@ -38,6 +39,7 @@ class Plan:
     first_stored: int
     context: Tensor | None
     narrow: Callable[[Check], Tensor]
+    whole: frozenset[int] = frozenset()
 
 
 def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
@@ -67,7 +69,8 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
         return Plan(rows, checks, checks[0] if checks else layers, None, narrow)
-    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow)
+    whole = frozenset() if checks else _whole(active, layout)
+    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole)
 
 
 def compute(
@@ -122,6 +125,15 @@ def recompute(decoder: Decoder, cache: FusedCache, ids: Tensor, rows: Tensor, pi
         Next-token logits ``[1, V]``.
     """
     return Pass(decoder, cache, Layout(ids, (), 0, len(ids)), rows, piece_tokens).scattered()
+
+
+def _whole(active: Tensor, layout: Layout) -> frozenset[int]:
+    """The numbers of the chunks all of whose tokens are active."""
+    lengths = [len(placed.chunk) for placed in layout.chunks]
+    if len(active) < min(lengths, default=0):
+        return frozenset()
+    counts = torch.bincount(layout.owners[active], minlength=len(lengths)).tolist()
+    return frozenset(number for number, length in enumerate(lengths) if counts[number] == length)
 
 
 def _subset(chosen: Tensor, allowed: Tensor, method: Narrows) -> Tensor:

@@ -6,7 +6,7 @@ N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -105,9 +105,8 @@ class Placement:
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
         self._done = 0  # layers below are placed, or were not asked for
+        self._spared = set[int]()  # slots at which chunks begin that are not placed
         self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        if self.by_layer:
-            batch.read_ahead()
 
     def bytes_read(self, moved: Mapping[bytes, Moved]) -> int:
         """Bytes read from disk so far, for what was moved to memory for this prompt too."""
@@ -115,22 +114,41 @@ class Placement:
 
     def sources(self, moved: Mapping[bytes, Moved]) -> list[str]:
         """Where each chunk's KV came from, in prompt order; what was moved to memory for this prompt, from where it was before."""
-        return [
-            "computed"
-            if key in self.fresh
-            else moved[key].tier
-            if key in moved
-            else str(self.batch.tiers[self._index[key]])
-            for _, key in self._chunks
-        ]
+
+        def source(placed: Placed, key: bytes) -> str:
+            if key in self.fresh:
+                return "computed"
+            if placed.start in self._spared:
+                return "unused"
+            return moved[key].tier if key in moved else str(self.batch.tiers[self._index[key]])
+
+        return [source(placed, key) for placed, key in self._chunks]
+
+    def spare(self, numbers: Set[int]) -> None:
+        """Leave out chunks, by their numbers in the prompt: a pass computes them whole. Nothing of them is loaded from here on."""
+        if self._done or not numbers:  # what was looked at is placed already
+            return
+        self._spared = {self._layout.chunks[number].start for number in numbers}
+        needed = {key for _, key in self._to_place}
+        for key, index in self._index.items():
+            if key not in needed:
+                self.batch.done(index)
+
+    @property
+    def _to_place(self) -> list[tuple[Placed, bytes]]:
+        return [(placed, key) for placed, key in self._chunks if placed.start not in self._spared]
 
     def ahead(self, first: int = 0) -> None:
         """Place what a pass needs from layer ``first`` on, as far as that is better done before the pass: all of it on the CPU.
 
+        Elsewhere loading begins.
+
         Raises:
             RecordError: a record proved damaged; the store has dropped it.
         """
-        if not self.by_layer:
+        if self.by_layer:
+            self.batch.read_ahead()
+        else:
             self.upto(len(self._decoder.layers) - 1, first)
 
     @contextmanager
@@ -171,8 +189,8 @@ class Placement:
         targets = [
             Target(held.key_room[0], held.value_room[0]) for held in self._cache.layers[layers.start : layers.stop]
         ]
-        left = Counter(key for _, key in self._chunks)
-        for placed, key in self._chunks:
+        left = Counter(key for _, key in self._to_place)
+        for placed, key in self._to_place:
             self._place_chunk(placed, key, layers, targets)
             left[key] -= 1
             if not left[key] and key not in self.fresh and layers.stop == len(self._decoder.layers):
@@ -201,7 +219,7 @@ class Placement:
     def _stretches(self) -> list[_Stretch]:
         """What is placed as one piece, in prompt order; the same in every layer."""
         made: list[_Stretch] = []
-        for placed, key in self._chunks:
+        for placed, key in self._to_place:
             stretch = _Stretch.of(placed, key, **self._how(placed, key))
             joined = made[-1].joined(stretch) if made else None
             made[-1:] = [joined] if joined else [*made[-1:], stretch]

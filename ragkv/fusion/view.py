@@ -17,6 +17,7 @@ from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
 from ragkv.kernels import Impl, deviation
 from ragkv.lazy import lazy
+from ragkv.store import Rates
 
 
 class Narrows(Protocol):
@@ -37,6 +38,7 @@ class Selection:
         keep: tokens that stay in it all the same.
         method: decides further; the one that was asked, if not given.
         name: what the report calls it; ``repr(method)`` if not given.
+        why: what was weighed to choose it, for the report.
     """
 
     tokens: Tensor
@@ -45,6 +47,7 @@ class Selection:
     keep: Tensor | None = None
     method: Narrows | None = None
     name: str = ""
+    why: str = ""
 
     @classmethod
     def of(cls, chosen: Selection | Tensor, method: Narrows) -> Selection:
@@ -68,6 +71,12 @@ class Looks(Protocol):
 
     def check_layer(self) -> int:
         """See :attr:`View.check_layer`."""
+
+    def rates(self) -> Rates | None:
+        """See :attr:`View.rates`."""
+
+    def tiers(self) -> Sequence[str | None]:
+        """See :attr:`View.tiers`."""
 
 
 class View:
@@ -127,6 +136,19 @@ class View:
     def check_layer(self) -> int:
         """The layer at which it shows best which tokens depend on the text in front of them, found out once for the model."""
         return self._looks.check_layer()
+
+    @lazy
+    def rates(self) -> Rates | None:
+        """What was measured of this machine and this model (``ragkv advise``); ``None`` where nothing was. Measures nothing."""
+        return self._looks.rates()
+
+    @lazy
+    def tiers(self) -> Sequence[str | None]:
+        """The tier that each chunk's KV would be read from; ``None`` where they are missing. Loads nothing.
+
+        What is being moved to memory for this very question counts as where it was before.
+        """
+        return self._looks.tiers()
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import torch
 from ragkv.chunk import digest
 from ragkv.errors import RecordError, StoreError
 from ragkv.library.reading import Reader
+from ragkv.machine import machine
 from ragkv.store import CostProfile, TieredStore
 
 logger = logging.getLogger(__name__)
@@ -34,20 +35,31 @@ def cost_profile(reader: Reader, store: TieredStore, most_tokens: int, limit_s: 
     """
     if not store.uses_costs:
         return None
-    where = f"{reader.decoder.device.type} {torch.get_num_threads()}"
-    name = f"prefill seconds:{digest(reader.fingerprint, where).hex()}"
+    return known_costs(reader, store) or measured_costs(reader, store, most_tokens, limit_s)
+
+
+def known_costs(reader: Reader, store: TieredStore) -> CostProfile | None:
+    """The profile that a store keeps of a model on this machine, if it does."""
     try:
-        known = store.meta_get(name)
-        if known is not None:
-            return CostProfile.from_bytes(known)
+        known = store.meta_get(_name(reader))
+        return None if known is None else CostProfile.from_bytes(known)
     except RecordError as error:
         logger.warning("measuring prefill times again: %s", error)
+        return None
+
+
+def measured_costs(reader: Reader, store: TieredStore, most_tokens: int, limit_s: float) -> CostProfile:
+    """As :func:`cost_profile`, measured now, in the place of what was kept."""
     profile = measure(reader, most_tokens, limit_s)
     try:
-        store.meta_put(name, profile.to_bytes())
+        store.meta_put(_name(reader), profile.to_bytes())
     except StoreError as error:  # full, or open for reading only
         logger.warning("prefill times are used but not stored: %s", error)
     return profile
+
+
+def _name(reader: Reader) -> str:
+    return f"prefill seconds:{digest(reader.fingerprint, machine(reader.decoder.device)).hex()}"
 
 
 def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:

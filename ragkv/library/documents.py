@@ -281,6 +281,11 @@ class Documents:
                 self._settle(missing)
         return tokens
 
+    @property
+    def passes(self) -> int:
+        """How often a document is read when it is added: twice where its tokens' sensitivity is measured."""
+        return 2 if self._measured else 1
+
     def look(self) -> None:
         """See whether the model is what it was; else there is another :attr:`reader`. Waits for the model."""
         with self.runner.turn():

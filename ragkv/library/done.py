@@ -29,6 +29,39 @@ class Added:
 
 
 @dataclass
+class Planned:
+    """What adding files would do and take.
+
+    Attributes:
+        added, changed, unchanged: sources of the files.
+        moved: by the new source, what the document is called now.
+        skipped: files that cannot be read, with the reason.
+        hidden: how many hidden files and folders are passed over.
+        passages: of all files.
+        tokens: of all passages.
+        stored_tokens: of those whose KV are there already.
+        tokens_to_read: that the model would run, some for the text in front of what is missing.
+        seconds: that it would compute, by its measured rate.
+        kv_bytes: what the missing KV would take, by codec.
+        codec: that the store uses.
+    """
+
+    added: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    skipped: list[SkippedFile] = field(default_factory=list)
+    hidden: int = 0
+    passages: int = 0
+    tokens: int = 0
+    stored_tokens: int = 0
+    tokens_to_read: int = 0
+    seconds: float = 0.0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
+    codec: str = ""
+
+
+@dataclass
 class Synced:
     """What bringing the documents of a folder in step with the disk did, or would do.
 

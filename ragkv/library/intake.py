@@ -16,8 +16,9 @@ from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.library.catalogued import CataloguedDocuments, Given, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
-from ragkv.library.done import Added, Synced
-from ragkv.library.sizes import check_room
+from ragkv.library.done import Added, Planned, Synced
+from ragkv.library.rates import reading_s
+from ragkv.library.sizes import check_room, codec_bytes
 from ragkv.library.watching import Progress, Tell, check_told, told
 from ragkv.retrieval import Catalogue, SkippedFile, TokenChunker
 from ragkv.retrieval.converter import Converter, fingerprint
@@ -103,6 +104,24 @@ class Intake:
         added = self._done(self._files(paths, encoding, tell), tell)
         self._forget_converted()
         return added
+
+    def planned(self, paths: Any, encoding: str | None, tell: Tell | None) -> Planned:
+        """See :meth:`ragkv.RAG.plan_files`."""
+        plan, documents = self._files(paths, encoding, tell), self._documents
+        planned = Planned(moved=plan.moved, skipped=plan.skipped, hidden=plan.hidden, tokens_to_read=plan.tokens)
+        chunks = list[Chunk]()
+        for prepared, _ in plan.documents:
+            if prepared.source not in plan.moved:
+                getattr(planned, prepared.kind).append(prepared.source)
+            chunks += filter(documents.fits, prepared.document)
+        planned.passages = sum(len(prepared.passages) for prepared, _ in plan.documents)
+        planned.tokens = sum(map(len, chunks))
+        planned.stored_tokens = planned.tokens - sum(map(len, documents.missing(chunks)))
+        planned.seconds = reading_s(documents, [tokens for _, tokens in plan.documents])
+        planned.codec = documents.store.codecs[0].name
+        sizes = codec_bytes(documents) if plan.stored_tokens else {}
+        planned.kv_bytes = {codec: round(size * plan.stored_tokens) for codec, size in sizes.items()}
+        return planned
 
     def sync(self, folder: str | os.PathLike[str], dry_run: bool, encoding: str | None, tell: Tell | None) -> Synced:
         """See :meth:`ragkv.RAG.sync`."""

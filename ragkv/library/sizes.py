@@ -11,9 +11,10 @@ import shutil
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import StoreFullError
+from ragkv.errors import StoreError, StoreFullError
 from ragkv.folder.filesystem import size
 from ragkv.library.documents import Documents
+from ragkv.store.codecs import CODECS
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 _SAMPLE_TOKENS = 64
 
 
-def token_bytes(documents: Documents) -> float:
-    """Bytes that a token's KV take where they are kept: of normal random numbers of the model's shapes, in the store's codec.
+def token_bytes(documents: Documents, codec: str | None = None) -> float:
+    """Bytes that a token's KV take where they are kept: of random numbers of the model's shapes, in the store's codec or another.
 
     Exact but for headers where a codec's size hangs on shapes alone; ``lossless`` and ``cachegen`` do better on real KV.
     """
@@ -33,7 +34,19 @@ def token_bytes(documents: Documents) -> float:
 
     keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in specs]
     kv = ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in specs], 0)
-    return documents.store.stored_bytes(kv, rotations=documents.reader.decoder.rotations) / _SAMPLE_TOKENS
+    size = documents.store.stored_bytes(kv, rotations=documents.reader.decoder.rotations, codec=codec)
+    return size / _SAMPLE_TOKENS
+
+
+def codec_bytes(documents: Documents) -> dict[str, float]:
+    """:func:`token_bytes` by codec; those that need a package that is not there are left out."""
+    sizes = dict[str, float]()
+    for codec in CODECS:
+        try:
+            sizes[codec] = token_bytes(documents, codec)
+        except StoreError as error:
+            logger.info("%s is left out: %s", codec, error)
+    return sizes
 
 
 def check_room(documents: Documents, tokens: int) -> int:

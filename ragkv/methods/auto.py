@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+
+from ragkv.errors import instance
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
+from ragkv.methods.weighing import weighed
+from ragkv.store import Rates
 
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Pick by what stands in the prompt; the report names what was picked. ``method="auto"`` is short for it.
+    """Pick by what stands in the prompt; the report names what was picked, and why. ``method="auto"`` is short for it.
 
     Every chunk exact where it stands, or all of one document: :class:`Reuse`. No more chunk tokens than suffix tokens:
     :class:`FullPrefill`, for there is nothing to gain. Else ``repair``.
 
+    Where this machine and this model were measured (``ragkv advise``), loading the chunks from where they lie is weighed against
+    computing them, as by CacheBlend's loading controller (arXiv:2405.16444). Chunks that are slow to load are computed, all of them
+    if need be; where loading goes on beside computing, as on a GPU, as many tokens more are repaired as fit into its time.
+
     Attributes:
         repair: the method for prompts that put chunks where they were not made.
+        rates: figures in place of those that were measured.
     """
 
     repair: Method = field(default_factory=SensitiveTokens)
+    rates: Rates | None = None
+
+    def __post_init__(self) -> None:
+        instance("repair", self.repair, Method, "a ragkv.Method, as ragkv.LegoLink(k=16)")
+        instance("rates", self.rates, Rates | None, "a ragkv.Rates, as ragkv.Engine.advise(...).rates")
 
     @property
     def needs_sensitivity(self) -> bool:
         """Whether the repair does."""
         return self.repair.needs_sensitivity
 
+    @property
+    def looks(self) -> bool:
+        """Whether the repair does."""
+        return self.repair.looks
+
+    def expected_budget(self, view: View) -> float:
+        """That of the method for this prompt."""
+        return self._picked(view.layout).expected_budget(view)
+
     def select(self, view: View) -> Selection:
         """What the method for this prompt selects; it also decides further."""
-        picked = self._picked(view.layout)
-        return Selection.of(picked.select(view), picked)
+        picked, rates = self._picked(view.layout), self.rates or view.rates
+        found = None if rates is None or isinstance(picked, FullPrefill) else weighed(picked, view, rates)
+        if found is None:
+            return Selection.of(picked.select(view), picked)
+        method = found.method or FullPrefill()
+        chosen = replace(Selection.of(method.select(view), method), why=found.why)
+        if found.method is None or not found.computed:
+            return chosen
+        slow = [placed for placed, tier in zip(view.layout.chunks, view.tiers, strict=True) if tier in found.computed]
+        tokens = torch.cat([chosen.tokens, view.layout.span(*slow)])
+        return replace(chosen, tokens=tokens, name=f"{chosen.name}, and all from {', '.join(found.computed)}")
 
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):

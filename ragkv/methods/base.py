@@ -24,6 +24,15 @@ class Method(ABC):
         """Whether it asks for ``view.sensitivity``, which is then measured when documents are read."""
         return False
 
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at stored KV to choose, so that all of them are loaded; not so where the layout and sensitivities do."""
+        return True
+
+    def expected_budget(self, view: View) -> float:
+        """The budget that it will be charged, about: its ``ratio`` if it has one. What :class:`~ragkv.Auto` reckons with."""
+        return float(getattr(self, "ratio", 0.0))
+
     @abstractmethod
     def select(self, view: View) -> Tensor | Selection:
         """The chunk tokens to compute from layer 0 on, a subset of ``view.layout.reusable``; or a selection that says more."""

@@ -51,11 +51,24 @@ class CacheBlend(Method):
         if self.threshold is not None and self.gradual:
             raise MethodError("CacheBlend: give threshold or gradual, not both")
 
+    def expected_budget(self, view: View) -> float:
+        """All tokens up to the check layer, and the ratio of them behind it."""
+        layout, layers = view.layout, view.layers
+        if not self._chooses or not len(layout.inexact):
+            return 0.0
+        shares = self.gradual or (self.ratio,)
+        first = (view.check_layer if self.check_layer is None else self.check_layer) + 1
+        behind = max(0, layers - first)
+        return (min(first, layers) + sum([*shares, *[shares[-1]] * layers][:behind])) / layers
+
+    @property
+    def _chooses(self) -> bool:
+        return self.threshold is not None or bool(self.gradual) or self.ratio > 0
+
     def select(self, view: View) -> Tensor | Selection:
         """All tokens up to the check layers; none where every chunk is exact already or nothing is to be kept."""
         layout = view.layout
-        nothing = self.threshold is None and not self.gradual and self.ratio == 0
-        if nothing or not len(layout.inexact):
+        if not self._chooses or not len(layout.inexact):
             return layout.reusable[:0]
         first = view.check_layer if self.check_layer is None else self.check_layer
         if first >= view.layers:

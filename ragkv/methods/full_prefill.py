@@ -1,6 +1,7 @@
 """Full prefill: every token is computed."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,6 +12,12 @@ from ragkv.methods.base import Method
 @dataclass(frozen=True)
 class FullPrefill(Method):
     """Compute the whole prompt, as a model without stored KV does. Exact; the yardstick of all others."""
+
+    looks: ClassVar[bool] = False
+
+    def expected_budget(self, view: View) -> float:
+        """All of it."""
+        return 1.0
 
     def select(self, view: View) -> Tensor:
         """All of it."""

@@ -1,6 +1,7 @@
 """LegoLink: the first tokens of every chunk are computed."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,12 @@ class LegoLink(Method):
     def __post_init__(self) -> None:
         if self.k < 0:
             raise MethodError(f"LegoLink: k must be >= 0 tokens, got {self.k}")
+
+    looks: ClassVar[bool] = False
+
+    def expected_budget(self, view: View) -> float:
+        """The share of the chunk tokens that it selects."""
+        return len(self.select(view)) / max(1, len(view.layout.reusable))
 
     def select(self, view: View) -> Tensor:
         """The first k tokens of the chunks that are not exact."""

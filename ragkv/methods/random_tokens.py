@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
+
+    looks: ClassVar[bool] = False
 
     def select(self, view: View) -> Tensor:
         """Some of the tokens of chunks that are not exact."""

@@ -1,6 +1,7 @@
 """Reuse: nothing but the suffix is computed."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ class Reuse(Method):
     Exact for a document's chunks, all of them in order right behind the prefix. Elsewhere a chunk knows its own document and
     nothing of the other chunks. It is also what models trained for block attention need (Block-Attention, arXiv:2409.15355).
     """
+
+    looks: ClassVar[bool] = False
 
     def select(self, view: View) -> Tensor:
         """None."""

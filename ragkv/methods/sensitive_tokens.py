@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ragkv.fusion.layout import Layout
 from ragkv.fusion.view import View
 from ragkv.methods.base import Method, check_share, highest
 
@@ -31,14 +32,23 @@ class SensitiveTokens(Method):
     ratio: float = 0.1
 
     needs_sensitivity: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
 
+    def expected_budget(self, view: View) -> float:
+        """The ratio, or as much as is not spared."""
+        return min(self.ratio, len(self._open(view.layout)) / max(1, len(view.layout.reusable)))
+
     def select(self, view: View) -> Tensor:
         """The most sensitive ones among those that are not spared."""
-        layout = view.layout
+        layout, tokens = view.layout, self._open(view.layout)
+        return highest(view.sensitivity, tokens, self.ratio, layout) if len(tokens) > 0 and self.ratio < 1 else tokens
+
+    def _open(self, layout: Layout) -> Tensor:
+        """The tokens that are not spared."""
         if self.ratio == 1:
             return layout.inexact
-        open_to = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
-        return highest(view.sensitivity, layout.span(*open_to), self.ratio, layout) if open_to else layout.span()
+        spans = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
+        return layout.span(*spans)

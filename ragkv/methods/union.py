@@ -35,6 +35,15 @@ class Union(Method):
         """Whether one of them does."""
         return self.first.needs_sensitivity or self.second.needs_sensitivity
 
+    @property
+    def looks(self) -> bool:
+        """Whether one of them does."""
+        return self.first.looks or self.second.looks
+
+    def expected_budget(self, view: View) -> float:
+        """Of both, as if they chose different tokens."""
+        return min(1.0, self.first.expected_budget(view) + self.second.expected_budget(view))
+
     def select(self, view: View) -> Selection:
         """What either selects, behind what both let it see."""
         one, two = (Selection.of(method.select(view), method) for method in (self.first, self.second))
@@ -49,4 +58,5 @@ class Union(Method):
             keep=other.tokens if narrows.keep is None else torch.cat([other.tokens, narrows.keep]),
             method=narrows.method,
             name=f"Union(first={one.name}, second={two.name})",
+            why="; ".join(filter(None, (one.why, two.why))),
         )

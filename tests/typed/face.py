@@ -105,6 +105,8 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(made.generate_many([(chunks, "a question?")], at_once=2), list[ragkv.Answer])
         assert_type(made.forget(chunks), int)
         assert_type(made.calibrate([(chunks, "a question?")], kl=0.1).chosen, str)
+        rates = assert_type(assert_type(made.advise(limit_s=5), ragkv.Advice).rates, ragkv.Rates)
+        assert_type(made.fuse(chunks, "a question?", method=ragkv.Auto(rates=rates)).report.why, str)
 
     kv = store.get(b"key")
     if kv is not None:
@@ -119,6 +121,7 @@ async def rag() -> None:
         assert_type(opened.add_texts(["a text"], ["a name"], progress=tell).tokens_read, int)
         assert_type(opened.add_files("docs/").skipped[0].reason, str)
         assert_type(opened.sync("docs/").removed, list[str])
+        assert_type(opened.plan_files("docs/").kv_bytes, dict[str, int])
         assert_type(opened.documents()[0].tokens, int | None)
 
         answer = opened.ask("a question?", top_k=5, method=ragkv.Reuse())

@@ -1,0 +1,99 @@
+"""What a prompt costs on a machine: measured figures of prefilling and of loading, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import NamedTuple
+
+from ragkv.errors import RecordError, StoreError
+from ragkv.store.profile import CostProfile
+
+#: The tier ``disk`` is measured without the system's page cache. With it, it goes by this name; no tier is called so.
+PAGE_CACHE = "page cache"
+
+
+class Loading(NamedTuple):
+    """How fast KV get from a tier to their places in a prompt: read, decoded, rotated.
+
+    Attributes:
+        bytes_per_s: of the KV as the tier keeps them.
+        token_bytes: that a token's KV take there.
+        start_s: seconds that a prompt takes besides.
+    """
+
+    bytes_per_s: float
+    token_bytes: float
+    start_s: float = 0.0
+
+    def seconds(self, tokens: int) -> float:
+        """For so many tokens; 0 for none."""
+        return self.start_s + tokens * self.token_bytes / self.bytes_per_s if tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine was measured to do with a model (CacheBlend's loading controller, arXiv:2405.16444).
+
+    Attributes:
+        costs: seconds that a prefill takes.
+        tiers: how fast KV come from each, by name: ``"gpu"``, ``"cpu"``, ``"disk"``, or one of your own.
+        piece_tokens: tokens that one forward pass computes.
+        beside: loading goes on while the model computes, as on an accelerator; on a CPU one comes after the other.
+
+    Raises:
+        StoreError: a figure is none.
+    """
+
+    costs: CostProfile
+    tiers: Mapping[str, Loading] = field(hash=False)
+    piece_tokens: int = 512
+    beside: bool = False
+
+    def __post_init__(self) -> None:
+        for name, tier in self.tiers.items():
+            if not (tier.bytes_per_s > 0 and 0 < tier.token_bytes < inf and 0 <= tier.start_s < inf):
+                raise StoreError(f"of the tier {name!r} bytes_per_s and token_bytes must be above 0, got {tuple(tier)}")
+        if self.piece_tokens < 1:
+            raise StoreError(f"piece_tokens must be at least 1, got {self.piece_tokens}")
+
+    def compute_s(self, tokens: int, cached: int = 0) -> float:
+        """Seconds that computing ``tokens`` takes behind ``cached`` others, in pieces."""
+        pieces = range(0, tokens, self.piece_tokens)
+        return sum(self.costs(cached + at, min(self.piece_tokens, tokens - at)) for at in pieces)
+
+    def read_s(self, tokens: int, document_tokens: int) -> float:
+        """Seconds that reading a document takes once, in windows of at most ``document_tokens``."""
+        whole, rest = divmod(tokens, document_tokens)
+        return whole * self.compute_s(document_tokens) + self.compute_s(rest)
+
+    def load_s(self, tokens: Mapping[str, int]) -> float:
+        """Seconds that loading takes, of so many tokens from each tier.
+
+        Raises:
+            KeyError: nothing was measured of a tier.
+        """
+        return sum(self.tiers[tier].seconds(count) for tier, count in tokens.items())
+
+    def prompt_s(self, load_s: float, compute_s: float) -> float:
+        """Seconds until both are done."""
+        return max(load_s, compute_s) if self.beside else load_s + compute_s
+
+
+def loading_to_bytes(tiers: Mapping[str, Loading]) -> bytes:
+    """Measured tiers as JSON, for :meth:`TieredStore.meta_put`."""
+    return json.dumps({name: list(tier) for name, tier in tiers.items()}).encode()
+
+
+def loading_from_bytes(data: bytes) -> dict[str, Loading]:
+    """Reads :func:`loading_to_bytes`.
+
+    Raises:
+        RecordError: it is none.
+    """
+    try:
+        return {str(name): Loading(*map(float, figures)) for name, figures in json.loads(data).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RecordError(f"measured rates cannot be read: {error}") from error

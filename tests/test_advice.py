@@ -1,0 +1,70 @@
+"""What advice says follows from its figures."""
+
+import json
+
+import pytest
+
+from ragkv import Auto, Engine, PromptTemplate, Reuse, TieredStore
+from ragkv.advice import Advice
+from ragkv.store import CostProfile, Loading, Rates
+from ragkv.testing import tiny_model
+
+#: A millisecond a token, wherever it stands.
+COSTS = CostProfile((0, 1000), (0, 1000), ((0.0, 1.0), (0.0, 1.0)))
+
+
+def advice(budget=0.0, passes=1, beside=False, **tiers):
+    rates = Rates(COSTS, tiers, beside=beside)
+    lengths = (100, 1000)
+    return Advice("a machine", rates, {"raw": 100.0, "int8": 50.5}, "raw", "", budget, passes, lengths, 5000, 1000)
+
+
+def test_from_where_a_tier_pays():
+    said = advice(
+        fast=Loading(1e6, 100), started=Loading(1e6, 100, 0.5), slow=Loading(5e4, 100), equal=Loading(1e5, 100)
+    )
+    assert said.full_s(968) == pytest.approx(1.0)
+    assert said.reuse_s("fast", 1000) == pytest.approx(0.1 + 0.032)
+    assert said.pays_from("fast") == 1
+    assert said.pays_from("started") == 556, "0.5 s are 555.6 tokens at 0.9 ms saved each"
+    assert said.pays_from("slow") is None is said.pays_from("equal")
+    side = advice(beside=True, fast=Loading(1e6, 100))
+    assert side.reuse_s("fast", 100) == pytest.approx(0.032) and side.reuse_s("fast", 1000) == pytest.approx(0.1)
+
+
+def test_how_many_uses_pay_for_reading():
+    half = Loading(2e5, 100)
+    assert advice(disk=half).uses("disk", 1000) == 2
+    assert advice(disk=half, passes=2).uses("disk", 1000) == 4
+    assert advice(disk=half, budget=0.25).uses("disk", 1000) == 4, "a quarter computed all the same"
+    assert advice(disk=half, budget=0.5).uses("disk", 1000) is None
+
+
+def test_what_a_corpus_takes():
+    said = advice(passes=2, disk=Loading(1e6, 100)).as_dict(10_000)
+    assert said["corpus"] == {"tokens": 10_000, "seconds": pytest.approx(20.0), "bytes": {"raw": 1e6, "int8": 505_000}}
+    assert said["prefill"] == [{"tokens": 1000, "seconds": 1.0, "tokens_per_s": 1000.0}]
+    disk = said["tiers"]["disk"]
+    assert disk["pays_from_tokens"] == 1 and disk["tokens_per_s"] == 10_000
+    assert disk["seconds"] == {"100": pytest.approx(0.042), "1000": pytest.approx(0.132)}
+    json.dumps(said)
+
+
+def test_bytes_of_a_token_are_those_that_are_stored(tmp_path):
+    """Of codecs whose size hangs on shapes alone: what is said is what a chunk then takes."""
+    template = PromptTemplate(prefix=[1])
+    for codec in ("raw", "int8", "fp8"):
+        store = TieredStore(tmp_path / codec, codec=codec, cpu_bytes=0)
+        with Engine(tiny_model(), template=template, store=store, method=Reuse()) as engine:
+            engine.add([[5] * 64])
+            said = engine.advise(limit_s=0.1)
+            assert said.codec == codec
+            assert said.codec_bytes[codec] * 64 == pytest.approx(store.stats().bytes["disk"], rel=0.02)
+
+
+def test_what_it_asks_of_the_engine():
+    with Engine(tiny_model(), template=PromptTemplate(prefix=[1]), method=Auto()) as engine:
+        said = engine.advise(limit_s=0.1)
+    assert (said.budget, said.passes, said.method) == (0.1, 2, repr(Auto()))
+    limit = engine.decoder.max_positions
+    assert limit is None or max(said.lengths) <= said.most_tokens < limit
