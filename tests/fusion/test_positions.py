@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from ragkv import CacheBlend, Engine, FullPrefill, LegoLink, Method, PromptError, PromptTemplate, Reuse, Selection
+from ragkv.fuse import fuse
 from ragkv.fusion.compute import compute, plan
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.view import View
@@ -72,12 +73,12 @@ def test_recomputed_at_100_percent_it_is_the_models_own_forward(engine, starts):
     layout = laid_out(engine, starts)
     want, layers = reference(engine.model, layout)
     for method in (FullPrefill(), LegoLink(1000), CacheBlend(1.0, check_layer=1)):
-        prompt = engine.prompting.fuse(layout, method, 0, perf_counter())
+        prompt = fuse(engine.documents, layout, method, 0, perf_counter())
         assert float((prompt.logits - want).abs().max()) < EXACT, method
         for held, true in zip(prompt.past_key_values.layers, layers, strict=True):
             torch.testing.assert_close(held.keys, true.keys, atol=EXACT, rtol=0)
             torch.testing.assert_close(held.values, true.values, atol=EXACT, rtol=0)
-    even = engine.prompting.fuse(laid_out(engine, None), FullPrefill(), 0, perf_counter())
+    even = fuse(engine.documents, laid_out(engine, None), FullPrefill(), 0, perf_counter())
     assert float((even.logits - want).abs().max()) > 50 * EXACT
 
 
@@ -86,7 +87,7 @@ def test_stored_keys_turn_to_positions(engine):
     for starts in STARTS.values():
         layout = laid_out(engine, starts)
         _, layers = reference(engine.model, layout)
-        placed = engine.prompting.fuse(layout, Reuse(), 0, perf_counter()).past_key_values.layers[0]
+        placed = fuse(engine.documents, layout, Reuse(), 0, perf_counter()).past_key_values.layers[0]
         torch.testing.assert_close(placed.keys, layers[0].keys, atol=EXACT, rtol=0)
 
 
@@ -101,7 +102,7 @@ def test_slots_that_hold_nothing_are_never_seen(architecture, kernels, starts):
     engine = Engine(tiny_model(architecture), template=TEMPLATE, piece_tokens=16, kernels=kernels)
     layout, decoder = laid_out(engine, starts), engine.decoder
     for method in (FullPrefill(), LegoLink(3), Half()):
-        prompt = engine.prompting.fuse(layout, method, 0, perf_counter())
+        prompt = fuse(engine.documents, layout, method, 0, perf_counter())
         cache = decoder.cache(layout.tokens + 40)
         for layer, held in zip(cache.layers, prompt.past_key_values.layers, strict=True):
             layer.key_room.fill_(torch.nan)
@@ -152,7 +153,7 @@ def test_a_piece_is_not_shown_what_nobody_wrote(kernels, monkeypatch):
     layouts = [laid_out(engine, starts) for starts in (None, *(STARTS.values() if kernels == "auto" else ()))]
     for layout in layouts:
         for method in (LegoLink(6), FullPrefill(), Half()):
-            assert engine.prompting.fuse(layout, method, 0, perf_counter()).logits.isfinite().all()
+            assert fuse(engine.documents, layout, method, 0, perf_counter()).logits.isfinite().all()
     old = engine.add_document([random_ids(n) for n in (20, 17, 25)])
     assert engine.repair_document(old, [random_ids(20), random_ids(30, seed=1), random_ids(25)])
     made = engine.fuse(engine.add([random_ids(7)]), QUESTION, method=Reuse())
