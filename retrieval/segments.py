@@ -1,4 +1,4 @@
-"""An index that is larger than memory: part of it exact in memory, the rest in files of clustered vectors, memory-mapped.
+"""An index that is larger than memory: part of it exact in memory, the rest in files of clustered vectors.
 
 n vectors, d dimensions, c clusters, k results.
 """

@@ -107,7 +107,8 @@ class Snapshot:
         document = self._document(key)
         if document is None or passage_id not in document.passage_ids:
             raise RecordError(
-                f"the catalogue is damaged: passage {passage_id} belongs to no document; Catalogue.repair() or 'ragkv verify --repair' mends it"
+                f"the catalogue is damaged: passage {passage_id} belongs to no document; Catalogue.repair() or "
+                "'ragkv verify --repair' mends it"
             )
         return Passage(passage_id, text, document.passage_ids.index(passage_id), document)
 
@@ -148,7 +149,8 @@ class Snapshot:
         record = self._txn.get("vectors", key)
         if record is None:
             raise RecordError(
-                f"the catalogue is damaged: passage {passage_id} has no vector; Catalogue.repair() or 'ragkv verify --repair' mends it"
+                f"the catalogue is damaged: passage {passage_id} has no vector; Catalogue.repair() or "
+                "'ragkv verify --repair' mends it"
             )
         return records.vector_from(records.opened(f"the vector of passage {passage_id}", key, record))
 
