@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,10 +82,7 @@ class FaissIndex:
     """
 
     def __init__(self, dimension: int) -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise MissingPackageError("faiss is not installed: pip install faiss-cpu") from error
+        faiss = faiss_here()
         if not isinstance(dimension, int) or dimension < 1:
             raise RetrievalError(f"dimension must be a positive whole number, got {dimension!r}")
         self.dimension = dimension
@@ -220,6 +218,23 @@ class FaissIndex:
         if not np.isfinite(array).all():
             raise RetrievalError("a vector has a number that is not finite")
         return array
+
+
+@cache
+def faiss_here() -> Any:
+    """The faiss library, fit for a forked child.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingPackageError("faiss is not installed: pip install faiss-cpu") from error
+    if hasattr(os, "register_at_fork"):
+        # OpenMP's threads stay with the parent: a child would wait for them for ever.
+        os.register_at_fork(after_in_child=lambda: faiss.omp_set_num_threads(1))
+    return faiss
 
 
 def _checked_ids(ids: ArrayLike) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from ragkv.errors import RecordError, RetrievalError
 from ragkv.retrieval.arrays import ArrayFile, write_arrays
-from ragkv.retrieval.index import FaissIndex, read_whole, write_whole
+from ragkv.retrieval.index import FaissIndex, faiss_here, read_whole, write_whole
 
 _LOG = logging.getLogger("ragkv.retrieval")
 
@@ -249,9 +249,7 @@ def write_segment(folder: Path, ids: NDArray[np.int64], vectors: NDArray[np.floa
     Raises:
         OSError: it cannot be written.
     """
-    import faiss
-
-    kmeans: Any = faiss.Kmeans(
+    kmeans = faiss_here().Kmeans(
         vectors.shape[1],
         max(1, int(2 * len(ids) ** 0.5)),
         niter=10,

@@ -8,6 +8,7 @@ from safetensors.numpy import load, save
 
 from ragkv.errors import MissingPackageError, RecordError, RetrievalError
 from ragkv.retrieval import FaissIndex, VectorIndex
+from ragkv.retrieval.index import faiss_here
 
 D = 6
 
@@ -218,5 +219,6 @@ def test_without_faiss_the_command_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
+    faiss_here.cache_clear()
     with pytest.raises(MissingPackageError, match="pip install faiss-cpu"):
         FaissIndex(D)

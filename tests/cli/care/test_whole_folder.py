@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -96,6 +97,24 @@ def test_verify_repairs_documents(run, folder, database):
     assert run("verify")[0] == 0
     left = sources(folder)
     assert len(left) == 1 and set(left) < set(before)
+
+
+def test_verify_takes_no_page_for_damaged_that_another_process_has_just_written(run, folder, monkeypatch):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with Catalogue(folder / "documents"):
+            os.write(writer, b"x")
+            signal.pause()
+    try:
+        os.read(reader, 1)
+        monkeypatch.setattr("ragkv.cli.verify.problems", lambda place: ["page 3 seems wrong"])
+        assert run("verify")[0] == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    code, out, _ = run("verify")
+    assert code == 1 and "documents: the file: page 3 seems wrong" in out, "nobody writes: so it is"
 
 
 def test_verify_computes_vectors_again(run, folder, monkeypatch):
