@@ -132,10 +132,21 @@ def test_killed_while_adding(model, tmp_path):
     assert counts == sorted(counts)  # what was committed stays
     with open_rag(tmp_path / "killed", model) as killed, open_rag(tmp_path / "calm", model) as calm:
         killed.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        if "extra" in killed.retriever.catalogue:
+            killed.remove("extra")
         assert killed.refresh() == calm.refresh() == 0
         got, want = killed.ask(QUESTION, max_new_tokens=5), calm.ask(QUESTION, max_new_tokens=5)
         assert got.token_ids == want.token_ids
         assert "computed" not in got.report.fusion.hits
+
+
+def test_one_process_changes_a_folder_one_asks_and_one_looks_after_it(tmp_path):
+    """Every answer is of one state; what is just being written is neither damaged nor an orphan; compact waits for both."""
+    child = [sys.executable, PROGRAM.with_name("rag_three.py"), tmp_path, "3"]
+    run = subprocess.run(child, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    done = json.loads(run.stdout.splitlines()[-1])
+    assert min(done.values()) > 0 and done["ask"] > 2
 
 
 @pytest.mark.parametrize("record", ["of another document", "damaged"])
