@@ -1,13 +1,14 @@
 """Folders survive restarts and crashes, and belong to one model and one embedder."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ragkv import IncompatibleFolderError, PromptTemplate
+from ragkv import IncompatibleFolderError, PromptTemplate, StoreError
 from ragkv.retrieval import TokenChunker
 
 from .rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag, small_model, tokens_of
@@ -162,3 +163,38 @@ def test_a_record_that_is_not_the_documents_is_found_out_anew(model, tmp_path, r
         catalogue.keep([(one, reading._replace(record=wrong.record if record == "of another document" else b"junk"))])
         got = rag.ask(QUESTION, max_new_tokens=4)
         assert (got.token_ids, got.sources) == (want.token_ids, want.sources)
+
+
+def test_a_folder_that_may_not_be_written_to_answers(model, tmp_path, forked):
+    """From stored KV, by vectors and words; a question whose KV are missing reads them, and keeps nothing."""
+    folder = tmp_path / "rag"
+    kinds = ({}, {"hybrid": True, "hops": 2}, {"where": {"source": "clearport.md"}})
+
+    def answers(rag):
+        return [(rag.ask(QUESTION, max_new_tokens=3, **options).token_ids) for options in kinds]
+
+    with open_rag(folder, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        want = answers(rag)
+        rag.engine.store.remove(next(iter(rag.engine.documents.keys(rag.chunks(rag.retrieve(QUESTION))))))
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for parent in folder.parents[:4]:
+        parent.chmod(0o755)
+
+    def work():
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with open_rag(folder, model) as rag:
+            assert answers(rag) == answers(rag) == want
+            for change in (lambda: rag.add_texts(["New."], ["new"]), lambda: rag.remove("clearport.md")):
+                with pytest.raises(StoreError, match="open for reading only"):
+                    change()
+            assert answers(rag) == want
+        return "ok"
+
+    try:
+        assert forked(work) == "ok"
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
