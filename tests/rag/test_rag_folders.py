@@ -91,6 +91,23 @@ def test_a_warm_question_tokenises_nothing_but_itself(model, tmp_path, monkeypat
         assert said == [QUESTION] and answer.report.fusion.hits == {"disk": 5}
 
 
+def test_a_warm_question_writes_nothing(model, tmp_path, monkeypatch):
+    """Law 15, from the first question after a restart on: no transaction that writes, nothing synced, no index of words made."""
+    kinds = ({}, {"hybrid": True, "hops": 2}, {"where": {"source": "clearport.md"}, "max_context_tokens": 200})
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        want = [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds]
+    with open_rag(tmp_path, model) as rag:
+        written, statements = [], []
+        monkeypatch.setattr("ragkv.folder.Environment.write", lambda self, **_: written.append(self.path))
+        monkeypatch.setattr("ragkv.folder.Environment.sync", lambda self: written.append(self.path))
+        rag.retriever._words._opened().set_trace_callback(statements.append)
+        assert [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds] == want
+        assert written == [] and statements
+        assert not [line for line in statements if line.startswith(("BEGIN IMMEDIATE", "INSERT", "DELETE"))]
+        monkeypatch.undo()
+
+
 def test_what_is_prefetched_for_a_question_came_from_disk(model, tmp_path, monkeypatch):
     """However far the store is with it when the first piece is asked for; another question finds it in memory."""
     with open_rag(tmp_path, model) as rag:

@@ -4,6 +4,8 @@ import os
 import random
 import resource
 import shutil
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -181,6 +183,14 @@ def test_flipped_bits_of_words_are_found_or_harmless(filled, copy, open_already)
             seen.add(same)
             words.close()
     assert True in seen
+
+
+def test_words_of_a_passage_that_there_is_not(filled, copy, caplog):
+    with closing(sqlite3.connect(copy / "words.sqlite")) as db, db:
+        db.execute("INSERT INTO passages(rowid, text) VALUES (999, 'rope rope rope')")
+    with Retriever.open(copy, HashEmbedder()) as retriever:
+        assert answers(retriever) == filled[1]
+    assert "made again" in caplog.text
 
 
 def test_a_full_disk_leaves_vectors_in_memory(tmp_path, forked):
