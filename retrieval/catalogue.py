@@ -320,6 +320,10 @@ class Catalogue:
         with self._environment.transaction() as txn:
             return problems(txn)
 
+    def structure(self) -> list[str]:
+        """What is wrong with the file's own pages, a line each; writers wait meanwhile."""
+        return self._environment.problems()
+
     def repair(self, embed: Embed) -> list[str]:
         """Computes damaged vectors again, and deletes documents that cannot be read whole.
 
@@ -328,14 +332,25 @@ class Catalogue:
 
         Returns:
             what was done, a line each; the deleted documents have to be added again.
+
+        Raises:
+            RetrievalError: ``embed`` gives vectors of another kind than the folder's: nothing was changed.
         """
-        with self._environment.transaction() as txn:
-            found = damage(txn)
-        texts = list(found.vectors.values())
-        vectors = _checked(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
-        with self._environment.transaction(write=True, suspicious=True) as txn:
-            mend(txn, found, vectors)
-            txn.put("meta", b"state", new_state())
+        while True:
+            with self._environment.transaction() as txn:
+                found, state = damage(txn), Snapshot(txn).state
+            texts = list(found.vectors.values())
+            vectors = _checked(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
+            if texts and found.dimension not in (0, vectors.shape[1]):
+                raise RetrievalError(
+                    f"the embedder gives vectors of {vectors.shape[1]} numbers, those of {self.path} have "
+                    f"{found.dimension}: repair it with the embedder that it was made with"
+                )
+            with self._environment.transaction(write=True, suspicious=True) as txn:
+                if Snapshot(txn).state == state:  # nobody has added again meanwhile what is to be deleted
+                    mend(txn, found, vectors)
+                    txn.put("meta", b"state", new_state())
+                    break
         return [
             *(f"{name}: damaged and deleted, add it again" for name in found.lost.values()),
             *(f"passage {passage_id}: its vector was computed again" for passage_id in found.vectors),

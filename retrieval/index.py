@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_128
 
 from ragkv.errors import MissingPackageError, RecordError, RetrievalError
+from ragkv.retrieval.arrays import ArrayFile, write_arrays
 
 _FORMAT = "ragkv.index/1"
 
@@ -80,10 +82,7 @@ class FaissIndex:
     """
 
     def __init__(self, dimension: int) -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise MissingPackageError("faiss is not installed: pip install faiss-cpu") from error
+        faiss = faiss_here()
         if not isinstance(dimension, int) or dimension < 1:
             raise RetrievalError(f"dimension must be a positive whole number, got {dimension!r}")
         self.dimension = dimension
@@ -221,6 +220,23 @@ class FaissIndex:
         return array
 
 
+@cache
+def faiss_here() -> Any:
+    """The faiss library, fit for a forked child.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingPackageError("faiss is not installed: pip install faiss-cpu") from error
+    if hasattr(os, "register_at_fork"):
+        # OpenMP's threads stay with the parent: a child would wait for them for ever.
+        os.register_at_fork(after_in_child=lambda: faiss.omp_set_num_threads(1))
+    return faiss
+
+
 def _checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -237,23 +253,10 @@ def write_whole(path: Path, arrays: dict[str, NDArray[Any]], state: str, parts: 
     Raises:
         RetrievalError: the file cannot be written; the one that was there is untouched.
     """
-    from safetensors.numpy import save
-
     metadata = {"format": _FORMAT, "state": state, "checksum": _checksum(f"{state}{parts}", arrays)}
-    data = save(arrays, {**metadata, "parts": parts} if parts else metadata)
-    # Beside the file, to the disk, and only then in its place.
-    beside = path.with_name(f"{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
-        for left in path.parent.glob(f"{path.name}.*.tmp"):
-            if not _runs(left.name.split(".")[-2]):
-                left.unlink(missing_ok=True)
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_arrays(path, arrays, {**metadata, "parts": parts} if parts else metadata)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise RetrievalError(f"the index cannot be written to {path}: {error}") from error
 
 
@@ -263,36 +266,17 @@ def read_whole(path: Path, dimension: int) -> tuple[dict[str, NDArray[Any]], str
     Raises:
         RecordError: the file is missing, damaged, of another format or dimension.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise RecordError(f"{path}: of format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            ids, vectors = arrays["ids"], arrays["vectors"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise RecordError(f"{path}: no index can be read from it: {error}") from error
-    if ids.dtype != np.int64 or vectors.dtype != np.float32 or len(ids) != len(vectors):
-        raise RecordError(f"{path}: damaged, shapes or types do not fit")
-    state, parts = metadata.get("state", ""), metadata.get("parts", "")
-    if _checksum(f"{state}{parts}", arrays) != metadata.get("checksum"):
+    file = ArrayFile(path)
+    if file.metadata.get("format") != _FORMAT:
+        raise RecordError(f"{path}: of format {file.metadata.get('format')!r}, expected {_FORMAT!r}")
+    types = {"ids": np.int64, "vectors": np.float32, "dead": np.int64}
+    arrays = {name: file.array(name, types[name]) for name in types if name in file.shapes or name != "dead"}
+    state, parts = file.metadata.get("state", ""), file.metadata.get("parts", "")
+    if _checksum(f"{state}{parts}", arrays) != file.metadata.get("checksum"):
         raise RecordError(f"{path}: damaged, its checksum does not fit")
-    if vectors.shape[1:] != (dimension,):
-        raise RecordError(f"{path}: holds vectors of shape {vectors.shape}, expected [n, {dimension}]")
+    if arrays["vectors"].shape != (len(arrays["ids"]), dimension):
+        raise RecordError(f"{path}: holds vectors of shape {arrays['vectors'].shape}, expected [n, {dimension}]")
     return arrays, state, parts
-
-
-def _runs(process: str) -> bool:
-    """Whether a process of this id is there: what a killed one was writing can go."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _checksum(names: str, arrays: dict[str, NDArray[Any]]) -> str:

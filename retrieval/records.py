@@ -212,7 +212,7 @@ def opened(what: str, key: bytes, record: bytes) -> bytes:
         return unseal(key, record)
     except RecordError as error:
         raise RecordError(
-            f"the catalogue's record of {what} is damaged: Catalogue.repair() mends or names it"
+            f"the catalogue's record of {what} is damaged: Catalogue.repair() or 'ragkv verify --repair' mends or names it"
         ) from error
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
+from ragkv.retrieval.copies import INDEX_FILE, WORDS_FILE
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.hit import Hit
 from ragkv.retrieval.index import VectorIndex
@@ -29,8 +30,6 @@ _LOG = logging.getLogger("ragkv.retrieval")
 Readings = Callable[[Snapshot, Document], Reading]
 
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
-
-INDEX_FILE, WORDS_FILE = "index.safetensors", "words.sqlite"
 
 
 class Retriever:
@@ -288,6 +287,7 @@ class Retriever:
         before, after = change.states
         with self._lock, self.catalogue.snapshot() as view:
             if before == self._state and after == view.state:
+                self._state = ""
                 self.index.remove(change.removed)
                 if change.new:
                     self.index.add(change.new, view.vectors(change.new))
@@ -299,6 +299,7 @@ class Retriever:
         state = view.state
         if state == self._state:
             return
+        self._state = ""  # until it is done: what fails half-way is of no state
         wanted, present = view.passage_ids(), self.index.ids()
         self.index.remove(np.setdiff1d(present, wanted))
         new = np.setdiff1d(wanted, present)

@@ -1,4 +1,4 @@
-"""An index that is larger than memory: part of it exact in memory, the rest in files of clustered vectors, memory-mapped.
+"""An index that is larger than memory: part of it exact in memory, the rest in files of clustered vectors.
 
 n vectors, d dimensions, c clusters, k results.
 """
@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 import time
-import uuid
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_64_intdigest
 
 from ragkv.errors import RecordError, RetrievalError
-from ragkv.retrieval.index import FaissIndex, read_whole, write_whole
+from ragkv.retrieval.arrays import ArrayFile, write_arrays
+from ragkv.retrieval.index import FaissIndex, faiss_here, read_whole, write_whole
 
 _LOG = logging.getLogger("ragkv.retrieval")
 
@@ -29,6 +29,8 @@ SEGMENT = 200_000
 # Of a file's vectors, the share that is compared with a question.
 _SHARE = 1 / 16
 _FORMAT = "ragkv.segment/1"
+# All of a file but its vectors: read when it is opened, and what it is named by.
+_SMALL = {"ids": np.int64, "starts": np.int64, "centroids": np.float32, "sums": np.uint64}
 _UNUSED_AFTER_S = 3600
 
 
@@ -139,16 +141,24 @@ class SegmentedIndex:
             self._tail.add(arrays["ids"], arrays["vectors"])
         return state
 
+    def check(self) -> None:
+        """Reads all vectors of the files.
+
+        Raises:
+            RecordError: a file is damaged.
+        """
+        with self._lock:
+            for part in self._segments:
+                part.check()
+
     def _spill(self, folder: Path) -> None:
         """What is in memory goes to a file."""
-        path = folder / f"segment-{uuid.uuid4().hex}.safetensors"
         try:
-            write_segment(path, *self._tail.contents())
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            _LOG.warning("vectors stay in memory: %s cannot be written: %s", path, error)
+            written = Segment(write_segment(folder, *self._tail.contents()), self.dimension)
+        except (OSError, RecordError) as error:
+            _LOG.warning("vectors stay in memory: they cannot be written to %s: %s", folder, error)
             return
-        self._segments.append(Segment(path, self.dimension))
+        self._segments.append(written)
         self._tail.clear()
 
 
@@ -164,24 +174,15 @@ class Segment:
     """
 
     def __init__(self, path: Path, dimension: int) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.path = path
-        try:
-            self._file: Any = safe_open(path, framework="np").__enter__()
-            metadata = self._file.metadata() or {}
-            small = {name: self._file.get_tensor(name) for name in ("ids", "starts", "centroids", "sums")}
-            self._vectors = self._file.get_slice("vectors")
-            shape = tuple(self._vectors.get_shape())
-        except (OSError, SafetensorError) as error:
-            raise RecordError(f"{path}: no vectors can be read from it: {error}") from error
+        self.path, self._file = path, ArrayFile(path)
+        small = {name: self._file.array(name, dtype) for name, dtype in _SMALL.items()}
         self.ids, self._starts, self._centroids, self._sums = small.values()
         if (
-            metadata.get("format") != _FORMAT
-            or shape != (len(self.ids), dimension)
-            or metadata.get("checksum") != _checksum(*small.values())
+            self._file.metadata.get("format") != _FORMAT
+            or self._file.shapes.get("vectors") != (len(self.ids), dimension)
+            or path.name != _name(_checksum(*small.values()))
         ):
-            raise RecordError(f"{path}: damaged, or of another format")
+            raise RecordError(f"{path}: damaged, of another format, or not the file that was written under this name")
         self.alive = np.ones(len(self.ids), bool)
         self._cluster = np.repeat(np.arange(len(self._sums)), np.diff(self._starts))
         self._sorted = np.argsort(self.ids)
@@ -196,6 +197,11 @@ class Segment:
         at = np.searchsorted(self.ids, wanted, sorter=self._sorted)
         rows = self._sorted[np.minimum(at, len(self.ids) - 1)]
         return rows[(self.ids[rows] == wanted) & self.alive[rows]]
+
+    def check(self) -> None:
+        """Reads all vectors."""
+        for cluster, (begin, end) in enumerate(pairwise(self._starts)):
+            self._read(cluster, np.arange(begin, end))
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The vectors of ascending rows, float32 ``[n, d]``."""
@@ -225,8 +231,8 @@ class Segment:
         """The vectors of a cluster's rows; the whole cluster is held against its checksum the first time."""
         begin, end = int(self._starts[cluster]), int(self._starts[cluster + 1])
         if self._checked[cluster] and len(rows) * 8 < end - begin:
-            return np.concatenate([self._vectors[int(row) : int(row) + 1] for row in rows])
-        vectors = self._vectors[begin:end]
+            return np.concatenate([self._file.rows("vectors", int(row), int(row) + 1) for row in rows])
+        vectors = self._file.rows("vectors", begin, end)
         if not self._checked[cluster]:
             if _checksum(vectors) != str(self._sums[cluster]):
                 raise RecordError(f"{self.path}: damaged, a checksum does not fit")
@@ -234,16 +240,16 @@ class Segment:
         return vectors if len(rows) == end - begin else vectors[rows - begin]
 
 
-def write_segment(path: Path, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-    """Clusters vectors, ``[n, d]``, and writes them to a new file.
+def write_segment(folder: Path, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> Path:
+    """Clusters vectors, ``[n, d]``, and writes them to a file that is named by what is in it; returns its path.
 
     A safetensors file: ``vectors`` float32 ``[n, d]`` and ``ids`` int64 ``[n]``, cluster by cluster; where each begins, ``starts``
     int64 ``[c + 1]``; ``centroids`` float32 ``[c, d]``; ``sums`` uint64 ``[c]``, a checksum each.
-    """
-    import faiss
-    from safetensors.numpy import save_file
 
-    kmeans: Any = faiss.Kmeans(
+    Raises:
+        OSError: it cannot be written.
+    """
+    kmeans = faiss_here().Kmeans(
         vectors.shape[1],
         max(1, int(2 * len(ids) ** 0.5)),
         niter=10,
@@ -257,14 +263,16 @@ def write_segment(path: Path, ids: NDArray[np.int64], vectors: NDArray[np.float3
     starts = np.searchsorted(cluster[order], np.arange(kmeans.k + 1)).astype(np.int64)
     ids, vectors = ids[order], vectors[order]
     sums = np.asarray([int(_checksum(vectors[begin:end])) for begin, end in pairwise(starts)], np.uint64)
-    small: dict[str, NDArray[Any]] = {
-        "ids": ids,
-        "starts": starts,
-        "centroids": np.asarray(kmeans.centroids, np.float32),
-        "sums": sums,
-    }
-    metadata = {"format": _FORMAT, "checksum": _checksum(*small.values())}
-    save_file({**small, "vectors": vectors}, path, metadata)
+    small: dict[str, NDArray[Any]] = dict(
+        zip(_SMALL, (ids, starts, np.asarray(kmeans.centroids, np.float32), sums), strict=True)
+    )
+    path = folder / _name(_checksum(*small.values()))
+    write_arrays(path, {**small, "vectors": vectors}, {"format": _FORMAT})
+    return path
+
+
+def _name(checksum: str) -> str:
+    return f"segment-{checksum}.safetensors"
 
 
 def _checksum(*arrays: NDArray[Any]) -> str:

@@ -107,7 +107,8 @@ class Snapshot:
         document = self._document(key)
         if document is None or passage_id not in document.passage_ids:
             raise RecordError(
-                f"the catalogue is damaged: passage {passage_id} belongs to no document; Catalogue.repair() mends it"
+                f"the catalogue is damaged: passage {passage_id} belongs to no document; Catalogue.repair() or "
+                "'ragkv verify --repair' mends it"
             )
         return Passage(passage_id, text, document.passage_ids.index(passage_id), document)
 
@@ -120,6 +121,10 @@ class Snapshot:
         """The id of every passage and the digest of its text, 32 bytes, in no particular order."""
         for key, passage_id in self._txn.items("uses"):
             yield int.from_bytes(passage_id, "big"), key
+
+    def has_passage(self, passage_id: int) -> bool:
+        """Whether there is a passage of an id."""
+        return 0 <= passage_id < 2**63 and self._txn.get("passages", records.passage_key(passage_id)) is not None
 
     def passage_text(self, passage_id: int) -> str:
         """The text of a passage.
@@ -144,7 +149,8 @@ class Snapshot:
         record = self._txn.get("vectors", key)
         if record is None:
             raise RecordError(
-                f"the catalogue is damaged: passage {passage_id} has no vector; Catalogue.repair() mends it"
+                f"the catalogue is damaged: passage {passage_id} has no vector; Catalogue.repair() or "
+                "'ragkv verify --repair' mends it"
             )
         return records.vector_from(records.opened(f"the vector of passage {passage_id}", key, record))
 

@@ -57,10 +57,12 @@ class Damage:
     Attributes:
         lost: document keys with a damaged document or text, and what to call the document.
         vectors: ids of passages whose vector is damaged, and their texts.
+        dimension: of the other vectors; 0 where there are none.
     """
 
     lost: dict[bytes, str] = field(default_factory=dict)
     vectors: dict[int, str] = field(default_factory=dict)
+    dimension: int = 0
 
 
 def damage(txn: Transaction) -> Damage:
@@ -77,7 +79,7 @@ def damage(txn: Transaction) -> Damage:
             continue
         for passage_id, text in zip(document.passage_ids, texts, strict=True):
             try:
-                view.vector(passage_id)
+                found.dimension = len(view.vector(passage_id))
             except RagKVError:
                 found.vectors[passage_id] = text
     return found

@@ -30,6 +30,8 @@ CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 _IDEOGRAPH = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
 _WORD = re.compile(r"\w+")
 _MOST_WORDS = 256
+# What a damaged file makes of an error's own text need not be text.
+_DAMAGE = (sqlite3.Error, UnicodeDecodeError)
 _WAIT_S = 600
 
 
@@ -46,6 +48,7 @@ class WordIndex:
     def __init__(self, path: Path | None) -> None:
         self._path, self._process = path, os.getpid()
         self._db: sqlite3.Connection | None = None
+        self._inode = 0
 
     def search(self, view: Snapshot, query: str, k: int, among: Sequence[int] | None = None) -> list[int]:
         """The ids of at most ``k`` passages of a snapshot that have words of the query, best first.
@@ -58,24 +61,40 @@ class WordIndex:
         """
         try:
             return self._searched(view, query, k, among)
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             if self._path is None:
                 raise
             _LOG.warning("the index of words is made again: %s: %s", self._path, error)
         self._drop()
         try:
             return self._searched(view, query, k, among)
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             _LOG.warning("the index of words is kept in memory: %s: %s", self._path, error)
         self.close()
         self._path = None
         return self._searched(view, query, k, among)
 
+    def check(self) -> str:
+        """What is wrong with the file, if anything is; the whole of it is read, and nothing is written.
+
+        SQLite keeps no checksums: a search notices damage to the file's structure, and this also damage to what stands in it.
+        """
+        try:
+            db = self._opened()
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if found == "ok":
+                db.execute("INSERT INTO passages(passages) VALUES ('integrity-check')")
+            return "" if found == "ok" else found
+        except _DAMAGE as error:
+            return str(error)
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Closes the file. Closing twice is no error, and searching opens it again."""
         db, self._db = self._db, None
         if db is not None and self._process == os.getpid():
-            with suppress(sqlite3.Error):
+            with suppress(*_DAMAGE):
                 db.close()
 
     def _searched(self, view: Snapshot, query: str, k: int, among: Sequence[int] | None) -> list[int]:
@@ -96,8 +115,10 @@ class WordIndex:
                 (" OR ".join(f'"{word}"' for word in words), k, *([] if among is None else [json.dumps(list(among))])),
             ).fetchall()
             db.execute("COMMIT")
+            if not all(view.has_passage(passage_id) for (passage_id,) in found):
+                raise sqlite3.DatabaseError("it names a passage that there is not")
         except BaseException:
-            with suppress(sqlite3.Error):
+            with suppress(*_DAMAGE):
                 db.execute("ROLLBACK")
             raise
         return [passage_id for (passage_id,) in found]
@@ -105,16 +126,19 @@ class WordIndex:
     def _opened(self) -> sqlite3.Connection:
         if self._process != os.getpid():  # a parent's connection is not to be used, nor closed
             self._inherited, self._db, self._process = self._db, None, os.getpid()
+        if self._db is not None and self._path is not None and _inode(self._path) != self._inode:
+            self.close()  # another process has made it again: what it was is nobody's any more
         if self._db is None:
             place = ":memory:" if self._path is None else self._path
             self._db = sqlite3.connect(place, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
             if self._path is not None:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = NORMAL")
+                # Not WAL: that maps a file, and the system ends a process whose mapped file is cut short.
+                self._db.execute("PRAGMA journal_mode = TRUNCATE")
+                self._inode = _inode(self._path)
             try:
                 self._db.executescript(_TABLES)
             except sqlite3.OperationalError as error:
-                if "fts5" in str(error):
+                if "no such module" in str(error):
                     raise MissingPackageError(
                         "searching by words takes SQLite with FTS5, which this Python was built without: search with "
                         "hybrid=False, or take a Python whose sqlite3 has FTS5"
@@ -125,9 +149,17 @@ class WordIndex:
     def _drop(self) -> None:
         self.close()
         assert self._path is not None
-        for end in ("", "-wal", "-shm"):
+        for end in ("", "-journal"):
             with suppress(OSError):
                 self._path.with_name(self._path.name + end).unlink()
+
+
+def _inode(path: Path) -> int:
+    """Which file is there; 0 for none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
 
 
 def _state(db: sqlite3.Connection) -> str:

@@ -122,10 +122,11 @@ def unpacked(member: Member) -> Offer:
 
 
 def _packed(tier: DiskTier, key: bytes) -> Member | None:
-    """A record as a member; ``None`` where it has expired."""
-    record, payload, row = load(tier, key, expired=True)
-    if not row.alive(tier.now()):
+    """A record as a member; ``None`` where it has expired, or another process has removed it."""
+    loaded = load(tier, key, expired=True)
+    if loaded is None or not loaded[2].alive(tier.now()):
         return None
+    record, payload, row = loaded
     terms, header = row.terms(tier.now()), record.safetensors_header()
     namespace = terms.namespace if isinstance(terms.namespace, bytes) else b""
     about = json.dumps(

@@ -102,18 +102,21 @@ def verify(
         RecordError: the folder itself is damaged: see :func:`repair`.
     """
     damaged: list[tuple[bytes, str]] = []
-    read = dropped = 0
+    read = dropped = checked = 0
     with opened(path) as tier:
         keys = tier.stored()
         for done, key in enumerate(keys, 1):
             try:
-                read += load(tier, key, expired=True)[0].payload_bytes
+                loaded = load(tier, key, expired=True)
+                checked += loaded is not None
+                read += loaded[0].payload_bytes if loaded else 0
             except RecordError as error:
+                checked += 1
                 damaged.append((key, str(error)))
                 dropped += len(tier.remove([key], "damaged")) if drop else 0
             if progress is not None:
                 progress(done, len(keys))
-    return Verdict(len(keys), read, damaged, dropped)
+    return Verdict(checked, read, damaged, dropped)
 
 
 def structure(path: str | os.PathLike[str]) -> list[str]:
@@ -211,8 +214,8 @@ def opened(path: str | os.PathLike[str], disk_bytes: int = _NO_BUDGET) -> Iterat
         yield tier
 
 
-def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, Payload, Row]:
-    """A record, read to its end and verified.
+def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, Payload, Row] | None:
+    """A record, read to its end and verified; None where another process has removed it.
 
     Raises:
         RecordError: it is damaged, the books do not know it, or it has expired and that was not asked for.
@@ -220,6 +223,8 @@ def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, 
     snapshot = tier.snapshot()
     try:
         found = snapshot.find(key, None if expired else tier.now())
+        if found is None and not snapshot.holds(key):
+            return None
         if found is None:
             raise RecordError("the books do not know it, or it has expired")
         loading = Loading(snapshot, key, *found)
@@ -232,10 +237,13 @@ def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, 
 def _save(old: DiskTier, new: DiskTier, key: bytes) -> bool:
     """Copies a record with its lifetime, if it can be read."""
     try:
-        record, payload, row = load(old, key)
+        loaded = load(old, key)
     except RecordError as error:
         logger.warning("%s is lost: %s", key.hex(), error)
         return False
+    if loaded is None:
+        return False
+    record, payload, row = loaded
     return new.admit([Offer(key, record, payload, row.terms(old.now()))])[0]
 
 

@@ -59,6 +59,10 @@ class DiskSnapshot:
         books = Row.unpack(key, row)
         return (Record.unpack(key, header), books) if now is None or books.alive(now) else None
 
+    def holds(self, key: bytes) -> bool:
+        """Whether there is a record under a key, also one that the books do not know."""
+        return self._get(b"entries", key) is not None
+
     def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
         """Copies a segment to its place in ``out`` (uint8 ``[payload_bytes]``) and verifies it there.
 

@@ -116,9 +116,10 @@ def listed(path: Path, *, passing_over: bool = False) -> list[Listed]:
     Raises:
         RecordError: a document is damaged.
     """
+    stored = list(entries(store_folder(path)))  # first: what is read for a document is stored behind it
     places = _places(path / "documents", passing_over)
     catalogued, now = has_data(path / "documents"), time.time()
-    found = [Listed(entry, tuple(places.get(entry.key, ())), catalogued, now) for entry in entries(store_folder(path))]
+    found = [Listed(entry, tuple(places.get(entry.key, ())), catalogued, now) for entry in stored]
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
 
 

@@ -124,8 +124,13 @@ def refuse_open(folder: Path) -> None:
         raise StoreError(f"{folder} is not a folder of a store or of documents")
     if Environment.is_open(folder):
         raise StoreError(f"{folder} is open in this process: close what uses it first")
-    if (folder / "lock.mdb").exists() and _locked(folder / "lock.mdb"):
+    if in_use(folder):
         raise StoreError(f"{folder} is open in another process: stop it first")
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process has a folder open, that this one has not."""
+    return (folder / "lock.mdb").exists() and _locked(folder / "lock.mdb")
 
 
 def _locked(file: Path) -> bool:

@@ -48,11 +48,11 @@ def test_a_question_waits_for_no_write(model, tmp_path, monkeypatch):
 def test_a_question_waits_for_one_piece_of_reading(model, monkeypatch, parts):
     """Between any two pieces that reading computes, whoever waits for the model gets it."""
     engine = Engine(model, template=TEMPLATE, method=Reuse(), piece_tokens=16)
-    warm, order, read, turn = engine.add(PARTS[:2]), [], engine.decoder.read, engine.documents.reader._turn
+    warm, order, read, turn = engine.add(PARTS[:2]), [], engine.decoder.read, engine.runner.steps().turn
     waits = threading.Event()
 
     def ask():
-        monkeypatch.setattr(engine.documents.reader, "_turn", lambda: waits.set() or turn())
+        monkeypatch.setattr(engine.runner.steps(), "turn", lambda: waits.set() or turn())
         engine.fuse(warm, QUESTION)
         order.append("answer")
 

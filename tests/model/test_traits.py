@@ -117,15 +117,31 @@ def test_prefix_that_changes_takes_the_place_of_the_one_before(tmp_path, runs, f
         assert len([name for name in facts(store) if name.startswith(("prefix:", "anchor:", "model:"))]) == 3
 
 
-def test_damaged_ones_are_found_out_again(tmp_path, runs, facts):
-    opened, first, _ = asked(tiny_model(), tmp_path, runs)
-    with TieredStore(tmp_path, cpu_bytes=0) as store:
-        for name in facts(store):
-            if name.startswith(("prefix:", "anchor:", "model:")):
-                store.meta_put(name, store.meta_get(name)[:-1])
-    again, second, _ = asked(tiny_model(), tmp_path, runs)
+@pytest.mark.parametrize("harm", ["cut", "emptied", "flipped", "swapped", "foreign"])
+def test_damaged_ones_are_found_out_again(tmp_path, runs, facts, harm):
+    opened, first, _ = asked(tiny_model(), tmp_path / "own", runs)
+    asked(other_weights(), tmp_path / "other", runs)
+
+    def kept(store):
+        names = [name for name in sorted(facts(store)) if name.startswith(("prefix:", "anchor:", "model:"))]
+        return {name: store.meta_get(name) for name in names}
+
+    with TieredStore(tmp_path / "own", cpu_bytes=0) as store, TieredStore(tmp_path / "other", cpu_bytes=0) as other:
+        own = kept(store)
+        values = list(own.values())
+        harmed = {
+            "cut": [value[:-1] for value in values],
+            "emptied": [b"" for _ in values],
+            "flipped": [value[:-9] + bytes([value[-9] ^ 4]) + value[-8:] for value in values],
+            "swapped": [*values[1:], values[0]],
+            "foreign": list(kept(other).values()),
+        }[harm]
+        assert len(own) == len(harmed) == 3
+        for name, value in zip(own, harmed, strict=True):
+            store.meta_put(name, value)
+    again, second, _ = asked(tiny_model(), tmp_path / "own", runs)
     assert again == opened and torch.equal(first, second)
-    assert asked(tiny_model(), tmp_path, runs)[0] == []
+    assert asked(tiny_model(), tmp_path / "own", runs)[0] == []
 
 
 def test_folder_for_reading_only_keeps_nothing(tmp_path, runs):

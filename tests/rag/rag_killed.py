@@ -29,6 +29,10 @@ def _add_all(folder, model, pipe):
     with open_rag(folder, model) as rag:
         os.write(pipe, b"begun")
         rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        rag.add_texts(["Clearport lies on the river Nowhere."], ["extra"])
+        rag.ask(QUESTION, max_new_tokens=2, hybrid=True)
+        rag.remove("extra")
+        rag.refresh()
         os.write(pipe, b"done")
 
 
@@ -36,9 +40,18 @@ def _check(folder, model, report):
     with open_rag(folder, model) as rag:
         if rag.retriever.catalogue.check():
             raise AssertionError(rag.retriever.catalogue.check())
-        if len(rag.retriever.catalogue):
-            rag.ask(QUESTION, max_new_tokens=2)
-        report.write_text(str(len(rag.retriever.catalogue)))
+        texts = {**DOCUMENTS, "extra": "Clearport lies on the river Nowhere."}
+        there = [document.source for document in rag.retriever.catalogue]
+        if there:
+            with open_rag(None, model) as fresh:
+                fresh.add_texts([texts[source] for source in there], there)
+                got, want = (each.ask(QUESTION, max_new_tokens=4, hybrid=True) for each in (rag, fresh))
+            if (got.token_ids, [hit.text for hit in got.sources]) != (
+                want.token_ids,
+                [hit.text for hit in want.sources],
+            ):
+                raise AssertionError((got, want))
+        report.write_text(str(len(DOCUMENTS.keys() & set(there))))
 
 
 def _begin_adding(folder, model):

@@ -1,13 +1,14 @@
 """Folders survive restarts and crashes, and belong to one model and one embedder."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ragkv import IncompatibleFolderError, PromptTemplate
+from ragkv import IncompatibleFolderError, PromptTemplate, StoreError
 from ragkv.retrieval import TokenChunker
 from ragkv.store.maintenance import history
 
@@ -91,6 +92,23 @@ def test_a_warm_question_tokenises_nothing_but_itself(model, tmp_path, monkeypat
         assert said == [QUESTION] and answer.report.fusion.hits == {"disk": 5}
 
 
+def test_a_warm_question_writes_nothing(model, tmp_path, monkeypatch):
+    """Law 15, from the first question after a restart on: no transaction that writes, nothing synced, no index of words made."""
+    kinds = ({}, {"hybrid": True, "hops": 2}, {"where": {"source": "clearport.md"}, "max_context_tokens": 200})
+    with open_rag(tmp_path, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        want = [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds]
+    with open_rag(tmp_path, model) as rag:
+        written, statements = [], []
+        monkeypatch.setattr("ragkv.folder.Environment.write", lambda self, **_: written.append(self.path))
+        monkeypatch.setattr("ragkv.folder.Environment.sync", lambda self: written.append(self.path))
+        rag.retriever._words._opened().set_trace_callback(statements.append)
+        assert [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds] == want
+        assert written == [] and statements
+        assert not [line for line in statements if line.startswith(("BEGIN IMMEDIATE", "INSERT", "DELETE"))]
+        monkeypatch.undo()
+
+
 def test_what_is_prefetched_for_a_question_came_from_disk(model, tmp_path, monkeypatch):
     """However far the store is with it when the first piece is asked for; another question finds it in memory."""
     with open_rag(tmp_path, model) as rag:
@@ -135,10 +153,21 @@ def test_killed_while_adding(model, tmp_path):
     assert counts == sorted(counts)  # what was committed stays
     with open_rag(tmp_path / "killed", model) as killed, open_rag(tmp_path / "calm", model) as calm:
         killed.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        if "extra" in killed.retriever.catalogue:
+            killed.remove("extra")
         assert killed.refresh() == calm.refresh() == 0
         got, want = killed.ask(QUESTION, max_new_tokens=5), calm.ask(QUESTION, max_new_tokens=5)
         assert got.token_ids == want.token_ids
         assert "computed" not in got.report.fusion.hits
+
+
+def test_one_process_changes_a_folder_one_asks_and_one_looks_after_it(tmp_path):
+    """Every answer is of one state; what is just being written is neither damaged nor an orphan; compact waits for both."""
+    child = [sys.executable, PROGRAM.with_name("rag_three.py"), tmp_path, "3"]
+    run = subprocess.run(child, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    done = json.loads(run.stdout.splitlines()[-1])
+    assert min(done.values()) > 0 and done["ask"] > 2
 
 
 @pytest.mark.parametrize("record", ["of another document", "damaged"])
@@ -154,3 +183,38 @@ def test_a_record_that_is_not_the_documents_is_found_out_anew(model, tmp_path, r
         catalogue.keep([(one, reading._replace(record=wrong.record if record == "of another document" else b"junk"))])
         got = rag.ask(QUESTION, max_new_tokens=4)
         assert (got.token_ids, got.sources) == (want.token_ids, want.sources)
+
+
+def test_a_folder_that_may_not_be_written_to_answers(model, tmp_path, forked):
+    """From stored KV, by vectors and words; a question whose KV are missing reads them, and keeps nothing."""
+    folder = tmp_path / "rag"
+    kinds = ({}, {"hybrid": True, "hops": 2}, {"where": {"source": "clearport.md"}})
+
+    def answers(rag):
+        return [(rag.ask(QUESTION, max_new_tokens=3, **options).token_ids) for options in kinds]
+
+    with open_rag(folder, model) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        want = answers(rag)
+        rag.engine.store.remove(next(iter(rag.engine.documents.keys(rag.chunks(rag.retrieve(QUESTION))))))
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for parent in folder.parents[:4]:
+        parent.chmod(0o755)
+
+    def work():
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with open_rag(folder, model) as rag:
+            assert answers(rag) == answers(rag) == want
+            for change in (lambda: rag.add_texts(["New."], ["new"]), lambda: rag.remove("clearport.md")):
+                with pytest.raises(StoreError, match="open for reading only"):
+                    change()
+            assert answers(rag) == want
+        return "ok"
+
+    try:
+        assert forked(work) == "ok"
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)

@@ -8,6 +8,7 @@ from safetensors.numpy import load, save
 
 from ragkv.errors import MissingPackageError, RecordError, RetrievalError
 from ragkv.retrieval import FaissIndex, VectorIndex
+from ragkv.retrieval.index import faiss_here
 
 D = 6
 
@@ -132,13 +133,13 @@ def test_damage_is_found_at_every_byte(index, tmp_path):
             assert at < header and state == "state" and sorted(other.ids()) == sorted(index.ids())
     for length in (0, 7, header, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(RecordError, match="no index can be read"):
+        with pytest.raises(RecordError, match="nothing can be read"):
             FaissIndex(D).load(path)
 
 
 def test_what_is_no_index_is_refused(index, tmp_path):
     path = tmp_path / "index"
-    with pytest.raises(RecordError, match="no index can be read"):
+    with pytest.raises(RecordError, match="nothing can be read"):
         FaissIndex(D).load(path)
     path.write_bytes(save({"ids": np.zeros(1, np.int64)}))
     with pytest.raises(RecordError, match="of format None"):
@@ -218,5 +219,6 @@ def test_without_faiss_the_command_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
+    faiss_here.cache_clear()
     with pytest.raises(MissingPackageError, match="pip install faiss-cpu"):
         FaissIndex(D)

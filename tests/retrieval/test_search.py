@@ -9,6 +9,8 @@ from ragkv.bundled import MODEL_PATH, documents, questions
 from ragkv.errors import ArgumentTypeError, RetrievalError, UnknownArgumentError
 from ragkv.retrieval import Retrieval, Retriever, TokenChunker
 from ragkv.retrieval.ranking import fused, names
+from ragkv.retrieval.records import Document, Passage
+from ragkv.retrieval.search import within
 
 from .conftest import HashEmbedder
 
@@ -194,6 +196,13 @@ def test_numbers_that_no_machine_counts_to(retriever, hybrid):
     assert found(top_k=1, neighbours=10**30) == found(top_k=1, neighbours=9)
     assert found(min_score=10**400) == []
     assert Retrieval(max_context_tokens=10**30).limit < 2**62
+
+
+@pytest.mark.parametrize(("budget", "fit"), [(9, [0, 1, 2]), (8, [0, 1]), (7, [0, 1]), (6, [0, 2]), (2, [2]), (1, [])])
+def test_a_budget_is_filled_to_its_last_token_and_no_further(budget, fit):
+    document = Document("a", "", (0, 1, 2))
+    passages = [Passage(number, "", number, document) for number in range(3)]
+    assert [passage.id for passage in within(budget, passages, lambda document: [3, 4, 2])] == fit
 
 
 def test_half_a_surrogate_pair_is_no_question(retriever):

@@ -125,7 +125,7 @@ def test_files_of_nobody_go_and_lost_ones_are_noticed(pair, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "ragkv.retrieval"):
         index.save(tmp_path / "index", "another")
     assert "is not written" in caplog.text
-    with pytest.raises(RecordError, match="no vectors can be read"):
+    with pytest.raises(RecordError, match="nothing can be read"):
         SegmentedIndex(D, tmp_path).load(tmp_path / "index")
 
 

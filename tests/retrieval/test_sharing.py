@@ -105,32 +105,58 @@ def test_a_temporary_one_outlives_the_children_of_its_process(forked):
     assert not catalogue.path.exists()
 
 
-def test_a_folder_that_may_not_be_written_to_opens_for_reading(tmp_path, forked):
-    folder = tmp_path / "c"
-    with Retriever.open(folder, HashEmbedder()) as retriever:
-        retriever.add("a", ["one", "two"])
-    (folder / "lock.mdb").unlink()
-    (folder / "index.safetensors").unlink()
-    for path in (folder, *folder.iterdir()):
-        path.chmod(0o555)
+def closed_to_writers(folder):
+    """Takes the rights to write from a folder that is there, from everybody but root."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
     for parent in folder.parents[:4]:
         parent.chmod(0o755)
 
-    def unprivileged():
-        if os.geteuid() == 0:
-            os.setuid(65534)
+
+def unprivileged(work):
+    """Does something as a user who may write nowhere."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    return work()
+
+
+@pytest.mark.parametrize("left", ["all", "data"])
+def test_a_folder_that_may_not_be_written_to_answers(tmp_path, forked, monkeypatch, left):
+    """With its copies, and without them and LMDB's lock file."""
+    monkeypatch.setattr("ragkv.retrieval.segments.SegmentedIndex.__init__.__defaults__", (None, 20))
+    folder = tmp_path / "c"
+    searches = ({}, {"hybrid": True}, {"where": {"even": True}, "hybrid": True}, {"namespace": "ada"}, {"hops": 2})
+
+    def answers(retriever):
+        return [[hit.text for hit in retriever.search("text 7 harbour", 99, **options)] for options in searches]
+
+    with Retriever.open(folder, HashEmbedder()) as retriever:
+        for number in range(3):
+            texts = [f"text {place} of {number} harbour" for place in range(15)]
+            retriever.add(f"{number}", texts, {"even": number % 2 == 0}, namespace="ada" if number == 2 else "")
+        want = [sorted(found) for found in answers(retriever)]
+        assert len(retriever.index._segments) == 1 and len(want[3]) == 15
+    for path in () if left == "all" else set(folder.iterdir()) - {folder / "data.mdb"}:
+        path.unlink()
+    closed_to_writers(folder)
+    before = sorted(folder.iterdir())
+
+    def work():
         with Catalogue(folder) as catalogue:
-            assert catalogue.texts("a") == ["one", "two"] and catalogue.check() == []
+            assert catalogue.check() == [] and catalogue.readonly
             with pytest.raises(StoreError, match="reading only"):
-                put(catalogue, "b", ["three"])
-            with pytest.raises(StoreError, match="reading only"):
-                catalogue.remove("a")
+                catalogue.repair(HashEmbedder().encode_documents)
         with Retriever.open(folder, HashEmbedder()) as retriever:
-            assert retriever.search("two", 1)[0].text == "two"
-        return "ok"
+            assert [sorted(found) for found in answers(retriever)] == want
+            with pytest.raises(StoreError, match=f"{folder} is open for reading only"):
+                retriever.add("b", ["three"])
+            with pytest.raises(StoreError, match=f"{folder} is open for reading only"):
+                retriever.remove("1")
+            assert [sorted(found) for found in answers(retriever)] == want
+        return sorted(folder.iterdir()) == before
 
     try:
-        assert forked(unprivileged) == "ok"
+        assert forked(lambda: unprivileged(work)) == "True"
     finally:
         folder.chmod(0o755)
 

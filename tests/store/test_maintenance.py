@@ -12,6 +12,7 @@ import torch
 
 from ragkv.errors import StoreError
 from ragkv.store import TieredStore
+from ragkv.store.exchange import export
 from ragkv.store.maintenance import compact, entries, prune, remove, repair, structure, verify
 
 
@@ -46,6 +47,19 @@ def test_entries(filled, key):
     assert three.size_bytes > 300 * 2 * 8 * 4 * 6
     assert 0 < three.created_s <= three.used_s
     assert found[key(2)].pinned and not three.pinned
+
+
+def test_what_another_process_removes_meanwhile_is_not_damaged(filled, key, tmp_path):
+    with TieredStore(filled, cpu_bytes=0) as store:
+
+        def gone(number):
+            store.remove(key(number))
+            return True
+
+        done = export(filled, tmp_path / "all.tar", wanted=lambda each: each != key(2) or gone(2))
+        assert (done.records, done.damaged) == (4, []), "another has expired"
+        verdict = verify(filled, progress=lambda done, total: [gone(number) for number in range(6)])
+        assert (verdict.damaged, verdict.checked) == ([], 1)
 
 
 @pytest.mark.parametrize("what", ["segments", "entries", "usage"])

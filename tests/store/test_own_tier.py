@@ -139,3 +139,19 @@ def test_what_a_tier_behind_cannot_remove_is_removed_elsewhere(pooled, kv, key, 
         pooled.remove(key(1))
     with pooled.read([key(1)]) as batch:
         assert batch.tiers == ["pool"]
+
+
+@pytest.mark.parametrize("call", ["find", "missing"])
+def test_what_home_cannot_read_is_said_and_no_miss(folder, kv, key, monkeypatch, call):
+    """Only a tier behind may fail without an error: home is where a chunk is, or is not."""
+
+    def fails(*_):
+        raise StoreError("every reader slot is taken")
+
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(store._disk, call, fails)
+            with pytest.raises(StoreError, match="reader slot"):
+                store.get(key(1)) if call == "find" else store.missing([key(1)])
+        assert store.get(key(1)) is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ragkv.cli import entries
 from ragkv.retrieval import Catalogue, Reading
 from ragkv.store import TieredStore
 
@@ -105,6 +106,24 @@ def documents(folder):
             return sorted(Path(document.source).name for document in catalogue)
 
     return documents
+
+
+def test_what_is_added_meanwhile_is_no_orphan(run, left, folder, key, kv, monkeypatch):
+    """A document and its KV come between the looks at documents and at KV, in whichever order these are."""
+    real = entries._places
+
+    def places(*args):
+        found = real(*args)
+        with Catalogue(folder / "documents") as catalogue, TieredStore(folder / "kv", cpu_bytes=0) as store:
+            reading = Reading("ab" * 32, [key(5)], b"")
+            catalogue.put("new.md", ["new"], lambda texts: torch.ones(len(texts), 4).numpy(), reading=reading)
+            store.put(key(5), kv(5), space="model", label="a document")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entries, "_places", places)
+        assert run("prune", "--orphans", "--yes")[0] == 0
+    assert 5 in left()
 
 
 def test_forget_removes_documents_with_their_kv(run, left, documents):

@@ -3,15 +3,25 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
+import lmdb
 import numpy as np
 import pytest
 
 from ragkv import bundled
-from ragkv.retrieval import Catalogue
+from ragkv.retrieval import Catalogue, FaissIndex
+from ragkv.retrieval.words import WordIndex
 from ragkv.store import TieredStore
+
+
+class Ones:
+    name, dimension, fingerprint = "ones", 4, "ones/4"
+
+    def encode_documents(self, texts):
+        return np.ones((len(texts), self.dimension), np.float32)
 
 
 def test_verify_finds_and_repairs(run, left, folder, key, spoil):
@@ -40,12 +50,9 @@ def test_verify_repairs_a_file_whose_pages_are_damaged(run, folder):
     assert run("verify")[0] == 0
 
 
-def test_verify_saves_documents_of_a_file_that_was_cut_short(run, folder):
-    data = folder / "documents" / "data.mdb"
-
-    def embed(texts):
-        return np.ones((len(texts), 4), np.float32)
-
+def test_verify_saves_documents_of_a_file_that_was_cut_short(run, folder, monkeypatch):
+    data, embed = folder / "documents" / "data.mdb", Ones().encode_documents
+    monkeypatch.setattr("ragkv.retrieval.offline_embedder", Ones)  # nothing says any more which one it was
     with Catalogue(folder / "documents") as catalogue:
         want = {document.source: catalogue.texts(document.source) for document in catalogue}
         catalogue.put("large", ["a long text " * 40_000], embed)
@@ -55,12 +62,100 @@ def test_verify_saves_documents_of_a_file_that_was_cut_short(run, folder):
     code, out, _ = run("verify")
     assert code == 1 and "documents: the file: " in out
     code, out, _ = run("verify", "--repair")
-    assert code == 1 and "saved into a new file" in out and "documents: large: " in out
+    assert code == 1 and "saved into a new file" in out
+    assert "documents: large: damaged and deleted, add it again" in out
     with Catalogue(folder / "documents") as catalogue:
         assert {source: catalogue.texts(source) for source in want} == want
-        assert "large: damaged and deleted, add it again" in catalogue.repair(embed)
         assert catalogue.texts("small") == ["text 4"]
     assert run("verify")[0] == 0
+
+
+def spoil_documents(folder, database, number):
+    """Changes a bit of a record of the documents."""
+    with lmdb.open(str(folder / "documents"), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        db = env.open_db(database, txn)
+        key, record = list(txn.cursor(db))[number]
+        txn.put(key, record[:20] + bytes([record[20] ^ 1]) + record[21:], db=db)
+
+
+def sources(folder):
+    with Catalogue(folder / "documents") as catalogue:
+        return [os.path.basename(document.source) for document in catalogue.documents()]
+
+
+@pytest.mark.parametrize("database", [b"documents", b"passages"])
+def test_verify_repairs_documents(run, folder, database):
+    """One record of one document: the others stay, and no vector has to be computed."""
+    before = sources(folder)
+    spoil_documents(folder, database, 0)
+    code, out, err = run("verify")
+    assert code == 1 and "is damaged" in out and ": nothing is damaged" not in out and "--repair" in err
+    code, out, _ = run("verify", "--repair", "--json")
+    said = json.loads(out)
+    assert code == 1 and said["documents"] and len(said["repaired"]) == 1
+    assert "damaged and deleted, add it again" in said["repaired"][0]
+    assert run("verify")[0] == 0
+    left = sources(folder)
+    assert len(left) == 1 and set(left) < set(before)
+
+
+def test_verify_takes_no_page_for_damaged_that_another_process_has_just_written(run, folder, monkeypatch):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with Catalogue(folder / "documents"):
+            os.write(writer, b"x")
+            signal.pause()
+    try:
+        os.read(reader, 1)
+        monkeypatch.setattr("ragkv.cli.verify.problems", lambda place: ["page 3 seems wrong"])
+        assert run("verify")[0] == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    code, out, _ = run("verify")
+    assert code == 1 and "documents: the file: page 3 seems wrong" in out, "nobody writes: so it is"
+
+
+def test_verify_computes_vectors_again(run, folder, monkeypatch):
+    with Catalogue(folder / "documents") as catalogue:
+        catalogue.require("embedder", "ones/4", "ones")
+    spoil_documents(folder, b"vectors", 2)
+    monkeypatch.setattr(Ones, "fingerprint", "other/4")
+    monkeypatch.setattr("ragkv.retrieval.offline_embedder", Ones)
+    code, out, _ = run("verify", "--repair")
+    assert code == 1 and "nothing was repaired: " in out and "was made with the embedder ones (ones/4)" in out
+    monkeypatch.setattr(Ones, "fingerprint", "ones/4")
+    monkeypatch.setattr(Ones, "dimension", 3)
+    code, out, _ = run("verify", "--repair")
+    assert code == 1 and "nothing was repaired: the embedder gives vectors of 3 numbers" in out
+    monkeypatch.setattr(Ones, "dimension", 4)
+    code, out, _ = run("verify", "--repair")
+    assert code == 1 and "passage 2: its vector was computed again" in out
+    assert run("verify")[0] == 0 and len(sources(folder)) == 2
+
+
+def test_verify_looks_at_what_is_made_of_the_documents(run, folder):
+    """Index and words: what SQLite itself does not notice, too."""
+    place = folder / "documents"
+    with Catalogue(place) as catalogue, catalogue.snapshot() as view:
+        index, words = FaissIndex(4), WordIndex(place / "words.sqlite")
+        index.add(view.passage_ids(), view.vectors(view.passage_ids()))
+        index.save(place / "index.safetensors", view.state)
+        assert len(words.search(view, "alpha", 9)) == 2
+        words.close()
+    assert run("verify")[0] == 0
+    for name in ("index.safetensors", "words.sqlite"):
+        file = place / name
+        data = bytearray(file.read_bytes())
+        at = data.rindex(b"beta") if name == "words.sqlite" else len(data) - 1
+        data[at] ^= 1
+        file.write_bytes(data)
+        code, out, _ = run("verify")
+        assert code == 1 and f"documents: {name}: " in out
+        code, out, _ = run("verify", "--repair")
+        assert code == 1 and f"{name}: removed" in out and not file.exists()
+        assert run("verify")[0] == 0
 
 
 def test_stats_show_what_was_done(run, folder, key, kv):
