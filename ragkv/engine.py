@@ -88,15 +88,16 @@ class Engine:
         kernels: Impl = "auto",
         lifetime_s: float = math.inf,
     ):
-        self.method = as_method(SensitiveTokens() if method is None else method)
+        self.method: Method = as_method(SensitiveTokens() if method is None else method)
         _check_parts(model, tokenizer, store, template)
-        self.model, self.tokenizer = model, tokenizer
-        self.template = template or PromptTemplate.default(tokenizer)
-        self.store = TieredStore() if store is None else store
-        self.runner = Runner.of(model)
+        self.model: PreTrainedModel = model
+        self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
+        self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
+        self.store: TieredStore = TieredStore() if store is None else store
+        self.runner: Runner = Runner.of(model)
         vocab_size = self.runner.decoder(kernels, self.store).vocab_size
-        self.encoder = Encoder(self.template, tokenizer, vocab_size)
-        self.documents = Documents(
+        self.encoder: Encoder = Encoder(self.template, tokenizer, vocab_size)
+        self.documents: Documents = Documents(
             self.runner,
             self.encoder,
             self.store,

@@ -67,9 +67,10 @@ class RAG:
             whole_number("repair_tokens", repair_tokens)
         if engine.tokenizer is None:
             raise ArgumentError("RAG reads text: the engine needs a tokenizer")
-        self.engine, self.retriever = engine, retriever
-        self.finder = Finder(retriever, engine.documents)
-        self.threads = Threads()
+        self.engine: Engine = engine
+        self.retriever: Retriever = retriever
+        self.finder: Finder = Finder(retriever, engine.documents)
+        self.threads: Threads = Threads()
         cuts = chunker or TokenChunker(engine.tokenizer)
         self._intake = Intake(retriever.catalogue, self.finder.catalogued(), engine.documents, cuts, repair_tokens)
         warn_of_differences(retriever.catalogue, engine.documents)

@@ -47,7 +47,8 @@ class SegmentedIndex:
 
     def __init__(self, dimension: int, folder: Path | None = None, segment: int = SEGMENT) -> None:
         self._tail, self._segments = FaissIndex(dimension), list[Segment]()
-        self.dimension, self._folder, self._size = dimension, folder, segment
+        self.dimension: int = dimension
+        self._folder, self._size = folder, segment
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -175,14 +176,15 @@ class Segment:
             shape = tuple(self._vectors.get_shape())
         except (OSError, SafetensorError) as error:
             raise RecordError(f"{path}: no vectors can be read from it: {error}") from error
-        self.ids, self._starts, self._centroids, self._sums = small.values()
+        self.ids: np.ndarray = small["ids"]
+        self._starts, self._centroids, self._sums = small["starts"], small["centroids"], small["sums"]
         if (
             metadata.get("format") != _FORMAT
             or shape != (len(self.ids), dimension)
             or metadata.get("checksum") != _checksum(*small.values())
         ):
             raise RecordError(f"{path}: damaged, or of another format")
-        self.alive = np.ones(len(self.ids), bool)
+        self.alive: np.ndarray = np.ones(len(self.ids), bool)
         self._cluster = np.repeat(np.arange(len(self._sums)), np.diff(self._starts))
         self._sorted = np.argsort(self.ids)
         self._checked = np.zeros(len(self._sums), bool)

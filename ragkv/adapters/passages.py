@@ -16,7 +16,7 @@ from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 from ragkv.retrieval.records import source_id
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: Where a passage's metadata keep its :func:`reference`.
 REFERENCE = "ragkv"

@@ -103,10 +103,14 @@ class Bench:
             raise EvaluationError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
         # Nothing is evicted, so no policy needs to know what prefilling costs.
         held = TieredStore(policy="lru") if store is None else store
-        self.engine = Engine(model, tokenizer, template=template, store=held, sensitivity=measured, foreign=foreign)
-        self.tokenizer, self.max_new_tokens, self.foreign = tokenizer, max_new_tokens, foreign
-        self.unrotated = without_rotation(self.engine)
-        self.ends = _end_ids(model, tokenizer)
+        self.engine: Engine = Engine(
+            model, tokenizer, template=template, store=held, sensitivity=measured, foreign=foreign
+        )
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.max_new_tokens: int = max_new_tokens
+        self.foreign: str | None = foreign
+        self.unrotated: Engine = without_rotation(self.engine)
+        self.ends: frozenset[int] = _end_ids(model, tokenizer)
         # Behind ragkv's own plain "Answer:" a word comes with its space; chat templates end where the answer begins.
         plain = template is None and not getattr(tokenizer, "chat_template", None)
         self._before_answer = " " if plain else ""

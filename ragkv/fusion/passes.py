@@ -72,15 +72,21 @@ class Pass:
         slots: int | None = None,
         timer: Timer | None = None,
     ):
-        self.decoder, self.cache, self.layout, self.piece_tokens = decoder, cache, layout, piece_tokens
-        self.checks, self.narrow, self.timer = checks, narrow, Timer() if timer is None else timer
-        self.rows = rows
-        self.context = context if len(self._open(rows)) else None
-        self.slots = layout.tokens if slots is None else slots
-        self.piece = rows  # those of the forward at hand
+        self.decoder: Decoder = decoder
+        self.cache: FusedCache = cache
+        self.layout: Layout = layout
+        self.piece_tokens: int = piece_tokens
+        self.narrow: Narrow | None = narrow
+        self.timer: Timer = Timer() if timer is None else timer
+        self.checks: tuple[int, ...] = checks
+        self.rows: Tensor = rows
+        self.context: Tensor | None = context if len(self._open(rows)) else None
+        self.slots: int = layout.tokens if slots is None else slots
+        self.piece: Tensor = rows  # those of the forward at hand
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
-        self.begun = len(rows)  # how many those were
-        self.fresh, self.attention = [len(self._open(rows))] * len(decoder.layers), ""
+        self.begun: int = len(rows)  # how many those were
+        self.fresh: list[int] = [len(self._open(rows))] * len(decoder.layers)
+        self.attention: str = ""
 
     @property
     def budget(self) -> float:
@@ -128,7 +134,7 @@ class Pass:
             hooks.append(layers[-1][1].register_forward_hook(self._widened))
         try:
             with self._attention(scattered=True), self.cache.writing(self._write):
-                self.masks = self._masks(self.rows)
+                self.masks: LayerMasks = self._masks(self.rows)
                 return self._forward(self.rows, for_model(self.masks, self.decoder.config))
         finally:
             for hook in hooks:

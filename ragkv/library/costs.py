@@ -16,7 +16,7 @@ from ragkv.errors import RecordError, StoreError
 from ragkv.library.reading import Reader
 from ragkv.store import CostProfile, TieredStore
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _CACHED, _NEW = 1024, (16, 64, 256)
 # The next column has four times as many tokens: more than this many times the last one it will hardly take.

@@ -15,7 +15,7 @@ from ragkv.errors import StoreFullError
 from ragkv.folder.filesystem import size
 from ragkv.library.documents import Documents
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Long enough for an entry's header and its whole pages to weigh little, as in a passage.
 _SAMPLE_TOKENS = 64

@@ -24,7 +24,7 @@ class Turns:
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
-        self.depth = 0  # how often the thread whose turn it is has entered
+        self.depth: int = 0  # how often the thread whose turn it is has entered
         self._owner: int | None = None
         self._guard = Lock()
         self._waiting: deque[tuple[int, Lock]] = deque()
