@@ -195,7 +195,7 @@ class Engine:
         removed by :meth:`RAG.remove`.
 
         Args:
-            chunks: which.
+            chunks: from :meth:`add` or :meth:`add_document`.
             namespace: instead of the engine's.
         """
         return self.documents.within(namespace).forget(chunks)
@@ -280,8 +280,8 @@ class Engine:
             namespace: instead of the engine's.
             past: of an answer that this one goes on from: what was said there is not computed again. It has its system message,
                 its namespace and all earlier turns; chunks that stand there already need not be given.
-            keep_past: keep prompt and answer with their KV, as ``answer.past``, to be gone on from. So it is wherever a ``past``
-                was given.
+            keep_past: keep the KV of prompt and answer in ``answer.past``, which the next call may be given; always so where a
+                ``past`` was given.
             stop: a text or several at which the answer ends, besides the template's; they are no part of it, while
                 ``stop_strings``, as in transformers, are.
             **generation: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``stop_strings``, ``num_beams``, ...
