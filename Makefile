@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-long lint format bench eval train-bundled docs wheel typing clean
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ragkv needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,offline,pdf,triton,langchain,llamaindex,haystack,files]"
@@ -76,6 +77,9 @@ wheel: $(VENV)/.release
 # The public face of the wheel, installed by itself beside the dependencies, where the sources are not found.
 INSTALLED := build/installed
 PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
+# Types that torch, transformers and others leave unknown are theirs (--ignoreexternal): with them it is 71 %.
+COMPLETE := "import json, sys; of = json.load(open(sys.argv[1]))['typeCompleteness']['completenessScore']; \
+  print(f'{of:.1%} of the public symbols are fully typed'); sys.exit(of < 0.995)"
 
 typing: wheel
 	$(PY) -m venv --clear --without-pip $(INSTALLED)
@@ -86,6 +90,8 @@ typing: wheel
 	cd $(INSTALLED) && bin/ragkv --help > help.txt
 	cd $(INSTALLED) && $(CURDIR)/$(PY) -m mypy --strict --config-file= --python-executable bin/python face.py
 	cd $(INSTALLED) && $(CURDIR)/$(PY) -m pyright -p . --pythonpath bin/python
+	cd $(INSTALLED) && PATH=$(CURDIR)/$(INSTALLED)/bin:$$PATH $(CURDIR)/$(PY) -m pyright --ignoreexternal --outputjson --verifytypes ragkv > types.json || true
+	$(PY) -c $(COMPLETE) $(INSTALLED)/types.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

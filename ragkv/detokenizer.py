@@ -27,7 +27,7 @@ class Detokenizer:
     """
 
     def __init__(self, encoder: Encoder, stop: Sequence[str] = ()):
-        self.stopped = False
+        self.stopped: bool = False
         self._encoder, self._stop = encoder, stop
         self._tokenizer: Any = encoder.tokenizer
         self._cleans = _cleans(encoder.tokenizer)

@@ -94,16 +94,17 @@ class Engine:
         lifetime_s: float = math.inf,
         gate: Gate | None = None,
     ):
-        self.method = as_method(SensitiveTokens() if method is None else method)
+        self.method: Method = as_method(SensitiveTokens() if method is None else method)
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
-        self.model, self.tokenizer = model, tokenizer
-        self.template = template or PromptTemplate.default(tokenizer)
-        self.store = TieredStore() if store is None else store
-        self.runner = Runner.of(model)
+        self.model: PreTrainedModel = model
+        self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
+        self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
+        self.store: TieredStore = TieredStore() if store is None else store
+        self.runner: Runner = Runner.of(model)
         vocab_size = self.runner.decoder(kernels, self.store).vocab_size
-        self.encoder = Encoder(self.template, tokenizer, vocab_size)
-        self.documents = Documents(
+        self.encoder: Encoder = Encoder(self.template, tokenizer, vocab_size)
+        self.documents: Documents = Documents(
             self.runner,
             self.encoder,
             self.store,
@@ -202,7 +203,7 @@ class Engine:
         removed by :meth:`RAG.remove`.
 
         Args:
-            chunks: which.
+            chunks: from :meth:`add` or :meth:`add_document`.
             namespace: instead of the engine's.
         """
         return self.documents.within(namespace).forget(chunks)
@@ -308,8 +309,8 @@ class Engine:
             namespace: instead of the engine's.
             past: of an answer that this one goes on from: what was said there is not computed again. It has its system message,
                 its namespace and all earlier turns; chunks that stand there already need not be given.
-            keep_past: keep prompt and answer with their KV, as ``answer.past``, to be gone on from. So it is wherever a ``past``
-                was given.
+            keep_past: keep the KV of prompt and answer in ``answer.past``, which the next call may be given; always so where a
+                ``past`` was given.
             stop: a text or several at which the answer ends, besides the template's; they are no part of it, while
                 ``stop_strings``, as in transformers, are.
             **generation: what ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``stop_strings``, ``num_beams``, ...

@@ -16,7 +16,7 @@ from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import Hit, Retrieval, Retriever
 from ragkv.store import Moved
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):

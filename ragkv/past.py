@@ -20,7 +20,8 @@ class Line:
     """
 
     def __init__(self, cache: FusedCache):
-        self.cache, self.turns = cache, list[object]()
+        self.cache: FusedCache = cache
+        self.turns: list[object] = list[object]()
         self._lock, self._stop = Lock(), Event()
 
     @contextmanager

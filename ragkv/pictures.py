@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from ragkv.advice import Advice
     from ragkv.store.stats import Sample
 
-#: What is drawn in these is the page's own colours on a page, light or dark; all others do in both.
+#: What is drawn in these is the page's own colours on a page, light or dark; all others do in both, and carry white text.
 _INK, _PAPER = "#1d2026", "#fefefd"
 _MARK = "#d6336c"
 _OTHER = "#15866a"  # a tier of one's own
 _SOURCES = {
-    "gpu": ("GPU memory", "#2f9e6b"),
-    "cpu": ("memory", "#3b82d6"),
-    "disk": ("disk", "#8b6fd6"),
-    "computed": ("not stored: read now", "#e07b28"),
-    "unused": ("computed by the method", "#c9a227"),
-    "prompt": ("there already", "#8b919b"),
-    "fresh": ("prefix and question", "#b9bec6"),
+    "gpu": ("GPU memory", "#1f7f55"),
+    "cpu": ("memory", "#2e70c4"),
+    "disk": ("disk", "#7c5fcb"),
+    "computed": ("not stored: read now", "#b6571b"),
+    "unused": ("computed by the method", "#8a6d10"),
+    "prompt": ("there already", "#666c76"),
+    "fresh": ("prefix and question", "#8b919b"),
 }
 _STAGES = {
-    "read": ("read what was missing", "#e07b28"),
-    "place": ("load and place", "#3b82d6"),
-    "select": ("select", "#c9a227"),
+    "read": ("read what was missing", "#b6571b"),
+    "place": ("load and place", "#2e70c4"),
+    "select": ("select", "#8a6d10"),
     "compute": ("compute", "#d6336c"),
     "other": ("the rest", "#8b919b"),
 }
@@ -104,7 +104,7 @@ def store_picture(samples: Sequence[Sample]) -> Figure:
     _draw_columns(sizes, "size on disk", {("", _SOURCES["disk"][1]): [sample.bytes for sample in held]})
     step = 2 ** max(0, max(sample.bytes for sample in held).bit_length() - 2)
     sizes.yaxis.set_ticks([part * step for part in range(4)], [size(part * step) for part in range(4)])
-    shown = range(0, len(held), -(-len(held) // 6))
+    shown = range(0, len(held), -(-_columns(held) // 6))  # as many dates as fit side by side
     sizes.set_xticks([at + 0.5 for at in shown], [strftime("%Y-%m-%d %H:%M", localtime(held[at].at_s)) for at in shown])
     return figure
 
@@ -257,12 +257,19 @@ def _draw_columns(axes: Axes, title: str, series: Mapping[tuple[str, str], Seque
         lower = base or [0] * len(values)
         base = [low + value for low, value in zip(lower, values, strict=True)]
         axes.stairs(base, range(len(base) + 1), baseline=lower, fill=True, color=colour, label=words)
-    axes.set_xlim(0, max(12, len(base or ())))
+    axes.set_xlim(0, _columns(base or ()))
     axes.set_ylim(0, max([1, *(base or [])]) * 1.08)
     axes.locator_params(axis="y", integer=True, nbins=4)
+    if not series:
+        axes.text(0.1, 0.5, "none", va="center", color=_INK, fontsize=8)
     _dress(axes, title)
     if any(words for words, _ in series):
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=6, **_LEGEND)
+
+
+def _columns(values: Sequence[object]) -> int:
+    """Room for as many columns, so that few are not broad."""
+    return max(12, len(values))
 
 
 def _dress(axes: Axes, title: str, unit: str = "") -> None:

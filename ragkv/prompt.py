@@ -17,7 +17,7 @@ from ragkv.tokenizer import PrivateTokenizer, never_shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: Text, or token ids in its place.
 Text = str | Sequence[int]
@@ -165,17 +165,19 @@ class Encoder:
     """
 
     def __init__(self, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int):
-        self.template, self.tokenizer, self.vocab_size = template, tokenizer, vocab_size
+        self.template: PromptTemplate = template
+        self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
+        self.vocab_size: int = vocab_size
         self._private = None if tokenizer is None else PrivateTokenizer(tokenizer)
         self._hidden = never_shown(tokenizer)
         parts = {part.name: getattr(template, part.name) for part in fields(template)}
-        self.prefix = self._opening(parts["prefix"])
-        self.anchor = self.prefix if template.anchor is None else self._opening(parts["anchor"])
+        self.prefix: tuple[int, ...] = self._opening(parts["prefix"])
+        self.anchor: tuple[int, ...] = self.prefix if template.anchor is None else self._opening(parts["anchor"])
         self._before_chunk = self.ids(parts["before_chunk"], trusted=True)
         self._after_chunk = self.ids(parts["after_chunk"], trusted=True)
         self._before_question = self.ids(parts["before_question"], trusted=True)
         self._after_question = self.ids(parts["after_question"], trusted=True)
-        self.after_answer = self.ids(parts["after_answer"], trusted=True)
+        self.after_answer: tuple[int, ...] = self.ids(parts["after_answer"], trusted=True)
 
     def chunk(self, passage: Text) -> tuple[int, ...]:
         """A passage's ids with its wrapper.

@@ -21,10 +21,10 @@ from ragkv.messages import Question, asked, checked_system, going_on, is_chat, o
 from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Line, Past
-from ragkv.prompt import Text
+from ragkv.prompt import Encoder, Text
 from ragkv.report import FusedPrompt
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # How often a prompt begins anew because the model was changed meanwhile.
 _TRIES = 3
@@ -71,7 +71,9 @@ class Prompting:
     """
 
     def __init__(self, documents: Documents, gate: Guard | None = None):
-        self.documents, self.encoder, self._gate = documents, documents.encoder, gate
+        self.documents: Documents = documents
+        self.encoder: Encoder = documents.encoder
+        self._gate = gate
 
     def documents_for(self, system: str | None, namespace: str | None) -> Documents:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""

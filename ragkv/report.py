@@ -272,7 +272,9 @@ class AnswerStream(Structured, Iterator[str]):
         self._made = Made()
         self.sources: list[Hit] = []
         self.left_out: list[Hit] = []
-        self.text, self.logprobs, self.schema = "", logprobs, schema
+        self.logprobs: Logprobs | None = logprobs
+        self.schema: Schema | None = schema
+        self.text: str = ""
         self._pieces = _pieces(self._made, start, detokenizer, ended)
         self._context = copy_context()  # who watches when it is made is told what is read later
 

@@ -61,8 +61,8 @@ class Catalogue:
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, readonly: bool = False) -> None:
         instance("path", path, str | os.PathLike | None, "a folder's path, or None")
-        self.temporary = path is None
-        self.path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
+        self.temporary: bool = path is None
+        self.path: Path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
         only_reading = readonly and not self.temporary
         self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary, readonly=only_reading)
         self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())

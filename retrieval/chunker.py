@@ -63,7 +63,8 @@ class TokenChunker:
             raise RetrievalError(f"chunk_tokens must be a whole number of at least 8, got {chunk_tokens!r}")
         if not callable(tokenizer):
             raise RetrievalError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
-        self.tokenizer, self._private = tokenizer, PrivateTokenizer(tokenizer)
+        self.tokenizer: Callable[..., object] = tokenizer
+        self._private = PrivateTokenizer(tokenizer)
         self.chunk_tokens = chunk_tokens
 
     @property

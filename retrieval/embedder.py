@@ -77,12 +77,12 @@ class SentenceTransformerEmbedder:
         if isinstance(model, str | Path):
             name = name or str(model)
             model = _load(str(model), device, local_files_only)
-        self.name = name or model.model_card_data.base_model or type(model).__name__
+        self.name: str = name or model.model_card_data.base_model or type(model).__name__
         dimension = model.get_embedding_dimension()
         if not dimension:
             raise RetrievalError(f"the embedder {self.name!r} does not say how many dimensions its vectors have")
-        self.dimension = int(dimension)
-        self.fingerprint = _fingerprint(model)
+        self.dimension: int = int(dimension)
+        self.fingerprint: str = _fingerprint(model)
         self._model = model
         self._batch_size = batch_size
         # Fast tokenizers keep their truncation as state, so two threads must not tokenise at once.

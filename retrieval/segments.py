@@ -49,7 +49,8 @@ class SegmentedIndex:
 
     def __init__(self, dimension: int, folder: Path | None = None, segment: int = SEGMENT) -> None:
         self._tail, self._segments = FaissIndex(dimension), list[Segment]()
-        self.dimension, self._folder, self._size = dimension, folder, segment
+        self.dimension: int = dimension
+        self._folder, self._size = folder, segment
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -176,14 +177,15 @@ class Segment:
     def __init__(self, path: Path, dimension: int) -> None:
         self.path, self._file = path, ArrayFile(path)
         small = {name: self._file.array(name, dtype) for name, dtype in _SMALL.items()}
-        self.ids, self._starts, self._centroids, self._sums = small.values()
+        self.ids: np.ndarray = small["ids"]
+        self._starts, self._centroids, self._sums = small["starts"], small["centroids"], small["sums"]
         if (
             self._file.metadata.get("format") != _FORMAT
             or self._file.shapes.get("vectors") != (len(self.ids), dimension)
             or path.name != _name(_checksum(*small.values()))
         ):
             raise RecordError(f"{path}: damaged, of another format, or not the file that was written under this name")
-        self.alive = np.ones(len(self.ids), bool)
+        self.alive: np.ndarray = np.ones(len(self.ids), bool)
         self._cluster = np.repeat(np.arange(len(self._sums)), np.diff(self._starts))
         self._sorted = np.argsort(self.ids)
         self._checked = np.zeros(len(self._sums), bool)

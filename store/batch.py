@@ -55,18 +55,20 @@ class Batch:
     """
 
     def __init__(self, owner: Owner, keys: Sequence[bytes], sources: Mapping[bytes, Source]) -> None:
-        self.keys = list(keys)
+        self.keys: list[bytes] = list(keys)
         self._found = [sources.get(key) for key in keys]
-        self.tiers = [None if source is None else source.tier for source in self._found]
-        self.bases = [None if source is None else source.base for source in self._found]
-        self.lengths = [None if source is None else source.tokens for source in self._found]
-        self.layers = [None if source is None else source.layers for source in self._found]
-        self.sensitivities = [None if source is None else source.sensitivity for source in self._found]
-        self.foreigns = ["" if source is None else source.foreign for source in self._found]
-        self.codecs = [None if source is None else source.codec for source in self._found]
-        self.unrotated = [source is not None and source.unrotated for source in self._found]
-        self.blocks = [None if source is None else source.blocks for source in self._found]
-        self.bytes_read = 0
+        self.tiers: list[str | None] = [None if source is None else source.tier for source in self._found]
+        self.bases: list[int | None] = [None if source is None else source.base for source in self._found]
+        self.lengths: list[int | None] = [None if source is None else source.tokens for source in self._found]
+        self.layers: list[int | None] = [None if source is None else source.layers for source in self._found]
+        self.sensitivities: list[Tensor | None] = [
+            None if source is None else source.sensitivity for source in self._found
+        ]
+        self.foreigns: list[str] = ["" if source is None else source.foreign for source in self._found]
+        self.codecs: list[str | None] = [None if source is None else source.codec for source in self._found]
+        self.unrotated: list[bool] = [source is not None and source.unrotated for source in self._found]
+        self.blocks: list[Tensor | None] = [None if source is None else source.blocks for source in self._found]
+        self.bytes_read: int = 0
         self._seconds = 0.0
         self._owner = owner
         self._sources = dict(sources)

@@ -25,7 +25,7 @@ from ragkv.folder import Environment, seal, unseal
 from ragkv.store.planner import NO_QUOTA
 from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 
-logger = logging.getLogger("ragkv.store")
+logger: logging.Logger = logging.getLogger("ragkv.store")
 
 _SPACE, _NUMBER = struct.Struct("<QQ"), struct.Struct(">Q")
 _EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
@@ -43,7 +43,7 @@ class MemoryBooks:
     """The books of a tier in memory."""
 
     def __init__(self) -> None:
-        self.counters = Counters()
+        self.counters: Counters = Counters()
         self._rows: dict[bytes, Row] = {}
         self._ghosts: dict[bytes, None] = {}
         # Heaps. Places that an entry has left stay there, and are passed over: an entry stands at its newest place alone.
@@ -132,7 +132,7 @@ class FolderBooks:
         self._environment = environment
         data = self._get(b"state", b"counters")
         try:
-            self.counters = Counters.unpack(data)
+            self.counters: Counters = Counters.unpack(data)
         except RecordError:
             self.counters = self._recount()
 

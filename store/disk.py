@@ -28,7 +28,7 @@ from ragkv.store.source import Source
 from ragkv.store.stats import Tally
 from ragkv.store.tier import Offer, Tier
 
-logger = logging.getLogger("ragkv.store")
+logger: logging.Logger = logging.getLogger("ragkv.store")
 
 PAGE_BYTES = 4096
 
@@ -72,8 +72,8 @@ class DiskTier(Tier):
         self._unreadable: dict[bytes, float | None] = {}
         self._touched: Counter[bytes] = Counter()
         self._touch_lock = threading.Lock()
-        self.environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
-        self.readonly = self.environment.readonly
+        self.environment: Environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
+        self.readonly: bool = self.environment.readonly
         try:
             check_version(self.environment)
         except BaseException:
@@ -199,7 +199,7 @@ class DiskTier(Tier):
 
     def after_fork(self) -> None:
         self.evictions.clear()
-        self.written_bytes = 0
+        self.written_bytes: int = 0
         self._touched = Counter()
         self._touch_lock = threading.Lock()
 

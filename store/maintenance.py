@@ -23,7 +23,7 @@ from ragkv.store.snapshot import Loading
 from ragkv.store.stats import Tally
 from ragkv.store.tier import Offer
 
-logger = logging.getLogger("ragkv.store")
+logger: logging.Logger = logging.getLogger("ragkv.store")
 
 _DATA, _LOCK = "data.mdb", "lock.mdb"
 _NO_BUDGET = 1 << 62

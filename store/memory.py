@@ -53,7 +53,7 @@ class MemoryTier(Tier):
     ) -> None:
         super().__init__(now)
         self.facts: dict[str, bytes] = {}
-        self.lock = lock or threading.RLock()
+        self.lock: threading.RLock = lock or threading.RLock()
         self._form, self._selective, self._gone = form, selective, gone
         self._held: dict[bytes, Source] = {}
         self._books = MemoryBooks()

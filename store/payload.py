@@ -213,7 +213,7 @@ class Payload:
     def __init__(self, size: int) -> None:
         self._buffer = allocate(-(-size // _ALIGNMENT) * _ALIGNMENT)
         self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self._buffer}
-        self.data = self._buffer[:size]
+        self.data: Tensor = self._buffer[:size]
 
     def view(self, part: Part) -> Tensor:
         """A part as the tensor that it is; shares the payload's memory where alignment allows."""

@@ -36,9 +36,9 @@ class BlockPool:
 
     def __init__(self, like: ChunkKV, budget_bytes: int, device: torch.device | str, block_tokens: int = 16) -> None:
         self.block_tokens = block_tokens
-        self.kinds = kinds_of(like)
-        self.block_bytes = block_tokens * sum((hk * dk + hv * dv) * t.itemsize for hk, dk, hv, dv, t in self.kinds)
-        self.count = budget_bytes // self.block_bytes
+        self.kinds: tuple[Kind, ...] = kinds_of(like)
+        self.block_bytes: int = block_tokens * sum((hk * dk + hv * dv) * t.itemsize for hk, dk, hv, dv, t in self.kinds)
+        self.count: int = budget_bytes // self.block_bytes
         if not self.count:
             raise StoreFullError(f"a block takes {self.block_bytes} bytes, gpu_bytes is {budget_bytes}")
         shape = (self.count, block_tokens)
@@ -101,7 +101,7 @@ class Pooled(Source):
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)
-        self.blocks = torch.tensor(blocks, device=pool._keys[0].device)
+        self.blocks: Tensor = torch.tensor(blocks, device=pool._keys[0].device)
         weakref.finalize(self, pool.release, blocks).atexit = False
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:

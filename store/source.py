@@ -34,16 +34,20 @@ class Source(ABC):
         whole: the record, for tiers above; None where it was not read to its end, or is no record.
     """
 
-    codec, unrotated = "raw", False
+    codec: str = "raw"
+    unrotated: bool = False
     blocks: Tensor | None = None
     direct: bool = False
     whole: tuple[Record, Payload] | None = None
 
     def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
-        self.tier, self.base = tier, chunk.base
-        self.sensitivity, self.foreign = chunk.sensitivity, chunk.foreign
+        self.tier: str = tier
+        self.base: int = chunk.base
+        self.sensitivity: Tensor | None = chunk.sensitivity
+        self.foreign: str = chunk.foreign
         if isinstance(chunk, Record):
-            self.tokens, self.layers = chunk.tokens, len(chunk.shapes)
+            self.tokens: int = chunk.tokens
+            self.layers: int = len(chunk.shapes)
             self.codec, self.unrotated = chunk.codec, chunk.turned_back
         else:
             self.tokens, self.layers = len(chunk), len(chunk.keys)
@@ -78,7 +82,8 @@ class InMemory(Source):
 
     def __init__(self, record: Record, payload: Payload, tier: str = "cpu") -> None:
         super().__init__(tier, record)
-        self._record, self._payload = self.whole = record, payload
+        self._record, self._payload = record, payload
+        self.whole: tuple[Record, Payload] | None = (record, payload)
 
     def parts(self, layer: int) -> tuple[Parts, int]:
         """See :class:`Source`."""

@@ -22,8 +22,8 @@ class Target:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys, values
-        self.rows = (_rows(keys), _rows(values)) if _plain(keys) and _plain(values) else None
-        self.kinds = (_kind(keys), _kind(values))
+        self.rows: tuple[Any, Any] | None = (_rows(keys), _rows(values)) if _plain(keys) and _plain(values) else None
+        self.kinds: tuple[Kind, Kind] = (_kind(keys), _kind(values))
 
     def fill(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Copies a chunk's layer to the tokens from ``start`` on."""

@@ -59,7 +59,7 @@ class Tier(ABC):
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self.evictions: Counter[str] = Counter()
-        self.written_bytes = 0
+        self.written_bytes: int = 0
         self.now = now
 
     @abstractmethod

@@ -74,7 +74,7 @@ class TieredStore:
         budgets = (gpu_bytes, cpu_bytes, disk_bytes)
         if not all(isinstance(budget, int | float) and budget >= 0 for budget in budgets):
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes!r}, cpu {cpu_bytes!r}, disk {disk_bytes!r}")
-        self.path = None if path is None or not disk_bytes else Path(path)
+        self.path: Path | None = None if path is None or not disk_bytes else Path(path)
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
         in_memory = None if cpu_codec is None else get_codec(cpu_codec)

@@ -23,7 +23,7 @@ from ragkv.store.stats import Checks, Moved, StoreStats, Tally
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Tier
 
-logger = logging.getLogger("ragkv.store")
+logger: logging.Logger = logging.getLogger("ragkv.store")
 
 
 _tiers: weakref.WeakSet[Tiers] = weakref.WeakSet()
@@ -57,16 +57,18 @@ class Tiers:
         leases: Counter[bytes],
         lock: threading.RLock,
     ) -> None:
-        self.above, self.home, self.behind = list(above), home, list(behind)
+        self.above: list[MemoryTier] = list(above)
+        self.home: MemoryTier | DiskTier = home
+        self.behind: list[Tier] = list(behind)
         self.tiers: list[Tier] = [*above, home, *behind]
-        self.named = {tier.name: tier for tier in self.tiers}
+        self.named: dict[str, Tier] = {tier.name: tier for tier in self.tiers}
         if len(self.named) < len(self.tiers):
             raise StoreError(f"tiers need names of their own, got {[tier.name for tier in self.tiers]}")
         for tier in self.tiers:
             tier.above_bytes = max((upper.budget_bytes for upper in self._over(tier)), default=0)
         self.leases = leases
-        self.lock = lock
-        self.tally = Tally()
+        self.lock: threading.RLock = lock
+        self.tally: Tally = Tally()
         # How many removals from home the tiers above know of.
         self._known_removals = home.removed(0)[0]
         # Prefetches; its thread begins when it is first needed.

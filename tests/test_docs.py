@@ -4,14 +4,18 @@ import ast
 import functools
 import re
 import shlex
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import ragkv
 from ragkv.cli.arguments import parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], key=str)
+OWNERS = {"ragkv": ragkv, "ragkv.RAG": ragkv.RAG, "RAG": ragkv.RAG, "ragkv.Engine": ragkv.Engine}
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROGRAM = re.compile(r"^(?:\w+=\S+ )*(?:\.venv/bin/)?python (?:-P )?(-m )?([\w./]+)(.*)$")
@@ -68,6 +72,22 @@ def test_commands_are_there(page):
             assert command in top.choices, f"{page.name}: {line}"
             known = top.choices[command]._option_string_actions
             assert {word.split("=")[0] for word in words if word.startswith("--")} <= set(known), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_code(page):
+    """It can be compiled, and what it takes from ragkv is there. docs/tutorial.md is run as well."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        code = compile(block, page.name, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        for node in ast.walk(code):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ragkv"):
+                taken = [(import_module(str(node.module)), alias.name) for alias in node.names]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in OWNERS:
+                taken = [(OWNERS[ast.unparse(node.value)], node.attr)]
+            else:
+                continue
+            for owner, name in taken:
+                assert hasattr(owner, name) or find_spec(f"{owner.__name__}.{name}"), f"{owner.__name__}.{name}"
 
 
 def test_commands_are_found():

@@ -12,6 +12,10 @@ from mkdocs.structure.files import File
 MODULES = ("ragkv", "ragkv.methods", "ragkv.retrieval", "ragkv.store", "ragkv.store.codecs", "ragkv.store.policy")
 MODULES += ("ragkv.kernels", "ragkv.evaluation", "ragkv.bundled", "ragkv.adapters")
 
+# The order in which a stranger reads the docs; what is not named here comes behind, by name.
+FIRST = ["tutorial", "retrieval", "conversations", "structured", "methods", "adapters", "cli", "store"]
+FIRST += ["evaluation", "quality", "compare", "design", "kernels", "bundled-model"]
+
 # What the public face hands out, and nobody makes.
 RESULTS = ("rag.SourcedAnswer", "report.AnswerReport", "session.Session", "streaming.AsyncAnswerStream")
 RESULTS += ("library.intake.Added", "library.intake.Synced", "library.listing.ListedDocument", "store.stats.StoreStats")
@@ -35,18 +39,32 @@ def _public(module: str) -> bool:
 
 def page(module: str) -> str:
     """The Markdown that mkdocstrings fills."""
-    names = import_module(module).__all__
+    names = sorted(import_module(module).__all__, key=lambda name: name.endswith("Error"))  # errors last
     own = [f"::: {module}", "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}", ""]
     return "\n".join([f"# {module}", "", *own, *(f"::: {module}.{name}\n" for name in names)])
 
 
 def on_files(files, config):
-    """Called by MkDocs: adds the pages to the files that it found."""
+    """Called by MkDocs: adds the pages to the files that it found, and orders all."""
     for module in modules():
-        files.append(File.generated(config, f"api/{module}.md", content=page(module)))
+        files.append(File.generated(config, f"reference/{module}.md", content=page(module)))
     results = "\n".join(["# What calls return", "", *(f"::: ragkv.{name}\n" for name in RESULTS)])
-    files.append(File.generated(config, "api/results.md", content=results))
+    files.append(File.generated(config, "reference/results.md", content=results))
+    config.nav = navigation([file.src_uri for file in files.documentation_pages()])
     return files
+
+
+def navigation(pages):
+    """What is shown on the left: by folder, the docs in their order."""
+    docs = sorted((page for page in pages if page.startswith("docs/")), key=_place)
+    reference = [page for page in pages if page.startswith("reference/")]
+    project = sorted({*pages} - {*docs, *reference, "README.md"})
+    return ["README.md", {"Docs": docs}, {"Reference": reference}, {"Project": project}]
+
+
+def _place(page):
+    name = Path(page).stem
+    return FIRST.index(name) if name in FIRST else len(FIRST), name
 
 
 class PlainRoles(griffe.Extension):

@@ -15,7 +15,7 @@ from ragkv.library.documents import Documents
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: Where a passage's metadata keep its :func:`reference`.
 REFERENCE = "ragkv"

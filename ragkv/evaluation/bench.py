@@ -107,11 +107,17 @@ class Bench:
         # Nothing is evicted, so no policy needs to know what prefilling costs.
         held = TieredStore(policy="lru") if store is None else store
         asked = _instructed(template or PromptTemplate.default(tokenizer), instruction)
-        self.engine = Engine(model, tokenizer, template=asked, store=held, sensitivity=measured, foreign=foreign)
-        self.tokenizer, self.max_new_tokens, self.foreign = tokenizer, max_new_tokens, foreign
-        self.instruction = instruction
-        self.unrotated = without_rotation(self.engine)
-        self.ends = _end_ids(model, tokenizer, self.engine.encoder.ids(asked.after_question, trusted=True))
+        self.engine: Engine = Engine(
+            model, tokenizer, template=asked, store=held, sensitivity=measured, foreign=foreign
+        )
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.max_new_tokens: int = max_new_tokens
+        self.foreign: str | None = foreign
+        self.instruction: str = instruction
+        self.unrotated: Engine = without_rotation(self.engine)
+        self.ends: frozenset[int] = _end_ids(
+            model, tokenizer, self.engine.encoder.ids(asked.after_question, trusted=True)
+        )
         # Behind ragkv's own plain "Answer:" a word comes with its space; chat templates end where the answer begins.
         plain = template is None and not getattr(tokenizer, "chat_template", None)
         self._before_answer = " " if plain else ""

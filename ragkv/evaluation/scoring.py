@@ -35,8 +35,11 @@ class Group:
     def __init__(
         self, bench: Bench, case: Case, order: int, reading: CaseChunks, charged: Mapping[str, float] | None = None
     ):
-        self.bench, self.case, self.order, self.reading = bench, case, order, reading
-        self.charged = dict(charged or {})
+        self.bench: Bench = bench
+        self.case: Case = case
+        self.order: int = order
+        self.reading: CaseChunks = reading
+        self.charged: dict[str, float] = dict(charged or {})
         self._about: Row = {"case": case.id, "fingerprint": case.fingerprint, "kind": case.kind, "order": order}
         self._known: dict[tuple, Outcome] = {}
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from ragkv.errors import RagKVError, RecordError, StoreError
 from ragkv.folder.foreign import what_it_is
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -110,7 +110,9 @@ class Writer:
 
     def __init__(self, archive: tarfile.TarFile, archive_format: str):
         self._archive = archive
-        self.counts = {"records": 0} if archive_format == RECORDS_FORMAT else {"records": 0, "documents": 0}
+        self.counts: dict[str, int] = (
+            {"records": 0} if archive_format == RECORDS_FORMAT else {"records": 0, "documents": 0}
+        )
         self.damaged: list[str] = []
 
     def add(self, member: Member) -> None:

@@ -31,7 +31,7 @@ class Connection:
         self._readonly = readonly
         self._data = str(path / "data.mdb")
         with translated(path):
-            self.env = lmdb.open(
+            self.env: lmdb.Environment = lmdb.open(
                 str(path),
                 map_size=map_bytes,
                 max_dbs=len(databases),
@@ -48,7 +48,7 @@ class Connection:
                 self._identity = (status.st_dev, status.st_ino)
                 self._page_bytes = self.env.stat()["psize"]
                 self.ensure_length()
-                self.databases = self._open_databases(databases)
+                self.databases: dict[bytes, Any] = self._open_databases(databases)
                 if not readonly:
                     self.env.reader_check()
             except (lmdb.Error, RecordError, OSError):

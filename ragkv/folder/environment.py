@@ -42,8 +42,8 @@ class Environment:
     def __init__(self, path: Path, databases: Databases, map_bytes: int, durable: bool, readonly: bool) -> None:
         self.path = path
         self.readonly = readonly
-        self.write_lock = threading.RLock()
-        self.gate = SharedLock()
+        self.write_lock: threading.RLock = threading.RLock()
+        self.gate: SharedLock = SharedLock()
         self._databases = databases
         self._connect = partial(Connection, path, databases, map_bytes, durable, readonly)
         self._users = 0

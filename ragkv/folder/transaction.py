@@ -16,7 +16,7 @@ class Transaction:
     """
 
     def __init__(self, txn: Any, databases: Mapping[bytes, Any]) -> None:
-        self.txn = txn
+        self.txn: Any = txn
         self._databases = databases
 
     def get(self, database: str, key: bytes) -> bytes | None:

@@ -51,8 +51,10 @@ class Looking(ABC):
     """
 
     def __init__(self, driver: Driver, layout: Layout, room_tokens: int, cache: FusedCache | None = None):
-        self.decoder, self.looked, self._driver, self._layout = driver.decoder, "", driver, layout
-        self.cache = driver.decoder.cache(layout.tokens + room_tokens) if cache is None else cache
+        self.decoder: Decoder = driver.decoder
+        self.looked: str = ""
+        self._driver, self._layout = driver, layout
+        self.cache: FusedCache = driver.decoder.cache(layout.tokens + room_tokens) if cache is None else cache
         if cache is not None:
             cache.reserve(layout.held, layout.tokens + room_tokens)
 

@@ -79,16 +79,22 @@ class Pass:
         timer: Timer | None = None,
         forward: Forward | None = None,
     ):
-        self.forward = decoder.forward if forward is None else forward
-        self.decoder, self.cache, self.layout, self.piece_tokens = decoder, cache, layout, piece_tokens
-        self.checks, self.narrow, self.timer = checks, narrow, Timer() if timer is None else timer
-        self.rows = rows
-        self.context = context if len(self._open(rows)) else None
-        self.slots = layout.tokens if slots is None else slots
-        self.piece = rows  # those of the forward at hand
+        self.forward: Forward = decoder.forward if forward is None else forward
+        self.decoder: Decoder = decoder
+        self.cache: FusedCache = cache
+        self.layout: Layout = layout
+        self.piece_tokens: int = piece_tokens
+        self.narrow: Narrow | None = narrow
+        self.timer: Timer = Timer() if timer is None else timer
+        self.checks: tuple[int, ...] = checks
+        self.rows: Tensor = rows
+        self.context: Tensor | None = context if len(self._open(rows)) else None
+        self.slots: int = layout.tokens if slots is None else slots
+        self.piece: Tensor = rows  # those of the forward at hand
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
-        self.begun = len(rows)  # how many those were
-        self.fresh, self.attention = [len(self._open(rows))] * len(decoder.layers), ""
+        self.begun: int = len(rows)  # how many those were
+        self.fresh: list[int] = [len(self._open(rows))] * len(decoder.layers)
+        self.attention: str = ""
 
     @property
     def budget(self) -> float:
@@ -135,7 +141,7 @@ class Pass:
             hooks.append(layers[-1][1].register_forward_hook(self._widened))
         try:
             with self._attention(scattered=True), self.cache.writing(self._write):
-                self.masks = self._masks(self.rows)
+                self.masks: LayerMasks = self._masks(self.rows)
                 at, mask = self.layout.positions[self.rows], for_model(self.masks, self.decoder.config)
                 return self.decoder.step(self.layout.ids[self.rows], at, self.cache, mask)
         finally:

@@ -98,7 +98,8 @@ class Placement:
         timer: Timer | None = None,
         by_layer: bool | None = None,
     ):
-        self.batch, self.fresh = batch, fresh
+        self.batch: Batch = batch
+        self.fresh: dict[bytes, ChunkKV] = fresh
         self._decoder, self._cache, self._layout = decoder, cache, layout
         self._timer = Timer() if timer is None else timer
         self._chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]

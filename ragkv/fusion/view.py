@@ -89,7 +89,8 @@ class View:
     """
 
     def __init__(self, layout: Layout, layers: int, looks: Looks):
-        self.layout, self.layers = layout, layers
+        self.layout: Layout = layout
+        self.layers: int = layers
         self._looks = looks
         self._attention: dict[str, Tensor] = {}
 

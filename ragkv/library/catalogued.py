@@ -15,7 +15,7 @@ from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot
 from ragkv.retrieval.outline import NO_OUTLINE, Outline
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Given(NamedTuple):
@@ -72,7 +72,8 @@ class CataloguedDocuments:
     """
 
     def __init__(self, retriever: Retriever, documents: Documents):
-        self.retriever, self._catalogue, self._documents = retriever, retriever.catalogue, documents
+        self.retriever: Retriever = retriever
+        self._catalogue, self._documents = retriever.catalogue, documents
         self._made: list[tuple[Document, Reading]] = []
         documents.records.append(self)
 

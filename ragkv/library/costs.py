@@ -17,7 +17,7 @@ from ragkv.library.reading import Reader
 from ragkv.machine import machine
 from ragkv.store import CostProfile, TieredStore
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _CACHED, _NEW = 1024, (16, 64, 256)
 # The next column has four times as many tokens: more than this many times the last one it will hardly take.

@@ -10,7 +10,7 @@ from ragkv.chunk import digest
 from ragkv.library.documents import Documents
 from ragkv.retrieval import Catalogue
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _CONFIGURATION = "configuration "
 # Their values say nothing to people.

@@ -36,7 +36,7 @@ from ragkv.model.runner import Runner
 from ragkv.prompt import Encoder, Text
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # KV that wait to be written together: one transaction and one sync for all of them.
 _WRITTEN_TOGETHER_BYTES = 64 << 20
@@ -90,8 +90,12 @@ class Documents:
     ):
         if context not in ("document", "chunk"):
             raise ArgumentError(f"context must be 'document' or 'chunk', got {context!r}")
-        self.runner, self.encoder, self.store = runner, encoder, store
-        self.context, self.namespace, self.anchor = context, namespace, encoder.anchor
+        self.runner: Runner = runner
+        self.encoder: Encoder = encoder
+        self.store: TieredStore = store
+        self.anchor: tuple[int, ...] = encoder.anchor
+        self.context = context
+        self.namespace: str = namespace
         wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
         positions = runner.decoder(kernels, store).max_positions or 1 << 30
         if positions <= len(encoder.anchor):
@@ -99,7 +103,7 @@ class Documents:
                 f"the anchor has {len(encoder.anchor)} tokens and leaves no room in the model's {positions} positions: give a "
                 "shorter prefix or anchor"
             )
-        self.document_tokens = min(wanted, positions - len(encoder.anchor))
+        self.document_tokens: int = min(wanted, positions - len(encoder.anchor))
         whole_number("piece_tokens", piece_tokens, 1)
         self.kernels, self._piece_tokens, self._measured = kernels, piece_tokens, sensitivity
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
@@ -110,7 +114,7 @@ class Documents:
         self._foreign_ids = foreign_ids(encoder, foreign)
         self._readers = dict[tuple[int, ...], Reader]()
         self._costs: dict[str, CostProfile | None] = {}
-        self.sample = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
+        self.sample: tuple[int, ...] = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._others = dict[tuple[str, tuple[int, ...]], Documents]()
         self._cut_as(namespace)
 

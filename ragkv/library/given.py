@@ -12,7 +12,7 @@ from ragkv.prompt import PromptTemplate
 from ragkv.store import TieredStore
 
 
-def several(items: Sequence, what: str) -> list:
+def several(items: Sequence[Any], what: str) -> list[Any]:
     """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
     if isinstance(items, str | bytes | Chunk | Mapping) or not isinstance(items, Iterable):
         raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")

@@ -69,7 +69,8 @@ class Intake:
         repair_tokens: int | None,
     ):
         self._catalogue, self._catalogued, self._documents = catalogue, catalogued, documents
-        self.chunker, self.repair_tokens = chunker, repair_tokens
+        self.chunker: TokenChunker = chunker
+        self.repair_tokens: int | None = repair_tokens
         self.defaults: dict[str, Any] = {}
 
     def within(self, catalogued: CataloguedDocuments, documents: Documents) -> Intake:

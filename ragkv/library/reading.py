@@ -56,18 +56,21 @@ class Reader:
         fingerprint: str = "",
         facts: Facts | None = None,
     ):
-        self.steps = Steps(decoder, lambda: nullcontext(fingerprint)) if steps is None else steps
-        self.decoder, self.piece_tokens, self.fingerprint = decoder, piece_tokens, fingerprint
-        self.space = digest(fingerprint, anchor).hex()
+        self.steps: Steps = Steps(decoder, lambda: nullcontext(fingerprint)) if steps is None else steps
+        self.decoder: Decoder = decoder
+        self.piece_tokens: int = piece_tokens
+        self.fingerprint: str = fingerprint
+        self.space: str = digest(fingerprint, anchor).hex()
         room = None if decoder.max_positions is None else max(0, decoder.max_positions - len(anchor))
-        self.anchor_ids, self._foreign_ids = tuple(anchor), tuple(foreign)[:room]
-        self.foreign = digest(self._foreign_ids).hex()[:16]
+        self.anchor_ids: tuple[int, ...] = tuple(anchor)
+        self._foreign_ids = tuple(foreign)[:room]
+        self.foreign: str = digest(self._foreign_ids).hex()[:16]
         self._openings: dict[tuple[int, ...], ChunkKV | None] = {}
         self._facts, self._model = (
             facts,
             None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels),
         )
-        self.anchor = self._kept(self.anchor_ids, "anchor")
+        self.anchor: ChunkKV | None = self._kept(self.anchor_ids, "anchor")
 
     @contextmanager
     def turn(self) -> Iterator[None]:

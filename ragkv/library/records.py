@@ -12,7 +12,7 @@ from ragkv.folder import seal, unseal
 from ragkv.library.document import ChunkedDocument
 from ragkv.store import TieredStore
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Records(Protocol):

@@ -16,7 +16,7 @@ from ragkv.folder.filesystem import size
 from ragkv.library.documents import Documents
 from ragkv.store.codecs import CODECS
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Long enough for an entry's header and its whole pages to weigh little, as in a passage.
 _SAMPLE_TOKENS = 64

@@ -79,7 +79,7 @@ def known_methods() -> dict[str, type[Method]]:
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in kinds}
 
 
-def knobs_of(kind: type[Method]) -> dict[str, Field]:
+def knobs_of(kind: type[Method]) -> dict[str, Field[Any]]:
     """A method's settings by name; none where its class is no dataclass."""
     return {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
 
@@ -88,7 +88,7 @@ def _said(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _required(knob: Field) -> bool:
+def _required(knob: Field[Any]) -> bool:
     return knob.default is MISSING and knob.default_factory is MISSING
 
 

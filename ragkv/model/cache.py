@@ -41,11 +41,15 @@ class FusedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, spec: LayerSpec, capacity: int):
-        self.dtype, self.device = spec.dtype, spec.device
-        self.length = self.dropped = 0
+        self.dtype: torch.dtype = spec.dtype
+        self.device: torch.device = spec.device
+        self.length: int = 0
+        self.dropped: int = 0
         self.is_initialized = True
-        self.key_room = torch.empty(1, spec.heads, capacity, spec.key_dim, dtype=spec.dtype, device=spec.device)
-        self.value_room = torch.empty(1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device)
+        self.key_room: Tensor = torch.empty(1, spec.heads, capacity, spec.key_dim, dtype=spec.dtype, device=spec.device)
+        self.value_room: Tensor = torch.empty(
+            1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device
+        )
 
     @property
     def keys(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
@@ -22,11 +22,11 @@ from ragkv.model.attention import eager_attention, fusion_attention, grouped
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
-from ragkv.model.masks import MaskBuilder, for_model, layer_rules
-from ragkv.model.rope import Probe, Tolerance, probe_rotations, relative_error
+from ragkv.model.masks import MaskBuilder, Rule, for_model, layer_rules
+from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
 from ragkv.model.rows import Rows
 from ragkv.model.traits import Traits
-from ragkv.model.turns import turns
+from ragkv.model.turns import Turns, turns
 
 _PROBE_TOKENS = 8
 _CHECK_TOKENS = 24
@@ -55,9 +55,11 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, kernels: Impl = "auto", known: Traits | None = None):
-        self.model, self.kernels = unwrapped(model), kernels
-        self.config = self.model.config.get_text_config(decoder=True)
-        self.turns, self.probes = turns(self.config), 0
+        self.model: PreTrainedModel = unwrapped(model)
+        self.kernels = kernels
+        self.config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
+        self.turns: Turns = turns(self.config)
+        self.probes: int = 0
         self.probe(known)
 
     def probe(self, known: Traits | None = None) -> None:
@@ -70,19 +72,21 @@ class Decoder:
         refuse_by_config(self.config)
         refuse_state(self.model)
         embeddings = self.model.get_input_embeddings()
-        self.layers = decoder_layers(self.model, self.config.num_hidden_layers)
+        self.layers: nn.ModuleList = decoder_layers(self.model, self.config.num_hidden_layers)
         self.vocab_size: int = embeddings.weight.shape[0]
-        self.device = _device(embeddings)
+        self.device: torch.device = _device(embeddings)
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
-        self.keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.rules = layer_rules(self.config, len(self.layers), self.device)
+        self.keeps_last: bool = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.rules: list[Rule] = layer_rules(self.config, len(self.layers), self.device)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         if known is None:
             with self.turns:
                 self._try()
         else:
-            self.specs, self.rotations, self.max_positions = known.specs, known.rotations, known.max_positions
-            self.dtype = self.specs[0].dtype
+            self.specs: list[LayerSpec] = known.specs
+            self.rotations: list[Rotation | None] = known.rotations
+            self.max_positions = known.max_positions
+            self.dtype: torch.dtype = self.specs[0].dtype
             self.spans = self._span_rules() if known.spans else None
 
     @property

@@ -130,20 +130,24 @@ class Settings:
         arguments: dict[str, Any],
         stop: Sequence[str] = (),
     ):
-        given_schema, self.logprobs = arguments.get("schema"), asked_logprobs(arguments.get("logprobs"))
+        self.logprobs: int | None = asked_logprobs(arguments.get("logprobs"))
+        given_schema = arguments.get("schema")
         arguments = {name: value for name, value in arguments.items() if name not in OWN}
         _check(decoder, arguments)
         fields = {name: value for name, value in arguments.items() if name not in BESIDE}
-        self.decoder, self._fields, self.stop = decoder, fields, stop
+        self.decoder: Decoder = decoder
+        self.stop: Sequence[str] = stop
+        self._fields = fields
         self._beside: dict[str, Any] = {**dict.fromkeys(BESIDE), "tokenizer": tokenizer}
         self._beside |= {name: arguments[name] for name in BESIDE if arguments.get(name) is not None}
-        self.streamer = self._beside["streamer"]
+        self.streamer: Any = self._beside["streamer"]
         given: GenerationConfig | None = self._beside["generation_config"]
         configs = (GenerationConfig(), given or GenerationConfig(), decoder.model.generation_config)
         try:
-            self.config, _ = decoder.model._prepare_generation_config(given, **fields)
+            config, _ = decoder.model._prepare_generation_config(given, **fields)
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"transformers refuses the generation arguments: {error}") from error
+        self.config: GenerationConfig = config
         for name in _DECISIVE:
             if not _neutral(name, getattr(self.config, name, None)):
                 raise ArgumentError(f"{name} (the model's generation config sets it): {REFUSED[name]}")
@@ -157,15 +161,15 @@ class Settings:
         self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
         self.beams: int = self.config.num_beams or 1
         ends = self.config.eos_token_id
-        self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
         if self.beams > 1 and self.logprobs is not None:
             raise ArgumentError("logprobs: a beam's tokens were not taken one by one: leave out logprobs, or num_beams")
-        self.schema = None if given_schema is None else Schema(given_schema)
+        self.schema: Schema | None = None if given_schema is None else Schema(given_schema)
         if self.schema is not None:
             constraint = Constraint(self.schema, tokenizer, self.ends)
             own = {"logits_processor": constraint, "stopping_criteria": constraint.ended}
             self._beside |= {name: [one, *(self._beside[name] or ())] for name, one in own.items()}
-        self.runs_model = self.config.guidance_scale not in (None, 1)
+        self.runs_model: bool = self.config.guidance_scale not in (None, 1)
         if self.beams > 1 and self.streamer is not None:
             raise ArgumentError(
                 "streamer: beam search knows its tokens only at the end: leave out streamer, or num_beams"

@@ -79,7 +79,9 @@ class SpanBuilder:
     """
 
     def __init__(self, rules: Sequence[SpanRule], positions: Tensor, keys: int):
-        self.rules, self.positions, self.everything = rules, positions, len(positions) == keys
+        self.rules: Sequence[SpanRule] = rules
+        self.positions: Tensor = positions
+        self.everything: bool = len(positions) == keys
         self._made: dict[SpanRule, Tensor] = {}
 
     def layer(self, layer: int) -> Tensor | None:

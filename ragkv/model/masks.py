@@ -95,8 +95,12 @@ class MaskBuilder:
         additive: bool,
         open_keys: Tensor | None = None,
     ):
-        self.rules, self.positions, self.key_positions = rules, positions, key_positions
-        self.dtype, self.additive, self.open_keys = dtype, additive, open_keys
+        self.rules: list[Rule] = rules
+        self.positions: Tensor = positions
+        self.key_positions: Tensor = key_positions
+        self.dtype: torch.dtype = dtype
+        self.additive: bool = additive
+        self.open_keys: Tensor | None = open_keys
         self._made: dict[int, Tensor] = {}
 
     def layer(self, layer: int) -> Tensor:

@@ -51,7 +51,7 @@ class Schema:
             text = json.dumps(plain)
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"schema holds what is no JSON: {error}") from error
-        self.grammar = LLMatcher.grammar_from_json_schema(text, overrides=_SPACING)
+        self.grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=_SPACING)
         wrong = LLMatcher.validate_grammar(self.grammar)
         if wrong:
             raise ArgumentError(f"schema cannot be kept: {wrong}")

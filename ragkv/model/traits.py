@@ -22,7 +22,7 @@ from ragkv.kernels import Impl, Rotation
 from ragkv.model.cache import LayerSpec
 from ragkv.model.rope import rope_frequencies
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, IndexError)
 

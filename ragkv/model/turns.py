@@ -24,8 +24,8 @@ class Turns:
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
-        self.depth = 0  # how often the thread whose turn it is has entered
-        self.taken = 0  # how many turns there were
+        self.depth: int = 0  # how often the thread whose turn it is has entered
+        self.taken: int = 0  # how many turns there were
         self._owner: int | None = None
         self._guard = Lock()
         self._waiting: deque[tuple[int, Lock]] = deque()

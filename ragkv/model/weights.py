@@ -34,7 +34,7 @@ class OnDisk(NamedTuple):
 
     weights: Mapping[str, Tensor]
     name: str
-    mark: tuple
+    mark: tuple[object, ...]
 
 
 #: A tensor that runs, or what else decides what is computed, in words.
@@ -76,12 +76,12 @@ def _walk(module: Any, path: str, offloaded: tuple[tuple[str, Mapping], ...]) ->
             yield from _walk(child, path if name in ("base_layer", "original_module") else f"{path}{name}.", offloaded)
 
 
-def contents(module: nn.Module) -> list[tuple[dict, tuple]] | None:
+def contents(module: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]] | None:
     """Every module's parameters, buffers and children, to look later whether they are the same objects.
 
     ``None`` where something else has a say: adapters, offloading, packed weights.
     """
-    found: list[tuple[dict, tuple]] = []
+    found: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
     for child in module.modules():
         tensors = (*child._parameters.values(), *child._buffers.values())
         plain = all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)

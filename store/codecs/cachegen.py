@@ -37,7 +37,9 @@ class CacheGen(Codec):
     def __init__(self, bins: tuple[float, ...] = (0.2, 0.3, 0.4), group_tokens: int = 1, level: int = 1) -> None:
         if not bins or min(bins) <= 0 or group_tokens < 1:
             raise StoreError(f"cachegen needs bins above 0 and groups of at least 1, got {bins} and {group_tokens}")
-        self.bins, self.group_tokens, self.level = bins, group_tokens, level
+        self.bins: tuple[float, ...] = bins
+        self.group_tokens: int = group_tokens
+        self.level: int = level
 
     def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
         """See the base class: ``""`` holds the compressed counts; ``center``, ``step`` a number a line; ``group`` its size.

@@ -11,7 +11,8 @@ import pytest
 
 from ragkv.evaluation import Plan, evaluate, parse_arms
 from ragkv.evaluation.report import page, tables
-from ragkv.evaluation.report.scatter import BUDGET, TTFT
+from ragkv.evaluation.report.scatter import BUDGET, TTFT, plot
+from ragkv.evaluation.report.series import looks
 from ragkv.evaluation.summary import METRICS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -79,6 +80,21 @@ def test_every_plot_is_there(html, result):
     assert len(dots) == 2 * len(slices) * points and {"circle", "rect"} == set(dots)
     assert len(found.all("svg", data_plot="stages")) == len(found.all("svg", data_plot="tokens")) == 1
     assert found.all("path", **{"class": "front"})
+
+
+@pytest.mark.parametrize("axis", [BUDGET, TTFT], ids=lambda axis: axis.name)
+def test_a_name_covers_no_point(result, axis):
+    arms = [
+        arm for arm in copy.deepcopy(result.summary["arms"]) if arm["name"].startswith(("lego-link", "cache-blend:r"))
+    ]
+    for place, arm in enumerate(arms[:2]):  # the second one, up and to the right, where the first one's name would be
+        arm["cost"] |= {"budget": 0.1 + 0.02 * place, "ttft_ms": 10 + place}
+        arm["scores"]["all"]["em"] = (0.7 + 0.01 * place, 0.6, 0.8, 9)
+    drawn = plot(arms[:2], looks(result.summary), METRICS["em"], "all", axis)
+    assert len(drawn["labels"]) == 2
+    for left, y, name in drawn["labels"]:
+        right = left + 6 * len(name)
+        assert not [point for point in drawn["points"] if left < point.x < right and y - 11 < point.y < y + 3]
 
 
 def test_every_arm_gate_and_condition_is_told(html, result):
@@ -200,9 +216,9 @@ def test_a_browser_draws_the_plots(html, tmp_path, width):
     assert found, run.stderr[-2000:]
     measured = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert [plot["name"] for plot in measured["plots"]] == ["budget", "ttft", "stages", "tokens"]
-    for plot in measured["plots"]:
-        assert plot["width"] >= 760 and plot["height"] > 50
-        assert plot["outside"] == []
+    for drawn in measured["plots"]:
+        assert drawn["width"] >= 760 and drawn["height"] > 50
+        assert drawn["outside"] == []
     assert measured["plots"][0]["circles"] > 5
     assert measured["wider"] <= 0, "the page scrolls sideways"
     assert measured["coloured"] > 10

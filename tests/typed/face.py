@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, assert_type
 
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -95,7 +96,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(answer, ragkv.Answer)
         assert_type(answer.text, str)
         assert_type(answer.report.first_token_ms, float)
-        answer.report.plot().savefig("answer.png")
+        assert_type(answer.report.plot(), Figure)
         assert_type(report.chunks, list[ChunkReport])
         assert_type(report.recomputed, list[tuple[int, int]])
         assert_type(chunks[0].name, str)

@@ -23,7 +23,7 @@ from ragkv.rag import RAG
 from ragkv.report import AnswerReport
 from ragkv.streaming import in_thread, stoppable
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @component
@@ -50,7 +50,8 @@ class RagKVGenerator(OverFolder):
             streaming_callback: called with each piece of the answer.
             options: of :meth:`ragkv.RAG.from_pretrained`, for a path.
         """
-        self.generation_kwargs, self.streaming_callback = generation_kwargs or {}, streaming_callback
+        self.generation_kwargs: dict[str, Any] = generation_kwargs or {}
+        self.streaming_callback: StreamingCallbackT | None = streaming_callback
         self._folder = Folder(rag, options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class RagKVEmbeddings(Embeddings):
     """
 
     def __init__(self, embedder: Embedder | None = None) -> None:
-        self.embedder = offline_embedder() if embedder is None else embedder
+        self.embedder: Embedder = offline_embedder() if embedder is None else embedder
         instance("embedder", self.embedder, Embedder, "a ragkv.retrieval.Embedder")
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -49,10 +49,10 @@ class LangChainEmbedder:
         vector = _scaled(embeddings.embed_query("ragkv"))
         model = next((m for a in ("model", "model_name") if isinstance(m := getattr(embeddings, a, None), str)), "")
         kind = f"{type(embeddings).__module__}.{type(embeddings).__qualname__}"
-        self.name = model or type(embeddings).__name__
-        self.dimension = len(vector)
+        self.name: str = model or type(embeddings).__name__
+        self.dimension: int = len(vector)
         known = model or vector.astype("<f4").tobytes()
-        self.fingerprint = fingerprint or digest(kind, str(self.dimension), known).hex()[:16]
+        self.fingerprint: str = fingerprint or digest(kind, str(self.dimension), known).hex()[:16]
 
     def encode_documents(self, texts: list[str]) -> NDArray[np.float32]:
         """The vectors of passages, float32 ``[n, d]``, each of length one."""

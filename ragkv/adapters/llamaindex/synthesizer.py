@@ -57,7 +57,8 @@ class RagKVSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
         **generation: Any,
     ):
-        self._engine, self._threads, self.generation = engine_of(rag), threads_of(rag), generation
+        self.generation: dict[str, Any] = generation
+        self._engine, self._threads = engine_of(rag), threads_of(rag)
         llm = RagKVLLM(rag, generation)
         count = partial(_tokens, self._engine)
         super().__init__(

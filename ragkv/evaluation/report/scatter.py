@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10, sqrt
 from types import SimpleNamespace
@@ -121,20 +121,22 @@ def plot(
         "front": front,
         "series": [sorted(sweep, key=lambda point: point.cost) for sweep in sweeps],
         "points": list(points.values()),
-        "labels": _labels(front),
+        "labels": _labels(front, points.values()),
     }
 
 
-def _labels(points: Sequence[Point]) -> list[tuple[float, float, str]]:
-    """Names of the front's points, each where no other stands."""
-    placed: list[tuple[float, float, float]] = []
-    for point in points:
+def _labels(front: Sequence[Point], points: Iterable[Point]) -> list[tuple[float, float, str]]:
+    """Names of the front's points, each where no other name and no point stands."""
+    names: list[tuple[float, float, str]] = []
+    placed = [(point.x - 6, 12.0, point.y + 4) for point in points]
+    for point in front:
         width = 6.2 * len(point.arm["name"])
         left = min(point.x + 8, FRAME.right - width)
         heights = [point.y + step for step in (-9, 16, -23, 30, -37, 44, 58, 72)]
         y = next((at for at in heights if at > FRAME.top + 8 and _free(placed, left, width, at)), heights[0])
         placed.append((left, width, y))
-    return [(left, y, point.arm["name"]) for (left, _, y), point in zip(placed, points, strict=True)]
+        names.append((left, y, point.arm["name"]))
+    return names
 
 
 def _free(placed: Sequence[tuple[float, float, float]], left: float, width: float, y: float) -> bool:
