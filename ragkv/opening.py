@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
+from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import TieredStore
 
@@ -32,6 +32,8 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
         opened: what is to be closed is entered here.
     """
     path = None if given["path"] is None else Path(given["path"])
+    model, rest = gguf_apart(given["model"], dict(given))
+    given = {**rest, "model": model}
     options = with_kept(given, kept_in(path))
     name = options.setdefault("model", BUNDLED)
     place = {option: value for option, value in options.items() if option in OPTIONS}

@@ -18,6 +18,7 @@ _ALIKE = (
         "model",
         "tokenizer",
         "dtype",
+        "weights",
         "revision",
         "subfolder",
         "gguf_file",

@@ -137,9 +137,9 @@ class Decoder:
         return out[0][0]
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
-        """Run ``ids [S]`` at ``positions [S]`` and return the last one's next-token logits ``[1, V]``."""
-        keep = {"logits_to_keep": 1} if self.keeps_last else {}
+    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None, rows: int = 1) -> Tensor:
+        """Run ``ids [S]`` at ``positions [S]`` and return the next-token logits ``[rows, V]`` of the last ones."""
+        keep = {"logits_to_keep": rows} if self.keeps_last else {}
         with self.turns:
             out = self.model(
                 input_ids=ids[None],
@@ -149,7 +149,7 @@ class Decoder:
                 use_cache=True,
                 **keep,
             )
-        return out.logits[:, -1]
+        return out.logits[0, -rows:]
 
     def masks(
         self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None
