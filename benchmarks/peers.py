@@ -271,26 +271,26 @@ def main() -> None:
             rows[name].append({**row, "f1": scored(row, tokenizer)})
         print(f"case {number + 1}: {len(case['ids'])} tokens", flush=True)
         show({name: summary(each) for name, each in rows.items()})
+        if args.json:
+            report = {
+                "date": date.today().isoformat(),
+                "device": processor(),
+                "threads": args.threads,
+                "model": Path(args.model).name,
+                "data": args.data.name,
+                **versions(),
+                **{package: found for peer in peers.values() for package, found in peer.versions.items()},
+                "left_out": left_out,
+                "peers": {name: summary(each) for name, each in rows.items()},
+                "rows": {
+                    name: [{key: row[key] for key in ("question", "f1", "bytes", "times")} for row in each]
+                    for name, each in rows.items()
+                },
+            }
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
     for peer in peers.values():
         peer.process.stdin.close()
         peer.process.wait()
-    if args.json:
-        report = {
-            "date": date.today().isoformat(),
-            "device": processor(),
-            "threads": args.threads,
-            "model": Path(args.model).name,
-            "data": args.data.name,
-            **versions(),
-            **{package: found for peer in peers.values() for package, found in peer.versions.items()},
-            "left_out": left_out,
-            "peers": {name: summary(each) for name, each in rows.items()},
-            "rows": {
-                name: [{key: row[key] for key in ("question", "f1", "bytes", "times")} for row in each]
-                for name, each in rows.items()
-            },
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,13 @@ def _answer() -> argparse.ArgumentParser:
     options.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
     )
+    options.add_argument(
+        "--lookup",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="compute N tokens that the prompt proposes along with each one: the same answer, sooner where it quotes",
+    )
     return options
 
 

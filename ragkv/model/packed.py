@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 from warnings import catch_warnings, simplefilter
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ragkv.chunk import digest
 from ragkv.errors import ArgumentError, UnsupportedModelError
+from ragkv.model.weights import part_digest
 
 #: How weights may be packed.
 Packing = Literal["float16", "int8"]
@@ -63,7 +64,7 @@ class Int8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., I]`` fp32 to ``[..., O]``."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        scales = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True).clamp_min_(1e-30) / _HIGH  # [T, 1]
+        scales = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-30) / _HIGH  # [T, 1]
         scaled = rows / scales
         split = torch.cat([scaled, (scaled - scaled.round()) * _LOW])
         out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(split, 1.0, _HIGH + 1, self._packed)
@@ -133,8 +134,5 @@ def pack(model: PreTrainedModel, packing: Packing) -> PreTrainedModel:
 
 
 def _digest(*parts: Tensor) -> Tensor:
-    """16 bytes by which packed weights, which nothing else can read, are told apart: part of the space of KV."""
-    hasher = xxhash.xxh3_128()
-    for part in parts:
-        hasher.update(memoryview(part.contiguous().view(-1).view(torch.uint8).numpy()))
-    return torch.frombuffer(bytearray(hasher.digest()), dtype=torch.uint8)
+    """Bytes by which packed weights, which nothing else can read, are told apart: part of the space of KV."""
+    return torch.frombuffer(bytearray(digest(*map(part_digest, parts))), dtype=torch.uint8)
