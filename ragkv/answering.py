@@ -136,7 +136,7 @@ class Answering:
         steps = self._steps
         with steps.seat() as seat:
 
-            def forward(rows: Rows) -> Tensor | None:
+            def forward(rows: Rows) -> Tensor:
                 return steps.run(rows, prompt.fingerprint, seat)
 
             for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note):

@@ -21,7 +21,7 @@ from ragkv.retrieval import Catalogue
 
 # Nothing that lets foreign code run, and nothing secret.
 _OF_FOLDER = ("embedder", "method", "chunk_tokens", "codec", "namespace", "context", "document_tokens", "sensitivity")
-_OF_MODEL = ("dtype", "attn_implementation", "template", "system", "foreign")
+_OF_MODEL = ("dtype", "weights", "attn_implementation", "template", "system", "foreign")
 _PLACE = (*PLACE, "tokenizer")
 KEPT = ("model", *_PLACE, *_OF_MODEL, *_OF_FOLDER)
 """The options of :meth:`RAG.from_pretrained` that are kept."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
 from ragkv.folder.filesystem import has_data
-from ragkv.model.loading import BUNDLED, OPTIONS, check_options, load_embedder, load_model
+from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import TieredStore
 
@@ -39,6 +39,8 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
         opened: what is to be closed is entered here.
     """
     path = None if given["path"] is None else Path(given["path"])
+    model, rest = gguf_apart(given["model"], dict(given))
+    given = {**rest, "model": model}
     options = with_kept(given, kept_in(path))
     if "model" not in options:
         logger.warning(

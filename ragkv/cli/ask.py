@@ -72,7 +72,7 @@ def answered(
     text = ""
     with ExitStack() as shown:
         bar = shown.enter_context(reading(args))
-        of_answer = {"stop": args.stop, "max_new_tokens": args.max_new_tokens}
+        of_answer = {"stop": args.stop, "max_new_tokens": args.max_new_tokens, "prompt_lookup_num_tokens": args.lookup}
         hits, pieces = stream(question, progress=bar, **of_answer, **options)
         for piece in pieces:
             shown.close()  # what had to be read is read

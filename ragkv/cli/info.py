@@ -27,6 +27,7 @@ _EXTRAS = {
     "embedder": ("embedders by name", "sentence_transformers"),
     "pdf": ("PDF files", "pypdf"),
     "files": ("HTML, Office, EPUB and other files", "markitdown"),
+    "gguf": ("models as GGUF files", "gguf"),
     "zstd": ("the codecs lossless and cachegen", "zstandard"),
     "triton": ("kernels on a GPU", "triton"),
     "langchain": ("LangChain", "langchain_core"),

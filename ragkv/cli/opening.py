@@ -20,6 +20,7 @@ _ALIKE = (
         "model",
         "tokenizer",
         "dtype",
+        "weights",
         "revision",
         "subfolder",
         "gguf_file",

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-#: Runs rows of a prompt; returns the last one's next-token logits ``[1, V]`` where they are wanted.
-Forward = Callable[[Rows], Tensor | None]
+#: Runs rows of a prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted.
+Forward = Callable[[Rows], Tensor]
 
 
 class _Reached(Exception):
@@ -175,9 +175,9 @@ class Pass:
         self._shrink(layer, self._choose(layer, torch.cat(keys, 2), torch.cat(values, 2)))
         self.checks = self.checks[1:]
 
-    def _run(self, piece: Tensor, masks: LayerMasks | None = None) -> Any:
+    def _run(self, piece: Tensor, masks: LayerMasks | None = None) -> Tensor:
         """Logits behind the last piece; behind the others nobody asks for any."""
-        last = bool(piece[-1] == self.rows[-1])
+        last = int(piece[-1] == self.rows[-1])
         at = self.layout.positions[piece]
         rows = Rows(self.layout.ids[piece], at, self.cache, masks, last, self._limited)
         logits = self.forward(rows)

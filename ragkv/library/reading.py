@@ -84,7 +84,7 @@ class Reader:
                 raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
             yield
 
-    def forward(self, rows: Rows) -> Tensor | None:
+    def forward(self, rows: Rows) -> Tensor:
         """Run rows of a prompt, with whatever other threads ask for; as :meth:`ragkv.model.steps.Steps.run`."""
         return self.steps.run(rows, self.fingerprint)
 

@@ -1,4 +1,4 @@
-"""Attention for the one pass of a fusion: few queries, many keys, a mask.
+"""Attention for the pass of a fusion, few queries, many keys, a mask, and for the tokens behind it.
 
 B sequences, H query heads, K kv heads, S queries, N keys, D head_dim.
 """
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from ragkv.model.turns import turns
 
 _GROUPED = "ragkv_grouped_sdpa"
+_FEW = 16  # queries; for more of them the mask's rows are not repeated for every head
 
 
 def grouped_sdpa(
@@ -33,23 +34,31 @@ def grouped_sdpa(
     """transformers' sdpa attention without its copies of all keys and values for every query head.
 
     As soon as there is a mask, transformers repeats keys and values H / K times, because CUDA's kernels want them so. The CPU's
-    does not; and it takes a float mask as it is, where it turns a boolean one into floats again in every layer.
+    does not; and it takes a float mask as it is, where it turns a boolean one into floats again in every layer. It works on
+    rows of queries: the heads that share keys and values are rows beside each other where there are few queries, which is
+    up to 30 times faster for a single one.
 
     Args:
         module: the attention module.
         query: ``[B, H, S, D]``.
         key: ``[B, K, N, D]``.
         value: ``[B, K, N, D]``.
-        attention_mask: float ``[B, 1, S, N]`` or ``None``.
+        attention_mask: float ``[B, 1, S, N]``, or ``None``: causal, which for a single query is no mask at all.
         dropout: passed on.
         scaling: of the scores.
         **kwargs: passed on where transformers' own function runs.
     """
+    (batch, heads, queries, width), groups = query.shape, key.shape[1]
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
-    if attention_mask is None or special:
+    if special or (attention_mask is None and queries > 1):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    shared = heads // groups
+    if queries <= _FEW and shared > 1:
+        query = query.reshape(batch, groups, shared * queries, width)
+        if attention_mask is not None and queries > 1:
+            attention_mask = attention_mask.repeat(1, 1, shared, 1)
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -57,9 +66,16 @@ def grouped_sdpa(
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=query.shape[1] != groups,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+
+
+def _mask(*, q_length: int, **kwargs: Any) -> Tensor | None:
+    """A float mask; ``None`` for a single query that sees all keys."""
+    if q_length == 1 and sdpa_mask(q_length=q_length, **kwargs) is None:
+        return None
+    return eager_mask(q_length=q_length, **kwargs)
 
 
 def grouped(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
@@ -83,7 +99,7 @@ def eager_attention(model: PreTrainedModel, config: PreTrainedConfig) -> Iterato
 
 @contextmanager
 def fusion_attention(model: PreTrainedModel, config: PreTrainedConfig, scattered: bool) -> Iterator[str]:
-    """The attention of one pass, for one turn; what was there is put back whatever happens. Yields its name.
+    """The attention of one pass, or of one token, for one turn; what was there is put back whatever happens. Yields its name.
 
     On the CPU sdpa runs without transformers' copies. Flash and flex attention know no scattered queries: for those the model's
     eager attention serves, with its own soft caps, sinks and windows.
@@ -97,7 +113,7 @@ def fusion_attention(model: PreTrainedModel, config: PreTrainedConfig, scattered
         loaded = config._attn_implementation
         if grouped(model, config):
             AttentionInterface.register(_GROUPED, grouped_sdpa)  # a name of our own: nothing that was there changes
-            AttentionMaskInterface.register(_GROUPED, eager_mask)
+            AttentionMaskInterface.register(_GROUPED, _mask)
             config._attn_implementation = _GROUPED
             try:
                 yield loaded

@@ -144,9 +144,9 @@ class Decoder:
         return out[0][0]
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
-        """Run ``ids [S]`` at ``positions [S]`` and return the last one's next-token logits ``[1, V]``."""
-        keep = {"logits_to_keep": 1} if self.keeps_last else {}
+    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None, rows: int = 1) -> Tensor:
+        """Run ``ids [S]`` at ``positions [S]`` and return the next-token logits ``[rows, V]`` of the last ones."""
+        keep = {"logits_to_keep": rows} if self.keeps_last else {}
         with self.turns:
             out = self.model(
                 input_ids=ids[None],
@@ -156,18 +156,15 @@ class Decoder:
                 use_cache=True,
                 **keep,
             )
-        return out.logits[:, -1]
+        return out.logits[0, -rows:]
 
-    def forward(self, rows: Rows) -> Tensor | None:
-        """Run rows of one prompt; the last one's next-token logits ``[1, V]``, where they are wanted."""
-        run = self.step if rows.wanted else self.run
-        if rows.masks is None and len(rows) == 1:
-            out, rows.attention = run(rows.ids, rows.positions, rows.cache), self.attention
-        else:
-            with self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited) as rows.attention:
-                mask = None if rows.masks is None else for_model(rows.masks, self.config)
-                out = run(rows.ids, rows.positions, rows.cache, mask)
-        return out if rows.wanted else None
+    def forward(self, rows: Rows) -> Tensor:
+        """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""
+        with self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited) as rows.attention:
+            mask = None if rows.masks is None else for_model(rows.masks, self.config)
+            if rows.wanted:
+                return self.step(rows.ids, rows.positions, rows.cache, mask, rows.wanted)
+            return self.run(rows.ids, rows.positions, rows.cache, mask)[:0]
 
     def masks(
         self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None

@@ -26,19 +26,21 @@ def decode(
     settings: Settings,
     prompt: FusedPrompt,
     begin: float,
-    forward: Callable[[Rows], Tensor | None],
+    forward: Callable[[Rows], Tensor],
     turn: Callable[[], AbstractContextManager[object]] = nullcontext,
     note: Callable[[Tensor, int], object] | None = None,
 ) -> Iterator[int]:
     """Token ids one by one, an end token included; the prompt's cache grows with them.
 
-    The first one comes from the prompt's logits, without running the model.
+    The first one comes from the prompt's logits, without running the model. With prompt lookup, tokens that stood behind the last
+    place where the text went as it goes now are computed along with each token, and their logits used as far as just they
+    are chosen: the answer is the same, by fewer passes.
 
     Args:
         settings: resolved for this prompt.
         prompt: with its cache.
         begin: ``perf_counter()`` from which ``max_time`` counts.
-        forward: runs one row.
+        forward: runs rows.
         turn: taken where logits processors run the model.
         note: told the processed scores ``[1, V]`` of every token, and the token.
 
@@ -50,6 +52,9 @@ def decode(
     ids, logits = prompt.input_ids, prompt.logits
     processors, criteria = settings.resolve(ids, begin)
     scoring = turn if settings.runs_model else nullcontext
+    room = ids.shape[1] + settings.new_tokens(ids.shape[1])  # for prompt and answer
+    ahead: list[int] = []  # proposed tokens that are computed,
+    behind: list[Tensor] = []  # and the logits behind each
     if streamer is not None:
         streamer.put(ids.cpu())
     try:
@@ -65,14 +70,33 @@ def decode(
             yield token
             if bool(criteria(ids, None).all()):
                 return
-            position = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1
-            at = torch.tensor([position], device=ids.device)
-            behind = forward(Rows(ids[0, -1:], at, cache))
-            assert behind is not None
-            logits = behind
+            if ahead and ahead[0] == token:
+                logits = behind.pop(0)
+                ahead.pop(0)
+                continue
+            cache.crop(-len(ahead))
+            ahead = []
+            proposed = _proposed(ids, min(settings.lookup, room - ids.shape[1] - 1), settings.longest_match)
+            first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1
+            at = torch.arange(first, first + 1 + len(proposed), device=ids.device)
+            run = torch.cat([ids[0, -1:], ids.new_tensor(proposed)])
+            logits, *behind = forward(Rows(run, at, cache, wanted=len(run))).split(1)
+            ahead = proposed
     finally:
+        cache.crop(-len(ahead))
         if streamer is not None:
             streamer.end()
+
+
+def _proposed(ids: Tensor, most: int, longest: int) -> list[int]:
+    """At most ``most`` tokens that stood behind the last place where ``ids [1, N]`` went as they end now, for as many as may be."""
+    row = ids[0]
+    for length in range(min(longest, len(row) - 1), min(longest, 2) - 1, -1) if most > 0 else ():
+        places = (row.unfold(0, length, 1)[:-1] == row[-length:]).all(1).nonzero()
+        if len(places):
+            begin = int(places[-1]) + length
+            return row[begin : begin + most].tolist()
+    return []
 
 
 def _chosen(decoder: Decoder, scores: Tensor, sample: bool | None) -> int:

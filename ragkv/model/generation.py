@@ -45,6 +45,7 @@ HONOURED = frozenset(
     repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id pad_token_id bos_token_id eos_token_id
+    prompt_lookup_num_tokens max_matching_ngram_size
     disable_compile transformers_version
     """)
 )
@@ -62,7 +63,7 @@ OWN = frozenset(_names("schema logprobs"))
 
 _PROMPT = "the engine makes the prompt and runs the model: give chunks and a question"
 _STRATEGY = "transformers fetches this strategy from the Hub: use do_sample, num_beams, or a logits_processor of your own instead"
-_ASSISTED = "answers are decoded token by token, without an assistant: leave it out, greedy answers are the same"
+_ASSISTED = "answers are decoded without another model: leave it out, or propose tokens of the prompt (prompt_lookup_num_tokens)"
 _OUTPUTS = (
     "an answer holds text, ids and a report: take logits from Engine.fuse(...).logits, or from a logits_processor"
 )
@@ -76,7 +77,7 @@ REFUSED: dict[str, str] = {
         _PROMPT: "inputs input_ids inputs_embeds attention_mask position_ids past_key_values custom_generate trust_remote_code",
         _STRATEGY: "penalty_alpha dola_layers num_beam_groups diversity_penalty constraints force_words_ids low_memory",
         _ASSISTED: "assistant_model assistant_tokenizer is_assistant use_mtp speculation_type num_assistant_tokens "
-        "num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size "
+        "num_assistant_tokens_schedule assistant_confidence_threshold "
         "assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight",
         _OUTPUTS: "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate",
         _CACHE: "use_cache cache_implementation cache_config max_cache_len",
@@ -116,6 +117,8 @@ class Settings:
         streamer: of transformers, if one was given.
         schema: that the answer must fit; ``None`` for free text.
         logprobs: how many of the likeliest tokens are wanted beside each; ``None`` for no log-probabilities.
+        lookup: tokens of the prompt that are proposed at once; 0 for none.
+        longest_match: tokens by which their place is found, at most.
         runs_model: logits processors run the model, as classifier-free guidance does.
 
     Raises:
@@ -162,6 +165,14 @@ class Settings:
         self.beams: int = self.config.num_beams or 1
         ends = self.config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.lookup: int = self.config.prompt_lookup_num_tokens or 0
+        self.longest_match: int = self.config.max_matching_ngram_size or 3
+        whole_number("prompt_lookup_num_tokens", self.lookup)
+        whole_number("max_matching_ngram_size", self.longest_match, 1)
+        if self.beams > 1 and self.lookup:
+            raise ArgumentError(
+                "prompt_lookup_num_tokens: beams are searched token by token: leave it out, or num_beams"
+            )
         if self.beams > 1 and self.logprobs is not None:
             raise ArgumentError("logprobs: a beam's tokens were not taken one by one: leave out logprobs, or num_beams")
         self.schema: Schema | None = None if given_schema is None else Schema(given_schema)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ragkv.errors import ArgumentError, ModelNotFoundError, UnknownArgumentError
+from ragkv.errors import (
+    ArgumentError,
+    MissingPackageError,
+    ModelNotFoundError,
+    UnknownArgumentError,
+    UnsupportedModelError,
+)
 from ragkv.prompt import PromptTemplate
 from ragkv.retrieval import Embedder, SentenceTransformerEmbedder
 
@@ -38,8 +46,8 @@ _OF_WEIGHTS = (
     *("disable_mmap", "tp_plan", "tp_size", "device_mesh", "distributed_config"),
 )
 
-#: What :func:`load_model` takes of ``from_pretrained``.
-OPTIONS = frozenset((*PLACE, *_FETCHING, *_OF_WEIGHTS))
+#: What :func:`load_model` takes: options of ``from_pretrained``, and how weights are packed.
+OPTIONS = frozenset((*PLACE, *_FETCHING, *_OF_WEIGHTS, "weights"))
 
 _NOT_BUNDLED = frozenset((*PLACE, *_FETCHING, "tokenizer", "system", "config", "variant", "adapter_kwargs")) - {
     "local_files_only"  # which it does anyway, and which holds for an embedder too
@@ -53,6 +61,14 @@ def load_embedder(
     if isinstance(embedder, str | os.PathLike):
         return SentenceTransformerEmbedder(os.fspath(embedder), local_files_only=local_files_only)
     return embedder
+
+
+def gguf_apart(model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The path of a GGUF file as its folder, and an option that names the file there; anything else as it is."""
+    if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".gguf") and os.path.isfile(model):
+        folder, file = os.path.split(os.path.abspath(model))
+        return folder, {**options, "gguf_file": file}
+    return model, options
 
 
 class Loaded(NamedTuple):
@@ -99,22 +115,31 @@ def load_model(
     """Load a model by name or path, its tokenizer first.
 
     Args:
-        model: as transformers takes it, or :data:`BUNDLED`.
-        device: a GPU if there is one, unless given.
-        options: of ``from_pretrained``, see :data:`OPTIONS`. What says where the model stands holds for its tokenizer too.
+        model: as transformers takes it, the path of a GGUF file, or :data:`BUNDLED`.
+        device: a GPU if there is one, unless given; the CPU for packed weights.
+        options: see :data:`OPTIONS`. What says where the model stands holds for its tokenizer too.
         tokenizer: in place of the model's own; or the name or path of one.
         system: text of a system message, for the tokenizer's chat template.
 
     Raises:
         TypeError, ArgumentError: as :func:`check_options`.
         ModelNotFoundError: model or tokenizer are not where they were asked for.
+        MissingPackageError: a GGUF file needs ``ragkv[gguf]``.
+        UnsupportedModelError: a GGUF file cannot be read; weights cannot be packed.
         PromptError: a system message, and the tokenizer has no chat template, or one without a place for it.
     """
     import torch
 
+    model, options = gguf_apart(model, options)
     said = {"tokenizer": tokenizer, "system": system}
     more = [name for name, value in said.items() if value is not None]
     check_options(model, [*options, *more], said)
+    packing = options.get("weights")
+    if packing is not None:
+        from ragkv.model.packed import check_packing, pack
+
+        check_packing(packing, device, options)
+        options, device = {name: value for name, value in options.items() if name != "weights"}, "cpu"
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model == BUNDLED:
         from ragkv import bundled
@@ -122,14 +147,26 @@ def load_model(
         loaded, words = bundled.load(**options)
         own = Loaded(loaded, words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign())
     else:
-        from transformers import AutoModelForCausalLM
-
         words = _tokenizer(model, options, tokenizer)
         template = PromptTemplate.from_chat_template(words, system=system) if system else None
-        with _found("model", model):
-            loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
-        own = Loaded(loaded.eval(), words, template)
-    return own if "device_map" in options else own._replace(model=loaded.to(device))
+        own = Loaded(_weights(model, options).eval(), words, template)
+    if packing is not None:
+        return own._replace(model=pack(own.model, packing))
+    return own if "device_map" in options else own._replace(model=own.model.to(device))
+
+
+def _weights(model: str | os.PathLike[str], options: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    dense = "gguf_file" in options and options.get("quantization_config") is None
+    if dense:
+        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+    with _found("model", model, options.get("gguf_file")):
+        loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
+    if dense:  # a model as any other: what it says of its file would else be part of the space of KV
+        loaded.config.__dict__.pop("quantization_config", None)
+        loaded.is_quantized, loaded.hf_quantizer = False, None
+    return loaded
 
 
 def _tokenizer(
@@ -142,15 +179,16 @@ def _tokenizer(
     if given is not None and not isinstance(given, str | os.PathLike):
         return given
     place = (*PLACE, *_FETCHING) if given is None else _FETCHING
-    with _found("model" if given is None else "tokenizer", model if given is None else given):
+    file = options.get("gguf_file") if given is None else None
+    with _found("model" if given is None else "tokenizer", model if given is None else given, file):
         return AutoTokenizer.from_pretrained(
             model if given is None else given, **{name: options[name] for name in place if name in options}
         )
 
 
 @contextmanager
-def _found(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
-    """Say what was looked for, and how another one is given, where it is not there.
+def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None) -> Iterator[None]:
+    """Say what was looked for, and how another one is given, where it is not there; and why a GGUF file cannot be read.
 
     transformers takes a path that leads nowhere for a name, and complains of its spelling.
     """
@@ -158,10 +196,28 @@ def _found(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
     if (os.path.isabs(path) or path.startswith(".")) and not os.path.exists(path):
         raise ModelNotFoundError(_not_found(what, name, "there is no such folder"))
     try:
+        if gguf_file is not None:
+            import_module("gguf"), import_module("accelerate")
         yield
     except OSError as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelNotFoundError(_not_found(what, name, reason)) from error
+        raise ModelNotFoundError(_not_found(what, name, _reason(error))) from error
+    except ImportError as error:
+        if gguf_file is None:
+            raise
+        raise MissingPackageError(
+            f"{gguf_file} is read with the packages gguf and accelerate: pip install 'ragkv[gguf]' ({error})"
+        ) from error
+    except (ValueError, KeyError, NotImplementedError, struct.error) as error:
+        if gguf_file is None:
+            raise
+        raise UnsupportedModelError(
+            f"{gguf_file} in {str(name)!r} cannot be read: {_reason(error)}; give a GGUF file of an architecture that transformers "
+            "reads from one, or the model's own folder"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _not_found(what: str, name: object, reason: str) -> str:

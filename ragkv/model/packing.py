@@ -3,7 +3,7 @@
 Iteration-level batching as in Orca (OSDI'22): prompts of any length and stage go side by side, without padding. No model is named:
 the fresh keys and values of a packed forward are handed to each prompt's own cache, and attention is called once for each of them.
 
-S rows of one prompt, N keys that they are shown, V vocabulary.
+S rows of one prompt, N keys that they are shown, V vocabulary, W rows whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def packs(decoder: Decoder) -> bool:
         return False  # its attention is not called as transformers' attention interface calls one
     with decoder.turns:
         want, got = [decoder.forward(rows) for rows in _samples(decoder)], run_packed(decoder, _samples(decoder))
-    errors = [relative_error(b, a) for a, b in zip(want, got, strict=True) if a is not None and b is not None]
+    errors = [relative_error(b, a) for a, b in zip(want, got, strict=True)]
     return decoder.tolerance().holds(max(errors), decoder.dtype)
 
 
@@ -58,7 +58,7 @@ def _samples(decoder: Decoder) -> list[Rows]:
 
 
 @torch.no_grad()
-def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor | None]:
+def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
     """Run rows of several prompts in one forward.
 
     Args:
@@ -66,33 +66,27 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor | None]:
         parts: of different caches.
 
     Returns:
-        For each the last row's next-token logits ``[1, V]``, where they are wanted.
+        For each the next-token logits ``[W, V]`` of its last rows, as many as are wanted.
     """
     ends = list(accumulate(map(len, parts)))
-    wanted = [end - 1 for end, part in zip(ends, parts, strict=True) if part.wanted]
+    wanted = [at for end, part in zip(ends, parts, strict=True) for at in range(end - part.wanted, end)]
     with _attention(decoder, parts, ends) as (cache, mask):
-        ids, positions = (
-            torch.cat([part.ids for part in parts])[None],
-            torch.cat([part.positions for part in parts])[None],
-        )
-        model, more = decoder.backbone, {}
-        if wanted:
-            model = decoder.model
-            more = {"logits_to_keep": torch.tensor(wanted, device=ids.device)} if decoder.keeps_last else {}
+        ids = torch.cat([part.ids for part in parts])[None]
+        positions = torch.cat([part.positions for part in parts])[None]
+        keep = {"logits_to_keep": torch.tensor(wanted, device=ids.device)} if wanted and decoder.keeps_last else {}
         with decoder.turns:
-            out = model(
+            out = (decoder.model if wanted else decoder.backbone)(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
-                **more,
+                **keep,
             )
     if not wanted:
-        return [None] * len(parts)
-    logits = out.logits[0] if more else out.logits[0, wanted]
-    left = iter(logits.split(1))
-    return [next(left) if part.wanted else None for part in parts]
+        return [out[0][0, :0] for _ in parts]
+    logits = out.logits[0] if keep else out.logits[0, wanted]
+    return list(logits.split([part.wanted for part in parts]))
 
 
 class _Packed(Cache):

@@ -19,7 +19,7 @@ class Rows:
         positions: ``[S]``.
         cache: of the prompt. It appends their keys and values, or writes them to their slots while it is ``writing``.
         masks: which keys of the prompt they see; ``None`` for rows right behind what the cache holds.
-        wanted: whether the last row's logits are wanted.
+        wanted: how many of the last rows' logits are wanted.
         limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
         attention: the attention implementation that ran.
     """
@@ -28,7 +28,7 @@ class Rows:
     positions: Tensor
     cache: FusedCache
     masks: LayerMasks | None = None
-    wanted: bool = True
+    wanted: int = 1
     limited: bool = False
     attention: str = ""
 

@@ -77,7 +77,7 @@ class Steps:
         self._waiting, self._seats = list[_Asked](), set[Seat]()
         self._leader: _Asked | None = None
 
-    def run(self, rows: Rows, fingerprint: str, seat: Seat | None = None) -> Tensor | None:
+    def run(self, rows: Rows, fingerprint: str, seat: Seat | None = None) -> Tensor:
         """Run rows, with whatever else waits.
 
         Args:
@@ -86,7 +86,7 @@ class Steps:
             seat: of the answer that they belong to.
 
         Returns:
-            The last row's next-token logits ``[1, V]``, where they are wanted.
+            Next-token logits ``[W, V]`` of the last rows, as many as are wanted.
 
         Raises:
             ModelChangedError: the model is not the one that computed what the cache holds.
@@ -111,6 +111,7 @@ class Steps:
             raise
         if asked.error is not None:
             raise asked.error
+        assert asked.logits is not None
         return asked.logits
 
     @contextmanager
@@ -207,11 +208,11 @@ class Steps:
         return max(thinking) + self._patience if thinking else 0.0
 
     def _fitting(self) -> list[_Asked]:
-        """Of what waits: all single rows, and the several of the first prompt that is being computed. Those of two would cost what
-        both cost alone, and the first one would wait for the second.
+        """Of what waits: whatever belongs to an answer, and of the prompts that are being computed the first one's rows. Those of
+        two would cost what both cost alone, and the first one would wait for the second.
         """
-        several = [one for one in self._waiting if len(one.rows) > 1 and not one.alone]
-        return [one for one in self._waiting if not one.alone and (len(one.rows) == 1 or one in several[:1])]
+        prompts = [one for one in self._waiting if one.seat is None and not one.alone]
+        return [one for one in self._waiting if not one.alone and (one.seat is not None or one in prompts[:1])]
 
     def _withdraw(self, asked: _Asked) -> None:
         """Ask no more; where somebody runs the rows just now, that is waited for, for they are written to a cache."""

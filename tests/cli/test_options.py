@@ -83,3 +83,11 @@ def test_options_of_no_use_are_refused(run):
         code, out, err = run("add", "clearport.md", *option)
         assert (code, out, err.count("\n")) == (1, "", 1)
         assert option[0][2:].replace("-", "_") in err and "bundled" in err
+
+
+def test_packed_weights_are_kept_and_lookup_says_the_same(run):
+    assert run("add", "clearport.md", "--path", "kv", "--weights", "int8")[0] == 0
+    asked = ("ask", "Who runs the company?", "--path", "kv", "--max-new-tokens", 24, "--json")
+    plain, looked = (json.loads(run(*asked, *more)[1]) for more in ((), ("--lookup", 4)))
+    assert plain["answer"] == looked["answer"] and plain["answer"]
+    assert json.loads(run("stats", "--path", "kv", "--json")[1])["made_with"]["weights"] == "int8"

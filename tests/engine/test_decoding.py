@@ -1,13 +1,16 @@
 """Decoding: answers are the model's own, nothing runs twice, the cache grows in place."""
 
 import threading
+from time import perf_counter
 
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ragkv import FullPrefill, LegoLink, Reuse
+from ragkv import ArgumentError, FullPrefill, LegoLink, Reuse
 from ragkv.model.cache import FusedCache
+from ragkv.model.decoding import decode
+from ragkv.model.generation import Settings
 from ragkv.testing import random_ids
 
 from .conftest import QUESTION, full
@@ -29,13 +32,68 @@ def test_greedy_answers_are_transformers_own(engine):
 def test_decoding_grows_in_place_and_never_runs_the_prompt_again(engine, monkeypatch):
     chunks = engine.add([random_ids(40), random_ids(50)])
     sizes, run = [], engine.decoder.step
-    monkeypatch.setattr(engine.decoder, "step", lambda ids, *rest: (sizes.append(len(ids)), run(ids, *rest))[1])
+    monkeypatch.setattr(
+        engine.decoder, "step", lambda ids, *rest, **rows: (sizes.append(len(ids)), run(ids, *rest, **rows))[1]
+    )
     made = []
     make = engine.decoder.cache
     monkeypatch.setattr(engine.decoder, "cache", lambda capacity: made.append(make(capacity)) or made[-1])
     engine.generate(chunks, QUESTION, max_new_tokens=12, eos_token_id=None)
     assert sizes == [6] + [1] * 11
     assert made[0].layers[0].key_room.shape[2] == 3 + 92 + 6 + 12  # no room was added: nothing was copied
+
+
+class Circle(LogitsProcessor):
+    """What is said follows a text of 12 tokens that stands in the prompt, with a slip now and then."""
+
+    text = [*range(20, 32)]
+
+    def __call__(self, input_ids, scores):
+        last, slip = int(input_ids[0, -1]), input_ids.shape[1] % 7 == 0
+        following = self.text[(self.text.index(last) + 1 + slip) % 12] if last in self.text else self.text[0]
+        scores[:] = -torch.inf
+        scores[0, following] = 0
+        return scores
+
+
+@pytest.mark.parametrize("said", ["by itself", "in circles"])
+@pytest.mark.parametrize("lookup", [1, 4, 50])
+def test_prompt_lookup_says_the_same_by_fewer_passes(engine, monkeypatch, lookup, said):
+    chunks = engine.add([Circle.text * 2, random_ids(50)])
+    own = {"logits_processor": [Circle()]} if said == "in circles" else {}
+    asked = {"method": Reuse(), "max_new_tokens": 40, "eos_token_id": None, "logprobs": 1, "keep_past": True, **own}
+    want = engine.generate(chunks, QUESTION, **asked)
+    rows, run = [], engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda *a, **k: (rows.append(k.get("rows")), run(*a, **k))[1])
+    got = engine.generate(chunks, QUESTION, prompt_lookup_num_tokens=lookup, **asked)
+    assert got.token_ids == want.token_ids
+    torch.testing.assert_close(
+        [one.logprob for one in got.logprobs], [one.logprob for one in want.logprobs], atol=1e-4, rtol=1e-4
+    )
+    assert max(rows[1:]) <= lookup + 1
+    if own:
+        assert len(rows) <= (20 if lookup > 1 else 30)  # of 40
+    for a, b in zip(got.past.cache.layers, want.past.cache.layers, strict=True):
+        assert a.length == b.length  # nothing is left of what was proposed and not said
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stream_that_is_closed_leaves_nothing_proposed(engine):
+    prompt = engine.fuse(engine.add([Circle.text * 2]), QUESTION)
+    settings = Settings(
+        engine.decoder, None, {"prompt_lookup_num_tokens": 8, "logits_processor": [Circle()], "max_new_tokens": 30}
+    )
+    tokens = decode(settings, prompt, perf_counter())
+    said = [next(tokens) for _ in range(4)]
+    tokens.close()
+    assert prompt.past_key_values.get_seq_length() == prompt.input_ids.shape[1] + len(said) - 1
+
+
+def test_lookup_that_cannot_be(engine):
+    for given, says in (({"prompt_lookup_num_tokens": -1}, "must be >= 0"), ({"num_beams": 2}, "beams")):
+        with pytest.raises(ArgumentError, match=f"prompt_lookup_num_tokens.*{says}"):
+            engine.generate([random_ids(9)], QUESTION, **{"prompt_lookup_num_tokens": 2, **given})
 
 
 def test_the_cache_grows_beyond_its_room(engine):

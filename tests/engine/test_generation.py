@@ -122,6 +122,8 @@ def examples(plain):
         "pad_token_id": {"pad_token_id": 5},
         "bos_token_id": {"bos_token_id": 5},
         "eos_token_id": {"eos_token_id": third},
+        "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
+        "max_matching_ngram_size": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
         "disable_compile": {"disable_compile": True},
         "transformers_version": {"transformers_version": "1"},
         "generation_config": {"generation_config": GenerationConfig(repetition_penalty=3.0)},
@@ -141,7 +143,7 @@ def examples(plain):
 
 # A greedy answer does not show these.
 UNSEEN = {"renormalize_logits", "remove_invalid_values", "pad_token_id", "bos_token_id", "disable_compile", "streamer"}
-UNSEEN |= {"transformers_version", "forced_bos_token_id"}
+UNSEEN |= {"transformers_version", "forced_bos_token_id", "prompt_lookup_num_tokens", "max_matching_ngram_size"}
 
 
 def test_every_argument_of_transformers_has_its_place():

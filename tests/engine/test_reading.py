@@ -109,7 +109,9 @@ def test_repair_computes_little_and_says_so(engine, monkeypatch):
     parts = [random_ids(n) for n in (12, 20, 15, 40)]
     old = engine.add_document(parts)
     rows, step = [], engine.decoder.step
-    monkeypatch.setattr(engine.decoder, "step", lambda ids, *rest: (rows.append(len(ids)), step(ids, *rest))[1])
+    monkeypatch.setattr(
+        engine.decoder, "step", lambda ids, *rest, **more: (rows.append(len(ids)), step(ids, *rest, **more))[1]
+    )
     repaired = engine.repair_document(old, [parts[0], random_ids(9), parts[2], parts[3]], behind_tokens=24)
     assert rows == [10 + 24]
     monkeypatch.undo()

@@ -39,8 +39,9 @@ FETCHED = {"trust_remote_code": True, "token": "t", "cache_dir": "/c", "local_fi
 def test_where_a_model_stands_is_where_its_tokenizer_is(calls):
     loaded = load_model("some/model", "cpu", {**PLACED, **FETCHED, "dtype": "float32", "use_safetensors": True})
     assert calls["tokenizer"] == ("some/model", {**PLACED, **FETCHED})
-    model_options = {**PLACED, **FETCHED, "dtype": "float32", "use_safetensors": True}
-    assert calls["model"] == ("some/model", model_options)
+    name, given = calls["model"]
+    assert name == "some/model" and given.pop("quantization_config").dequantize
+    assert given == {**PLACED, **FETCHED, "dtype": "float32", "use_safetensors": True}
     assert not loaded.model.training
 
 

@@ -57,12 +57,15 @@ def test_packed_is_alone(architecture):
 def test_logits_are_given_where_they_are_wanted():
     decoder = Decoder(tiny_model())
     some = prompts(decoder)
-    some[1].wanted = some[3].wanted = False
+    some[1].wanted, some[2].wanted, some[3].wanted = 0, 3, 0
     got = run_packed(decoder, some)
-    assert [logits is not None for logits in got] == [True, False, True, False, True]
+    assert [len(logits) for logits in got] == [1, 0, 3, 0, 1]
+    alone = prompts(decoder)[2]
+    alone.wanted = 3
+    assert float((decoder.forward(alone) - got[2]).abs().max()) < EXACT
     for rows in some:
-        rows.wanted = False
-    assert run_packed(decoder, some) == [None] * 5
+        rows.wanted = 0
+    assert [len(logits) for logits in run_packed(decoder, some)] == [0] * 5
 
 
 def test_a_model_that_fails_leaves_its_attention_as_it_was(monkeypatch):

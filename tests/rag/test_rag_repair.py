@@ -55,7 +55,9 @@ def test_a_changed_file_is_repaired(tmp_path, monkeypatch):
         before = len(rag.engine.store)
         assert before == 4
         rows, step = [], rag.engine.decoder.step
-        monkeypatch.setattr(rag.engine.decoder, "step", lambda ids, *rest: (rows.append(len(ids)), step(ids, *rest))[1])
+        monkeypatch.setattr(
+            rag.engine.decoder, "step", lambda ids, *rest, **more: (rows.append(len(ids)), step(ids, *rest, **more))[1]
+        )
         file.write_text("\n\n".join(edited))
         rag.add_files(file)
         new = rag.engine.encoder.chunk(edited[1])
