@@ -28,6 +28,7 @@ RAGKV: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # how each is loade
     "ragkv-bf16": ({"dtype": "bfloat16"}, {}),
     "ragkv-fp32": ({"dtype": "float32"}, {}),
     "ragkv-float16": ({"weights": "float16"}, {}),
+    "ragkv-float16-lookup": ({"weights": "float16"}, {"prompt_lookup_num_tokens": 4}),
     "ragkv-int8": ({"weights": "int8"}, {}),
     "ragkv-int8-lookup": ({"weights": "int8"}, {"prompt_lookup_num_tokens": 4}),
     "ragkv-gguf-int8": ({"weights": "int8", "gguf_file": True}, {}),
@@ -283,7 +284,7 @@ def main() -> None:
                 "left_out": left_out,
                 "peers": {name: summary(each) for name, each in rows.items()},
                 "rows": {
-                    name: [{key: row[key] for key in ("question", "f1", "bytes", "times")} for row in each]
+                    name: [{key: row[key] for key in ("f1", "bytes", "times")} for row in each]
                     for name, each in rows.items()
                 },
             }
