@@ -35,7 +35,7 @@ class Runner:
         self._turns = turns(self._config)
         self._weights = Weights(model)
         self._decoders: dict[Impl, Decoder] = {}
-        self._steps: dict[Impl, Steps] = {}
+        self._steps: WeakValueDictionary[Impl, Steps] = WeakValueDictionary()  # they hold this
         self._probed = self._fingerprint = ""
         self._described = "", ""
 
@@ -116,9 +116,8 @@ class Runner:
 
     def steps(self, kernels: Impl = "auto") -> Steps:
         """The forwards of all threads that use the model with this choice of kernels."""
-        if kernels not in self._steps:
-            self._steps.setdefault(kernels, Steps(self.decoder(kernels), self.turn))
-        return self._steps[kernels]
+        steps = self._steps.get(kernels)
+        return self._steps.setdefault(kernels, Steps(self.decoder(kernels), self.turn)) if steps is None else steps
 
     def _made(self, kernels: Impl, facts: Facts | None) -> Decoder:
         refuse_by_config(self._config)  # before weights are read
