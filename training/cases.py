@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ragkv.bundled import CASES_PATH
 from ragkv.evaluation.cases import Case, everything
@@ -75,8 +76,13 @@ def _without_names(case: Case, context: Context) -> Case:
 
 def write_cases(cases: Iterable[Case], file: Path) -> None:
     """Writes JSON lines of ragkv's own form, packed where the file's name ends in ``.bz2``."""
-    lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases).encode()
+    lines = "".join(json.dumps(_written(case), ensure_ascii=False) + "\n" for case in cases).encode()
     file.write_bytes(bz2.compress(lines) if file.suffix == ".bz2" else lines)
+
+
+def _written(case: Case) -> dict[str, Any]:
+    """The fields of a line; not the language, which is the one that is taken where none is named."""
+    return {name: value for name, value in asdict(case).items() if name != "language"}
 
 
 def main() -> None:

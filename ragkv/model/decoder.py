@@ -163,7 +163,7 @@ class Decoder:
         with self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited) as rows.attention:
             mask = None if rows.masks is None else for_model(rows.masks, self.config)
             if rows.wanted:
-                return self.step(rows.ids, rows.positions, rows.cache, mask, rows.wanted)
+                return self.step(rows.ids, rows.positions, rows.cache, mask, rows=rows.wanted)
             return self.run(rows.ids, rows.positions, rows.cache, mask)[:0]
 
     def masks(

@@ -84,7 +84,7 @@ def test_a_stream_that_is_closed_leaves_nothing_proposed(engine):
     settings = Settings(
         engine.decoder, None, {"prompt_lookup_num_tokens": 8, "logits_processor": [Circle()], "max_new_tokens": 30}
     )
-    tokens = decode(settings, prompt, perf_counter())
+    tokens = decode(settings, prompt, perf_counter(), engine.decoder.forward)
     said = [next(tokens) for _ in range(4)]
     tokens.close()
     assert prompt.past_key_values.get_seq_length() == prompt.input_ids.shape[1] + len(said) - 1

@@ -23,14 +23,14 @@ LONG = {"max_new_tokens": 400, "min_new_tokens": 400, "top_k": 2}  # it ends by 
 @pytest.fixture
 def held(rag, monkeypatch):
     """Every prompt waits until it is let go."""
-    go, begun, fuse = threading.Event(), threading.Event(), Prompting.fuse
+    go, begun, prompt = threading.Event(), threading.Event(), Prompting.prompt
 
     def waiting(*args, **kwargs):
         begun.set()
         assert go.wait(60)
-        return fuse(*args, **kwargs)
+        return prompt(*args, **kwargs)
 
-    monkeypatch.setattr(Prompting, "fuse", waiting)
+    monkeypatch.setattr(Prompting, "prompt", waiting)
     yield begun, go
     go.set()
 

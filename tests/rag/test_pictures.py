@@ -15,12 +15,12 @@ from ragkv.report import AnswerReport, ChunkReport, FusionReport
 from .rags import QUESTION, open_rag
 
 NAMES = {
-    "#3b82d6": "cpu",
-    "#e07b28": "computed",
-    "#c9a227": "unused",
-    "#8b919b": "prompt",
-    "#b9bec6": "fresh",
-    "#8b6fd6": "disk",
+    "#2e70c4": "cpu",
+    "#b6571b": "computed",
+    "#8a6d10": "unused",
+    "#666c76": "prompt",
+    "#8b919b": "fresh",
+    "#7c5fcb": "disk",
 }
 SHORT = {"top_k": 3, "max_new_tokens": 3, "eos_token_id": None}
 
