@@ -10,7 +10,7 @@ from collections.abc import Callable
 from threading import Condition, Event, Thread
 from weakref import WeakSet
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: Does the work; ends early where the event is set.
 Work = Callable[[Event], object]
@@ -36,7 +36,8 @@ class Background:
 
     def anew(self) -> None:
         """As it was made."""
-        self.guard, self._closing = Condition(), Event()
+        self.guard: Condition = Condition()
+        self._closing = Event()
         self._waiting, self._thread = deque[Work](), None
 
     _thread: Thread | None

@@ -118,7 +118,7 @@ class Engine:
             lifetime_s=lifetime_s,
         )
         self.documents.reader.opening(self.encoder.prefix, "prefix")
-        self.gate = None if gate is None else Guard(gate, self.documents)
+        self.gate: Guard | None = None if gate is None else Guard(gate, self.documents)
 
     @property
     def decoder(self) -> Decoder:

@@ -25,7 +25,7 @@ from ragkv.methods.calibrated import LADDER, Chosen
 from ragkv.methods.words import as_method
 from ragkv.report import FusedPrompt
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _ACTIONS = ("full", "more", "warn")
 #: One check counts as this many times the bound at most.
@@ -131,7 +131,8 @@ class Guard:
     """
 
     def __init__(self, gate: Gate, documents: Documents):
-        self.gate, self._runner = gate, documents.runner
+        self.gate: Gate = gate
+        self._runner = documents.runner
         self._store, self._kernels = documents.store, documents.kernels
         self._drawn, self._windows = Random(gate.seed), dict[str, _Window]()
         self._background = Background("a check of ragkv's gate", _MOST_WAITING)

@@ -15,7 +15,7 @@ from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, loa
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import TieredStore
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: What is said once, when a new folder is opened and nobody has named a model; how to name one follows.
 TOY = "no model is named: the bundled one is a toy that knows one made-up world. For texts of your own name a real one"

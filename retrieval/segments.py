@@ -175,7 +175,8 @@ class Segment:
     """
 
     def __init__(self, path: Path, dimension: int) -> None:
-        self.path, self._file = path, ArrayFile(path)
+        self.path: Path = path
+        self._file = ArrayFile(path)
         small = {name: self._file.array(name, dtype) for name, dtype in _SMALL.items()}
         self.ids: np.ndarray = small["ids"]
         self._starts, self._centroids, self._sums = small["starts"], small["centroids"], small["sums"]

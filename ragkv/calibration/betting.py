@@ -59,7 +59,9 @@ class MeanTest:
     """
 
     def __init__(self, bound: float, least: float, worst: float, confidence: float):
-        self.bound, self.least, self.worst = bound, least, worst
+        self.bound: float = bound
+        self.least: float = least
+        self.worst: float = worst
         self.losses: list[float] = []
         self._proof = 1 / (1 - confidence)
         self._under, self._over = _Bettors(bound, worst), _Bettors(-bound, -least)

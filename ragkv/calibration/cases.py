@@ -55,7 +55,10 @@ class Trial:
     """
 
     def __init__(self, engine: Asks, question: Any, answers: Sequence[str], chunks: Callable[[], Sequence[Chunk]]):
-        self.engine, self.question, self.answers, self._chunks = engine, question, tuple(answers), chunks
+        self.engine: Asks = engine
+        self.question: Any = question
+        self.answers: tuple[str, ...] = tuple(answers)
+        self._chunks = chunks
 
     def key(self) -> str:
         """What is measured is known by this: question, answers and passages in their context."""

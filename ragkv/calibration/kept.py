@@ -18,7 +18,7 @@ from ragkv.methods.calibrated import Calibrated, Chosen
 from ragkv.methods.words import parse_method
 from ragkv.model.traits import Facts, recalled
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _RESULTS, _ROWS = "calibrations", "calibration rows"
 #: The results of so many models and templates are kept in one folder.

@@ -77,7 +77,7 @@ class Ladder:
 
     def __init__(self, methods: Sequence[Method | str], goal: Goal):
         instance("ladder", methods, list | tuple, "a list of methods, from the dearest to the cheapest")
-        self.rungs = [_Rung(method, _named(method), goal) for method in map(as_method, methods)]
+        self.rungs: list[_Rung] = [_Rung(method, _named(method), goal) for method in map(as_method, methods)]
         names = [rung.words for rung in self.rungs]
         if not names or len(set(names)) < len(names):
             raise ArgumentError(f"ladder must hold at least one method, and none twice; got {names}")

@@ -104,7 +104,7 @@ class Placement:
         self._timer = Timer() if timer is None else timer
         self._chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
         self._index = {key: number for number, key in enumerate(batch.keys)}
-        self.by_layer = decoder.device.type != "cpu" if by_layer is None else by_layer
+        self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
         self._done = 0  # layers below are placed, or were not asked for
         self._spared = set[int]()  # slots at which chunks begin that are not placed
         self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ragkv.library.documents import Documents
     from ragkv.model.decoder import Decoder
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _CHUNKS, _CHUNK_TOKENS, _FIRST_TOKENS = 8, 256, 16
 _MOST_BYTES = 64 << 20
@@ -70,15 +70,15 @@ class Sample:
     """Chunks of a model's shapes, the first of them short."""
 
     def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+        self.decoder: Decoder = decoder
         token_bytes = sum(spec.heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in decoder.specs)
         most = _MOST_BYTES // token_bytes if decoder.max_positions is None else decoder.max_positions - _FIRST_TOKENS
         long = max(1, min(_CHUNK_TOKENS, most // _CHUNKS, _MOST_BYTES // token_bytes // 2))
         count = max(2, min(1 + _CHUNKS, _MOST_BYTES // (token_bytes * long)))
         lengths = [min(_FIRST_TOKENS, long), *[long] * (count - 1)]
-        self.nbytes = token_bytes * sum(lengths)
-        self.chunks = [Chunk((number,) * length) for number, length in enumerate(lengths)]
-        self.keys = {chunk: digest(b"sample", [number]) for number, chunk in enumerate(self.chunks)}
+        self.nbytes: int = token_bytes * sum(lengths)
+        self.chunks: list[Chunk] = [Chunk((number,) * length) for number, length in enumerate(lengths)]
+        self.keys: dict[Chunk, bytes] = {chunk: digest(b"sample", [number]) for number, chunk in enumerate(self.chunks)}
         draw = torch.Generator().manual_seed(0)
 
         def side(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ragkv.machine import machine
 from ragkv.store import Loading, Rates, TieredStore
 from ragkv.store.rates import loading_from_bytes, loading_to_bytes
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: A profile of fewer is measured again: it was made in less time.
 _LENGTHS, _MOMENT_S = 3, 2.0

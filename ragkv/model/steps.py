@@ -67,8 +67,11 @@ class Steps:
     """
 
     def __init__(self, decoder: Decoder, turn: Callable[[], AbstractContextManager[str]]):
-        self.steps = self.prompts = 0
-        self.turn, self.decoder, self._step_s = turn, decoder, 0.0
+        self.steps: int = 0
+        self.prompts: int = 0
+        self.turn: Callable[[], AbstractContextManager[str]] = turn
+        self.decoder: Decoder = decoder
+        self._step_s = 0.0
         self._packs, self._tried = False, 0
         self._begin()
 
