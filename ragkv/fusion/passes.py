@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.timing import Timer
 from ragkv.model.cache import FusedCache, Writer
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 #: Asked before a layer, with the R reusable tokens being computed and their fresh keys and values ``[H, R, D]``; returns those of
 #: them to go on with.
 Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
 
 #: Runs rows of a prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted.
 Forward = Callable[[Rows], Tensor]
@@ -62,6 +62,9 @@ class Pass:
         rows: of the layer at hand; in the end those computed in the last layer.
         fresh: reusable tokens whose KV were computed, layer by layer.
         attention: the attention implementation that ran.
+
+    Raises:
+        MethodError: what a row sees is no run of slots, and ``kernels`` were asked for by name.
     """
 
     def __init__(
@@ -89,6 +92,11 @@ class Pass:
         self.checks: tuple[int, ...] = checks
         self.rows: Tensor = rows
         self.context: Tensor | None = context if len(self._open(rows)) else None
+        if self._limited and decoder.kernels != "auto":
+            raise MethodError(
+                f"kernels={decoder.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens, nor "
+                "follow chunks that stand apart or share positions: use kernels='auto', or a prompt and a method that do neither"
+            )
         self.slots: int = layout.tokens if slots is None else slots
         self.piece: Tensor = rows  # those of the forward at hand
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ragkv.errors import MethodError, UnsupportedModelError
+from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.model.attention import eager_attention, fusion_attention, grouped
 from ragkv.model.cache import FusedCache, LayerSpec
@@ -193,15 +193,7 @@ class Decoder:
         Args:
             scattered: queries do not stand one behind the other at the end.
             limited: what a query sees is no run of slots: keys are hidden from it, or positions do not run evenly with the slots.
-
-        Raises:
-            MethodError: it is limited, and ``kernels`` were asked for by name.
         """
-        if limited and self.kernels != "auto":
-            raise MethodError(
-                f"kernels={self.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens, nor "
-                "follow chunks that stand apart or share positions: use kernels='auto', or a prompt and a method that do neither"
-            )
         if scattered and self.spans is not None and not limited:
             switched = kernel_attention(self.config, self.device, self.dtype, self.kernels)
         else:

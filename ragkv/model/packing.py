@@ -74,15 +74,14 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
         ids = torch.cat([part.ids for part in parts])[None]
         positions = torch.cat([part.positions for part in parts])[None]
         keep = {"logits_to_keep": torch.tensor(wanted, device=ids.device)} if wanted and decoder.keeps_last else {}
-        with decoder.turns:
-            out = (decoder.model if wanted else decoder.backbone)(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **keep,
-            )
+        out = (decoder.model if wanted else decoder.backbone)(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **keep,
+        )
     if not wanted:
         return [out[0][0, :0] for _ in parts]
     logits = out.logits[0] if keep else out.logits[0, wanted]
@@ -163,12 +162,12 @@ class _Behind:
 @contextmanager
 def _attention(decoder: Decoder, parts: Sequence[Rows], ends: Sequence[int]) -> Iterator[tuple[_Packed, Any]]:
     """A cache and a mask for the model, while its attention goes prompt by prompt; what was there is put back whatever happens."""
-    rules = span_rules(decoder.rules, decoder.device)
-    masks = [part.masks or _Behind(decoder, part, rules) for part in parts]
-    cache = _Packed(parts, ends)
-    nothing = torch.zeros(1, 1, ends[-1], 1, dtype=decoder.dtype, device=decoder.device)
-    loaded, name = decoder.attention, f"ragkv_packed_{next(_names)}"  # a name of this forward alone
+    name = f"ragkv_packed_{next(_names)}"  # a name of this forward alone
     with decoder.turns:
+        loaded, rules = decoder.attention, span_rules(decoder.rules, decoder.device)
+        masks = [part.masks or _Behind(decoder, part, rules) for part in parts]
+        cache = _Packed(parts, ends)
+        nothing = torch.zeros(1, 1, ends[-1], 1, dtype=decoder.dtype, device=decoder.device)
         AttentionInterface.register(name, _Attention(decoder, cache, masks))
         decoder.config._attn_implementation = name
         try:

@@ -147,11 +147,12 @@ class Steps:
 
     def _lead(self, asked: _Asked, found: str) -> None:
         """Run one forward; ``asked`` is among those that wait."""
-        company = len(self._waiting) > 1 or any(seat is not asked.seat for seat in self._seats)
-        together = company and not asked.alone and self.packs
-        if together:
-            self._gather()
         with self._changed:
+            company = len(self._waiting) > 1 or any(seat is not asked.seat for seat in self._seats)
+        together = company and not asked.alone and self.packs
+        with self._changed:
+            if together:
+                self._gather()
             batch = self._fitting() if together else [asked]
             self._waiting = [other for other in self._waiting if other not in batch]
         lengths = [[layer.length for layer in one.rows.cache.layers] for one in batch]
@@ -201,9 +202,8 @@ class Steps:
 
     def _gather(self) -> None:
         """Wait a moment for those who had a token in the last steps and will soon ask for the next one."""
-        with self._changed:
-            while (left := self._expected() - perf_counter()) > 0:
-                self._changed.wait(left)
+        while (left := self._expected() - perf_counter()) > 0:
+            self._changed.wait(left)
 
     def _expected(self) -> float:
         """Until when the next step may wait for somebody."""

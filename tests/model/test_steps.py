@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ragkv import Engine, LegoLink, ModelChangedError, PromptTemplate
+from ragkv import Engine, LegoLink, MethodError, ModelChangedError, PromptTemplate
 from ragkv.model import steps as module
 from ragkv.model.runner import Runner
 from ragkv.testing import random_ids, tiny_model
@@ -81,6 +81,20 @@ def test_who_is_alone_waits_for_nobody_and_is_not_packed(engine, monkeypatch):
     assert not packed
 
 
+def test_seats_are_looked_at_under_the_lock(engine):
+    """Others sit down and get up meanwhile, and a set must not change while it is gone through."""
+    steps = engine.runner.steps()
+
+    class Watched(set):
+        def __iter__(self):
+            assert steps._changed._is_owned()
+            return super().__iter__()
+
+    steps._seats = Watched()
+    with steps.seat():
+        answered(engine, requests(engine)[0])
+
+
 def test_a_slow_listener_is_not_waited_for(engine, patient, monkeypatch):
     """A stream that nobody pulls holds a seat; another answer goes on without it."""
     monkeypatch.setattr(module, "_PATIENCE", 0.25)
@@ -127,7 +141,7 @@ def test_a_packed_forward_that_fails_is_run_one_by_one(engine, patient, monkeypa
     assert failed
 
 
-def test_a_model_that_changed_is_told_to_each(engine, patient):
+def test_a_model_that_changed_is_told_to_each(engine):
     asked, model, decoding = requests(engine, 3), engine.model, threading.Barrier(3)
 
     def work(number):
@@ -178,6 +192,23 @@ def test_pieces_of_a_prompt_take_single_rows_along(engine, patient):
         module.run_packed = module_run
     assert [1, 16] in sizes
     assert steps is Runner.of(engine.model).steps()
+
+
+def test_what_the_kernels_cannot_do_is_refused_among_others_too(patient):
+    engine = Engine(tiny_model(), template=TEMPLATE, kernels="reference")
+    assert engine.runner.steps("reference").packs
+    [first, *_], chunks, begun = requests(engine), engine.add([random_ids(40)]), threading.Event()
+
+    def begin(ids, scores):
+        begun.set()
+        return scores
+
+    with ThreadPoolExecutor(1) as pool:
+        one = pool.submit(engine.generate, *first, logits_processor=[begin], **NO_END)
+        begun.wait()
+        with pytest.raises(MethodError, match="cannot hide keys"):
+            engine.fuse(chunks, [7, 8], starts=[20])
+        one.result()
 
 
 def test_a_fork_decodes_by_itself(engine, forked, patient):
