@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ragkv import ArgumentError, FullPrefill, LegoLink, Reuse
 from ragkv.model.cache import FusedCache
-from ragkv.model.decoding import decode
+from ragkv.model.decoding import _proposed, decode
 from ragkv.model.generation import Settings
 from ragkv.testing import random_ids
 
@@ -74,9 +74,28 @@ def test_prompt_lookup_says_the_same_by_fewer_passes(engine, monkeypatch, lookup
     if own:
         assert len(rows) <= (20 if lookup > 1 else 30)  # of 40
     for a, b in zip(got.past.cache.layers, want.past.cache.layers, strict=True):
+        assert a.key_room.shape == b.key_room.shape  # nothing is proposed beyond the room for the answer
         assert a.length == b.length  # nothing is left of what was proposed and not said
         torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_proposed_stood_behind_the_last_such_place():
+    proposed = lambda ids, most, longest: _proposed(torch.tensor([ids]), most, longest)  # noqa: E731
+    ids = [1, 2, 3, 1, 2, 4, 9, 1, 2]
+    assert [proposed(ids, most, 3) for most in (0, 1, 2)] == [[], [4], [4, 9]]
+    assert proposed([5, 1, 2, 3, 6, 1, 2, 4, 5, 1, 2], 1, 3) == [3]  # as many tokens as may be
+    assert proposed([7, 8, 3, 8], 2, 1) == [3, 8] and proposed([7, 8, 3, 8], 2, 2) == []
+
+
+@pytest.mark.parametrize(("longest", "rows"), [(1, 5), (2, 1)])
+def test_how_many_tokens_find_a_place(engine, monkeypatch, longest, rows):
+    """The first word of the answer stood in the prompt, behind another word."""
+    ran, run = [], engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda *a, **k: (ran.append(k.get("rows")), run(*a, **k))[1])
+    lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": longest, "logits_processor": [Circle()]}
+    engine.generate(engine.add([Circle.text]), QUESTION, max_new_tokens=12, eos_token_id=None, **lookup)
+    assert ran[1] == rows
 
 
 def test_a_stream_that_is_closed_leaves_nothing_proposed(engine):

@@ -58,10 +58,10 @@ def test_eight_bits_are_multiplied_to_thirteen():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "mixtral"])
 def test_a_packed_model_is_exact(kind, architecture):
-    own = tiny_model(architecture)
+    own, chosen = tiny_model(architecture), torch.backends.quantized.engine
     packed = pack(tiny_model(architecture), kind)
     assert any(isinstance(module, KINDS[kind][0]) for module in packed.modules())
-    assert torch.backends.quantized.engine != "none"
+    assert torch.backends.quantized.engine == chosen
     engine = Engine(packed, template=PromptTemplate(prefix=[1, 5]), method=Reuse())
     chunks = engine.add([random_ids(30), random_ids(40)])
     prompt = engine.fuse(chunks[::-1], random_ids(7), method=LegoLink(k=1000))
@@ -71,11 +71,25 @@ def test_a_packed_model_is_exact(kind, architecture):
     assert 0 < relative(want, plain) < 0.3
 
 
+def fingerprint(kind, change=lambda weight: weight):
+    model = tiny_model()
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.copy_(change(weight))
+    return Runner.of(model if kind is None else pack(model, kind)).fingerprint
+
+
 def test_each_packing_is_a_space_of_its_own():
-    spaces = [Runner.of(model).fingerprint for model in (tiny_model(), *(pack(tiny_model(), kind) for kind in KINDS))]
-    again = Runner.of(pack(tiny_model(), "int8")).fingerprint
-    other = Runner.of(pack(tiny_model(seed=1), "int8")).fingerprint
-    assert len({*spaces, other}) == 4 and again == spaces[2]
+    assert len({fingerprint(kind) for kind in (None, *KINDS)}) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_numbers_are_part_of_the_space(kind):
+    """Of one layer too, and where its scale is all that differs."""
+    changes = [lambda weight: weight.flip(0), lambda weight: weight * 2]
+    own = fingerprint(kind)
+    assert own == fingerprint(kind)
+    assert len({own, *(fingerprint(kind, change) for change in changes)}) == 3
 
 
 def test_a_folder_keeps_it(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from ragkv import Engine, LegoLink, MethodError, ModelChangedError, PromptTemplate
 from ragkv.model import steps as module
+from ragkv.model.rows import Rows
 from ragkv.model.runner import Runner
 from ragkv.testing import random_ids, tiny_model
 
@@ -41,6 +42,10 @@ def at_once(work, items):
 
     with ThreadPoolExecutor(len(items)) as pool:
         return list(pool.map(begin, items))
+
+
+def one_row(engine):
+    return Rows(torch.tensor([5]), torch.tensor([0]), engine.decoder.cache(1))
 
 
 class Scores:
@@ -95,17 +100,69 @@ def test_seats_are_looked_at_under_the_lock(engine):
         answered(engine, requests(engine)[0])
 
 
-def test_a_slow_listener_is_not_waited_for(engine, patient, monkeypatch):
-    """A stream that nobody pulls holds a seat; another answer goes on without it."""
-    monkeypatch.setattr(module, "_PATIENCE", 0.25)
-    second = requests(engine)[1]
+def test_whoever_had_a_token_is_waited_for(engine, monkeypatch):
+    """One comes back later from each token; the other's next one waits, and all are computed together."""
+    asked, decoding, steps = requests(engine, 2), threading.Barrier(2), engine.runner.steps()
+    assert steps.packs
+
+    def work(number):
+        seen = []
+
+        def late(ids, scores):
+            if not seen:
+                decoding.wait()
+                monkeypatch.setattr(module, "_PATIENCE", 1000.0)
+            seen.append(number and time.sleep(0.02))
+            return scores
+
+        engine.generate(*asked[number], logits_processor=[late], **NO_END)
+
+    at_once(work, range(2))
+    assert steps.prompts - steps.steps >= NO_END["max_new_tokens"] - 1
+
+
+def test_who_was_late_is_not_waited_for(engine):
+    """A stream that is pulled slowly holds a seat; others go on without it until it is in time again."""
     steps = engine.runner.steps()
-    with steps.seat() as idle:
-        steps._step_s = 0.4
-        begin = time.perf_counter()
-        answered(engine, second)
-        assert not idle.asking
-    assert time.perf_counter() - begin < 5  # it is waited for once, a quarter of a step
+    with steps.seat() as seat:
+        steps._step_s = 100.0
+        assert steps._expected() == seat.served_s + 25
+        seat.served_s -= 60
+        steps.run(one_row(engine), engine.runner.fingerprint, seat)
+        assert seat.slow and steps._expected() == 0
+        steps._step_s = 100.0
+        steps.run(one_row(engine), engine.runner.fingerprint, seat)
+        assert not seat.slow and steps._expected() > seat.served_s
+    assert steps._expected() == 0
+
+
+def test_an_interrupted_forward_is_nobody_elses(engine, patient, monkeypatch):
+    asked = requests(engine)
+    alone = [answered(engine, request)[0] for request in asked]
+    real, interrupted = module.run_packed, []
+
+    def interrupts(decoder, parts):
+        if interrupted:
+            return real(decoder, parts)
+        interrupted.append(threading.get_ident())
+        raise KeyboardInterrupt
+
+    def work(number):
+        try:
+            ended[number] = answered(engine, asked[number])[0]
+        except KeyboardInterrupt:
+            ended[number] = threading.get_ident()
+
+    assert engine.runner.steps().packs
+    monkeypatch.setattr(module, "run_packed", interrupts)
+    ended = dict[int, object]()
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [ended[number] == ids for number, ids in enumerate(alone)].count(False) == 1
+    assert interrupted[0] in ended.values()
 
 
 def test_one_that_fails_does_not_take_the_others_along(engine, patient):
@@ -161,6 +218,93 @@ def test_a_model_that_changed_is_told_to_each(engine):
         return len(steps)
 
     assert max(at_once(work, range(3))) < NO_END["max_new_tokens"]
+
+
+def waiting(engine, work, items):
+    """Threads that work on items, all of which wait for one forward; it begins when the block ends."""
+    steps = engine.runner.steps()
+    assert steps.packs
+    with engine.runner.turn():
+        threads = [threading.Thread(target=work, args=(item,), daemon=True) for item in items]
+        for thread in threads:
+            thread.start()
+        while len(steps._waiting) < len(items):
+            time.sleep(0.001)
+    return threads
+
+
+def test_the_model_is_compared_for_each_of_a_forward(engine):
+    steps, found = engine.runner.steps(), dict[str, object]()
+
+    def run(fingerprint):
+        with steps.seat() as seat:
+            try:
+                found[fingerprint] = steps.run(one_row(engine), fingerprint, seat)
+            except ModelChangedError as error:
+                found[fingerprint] = error
+
+    now, before = engine.runner.fingerprint, steps.steps
+    for thread in waiting(engine, run, [now, "of another model"]):
+        thread.join(30)
+    assert steps.steps == before + 1
+    assert isinstance(found["of another model"], ModelChangedError)
+    torch.testing.assert_close(found[now], engine.decoder.forward(one_row(engine)), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_two_prompts_are_run_one_after_the_other(engine, monkeypatch):
+    steps, batches = engine.runner.steps(), []
+    real = steps._forward
+    monkeypatch.setattr(steps, "_forward", lambda batch, found: (batches.append(len(batch)), real(batch, found)))
+    for thread in waiting(engine, lambda _: steps.run(one_row(engine), engine.runner.fingerprint), range(3)):
+        thread.join(30)
+    assert batches == [1, 1, 1]
+
+
+def test_a_model_that_does_not_pack_is_run_one_by_one(engine, monkeypatch):
+    monkeypatch.setattr(module, "packs", lambda decoder: False)
+    monkeypatch.setattr(module, "run_packed", lambda *_: pytest.fail("packed"))
+    asked = requests(engine, 3)
+    alone = [answered(engine, request)[0] for request in asked]
+    assert at_once(lambda request: answered(engine, request)[0], asked) == alone
+
+
+def test_who_cannot_have_the_model_asks_no_more(engine, monkeypatch):
+    steps = engine.runner.steps()
+    monkeypatch.setattr(steps, "turn", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        steps.run(one_row(engine), "")
+    assert not steps._waiting and steps._leader is None
+
+
+def test_whoever_gives_up_waits_for_rows_that_run(engine, monkeypatch):
+    """They are written to a cache that is the caller's again afterwards."""
+    steps, running, go_on, gave_up = engine.runner.steps(), threading.Event(), threading.Event(), threading.Event()
+    forward, to_lead = steps._forward, steps._to_lead
+
+    def slowly(batch, found):
+        running.set()
+        go_on.wait(30)
+        forward(batch, found)
+
+    def interrupted(asked):
+        if asked.fingerprint != "":
+            return to_lead(asked)
+        running.wait(30)
+        raise KeyboardInterrupt
+
+    def run(fingerprint):
+        with steps.seat() as seat:
+            try:
+                steps.run(one_row(engine), fingerprint, seat)
+            except KeyboardInterrupt:
+                gave_up.set()
+
+    monkeypatch.setattr(steps, "_forward", slowly)
+    monkeypatch.setattr(steps, "_to_lead", interrupted)
+    waiting(engine, run, [engine.runner.fingerprint, ""])
+    assert running.wait(30) and not gave_up.wait(0.2)
+    go_on.set()
+    assert gave_up.wait(30)
 
 
 def test_pieces_of_a_prompt_take_single_rows_along(engine, patient):
