@@ -89,7 +89,8 @@ def found(data: Path, sets: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 def summed(folder: Path) -> dict[str, Any]:
     """What a run's rows say so far, without the cases that some arm is missing of."""
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    data = (folder / "rows.jsonl").read_bytes()
+    rows = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]  # the last may be half written
     by_case: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         by_case[row["case"]][row["arm"]] = row
@@ -112,7 +113,8 @@ def summed(folder: Path) -> dict[str, Any]:
                         result[arm][f"{metric} less {what}"] = less
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     about = {name: settings[name] for name in ("data", "instruction", "max_new_tokens", "device", "versions")}
-    return {"about": about, "cases": len(whole), "arms": dict(sorted(result.items(), key=lambda arm: arm[1]["budget"]))}
+    ran = [(arm, figures) for arm, figures in result.items() if "budget" in figures]  # others were refused by the model
+    return {"about": about, "cases": len(whole), "arms": dict(sorted(ran, key=lambda arm: arm[1]["budget"]))}
 
 
 def figure(held: Estimate | Sequence[float] | None, scale: float, digits: int, sign: str = "") -> str:

@@ -93,7 +93,9 @@ def cases_of(path: Path) -> Iterator[Record]:
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith('{"data"') or (text.lstrip().startswith("{") and '"qas"' in text[:10_000]):
         return of_squad(json.loads(text)["data"])
-    return of_musique(json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines()])
+    return of_musique(
+        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

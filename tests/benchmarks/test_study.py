@@ -64,10 +64,13 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
         for case in ("0", "1", "2")
         for arm, value in kl.items()
     ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))  # of the last case an arm is missing
+    rows += [{"case": case, "arm": "oracle:ratio=0.1@document", "refused": "no\u2028page"} for case in ("0", "1", "2")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines[-1] = lines[-1][:20]  # it is just being written
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     study.main(["--tables", "--out", str(tmp_path), "--json", str(tmp_path / "study.json")])
     shown = capsys.readouterr().out
-    assert "hotpotqa-kl, n = 2" in shown
+    assert "hotpotqa-kl, n = 2" in shown and "oracle" not in shown
     assert (
         "| `question-aware:ratio=0.1@document` | 10.0% | 0.150 (0.100 to 0.200) | -0.150 (-0.200 to -0.100) |" in shown
     )

@@ -82,6 +82,17 @@ def test_several_models_have_each_its_own(at, model):
     assert methods(one, case, method="calibrated") == "Calibrated(LegoLink(k=3))"
 
 
+def test_what_was_measured_of_one_model_is_not_taken_for_anothers(at, model, monkeypatch):
+    one, two = at(model), at(near_model(seed=3))
+    calibrated(one)
+    fused, fuse = [], Engine.fuse
+    monkeypatch.setattr(Engine, "fuse", lambda self, *args, **more: (fused.append(1), fuse(self, *args, **more))[1])
+    calibrated(one)
+    assert not fused
+    calibrated(two)
+    assert fused
+
+
 def test_a_model_that_changes_in_place(model):
     own = near_model(seed=5)
     engine = Engine(own, template=TEMPLATE, method=Reuse())

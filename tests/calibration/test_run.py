@@ -12,6 +12,7 @@ from ragkv import (
     FullPrefill,
     LegoLink,
     MethodError,
+    ModelChangedError,
     PromptTemplate,
     Reuse,
     SensitiveTokens,
@@ -20,13 +21,15 @@ from ragkv import (
     Union,
     bundled,
 )
+from ragkv.calibration import kept
+from ragkv.calibration.cases import trials_of
 from ragkv.calibration.goal import Goal
 from ragkv.calibration.ladder import Ladder
 from ragkv.evaluation import Case
 from ragkv.evaluation.cases import everything
 from ragkv.testing import random_ids, tiny_model
 
-from .conftest import TEMPLATE, cases_of
+from .conftest import TEMPLATE, cases_of, near_model
 
 
 def test_an_exact_model_needs_few_cases(engine):
@@ -66,6 +69,17 @@ def test_the_ladder_ends_at_the_first_that_is_not_proved(engine):
     assert found.chosen == "lego-link:k=1000"
 
 
+@pytest.mark.parametrize(("loss", "verdict", "asked"), [(0.15, "open", 18), (0.6, "over", 4)])
+def test_nothing_behind_it_is_tried_or_chosen(loss, verdict, asked):
+    """Though the cheaper one is never off: proved before the dearer one was given up, or not asked any more."""
+    ladder = Ladder([SensitiveTokens(0.3), Reuse()], Goal("kl", 0.2))
+    for left in range(40, 0, -1):
+        for rung in ladder.open(left):
+            rung.add(loss if rung is ladder.rungs[0] else 0.0, 0.1)
+    assert ladder.chosen == FullPrefill() and ladder.open(0) == []
+    assert [rung.verdict for rung in ladder.reports()] == [verdict, "behind"] and ladder.reports()[1].cases == asked
+
+
 @pytest.mark.parametrize("means", [(0.02, 0.1, 0.3, 0.02), (0.1, 0.1, 0.1, 0.1)])
 def test_a_whole_ladder_is_wrong_as_rarely_as_one_test(means):
     """Candidates of these mean losses against a bound of 0.1, over the same cases: all but one of 0.02 in front are bad."""
@@ -95,7 +109,7 @@ def test_a_call_that_was_stopped_goes_on(engine, monkeypatch):
         engine.calibrate(cases, kl=0.3, ladder=[Reuse()], progress=stop)
     assert len(fused) == 14  # a full prefill and a prompt of the candidate, for each case
     found = engine.calibrate(cases, kl=0.3, ladder=[Reuse()])
-    assert len(fused) == 2 * found.cases > 14
+    assert len(fused) == 2 * found.cases > 14 and found.rungs[0].cases == found.cases
     monkeypatch.undo()
     assert found == Engine(engine.model, template=TEMPLATE, store=engine.store, method=Reuse()).calibrate(
         cases, kl=0.3, ladder=[Reuse()]
@@ -126,14 +140,48 @@ def case(number, **changes):
     return Case(**{"id": f"{number}", "kind": "k", "retrieved": everything(documents), **fields, **changes})
 
 
-def test_cases_bring_their_documents_along(tokenizer):
+def test_cases_bring_their_documents_along(tokenizer, monkeypatch):
     """They are read in memory and leave nothing in the store but what was found."""
     engine = Engine(tiny_model(vocab_size=1792), tokenizer, template=PromptTemplate(**bundled.TEMPLATE))
-    cases = [case(number) for number in range(12)] + [case(99, answers=())]
+    cases, generate = [case(number) for number in range(12)] + [case(99, answers=())], Engine.generate
     found = engine.calibrate(cases, f1=0.3, ladder=["reuse"], max_new_tokens=3)
+    said = []
+    monkeypatch.setattr(Engine, "generate", lambda *args, **more: (said.append(1), generate(*args, **more))[1])
+    engine.calibrate(cases, f1=0.3, ladder=["reuse"], max_new_tokens=3)
+    assert not said
+    engine.calibrate(cases, f1=0.3, ladder=["reuse"], max_new_tokens=4, limit=12)
+    assert said, "shorter answers are others"
     assert found.metric == "f1" and found.cases + sum(found.left_out.values()) <= 13
     assert set(found.left_out) <= {"no answer"} and found.rungs[0].cases == found.cases > 3
     assert engine.store.stats().entries["cpu"] == 0
+    [trial] = trials_of(engine, cases[:1], [Reuse()])
+    with trial.chunks() as chunks:
+        assert len(chunks) == 3 <= trial.engine.store.stats().entries["cpu"]
+    assert trial.engine.store.stats().entries["cpu"] == 0
+
+
+def test_the_same_passage_in_another_context_is_another_case(engine):
+    behind, [alone] = engine.add_document([random_ids(8), random_ids(6)])[1], engine.add([random_ids(6)])
+    one, other, again = (trial.key() for trial in trials_of(engine, [([c], [7]) for c in (behind, alone, behind)], []))
+    assert behind.ids == alone.ids and one == again != other
+
+
+def test_an_answer_may_gain():
+    test = Goal("f1", 0.02).test()
+    test.add(-1.0)
+    assert test.mean == -1
+
+
+def test_a_model_that_changes_meanwhile_is_an_error():
+    own = near_model(seed=6)
+    engine = Engine(own, template=TEMPLATE, method=Reuse())
+
+    def change(so_far):
+        own.lm_head.weight.requires_grad_(False)[5] += 1
+
+    with pytest.raises(ModelChangedError, match="changed while it was calibrated: do it again"):
+        engine.calibrate(cases_of(engine, 9), kl=0.5, ladder=[Reuse()], progress=change)
+    assert not kept.results(engine.store)
 
 
 def test_what_cannot_be_asked_is_counted(engine):
@@ -155,18 +203,23 @@ def test_too_few_cases_are_refused_before_anything_is_run(engine, monkeypatch):
     monkeypatch.setattr(Engine, "fuse", None)
     with pytest.raises(CalibrationError, match=r"10 cases cannot prove it.*give at least 39, or a wider bound"):
         engine.calibrate(cases)
+    with pytest.raises(CalibrationError, match="10 cases cannot"):
+        engine.calibrate(cases * 9, limit=10)
+    with pytest.raises(CalibrationError, match="give at least 4031582445, "):
+        engine.calibrate(cases, kl=1e-9)
     with pytest.raises(CalibrationError, match="0 cases"):
         engine.calibrate([])
 
 
-def test_what_could_not_be_kept_is_not_begun(model, tmp_path):
+def test_what_could_not_be_kept_is_not_begun(model, tmp_path, monkeypatch):
     with Engine(model, template=TEMPLATE, method=Reuse(), store=TieredStore(tmp_path)) as engine:
         cases = cases_of(engine, 1) * 20
+    monkeypatch.setattr(Engine, "fuse", None)
     with (
         Engine(model, template=TEMPLATE, store=TieredStore(tmp_path, readonly=True)) as engine,
         pytest.raises(StoreError, match="read"),
     ):
-        engine.calibrate(cases, kl=0.5, ladder=[Reuse()], progress=pytest.fail)
+        engine.calibrate(cases, kl=0.5, ladder=[Reuse()])
 
 
 @pytest.mark.parametrize(

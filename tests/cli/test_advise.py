@@ -6,23 +6,13 @@ import pytest
 
 from ragkv import RAG, bundled
 from ragkv.errors import StoreError
-from ragkv.retrieval import offline_embedder
 
 from .commands import run
 from .test_pages import page_of
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return bundled.load(), offline_embedder()
-
-
 @pytest.fixture(autouse=True)
-def home(loaded, tmp_path, monkeypatch):
-    model, embedder = loaded
-    monkeypatch.setattr("ragkv.bundled.load", lambda: model)
-    monkeypatch.setattr("ragkv.retrieval.retriever.offline_embedder", lambda: embedder)
-    monkeypatch.setenv("RAGKV_HOME", str(tmp_path / "home"))
+def files(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = tmp_path / "files"
     files.mkdir()
@@ -30,7 +20,6 @@ def home(loaded, tmp_path, monkeypatch):
         (files / name).write_text(bundled.documents()[name])
     (files / "noise.bin").write_bytes(bytes(range(256)) * 4)
     (files / ".hidden.md").write_text("Nothing.")
-    return tmp_path / "home"
 
 
 def content(folder):

@@ -7,21 +7,10 @@ import pytest
 
 from ragkv import bundled
 from ragkv.cli import main
-from ragkv.retrieval import offline_embedder
-
-LOAD = bundled.load
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return LOAD(), offline_embedder()
 
 
 @pytest.fixture(autouse=True)
-def town(loaded, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ragkv.bundled.load", lambda: loaded[0])
-    monkeypatch.setattr("ragkv.retrieval.retriever.offline_embedder", lambda: loaded[1])
-    monkeypatch.setenv("RAGKV_HOME", str(tmp_path / "home"))
+def town(home, tmp_path, capsys):
     (tmp_path / "clearport.md").write_text(bundled.documents()["clearport.md"])
     assert main(["add", str(tmp_path / "clearport.md")]) == 0
     capsys.readouterr()

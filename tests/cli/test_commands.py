@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ragkv import RAG, bundled
-from ragkv.retrieval import offline_embedder
 from ragkv.testing import tiny_model
 from tests.retrieval.files import PARSER, pptx
 
@@ -18,19 +17,7 @@ from .commands import run
 
 LOAD = bundled.load
 
-
-@pytest.fixture(scope="module")
-def loaded():
-    return bundled.load(), offline_embedder()
-
-
-@pytest.fixture(autouse=True)
-def shared(loaded, tmp_path, monkeypatch):
-    """Model and embedder are loaded once for all commands."""
-    model, embedder = loaded
-    monkeypatch.setattr("ragkv.bundled.load", lambda: model)
-    monkeypatch.setattr("ragkv.retrieval.retriever.offline_embedder", lambda: embedder)
-    monkeypatch.setenv("RAGKV_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

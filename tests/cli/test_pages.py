@@ -8,7 +8,6 @@ import pytest
 
 from ragkv import bundled
 from ragkv.cli import main
-from ragkv.retrieval import offline_embedder
 
 QUESTION = "On which river does <script>alert(1)</script> & Clearport lie?"
 VOID = {"meta", "img", "br"}
@@ -40,17 +39,8 @@ class Page(HTMLParser):
         self.text += text
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return bundled.load(), offline_embedder()
-
-
 @pytest.fixture
-def folder(loaded, tmp_path, monkeypatch, capsys):
-    model, embedder = loaded
-    monkeypatch.setattr("ragkv.bundled.load", lambda: model)
-    monkeypatch.setattr("ragkv.retrieval.retriever.offline_embedder", lambda: embedder)
-    monkeypatch.setenv("RAGKV_HOME", str(tmp_path / "home"))
+def folder(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files = tmp_path / "files"
     files.mkdir()

@@ -91,11 +91,11 @@ class Stopped(Exception):
     pass
 
 
-def stop_after(count):
+def stop_after(count, error=Stopped):
     def progress(items, what):
         for number, item in enumerate(items):
             if what == "cases" and number == count:
-                raise Stopped
+                raise error
             yield item
 
     return progress
@@ -117,20 +117,10 @@ def test_a_stopped_run_goes_on(tiny_bench, tmp_path, monkeypatch, plan):
     assert scored == ["b", "b"] and again.summary["arms"] == resumed.summary["arms"]
 
 
-def interrupt_after(count):
-    def progress(items, what):
-        for number, item in enumerate(items):
-            if what == "cases" and number == count:
-                raise KeyboardInterrupt
-            yield item
-
-    return progress
-
-
 def test_an_interrupted_run_adds_up_what_there_is(tiny_bench, tmp_path, plan):
     with pytest.raises(KeyboardInterrupt):  # no row yet
-        evaluate(tiny_bench, plan(timed=0), tmp_path, progress=interrupt_after(0))
-    found = evaluate(tiny_bench, plan(), tmp_path, progress=interrupt_after(1))
+        evaluate(tiny_bench, plan(timed=0), tmp_path, progress=stop_after(0, KeyboardInterrupt))
+    found = evaluate(tiny_bench, plan(), tmp_path, progress=stop_after(1, KeyboardInterrupt))
     assert found.interrupted and found.tokens == {} and found.summary["stopped"]
     assert {arm["n"] for arm in found.summary["arms"]} == {1} and found.summary["cases"] == 2
     assert json.loads((tmp_path / "summary.json").read_text())["stopped"]
@@ -190,11 +180,13 @@ def test_further_arms_join_a_run(tiny_bench, tmp_path, plan):
     assert {arm["prompts"] for arm in found.summary["arms"]} == {4}
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"model": "other"}, {"cases": "others"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"seed": 5}, {"model": "other"}, {"data": "theirs"}, {"cases": "others"}, {"max_new_tokens": 5}], ids=str
+)
 def test_rows_of_other_settings_are_not_mixed(tiny_bench, tmp_path, change, plan, small_case):
-    if "cases" in change:
-        change = {"cases": [small_case("z")]}
+    change = {"cases": [small_case("z")]} if "cases" in change else dict(change)
     evaluate(tiny_bench, plan(timed=0, arms=ARMS[:1]), tmp_path)
+    tiny_bench.max_new_tokens = change.pop("max_new_tokens", tiny_bench.max_new_tokens)
     with pytest.raises(EvaluationError, match=r"a run of other settings .* give another folder"):
         evaluate(tiny_bench, plan(timed=0, arms=ARMS[:1], **change), tmp_path)
 

@@ -1,6 +1,7 @@
 """What a machine does with a model: measured once, kept beside the KV, and never at a question."""
 
 import os
+import time
 
 import pytest
 
@@ -63,9 +64,12 @@ def test_measured_once_for_a_folder(model, tmp_path, monkeypatch):
         assert known_rates(engine.documents) is None, "how KV are encoded is a part of it"
     with open_engine(tiny_model(seed=1), tmp_path) as engine:
         assert known_rates(engine.documents) is None, "another model"
-    monkeypatch.setattr("ragkv.library.costs.machine", lambda device: "another")
-    with open_engine(model, tmp_path) as engine:
-        assert known_rates(engine.documents) is None, "another machine"
+    with Engine(model, template=TEMPLATE, store=TieredStore(tmp_path), kernels="reference") as engine:
+        assert known_rates(engine.documents) is None, "other kernels"
+    for figures in ("costs", "rates"):
+        with monkeypatch.context() as patched, open_engine(model, tmp_path) as engine:
+            patched.setattr(f"ragkv.library.{figures}.machine", lambda device: "another")
+            assert known_rates(engine.documents) is None, "another machine"
 
 
 def test_there_is_one_grid(model, tmp_path, monkeypatch, facts):
@@ -123,6 +127,25 @@ def test_measuring_is_bounded(model, tmp_path, monkeypatch):
         monkeypatch.setattr(TieredStore, "put_many", counted)
         engine.advise(limit_s=1e-9)
     assert sum(count for on_disk, count in stored if on_disk) == 2
+
+
+def test_what_a_killed_process_left_goes(model, tmp_path):
+    """And not what another one is measuring with."""
+    with open_engine(model, tmp_path) as engine:
+        for name, age_s in (("measuring-old", 7200), ("measuring-new", 60)):
+            (tmp_path / name).mkdir()
+            os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+        engine.advise(limit_s=0.1)
+    assert sorted(os.listdir(tmp_path)) == ["data.mdb", "lock.mdb", "measuring-new"]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+def test_the_disk_is_read_once_without_the_page_cache(model, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("os.posix_fadvise", lambda file, start, size, what: told.append((start, size, what)))
+    with open_engine(model, tmp_path) as engine:
+        engine.advise(limit_s=0.1)
+    assert told == [(0, 0, os.POSIX_FADV_DONTNEED)]
 
 
 def test_a_pool_is_measured_as_a_gpus_is(model):

@@ -1,5 +1,6 @@
 """Auto by measured figures: what is slow to load is computed, and what loading leaves time for is repaired."""
 
+import re
 from functools import partial
 
 import pytest
@@ -68,6 +69,13 @@ def took_s(engine, prompt, figures):
     assert prompt.report.bytes_read == loaded.get("disk", 0) * token_bytes(engine), "it loads what it says, and no more"
     rows = len(prompt.recomputed)
     return figures.prompt_s(figures.load_s(loaded), figures.compute_s(rows, prompt.input_ids.shape[1] - rows))
+
+
+def said_ms(prompt):
+    """What a report says that a prompt takes, and a full prefill of it."""
+    return [
+        float(said) for said in re.search(r"takes ([\d.]+) ms; a full prefill ([\d.]+) ms", prompt.report.why).groups()
+    ]
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["one after the other", "side by side"])
@@ -146,6 +154,21 @@ def test_what_loading_leaves_time_for_is_repaired(model, folder):
         assert engine.fuse(chunks[::-1], QUESTION, method=method(LegoLink(2))).report.method == "LegoLink(k=2)"
         after = Auto(rates=rates(engine, beside=False, disk=0.4e-3))
         assert engine.fuse(chunks, QUESTION, method=after).report.method == repr(SensitiveTokens())
+
+
+def test_computing_has_to_save_a_twentieth_of_the_time(model, folder):
+    with open_engine(model, folder) as engine:
+        chunks = chunks_of(engine)
+        computed_ms, full_ms = said_ms(engine.fuse(chunks, QUESTION, method=Auto(rates=rates(engine, disk=1e-12))))
+        for dearer, picked in ((1.04, repr(SensitiveTokens())), (1.07, "FullPrefill()")):
+            method = Auto(rates=rates(engine, disk=(dearer * full_ms - computed_ms) / 369e3))
+            assert engine.fuse(chunks, QUESTION, method=method).report.method == picked
+
+
+def test_what_has_to_be_read_first_counts_as_computed(engine):
+    chunks = [*chunks_of(engine), *engine.documents.cut([random_ids(40, seed=900 + part) for part in range(3)])]
+    prompt = engine.fuse(chunks, QUESTION, method=Auto(rates=rates(engine, disk=1e-6)))
+    assert prompt.report.why.startswith("369 tokens from disk") and 123 < said_ms(prompt)[0] < 250
 
 
 def test_a_repair_that_looks_loads_all_or_nothing(engine):
