@@ -235,6 +235,12 @@ def test_pages_come_before_places_on_a_page(store):
     assert texts_of(store) == [PARTS[2], PARTS[1], PARTS[0]]
 
 
+def test_where_parts_are_cut_is_seen_where_together_they_say_the_same(store):
+    for texts in (["One.\n\nTwo.", "Three."], ["One.", "Two.\n\nThree."]):
+        store.add_texts(texts, [{"source": "port.md", "page": page} for page in (1, 2)], ids=["1", "2"])
+        assert texts_of(store) == texts
+
+
 def test_a_part_that_goes_leaves_nothing_behind(store):
     """What stood behind it knew its text: it is read again without."""
     first, second, third = given = parts()
