@@ -283,6 +283,20 @@ def test_another_store_sees_what_changed(store, monkeypatch):
     assert ids(store.get_by_ids(["port.md 1", "port.md 2"])) == ["port.md 1", "port.md 2"]
 
 
+def test_what_another_process_adds_meanwhile_is_seen(store, monkeypatch):
+    monkeypatch.setattr(Members, "_all", WeakKeyDictionary())
+    other, add = RagKVVectorStore(store.rag), store.rag.add_texts
+
+    def late(*args, **options):
+        monkeypatch.setattr(store.rag, "add_texts", add)
+        other.add_documents(parts("other.md"))
+        return add(*args, **options)
+
+    monkeypatch.setattr(store.rag, "add_texts", late)
+    store.add_documents(parts())
+    assert ids(store.get_by_ids(["other.md 1", "port.md 1"])) == ["other.md 1", "port.md 1"]
+
+
 def test_adding_one_by_one_looks_through_the_folder_once(store, monkeypatch):
     looked, look = [], Snapshot.documents
     monkeypatch.setattr(Snapshot, "documents", lambda *args, **more: looked.append(1) or look(*args, **more))
