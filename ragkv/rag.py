@@ -331,16 +331,18 @@ class RAG:
     def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
         """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
 
+        Those that are longer than the model reads at once are among them; :meth:`ask` leaves them out.
+
         Args:
             question: not blank.
-            top_k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
+            top_k: passages to find, in each hop; 5 by default, or as many as ``max_context_tokens`` takes.
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
             **retrieval: more of :class:`ragkv.Retrieval`: ``hybrid``, ``hops``, ``where``, ``min_score``, ``max_context_tokens``,
                 ``rerank``.
 
         Raises:
-            RetrievalError: an option is out of range.
+            RetrievalError: the question is blank, or an option out of range.
             UnknownArgumentError: there is no such option.
         """
         return self.finder.catalogued().search(question, Retrieval.of(top_k=top_k, neighbours=neighbours, **retrieval))

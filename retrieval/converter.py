@@ -19,8 +19,6 @@ from pathlib import Path
 from threading import Event, Timer, get_ident
 from typing import Any, NamedTuple
 
-from xxhash import xxh3_128_hexdigest
-
 from ragkv.chunk import digest
 from ragkv.errors import DocumentError, MissingPackageError
 from ragkv.retrieval import conversion
@@ -144,11 +142,11 @@ class Converter:
             )
         if not data:
             raise DocumentError("empty")
-        if kind.text:
-            data = decoded(data, encoding, markup=kind is _HTML).encode("utf-8", "replace")
-        name = xxh3_128_hexdigest(kind.name.encode() + b" " + data)
+        name = fingerprint(path, data, encoding)
         pages = self._pages(name)
         if pages is None:
+            if kind.text:
+                data = decoded(data, encoding, markup=kind is _HTML).encode("utf-8", "replace")
             answer = self._asked(kind.name, data)
             if "error" in answer:
                 raise DocumentError(answer["error"])

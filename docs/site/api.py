@@ -12,9 +12,9 @@ from mkdocs.structure.files import File
 MODULES = ("ragkv", "ragkv.methods", "ragkv.retrieval", "ragkv.store", "ragkv.store.codecs", "ragkv.store.policy")
 MODULES += ("ragkv.kernels", "ragkv.evaluation", "ragkv.bundled", "ragkv.adapters")
 
-# The order in which a stranger reads the docs; what is not named here comes behind, by name.
-FIRST = ["tutorial", "retrieval", "conversations", "structured", "methods", "adapters", "cli", "store"]
-FIRST += ["evaluation", "quality", "compare", "design", "kernels", "bundled-model"]
+# The docs come in the order of the README's table; what it does not name comes behind, by name.
+ROWS = re.findall(r"^\|.*", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE)
+ORDER = re.findall(r"\]\((docs/[\w-]+\.md)\)", "".join(ROWS))
 
 # What the public face hands out, and nobody makes.
 RESULTS = ("rag.SourcedAnswer", "report.AnswerReport", "session.Session", "streaming.AsyncAnswerStream")
@@ -63,8 +63,7 @@ def navigation(pages):
 
 
 def _place(page):
-    name = Path(page).stem
-    return FIRST.index(name) if name in FIRST else len(FIRST), name
+    return ORDER.index(page) if page in ORDER else len(ORDER), page
 
 
 class PlainRoles(griffe.Extension):

@@ -235,6 +235,12 @@ def test_pages_come_before_places_on_a_page(store):
     assert texts_of(store) == [PARTS[2], PARTS[1], PARTS[0]]
 
 
+def test_where_parts_are_cut_is_seen_where_together_they_say_the_same(store):
+    for texts in (["One.\n\nTwo.", "Three."], ["One.", "Two.\n\nThree."]):
+        store.add_texts(texts, [{"source": "port.md", "page": page} for page in (1, 2)], ids=["1", "2"])
+        assert texts_of(store) == texts
+
+
 def test_a_part_that_goes_leaves_nothing_behind(store):
     """What stood behind it knew its text: it is read again without."""
     first, second, third = given = parts()
@@ -275,6 +281,20 @@ def test_another_store_sees_what_changed(store, monkeypatch):
     assert ids(other.get_by_ids(["port.md 1", "port.md 2"])) == ["port.md 2"]
     other.add_documents(parts(numbers=[1]))
     assert ids(store.get_by_ids(["port.md 1", "port.md 2"])) == ["port.md 1", "port.md 2"]
+
+
+def test_what_another_process_adds_meanwhile_is_seen(store, monkeypatch):
+    monkeypatch.setattr(Members, "_all", WeakKeyDictionary())
+    other, add = RagKVVectorStore(store.rag), store.rag.add_texts
+
+    def late(*args, **options):
+        monkeypatch.setattr(store.rag, "add_texts", add)
+        other.add_documents(parts("other.md"))
+        return add(*args, **options)
+
+    monkeypatch.setattr(store.rag, "add_texts", late)
+    store.add_documents(parts())
+    assert ids(store.get_by_ids(["other.md 1", "port.md 1"])) == ["other.md 1", "port.md 1"]
 
 
 def test_adding_one_by_one_looks_through_the_folder_once(store, monkeypatch):

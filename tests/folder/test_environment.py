@@ -75,6 +75,31 @@ def test_a_read_only_one(folder, environment):
     assert not (folder.parent / "nothing").exists()
 
 
+READER = """
+import sys
+from pathlib import Path
+from ragkv.folder import Environment
+
+reading = Environment.open(Path(sys.argv[1]), {b"plain": {}, b"several": {"dupsort": True}}, readonly=True)
+with reading.transaction() as txn:
+    before = list(txn.items("plain"))
+    print(len(before), flush=True)
+    sys.stdin.readline()
+    print(list(txn.items("plain")) == before)
+"""
+
+
+def test_what_a_read_only_one_looks_at_is_not_written_over(folder, environment):
+    names = [b"%d" % number for number in range(50)]
+    put(environment, *names, value=b"before" * 100)
+    command, pipe = [sys.executable, "-P", "-c", READER, folder], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as reader:
+        assert reader.stdout.readline() == "50\n"
+        for number in range(20):
+            put(environment, *names, value=b"%06d" % number * 100)
+        assert reader.communicate("\n")[0] == "True\n"
+
+
 def test_threads_and_forks(environment, forked):
     """Children write while the parent's threads do, and a transaction of the parent is over for them."""
     stop = threading.Event()

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,15 @@ def test_no_process_can_be_started(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("{}")
     (skipped,) = load_files(tmp_path)
     assert "no process for converting files can be started" in skipped.reason
+
+
+def test_what_another_version_has_converted_is_converted_again(tmp_path, monkeypatch):
+    """Also where only the encoding that is asked for is another."""
+    asked, versions = [], {"ragkv": "1"}
+    monkeypatch.setattr(Converter, "_asked", lambda self, kind, data: asked.append(data) or {"pages": [kind]})
+    monkeypatch.setattr("ragkv.retrieval.converter._version", lambda package: versions.get(package, ""))
+    with Converter(tmp_path) as converter:
+        for version, encoding in (("1", None), ("1", None), ("2", None), ("2", "cp1252"), ("1", None)):
+            versions["ragkv"] = version
+            assert converter.convert(Path("a.csv"), b"a,b", encoding).pages == ["csv"]
+    assert len(asked) == 3

@@ -58,7 +58,7 @@ class Members:
 
     def __init__(self, catalogue: Catalogue, namespace: str):
         self._catalogue, self._namespace = catalogue, namespace
-        self._sources: dict[str, str] = {}
+        self._places: dict[str, tuple[str, int]] = {}
         self._names: dict[str, list[str]] = {}
         self._state: str | None = None
         self.lock = threading.RLock()
@@ -73,20 +73,15 @@ class Members:
     def find(self, view: Snapshot, names: Iterable[str]) -> dict[str, tuple[Listed, int]]:
         """The document and the place in it of those ids that are there."""
         found: dict[str, tuple[Listed, int]] = {}
-        there: dict[str, tuple[Listed, list[str]]] = {}
         with self.lock:
             self._look(view)
-            for name in dict.fromkeys(names):
-                alone = view.get(f"{ADDED}{name}", self._namespace)
-                if alone is not None:
-                    found[name] = alone, 0
-                elif name in self._sources:
-                    source = self._sources[name]
-                    if source not in there:
-                        listed = view.get(source, self._namespace)
-                        assert listed is not None  # of the state that was looked at
-                        there[source] = listed, [member["id"] for member in listed.metadata[MEMBERS]]
-                    found[name] = there[source][0], there[source][1].index(name)
+            for name in names:
+                listed, place = view.get(f"{ADDED}{name}", self._namespace), 0
+                if listed is None and name in self._places:
+                    source, place = self._places[name]
+                    listed = view.get(source, self._namespace)
+                if listed is not None:
+                    found[name] = listed, place
         return found
 
     def read(self, view: Snapshot, source: str) -> dict[str, Member]:
@@ -109,7 +104,7 @@ class Members:
     def _look(self, view: Snapshot) -> None:
         """Learns what there is, unless nothing has changed but what :meth:`follow` was told."""
         if self._state != view.state:
-            self._sources, self._names = {}, {}
+            self._places, self._names = {}, {}
             for listed in view.documents(self._namespace):
                 if listed.source.startswith(TOGETHER):
                     self._put(listed.source, [name for name, _ in _members(listed.source, listed.metadata)])
@@ -117,11 +112,11 @@ class Members:
 
     def _put(self, source: str, names: Iterable[str]) -> None:
         for name in self._names.pop(source, ()):
-            if self._sources.get(name) == source:  # else it has moved to another one
-                del self._sources[name]
+            if self._places.get(name, ("",))[0] == source:  # else it has moved to another one
+                del self._places[name]
         if source.startswith(TOGETHER):
             self._names[source] = list(names)
-            self._sources |= dict.fromkeys(self._names[source], source)
+            self._places |= {name: (source, place) for place, name in enumerate(self._names[source])}
 
 
 def kept(source: str, members: Mapping[str, Member]) -> dict[str, Any]:
