@@ -20,6 +20,7 @@ _HOMES = {
         "ArgumentTypeError",
         "CalibrationError",
         "ConversationError",
+        "DeadlineError",
         "DocumentError",
         "IncompatibleFolderError",
         "IncompleteAnswerError",
@@ -28,6 +29,7 @@ _HOMES = {
         "ModelChangedError",
         "ModelNotFoundError",
         "NonFiniteError",
+        "OverloadedError",
         "PromptError",
         "PromptTooLongError",
         "RagKVError",
@@ -60,6 +62,8 @@ _HOMES = {
     "rag": ("RAG",),
     "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
     "retrieval.options": ("Retrieval",),
+    "scheduling.policies": ("CachedFirst", "Fair"),
+    "scheduling.scheduler": ("Scheduler",),
     "store": ("Rates", "TieredStore"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -6,6 +6,7 @@ from ragkv.errors import ArgumentError as ArgumentError
 from ragkv.errors import ArgumentTypeError as ArgumentTypeError
 from ragkv.errors import CalibrationError as CalibrationError
 from ragkv.errors import ConversationError as ConversationError
+from ragkv.errors import DeadlineError as DeadlineError
 from ragkv.errors import DocumentError as DocumentError
 from ragkv.errors import IncompatibleFolderError as IncompatibleFolderError
 from ragkv.errors import IncompleteAnswerError as IncompleteAnswerError
@@ -14,6 +15,7 @@ from ragkv.errors import MissingPackageError as MissingPackageError
 from ragkv.errors import ModelChangedError as ModelChangedError
 from ragkv.errors import ModelNotFoundError as ModelNotFoundError
 from ragkv.errors import NonFiniteError as NonFiniteError
+from ragkv.errors import OverloadedError as OverloadedError
 from ragkv.errors import PromptError as PromptError
 from ragkv.errors import PromptTooLongError as PromptTooLongError
 from ragkv.errors import RagKVError as RagKVError
@@ -48,6 +50,9 @@ from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
 from ragkv.retrieval.options import Retrieval as Retrieval
+from ragkv.scheduling.policies import CachedFirst as CachedFirst
+from ragkv.scheduling.policies import Fair as Fair
+from ragkv.scheduling.scheduler import Scheduler as Scheduler
 from ragkv.store import Rates as Rates
 from ragkv.store import TieredStore as TieredStore
 

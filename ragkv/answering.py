@@ -123,10 +123,12 @@ class Answering:
         return replace(prompt.past, ids=(*prompt.past.ids, *ids[:kept], *rest), held=held)
 
     def _searched(self, begin: float) -> tuple[list[int], AnswerReport]:
-        prompt = self._prompt(self._settings.asked, begin, ExitStack())
-        fused_ms = _ms(begin)
-        with self._turn(prompt):
-            ids = beam_search(self._settings, prompt, begin)
+        with ExitStack() as stack:
+            prompt = self._prompt(self._settings.asked, begin, stack)
+            fused_ms = _ms(begin)
+            with self._turn(prompt):
+                ids = beam_search(self._settings, prompt, begin)
+            prompt.spoken(len(ids))
         return ids, AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
 
     def _timed(
@@ -145,6 +147,7 @@ class Answering:
                     report.first_token_ms = _ms(begin)
                 report.decode_ms = _ms(begin) - report.first_token_ms
                 yield token
+                prompt.spoken(1)
 
     @contextmanager
     def _turn(self, prompt: FusedPrompt) -> Iterator[None]:

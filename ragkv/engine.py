@@ -26,12 +26,12 @@ from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import as_method
 from ragkv.model.decoder import Decoder
-from ragkv.model.generation import stopping
 from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.prompting import Prompting, Request
+from ragkv.prompting import Prompting, Request, scheduling
 from ragkv.report import Answer, AnswerStream, FusedPrompt
+from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side
 
@@ -65,11 +65,13 @@ class Engine:
         kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
         lifetime_s: seconds after which stored KV are a miss, and read again.
         gate: check a share of the prompts against a full prefill, see :class:`~ragkv.Gate`.
+        scheduler: says which of the calls that are made at the same time goes first, see :class:`~ragkv.Scheduler`.
 
     Attributes:
         documents: what the model has read, see :class:`~ragkv.library.documents.Documents`.
         encoder: turns text into ids.
         gate: the gate at work, see :class:`~ragkv.gate.Guard`; ``None`` where there is none.
+        scheduler: as given, or one that goes by the order of asking.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
@@ -93,10 +95,12 @@ class Engine:
         kernels: Impl = "auto",
         lifetime_s: float = math.inf,
         gate: Gate | None = None,
+        scheduler: Scheduler | None = None,
     ):
         self.method: Method = as_method(SensitiveTokens() if method is None else method)
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
+        instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
         self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
@@ -119,6 +123,7 @@ class Engine:
         )
         self.documents.reader.opening(self.encoder.prefix, "prefix")
         self.gate: Guard | None = None if gate is None else Guard(gate, self.documents)
+        self.scheduler: Scheduler = Scheduler() if scheduler is None else scheduler
 
     @property
     def decoder(self) -> Decoder:
@@ -284,7 +289,37 @@ class Engine:
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
         request = Request(chunks, question, self.method_of(method), system, namespace, starts)
-        return self.prompting.prompt(request, lambda _: room_tokens, begin, ExitStack())
+        with ExitStack() as stack:
+            return self.prompting.prompt(request, lambda _: room_tokens, begin, stack)
+
+    def fuse_many(
+        self,
+        requests: Sequence[tuple[Sequence[Chunk | Text], Question]],
+        *,
+        method: Method | str | None = None,
+        room_tokens: int | None = None,
+        system: str | None = None,
+        namespace: str | None = None,
+    ) -> list[FusedPrompt]:
+        """:meth:`fuse` for several at the same time: what the methods choose, and the questions, run through the model together.
+
+        Args:
+            requests: chunks and question of each.
+            method, room_tokens, system, namespace: as for :meth:`fuse`, the same for all.
+
+        Returns:
+            The prompts, in order; each is what it would be alone.
+
+        Raises:
+            As :meth:`fuse`, and OverloadedError where there is no memory for all of them.
+        """
+        begin, chosen = perf_counter(), self.method_of(method)
+        if room_tokens is not None:
+            whole_number("room_tokens", room_tokens)
+        asked = [
+            Request(chunks, question, chosen, system, namespace) for chunks, question in several(requests, "requests")
+        ]
+        return self.prompting.prompts(asked, lambda _: room_tokens, begin)
 
     def generate(
         self,
@@ -317,11 +352,13 @@ class Engine:
                 Each does what it does there, or is refused; the model's own generation config holds for the rest. And two more.
                 ``schema``: the answer is JSON that fits it (``ragkv[json]``): a JSON schema as a dict, a pydantic model's class, or
                 ``"json"`` for any object; ``answer.value`` is what it says. ``logprobs``: ``True`` for the log-probability of each
-                token, a number for those of so many likeliest ones besides, as ``answer.logprobs``.
+                token, a number for those of so many likeliest ones besides, as ``answer.logprobs``. ``priority`` and
+                ``deadline_s``: see :class:`~ragkv.Scheduler`.
 
         Raises:
             As :meth:`fuse`; UnknownArgumentError (a ``TypeError``) and ArgumentError (a ``ValueError``) for generation arguments;
-            NonFiniteError where the logits are NaN or infinite; ModelChangedError where the model changes in the middle of the
+            NonFiniteError where the logits are NaN or infinite; DeadlineError and OverloadedError, see :class:`~ragkv.Scheduler`;
+            ModelChangedError where the model changes in the middle of the
             answer, or has changed since the past was computed; ConversationError where the past is in use, or is gone.
         """
         begin = perf_counter()
@@ -389,12 +426,12 @@ class Engine:
     @property
     def prompting(self) -> Prompting:
         """Makes prompts."""
-        return Prompting(self.documents, self.gate)
+        return Prompting(self.documents, self.scheduler, self.gate)
 
     def _answering(
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
     ) -> Answering:
-        request = replace(request, keep=request.keep or request.past is not None, stop=stopping(generation))
+        request = replace(request, keep=request.keep or request.past is not None, **scheduling(generation))
         return self.answering(partial(self.prompting.prompt, request), stop, generation, pieces, request.keep)
 
     def answering(

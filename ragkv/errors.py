@@ -37,6 +37,14 @@ class ConversationError(RagKVError, RuntimeError):
     """An earlier turn cannot be gone on from: another answer is being made behind it, or was made in its place."""
 
 
+class OverloadedError(RagKVError, RuntimeError):
+    """A request was not begun: there is no room for it, or its turn did not come in time. Ask again later, or for less."""
+
+
+class DeadlineError(RagKVError, TimeoutError):
+    """A request was not answered at its deadline."""
+
+
 class UnknownArgumentError(RagKVError, TypeError):
     """An argument of a name that nobody knows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
+from ragkv.model.steps import Meeting
 from ragkv.past import Past
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
 from ragkv.store import Batch, Rates
@@ -36,6 +38,7 @@ def fuse(
     room_tokens: int,
     begin: float,
     past: Past | None = None,
+    meeting: Meeting | None = None,
 ) -> FusedPrompt:
     """Compute what a method asks for over the stored rest.
 
@@ -46,6 +49,7 @@ def fuse(
         room_tokens: room that the cache keeps for an answer.
         begin: ``perf_counter()`` at which the prompt was asked for.
         past: what the layout says is held; its cache is grown in place.
+        meeting: of prompts that are computed together.
 
     Raises:
         RecordError: a record proved damaged; the store has dropped it.
@@ -65,7 +69,8 @@ def fuse(
         alone = bool(work.checks) or (one.opened and one.placement.by_layer)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
-            forward = None if alone else one.reader.forward
+            together = nullcontext() if alone or meeting is None else meeting.seat(one.reader.steps)
+            forward = None if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             logits, done = compute(decoder, one.cache, layout, work, one.reader.piece_tokens, timer, forward=forward)
         if (
             logits.device.type == "cpu" and not logits.isfinite().all()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from threading import Event
-from typing import cast
+from typing import Any, cast
 
 from ragkv.calibration.kept import resolved
 from ragkv.chunk import Chunk
-from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError
+from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError, instance
 from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.gate import Guard
@@ -19,10 +22,13 @@ from ragkv.library.documents import Documents
 from ragkv.library.given import several
 from ragkv.messages import Question, asked, checked_system, going_on, is_chat, opening
 from ragkv.methods import Method
-from ragkv.model.generation import DEFAULT_NEW_TOKENS
+from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
+from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
 from ragkv.prompt import Encoder, Text
 from ragkv.report import FusedPrompt
+from ragkv.scheduling.scheduler import Scheduler
+from ragkv.scheduling.ticket import Ticket
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -48,6 +54,8 @@ class Request:
         keep: the prompt is to be gone on from.
         stop: stops the answer when it is set.
         most_tokens: of prompt and answer, if fewer than the model has positions.
+        priority: those of a higher one go first.
+        deadline_s: seconds from the question's beginning behind which nobody wants the answer.
     """
 
     chunks: Sequence[Chunk | Text]
@@ -60,6 +68,39 @@ class Request:
     keep: bool = False
     stop: Event | None = None
     most_tokens: int | None = None
+    priority: int = 0
+    deadline_s: float = math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A prompt that is laid out.
+
+    Attributes:
+        request, begin: as for :meth:`Prompting.prompt`.
+        documents: whose chunks they are.
+        layout: of the prompt.
+        room_tokens: room for the answer.
+        begins: what the prompt begins with; ``None`` where it goes on from a past,
+        turns: whose turns these are.
+    """
+
+    request: Request
+    documents: Documents
+    layout: Layout
+    room_tokens: int
+    begin: float
+    begins: tuple[int, ...] | None
+    turns: tuple[object, ...]
+
+
+def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
+    """What of a call's generation arguments says when it is answered, as a :class:`Request` has it; it is taken out of them."""
+    priority, deadline_s = generation.pop("priority", 0), generation.pop("deadline_s", math.inf)
+    instance("priority", priority, int, "a whole number: those of a higher one go first")
+    if not isinstance(deadline_s, int | float) or not deadline_s > 0:
+        raise ArgumentError(f"deadline_s must be seconds, more than 0, got {deadline_s!r}")
+    return {"stop": stopping(generation), "priority": priority, "deadline_s": deadline_s}
 
 
 class Prompting:
@@ -67,13 +108,14 @@ class Prompting:
 
     Args:
         documents: of the engine.
+        scheduler: says when each prompt's turn has come.
         gate: of the engine.
     """
 
-    def __init__(self, documents: Documents, gate: Guard | None = None):
+    def __init__(self, documents: Documents, scheduler: Scheduler, gate: Guard | None = None):
         self.documents: Documents = documents
         self.encoder: Encoder = documents.encoder
-        self._gate = gate
+        self._scheduler, self._gate = scheduler, gate
 
     def documents_for(self, system: str | None, namespace: str | None) -> Documents:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
@@ -88,6 +130,60 @@ class Prompting:
             begin: ``perf_counter()`` at which it was asked for.
             stack: what has to be undone behind the answer.
         """
+        plan = self._plan(request, room, begin, stack)
+        ticket = self._ticket(plan)
+        mine = plan.documents.reader.decoder.turns.mine  # then those in front wait for this thread
+        with nullcontext() if mine else self._scheduler.turn(ticket, stack):
+            prompt = self._fused(plan)
+            self._scheduler.computed(ticket, prompt.report.computed_tokens)
+        prompt.spoken = partial(self._scheduler.spoken, ticket)
+        if request.keep:
+            past = request.past
+            line = Line(prompt.past_key_values) if past is None else past.line
+            prompt.past = Past(
+                tuple(plan.layout.ids.tolist()),
+                plan.layout.tokens,
+                prompt.fingerprint,
+                plan.documents.anchor,
+                plan.documents.namespace,
+                line,
+                plan.turns,
+            )
+        return prompt
+
+    def prompts(self, requests: Sequence[Request], room: Room, begin: float) -> list[FusedPrompt]:
+        """Several prompts at the same time: what each has to compute goes into one pass, as far as the model takes it.
+
+        Args:
+            requests, room, begin: as for :meth:`prompt`; nothing is kept of them.
+        """
+        with ExitStack() as stack:
+            plans = [self._plan(request, room, begin, stack) for request in requests]
+            tickets = [self._ticket(plan) for plan in plans]
+            if not tickets:
+                return []
+            all_of_them = replace(
+                tickets[0],
+                tokens=sum(ticket.tokens for ticket in tickets),
+                needs_bytes=sum(ticket.needs_bytes for ticket in tickets),
+                stored=lambda: sum(ticket.stored() for ticket in tickets),
+                prefetch=lambda: [ticket.prefetch() for ticket in tickets],
+            )
+            meeting = Meeting(len(plans))
+
+            def make(plan: _Plan) -> FusedPrompt:
+                try:
+                    return self._fused(plan, meeting)
+                finally:
+                    meeting.leave()
+
+            with self._scheduler.turn(all_of_them, stack), ThreadPoolExecutor(len(plans), "ragkv-fuse") as pool:
+                making = [pool.submit(make, plan) for plan in plans]  # none is cancelled: the others would wait for it
+                prompts = [one.result() for one in making]
+                self._scheduler.computed(all_of_them, sum(prompt.report.computed_tokens for prompt in prompts))
+            return prompts
+
+    def _plan(self, request: Request, room: Room, begin: float, stack: ExitStack) -> _Plan:
         past, begins, held = request.past, None, 0
         if past is None:
             prefix, suffix, begins = asked(self.encoder, request.question, request.system)
@@ -108,38 +204,44 @@ class Prompting:
         layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, begins, held)
         tokens = self._room(layout.end, room(layout.end), request.most_tokens)
         turns = () if past is None else stack.enter_context(past.going_on(request.stop))
-        prompt = self._fused(layout, request.method, tokens, begin, documents, past, begins)
-        if request.keep:
-            line = Line(prompt.past_key_values) if past is None else past.line
-            prompt.past = Past(
-                tuple(layout.ids.tolist()),
-                layout.tokens,
-                prompt.fingerprint,
-                documents.anchor,
-                documents.namespace,
-                line,
-                turns,
-            )
-        return prompt
+        return _Plan(request, documents, layout, tokens, begin, begins, turns)
 
-    def _fused(
-        self,
-        layout: Layout,
-        method: Method,
-        room_tokens: int,
-        begin: float,
-        documents: Documents,
-        past: Past | None,
-        begins: Sequence[int] | None,
-    ) -> FusedPrompt:
+    def _ticket(self, plan: _Plan) -> Ticket:
+        """What the scheduler is told of a prompt."""
+        layout, documents, request = plan.layout, plan.documents, plan.request
+        decoder, store = documents.reader.decoder, documents.store
+        token_bytes = sum(spec.token_bytes for spec in decoder.specs)
+
+        def keys() -> list[bytes]:
+            return [documents.key(placed.chunk) for placed in layout.chunks]
+
+        def stored() -> int:
+            there = store.where(names := keys())
+            held = sum(len(placed.chunk) for placed, key in zip(layout.chunks, names, strict=True) if key in there)
+            return held + (0 if layout.held else layout.opening)
+
+        return Ticket(
+            documents.namespace,
+            layout.tokens - layout.held,
+            needs_bytes=token_bytes * (layout.tokens + plan.room_tokens),
+            answer_bytes=token_bytes * plan.room_tokens,
+            device=decoder.device,
+            priority=request.priority,
+            deadline_s=plan.begin + request.deadline_s,
+            stop=request.stop,
+            stored=stored,
+            prefetch=lambda: store.prefetch(keys()),
+        )
+
+    def _fused(self, plan: _Plan, meeting: Meeting | None = None) -> FusedPrompt:
         """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
-        damaged = set[str]()
+        damaged, layout, past = set[str](), plan.layout, plan.request.past
 
         def once() -> FusedPrompt:
             def make(method: Method) -> FusedPrompt:
-                return fuse(documents, layout, method, room_tokens, begin, past)
+                return fuse(plan.documents, layout, method, plan.room_tokens, plan.begin, past, meeting)
 
-            asked = resolved(method, documents, begins)
+            asked = resolved(plan.request.method, plan.documents, plan.begins)
             return make(asked) if self._gate is None else self._gate.fused(asked, layout, make)
 
         for _ in range(len(layout.chunks) + _TRIES):

@@ -33,6 +33,7 @@ from ragkv.report import AnswerStream
 from ragkv.retrieval import Change, Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
+from ragkv.scheduling.scheduler import Scheduler
 from ragkv.session import Session
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
@@ -108,6 +109,7 @@ class RAG:
         sensitivity: bool | None = None,
         kernels: Impl = "auto",
         gate: Gate | None = None,
+        scheduler: Scheduler | None = None,
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.
@@ -140,7 +142,7 @@ class RAG:
             namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             readonly: write nothing to the folder, which must be there: nothing can be added.
-            context, document_tokens, piece_tokens, sensitivity, kernels, gate: see :class:`~ragkv.Engine`.
+            context, document_tokens, piece_tokens, sensitivity, kernels, gate, scheduler: see :class:`~ragkv.Engine`.
             **model_options: ``weights="int8"`` or ``"float16"`` packs them for a CPU, which decodes faster
                 (:mod:`ragkv.model.packed`); all others are for ``AutoModelForCausalLM.from_pretrained``. Those that say where the
                 model stands and how it is fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``,

@@ -91,6 +91,13 @@ class FusionReport:
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 
     @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt that were run through the model, as full layers' worth."""
+        read = sum(chunk.tokens for chunk in self.chunks if chunk.source == "computed")
+        fresh = self.prefix_tokens - self.reused_tokens + self.suffix_tokens
+        return fresh + read + round(self.budget * self.chunk_tokens)
+
+    @property
     def milliseconds(self) -> dict[str, float]:
         """By stage: ``read`` (chunks not stored), ``place`` (load, decode, rotate), ``select``, ``compute``, and ``total``.
 
@@ -146,6 +153,7 @@ class FusedPrompt:
         report: what it cost.
         fingerprint: of the model that computed it; another one cannot go on behind it.
         past: what the next turn goes on from; ``None`` where that was not asked for.
+        spoken: told how many more tokens of the answer there are; raises DeadlineError where nobody wants it any more.
     """
 
     input_ids: Tensor
@@ -156,6 +164,7 @@ class FusedPrompt:
     next_position: int
     fingerprint: str
     past: Past | None = None
+    spoken: Callable[[int], object] = lambda tokens: None
 
 
 @dataclass

@@ -20,9 +20,9 @@ from ragkv.library.reading import identity
 from ragkv.library.watching import Progress, told_of_hits
 from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
-from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
+from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Past
-from ragkv.prompting import Request, Room
+from ragkv.prompting import Request, Room, scheduling
 from ragkv.report import AnswerStream, FusedPrompt, Made
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
@@ -188,8 +188,10 @@ class Session:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
         turn.found = self._finder.found(text, retrieval, self._documents())
-        most, stops = self._context_tokens, stopping(generation)
-        request = Request((), turn.question, self._engine.method_of(method), keep=True, stop=stops, most_tokens=most)
+        request = Request(
+            (), turn.question, self._engine.method_of(method), keep=True, most_tokens=self._context_tokens
+        )
+        request = replace(request, **scheduling(generation))
         make = partial(self._prompt, turn, request)
         turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
 

@@ -71,7 +71,7 @@ class Sample:
 
     def __init__(self, decoder: Decoder):
         self.decoder: Decoder = decoder
-        token_bytes = sum(spec.heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in decoder.specs)
+        token_bytes = sum(spec.token_bytes for spec in decoder.specs)
         most = _MOST_BYTES // token_bytes if decoder.max_positions is None else decoder.max_positions - _FIRST_TOKENS
         long = max(1, min(_CHUNK_TOKENS, most // _CHUNKS, _MOST_BYTES // token_bytes // 2))
         count = max(2, min(1 + _CHUNKS, _MOST_BYTES // (token_bytes * long)))

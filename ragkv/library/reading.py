@@ -18,7 +18,7 @@ from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 from ragkv.model.rows import Rows
-from ragkv.model.steps import Steps
+from ragkv.model.steps import Seat, Steps
 from ragkv.model.traits import Facts, keep, model_key, recalled
 
 # A longer opening is computed by every process: the store's small values are never evicted.
@@ -84,9 +84,9 @@ class Reader:
                 raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
             yield
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: Rows, seat: Seat | None = None) -> Tensor:
         """Run rows of a prompt, with whatever other threads ask for; as :meth:`ragkv.model.steps.Steps.run`."""
-        return self.steps.run(rows, self.fingerprint)
+        return self.steps.run(rows, self.fingerprint, seat)
 
     def opening(self, ids: Sequence[int], name: str = "") -> ChunkKV | None:
         """KV of ids that stand at position 0, computed once and kept, as long as others are not asked for; ``None`` for no ids.

@@ -28,6 +28,11 @@ class LayerSpec(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes."""
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
 
 class FusedLayer(CacheLayerMixin):
     """One layer's keys and values, with room to grow in place.

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, get_ident
 from time import perf_counter
 
 from torch import Tensor
@@ -23,6 +23,8 @@ from ragkv.model.rows import Rows
 
 # How long the next step waits for those who had a token in the last ones, as a share of what a step takes.
 _PATIENCE = 0.25
+# Rows of prompts in a step, besides those of answers: more cost what they cost alone, and everybody waits for them.
+_STEP_TOKENS = 512
 
 
 @dataclass(eq=False)
@@ -51,6 +53,34 @@ class _Asked:
     done: bool = False
     logits: Tensor | None = None
     error: Exception | None = None
+
+
+class Meeting:
+    """Threads whose rows are to run together: each waits until all of them have come.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int):
+        self._count, self._came, self._changed = count, set[int](), Condition()
+
+    @contextmanager
+    def seat(self, steps: Steps) -> Iterator[Seat]:
+        """A block in which this thread's rows run with those of the others, once they are here."""
+        with self._changed:
+            self._came.add(get_ident())
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._came) >= self._count)
+        with steps.seat() as seat:
+            yield seat
+
+    def leave(self) -> None:
+        """This thread is done, or has failed: nobody waits for it."""
+        with self._changed:
+            self._came.discard(get_ident())
+            self._count -= 1
+            self._changed.notify_all()
 
 
 class Steps:
@@ -211,11 +241,15 @@ class Steps:
         return max(thinking) + self._patience if thinking else 0.0
 
     def _fitting(self) -> list[_Asked]:
-        """Of what waits: whatever belongs to an answer, and of the prompts that are being computed the first one's rows. Those of
-        two would cost what both cost alone, and the first one would wait for the second.
-        """
-        prompts = [one for one in self._waiting if one.seat is None and not one.alone]
-        return [one for one in self._waiting if not one.alone and (one.seat is not None or one in prompts[:1])]
+        """Of what waits: each answer's next row, and as many rows of prompts as a step may have; one prompt's in any case."""
+        batch, tokens = list[_Asked](), 0
+        for one in self._waiting:
+            many = len(one.rows) if len(one.rows) > 1 else 0
+            if one.alone or (many and tokens and tokens + many > _STEP_TOKENS):
+                continue
+            batch.append(one)
+            tokens += many
+        return batch
 
     def _withdraw(self, asked: _Asked) -> None:
         """Ask no more; where somebody runs the rows just now, that is waited for, for they are written to a cache."""

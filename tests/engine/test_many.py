@@ -1,8 +1,9 @@
 """Several questions side by side: each answer is what it would be alone."""
 
 import pytest
+import torch
 
-from ragkv import RAG, ArgumentError, DocumentError, Engine, LegoLink, PromptError, PromptTemplate
+from ragkv import RAG, ArgumentError, DocumentError, Engine, LegoLink, PromptError, PromptTemplate, StoreError
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
@@ -37,6 +38,45 @@ def test_the_first_that_fails_ends_all(engine):
     assert len(seen) < 40 * 200
     with pytest.raises(ArgumentError, match="at_once"):
         engine.generate_many(asked, at_once=0)
+
+
+@pytest.mark.parametrize(
+    "method", ["lego-link:k=4", "reuse", "full-prefill", "cache-blend:ratio=0.3", "question-aware:ratio=0.2"]
+)
+def test_fuse_many_is_fuse_for_each(engine, method):
+    chunks = engine.add([random_ids(n) for n in (17, 20, 31)])
+    asked = [([chunks[n % 3], chunks[(n + 1) % 3]], random_ids(5 + n)) for n in range(4)]
+    want = [engine.fuse(*one, method=method) for one in asked]
+    steps = engine.runner.steps()
+    before = steps.steps
+    got = engine.fuse_many(asked, method=method)
+    if method != "cache-blend:ratio=0.3":  # whose passes narrow with depth
+        assert steps.steps - before < 4 * (2 if "aware" in method else 1)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+        assert (a.report.budget, a.report.hits) == (b.report.budget, b.report.hits)
+        for layer, other in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
+            torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
+    assert engine.fuse_many([]) == [] and engine.scheduler.stats().running == 0
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_one_that_fails_keeps_nobody_waiting(engine, failing):
+    chunks = engine.add([random_ids(17)])
+    asked = [(chunks, random_ids(5)) for _ in range(3)]
+    asked[failing] = ([*chunks, random_ids(8)], random_ids(5))
+    real = engine.documents.read
+
+    def read(*args, **options):
+        raise StoreError("the disk is gone")
+
+    engine.documents.read = read
+    with pytest.raises(StoreError, match="the disk is gone"):
+        engine.fuse_many(asked)
+    engine.documents.read = real
+    assert len(engine.fuse_many(asked)) == 3
+    with pytest.raises(PromptError, match="requests must be a list"):
+        engine.fuse_many("abc")
 
 
 def test_ask_many_gives_each_its_sources(tmp_path):

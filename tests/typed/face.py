@@ -20,6 +20,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.ArgumentTypeError,
     ragkv.CalibrationError,
     ragkv.ConversationError,
+    ragkv.DeadlineError,
     ragkv.DocumentError,
     ragkv.IncompatibleFolderError,
     ragkv.IncompleteAnswerError,
@@ -28,6 +29,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.ModelChangedError,
     ragkv.ModelNotFoundError,
     ragkv.NonFiniteError,
+    ragkv.OverloadedError,
     ragkv.PromptError,
     ragkv.PromptTooLongError,
     ragkv.RecordError,
@@ -69,6 +71,13 @@ class Own(ragkv.Method):
         return assert_type(check.tokens, Tensor)
 
 
+LINES: Sequence[ragkv.Scheduler] = (
+    ragkv.Scheduler("cached-first", at_once=8),
+    ragkv.Scheduler(ragkv.Fair({"a": 2.0}, slack=1000), memory_bytes=8 << 30, wait_s=30),
+    ragkv.Scheduler(ragkv.CachedFirst(window=16)),
+)
+
+
 def tell(progress: ragkv.Progress) -> None:
     assert_type(progress.source, str)
     assert_type(progress.done_tokens, int)
@@ -103,6 +112,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         stream = assert_type(made.stream(chunks, "a question?"), ragkv.AnswerStream)
         for piece in stream:
             assert_type(piece, str)
+        assert_type(made.fuse_many([(chunks, "a question?")], method="reuse"), list[ragkv.FusedPrompt])
         assert_type(made.generate_many([(chunks, "a question?")], at_once=2), list[ragkv.Answer])
         assert_type(made.forget(chunks), int)
         assert_type(made.calibrate([(chunks, "a question?")], kl=0.1).chosen, str)

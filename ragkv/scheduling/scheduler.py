@@ -1,0 +1,306 @@
+"""The line in front of a model: one prompt after the other is computed, while the answers of those before are decoded.
+
+There is no thread of its own: whoever asks waits, and whoever is done lets the next one begin.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from threading import RLock, get_ident
+from time import perf_counter
+
+from ragkv.errors import (
+    ArgumentError,
+    DeadlineError,
+    OverloadedError,
+    RagKVError,
+    instance,
+    whole_number,
+)
+from ragkv.scheduling.memory import free_bytes
+from ragkv.scheduling.policies import POLICIES, Policy
+from ragkv.scheduling.ticket import Ticket
+
+# How often one that waits looks whether it is still wanted, and whether memory has become free.
+_LOOK_S = 0.1
+# Of the memory that is free, what prompts may take: a forward needs some, and so does whatever else runs.
+_SHARE = 0.8
+# Namespaces whose figures are kept, the last ones asked for.
+_MOST_NAMESPACES = 1000
+
+
+@dataclass
+class Service:
+    """What one namespace asked for and got.
+
+    Attributes:
+        waiting: requests that wait.
+        running: those whose prompt is computed, or whose answer is decoded.
+        done: those that were let in and are over.
+        refused: those that gave up waiting: at a deadline, or because there was no room.
+        waited_s: in the line, all together.
+        served_s: from their beginning to their end, all together.
+        reused_tokens: of their prompts, those that were stored.
+        computed_tokens: those that were not.
+        output_tokens: of their answers.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    done: int = 0
+    refused: int = 0
+    waited_s: float = 0.0
+    served_s: float = 0.0
+    reused_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A scheduler's figures since it was made.
+
+    Attributes:
+        waiting: requests that wait now.
+        running: those that are computed or decoded now.
+        bytes: what prompts and answers take that are computed or decoded now, with all the room that they asked for.
+        namespaces: by namespace, of the last 1,000 that asked for something.
+    """
+
+    waiting: int
+    running: int
+    bytes: int
+    namespaces: dict[str, Service] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Says when which request begins. One may serve several engines; all of them have one.
+
+    Calls of :meth:`~ragkv.Engine.generate`, :meth:`~ragkv.Engine.stream` and :meth:`~ragkv.Engine.fuse` stand in one line, whatever
+    threads make them, and so does what is built on them. One prompt is computed at a time, so that first tokens come one after the
+    other and not all at the end; answers are decoded together all the while. Calls with a higher ``priority=`` go first. A call
+    with ``deadline_s=`` that has no whole answer by then ends with a DeadlineError.
+
+    Args:
+        policy: which of equal priority goes first: ``"fcfs"``, in the order of asking; ``"cached-first"``, whoever has the most
+            stored (:class:`~ragkv.CachedFirst`); ``"fair"`` between namespaces (:class:`~ragkv.Fair`); or a
+            :class:`~ragkv.scheduling.policies.Policy`.
+        at_once: how many are answered at a time; by default as many as there is memory for.
+        memory_bytes: what all prompts and answers may take together; by default four fifths of what is free, looked at when it is
+            needed. A request waits for what the others give back.
+        wait_s: how long a request waits before it is refused with an OverloadedError.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a value is out of range, or of another type.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str = "fcfs",
+        *,
+        at_once: int | None = None,
+        memory_bytes: int | None = None,
+        wait_s: float = math.inf,
+    ):
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ArgumentError(f"policy must be one of {', '.join(POLICIES)}, or a Policy; got {policy!r}")
+            policy = POLICIES[policy]()
+        instance("policy", policy, Policy, "a name or a policy, as ragkv.Fair()")
+        for name, value in (("at_once", at_once), ("memory_bytes", memory_bytes)):
+            if value is not None:
+                whole_number(name, value, 1)
+        if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or not wait_s >= 0:
+            raise ArgumentError(f"wait_s must be seconds, 0 or more, got {wait_s!r}")
+        self.policy: Policy = policy
+        self.at_once, self.memory_bytes, self.wait_s = at_once, memory_bytes, wait_s
+        self._figures = OrderedDict[str, Service]()
+        self._number = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._lock, self._busy = os.getpid(), RLock(), False
+        self._waiting, self._running, self._gone = list[Ticket](), set[Ticket](), deque[Ticket]()
+        self._first = self._computing = None
+        for service in self._figures.values():
+            service.waiting = service.running = 0
+
+    _first: Ticket | None  # whose turn it is as soon as there is room
+    _computing: Ticket | None
+
+    @contextmanager
+    def turn(self, ticket: Ticket, stack: ExitStack) -> Iterator[None]:
+        """A block in which a prompt is computed, when its turn has come.
+
+        Args:
+            ticket: of the prompt.
+            stack: closed when its answer is over; what the prompt takes is given back then, and at once where the block fails.
+
+        Raises:
+            OverloadedError: there is no room for it, or was none for too long.
+            DeadlineError: nobody wants it any more.
+        """
+        if self._process != os.getpid():
+            self._begin()  # in a fork: the threads that waited are not there
+        stack.callback(self._leave, ticket)
+        try:
+            self._wait(ticket)
+            yield
+        except BaseException:
+            self._leave(ticket)
+            raise
+        with self._line():
+            self._computing = None
+
+    def computed(self, ticket: Ticket, tokens: int) -> None:
+        """Count what was computed for a prompt."""
+        with self._lock:
+            service = self._of(ticket)
+            service.computed_tokens += tokens
+            service.reused_tokens += max(0, ticket.tokens - tokens)
+            self.policy.spent(ticket, computed=tokens - ticket.computed)
+
+    def spoken(self, ticket: Ticket, tokens: int) -> None:
+        """Count more tokens of an answer.
+
+        Raises:
+            DeadlineError: nobody wants the answer any more.
+        """
+        with self._lock:
+            self._of(ticket).output_tokens += tokens
+            self.policy.spent(ticket, output=tokens)
+        if perf_counter() > ticket.deadline_s:
+            raise DeadlineError("the answer was not done at its deadline: ask for a shorter one, or later")
+
+    def stats(self) -> SchedulerStats:
+        """The figures now."""
+        with self._line():
+            services = {name: replace(service) for name, service in self._figures.items()}
+            used = sum(ticket.needs_bytes for ticket in self._running)
+            return SchedulerStats(len(self._waiting), len(self._running), used, services)
+
+    @contextmanager
+    def _line(self) -> Iterator[None]:
+        """A block in which nobody else changes the line. Behind it whoever is gone leaves it, and those begin whose turn it is.
+
+        An answer that is dropped as garbage leaves wherever this thread is just then, within such a block too.
+        """
+        with self._lock:
+            if self._busy:
+                yield
+                return
+            self._busy = True
+            try:
+                yield
+                self._let_in()
+            finally:
+                self._busy = False
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Give back what a request holds; twice is fine."""
+        with self._line():
+            self._gone.append(ticket)
+
+    def _wait(self, ticket: Ticket) -> None:
+        if self.memory_bytes is not None and ticket.needs_bytes > self.memory_bytes:
+            raise OverloadedError(
+                f"prompt and answer take {ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}: give fewer "
+                "chunks, ask for a shorter answer, or allow more"
+            )
+        ticket.asked_s, ticket.thread = perf_counter(), get_ident()
+        if self.policy.looks:
+            ticket.reused = ticket.stored()
+        with self._line():
+            self._number += 1
+            ticket.number = self._number
+            self.policy.joined(ticket, [*self._waiting, *self._running])
+            self._waiting.append(ticket)
+            self._of(ticket).waiting += 1
+        if not ticket.ready.is_set():
+            ticket.prefetch()
+        while not ticket.ready.wait(_LOOK_S):
+            now = perf_counter()
+            if ticket.stop is not None and ticket.stop.is_set():
+                raise RagKVError("stopped before it began")
+            if now > ticket.deadline_s:
+                raise DeadlineError(
+                    f"the prompt's turn had not come at its deadline, after {now - ticket.asked_s:.1f} s"
+                )
+            if now - ticket.asked_s > self.wait_s:
+                held = f"{len(self._waiting)} wait, {len(self._running)} are answered"
+                raise OverloadedError(
+                    f"the prompt's turn had not come after {self.wait_s:g} s ({held}): ask again later"
+                )
+            if ticket is self._first:
+                with self._line():  # for memory that has become free meanwhile
+                    mine = [other for other in self._running if other.thread == ticket.thread]
+                    if mine and len(mine) == len(self._running) and not ticket.ready.is_set():
+                        raise OverloadedError(
+                            f"what the prompt waits for is held by {len(mine)} answers that the same thread reads: end or close() "
+                            "their streams"
+                        )
+
+    def _let_in(self) -> None:
+        """Let those go that are gone, and those begin whose turn it is."""
+        while self._gone:
+            self._over(self._gone.popleft())
+        self._first = None
+        if self._waiting and self._computing is None:
+            top = max(ticket.priority for ticket in self._waiting)
+            able = [ticket for ticket in self._waiting if ticket.priority == top]
+            first = self._first = self.policy.next(able)
+            if not self._room_for(first):
+                return
+            able.remove(first)
+            self.policy.began(first, able)
+            self._admit(first)
+
+    def _admit(self, ticket: Ticket) -> None:
+        self._waiting.remove(ticket)
+        self._running.add(ticket)
+        self._computing = ticket
+        ticket.begun_s = perf_counter()
+        service = self._of(ticket)
+        service.waiting -= 1
+        service.running += 1
+        service.waited_s += ticket.begun_s - ticket.asked_s
+        ticket.ready.set()
+
+    def _over(self, ticket: Ticket) -> None:
+        service = self._of(ticket)
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            service.waiting -= 1
+            service.refused += 1
+        elif ticket in self._running:
+            self._running.discard(ticket)
+            self._computing = None if self._computing is ticket else self._computing
+            service.running -= 1
+            service.done += 1
+            service.served_s += perf_counter() - ticket.begun_s
+
+    def _room_for(self, ticket: Ticket) -> bool:
+        if self.at_once is not None and len(self._running) >= self.at_once:
+            return False
+        if self.memory_bytes is not None:
+            return ticket.needs_bytes + sum(other.needs_bytes for other in self._running) <= self.memory_bytes
+        if not self._running:
+            return True  # nobody would give anything back
+        free = free_bytes(ticket.device)
+        promised = sum(other.answer_bytes for other in self._running)
+        return free is None or ticket.needs_bytes + promised <= _SHARE * free
+
+    def _of(self, ticket: Ticket) -> Service:
+        name = ticket.namespace
+        service = self._figures.setdefault(name, Service())
+        self._figures.move_to_end(name)
+        if len(self._figures) > _MOST_NAMESPACES:
+            idle = next((n for n, s in self._figures.items() if not (s.waiting or s.running) and n != name), None)
+            if idle is not None:
+                del self._figures[idle]
+        return service

@@ -1,0 +1,266 @@
+"""Calls that are made at the same time stand in a line, and each answer is what it would be alone."""
+
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from ragkv import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeadlineError,
+    Engine,
+    LegoLink,
+    OverloadedError,
+    PromptTemplate,
+    Scheduler,
+    TieredStore,
+    bundled,
+)
+from ragkv.scheduling.policies import FirstComeFirstServed
+from ragkv.scheduling.ticket import Ticket
+from ragkv.testing import random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
+QUESTION = random_ids(5)
+NO_END = {"max_new_tokens": 6, "eos_token_id": None}
+TOKEN_BYTES = 4 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dimensions, fp32
+
+
+class Noting(FirstComeFirstServed):
+    """Notes who came, who began, and what each was served."""
+
+    looks = True
+
+    def __init__(self):
+        self.began_in_order, self.served = [], {}
+
+    def began(self, ticket, waiting):
+        self.began_in_order.append(ticket)
+        self.served[ticket] = [ticket.computed, 0]
+
+    def spent(self, ticket, computed=0.0, output=0):
+        self.served[ticket][0] += computed
+        self.served[ticket][1] += output
+
+
+def engine_with(store=None, **options):
+    return Engine(tiny_model(), template=TEMPLATE, method=LegoLink(4), store=store, scheduler=Scheduler(**options))
+
+
+@contextmanager
+def line_held(scheduler):
+    """A block in which nobody begins."""
+    with ExitStack() as stack, scheduler.turn(Ticket("", 1), stack):
+        yield
+
+
+def at_once(engine, calls):
+    """Makes calls that stand in line in this order, and returns what they return or raise."""
+    found = [None] * len(calls)
+
+    def make(number):
+        try:
+            found[number] = calls[number]()
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=make, args=(number,), daemon=True) for number in range(len(calls))]
+    with line_held(engine.scheduler):
+        for number, thread in enumerate(threads):
+            thread.start()
+            while engine.scheduler.stats().waiting < number + 1 and thread.is_alive():
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return found
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "cached-first", "fair"])
+@pytest.mark.parametrize("options", [{}, {"at_once": 2}, {"memory_bytes": 120 * TOKEN_BYTES}], ids=str)
+def test_whoever_goes_first_each_answer_is_its_own(policy, options):
+    engine = engine_with(policy=policy, **options)
+    passages = [random_ids(n) for n in (17, 20, 31)]
+    engine.add(passages[:1])
+    asked = [([passages[n % 3], passages[(n + 1) % 3]], random_ids(5 + n), str(n % 2)) for n in range(6)]
+
+    def ask(one):
+        chunks, question, namespace = one
+        return engine.generate(chunks, question, namespace=namespace, **NO_END).token_ids
+
+    want = [ask(one) for one in asked]
+    assert at_once(engine, [lambda one=one: ask(one) for one in asked]) == want
+    stats = engine.scheduler.stats()
+    assert (stats.waiting, stats.running, stats.bytes) == (0, 0, 0)
+    assert [stats.namespaces[name].done for name in "01"] == [6, 6]
+    assert stats.namespaces["0"].output_tokens == 6 * 6 and stats.namespaces["0"].waited_s > 0
+
+
+def test_what_the_policy_is_told_is_what_was_done():
+    policy = Noting()
+    engine = engine_with(policy=policy)
+    (first,) = engine.add([random_ids(30)], namespace="mine")
+    answer = engine.generate([first, random_ids(20)], QUESTION, namespace="mine", **NO_END)
+    (ticket,) = policy.began_in_order
+    fusion = answer.report.fusion
+    assert ticket.namespace == "mine"
+    assert ticket.tokens == fusion.prefix_tokens + fusion.chunk_tokens + fusion.suffix_tokens
+    assert ticket.reused == fusion.reused_tokens + len(first) and fusion.reused_tokens == 3
+    assert policy.served[ticket] == [fusion.computed_tokens, 6]
+    assert fusion.computed_tokens == ticket.computed + 4  # LegoLink's; the first chunk stands where it was read
+    assert ticket.needs_bytes == (ticket.tokens + 6) * TOKEN_BYTES and ticket.answer_bytes == 6 * TOKEN_BYTES
+    service = engine.scheduler.stats().namespaces["mine"]
+    assert (service.output_tokens, service.computed_tokens) == (6, fusion.computed_tokens)
+    assert service.reused_tokens == ticket.tokens - service.computed_tokens
+
+
+def test_priorities_and_what_is_stored():
+    policy = Noting()
+    engine = engine_with(policy=policy)
+    calls = [
+        lambda p=p: engine.generate([random_ids(20)], QUESTION, priority=p, max_new_tokens=1) for p in (0, -1, 3, 0)
+    ]
+    at_once(engine, calls)
+    assert [ticket.priority for ticket in policy.began_in_order[1:]] == [3, 0, 0, -1]
+
+    engine = engine_with(policy="cached-first")
+    began, real = [], engine.scheduler.policy.began
+    engine.scheduler.policy.began = lambda ticket, waiting: (began.append(ticket.reused), real(ticket, waiting))[1]
+    stored = engine.add([random_ids(40)])
+    at_once(
+        engine,
+        [lambda chunks=chunks: engine.generate(chunks, QUESTION, **NO_END) for chunks in ([random_ids(41)], stored)],
+    )
+    assert began[1] > 40 > began[2]
+
+
+def test_what_waits_is_moved_to_memory_meanwhile(tmp_path):
+    with engine_with(store=TieredStore(tmp_path, cpu_bytes=1 << 20)) as engine:
+        chunks = engine.add([random_ids(40)])
+        want = engine.generate(chunks, QUESTION, **NO_END).token_ids
+    with engine_with(store=TieredStore(tmp_path, cpu_bytes=1 << 20)) as engine:
+        key = engine.documents.key(chunks[0])
+        assert engine.store.where([key]) == {key: "disk"}
+        found = []
+        with line_held(engine.scheduler):
+            asking = threading.Thread(target=lambda: found.append(engine.generate(chunks, QUESTION, **NO_END)))
+            asking.start()
+            begin = time.monotonic()
+            while engine.store.where([key]) == {key: "disk"} and time.monotonic() < begin + 30:
+                time.sleep(0.001)
+            assert engine.store.where([key]) == {key: "cpu"}
+        asking.join(30)
+        assert found[0].token_ids == want
+
+
+def test_deadlines():
+    engine = engine_with()
+    chunks = engine.add([random_ids(20)])
+    engine.generate(chunks, QUESTION, deadline_s=60, **NO_END)
+
+    def slowly(ids, scores):
+        time.sleep(0.02)
+        return scores
+
+    with pytest.raises(DeadlineError, match="not done at its deadline"):
+        engine.generate(
+            chunks, QUESTION, deadline_s=0.2, logits_processor=[slowly], max_new_tokens=200, eos_token_id=None
+        )
+    with line_held(engine.scheduler), pytest.raises(DeadlineError, match="turn had not come"):
+        in_thread(lambda: engine.generate(chunks, QUESTION, deadline_s=0.05))
+    with pytest.raises(DeadlineError):
+        engine.generate(chunks, QUESTION, deadline_s=1e-9, num_beams=2, max_new_tokens=3)
+    assert engine.scheduler.stats().running == engine.scheduler.stats().waiting == 0
+    assert not engine.runner.steps()._seats
+
+
+def in_thread(call):
+    found = []
+
+    def run():
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def test_all_that_is_begun_gives_back_what_it_holds(engine_of_bundled):
+    engine, line = engine_of_bundled, engine_of_bundled.scheduler
+    chunks = engine.add(["Clearport lies on the river Arn."])
+    engine.fuse(chunks, "Where?")
+    assert line.stats().running == 0
+    engine.generate(chunks, "Where?", num_beams=2, max_new_tokens=3)
+    assert line.stats().running == 0
+    stream = engine.stream(chunks, "Where?", max_new_tokens=5, eos_token_id=None)
+    assert line.stats().running == 0  # nothing is computed yet
+    next(stream)
+    assert line.stats().running == 1
+    stream.close()
+    assert line.stats().running == 0
+    stream = engine.stream(chunks, "Where?", max_new_tokens=5, eos_token_id=None)
+    next(stream)
+    del stream
+    assert line.stats().running == 0
+    past = engine.generate(chunks, "Where?", max_new_tokens=3, keep_past=True).past
+    assert "".join(engine.stream([], "And?", past=past, max_new_tokens=3)) is not None
+    assert line.stats().running == 0
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(chunks, "Where?", logits_processor=[lambda ids, scores: 1 / 0])
+    assert line.stats().running == 0
+
+
+@pytest.fixture
+def engine_of_bundled():
+    return Engine(*bundled.load())
+
+
+def test_a_call_within_a_turn_of_the_model_does_not_wait():
+    """Whoever holds the model would wait for those who wait for it."""
+    engine = engine_with()
+    chunks = engine.add([random_ids(20)])
+    want = engine.generate(chunks, QUESTION, **NO_END).token_ids
+    with line_held(engine.scheduler), engine.runner.turn():
+        assert engine.generate(chunks, QUESTION, **NO_END).token_ids == want
+
+
+def test_a_line_for_several_engines():
+    line = Scheduler(at_once=1)
+    one, other = (
+        Engine(tiny_model(seed=seed), template=TEMPLATE, method=LegoLink(4), scheduler=line) for seed in (0, 1)
+    )
+    calls = [lambda engine=engine: engine.generate([random_ids(20)], QUESTION, **NO_END) for engine in (one, other)]
+    want = [call().token_ids for call in calls]
+    line.at_once = 2
+    assert [answer.token_ids for answer in at_once(one, calls)] == want
+    assert line.stats().namespaces[""].done == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"priority": "high"}, ArgumentTypeError),
+        ({"deadline_s": 0}, ArgumentError),
+        ({"deadline_s": "soon"}, ArgumentError),
+    ],
+)
+def test_bad_arguments_are_named(engine, options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        engine.stream([random_ids(5)], QUESTION, **options)
+
+
+def test_what_never_fits_is_refused(engine):
+    engine.scheduler = Scheduler(memory_bytes=30 * TOKEN_BYTES)
+    assert engine.generate([random_ids(5)], QUESTION, max_new_tokens=5)
+    with pytest.raises(OverloadedError, match="give fewer chunks"):
+        engine.generate([random_ids(30)], QUESTION, max_new_tokens=5)
+    with pytest.raises(ArgumentTypeError, match="must be a ragkv"):
+        Engine(engine.model, scheduler="fair")

@@ -1,0 +1,229 @@
+"""The line: who begins when, what is waited for, and that nobody is left in it."""
+
+import gc
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from ragkv import ArgumentError, ArgumentTypeError, DeadlineError, OverloadedError, RagKVError, Scheduler
+from ragkv.scheduling import scheduler as module
+from ragkv.scheduling.policies import FirstComeFirstServed
+from ragkv.scheduling.ticket import Ticket
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_S", 0.005)
+
+
+class Asking(threading.Thread):
+    """Somebody who asks: computes until told that it is done, answers until told that it is over."""
+
+    def __init__(self, line, ticket):
+        super().__init__(daemon=True)
+        self.line, self.ticket, self.error = line, ticket, None
+        self.began, self.computed, self.over = threading.Event(), threading.Event(), threading.Event()
+        before = line.stats().waiting + line.stats().running
+        self.start()
+        while self.error is None and self.is_alive() and line.stats().waiting + line.stats().running == before:
+            time.sleep(0.001)
+
+    def run(self):
+        try:
+            with ExitStack() as stack:
+                with self.line.turn(self.ticket, stack):
+                    self.began.set()
+                    self.computed.wait(30)
+                self.over.wait(30)
+        except Exception as error:
+            self.error = error
+
+    def end(self):
+        self.computed.set()
+        self.over.set()
+        self.join(30)
+        assert not self.is_alive()
+
+
+def test_one_prompt_is_computed_at_a_time_while_others_are_answered():
+    line = Scheduler()
+    first, second, third = (Asking(line, Ticket("", 10)) for _ in range(3))
+    assert first.began.wait(10) and not second.began.wait(0.05)
+    first.computed.set()
+    assert second.began.wait(10) and not third.began.is_set()  # and the first one is still answered
+    assert line.stats().running == 2
+    for one in (second, third, first):
+        one.end()
+    assert line.stats().running == line.stats().waiting == 0
+    assert line.stats().namespaces[""].done == 3
+
+
+def test_a_higher_priority_goes_first():
+    line = Scheduler()
+    asked = [Asking(line, Ticket("", 10, priority=priority)) for priority in (0, 0, 5, 1)]
+    for number in (0, 2, 3, 1):
+        assert asked[number].began.wait(10)
+        assert sum(one.began.is_set() and one.is_alive() for one in asked) == 1
+        asked[number].end()
+
+
+def test_at_once():
+    line = Scheduler(at_once=2)
+    asked = [Asking(line, Ticket("", 10)) for _ in range(3)]
+    for one in asked[:2]:
+        assert one.began.wait(10)
+        one.computed.set()
+    assert not asked[2].began.wait(0.05)
+    asked[1].end()
+    assert asked[2].began.wait(10)
+    asked[0].end()
+    asked[2].end()
+
+
+def test_memory_is_never_promised_twice():
+    line = Scheduler(memory_bytes=100)
+    asked = [Asking(line, Ticket("", 10, needs_bytes=needs)) for needs in (60, 50, 10)]
+    assert asked[0].began.wait(10)
+    asked[0].computed.set()
+    assert not asked[1].began.wait(0.05) and not asked[2].began.is_set()  # it would fit, but its turn has not come
+    assert line.stats().bytes == 60
+    asked[0].end()
+    assert asked[1].began.wait(10)
+    for one in asked[1:]:
+        one.end()
+    with pytest.raises(OverloadedError, match="more than memory_bytes=100"), ExitStack() as stack:
+        line.turn(Ticket("", 10, needs_bytes=101), stack).__enter__()
+    assert line.stats().bytes == 0
+
+
+def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
+    free = [100]
+    monkeypatch.setattr(module, "free_bytes", lambda device: free[0])
+    line = Scheduler()
+    first = Asking(line, Ticket("", 10, needs_bytes=1000, answer_bytes=30))  # nobody would give anything back
+    assert first.began.wait(10)
+    first.computed.set()
+    second = Asking(line, Ticket("", 10, needs_bytes=60, answer_bytes=10))
+    assert not second.began.wait(0.05)  # 30 are promised to the first one's answer, a fifth is kept
+    free[0] = 113
+    assert second.began.wait(10)
+    first.end()
+    second.end()
+
+
+def test_deadline_stop_and_time_limit_end_waiting():
+    line = Scheduler(wait_s=0.1)
+    first = Asking(line, Ticket("a", 10))
+    assert first.began.wait(10)
+    stopped = threading.Event()
+    late = Asking(line, Ticket("b", 10, deadline_s=time.perf_counter() + 0.03))
+    unwanted = Asking(line, Ticket("b", 10, stop=stopped))
+    patient = Asking(line, Ticket("b", 10))
+    stopped.set()
+    for one in (late, unwanted, patient):
+        one.join(10)
+    assert isinstance(late.error, DeadlineError) and isinstance(late.error, TimeoutError)
+    assert type(unwanted.error) is RagKVError and "stopped" in str(unwanted.error)
+    assert isinstance(patient.error, OverloadedError) and "after 0.1 s" in str(patient.error)
+    first.end()
+    assert line.stats().waiting == 0 and line.stats().namespaces["b"].refused == 3
+
+
+def test_an_answer_past_its_deadline_is_ended():
+    line, ticket = Scheduler(), Ticket("", 10, deadline_s=time.perf_counter() + 0.02)
+    with pytest.raises(DeadlineError, match="not done at its deadline"), ExitStack() as stack:
+        with line.turn(ticket, stack):
+            pass
+        line.spoken(ticket, 1)
+        time.sleep(0.03)
+        line.spoken(ticket, 1)
+    assert line.stats().running == 0 and line.stats().namespaces[""].output_tokens == 2
+
+
+def test_who_holds_what_it_waits_for_is_told_so():
+    line = Scheduler(at_once=1)
+    with ExitStack() as stack:
+        with line.turn(Ticket("", 10), stack):
+            pass
+        with pytest.raises(OverloadedError, match="1 answers that the same thread reads"):
+            line.turn(Ticket("", 10), stack).__enter__()
+    assert line.stats().running == line.stats().waiting == 0
+
+
+def test_what_fails_gives_all_back_at_once():
+    line = Scheduler(at_once=1)
+    with ExitStack() as stack:
+        with pytest.raises(ZeroDivisionError), line.turn(Ticket("", 10), stack):
+            raise ZeroDivisionError
+        with line.turn(Ticket("", 10), stack):
+            pass
+    assert line.stats().namespaces[""].done == 2
+
+
+def test_an_answer_that_becomes_garbage_within_the_line_leaves_it():
+    """Wherever garbage is collected: here while the line is looked at."""
+
+    class Collects(FirstComeFirstServed):
+        def next(self, waiting):
+            gc.collect()
+            return super().next(waiting)
+
+    def answer(line):
+        with ExitStack() as stack:
+            with line.turn(Ticket("", 10), stack):
+                pass
+            yield
+
+    line, circle = Scheduler(Collects()), []
+    gc.disable()
+    try:
+        circle += [answer(line), circle]
+        next(circle[0])
+        assert line.stats().running == 1
+        del circle
+        with ExitStack() as stack, line.turn(Ticket("", 10), stack):
+            pass
+    finally:
+        gc.enable()
+    assert line.stats().running == 0 and line.stats().namespaces[""].done == 2
+
+
+def test_a_fork_begins_with_an_empty_line(forked):
+    line = Scheduler(at_once=1)
+    with ExitStack() as stack, line.turn(Ticket("", 10), stack):
+
+        def child():
+            with ExitStack() as own, line.turn(Ticket("", 10), own):
+                return line.stats().running
+
+        assert forked(child) == "1"
+    assert line.stats().running == 0
+
+
+def test_figures_of_many_namespaces_are_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_NAMESPACES", 5)
+    line = Scheduler()
+    with ExitStack() as held, line.turn(Ticket("first", 10), held):
+        pass
+    for number in range(20):
+        with ExitStack() as stack, line.turn(Ticket(str(number), 10), stack):
+            pass
+    assert len(line.stats().namespaces) <= 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"policy": "lifo"}, ArgumentError),
+        ({"policy": 5}, ArgumentTypeError),
+        ({"at_once": 0}, ArgumentError),
+        ({"memory_bytes": 1.5}, ArgumentTypeError),
+        ({"wait_s": -1}, ArgumentError),
+        ({"wait_s": "long"}, ArgumentError),
+    ],
+)
+def test_bad_options_are_named(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        Scheduler(**options)
