@@ -71,9 +71,9 @@ def main() -> None:
     for _ in range(args.rounds):
         alone_s, turns = one_by_one(engine, asked, **options)
         steps = engine.runner.steps()
-        before = steps.steps, steps.prompts
+        before = steps.sizes.total(), sum(steps.sizes.elements())
         many_s, firsts = together(engine, asked, **options)
-        served = (steps.prompts - before[1]) / (steps.steps - before[0])
+        served = (sum(steps.sizes.elements()) - before[1]) / (steps.sizes.total() - before[0])
         first = max(b / a for a, b in zip(turns, sorted(firsts), strict=True))
         rounds.append({"alone_s": alone_s, "many_s": many_s, "first": first, "served": served})
         print(

@@ -82,7 +82,7 @@ class Background:
             try:
                 work(self._closing)
             except Exception as error:
-                logger.warning("%s gave up: %r", self._name, error)
+                logger.warning("%s gave up: %s", self._name, repr(error))
             del work  # and all that it holds
 
 

@@ -30,7 +30,7 @@ from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.prompting import Prompting, Request, scheduling
-from ragkv.report import Answer, AnswerStream, FusedPrompt
+from ragkv.report import Answer, AnswerStream, EngineStats, FusedPrompt
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side
@@ -239,6 +239,11 @@ class Engine:
         Writes that PyTorch does not count are not: call this after ``parameter.data.copy_(...)`` and the like.
         """
         self.runner.refresh()
+
+    def stats(self) -> EngineStats:
+        """Requests by namespace, forwards by how many prompts they served, and the store's figures."""
+        forwards = dict(sorted(self.runner.steps(self.documents.kernels).sizes.items()))
+        return EngineStats(self.scheduler.stats(), forwards, self.store.stats())
 
     def close(self) -> None:
         """Close the store. A check of the gate ends at its next piece."""

@@ -250,12 +250,12 @@ class Prompting:
             except ModelChangedError as error:
                 if past is not None:
                     raise  # what was said was computed by another model
-                logger.warning("fusing again: %s", error)
+                logger.warning("fusing again: %s", str(error))
             except RecordError as error:
                 if str(error) in damaged:
                     raise  # it was not dropped
                 damaged.add(str(error))
-                logger.warning("reading chunks again: %s", error)
+                logger.warning("reading chunks again: %s", str(error))
         return once()
 
     def _placed(self, begins: tuple[int, ...], namespace: str | None) -> Documents:

@@ -17,6 +17,8 @@ from ragkv.fusion.timing import Timer
 from ragkv.logprobs import Logprobs, TokenLogprob
 from ragkv.model.schema import Schema
 from ragkv.past import Past
+from ragkv.scheduling.scheduler import SchedulerStats
+from ragkv.store import StoreStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,6 +167,21 @@ class FusedPrompt:
     fingerprint: str
     past: Past | None = None
     spoken: Callable[[int], object] = lambda tokens: None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine did since it was made, or its model was first used.
+
+    Attributes:
+        line: its scheduler's figures.
+        forwards: how many forwards of the model served so many prompts at once.
+        store: what its store holds and did.
+    """
+
+    line: SchedulerStats
+    forwards: dict[int, int]
+    store: StoreStats
 
 
 @dataclass

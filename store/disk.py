@@ -93,7 +93,7 @@ class DiskTier(Tier):
                 try:
                     there = None if self._known_damaged(key) else snapshot.find(key, self.now())
                 except RecordError as error:
-                    logger.warning("dropped the damaged record %s: %s", key.hex(), error)
+                    logger.warning("dropped the damaged record %s: %s", key.hex(), str(error))
                     self.damaged(key)
                     continue
                 if there is not None:
@@ -237,7 +237,7 @@ class DiskTier(Tier):
         try:
             self.flush(done)
         except StoreError as error:
-            logger.warning("how often entries were used could not be written down: %s", error)
+            logger.warning("how often entries were used could not be written down: %s", str(error))
         finally:
             self.environment.close()
 

@@ -239,7 +239,7 @@ def _save(old: DiskTier, new: DiskTier, key: bytes) -> bool:
     try:
         loaded = load(old, key)
     except RecordError as error:
-        logger.warning("%s is lost: %s", key.hex(), error)
+        logger.warning("%s is lost: %s", key.hex(), str(error))
         return False
     if loaded is None:
         return False
@@ -257,7 +257,7 @@ def _entry(tier: DiskTier, key: bytes) -> Entry | None:
         found = snapshot.find(key, None)
         record = found[0] if found else None
     except RecordError as error:
-        logger.warning("the header of %s is damaged: %s", key.hex(), error)
+        logger.warning("the header of %s is damaged: %s", key.hex(), str(error))
     finally:
         snapshot.close()
     return Entry(

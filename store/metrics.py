@@ -11,7 +11,39 @@ from ragkv.store.tiered import TieredStore
 _BUCKETS_S = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 
 
-class StoreCollector:
+class Collector:
+    """Gives numbers to Prometheus.
+
+    Args:
+        registry: a ``prometheus_client.CollectorRegistry`` to register with; None to do that yourself.
+
+    Raises:
+        StoreError: ``prometheus-client`` is not installed.
+    """
+
+    def __init__(self, registry: Any = None) -> None:
+        try:
+            from prometheus_client import core
+        except ImportError as error:
+            raise StoreError(
+                "metrics need prometheus-client. Install it with: pip install prometheus-client"
+            ) from error
+        self._core: Any = core
+        if registry is not None:
+            registry.register(self)
+
+    def describe(self) -> list[Any]:
+        """Nothing, so that registering reads nothing."""
+        return []
+
+    def _family(self, kind: str, name: str, text: str, values: Mapping[str, float], label: str) -> Any:
+        family = getattr(self._core, f"{kind}MetricFamily")(name, text, labels=[label])
+        for value_of, value in values.items():
+            family.add_metric([value_of], value)
+        return family
+
+
+class StoreCollector(Collector):
     """Reads a store's :meth:`TieredStore.stats` whenever Prometheus asks.
 
     Args:
@@ -23,27 +55,15 @@ class StoreCollector:
     """
 
     def __init__(self, store: TieredStore, registry: Any = None) -> None:
-        try:
-            from prometheus_client import core
-        except ImportError as error:
-            raise StoreError(
-                "metrics need prometheus-client. Install it with: pip install prometheus-client"
-            ) from error
         self._store = store
-        self._core: Any = core
-        if registry is not None:
-            registry.register(self)
-
-    def describe(self) -> list[Any]:
-        """Nothing, so that registering does not read the store."""
-        return []
+        super().__init__(registry)
 
     def collect(self) -> Iterator[Any]:
         """The metrics now."""
         stats = self._store.stats()
-        yield self._family("Gauge", "ragkv_store_entries", "Chunks stored.", stats.entries)
-        yield self._family("Gauge", "ragkv_store_bytes", "Bytes of the chunks stored.", stats.bytes)
-        yield self._family("Counter", "ragkv_store_hits", "Reads that found their chunk.", stats.hits)
+        yield self._family("Gauge", "ragkv_store_entries", "Chunks stored.", stats.entries, "tier")
+        yield self._family("Gauge", "ragkv_store_bytes", "Bytes of the chunks stored.", stats.bytes, "tier")
+        yield self._family("Counter", "ragkv_store_hits", "Reads that found their chunk.", stats.hits, "tier")
         yield self._core.CounterMetricFamily("ragkv_store_misses", "Reads that found nothing.", stats.misses)
         yield self._core.CounterMetricFamily("ragkv_store_tokens_hit", "Tokens found.", stats.tokens_hit)
         yield self._core.CounterMetricFamily("ragkv_store_puts", "Chunks stored so far.", stats.puts)
@@ -68,9 +88,3 @@ class StoreCollector:
             for reason, count in reasons.items():
                 evictions.add_metric([tier, reason], count)
         yield evictions
-
-    def _family(self, kind: str, name: str, text: str, values: Mapping[str, float], label: str = "tier") -> Any:
-        family = getattr(self._core, f"{kind}MetricFamily")(name, text, labels=[label])
-        for value_of, value in values.items():
-            family.add_metric([value_of], value)
-        return family

@@ -229,7 +229,7 @@ class Tiers:
 
     def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
         """Forgets a record that proved damaged in a tier, so that its next read there is a miss."""
-        logger.warning("dropped the damaged record %s: %s", key.hex(), error)
+        logger.warning("dropped the damaged record %s: %s", key.hex(), str(error))
         self._forget_above([key])
         with self._spared(self.named[tier]):
             self.named[tier].damaged(key)
@@ -307,9 +307,9 @@ class Tiers:
                     try:
                         tier.admit([prepared._replace(terms=terms, usage=row.usage)])
                     except StoreFullError as error:
-                        logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, error)
+                        logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, str(error))
         except Exception as error:
-            logger.warning("%s is not kept above %s: %r", offer.key.hex(), origin.name, error)
+            logger.warning("%s is not kept above %s: %s", offer.key.hex(), origin.name, repr(error))
 
     def _forget_above(self, keys: Sequence[bytes]) -> None:
         with self.lock:
@@ -324,7 +324,7 @@ class Tiers:
         except Exception as error:
             if tier not in self.behind:
                 raise
-            logger.warning("the tier %s failed: %r", tier.name, error)
+            logger.warning("the tier %s failed: %s", tier.name, repr(error))
 
     def _catch_up(self) -> None:
         """Drops from above what another process has removed from home."""

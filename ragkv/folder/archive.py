@@ -128,7 +128,7 @@ class Writer:
 
     def pass_over(self, name: str, error: RagKVError) -> None:
         """Name what is damaged, and go on without it."""
-        logger.warning("%s is not exported: %s", name, error)
+        logger.warning("%s is not exported: %s", name, str(error))
         self.damaged.append(name)
 
     @property

@@ -243,7 +243,7 @@ class CataloguedDocuments:
             if made:
                 self._catalogue.keep(made)
         except StoreError as error:  # full, or open for reading only: it is found out again next time
-            logger.warning("how documents are read could not be kept: %s", error)
+            logger.warning("how documents are read could not be kept: %s", str(error))
 
     def chunks(self, hits: Sequence[Hit]) -> list[Chunk]:
         """The chunks of passages that were found, each in the context of its document; also those that are too long for the model.
@@ -312,7 +312,7 @@ def _parsed(reading: Reading, listed: Document) -> ChunkedDocument | None:
     try:
         document = ChunkedDocument.from_bytes(reading.record)
     except RecordError as error:
-        logger.warning("how %s is read is damaged, and found out anew: %s", listed.source, error)
+        logger.warning("how %s is read is damaged, and found out anew: %s", listed.source, str(error))
         return None
     ids = listed.id, source_id(listed.source)
     return document if len(document) == len(listed.passage_ids) and document.id in ids else None

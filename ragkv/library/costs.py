@@ -44,7 +44,7 @@ def known_costs(reader: Reader, store: TieredStore) -> CostProfile | None:
         known = store.meta_get(_name(reader))
         return None if known is None else CostProfile.from_bytes(known)
     except RecordError as error:
-        logger.warning("measuring prefill times again: %s", error)
+        logger.warning("measuring prefill times again: %s", str(error))
         return None
 
 
@@ -54,7 +54,7 @@ def measured_costs(reader: Reader, store: TieredStore, most_tokens: int, limit_s
     try:
         store.meta_put(_name(reader), profile.to_bytes())
     except StoreError as error:  # full, or open for reading only
-        logger.warning("prefill times are used but not stored: %s", error)
+        logger.warning("prefill times are used but not stored: %s", str(error))
     return profile
 
 

@@ -338,7 +338,7 @@ class Documents:
         try:
             self._put(reader, {item.key: item for item in items if item.key in stored})
         except StoreError as error:  # full, or open for reading only
-            logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), error)
+            logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), str(error))
         self._settle({key: chunks[key] for key in stored})
 
     def plan_repair(self, old: Sequence[Chunk], new: ChunkedDocument, behind_tokens: int) -> Repair | None:

@@ -62,7 +62,7 @@ def measure_loading(documents: Documents, limit_s: float) -> dict[str, Loading]:
             read = {"disk": sample.loading(disk, "disk", folder / "data.mdb"), PAGE_CACHE: sample.loading(disk, "disk")}
         return measured | read
     except (StoreError, OSError) as error:  # full, say
-        logger.warning("the disk is not measured: nothing can be written to %s: %s", store.path, error)
+        logger.warning("the disk is not measured: nothing can be written to %s: %s", store.path, str(error))
         return measured
 
 

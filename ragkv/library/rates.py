@@ -56,7 +56,7 @@ def measured_rates(documents: Documents, limit_s: float = 10.0, again: bool = Fa
     try:
         store.meta_put(name, loading_to_bytes(tiers))
     except StoreError as error:  # full, or open for reading only
-        logger.warning("measured rates are used but not stored: %s", error)
+        logger.warning("measured rates are used but not stored: %s", str(error))
     rates = _found.setdefault(store, {})[name] = Rates(costs, tiers, reader.piece_tokens, _beside(documents))
     return rates
 
@@ -82,7 +82,7 @@ def _kept(documents: Documents, name: str) -> Rates | None:
         tiers: dict[str, Loading] = loading_from_bytes(data)
         return Rates(costs, tiers, documents.reader.piece_tokens, _beside(documents))
     except (RecordError, StoreError) as error:
-        logger.warning("measured rates are not used: %s", error)
+        logger.warning("measured rates are not used: %s", str(error))
         return None
 
 

@@ -43,7 +43,7 @@ class StoreRecords:
         try:
             return None if data is None else ChunkedDocument.from_bytes(unseal(name.encode(), data))
         except RecordError as error:
-            logger.warning("the record of document %s is lost: %s", document_id, error)
+            logger.warning("the record of document %s is lost: %s", document_id, str(error))
             return None
 
     def holds(self, chunks: Mapping[bytes, Chunk]) -> set[bytes]:

@@ -45,7 +45,7 @@ def codec_bytes(documents: Documents) -> dict[str, float]:
         try:
             sizes[codec] = token_bytes(documents, codec)
         except StoreError as error:
-            logger.info("%s is left out: %s", codec, error)
+            logger.info("%s is left out: %s", codec, str(error))
     return sizes
 
 

@@ -8,6 +8,7 @@ take the others' tokens along (Sarathi-Serve, OSDI'24). Who is alone waits for n
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -92,13 +93,11 @@ class Steps:
 
     Attributes:
         decoder, turn: as given.
-        steps: forwards so far.
-        prompts: in all of them together: over ``steps``, how many were served at once.
+        sizes: how many forwards so far served so many prompts at once.
     """
 
     def __init__(self, decoder: Decoder, turn: Callable[[], AbstractContextManager[str]]):
-        self.steps: int = 0
-        self.prompts: int = 0
+        self.sizes: Counter[int] = Counter()
         self.turn: Callable[[], AbstractContextManager[str]] = turn
         self.decoder: Decoder = decoder
         self._step_s = 0.0
@@ -222,8 +221,7 @@ class Steps:
         served = [one for one in batch if one.done]
         with self._changed:
             self._waiting = [*(one for one in batch if not one.done), *self._waiting]
-            self.steps += bool(served)
-            self.prompts += len(served)
+            self.sizes.update([len(served)] if served else [])
             self._step_s, now = seconds, perf_counter()
             for one in served:
                 if one.seat is not None:

@@ -119,4 +119,4 @@ def keep(facts: Facts, name: str, key: bytes, data: bytes) -> None:
     try:
         facts.meta_put(name, seal(key, data))
     except StoreError as error:  # full, or open for reading only
-        logger.info("%s is not kept: %s", name, error)
+        logger.info("%s is not kept: %s", name, str(error))

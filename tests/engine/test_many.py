@@ -48,10 +48,10 @@ def test_fuse_many_is_fuse_for_each(engine, method):
     asked = [([chunks[n % 3], chunks[(n + 1) % 3]], random_ids(5 + n)) for n in range(4)]
     want = [engine.fuse(*one, method=method) for one in asked]
     steps = engine.runner.steps()
-    before = steps.steps
+    before = steps.sizes.total()
     got = engine.fuse_many(asked, method=method)
     if method != "cache-blend:ratio=0.3":  # whose passes narrow with depth
-        assert steps.steps - before < 4 * (2 if "aware" in method else 1)
+        assert steps.sizes.total() - before < 4 * (2 if "aware" in method else 1)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
         assert (a.report.budget, a.report.hits) == (b.report.budget, b.report.hits)

@@ -18,6 +18,7 @@ from ragkv import (
     TieredStore,
     bundled,
 )
+from ragkv.metrics import EngineCollector
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
 from ragkv.testing import random_ids, tiny_model
@@ -264,3 +265,24 @@ def test_what_never_fits_is_refused(engine):
         engine.generate([random_ids(30)], QUESTION, max_new_tokens=5)
     with pytest.raises(ArgumentTypeError, match="must be a ragkv"):
         Engine(engine.model, scheduler="fair")
+
+
+def test_figures(engine):
+    client = pytest.importorskip("prometheus_client")
+    registry = client.CollectorRegistry()
+    EngineCollector(engine, registry)
+    chunks = engine.add([random_ids(20)])
+    for _ in range(2):
+        engine.generate(chunks, QUESTION, namespace="mine", **NO_END)
+    stats = engine.stats()
+    assert stats.line.namespaces["mine"].done == 2 and stats.store.puts > 0
+    assert sum(stats.forwards.values()) > 10 and min(stats.forwards) == 1
+    value = registry.get_sample_value
+    assert value("ragkv_output_tokens_total", {"namespace": "mine"}) == 12
+    assert value("ragkv_requests_done_total", {"namespace": "mine"}) == 2
+    assert value("ragkv_requests_waiting", {"namespace": "mine"}) == 0
+    assert value("ragkv_service_seconds_total", {"namespace": "mine"}) > 0
+    assert value("ragkv_prompts_bytes") == 0
+    assert value("ragkv_forward_prompts_count") == sum(stats.forwards.values())
+    assert value("ragkv_forward_prompts_bucket", {"le": "1"}) == stats.forwards[1]
+    assert value("ragkv_forward_prompts_sum") == sum(size * n for size, n in stats.forwards.items())

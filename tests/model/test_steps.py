@@ -69,12 +69,12 @@ def test_alone_or_among_others_the_same_answer(engine, patient):
     asked = requests(engine)
     alone = [answered(engine, request) for request in asked]
     steps = engine.runner.steps()
-    before = steps.steps, steps.prompts
+    before = steps.sizes.total(), sum(steps.sizes.elements())
     together = at_once(lambda request: answered(engine, request), asked)
     for (ids, scores), (others, other) in zip(alone, together, strict=True):
         assert ids == others
         assert float((scores - other).abs().max()) < 1e-4
-    served = (steps.prompts - before[1]) / (steps.steps - before[0])
+    served = (sum(steps.sizes.elements()) - before[1]) / (steps.sizes.total() - before[0])
     assert served > 2  # they did run as one
 
 
@@ -118,7 +118,7 @@ def test_whoever_had_a_token_is_waited_for(engine, monkeypatch):
         engine.generate(*asked[number], logits_processor=[late], **NO_END)
 
     at_once(work, range(2))
-    assert steps.prompts - steps.steps >= NO_END["max_new_tokens"] - 1
+    assert sum(steps.sizes.elements()) - steps.sizes.total() >= NO_END["max_new_tokens"] - 1
 
 
 def test_who_was_late_is_not_waited_for(engine):
@@ -243,21 +243,28 @@ def test_the_model_is_compared_for_each_of_a_forward(engine):
             except ModelChangedError as error:
                 found[fingerprint] = error
 
-    now, before = engine.runner.fingerprint, steps.steps
+    now, before = engine.runner.fingerprint, steps.sizes.total()
     for thread in waiting(engine, run, [now, "of another model"]):
         thread.join(30)
-    assert steps.steps == before + 1
+    assert steps.sizes.total() == before + 1
     assert isinstance(found["of another model"], ModelChangedError)
     torch.testing.assert_close(found[now], engine.decoder.forward(one_row(engine)), atol=1e-4, rtol=1e-4)
 
 
-def test_rows_of_two_prompts_are_run_one_after_the_other(engine, monkeypatch):
-    steps, batches = engine.runner.steps(), []
+@pytest.mark.parametrize(("most", "batches"), [(5, [1, 1, 1]), (6, [2, 1]), (7, [2, 1]), (9, [3])])
+def test_a_step_has_so_many_rows_of_prompts(engine, monkeypatch, most, batches):
+    monkeypatch.setattr(module, "_STEP_TOKENS", most)
+    steps, ran = engine.runner.steps(), []
     real = steps._forward
-    monkeypatch.setattr(steps, "_forward", lambda batch, found: (batches.append(len(batch)), real(batch, found)))
-    for thread in waiting(engine, lambda _: steps.run(one_row(engine), engine.runner.fingerprint), range(3)):
+    monkeypatch.setattr(steps, "_forward", lambda batch, found: (ran.append(len(batch)), real(batch, found)))
+
+    def run(_):
+        rows = Rows(torch.tensor([5, 6, 7]), torch.arange(3), engine.decoder.cache(3))
+        steps.run(rows, engine.runner.fingerprint)
+
+    for thread in waiting(engine, run, range(3)):
         thread.join(30)
-    assert batches == [1, 1, 1]
+    assert ran == batches
 
 
 def test_a_model_that_does_not_pack_is_run_one_by_one(engine, monkeypatch):
