@@ -20,8 +20,8 @@ from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")
 _CLOSED = "nothing is answered any more: it is closed"
-# Questions of an event loop that are worked on at once: each holds its prompt's KV.
-_AT_ONCE = 8
+# Questions of an event loop that stand in the line, or are answered.
+_AT_ONCE = 32
 
 
 class Threads:
@@ -154,9 +154,7 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         stop.set()
 
 
-def side_by_side(
-    ask: Callable[..., Result], items: Sequence[Any], at_once: int = _AT_ONCE, **options: Any
-) -> list[Result]:
+def side_by_side(ask: Callable[..., Result], items: Sequence[Any], at_once: int = 8, **options: Any) -> list[Result]:
     """What ``ask`` gives for each item, in order, several worked on at a time.
 
     Args:

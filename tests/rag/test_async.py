@@ -13,6 +13,7 @@ import uvicorn
 
 from ragkv import RagKVError
 from ragkv.prompting import Prompting
+from ragkv.streaming import _AT_ONCE
 
 from .rags import QUESTION, open_rag
 
@@ -143,15 +144,15 @@ def test_questions_not_begun_are_told_of_the_end(rag, held):
     begun, go = held
 
     async def closed():
-        asked = [asyncio.ensure_future(rag.aask(QUESTION, max_new_tokens=2)) for _ in range(9)]
+        asked = [asyncio.ensure_future(rag.aask(QUESTION, max_new_tokens=2)) for _ in range(_AT_ONCE + 1)]
         asked += [asyncio.ensure_future(anext(rag.astream(QUESTION, max_new_tokens=2))) for _ in range(2)]
         while not begun.is_set():
             await asyncio.sleep(0.001)
         closing = asyncio.ensure_future(asyncio.to_thread(rag.close))
-        late = await asyncio.wait_for(asyncio.gather(*asked[8:], return_exceptions=True), 60)
+        late = await asyncio.wait_for(asyncio.gather(*asked[_AT_ONCE:], return_exceptions=True), 60)
         go.set()
         await closing
-        return late, await asyncio.gather(*asked[:8])
+        return late, await asyncio.gather(*asked[:_AT_ONCE])
 
     late, answers = asyncio.run(closed())
     assert [type(error) for error in late] == [RagKVError] * 3
