@@ -146,8 +146,8 @@ class Answering:
                 if report.new_tokens == 1:
                     report.first_token_ms = _ms(begin)
                 report.decode_ms = _ms(begin) - report.first_token_ms
-                yield token
                 prompt.spoken(1)
+                yield token
 
     @contextmanager
     def _turn(self, prompt: FusedPrompt) -> Iterator[None]:

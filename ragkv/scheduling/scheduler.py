@@ -5,14 +5,14 @@ There is no thread of its own: whoever asks waits, and whoever is done lets the 
 
 from __future__ import annotations
 
-import math
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from threading import RLock, get_ident
+from threading import RLock
 from time import perf_counter
+from weakref import WeakSet
 
 from ragkv.errors import (
     ArgumentError,
@@ -42,7 +42,7 @@ class Service:
         waiting: requests that wait.
         running: those whose prompt is computed, or whose answer is decoded.
         done: those that were let in and are over.
-        refused: those that gave up waiting: at a deadline, or because there was no room.
+        refused: those that were not let in: at a deadline, for want of room, or because nobody wanted them any more.
         waited_s: in the line, all together.
         served_s: from their beginning to their end, all together.
         reused_tokens: of their prompts, those that were stored.
@@ -93,7 +93,8 @@ class Scheduler:
         at_once: how many are answered at a time; by default as many as there is memory for.
         memory_bytes: what all prompts and answers may take together; by default four fifths of what is free, looked at when it is
             needed. A request waits for what the others give back.
-        wait_s: how long a request waits before it is refused with an OverloadedError.
+        wait_s: how long a request waits before it is refused with an OverloadedError. It would wait for ever for what streams hold
+            that its own thread has begun and does not read.
 
     Raises:
         ArgumentError, ArgumentTypeError: a value is out of range, or of another type.
@@ -105,7 +106,7 @@ class Scheduler:
         *,
         at_once: int | None = None,
         memory_bytes: int | None = None,
-        wait_s: float = math.inf,
+        wait_s: float = 3600.0,
     ):
         if isinstance(policy, str):
             if policy not in POLICIES:
@@ -122,9 +123,10 @@ class Scheduler:
         self._figures = OrderedDict[str, Service]()
         self._number = 0
         self._begin()
+        _all.add(self)
 
     def _begin(self) -> None:
-        self._process, self._lock, self._busy = os.getpid(), RLock(), False
+        self._lock, self._busy = RLock(), False
         self._waiting, self._running, self._gone = list[Ticket](), set[Ticket](), deque[Ticket]()
         self._first = self._computing = None
         for service in self._figures.values():
@@ -145,8 +147,6 @@ class Scheduler:
             OverloadedError: there is no room for it, or was none for too long.
             DeadlineError: nobody wants it any more.
         """
-        if self._process != os.getpid():
-            self._begin()  # in a fork: the threads that waited are not there
         stack.callback(self._leave, ticket)
         try:
             self._wait(ticket)
@@ -207,12 +207,7 @@ class Scheduler:
             self._gone.append(ticket)
 
     def _wait(self, ticket: Ticket) -> None:
-        if self.memory_bytes is not None and ticket.needs_bytes > self.memory_bytes:
-            raise OverloadedError(
-                f"prompt and answer take {ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}: give fewer "
-                "chunks, ask for a shorter answer, or allow more"
-            )
-        ticket.asked_s, ticket.thread = perf_counter(), get_ident()
+        ticket.asked_s = perf_counter()
         if self.policy.looks:
             ticket.reused = ticket.stored()
         with self._line():
@@ -221,6 +216,11 @@ class Scheduler:
             self.policy.joined(ticket, [*self._waiting, *self._running])
             self._waiting.append(ticket)
             self._of(ticket).waiting += 1
+        if self.memory_bytes is not None and ticket.needs_bytes > self.memory_bytes:
+            raise OverloadedError(
+                f"prompt and answer take {ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}: give fewer "
+                "chunks, ask for a shorter answer, or allow more"
+            )
         if not ticket.ready.is_set():
             ticket.prefetch()
         while not ticket.ready.wait(_LOOK_S):
@@ -238,12 +238,7 @@ class Scheduler:
                 )
             if ticket is self._first:
                 with self._line():  # for memory that has become free meanwhile
-                    mine = [other for other in self._running if other.thread == ticket.thread]
-                    if mine and len(mine) == len(self._running) and not ticket.ready.is_set():
-                        raise OverloadedError(
-                            f"what the prompt waits for is held by {len(mine)} answers that the same thread reads: end or close() "
-                            "their streams"
-                        )
+                    pass
 
     def _let_in(self) -> None:
         """Let those go that are gone, and those begin whose turn it is."""
@@ -304,3 +299,16 @@ class Scheduler:
             if idle is not None:
                 del self._figures[idle]
         return service
+
+
+_all: WeakSet[Scheduler] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """The threads that waited, or held the lock, are not there."""
+    for each in list(_all):
+        each._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

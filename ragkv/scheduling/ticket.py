@@ -34,7 +34,6 @@ class Ticket:
         overtaken: how many began before it and came later, as far as its policy counts them.
         ready: set when it may begin.
         asked_s, begun_s: ``perf_counter()`` at which it came, and began.
-        thread: that it waits in.
     """
 
     namespace: str
@@ -53,7 +52,6 @@ class Ticket:
     asked_s: float = 0.0
     begun_s: float = 0.0
     ready: Event = field(default_factory=Event)
-    thread: int = 0
 
     @property
     def computed(self) -> int:

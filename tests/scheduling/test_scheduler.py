@@ -95,7 +95,7 @@ def test_memory_is_never_promised_twice():
         one.end()
     with pytest.raises(OverloadedError, match="more than memory_bytes=100"), ExitStack() as stack:
         line.turn(Ticket("", 10, needs_bytes=101), stack).__enter__()
-    assert line.stats().bytes == 0
+    assert line.stats().bytes == 0 and line.stats().namespaces[""].refused == 1
 
 
 def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
@@ -142,12 +142,12 @@ def test_an_answer_past_its_deadline_is_ended():
     assert line.stats().running == 0 and line.stats().namespaces[""].output_tokens == 2
 
 
-def test_who_holds_what_it_waits_for_is_told_so():
-    line = Scheduler(at_once=1)
+def test_a_thread_that_waits_for_its_own_streams_is_told_in_the_end():
+    line = Scheduler(at_once=1, wait_s=0.05)
     with ExitStack() as stack:
         with line.turn(Ticket("", 10), stack):
             pass
-        with pytest.raises(OverloadedError, match="1 answers that the same thread reads"):
+        with pytest.raises(OverloadedError, match="1 wait, 1 are answered"):
             line.turn(Ticket("", 10), stack).__enter__()
     assert line.stats().running == line.stats().waiting == 0
 
@@ -195,6 +195,7 @@ def test_a_fork_begins_with_an_empty_line(forked):
     with ExitStack() as stack, line.turn(Ticket("", 10), stack):
 
         def child():
+            assert line.stats().running == 0
             with ExitStack() as own, line.turn(Ticket("", 10), own):
                 return line.stats().running
 
