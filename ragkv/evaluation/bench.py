@@ -60,7 +60,7 @@ class Outcome:
         ids: the prompt, ``[N]``.
         logits: next-token logits ``[1, V]``.
         reply: what the model says.
-        text: the reply as text.
+        text: the reply as text, with the blanks around it.
         report: of the fusion.
         ttft_ms: from the call to the first token.
     """
@@ -195,7 +195,7 @@ class Bench:
         return [self._outcome(*made, said) for made, said in zip(prompts, found, strict=True)]
 
     def _outcome(self, prompt: FusedPrompt, ttft_ms: float, said: Reply) -> Outcome:
-        text = cut(self.engine.encoder.decode(said.ids), stop_texts(self.engine.template.stop)).strip()
+        text = cut(self.engine.encoder.decode(said.ids), stop_texts(self.engine.template.stop))
         return Outcome(prompt.input_ids[0], prompt.logits, said, text, prompt.report, ttft_ms)
 
     def warm_up(self, case: Case) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ragkv.chunk import Chunk, digest
-from ragkv.evaluation import metrics
+from ragkv.evaluation import longbench, metrics
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks, Outcome
 from ragkv.evaluation.cases import Case
@@ -118,12 +118,14 @@ class Group:
 
 def _scores(answer: str, case: Case) -> Row:
     """What an answer is worth."""
+    own = longbench.score(case.kind, answer, case.answers, case.language, case.classes)
     return {
-        "answer": answer,
+        "answer": answer.strip(),
         "em": metrics.exact_match(answer, case.answers, case.language),
         "f1": metrics.f1(answer, case.answers, case.language),
         "rouge_l": metrics.rouge_l(answer, case.answers, case.language),
         "contained": metrics.contains(answer, case.answers, case.language),
+        **({} if own is None else {"longbench": own}),
     }
 
 
