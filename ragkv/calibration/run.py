@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ragkv.calibration import kept
@@ -27,6 +29,7 @@ from ragkv.errors import (
 from ragkv.methods import FullPrefill, Method
 from ragkv.methods.calibrated import LADDER
 from ragkv.methods.words import parse_method, words_of
+from ragkv.streaming import side_by_side
 
 
 @dataclass(frozen=True)
@@ -193,10 +196,10 @@ class _Run:
         )
 
     def _fewest(self) -> int:
-        test, cases = self._goal.test(), 1
-        while test.hopeless(cases):
-            cases += 1
-        return cases
+        test, most = self._goal.test(), 1
+        while test.hopeless(most):
+            most *= 2
+        return bisect_left(range(most), True, key=lambda cases: not test.hopeless(cases))
 
     def _row(self, trial: Trial, wanted: Sequence[str]) -> dict[str, Any] | None:
         """What was measured of a case, by candidate; ``None`` where it cannot be asked."""
@@ -222,15 +225,9 @@ class _Run:
 
     def _measured(self, trial: Trial, chunks: Sequence[Any], wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
         measure = self._answered if self._goal.metric == "f1" else self._fused
-        loss, row = measure(trial, chunks), dict[str, dict[str, Any]]()
-        for words in wanted:
-            try:
-                row[words] = loss(parse_method(words))
-            except (MethodError, UnsupportedModelError) as error:
-                row[words] = {"refused": " ".join(str(error).split())}
-        return row
+        return dict(zip(wanted, measure(trial, chunks, [parse_method(words) for words in wanted]), strict=True))
 
-    def _fused(self, trial: Trial, chunks: Sequence[Any]) -> Callable[[Method], dict[str, Any]]:
+    def _fused(self, trial: Trial, chunks: Sequence[Any], methods: Sequence[Method]) -> list[dict[str, Any]]:
         """Compares first tokens: nothing is decoded."""
 
         def fuse(method: Method) -> Any:
@@ -243,20 +240,26 @@ class _Run:
             off = {"kl": divergence(full, prompt.logits), "top1": 1 - same_top(full, prompt.logits)}
             return {**off, "budget": prompt.report.budget}
 
-        return loss
+        return [_unless_refused(loss, method) for method in methods]
 
-    def _answered(self, trial: Trial, chunks: Sequence[Any]) -> Callable[[Method], dict[str, Any]]:
-        """Compares greedy answers with the right ones."""
+    def _answered(self, trial: Trial, chunks: Sequence[Any], methods: Sequence[Method]) -> list[dict[str, Any]]:
+        """Compares greedy answers with the right ones; they are decoded side by side."""
         from ragkv.evaluation.metrics import f1
 
-        def answer(method: Method) -> Any:
-            options: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "do_sample": False, "num_beams": 1}
-            return trial.engine.generate(chunks, trial.question, method=method, **options)
+        def answer(method: Method, **stopping: Any) -> dict[str, Any]:
+            options = {"max_new_tokens": self._max_new_tokens, "do_sample": False, "num_beams": 1, **stopping}
+            made = trial.engine.generate(chunks, trial.question, method=method, **options)
+            return {"f1": f1(made.text, trial.answers), "budget": made.report.fusion.budget}
 
-        full = f1(answer(FullPrefill()).text, trial.answers)
+        full, *rows = side_by_side(partial(_unless_refused, answer), [FullPrefill(), *methods])
+        return [row if "refused" in row else {**row, "f1": full["f1"] - row["f1"]} for row in rows]
 
-        def loss(method: Method) -> dict[str, Any]:
-            made = answer(method)
-            return {"f1": full - f1(made.text, trial.answers), "budget": made.report.fusion.budget}
 
-        return loss
+def _unless_refused(measure: Callable[..., dict[str, Any]], method: Method, **options: Any) -> dict[str, Any]:
+    """A row, or that the model cannot run the method."""
+    try:
+        return measure(method, **options)
+    except (MethodError, UnsupportedModelError) as error:
+        if method == FullPrefill():
+            raise
+        return {"refused": " ".join(str(error).split())}

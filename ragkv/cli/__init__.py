@@ -17,8 +17,12 @@ __all__ = ["main"]
 #: Where a command does not stand in the module of its name.
 _MODULES = {"export": "exchange", "import": "exchange", "doctor": "info"}
 
-#: Commands that may work for hours, and keep what they have done.
-_KEEPING = ("add", "sync", "refresh", "import", "demo", "calibrate")
+#: Commands that may work for hours, and what is kept of what they did.
+_KEPT = {
+    **dict.fromkeys(("add", "sync", "refresh", "import", "demo"), "read"),
+    "calibrate": "measured",
+    "ask --batch": "answered",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        done = "measured" if args.command == "calibrate" else "read"
-        more = f"what was {done} is kept, and the same command goes on from there"
-        return _fail(f"interrupted: {more}" if args.command in _KEEPING else "interrupted", 130)
+        done = _KEPT.get("ask --batch" if getattr(args, "batch", None) else args.command)
+        more = f": what was {done} is kept, and the same command goes on from there"
+        return _fail(f"interrupted{more if done else ''}", 130)
     except BrokenPipeError:
         # Whoever read our output has left; python would complain once more while it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

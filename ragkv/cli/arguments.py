@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkv import __version__
-from ragkv.cli import calibrating, care, evaluating, filters, searching
-from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, schema_of_file, text_of_file
+from ragkv.cli import asking, calibrating, care, evaluating, filters, searching
+from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -88,37 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
     command("refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to.")
 
-    answering = (model, method, _storage(), bar, searching.options(), _answer())
-    ask = command("ask", *answering, summary="Answer a question over the documents that were added.")
-    ask.add_argument("question", type=_question, metavar="QUESTION", help="'-' reads it from the standard input")
-    ask.add_argument(
-        "--schema",
-        type=schema_of_file,
-        metavar="FILE",
-        help="the answer is JSON that fits the JSON schema in this file",
-    )
-    ask.add_argument(
-        "--logprobs",
-        type=at_least(1),
-        nargs="?",
-        const=True,
-        metavar="N",
-        help="with --json: log-probabilities of the answer's tokens, and of the N likeliest in the place of each",
-    )
-
-    care.page_option(ask, "--report", "write a page with the answer, its sources and a picture of what it cost")
-    chat = command(
-        "chat",
-        *answering,
-        summary="A conversation over the documents: a question a line. /help says what else a line may be.",
-    )
-    chat.add_argument("--sources", action="store_true", help="show behind each answer where it comes from")
-    chat.add_argument(
-        "--context-tokens",
-        type=at_least(1),
-        metavar="N",
-        help="the longest prompt with its answer; beyond it the oldest turns are dropped (default: the model's positions)",
-    )
+    asking.add_commands(command, model, method, _storage(), bar, searching.options())
 
     advise = command(
         "advise",
@@ -219,24 +188,6 @@ def _model() -> argparse.ArgumentParser:
     return model
 
 
-def _answer() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
-    )
-    options.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
-    )
-    options.add_argument(
-        "--lookup",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="compute N tokens that the prompt proposes along with each one: the same answer, sooner where it quotes",
-    )
-    return options
-
-
 def _bar() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
@@ -293,11 +244,3 @@ def _parsed_method(text: str) -> Method:
         return parse_method(text)
     except MethodError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _question(text: str) -> str:
-    if text == "-":
-        text = sys.stdin.read().strip() if sys.stdin is not None else ""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the question is blank")
-    return text

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ragkv.cli import show
+from ragkv.cli.answers import answered, as_dict, show_sources
 from ragkv.cli.arguments import folder
-from ragkv.cli.ask import answered, as_dict, show_sources
 from ragkv.cli.opening import open_rag, options_of, require_documents
 from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError

@@ -15,9 +15,10 @@ from typing import Any
 
 from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
-from ragkv.evaluation import Bench, Plan, evaluate, parse_arms, read_cases
+from ragkv.evaluation import Bench, Case, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.formats import brief
 from ragkv.evaluation.gates import Gate
+from ragkv.evaluation.longbench import data_set
 from ragkv.evaluation.report import page, tables, templates
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
 from ragkv.model.loading import BUNDLED, load_model
@@ -26,11 +27,13 @@ from ragkv.model.loading import BUNDLED, load_model
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     templates()  # hours of work should not end without a report
-    upwards = metric(args.metric or ("em" if args.max_new_tokens else "kl_chunks"))
+    upwards = metric(args.metric or "em")  # a name that is none is refused before anything is read
     arms = parse_arms(args.arms, args.budgets)
     form, cases = read_cases(
         CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words, args.retrieve, args.limit
     )
+    if args.metric is None:
+        upwards = metric(_counted(form, cases) if args.max_new_tokens else "kl_chunks")
     if args.instruction is None:
         args.instruction = brief(form, cases)
     plan = Plan(
@@ -67,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
         _show(result.summary, upwards)
         print(f"\nreport: {path}")
     return 130 if result.interrupted else 0
+
+
+def _counted(form: str, cases: Sequence[Case]) -> str:
+    """The metric by which answers to a data set are counted."""
+    return "longbench" if form == "LongBench" and data_set(cases[0].kind) is not None else "em"
 
 
 @contextmanager

@@ -68,7 +68,9 @@ def add_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="SHARE",
         help="shares of tokens at which methods are run (default: 0.05 0.1 0.15 0.3)",
     )
-    command.add_argument("--metric", help="what the plots show upwards (default: em; without answers kl_chunks)")
+    command.add_argument(
+        "--metric", help="what the plots show upwards (default: em; of LongBench its own; without answers kl_chunks)"
+    )
     command.add_argument(
         "--instruction",
         metavar="TEXT",

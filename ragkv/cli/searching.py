@@ -43,7 +43,7 @@ def options(
     group.add_argument("--min-score", type=parsed(_number), metavar="X", help="take no passage of a lower score")
     group.add_argument(
         "--where",
-        type=parsed(_condition),
+        type=parsed(condition),
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -54,14 +54,22 @@ def options(
     return parser
 
 
-def search_of(args: argparse.Namespace, rag: RAG) -> dict[str, Any]:
+def search_of(
+    args: argparse.Namespace, rag: RAG, namespace: str | None = None, where: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What the options say, for :meth:`RAG.retrieve`.
+
+    Args:
+        args: of the command.
+        rag: the folder.
+        namespace: where documents are found; the folder's own by default.
+        where: holds besides ``--where``.
 
     Raises:
         RagKVError: a source of ``--where`` names no document.
     """
     chosen = {name: getattr(args, name) for name in _OPTIONS}
-    conditions = [_meant(each, rag) for each in args.where]
+    conditions = [_meant(each, rag, namespace) for each in (*args.where, *([] if where is None else [where]))]
     return {**chosen, "where": {"$and": conditions} if conditions else None}
 
 
@@ -72,8 +80,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _condition(text: str) -> dict[str, Any]:
-    """A condition as :func:`ragkv.retrieval.where.condition` takes it."""
+def condition(text: str) -> dict[str, Any]:
+    """What a text says as a condition, as :func:`ragkv.retrieval.where.condition` takes it."""
     if text.lstrip().startswith("{"):
         return json.loads(text)
     match = _EXPRESSION.fullmatch(text)
@@ -87,7 +95,7 @@ def _condition(text: str) -> dict[str, Any]:
     return {name: value if isinstance(value, list) and sign == "=" else {_SIGNS[sign]: value}}
 
 
-def _meant(condition: dict[str, Any], rag: RAG) -> dict[str, Any]:
+def _meant(condition: dict[str, Any], rag: RAG, namespace: str | None) -> dict[str, Any]:
     """With the documents that a source means in the place of what they were called by."""
     from ragkv.errors import RagKVError
     from ragkv.retrieval.naming import matching, unknown
@@ -96,8 +104,8 @@ def _meant(condition: dict[str, Any], rag: RAG) -> dict[str, Any]:
     if not isinstance(test, dict) or not isinstance(test.get("$eq", test.get("$ne")), str):
         return condition
     (sign, target), *_ = test.items()
-    documents = rag.retriever.catalogue.documents(rag.engine.documents.namespace)
-    sources = [document.source for document in documents]
+    within = rag.engine.documents.namespace if namespace is None else namespace
+    sources = [document.source for document in rag.retriever.catalogue.documents(within)]
     meant = matching(sources, target)
     if not meant:
         raise RagKVError(unknown(sources, target, "'ragkv docs'"))

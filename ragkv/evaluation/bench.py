@@ -15,7 +15,7 @@ from ragkv.chunk import Chunk
 from ragkv.detokenizer import cut, stop_texts
 from ragkv.engine import Engine
 from ragkv.errors import MethodError, PromptError, PromptTooLongError, UnsupportedModelError
-from ragkv.evaluation.answering import Reply, reply
+from ragkv.evaluation.answering import Reply, replies
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
@@ -60,7 +60,7 @@ class Outcome:
         ids: the prompt, ``[N]``.
         logits: next-token logits ``[1, V]``.
         reply: what the model says.
-        text: the reply as text.
+        text: the reply as text, with the blanks around it.
         report: of the fusion.
         ttft_ms: from the call to the first token.
     """
@@ -187,17 +187,21 @@ class Bench:
         int(prompt.logits.argmax())  # waits for the device
         return prompt, (perf_counter() - begin) * 1e3
 
-    def run(self, chunks: Sequence[Chunk], case: Case, method: Method, rotated: bool = True) -> Outcome:
-        """Fuse and answer."""
-        prompt, ttft_ms = self.fuse(chunks, case, method, rotated)
-        said = reply(self.engine.decoder, prompt, self.gold_ids(case), self.ends, self.max_new_tokens)
-        text = cut(self.engine.encoder.decode(said.ids), stop_texts(self.engine.template.stop)).strip()
+    def answers(self, prompts: Sequence[tuple[FusedPrompt, float]], case: Case) -> list[Outcome]:
+        """What a case's prompts give that :meth:`fuse` made, answered side by side; their caches are used up."""
+        steps = self.engine.runner.steps(self.engine.documents.kernels)
+        fused = [prompt for prompt, _ in prompts]
+        found = replies(steps, fused, self.gold_ids(case), self.ends, self.max_new_tokens)
+        return [self._outcome(*made, said) for made, said in zip(prompts, found, strict=True)]
+
+    def _outcome(self, prompt: FusedPrompt, ttft_ms: float, said: Reply) -> Outcome:
+        text = cut(self.engine.encoder.decode(said.ids), stop_texts(self.engine.template.stop))
         return Outcome(prompt.input_ids[0], prompt.logits, said, text, prompt.report, ttft_ms)
 
     def warm_up(self, case: Case) -> None:
         """The first passes of a process are slow, and would be charged to whoever comes first."""
         for _ in range(2):
-            self.run([], case, FullPrefill())
+            self.answers([self.fuse([], case, FullPrefill())], case)
 
 
 def without_rotation(engine: Engine) -> Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ragkv.chunk import digest
 from ragkv.evaluation.errors import EvaluationError
@@ -29,6 +29,7 @@ class Case:
         gold: the chunks that the answer rests on, in document order; empty where the data does not say.
         ordered: the answer hangs on the order of the chunks, so that they are never shuffled.
         language: of the answers, one of :data:`ragkv.evaluation.metrics.LANGUAGES`.
+        classes: of which the answer is one, where the data is for classifying.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Case:
     gold: tuple[Place, ...] = ()
     ordered: bool = False
     language: str = "en"
+    classes: tuple[str, ...] = field(default=(), repr=False)  # no part of what is asked, nor of the fingerprint
 
     def __post_init__(self) -> None:
         if self.language not in LANGUAGES:

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ragkv.evaluation import longbench
 from ragkv.evaluation.cases import Case, Place, everything
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.evaluation.metrics import language_of
 from ragkv.evaluation.retrieving import retrieve
 
 Record = dict[str, Any]
-_PASSAGE = re.compile(r"^Passage \d+:\n", re.MULTILINE)
 _DOCUMENT = re.compile(r"^Document \d+:\n?", re.MULTILINE)
-#: Data sets of LongBench whose answers are summaries or reports.
-_LONG_ANSWERS = ("gov_report", "qmsum", "multi_news", "vcsum", "samsum", "dureader")
 _TOP_K = 5  # passages, where the data does not say which were retrieved
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -32,7 +30,7 @@ class Form:
         name: what people call it.
         fields: what a record of this form has.
         parse: what a record says: the fields of a :class:`Case`, or of ``documents`` some as texts that are not cut yet, and as
-            ``supporting`` the numbers of those that the answer rests on.
+            ``supporting`` the numbers of those that the answer rests on; ``lines``: they are cut between lines only.
         questions: a record with several questions as several records, for ``parse``.
         brief: whether its answers are a few words.
         pooled: whether all documents of the file are what a question is asked about, so that passages have to be retrieved.
@@ -61,8 +59,8 @@ def brief(name: str, cases: Sequence[Case]) -> str:
         name: of the form.
         cases: of the data.
     """
-    known = {form.name: form.brief for form in FORMS}[name] and cases[0].kind not in _LONG_ANSWERS
-    return _BRIEF[cases[0].language] if known else ""
+    known, data_set = {form.name: form.brief for form in FORMS}[name], longbench.data_set(cases[0].kind)
+    return _BRIEF[cases[0].language] if known and (data_set is None or data_set.brief) else ""
 
 
 def read_cases(
@@ -164,6 +162,24 @@ def cut(text: str, words: int) -> tuple[str, ...]:
     return (*chunks, " ".join(held)) if held or not chunks else tuple(chunks)
 
 
+def cut_lines(text: str, words: int) -> tuple[str, ...]:
+    """A text as chunks of at most ``words`` words, cut between lines, which stay as they are; only a longer line is cut itself."""
+    chunks: list[str] = []
+    held: list[str] = []
+    left = words
+    for line in text.strip("\n").split("\n"):
+        count = len(line.split())
+        if held and count > left:
+            chunks.append("\n".join(held))
+            held, left = [], words
+        if count > words:
+            chunks += cut(line, words)
+        else:
+            held.append(line)
+            left -= count
+    return tuple(chunk for chunk in (*chunks, "\n".join(held)) if chunk.strip()) or ("",)
+
+
 def _titled(title: Any, text: str) -> str:
     title = str(title or "").strip()
     return f"{title}\n{text}" if title else text
@@ -176,9 +192,11 @@ def _case(
     retrieved: Iterable[Place] | None = None,
     gold: Iterable[Place] = (),
     supporting: Collection[int] = (),
+    lines: bool = False,
     **rest: Any,
 ) -> Case:
-    documents = tuple(_chunks(text, words) if isinstance(text, str) else tuple(text) for text in documents)
+    parts = cut_lines if lines else _chunks
+    documents = tuple(parts(text, words) if isinstance(text, str) else tuple(text) for text in documents)
     places = everything(documents)
     return Case(
         id=str(rest.pop("id") or number),
@@ -193,17 +211,6 @@ def _case(
 def _chunks(text: str, words: int) -> tuple[str, ...]:
     text = text.strip()
     return (text,) if len(text.split()) <= words else cut(text, words)
-
-
-def _longbench(record: Record) -> dict[str, Any]:
-    return {
-        "documents": [piece for piece in _PASSAGE.split(record["context"]) if piece.strip()],
-        "id": record.get("_id"),
-        "kind": str(record.get("dataset") or "longbench"),
-        "question": str(record["input"]),
-        "answers": record["answers"],
-        "language": str(record.get("language") or "en"),
-    }
 
 
 def _cacheblend(record: Record) -> dict[str, Any]:
@@ -297,7 +304,7 @@ def _squad(record: Record) -> dict[str, Any]:
 FORMS = (
     Form("ragkv", ("question", "answers", "documents"), _native, brief=False),
     Form("CacheBlend", ("ctxs", "question", "answers"), _cacheblend),
-    Form("LongBench", ("input", "context", "answers"), _longbench),
+    Form("LongBench", ("input", "context", "answers"), longbench.parse),
     Form("MuSiQue", ("paragraphs", "question", "answer"), _musique),
     Form("HotpotQA or 2WikiMultihopQA", ("context", "question", "answer"), _hotpot),
     Form("RULER", ("input", "outputs"), _ruler, brief=False),

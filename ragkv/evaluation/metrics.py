@@ -65,12 +65,20 @@ def rouge_l(answer: str, gold: Sequence[str], language: str = "en") -> float:
     return _f_measure(_common_subsequence, answer, gold, language)
 
 
+def edit_similarity(answer: str, gold: str) -> float:
+    """1 less the share of characters to insert or remove that make the one of the other: twice their longest common subsequence
+    over both lengths. For code blanks count, too.
+    """
+    length = len(answer) + len(gold)
+    return 2 * _common_subsequence(answer, gold) / length if length else 1.0
+
+
 def _f_measure(common: Callable[[list[str], list[str]], int], answer: str, gold: Sequence[str], language: str) -> float:
     said, rights = words(answer, language), [words(right, language) for right in gold]
     return max(2 * common(said, right) / (len(said) + len(right)) if said or right else 1.0 for right in rights)
 
 
-def _common_subsequence(a: list[str], b: list[str]) -> int:
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0

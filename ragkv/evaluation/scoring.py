@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ragkv.chunk import Chunk, digest
-from ragkv.evaluation import metrics
+from ragkv.evaluation import longbench, metrics
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks, Outcome
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.evaluation.rows import Row
 from ragkv.methods import FullPrefill, Method
+from ragkv.report import FusedPrompt
 
 _FULL = FullPrefill()
+#: So many prompts are answered side by side, each with its keys and values in memory.
+_AT_ONCE = 8
+
+#: Names a prompt: what it was made of.
+_Key = tuple[Any, ...]
 
 
 class Group:
     """All arms of one case in one order of its chunks.
 
-    Prompts that are the same for several arms are run once: the whole documents' where everything was retrieved, say.
+    Prompts are made one by one, so that each has its own time, and answered several at once. Those that are the same for several
+    arms are run once: the whole documents' where everything was retrieved, say.
 
     Args:
         bench: the model.
@@ -41,7 +49,8 @@ class Group:
         self.reading: CaseChunks = reading
         self.charged: dict[str, float] = dict(charged or {})
         self._about: Row = {"case": case.id, "fingerprint": case.fingerprint, "kind": case.kind, "order": order}
-        self._known: dict[tuple, Outcome] = {}
+        self._fused: dict[_Key, tuple[FusedPrompt, float]] = {}
+        self._known: dict[_Key, Outcome] = {}
 
     def rows(self, arms: Sequence[Arm], seed: int = 0) -> Iterator[Row]:
         """A row for each arm that the case has chunks for.
@@ -51,21 +60,45 @@ class Group:
             seed: of that order.
         """
         shuffled = random.Random(f"{seed}/{self.case.id}/{self.order}").sample(arms, len(arms))
-        references = {
-            name: self._outcome(self.reading.at(places, "document"), _FULL, True)
+        asked = sorted((arm for arm in shuffled if arm.suits(self.case)), key=lambda arm: bool(arm.like))
+        full = {
+            name: self._fuse(self.reading.at(places, "document"), _FULL, True)
             for name, places in (("chunks", self.case.retrieved), ("documents", self.case.whole))
             if self.bench.fits(self.case, places)
         }
-        for arm in sorted(shuffled, key=lambda arm: bool(arm.like)):
-            if arm.suits(self.case):
-                yield {**self._about, "arm": arm.name, **self._row(arm, references)}
+        self._answer()
+        references = {name: self._known[key] for name, key in full.items()}
+        for begin in range(0, len(asked), _AT_ONCE):
+            made = [(arm, self._made(arm)) for arm in asked[begin : begin + _AT_ONCE]]
+            self._answer()
+            for arm, key in made:
+                row = {"refused": key} if isinstance(key, str) else self._row(arm, self._known[key], references)
+                yield {**self._about, "arm": arm.name, **row}
 
-    def _row(self, arm: Arm, references: Mapping[str, Outcome]) -> Row:
+    def _made(self, arm: Arm) -> _Key | str:
+        """The prompt of an arm, or why there is none."""
         try:
-            outcome = self._outcome(*self.reading.given(arm, self.case, self.charged), arm.rotated)
+            key = self._fuse(*self.reading.given(arm, self.case, self.charged), arm.rotated)
         except REFUSALS as error:
-            return {"refused": " ".join(str(error).split())}
-        self.charged[arm.name] = outcome.report.budget
+            return " ".join(str(error).split())
+        report = self._known[key].report if key in self._known else self._fused[key][0].report
+        self.charged[arm.name] = report.budget
+        return key
+
+    def _fuse(self, chunks: Sequence[Chunk], method: Method, rotated: bool) -> _Key:
+        contexts = () if method == _FULL else tuple(chunk.context for chunk in chunks)
+        key = (method, rotated, contexts, tuple(chunk.ids for chunk in chunks))
+        if key not in self._known and key not in self._fused:
+            self._fused[key] = self.bench.fuse(chunks, self.case, method, rotated)
+        return key
+
+    def _answer(self) -> None:
+        """What was fused and is not answered yet."""
+        outcomes = self.bench.answers(list(self._fused.values()), self.case)
+        self._known.update(zip(self._fused, outcomes, strict=True))
+        self._fused.clear()
+
+    def _row(self, arm: Arm, outcome: Outcome, references: Mapping[str, Outcome]) -> Row:
         same = references.get({"retrieved": "chunks"}.get(arm.reads, arm.reads))
         if same is not None and not torch.equal(outcome.ids, same.ids):
             raise EvaluationError(
@@ -82,22 +115,17 @@ class Group:
                 row[f"same_{name}"] = float(reference.reply.ids == outcome.reply.ids)
         return row
 
-    def _outcome(self, chunks: Sequence[Chunk], method: Method, rotated: bool) -> Outcome:
-        contexts = () if method == _FULL else tuple(chunk.context for chunk in chunks)
-        key = (method, rotated, contexts, tuple(chunk.ids for chunk in chunks))
-        if key not in self._known:
-            self._known[key] = self.bench.run(chunks, self.case, method, rotated)
-        return self._known[key]
-
 
 def _scores(answer: str, case: Case) -> Row:
     """What an answer is worth."""
+    own = longbench.score(case.kind, answer, case.answers, case.language, case.classes)
     return {
-        "answer": answer,
+        "answer": answer.strip(),
         "em": metrics.exact_match(answer, case.answers, case.language),
         "f1": metrics.f1(answer, case.answers, case.language),
         "rouge_l": metrics.rouge_l(answer, case.answers, case.language),
         "contained": metrics.contains(answer, case.answers, case.language),
+        **({} if own is None else {"longbench": own}),
     }
 
 

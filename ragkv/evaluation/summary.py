@@ -57,6 +57,7 @@ METRICS = {
         Metric("em", "exact match", "the answer is a gold answer, both normalised as for SQuAD"),
         Metric("f1", "F1", "words shared with the best gold answer"),
         Metric("rouge_l", "Rouge-L", "longest common subsequence of words with the best gold answer, F-measure"),
+        Metric("longbench", "LongBench", "the score that LongBench counts for the data set"),
         Metric("contained", "contained", "a gold answer stands in the answer"),
         Metric("perplexity", "perplexity", "of the gold answer, a token", share=False, higher_is_better=False),
         *(

@@ -160,6 +160,24 @@ def test_cases_bring_their_documents_along(tokenizer, monkeypatch):
     assert trial.engine.store.stats().entries["cpu"] == 0
 
 
+def test_answers_of_one_case_are_decoded_side_by_side(tokenizer, monkeypatch):
+    """What they say is what they say one by one, refusals included."""
+    model = tiny_model(vocab_size=1792, initializer_range=0.2)
+    cases = [case(number, answers=("harp", "the")) for number in range(4)]
+    ladder, found = ["cache-blend:check_layer=9", "lego-link:k=2", "reuse"], []
+    for alone in (False, True):
+        engine = Engine(model, tokenizer, template=PromptTemplate(**bundled.TEMPLATE))
+        steps = engine.runner.steps()
+        steps.steps = steps.prompts = 0
+        if alone:
+            one_by_one = lambda ask, items: [ask(item) for item in items]  # noqa: E731
+            monkeypatch.setattr("ragkv.calibration.run.side_by_side", one_by_one)
+        found.append(engine.calibrate(cases, f1=0.6, ladder=ladder, max_new_tokens=6).as_dict())
+        assert (steps.prompts > steps.steps) != alone
+    assert found[0] == found[1] and found[0]["rungs"][0]["verdict"] == "refused"
+    assert 0 < found[0]["rungs"][2]["cases"] <= 4
+
+
 def test_the_same_passage_in_another_context_is_another_case(engine):
     behind, [alone] = engine.add_document([random_ids(8), random_ids(6)])[1], engine.add([random_ids(6)])
     one, other, again = (trial.key() for trial in trials_of(engine, [([c], [7]) for c in (behind, alone, behind)], []))

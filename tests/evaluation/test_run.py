@@ -8,7 +8,7 @@ import torch
 
 from ragkv import PromptTemplate, bundled
 from ragkv.evaluation import Bench, EvaluationError, GateError, Plan, evaluate, parse_arms, read_cases
-from ragkv.evaluation.answering import reply
+from ragkv.evaluation.answering import replies
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.gates import run_gates
 from ragkv.evaluation.report import page, tables
@@ -169,7 +169,8 @@ def test_an_answer_ends_with_its_turn(loaded, small_case):
     bench = Bench(tiny_model(vocab_size=len(tokenizer)), tokenizer)
     assert tokenizer.convert_tokens_to_ids("<end>") in bench.ends
     stop = Bench(bench.engine.model, tokenizer, PromptTemplate(stop=" "), max_new_tokens=8)
-    assert " " not in stop.run([], small_case(), FullPrefill()).text
+    [outcome] = stop.answers([stop.fuse([], small_case(), FullPrefill())], small_case())
+    assert " " not in outcome.text
 
 
 def test_further_arms_join_a_run(tiny_bench, tmp_path, plan):
@@ -289,7 +290,7 @@ def test_answers_are_those_of_plain_greedy_decoding(bundled_bench, gold):
         for method in (FullPrefill(), LegoLink(4)):
             want = engine.generate(chunks, case.question, method=method, max_new_tokens=6).text
             prompt = engine.fuse(chunks, case.question, method=method)
-            got = reply(engine.decoder, prompt, engine.encoder.ids(gold), bundled_bench.ends, 6)
+            [got] = replies(engine.runner.steps(), [prompt], engine.encoder.ids(gold), bundled_bench.ends, 6)
             assert engine.encoder.decode(got.ids) == want
 
 
@@ -302,7 +303,7 @@ def test_the_perplexity_of_the_gold_answer(tiny_bench, small_case):
     with torch.no_grad():
         logits = engine.model(ids[None]).logits[0, -len(gold) - 1 : -1]
     want = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(gold))
-    got = reply(engine.decoder, prompt, gold, tiny_bench.ends, 4)
+    [got] = replies(engine.runner.steps(), [prompt], gold, tiny_bench.ends, 4)
     assert got.gold_nll == pytest.approx(float(want), rel=1e-4)
 
 

@@ -6,6 +6,7 @@ import torch
 from ragkv import FullPrefill, PromptTemplate, Reuse, bundled
 from ragkv.evaluation import Bench, metrics, parse_arms
 from ragkv.evaluation.scoring import Group
+from ragkv.model.packing import run_packed
 from ragkv.testing import tiny_model
 
 ARMS = parse_arms(
@@ -43,6 +44,33 @@ def test_every_arm_has_a_row(rows, case):
     assert rows.keys() == {arm.name for arm in ARMS}
     assert not any("refused" in row for row in rows.values())
     assert {row["fingerprint"] for row in rows.values()} == {case.fingerprint}
+
+
+@pytest.mark.parametrize("max_new_tokens", [6, 0])
+def test_rows_are_the_same_one_by_one(loaded, case, monkeypatch, max_new_tokens):
+    """Prompts that are answered side by side share their forwards; that changes nothing but the times."""
+    model = tiny_model(vocab_size=1792, initializer_range=0.2)
+    bench = Bench(model, loaded[1], PromptTemplate(**bundled.TEMPLATE), max_new_tokens=max_new_tokens)
+    reading, together, found = bench.read(case), [], []
+
+    def counted(decoder, parts):
+        together.append(len(parts))
+        return run_packed(decoder, parts)
+
+    assert bench.engine.runner.steps().packs
+    monkeypatch.setattr("ragkv.evaluation.answering.run_packed", counted)
+    for at_once in (3, 1):
+        monkeypatch.setattr("ragkv.evaluation.scoring._AT_ONCE", at_once)
+        found.append({row["arm"]: row for row in Group(bench, case, 0, reading).rows(ARMS)})
+        assert max(together) == 3 if at_once == 3 else set(together) == {2}, "the references alone go side by side"
+        together.clear()
+    for arm, row in found[0].items():
+        other = found[1][arm]
+        assert row.pop("gold_nll") == pytest.approx(other.pop("gold_nll"), rel=1e-5)
+        for timed in ("ttft_ms", "stages"):
+            del row[timed], other[timed]
+        assert row == other
+    assert len({row.get("answer") for row in found[0].values()}) >= (3 if max_new_tokens else 1)
 
 
 def test_which_chunks_an_arm_reads(rows, bench, case):
