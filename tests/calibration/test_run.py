@@ -168,12 +168,12 @@ def test_answers_of_one_case_are_decoded_side_by_side(tokenizer, monkeypatch):
     for alone in (False, True):
         engine = Engine(model, tokenizer, template=PromptTemplate(**bundled.TEMPLATE))
         steps = engine.runner.steps()
-        steps.steps = steps.prompts = 0
+        steps.sizes.clear()
         if alone:
             one_by_one = lambda ask, items: [ask(item) for item in items]  # noqa: E731
             monkeypatch.setattr("ragkv.calibration.run.side_by_side", one_by_one)
         found.append(engine.calibrate(cases, f1=0.6, ladder=ladder, max_new_tokens=6).as_dict())
-        assert (steps.prompts > steps.steps) != alone
+        assert (sum(steps.sizes.elements()) > steps.sizes.total()) != alone
     assert found[0] == found[1] and found[0]["rungs"][0]["verdict"] == "refused"
     assert 0 < found[0]["rungs"][2]["cases"] <= 4
 
