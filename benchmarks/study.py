@@ -32,9 +32,17 @@ SETS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "2wiki": ("2wikimultihopqa_dev", [], ("document",)),
 }
 DEFAULT = "sensitive-tokens:ratio=0.1"
-MAIN = ["reuse", DEFAULT, "lego-link:k=16", "cache-blend:ratio=0.15,check_layer=1", "question-aware:ratio=0.1"]
+MAIN = [
+    "reuse",
+    DEFAULT,
+    "relevant-tokens:ratio=0.1",
+    "lego-link:k=16",
+    "cache-blend:ratio=0.15,check_layer=1",
+    "question-aware:ratio=0.1",
+]
 MORE = [
     *["sensitive-tokens:ratio=0.05", "sensitive-tokens:ratio=0.2", "lego-link", "random:ratio=0.1", "oracle:ratio=0.1"],
+    *[f"relevant-tokens:ratio={ratio}" for ratio in (0.05, 0.2)],
     *[f"question-aware:ratio={ratio}" for ratio in (0.05, 0.15, 0.2)],
     *[f"question-aware:ratio={ratio},queries=last" for ratio in (0.05, 0.1, 0.15, 0.2)],
 ]

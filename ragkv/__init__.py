@@ -54,6 +54,7 @@ _HOMES = {
         "Oracle",
         "QuestionAware",
         "Random",
+        "RelevantTokens",
         "Reuse",
         "SensitiveTokens",
         "Union",

@@ -40,6 +40,7 @@ from ragkv.methods import Method as Method
 from ragkv.methods import Oracle as Oracle
 from ragkv.methods import QuestionAware as QuestionAware
 from ragkv.methods import Random as Random
+from ragkv.methods import RelevantTokens as RelevantTokens
 from ragkv.methods import Reuse as Reuse
 from ragkv.methods import SensitiveTokens as SensitiveTokens
 from ragkv.methods import Union as Union

@@ -12,6 +12,7 @@ from ragkv import (
     MethodError,
     PromptTemplate,
     QuestionAware,
+    RelevantTokens,
     Reuse,
     Selection,
     SensitiveTokens,
@@ -28,6 +29,7 @@ EVERYTHING = [
     CacheBlend(gradual=(1.0, 1.0), signal="both"),
     SensitiveTokens(ratio=1.0),
     QuestionAware(ratio=1.0),
+    RelevantTokens(ratio=1.0),
 ]
 
 

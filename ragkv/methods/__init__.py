@@ -9,6 +9,7 @@ from ragkv.methods.lego_link import LegoLink
 from ragkv.methods.oracle import Oracle
 from ragkv.methods.question_aware import QuestionAware
 from ragkv.methods.random_tokens import Random
+from ragkv.methods.relevant_tokens import RelevantTokens
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
 from ragkv.methods.union import Union
@@ -23,6 +24,7 @@ __all__ = [
     "Oracle",
     "QuestionAware",
     "Random",
+    "RelevantTokens",
     "Reuse",
     "SensitiveTokens",
     "Union",

@@ -44,7 +44,11 @@ class SensitiveTokens(Method):
     def select(self, view: View) -> Tensor:
         """The most sensitive ones among those that are not spared."""
         layout, tokens = view.layout, self._open(view.layout)
-        return highest(view.sensitivity, tokens, self.ratio, layout) if len(tokens) > 0 and self.ratio < 1 else tokens
+        return highest(self.scores(view), tokens, self.ratio, layout) if len(tokens) > 0 and self.ratio < 1 else tokens
+
+    def scores(self, view: View) -> Tensor:
+        """``[R]`` what decides: the sensitivity."""
+        return view.sensitivity
 
     def _open(self, layout: Layout) -> Tensor:
         """The tokens that are not spared."""

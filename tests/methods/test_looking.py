@@ -14,6 +14,7 @@ from ragkv import (
     PromptTemplate,
     QuestionAware,
     Random,
+    RelevantTokens,
     Reuse,
     SensitiveTokens,
     TieredStore,
@@ -260,7 +261,30 @@ def test_auto_says_what_it_picked(model):
         engine.fuse(document, QUESTION, method="automatic")
 
 
-@pytest.mark.parametrize("make", [SensitiveTokens, QuestionAware, Random, Oracle])
+def test_relevant_is_what_is_looked_at_and_changes(model):
+    """Attention times the change of values; never what SensitiveTokens spares."""
+    engine = Engine(model, template=TEMPLATE, method=RelevantTokens(0.3))
+    document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
+    chunks, views = [*document[1:], *other], []
+
+    class Seeing(RelevantTokens):
+        def scores(self, view):
+            views.append(view)
+            return super().scores(view)
+
+    prompt = engine.fuse(chunks, QUESTION, method=Seeing(0.3))
+    (view,) = views
+    assert len(view.sensitivity) == len(view.layout.reusable) and view.sensitivity.min() >= 0
+    want = view.attention("all").mean(0) * view.sensitivity.sqrt()
+    open_ = view.layout.span(view.layout.chunks[-1])  # the others stand without their document's first part
+    most = round(0.3 * len(view.layout.reusable))
+    best = open_[want[-len(open_) :].topk(most).indices]
+    assert chosen(prompt) == set(best.tolist()) and 0 < len(best) < len(open_)
+    assert prompt.report.looked and engine.fuse(chunks, QUESTION, method=RelevantTokens(1)).report.budget == 1
+    assert RelevantTokens.needs_sensitivity and RelevantTokens.looks
+
+
+@pytest.mark.parametrize("make", [SensitiveTokens, RelevantTokens, QuestionAware, Random, Oracle])
 def test_ratios_are_checked(make):
     for ratio in (-0.1, 1.1):
         with pytest.raises(MethodError, match=r"ratio must lie in \[0, 1\]"):

@@ -1,0 +1,31 @@
+"""RelevantTokens: what depends on the text in front of its document, and is read by the question, is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ragkv.fusion.view import View
+from ragkv.methods.sensitive_tokens import SensitiveTokens
+
+
+@dataclass(frozen=True)
+class RelevantTokens(SensitiveTokens):
+    """Compute, in all layers, the tokens that would change most what the question reads.
+
+    A method of this library: the product of what :class:`~ragkv.QuestionAware` and :class:`~ragkv.SensitiveTokens` go by. The
+    question reads a token's value weighted by its attention; so the attention, averaged over layers, heads and the question's
+    tokens, times the change of the value behind another text says how much of what is read is wrong as stored. What
+    SensitiveTokens spares is spared. Looking at the attention costs a pass of the question over the stored chunks.
+
+    Attributes:
+        ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
+    """
+
+    looks: ClassVar[bool] = True
+
+    def scores(self, view: View) -> Tensor:
+        """``[R]`` attention times the root of the squared change."""
+        return view.attention().mean(0) * view.sensitivity.clamp_min(0).sqrt()
