@@ -35,7 +35,7 @@ _NEW_TOKENS = 24
 def run(args: argparse.Namespace) -> int:
     """Read, answer, compare."""
     path = folder(args, default="demo" if args.model == BUNDLED else f"demo-{Path(args.model).resolve().name}")
-    with open_rag(path, model=args.model, method=args.method or SensitiveTokens()) as rag:
+    with open_rag(path, model=args.model, dtype=args.dtype, method=args.method or SensitiveTokens()) as rag:
         read = _read_documents(rag, path)
         if not args.json:
             _show_read(read)
