@@ -66,13 +66,9 @@ class Assistant:
 
     def __init__(self, model: PreTrainedModel, longest: int, ends: frozenset[int]):
         self._model = model
-        self._config = GenerationConfig(
-            max_length=longest,
-            min_length=0,
-            do_sample=False,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
-        )
+        plain = GenerationConfig._get_default_generation_params()  # greedy, where the model's own settings may sample
+        own = {"max_length": longest, "eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+        self._config = GenerationConfig(**{**plain, **own})
         self._candidates: AssistedCandidateGenerator | None = None
 
     def propose(self, ids: Tensor, most: int) -> list[int]:

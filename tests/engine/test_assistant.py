@@ -21,7 +21,8 @@ ASKED = {"max_new_tokens": 14, "eos_token_id": None}
 
 
 def eager(model, tokens=4):
-    """Proposes so many tokens, however sure it is of them."""
+    """Proposes so many tokens, however sure it is of them, and greedily, though its own settings say otherwise."""
+    model.generation_config.update(do_sample=True, temperature=3.0, top_k=7, repetition_penalty=2.0)
     model.generation_config.assistant_confidence_threshold = 0.0
     model.generation_config.num_assistant_tokens = tokens
     return model
@@ -154,11 +155,11 @@ def test_side_by_side(engine, twin, stranger):
 
 def test_an_engine_on_the_assistant_is_not_disturbed(engine, twin):
     """Fusion switches the attention of the model that it runs."""
-    small = Engine(twin, template=TEMPLATE, method=Reuse())
-    want = small.generate(CHUNKS, QUESTION, **ASKED).token_ids
+    small, greedily = Engine(twin, template=TEMPLATE, method=Reuse()), {"do_sample": False, **ASKED}
+    want = small.generate(CHUNKS, QUESTION, **greedily).token_ids
     own = engine.generate(CHUNKS, QUESTION, **ASKED).token_ids
     with ThreadPoolExecutor(4) as pool:
-        theirs = [pool.submit(small.generate, CHUNKS, QUESTION, **ASKED) for _ in range(3)]
+        theirs = [pool.submit(small.generate, CHUNKS, QUESTION, **greedily) for _ in range(3)]
         ours = [pool.submit(engine.generate, CHUNKS, QUESTION, assistant_model=twin, **ASKED) for _ in range(3)]
         assert {tuple(one.result().token_ids) for one in theirs} == {tuple(want)}
         assert {tuple(one.result().token_ids) for one in ours} == {tuple(own)}
