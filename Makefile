@@ -15,9 +15,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,offline,pdf,triton,langchain,llamaindex,haystack,files]"
 	touch $@
 
-# make demo MODEL=path: the same with a model of your own.
+# make demo MODEL=path: the same with a model of your own; DTYPE=float32 where the CPU does not compute in 16 bits.
 demo: $(READY)
-	$(BIN)/ragkv demo $(if $(MODEL),--model "$(MODEL)")
+	$(BIN)/ragkv demo $(if $(MODEL),--model "$(MODEL)") $(if $(DTYPE),--dtype $(DTYPE))
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadfile

@@ -1,7 +1,8 @@
 """A fused prompt in plain transformers: `prompt.past_key_values` is a `Cache`, and `model.generate` takes it.
 
 `fuse` has the next-token logits already. `generate` wants at least one token that is not in the cache: give it the prompt's ids
-and the first token of the answer, and it goes on from there without running the prompt again.
+and the first token of the answer, and it goes on from there without running the prompt again. `assistant_model=` and
+`prompt_lookup_num_tokens=` are for `engine.generate`: transformers would run the prompt again for them, and is refused.
 
     python examples/plain_generate.py
 """

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         summary="Let the bundled model, or yours, read the bundled documents and answer questions.",
     )
     demo.add_argument("--model", default="bundled", metavar="PATH", help="a transformers decoder's (default: bundled)")
+    _dtype(demo)
     demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
 
     reading = (model, _storage(), bar)
@@ -164,7 +165,7 @@ def _model() -> argparse.ArgumentParser:
     )
     group.add_argument("--model", help="name or path of a transformers decoder (in a new folder: bundled)")
     group.add_argument("--tokenizer", metavar="NAME", help="name or path of another tokenizer")
-    group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights")
+    _dtype(group)
     group.add_argument(
         "--weights", choices=("float16", "int8"), help="pack them for a CPU, which decodes faster; the rest is float32"
     )
@@ -186,6 +187,10 @@ def _model() -> argparse.ArgumentParser:
     ):
         model.add_argument(name, action="store_true", default=None, help=what)
     return model
+
+
+def _dtype(options: argparse._ActionsContainer) -> None:
+    options.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights")
 
 
 def _bar() -> argparse.ArgumentParser:

@@ -12,8 +12,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports: huggingface_hub looks once
 
-import torch
-
 from ragkv import bundled
 from ragkv.bundled import DemoQuestion
 from ragkv.chunk import Chunk
@@ -23,10 +21,11 @@ from ragkv.cli.opening import open_rag
 from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError
 from ragkv.evaluation.metrics import contains, exact_match
+from ragkv.machine import machine
 from ragkv.methods import FullPrefill, Method, SensitiveTokens
 from ragkv.model.loading import BUNDLED
 from ragkv.rag import RAG
-from ragkv.report import FusedPrompt
+from ragkv.report import AnswerReport
 from ragkv.retrieval import Hit
 
 _NEW_TOKENS = 24
@@ -35,7 +34,11 @@ _NEW_TOKENS = 24
 def run(args: argparse.Namespace) -> int:
     """Read, answer, compare."""
     path = folder(args, default="demo" if args.model == BUNDLED else f"demo-{Path(args.model).resolve().name}")
-    with open_rag(path, model=args.model, method=args.method or SensitiveTokens()) as rag:
+    with open_rag(path, model=args.model, dtype=args.dtype, method=args.method or SensitiveTokens()) as rag:
+        decoder = rag.engine.decoder
+        how = f"{str(decoder.dtype).removeprefix('torch.')} on {machine(decoder.device)}"
+        if decoder.device.type == "cpu" and decoder.dtype.itemsize == 2 and args.dtype is None:
+            show.hint(f"{how}: --dtype float32 is several times as fast where the CPU does not compute in 16 bits")
         read = _read_documents(rag, path)
         if not args.json:
             _show_read(read)
@@ -49,10 +52,16 @@ def run(args: argparse.Namespace) -> int:
         method = repr(rag.engine.method)
     if args.json:
         show.as_json(
-            {"read": read, "method": method, "questions": [asdict(turn) for turn in turns], "summary": summary}
+            {
+                "read": read,
+                "method": method,
+                "machine": how,
+                "questions": [asdict(turn) for turn in turns],
+                "summary": summary,
+            }
         )
     else:
-        _show_summary(summary, read, method)
+        _show_summary(summary, read, method, how)
     return 0
 
 
@@ -107,38 +116,36 @@ def _answer(rag: RAG, question: DemoQuestion, args: argparse.Namespace, full_fir
     hits = rag.retrieve(question.question, **search_of(args, rag))
     chunks = rag.chunks(hits)
     method, full = rag.engine.method, FullPrefill()
-    arms = {arm: _first_token(rag, chunks, question, arm) for arm in ([full, method] if full_first else [method, full])}
-    prompt, first_token_ms = arms[method]
-    if not torch.equal(prompt.input_ids, arms[full][0].input_ids):
+    arms = {arm: _said(rag, chunks, question, arm) for arm in ([full, method] if full_first else [method, full])}
+    (said, prompt, cost), (full_said, full_prompt, full_cost) = arms[method], arms[full]
+    if prompt != full_prompt:
         raise RagKVError("the two prompts that are compared differ: this is a bug, please report it")
+    tokens = cost.fusion.tokens
     right = exact_match if args.model == BUNDLED else contains  # a chat model answers in sentences
-    said = {arm: _said(rag, chunks, question, arm) for arm in arms}
     return Turn(
         question=question.question,
-        answer=said[method],
+        answer=said,
         expected=question.answer,
-        right=bool(right(said[method], [question.answer])),
-        full_prefill_right=bool(right(said[full], [question.answer])),
+        right=bool(right(said, [question.answer])),
+        full_prefill_right=bool(right(full_said, [question.answer])),
         retrieved=_stands_in(hits, question),
         sources=[(hit.source, hit.position) for hit in hits],
-        kv=prompt.report.sources,
-        first_token_ms=first_token_ms,
-        full_prefill_ms=arms[full][1],
-        prompt_tokens=prompt.input_ids.shape[1],
-        computed_tokens=len(prompt.recomputed),
-        budget=prompt.report.budget,
+        kv=cost.fusion.sources,
+        first_token_ms=cost.first_token_ms,
+        full_prefill_ms=full_cost.first_token_ms,
+        prompt_tokens=len(prompt),
+        computed_tokens=tokens["recomputed"] + tokens["fresh"],
+        budget=cost.fusion.budget,
     )
 
 
-def _first_token(rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method) -> tuple[FusedPrompt, float]:
-    begin = perf_counter()
-    prompt = rag.engine.fuse(chunks, question.question, method=method)
-    int(prompt.logits.argmax())  # waits for the device
-    return prompt, (perf_counter() - begin) * 1e3
-
-
-def _said(rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method) -> str:
-    return rag.engine.generate(chunks, question.question, method=method, max_new_tokens=_NEW_TOKENS).text.strip()
+def _said(
+    rag: RAG, chunks: list[Chunk], question: DemoQuestion, method: Method
+) -> tuple[str, tuple[int, ...], AnswerReport]:
+    """An answer, the prompt's ids, and what it cost."""
+    answer = rag.engine.generate(chunks, question.question, method=method, max_new_tokens=_NEW_TOKENS, keep_past=True)
+    assert answer.past is not None
+    return answer.text.strip(), answer.past.ids[: sum(answer.report.fusion.tokens.values())], answer.report
 
 
 def _stands_in(hits: list[Hit], question: DemoQuestion) -> bool:
@@ -170,7 +177,8 @@ def _show_read(read: dict[str, Any]) -> None:
 def _show_turn(number: int, turn: Turn) -> None:
     verdict = show.paint("right", "green") if turn.right else show.paint("wrong", "red")
     missed = "" if turn.retrieved else ", not among the passages"
-    instead = "" if turn.right else f"  (right: {turn.expected}{missed})"
+    full = "right" if turn.full_prefill_right else "wrong too"
+    instead = "" if turn.right else f"  (right: {turn.expected}{missed}; full prefill: {full})"
     kv = ", ".join(f"{turn.kv.count(tier)} {tier}" for tier in sorted(set(turn.kv)))
     sources = ", ".join(f"{source} {position + 1}" for source, position in turn.sources)
     print(f"{number + 1:2}  {show.paint(turn.question, 'bold')}")
@@ -182,13 +190,13 @@ def _show_turn(number: int, turn: Turn) -> None:
     print(show.paint(f"    passages: {sources}", "dim"))
 
 
-def _show_summary(summary: dict[str, Any], read: dict[str, Any], method: str) -> None:
+def _show_summary(summary: dict[str, Any], read: dict[str, Any], method: str, how: str) -> None:
     wrong, missed = summary["questions"] - summary["right"], summary["wrong_not_retrieved"]
     why = f" Wrong because the answer was not retrieved: {missed} of {wrong}." if missed else ""
     print(
         f"\n{method}: {summary['right']} of {summary['questions']} right (full prefill of the same passages: "
         f"{summary['full_prefill_right']}).{why} First token after {show.milliseconds(summary['median_first_token_ms'])}, full "
         f"prefill {show.milliseconds(summary['median_full_prefill_ms'])}, {summary['median_speedup']:.1f} times as fast "
-        f"(medians, retrieval not counted). {show.number(read['tokens_read'], 'token')} read at start."
+        f"(medians, retrieval not counted; {how}). {show.number(read['tokens_read'], 'token')} read at start."
     )
     show.hint(f"documents, vectors and KV are in {read['path']}")

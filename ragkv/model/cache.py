@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ragkv.errors import ArgumentError
 from ragkv.kernels import Impl, scatter
 
 #: Called with the layer, fresh keys and fresh values ``[B, H, S, D]``; returns what attention shall see.
@@ -139,14 +140,30 @@ class FusedCache(Cache):
     def __init__(self, specs: Sequence[LayerSpec], capacity: int):
         super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
         self.writer: Writer | None = None
+        self._assisted = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take fresh keys and values ``[B, H, S, D]`` of one layer; return all that attention shall see."""
+        """Take fresh keys and values ``[B, H, S, D]`` of one layer; return all that attention shall see.
+
+        Raises:
+            ArgumentError: ``model.generate`` begins assisted decoding with the whole prompt, behind the prompt that is held.
+        """
         if self.writer is not None:
             return self.writer(layer_idx, key_states, value_states)
+        assisted, self._assisted = self._assisted, False
+        if assisted and key_states.shape[2] > self.layers[layer_idx].length > 0:
+            raise ArgumentError(
+                "model.generate does not go on from a prompt that a cache holds when tokens are proposed (assistant_model, "
+                "prompt_lookup_num_tokens): it computes the prompt again behind itself. Give engine.generate these arguments, "
+                "or leave them out"
+            )
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def activate_past_recording(self) -> None:
+        """Called by transformers where it will crop, as before assisted decoding; whatever is held can be cropped."""
+        self._assisted = True
 
     @contextmanager
     def writing(self, writer: Writer) -> Iterator[None]:

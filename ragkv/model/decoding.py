@@ -32,9 +32,9 @@ def decode(
 ) -> Iterator[int]:
     """Token ids one by one, an end token included; the prompt's cache grows with them.
 
-    The first one comes from the prompt's logits, without running the model. With prompt lookup, tokens that stood behind the last
-    place where the text went as it goes now are computed along with each token, and their logits used as far as just they
-    are chosen: the answer is the same, by fewer passes.
+    The first one comes from the prompt's logits, without running the model. Tokens that are proposed, from the prompt or by a
+    smaller model, are computed along with each token, and their logits used as far as just they are chosen: the answer is the
+    same, by fewer passes.
 
     Args:
         settings: resolved for this prompt.
@@ -53,7 +53,9 @@ def decode(
     processors, criteria = settings.resolve(ids, begin)
     scoring = turn if settings.runs_model else nullcontext
     room = ids.shape[1] + settings.new_tokens(ids.shape[1])  # for prompt and answer
-    ahead: list[int] = []  # proposed tokens that are computed,
+    proposals = settings.proposer.begin(room, settings.ends)
+    proposed: list[int] = []
+    ahead: list[int] = []  # those of them that are computed and not used yet,
     behind: list[Tensor] = []  # and the logits behind each
     if streamer is not None:
         streamer.put(ids.cpu())
@@ -75,28 +77,18 @@ def decode(
                 ahead.pop(0)
                 continue
             cache.crop(-len(ahead))
+            proposals.judge(ids, len(proposed), len(proposed) - len(ahead))
             ahead = []
-            proposed = _proposed(ids, min(settings.lookup, room - ids.shape[1] - 1), settings.longest_match)
+            proposed = proposals.propose(ids, room - ids.shape[1] - 1)
             first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1
             at = torch.arange(first, first + 1 + len(proposed), device=ids.device)
             run = torch.cat([ids[0, -1:], ids.new_tensor(proposed)])
             logits, *behind = forward(Rows(run, at, cache, wanted=len(run))).split(1)
-            ahead = proposed
+            ahead = proposed.copy()
     finally:
         cache.crop(-len(ahead))
         if streamer is not None:
             streamer.end()
-
-
-def _proposed(ids: Tensor, most: int, longest: int) -> list[int]:
-    """At most ``most`` tokens that stood behind the last place where ``ids [1, N]`` went as they end now, for as many as may be."""
-    row = ids[0]
-    for length in range(min(longest, len(row) - 1), min(longest, 2) - 1, -1) if most > 0 else ():
-        places = (row.unfold(0, length, 1)[:-1] == row[-length:]).all(1).nonzero()
-        if len(places):
-            begin = int(places[-1]) + length
-            return row[begin : begin + most].tolist()
-    return []
 
 
 def _chosen(decoder: Decoder, scores: Tensor, sample: bool | None) -> int:

@@ -17,6 +17,7 @@ from ragkv.errors import ArgumentError, NonFiniteError, PromptTooLongError, Unkn
 from ragkv.logprobs import asked_logprobs
 from ragkv.model.decoder import Decoder
 from ragkv.model.inspection import non_finite
+from ragkv.model.proposals import Proposer
 from ragkv.model.schema import Constraint, Schema
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ HONOURED = frozenset(
 BESIDE = frozenset(
     _names("""
     generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer tokenizer
-    negative_prompt_ids negative_prompt_attention_mask
+    negative_prompt_ids negative_prompt_attention_mask assistant_model
     """)
 )
 
@@ -63,7 +64,10 @@ OWN = frozenset(_names("schema logprobs"))
 
 _PROMPT = "the engine makes the prompt and runs the model: give chunks and a question"
 _STRATEGY = "transformers fetches this strategy from the Hub: use do_sample, num_beams, or a logits_processor of your own instead"
-_ASSISTED = "answers are decoded without another model: leave it out, or propose tokens of the prompt (prompt_lookup_num_tokens)"
+_ASSISTED = (
+    "tokens are proposed by a smaller model with the same tokenizer (assistant_model), or by prompt_lookup_num_tokens"
+)
+_ASSISTANTS = "set it in assistant_model.generation_config, where transformers reads it"
 _OUTPUTS = (
     "an answer holds text, ids and a report: take logits from Engine.fuse(...).logits, or from a logits_processor"
 )
@@ -76,9 +80,9 @@ REFUSED: dict[str, str] = {
     for why, names in {
         _PROMPT: "inputs input_ids inputs_embeds attention_mask position_ids past_key_values custom_generate trust_remote_code",
         _STRATEGY: "penalty_alpha dola_layers num_beam_groups diversity_penalty constraints force_words_ids low_memory",
-        _ASSISTED: "assistant_model assistant_tokenizer is_assistant use_mtp speculation_type num_assistant_tokens "
-        "num_assistant_tokens_schedule assistant_confidence_threshold "
-        "assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight",
+        _ASSISTED: "assistant_tokenizer is_assistant use_mtp speculation_type assistant_early_exit assistant_lookbehind "
+        "target_lookbehind assistant_ensemble_weight",
+        _ASSISTANTS: "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold",
         _OUTPUTS: "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate",
         _CACHE: "use_cache cache_implementation cache_config max_cache_len",
         _COMPILED: "compile_config",
@@ -117,8 +121,7 @@ class Settings:
         streamer: of transformers, if one was given.
         schema: that the answer must fit; ``None`` for free text.
         logprobs: how many of the likeliest tokens are wanted beside each; ``None`` for no log-probabilities.
-        lookup: tokens of the prompt that are proposed at once; 0 for none.
-        longest_match: tokens by which their place is found, at most.
+        proposer: of tokens to be computed along with the next one.
         runs_model: logits processors run the model, as classifier-free guidance does.
 
     Raises:
@@ -165,14 +168,7 @@ class Settings:
         self.beams: int = self.config.num_beams or 1
         ends = self.config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
-        self.lookup: int = self.config.prompt_lookup_num_tokens or 0
-        self.longest_match: int = self.config.max_matching_ngram_size or 3
-        whole_number("prompt_lookup_num_tokens", self.lookup)
-        whole_number("max_matching_ngram_size", self.longest_match, 1)
-        if self.beams > 1 and self.lookup:
-            raise ArgumentError(
-                "prompt_lookup_num_tokens: beams are searched token by token: leave it out, or num_beams"
-            )
+        self.proposer: Proposer = Proposer(self.config, self._beside["assistant_model"], decoder.vocab_size)
         if self.beams > 1 and self.logprobs is not None:
             raise ArgumentError("logprobs: a beam's tokens were not taken one by one: leave out logprobs, or num_beams")
         self.schema: Schema | None = None if given_schema is None else Schema(given_schema)
@@ -190,8 +186,14 @@ class Settings:
         )  # whatever transformers refuses, before the prompt is paid for
 
     def asked(self, prompt_tokens: int) -> int | None:
-        """Tokens to generate behind a prompt, where the call says how many."""
-        return self.new_tokens(prompt_tokens) if self._said else None
+        """Tokens to generate behind a prompt, where the call says how many.
+
+        Raises:
+            PromptTooLongError: as :meth:`new_tokens`, or prompt and answer are too long for the assistant.
+        """
+        new = self.new_tokens(prompt_tokens)
+        self.proposer.fits(prompt_tokens, new)
+        return new if self._said else None
 
     def new_tokens(self, prompt_tokens: int) -> int:
         """The most tokens to generate: as asked, or by default no more than the model's positions leave.

@@ -237,7 +237,10 @@ def test_demo_starts_warm_the_second_time(tmp_path, capsys):
     plain = ("--top-k", 5, "--neighbours", 1, "--no-hybrid", "--hops", 1)
     code, out, _ = run(capsys, "demo", "--questions", 3, *plain)
     assert code == 0 and " 2 of 3 right " in out
-    assert "Winwich, not among the passages)" in out and "because the answer was not retrieved: 1 of 1." in out
+    assert (
+        "Winwich, not among the passages; full prefill: wrong too)" in out
+        and "because the answer was not retrieved: 1 of 1." in out
+    )
 
     code, out, _ = run(capsys, "demo", "--questions", 3, "--json", *plain)
     found = json.loads(out)
@@ -265,13 +268,28 @@ def test_demo_on_another_model(tmp_path, capsys):
     _, tokenizer = bundled.load()
     tiny_model(vocab_size=1792).save_pretrained(tmp_path / "mine")
     tokenizer.save_pretrained(tmp_path / "mine")
-    code, out, _ = run(capsys, "demo", "--questions", 1, "--json", "--model", tmp_path / "mine")
+    code, out, err = run(capsys, "demo", "--questions", 1, "--json", "--model", tmp_path / "mine")
     found = json.loads(out)
+    assert found["machine"].startswith("float32 on ") and err == ""
     assert code == 0 and found["read"]["documents"] == 36 and found["read"]["tokens_read"] > 0
     assert found["read"]["path"].endswith("/demo-mine")
     (turn,) = found["questions"]
     assert turn["right"] == (turn["expected"].lower() in turn["answer"].lower())
     assert 0 < turn["computed_tokens"] < turn["prompt_tokens"]
+
+
+def test_demo_in_another_dtype(tmp_path, capsys, monkeypatch):
+    """On a CPU half precision may be the slow one: said before documents are read, unless it was asked for."""
+    few = dict(list(bundled.documents().items())[:3])
+    monkeypatch.setattr(bundled, "documents", lambda: few)
+    _, tokenizer = bundled.load()
+    tiny_model(vocab_size=1792).bfloat16().save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    asked = ("demo", "--questions", 1, "--model", tmp_path / "mine", "--path", tmp_path / "kv")
+    code, out, err = run(capsys, *asked)
+    assert code == 0 and "bfloat16 on " in out and err.startswith("bfloat16 on ") and "--dtype float32" in err
+    code, out, err = run(capsys, *asked, "--dtype", "float32")
+    assert code == 0 and "float32 on " in out and "--dtype" not in err
 
 
 def test_ask_finds_as_it_is_told(files, tmp_path, capsys):

@@ -9,9 +9,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ragkv import ArgumentError, FullPrefill, LegoLink, Reuse
 from ragkv.model.cache import FusedCache
-from ragkv.model.decoding import _proposed, decode
+from ragkv.model.decoding import decode
 from ragkv.model.generation import Settings
-from ragkv.testing import random_ids
+from ragkv.model.proposals import Lookup
+from ragkv.testing import random_ids, tiny_model
 
 from .conftest import QUESTION, full
 
@@ -81,7 +82,7 @@ def test_prompt_lookup_says_the_same_by_fewer_passes(engine, monkeypatch, lookup
 
 
 def test_what_is_proposed_stood_behind_the_last_such_place():
-    proposed = lambda ids, most, longest: _proposed(torch.tensor([ids]), most, longest)  # noqa: E731
+    proposed = lambda ids, most, longest: Lookup(9, longest).propose(torch.tensor([ids]), most)  # noqa: E731
     ids = [1, 2, 3, 1, 2, 4, 9, 1, 2]
     assert [proposed(ids, most, 3) for most in (0, 1, 2)] == [[], [4], [4, 9]]
     assert proposed([5, 1, 2, 3, 6, 1, 2, 4, 5, 1, 2], 1, 3) == [3]  # as many tokens as may be
@@ -141,6 +142,32 @@ def test_plain_generate_over_the_fused_cache(engine):
     )
     answer = engine.generate(chunks, QUESTION, max_new_tokens=10, eos_token_id=None)
     assert out[0, prompt.input_ids.shape[1] :].tolist() == answer.token_ids
+
+
+@pytest.mark.parametrize("proposing", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_plain_generate_that_would_compute_the_prompt_again(engine, proposing):
+    """transformers' assisted decoding takes no account of what a cache holds, whatever its kind: another text came out."""
+    prompt = engine.fuse(engine.add([random_ids(40), random_ids(50)]), QUESTION)
+    ids = torch.cat([prompt.input_ids, prompt.logits.argmax(-1, keepdim=True)], dim=1)
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    asked["past_key_values"] = prompt.past_key_values
+    with pytest.raises(ArgumentError, match=f"{proposing}.*engine.generate"):
+        engine.model.generate(ids, **{proposing: {"assistant_model": tiny_model()}.get(proposing, 3)}, **asked)
+    assert prompt.past_key_values.get_seq_length() == ids.shape[1] - 1  # as it was
+    out = engine.model.generate(ids, **asked)
+    want = engine.generate(engine.add([random_ids(40), random_ids(50)]), QUESTION, max_new_tokens=6, eos_token_id=None)
+    assert out[0, ids.shape[1] - 1 :].tolist() == want.token_ids
+
+
+def test_a_cache_that_transformers_crops_goes_on_from_what_it_holds(engine):
+    """As it does on Apple's devices, where a pass too many is taken back."""
+    prompt = engine.fuse(engine.add([random_ids(40)]), QUESTION)
+    cache, token = prompt.past_key_values, prompt.logits.argmax(-1, keepdim=True)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        step = engine.model(input_ids=token, past_key_values=cache).logits[:, -1]
+    want = full(engine.model, torch.cat([prompt.input_ids, token], dim=1))
+    torch.testing.assert_close(step, want, atol=1e-4, rtol=1e-4)
 
 
 def test_generation_arguments(engine):

@@ -138,12 +138,19 @@ def examples(plain):
             "negative_prompt_ids": torch.tensor([[4, 5, 6]]),
             "negative_prompt_attention_mask": torch.tensor([[0, 1, 1]]),
         },
+        "assistant_model": {"assistant_model": tiny_model()},
     }
 
 
 # A greedy answer does not show these.
 UNSEEN = {"renormalize_logits", "remove_invalid_values", "pad_token_id", "bos_token_id", "disable_compile", "streamer"}
-UNSEEN |= {"transformers_version", "forced_bos_token_id", "prompt_lookup_num_tokens", "max_matching_ngram_size"}
+UNSEEN |= {
+    "transformers_version",
+    "forced_bos_token_id",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "assistant_model",
+}
 
 
 def test_every_argument_of_transformers_has_its_place():

@@ -30,6 +30,20 @@ def test_stream_joins_to_the_answer(rag):
     assert "".join(pieces) == want.text
 
 
+def test_a_smaller_model_proposes(rag):
+    asked = {"max_new_tokens": 12, "eos_token_id": None}
+    want = rag.ask(QUESTION, **asked)
+    assistant = small_model()
+    for answer in (
+        rag.ask(QUESTION, assistant_model=assistant, **asked),
+        *rag.ask_many([QUESTION], assistant_model=assistant, **asked),
+        rag.session().ask(QUESTION, assistant_model=assistant, **asked),
+    ):
+        assert answer.text == want.text
+    stream = rag.stream(QUESTION, assistant_model=assistant, stop=[want.text[9:14]], **asked)[1]
+    assert "".join(stream) == rag.ask(QUESTION, stop=[want.text[9:14]], **asked).text != want.text
+
+
 def test_passages_of_a_document_stand_in_its_order(rag):
     hits = rag.retrieve(QUESTION, top_k=12)
     assert len({hit.passage_id for hit in hits}) == 12
