@@ -22,6 +22,7 @@ from ragkv.model.attention import eager_attention, fusion_attention, grouped
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.model.linear import few_rows
 from ragkv.model.masks import MaskBuilder, Rule, for_model, layer_rules
 from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
 from ragkv.model.rows import Rows
@@ -133,7 +134,7 @@ class Decoder:
     @torch.no_grad()
     def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
-        with self.turns:
+        with self.turns, few_rows(len(ids), self.device, self.model.dtype):
             out = self.backbone(
                 input_ids=ids[None],
                 position_ids=positions[None],
@@ -147,7 +148,7 @@ class Decoder:
     def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None, rows: int = 1) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the next-token logits ``[rows, V]`` of the last ones."""
         keep = {"logits_to_keep": rows} if self.keeps_last else {}
-        with self.turns:
+        with self.turns, few_rows(len(ids), self.device, self.model.dtype):
             out = self.model(
                 input_ids=ids[None],
                 position_ids=positions[None],

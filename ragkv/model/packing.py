@@ -25,6 +25,7 @@ from ragkv.kernels import implementation
 from ragkv.model.attention import grouped, grouped_sdpa
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
+from ragkv.model.linear import few_rows
 from ragkv.model.masks import LayerMasks, MaskBuilder, for_model
 from ragkv.model.rope import relative_error
 from ragkv.model.rows import Rows
@@ -70,7 +71,8 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
     """
     ends = list(accumulate(map(len, parts)))
     wanted = [at for end, part in zip(ends, parts, strict=True) for at in range(end - part.wanted, end)]
-    with _attention(decoder, parts, ends) as (cache, mask):
+    fast = few_rows(ends[-1], decoder.device, decoder.model.dtype)
+    with _attention(decoder, parts, ends) as (cache, mask), fast:
         ids = torch.cat([part.ids for part in parts])[None]
         positions = torch.cat([part.positions for part in parts])[None]
         keep = {"logits_to_keep": torch.tensor(wanted, device=ids.device)} if wanted and decoder.keeps_last else {}
