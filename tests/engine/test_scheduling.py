@@ -14,10 +14,12 @@ from ragkv import (
     LegoLink,
     OverloadedError,
     PromptTemplate,
+    Reuse,
     Scheduler,
     TieredStore,
     bundled,
 )
+from ragkv.library.watching import watched
 from ragkv.metrics import EngineCollector
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
@@ -231,6 +233,40 @@ def test_a_call_within_a_turn_of_the_model_does_not_wait():
     want = engine.generate(chunks, QUESTION, **NO_END).token_ids
     with line_held(engine.scheduler), engine.runner.turn():
         assert engine.generate(chunks, QUESTION, **NO_END).token_ids == want
+        assert len(engine.fuse_many([(chunks, QUESTION)] * 2)) == 2
+
+
+class Asks(Reuse):
+    """A method that asks the engine itself."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def select(self, view):
+        self.ask()
+        return super().select(view)
+
+
+def test_a_call_within_a_turn_of_the_line_does_not_wait():
+    """A method of one's own, or whoever is told how far reading is, may ask: it would wait for itself."""
+    engine = engine_with(wait_s=1)
+    chunks, found = engine.add([random_ids(20)]), []
+    want = engine.generate(chunks, QUESTION, **NO_END).token_ids
+
+    def ask():
+        found.append(engine.generate(chunks, QUESTION, **NO_END).token_ids)
+        (prompt,) = engine.fuse_many([(chunks, QUESTION)])
+        found.append([prompt.logits.argmax().item(), *want[1:]])
+
+    engine.generate(chunks, QUESTION, method=Asks(ask), **NO_END)
+    assert found == [want] * 2
+    engine.fuse_many([(chunks, QUESTION), (chunks, random_ids(7))], method=Asks(ask))
+    assert found == [want] * 6
+    with watched(lambda *_: ask()):
+        engine.generate([random_ids(11)], QUESTION, **NO_END)
+    assert len(found) > 6 and found == [want] * len(found)
+    assert engine.scheduler.stats().running == 0
 
 
 def test_a_line_for_several_engines():
