@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
+from time import perf_counter
 from typing import Any, cast
 
 from ragkv.calibration.kept import resolved
@@ -55,7 +56,7 @@ class Request:
         stop: stops the answer when it is set.
         most_tokens: of prompt and answer, if fewer than the model has positions.
         priority: those of a higher one go first.
-        deadline_s: seconds from the question's beginning behind which nobody wants the answer.
+        deadline_s: ``perf_counter()`` behind which nobody wants the answer.
     """
 
     chunks: Sequence[Chunk | Text]
@@ -100,7 +101,9 @@ def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
     instance("priority", priority, int, "a whole number: those of a higher one go first")
     if not isinstance(deadline_s, int | float) or not deadline_s > 0:
         raise ArgumentError(f"deadline_s must be seconds, more than 0, got {deadline_s!r}")
-    return {"stop": stopping(generation), "priority": priority, "deadline_s": deadline_s}
+    stop = stopping(generation)
+    asked_s = perf_counter() if stop is None else stop.asked_s
+    return {"stop": stop, "priority": priority, "deadline_s": asked_s + deadline_s}
 
 
 class Prompting:
@@ -240,7 +243,7 @@ class Prompting:
             answer_bytes=needs - token_bytes * layout.tokens,
             device=decoder.device,
             priority=request.priority,
-            deadline_s=plan.begin + request.deadline_s,
+            deadline_s=request.deadline_s,
             stop=request.stop,
             stored=stored,
             prefetch=lambda: store.prefetch(keys()),
