@@ -21,9 +21,9 @@ from ragkv.past import Past
 from ragkv.prompt import Encoder
 from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, Made
 
-#: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, when the question began, and what is
-#: undone behind the answer.
-MakePrompt = Callable[[Callable[[int], int | None], float, ExitStack], FusedPrompt]
+#: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, when the question began, what is undone
+#: behind the answer, and how many copies that makes of the prompt's cache.
+MakePrompt = Callable[[Callable[[int], int | None], float, ExitStack, int], FusedPrompt]
 
 
 class Answering:
@@ -96,7 +96,7 @@ class Answering:
 
         def start(stack: ExitStack) -> Any:
             begun = perf_counter() if begin is None else begin
-            prompt = self._prompt(self._settings.asked, begun, stack)
+            prompt = self._prompt(settings.asked, begun, stack, 1)
             report = AnswerReport(prompt.report)
             return report, self._timed(prompt, report, begun, logprobs), lambda ids: self._past(prompt, ids)
 
@@ -124,7 +124,7 @@ class Answering:
 
     def _searched(self, begin: float) -> tuple[list[int], AnswerReport]:
         with ExitStack() as stack:
-            prompt = self._prompt(self._settings.asked, begin, stack)
+            prompt = self._prompt(self._settings.asked, begin, stack, self._settings.beams)
             fused_ms = _ms(begin)
             with self._turn(prompt):
                 ids = beam_search(self._settings, prompt, begin)

@@ -87,6 +87,7 @@ def fuse(
             chunk_tokens=layout.suffix_start - layout.chunks_start,
             suffix_tokens=layout.tokens - layout.suffix_start,
             reused_tokens=one.known,
+            read_tokens=sum(len(kv) for kv in one.placement.fresh.values()) if one.opened else 0,
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
             chunks=[

@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
+from time import perf_counter
 from typing import Any, cast
 
 from ragkv.calibration.kept import resolved
@@ -55,7 +56,7 @@ class Request:
         stop: stops the answer when it is set.
         most_tokens: of prompt and answer, if fewer than the model has positions.
         priority: those of a higher one go first.
-        deadline_s: seconds from the question's beginning behind which nobody wants the answer.
+        deadline_s: ``perf_counter()`` behind which nobody wants the answer.
     """
 
     chunks: Sequence[Chunk | Text]
@@ -100,7 +101,9 @@ def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
     instance("priority", priority, int, "a whole number: those of a higher one go first")
     if not isinstance(deadline_s, int | float) or not deadline_s > 0:
         raise ArgumentError(f"deadline_s must be seconds, more than 0, got {deadline_s!r}")
-    return {"stop": stopping(generation), "priority": priority, "deadline_s": deadline_s}
+    stop = stopping(generation)
+    asked_s = perf_counter() if stop is None else stop.asked_s
+    return {"stop": stop, "priority": priority, "deadline_s": asked_s + deadline_s}
 
 
 class Prompting:
@@ -121,7 +124,7 @@ class Prompting:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
         return self._placed(opening(self.encoder, checked_system(system)), namespace)
 
-    def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack) -> FusedPrompt:
+    def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack, copies: int = 1) -> FusedPrompt:
         """A prompt whose keys and values are ready.
 
         Args:
@@ -129,11 +132,11 @@ class Prompting:
             room: that its cache keeps for an answer.
             begin: ``perf_counter()`` at which it was asked for.
             stack: what has to be undone behind the answer.
+            copies: that the answer makes of its cache, as beams do.
         """
         plan = self._plan(request, room, begin, stack)
-        ticket = self._ticket(plan)
-        mine = plan.documents.reader.decoder.turns.mine  # then those in front wait for this thread
-        with nullcontext() if mine else self._scheduler.turn(ticket, stack):
+        ticket = self._ticket(plan, copies)
+        with nullcontext() if self._mine else self._scheduler.turn(ticket, stack):
             prompt = self._fused(plan)
             self._scheduler.computed(ticket, prompt.report.computed_tokens)
         prompt.spoken = partial(self._scheduler.spoken, ticket)
@@ -158,10 +161,10 @@ class Prompting:
             requests, room, begin: as for :meth:`prompt`; nothing is kept of them.
         """
         with ExitStack() as stack:
+            if self._mine or not requests:
+                return [self.prompt(request, room, begin, stack) for request in requests]
             plans = [self._plan(request, room, begin, stack) for request in requests]
             tickets = [self._ticket(plan) for plan in plans]
-            if not tickets:
-                return []
             all_of_them = replace(
                 tickets[0],
                 tokens=sum(ticket.tokens for ticket in tickets),
@@ -173,15 +176,27 @@ class Prompting:
 
             def make(plan: _Plan) -> FusedPrompt:
                 try:
-                    return self._fused(plan, meeting)
+                    with self._scheduler.within():
+                        return self._fused(plan, meeting)
                 finally:
                     meeting.leave()
 
             with self._scheduler.turn(all_of_them, stack), ThreadPoolExecutor(len(plans), "ragkv-fuse") as pool:
-                making = [pool.submit(make, plan) for plan in plans]  # none is cancelled: the others would wait for it
+                try:
+                    making = [
+                        pool.submit(make, plan) for plan in plans
+                    ]  # none is cancelled: the others would wait for it
+                except BaseException:  # no more threads, or interrupted
+                    meeting.end()
+                    raise
                 prompts = [one.result() for one in making]
                 self._scheduler.computed(all_of_them, sum(prompt.report.computed_tokens for prompt in prompts))
             return prompts
+
+    @property
+    def _mine(self) -> bool:
+        """Whether those in front in the line wait for this thread."""
+        return self._scheduler.mine or self.documents.reader.decoder.turns.mine
 
     def _plan(self, request: Request, room: Room, begin: float, stack: ExitStack) -> _Plan:
         past, begins, held = request.past, None, 0
@@ -206,11 +221,12 @@ class Prompting:
         turns = () if past is None else stack.enter_context(past.going_on(request.stop))
         return _Plan(request, documents, layout, tokens, begin, begins, turns)
 
-    def _ticket(self, plan: _Plan) -> Ticket:
-        """What the scheduler is told of a prompt."""
+    def _ticket(self, plan: _Plan, copies: int = 1) -> Ticket:
+        """What the scheduler is told of a prompt whose cache there are so many copies of, in the end."""
         layout, documents, request = plan.layout, plan.documents, plan.request
         decoder, store = documents.reader.decoder, documents.store
         token_bytes = sum(spec.token_bytes for spec in decoder.specs)
+        needs = copies * token_bytes * (layout.tokens + plan.room_tokens)
 
         def keys() -> list[bytes]:
             return [documents.key(placed.chunk) for placed in layout.chunks]
@@ -223,11 +239,11 @@ class Prompting:
         return Ticket(
             documents.namespace,
             layout.tokens - layout.held,
-            needs_bytes=token_bytes * (layout.tokens + plan.room_tokens),
-            answer_bytes=token_bytes * plan.room_tokens,
+            needs_bytes=needs,
+            answer_bytes=needs - token_bytes * layout.tokens,
             device=decoder.device,
             priority=request.priority,
-            deadline_s=plan.begin + request.deadline_s,
+            deadline_s=request.deadline_s,
             stop=request.stop,
             stored=stored,
             prefetch=lambda: store.prefetch(keys()),

@@ -66,6 +66,7 @@ class FusionReport:
         bytes_read: bytes read from disk.
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
+        read_tokens: of chunks that were not stored, each read once.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
@@ -86,6 +87,7 @@ class FusionReport:
     budget: float = 0.0
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
+    read_tokens: int = 0
     looked: str = ""
     gate: str = ""
     why: str = ""
@@ -95,9 +97,8 @@ class FusionReport:
     @property
     def computed_tokens(self) -> int:
         """Tokens of the prompt that were run through the model, as full layers' worth."""
-        read = sum(chunk.tokens for chunk in self.chunks if chunk.source == "computed")
         fresh = self.prefix_tokens - self.reused_tokens + self.suffix_tokens
-        return fresh + read + round(self.budget * self.chunk_tokens)
+        return fresh + self.read_tokens + round(self.budget * self.chunk_tokens)
 
     @property
     def milliseconds(self) -> dict[str, float]:

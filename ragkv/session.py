@@ -200,10 +200,12 @@ class Session:
             return self._rewrite(messages)
         return last_turns([Message(**message) for message in messages if message["role"] != "system"])
 
-    def _prompt(self, turn: _Next, request: Request, room: Room, begin: float, stack: ExitStack) -> FusedPrompt:
+    def _prompt(
+        self, turn: _Next, request: Request, room: Room, begin: float, stack: ExitStack, copies: int
+    ) -> FusedPrompt:
         """The turn's prompt: behind what was said, or put together anew, without as many of the oldest turns as is needed."""
         state = turn.begun = turn.state = self._state
-        made, dropped = self._engine.prompting.prompt, 0
+        made, dropped = partial(self._engine.prompting.prompt, copies=copies), 0
 
         def roomy(tokens: int) -> int:
             asked = room(tokens)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from ragkv.errors import RagKVError, whole_number
 from ragkv.logprobs import TokenLogprob
+from ragkv.model.generation import Stop
 from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Hit
 
@@ -62,7 +59,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
         self.sources: list[Hit] = []
         self.left_out: list[Hit] = []
         self._ended = ended  # called behind the last piece, if somebody listened to the end
-        self._stop = _Stop()
+        self._stop = Stop()
         self._start = partial(start, **self._stop.among(options))
         self._executor, self._queue = executor, asyncio.Queue[str | None]()
         self._stream: AnswerStream | None = None
@@ -146,7 +143,7 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         ask: takes ``stopping_criteria``, as ``model.generate`` does.
         **options: for it.
     """
-    stop = _Stop()
+    stop = Stop()
     working = _submitted(executor, partial(ask, **stop.among(options)))
     try:
         return await _given(working)
@@ -167,7 +164,7 @@ def side_by_side(ask: Callable[..., Result], items: Sequence[Any], at_once: int 
         Whatever the first of them raises that fails: those not begun are cancelled, and the others end behind the token at hand.
     """
     whole_number("at_once", at_once, 1)
-    stop = _Stop()
+    stop = Stop()
     options = stop.among(options)
     with ThreadPoolExecutor(at_once, "ragkv-answer") as pool:
         working = [pool.submit(ask, item, **options) for item in items]
@@ -179,18 +176,6 @@ def side_by_side(ask: Callable[..., Result], items: Sequence[Any], at_once: int 
             stop.set()
             for one in working:
                 one.cancel()
-
-
-class _Stop(threading.Event):
-    """Ends an answer behind the token at hand, as one of its stopping criteria."""
-
-    def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
-        return torch.full((len(ids),), self.is_set(), device=ids.device)
-
-    def among(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Generation arguments with this among the criteria; what is no list is left to be refused by name."""
-        criteria = options.get("stopping_criteria") or []
-        return {**options, "stopping_criteria": [*criteria, self] if isinstance(criteria, list) else criteria}
 
 
 def _submitted(executor: Executor, work: Callable[[], Result]) -> Future[Result]:

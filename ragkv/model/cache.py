@@ -74,14 +74,13 @@ class FusedLayer(CacheLayerMixin):
         """Append ``[B, H, S, D]`` behind what is held and return all of it, without copying what is held."""
         end = self.length + key_states.shape[2]
         if end > self.key_room.shape[2]:
-            self._grow(end)
+            self._grow(max(end, self.key_room.shape[2] * 3 // 2))  # amortised: each token is moved O(1) times
         self.key_room[:, :, self.length : end] = key_states
         self.value_room[:, :, self.length : end] = value_states
         self.length = end
         return self.keys, self.values
 
-    def _grow(self, needed: int) -> None:
-        capacity = max(needed, self.key_room.shape[2] * 3 // 2)  # amortised: each token is moved O(1) times
+    def _grow(self, capacity: int) -> None:
         for name in ("key_room", "value_room"):
             old = getattr(self, name)
             room = old.new_empty(*old.shape[:2], capacity, old.shape[3])

@@ -105,7 +105,7 @@ def _chosen(decoder: Decoder, scores: Tensor, sample: bool | None) -> int:
 
 
 def beam_search(settings: Settings, prompt: FusedPrompt, begin: float) -> list[int]:
-    """The best beam's ids, by ``model.generate`` over the fused cache.
+    """The best beam's ids, by ``model.generate`` over the fused cache; before each token ``prompt.spoken`` may end it.
 
     transformers needs one token to begin with: the prompt's last one is run again, and only that one.
     """
@@ -113,5 +113,11 @@ def beam_search(settings: Settings, prompt: FusedPrompt, begin: float) -> list[i
     cache.crop(-1)
     cache.batch_repeat_interleave(settings.beams)
     arguments = settings.for_generate(ids.shape[1], begin)
+
+    def wanted(ids: Tensor, scores: Tensor) -> Tensor:
+        prompt.spoken(0)
+        return scores
+
+    arguments["logits_processor"].append(wanted)
     out = settings.decoder.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
     return out[0, ids.shape[1] :].tolist()

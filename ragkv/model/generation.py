@@ -27,10 +27,31 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 64
 
 
-def stopping(generation: dict[str, Any]) -> Event | None:
-    """The event among the stopping criteria that stops the answer from outside, if there is one."""
+class Stop(Event):
+    """Ends an answer behind the token at hand, as one of its stopping criteria; made when the answer is asked for.
+
+    Attributes:
+        asked_s: ``perf_counter()`` then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_s: float = perf_counter()
+
+    def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
+        """Whether each of ``ids [B, N]`` is done."""
+        return torch.full((len(ids),), self.is_set(), device=ids.device)
+
+    def among(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Generation arguments with this among the criteria; what is no list is left to be refused by name."""
+        criteria = options.get("stopping_criteria") or []
+        return {**options, "stopping_criteria": [*criteria, self] if isinstance(criteria, list) else criteria}
+
+
+def stopping(generation: dict[str, Any]) -> Stop | None:
+    """What of the stopping criteria stops the answer from outside, if there is one."""
     criteria = generation.get("stopping_criteria")
-    return next((item for item in criteria if isinstance(item, Event)), None) if isinstance(criteria, list) else None
+    return next((item for item in criteria if isinstance(item, Stop)), None) if isinstance(criteria, list) else None
 
 
 def _names(text: str) -> list[str]:
@@ -303,7 +324,7 @@ def _neutral(name: str, value: Any) -> bool:
 
 
 def _unknown(name: str) -> str:
-    near = get_close_matches(name, [*HONOURED, *BESIDE, *OWN, "method", "stop"], 3)
+    near = get_close_matches(name, [*HONOURED, *BESIDE, *OWN, "method", "stop", "priority", "deadline_s"], 3)
     hint = f": did you mean {' or '.join(near)}?" if near else ": it takes what model.generate takes"
     return f"there is no generation argument {name}{hint}"
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from threading import Condition, get_ident
 from time import perf_counter
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -83,6 +84,12 @@ class Meeting:
             self._count -= 1
             self._changed.notify_all()
 
+    def end(self) -> None:
+        """Nobody waits any more: some will never come."""
+        with self._changed:
+            self._count = 0
+            self._changed.notify_all()
+
 
 class Steps:
     """The forwards of one model.
@@ -103,9 +110,10 @@ class Steps:
         self._step_s = 0.0
         self._packs, self._tried = False, 0
         self._begin()
+        _all.add(self)
 
     def _begin(self) -> None:
-        self._process, self._changed = os.getpid(), Condition()
+        self._changed = Condition()
         self._waiting, self._seats = list[_Asked](), set[Seat]()
         self._leader: _Asked | None = None
 
@@ -123,8 +131,6 @@ class Steps:
         Raises:
             ModelChangedError: the model is not the one that computed what the cache holds.
         """
-        if self._process != os.getpid():
-            self._begin()  # in a fork: the threads that waited are not there
         asked = _Asked(rows, fingerprint, seat, alone=self.decoder.turns.mine)
         with self._changed:
             if seat is not None:
@@ -177,7 +183,7 @@ class Steps:
     def _lead(self, asked: _Asked, found: str) -> None:
         """Run one forward; ``asked`` is among those that wait."""
         with self._changed:
-            company = len(self._waiting) > 1 or any(seat is not asked.seat for seat in self._seats)
+            company = len(self._waiting) > 1 or bool(self._others(asked.seat))
         together = company and not asked.alone and self.packs
         with self._changed:
             if together:
@@ -235,8 +241,13 @@ class Steps:
 
     def _expected(self) -> float:
         """Until when the next step may wait for somebody."""
-        thinking = [seat.served_s for seat in self._seats if not seat.slow and not seat.asking]
+        thinking = [seat.served_s for seat in self._others(None) if not seat.slow and not seat.asking]
         return max(thinking) + self._patience if thinking else 0.0
+
+    def _others(self, mine: Seat | None) -> list[Seat]:
+        return [
+            seat for seat in list(self._seats) if seat is not mine
+        ]  # an answer that is garbage leaves its seat anywhere
 
     def _fitting(self) -> list[_Asked]:
         """Of what waits: each answer's next row, and as many rows of prompts as a step may have; one prompt's in any case."""
@@ -268,3 +279,16 @@ class Steps:
     @property
     def _patience(self) -> float:
         return _PATIENCE * self._step_s
+
+
+_all: WeakSet[Steps] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """The threads that waited, or held the lock, are not there."""
+    for each in list(_all):
+        each._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from ragkv.errors import ArgumentError, whole_number
@@ -30,8 +30,8 @@ class Policy(ABC):
             waiting: of the highest priority, in the order in which they came; not empty.
         """
 
-    def joined(self, ticket: Ticket, others: Collection[Ticket]) -> None:  # noqa: B027
-        """One more waits, besides the others that wait or are answered."""
+    def joined(self, ticket: Ticket, others: Sequence[Ticket]) -> None:  # noqa: B027
+        """One more waits, besides the others that wait."""
 
     def began(self, ticket: Ticket, waiting: Sequence[Ticket]) -> None:  # noqa: B027
         """One begins; the others of its priority wait on."""
@@ -116,7 +116,7 @@ class Fair(CachedFirst):
         most = min(self._of(ticket) for ticket in waiting) + self.slack
         return super().next([ticket for ticket in waiting if self._of(ticket) <= most])
 
-    def joined(self, ticket: Ticket, others: Collection[Ticket]) -> None:
+    def joined(self, ticket: Ticket, others: Sequence[Ticket]) -> None:
         """See :class:`Policy`."""
         if any(other.namespace == ticket.namespace for other in others):
             return

@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from threading import RLock
+from threading import RLock, get_ident
 from time import perf_counter
 from weakref import WeakSet
 
@@ -129,6 +129,7 @@ class Scheduler:
         self._lock, self._busy = RLock(), False
         self._waiting, self._running, self._gone = list[Ticket](), set[Ticket](), deque[Ticket]()
         self._first = self._computing = None
+        self._within = set[int]()
         for service in self._figures.values():
             service.waiting = service.running = 0
 
@@ -146,24 +147,42 @@ class Scheduler:
         Raises:
             OverloadedError: there is no room for it, or was none for too long.
             DeadlineError: nobody wants it any more.
+            RagKVError: it was stopped, or the policy failed.
         """
         stack.callback(self._leave, ticket)
         try:
             self._wait(ticket)
-            yield
+            with self.within():
+                yield
         except BaseException:
             self._leave(ticket)
             raise
         with self._line():
             self._computing = None
 
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """A block of a turn, in one of the threads that it takes."""
+        me = get_ident()
+        self._within.add(me)
+        try:
+            yield
+        finally:
+            self._within.discard(me)
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread is in a turn: whoever asks there would wait for itself."""
+        return get_ident() in self._within
+
     def computed(self, ticket: Ticket, tokens: int) -> None:
         """Count what was computed for a prompt."""
-        with self._lock:
+        with self._line(lets_in=False):
             service = self._of(ticket)
             service.computed_tokens += tokens
             service.reused_tokens += max(0, ticket.tokens - tokens)
-            self.policy.spent(ticket, computed=tokens - ticket.computed)
+            if ticket in self._running:
+                self.policy.spent(ticket, computed=tokens - ticket.computed)
 
     def spoken(self, ticket: Ticket, tokens: int) -> None:
         """Count more tokens of an answer.
@@ -171,9 +190,10 @@ class Scheduler:
         Raises:
             DeadlineError: nobody wants the answer any more.
         """
-        with self._lock:
+        with self._line(lets_in=False):
             self._of(ticket).output_tokens += tokens
-            self.policy.spent(ticket, output=tokens)
+            if ticket in self._running:
+                self.policy.spent(ticket, output=tokens)
         if perf_counter() > ticket.deadline_s:
             raise DeadlineError("the answer was not done at its deadline: ask for a shorter one, or later")
 
@@ -185,7 +205,7 @@ class Scheduler:
             return SchedulerStats(len(self._waiting), len(self._running), used, services)
 
     @contextmanager
-    def _line(self) -> Iterator[None]:
+    def _line(self, lets_in: bool = True) -> Iterator[None]:
         """A block in which nobody else changes the line. Behind it whoever is gone leaves it, and those begin whose turn it is.
 
         An answer that is dropped as garbage leaves wherever this thread is just then, within such a block too.
@@ -194,17 +214,19 @@ class Scheduler:
             if self._busy:
                 yield
                 return
-            self._busy = True
             try:
+                self._busy = True
                 yield
-                self._let_in()
+                if lets_in:
+                    self._let_in()
             finally:
                 self._busy = False
 
     def _leave(self, ticket: Ticket) -> None:
         """Give back what a request holds; twice is fine."""
+        self._gone.append(ticket)  # first of all: it counts, whatever interrupts the rest
         with self._line():
-            self._gone.append(ticket)
+            pass
 
     def _wait(self, ticket: Ticket) -> None:
         ticket.asked_s = perf_counter()
@@ -213,7 +235,7 @@ class Scheduler:
         with self._line():
             self._number += 1
             ticket.number = self._number
-            self.policy.joined(ticket, [*self._waiting, *self._running])
+            self.policy.joined(ticket, list(self._waiting))
             self._waiting.append(ticket)
             self._of(ticket).waiting += 1
         if self.memory_bytes is not None and ticket.needs_bytes > self.memory_bytes:
@@ -221,36 +243,52 @@ class Scheduler:
                 f"prompt and answer take {ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}: give fewer "
                 "chunks, ask for a shorter answer, or allow more"
             )
-        if not ticket.ready.is_set():
+        if ticket.gate.locked():
             ticket.prefetch()
-        while not ticket.ready.wait(_LOOK_S):
-            now = perf_counter()
-            if ticket.stop is not None and ticket.stop.is_set():
-                raise RagKVError("stopped before it began")
-            if now > ticket.deadline_s:
-                raise DeadlineError(
-                    f"the prompt's turn had not come at its deadline, after {now - ticket.asked_s:.1f} s"
-                )
-            if now - ticket.asked_s > self.wait_s:
-                held = f"{len(self._waiting)} wait, {len(self._running)} are answered"
-                raise OverloadedError(
-                    f"the prompt's turn had not come after {self.wait_s:g} s ({held}): ask again later"
-                )
+        while not self._came(ticket):
             if ticket is self._first:
                 with self._line():  # for memory that has become free meanwhile
                     pass
 
+    def _came(self, ticket: Ticket) -> bool:
+        """Wait a moment; whether its turn has come, and somebody wants it."""
+        left = ticket.deadline_s - perf_counter()
+        came = ticket.gate.acquire(timeout=max(0.0, min(_LOOK_S, left)))
+        waited = perf_counter() - ticket.asked_s
+        if ticket.failed is not None:
+            raise RagKVError(f"the scheduler's policy failed: {ticket.failed!r}") from ticket.failed
+        if ticket.stop is not None and ticket.stop.is_set():
+            raise RagKVError("stopped before it began")
+        if perf_counter() > ticket.deadline_s:
+            raise DeadlineError(f"the prompt's turn had not come at its deadline, after {waited:.1f} s")
+        if not came and waited > self.wait_s:
+            held = f"{len(self._waiting)} wait, {len(self._running)} are answered"
+            raise OverloadedError(f"the prompt's turn had not come after {self.wait_s:g} s ({held}): ask again later")
+        return came
+
     def _let_in(self) -> None:
         """Let those go that are gone, and those begin whose turn it is."""
         while self._gone:
-            self._over(self._gone.popleft())
+            self._over(self._gone[0])
+            self._gone.popleft()
         self._first = None
         if self._waiting and self._computing is None:
-            top = max(ticket.priority for ticket in self._waiting)
-            able = [ticket for ticket in self._waiting if ticket.priority == top]
-            first = self._first = self.policy.next(able)
-            if not self._room_for(first):
-                return
+            try:
+                self._next()
+            except Exception as error:  # of a policy: whoever waits is told so, not whoever happens to be here
+                for ticket in list(self._waiting):
+                    ticket.failed = error
+                    self._over(ticket)
+                    ticket.gate.release()
+
+    def _next(self) -> None:
+        top = max(ticket.priority for ticket in self._waiting)
+        able = [ticket for ticket in self._waiting if ticket.priority == top]
+        first = self.policy.next(able)
+        if first not in able:
+            raise ArgumentError(f"next() must return one of those that wait, got {first!r:.80}")
+        self._first = first
+        if self._room_for(first):
             able.remove(first)
             self.policy.began(first, able)
             self._admit(first)
@@ -264,7 +302,7 @@ class Scheduler:
         service.waiting -= 1
         service.running += 1
         service.waited_s += ticket.begun_s - ticket.asked_s
-        ticket.ready.set()
+        ticket.gate.release()
 
     def _over(self, ticket: Ticket) -> None:
         service = self._of(ticket)
@@ -273,8 +311,8 @@ class Scheduler:
             service.waiting -= 1
             service.refused += 1
         elif ticket in self._running:
-            self._running.discard(ticket)
             self._computing = None if self._computing is ticket else self._computing
+            self._running.discard(ticket)
             service.running -= 1
             service.done += 1
             service.served_s += perf_counter() - ticket.begun_s

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Event
+from threading import Event, Lock
 
 import torch
 
 
 def _nothing() -> int:
     return 0
+
+
+def _shut() -> Lock:
+    gate = Lock()
+    gate.acquire()
+    return gate
 
 
 @dataclass(eq=False)
@@ -32,7 +38,9 @@ class Ticket:
         reused: tokens that are stored, as far as anybody looked.
         number: the how manieth it is.
         overtaken: how many began before it and came later, as far as its policy counts them.
-        ready: set when it may begin.
+        gate: opened when it may begin, or has failed. No Event, whose lock is not reentrant: garbage that is collected within its
+            ``wait()`` may be an answer whose end lets this one begin.
+        failed: why it never will.
         asked_s, begun_s: ``perf_counter()`` at which it came, and began.
     """
 
@@ -51,7 +59,8 @@ class Ticket:
     overtaken: int = 0
     asked_s: float = 0.0
     begun_s: float = 0.0
-    ready: Event = field(default_factory=Event)
+    gate: Lock = field(default_factory=_shut)
+    failed: Exception | None = None
 
     @property
     def computed(self) -> int:

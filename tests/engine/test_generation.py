@@ -212,7 +212,8 @@ def test_a_field_of_a_later_transformers_is_refused(engine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("max_new_token", "max_new_tokens"), ("temprature", "temperature"), ("zzz", "")]
+    ("name", "near"),
+    [("max_new_token", "max_new_tokens"), ("temprature", "temperature"), ("deadline", "deadline_s"), ("zzz", "")],
 )
 def test_unknown_names(engine, name, near):
     for value in (1, None):

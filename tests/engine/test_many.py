@@ -1,5 +1,7 @@
 """Several questions side by side: each answer is what it would be alone."""
 
+import threading
+
 import pytest
 import torch
 
@@ -77,6 +79,21 @@ def test_one_that_fails_keeps_nobody_waiting(engine, failing):
     assert len(engine.fuse_many(asked)) == 3
     with pytest.raises(PromptError, match="requests must be a list"):
         engine.fuse_many("abc")
+
+
+def test_threads_that_cannot_be_made_keep_nobody_waiting(engine, monkeypatch):
+    chunks, real, made = engine.add([random_ids(17)]), threading.Thread.start, []
+
+    def start(thread):
+        made.append(thread)
+        if len(made) == 3:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="new thread"):
+        engine.fuse_many([(chunks, random_ids(5)) for _ in range(4)])
+    assert engine.scheduler.stats().running == 0
 
 
 def test_ask_many_gives_each_its_sources(tmp_path):

@@ -1,7 +1,9 @@
 """Calls that are made at the same time stand in a line, and each answer is what it would be alone."""
 
+import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -14,13 +16,16 @@ from ragkv import (
     LegoLink,
     OverloadedError,
     PromptTemplate,
+    Reuse,
     Scheduler,
     TieredStore,
     bundled,
 )
+from ragkv.library.watching import watched
 from ragkv.metrics import EngineCollector
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
+from ragkv.streaming import stoppable
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
@@ -117,6 +122,16 @@ def test_what_the_policy_is_told_is_what_was_done():
     assert service.reused_tokens == ticket.tokens - service.computed_tokens
 
 
+def test_a_passage_that_stands_twice_is_read_once():
+    engine, passage = engine_with(), random_ids(20)
+    report = engine.fuse([passage, passage], QUESTION, method="reuse").report
+    assert report.read_tokens == 21 and report.sources == ["computed"] * 2
+    assert report.computed_tokens == report.prefix_tokens - report.reused_tokens + report.suffix_tokens + 21
+    service = engine.stats().line.namespaces[""]
+    assert (service.computed_tokens, service.reused_tokens) == (report.computed_tokens, 3 + 21)
+    assert engine.fuse([passage, passage], QUESTION, method="reuse").report.read_tokens == 0
+
+
 def test_priorities_and_what_is_stored():
     policy = Noting()
     engine = engine_with(policy=policy)
@@ -171,10 +186,43 @@ def test_deadlines():
         )
     with line_held(engine.scheduler), pytest.raises(DeadlineError, match="turn had not come"):
         in_thread(lambda: engine.generate(chunks, QUESTION, deadline_s=0.05))
-    with pytest.raises(DeadlineError):
-        engine.generate(chunks, QUESTION, deadline_s=1e-9, num_beams=2, max_new_tokens=3)
+    ran = []
+    with pytest.raises(DeadlineError, match="not done at its deadline"):
+        slow = [lambda ids, scores: (ran.append(1), slowly(ids, scores))[1]]
+        engine.generate(
+            *(chunks, QUESTION),
+            deadline_s=0.2,
+            num_beams=2,
+            logits_processor=slow,
+            max_new_tokens=200,
+            eos_token_id=None,
+        )
+    assert len(ran) < 100  # at the next token
     assert engine.scheduler.stats().running == engine.scheduler.stats().waiting == 0
     assert not engine.runner.steps()._seats
+
+
+def test_a_deadline_counts_from_the_call():
+    """Also where a thread of the event loop has to become free, and a stream is not read at once."""
+    engine, free = engine_with(), threading.Event()
+
+    async def ask():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(free.wait, 60)
+            asked = asyncio.ensure_future(
+                stoppable(pool, engine.generate, chunks=[], question=QUESTION, deadline_s=0.05)
+            )
+            await asyncio.sleep(0.1)
+            free.set()
+            await asked
+
+    with pytest.raises(DeadlineError, match="turn had not come"):
+        asyncio.run(ask())
+    engine = Engine(*bundled.load())
+    stream = engine.stream([], "Where?", deadline_s=0.01)
+    time.sleep(0.02)
+    with pytest.raises(DeadlineError, match="turn had not come"):
+        next(stream)
 
 
 def in_thread(call):
@@ -231,6 +279,40 @@ def test_a_call_within_a_turn_of_the_model_does_not_wait():
     want = engine.generate(chunks, QUESTION, **NO_END).token_ids
     with line_held(engine.scheduler), engine.runner.turn():
         assert engine.generate(chunks, QUESTION, **NO_END).token_ids == want
+        assert len(engine.fuse_many([(chunks, QUESTION)] * 2)) == 2
+
+
+class Asks(Reuse):
+    """A method that asks the engine itself."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def select(self, view):
+        self.ask()
+        return super().select(view)
+
+
+def test_a_call_within_a_turn_of_the_line_does_not_wait():
+    """A method of one's own, or whoever is told how far reading is, may ask: it would wait for itself."""
+    engine = engine_with(wait_s=1)
+    chunks, found = engine.add([random_ids(20)]), []
+    want = engine.generate(chunks, QUESTION, **NO_END).token_ids
+
+    def ask():
+        found.append(engine.generate(chunks, QUESTION, **NO_END).token_ids)
+        (prompt,) = engine.fuse_many([(chunks, QUESTION)])
+        found.append([prompt.logits.argmax().item(), *want[1:]])
+
+    engine.generate(chunks, QUESTION, method=Asks(ask), **NO_END)
+    assert found == [want] * 2
+    engine.fuse_many([(chunks, QUESTION), (chunks, random_ids(7))], method=Asks(ask))
+    assert found == [want] * 6
+    with watched(lambda *_: ask()):
+        engine.generate([random_ids(11)], QUESTION, **NO_END)
+    assert len(found) > 6 and found == [want] * len(found)
+    assert engine.scheduler.stats().running == 0
 
 
 def test_a_line_for_several_engines():

@@ -21,7 +21,7 @@ class Line:
         ticket = Ticket(namespace, tokens, reused=reused)
         self._number += 1
         ticket.number, ticket.output = self._number, output
-        self.policy.joined(ticket, [*self.waiting, *self.running])
+        self.policy.joined(ticket, list(self.waiting))
         self.waiting.append(ticket)
         return ticket
 

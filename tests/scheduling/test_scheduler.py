@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from ragkv import ArgumentError, ArgumentTypeError, DeadlineError, OverloadedError, RagKVError, Scheduler
+from ragkv import ArgumentError, ArgumentTypeError, DeadlineError, Fair, OverloadedError, RagKVError, Scheduler
 from ragkv.scheduling import scheduler as module
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
@@ -150,6 +150,84 @@ def test_a_thread_that_waits_for_its_own_streams_is_told_in_the_end():
         with pytest.raises(OverloadedError, match="1 wait, 1 are answered"):
             line.turn(Ticket("", 10), stack).__enter__()
     assert line.stats().running == line.stats().waiting == 0
+
+
+def through(line, ticket):
+    with ExitStack() as stack, line.turn(ticket, stack):
+        pass
+
+
+def test_an_unread_answer_keeps_no_place():
+    """Only what waits does: whoever has a stream open for an hour is owed nothing for it."""
+    fair = Fair(slack=0)
+    line = Scheduler(fair)
+    with ExitStack() as unread:
+        with line.turn(Ticket("late", 10), unread):
+            pass
+        for _ in range(5):
+            through(line, Ticket("early", 100))
+        through(line, Ticket("late", 10))
+        assert fair.served["late"] >= 500
+
+
+def test_whoever_asks_within_a_turn_does_not_wait():
+    policy = Fair()
+    line = Scheduler(policy, wait_s=0)
+    assert not line.mine
+    with ExitStack() as stack, line.turn(Ticket("", 10), stack):
+        assert line.mine
+        before, other = policy.served[""], Ticket("", 1000)
+        line.computed(other, 100)
+        line.spoken(other, 5)
+        assert policy.served[""] == before  # it has not begun, and is owed nothing
+    assert not line.mine and line.stats().namespaces[""].computed_tokens == 100
+
+
+class Broken(FirstComeFirstServed):
+    def __init__(self, what):
+        self.what = what
+
+    def next(self, waiting):
+        return self.fail("next", waiting) or super().next(waiting)
+
+    def began(self, ticket, waiting):
+        self.fail("began", waiting)
+
+    def fail(self, name, waiting):
+        if name == self.what and waiting:
+            raise ZeroDivisionError("a bug")
+        return Ticket("", 1) if self.what == "other" and name == "next" and len(waiting) > 1 else None
+
+
+@pytest.mark.parametrize("what", ["next", "other", "began"])
+def test_a_policy_that_fails_is_named_to_those_who_wait(what):
+    """Not to whoever gives something back just then; and nobody waits for its recovery."""
+    policy = Broken("")
+    line = Scheduler(policy)
+    first = Asking(line, Ticket("", 10))
+    assert first.began.wait(10)
+    waiting = [Asking(line, Ticket("", 10)) for _ in range(3)]
+    policy.what = what
+    first.end()
+    for one in waiting:
+        one.join(10)
+        assert type(one.error) is RagKVError and "the scheduler's policy failed" in str(one.error)
+    assert first.error is None and (line.stats().running, line.stats().waiting) == (0, 0)
+    policy.what = ""
+    through(line, Ticket("", 10))
+    assert line.stats().namespaces[""].refused == 3
+
+
+@pytest.mark.parametrize("why", ["deadline", "stopped"])
+def test_what_nobody_wants_any_more_is_not_begun(why):
+    """Not even where it need not wait."""
+    stop = threading.Event()
+    stop.set()
+    ticket = Ticket("", 10, stop=stop) if why == "stopped" else Ticket("", 10, deadline_s=time.perf_counter())
+    line = Scheduler()
+    with pytest.raises(RagKVError, match=why), ExitStack() as stack, line.turn(ticket, stack):
+        pytest.fail("it has begun")
+    assert line.stats().running == 0
 
 
 def test_what_fails_gives_all_back_at_once():
