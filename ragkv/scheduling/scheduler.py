@@ -1,4 +1,4 @@
-"""The line in front of a model: one prompt after the other is computed, while the answers of those before are decoded.
+"""The line in front of a model: one prompt after the other is computed, the next one being placed meanwhile and answers decoded.
 
 There is no thread of its own: whoever asks waits, and whoever is done lets the next one begin.
 """
@@ -26,6 +26,8 @@ from ragkv.scheduling.memory import free_bytes
 from ragkv.scheduling.policies import POLICIES, Policy
 from ragkv.scheduling.ticket import Ticket
 
+# Prompts at a time: one is computed while the next one's chunks are placed, and a disk that hangs holds up one of them.
+_COMPUTED = 2
 # How often one that waits looks whether it is still wanted, and whether memory has become free.
 _LOOK_S = 0.1
 # Of the memory that is free, what prompts may take: a forward needs some, and so does whatever else runs.
@@ -82,9 +84,9 @@ class Scheduler:
     """Says when which request begins. One may serve several engines; all of them have one.
 
     Calls of :meth:`~ragkv.Engine.generate`, :meth:`~ragkv.Engine.stream` and :meth:`~ragkv.Engine.fuse` stand in one line, whatever
-    threads make them, and so does what is built on them. One prompt is computed at a time, so that first tokens come one after the
-    other and not all at the end; answers are decoded together all the while. Calls with a higher ``priority=`` go first. A call
-    with ``deadline_s=`` that has no whole answer by then ends with a DeadlineError.
+    threads make them, and so does what is built on them. Two prompts are placed and computed at a time, so that first tokens come one
+    after the other and not all at the end; answers are decoded together all the while. Calls with a higher ``priority=`` go first.
+    A call with ``deadline_s=`` that has no whole answer by then ends with a DeadlineError.
 
     Args:
         policy: which of equal priority goes first: ``"fcfs"``, in the order of asking; ``"cached-first"``, whoever has the most
@@ -128,13 +130,12 @@ class Scheduler:
     def _begin(self) -> None:
         self._lock, self._busy = RLock(), False
         self._waiting, self._running, self._gone = list[Ticket](), set[Ticket](), deque[Ticket]()
-        self._first = self._computing = None
+        self._computing, self._first = set[Ticket](), None
         self._within = set[int]()
         for service in self._figures.values():
             service.waiting = service.running = 0
 
     _first: Ticket | None  # whose turn it is as soon as there is room
-    _computing: Ticket | None
 
     @contextmanager
     def turn(self, ticket: Ticket, stack: ExitStack) -> Iterator[None]:
@@ -158,7 +159,7 @@ class Scheduler:
             self._leave(ticket)
             raise
         with self._line():
-            self._computing = None
+            self._computing.discard(ticket)
 
     @contextmanager
     def within(self) -> Iterator[None]:
@@ -272,31 +273,35 @@ class Scheduler:
             self._over(self._gone[0])
             self._gone.popleft()
         self._first = None
-        if self._waiting and self._computing is None:
+        while self._waiting and len(self._computing) < _COMPUTED:
             try:
-                self._next()
+                if not self._next():
+                    return
             except Exception as error:  # of a policy: whoever waits is told so, not whoever happens to be here
                 for ticket in list(self._waiting):
                     ticket.failed = error
                     self._over(ticket)
                     ticket.gate.release()
 
-    def _next(self) -> None:
+    def _next(self) -> bool:
+        """Let the next one begin; whether there was room for it."""
         top = max(ticket.priority for ticket in self._waiting)
         able = [ticket for ticket in self._waiting if ticket.priority == top]
         first = self.policy.next(able)
         if first not in able:
             raise ArgumentError(f"next() must return one of those that wait, got {first!r:.80}")
         self._first = first
-        if self._room_for(first):
-            able.remove(first)
-            self.policy.began(first, able)
-            self._admit(first)
+        if not self._room_for(first):
+            return False
+        able.remove(first)
+        self.policy.began(first, able)
+        self._admit(first)
+        return True
 
     def _admit(self, ticket: Ticket) -> None:
         self._waiting.remove(ticket)
         self._running.add(ticket)
-        self._computing = ticket
+        self._computing.add(ticket)
         ticket.begun_s = perf_counter()
         service = self._of(ticket)
         service.waiting -= 1
@@ -311,7 +316,7 @@ class Scheduler:
             service.waiting -= 1
             service.refused += 1
         elif ticket in self._running:
-            self._computing = None if self._computing is ticket else self._computing
+            self._computing.discard(ticket)
             self._running.discard(ticket)
             service.running -= 1
             service.done += 1

@@ -23,6 +23,7 @@ from ragkv import (
 )
 from ragkv.library.watching import watched
 from ragkv.metrics import EngineCollector
+from ragkv.scheduling import scheduler as module
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
 from ragkv.streaming import stoppable
@@ -53,6 +54,11 @@ class Noting(FirstComeFirstServed):
 
 def engine_with(store=None, **options):
     return Engine(tiny_model(), template=TEMPLATE, method=LegoLink(4), store=store, scheduler=Scheduler(**options))
+
+
+@pytest.fixture(autouse=True)
+def one_after_the_other(monkeypatch):
+    monkeypatch.setattr(module, "_COMPUTED", 1)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ragkv.scheduling.ticket import Ticket
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(module, "_LOOK_S", 0.005)
+    monkeypatch.setattr(module, "_COMPUTED", 1)
 
 
 class Asking(threading.Thread):
@@ -58,6 +59,17 @@ def test_one_prompt_is_computed_at_a_time_while_others_are_answered():
         one.end()
     assert line.stats().running == line.stats().waiting == 0
     assert line.stats().namespaces[""].done == 3
+
+
+def test_the_next_one_is_placed_meanwhile(monkeypatch):
+    monkeypatch.setattr(module, "_COMPUTED", 2)
+    line = Scheduler()
+    first, second, third = (Asking(line, Ticket("", 10)) for _ in range(3))
+    assert first.began.wait(10) and second.began.wait(10) and not third.began.wait(0.05)
+    second.computed.set()  # the first one's disk hangs
+    assert third.began.wait(10)
+    for one in (second, third, first):
+        one.end()
 
 
 def test_a_higher_priority_goes_first():
