@@ -84,9 +84,9 @@ class Scheduler:
     """Says when which request begins. One may serve several engines; all of them have one.
 
     Calls of :meth:`~ragkv.Engine.generate`, :meth:`~ragkv.Engine.stream` and :meth:`~ragkv.Engine.fuse` stand in one line, whatever
-    threads make them, and so does what is built on them. Two prompts are placed and computed at a time, so that first tokens come one
-    after the other and not all at the end; answers are decoded together all the while. Calls with a higher ``priority=`` go first.
-    A call with ``deadline_s=`` that has no whole answer by then ends with a DeadlineError.
+    threads make them, and so does what is built on them. Two prompts are placed and computed at a time, so that first tokens come
+    one after the other and not all at the end; answers are decoded together all the while. Calls with a higher ``priority=`` go
+    first. A call with ``deadline_s=`` that has no whole answer by then ends with a DeadlineError.
 
     Args:
         policy: which of equal priority goes first: ``"fcfs"``, in the order of asking; ``"cached-first"``, whoever has the most
