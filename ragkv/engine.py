@@ -21,7 +21,7 @@ from ragkv.errors import instance, whole_number
 from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
-from ragkv.library.given import check_parts, several, several_chunks
+from ragkv.library.given import check_parts, pairs, several, several_chunks
 from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import as_method
@@ -321,9 +321,7 @@ class Engine:
         begin, chosen = perf_counter(), self.method_of(method)
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        asked = [
-            Request(chunks, question, chosen, system, namespace) for chunks, question in several(requests, "requests")
-        ]
+        asked = [Request(chunks, question, chosen, system, namespace) for chunks, question in pairs(requests)]
         return self.prompting.prompts(asked, lambda _: room_tokens, begin)
 
     def generate(
@@ -389,7 +387,7 @@ class Engine:
         Raises:
             As :meth:`generate`: the first one that fails ends all.
         """
-        return side_by_side(lambda one, **given: self.generate(*one, **given), requests, at_once, **options)
+        return side_by_side(lambda one, **given: self.generate(*one, **given), pairs(requests), at_once, **options)
 
     def stream(
         self,

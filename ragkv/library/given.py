@@ -19,6 +19,15 @@ def several(items: Sequence[Any], what: str) -> list[Any]:
     return list(items)
 
 
+def pairs(requests: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Chunks and question of each request."""
+    given = several(requests, "requests")
+    for one in given:
+        if not isinstance(one, tuple | list) or len(one) != 2:
+            raise PromptError(f"each of requests must be (chunks, question), got {one!r:.60}")
+    return given
+
+
 def several_chunks(items: Sequence[Chunk], what: str) -> list[Chunk]:
     """A list of chunks."""
     chunks = several(items, what)

@@ -77,8 +77,14 @@ def test_one_that_fails_keeps_nobody_waiting(engine, failing):
         engine.fuse_many(asked)
     engine.documents.read = real
     assert len(engine.fuse_many(asked)) == 3
-    with pytest.raises(PromptError, match="requests must be a list"):
-        engine.fuse_many("abc")
+    for ask in (engine.fuse_many, engine.generate_many):
+        for wrong, why in (
+            ("abc", "requests must be a list"),
+            ([chunks], r"must be \(chunks, question\)"),
+            ([5], "must be"),
+        ):
+            with pytest.raises(PromptError, match=why):
+                ask(wrong)
 
 
 def test_threads_that_cannot_be_made_keep_nobody_waiting(engine, monkeypatch):

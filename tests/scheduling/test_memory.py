@@ -15,12 +15,17 @@ def test_this_machine_says_what_it_has():
 
 
 @pytest.mark.parametrize(("limit", "left"), [("max", None), (str(10 << 20), (10 << 20) - (3 << 20) + (1 << 20))])
-def test_a_control_group_limits_it(tmp_path, monkeypatch, limit, left):
+@pytest.mark.parametrize("own", ["/", "/system.slice/rag.service", "/system.slice"])
+def test_a_control_group_limits_it(tmp_path, monkeypatch, limit, left, own):
     before = memory.free_bytes(CPU)
-    (tmp_path / "memory.max").write_text(limit + "\n")
-    (tmp_path / "memory.current").write_text(f"{3 << 20}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 20}\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    limited = tmp_path / "groups" / ("" if own == "/" else "system.slice")  # the service's own has no limit
+    limited.mkdir(parents=True)
+    (limited / "memory.max").write_text(limit + "\n")
+    (limited / "memory.current").write_text(f"{3 << 20}\n")
+    (limited / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 20}\n")
+    (tmp_path / "cgroup").write_text(f"1:cpu:/old\n0::{own}\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "groups")
+    monkeypatch.setattr(memory, "_OWN", tmp_path / "cgroup")
     found = memory.free_bytes(CPU)
     assert found == left if left is not None else (found is None) == (before is None)
 
