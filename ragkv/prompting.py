@@ -182,10 +182,8 @@ class Prompting:
                     meeting.leave()
 
             with self._scheduler.turn(all_of_them, stack), ThreadPoolExecutor(len(plans), "ragkv-fuse") as pool:
-                try:
-                    making = [
-                        pool.submit(make, plan) for plan in plans
-                    ]  # none is cancelled: the others would wait for it
+                try:  # none is cancelled later: the others would wait for it
+                    making = [pool.submit(make, plan) for plan in plans]
                 except BaseException:  # no more threads, or interrupted
                     meeting.end()
                     raise
