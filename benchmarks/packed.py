@@ -39,7 +39,8 @@ def asked(args: argparse.Namespace, options: dict[str, Any]) -> tuple[list[tuple
     bench = Bench(model, tokenizer, template, **more)
     answers = []
     for case in cases[: args.cases]:
-        answers.append((case, bench.run([case.text(place) for place in case.retrieved], case, FullPrefill())))
+        prompt = bench.fuse([case.text(place) for place in case.retrieved], case, FullPrefill())
+        answers.append((case, *bench.answers([prompt], case)))
         print(".", end="", flush=True)
     return answers, conditions(bench.engine, "")
 

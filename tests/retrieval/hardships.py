@@ -155,7 +155,7 @@ def ask(folder, until, gone):
     """Each question sees one version of a document, nothing of another namespace, and nothing that was gone before it."""
     asked = 0
     with Retriever.open(folder, Embedder()) as retriever:
-        while time.monotonic() < until:
+        while time.monotonic() < until or not asked:
             removed = set(Path(gone).read_text().split("\n"))
             for namespace in NAMESPACES:
                 for options in ({}, {"hybrid": True}, {"hybrid": True, "where": {"source": "one"}}):
@@ -174,10 +174,9 @@ def ask(folder, until, gone):
 def look(folder, until):
     """What another process writes is no damage."""
     looked = 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or looked <= 3:
         assert verified(Path(folder), False) == ([], [])
         looked += 1
-    assert looked > 3, looked
 
 
 def three(folder, seconds):
