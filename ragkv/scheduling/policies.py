@@ -59,7 +59,7 @@ class CachedFirst(Policy):
 
     def __init__(self, window: int = 32):
         whole_number("window", window)
-        self.window = window
+        self.window: int = window
 
     def next(self, waiting: Sequence[Ticket]) -> Ticket:
         """See :class:`Policy`."""
@@ -100,15 +100,18 @@ class Fair(CachedFirst):
         window: int = 32,
     ):
         super().__init__(window)
-        self.shares = dict(shares or {})
-        self.reused, self.computed, self.output, self.slack = reused, computed, output, slack
+        self.shares: dict[str, float] = dict(shares or {})
+        self.reused: float = reused
+        self.computed: float = computed
+        self.output: float = output
+        self.slack: float = slack
         for name, value in (("reused", reused), ("computed", computed), ("output", output), ("slack", slack)):
             if not value >= 0:
                 raise ArgumentError(f"{name} must be at least 0, got {value!r}")
         for name, share in self.shares.items():
             if not share > 0:
                 raise ArgumentError(f"shares: that of {name!r} must be more than 0, got {share!r}")
-        self.served = dict[str, float]()
+        self.served: dict[str, float] = {}
         self._level = 0.0  # of the one that began last
 
     def next(self, waiting: Sequence[Ticket]) -> Ticket:

@@ -121,7 +121,9 @@ class Scheduler:
         if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or not wait_s >= 0:
             raise ArgumentError(f"wait_s must be seconds, 0 or more, got {wait_s!r}")
         self.policy: Policy = policy
-        self.at_once, self.memory_bytes, self.wait_s = at_once, memory_bytes, wait_s
+        self.at_once: int | None = at_once
+        self.memory_bytes: int | None = memory_bytes
+        self.wait_s: float = wait_s
         self._figures = OrderedDict[str, Service]()
         self._number = 0
         self._begin()
