@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
 from threading import Condition, Event, Thread
 from weakref import WeakSet
+
+from ragkv.forks import anew_in_forks
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Background:
     def __init__(self, name: str, most: int):
         self._name, self._most = name, most
         self.anew()
-        _all.add(self)
+        _all.add(anew_in_forks(self))
 
     def anew(self) -> None:
         """As it was made."""
@@ -95,11 +96,4 @@ def _close_all() -> None:
         each.close()
 
 
-def _after_fork_in_child() -> None:
-    for each in list(_all):
-        each.anew()
-
-
 atexit.register(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

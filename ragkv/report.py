@@ -17,7 +17,7 @@ from ragkv.fusion.timing import Timer
 from ragkv.logprobs import Logprobs, TokenLogprob
 from ragkv.model.schema import Schema
 from ragkv.past import Past
-from ragkv.scheduling.scheduler import SchedulerStats
+from ragkv.scheduling.figures import SchedulerStats
 from ragkv.store import StoreStats
 
 if TYPE_CHECKING:

@@ -188,10 +188,8 @@ class Session:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
         turn.found = self._finder.found(text, retrieval, self._documents())
-        request = Request(
-            (), turn.question, self._engine.method_of(method), keep=True, most_tokens=self._context_tokens
-        )
-        request = replace(request, **scheduling(generation))
+        asked = {"keep": True, "most_tokens": self._context_tokens, **scheduling(generation)}
+        request = Request((), turn.question, self._engine.method_of(method), **asked)
         make = partial(self._prompt, turn, request)
         turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
 

@@ -7,18 +7,17 @@ take the others' tokens along (Sarathi-Serve, OSDI'24). Who is alone waits for n
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from threading import Condition, get_ident
 from time import perf_counter
-from weakref import WeakSet
 
 from torch import Tensor
 
 from ragkv.errors import ModelChangedError
+from ragkv.forks import anew_in_forks
 from ragkv.model.decoder import Decoder
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
@@ -109,10 +108,11 @@ class Steps:
         self.decoder: Decoder = decoder
         self._step_s = 0.0
         self._packs, self._tried = False, 0
-        self._begin()
-        _all.add(self)
+        self.anew()
+        anew_in_forks(self)
 
-    def _begin(self) -> None:
+    def anew(self) -> None:
+        """In a fork: nobody waits yet."""
         self._changed = Condition()
         self._waiting, self._seats = list[_Asked](), set[Seat]()
         self._leader: _Asked | None = None
@@ -279,16 +279,3 @@ class Steps:
     @property
     def _patience(self) -> float:
         return _PATIENCE * self._step_s
-
-
-_all: WeakSet[Steps] = WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    """The threads that waited, or held the lock, are not there."""
-    for each in list(_all):
-        each._begin()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

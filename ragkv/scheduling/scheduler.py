@@ -5,14 +5,12 @@ There is no thread of its own: whoever asks waits, and whoever is done lets the 
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from threading import RLock, get_ident
 from time import perf_counter
-from weakref import WeakSet
 
 from ragkv.errors import (
     ArgumentError,
@@ -22,6 +20,8 @@ from ragkv.errors import (
     instance,
     whole_number,
 )
+from ragkv.forks import anew_in_forks
+from ragkv.scheduling.figures import SchedulerStats, Service
 from ragkv.scheduling.memory import free_bytes
 from ragkv.scheduling.policies import POLICIES, Policy
 from ragkv.scheduling.ticket import Ticket
@@ -34,50 +34,6 @@ _LOOK_S = 0.1
 _SHARE = 0.8
 # Namespaces whose figures are kept, the last ones asked for.
 _MOST_NAMESPACES = 1000
-
-
-@dataclass
-class Service:
-    """What one namespace asked for and got.
-
-    Attributes:
-        waiting: requests that wait.
-        running: those whose prompt is computed, or whose answer is decoded.
-        done: those that were let in and are over.
-        refused: those that were not let in: at a deadline, for want of room, or because nobody wanted them any more.
-        waited_s: in the line, all together.
-        served_s: from their beginning to their end, all together.
-        reused_tokens: of their prompts, those that were stored.
-        computed_tokens: those that were not.
-        output_tokens: of their answers.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    done: int = 0
-    refused: int = 0
-    waited_s: float = 0.0
-    served_s: float = 0.0
-    reused_tokens: int = 0
-    computed_tokens: int = 0
-    output_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """A scheduler's figures since it was made.
-
-    Attributes:
-        waiting: requests that wait now.
-        running: those that are computed or decoded now.
-        bytes: what prompts and answers take that are computed or decoded now, with all the room that they asked for.
-        namespaces: by namespace, of the last 1,000 that asked for something.
-    """
-
-    waiting: int
-    running: int
-    bytes: int
-    namespaces: dict[str, Service] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -126,10 +82,11 @@ class Scheduler:
         self.wait_s: float = wait_s
         self._figures = OrderedDict[str, Service]()
         self._number = 0
-        self._begin()
-        _all.add(self)
+        self.anew()
+        anew_in_forks(self)
 
-    def _begin(self) -> None:
+    def anew(self) -> None:
+        """In a fork: nobody waits yet."""
         self._lock, self._busy = RLock(), False
         self._waiting, self._running, self._gone = list[Ticket](), set[Ticket](), deque[Ticket]()
         self._computing, self._first = set[Ticket](), None
@@ -344,16 +301,3 @@ class Scheduler:
             if idle is not None:
                 del self._figures[idle]
         return service
-
-
-_all: WeakSet[Scheduler] = WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    """The threads that waited, or held the lock, are not there."""
-    for each in list(_all):
-        each._begin()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
