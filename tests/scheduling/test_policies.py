@@ -117,6 +117,16 @@ def test_the_slack_is_for_what_is_stored():
     assert order(4096) == ["stored"] * 3 + ["new"] * 3
 
 
+@pytest.mark.parametrize(("others", "place"), [("a", 2), ("b", 5)])
+def test_only_those_of_its_own_namespace_overtake_a_request(others, place):
+    """Others have their turn by what was served, and give nobody a claim to go before the least served."""
+    line = Line(Fair(slack=1e9, window=2))
+    first = line.ask("a", tokens=100)
+    for _ in range(5):
+        line.ask(others, tokens=100, reused=90)
+    assert line.finish().index(first) == place
+
+
 def test_a_share_is_served_more():
     line = Line(Fair({"paying": 3.0}, slack=0))
     done = served(line, {"paying": (100, 0, 5), "free": (100, 0, 5)}, line.policy, 2000, random.Random(0))
