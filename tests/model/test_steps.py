@@ -233,6 +233,29 @@ def waiting(engine, work, items):
     return threads
 
 
+@pytest.mark.parametrize("how", ["comes", "leaves", "end"])
+def test_a_meeting_waits_for_all_who_may_come(engine, how):
+    meeting, here, go_on = module.Meeting(2), threading.Event(), threading.Event()
+
+    def come():
+        with meeting.seat(engine.runner.steps()):
+            here.set()
+            go_on.wait(30)
+
+    first = threading.Thread(target=come, daemon=True)
+    first.start()
+    assert not here.wait(0.05)
+    if how == "comes":
+        with meeting.seat(engine.runner.steps()):
+            assert here.wait(30)
+    else:
+        (meeting.leave if how == "leaves" else meeting.end)()
+        assert here.wait(30)
+    go_on.set()
+    first.join(30)
+    assert not engine.runner.steps()._seats
+
+
 def test_the_model_is_compared_for_each_of_a_forward(engine):
     steps, found = engine.runner.steps(), dict[str, object]()
 
