@@ -158,6 +158,8 @@ class ChunkKV:
         sensitivity: ``[T]`` how much each token's values change when another text stands in front of the document; ``None`` where
             it was not measured. See :mod:`ragkv.library.sensitivity`.
         foreign: id of the text that stood in front when the sensitivity was measured.
+        rows: ``[T]`` where these are some of a chunk's tokens: their numbers in it, ascending; ``base`` is the position of its
+            first token. ``None`` for all of a chunk.
     """
 
     keys: list[Tensor]
@@ -165,6 +167,7 @@ class ChunkKV:
     base: int
     sensitivity: Tensor | None = None
     foreign: str = ""
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -180,11 +183,10 @@ class ChunkKV:
     def first(self, tokens: int) -> ChunkKV:
         """The first ``tokens`` tokens, as views: by causality they know nothing of the others."""
         keys, values = [k[:, :tokens] for k in self.keys], [v[:, :tokens] for v in self.values]
-        return ChunkKV(
-            keys, values, self.base, None if self.sensitivity is None else self.sensitivity[:tokens], self.foreign
-        )
+        sensitivity, rows = (None if held is None else held[:tokens] for held in (self.sensitivity, self.rows))
+        return ChunkKV(keys, values, self.base, sensitivity, self.foreign, rows)
 
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same KV on another device; tensors that are there already are not copied."""
         keys, values = [k.to(device) for k in self.keys], [v.to(device) for v in self.values]
-        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign)
+        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows)

@@ -22,6 +22,7 @@ from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
 from ragkv.library.given import check_parts, pairs, several, several_chunks
+from ragkv.library.paths import Paths
 from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
 from ragkv.methods.words import as_method
@@ -66,6 +67,8 @@ class Engine:
         lifetime_s: seconds after which stored KV are a miss, and read again.
         gate: check a share of the prompts against a full prefill, see :class:`~ragkv.Gate`.
         scheduler: says which of the calls that are made at the same time goes first, see :class:`~ragkv.Scheduler`.
+        paths: keep what prompts compute, for prompts that begin the same (:mod:`ragkv.library.paths`): a store of its own, or the
+            bytes of CPU memory that it may take. By default nothing is kept.
 
     Attributes:
         documents: what the model has read, see :class:`~ragkv.library.documents.Documents`.
@@ -96,11 +99,14 @@ class Engine:
         lifetime_s: float = math.inf,
         gate: Gate | None = None,
         scheduler: Scheduler | None = None,
+        paths: TieredStore | int | None = None,
     ):
         self.method: Method = as_method(SensitiveTokens() if method is None else method)
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
         instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")
+        if not isinstance(paths, TieredStore | None):
+            whole_number("paths", paths, 1)
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
         self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
@@ -121,9 +127,16 @@ class Engine:
             kernels=kernels,
             lifetime_s=lifetime_s,
         )
+        if paths is not None:
+            self.documents.paths = Paths(TieredStore(cpu_bytes=paths) if isinstance(paths, int) else paths)
         self.documents.reader.opening(self.encoder.prefix, "prefix")
         self.gate: Guard | None = None if gate is None else Guard(gate, self.documents)
         self.scheduler: Scheduler = Scheduler() if scheduler is None else scheduler
+
+    @property
+    def paths(self) -> Paths | None:
+        """What prompts computed, for those that begin the same; ``None`` where it is not kept."""
+        return self.documents.paths
 
     @property
     def decoder(self) -> Decoder:
@@ -243,12 +256,15 @@ class Engine:
     def stats(self) -> EngineStats:
         """Requests by namespace, forwards by how many prompts they served, and the store's figures."""
         forwards = dict(sorted(self.runner.steps(self.documents.kernels).sizes.items()))
-        return EngineStats(self.scheduler.stats(), forwards, self.store.stats())
+        paths = None if self.paths is None else self.paths.store.stats()
+        return EngineStats(self.scheduler.stats(), forwards, self.store.stats(), paths)
 
     def close(self) -> None:
         """Close the store. A check of the gate ends at its next piece."""
         if self.gate is not None:
             self.gate.close()
+        if self.paths is not None:
+            self.paths.close()
         self.store.close()
 
     def __enter__(self) -> Self:

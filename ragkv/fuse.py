@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ragkv.chunk import Chunk
+from ragkv.chunk import Chunk, ChunkKV
 from ragkv.errors import ModelChangedError, NonFiniteError, PromptError
 from ragkv.fusion.compute import compute, plan
 from ragkv.fusion.layout import Layout
@@ -19,6 +19,7 @@ from ragkv.fusion.view import Selection, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
+from ragkv.library.paths import Known
 from ragkv.library.rates import known_rates
 from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
@@ -58,6 +59,7 @@ def fuse(
     """
     with ExitStack() as stack:
         one = _Fusing(documents, layout, method, room_tokens, begin, stack, past)
+        layout = one.layout
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
@@ -88,6 +90,7 @@ def fuse(
             suffix_tokens=layout.tokens - layout.suffix_start,
             reused_tokens=one.known,
             read_tokens=sum(len(kv) for kv in one.placement.fresh.values()) if one.opened else 0,
+            saved_tokens=work.saved,
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
             chunks=[
@@ -101,6 +104,8 @@ def fuse(
             rows=done.rows,
             timer=timer,
         )
+        if documents.paths is not None:
+            documents.paths.keep(documents, one.reader, one.paths, one.cache, done)
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
@@ -120,7 +125,10 @@ class _Fusing(Looking):
         self.reader = documents.reader
         if past is not None and past.fingerprint != self.reader.fingerprint:
             raise ModelChangedError("the model's weights, adapter or attention have changed since the answer before")
-        super().__init__(self.reader, layout, room_tokens, None if past is None else past.cache)
+        paths = documents.paths
+        self.paths = Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
+        self.layout = self.paths.layout
+        super().__init__(self.reader, self.layout, room_tokens, None if past is None else past.cache)
         self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
@@ -136,35 +144,49 @@ class _Fusing(Looking):
     @lazy
     def placement(self) -> Placement:
         """The prompt's chunks, open in the store; those that are missing are read now."""
-        chunks = {key: placed.chunk for key, placed in zip(self._keys, self._layout.chunks, strict=True)}
+        stored = [
+            (placed.chunk, key)
+            for placed, key in zip(self._layout.chunks, self._keys, strict=True)
+            if not (placed.path and placed.exact)
+        ]
+        chunks = {key: chunk for chunk, key in stored}
         with self.timer.stage("place"):
             batch = self._stack.enter_context(self._documents.store.read(list(chunks), moved_for_this()))
-            lost = self._lost(chunks, batch)
+            lost, known = self._lost(chunks, batch), self.paths.kv()
         items = []
         if lost:
             with self.timer.stage("read"):
                 items = list(self._documents.read(self.reader, lost, measured=self._measured))
                 self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
-        keys = {placed.chunk: key for placed, key in zip(self._layout.chunks, self._keys, strict=True)}
-        self._open()
-        return Placement(self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer)
+        self._open(known)
+        return Placement(self.decoder, self.cache, self._layout, batch, dict(stored), fresh, self.timer, paths=known)
 
-    def _open(self) -> None:
+    def _open(self, paths: dict[bytes, ChunkKV]) -> None:
         """Put what stands in front of the chunks into the cache: what is known, and what has to be computed."""
         layout = self._layout
+        at = layout.held
         if not layout.held:
             with self.timer.stage("place"):
                 append(self.cache, self.reader.opening(layout.ids[: layout.opening].tolist()))
-            self.known = layout.opening
-        with self.timer.stage("compute"):
-            self.reader.run(layout.ids[self.known : layout.chunks_start].tolist(), self.cache, self.known)
+            at = layout.opening
+        self.known = at
+        for start, stop, key in (*layout.earlier, (layout.chunks_start, layout.chunks_start, b"")):
+            with self.timer.stage("compute"):
+                self.reader.run(layout.ids[at:start].tolist(), self.cache, at)
+            with self.timer.stage("place"):
+                append(self.cache, paths.get(key))
+            self.known += stop - start
+            at = stop
 
     def sensitivity(self) -> list[Tensor | None]:
         """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
         batch, fresh = self.placement.batch, self.placement.fresh
-        known = dict(zip(batch.keys, batch.sensitivities, strict=True))
-        return [fresh[key].sensitivity if key in fresh else known[key] for key in self._keys]
+        known: dict[bytes, Tensor | None] = dict(zip(batch.keys, batch.sensitivities, strict=True))
+        known |= {key: kv.sensitivity for key, kv in fresh.items()}
+        chunks = zip(self._layout.chunks, self._keys, strict=True)
+        # What is exact under its path is sensitive to nothing.
+        return [torch.zeros(len(p.chunk)) if p.path and p.exact else known[key] for p, key in chunks]
 
     def check_layer(self) -> int:
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
@@ -177,7 +199,8 @@ class _Fusing(Looking):
     def tiers(self) -> list[str | None]:
         """See :meth:`ragkv.fusion.view.Looks.tiers`."""
         moved, places = moved_for_this(), self._documents.store.where(self._keys)
-        return [moved[key].tier if key in moved else places.get(key) for key in self._keys]
+        chunks = zip(self._layout.chunks, self._keys, strict=True)
+        return ["cpu" if p.path else moved[key].tier if key in moved else places.get(key) for p, key in chunks]
 
     def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:
         """The chunks that the store does not hold, or not with the sensitivity that is needed.

@@ -59,7 +59,8 @@ class FusionReport:
         reused_tokens: tokens of the prefix whose KV were there already: an earlier conversation's, or those of a prefix that was
             computed before.
         hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
-            ``"unused"``: the method computes it whole.
+            ``"unused"``: the method computes it whole; ``"path"``: computed before behind just these tokens, and exact;
+            ``"variant"``: the same, as far as the method computes it (:mod:`ragkv.library.paths`).
         sources: the same for each chunk that was given, in order; ``prompt`` where a session's prompt had it already.
         chunks: those that were placed behind the prefix, in the prompt's order. In a session they may be fewer than those that were
             found for the question, or others too, where earlier turns were put together anew.
@@ -67,6 +68,8 @@ class FusionReport:
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
         read_tokens: of chunks that were not stored, each read once.
+        saved_tokens: of chunks, which the method would have computed, where an engine keeps what it computes: they were
+            computed before behind just these tokens.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
@@ -88,6 +91,7 @@ class FusionReport:
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
     read_tokens: int = 0
+    saved_tokens: int = 0
     looked: str = ""
     gate: str = ""
     why: str = ""
@@ -178,11 +182,13 @@ class EngineStats:
         line: its scheduler's figures.
         forwards: how many forwards of the model served so many prompts at once.
         store: what its store holds and did.
+        paths: the same of the store of what prompts computed; ``None`` where that is not kept.
     """
 
     line: SchedulerStats
     forwards: dict[int, int]
     store: StoreStats
+    paths: StoreStats | None = None
 
 
 @dataclass

@@ -48,6 +48,7 @@ class Batch:
         layers: per key L, or None.
         sensitivities: per key ``[T]``, see :class:`~ragkv.chunk.ChunkKV`; None where it was not measured.
         foreigns: per key what that was measured with, see there; empty where it was not.
+        rows: per key which of a chunk's tokens are held, see there; None for all, and for a miss.
         codecs: per key how :meth:`parts` are encoded; None for a miss.
         unrotated: per key whether the keys among :meth:`parts` are as they were before rotary embedding.
         blocks: per key the blocks ``[B]`` of a pool on the GPU in which it lies, or None.
@@ -65,6 +66,7 @@ class Batch:
             None if source is None else source.sensitivity for source in self._found
         ]
         self.foreigns: list[str] = ["" if source is None else source.foreign for source in self._found]
+        self.rows: list[Tensor | None] = [None if source is None else source.rows for source in self._found]
         self.codecs: list[str | None] = [None if source is None else source.codec for source in self._found]
         self.unrotated: list[bool] = [source is not None and source.unrotated for source in self._found]
         self.blocks: list[Tensor | None] = [None if source is None else source.blocks for source in self._found]
@@ -103,7 +105,7 @@ class Batch:
             layers = range(source.layers)
         pairs = [self.layer(index, layer) for layer in layers]
         keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
-        return ChunkKV(keys, values, source.base, source.sensitivity, source.foreign)
+        return ChunkKV(keys, values, source.base, source.sensitivity, source.foreign, source.rows)
 
     def parts(self, index: int, layer: int) -> Parts:
         """K and V of one layer of the chunk at ``index`` as they are held, for kernels that decode on their way.

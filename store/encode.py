@@ -72,6 +72,7 @@ def encode(
         sensitivity=None if kv.sensitivity is None else kv.sensitivity.detach().cpu().half().float(),
         foreign=kv.foreign,
         ropes=ropes,
+        rows=None if kv.rows is None else kv.rows.detach().cpu(),
     )
     return record, payload
 
@@ -85,6 +86,8 @@ def validate(kv: ChunkKV) -> None:
     tokens = kv.keys[0].shape[1] if kv.keys[0].dim() == 3 else 0
     if kv.sensitivity is not None and kv.sensitivity.shape != (tokens,):
         raise StoreError(f"sensitivity must be [T] with T = {tokens}, got {tuple(kv.sensitivity.shape)}")
+    if kv.rows is not None and kv.rows.shape != (tokens,):
+        raise StoreError(f"rows must be [T] with T = {tokens}, got {tuple(kv.rows.shape)}")
     for layer, (key, value) in enumerate(kv):
         for name, tensor in (("keys", key), ("values", value)):
             if tensor.dim() != 3 or tensor.shape[1] != tokens or not tensor.numel():

@@ -66,6 +66,7 @@ class Record:
         label: what whoever stored it knows it by; never looked at by the store.
         sensitivity: of each token, see :class:`~ragkv.chunk.ChunkKV`; ``None`` where it was not measured.
         foreign: what it was measured with, see there.
+        rows: which of a chunk's tokens it holds, see there; ``None`` for all.
         ropes: how each layer's keys turn; empty where nobody said. A codec that encodes keys before rotation
             (:attr:`Codec.before_rotation`) has done so where they are known.
     """
@@ -82,6 +83,7 @@ class Record:
     sensitivity: Tensor | None = None
     foreign: str = ""
     ropes: tuple[Rope | None, ...] = ()
+    rows: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -139,9 +141,8 @@ class Record:
     def decode(self, payload: Payload) -> ChunkKV:
         """All layers of a whole payload."""
         pairs = [self.layer(payload, layer) for layer in range(len(self.shapes))]
-        return ChunkKV(
-            [key for key, _ in pairs], [value for _, value in pairs], self.base, self.sensitivity, self.foreign
-        )
+        keys, values = [key for key, _ in pairs], [value for _, value in pairs]
+        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows)
 
     def safetensors_header(self) -> bytes:
         """``length u64, JSON``: what a safetensors file begins with."""
@@ -209,9 +210,12 @@ class Record:
             sensitivity=_from_text(facts["sensitivity"]) if "sensitivity" in facts else None,
             foreign=str(facts.get("foreign", "")),
             ropes=rope.from_text(facts["rope"]) if "rope" in facts else (),
+            rows=torch.tensor(json.loads(facts["rows"])) if "rows" in facts else None,
         )
         if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
             raise ValueError(f"{len(record.sensitivity)} sensitivities for {record.tokens} tokens")
+        if record.rows is not None and record.rows.shape != (record.tokens,):
+            raise ValueError(f"rows of shape {tuple(record.rows.shape)} for {record.tokens} tokens")
         if len(shapes) != len(contents.layers) or record.base < 0 or record.segment_bytes < 1:
             raise ValueError(f"{len(shapes)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
         if record.ropes and not rope.fit(record.ropes, [key[2] for key, _ in shapes]):
@@ -235,6 +239,7 @@ class Record:
             **({} if self.sensitivity is None else {"sensitivity": _to_text(self.sensitivity)}),
             **({"foreign": self.foreign} if self.foreign else {}),
             **({"rope": rope.to_text(self.ropes)} if self.ropes else {}),
+            **({} if self.rows is None else {"rows": json.dumps(self.rows.tolist(), separators=(",", ":"))}),
             "codec": self.codec,
             "base": str(self.base),
             "tokens": str(self.tokens),

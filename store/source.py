@@ -26,7 +26,7 @@ class Source(ABC):
         base: position at which the chunk's first token stood.
         tokens: T.
         layers: L.
-        sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign``.
+        sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign`` and ``rows``.
         codec: how :meth:`parts` are encoded.
         unrotated: whether the keys among :meth:`parts` are as they were before rotary embedding.
         blocks: where it lies in a pool, block by block; None elsewhere.
@@ -45,6 +45,7 @@ class Source(ABC):
         self.base: int = chunk.base
         self.sensitivity: Tensor | None = chunk.sensitivity
         self.foreign: str = chunk.foreign
+        self.rows: Tensor | None = chunk.rows
         if isinstance(chunk, Record):
             self.tokens: int = chunk.tokens
             self.layers: int = len(chunk.shapes)

@@ -32,6 +32,7 @@ class Plan:
             that stand in front of them.
         narrow: asked at the checks, with the cache.
         whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
+        saved: how many chunk tokens the method chose that need no computing.
     """
 
     rows: Tensor
@@ -40,6 +41,7 @@ class Plan:
     context: Tensor | None
     narrow: Callable[[Check], Tensor]
     whole: frozenset[int] = frozenset()
+    saved: int = 0
 
 
 def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
@@ -55,22 +57,24 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     """
     method = selection.method
     assert method is not None
-    active = _subset(selection.tokens, layout.reusable, method)
+    chosen = _subset(selection.tokens, layout.reusable, method)
+    active = chosen[~torch.isin(chosen, layout.settled)]
+    saved = len(chosen) - len(active)
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
     context = None if selection.context is None else _subset(selection.context, layout.reusable, method)
 
     def narrow(check: Check) -> Tensor:
-        chosen = _subset(method.narrow(check), check.tokens, method)
-        return chosen if selection.keep is None else torch.cat([chosen, selection.keep.to(chosen.device)])
+        kept = _subset(method.narrow(check), check.tokens, method)
+        return kept if selection.keep is None else torch.cat([kept, selection.keep.to(kept.device)])
 
-    if len(active) == len(layout.reusable) > 0 and context is None:
+    if len(active) == len(layout.reusable) > 0 and context is None and not layout.earlier:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
         return Plan(rows, checks, checks[0] if checks else layers, None, narrow)
     whole = frozenset() if checks else _whole(active, layout)
-    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole)
+    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved)
 
 
 def compute(

@@ -32,6 +32,8 @@ class Placed:
         rooted: all that its KV were made behind stands right in front of it in the prompt too, in order, so that computing it
             afresh loses nothing of what its document told it, and nothing of another document comes between.
         shift: how far its tokens' positions are from their slots.
+        path: key of KV that were computed here before, behind just these tokens (:mod:`ragkv.library.paths`); empty where there are
+            none. Where it is exact they are all of it, else those of its tokens that the method recomputed.
     """
 
     chunk: Chunk
@@ -42,6 +44,7 @@ class Placed:
     behind_another: bool = True
     rooted: bool = True
     shift: int = 0
+    path: bytes = b""
 
     @property
     def stop(self) -> int:
@@ -65,6 +68,9 @@ class Layout:
         suffix_start: slot of the first suffix token; always computed afresh from here on.
         opening: tokens in front that other prompts begin with too: their KV are computed once and kept.
         held: tokens in front whose KV lie in the prompt's cache already, as those of an earlier conversation; never computed again.
+        earlier: pieces of the prefix behind the opening that were computed before, ascending: first slot, the one behind the last,
+            and the key of their KV (:mod:`ragkv.library.paths`).
+        thrifty: what is exact where it stands is never computed, by no method.
     """
 
     ids: Tensor
@@ -73,6 +79,8 @@ class Layout:
     suffix_start: int
     opening: int = 0
     held: int = 0
+    earlier: tuple[tuple[int, int, bytes], ...] = ()
+    thrifty: bool = False
 
     @property
     def tokens(self) -> int:
@@ -117,6 +125,11 @@ class Layout:
     def inexact(self) -> Tensor:
         """The tokens of all chunks that are not exact where they stand, ascending."""
         return self.span(*[placed for placed in self.chunks if not placed.exact])
+
+    @property
+    def settled(self) -> Tensor:
+        """The tokens of chunks that need no computing, whatever the method says, ascending."""
+        return self.span(*[placed for placed in self.chunks if placed.path or (self.thrifty and placed.exact)])
 
     @property
     def behind_another(self) -> Tensor:

@@ -78,6 +78,7 @@ class Placement:
         batch: an open read of the chunks, so that none is evicted meanwhile. On the CPU it is done with each once it is placed.
         keys: for every chunk to place, the key of the KV that it takes.
         fresh: KV that the batch does not hold, by key.
+        paths: KV of chunks that were computed here before, by :attr:`~ragkv.fusion.layout.Placed.path`.
         timer: counts the stage ``place``.
         by_layer: layer by layer; by default on an accelerator.
 
@@ -97,12 +98,19 @@ class Placement:
         fresh: dict[bytes, ChunkKV],
         timer: Timer | None = None,
         by_layer: bool | None = None,
+        paths: Mapping[bytes, ChunkKV] | None = None,
     ):
         self.batch: Batch = batch
         self.fresh: dict[bytes, ChunkKV] = fresh
         self._decoder, self._cache, self._layout = decoder, cache, layout
         self._timer = Timer() if timer is None else timer
-        self._chunks = [(placed, keys[placed.chunk]) for placed in layout.chunks if placed.chunk in keys]
+        self._paths = {} if paths is None else paths
+        self._given = {**fresh, **self._paths}
+        self._chunks = [
+            (placed, placed.path if placed.path and placed.exact else keys[placed.chunk])
+            for placed in layout.chunks
+            if placed.path or placed.chunk in keys
+        ]
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
         self._done = 0  # layers below are placed, or were not asked for
@@ -117,6 +125,8 @@ class Placement:
         """Where each chunk's KV came from, in prompt order; what was moved to memory for this prompt, from where it was before."""
 
         def source(placed: Placed, key: bytes) -> str:
+            if placed.path:
+                return "path" if placed.exact else "variant"
             if key in self.fresh:
                 return "computed"
             if placed.start in self._spared:
@@ -185,6 +195,18 @@ class Placement:
     def _place_layer(self, layer: int) -> None:
         pieces = [self._pieces(stretch, layer, *self._held(stretch, layer)) for stretch in self._stretches]
         place_pieces([piece for pair in pieces for piece in pair], impl=self._decoder.kernels)
+        self._mend(layer)
+
+    def _mend(self, layer: int) -> None:
+        """Put the tokens that the method recomputed before in the place of those that were stored."""
+        room = self._cache.layers[layer]
+        for placed, _ in self._chunks:
+            if placed.path and not placed.exact:
+                kv = self._paths[placed.path]
+                assert kv.rows is not None
+                slots = placed.start + kv.rows.to(room.key_room.device)
+                for side, held in ((room.key_room, kv.keys[layer]), (room.value_room, kv.values[layer])):
+                    side[0].index_copy_(1, slots, _moved(held, room))
 
     def _place_chunks(self, layers: range) -> None:
         targets = [
@@ -194,13 +216,15 @@ class Placement:
         for placed, key in self._to_place:
             self._place_chunk(placed, key, layers, targets)
             left[key] -= 1
-            if not left[key] and key not in self.fresh and layers.stop == len(self._decoder.layers):
+            if not left[key] and key not in self._given and layers.stop == len(self._decoder.layers):
                 self.batch.done(self._index[key])
+        for layer in layers:
+            self._mend(layer)
 
     def _place_chunk(self, placed: Placed, key: bytes, layers: range, targets: list[Target]) -> None:
-        if key in self.fresh:
+        if key in self._given:
             for layer in layers:
-                self._place(placed, layer, self.fresh[key].keys[layer], self.fresh[key].values[layer])
+                self._place(placed, layer, self._given[key].keys[layer], self._given[key].values[layer])
             return
         index = self._index[key]
         if self.batch.direct(index):
@@ -228,7 +252,7 @@ class Placement:
 
     def _how(self, placed: Placed, key: bytes) -> dict[str, Any]:
         """How a chunk is held, for :class:`_Stretch`: in a pool on the same device, encoded, or neither."""
-        if key in self.fresh:
+        if key in self._given:
             return {}
         index = self._index[key]
         blocks, codec = self.batch.blocks[index], self.batch.codecs[index]
@@ -242,9 +266,9 @@ class Placement:
     def _held(self, stretch: _Stretch, layer: int) -> list[Stored]:
         """K and V of a stretch as their tier holds them, where the device reads them."""
         room = self._cache.layers[layer]
-        if stretch.key in self.fresh:
-            fresh = self.fresh[stretch.key]
-            return [Stored.raw(_moved(tensor, room)) for tensor in (fresh.keys[layer], fresh.values[layer])]
+        if stretch.key in self._given:
+            given = self._given[stretch.key]
+            return [Stored.raw(_moved(tensor, room)) for tensor in (given.keys[layer], given.values[layer])]
         index = self._index[stretch.key]
         if stretch.slots is not None:
             return [Stored.paged(parts[""], stretch.slots) for parts in self.batch.parts(index, layer)]

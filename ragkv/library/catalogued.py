@@ -170,7 +170,7 @@ class CataloguedDocuments:
                 if tokens is None:
                     self._catalogue.keep([(change.document, self.reading(document))])
         finally:
-            documents.store.remove_many(change.unused)
+            documents.drop(change.unused)
         return change, documents.add(list(filter(documents.fits, document))) if tokens is None else tokens
 
     def _before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
@@ -192,7 +192,7 @@ class CataloguedDocuments:
             DocumentError: there is no such document.
         """
         change = self.retriever.remove(source, self._documents.namespace)
-        self._documents.store.remove_many(change.unused)
+        self._documents.drop(change.unused)
         return change
 
     def reading(self, document: ChunkedDocument) -> Reading:

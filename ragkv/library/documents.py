@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from time import perf_counter
@@ -27,6 +27,7 @@ from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.given import several, several_chunks
+from ragkv.library.paths import Paths
 from ragkv.library.reading import Reader, chains, identity
 from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
@@ -47,6 +48,8 @@ _RULES = "1"
 _READERS, _OTHERS = 8, 256
 # How often reading begins anew because the model was changed meanwhile.
 _TRIES = 3
+# What computing a token takes where nobody measured it.
+_TOKEN_S = 1e-3
 
 
 class Documents:
@@ -71,6 +74,7 @@ class Documents:
         anchor: ids that documents are read behind.
         records: where documents are looked up whose chunks come without them; others may be appended.
         sample: the ids of a fixed text, by which tokenizers are told apart.
+        paths: what prompts computed of chunks; ``None`` where that is not kept.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class Documents:
         self._costs: dict[str, CostProfile | None] = {}
         self.sample: tuple[int, ...] = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._others = dict[tuple[str, tuple[int, ...]], Documents]()
+        self.paths: Paths | None = None
         self._cut_as(namespace)
 
     def _cut_as(self, namespace: str) -> None:
@@ -148,7 +153,7 @@ class Documents:
         """Documents read in the same way and kept in another store: nothing of them comes into this one."""
         other = copy(self)
         other.store, other._measured = store, sensitivity
-        other._readers, other._costs, other._others = {}, {}, {}
+        other._readers, other._costs, other._others, other.paths = {}, {}, {}, None
         other._cut_as(self.namespace)
         return other
 
@@ -376,7 +381,24 @@ class Documents:
         """Remove chunks' KV, and the records of their documents, from the store; returns how many KV were there."""
         chunks = several_chunks(chunks, "chunks")
         names = {self._own_records.name(chunk.document) for chunk in chunks if chunk.document}
-        return self.store.remove_many(list(self.keys(chunks)), facts=names)
+        return self.drop(self.keys(chunks), names)
+
+    def drop(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
+        """Remove KV from the store, what was computed behind them, and small facts; returns how many KV were there."""
+        keys = list(keys)
+        removed = self.store.remove_many(keys, facts=facts)
+        if self.paths is not None:
+            self.paths.forget(keys)
+        return removed
+
+    def holds(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether none of the chunks is of a document that was removed."""
+        keys = self.keys(chunks)
+        return len(self._held(keys)) == len(keys)
+
+    def costs(self, reader: Reader) -> Callable[[int, int], float]:
+        """Seconds that computing so many tokens takes behind so many; about in proportion where it was not measured."""
+        return self._costs.get(reader.fingerprint) or (lambda behind, tokens: _TOKEN_S * tokens)
 
     def _ids(self, passage: Text) -> tuple[int, ...]:
         ids = self.encoder.chunk(passage)
@@ -409,7 +431,7 @@ class Documents:
         """
         gone = stored.keys() - self._held(stored)
         if gone:
-            self.store.remove_many(gone)
+            self.drop(gone)
 
     def _item(self, reader: Reader, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
         """What is stored of a chunk: what it costs to compute behind its context, and its document's name.
@@ -422,17 +444,20 @@ class Documents:
         return Item(self.key(chunk, reader.space), kv, seconds, "" if self.namespace else chunk.document)
 
     def _put(self, reader: Reader, waiting: dict[bytes, Item]) -> None:
-        """Store what waits, together; one by one where it does not fit together."""
+        """Store what waits."""
         items = list(waiting.values())
         waiting.clear()
-        if not items:
-            return
+        if items:
+            self.put(reader, items, self.store)
+
+    def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
+        """Store what a reader's model computed, together; one by one where it does not fit together."""
         common: dict[str, Any] = {"space": reader.space, "namespace": self.namespace}
         common |= {"rotations": reader.decoder.rotations, "lifetime_s": self._lifetime_s}
         try:
-            self.store.put_many(items, **common)
+            store.put_many(items, **common)
         except StoreFullError:
             if len(items) == 1:
                 raise
             for item in items:
-                self.store.put_many([item], **common)
+                store.put_many([item], **common)

@@ -1,0 +1,280 @@
+"""What was computed once is used wherever a prompt begins the same (RAGCache, arXiv:2404.12457, section 5.1).
+
+A prompt is a row of pieces: what all prompts begin with, earlier messages in blocks, chunks. The digest of all ids in front of a
+piece is its *path*. The KV that a full prefill computes for a piece are exact under its path for any prompt and any method; of a
+chunk that a method repaired, the tokens that it recomputed are kept for the same method under the same path, as Cache-Craft keeps
+variants (arXiv:2502.15734). A path's digest holds all that stands in front, so what is found under it is right whether or not the
+pieces in front are found too: unlike the nodes of RAGCache's tree, pieces may be evicted in any order.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from ragkv.background import Background
+from ragkv.chunk import Chunk, ChunkKV, digest, marked
+from ragkv.fusion.layout import Layout
+from ragkv.library.reading import Reader, cut
+from ragkv.store import Batch, Item, TieredStore, chunk_key
+from ragkv.store.maintenance import entries
+
+if TYPE_CHECKING:
+    from ragkv.fusion.passes import Pass
+    from ragkv.methods import Method
+    from ragkv.model.cache import FusedCache
+
+#: Tokens of a block of earlier messages: what two prompts share is found in so many at a time.
+BLOCK_TOKENS = 32
+
+# Prompts whose KV wait to be stored; those of more are not kept.
+_MOST_WAITING = 2
+# A label names the chunks of a path by the beginnings of their keys, as many as it has room for; or any.
+_TAG_BYTES, _MOST_TAGS, _ANY = 4, 28, "*"
+# Labels of what was evicted are looked for when there are so many times more than stored pieces.
+_STALE = 4
+
+
+class Owner(Protocol):
+    """Whose chunks they are: :class:`~ragkv.library.documents.Documents`."""
+
+    namespace: str
+
+    def key(self, chunk: Chunk, space: str = "") -> bytes:
+        """The key of a chunk's own KV."""
+
+    def holds(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether none of the chunks is of a document that was removed."""
+
+    def costs(self, reader: Reader) -> Callable[[int, int], float]:
+        """Seconds that computing so many tokens takes behind so many."""
+
+    def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
+        """Store what a reader's model computed."""
+
+
+class Piece(NamedTuple):
+    """A piece of a prompt.
+
+    Attributes:
+        start: slot of its first token.
+        stop: slot behind its last one.
+        whole: key of its exact KV.
+        repaired: key of the tokens that the method recomputed; empty where it chooses by the question, or for no chunk.
+    """
+
+    start: int
+    stop: int
+    whole: bytes
+    repaired: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of a prompt's pieces.
+
+    Attributes:
+        layout: of the prompt, which says what is known.
+        blocks: of earlier messages.
+        chunks: one for each chunk.
+        batch: an open read of what is known; ``None`` where nothing is.
+    """
+
+    layout: Layout
+    blocks: Sequence[Piece] = ()
+    chunks: Sequence[Piece] = ()
+    batch: Batch | None = None
+
+    def kv(self) -> dict[bytes, ChunkKV]:
+        """What is known, by key.
+
+        Raises:
+            RecordError: a record proved damaged; the store has dropped it.
+        """
+        batch = self.batch
+        if batch is None:
+            return {}
+        return {key: _kv(batch, index) for index, key in enumerate(batch.keys) if batch.tiers[index] is not None}
+
+
+class Paths:
+    """KV of prompts' pieces under their paths, in a store of their own. Safe for several threads and processes.
+
+    Args:
+        store: keeps them; closed with this object.
+    """
+
+    def __init__(self, store: TieredStore):
+        self.store: TieredStore = store
+        self._background = Background("keeping what was computed under a path", _MOST_WAITING)
+        self._labels: dict[bytes, str] | None = None if store.path is not None else {}
+
+    def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
+        """What was computed of a prompt before.
+
+        Args:
+            documents: whose chunks they are.
+            reader: of them.
+            layout: the prompt.
+            method: puts it together.
+            stack: what is known stays readable until it is closed.
+        """
+        if layout.held or not layout.even:
+            return Known(layout)
+        layout = replace(layout, thrifty=True)
+        blocks, chunks = pieces(documents, reader, layout, method)
+        open_ones = [piece for piece, placed in zip(chunks, layout.chunks, strict=True) if not placed.exact]
+        wanted = [piece.whole for piece in (*blocks, *open_ones)]
+        there = self.store.where([*wanted, *(piece.repaired for piece in open_ones if piece.repaired)])
+        takes = [piece.whole if piece.whole in there else piece.repaired for piece in open_ones]
+        keys = [key for key in (*(piece.whole for piece in blocks), *takes) if key in there]
+        if not keys:
+            return Known(layout, blocks, chunks)
+        batch = stack.enter_context(self.store.read(keys))
+        held = {
+            key: batch.rows[index]
+            for index, key in enumerate(batch.keys)
+            if batch.tiers[index] is not None  # nothing was evicted since
+        }
+        placed = []
+        for one, piece in zip(layout.chunks, chunks, strict=True):
+            if not one.exact and piece.whole in held:
+                one = replace(one, path=piece.whole, base=one.start, exact=True)
+            elif not one.exact and piece.repaired in held:
+                one = replace(one, path=piece.repaired)
+            placed.append(one)
+        earlier = tuple((piece.start, piece.stop, piece.whole) for piece in blocks if piece.whole in held)
+        return Known(replace(layout, chunks=tuple(placed), earlier=earlier), blocks, chunks, batch)
+
+    def keep(self, documents: Owner, reader: Reader, known: Known, cache: FusedCache, done: Pass) -> None:
+        """Store, in a thread of its own, what a prompt computed of its pieces for the first time.
+
+        Args:
+            documents, reader: as for :meth:`known`.
+            known: from there.
+            cache: of the prompt.
+            done: what was computed.
+        """
+        layout, items = known.layout, list[Item]()
+        if layout.held or not layout.even:
+            return
+        stored = {key for _, _, key in layout.earlier}
+        costs = documents.costs(reader)
+
+        def item(kv: ChunkKV, piece: Piece, key: bytes, label: str = "") -> None:
+            if kv.nbytes <= self.store.budget_bytes:
+                share = len(kv) / (piece.stop - piece.start)
+                items.append(Item(key, kv, share * costs(piece.start, piece.stop - piece.start), label))
+
+        for piece in known.blocks:
+            if piece.whole not in stored:
+                item(cut(cache, piece.start, piece.stop), piece, piece.whole)
+        rows, tags = done.rows.tolist() if known.chunks else [], list[str]()
+        everywhere = len(set(done.fresh)) == 1  # not fewer with depth
+        exact = done.context is None
+        for placed, piece in zip(layout.chunks, known.chunks, strict=True):
+            mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
+            tags.append(_tag(documents.key(placed.chunk, reader.space)))
+            exact = exact and (placed.exact or (everywhere and len(mine) == len(placed.chunk)))
+            if placed.exact or placed.path or not mine or not everywhere:
+                continue
+            label = " ".join(tags) if len(tags) <= _MOST_TAGS else _ANY
+            if exact:
+                item(cut(cache, piece.start, piece.stop), piece, piece.whole, label)
+            elif piece.repaired:
+                item(_rows(cache, mine, piece.start), piece, piece.repaired, label)
+        if items:
+            chunks = [placed.chunk for placed in layout.chunks]
+            self._background.add(lambda closing: self._store(documents, reader, items, chunks))
+
+    def forget(self, keys: Iterable[bytes]) -> int:
+        """Remove what was computed of chunks, and behind them; returns how many pieces there were.
+
+        Args:
+            keys: of the chunks' own KV.
+        """
+        tags = {_tag(key) for key in keys}
+        if not tags:
+            return 0
+        self._background.wait()
+        with self._background.guard:
+            gone = [key for key, label in self._known_labels().items() if label == _ANY or tags & set(label.split())]
+            for key in gone:
+                self._known_labels().pop(key)
+        return self.store.remove_many(gone)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that was computed so far is stored; whether it is."""
+        return self._background.wait(timeout_s)
+
+    def close(self) -> None:
+        """Close the store; what waits to be stored is dropped."""
+        self._background.close()
+        self.store.close()
+
+    def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
+        documents.put(reader, items, self.store)
+        if not documents.holds(chunks):  # removed meanwhile, perhaps before we came
+            self.store.remove_many([item.key for item in items if item.label])
+            return
+        with self._background.guard:
+            labels = self._labels
+            if labels is not None:
+                labels.update({item.key: item.label for item in items if item.label})
+                if len(labels) > _STALE * len(self.store) + _STALE:
+                    for key in self.store.missing(list(labels)):
+                        labels.pop(key)
+
+    def _known_labels(self) -> dict[bytes, str]:
+        """The label of whatever was computed of chunks, by key."""
+        if self.store.path is not None:  # other processes store there too
+            self.store.flush()
+            return {entry.key: entry.label for entry in entries(self.store.path) if entry.label}
+        assert self._labels is not None
+        return self._labels
+
+
+def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
+    """The pieces of a prompt: blocks of earlier messages, and its chunks."""
+    ids, space = layout.ids.tolist(), digest("ragkv paths 1", reader.fingerprint).hex()
+    mark = "" if method.looks else repr(method)
+    path = digest(b"", ids[: layout.opening])
+    blocks, chunks = list[Piece](), list[Piece]()
+
+    def key(context: bytes, start: int, stop: int) -> bytes:
+        return chunk_key(space, ids[start:stop], context, documents.namespace)
+
+    at = layout.opening
+    for stop in range(at + BLOCK_TOKENS, layout.chunks_start + 1, BLOCK_TOKENS):
+        blocks.append(Piece(at, stop, key(path, at, stop)))
+        at, path = stop, digest(path, ids[at:stop])
+    path = digest(path, ids[at : layout.chunks_start])
+    for placed in layout.chunks:
+        start, stop = placed.start, placed.stop
+        repaired = key(marked(path, mark), start, stop) if mark else b""
+        chunks.append(Piece(start, stop, key(path, start, stop), repaired))
+        path = digest(path, ids[start:stop])
+    return blocks, chunks
+
+
+def _kv(batch: Batch, index: int) -> ChunkKV:
+    pairs = [batch.layer(index, layer) for layer in range(batch.layers[index] or 0)]
+    keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return ChunkKV(keys, values, batch.bases[index] or 0, rows=batch.rows[index])
+
+
+def _rows(cache: FusedCache, slots: list[int], start: int) -> ChunkKV:
+    """A copy of what a cache holds at some slots of a chunk that begins at ``start``."""
+    at = torch.tensor(slots)
+    keys = [layer.key_room[0].index_select(1, at.to(layer.device)) for layer in cache.layers]
+    values = [layer.value_room[0].index_select(1, at.to(layer.device)) for layer in cache.layers]
+    return ChunkKV(keys, values, start, rows=at - start)
+
+
+def _tag(key: bytes) -> str:
+    return key[:_TAG_BYTES].hex()
