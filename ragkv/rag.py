@@ -331,7 +331,7 @@ class RAG:
         return self._intake.refresh(progress)
 
     def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
-        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order.
+        """The passages for a question, in the order of the prompt.
 
         Those that are longer than the model reads at once are among them; :meth:`ask` leaves them out.
 
@@ -341,7 +341,7 @@ class RAG:
             neighbours: passages to take along on either side of each one found, from its own document. A passage that says "she"
                 is found less well than the one before it that names her; with stored KV the extra tokens cost little.
             **retrieval: more of :class:`ragkv.Retrieval`: ``hybrid``, ``hops``, ``where``, ``min_score``, ``max_context_tokens``,
-                ``rerank``.
+                ``rerank``, ``order``.
 
         Raises:
             RetrievalError: the question is blank, or an option out of range.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ragkv.errors import ArgumentTypeError, RetrievalError, UnknownArgumentError
+from ragkv.retrieval.ranking import ORDERS
 from ragkv.retrieval.rerank import Reranker
 from ragkv.retrieval.where import Condition, condition
 
@@ -38,6 +39,8 @@ class Retrieval:
             candidates, and a hit's score is then its score.
         hops: with 2, names that stand in what was found of the best document are looked for in a second search, for questions
             like "What language does the mayor of Northhaven speak?"
+        order: of the passages: ``"document"``, documents by their best passage, each in its own order; ``"retrieved"``, the best
+            first, neighbours behind all that were found; ``"best-last"``, the other way round: the best next to the question.
 
     Raises:
         RetrievalError, ArgumentTypeError: an option is out of range, or of another type.
@@ -51,6 +54,7 @@ class Retrieval:
     where: Mapping[str, Any] | Condition | None = None
     rerank: str | os.PathLike[str] | Reranker | Callable[[str, list[str]], Any] | None = None
     hops: int = 1
+    order: str = "document"
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("neighbours", 0), ("max_context_tokens", 1), ("hops", 1)):
@@ -62,6 +66,10 @@ class Retrieval:
                 raise RetrievalError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if not isinstance(self.hybrid, bool):
             raise ArgumentTypeError(f"hybrid must be True or False, got {self.hybrid!r:.80}")
+        if not isinstance(self.order, str):
+            raise ArgumentTypeError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r:.80}")
+        if self.order not in ORDERS:
+            raise RetrievalError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r:.80}")
         score = self.min_score
         wrong = isinstance(score, bool) or not isinstance(score, int | float | None)
         if wrong or (isinstance(score, float) and math.isnan(score)):

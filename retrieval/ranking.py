@@ -1,10 +1,15 @@
-"""Orders of passages: two joined into one, and what to look for in a second hop."""
+"""Orders of passages: two joined into one, that of a prompt, and what to look for in a second hop."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+
+from ragkv.retrieval.records import Passage
+
+#: Orders that passages may have in a prompt, see :class:`~ragkv.retrieval.Retrieval`.
+ORDERS = ("document", "retrieved", "best-last")
 
 # Reciprocal rank fusion: Cormack, Clarke, Buettcher, SIGIR 2009, with their k.
 _RRF_K = 60
@@ -20,6 +25,21 @@ def fused(orders: Iterable[Sequence[int]]) -> list[int]:
         for rank, item in enumerate(order, 1):
             scores[item] += 1 / (_RRF_K + rank)
     return sorted(scores, key=lambda item: (-scores[item], item))
+
+
+def ordered(passages: Sequence[Passage], order: str) -> list[Passage]:
+    """Passages in one of :data:`ORDERS`.
+
+    Args:
+        passages: the best first.
+        order: which.
+    """
+    if order == "retrieved":
+        return list(passages)
+    if order == "best-last":
+        return list(reversed(passages))
+    rank = {passage.document.id: number for number, passage in reversed(list(enumerate(passages)))}
+    return sorted(passages, key=lambda passage: (rank[passage.document.id], passage.position))
 
 
 def names(texts: Iterable[str], question: str) -> list[str]:

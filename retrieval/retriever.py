@@ -18,6 +18,7 @@ from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.hit import Hit
 from ragkv.retrieval.index import VectorIndex
 from ragkv.retrieval.options import Retrieval
+from ragkv.retrieval.ranking import ordered
 from ragkv.retrieval.records import Change, Document, Reading, checked_document
 from ragkv.retrieval.search import Search, within
 from ragkv.retrieval.segments import SegmentedIndex
@@ -158,20 +159,29 @@ class Retriever:
         """
         return self._applied(self.catalogue.remove(source, namespace))
 
-    def search(self, query: str, top_k: int | None = None, *, namespace: str = "", **options: Any) -> list[Hit]:
-        """The passages for a question, best first and neighbours behind the others, all of one state of the catalogue.
+    def search(
+        self,
+        query: str,
+        top_k: int | None = None,
+        *,
+        namespace: str = "",
+        order: str = "retrieved",
+        **options: Any,
+    ) -> list[Hit]:
+        """The passages for a question, all of one state of the catalogue.
 
         Args:
             query: a question, not blank.
             top_k: how many, at least 1; 5 by default. Fewer come back where there are fewer.
             namespace: whose documents.
+            order: as of :class:`~ragkv.retrieval.Retrieval`; here the best come first, if nothing else is said.
             **options: of :class:`~ragkv.retrieval.Retrieval`: ``neighbours``, ``hybrid``, ``where``, ``hops``, ...
 
         Raises:
             RetrievalError: the question is blank, an option is out of range, or the embedder gave no vector.
             UnknownArgumentError: there is no such option.
         """
-        return self.find(query, Retrieval.of(top_k=top_k, **options), namespace=namespace)
+        return self.find(query, Retrieval.of(top_k=top_k, order=order, **options), namespace=namespace)
 
     def find(
         self,
@@ -182,7 +192,7 @@ class Retriever:
         readings: Readings | None = None,
         tokens: Callable[[Reading], Sequence[int]] | None = None,
     ) -> list[Hit]:
-        """As :meth:`search`, for a model.
+        """As :meth:`search`, for a model: in the order of a prompt.
 
         Args:
             query: a question, not blank.
@@ -214,7 +224,7 @@ class Retriever:
                 passages = within(retrieval.max_context_tokens, passages, lambda document: tokens(reading(document)))
             return [
                 Hit.of(passage, found[passage.id], reading(passage.document) if readings else None)
-                for passage in passages
+                for passage in ordered(passages, retrieval.order)
             ]
 
     def _candidates(

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 _EXPRESSION = re.compile(r"\s*([^=!<>{]+?)\s*(>=|<=|!=|>|<|=)\s*(.*?)\s*", re.DOTALL)
 _SIGNS = {"=": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
-_OPTIONS = ("top_k", "neighbours", "max_context_tokens", "min_score", "hybrid", "rerank", "hops")
+#: As ``ragkv.retrieval.ranking`` has them.
+ORDERS = ("document", "retrieved", "best-last")
+_OPTIONS = ("top_k", "neighbours", "max_context_tokens", "min_score", "hybrid", "rerank", "hops", "order")
 
 
 def options(
@@ -51,6 +53,13 @@ def options(
         "pattern; may be repeated",
     )
     group.add_argument("--rerank", metavar="MODEL", help="name or path of a cross-encoder that orders what was found")
+    group.add_argument(
+        "--order",
+        choices=ORDERS,
+        default=ORDERS[0],
+        help="of the passages in the prompt: documents by their best passage, each in its own order; the best first; or the best "
+        f"last, next to the question (default: {ORDERS[0]})",
+    )
     return parser
 
 

@@ -222,11 +222,9 @@ class CataloguedDocuments:
         return reading
 
     def search(self, question: str, retrieval: Retrieval) -> list[Hit]:
-        """The passages for a question, in the order of the prompt: documents by their best passage, each in its own order."""
+        """The passages for a question, in the order of the prompt."""
         namespace = self._documents.namespace
-        hits = self.retriever.find(question, retrieval, namespace=namespace, readings=self.read, tokens=_lengths)
-        rank = {hit.document_id: number for number, hit in reversed(list(enumerate(hits)))}
-        return sorted(hits, key=lambda hit: (rank[hit.document_id], hit.position))
+        return self.retriever.find(question, retrieval, namespace=namespace, readings=self.read, tokens=_lengths)
 
     def now(self, document_id: str) -> list[Chunk]:
         """The chunks of a document as it is now, without those that are too long for the model; none where it is gone."""

@@ -18,6 +18,7 @@ OPTIONS = [
     {"min_score": 0.15},
     {"max_context_tokens": 60},
     {"neighbours": 1},
+    {"order": "best-last"},
     {"rerank": lambda question, texts: [-len(text) for text in texts]},
 ]
 NAMES = [next(iter(options)) for options in OPTIONS]

@@ -317,6 +317,11 @@ def test_ask_finds_as_it_is_told(files, tmp_path, capsys):
     assert asked("--where", "source=*.md", "--where", f"source!={files}/clearport.md")[0] == {"blackstead.md"}
     hits = asked("--hybrid", "--hops", 2, "--top-k", 1)[1]
     assert "blackstead.md" in hits[0]["source"]
+    scores = {
+        order: [hit["score"] for hit in asked("--order", order)[1]] for order in ("document", "retrieved", "best-last")
+    }
+    assert scores["document"] == [hit["score"] for hit in asked()[1]] != scores["retrieved"]
+    assert scores["retrieved"] == sorted(scores["retrieved"], reverse=True) == scores["best-last"][::-1]
     best = max(hit["score"] for hit in asked()[1])
     assert [hit["score"] for hit in asked("--min-score", best)[1]] == [best]
     assert 1 <= len(asked("--max-context-tokens", 150)[1]) < 5 < len(asked("--max-context-tokens", 5000)[1])

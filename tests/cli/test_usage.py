@@ -274,3 +274,10 @@ def test_what_needs_no_model_loads_none(tmp_path):
     argv = [sys.executable, "-P", "-c", code, str(tmp_path / "kv"), *lines]
     run = subprocess.run(argv, capture_output=True, text=True, cwd="/")
     assert run.returncode == 0 and run.stderr.count("ragkv add") == len(lines), run.stderr
+
+
+def test_orders_are_those_of_a_retrieval():
+    from ragkv.cli import searching
+    from ragkv.retrieval import ranking
+
+    assert searching.ORDERS == ranking.ORDERS

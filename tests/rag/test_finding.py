@@ -40,6 +40,23 @@ def test_every_way_of_asking_takes_them(listed):
         assert sources == found, way
 
 
+def test_orders_are_those_of_the_prompt(listed):
+    ranked = [hit.passage_id for hit in listed.retriever.search(QUESTION, 5)]
+    orders = {order: listed.retrieve(QUESTION, 5, order=order) for order in ("document", "retrieved", "best-last")}
+    assert listed.retrieve(QUESTION, 5) == orders["document"]
+    assert [hit.passage_id for hit in orders["retrieved"]] == ranked
+    assert [hit.passage_id for hit in orders["best-last"]] == ranked[::-1]
+    assert [hit.passage_id for hit in orders["document"]] not in (ranked, ranked[::-1])
+    session = listed.session()
+    for order, hits in orders.items():
+        answer = listed.ask(QUESTION, order=order, max_new_tokens=1)
+        assert answer.sources == hits
+        assert [(chunk.name, chunk.number) for chunk in answer.report.fusion.chunks] == [
+            (hit.source, hit.position) for hit in hits
+        ]
+    assert session.ask(QUESTION, order="best-last", max_new_tokens=1).sources == orders["best-last"]
+
+
 def test_a_budget_of_tokens(listed):
     everything = listed.retrieve(QUESTION, 50)
     lengths = {hit.passage_id: len(chunk) for hit, chunk in zip(everything, listed.chunks(everything), strict=True)}

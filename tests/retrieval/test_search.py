@@ -102,6 +102,20 @@ def test_the_bundled_questions_need_two_hops():
         assert retrieved(top_k=5, neighbours=1) <= 23
 
 
+def test_orders(retriever):
+    question, options = "Belmar is governed by Ada Moor.", {"top_k": 4, "neighbours": 1, "hybrid": True}
+    best_first = retriever.search(question, **options)
+    places = [(hit.source, hit.position) for hit in best_first]
+    assert places != sorted(places) and len({source for source, _ in places}) > 1
+    assert retriever.search(question, **options, order="retrieved") == best_first
+    assert retriever.search(question, **options, order="best-last") == best_first[::-1]
+    by_document = retriever.search(question, **options, order="document")
+    sources = list(dict.fromkeys(source for source, _ in places))
+    assert [(hit.source, hit.position) for hit in by_document] == sorted(
+        places, key=lambda place: (sources.index(place[0]), place[1])
+    )
+
+
 def test_min_score(retriever, embedder):
     query = "What language does the mayor of town 3 know?"
     every = retriever.search(query, 50)
@@ -130,6 +144,8 @@ def test_min_score(retriever, embedder):
         ({"hybrid": "yes"}, ArgumentTypeError, "hybrid must be True or False, got 'yes'"),
         ({"rerank": 3}, ArgumentTypeError, r"rerank must be .*predict\(\).* got 3"),
         ({"where": "kind=town"}, RetrievalError, "where must be a dict"),
+        ({"order": "best"}, RetrievalError, "order must be one of document, retrieved, best-last, got 'best'"),
+        ({"order": ["retrieved"]}, ArgumentTypeError, r"order must be one of .*, got \['retrieved'\]"),
         ({"topk": 3}, UnknownArgumentError, "no option topk: it takes top_k, neighbours, "),
     ],
 )
