@@ -12,6 +12,7 @@ from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
 from ragkv.library.watching import Tell, prefetched, told_of_hits
+from ragkv.methods import FullPrefill, Method
 from ragkv.report import Answer, AnswerStream
 from ragkv.retrieval import Hit, Retrieval, Retriever
 from ragkv.store import Moved
@@ -75,13 +76,16 @@ class Finder:
         for documents in self._documents.everywhere():
             self.catalogued(documents).close()
 
-    def found(self, text: str, retrieval: Retrieval, documents: Documents | None = None) -> Found:
+    def found(
+        self, text: str, retrieval: Retrieval, documents: Documents | None = None, method: Method | None = None
+    ) -> Found:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once.
 
         Args:
             text: what to look for.
             retrieval: how.
             documents: in which namespace and behind which anchor they are read; the engine's by default.
+            method: that puts them together, where their order is to go by what it computed before.
 
         Raises:
             RagKVError: there are no documents.
@@ -111,7 +115,21 @@ class Finder:
                     f"all passages found are {said}; add the documents to a folder of this model's own"
                 )
             logger.warning("left out of the prompt, %s", said)
+        if retrieval.order == "cache":
+            fitting = [
+                fitting[number] for number in self._known_order([chunk for _, chunk in fitting], documents, method)
+            ]
         return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
+
+    def _known_order(
+        self, chunks: Sequence[Chunk], documents: Documents | None, method: Method | None
+    ) -> Sequence[int]:
+        documents = documents or self._documents
+        if documents.paths is None:
+            return range(len(chunks))
+        encoder = documents.encoder
+        prefix = documents.anchor if encoder.template.anchor is None else encoder.prefix
+        return documents.paths.order(documents, documents.reader, prefix, chunks, method or FullPrefill())
 
 
 def streamed(

@@ -76,7 +76,7 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
         namespace=options.get("namespace", ""),
         sensitivity=options.get("sensitivity"),
         foreign=options.get("foreign", loaded.foreign),
-        **{name: given[name] for name in ("piece_tokens", "kernels", "lifetime_s", "gate", "scheduler")},
+        **{name: given[name] for name in ("piece_tokens", "kernels", "lifetime_s", "gate", "scheduler", "paths")},
     )
     tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
     return Parts(engine, retriever, TokenChunker(loaded.tokenizer, tokens), to_keep(options))

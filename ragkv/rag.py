@@ -110,6 +110,7 @@ class RAG:
         kernels: Impl = "auto",
         gate: Gate | None = None,
         scheduler: Scheduler | None = None,
+        paths: TieredStore | int | None = None,
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.
@@ -142,7 +143,7 @@ class RAG:
             namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             readonly: write nothing to the folder, which must be there: nothing can be added.
-            context, document_tokens, piece_tokens, sensitivity, kernels, gate, scheduler: see :class:`~ragkv.Engine`.
+            context, document_tokens, piece_tokens, sensitivity, kernels, gate, scheduler, paths: see :class:`~ragkv.Engine`.
             **model_options: ``weights="int8"`` or ``"float16"`` packs them for a CPU, which decodes faster
                 (:mod:`ragkv.model.packed`); all others are for ``AutoModelForCausalLM.from_pretrained``. Those that say where the
                 model stands and how it is fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``,
@@ -425,7 +426,7 @@ class RAG:
                 are, they are left out, with a warning.
         """
         retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
-        asked, found, _ = self._found(question, messages, system, namespace, retrieval)
+        asked, found, _ = self._found(question, messages, system, namespace, retrieval, method)
         generation |= {"system": system, "namespace": namespace, "method": method}
         with told_of_hits(progress, found.hits):
             answer = self.engine.generate(found.chunks, asked, **generation)
@@ -450,7 +451,7 @@ class RAG:
             The passages, and the pieces; these know what was left out, too: ``left_out``, as :attr:`SourcedAnswer.left_out`.
         """
         retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
-        asked, found, documents = self._found(question, messages, system, namespace, retrieval)
+        asked, found, documents = self._found(question, messages, system, namespace, retrieval, method)
         generation |= {"system": system, "namespace": namespace, "method": method}
         return streamed(found, documents, progress, partial(self.engine.stream, found.chunks, asked, **generation))
 
@@ -488,6 +489,7 @@ class RAG:
         system: str | None,
         namespace: str | None,
         retrieval: Retrieval,
+        method: Method | str | None,
     ) -> tuple[Question, Found, Documents]:
         """What is asked, the passages for it, and where they are read."""
         if (question is None) == (messages is None):
@@ -497,7 +499,7 @@ class RAG:
             system, said = conversation(messages, system)
             text = last_turns(said)
         documents = self.engine.prompting.documents_for(system, namespace)
-        found = self.finder.found(cast(str, text), retrieval, documents)
+        found = self.finder.found(cast(str, text), retrieval, documents, self.engine.method_of(method))
         return cast(Question, question if messages is None else list(messages)), found, documents
 
     def _taking_in(self, namespace: str | None) -> Intake:

@@ -187,7 +187,7 @@ class Session:
         if isinstance(text, str) and text.strip() and self._state.turns:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
-        turn.found = self._finder.found(text, retrieval, self._documents())
+        turn.found = self._finder.found(text, retrieval, self._documents(), self._engine.method_of(method))
         asked = {"keep": True, "most_tokens": self._context_tokens, **scheduling(generation)}
         request = Request((), turn.question, self._engine.method_of(method), **asked)
         make = partial(self._prompt, turn, request)

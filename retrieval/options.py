@@ -40,7 +40,8 @@ class Retrieval:
         hops: with 2, names that stand in what was found of the best document are looked for in a second search, for questions
             like "What language does the mayor of Northhaven speak?"
         order: of the passages: ``"document"``, documents by their best passage, each in its own order; ``"retrieved"``, the best
-            first, neighbours behind all that were found; ``"best-last"``, the other way round: the best next to the question.
+            first, neighbours behind all that were found; ``"best-last"``, the other way round: the best next to the question;
+            ``"cache"``, one of which as much as possible was computed before, where an engine keeps that (``paths=``).
 
     Raises:
         RetrievalError, ArgumentTypeError: an option is out of range, or of another type.

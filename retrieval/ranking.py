@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from ragkv.retrieval.records import Passage
 
 #: Orders that passages may have in a prompt, see :class:`~ragkv.retrieval.Retrieval`.
-ORDERS = ("document", "retrieved", "best-last")
+ORDERS = ("document", "retrieved", "best-last", "cache")
 
 # Reciprocal rank fusion: Cormack, Clarke, Buettcher, SIGIR 2009, with their k.
 _RRF_K = 60

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _EXPRESSION = re.compile(r"\s*([^=!<>{]+?)\s*(>=|<=|!=|>|<|=)\s*(.*?)\s*", re.DOTALL)
 _SIGNS = {"=": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
 #: As ``ragkv.retrieval.ranking`` has them.
-ORDERS = ("document", "retrieved", "best-last")
+ORDERS = ("document", "retrieved", "best-last", "cache")
 _OPTIONS = ("top_k", "neighbours", "max_context_tokens", "min_score", "hybrid", "rerank", "hops", "order")
 
 
@@ -57,8 +57,8 @@ def options(
         "--order",
         choices=ORDERS,
         default=ORDERS[0],
-        help="of the passages in the prompt: documents by their best passage, each in its own order; the best first; or the best "
-        f"last, next to the question (default: {ORDERS[0]})",
+        help="of the passages in the prompt: documents by their best passage, each in its own order; the best first; the best "
+        f"last, next to the question; or one of which much was computed before (default: {ORDERS[0]})",
     )
     return parser
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -36,6 +37,8 @@ BLOCK_TOKENS = 32
 _MOST_WAITING = 2
 # A label names the chunks of a path by the beginnings of their keys, as many as it has room for; or any.
 _TAG_BYTES, _MOST_TAGS, _ANY = 4, 28, "*"
+# Paths that are looked along for an order of chunks.
+_MOST_LOOKS = 64
 # Labels of what was evicted are looked for when there are so many times more than stored pieces.
 _STALE = 4
 
@@ -192,6 +195,42 @@ class Paths:
             chunks = [placed.chunk for placed in layout.chunks]
             self._background.add(lambda closing: self._store(documents, reader, items, chunks))
 
+    def order(
+        self, documents: Owner, reader: Reader, prefix: Sequence[int], chunks: Sequence[Chunk], method: Method
+    ) -> list[int]:
+        """An order of chunks in which as much as possible of what stands in front was computed before.
+
+        RAGCache reorders requests, and ContextPilot passages: an order that was seen before is worth more than the order of rank.
+
+        Args:
+            documents, reader, method: as for :meth:`known`.
+            prefix: ids in front of the chunks.
+            chunks: in the order that they have where nothing is known of any.
+
+        Returns:
+            Their numbers in the order of the prompt; those behind the last one of which something is known stand as they were.
+        """
+        best, best_tokens, looks = list[int](), 0, _MOST_LOOKS
+
+        def go_on(path: Path, taken: list[int], known: int) -> None:
+            nonlocal best, best_tokens, looks
+            if known > best_tokens:
+                best, best_tokens = taken, known
+            left = [number for number in range(len(chunks)) if number not in taken]
+            if not left or not looks:
+                return
+            looks -= 1
+            found = {number: path.piece(chunks[number].ids, _mark(method)) for number in left}
+            there = self.store.where(key for piece in found.values() for key in (piece.whole, piece.repaired) if key)
+            for number, piece in found.items():
+                tokens = piece.stop - piece.start if {piece.whole, piece.repaired} & there.keys() else 0
+                # What is computed in front of all others may be exact where its document was read, and is not kept here.
+                if tokens or not taken:
+                    go_on(path.behind(chunks[number].ids), [*taken, number], known + tokens)
+
+        go_on(Path(documents, reader, prefix), [], 0)
+        return [*best, *(number for number in range(len(chunks)) if number not in best)]
+
     def forget(self, keys: Iterable[bytes]) -> int:
         """Remove what was computed of chunks, and behind them; returns how many pieces there were.
 
@@ -239,27 +278,51 @@ class Paths:
         return self._labels
 
 
+class Path:
+    """All that stands in front of a piece.
+
+    Args:
+        documents, reader: as for :meth:`Paths.known`.
+        ids: what stands in front.
+    """
+
+    def __init__(self, documents: Owner, reader: Reader, ids: Sequence[int]):
+        self._space, self._namespace = digest("ragkv paths 1", reader.fingerprint).hex(), documents.namespace
+        self._digest: bytes = digest(ids)
+        self.tokens: int = len(ids)
+
+    def behind(self, ids: Sequence[int]) -> Path:
+        """The path behind a piece."""
+        longer = copy(self)
+        longer._digest, longer.tokens = digest(self._digest, ids), self.tokens + len(ids)
+        return longer
+
+    def piece(self, ids: Sequence[int], mark: str = "") -> Piece:
+        """A piece that stands behind; with the method's mark, if it is a chunk."""
+        whole = chunk_key(self._space, ids, self._digest, self._namespace)
+        repaired = chunk_key(self._space, ids, marked(self._digest, mark), self._namespace) if mark else b""
+        return Piece(self.tokens, self.tokens + len(ids), whole, repaired)
+
+
 def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
     """The pieces of a prompt: blocks of earlier messages, and its chunks."""
-    ids, space = layout.ids.tolist(), digest("ragkv paths 1", reader.fingerprint).hex()
-    mark = "" if method.looks else repr(method)
-    path = digest(b"", ids[: layout.opening])
-    blocks, chunks = list[Piece](), list[Piece]()
-
-    def key(context: bytes, start: int, stop: int) -> bytes:
-        return chunk_key(space, ids[start:stop], context, documents.namespace)
-
-    at = layout.opening
-    for stop in range(at + BLOCK_TOKENS, layout.chunks_start + 1, BLOCK_TOKENS):
-        blocks.append(Piece(at, stop, key(path, at, stop)))
-        at, path = stop, digest(path, ids[at:stop])
-    path = digest(path, ids[at : layout.chunks_start])
+    ids = layout.ids.tolist()
+    path, blocks, chunks = Path(documents, reader, ids[: layout.opening]), list[Piece](), list[Piece]()
+    for stop in range(layout.opening + BLOCK_TOKENS, layout.chunks_start + 1, BLOCK_TOKENS):
+        block = ids[path.tokens : stop]
+        blocks.append(path.piece(block))
+        path = path.behind(block)
+    if path.tokens < layout.chunks_start:
+        path = path.behind(ids[path.tokens : layout.chunks_start])
     for placed in layout.chunks:
-        start, stop = placed.start, placed.stop
-        repaired = key(marked(path, mark), start, stop) if mark else b""
-        chunks.append(Piece(start, stop, key(path, start, stop), repaired))
-        path = digest(path, ids[start:stop])
+        chunks.append(path.piece(placed.chunk.ids, _mark(method)))
+        path = path.behind(placed.chunk.ids)
     return blocks, chunks
+
+
+def _mark(method: Method) -> str:
+    """What tells a method's work from another's; empty where it chooses by the question."""
+    return "" if method.looks else repr(method)
 
 
 def _kv(batch: Batch, index: int) -> ChunkKV:
