@@ -1,0 +1,80 @@
+"""A folder's questions over what was computed before: in an order that is known, and never of what was removed."""
+
+import torch
+from transformers import DynamicCache
+
+from ragkv import FullPrefill, TieredStore
+from ragkv.retrieval import Retrieval
+
+from .rags import DOCUMENTS, QUESTION, open_rag
+
+OPTIONS = {"max_new_tokens": 4, "do_sample": False, "method": FullPrefill()}
+
+
+def test_an_order_that_was_computed_before_is_chosen(model):
+    with open_rag(model=model, paths=64 << 20, context="chunk") as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        hits = rag.retrieve(QUESTION, top_k=4)
+        rag.ask(QUESTION, top_k=4, **OPTIONS)
+        rag.engine.paths.wait()
+        known = [hit.passage_id for hit in rag.retrieve(QUESTION, top_k=4)]
+        chunks = dict(zip(known, rag.finder.found(QUESTION, Retrieval(top_k=4)).chunks, strict=True))
+        shuffled = [hits[at].passage_id for at in (2, 0, 3, 1)]
+        order = rag.engine.paths.order(
+            rag.engine.documents,
+            rag.engine.documents.reader,
+            rag.engine.documents.anchor,
+            [chunks[each] for each in shuffled],
+            FullPrefill(),
+        )
+        assert [shuffled[at] for at in order] == known
+        answer = rag.ask(QUESTION, top_k=4, order="cache", **OPTIONS)
+        assert [hit.passage_id for hit in answer.sources] == known
+        assert answer.report.fusion.hits == {"cpu": 1, "path": 3}
+
+
+def test_what_is_known_goes_in_front_and_the_rest_stays_as_it_was_found(model):
+    with open_rag(model=model, paths=64 << 20) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        first = rag.ask(QUESTION, top_k=2, order="cache", **OPTIONS)
+        rag.engine.paths.wait()
+        found = [hit.passage_id for hit in rag.retrieve(QUESTION, top_k=6)]
+        answer = rag.ask(QUESTION, top_k=6, order="cache", **OPTIONS)
+        ids, known = [hit.passage_id for hit in answer.sources], [hit.passage_id for hit in first.sources]
+        assert ids[:2] == known and sorted(ids) == sorted(found)
+        assert ids[2:] == [each for each in found if each not in known]
+        assert answer.report.fusion.sources[1] == "path"
+
+
+def test_an_order_by_what_is_kept_is_that_of_documents_where_nothing_is(rag):
+    plain = rag.ask(QUESTION, top_k=4, **OPTIONS)
+    assert [hit.passage_id for hit in rag.ask(QUESTION, top_k=4, order="cache", **OPTIONS).sources] == [
+        hit.passage_id for hit in plain.sources
+    ]
+
+
+def test_a_document_that_changes_or_goes_leaves_no_path(model, tmp_path):
+    with open_rag(model=model, paths=TieredStore(tmp_path / "paths")) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        answer = rag.ask(QUESTION, top_k=5, **OPTIONS)
+        rag.engine.paths.wait()
+        store, middle = rag.engine.paths.store, answer.sources[1].source
+        kept = len(store)
+        assert kept >= 2
+        rag.add_texts(["Quite another text about a river, and nothing of what stood here."], [middle])
+        assert len(store) < kept
+        again = rag.ask(QUESTION, top_k=5, **OPTIONS)
+        rag.engine.paths.wait()
+        assert exact(rag, again)
+        for source in DOCUMENTS:
+            rag.remove(source)
+        assert len(store) == 0
+
+
+def exact(rag, answer):
+    """Whether an answer is what the model says by itself."""
+    chunks = rag.finder.catalogued().chunks(answer.sources)
+    prompt = rag.engine.fuse(chunks, QUESTION, method=FullPrefill())
+    with torch.no_grad():
+        there = rag.engine.model(input_ids=prompt.input_ids, past_key_values=DynamicCache()).logits[:, -1]
+    return float((there - prompt.logits).abs().max()) < 1e-4
