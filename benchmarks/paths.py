@@ -5,8 +5,8 @@
 
 The documents of the first cases of ``--data`` (as for ``ragkv eval``; by default those that ragkv ships) are one corpus. Their
 questions are asked by Zipf's law, each in one of four wordings, and passages found by the embedder. Every arm has the same bytes
-for stored KV, ``--share`` of what the corpus takes: for chunks alone, or half for chunks and half for what prompts compute
-(``Engine(paths=)``). ``computed`` are tokens that ran through the model for a question; ``kl`` is taken to a full prefill of the
+for stored KV, ``--share`` of what the corpus takes: for chunks alone, or also for what prompts compute (``Engine(paths=True)``).
+``computed`` are tokens that ran through the model for a question; ``kl`` is taken to a full prefill of the
 same ids, in nats of the first token.
 """
 
@@ -48,13 +48,13 @@ def stream(questions: Sequence[str], count: int, seed: int) -> list[str]:
     return [draw.choice(WORDINGS).format(question) for question in draw.choices(ranked, weights, k=count)]
 
 
-def opened(args: argparse.Namespace, documents: Sequence[str], kept_bytes: int, paths_bytes: int) -> RAG:
+def opened(args: argparse.Namespace, documents: Sequence[str], kept_bytes: int, paths: bool) -> RAG:
     """All documents, in so many bytes."""
     rag = RAG.from_pretrained(
         args.model,
         store=TieredStore(cpu_bytes=kept_bytes),
         sensitivity=True,
-        paths=paths_bytes or None,
+        paths=paths,
         **({"foreign": foreign()} if args.model == BUNDLED else {}),
         **({"dtype": args.dtype} if args.dtype else {}),
     )
@@ -105,7 +105,7 @@ def main() -> None:
     cases = read_cases(args.data)[1][: args.cases]
     documents = list(dict.fromkeys("\n".join(document) for case in cases for document in case.documents))
     questions = stream(list(dict.fromkeys(case.question for case in cases)), args.questions, args.seed)
-    with opened(args, documents, 1 << 40, 0) as rag:
+    with opened(args, documents, 1 << 40, False) as rag:
         everything = rag.engine.store.stats().bytes["cpu"]
         found = len(rag.engine.store)
     budget = int(args.share * everything)
@@ -114,7 +114,7 @@ def main() -> None:
     )
     references, results = dict[Any, torch.Tensor](), dict[str, dict[str, float]]()
     for arm, (_, kept, _) in ARMS.items():
-        with opened(args, documents, budget // 2 if kept else budget, budget // 2 if kept else 0) as rag:
+        with opened(args, documents, budget, kept) as rag:
             results[arm] = asked(rag, arm, questions, args.top_k, references)
         row = results[arm]
         of_plain = row["computed"] / results[PLAIN]["computed"]

@@ -67,8 +67,8 @@ class Engine:
         lifetime_s: seconds after which stored KV are a miss, and read again.
         gate: check a share of the prompts against a full prefill, see :class:`~ragkv.Gate`.
         scheduler: says which of the calls that are made at the same time goes first, see :class:`~ragkv.Scheduler`.
-        paths: keep what prompts compute, for prompts that begin the same (:mod:`ragkv.library.paths`): a store of its own, or the
-            bytes of CPU memory that it may take. By default nothing is kept.
+        paths: keep what prompts compute, for prompts that begin the same (docs/paths.md): ``True`` in the engine's store, beside
+            chunks; or in another one, or in so many bytes of CPU memory. By default nothing is kept.
 
     Attributes:
         documents: what the model has read, see :class:`~ragkv.library.documents.Documents`.
@@ -99,13 +99,13 @@ class Engine:
         lifetime_s: float = math.inf,
         gate: Gate | None = None,
         scheduler: Scheduler | None = None,
-        paths: TieredStore | int | None = None,
+        paths: TieredStore | int | bool = False,
     ):
         self.method: Method = as_method(SensitiveTokens() if method is None else method)
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
         instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")
-        if not isinstance(paths, TieredStore | None):
+        if not isinstance(paths, TieredStore | bool):
             whole_number("paths", paths, 1)
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
@@ -127,7 +127,9 @@ class Engine:
             kernels=kernels,
             lifetime_s=lifetime_s,
         )
-        if paths is not None:
+        if isinstance(paths, bool):
+            self.documents.paths = Paths(self.store) if paths else None
+        else:
             self.documents.paths = Paths(TieredStore(cpu_bytes=paths) if isinstance(paths, int) else paths)
         self.documents.reader.opening(self.encoder.prefix, "prefix")
         self.gate: Guard | None = None if gate is None else Guard(gate, self.documents)

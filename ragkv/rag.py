@@ -110,7 +110,7 @@ class RAG:
         kernels: Impl = "auto",
         gate: Gate | None = None,
         scheduler: Scheduler | None = None,
-        paths: TieredStore | int | None = None,
+        paths: TieredStore | int | bool = False,
         **model_options: Any,
     ) -> RAG:
         """Load a model and open a folder.

@@ -79,10 +79,10 @@ class Verdict:
     dropped: int
 
 
-def entries(path: str | os.PathLike[str]) -> Iterator[Entry]:
-    """What a folder holds, in the order of the keys."""
+def entries(path: str | os.PathLike[str], beginning: bytes = b"") -> Iterator[Entry]:
+    """What a folder holds, or those of it whose keys begin so, in the order of the keys."""
     with opened(path) as tier:
-        for key in tier.stored():
+        for key in filter(lambda key: key.startswith(beginning), tier.stored()):
             entry = _entry(tier, key)
             if entry is not None:
                 yield entry

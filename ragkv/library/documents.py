@@ -27,7 +27,7 @@ from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.given import several, several_chunks
-from ragkv.library.paths import Paths
+from ragkv.library.paths import Paths, forget
 from ragkv.library.reading import Reader, chains, identity
 from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
@@ -387,8 +387,7 @@ class Documents:
         """Remove KV from the store, what was computed behind them, and small facts; returns how many KV were there."""
         keys = list(keys)
         removed = self.store.remove_many(keys, facts=facts)
-        if self.paths is not None:
-            self.paths.forget(keys)
+        forget(self.paths, self.store, keys)
         return removed
 
     def holds(self, chunks: Sequence[Chunk]) -> bool:

@@ -10,7 +10,7 @@ pieces in front are found too: unlike the nodes of RAGCache's tree, pieces may b
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, replace
@@ -35,8 +35,12 @@ BLOCK_TOKENS = 32
 
 # Prompts whose KV wait to be stored; those of more are not kept.
 _MOST_WAITING = 2
+# What keys begin with, to be found among those of chunks.
+_BEGINNING = b"path"
 # A label names the chunks of a path by the beginnings of their keys, as many as it has room for; or any.
 _TAG_BYTES, _MOST_TAGS, _ANY = 4, 28, "*"
+# The name of the fact that there are paths in a store.
+_FACT = "paths"
 # Paths that are looked along for an order of chunks.
 _MOST_LOOKS = 64
 # Labels of what was evicted are looked for when there are so many times more than stored pieces.
@@ -106,16 +110,17 @@ class Known:
 
 
 class Paths:
-    """KV of prompts' pieces under their paths, in a store of their own. Safe for several threads and processes.
+    """KV of prompts' pieces under their paths. Safe for several threads and processes.
 
     Args:
-        store: keeps them; closed with this object.
+        store: keeps them, perhaps beside chunks; closed with this object.
     """
 
     def __init__(self, store: TieredStore):
         self.store: TieredStore = store
         self._background = Background("keeping what was computed under a path", _MOST_WAITING)
         self._labels: dict[bytes, str] | None = None if store.path is not None else {}
+        self._said = False  # that there are paths in the store
 
     def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
         """What was computed of a prompt before.
@@ -240,11 +245,8 @@ class Paths:
         tags = {_tag(key) for key in keys}
         if not tags:
             return 0
-        self._background.wait()
         with self._background.guard:
             gone = [key for key, label in self._known_labels().items() if label == _ANY or tags & set(label.split())]
-            for key in gone:
-                self._known_labels().pop(key)
         return self.store.remove_many(gone)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -257,23 +259,26 @@ class Paths:
         self.store.close()
 
     def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
-        documents.put(reader, items, self.store)
-        if not documents.holds(chunks):  # removed meanwhile, perhaps before we came
-            self.store.remove_many([item.key for item in items if item.label])
-            return
+        of_chunks = {item.key: item.label for item in items if item.label}
         with self._background.guard:
-            labels = self._labels
-            if labels is not None:
-                labels.update({item.key: item.label for item in items if item.label})
-                if len(labels) > _STALE * len(self.store) + _STALE:
-                    for key in self.store.missing(list(labels)):
-                        labels.pop(key)
+            if self._labels is not None:
+                self._labels.update(of_chunks)
+        if not self._said:
+            self.store.meta_put(_FACT, b"1")  # whoever removes documents has to look for them
+            self._said = True
+        documents.put(reader, items, self.store)
+        if not documents.holds(chunks):  # removed meanwhile: whoever did so may have come too early to find them
+            self.store.remove_many(of_chunks)
+        with self._background.guard:
+            if self._labels is not None and len(self._labels) > _STALE * (len(self.store) + 1):
+                for key in self.store.missing(list(self._labels)):
+                    self._labels.pop(key)
 
     def _known_labels(self) -> dict[bytes, str]:
         """The label of whatever was computed of chunks, by key."""
         if self.store.path is not None:  # other processes store there too
             self.store.flush()
-            return {entry.key: entry.label for entry in entries(self.store.path) if entry.label}
+            return {entry.key: entry.label for entry in entries(self.store.path, _BEGINNING) if entry.label}
         assert self._labels is not None
         return self._labels
 
@@ -299,9 +304,11 @@ class Path:
 
     def piece(self, ids: Sequence[int], mark: str = "") -> Piece:
         """A piece that stands behind; with the method's mark, if it is a chunk."""
-        whole = chunk_key(self._space, ids, self._digest, self._namespace)
-        repaired = chunk_key(self._space, ids, marked(self._digest, mark), self._namespace) if mark else b""
-        return Piece(self.tokens, self.tokens + len(ids), whole, repaired)
+        repaired = self._key(ids, marked(self._digest, mark)) if mark else b""
+        return Piece(self.tokens, self.tokens + len(ids), self._key(ids, self._digest), repaired)
+
+    def _key(self, ids: Sequence[int], context: bytes) -> bytes:
+        return _BEGINNING + chunk_key(self._space, ids, context, self._namespace)[len(_BEGINNING) :]
 
 
 def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
@@ -318,6 +325,20 @@ def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> 
         chunks.append(path.piece(placed.chunk.ids, _mark(method)))
         path = path.behind(placed.chunk.ids)
     return blocks, chunks
+
+
+def forget(paths: Paths | None, store: TieredStore, keys: Collection[bytes]) -> None:
+    """Remove what was computed of chunks, and behind them, by this process or by others.
+
+    Args:
+        paths: of the engine, if it keeps any.
+        store: of the chunks, which may have paths of other engines.
+        keys: of the chunks' own KV.
+    """
+    if paths is not None:
+        paths.forget(keys)
+    if keys and store.path is not None and (paths is None or paths.store is not store) and store.meta_get(_FACT):
+        Paths(store).forget(keys)
 
 
 def _mark(method: Method) -> str:

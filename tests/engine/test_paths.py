@@ -251,7 +251,26 @@ def test_a_session_goes_on_behind_a_prompt_that_took_from_paths(read):
     assert second.report.fusion.sources == ["unused"]
 
 
-@pytest.mark.parametrize("paths", ["a lot", 2.5, True])
+@pytest.mark.parametrize("paths", ["a lot", 2.5, None])
 def test_paths_are_a_store_or_bytes(paths):
     with pytest.raises(ArgumentTypeError, match="paths"):
         engine_of(paths=paths)
+
+
+def test_paths_beside_chunks_go_with_them_also_where_none_are_kept(tmp_path):
+    model, ids = tiny_model(), [random_ids(n) for n in (17, 30, 25)]
+
+    def opened(**options):
+        return Engine(model, template=TEMPLATE, method=FullPrefill(), store=TieredStore(tmp_path), **options)
+
+    with opened(paths=True) as engine:
+        chunks = engine.add(ids)
+        asked(engine, chunks)
+        assert asked(engine, chunks).report.sources == ["cpu", "path", "path"]
+        assert len(engine.store) == len(chunks) + 2
+        engine.forget(chunks[2:])
+        assert len(engine.store) == 3
+    with opened() as engine:
+        assert engine.paths is None
+        engine.forget(engine.add(ids)[:1])
+        assert len(engine.store) == 2  # the other two chunks

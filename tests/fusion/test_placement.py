@@ -154,7 +154,7 @@ def test_what_a_store_holds(settings, held, tmp_path, monkeypatch):
         chunks = engine.add([random_ids(n) for n in (20, 31, 7)])
         engine.fuse(chunks, random_ids(5), method=Reuse())  # moves them up
         want = engine.fuse(chunks[::-1], random_ids(5), method=LegoLink(2))
-        monkeypatch.setattr(placement.Placement, "__init__", lambda *args: init(*args, by_layer=True))
+        monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
         monkeypatch.setattr(
             placement, "place_pieces", lambda pieces, impl: (seen.extend(pieces), plain(pieces, impl=impl))
         )
