@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +38,7 @@ class Answering:
         stop: texts at which the answer ends.
         pieces: it is wanted piece by piece.
         kept: it is to be gone on from.
+        closing: set where nobody is answered any more: what is read piece by piece ends.
 
     Raises:
         PromptError, ArgumentError: what is asked for needs a tokenizer; beams for pieces, or for what is to be gone on from; and as
@@ -52,6 +54,7 @@ class Answering:
         stop: Sequence[str],
         pieces: bool,
         kept: bool,
+        closing: Event,
     ):
         if pieces and encoder.tokenizer is None:
             raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
@@ -64,6 +67,7 @@ class Answering:
             why = "beam search knows its text only at the end" if pieces else "beams leave no cache to go on from"
             raise ArgumentError(f"num_beams: {why}: leave it out" + (", or use generate()" if pieces else ""))
         self._steps, self._encoder, self._settings, self._prompt = steps, encoder, settings, prompt
+        self._closing = closing
 
     def whole(self, begin: float) -> Answer:
         """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
@@ -71,7 +75,7 @@ class Answering:
             ids, report = self._searched(begin)
             return Answer(self.said(ids), ids, report, schema=self._settings.schema)
         stream = self.pieces(begin)
-        for _ in stream:
+        for _ in stream.to_the_end():
             pass
         assert stream.report is not None
         return Answer(
@@ -100,7 +104,8 @@ class Answering:
             report = AnswerReport(prompt.report)
             return report, self._timed(prompt, report, begun, logprobs), lambda ids: self._past(prompt, ids)
 
-        return AnswerStream(start, Detokenizer(self._encoder, settings.stop), ended, logprobs, settings.schema)
+        text = Detokenizer(self._encoder, settings.stop)
+        return AnswerStream(start, text, ended, logprobs, settings.schema, self._closing)
 
     def said(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids."""

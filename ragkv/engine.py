@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
@@ -75,6 +76,7 @@ class Engine:
         encoder: turns text into ids.
         gate: the gate at work, see :class:`~ragkv.gate.Guard`; ``None`` where there is none.
         scheduler: as given, or one that goes by the order of asking.
+        closing: set when the engine is closed: nobody is answered any more.
 
     Raises:
         UnsupportedModelError: the model cannot be driven exactly; the message says why.
@@ -134,6 +136,7 @@ class Engine:
         self.documents.reader.opening(self.encoder.prefix, "prefix")
         self.gate: Guard | None = None if gate is None else Guard(gate, self.documents)
         self.scheduler: Scheduler = Scheduler() if scheduler is None else scheduler
+        self.closing: Event = Event()
 
     @property
     def paths(self) -> Paths | None:
@@ -262,7 +265,13 @@ class Engine:
         return EngineStats(self.scheduler.stats(), forwards, self.store.stats(), paths)
 
     def close(self) -> None:
-        """Close the store. A check of the gate ends at its next piece."""
+        """Close the store, when the prompts that are computed are there.
+
+        Whoever waits for one to begin gets a RagKVError, and so does whoever reads on in a stream; a call of :meth:`generate`
+        whose prompt is there goes on. A check of the gate ends at its next piece.
+        """
+        self.closing.set()
+        self.prompting.wait()
         if self.gate is not None:
             self.gate.close()
         if self.paths is not None:
@@ -447,7 +456,7 @@ class Engine:
     @property
     def prompting(self) -> Prompting:
         """Makes prompts."""
-        return Prompting(self.documents, self.scheduler, self.gate)
+        return Prompting(self.documents, self.scheduler, self.gate, self.closing)
 
     def _answering(
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
@@ -473,9 +482,8 @@ class Engine:
             kept: it is to be gone on from.
         """
         texts = (*stop_texts(self.template.stop), *stop_texts(stop))
-        return Answering(
-            self.runner.steps(self.documents.kernels), self.encoder, prompt, generation, texts, pieces, kept
-        )
+        steps = self.runner.steps(self.documents.kernels)
+        return Answering(steps, self.encoder, prompt, generation, texts, pieces, kept, self.closing)
 
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""

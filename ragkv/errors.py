@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any
 
+#: What a :class:`RagKVError` says of a question that comes too late.
+CLOSED = "nothing is answered any more: it is closed"
+
 
 class RagKVError(Exception):
     """Base of all errors that ragkv raises on purpose."""

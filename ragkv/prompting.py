@@ -113,12 +113,13 @@ class Prompting:
         documents: of the engine.
         scheduler: says when each prompt's turn has come.
         gate: of the engine.
+        closing: set where nobody is answered any more.
     """
 
-    def __init__(self, documents: Documents, scheduler: Scheduler, gate: Guard | None = None):
+    def __init__(self, documents: Documents, scheduler: Scheduler, gate: Guard | None, closing: Event):
         self.documents: Documents = documents
         self.encoder: Encoder = documents.encoder
-        self._scheduler, self._gate = scheduler, gate
+        self._scheduler, self._gate, self._closing = scheduler, gate, closing
 
     def documents_for(self, system: str | None, namespace: str | None) -> Documents:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
@@ -191,6 +192,11 @@ class Prompting:
                 self._scheduler.computed(all_of_them, sum(prompt.report.computed_tokens for prompt in prompts))
             return prompts
 
+    def wait(self) -> None:
+        """Wait until no prompt is computed any more, where none begins; those that wait for this thread apart."""
+        if not self._mine:
+            self._scheduler.wait(self._closing)
+
     @property
     def _mine(self) -> bool:
         """Whether those in front in the line wait for this thread."""
@@ -243,6 +249,7 @@ class Prompting:
             priority=request.priority,
             deadline_s=request.deadline_s,
             stop=request.stop,
+            closing=self._closing,
             stored=stored,
             prefetch=lambda: store.prefetch(keys()),
         )

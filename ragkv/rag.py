@@ -468,7 +468,11 @@ class RAG:
         return AsyncAnswerStream(partial(self.stream, question), self.threads.pool(), **options)
 
     def close(self) -> None:
-        """Close retriever and store, when the answers in the making are there; questions not begun are cancelled."""
+        """Close retriever and store, when the answers in the making are there, as :meth:`Engine.close`.
+
+        Those of an event loop are waited for; questions not begun get a RagKVError, and streams that are read on.
+        """
+        self.engine.closing.set()
         self.threads.close()
         self.finder.close()
         try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, fields
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ragkv.detokenizer import Detokenizer
-from ragkv.errors import ArgumentError
+from ragkv.errors import CLOSED, ArgumentError, RagKVError
 from ragkv.fusion.timing import Timer
 from ragkv.logprobs import Logprobs, TokenLogprob
 from ragkv.model.schema import Schema
@@ -280,13 +281,15 @@ Start = Callable[[ExitStack], tuple[AnswerReport, Iterator[int], Callable[[Seque
 
 
 class AnswerStream(Structured, Iterator[str]):
-    """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more.
+    """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more, and with a
+    RagKVError where its engine was closed.
 
     Args:
         start: begins it.
         detokenizer: makes text of ids.
         ended: called behind the last piece.
         logprobs, schema: see the attributes.
+        closing: set where its engine is closed.
 
     Attributes:
         sources, left_out: as of :class:`~ragkv.finding.SourcedAnswer`, where :meth:`RAG.stream` asked.
@@ -301,6 +304,7 @@ class AnswerStream(Structured, Iterator[str]):
         ended: Callable[[Made], object] | None = None,
         logprobs: Logprobs | None = None,
         schema: Schema | None = None,
+        closing: Event | None = None,
     ):
         self._made = Made()
         self.sources: list[Hit] = []
@@ -308,6 +312,7 @@ class AnswerStream(Structured, Iterator[str]):
         self.logprobs: Logprobs | None = logprobs
         self.schema: Schema | None = schema
         self.text: str = ""
+        self._closing = closing or Event()
         self._pieces = _pieces(self._made, start, detokenizer, ended)
         self._context = copy_context()  # who watches when it is made is told what is read later
 
@@ -327,6 +332,18 @@ class AnswerStream(Structured, Iterator[str]):
         return self._made.past
 
     def __next__(self) -> str:
+        if self._closing.is_set():
+            self.close()
+            raise RagKVError(CLOSED)
+        return self._next()
+
+    def to_the_end(self) -> Iterator[str]:
+        """The pieces still to come, also where the engine is closed meanwhile."""
+        with suppress(StopIteration):
+            while True:
+                yield self._next()
+
+    def _next(self) -> str:
         piece = self._context.run(next, self._pieces)
         self.text += piece
         return piece

@@ -9,14 +9,13 @@ from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExec
 from functools import partial
 from typing import Any, TypeVar
 
-from ragkv.errors import RagKVError, whole_number
+from ragkv.errors import CLOSED, RagKVError, whole_number
 from ragkv.logprobs import TokenLogprob
 from ragkv.model.generation import Stop
 from ragkv.report import AnswerReport, AnswerStream
 from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")
-_CLOSED = "nothing is answered any more: it is closed"
 # Questions of an event loop that stand in the line, or are answered.
 _AT_ONCE = 32
 
@@ -126,8 +125,9 @@ class AsyncAnswerStream(AsyncIterator[str]):
         if not self._stop.is_set():
             self.sources, self._stream = self._start()
             self.left_out = self._stream.left_out
-        for piece in self._stream or () if not self._stop.is_set() else ():
-            say(piece)
+        if self._stream is not None and not self._stop.is_set():
+            for piece in self._stream.to_the_end():
+                say(piece)
 
 
 async def in_thread(executor: Executor, work: Callable[[], Result]) -> Result:
@@ -182,7 +182,7 @@ def _submitted(executor: Executor, work: Callable[[], Result]) -> Future[Result]
     try:
         return executor.submit(work)
     except RuntimeError as error:
-        raise RagKVError(_CLOSED) from error
+        raise RagKVError(CLOSED) from error
 
 
 async def _given(working: Future[Result]) -> Result:
@@ -192,5 +192,5 @@ async def _given(working: Future[Result]) -> Result:
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if working.cancelled() and not (task and task.cancelling()):
-            raise RagKVError(_CLOSED) from None
+            raise RagKVError(CLOSED) from None
         raise

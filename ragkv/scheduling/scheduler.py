@@ -9,10 +9,11 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from threading import RLock, get_ident
-from time import perf_counter
+from threading import Event, RLock, get_ident
+from time import perf_counter, sleep
 
 from ragkv.errors import (
+    CLOSED,
     ArgumentError,
     DeadlineError,
     OverloadedError,
@@ -107,7 +108,7 @@ class Scheduler:
         Raises:
             OverloadedError: there is no room for it, or was none for too long.
             DeadlineError: nobody wants it any more.
-            RagKVError: it was stopped, or the policy failed.
+            RagKVError: it was stopped, the policy failed, or nobody is answered any more.
         """
         stack.callback(self._leave, ticket)
         try:
@@ -134,6 +135,15 @@ class Scheduler:
     def mine(self) -> bool:
         """Whether this thread is in a turn: whoever asks there would wait for itself."""
         return get_ident() in self._within
+
+    def wait(self, closing: Event) -> None:
+        """Wait until nothing is computed any more that was asked for with this event, which is set; this thread's own apart."""
+        while not self.mine and self._computes(closing):
+            sleep(_LOOK_S)
+
+    def _computes(self, closing: Event) -> bool:
+        with self._line():
+            return any(ticket.closing is closing for ticket in self._computing)
 
     def computed(self, ticket: Ticket, tokens: int) -> None:
         """Count what was computed for a prompt."""
@@ -217,6 +227,8 @@ class Scheduler:
         waited = perf_counter() - ticket.asked_s
         if ticket.failed is not None:
             raise RagKVError(f"the scheduler's policy failed: {ticket.failed!r}") from ticket.failed
+        if ticket.closing is not None and ticket.closing.is_set():
+            raise RagKVError(CLOSED)
         if ticket.stop is not None and ticket.stop.is_set():
             raise RagKVError("stopped before it began")
         if perf_counter() > ticket.deadline_s:

@@ -33,6 +33,7 @@ class Ticket:
         priority: a higher one goes first.
         deadline_s: ``perf_counter()`` behind which nobody wants the answer.
         stop: set where nobody waits for it any more.
+        closing: set where nobody is answered any more.
         stored: looks how many of the tokens are stored, so that they need not be computed.
         prefetch: begins to move what is stored to memory.
         reused: tokens that are stored, as far as anybody looked.
@@ -52,6 +53,7 @@ class Ticket:
     priority: int = 0
     deadline_s: float = math.inf
     stop: Event | None = None
+    closing: Event | None = None
     stored: Callable[[], int] = _nothing
     prefetch: Callable[[], object] = _nothing
     reused: int = 0

@@ -42,12 +42,16 @@ def cancel_at(tokens):
 
 
 def damaged_now_and_then(reading, rng):
-    """A batch's reading that finds a record damaged now and then, drops it, and says so."""
+    """A batch's reading that finds a record damaged now and then, drops it, and says so; to a thread once: a disk on which a
+    record that was written anew is damaged again is given up.
+    """
+    seen = set()
 
     @contextmanager
     def found(self, index):
         with reading(self, index) as source:
-            if rng.random() < 0.01:
+            if rng.random() < 0.01 and (one := (threading.get_ident(), self.keys[index])) not in seen:
+                seen.add(one)
                 raise RecordError("a bit was flipped")
             yield source
 
