@@ -38,7 +38,7 @@ class SourcedAnswer(Answer):
     """An answer with the passages that it was given.
 
     Attributes:
-        sources: the passages in the order of the prompt.
+        sources: the passages in the order of the prompt; one stands for others of the same text (:attr:`Hit.copies`).
         left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
     """
 

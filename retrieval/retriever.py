@@ -181,7 +181,8 @@ class Retriever:
             RetrievalError: the question is blank, an option is out of range, or the embedder gave no vector.
             UnknownArgumentError: there is no such option.
         """
-        return self.find(query, Retrieval.of(top_k=top_k, order=order, **options), namespace=namespace)
+        retrieval = Retrieval.of(top_k=top_k, order=order, **options)
+        return self.find(query, retrieval, namespace=namespace, distinct=False)
 
     def find(
         self,
@@ -191,8 +192,9 @@ class Retriever:
         namespace: str = "",
         readings: Readings | None = None,
         tokens: Callable[[Reading], Sequence[int]] | None = None,
+        distinct: bool = True,
     ) -> list[Hit]:
-        """As :meth:`search`, for a model: in the order of a prompt.
+        """As :meth:`search`, for a model: in the order of a prompt, and no text twice.
 
         Args:
             query: a question, not blank.
@@ -200,6 +202,7 @@ class Retriever:
             namespace: whose documents.
             readings: says how a model reads a document, for the hits; asked once for each.
             tokens: says how many tokens each passage of a reading has; without both ``max_context_tokens`` is refused.
+            distinct: of passages of equal text give one, with the others in :attr:`Hit.copies`.
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
@@ -210,7 +213,8 @@ class Retriever:
             raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)
         with self.catalogue.snapshot() as view:
-            found = Search(retrieval, namespace, self.embedder, self._candidates)(view, query, vector)
+            search = Search(retrieval, namespace, self.embedder, self._candidates, distinct)
+            found = search(view, query, vector)
             passages = [view.passage(passage_id) for passage_id in found]
             read: dict[str, Reading] = {}
 
@@ -223,7 +227,12 @@ class Retriever:
             if retrieval.max_context_tokens is not None and tokens is not None:
                 passages = within(retrieval.max_context_tokens, passages, lambda document: tokens(reading(document)))
             return [
-                Hit.of(passage, found[passage.id], reading(passage.document) if readings else None)
+                Hit.of(
+                    passage,
+                    found[passage.id],
+                    reading(passage.document) if readings else None,
+                    tuple(Hit.of(view.passage(copy), found[passage.id]) for copy in sorted(search.copies[passage.id])),
+                )
                 for passage in ordered(passages, retrieval.order)
             ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -49,11 +50,25 @@ class Search:
         namespace: whose documents.
         embedder: turns the question of a second hop into a vector.
         candidates: gives them.
+        distinct: find no text twice: the best passage of it stands for the others, and what is next best comes in their place.
+
+    Attributes:
+        copies: those others, by the passage that stands for them.
     """
 
-    def __init__(self, retrieval: Retrieval, namespace: str, embedder: Embedder, candidates: Candidates) -> None:
+    def __init__(
+        self,
+        retrieval: Retrieval,
+        namespace: str,
+        embedder: Embedder,
+        candidates: Candidates,
+        distinct: bool = False,
+    ) -> None:
         self._retrieval, self._namespace = retrieval, namespace
         self._embedder, self._candidates = embedder, candidates
+        self._distinct = distinct
+        self._taken = dict[str, int]()  # by text
+        self.copies: defaultdict[int, set[int]] = defaultdict(set)
 
     def __call__(self, view: Snapshot, question: str, vector: NDArray[np.float32]) -> dict[int, float]:
         """Passages by id with their scores: those that were found, best first, hop by hop; then their neighbours."""
@@ -87,20 +102,65 @@ class Search:
         before: dict[int, float],
     ) -> dict[int, float]:
         """The best passages that were not found before, with their scores."""
-        retrieval, depth = self._retrieval, self._retrieval.limit
-        if retrieval.hybrid or retrieval.rerank is not None:
-            depth = max(_CANDIDATES, 4 * depth)
-        near, worded = self._candidates(view, query, vector, depth + len(before), retrieval.hybrid, among)
-        ids = [each for each in (fused([list(near), worded]) if retrieval.hybrid else near) if each not in before]
-        pairs: Iterable[tuple[int, float]]
+        retrieval, taken = self._retrieval, dict(self._taken)
+        least = -math.inf if retrieval.min_score is None else retrieval.min_score
         if retrieval.rerank is None:
-            pairs = ((each, near[each] if each in near else float(view.vector(each) @ vector)) for each in ids)
+            found = self._first_stage(view, query, vector, among, before, taken, retrieval.limit, least)
         else:
-            ids = ids[:depth]
+            ids = list(self._first_stage(view, query, vector, among, before, taken, self._depth, -math.inf))
             said = rerank.scores(retrieval.rerank, query, list(map(view.passage_text, ids))) if ids else []
             pairs = sorted(zip(ids, said, strict=True), key=lambda pair: -pair[1])
-        least = -math.inf if retrieval.min_score is None else retrieval.min_score
-        return dict(islice((pair for pair in pairs if pair[1] >= least), retrieval.limit))
+            found = dict(islice((pair for pair in pairs if pair[1] >= least), retrieval.limit))
+        self._taken.update((text, each) for text, each in taken.items() if each in found)
+        return found
+
+    @property
+    def _depth(self) -> int:
+        """How many candidates are looked at."""
+        retrieval = self._retrieval
+        ordered = retrieval.hybrid or retrieval.rerank is not None
+        return max(_CANDIDATES, 4 * retrieval.limit) if ordered else retrieval.limit
+
+    def _first_stage(
+        self,
+        view: Snapshot,
+        query: str,
+        vector: NDArray[np.float32],
+        among: list[int] | None,
+        before: dict[int, float],
+        taken: dict[str, int],
+        most: int,
+        least: float,
+    ) -> dict[int, float]:
+        """Candidates that were not found before and score no less than ``least``, the best first, ``most`` of them.
+
+        Where copies leave fewer than are to be found, it is looked deeper.
+        """
+        retrieval, look = self._retrieval, self._depth + len(before)
+        while True:
+            near, worded = self._candidates(view, query, vector, look, retrieval.hybrid, among)
+            ids = fused([list(near), worded]) if retrieval.hybrid else near
+            scored = (
+                (each, near[each] if each in near else float(view.vector(each) @ vector))
+                for each in ids
+                if each not in before
+            )
+            good = (pair for pair in scored if pair[1] >= least)
+            found = dict(islice(self._each_once(view, good, taken), most))
+            if len(found) >= retrieval.limit or len(near) < look or min(near.values()) < least:
+                return found
+            look *= 2
+
+    def _each_once(
+        self, view: Snapshot, pairs: Iterable[tuple[int, float]], taken: dict[str, int]
+    ) -> Iterator[tuple[int, float]]:
+        """Passages with their scores, without copies of those that were taken, which are noted; the others are taken."""
+        for each, score in pairs:
+            first = taken.setdefault(view.passage_text(each), each) if self._distinct else each
+            if first == each:
+                yield each, score
+            else:
+                self.copies[first].add(each)
 
     def _next(self, view: Snapshot, question: str, hop: dict[int, float]) -> str | None:
         """The question with the names that stand in what was found of the best document; None where there are none."""
@@ -115,8 +175,9 @@ class Search:
         for passage_id, score in found.items() if reach else ():
             passage = view.passage(passage_id)
             first = max(0, passage.position - reach)
-            for beside in passage.document.passage_ids[first : passage.position + reach + 1]:
-                spread.setdefault(beside, score)
+            beside = ((each, score) for each in passage.document.passage_ids[first : passage.position + reach + 1])
+            for each, _ in self._each_once(view, beside, self._taken):
+                spread.setdefault(each, score)
         return spread
 
 
