@@ -75,13 +75,31 @@ class Finder:
         for documents in self._documents.everywhere():
             self.catalogued(documents).close()
 
-    def found(self, text: str, retrieval: Retrieval, documents: Documents | None = None) -> Found:
+    def read(self, hits: list[Hit], documents: Documents | None = None) -> Found:
+        """Hits of :meth:`found`'s search with their chunks, and those that are too long for the model."""
+        fits = self._documents.fits
+        pairs = list(zip(hits, self.catalogued(documents).chunks(hits), strict=True))
+        fitting = [pair for pair in pairs if fits(pair[1])]
+        return Found(
+            [hit for hit, _ in fitting],
+            [chunk for _, chunk in fitting],
+            [hit for hit, chunk in pairs if not fits(chunk)],
+        )
+
+    def found(
+        self,
+        text: str,
+        retrieval: Retrieval,
+        documents: Documents | None = None,
+        first: Callable[[list[Hit]], object] | None = None,
+    ) -> Found:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once.
 
         Args:
             text: what to look for.
             retrieval: how.
             documents: in which namespace and behind which anchor they are read; the engine's by default.
+            first: as for :meth:`ragkv.retrieval.Retriever.find`.
 
         Raises:
             RagKVError: there are no documents.
@@ -89,7 +107,7 @@ class Finder:
             PromptTooLongError: all passages found are too long for the model.
         """
         catalogued, namespace = self.catalogued(documents), (documents or self._documents).namespace
-        hits = catalogued.search(text, retrieval)
+        hits = catalogued.search(text, retrieval, first)
         if not hits and self._retriever.catalogue.documents(namespace):
             narrowing = {name: getattr(retrieval, name) for name in ("where", "min_score", "max_context_tokens")}
             said = ", ".join(f"{name}={value!r}" for name, value in narrowing.items() if value is not None)
@@ -97,25 +115,28 @@ class Finder:
         if not hits:
             within = f" in namespace {namespace!r}" if namespace else ""
             raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")
-        fits, most = self._documents.fits, self._documents.document_tokens
-        pairs = list(zip(hits, catalogued.chunks(hits), strict=True))
-        fitting = [pair for pair in pairs if fits(pair[1])]
-        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not fits(chunk)]
-        if left_out:
+        found = self.read(hits, documents)
+        if found.left_out:
+            lengths = map(len, catalogued.chunks(found.left_out))
             names = ", ".join(
-                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
+                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)"
+                for hit, tokens in zip(found.left_out, lengths, strict=True)
             )
-            said = f"longer than the {most} tokens that this model reads at once: {names}"
-            if not fitting:
+            said = f"longer than the {self._documents.document_tokens} tokens that this model reads at once: {names}"
+            if not found.hits:
                 raise PromptTooLongError(
                     f"all passages found are {said}; add the documents to a folder of this model's own"
                 )
             logger.warning("left out of the prompt, %s", said)
-        return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
+        return found
 
 
 def streamed(
-    found: Found, documents: Documents, tell: Tell | None, begin: Callable[[], AnswerStream]
+    found: Found,
+    documents: Documents,
+    tell: Tell | None,
+    begin: Callable[[], AnswerStream],
+    moved: dict[bytes, Moved] | None = None,
 ) -> tuple[list[Hit], AnswerStream]:
     """The passages, and an answer over them that begins when its first piece is asked for; their KV are fetched meanwhile.
 
@@ -124,8 +145,9 @@ def streamed(
         documents: that keep the KV.
         tell: told of what is read.
         begin: makes the stream.
+        moved: what was fetched before.
     """
-    moved: dict[bytes, Moved] = {}
+    moved = {} if moved is None else moved
     documents.store.prefetch(list(documents.keys(found.chunks)), moved)
     with told_of_hits(tell, found.hits), prefetched(moved):
         pieces = begin()

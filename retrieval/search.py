@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from itertools import islice
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,6 @@ from ragkv.retrieval import rerank
 from ragkv.retrieval.embedder import Embedder
 from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.ranking import fused, names
-from ragkv.retrieval.records import Document, Passage
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.where import condition
 
@@ -51,9 +52,11 @@ class Search:
         embedder: turns the question of a second hop into a vector.
         candidates: gives them.
         distinct: find no text twice: the best passage of it stands for the others, and what is next best comes in their place.
+        first: told what would be found without the reranker, before that begins; not where a second hop comes behind it.
 
     Attributes:
         copies: those others, by the passage that stands for them.
+        second_s: seconds that the reranker took.
     """
 
     def __init__(
@@ -63,10 +66,12 @@ class Search:
         embedder: Embedder,
         candidates: Candidates,
         distinct: bool = False,
+        first: Callable[[dict[int, float]], object] | None = None,
     ) -> None:
         self._retrieval, self._namespace = retrieval, namespace
         self._embedder, self._candidates = embedder, candidates
-        self._distinct = distinct
+        self._distinct, self._first = distinct, first
+        self.second_s: float = 0.0
         self._taken = dict[str, int]()  # by text
         self.copies: defaultdict[int, set[int]] = defaultdict(set)
 
@@ -107,12 +112,24 @@ class Search:
         if retrieval.rerank is None:
             found = self._first_stage(view, query, vector, among, before, taken, retrieval.limit, least)
         else:
-            ids = list(self._first_stage(view, query, vector, among, before, taken, self._depth, -math.inf))
-            said = rerank.scores(retrieval.rerank, query, list(map(view.passage_text, ids))) if ids else []
-            pairs = sorted(zip(ids, said, strict=True), key=lambda pair: -pair[1])
+            candidates = self._first_stage(view, query, vector, among, before, taken, self._depth, -math.inf)
+            said = self._reranked(view, query, candidates) if candidates else []
+            pairs = sorted(zip(candidates, said, strict=True), key=lambda pair: -pair[1])
             found = dict(islice((pair for pair in pairs if pair[1] >= least), retrieval.limit))
         self._taken.update((text, each) for text, each in taken.items() if each in found)
         return found
+
+    def _reranked(self, view: Snapshot, query: str, candidates: dict[int, float]) -> list[float]:
+        texts = list(map(view.passage_text, candidates))
+        if self._first is not None and self._retrieval.hops == 1:
+            found = dict(islice(candidates.items(), self._retrieval.limit))
+            alone = copy(self)  # what it takes along is no copy of what is found in the end
+            alone._taken, alone.copies = dict(zip(texts, found, strict=False)), defaultdict(set)
+            self._first(alone._spread(view, found))
+        begin = perf_counter()
+        said = rerank.scores(self._retrieval.rerank, query, texts)
+        self.second_s += perf_counter() - begin
+        return said
 
     @property
     def _depth(self) -> int:
@@ -179,16 +196,3 @@ class Search:
             for each, _ in self._each_once(view, beside, self._taken):
                 spread.setdefault(each, score)
         return spread
-
-
-def within(budget: int, passages: Iterable[Passage], tokens: Callable[[Document], Sequence[int]]) -> list[Passage]:
-    """The passages that fit into a budget of tokens, the first ones first; one that does not fit is passed over."""
-    taken, lengths = list[Passage](), dict[str, Sequence[int]]()
-    for passage in passages:
-        document = passage.document
-        if document.id not in lengths:
-            lengths[document.id] = tokens(document)
-        if lengths[document.id][passage.position] <= budget:
-            budget -= lengths[document.id][passage.position]
-            taken.append(passage)
-    return taken

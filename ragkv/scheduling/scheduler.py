@@ -135,6 +135,12 @@ class Scheduler:
         """Whether this thread is in a turn: whoever asks there would wait for itself."""
         return get_ident() in self._within
 
+    def idle(self, ticket: Ticket | None = None) -> bool:
+        """Whether nobody waits or is answered, and there would be room for a prompt."""
+        with self._line():
+            nobody = not self._waiting and not self._running
+            return nobody and (ticket is None or self._room_for(ticket))
+
     def computed(self, ticket: Ticket, tokens: int) -> None:
         """Count what was computed for a prompt."""
         with self._line(lets_in=False):
