@@ -70,7 +70,7 @@ def asked(
     method, _, order = ARMS[arm]
     engine, rows = rag.engine, list[dict[str, float]]()
     for question in questions:
-        found = rag.finder.found(question, Retrieval(top_k=top_k, order=order), None, method)
+        found = rag.finder.found(question, Retrieval(top_k=top_k, order=order), method=method)
         prompt = engine.fuse(found.chunks, question, method=method)
         if engine.paths is not None:
             engine.paths.wait()

@@ -69,6 +69,11 @@ class Answering:
         self._steps, self._encoder, self._settings, self._prompt = steps, encoder, settings, prompt
         self._closing = closing
 
+    @property
+    def room(self) -> Callable[[int], int | None]:
+        """Says how many tokens are asked for behind a prompt of so many."""
+        return self._settings.asked
+
     def whole(self, begin: float) -> Answer:
         """The whole answer to a question that began at ``begin``, by beam search where several beams are asked for."""
         if self._settings.beams > 1:

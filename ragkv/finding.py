@@ -39,7 +39,7 @@ class SourcedAnswer(Answer):
     """An answer with the passages that it was given.
 
     Attributes:
-        sources: the passages in the order of the prompt.
+        sources: the passages in the order of the prompt; one stands for others of the same text (:attr:`Hit.copies`).
         left_out: passages that were found and are longer than the model reads at once, so that it did not see them.
     """
 
@@ -76,8 +76,32 @@ class Finder:
         for documents in self._documents.everywhere():
             self.catalogued(documents).close()
 
+    def read(self, hits: list[Hit], documents: Documents | None = None, known: Method | None = None) -> Found:
+        """Hits of :meth:`found`'s search with their chunks, and those that are too long for the model.
+
+        Args:
+            hits: in the order of the prompt.
+            documents: as for :meth:`found`.
+            known: put first what was computed before, by this method or exactly.
+        """
+        fits = self._documents.fits
+        pairs = list(zip(hits, self.catalogued(documents).chunks(hits), strict=True))
+        fitting = [pair for pair in pairs if fits(pair[1])]
+        if known is not None:
+            fitting = [fitting[number] for number in self._order([chunk for _, chunk in fitting], documents, known)]
+        return Found(
+            [hit for hit, _ in fitting],
+            [chunk for _, chunk in fitting],
+            [hit for hit, chunk in pairs if not fits(chunk)],
+        )
+
     def found(
-        self, text: str, retrieval: Retrieval, documents: Documents | None = None, method: Method | None = None
+        self,
+        text: str,
+        retrieval: Retrieval,
+        documents: Documents | None = None,
+        first: Callable[[list[Hit]], object] | None = None,
+        method: Method | None = None,
     ) -> Found:
         """Passages with their chunks, and those that are too long for the model: cut, that is, for one that reads more at once.
 
@@ -85,6 +109,7 @@ class Finder:
             text: what to look for.
             retrieval: how.
             documents: in which namespace and behind which anchor they are read; the engine's by default.
+            first: as for :meth:`ragkv.retrieval.Retriever.find`.
             method: that puts them together, where their order is to go by what it computed before.
 
         Raises:
@@ -93,7 +118,7 @@ class Finder:
             PromptTooLongError: all passages found are too long for the model.
         """
         catalogued, namespace = self.catalogued(documents), (documents or self._documents).namespace
-        hits = catalogued.search(text, retrieval)
+        hits = catalogued.search(text, retrieval, first)
         if not hits and self._retriever.catalogue.documents(namespace):
             narrowing = {name: getattr(retrieval, name) for name in ("where", "min_score", "max_context_tokens")}
             said = ", ".join(f"{name}={value!r}" for name, value in narrowing.items() if value is not None)
@@ -101,39 +126,41 @@ class Finder:
         if not hits:
             within = f" in namespace {namespace!r}" if namespace else ""
             raise RagKVError(f"there are no documents{within} yet: add some with add_texts() or add_files()")
-        fits, most = self._documents.fits, self._documents.document_tokens
-        pairs = list(zip(hits, catalogued.chunks(hits), strict=True))
-        fitting = [pair for pair in pairs if fits(pair[1])]
-        left_out = [(hit, len(chunk)) for hit, chunk in pairs if not fits(chunk)]
-        if left_out:
+        found = self.read(hits, documents, known(retrieval, method))
+        if found.left_out:
+            lengths = map(len, catalogued.chunks(found.left_out))
             names = ", ".join(
-                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)" for hit, tokens in left_out
+                f"passage {hit.position + 1} of {hit.source} ({tokens} tokens)"
+                for hit, tokens in zip(found.left_out, lengths, strict=True)
             )
-            said = f"longer than the {most} tokens that this model reads at once: {names}"
-            if not fitting:
+            said = f"longer than the {self._documents.document_tokens} tokens that this model reads at once: {names}"
+            if not found.hits:
                 raise PromptTooLongError(
                     f"all passages found are {said}; add the documents to a folder of this model's own"
                 )
             logger.warning("left out of the prompt, %s", said)
-        if retrieval.order == "cache":
-            fitting = [
-                fitting[number] for number in self._known_order([chunk for _, chunk in fitting], documents, method)
-            ]
-        return Found([hit for hit, _ in fitting], [chunk for _, chunk in fitting], [hit for hit, _ in left_out])
+        return found
 
-    def _known_order(
-        self, chunks: Sequence[Chunk], documents: Documents | None, method: Method | None
-    ) -> Sequence[int]:
+    def _order(self, chunks: Sequence[Chunk], documents: Documents | None, method: Method) -> Sequence[int]:
         documents = documents or self._documents
         if documents.paths is None:
             return range(len(chunks))
         encoder = documents.encoder
         prefix = documents.anchor if encoder.template.anchor is None else encoder.prefix
-        return documents.paths.order(documents, documents.reader, prefix, chunks, method or FullPrefill())
+        return documents.paths.order(documents, documents.reader, prefix, chunks, method)
+
+
+def known(retrieval: Retrieval, method: Method | None) -> Method | None:
+    """Whose work is to go first in a prompt; ``None`` where another order is asked for."""
+    return (method or FullPrefill()) if retrieval.order == "cache" else None
 
 
 def streamed(
-    found: Found, documents: Documents, tell: Tell | None, begin: Callable[[], AnswerStream]
+    found: Found,
+    documents: Documents,
+    tell: Tell | None,
+    begin: Callable[[], AnswerStream],
+    moved: dict[bytes, Moved] | None = None,
 ) -> tuple[list[Hit], AnswerStream]:
     """The passages, and an answer over them that begins when its first piece is asked for; their KV are fetched meanwhile.
 
@@ -142,8 +169,9 @@ def streamed(
         documents: that keep the KV.
         tell: told of what is read.
         begin: makes the stream.
+        moved: what was fetched before.
     """
-    moved: dict[bytes, Moved] = {}
+    moved = {} if moved is None else moved
     documents.store.prefetch(list(documents.keys(found.chunks)), moved)
     with told_of_hits(tell, found.hits), prefetched(moved):
         pieces = begin()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from ragkv.calibration.kept import resolved
 from ragkv.chunk import Chunk
@@ -40,6 +40,16 @@ _TRIES = 3
 Room = Callable[[int], int | None]
 
 
+class Begun(Protocol):
+    """See :class:`ragkv.speculation.Speculation`."""
+
+    outcome: str
+
+    def take(self, layout: Layout, wait: bool) -> FusedPrompt | None:
+        """The prompt, if it is this one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """What a prompt is made of: the arguments of :meth:`ragkv.Engine.fuse` and :meth:`~ragkv.Engine.generate`.
@@ -57,6 +67,7 @@ class Request:
         most_tokens: of prompt and answer, if fewer than the model has positions.
         priority: those of a higher one go first.
         deadline_s: ``perf_counter()`` behind which nobody wants the answer.
+        begun: a prompt that may have been begun before it was known what stands in it.
     """
 
     chunks: Sequence[Chunk | Text]
@@ -71,6 +82,7 @@ class Request:
     most_tokens: int | None = None
     priority: int = 0
     deadline_s: float = math.inf
+    begun: Begun | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +150,10 @@ class Prompting:
         plan = self._plan(request, room, begin, stack)
         ticket = self._ticket(plan, copies)
         with nullcontext() if self._mine else self._scheduler.turn(ticket, stack):
-            prompt = self._fused(plan)
+            prompt = self._taken(plan) or self._fused(plan)
             self._scheduler.computed(ticket, prompt.report.computed_tokens)
+        if request.begun is not None:
+            prompt.report.speculated = request.begun.outcome
         prompt.spoken = partial(self._scheduler.spoken, ticket)
         if request.keep:
             past = request.past
@@ -154,6 +168,19 @@ class Prompting:
                 plan.turns,
             )
         return prompt
+
+    def ahead(self, request: Request, room: Room) -> FusedPrompt | None:
+        """A prompt that may be asked for soon, made beside the line; ``None`` where there is no room for it.
+
+        Args:
+            request, room: as for :meth:`prompt`; it goes on from no past.
+        """
+        with ExitStack() as stack:
+            plan = self._plan(request, room, perf_counter(), stack)
+            if not self._scheduler.idle(self._ticket(plan)):
+                return None
+            with self._scheduler.within():
+                return self._fused(plan)
 
     def prompts(self, requests: Sequence[Request], room: Room, begin: float) -> list[FusedPrompt]:
         """Several prompts at the same time: what each has to compute goes into one pass, as far as the model takes it.
@@ -253,6 +280,11 @@ class Prompting:
             stored=stored,
             prefetch=lambda: store.prefetch(keys()),
         )
+
+    def _taken(self, plan: _Plan) -> FusedPrompt | None:
+        """The prompt, if it was begun before."""
+        begun, turns = plan.request.begun, self.documents.reader.decoder.turns
+        return None if begun is None else begun.take(plan.layout, wait=not turns.mine)
 
     def _fused(self, plan: _Plan, meeting: Meeting | None = None) -> FusedPrompt:
         """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""

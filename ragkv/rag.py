@@ -9,23 +9,22 @@ from contextlib import ExitStack
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from ragkv.asking import Asking
 from ragkv.calibration import Calibration
 from ragkv.calibration.folder import calibrate_folder
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, RagKVError, instance, whole_number
-from ragkv.finding import Finder, Found, SourcedAnswer, streamed
+from ragkv.finding import Finder, SourcedAnswer
 from ragkv.gate import Gate
 from ragkv.kernels import Impl
 from ragkv.library.differing import warn_of_differences
-from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Planned, Synced
 from ragkv.library.intake import Intake, listed
 from ragkv.library.listing import ListedDocument, listed_documents
-from ragkv.library.watching import Progress, told_of_hits
-from ragkv.messages import Question, conversation, last_turns
+from ragkv.library.watching import Progress
 from ragkv.methods import Method
 from ragkv.opening import open_parts
 from ragkv.prompt import PromptTemplate
@@ -75,6 +74,7 @@ class RAG:
         self.retriever: Retriever = retriever
         self.finder: Finder = Finder(retriever, engine.documents)
         self.threads: Threads = Threads()
+        self._asking = Asking(engine, self.finder)
         cuts = chunker or TokenChunker(engine.tokenizer)
         self._intake = Intake(retriever.catalogue, self.finder.catalogued(), engine.documents, cuts, repair_tokens)
         warn_of_differences(retriever.catalogue, engine.documents)
@@ -425,12 +425,8 @@ class RAG:
             PromptTooLongError: too many tokens; or all passages found are longer than the model reads at once. Where only some
                 are, they are left out, with a warning.
         """
-        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
-        asked, found, _ = self._found(question, messages, system, namespace, retrieval, method)
-        generation |= {"system": system, "namespace": namespace, "method": method}
-        with told_of_hits(progress, found.hits):
-            answer = self.engine.generate(found.chunks, asked, **generation)
-        return SourcedAnswer.of(answer, found)
+        options |= {"top_k": top_k, "neighbours": neighbours, "method": method}
+        return self._asking.whole(question, messages, progress, system=system, namespace=namespace, **options)
 
     def stream(
         self,
@@ -450,10 +446,8 @@ class RAG:
         Returns:
             The passages, and the pieces; these know what was left out, too: ``left_out``, as :attr:`SourcedAnswer.left_out`.
         """
-        retrieval, generation = Retrieval.split({"top_k": top_k, "neighbours": neighbours, **options})
-        asked, found, documents = self._found(question, messages, system, namespace, retrieval, method)
-        generation |= {"system": system, "namespace": namespace, "method": method}
-        return streamed(found, documents, progress, partial(self.engine.stream, found.chunks, asked, **generation))
+        options |= {"top_k": top_k, "neighbours": neighbours, "method": method}
+        return self._asking.pieces(question, messages, progress, system=system, namespace=namespace, **options)
 
     async def aask(self, question: str | None = None, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
@@ -474,6 +468,7 @@ class RAG:
         """
         self.engine.closing.set()
         self.threads.close()
+        self._asking.close()
         self.finder.close()
         try:
             self.retriever.close()
@@ -485,26 +480,6 @@ class RAG:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _found(
-        self,
-        question: str | None,
-        messages: Sequence[Mapping[str, Any]] | None,
-        system: str | None,
-        namespace: str | None,
-        retrieval: Retrieval,
-        method: Method | str | None,
-    ) -> tuple[Question, Found, Documents]:
-        """What is asked, the passages for it, and where they are read."""
-        if (question is None) == (messages is None):
-            raise ArgumentError("give a question or messages=[...], one of the two")
-        text = question
-        if messages is not None:
-            system, said = conversation(messages, system)
-            text = last_turns(said)
-        documents = self.engine.prompting.documents_for(system, namespace)
-        found = self.finder.found(cast(str, text), retrieval, documents, self.engine.method_of(method))
-        return cast(Question, question if messages is None else list(messages)), found, documents
 
     def _taking_in(self, namespace: str | None) -> Intake:
         documents = self.engine.documents.within(namespace)

@@ -74,6 +74,9 @@ class FusionReport:
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
+        speculated: ``"used"``: the prompt was begun while a reranker worked, with the passages that were found first, and these
+            stayed; the times of its stages passed, in part, before that was known. ``"dropped"``: it was begun, and made anew.
+            Empty: neither.
         rows: ``[R]`` slots of all tokens computed in the last layer, on the device; see :attr:`recomputed`.
         timer: took the times.
     """
@@ -96,6 +99,7 @@ class FusionReport:
     looked: str = ""
     gate: str = ""
     why: str = ""
+    speculated: str = ""
     rows: Tensor | None = field(default=None, repr=False, compare=False)
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 

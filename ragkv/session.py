@@ -16,7 +16,6 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
 from ragkv.finding import Finder, Found, SourcedAnswer, streamed
 from ragkv.library.documents import Documents
-from ragkv.library.reading import identity
 from ragkv.library.watching import Progress, told_of_hits
 from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
@@ -187,7 +186,7 @@ class Session:
         if isinstance(text, str) and text.strip() and self._state.turns:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)
-        turn.found = self._finder.found(text, retrieval, self._documents(), self._engine.method_of(method))
+        turn.found = self._finder.found(text, retrieval, self._documents(), method=self._engine.method_of(method))
         asked = {"keep": True, "most_tokens": self._context_tokens, **scheduling(generation)}
         request = Request((), turn.question, self._engine.method_of(method), **asked)
         make = partial(self._prompt, turn, request)
@@ -210,8 +209,8 @@ class Session:
             return DEFAULT_NEW_TOKENS if asked is None else asked
 
         if state.past is not None:
-            there = {identity(chunk) for earlier in state.turns for chunk in earlier.chunks}
-            chunks = [chunk for chunk in turn.found.chunks if identity(chunk) not in there]
+            there = {chunk.ids for earlier in state.turns for chunk in earlier.chunks}
+            chunks = [chunk for chunk in turn.found.chunks if chunk.ids not in there]
             try:
                 prompt = made(replace(request, chunks=chunks, past=state.past), roomy, begin, stack)
                 return _for_question(prompt, chunks, turn.found.chunks)
@@ -223,8 +222,8 @@ class Session:
             turn.state = state.without(dropped)
             left = turn.state.turns
             said = [message for earlier in left for message in _messages(earlier)]
-            every = {identity(chunk): chunk for earlier in left for chunk in earlier.chunks}
-            every |= {identity(chunk): chunk for chunk in turn.found.chunks}
+            every = {chunk.ids: chunk for earlier in left for chunk in earlier.chunks}
+            every |= {chunk.ids: chunk for chunk in turn.found.chunks}
             chunks = list(every.values())
             anew = replace(
                 request,
@@ -261,8 +260,8 @@ class Session:
 
 def _for_question(prompt: FusedPrompt, placed: Sequence[Chunk], asked: Sequence[Chunk]) -> FusedPrompt:
     """The prompt, whose report names the KV of the question's passages: of those that were placed, and those that were there."""
-    origins = {identity(chunk): origin for chunk, origin in zip(placed, prompt.report.sources, strict=True)}
-    prompt.report.sources = [origins.get(identity(chunk), "prompt") for chunk in asked]
+    origins = {chunk.ids: origin for chunk, origin in zip(placed, prompt.report.sources, strict=True)}
+    prompt.report.sources = [origins.get(chunk.ids, "prompt") for chunk in asked]
     return prompt
 
 

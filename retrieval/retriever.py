@@ -6,29 +6,33 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ragkv.errors import DocumentError, RecordError, RetrievalError, instance, no_question
+from ragkv.errors import DocumentError, RagKVError, RecordError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.copies import INDEX_FILE, WORDS_FILE
 from ragkv.retrieval.embedder import Embedder, offline_embedder
+from ragkv.retrieval.found import Hits, Readings
 from ragkv.retrieval.hit import Hit
 from ragkv.retrieval.index import VectorIndex
 from ragkv.retrieval.options import Retrieval
-from ragkv.retrieval.ranking import ordered
-from ragkv.retrieval.records import Change, Document, Reading, checked_document
-from ragkv.retrieval.search import Search, within
+from ragkv.retrieval.records import Change, Reading, checked_document
+from ragkv.retrieval.search import Search
 from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.words import WordIndex
 
 _LOG = logging.getLogger("ragkv.retrieval")
 
-#: How a model reads a document, from a snapshot.
-Readings = Callable[[Snapshot, Document], Reading]
+#: Told what would be found without the reranker, while that works.
+First = Callable[[list[Hit]], object]
+
+# A reranker that takes less is not worth telling of.
+_WORTH_S = 1e-3
 
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
@@ -65,6 +69,7 @@ class Retriever:
         self._lock = threading.RLock()
         self._words = WordIndex(None if catalogue.temporary or catalogue.readonly else catalogue.path / WORDS_FILE)
         self._closed = False
+        self._second_s = 0.0  # the reranker's, last time
         self._saved = self._state = self._restored()
         with self._lock, catalogue.snapshot() as view:
             self._follow(view)
@@ -181,7 +186,8 @@ class Retriever:
             RetrievalError: the question is blank, an option is out of range, or the embedder gave no vector.
             UnknownArgumentError: there is no such option.
         """
-        return self.find(query, Retrieval.of(top_k=top_k, order=order, **options), namespace=namespace)
+        retrieval = Retrieval.of(top_k=top_k, order=order, **options)
+        return self.find(query, retrieval, namespace=namespace, distinct=False)
 
     def find(
         self,
@@ -191,8 +197,10 @@ class Retriever:
         namespace: str = "",
         readings: Readings | None = None,
         tokens: Callable[[Reading], Sequence[int]] | None = None,
+        distinct: bool = True,
+        first: First | None = None,
     ) -> list[Hit]:
-        """As :meth:`search`, for a model: in the order of a prompt.
+        """As :meth:`search`, for a model: in the order of a prompt, and no text twice.
 
         Args:
             query: a question, not blank.
@@ -200,6 +208,8 @@ class Retriever:
             namespace: whose documents.
             readings: says how a model reads a document, for the hits; asked once for each.
             tokens: says how many tokens each passage of a reading has; without both ``max_context_tokens`` is refused.
+            distinct: of passages of equal text give one, with the others in :attr:`Hit.copies`.
+            first: told what would be found without the reranker, before that begins, if the last one took a millisecond or more.
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
@@ -210,22 +220,18 @@ class Retriever:
             raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)
         with self.catalogue.snapshot() as view:
-            found = Search(retrieval, namespace, self.embedder, self._candidates)(view, query, vector)
-            passages = [view.passage(passage_id) for passage_id in found]
-            read: dict[str, Reading] = {}
+            hits = Hits(view, retrieval, readings, tokens)
 
-            def reading(document: Document) -> Reading:
-                assert readings is not None
-                if document.id not in read:
-                    read[document.id] = readings(view, document)
-                return read[document.id]
+            def tell(found: dict[int, float]) -> None:
+                assert first is not None
+                with suppress(RagKVError):  # of what may not be found in the end
+                    first(hits(found, {}))
 
-            if retrieval.max_context_tokens is not None and tokens is not None:
-                passages = within(retrieval.max_context_tokens, passages, lambda document: tokens(reading(document)))
-            return [
-                Hit.of(passage, found[passage.id], reading(passage.document) if readings else None)
-                for passage in ordered(passages, retrieval.order)
-            ]
+            told = tell if first is not None and self._second_s >= _WORTH_S else None
+            search = Search(retrieval, namespace, self.embedder, self._candidates, distinct, told)
+            found = search(view, query, vector)
+            self._second_s = search.second_s or self._second_s
+            return hits(found, search.copies)
 
     def _candidates(
         self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None

@@ -82,7 +82,7 @@ def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]
         "question": question,
         "answer": answer.text.strip(),
         **_for_programs(answer),
-        "sources": [{**_passage(hit), "kv": kv} for hit, kv in sources],
+        "sources": [{**_passage(hit), "copies": list(map(_where, hit.copies)), "kv": kv} for hit, kv in sources],
         "left_out": [_passage(hit) for hit in answer.left_out],
         "milliseconds": {stage: round(value, 3) for stage, value in milliseconds.items()},
         "report": report,
@@ -90,8 +90,11 @@ def as_dict(question: str, answer: SourcedAnswer, milliseconds: dict[str, float]
 
 
 def _passage(hit: Hit) -> dict[str, Any]:
-    where = {"source": hit.source, "page": hit.page, "heading": hit.heading, "position": hit.position}
-    return {**where, "score": hit.score, "text": hit.text}
+    return {**_where(hit), "score": hit.score, "text": hit.text}
+
+
+def _where(hit: Hit) -> dict[str, Any]:
+    return {"source": hit.source, "page": hit.page, "heading": hit.heading, "position": hit.position}
 
 
 def _for_programs(answer: SourcedAnswer) -> dict[str, Any]:
@@ -117,6 +120,10 @@ def show_sources(answer: SourcedAnswer) -> None:
 
 
 def place(hit: Hit) -> str:
-    """``report.pdf, page 3, Harbours > Clearport``."""
+    """``report.pdf, page 3, Harbours > Clearport (the same in notes.md)``."""
     page = "" if hit.page is None else f"page {hit.page}"
-    return ", ".join(filter(None, (show.short(hit.source), page, hit.heading)))
+    where = ", ".join(filter(None, (show.short(hit.source), page, hit.heading)))
+    if not hit.copies:
+        return where
+    first, more = place(hit.copies[0]), len(hit.copies) - 1
+    return f"{where} (the same in {first}{f' and {more} more' if more else ''})"

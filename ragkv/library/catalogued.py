@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -221,10 +221,12 @@ class CataloguedDocuments:
         self._made.append((listed, reading))
         return reading
 
-    def search(self, question: str, retrieval: Retrieval) -> list[Hit]:
-        """The passages for a question, in the order of the prompt."""
-        namespace = self._documents.namespace
-        return self.retriever.find(question, retrieval, namespace=namespace, readings=self.read, tokens=_lengths)
+    def search(
+        self, question: str, retrieval: Retrieval, first: Callable[[list[Hit]], object] | None = None
+    ) -> list[Hit]:
+        """The passages for a question, in the order of the prompt; ``first`` as for :meth:`ragkv.retrieval.Retriever.find`."""
+        given: dict[str, Any] = {"namespace": self._documents.namespace, "readings": self.read, "tokens": _lengths}
+        return self.retriever.find(question, retrieval, **given, first=first)
 
     def now(self, document_id: str) -> list[Chunk]:
         """The chunks of a document as it is now, without those that are too long for the model; none where it is gone."""

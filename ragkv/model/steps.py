@@ -21,6 +21,7 @@ from ragkv.forks import anew_in_forks
 from ragkv.model.decoder import Decoder
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
+from ragkv.model.turns import look
 
 # How long the next step waits for those who had a token in the last ones, as a share of what a step takes.
 _PATIENCE = 0.25
@@ -131,6 +132,7 @@ class Steps:
         Raises:
             ModelChangedError: the model is not the one that computed what the cache holds.
         """
+        look()
         asked = _Asked(rows, fingerprint, seat, alone=self.decoder.turns.mine)
         with self._changed:
             if seat is not None:

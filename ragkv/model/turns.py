@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock, get_ident, local
 from weakref import WeakValueDictionary
 
 from transformers import PreTrainedConfig
+
+
+class _Own(local):
+    """A thread's."""
+
+    look: Callable[[], object] | None = None
+
+
+_own = _Own()
+
+
+@contextmanager
+def looking(look: Callable[[], object]) -> Iterator[None]:
+    """A block that calls ``look`` before each turn that it takes, and each forward that it asks for; it ends what is not wanted any
+    more by raising.
+    """
+    _own.look = look
+    try:
+        yield
+    finally:
+        _own.look = None
+
+
+def look() -> None:
+    """Look whether what this thread does is wanted, see :func:`looking`."""
+    if _own.look is not None:
+        _own.look()
 
 
 class Turns:
@@ -35,6 +63,7 @@ class Turns:
         if self._owner == me:
             self.depth += 1
             return
+        look()
         gate = Lock()
         with self._guard:
             if self._owner is None:

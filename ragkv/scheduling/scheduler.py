@@ -145,6 +145,12 @@ class Scheduler:
         with self._line():
             return any(ticket.closing is closing for ticket in self._computing)
 
+    def idle(self, ticket: Ticket | None = None) -> bool:
+        """Whether nobody waits or is answered, and there would be room for a prompt."""
+        with self._line():
+            nobody = not self._waiting and not self._running
+            return nobody and (ticket is None or self._room_for(ticket))
+
     def computed(self, ticket: Ticket, tokens: int) -> None:
         """Count what was computed for a prompt."""
         with self._line(lets_in=False):

@@ -336,6 +336,17 @@ def test_ask_finds_as_it_is_told(files, tmp_path, capsys):
         assert (code, out, err.count("\n")) == (1, "", 1) and message in err
 
 
+def test_passages_of_the_same_text_are_named(files, capsys):
+    for name in ("copy.md", "third.md"):
+        (files / name).write_text(bundled.documents()["blackstead.md"])
+    assert run(capsys, "add", files)[0] == 0
+    asked = ("ask", "What grows in Blackstead?", "--max-new-tokens", 1)
+    assert re.search(r"blackstead\.md.* \(the same in .*copy\.md.* and 1 more\)", run(capsys, *asked)[1])
+    sources = json.loads(run(capsys, *asked, "--json")[1])["sources"]
+    copies = [tuple(copy["source"].rpartition("/")[2] for copy in hit["copies"]) for hit in sources]
+    assert ("copy.md", "third.md") in copies and len({hit["text"] for hit in sources}) == len(sources)
+
+
 def test_as_a_program(tmp_path):
     """The real thing in its own process: exit code, one line, no traceback."""
     argv = [sys.executable, "-m", "ragkv.cli", "ask", "What?", "--path", str(tmp_path / "nowhere")]

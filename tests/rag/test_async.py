@@ -99,13 +99,13 @@ def test_who_stops_listening_stops_the_model(rag, how):
 
 
 def test_an_answer_that_nobody_waits_for_is_given_up(rag, monkeypatch):
-    found, generate = [], rag.engine.generate
+    found, ask = [], rag.ask
 
     def kept(*args, **options):
-        found.append(generate(*args, **options))
+        found.append(ask(*args, **options))
         return found[-1]
 
-    monkeypatch.setattr(rag.engine, "generate", kept)
+    monkeypatch.setattr(rag, "ask", kept)
     begun = threading.Event()
 
     async def cancelled():

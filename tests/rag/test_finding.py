@@ -57,6 +57,31 @@ def test_orders_are_those_of_the_prompt(listed):
     assert session.ask(QUESTION, order="best-last", max_new_tokens=1).sources == orders["best-last"]
 
 
+def test_a_text_stands_once_in_a_prompt(listed):
+    text = DOCUMENTS["clearport.md"]
+    listed.add_texts([text], ["copy.md"])
+    before = listed.retriever.search(QUESTION, 6)
+    assert len({hit.text for hit in before}) < len(before), "who searches sees both"
+    answer = listed.ask(QUESTION, top_k=6, max_new_tokens=1)
+    assert answer.sources == listed.retrieve(QUESTION, 6) and len(answer.sources) == 6
+    assert len({hit.text for hit in answer.sources}) == 6
+    chunks = answer.report.fusion.chunks
+    assert [(chunk.name, chunk.number) for chunk in chunks] == [(hit.source, hit.position) for hit in answer.sources]
+    copies = {hit.source: {copy.source for copy in hit.copies} for hit in answer.sources if hit.copies}
+    assert copies in ({"clearport.md": {"copy.md"}}, {"copy.md": {"clearport.md"}})
+    for hit in answer.sources:
+        assert all((copy.text, copy.position) == (hit.text, hit.position) for copy in hit.copies)
+
+
+def test_a_text_stands_once_in_a_conversation(listed):
+    listed.add_texts([DOCUMENTS["clearport.md"]], ["copy.md"])
+    session, options = listed.session(), {"top_k": 2, "max_new_tokens": 1}
+    first = session.ask(QUESTION, where={"source": "clearport.md"}, **options)
+    again = session.ask(QUESTION, where={"source": "copy.md"}, **options)
+    assert {hit.text for hit in first.sources} == {hit.text for hit in again.sources}
+    assert {hit.source for hit in again.sources} == {"copy.md"} and again.report.fusion.sources == ["prompt"] * 2
+
+
 def test_a_budget_of_tokens(listed):
     everything = listed.retrieve(QUESTION, 50)
     lengths = {hit.passage_id: len(chunk) for hit, chunk in zip(everything, listed.chunks(everything), strict=True)}

@@ -1,9 +1,11 @@
 """What orders candidates: functions, objects, and cross-encoders by name."""
 
+import time
+
 import pytest
 
 from ragkv.errors import MissingPackageError, RetrievalError
-from ragkv.retrieval import Retriever
+from ragkv.retrieval import Retrieval, Retriever
 
 TEXTS = [f"passage {number} about a boat" for number in range(30)]
 
@@ -39,6 +41,27 @@ def test_it_orders_candidates_and_its_scores_are_the_hits(retriever, rerank, hyb
     assert [hit.position for hit in retriever.search("a boat", 9, rerank=rerank, min_score=28)] == [29, 28]
     beside = retriever.search("a boat", 1, rerank=rerank, neighbours=1)
     assert [hit.position for hit in beside] == [29, 28], "neighbours stay behind what was found"
+
+
+@pytest.mark.parametrize("options", [{}, {"neighbours": 1}, {"hybrid": True, "order": "retrieved"}, {"top_k": 9}])
+def test_what_is_found_first_is_told_while_a_slow_one_works(retriever, options):
+    def rerank(question, texts):
+        at.append(len(told))
+        time.sleep(0.002)
+        return [-float(number) for number in range(len(texts))]
+
+    retriever.add("copy", [TEXTS[3]])
+    told, at, options = [], [], {"top_k": 3, **options}
+    best = max(hit.score for hit in retriever.search("a boat 3"))
+    for _ in range(2):
+        reranked = retriever.find("a boat 3", Retrieval(rerank=rerank, **options), first=told.append)
+        retriever.find("a boat 3", Retrieval(**options), first=told.append)
+    assert at == [0, 1] and len(told) == 1, "how long it takes was seen first; without one there is nothing to tell"
+    assert [hit.passage_id for hit in told[0]] == [hit.passage_id for hit in reranked]
+    assert max(hit.score for hit in told[0]) == pytest.approx(best)
+    assert {copy.source for hit in reranked for copy in hit.copies} == {"copy"}
+    retriever.find("a boat 3", Retrieval(rerank=rerank, hops=2, **options), first=told.append)
+    assert len(told) == 1, "a second hop adds to it"
 
 
 def test_predict_is_asked_for_pairs(retriever):

@@ -8,9 +8,9 @@ import pytest
 from ragkv.bundled import MODEL_PATH, documents, questions
 from ragkv.errors import ArgumentTypeError, RetrievalError, UnknownArgumentError
 from ragkv.retrieval import Retrieval, Retriever, TokenChunker
+from ragkv.retrieval.found import within
 from ragkv.retrieval.ranking import fused, names
 from ragkv.retrieval.records import Document, Passage
-from ragkv.retrieval.search import within
 
 from .conftest import HashEmbedder
 
