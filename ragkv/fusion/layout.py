@@ -129,7 +129,7 @@ class Layout:
     @property
     def settled(self) -> Tensor:
         """The tokens of chunks that need no computing, whatever the method says, ascending."""
-        return self.span(*[placed for placed in self.chunks if placed.path or (self.thrifty and placed.exact)])
+        return self.span(*[placed for placed in self.chunks if self.thrifty and (placed.path or placed.exact)])
 
     @property
     def behind_another(self) -> Tensor:

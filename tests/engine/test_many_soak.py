@@ -59,19 +59,21 @@ def damaged_now_and_then(reading, rng):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
-def test_soak(tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize("paths", [False, True], ids=["chunks", "paths"])
+def test_soak(tmp_path, monkeypatch, seed, paths):
     monkeypatch.setattr(module, "_PATIENCE", 20.0)
     rng, requests = random.Random(seed), 60 if seed == 0 else 200
     kv = 31 * 4 * 2 * 2 * 16 * 4  # bytes of the longest chunk
     store = TieredStore(tmp_path / "kv", cpu_bytes=4 * kv, disk_bytes=1 << 20)
     line = Scheduler(Fair(slack=100), memory_bytes=8 * 150 * 4 * 2 * 2 * 16 * 4)
-    with Engine(tiny_model(), template=TEMPLATE, store=store, scheduler=line) as engine:
+    with Engine(tiny_model(), template=TEMPLATE, store=store, scheduler=line, paths=paths) as engine:
         texts = [random_ids(rng.randrange(8, 30)) for _ in range(12)]
         asked = []
         for _ in range(requests):
             namespace = rng.choice(NAMESPACES)
             given = rng.sample(texts, rng.randrange(1, 4)), random_ids(rng.randrange(4, 12))
-            options = {"method": rng.choice(METHODS), "namespace": namespace, "max_new_tokens": rng.randrange(1, 14)}
+            method = "full-prefill" if paths else rng.choice(METHODS)  # the others say more where more is exact
+            options = {"method": method, "namespace": namespace, "max_new_tokens": rng.randrange(1, 14)}
             asked.append((given, options, rng.choice([None, None, None, 3])))
 
         def ask(one):

@@ -5,6 +5,9 @@ import time
 
 import pytest
 
+from ragkv import FullPrefill
+from ragkv.store.maintenance import entries
+
 from .rags import DOCUMENTS, QUESTION, open_rag
 
 NAMES = list(DOCUMENTS)[:4]
@@ -58,6 +61,12 @@ def soak(model, path, seconds, askers=2, **options):
         kept = {key for document in rag.retriever.catalogue for key in named(rag, document)}
         with rag.retriever.catalogue.snapshot():
             stored = {key for tier in (rag.engine.store,) for key in stored_keys(tier)}
+        if rag.engine.paths is not None:
+            rag.engine.paths.wait()
+            labels = {entry.key: entry.label.split() for entry in entries(path / "kv", b"path")}
+            there = {key[:4].hex() for key in kept}
+            assert labels and all(set(tags) <= there for tags in labels.values()), "nor what was computed of it"
+            stored -= labels.keys()
         assert stored <= kept, "what was removed is gone"
     return answers, failures
 
@@ -80,7 +89,11 @@ def consistent(answer):
     return all(len(found) <= 1 for found in versions.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"context": "chunk"}], ids=["in documents", "alone"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"context": "chunk"}, {"paths": True, "method": FullPrefill()}],
+    ids=["in documents", "alone", "with paths"],
+)
 def test_questions_while_documents_change(model, tmp_path, options):
     answers, failures = soak(model, tmp_path, 8, **options)
     assert not failures, failures[0]
