@@ -19,7 +19,7 @@ from ragkv.fusion.view import Selection, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.documents import Documents
-from ragkv.library.paths import Known
+from ragkv.library.pieces import Known
 from ragkv.library.rates import known_rates
 from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this

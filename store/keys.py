@@ -1,8 +1,12 @@
-"""The name of a chunk's KV: equal on every machine and in every process."""
+"""The names of KV, equal on every machine and in every process: of a chunk, and of what was computed under a path.
+
+Keys of the latter begin alike, and their labels name the chunks that they were computed of and behind, by the beginnings of these
+chunks' keys.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ragkv.chunk import digest
 
@@ -21,3 +25,30 @@ def chunk_key(space: str, ids: Sequence[int], context: bytes, namespace: str = "
         OverflowError: an id is negative or does not fit into 32 bits.
     """
     return digest("ragkv chunk 1", space, namespace, ids, context)
+
+
+#: What the keys of KV under a path begin with.
+PATH = b"path"
+
+# A label has room for the beginnings of so many keys; it names any, where there are more.
+_TAG_BYTES, _MOST_TAGS, _ANY = 4, 28, "*"
+
+
+def path_key(space: str, ids: Sequence[int], path: bytes, namespace: str = "") -> bytes:
+    """As :func:`chunk_key`, of what was computed behind the ids whose digest is ``path``."""
+    return PATH + chunk_key(space, ids, path, namespace)[len(PATH) :]
+
+
+def tag(key: bytes) -> str:
+    """What labels call a chunk."""
+    return key[:_TAG_BYTES].hex()
+
+
+def label_of(keys: Collection[bytes]) -> str:
+    """The label of what was computed of chunks, and behind them."""
+    return " ".join(map(tag, keys)) if len(keys) <= _MOST_TAGS else _ANY
+
+
+def labelled(label: str, tags: Iterable[str]) -> bool:
+    """Whether a label names one of the chunks, or might."""
+    return label == _ANY or not set(label.split()).isdisjoint(tags)

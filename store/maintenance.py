@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import refuse_open, replace_damaged, salvage
 from ragkv.store.disk import DATABASES, DiskTier
+from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.payload import Payload
 from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record
@@ -86,6 +87,12 @@ def entries(path: str | os.PathLike[str], beginning: bytes = b"") -> Iterator[En
             entry = _entry(tier, key)
             if entry is not None:
                 yield entry
+
+
+def computed_of(path: str | os.PathLike[str], keys: Collection[bytes]) -> list[bytes]:
+    """The keys of what was computed, under some path, of chunks that have these keys, and behind them."""
+    tags = set(map(tag, keys))
+    return [entry.key for entry in entries(path, PATH) if labelled(entry.label, tags)] if tags else []
 
 
 def verify(

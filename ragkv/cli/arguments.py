@@ -219,6 +219,13 @@ def _storage() -> argparse.ArgumentParser:
     )
     options.add_argument("--cpu-codec", metavar="NAME", help="how KV are encoded in memory")
     options.add_argument(
+        "--paths",
+        action="store_true",
+        dest="keeps_paths",  # others have paths of files
+        default=None,
+        help="keep what prompts compute, for those that begin the same",
+    )
+    options.add_argument(
         "--lifetime",
         type=parsed(filters.parse_duration),
         metavar="TIME",

@@ -14,6 +14,7 @@ from ragkv.errors import RagKVError
 from ragkv.exchange import kv_folder
 from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
+from ragkv.store.keys import PATH, tag
 from ragkv.store.maintenance import Entry, entries, remove
 
 #: What lists the documents.
@@ -30,7 +31,8 @@ class Listed:
 
     Attributes:
         entry: what the store says.
-        places: source and position from 0 of every passage that it is read for; none where no document has it.
+        places: source and position from 0 of every passage that it is read for, or was computed of and behind; none where no
+            document has it.
         catalogued: whether there are documents at all.
         now: the wall clock in seconds, by which it is aged.
     """
@@ -119,7 +121,16 @@ def listed(path: Path, *, passing_over: bool = False) -> list[Listed]:
     stored = list(entries(store_folder(path)))  # first: what is read for a document is stored behind it
     places = _places(path / "documents", passing_over)
     catalogued, now = has_data(path / "documents"), time.time()
-    found = [Listed(entry, tuple(places.get(entry.key, ())), catalogued, now) for entry in stored]
+    tagged: dict[str, list[tuple[str, int]]] = {}
+    for key, these in places.items():
+        tagged.setdefault(tag(key), []).extend(these)
+
+    def places_of(entry: Entry) -> tuple[tuple[str, int], ...]:
+        if not entry.key.startswith(PATH):
+            return tuple(places.get(entry.key, ()))
+        return tuple(place for name in reversed(entry.label.split()) for place in tagged.get(name, ()))
+
+    found = [Listed(entry, places_of(entry), catalogued, now) for entry in stored]
     return sorted(found, key=lambda item: (not item.places, item.places, item.id))
 
 
@@ -188,7 +199,7 @@ def table(items: Iterable[Listed]) -> None:
                 show.duration(item.field("age")),
                 show.duration(item.field("idle")),
                 f"{entry.hits:,}",
-                "pinned" if entry.pinned else "",
+                "pinned" if entry.pinned else "path" if entry.key.startswith(PATH) else "",
             )
         )
     show.table(rows, left=2)

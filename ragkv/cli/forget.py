@@ -13,7 +13,7 @@ from ragkv.errors import RagKVError
 from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.naming import matching, unknown
-from ragkv.store.maintenance import remove
+from ragkv.store.maintenance import computed_of, remove
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,14 +31,19 @@ def run(args: argparse.Namespace) -> int:
     names = sorted(chosen)
     entries = listed(path) if has_data(path / "kv") else []
     keys = _keys(path, names, namespace)
-    alone = [item for item in entries if item.entry.key in keys and {name for name, _ in item.places} <= chosen.keys()]
+    behind = set(computed_of(path / "kv", keys)) if entries else set()
+    alone = [
+        item
+        for item in entries
+        if item.entry.key in behind or (item.entry.key in keys and {name for name, _ in item.places} <= chosen.keys())
+    ]
 
     def forgotten() -> None:
         with Catalogue(path / "documents") as catalogue:
             unused = [key for name in names for key in catalogue.remove(name, namespace).unused]
         # Whoever asked in between may have stored some of it again.
         if has_data(path / "kv"):
-            remove(path / "kv", unused)
+            remove(path / "kv", [*unused, *computed_of(path / "kv", unused)])
 
     if not args.json:
         docs.table(found[name] for name in names)

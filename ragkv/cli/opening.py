@@ -73,6 +73,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_bytes": args.cpu_size,
         "disk_bytes": args.disk_size,
         "lifetime_s": args.lifetime,
+        "paths": args.keeps_paths,
     }
 
 

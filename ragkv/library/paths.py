@@ -10,103 +10,37 @@ pieces in front are found too: unlike the nodes of RAGCache's tree, pieces may b
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from copy import copy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from ragkv.background import Background
-from ragkv.chunk import Chunk, ChunkKV, digest, marked
+from ragkv.chunk import Chunk, ChunkKV
 from ragkv.fusion.layout import Layout
+from ragkv.library.pieces import Known, Owner, Path, Piece, mark_of, pieces
 from ragkv.library.reading import Reader, cut
-from ragkv.store import Batch, Item, TieredStore, chunk_key
-from ragkv.store.maintenance import entries
+from ragkv.store import Item, TieredStore
+from ragkv.store.keys import label_of, labelled, tag
+from ragkv.store.maintenance import computed_of
 
 if TYPE_CHECKING:
     from ragkv.fusion.passes import Pass
     from ragkv.methods import Method
     from ragkv.model.cache import FusedCache
 
-#: Tokens of a block of earlier messages: what two prompts share is found in so many at a time.
-BLOCK_TOKENS = 32
-
 # Prompts whose KV wait to be stored; those of more are not kept.
 _MOST_WAITING = 2
-# What keys begin with, to be found among those of chunks.
-_BEGINNING = b"path"
-# A label names the chunks of a path by the beginnings of their keys, as many as it has room for; or any.
-_TAG_BYTES, _MOST_TAGS, _ANY = 4, 28, "*"
+# How long closing waits for what is to be stored.
+_LEAVE_S = 5.0
 # The name of the fact that there are paths in a store.
 _FACT = "paths"
 # Paths that are looked along for an order of chunks.
 _MOST_LOOKS = 64
 # Labels of what was evicted are looked for when there are so many times more than stored pieces.
 _STALE = 4
-
-
-class Owner(Protocol):
-    """Whose chunks they are: :class:`~ragkv.library.documents.Documents`."""
-
-    namespace: str
-
-    def key(self, chunk: Chunk, space: str = "") -> bytes:
-        """The key of a chunk's own KV."""
-
-    def holds(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether none of the chunks is of a document that was removed."""
-
-    def costs(self, reader: Reader) -> Callable[[int, int], float]:
-        """Seconds that computing so many tokens takes behind so many."""
-
-    def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
-        """Store what a reader's model computed."""
-
-
-class Piece(NamedTuple):
-    """A piece of a prompt.
-
-    Attributes:
-        start: slot of its first token.
-        stop: slot behind its last one.
-        whole: key of its exact KV.
-        repaired: key of the tokens that the method recomputed; empty where it chooses by the question, or for no chunk.
-    """
-
-    start: int
-    stop: int
-    whole: bytes
-    repaired: bytes = b""
-
-
-@dataclass(frozen=True, eq=False)
-class Known:
-    """What is known of a prompt's pieces.
-
-    Attributes:
-        layout: of the prompt, which says what is known.
-        blocks: of earlier messages.
-        chunks: one for each chunk.
-        batch: an open read of what is known; ``None`` where nothing is.
-    """
-
-    layout: Layout
-    blocks: Sequence[Piece] = ()
-    chunks: Sequence[Piece] = ()
-    batch: Batch | None = None
-
-    def kv(self) -> dict[bytes, ChunkKV]:
-        """What is known, by key.
-
-        Raises:
-            RecordError: a record proved damaged; the store has dropped it.
-        """
-        batch = self.batch
-        if batch is None:
-            return {}
-        return {key: _kv(batch, index) for index, key in enumerate(batch.keys) if batch.tiers[index] is not None}
 
 
 class Paths:
@@ -119,7 +53,7 @@ class Paths:
     def __init__(self, store: TieredStore):
         self.store: TieredStore = store
         self._background = Background("keeping what was computed under a path", _MOST_WAITING)
-        self._labels: dict[bytes, str] | None = None if store.path is not None else {}
+        self._labels = dict[bytes, str]()  # of what is in memory alone
         self._said = False  # that there are paths in the store
 
     def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
@@ -169,7 +103,7 @@ class Paths:
             done: what was computed.
         """
         layout, items = known.layout, list[Item]()
-        if layout.held or not layout.even:
+        if self.store.readonly or layout.held or not layout.even:
             return
         stored = {key for _, _, key in layout.earlier}
         costs = documents.costs(reader)
@@ -182,20 +116,19 @@ class Paths:
         for piece in known.blocks:
             if piece.whole not in stored:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole)
-        rows, tags = done.rows.tolist() if known.chunks else [], list[str]()
+        rows, front = done.rows.tolist() if known.chunks else [], list[bytes]()
         everywhere = len(set(done.fresh)) == 1  # not fewer with depth
         exact = done.context is None
         for placed, piece in zip(layout.chunks, known.chunks, strict=True):
             mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
-            tags.append(_tag(documents.key(placed.chunk, reader.space)))
+            front.append(documents.key(placed.chunk, reader.space))
             exact = exact and (placed.exact or (everywhere and len(mine) == len(placed.chunk)))
             if placed.exact or placed.path or not mine or not everywhere:
                 continue
-            label = " ".join(tags) if len(tags) <= _MOST_TAGS else _ANY
             if exact:
-                item(cut(cache, piece.start, piece.stop), piece, piece.whole, label)
+                item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
             elif piece.repaired:
-                item(_rows(cache, mine, piece.start), piece, piece.repaired, label)
+                item(_rows(cache, mine, piece.start), piece, piece.repaired, label_of(front))
         if items:
             chunks = [placed.chunk for placed in layout.chunks]
             self._background.add(lambda closing: self._store(documents, reader, items, chunks))
@@ -225,7 +158,7 @@ class Paths:
             if not left or not looks:
                 return
             looks -= 1
-            found = {number: path.piece(chunks[number].ids, _mark(method)) for number in left}
+            found = {number: path.piece(chunks[number].ids, mark_of(method)) for number in left}
             there = self.store.where(key for piece in found.values() for key in (piece.whole, piece.repaired) if key)
             for number, piece in found.items():
                 tokens = piece.stop - piece.start if {piece.whole, piece.repaired} & there.keys() else 0
@@ -236,17 +169,17 @@ class Paths:
         go_on(Path(documents, reader, prefix), [], 0)
         return [*best, *(number for number in range(len(chunks)) if number not in best)]
 
-    def forget(self, keys: Iterable[bytes]) -> int:
+    def forget(self, keys: Collection[bytes]) -> int:
         """Remove what was computed of chunks, and behind them; returns how many pieces there were.
 
         Args:
             keys: of the chunks' own KV.
         """
-        tags = {_tag(key) for key in keys}
-        if not tags:
-            return 0
+        if self.store.path is not None:  # other processes store there too
+            return self.store.remove_many(computed_of(self.store.path, keys))
+        tags = set(map(tag, keys))
         with self._background.guard:
-            gone = [key for key, label in self._known_labels().items() if label == _ANY or tags & set(label.split())]
+            gone = [key for key, label in self._labels.items() if labelled(label, tags)]
         return self.store.remove_many(gone)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -254,15 +187,15 @@ class Paths:
         return self._background.wait(timeout_s)
 
     def close(self) -> None:
-        """Close the store; what waits to be stored is dropped."""
+        """Close the store, when what was computed is there; what takes long to store is dropped."""
+        self._background.wait(_LEAVE_S)
         self._background.close()
         self.store.close()
 
     def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
         of_chunks = {item.key: item.label for item in items if item.label}
         with self._background.guard:
-            if self._labels is not None:
-                self._labels.update(of_chunks)
+            self._labels.update(of_chunks)
         if not self._said:
             self.store.meta_put(_FACT, b"1")  # whoever removes documents has to look for them
             self._said = True
@@ -270,61 +203,9 @@ class Paths:
         if not documents.holds(chunks):  # removed meanwhile: whoever did so may have come too early to find them
             self.store.remove_many(of_chunks)
         with self._background.guard:
-            if self._labels is not None and len(self._labels) > _STALE * (len(self.store) + 1):
+            if len(self._labels) > _STALE * (len(self.store) + 1):
                 for key in self.store.missing(list(self._labels)):
                     self._labels.pop(key)
-
-    def _known_labels(self) -> dict[bytes, str]:
-        """The label of whatever was computed of chunks, by key."""
-        if self.store.path is not None:  # other processes store there too
-            self.store.flush()
-            return {entry.key: entry.label for entry in entries(self.store.path, _BEGINNING) if entry.label}
-        assert self._labels is not None
-        return self._labels
-
-
-class Path:
-    """All that stands in front of a piece.
-
-    Args:
-        documents, reader: as for :meth:`Paths.known`.
-        ids: what stands in front.
-    """
-
-    def __init__(self, documents: Owner, reader: Reader, ids: Sequence[int]):
-        self._space, self._namespace = digest("ragkv paths 1", reader.fingerprint).hex(), documents.namespace
-        self._digest: bytes = digest(ids)
-        self.tokens: int = len(ids)
-
-    def behind(self, ids: Sequence[int]) -> Path:
-        """The path behind a piece."""
-        longer = copy(self)
-        longer._digest, longer.tokens = digest(self._digest, ids), self.tokens + len(ids)
-        return longer
-
-    def piece(self, ids: Sequence[int], mark: str = "") -> Piece:
-        """A piece that stands behind; with the method's mark, if it is a chunk."""
-        repaired = self._key(ids, marked(self._digest, mark)) if mark else b""
-        return Piece(self.tokens, self.tokens + len(ids), self._key(ids, self._digest), repaired)
-
-    def _key(self, ids: Sequence[int], context: bytes) -> bytes:
-        return _BEGINNING + chunk_key(self._space, ids, context, self._namespace)[len(_BEGINNING) :]
-
-
-def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
-    """The pieces of a prompt: blocks of earlier messages, and its chunks."""
-    ids = layout.ids.tolist()
-    path, blocks, chunks = Path(documents, reader, ids[: layout.opening]), list[Piece](), list[Piece]()
-    for stop in range(layout.opening + BLOCK_TOKENS, layout.chunks_start + 1, BLOCK_TOKENS):
-        block = ids[path.tokens : stop]
-        blocks.append(path.piece(block))
-        path = path.behind(block)
-    if path.tokens < layout.chunks_start:
-        path = path.behind(ids[path.tokens : layout.chunks_start])
-    for placed in layout.chunks:
-        chunks.append(path.piece(placed.chunk.ids, _mark(method)))
-        path = path.behind(placed.chunk.ids)
-    return blocks, chunks
 
 
 def forget(paths: Paths | None, store: TieredStore, keys: Collection[bytes]) -> None:
@@ -341,24 +222,9 @@ def forget(paths: Paths | None, store: TieredStore, keys: Collection[bytes]) -> 
         Paths(store).forget(keys)
 
 
-def _mark(method: Method) -> str:
-    """What tells a method's work from another's; empty where it chooses by the question."""
-    return "" if method.looks else repr(method)
-
-
-def _kv(batch: Batch, index: int) -> ChunkKV:
-    pairs = [batch.layer(index, layer) for layer in range(batch.layers[index] or 0)]
-    keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return ChunkKV(keys, values, batch.bases[index] or 0, rows=batch.rows[index])
-
-
 def _rows(cache: FusedCache, slots: list[int], start: int) -> ChunkKV:
     """A copy of what a cache holds at some slots of a chunk that begins at ``start``."""
     at = torch.tensor(slots)
     keys = [layer.key_room[0].index_select(1, at.to(layer.device)) for layer in cache.layers]
     values = [layer.value_room[0].index_select(1, at.to(layer.device)) for layer in cache.layers]
     return ChunkKV(keys, values, start, rows=at - start)
-
-
-def _tag(key: bytes) -> str:
-    return key[:_TAG_BYTES].hex()

@@ -16,7 +16,8 @@ from ragkv import (
     TieredStore,
 )
 from ragkv.bundled import MODEL_PATH
-from ragkv.library.paths import BLOCK_TOKENS
+from ragkv.fusion.layout import lay_out
+from ragkv.library.pieces import BLOCK_TOKENS, pieces
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 from .conftest import full
@@ -224,9 +225,6 @@ def test_evicted_pieces_and_a_store_that_is_too_small_cost_time_alone(read):
 
 def _whole(engine, chunks):
     """The keys of a prompt's chunks under their paths."""
-    from ragkv.fusion.layout import lay_out
-    from ragkv.library.paths import pieces
-
     documents = engine.documents
     layout = lay_out(TEMPLATE.prefix, documents.anchor, chunks, (3,), documents.reader.decoder.device)
     return [piece.whole for piece in pieces(documents, documents.reader, layout, FullPrefill())[1]]

@@ -10,6 +10,7 @@ import torch
 from ragkv.cli import entries
 from ragkv.retrieval import Catalogue, Reading
 from ragkv.store import TieredStore
+from ragkv.store.keys import label_of, path_key
 
 
 def test_rm_by_id_and_by_document(run, left, key):
@@ -175,3 +176,25 @@ def test_forget_is_of_one_namespace(run, left, folder, tmp_path, key, kv):
     assert left() == [2, 3, 4, 8, 9], "3 is shared with b.md"
     assert run("forget", "a.md", "--namespace", "ada", "--yes")[0] == 0
     assert left() == [2, 3, 4, 9]
+
+
+def test_what_was_computed_of_a_document_or_behind_it_goes_with_it(run, folder, key, kv):
+    """Pieces under a path: of both documents, of the second behind the first, of the second alone, of none."""
+    computed = {name: path_key("space", [number], b"path") for number, name in enumerate(("both", "second", "none"))}
+    labels = {"both": label_of([key(0), key(2)]), "second": label_of([key(2)]), "none": ""}
+    with TieredStore(folder / "kv", cpu_bytes=0) as store:
+        for name, label in labels.items():
+            store.put(computed[name], kv(7), label=label)
+
+    def there():
+        with TieredStore(folder / "kv", cpu_bytes=0) as store:
+            return [name for name, key in computed.items() if key in store]
+
+    lines = [line for line in run("ls")[1].splitlines() if line.endswith(" path")]
+    assert sorted(line.split()[1] for line in lines) == ["(none)", "b.md", "b.md"]  # by what they are of
+    assert run("prune", "--orphans", "--yes")[0] == 0 and there() == ["both", "second", "none"]
+    assert run("forget", "a.md", "--dry-run", "--yes")[0] == 0 and there() == ["both", "second", "none"]
+    assert run("forget", "a.md", "--yes")[0] == 0
+    assert there() == ["second", "none"]
+    assert run("rm", "b.md", "--yes")[0] == 0
+    assert there() == ["none"]

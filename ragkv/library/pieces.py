@@ -1,0 +1,135 @@
+"""A prompt in pieces, each under its path; see :mod:`ragkv.library.paths`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from ragkv.chunk import Chunk, ChunkKV, digest, marked
+from ragkv.fusion.layout import Layout
+from ragkv.library.reading import Reader
+from ragkv.methods import Method
+from ragkv.store import Batch, Item, TieredStore
+from ragkv.store.keys import path_key
+
+#: Tokens of a block of earlier messages: what two prompts share is found in so many at a time.
+BLOCK_TOKENS = 32
+
+
+class Owner(Protocol):
+    """Whose chunks they are: :class:`~ragkv.library.documents.Documents`."""
+
+    namespace: str
+
+    def key(self, chunk: Chunk, space: str = "") -> bytes:
+        """The key of a chunk's own KV."""
+
+    def holds(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether none of the chunks is of a document that was removed."""
+
+    def costs(self, reader: Reader) -> Callable[[int, int], float]:
+        """Seconds that computing so many tokens takes behind so many."""
+
+    def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
+        """Store what a reader's model computed."""
+
+
+class Piece(NamedTuple):
+    """A piece of a prompt.
+
+    Attributes:
+        start: slot of its first token.
+        stop: slot behind its last one.
+        whole: key of its exact KV.
+        repaired: key of the tokens that the method recomputed; empty where it chooses by the question, or for no chunk.
+    """
+
+    start: int
+    stop: int
+    whole: bytes
+    repaired: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of a prompt's pieces.
+
+    Attributes:
+        layout: of the prompt, which says what is known.
+        blocks: of earlier messages.
+        chunks: one for each chunk.
+        batch: an open read of what is known; ``None`` where nothing is.
+    """
+
+    layout: Layout
+    blocks: Sequence[Piece] = ()
+    chunks: Sequence[Piece] = ()
+    batch: Batch | None = None
+
+    def kv(self) -> dict[bytes, ChunkKV]:
+        """What is known, by key.
+
+        Raises:
+            RecordError: a record proved damaged; the store has dropped it.
+        """
+        batch = self.batch
+        if batch is None:
+            return {}
+        return {key: _kv(batch, index) for index, key in enumerate(batch.keys) if batch.tiers[index] is not None}
+
+
+class Path:
+    """All that stands in front of a piece.
+
+    Args:
+        documents, reader: as for :meth:`Paths.known`.
+        ids: what stands in front.
+    """
+
+    def __init__(self, documents: Owner, reader: Reader, ids: Sequence[int]):
+        self._space, self._namespace = digest("ragkv paths 1", reader.fingerprint).hex(), documents.namespace
+        self._digest: bytes = digest(ids)
+        self.tokens: int = len(ids)
+
+    def behind(self, ids: Sequence[int]) -> Path:
+        """The path behind a piece."""
+        longer = copy(self)
+        longer._digest, longer.tokens = digest(self._digest, ids), self.tokens + len(ids)
+        return longer
+
+    def piece(self, ids: Sequence[int], mark: str = "") -> Piece:
+        """A piece that stands behind; with the method's mark, if it is a chunk."""
+        repaired = self._key(ids, marked(self._digest, mark)) if mark else b""
+        return Piece(self.tokens, self.tokens + len(ids), self._key(ids, self._digest), repaired)
+
+    def _key(self, ids: Sequence[int], path: bytes) -> bytes:
+        return path_key(self._space, ids, path, self._namespace)
+
+
+def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
+    """The pieces of a prompt: blocks of earlier messages, and its chunks."""
+    ids = layout.ids.tolist()
+    path, blocks, chunks = Path(documents, reader, ids[: layout.opening]), list[Piece](), list[Piece]()
+    for stop in range(layout.opening + BLOCK_TOKENS, layout.chunks_start + 1, BLOCK_TOKENS):
+        block = ids[path.tokens : stop]
+        blocks.append(path.piece(block))
+        path = path.behind(block)
+    if path.tokens < layout.chunks_start:
+        path = path.behind(ids[path.tokens : layout.chunks_start])
+    for placed in layout.chunks:
+        chunks.append(path.piece(placed.chunk.ids, mark_of(method)))
+        path = path.behind(placed.chunk.ids)
+    return blocks, chunks
+
+
+def mark_of(method: Method) -> str:
+    """What tells a method's work from another's; empty where it chooses by the question."""
+    return "" if method.looks else repr(method)
+
+
+def _kv(batch: Batch, index: int) -> ChunkKV:
+    pairs = [batch.layer(index, layer) for layer in range(batch.layers[index] or 0)]
+    keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return ChunkKV(keys, values, batch.bases[index] or 0, rows=batch.rows[index])
