@@ -20,6 +20,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -210,12 +211,12 @@ class Record:
             sensitivity=_from_text(facts["sensitivity"]) if "sensitivity" in facts else None,
             foreign=str(facts.get("foreign", "")),
             ropes=rope.from_text(facts["rope"]) if "rope" in facts else (),
-            rows=torch.tensor(json.loads(facts["rows"])) if "rows" in facts else None,
+            rows=_numbers(facts["rows"]) if "rows" in facts else None,
         )
         if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
             raise ValueError(f"{len(record.sensitivity)} sensitivities for {record.tokens} tokens")
-        if record.rows is not None and record.rows.shape != (record.tokens,):
-            raise ValueError(f"rows of shape {tuple(record.rows.shape)} for {record.tokens} tokens")
+        if record.rows is not None and len(record.rows) != record.tokens:
+            raise ValueError(f"{len(record.rows)} rows for {record.tokens} tokens")
         if len(shapes) != len(contents.layers) or record.base < 0 or record.segment_bytes < 1:
             raise ValueError(f"{len(shapes)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
         if record.ropes and not rope.fit(record.ropes, [key[2] for key, _ in shapes]):
@@ -252,6 +253,14 @@ class Record:
 def _to_text(numbers: Tensor) -> str:
     """fp16, little-endian, in base64."""
     return base64.b64encode(numbers.detach().cpu().numpy().astype("<f2").tobytes()).decode()
+
+
+def _numbers(text: str) -> Tensor:
+    numbers = json.loads(text)
+    ascending = [-1, *numbers, 1 << 31]
+    if not all(type(one) is int and one < next_one for one, next_one in pairwise(ascending)):
+        raise ValueError("its rows do not ascend")
+    return torch.tensor(numbers)
 
 
 def _from_text(text: str) -> Tensor:

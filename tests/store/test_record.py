@@ -72,6 +72,34 @@ def test_sensitivity_travels_in_the_header():
         Record.from_safetensors_header(short)
 
 
+def test_rows_travel_in_the_header():
+    kv = small()
+    kv.rows = torch.tensor([3, 17])
+    record, payload = record_of(kv)
+    again = Record.unpack(KEY, record.pack(KEY))
+    assert again.rows.tolist() == again.decode(payload).rows.tolist() == [3, 17]
+    assert kv.first(1).rows.tolist() == [3]
+    assert Record.unpack(KEY, record_of(small())[0].pack(KEY)).rows is None
+    with pytest.raises(StoreError, match=r"rows must be \[T\] with T = 2, got \(3,\)"):
+        record_of(ChunkKV(kv.keys, kv.values, 11, rows=torch.arange(3)))
+    header = record.safetensors_header()
+    for wrong in (
+        b"[17,3]",
+        b"[-1,2]",
+        b"[3.5,7]",
+        b"[3]",
+        b"[3,[17]]",
+        b"3",
+        b"[3,99999999999999999999]",
+        b"[false,true]",
+        b"x",
+    ):
+        other = header.replace(b"[3,17]", wrong)
+        other = struct.pack("<Q", len(other) - 8) + other[8:]
+        with pytest.raises(RecordError, match="cannot be read"):
+            Record.from_safetensors_header(other)
+
+
 def test_frozen_bytes_are_read(same):
     record = Record.unpack(KEY, bytes.fromhex(FROZEN_HEADER))
     payload = Payload(record.payload_bytes)
