@@ -67,8 +67,8 @@ def fuse(
         if work.first_stored < layers:
             one.placement.spare(work.whole)
             one.placement.ahead(work.first_stored)
-        # Hooks that place layers, or narrow the set, must not be there in a forward that others' rows take part in.
-        alone = bool(work.checks) or (one.opened and one.placement.by_layer)
+        # Hooks that narrow the set must not be there in a forward that others' rows take part in.
+        alone = bool(work.checks)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
             together = nullcontext() if alone or meeting is None else meeting.seat(one.reader.steps)

@@ -90,7 +90,7 @@ class Looking(ABC):
         self.placement.ahead()
         full = decoder.cache(layout.tokens)
         everything = torch.arange(layout.tokens, device=layout.ids.device)
-        with self._driver.turn(), self.placement.beside():
+        with self._driver.turn(), self.placement.beside(cache=full):
             Pass(decoder, full, layout, everything, self._driver.piece_tokens).logits()
         span = slice(layout.chunks_start, layout.suffix_start)
         scores = []

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,17 +164,19 @@ class Placement:
             self.upto(len(self._decoder.layers) - 1, first)
 
     @contextmanager
-    def beside(self, first: int = 0) -> Iterator[None]:
-        """A block in which the model runs: what is not placed yet is, right before its layer."""
-        hooks = []
-        if self.by_layer:
-            for number, layer in list(enumerate(self._decoder.layers))[first:]:
-                hooks.append(layer.register_forward_pre_hook(lambda *_, n=number: self.upto(n, first)))
+    def beside(self, first: int = 0, cache: FusedCache | None = None) -> Iterator[None]:
+        """A block in which the model runs: what is not placed yet is, right before its layer attends.
+
+        Args:
+            first: as for :meth:`ahead`.
+            cache: that the model runs over, if not the prompt's.
+        """
+        cache = cache or self._cache
+        cache.before = partial(self.upto, first=first) if self.by_layer else None
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            cache.before = None
 
     def upto(self, layer: int, first: int = 0) -> None:
         """Have the layers from ``first`` to ``layer`` placed: keys rotated by their change of position, values as they are.

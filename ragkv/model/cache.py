@@ -132,6 +132,10 @@ class FusedCache(Cache):
     """A :class:`transformers.Cache` of :class:`FusedLayer`.
 
     It appends, as any other, but while :meth:`writing`: then a writer takes the fresh keys and values.
+
+    Attributes:
+        writer: takes them, where there is one.
+        before: told of each layer right before they are taken: time to have in it what they attend to.
     """
 
     layers: list[FusedLayer]
@@ -139,6 +143,7 @@ class FusedCache(Cache):
     def __init__(self, specs: Sequence[LayerSpec], capacity: int):
         super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
         self.writer: Writer | None = None
+        self.before: Callable[[int], object] | None = None
         self._assisted = False
 
     def update(
@@ -149,6 +154,8 @@ class FusedCache(Cache):
         Raises:
             ArgumentError: ``model.generate`` begins assisted decoding with the whole prompt, behind the prompt that is held.
         """
+        if self.before is not None:
+            self.before(layer_idx)
         if self.writer is not None:
             return self.writer(layer_idx, key_states, value_states)
         assisted, self._assisted = self._assisted, False

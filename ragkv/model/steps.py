@@ -7,11 +7,12 @@ take the others' tokens along (Sarathi-Serve, OSDI'24). Who is alone waits for n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from threading import Condition, get_ident
+from threading import TIMEOUT_MAX, Condition, get_ident
 from time import perf_counter
 
 from torch import Tensor
@@ -34,8 +35,8 @@ class Seat:
     """Somebody who decodes an answer, token by token.
 
     Attributes:
-        served_s: when the last step was done, as ``perf_counter()`` says it.
-        slow: it did not come back in time last time.
+        served_s: when the last step was done, as ``perf_counter()`` says it; infinite where its row is sure to come.
+        slow: it did not come back in time last time, or is not here yet: nobody waits for it.
         asking: its next row waits, or runs.
     """
 
@@ -58,37 +59,50 @@ class _Asked:
 
 
 class Meeting:
-    """Threads whose rows are to run together: each waits until all of them have come.
+    """Threads whose rows are to run together: each waits until all of them have come, and the first step for the rows of all.
 
     Args:
         count: how many.
     """
 
     def __init__(self, count: int):
-        self._count, self._came, self._changed = count, set[int](), Condition()
+        self._count, self._came, self._changed = count, dict[int, Seat](), Condition()
+        self._begun = False
 
     @contextmanager
     def seat(self, steps: Steps) -> Iterator[Seat]:
-        """A block in which this thread's rows run with those of the others, once they are here."""
-        with self._changed:
-            self._came.add(get_ident())
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: len(self._came) >= self._count)
+        """A block in which this thread's rows run with those of the others, once they are here. It must ask for a forward before it
+        waits for anything else that needs the model.
+        """
         with steps.seat() as seat:
+            with self._changed:
+                seat.slow = not self._begun
+                self._came[get_ident()] = seat
+                self._begin()
+                self._changed.wait_for(lambda: self._begun)
             yield seat
 
     def leave(self) -> None:
         """This thread is done, or has failed: nobody waits for it."""
         with self._changed:
-            self._came.discard(get_ident())
+            self._came.pop(get_ident(), None)
             self._count -= 1
-            self._changed.notify_all()
+            self._begin()
 
     def end(self) -> None:
         """Nobody waits any more: some will never come."""
         with self._changed:
             self._count = 0
-            self._changed.notify_all()
+            self._begin()
+
+    def _begin(self) -> None:
+        """Let all go on together, once they are here."""
+        if self._begun or len(self._came) < self._count:
+            return
+        self._begun = True
+        for seat in self._came.values():
+            seat.slow, seat.served_s = False, math.inf
+        self._changed.notify_all()
 
 
 class Steps:
@@ -239,7 +253,7 @@ class Steps:
     def _gather(self) -> None:
         """Wait a moment for those who had a token in the last steps and will soon ask for the next one."""
         while (left := self._expected() - perf_counter()) > 0:
-            self._changed.wait(left)
+            self._changed.wait(min(left, TIMEOUT_MAX))
 
     def _expected(self) -> float:
         """Until when the next step may wait for somebody."""

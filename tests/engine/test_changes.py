@@ -197,14 +197,14 @@ def test_placing_waits_for_no_model_and_the_model_for_no_placing(engine, monkeyp
 
 
 def test_a_layer_is_placed_once(engine, monkeypatch):
-    """However often it is asked for, on an accelerator before its layer runs: by a look, then by the pass."""
+    """However often it is asked for, on an accelerator before its layer attends: by a look, then by the pass."""
     init, order = Placement.__init__, []
     monkeypatch.setattr(Placement, "__init__", lambda *args: init(*args, by_layer=True))
     place = Placement._place_layer
     monkeypatch.setattr(Placement, "_place_layer", lambda self, n: (order.append(f"place {n}"), place(self, n)))
     chunks = engine.add([random_ids(20), random_ids(31)])[::-1]
     for number, layer in enumerate(engine.decoder.layers):
-        layer.self_attn.register_forward_pre_hook(lambda *_, n=number: order.append(f"run {n}"))
+        layer.self_attn.register_forward_hook(lambda *_, n=number: order.append(f"run {n}"))
     try:
         engine.fuse(chunks, QUESTION, method=LegoLink(2))
         assert order == [f"{what} {n}" for n in range(4) for what in ("place", "run")]
@@ -219,7 +219,7 @@ def test_a_layer_is_placed_once(engine, monkeypatch):
         assert [name for name in order if name[0] == "p"] == [f"place {n}" for n in range(4)]
     finally:
         for layer in engine.decoder.layers:
-            layer.self_attn._forward_pre_hooks.clear()
+            layer.self_attn._forward_hooks.clear()
 
 
 def test_a_batch_is_done_with_chunk_by_chunk(engine, monkeypatch):

@@ -23,6 +23,31 @@ def test_prompts_are_those_of_the_reference(device, architecture):
         torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_one_pass_for_several_prompts(device, monkeypatch):
+    """As on a GPU: each layer of each prompt is placed from the pool's blocks in the pass that all of them share."""
+    plain = placement.Placement.__init__
+    model = tiny_model("gpt_oss", num_hidden_layers=2).to(device)  # windows and sinks
+    store = TieredStore(gpu_bytes=1 << 20, device=device)
+    template, method = PromptTemplate(prefix=[1, 5]), LegoLink(2)
+    alone = Engine(model, template=template, kernels="reference", method=method)
+    engine = Engine(model, template=template, kernels="triton", store=store, method=method)
+    chunks = engine.add([random_ids(n) for n in (19, 14)])
+    engine.fuse(chunks, random_ids(3))  # after its first use a chunk is in the pool
+    asked = [(chunks[::-1], random_ids(3)), (chunks[:1], random_ids(5))]
+    want = [alone.fuse(*one) for one in asked]
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args: plain(*args, by_layer=True))
+    steps = engine.runner.steps("triton")
+    assert steps.packs
+    got = engine.fuse_many(asked)
+    assert steps.sizes[2] == 1
+    for a, b in zip(got, want, strict=True):
+        assert (a.report.attention, {*a.report.hits}) == ("selective (triton)", {"gpu"})
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+        for layer, other in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
+            torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.values, other.values, atol=1e-4, rtol=1e-4)
+
+
 def test_from_the_pool_layer_by_layer(device, monkeypatch):
     """As on a GPU: chunks lie in blocks of the pool, and each layer of a prompt is one launch."""
     plain = placement.Placement.__init__
