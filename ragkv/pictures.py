@@ -228,9 +228,9 @@ def _draw_times(axes: Axes, report: Report) -> None:
     axes.set_xlim(0, whole or 1.0)
     axes.set_ylim(-0.5, 0.5)
     if report.first_token_ms:
-        title = (
-            f"First token after {_ms(whole)}; {_number(report.new_tokens - 1, 'token')} more in {_ms(report.decode_ms)}"
-        )
+        ahead = fusion.speculated == "used"
+        first = f"{_ms(report.first_token_ms)}, the prompt begun before" if ahead else _ms(whole)
+        title = f"First token after {first}; {_number(report.new_tokens - 1, 'token')} more in {_ms(report.decode_ms)}"
     else:
         title = f"The prompt after {_ms(whole)}; {_number(report.new_tokens, 'token')} in {_ms(report.decode_ms)}"
     _dress(axes, title, "ms")

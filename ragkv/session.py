@@ -180,17 +180,17 @@ class Session:
         pieces: bool = False,
         **options: Any,
     ) -> None:
-        """Find passages and check all arguments; nothing is computed yet."""
-        text = turn.question
+        """Check all arguments and find passages; nothing is computed yet."""
         retrieval, generation = Retrieval.split(options)
-        if isinstance(text, str) and text.strip() and self._state.turns:
-            messages = [*self.messages, {"role": "user", "content": text}]
-            text = self._look_for(messages)
-        turn.found = self._finder.found(text, retrieval, self._documents(), method=self._engine.method_of(method))
         asked = {"keep": True, "most_tokens": self._context_tokens, **scheduling(generation)}
         request = Request((), turn.question, self._engine.method_of(method), **asked)
         make = partial(self._prompt, turn, request)
         turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
+        text = turn.question
+        if isinstance(text, str) and text.strip() and self._state.turns:
+            messages = [*self.messages, {"role": "user", "content": text}]
+            text = self._look_for(messages)
+        turn.found = self._finder.found(text, retrieval, self._documents(), method=request.method)
 
     def _look_for(self, messages: list[dict[str, str]]) -> str:
         if self._rewrite is not None:

@@ -112,8 +112,13 @@ class Speculation:
 
     @property
     def over(self) -> bool:
-        """Whether nothing runs or is kept for it any more."""
-        return self._given_up or (self._done and self._prompt is None)
+        """Whether nothing runs or is kept for it any more, in this process."""
+        return self._elsewhere or self._given_up or (self._done and self._prompt is None)
+
+    @property
+    def _elsewhere(self) -> bool:
+        """In a fork: nobody works at it there, and its lock may be held for ever."""
+        return self._process != os.getpid()
 
     def first(self, hits: list[Hit]) -> None:
         """Begin, with the passages that were found first."""
@@ -136,7 +141,7 @@ class Speculation:
 
     def drop(self) -> None:
         """Nobody wants it. Twice, or behind :meth:`take`, is fine."""
-        if self._process == os.getpid():  # in a fork the lock may be held for ever
+        if not self._elsewhere:
             with self._changed:
                 self._given_up, self._prompt = True, None
 
@@ -147,7 +152,7 @@ class Speculation:
             layout: of the prompt that is asked for.
             wait: wait until it is done, if it is begun.
         """
-        if not self._stayed or self._process != os.getpid():
+        if not self._stayed or self._elsewhere:
             return None
         with self._changed:
             if wait and self._begun:

@@ -1,10 +1,19 @@
 """Options of retrieval, through every way of asking."""
 
 import asyncio
+import time
 
 import pytest
 
-from ragkv.errors import ArgumentError, DocumentError, RagKVError, RetrievalError, UnknownArgumentError
+from ragkv.errors import (
+    ArgumentError,
+    DeadlineError,
+    DocumentError,
+    MethodError,
+    RagKVError,
+    RetrievalError,
+    UnknownArgumentError,
+)
 from ragkv.retrieval import Document
 
 from .rags import DOCUMENTS, QUESTION, open_rag
@@ -119,6 +128,27 @@ def test_nothing_found_is_said(listed):
             with pytest.raises(RetrievalError, match=f"no passage was found with {next(iter(options))}=[^ ]") as error:
                 ask(QUESTION, **options)
             assert str(error.value).count("=") == 1, "what does not narrow the search is not named"
+
+
+def test_a_deadline_counts_from_the_call(listed):
+    def slow(question, texts):
+        time.sleep(0.05)
+        return [0.0] * len(texts)
+
+    options = {"rerank": slow, "deadline_s": 0.01, "max_new_tokens": 1}
+    for ask in (listed.ask, lambda *given, **more: list(listed.stream(*given, **more)[1]), listed.session().ask):
+        with pytest.raises(DeadlineError, match="had not come at its deadline"):
+            ask(QUESTION, **options)
+
+
+def test_arguments_are_looked_at_before_anything_is_searched(listed):
+    searched = []
+    options = {"rerank": lambda question, texts: searched.append(1) or [0.0] * len(texts)}
+    for ask in (listed.ask, listed.stream, listed.session().ask):
+        for wrong in ({"max_new_token": 1}, {"num_beams": "x"}, {"deadline_s": 0}, {"method": "none"}):
+            with pytest.raises((ArgumentError, MethodError, TypeError)):
+                ask(QUESTION, **options, **wrong)
+    assert not searched
 
 
 def test_unknown_options_are_refused_by_name(listed):

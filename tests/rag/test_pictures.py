@@ -68,6 +68,14 @@ def test_the_bar_is_the_prompt(rag):
     assert all(hit.source in told for hit in answer.sources) and "First token after" in told and "2 tokens more" in told
 
 
+def test_a_prompt_that_was_begun_before(rag):
+    report = rag.ask(QUESTION, **SHORT).report
+    report.first_token_ms = 0.25
+    assert "the prompt begun before" not in " ".join(words(report.plot()))
+    report.fusion.speculated = "used"
+    assert "First token after 0.2 ms, the prompt begun before" in " ".join(words(report.plot()))
+
+
 @pytest.mark.parametrize("method", [Reuse(), FullPrefill()], ids=str)
 def test_nothing_and_all_recomputed(rag, method):
     fusion = (report := rag.ask(QUESTION, **SHORT, method=method).report).fusion

@@ -43,7 +43,7 @@ def docs(tmp_path):
 
 def places(rag, name):
     """Page and heading of the two passages of a file, by what they say."""
-    hits = [hit for hit in rag.retrieve("castle mill", 50) if hit.source.endswith(name)]
+    hits = [hit for hit in rag.retriever.search("castle mill", 50) if hit.source.endswith(name)]
     return {text: (hit.page, hit.heading) for text in (CASTLE, MILL) for hit in hits if text in hit.text}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ragkv import Gate, Method, RagKVError, RetrievalError, Reuse, Scheduler, SensitiveTokens
+from ragkv import Gate, LegoLink, Method, RagKVError, RetrievalError, Reuse, Scheduler, SensitiveTokens
 from ragkv.model.generation import Stop
 
 from .rags import DOCUMENTS, QUESTION, open_rag, small_model
@@ -164,6 +164,36 @@ def test_one_that_is_wrong_ends_before_its_next_piece(warm, held):
     before = forwards(warm)
     Held.go.set()
     assert nothing_is_left(warm) and forwards(warm) == before
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_one_that_is_wrong_ends_in_the_middle_and_leaves_nothing(model, lost):
+    passes, begun = [], threading.Event()
+
+    def first_layer(*_):
+        if in_background():
+            passes.append(1)
+            begun.set()
+            end = time.monotonic() + 30
+            while not ahead(rag)._latest().over and time.monotonic() < end:
+                time.sleep(0.001)
+
+    def rerank(question, texts):
+        assert begun.wait(30)
+        return list(range(len(texts)))
+
+    with open_rag(model=model, piece_tokens=16, method=LegoLink(k=16)) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        if lost:
+            rag.engine.store.remove_many(rag.engine.documents.keys(rag.chunks(rag.retrieve(QUESTION, 50))))
+        rag.retriever._second_s, hook = 1.0, model.model.layers[0].register_forward_pre_hook(first_layer)
+        try:
+            answer = rag.ask(QUESTION, top_k=3, rerank=rerank, **SHORT)
+        finally:
+            hook.remove()
+        assert len(passes) == 1, "one of several pieces"
+        assert answer.report.fusion.speculated == "dropped" and nothing_is_left(rag)
+        assert said(answer) == said(rag.ask(QUESTION, top_k=3, rerank=rerank, **SHORT))
 
 
 def test_whoever_comes_meanwhile_goes_first(warm, held):
@@ -331,6 +361,25 @@ def test_there_must_be_room(model):
         with pytest.raises(RagKVError, match="memory_bytes"):
             rag.ask(QUESTION, rerank=reranker(rag), **SHORT)
         assert nothing_is_left(rag)
+
+
+def test_a_fork_makes_its_own(warm, held, forked):
+    def rerank(question, texts):
+        assert Held.begun.wait(30)
+        time.sleep(0.002)
+        return [-number for number in range(len(texts))]
+
+    want = warm.ask(QUESTION, rerank=slow, **SHORT).text
+    _, pieces = warm.stream(QUESTION, rerank=rerank, method=held, **SHORT)
+
+    def child():
+        Held.go.set()
+        assert "".join(pieces) == want and pieces.report.fusion.speculated == "dropped"
+        return warm.ask(QUESTION, rerank=reranker(warm), **SHORT).report.fusion.speculated
+
+    assert forked(child) == "used", "what the parent has begun is in nobody's way"
+    Held.go.set()
+    assert "".join(pieces) == want and pieces.report.fusion.speculated == "used"
 
 
 def test_closed_while_one_is_begun(model, held):
