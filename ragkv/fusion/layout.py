@@ -71,6 +71,7 @@ class Layout:
         earlier: pieces of the prefix behind the opening that were computed before, ascending: first slot, the one behind the last,
             and the key of their KV (:mod:`ragkv.library.paths`).
         thrifty: what is exact where it stands is never computed, by no method.
+        mended: slots of the tokens that were recomputed here before, in chunks that are not exact, ascending.
     """
 
     ids: Tensor
@@ -81,6 +82,7 @@ class Layout:
     held: int = 0
     earlier: tuple[tuple[int, int, bytes], ...] = ()
     thrifty: bool = False
+    mended: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -128,8 +130,9 @@ class Layout:
 
     @property
     def settled(self) -> Tensor:
-        """The tokens of chunks that need no computing, whatever the method says, ascending."""
-        return self.span(*[placed for placed in self.chunks if self.thrifty and (placed.path or placed.exact)])
+        """The chunk tokens that need no computing, whatever the method says."""
+        exact = self.span(*[placed for placed in self.chunks if self.thrifty and placed.exact])
+        return torch.cat([exact, torch.tensor(self.mended, dtype=torch.long, device=exact.device)])
 
     @property
     def behind_another(self) -> Tensor:

@@ -83,15 +83,18 @@ class Paths:
             for index, key in enumerate(batch.keys)
             if batch.tiers[index] is not None  # nothing was evicted since
         }
-        placed = []
+        placed, mended = [], list[int]()
         for one, piece in zip(layout.chunks, chunks, strict=True):
             if not one.exact and piece.whole in held:
                 one = replace(one, path=piece.whole, base=one.start, exact=True)
             elif not one.exact and piece.repaired in held:
                 one = replace(one, path=piece.repaired)
+                rows = held[piece.repaired]
+                mended += [] if rows is None else (one.start + rows).tolist()
             placed.append(one)
         earlier = tuple((piece.start, piece.stop, piece.whole) for piece in blocks if piece.whole in held)
-        return Known(replace(layout, chunks=tuple(placed), earlier=earlier), blocks, chunks, batch)
+        layout = replace(layout, chunks=tuple(placed), earlier=earlier, mended=tuple(mended))
+        return Known(layout, blocks, chunks, batch)
 
     def keep(self, documents: Owner, reader: Reader, known: Known, cache: FusedCache, done: Pass) -> None:
         """Store, in a thread of its own, what a prompt computed of its pieces for the first time.
@@ -116,19 +119,20 @@ class Paths:
         for piece in known.blocks:
             if piece.whole not in stored:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole)
-        rows, front = done.rows.tolist() if known.chunks else [], list[bytes]()
+        rows, mended, front = done.rows.tolist() if known.chunks else [], layout.mended, list[bytes]()
         everywhere = len(set(done.fresh)) == 1  # not fewer with depth
         exact = done.context is None
         for placed, piece in zip(layout.chunks, known.chunks, strict=True):
             mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
             front.append(documents.key(placed.chunk, reader.space))
             exact = exact and (placed.exact or (everywhere and len(mine) == len(placed.chunk)))
-            if placed.exact or placed.path or not mine or not everywhere:
+            if placed.exact or not mine or not everywhere:
                 continue
             if exact:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
             elif piece.repaired:
-                item(_rows(cache, mine, piece.start), piece, piece.repaired, label_of(front))
+                before = mended[bisect_left(mended, placed.start) : bisect_left(mended, placed.stop)]
+                item(_rows(cache, sorted({*mine, *before}), piece.start), piece, piece.repaired, label_of(front))
         if items:
             chunks = [placed.chunk for placed in layout.chunks]
             self._background.add(lambda closing: self._store(documents, reader, items, chunks))

@@ -125,8 +125,9 @@ def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> 
 
 
 def mark_of(method: Method) -> str:
-    """What tells a method's work from another's; empty where it chooses by the question."""
-    return "" if method.looks else repr(method)
+    """What tells a method's work from another's; empty where it chooses by the question, or does not say what it is."""
+    kind = type(method)
+    return "" if method.looks or kind.__repr__ is object.__repr__ else f"{kind.__module__} {method!r}"
 
 
 def _kv(batch: Batch, index: int) -> ChunkKV:

@@ -1,5 +1,7 @@
 """What was computed is used wherever a prompt begins the same: exact where it says so, and never anywhere else."""
 
+from functools import partial
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -9,6 +11,7 @@ from ragkv import (
     Engine,
     FullPrefill,
     LegoLink,
+    Method,
     PromptTemplate,
     QuestionAware,
     Reuse,
@@ -17,6 +20,7 @@ from ragkv import (
 )
 from ragkv.bundled import MODEL_PATH
 from ragkv.fusion.layout import lay_out
+from ragkv.fusion.placement import Placement
 from ragkv.library.pieces import BLOCK_TOKENS, pieces
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
@@ -111,6 +115,48 @@ def test_what_a_method_repaired_is_taken_from_there(method):
     exact = asked(engine, chunks, method=FullPrefill())
     assert far(engine, exact) < EXACT and exact.report.tokens["recomputed"] == sum(map(len, chunks[1:]))
     assert asked(engine, chunks).report.sources == ["cpu", *["path"] * 3]  # what is exact goes first
+
+
+def test_what_a_longer_prompt_asks_for_besides_is_computed_and_kept_too():
+    engine = engine_of(method=SensitiveTokens(0.2))
+    texts = [random_ids(n) for n in (17, 30, 25, 40)]
+    chunks = engine.add(texts)
+    counts = [asked(engine, chunks[:many]).report.tokens["recomputed"] for many in (2, 4, 2, 4)]
+    plain = Engine(engine.model, template=TEMPLATE, method=SensitiveTokens(0.2))
+    whole = plain.fuse(plain.add(texts), random_ids(9)).report
+    assert counts[0] > 0 and 0 < counts[1] < whole.tokens["recomputed"] and counts[2:] == [0, 0]
+    assert asked(engine, chunks).report.saved_tokens == whole.tokens["recomputed"]
+
+
+class Quiet(Method):
+    """A method that does not say what it is, and looks at nothing."""
+
+    looks = False
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def select(self, view):
+        return view.layout.reusable[-self.tokens :]
+
+
+def test_a_method_without_a_name_of_its_own_keeps_nothing():
+    engine = engine_of()
+    chunks = engine.add([random_ids(17), random_ids(30)])
+    assert asked(engine, chunks, method=Quiet(9)).report.tokens["recomputed"] == 9
+    assert asked(engine, chunks, method=Quiet(5)).report.tokens["recomputed"] == 5
+    assert len(engine.paths.store) == 0
+
+
+def test_layer_by_layer_as_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+    for method, source in ((FullPrefill(), "path"), (LegoLink(8), "variant")):
+        engine = engine_of(method=method)
+        chunks, question = engine.add([random_ids(n) for n in (17, 30, 25)]), random_ids(9)
+        first, again = asked(engine, chunks, question), asked(engine, chunks, question)
+        assert again.report.sources == ["cpu", source, source] and apart(first, again) < EXACT
+        both = engine.fuse_many([(chunks, question), (chunks[::-1], question)])
+        assert apart(both[0], first) < EXACT and both[0].report.sources == again.report.sources
 
 
 @pytest.mark.parametrize("method", [CacheBlend(0.5), QuestionAware(0.5)])
