@@ -90,12 +90,13 @@ def fuse(
             suffix_tokens=layout.tokens - layout.suffix_start,
             reused_tokens=one.known,
             read_tokens=sum(len(kv) for kv in one.placement.fresh.values()) if one.opened else 0,
-            saved_tokens=work.saved,
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
             chunks=[
-                ChunkReport(placed.chunk.name, placed.chunk.document, placed.chunk.number, len(placed.chunk), source)
-                for placed, source in zip(layout.chunks, sources, strict=True)
+                ChunkReport(
+                    placed.chunk.name, placed.chunk.document, placed.chunk.number, len(placed.chunk), source, saved
+                )
+                for placed, source, saved in zip(layout.chunks, sources, work.saved, strict=True)
             ],
             bytes_read=one.placement.bytes_read(moved) if one.opened else 0,
             budget=done.budget,

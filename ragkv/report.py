@@ -36,6 +36,8 @@ class ChunkReport:
         document, number: as of :class:`ragkv.Chunk`.
         tokens: how many it has.
         source: where its KV came from, as in :attr:`FusionReport.hits`.
+        saved: tokens that the method would have computed, where an engine keeps what it computes (docs/paths.md): they were
+            computed before behind just these tokens, or are exact where they stand.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ChunkReport:
     number: int
     tokens: int
     source: str
+    saved: int = 0
 
 
 @dataclass
@@ -69,8 +72,6 @@ class FusionReport:
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
         read_tokens: of chunks that were not stored, each read once.
-        saved_tokens: of chunks, which the method would have computed, where an engine keeps what it computes: they were
-            computed before behind just these tokens.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
@@ -95,13 +96,17 @@ class FusionReport:
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
     read_tokens: int = 0
-    saved_tokens: int = 0
     looked: str = ""
     gate: str = ""
     why: str = ""
     speculated: str = ""
     rows: Tensor | None = field(default=None, repr=False, compare=False)
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
+
+    @property
+    def saved_tokens(self) -> int:
+        """What was saved of all chunks, see :attr:`ChunkReport.saved`."""
+        return sum(chunk.saved for chunk in self.chunks)
 
     @property
     def computed_tokens(self) -> int:

@@ -32,7 +32,7 @@ class Plan:
             that stand in front of them.
         narrow: asked at the checks, with the cache.
         whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
-        saved: how many chunk tokens the method chose that need no computing.
+        saved: of each chunk how many tokens the method chose that need no computing.
     """
 
     rows: Tensor
@@ -41,7 +41,7 @@ class Plan:
     context: Tensor | None
     narrow: Callable[[Check], Tensor]
     whole: frozenset[int] = frozenset()
-    saved: int = 0
+    saved: tuple[int, ...] = ()
 
 
 def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
@@ -58,8 +58,11 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     method = selection.method
     assert method is not None
     chosen = _subset(selection.tokens, layout.reusable, method)
-    active = chosen[~torch.isin(chosen, layout.settled)] if layout.thrifty else chosen
-    saved = len(chosen) - len(active)
+    active, saved = chosen, (0,) * len(layout.chunks)
+    if layout.thrifty:
+        there = torch.isin(chosen, layout.settled)
+        active = chosen[~there]
+        saved = tuple(torch.bincount(layout.owners[chosen[there]], minlength=len(saved)).tolist())
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
@@ -72,7 +75,7 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     if len(active) == len(layout.reusable) > 0 and context is None and not layout.earlier:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
-        return Plan(rows, checks, checks[0] if checks else layers, None, narrow)
+        return Plan(rows, checks, checks[0] if checks else layers, None, narrow, saved=saved)
     whole = frozenset() if checks else _whole(active, layout)
     return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved)
 
