@@ -46,7 +46,7 @@ class Ahead:
         self.engine: Engine = engine
         self.finder: Finder = finder
         self.background: Background = Background("a prompt begun ahead", 1)
-        self._stayed = 1.0
+        self._share = 1.0  # of the lists that stayed
         self._latest: ref[Speculation] | None = None
 
     def may(self, one: Speculation) -> bool:
@@ -55,7 +55,7 @@ class Ahead:
             latest = None if self._latest is None else self._latest()
             busy = latest is not None and not latest.over
             line, mine = self.engine.scheduler, self.engine.decoder.turns.mine
-            if busy or mine or self._stayed < _LEAST_STAYED or not line.idle():
+            if busy or mine or self._share < _LEAST_STAYED or not line.idle():
                 return False
             self._latest = ref(one)
             return True
@@ -63,7 +63,7 @@ class Ahead:
     def learn(self, stayed: bool) -> None:
         """Count whether a list stayed as it was found first."""
         with self.background.guard:
-            self._stayed += _LAST * (stayed - self._stayed)
+            self._share += _LAST * (stayed - self._share)
 
     def close(self) -> None:
         """Give up what was begun. Closing twice is fine."""
@@ -175,6 +175,7 @@ class Speculation:
                 with looking(partial(self._look, closing)), told_of_hits(self._tell, found.hits):
                     request = replace(self._request, chunks=found.chunks)
                     prompt = self._ahead.engine.prompting.ahead(request, self._room)
+                self.outcome = "" if prompt is None else self.outcome
             elif found.chunks and not may:
                 self._documents.store.prefetch(list(self._documents.keys(found.chunks)), self.moved)
         except Exception as error:  # whoever asks meets it himself

@@ -55,8 +55,11 @@ def reference(hit: Hit) -> dict[str, Any]:
 
 
 def metadata_of(hit: Hit) -> dict[str, Any]:
-    """What frameworks are told of a passage: its source, page and heading where it has any, and its document's metadata."""
-    where = {"source": hit.source, "page": hit.page, "heading": hit.heading or None}
+    """What frameworks are told of a passage: its source, page and heading where it has any, the sources of those of the same text
+    that it stands for, and its document's metadata.
+    """
+    copies = [copy.source for copy in hit.copies]
+    where = {"source": hit.source, "page": hit.page, "heading": hit.heading or None, "copies": copies or None}
     return {**{name: value for name, value in where.items() if value is not None}, **hit.metadata}
 
 

@@ -47,6 +47,21 @@ def test_options(rag, options):
     assert texts(node.node for node in engine.query(QUESTION).source_nodes) == want
 
 
+def test_a_passage_says_for_which_others_it_stands(rag):
+    asked = DOCUMENTS[SOURCE][:200]
+    rag.add_texts([DOCUMENTS[SOURCE]], ["copy.md"])
+    first = langchain.RagKVRetriever(rag=rag, where={"source": SOURCE}).invoke(asked)
+    assert not any("copies" in document.metadata for document in first)
+    told = [
+        [document.metadata for document in langchain.RagKVRetriever(rag=rag, k=9).invoke(asked)],
+        [node.metadata for node in llamaindex.RagKVRetriever(rag, top_k=9).retrieve(asked)],
+        [document.meta for document in haystack.RagKVRetriever(rag, 9).run(asked)["documents"]],
+    ]
+    for each in told:
+        pairs = {(metadata["source"], *metadata["copies"]) for metadata in each if "copies" in metadata}
+        assert pairs and pairs <= {(SOURCE, "copy.md"), ("copy.md", SOURCE)}
+
+
 @pytest.mark.parametrize(("options", "error"), WRONG)
 def test_wrong_options(rag, options, error):
     retriever = langchain.RagKVRetriever(rag=rag)
