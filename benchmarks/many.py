@@ -1,7 +1,7 @@
 """Questions side by side against one after the other: the same prompts and answers, in turn, in one run.
 
     python -P benchmarks/many.py [--model NAME_OR_PATH] [--requests N] [--chunks N] [--tokens N] [--rounds N] [--dtype DTYPE]
-        [--json FILE]
+        [--weights float16|int8] [--json FILE]
 
 Every request has chunks of 256 tokens of its own, placed from CPU memory by ``LegoLink(16)``, a question of 16 tokens, and an
 answer of ``--tokens``. ``first`` holds each first token, counted from when all were asked, against when its turn would come one
@@ -16,13 +16,14 @@ import random
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ragkv import Engine, LegoLink
 from ragkv.evaluation.conditions import processor, versions
 from ragkv.model.loading import BUNDLED, load_model
+from ragkv.model.packed import Packing
 
 CHUNK_TOKENS, QUESTION_TOKENS = 256, 16
 
@@ -56,9 +57,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype")
+    parser.add_argument("--weights", choices=get_args(Packing), help="packed for a CPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, tokenizer, template, _ = load_model(args.model, None, {"dtype": args.dtype} if args.dtype else {})
+    loading = {name: value for name in ("dtype", "weights") if (value := getattr(args, name)) is not None}
+    model, tokenizer, template, _ = load_model(args.model, None, loading)
     engine, rng = Engine(model, tokenizer, template=template, method=LegoLink(16)), random.Random(0)
     vocab = min(engine.decoder.vocab_size, len(tokenizer)) - 1
     asked = [
@@ -84,7 +87,7 @@ def main() -> None:
     print(f"median: {ratio:.2f} times the throughput")
     if args.json:
         where = {"model": Path(args.model).name, "dtype": str(engine.decoder.dtype), "threads": torch.get_num_threads()}
-        asked_for = {name: getattr(args, name) for name in ("requests", "chunks", "tokens")}
+        asked_for = {name: getattr(args, name) for name in ("weights", "requests", "chunks", "tokens")}
         found = {"throughput": ratio, "rounds": rounds, **where, **asked_for, **versions(), "device": processor()}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
