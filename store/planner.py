@@ -19,6 +19,7 @@ from ragkv.store.terms import Terms
 
 GHOSTS_PER_ENTRY, LEAST_GHOSTS = 4, 1024
 NO_QUOTA = (1 << 64) - 1
+_SLOW = 20  # the mean of few entries must not jump
 
 
 class Books(Protocol):
@@ -113,9 +114,14 @@ class Planner(Generic[AnyBooks]):
         row = Row(replace(usage or (old.usage if old else Usage(0))), namespace=namespace_id(terms.namespace))
         row.usage.size_bytes = size_bytes
         row.created_s, row.expires_s = now, now + terms.lifetime_s
+        if old is not None and not old.usage.size_bytes:
+            self._count_return(old)
         if usage is None:
             row.usage.add_cost(terms.cost_s)
-            row.usage.frequency += terms.uses
+            if terms.uses:
+                self._add_uses(row.usage, terms.uses)
+        else:
+            row.usage.tick = self.books.counters.tick  # each tier has its own
         victims = self._room_for(key, row, old, passed)
         self.drop(key)
         worth = self._worth(key, row)
@@ -135,7 +141,7 @@ class Planner(Generic[AnyBooks]):
         books = self.books
         books.lift(key, row)
         self._used(row, times)
-        row.priority = self.policy.priority(key, row.usage, books.counters.clock)
+        row.priority = self._priority(key, row.usage)
         books.place(key, row)
 
     def drop(self, key: bytes, reason: str | None = None) -> bool:
@@ -215,19 +221,50 @@ class Planner(Generic[AnyBooks]):
 
     def _worth(self, key: bytes, row: Row) -> float:
         """The priority that an entry would be given."""
-        usage = replace(row.usage, frequency=row.usage.frequency + 1, tick=self.books.counters.tick + 1)
-        return self.policy.priority(key, usage, self.books.counters.clock)
+        usage = replace(row.usage)
+        self._add_uses(usage, 1)
+        return self._priority(key, usage)
+
+    def _priority(self, key: bytes, usage: Usage) -> float:
+        """The policy's, of what was just used."""
+        counters = self.books.counters
+        priority, window = self.policy.priority(key, usage, counters.clock), self.policy.window(counters.returns)
+        return max(priority, self._least_priority() + window) if window else priority
+
+    def _least_priority(self) -> float:
+        with closing(self.books.least()) as candidates:
+            row = next(filter(None, map(self.books.row, candidates)), None)
+        return -math.inf if row is None else row.priority
 
     def _age(self, priority: float) -> None:
         """Sets the clock forward: an entry of this priority was evicted, or not admitted."""
-        self.books.counters.clock = max(self.books.counters.clock, priority)
+        if not self.policy.half_life:
+            self.books.counters.clock = max(self.books.counters.clock, priority)
+
+    def _count_return(self, ghost: Row) -> None:
+        """Notes whether an entry that was evicted is asked for soon."""
+        counters, entries = self.books.counters, self.books.entries
+        soon = counters.tick - ghost.usage.tick < entries
+        counters.returns += (soon - counters.returns) / (_SLOW + entries)
+
+    def _half_life(self) -> float:
+        """Uses after which a use counts half."""
+        return self.policy.half_life * max(self.books.entries, 1) if self.policy.half_life else math.inf
+
+    def _add_uses(self, usage: Usage, times: int) -> None:
+        """Counts uses of now."""
+        tick = self.books.counters.tick + times
+        usage.heat = usage.heat * 2.0 ** (min(usage.tick - tick, 0) / self._half_life()) + times
+        usage.frequency += times
+        usage.tick = tick
 
     def _used(self, row: Row, times: int) -> None:
-        counters, usage = self.books.counters, row.usage
-        counters.tick += 1
+        counters = self.books.counters
+        self._add_uses(row.usage, times)
         row.used_s = self.now()
-        usage.frequency += times
-        usage.tick = counters.tick
+        counters.tick = row.usage.tick
+        if self.policy.half_life:
+            counters.clock += times / self._half_life()
 
     def _haunt(self, key: bytes, row: Row, uses: int = 0) -> None:
         """Remembers how an entry was used that is not there; the oldest ghost goes when there are too many."""

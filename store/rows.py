@@ -15,8 +15,9 @@ from ragkv.store.terms import Terms
 
 NOBODY = bytes(8)
 _ROW = struct.Struct("<QddQQQdddddd8s")
-_STATE = struct.Struct("<QdQQQd")
+_STATE = struct.Struct("<QdQQQdd")
 _SIGN = 1 << 63
+_ROW_NAME = "a row of the books"
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class Row:
         """The row as bytes, bound to its key."""
         use = self.usage
         data = _ROW.pack(
-            *(use.size_bytes, use.cost_s, use.last_cost_s, use.computed, use.frequency, use.tick),
+            *(use.size_bytes, use.cost_s, use.heat, use.computed, use.frequency, use.tick),
             *(self.priority, self.created_s, self.used_s, self.expires_s, self.pinned_from_s, self.pinned_until_s),
             self.namespace,
         )
@@ -73,7 +74,7 @@ class Row:
         Raises:
             RecordError: it is damaged.
         """
-        fields = _unpacked(_ROW, key, data)
+        fields = _unpacked(_ROW, unseal(key, data, _ROW_NAME))
         return cls(Usage(*fields[:6]), *fields[6:])
 
 
@@ -88,6 +89,7 @@ class Counters:
         ghosts: rows of entries that are no longer there.
         removals: how many entries were removed on purpose.
         written_s: the wall clock when the books were last written.
+        returns: see :meth:`~ragkv.store.policy.Policy.window`.
     """
 
     used_bytes: int = 0
@@ -96,6 +98,7 @@ class Counters:
     ghosts: int = 0
     removals: int = 0
     written_s: float = 0.0
+    returns: float = 0.0
 
     @classmethod
     def unpack(cls, data: bytes | None) -> Counters:
@@ -104,13 +107,16 @@ class Counters:
         Raises:
             RecordError: they are damaged.
         """
-        return cls() if data is None else cls(*_unpacked(_STATE, b"counters", data))
+        if data is None:
+            return cls()
+        state = unseal(b"counters", data, _ROW_NAME)
+        return cls(*_unpacked(_STATE, state.ljust(_STATE.size, b"\0")))  # older folders have no returns
 
     def pack(self) -> bytes:
         """The counters as bytes."""
         # A damaged folder may give back more than was counted.
         used, ghosts = max(self.used_bytes, 0), max(self.ghosts, 0)
-        state = _STATE.pack(used, self.clock, self.tick, ghosts, self.removals, self.written_s)
+        state = _STATE.pack(used, self.clock, self.tick, ghosts, self.removals, self.written_s, self.returns)
         return seal(b"counters", state)
 
 
@@ -134,8 +140,8 @@ def number(data: bytes) -> float:
     return float(value)
 
 
-def _unpacked(fields: struct.Struct, key: bytes, data: bytes) -> tuple[Any, ...]:
+def _unpacked(fields: struct.Struct, data: bytes) -> tuple[Any, ...]:
     try:
-        return fields.unpack(unseal(key, data, "a row of the books"))
+        return fields.unpack(data)
     except struct.error as error:
-        raise RecordError(f"a row of the books is damaged: {error}") from error
+        raise RecordError(f"{_ROW_NAME} is damaged: {error}") from error

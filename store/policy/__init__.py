@@ -6,10 +6,11 @@ from ragkv.store.named import named
 from ragkv.store.policy.base import Policy, Usage
 from ragkv.store.policy.gdsf import GDSF
 from ragkv.store.policy.lfu import LFU
+from ragkv.store.policy.lrfu import LRFU
 from ragkv.store.policy.lru import LRU
 from ragkv.store.policy.pgdsf import PGDSF
 
-POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (PGDSF, LRU, LFU, GDSF)}
+POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (PGDSF, LRFU, LRU, LFU, GDSF)}
 
 
 def get_policy(policy: str | Policy) -> Policy:
@@ -21,4 +22,4 @@ def get_policy(policy: str | Policy) -> Policy:
     return named("policy", policy, Policy, POLICIES)
 
 
-__all__ = ["GDSF", "LFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]
+__all__ = ["GDSF", "LFU", "LRFU", "LRU", "PGDSF", "POLICIES", "Policy", "Usage", "get_policy"]

@@ -14,15 +14,15 @@ class Usage:
     Attributes:
         size_bytes: what the entry takes in the tier.
         cost_s: mean of the seconds that computing it took, over ``computed`` measurements.
-        last_cost_s: seconds that computing it took the last time.
+        heat: its uses, where each counts the less the longer ago it was (:attr:`Policy.half_life`), as of the last one.
         computed: how often it was computed and put.
         frequency: how often it was put or read.
-        tick: logical time of the last use. Counts uses, so that a wall clock that jumps changes nothing.
+        tick: logical time of the last use: how many uses the tier had seen. A wall clock that jumps changes nothing.
     """
 
     size_bytes: int
     cost_s: float = 0.0
-    last_cost_s: float = 0.0
+    heat: float = 0.0
     computed: int = 0
     frequency: int = 0
     tick: int = 0
@@ -31,7 +31,6 @@ class Usage:
         """Counts one more computation of the entry into the mean cost."""
         self.computed += 1
         self.cost_s += (seconds - self.cost_s) / self.computed
-        self.last_cost_s = seconds
 
 
 class Policy(ABC):
@@ -39,13 +38,24 @@ class Policy(ABC):
 
     A priority is computed when the entry is used and stands until its next use, so that a tier can keep its entries
     in order. What would make all priorities age is put into ``clock`` instead: a tier's clock is the largest priority
-    that it ever evicted.
+    that it ever evicted, or with a :attr:`half_life` counts how many of these have passed.
     """
 
     name: ClassVar[str]
     #: Whether it looks at what entries cost: measuring that takes time.
     uses_costs: ClassVar[bool] = True
+    #: After how many uses per entry of a tier an earlier use counts half in :attr:`Usage.heat`; 0: uses count in full for ever.
+    half_life: ClassVar[float] = 0.0
 
     @abstractmethod
     def priority(self, key: bytes, usage: Usage, clock: float) -> float:
         """The priority of an entry that has just been used, given its tier's clock. Finite."""
+
+    def window(self, returns: float) -> float:
+        """How far above the least entry of its tier whatever was just used stands at least; 0: wherever its priority says.
+
+        Args:
+            returns: of what was asked for though it had been evicted, the share whose last use was less uses ago than the tier
+                has entries: a mean that follows what is asked.
+        """
+        return 0.0

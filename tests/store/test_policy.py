@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragkv.errors import RecordError, StoreError
+from ragkv.folder import seal, unseal
 from ragkv.store import TieredStore
 from ragkv.store.books import MemoryBooks
 from ragkv.store.planner import Planner
-from ragkv.store.policy import GDSF, LFU, LRU, PGDSF, Usage, get_policy
+from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF, Usage, get_policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.terms import Terms
 
@@ -25,15 +28,16 @@ def test_priorities():
     usage = Usage(size_bytes=4, frequency=3, tick=9)
     for seconds in (1.0, 3.0):
         usage.add_cost(seconds)
-    assert (usage.cost_s, usage.last_cost_s, usage.computed) == (2.0, 3.0, 2)
+    assert (usage.cost_s, usage.computed) == (2.0, 2)
     assert PGDSF().priority(b"", usage, 10.0) == 10.0 + 3 * 2.0 / 4
     assert GDSF().priority(b"", usage, 10.0) == 10.0 + 3 / 4
     assert LRU().priority(b"", usage, 10.0) == 9
     assert 3 < LFU().priority(b"", usage, 10.0) < 4
+    assert LRFU().priority(b"", replace(usage, heat=8.0), 10.0) == 10.0 + math.log2(8 * 2.0 / 4)
 
 
 def test_unknown_policy():
-    with pytest.raises(StoreError, match="gdsf, lfu, lru, pgdsf"):
+    with pytest.raises(StoreError, match="gdsf, lfu, lrfu, lru, pgdsf"):
         get_policy("arc")
 
 
@@ -90,15 +94,27 @@ def test_pgdsf_keeps_what_is_costly():
 
 @given(
     st.lists(st.tuples(st.sampled_from("pur"), st.integers(0, 9), st.integers(1, 60)), max_size=120),
-    st.sampled_from([LRU, LFU, GDSF, PGDSF]),
+    st.sampled_from([LRU, LFU, GDSF, PGDSF, LRFU]),
 )
 @settings(max_examples=80, deadline=None)
 def test_memory_against_a_list(actions, kind):
     """The heap with its stale places evicts what a search through a list would."""
     policy, tier = kind(), Room(100, kind())
     model: dict[bytes, tuple[float, Usage]] = {}
-    clock, tick = 0.0, 0
+    clock, tick, returns = 0.0, 0, 0.0
     ghosts: dict[bytes, Usage] = {}
+
+    def used(key: bytes, usage: Usage) -> None:
+        nonlocal clock, tick
+        half_life = policy.half_life * max(len(model), 1) or math.inf
+        tick += 1
+        usage.heat = usage.heat * 2 ** ((usage.tick - tick) / half_life) + 1
+        usage.frequency, usage.tick = usage.frequency + 1, tick
+        clock += 1 / half_life
+        priority, window = policy.priority(key, usage, clock), policy.window(returns)
+        least = min((priority for other, (priority, _) in model.items() if other != key), default=-math.inf)
+        model[key] = max(priority, least + window) if window else priority, usage
+
     for action, number, size in actions:
         key = name(number)
         if action == "r":
@@ -107,24 +123,67 @@ def test_memory_against_a_list(actions, kind):
         elif action == "u":
             assert tier.use(key) == (key in model)
             if key in model:
-                tick += 1
-                usage = model[key][1]
-                usage.frequency, usage.tick = usage.frequency + 1, tick
-                model[key] = policy.priority(key, usage, clock), usage
+                used(key, model[key][1])
         else:
             tier.admit(key, size, Terms(cost_s=1.0))
+            if key in ghosts:
+                returns += ((tick - ghosts[key].tick < len(model)) - returns) / (20 + len(model))
             old = model.pop(key, None)
             usage = old[1] if old else ghosts.pop(key, Usage(0))
             while sum(entry.size_bytes for _, entry in model.values()) + size > 100:
                 victim = min(model, key=lambda key: (model[key][0], key))
-                clock = max(clock, model[victim][0])
+                if not policy.half_life:
+                    clock = max(clock, model[victim][0])
                 ghosts[victim] = model.pop(victim)[1]
-            tick += 1
             usage.add_cost(1.0)
-            usage.size_bytes, usage.frequency, usage.tick = size, usage.frequency + 1, tick
-            model[key] = policy.priority(key, usage, clock), usage
+            usage.size_bytes = size
+            used(key, usage)
         assert tier.held_keys == set(model)
         assert tier.books.counters.used_bytes == sum(usage.size_bytes for _, usage in model.values()) <= 100
+
+
+def test_uses_fade():
+    """Half in six uses per entry; where nothing fades every use counts."""
+    for kind, heat in ((LRFU, 1 + 2 * 2 ** (-6 / 18)), (PGDSF, 3)):
+        tier = Room(30, kind())
+        for number in (1, 2, 2, 3, 1):
+            if not tier.use(name(number)):
+                tier.admit(name(number), 10, Terms())
+        row = tier.books.row(name(1))
+        row.usage.heat, row.usage.tick = 2.0, tier.books.counters.tick  # as after two uses at once
+        for _ in range(5):
+            tier.use(name(2))
+        tier.use(name(1))
+        assert tier.books.row(name(1)).usage.heat == pytest.approx(heat)
+
+
+def test_lrfu_gives_time_to_what_is_new():
+    """Longer where what was evicted is asked for soon."""
+    assert LRFU().window(0.3) > 4 * LRFU().window(0.05) > 0
+    tier = Room(40, LRFU())
+    for number in (1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4):
+        if not tier.use(name(number)):
+            tier.admit(name(number), 10, Terms())
+    tier.admit(name(5), 10, Terms())
+    assert name(5) in tier.held_keys, "it takes the place of another"
+    tier.books.counters.returns = 0.5
+    tier.admit(name(6), 10, Terms())
+    tier.admit(name(7), 10, Terms())
+    assert name(6) in tier.held_keys and name(7) in tier.held_keys, "neither of these evicts the other"
+
+
+def test_a_copy_is_as_hot_as_the_original():
+    """Ticks are a tier's own: what another tier has seen does not make a copy's uses fade."""
+    tier = Room(100, LRFU())
+    tier.admit(name(1), 10, Terms(), usage=Usage(10, heat=5.0, frequency=7, tick=10_000))
+    usage = tier.books.row(name(1)).usage
+    once_more = 1 + 5 * 2 ** (-1 / 6)  # a tier of one entry fades fast
+    assert (usage.heat, usage.frequency, usage.tick) == (once_more, 8, 1)
+    tier.books.counters.tick = 10_000
+    tier.admit(name(2), 10, Terms(), usage=Usage(10, heat=5.0, frequency=7, tick=3))
+    assert tier.books.row(name(2)).usage.heat == once_more
+    tier.admit(name(3), 10, Terms(uses=5))
+    assert tier.books.row(name(3)).usage.heat == 6, "what was used in another folder was used"
 
 
 def test_disk_evicts_as_memory_does(folder, kv, key):
@@ -162,6 +221,41 @@ def test_frequencies_and_costs_survive_a_restart_and_an_eviction(folder, kv, key
         store.put(key(1), kv(1, tokens=60), cost_s=4.0)
         usage = store._disk.row(key(1)).usage
         assert (usage.frequency, usage.cost_s, usage.computed) == (7, 3.0, 2)
+
+
+def test_what_lrfu_goes_by_survives_a_restart_and_an_eviction(folder, kv, key):
+    def opened():
+        return TieredStore(folder, cpu_bytes=0, disk_bytes=100_000, policy="lrfu")
+
+    with opened() as store:
+        for number in range(1, 4):
+            store.put(key(number), kv(number, tokens=60), cost_s=1.0)
+        for _ in range(6):
+            store.get(key(1))
+    with opened() as store:
+        usage, counters = store._disk.row(key(1)).usage, store._disk.counters()
+        assert 5 < usage.heat <= 7 and counters.clock > 0.3
+        store.put(key(4), kv(4, tokens=60), cost_s=1.0)
+        assert store._disk.counters().clock > counters.clock
+        for number in range(10, 16):
+            store.put(key(number), kv(number, tokens=60), cost_s=1.0)
+        assert not store.contains(key(2))
+        assert store.contains(key(1)), "six uses more are worth more than being new"
+        store.put(key(2), kv(2, tokens=60), cost_s=1.0)
+        assert 1 < store._disk.row(key(2)).usage.heat < 2
+
+
+def test_counters_of_a_folder_from_before(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
+        store.put(key(1), kv(1, tokens=60))
+        before = store._disk.counters()
+        with store._disk.environment.write() as txn:
+            data = before.pack()
+            short = seal(b"counters", unseal(b"counters", data)[:-8])
+            txn.put(b"counters", short, db=store._disk.environment.db(b"state"))
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
+        assert replace(store._disk.counters(), written_s=before.written_s) == before
+        assert store.contains(key(1))
 
 
 def test_ghosts_are_bounded(folder, kv, key, monkeypatch):
