@@ -169,9 +169,9 @@ async def test_adapters_over_one_engine_share_its_threads(model):
         worked.append(threading.current_thread())
         return False
 
-    for _ in range(2):
+    for _ in range(6):
         await RagKVGenerator(engine, {**ANSWER, "stopping_criteria": [note]}).run_async(QUESTION, documents(*FOREIGN))
-    assert len(set(worked)) == 1
+    assert len(set(worked)) < 6  # a pool takes a second thread where the first has not come back yet
 
 
 @pytest.mark.parametrize("streamed", [False, True])
