@@ -4,6 +4,7 @@ A question is the chunks that it is given, in order. Sizes are in tokens: chunks
 
 A log is a file of one JSON object a line, a question each: ``{"chunks": [[key, tokens], ...]}`` with any text for a key; or what
 ``ragkv ask --batch QUESTIONS --out FILE`` and ``ragkv ask --json`` write, or ``json.dumps(answer.report.as_dict())`` in Python.
+There a chunk is its document and its number: what was edited in between counts as the same.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ragkv import bundled
 from ragkv.errors import DocumentError
+from ragkv.report import ChunkReport, FusionReport
 from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF
 
 
@@ -150,8 +151,8 @@ def test_gains_are_paired():
 
 def test_a_log(tmp_path):
     file = tmp_path / "log.jsonl"
-    chunk = {"name": "a.md", "document": "d1", "number": 3, "tokens": 7, "source": "cpu"}
-    report = {"fusion": {"chunks": [chunk, chunk | {"number": 4}]}}
+    chunks = [ChunkReport("a.md", "d1", number, 7, "cpu") for number in (3, 4)]
+    report = {"fusion": FusionReport("reuse", "sdpa", "reference", 1, 14, 3, chunks=chunks).as_dict()}
     rows = [{"chunks": [["a", 5], ["b", 6]]}, {"question": "?", "report": report}, report, report["fusion"]]
     file.write_text("\n".join(map(json.dumps, [*rows, {"error": {"message": "no"}}, {"chunks": []}])) + "\n\n")
     stream = read_trace(file, lambda tokens: tokens / 10)
