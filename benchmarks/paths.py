@@ -1,7 +1,7 @@
 """What keeping what prompts compute is worth, on a stream of questions over a corpus twice the cache.
 
     python -P benchmarks/paths.py [--model NAME_OR_PATH] [--dtype DTYPE] [--data FILE] [--cases N] [--questions N] [--top-k N]
-        [--share X] [--json FILE]
+        [--share X] [--seeds N] [--json FILE]
 
 The documents of the first cases of ``--data`` (as for ``ragkv eval``; by default those that ragkv ships) are one corpus. Their
 questions are asked by Zipf's law, each in one of four wordings, and passages found by the embedder. Every arm has the same bytes
@@ -95,16 +95,15 @@ def main() -> None:
     parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--dtype")
     parser.add_argument("--data", type=Path, default=CASES_PATH)
-    parser.add_argument("--cases", type=int, default=24)
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--cases", type=int, default=12)
+    parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--top-k", type=int, default=5)
     parser.add_argument("--share", type=float, default=0.5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cases = read_cases(args.data)[1][: args.cases]
     documents = list(dict.fromkeys("\n".join(document) for case in cases for document in case.documents))
-    questions = stream(list(dict.fromkeys(case.question for case in cases)), args.questions, args.seed)
     with opened(args, documents, 1 << 40, False) as rag:
         everything = rag.engine.store.stats().bytes["cpu"]
         found = len(rag.engine.store)
@@ -112,20 +111,24 @@ def main() -> None:
     print(
         f"{len(documents)} documents, {found} passages, {everything >> 20} MiB of KV; {budget >> 20} MiB for every arm"
     )
-    references, results = dict[Any, torch.Tensor](), dict[str, dict[str, float]]()
-    for arm, (_, kept, _) in ARMS.items():
-        with opened(args, documents, budget, kept) as rag:
-            results[arm] = asked(rag, arm, questions, args.top_k, references)
-        row = results[arm]
-        of_plain = row["computed"] / results[PLAIN]["computed"]
-        print(
-            f"{arm:36} {row['computed']:7.1f} tokens computed ({of_plain:.2f} of chunks alone; read {row['read']:.1f}, spared "
-            f"{row['saved']:.1f}), KL {row['kl']:.4f}, {row['ms']:.0f} ms"
-        )
+    references, rounds = dict[Any, torch.Tensor](), list[dict[str, dict[str, float]]]()
+    for seed in range(args.seeds):
+        questions = stream(list(dict.fromkeys(case.question for case in cases)), args.questions, seed)
+        results: dict[str, dict[str, float]] = {}
+        for arm, (_, kept, _) in ARMS.items():
+            with opened(args, documents, budget, kept) as rag:
+                row = results[arm] = asked(rag, arm, questions, args.top_k, references)
+            share = row["computed"] / results[PLAIN]["computed"]
+            print(
+                f"seed {seed}, {arm:36} {row['computed']:6.1f} tokens computed ({share:.2f} of chunks alone; read {row['read']:.1f}, "
+                f"spared {row['saved']:.1f}), KL {row['kl']:.4f}, {row['ms']:.0f} ms",
+                flush=True,
+            )
+        rounds.append(results)
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
         conditions = {"processor": processor(), "versions": versions()}
-        args.json.write_text(json.dumps({"settings": settings, "results": results, **conditions}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"settings": settings, "seeds": rounds, **conditions}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
