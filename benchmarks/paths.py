@@ -120,8 +120,8 @@ def main() -> None:
                 row = results[arm] = asked(rag, arm, questions, args.top_k, references)
             share = row["computed"] / results[PLAIN]["computed"]
             print(
-                f"seed {seed}, {arm:36} {row['computed']:6.1f} tokens computed ({share:.2f} of chunks alone; read {row['read']:.1f}, "
-                f"spared {row['saved']:.1f}), KL {row['kl']:.4f}, {row['ms']:.0f} ms",
+                f"seed {seed}, {arm:36} {row['computed']:6.1f} tokens computed ({share:.2f} of chunks alone; read "
+                f"{row['read']:.1f}, spared {row['saved']:.1f}), KL {row['kl']:.4f}, {row['ms']:.0f} ms",
                 flush=True,
             )
         rounds.append(results)
