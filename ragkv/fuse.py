@@ -97,7 +97,7 @@ def fuse(
                 ChunkReport(placed.chunk.name, placed.chunk.document, placed.chunk.number, len(placed.chunk), source)
                 for placed, source in zip(layout.chunks, sources, strict=True)
             ],
-            bytes_read=one.placement.bytes_read(moved) if one.opened else 0,
+            bytes_read=one.paths.bytes_read + (one.placement.bytes_read(moved) if one.opened else 0),
             budget=done.budget,
             fresh_by_layer=done.fresh,
             looked=one.looked,

@@ -58,7 +58,7 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     method = selection.method
     assert method is not None
     chosen = _subset(selection.tokens, layout.reusable, method)
-    active = chosen[~torch.isin(chosen, layout.settled)] if layout.thrifty else chosen
+    active = chosen[~torch.isin(chosen, settled)] if len(settled := layout.settled) else chosen
     saved = len(chosen) - len(active)
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
