@@ -98,7 +98,7 @@ def fuse(
                 )
                 for placed, source, saved in zip(layout.chunks, sources, work.saved, strict=True)
             ],
-            bytes_read=one.placement.bytes_read(moved) if one.opened else 0,
+            bytes_read=one.paths.bytes_read + (one.placement.bytes_read(moved) if one.opened else 0),
             budget=done.budget,
             fresh_by_layer=done.fresh,
             looked=one.looked,

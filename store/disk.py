@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import compress
+from itertools import compress, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +187,11 @@ class DiskTier(Tier):
         except RecordError:
             return None
 
-    def stored(self) -> list[bytes]:
-        """All records that are stored, also those that have expired or that the books do not know."""
+    def stored(self, beginning: bytes = b"") -> list[bytes]:
+        """All records whose keys begin so, also those that have expired or that the books do not know."""
         with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
-            return [bytes(key) for key in cursor.iternext(values=False)]
+            cursor.set_range(beginning)
+            return list(takewhile(lambda key: key.startswith(beginning), map(bytes, cursor.iternext(values=False))))
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""

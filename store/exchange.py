@@ -17,6 +17,7 @@ import xxhash
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder.archive import RECORDS_FORMAT, UNREADABLE, Exchanged, Lost, Member, Writer, written
 from ragkv.store.disk import DiskTier
+from ragkv.store.keys import PATH
 from ragkv.store.maintenance import load, opened
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record, checksum
@@ -50,8 +51,8 @@ def export(
 
 
 def add_records(archive: Writer, tier: DiskTier, wanted: Callable[[bytes], bool], progress: Progress) -> None:
-    """Adds the wanted records of a folder to an archive."""
-    for key in filter(wanted, tier.stored()):
+    """Adds the wanted records of a folder to an archive; what prompts computed stays where it is."""
+    for key in (key for key in tier.stored() if wanted(key) and not key.startswith(PATH)):
         try:
             member = _packed(tier, key)
         except RecordError as error:

@@ -31,7 +31,9 @@ def chunk_key(space: str, ids: Sequence[int], context: bytes, namespace: str = "
 PATH = b"path"
 
 # A label has room for the beginnings of so many keys; it names any, where there are more.
-_TAG_BYTES, _MOST_TAGS, _ANY = 4, 28, "*"
+_TAG_BYTES, _MOST_TAGS = 4, 28
+#: The label that names any chunk.
+ANY = "*"
 
 
 def path_key(space: str, ids: Sequence[int], path: bytes, namespace: str = "") -> bytes:
@@ -46,9 +48,9 @@ def tag(key: bytes) -> str:
 
 def label_of(keys: Collection[bytes]) -> str:
     """The label of what was computed of chunks, and behind them."""
-    return " ".join(map(tag, keys)) if len(keys) <= _MOST_TAGS else _ANY
+    return " ".join(map(tag, keys)) if len(keys) <= _MOST_TAGS else ANY
 
 
 def labelled(label: str, tags: Iterable[str]) -> bool:
     """Whether a label names one of the chunks, or might."""
-    return label == _ANY or not set(label.split()).isdisjoint(tags)
+    return label == ANY or not set(label.split()).isdisjoint(tags)

@@ -80,10 +80,10 @@ class Verdict:
     dropped: int
 
 
-def entries(path: str | os.PathLike[str], beginning: bytes = b"") -> Iterator[Entry]:
-    """What a folder holds, or those of it whose keys begin so, in the order of the keys."""
+def entries(path: str | os.PathLike[str]) -> Iterator[Entry]:
+    """What a folder holds, in the order of the keys."""
     with opened(path) as tier:
-        for key in filter(lambda key: key.startswith(beginning), tier.stored()):
+        for key in tier.stored():
             entry = _entry(tier, key)
             if entry is not None:
                 yield entry
@@ -91,8 +91,26 @@ def entries(path: str | os.PathLike[str], beginning: bytes = b"") -> Iterator[En
 
 def computed_of(path: str | os.PathLike[str], keys: Collection[bytes]) -> list[bytes]:
     """The keys of what was computed, under some path, of chunks that have these keys, and behind them."""
-    tags = set(map(tag, keys))
-    return [entry.key for entry in entries(path, PATH) if labelled(entry.label, tags)] if tags else []
+    with opened(path) as tier:
+        return behind(tier, keys)
+
+
+def behind(tier: DiskTier, keys: Collection[bytes]) -> list[bytes]:
+    """As :func:`computed_of`, in an open folder. What cannot be read is among them."""
+    tags, computed = set(map(tag, keys)), tier.stored(PATH) if keys else []
+    snapshot = tier.snapshot()
+
+    def named(key: bytes) -> bool:
+        try:
+            found = snapshot.find(key, None)
+        except RecordError:
+            return True
+        return found is not None and labelled(found[0].label, tags)
+
+    try:
+        return list(filter(named, computed))
+    finally:
+        snapshot.close()
 
 
 def verify(

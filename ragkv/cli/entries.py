@@ -14,7 +14,7 @@ from ragkv.errors import RagKVError
 from ragkv.exchange import kv_folder
 from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
-from ragkv.store.keys import PATH, tag
+from ragkv.store.keys import ANY, PATH, tag
 from ragkv.store.maintenance import Entry, entries, remove
 
 #: What lists the documents.
@@ -50,7 +50,7 @@ class Listed:
     @property
     def orphan(self) -> bool:
         """Whether it was made for a document's passage, and no document has that any more."""
-        return self.catalogued and bool(self.entry.label) and not self.places
+        return self.catalogued and self.entry.label not in ("", ANY) and not self.places
 
     def field(self, name: str) -> Any:
         """What filters and orders look at, see :data:`ragkv.cli.filters.FIELDS`."""

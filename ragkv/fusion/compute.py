@@ -59,7 +59,7 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     assert method is not None
     chosen = _subset(selection.tokens, layout.reusable, method)
     active, saved = chosen, (0,) * len(layout.chunks)
-    if layout.thrifty:
+    if layout.thrifty or any(placed.path for placed in layout.chunks):
         there = torch.isin(chosen, layout.settled)
         active = chosen[~there]
         saved = tuple(torch.bincount(layout.owners[chosen[there]], minlength=len(saved)).tolist())

@@ -70,7 +70,7 @@ class Layout:
         held: tokens in front whose KV lie in the prompt's cache already, as those of an earlier conversation; never computed again.
         earlier: pieces of the prefix behind the opening that were computed before, ascending: first slot, the one behind the last,
             and the key of their KV (:mod:`ragkv.library.paths`).
-        thrifty: what is exact where it stands is never computed, by no method.
+        thrifty: what is exact where it was read is never computed, by no method, like what is exact under its path.
         mended: slots of the tokens that were recomputed here before, in chunks that are not exact, ascending.
     """
 
@@ -128,10 +128,14 @@ class Layout:
         """The tokens of all chunks that are not exact where they stand, ascending."""
         return self.span(*[placed for placed in self.chunks if not placed.exact])
 
+    def settles(self, placed: Placed) -> bool:
+        """Whether a chunk is exact where it stands, and is not computed, whatever the method says."""
+        return placed.exact and (self.thrifty or bool(placed.path))
+
     @property
     def settled(self) -> Tensor:
         """The chunk tokens that need no computing, whatever the method says."""
-        exact = self.span(*[placed for placed in self.chunks if self.thrifty and placed.exact])
+        exact = self.span(*[placed for placed in self.chunks if self.settles(placed)])
         return torch.cat([exact, torch.tensor(self.mended, dtype=torch.long, device=exact.device)])
 
     @property

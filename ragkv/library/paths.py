@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 _MOST_WAITING = 2
 # How long closing waits for what is to be stored.
 _LEAVE_S = 5.0
-# The name of the fact that there are paths in a store.
-_FACT = "paths"
 # Paths that are looked along for an order of chunks.
 _MOST_LOOKS = 64
 # Labels of what was evicted are looked for when there are so many times more than stored pieces.
 _STALE = 4
+# Of what is in memory alone, by the store: engines may share one.
+_labels = WeakKeyDictionary[TieredStore, dict[bytes, str]]()
 
 
 class Paths:
@@ -53,8 +54,7 @@ class Paths:
     def __init__(self, store: TieredStore):
         self.store: TieredStore = store
         self._background = Background("keeping what was computed under a path", _MOST_WAITING)
-        self._labels = dict[bytes, str]()  # of what is in memory alone
-        self._said = False  # that there are paths in the store
+        self._labels = _labels.setdefault(store, {})
 
     def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
         """What was computed of a prompt before.
@@ -68,9 +68,10 @@ class Paths:
         """
         if layout.held or not layout.even:
             return Known(layout)
-        layout = replace(layout, thrifty=True)
+        lossless = all(codec is None or codec.exact for codec in documents.store.codecs)
+        layout = replace(layout, thrifty=lossless)
         blocks, chunks = pieces(documents, reader, layout, method)
-        open_ones = [piece for piece, placed in zip(chunks, layout.chunks, strict=True) if not placed.exact]
+        open_ones = [piece for piece, placed in zip(chunks, layout.chunks, strict=True) if not layout.settles(placed)]
         wanted = [piece.whole for piece in (*blocks, *open_ones)]
         there = self.store.where([*wanted, *(piece.repaired for piece in open_ones if piece.repaired)])
         takes = [piece.whole if piece.whole in there else piece.repaired for piece in open_ones]
@@ -85,7 +86,7 @@ class Paths:
         }
         placed, mended = [], list[int]()
         for one, piece in zip(layout.chunks, chunks, strict=True):
-            if not one.exact and piece.whole in held:
+            if not layout.settles(one) and piece.whole in held:
                 one = replace(one, path=piece.whole, base=one.start, exact=True)
             elif not one.exact and piece.repaired in held:
                 one = replace(one, path=piece.repaired)
@@ -125,12 +126,13 @@ class Paths:
         for placed, piece in zip(layout.chunks, known.chunks, strict=True):
             mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
             front.append(documents.key(placed.chunk, reader.space))
-            exact = exact and (placed.exact or (everywhere and len(mine) == len(placed.chunk)))
-            if placed.exact or not mine or not everywhere:
+            settled = layout.settles(placed)
+            exact = exact and (settled or (everywhere and len(mine) == len(placed.chunk)))
+            if settled or not mine or not everywhere:
                 continue
             if exact:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
-            elif piece.repaired:
+            elif piece.repaired and not placed.exact:
                 before = mended[bisect_left(mended, placed.start) : bisect_left(mended, placed.stop)]
                 item(_rows(cache, sorted({*mine, *before}), piece.start), piece, piece.repaired, label_of(front))
         if items:
@@ -162,13 +164,13 @@ class Paths:
             if not left or not looks:
                 return
             looks -= 1
-            found = {number: path.piece(chunks[number].ids, mark_of(method)) for number in left}
+            found = {number: path.chunk(chunks[number], mark_of(method)) for number in left}
             there = self.store.where(key for piece in found.values() for key in (piece.whole, piece.repaired) if key)
             for number, piece in found.items():
                 tokens = piece.stop - piece.start if {piece.whole, piece.repaired} & there.keys() else 0
                 # What is computed in front of all others may be exact where its document was read, and is not kept here.
                 if tokens or not taken:
-                    go_on(path.behind(chunks[number].ids), [*taken, number], known + tokens)
+                    go_on(path.behind_chunk(chunks[number]), [*taken, number], known + tokens)
 
         go_on(Path(documents, reader, prefix), [], 0)
         return [*best, *(number for number in range(len(chunks)) if number not in best)]
@@ -182,9 +184,7 @@ class Paths:
         if self.store.path is not None:  # other processes store there too
             return self.store.remove_many(computed_of(self.store.path, keys))
         tags = set(map(tag, keys))
-        with self._background.guard:
-            gone = [key for key, label in self._labels.items() if labelled(label, tags)]
-        return self.store.remove_many(gone)
+        return self.store.remove_many([key for key, label in list(self._labels.items()) if labelled(label, tags)])
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was computed so far is stored; whether it is."""
@@ -198,18 +198,14 @@ class Paths:
 
     def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
         of_chunks = {item.key: item.label for item in items if item.label}
-        with self._background.guard:
+        if self.store.path is None:
             self._labels.update(of_chunks)
-        if not self._said:
-            self.store.meta_put(_FACT, b"1")  # whoever removes documents has to look for them
-            self._said = True
         documents.put(reader, items, self.store)
         if not documents.holds(chunks):  # removed meanwhile: whoever did so may have come too early to find them
             self.store.remove_many(of_chunks)
-        with self._background.guard:
-            if len(self._labels) > _STALE * (len(self.store) + 1):
-                for key in self.store.missing(list(self._labels)):
-                    self._labels.pop(key)
+        if len(self._labels) > _STALE * (len(self.store) + 1):
+            for key in self.store.missing(list(self._labels)):
+                self._labels.pop(key, None)
 
 
 def forget(paths: Paths | None, store: TieredStore, keys: Collection[bytes]) -> None:
@@ -222,7 +218,7 @@ def forget(paths: Paths | None, store: TieredStore, keys: Collection[bytes]) -> 
     """
     if paths is not None:
         paths.forget(keys)
-    if keys and store.path is not None and (paths is None or paths.store is not store) and store.meta_get(_FACT):
+    if keys and (paths is None or paths.store is not store):
         Paths(store).forget(keys)
 
 

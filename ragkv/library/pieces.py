@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ragkv.chunk import Chunk, ChunkKV, digest, marked
+from ragkv.errors import RecordError
 from ragkv.fusion.layout import Layout
 from ragkv.library.reading import Reader
 from ragkv.methods import Method
@@ -22,6 +23,8 @@ class Owner(Protocol):
     """Whose chunks they are: :class:`~ragkv.library.documents.Documents`."""
 
     namespace: str
+    anchor: tuple[int, ...]
+    store: TieredStore
 
     def key(self, chunk: Chunk, space: str = "") -> bytes:
         """The key of a chunk's own KV."""
@@ -72,12 +75,23 @@ class Known:
         """What is known, by key.
 
         Raises:
-            RecordError: a record proved damaged; the store has dropped it.
+            RecordError: records proved damaged; the store has dropped all of them.
         """
-        batch = self.batch
-        if batch is None:
-            return {}
-        return {key: _kv(batch, index) for index, key in enumerate(batch.keys) if batch.tiers[index] is not None}
+        found, damaged, batch = dict[bytes, ChunkKV](), None, self.batch
+        for index, key in enumerate([] if batch is None else batch.keys):
+            try:
+                if batch is not None and batch.tiers[index] is not None:
+                    found[key] = _kv(batch, index)
+            except RecordError as error:
+                damaged = error
+        if damaged is not None:
+            raise damaged
+        return found
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk of it so far."""
+        return 0 if self.batch is None else self.batch.bytes_read
 
 
 class Path:
@@ -91,6 +105,7 @@ class Path:
     def __init__(self, documents: Owner, reader: Reader, ids: Sequence[int]):
         self._space, self._namespace = digest("ragkv paths 1", reader.fingerprint).hex(), documents.namespace
         self._digest: bytes = digest(ids)
+        self._read: bytes = digest(documents.anchor)  # behind what the chunks in front were read
         self.tokens: int = len(ids)
 
     def behind(self, ids: Sequence[int]) -> Path:
@@ -99,10 +114,23 @@ class Path:
         longer._digest, longer.tokens = digest(self._digest, ids), self.tokens + len(ids)
         return longer
 
-    def piece(self, ids: Sequence[int], mark: str = "") -> Piece:
-        """A piece that stands behind; with the method's mark, if it is a chunk."""
-        repaired = self._key(ids, marked(self._digest, mark)) if mark else b""
-        return Piece(self.tokens, self.tokens + len(ids), self._key(ids, self._digest), repaired)
+    def behind_chunk(self, chunk: Chunk) -> Path:
+        """The path behind a chunk."""
+        longer = self.behind(chunk.ids)
+        longer._read = digest(self._read, chunk.context)
+        return longer
+
+    def piece(self, ids: Sequence[int]) -> Piece:
+        """A piece of earlier messages that stands behind."""
+        return Piece(self.tokens, self.tokens + len(ids), self._key(ids, self._digest))
+
+    def chunk(self, chunk: Chunk, mark: str) -> Piece:
+        """A chunk that stands behind.
+
+        What a method recomputes hangs on the stored KV around it too, and so on what these were read behind.
+        """
+        repaired = marked(digest(self._digest, self._read, chunk.context), mark) if mark else b""
+        return self.piece(chunk.ids)._replace(repaired=self._key(chunk.ids, repaired) if mark else b"")
 
     def _key(self, ids: Sequence[int], path: bytes) -> bytes:
         return path_key(self._space, ids, path, self._namespace)
@@ -119,8 +147,8 @@ def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> 
     if path.tokens < layout.chunks_start:
         path = path.behind(ids[path.tokens : layout.chunks_start])
     for placed in layout.chunks:
-        chunks.append(path.piece(placed.chunk.ids, mark_of(method)))
-        path = path.behind(placed.chunk.ids)
+        chunks.append(path.chunk(placed.chunk, mark_of(method)))
+        path = path.behind_chunk(placed.chunk)
     return blocks, chunks
 
 

@@ -20,6 +20,8 @@ class Codec(ABC):
     name: ClassVar[str]
     #: Whether K is better encoded as it was before rotary embedding, which mixes its channels.
     before_rotation: ClassVar[bool] = False
+    #: Whether decoding gives back the very numbers.
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ class Lossless(Codec):
     """
 
     name = "lossless"
+    exact = True
 
     def __init__(self, level: int = 1) -> None:
         self.level = level

@@ -4,7 +4,10 @@ import torch
 from transformers import DynamicCache
 
 from ragkv import FullPrefill, TieredStore
+from ragkv.exchange import export_folder, import_folder
 from ragkv.retrieval import Retrieval
+from ragkv.store.keys import PATH
+from ragkv.store.maintenance import entries
 
 from .rags import DOCUMENTS, QUESTION, open_rag
 
@@ -69,6 +72,25 @@ def test_a_document_that_changes_or_goes_leaves_no_path(model, tmp_path):
         for source in DOCUMENTS:
             rag.remove(source)
         assert len(store) == 0
+
+
+def test_a_document_that_an_archive_replaces_leaves_no_path(model, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    with open_rag(there, model=model) as rag:
+        rag.add_texts(["Quite another text about a river."], [next(iter(DOCUMENTS))])
+    export_folder(there, tmp_path / "file")
+    with open_rag(here, model=model, paths=True) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        rag.ask(QUESTION, top_k=9, order="retrieved", **OPTIONS)
+        rag.engine.paths.wait()
+        behind = rag.engine.store.path
+    kept = len(list(pieces(behind)))
+    import_folder(here, tmp_path / "file", disk_bytes=1 << 30, replace=True)
+    assert kept > len(list(pieces(behind)))
+
+
+def pieces(folder):
+    return [entry for entry in entries(folder) if entry.key.startswith(PATH)]
 
 
 def exact(rag, answer):

@@ -10,7 +10,7 @@ import torch
 from ragkv.cli import entries
 from ragkv.retrieval import Catalogue, Reading
 from ragkv.store import TieredStore
-from ragkv.store.keys import label_of, path_key
+from ragkv.store.keys import ANY, label_of, path_key
 
 
 def test_rm_by_id_and_by_document(run, left, key):
@@ -179,9 +179,9 @@ def test_forget_is_of_one_namespace(run, left, folder, tmp_path, key, kv):
 
 
 def test_what_was_computed_of_a_document_or_behind_it_goes_with_it(run, folder, key, kv):
-    """Pieces under a path: of both documents, of the second behind the first, of the second alone, of none."""
-    computed = {name: path_key("space", [number], b"path") for number, name in enumerate(("both", "second", "none"))}
-    labels = {"both": label_of([key(0), key(2)]), "second": label_of([key(2)]), "none": ""}
+    """Pieces under a path: of the second document behind the first, of the second alone, of more than are named, of none."""
+    labels = {"both": label_of([key(0), key(2)]), "second": label_of([key(2)]), "any": ANY, "none": ""}
+    computed = {name: path_key("space", [number], b"path") for number, name in enumerate(labels)}
     with TieredStore(folder / "kv", cpu_bytes=0) as store:
         for name, label in labels.items():
             store.put(computed[name], kv(7), label=label)
@@ -191,9 +191,9 @@ def test_what_was_computed_of_a_document_or_behind_it_goes_with_it(run, folder, 
             return [name for name, key in computed.items() if key in store]
 
     lines = [line for line in run("ls")[1].splitlines() if line.endswith(" path")]
-    assert sorted(line.split()[1] for line in lines) == ["(none)", "b.md", "b.md"]  # by what they are of
-    assert run("prune", "--orphans", "--yes")[0] == 0 and there() == ["both", "second", "none"]
-    assert run("forget", "a.md", "--dry-run", "--yes")[0] == 0 and there() == ["both", "second", "none"]
+    assert sorted(line.split()[1] for line in lines) == ["(none)", "(none)", "b.md", "b.md"]  # by what they are of
+    assert run("prune", "--orphans", "--yes")[0] == 0 and there() == list(labels)
+    assert run("forget", "a.md", "--dry-run", "--yes")[0] == 0 and there() == list(labels)
     assert run("forget", "a.md", "--yes")[0] == 0
     assert there() == ["second", "none"]
     assert run("rm", "b.md", "--yes")[0] == 0
