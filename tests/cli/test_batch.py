@@ -127,7 +127,7 @@ def test_many_failures_are_named_up_to_a_number(batch):
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
-def test_stopped_run_loses_nothing(how, batch, answers, tmp_path, monkeypatch):
+def test_stopped_run_loses_nothing(how, batch, answers, tmp_path, monkeypatch, interruptible):
     """Ctrl-C while questions are worked on: those have no line. A kill may leave half a line, which goes."""
     questions, ask = [{"question": f"{RIVER} {number}"} for number in range(5)], RAG.ask
 

@@ -199,7 +199,7 @@ def test_placing_waits_for_no_model_and_the_model_for_no_placing(engine, monkeyp
 def test_a_layer_is_placed_once(engine, monkeypatch):
     """However often it is asked for, on an accelerator before its layer attends: by a look, then by the pass."""
     init, order = Placement.__init__, []
-    monkeypatch.setattr(Placement, "__init__", lambda *args: init(*args, by_layer=True))
+    monkeypatch.setattr(Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
     place = Placement._place_layer
     monkeypatch.setattr(Placement, "_place_layer", lambda self, n: (order.append(f"place {n}"), place(self, n)))
     chunks = engine.add([random_ids(20), random_ids(31)])[::-1]

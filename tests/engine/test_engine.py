@@ -230,7 +230,7 @@ def test_layer_by_layer_and_chunk_by_chunk_place_the_same(shared_model, tmp_path
         for method in (Reuse(), LegoLink(k=4), CacheBlend(ratio=0.3, check_layer=2)):
             one = engine.fuse(chunks, QUESTION, method=method)
             with monkeypatch.context() as patch:
-                patch.setattr(placement.Placement, "__init__", lambda *a: init(*a, by_layer=True))
+                patch.setattr(placement.Placement, "__init__", lambda *a, **more: init(*a, **more, by_layer=True))
                 two = engine.fuse(chunks, QUESTION, method=method)
             assert torch.equal(one.logits, two.logits)
             for a, b in zip(one.past_key_values.layers, two.past_key_values.layers, strict=True):

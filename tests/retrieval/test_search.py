@@ -144,7 +144,7 @@ def test_min_score(retriever, embedder):
         ({"hybrid": "yes"}, ArgumentTypeError, "hybrid must be True or False, got 'yes'"),
         ({"rerank": 3}, ArgumentTypeError, r"rerank must be .*predict\(\).* got 3"),
         ({"where": "kind=town"}, RetrievalError, "where must be a dict"),
-        ({"order": "best"}, RetrievalError, "order must be one of document, retrieved, best-last, got 'best'"),
+        ({"order": "best"}, RetrievalError, "order must be one of document, retrieved, best-last, cache, got 'best'"),
         ({"order": ["retrieved"]}, ArgumentTypeError, r"order must be one of .*, got \['retrieved'\]"),
         ({"topk": 3}, UnknownArgumentError, "no option topk: it takes top_k, neighbours, "),
     ],

@@ -35,7 +35,7 @@ def test_one_pass_for_several_prompts(device, monkeypatch):
     engine.fuse(chunks, random_ids(3))  # after its first use a chunk is in the pool
     asked = [(chunks[::-1], random_ids(3)), (chunks[:1], random_ids(5))]
     want = [alone.fuse(*one) for one in asked]
-    monkeypatch.setattr(placement.Placement, "__init__", lambda *args: plain(*args, by_layer=True))
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: plain(*args, **more, by_layer=True))
     steps = engine.runner.steps("triton")
     assert steps.packs
     got = engine.fuse_many(asked)
@@ -51,7 +51,7 @@ def test_one_pass_for_several_prompts(device, monkeypatch):
 def test_from_the_pool_layer_by_layer(device, monkeypatch):
     """As on a GPU: chunks lie in blocks of the pool, and each layer of a prompt is one launch."""
     plain = placement.Placement.__init__
-    monkeypatch.setattr(placement.Placement, "__init__", lambda *args: plain(*args, by_layer=True))
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: plain(*args, **more, by_layer=True))
     model = tiny_model("llama", num_hidden_layers=1).to(device)
     store = TieredStore(gpu_bytes=1 << 20, device=device)
     template, passages = PromptTemplate(prefix=[1, 5]), [random_ids(n) for n in (19, 14)]
