@@ -184,7 +184,7 @@ def _take_document(
     archived: ArchivedDocument, catalogue: Catalogue, tier: DiskTier, replace: bool, done: Exchanged
 ) -> None:
     merged = catalogue.merge(archived, replace_other=replace)
-    tier.remove([*merged.unused, *maintenance.behind(tier, merged.unused)])
+    tier.remove([*merged.unused, *tier.computed_of(merged.unused)])
     if merged.kept:
         done.kept.append(archived.document.source)
     elif merged.there:

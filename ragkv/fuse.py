@@ -59,7 +59,7 @@ def fuse(
     """
     with ExitStack() as stack:
         one = _Fusing(documents, layout, method, room_tokens, begin, stack, past)
-        layout = one.layout
+        layout = one.paths.layout
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
@@ -106,7 +106,8 @@ def fuse(
             timer=timer,
         )
         if documents.paths is not None:
-            documents.paths.keep(documents, one.reader, one.paths, one.cache, done)
+            with timer.stage("keep"):
+                documents.paths.keep(documents, one.reader, one.paths, one.cache, done)
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
@@ -128,8 +129,7 @@ class _Fusing(Looking):
             raise ModelChangedError("the model's weights, adapter or attention have changed since the answer before")
         paths = documents.paths
         self.paths = Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
-        self.layout = self.paths.layout
-        super().__init__(self.reader, self.layout, room_tokens, None if past is None else past.cache)
+        super().__init__(self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
         self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)

@@ -116,7 +116,8 @@ class FusionReport:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """By stage: ``read`` (chunks not stored), ``place`` (load, decode, rotate), ``select``, ``compute``, and ``total``.
+        """By stage: ``read`` (chunks not stored), ``place`` (load, decode, rotate), ``select``, ``compute``, and ``total``;
+        where what is computed is kept (docs/paths.md), ``keep``: copying it.
 
         The total is from the call to the next-token logits. A device is waited for when this is first asked for.
         """

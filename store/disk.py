@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress, takewhile
@@ -17,6 +17,7 @@ from typing import Any
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
+from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
@@ -192,6 +193,23 @@ class DiskTier(Tier):
         with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
             cursor.set_range(beginning)
             return list(takewhile(lambda key: key.startswith(beginning), map(bytes, cursor.iternext(values=False))))
+
+    def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
+        """See :meth:`TieredStore.computed_of`. What cannot be read is among them."""
+        tags, computed = set(map(tag, keys)), self.stored(PATH) if keys else []
+        snapshot = self.snapshot()
+
+        def named(key: bytes) -> bool:
+            try:
+                found = snapshot.find(key, None)
+            except RecordError:
+                return True
+            return found is not None and labelled(found[0].label, tags)
+
+        try:
+            return list(filter(named, computed))
+        finally:
+            snapshot.close()
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import refuse_open, replace_damaged, salvage
 from ragkv.store.disk import DATABASES, DiskTier
-from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.payload import Payload
 from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record
@@ -90,27 +89,9 @@ def entries(path: str | os.PathLike[str]) -> Iterator[Entry]:
 
 
 def computed_of(path: str | os.PathLike[str], keys: Collection[bytes]) -> list[bytes]:
-    """The keys of what was computed, under some path, of chunks that have these keys, and behind them."""
+    """As :meth:`TieredStore.computed_of`."""
     with opened(path) as tier:
-        return behind(tier, keys)
-
-
-def behind(tier: DiskTier, keys: Collection[bytes]) -> list[bytes]:
-    """As :func:`computed_of`, in an open folder. What cannot be read is among them."""
-    tags, computed = set(map(tag, keys)), tier.stored(PATH) if keys else []
-    snapshot = tier.snapshot()
-
-    def named(key: bytes) -> bool:
-        try:
-            found = snapshot.find(key, None)
-        except RecordError:
-            return True
-        return found is not None and labelled(found[0].label, tags)
-
-    try:
-        return list(filter(named, computed))
-    finally:
-        snapshot.close()
+        return tier.computed_of(keys)
 
 
 def verify(

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 from ragkv.store.books import MemoryBooks
+from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
@@ -107,6 +108,16 @@ class MemoryTier(Tier):
             for name in facts:
                 self.facts.pop(name, None)
             return [key for key in dict.fromkeys(keys) if key in self._held and self._planner.drop(key, reason)]
+
+    def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
+        """See :meth:`TieredStore.computed_of`."""
+        tags = set(map(tag, keys))
+        with self.lock:
+            return [
+                key
+                for key, held in self._held.items()
+                if key.startswith(PATH) and held.whole is not None and labelled(held.whole[0].label, tags)
+            ]
 
     def counts(self) -> tuple[int, int]:
         return len(self._held), self._books.counters.used_bytes

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import perf_counter
@@ -261,6 +261,11 @@ class TieredStore:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
         self._check_open()
         return self._tiers.remove_many(keys, facts)
+
+    def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
+        """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""
+        self._check_open()
+        return self._home.computed_of(keys)
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
         """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""

@@ -27,7 +27,7 @@ from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.given import several, several_chunks
-from ragkv.library.paths import Paths, forget
+from ragkv.library.paths import Paths
 from ragkv.library.reading import Reader, chains, identity
 from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
@@ -386,8 +386,12 @@ class Documents:
     def drop(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
         """Remove KV from the store, what was computed behind them, and small facts; returns how many KV were there."""
         keys = list(keys)
+        stores = {self.store} if self.paths is None else {self.store, self.paths.store}
         removed = self.store.remove_many(keys, facts=facts)
-        forget(self.paths, self.store, keys)
+        for store in stores:
+            computed = store.computed_of(keys)
+            if computed:
+                store.remove_many(computed)
         return removed
 
     def holds(self, chunks: Sequence[Chunk]) -> bool:

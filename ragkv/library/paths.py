@@ -10,11 +10,10 @@ pieces in front are found too: unlike the nodes of RAGCache's tree, pieces may b
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,8 +23,7 @@ from ragkv.fusion.layout import Layout
 from ragkv.library.pieces import Known, Owner, Path, Piece, mark_of, pieces
 from ragkv.library.reading import Reader, cut
 from ragkv.store import Item, TieredStore
-from ragkv.store.keys import label_of, labelled, tag
-from ragkv.store.maintenance import computed_of
+from ragkv.store.keys import label_of
 
 if TYPE_CHECKING:
     from ragkv.fusion.passes import Pass
@@ -38,10 +36,6 @@ _MOST_WAITING = 2
 _LEAVE_S = 5.0
 # Paths that are looked along for an order of chunks.
 _MOST_LOOKS = 64
-# Labels of what was evicted are looked for when there are so many times more than stored pieces.
-_STALE = 4
-# Of what is in memory alone, by the store: engines may share one.
-_labels = WeakKeyDictionary[TieredStore, dict[bytes, str]]()
 
 
 class Paths:
@@ -54,7 +48,6 @@ class Paths:
     def __init__(self, store: TieredStore):
         self.store: TieredStore = store
         self._background = Background("keeping what was computed under a path", _MOST_WAITING)
-        self._labels = _labels.setdefault(store, {})
 
     def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
         """What was computed of a prompt before.
@@ -120,7 +113,8 @@ class Paths:
         for piece in known.blocks:
             if piece.whole not in stored:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole)
-        rows, mended, front = done.rows.tolist() if known.chunks else [], layout.mended, list[bytes]()
+        todo = any(not layout.settles(placed) for placed in layout.chunks)
+        rows, mended, front = done.rows.tolist() if todo else [], layout.mended, list[bytes]()
         everywhere = len(set(done.fresh)) == 1  # not fewer with depth
         exact = done.context is None
         for placed, piece in zip(layout.chunks, known.chunks, strict=True):
@@ -175,17 +169,6 @@ class Paths:
         go_on(Path(documents, reader, prefix), [], 0)
         return [*best, *(number for number in range(len(chunks)) if number not in best)]
 
-    def forget(self, keys: Collection[bytes]) -> int:
-        """Remove what was computed of chunks, and behind them; returns how many pieces there were.
-
-        Args:
-            keys: of the chunks' own KV.
-        """
-        if self.store.path is not None:  # other processes store there too
-            return self.store.remove_many(computed_of(self.store.path, keys))
-        tags = set(map(tag, keys))
-        return self.store.remove_many([key for key, label in list(self._labels.items()) if labelled(label, tags)])
-
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was computed so far is stored; whether it is."""
         return self._background.wait(timeout_s)
@@ -197,29 +180,9 @@ class Paths:
         self.store.close()
 
     def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
-        of_chunks = {item.key: item.label for item in items if item.label}
-        if self.store.path is None:
-            self._labels.update(of_chunks)
         documents.put(reader, items, self.store)
         if not documents.holds(chunks):  # removed meanwhile: whoever did so may have come too early to find them
-            self.store.remove_many(of_chunks)
-        if len(self._labels) > _STALE * (len(self.store) + 1):
-            for key in self.store.missing(list(self._labels)):
-                self._labels.pop(key, None)
-
-
-def forget(paths: Paths | None, store: TieredStore, keys: Collection[bytes]) -> None:
-    """Remove what was computed of chunks, and behind them, by this process or by others.
-
-    Args:
-        paths: of the engine, if it keeps any.
-        store: of the chunks, which may have paths of other engines.
-        keys: of the chunks' own KV.
-    """
-    if paths is not None:
-        paths.forget(keys)
-    if keys and (paths is None or paths.store is not store):
-        Paths(store).forget(keys)
+            self.store.remove_many([item.key for item in items if item.label])
 
 
 def _rows(cache: FusedCache, slots: list[int], start: int) -> ChunkKV:

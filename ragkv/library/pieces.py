@@ -78,9 +78,11 @@ class Known:
             RecordError: records proved damaged; the store has dropped all of them.
         """
         found, damaged, batch = dict[bytes, ChunkKV](), None, self.batch
-        for index, key in enumerate([] if batch is None else batch.keys):
+        if batch is None:
+            return found
+        for index, key in enumerate(batch.keys):
             try:
-                if batch is not None and batch.tiers[index] is not None:
+                if batch.tiers[index] is not None:
                     found[key] = _kv(batch, index)
             except RecordError as error:
                 damaged = error

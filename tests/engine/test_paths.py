@@ -80,6 +80,7 @@ def test_what_begins_the_same_is_computed_once_and_exact(architecture):
     first = asked(engine, [a, document[1], b, c], method=FullPrefill())
     assert first.report.sources == ["cpu", "unused", "unused", "unused"]  # the first one is exact in place
     assert first.report.saved_tokens == len(a)
+    assert 0 < first.report.milliseconds["keep"] < first.report.milliseconds["total"]
     again = asked(engine, [a, document[1], b, c], random_ids(8), method=FullPrefill())
     assert again.report.sources == ["cpu", "path", "path", "path"] and again.report.budget == 0
     other = asked(engine, [a, document[1], c, b], method=FullPrefill())
