@@ -121,12 +121,12 @@ class Paths:
             mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
             front.append(documents.key(placed.chunk, reader.space))
             settled = layout.settles(placed)
-            exact = exact and (settled or (everywhere and len(mine) == len(placed.chunk)))
-            if settled or not mine or not everywhere:
+            exact = exact and (settled or len(mine) == len(placed.chunk))
+            if settled or not mine:
                 continue
             if exact:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
-            elif piece.repaired and not placed.exact:
+            elif piece.repaired and everywhere and not placed.exact:
                 before = mended[bisect_left(mended, placed.start) : bisect_left(mended, placed.stop)]
                 item(_rows(cache, sorted({*mine, *before}), piece.start), piece, piece.repaired, label_of(front))
         if items:

@@ -1,6 +1,8 @@
 """What was computed is used wherever a prompt begins the same: exact where it says so, and never anywhere else."""
 
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +17,7 @@ from ragkv import (
     PromptTemplate,
     QuestionAware,
     Reuse,
+    Selection,
     SensitiveTokens,
     TieredStore,
 )
@@ -187,6 +190,8 @@ def test_earlier_messages_are_computed_once_and_exact(architecture, words):
         assert far(engine, asked(engine, [], [*said[:turns], {"role": "user", "content": "Why?"}])) < EXACT
     assert reused[0] < reused[1] <= reused[2] < reused[3] and reused[3] >= reused[1] + BLOCK_TOKENS
     assert prompt.report.prefix_tokens - reused[3] < BLOCK_TOKENS
+    whole = asked(engine, [random_ids(9)], [*said, {"role": "user", "content": "And now?"}], method=FullPrefill())
+    assert whole.report.reused_tokens == reused[3] and far(engine, whole) < EXACT
     changed = [{**said[0], "content": "Other words, " + text}, *said[1:], {"role": "user", "content": "And now?"}]
     assert asked(engine, passage, changed).report.reused_tokens == reused[0]
 
@@ -208,18 +213,71 @@ def test_another_path_finds_nothing_behind_the_change(read, change):
     assert "path" not in prompt.report.sources and far(engine, prompt) < EXACT
 
 
-def test_namespaces_models_and_openings_have_paths_of_their_own(read):
-    engine, chunks = read
+def test_namespaces_models_and_openings_have_paths_of_their_own():
+    texts = [random_ids(n) for n in (17, 30, 25)]
+    engine = engine_of(method=FullPrefill())
+    asked(engine, engine.add(texts))
+    assert asked(engine, texts).report.sources == ["cpu", "path", "path"]
+    assert "path" not in asked(engine, texts, namespace="other").report.sources
+    assert asked(engine, texts, namespace="other").report.sources == ["cpu", "path", "path"]
+    opening = PromptTemplate(prefix=[1, 5, 6, 8], before_chunk=[9], after_chunk=[10], after_question=[12])
+    for other in (Engine(engine.model, template=opening), Engine(tiny_model(rope_theta=5e4), template=TEMPLATE)):
+        other.documents.paths = engine.paths
+        prompt = asked(other, texts, method=FullPrefill())
+        assert "path" not in prompt.report.sources and far(other, prompt) < EXACT
+
+
+def test_chunks_that_stand_apart_neither_find_paths_nor_leave_any():
+    engine = engine_of(method=FullPrefill())
+    chunks = engine.add([random_ids(n) for n in (17, 30)])
     asked(engine, chunks)
-    ids = [chunk.ids for chunk in chunks]
-    assert "path" not in asked(engine, ids, namespace="other").report.sources
-    moved = Engine(engine.model, template=PromptTemplate(prefix=[1, 5, 6, 8], before_chunk=[9]), paths=TieredStore())
-    moved.documents.paths = engine.paths
-    assert "path" not in asked(moved, ids, method=FullPrefill()).report.sources
-    another = Engine(tiny_model(rope_theta=5e4), template=TEMPLATE, method=FullPrefill())
-    another.documents.paths = engine.paths
-    prompt = asked(another, ids)
-    assert "path" not in prompt.report.sources and far(another, prompt) < EXACT
+    kept, question, starts = len(engine.paths.store), random_ids(9), (4, 40)
+    prompt = asked(engine, chunks, question, starts=starts)
+    plain = Engine(engine.model, template=TEMPLATE, method=FullPrefill()).fuse(chunks, question, starts=starts)
+    assert "path" not in prompt.report.sources and apart(prompt, plain) < EXACT
+    assert len(engine.paths.store) == kept == 1
+
+
+@dataclass(frozen=True)
+class Chosen(Method):
+    """All tokens; from some layer on fewer, or without sight of other chunks."""
+
+    checks: tuple[int, ...] = ()
+    blind: bool = False
+    looks: ClassVar[bool] = False
+
+    def select(self, view):
+        tokens = view.layout.reusable
+        return Selection(tokens, tokens[:0] if self.blind else None, self.checks)
+
+    def narrow(self, check):
+        return check.tokens[::2]
+
+
+@pytest.mark.parametrize("method", [Chosen(blind=True), Chosen(checks=(2,))], ids=["blind", "narrowing"])
+def test_what_was_computed_with_less_is_not_taken_for_exact(method):
+    engine = engine_of()
+    chunks = engine.add([random_ids(n) for n in (17, 30, 25)])
+    asked(engine, chunks, method=method)
+    # Where it narrows, some tokens were computed in some layers only: that is no variant.
+    assert ("variant" in asked(engine, chunks, method=method).report.sources) == (not method.checks)
+    prompt = asked(engine, chunks, method=FullPrefill())
+    assert "path" not in prompt.report.sources and far(engine, prompt) < EXACT
+
+
+def test_a_folder_that_is_only_read_is_not_written_to(tmp_path, caplog):
+    model, texts = tiny_model(), [random_ids(n) for n in (17, 30)]
+
+    def opened(**options):
+        store = TieredStore(tmp_path, **options)
+        return Engine(model, template=TEMPLATE, method=FullPrefill(), store=store, paths=True)
+
+    with opened() as engine:
+        asked(engine, engine.add(texts))
+    with opened(readonly=True) as engine:
+        assert asked(engine, texts).report.sources[1:] == ["path"]
+        assert far(engine, asked(engine, texts[::-1])) < EXACT
+    assert not caplog.records
 
 
 def test_what_is_removed_leaves_nothing_that_was_computed_of_it_or_behind_it(read):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from ragkv import Gate, LegoLink, Method, RagKVError, RetrievalError, Reuse, Scheduler, SensitiveTokens
+from ragkv.finding import Finder, Found
 from ragkv.model.generation import Stop
 
 from .rags import DOCUMENTS, QUESTION, open_rag, small_model
@@ -393,3 +394,19 @@ def test_closed_while_one_is_begun(model, held):
     rag.close()
     with pytest.raises(RagKVError, match="closed"):
         next(pieces)
+
+
+def test_a_prompt_in_another_order_is_not_taken(warm, monkeypatch):
+    """By what was computed before, passages may come in another order in the end than they were begun in."""
+    read, options = Finder.read, {"top_k": 3, "order": "cache", **SHORT}
+    plain = warm.ask(QUESTION, rerank=reranker(warm), **options)
+
+    def turned(self, hits, *more):
+        found = read(self, hits, *more)
+        return Found(found.hits[::-1], found.chunks[::-1], found.left_out) if in_background() else found
+
+    monkeypatch.setattr(Finder, "read", turned)
+    answer = warm.ask(QUESTION, rerank=reranker(warm), **options)
+    assert answer.report.fusion.speculated == "dropped"
+    assert (answer.token_ids, answer.sources) == (plain.token_ids, plain.sources)
+    assert nothing_is_left(warm)
