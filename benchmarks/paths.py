@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ragkv import RAG, FullPrefill, Method, SensitiveTokens, TieredStore
+from ragkv import RAG, CacheCraft, FullPrefill, Method, SensitiveTokens, TieredStore
 from ragkv.bundled import CASES_PATH, foreign
 from ragkv.closeness import divergence
 from ragkv.evaluation import read_cases
@@ -32,11 +32,17 @@ from ragkv.retrieval import Retrieval
 
 WORDINGS = ("{}", "Please tell me: {}", "{} I should like to know.", "A question: {}")
 PLAIN, KEPT, ORDERED, EXACT = "chunks alone", "paths", "paths, order='cache'", "full prefill, paths, order='cache'"
+ALPHAS = (0.1, 0.2, 0.3, 0.6)
 ARMS: dict[str, tuple[Method, bool, str]] = {
     PLAIN: (SensitiveTokens(0.1), False, "document"),
     KEPT: (SensitiveTokens(0.1), True, "document"),
     ORDERED: (SensitiveTokens(0.1), True, "cache"),
     EXACT: (FullPrefill(), True, "cache"),
+    **{
+        f"CacheCraft({alpha}), {kept}": (CacheCraft(alpha), kept == "paths", "document")
+        for kept in ("chunks alone", "paths")
+        for alpha in ALPHAS
+    },
 }
 
 
@@ -100,6 +106,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=5)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", default="", help="those whose names begin so, and chunks alone")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cases = read_cases(args.data)[1][: args.cases]
@@ -116,6 +123,8 @@ def main() -> None:
         questions = stream(list(dict.fromkeys(case.question for case in cases)), args.questions, seed)
         results: dict[str, dict[str, float]] = {}
         for arm, (_, kept, _) in ARMS.items():
+            if not arm.startswith((args.arms, PLAIN)):
+                continue
             with opened(args, documents, budget, kept) as rag:
                 row = results[arm] = asked(rag, arm, questions, args.top_k, references)
             share = row["computed"] / results[PLAIN]["computed"]

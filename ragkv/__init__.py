@@ -47,6 +47,7 @@ _HOMES = {
     "methods": (
         "Auto",
         "CacheBlend",
+        "CacheCraft",
         "Calibrated",
         "FullPrefill",
         "LegoLink",

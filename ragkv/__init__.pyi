@@ -33,6 +33,7 @@ from ragkv.gate import Gate as Gate
 from ragkv.library.watching import Progress as Progress
 from ragkv.methods import Auto as Auto
 from ragkv.methods import CacheBlend as CacheBlend
+from ragkv.methods import CacheCraft as CacheCraft
 from ragkv.methods import Calibrated as Calibrated
 from ragkv.methods import FullPrefill as FullPrefill
 from ragkv.methods import LegoLink as LegoLink

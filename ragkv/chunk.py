@@ -75,6 +75,11 @@ class Chunk:
         return digest(self.ids).hex()
 
     @property
+    def short(self) -> str:
+        """The first 16 digits of :attr:`id`."""
+        return self.id[:16]
+
+    @property
     def context_after(self) -> bytes:
         """Digest of the context that it is, behind its own, to what follows."""
         return digest(self.context, self.ids)
@@ -147,6 +152,30 @@ def _whole(value: Any) -> int:
     return value
 
 
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What a chunk's tokens attended to when its KV were computed (Cache-Craft, arXiv:2502.15734).
+
+    Sums of attention weights, mean over heads and layers.
+
+    Attributes:
+        front: names of the chunks in front, in order (:attr:`Chunk.short`).
+        masses: what the chunk's tokens together gave to each of those.
+        impact: how much the chunk reads in what stands in front, measured against itself: 0.5 to 1 (CCI, eq. 11).
+        tokens: ``[T]`` what each token gave to the chunks in front, all together; fp32, on the CPU.
+    """
+
+    front: tuple[str, ...]
+    masses: tuple[float, ...]
+    impact: float
+    tokens: Tensor
+
+    @classmethod
+    def nothing(cls, tokens: int) -> Attended:
+        """Of so many tokens that saw no chunk in front, or of which nobody knows what they saw."""
+        return cls((), (), 0.5, torch.zeros(tokens))
+
+
 @dataclass(eq=False)
 class ChunkKV:
     """Keys and values of one chunk, one ``[H, T, D]`` pair a layer; H and D may differ between layers.
@@ -160,6 +189,7 @@ class ChunkKV:
         foreign: id of the text that stood in front when the sensitivity was measured.
         rows: ``[T]`` where these are some of a chunk's tokens: their numbers in it, ascending; ``base`` is the position of its
             first token. ``None`` for all of a chunk.
+        attended: what all of the chunk's tokens attended to; ``None`` where it was not measured.
     """
 
     keys: list[Tensor]
@@ -168,6 +198,7 @@ class ChunkKV:
     sensitivity: Tensor | None = None
     foreign: str = ""
     rows: Tensor | None = None
+    attended: Attended | None = None
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -189,4 +220,4 @@ class ChunkKV:
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same KV on another device; tensors that are there already are not copied."""
         keys, values = [k.to(device) for k in self.keys], [v.to(device) for v in self.values]
-        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows)
+        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows, self.attended)

@@ -23,6 +23,7 @@ from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
 from ragkv.library.given import check_parts, pairs, several, several_chunks
+from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
 from ragkv.messages import Question
 from ragkv.methods import Method, SensitiveTokens
@@ -114,6 +115,9 @@ class Engine:
         self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
         self.store: TieredStore = TieredStore() if store is None else store
         self.runner: Runner = Runner.of(model)
+        measured = Measured.by(self.method)
+        if sensitivity is not None:
+            measured = measured | Measured.SENSITIVITY if sensitivity else measured & ~Measured.SENSITIVITY
         vocab_size = self.runner.decoder(kernels, self.store).vocab_size
         self.encoder: Encoder = Encoder(self.template, tokenizer, vocab_size)
         self.documents: Documents = Documents(
@@ -124,7 +128,7 @@ class Engine:
             document_tokens=document_tokens,
             piece_tokens=piece_tokens,
             namespace=namespace,
-            sensitivity=self.method.needs_sensitivity if sensitivity is None else sensitivity,
+            measured=measured,
             foreign=foreign,
             kernels=kernels,
             lifetime_s=lifetime_s,

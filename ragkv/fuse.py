@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ragkv.chunk import Chunk, ChunkKV
-from ragkv.errors import ModelChangedError, NonFiniteError, PromptError
-from ragkv.fusion.compute import compute, plan
+from ragkv.chunk import Attended, Chunk, ChunkKV
+from ragkv.errors import MethodError, ModelChangedError, NonFiniteError, PromptError
+from ragkv.fusion.compute import Plan, compute, plan
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.timing import Timer, clock
-from ragkv.fusion.view import Selection, View
+from ragkv.fusion.view import Selection, Variant, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
+from ragkv.library.attention import Seen
 from ragkv.library.documents import Documents
+from ragkv.library.measured import Measured
 from ragkv.library.pieces import Known
 from ragkv.library.rates import known_rates
 from ragkv.library.reading import append
@@ -63,17 +66,22 @@ def fuse(
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
+            layout = one.take(selection.variants)
             work = plan(selection, layout, layers)
         if work.first_stored < layers:
             one.placement.spare(work.whole)
             one.placement.ahead(work.first_stored)
-        # Hooks that narrow the set must not be there in a forward that others' rows take part in.
-        alone = bool(work.checks)
+        seen = one.seen(work)
+        # Whatever looks into the model must not be there in a forward that others' rows take part in.
+        alone = bool(work.checks) or seen is not None
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
             together = nullcontext() if alone or meeting is None else meeting.seat(one.reader.steps)
             forward = None if alone else partial(one.reader.forward, seat=stack.enter_context(together))
-            logits, done = compute(decoder, one.cache, layout, work, one.reader.piece_tokens, timer, forward=forward)
+            masses = None if seen is None else seen.masses
+            logits, done = compute(
+                *(decoder, one.cache, layout, work, one.reader.piece_tokens, timer), forward=forward, masses=masses
+            )
         if (
             logits.device.type == "cpu" and not logits.isfinite().all()
         ):  # on a device, decoding looks: it waits for it anyway
@@ -107,7 +115,7 @@ def fuse(
         )
         if documents.paths is not None:
             with timer.stage("keep"):
-                documents.paths.keep(documents, one.reader, one.paths, one.cache, done)
+                documents.paths.keep(documents, one.reader, one.paths, one.cache, done, seen)
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
@@ -134,7 +142,7 @@ class _Fusing(Looking):
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
         self._documents, self._stack = documents, stack
-        self._measured = method.needs_sensitivity
+        self._measured, self._attended = Measured.by(method), method.needs_attended
         self._keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
 
     @property
@@ -189,6 +197,41 @@ class _Fusing(Looking):
         # What is exact under its path is sensitive to nothing.
         return [torch.zeros(len(p.chunk)) if p.path and p.exact else known[key] for p, key in chunks]
 
+    def variants(self) -> list[list[Variant]]:
+        """See :meth:`ragkv.fusion.view.Looks.variants`."""
+        batch, fresh, paths = self.placement.batch, self.placement.fresh, self._documents.paths
+        known: dict[bytes, Attended | None] = dict(zip(batch.keys, batch.attended, strict=True))
+        known |= {key: kv.attended for key, kv in fresh.items()}
+        kept = [] if paths is None else paths.variants(self._documents, self.reader, self.paths)
+        found = list[list[Variant]]()
+        for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True)):
+            own = Attended.nothing(len(placed.chunk)) if placed.path and placed.exact else known[key]
+            if own is None:
+                raise MethodError(
+                    "what some chunks attend to was not measured: set needs_attended = True in the method that asks for it"
+                )
+            found.append([Variant(own), *(kept[number] if kept else ())])
+        return found
+
+    def take(self, variants: Sequence[Variant]) -> Layout:
+        """Place the variants that a method chose; the layout that says so."""
+        paths, opened = self._documents.paths, len(self.paths.batches)
+        if paths is not None and variants:
+            self.paths = paths.take(self.paths, variants, self._stack)
+        if len(self.paths.batches) > opened:
+            self._layout = self.paths.layout
+            self.placement.take(self._layout, self.paths.kv(opened))
+        return self._layout
+
+    def seen(self, work: Plan) -> Seen | None:
+        """Takes what is attended to, where that is kept, or asked for at the checks."""
+        layout = self._layout
+        kept = bool(self.paths.chunks) and len(work.rows) > layout.tokens - layout.suffix_start
+        if not self._attended or not (kept or work.checks):
+            return None
+        chunks = [placed.chunk for placed in layout.chunks]
+        return Seen(self.decoder, chunks, layout.chunks_start, layout.tokens - layout.suffix_start)
+
     def check_layer(self) -> int:
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
         return self.reader.check_layer
@@ -208,21 +251,24 @@ class _Fusing(Looking):
 
         A record that is not what its key promises is dropped, and missing.
         """
-        missing, broken = [], []
+        missing, broken, again = [], [], Measured.NOTHING
         anchor = len(self.reader.anchor_ids)
-        found = zip(batch.tiers, batch.bases, batch.lengths, batch.foreigns, strict=True)
-        for (key, chunk), (tier, base, tokens, foreign) in zip(chunks.items(), found, strict=True):
+        found = zip(batch.tiers, batch.bases, batch.lengths, strict=True)
+        for index, ((key, chunk), (tier, base, tokens)) in enumerate(zip(chunks.items(), found, strict=True)):
             intact = tier is not None and (base, tokens) == (anchor + chunk.offset, len(chunk))
             if tier is not None and not intact and chunk.lineage() is None:
                 raise PromptError(
                     f"chunk {chunk.number} of document {chunk.document} says that {chunk.offset} tokens stood in front of it; "
                     "its KV are of another place"
                 )
-            if intact and (foreign == self.reader.foreign or not self._measured):
+            known = Measured.of(batch, index, self.reader.foreign) if intact else Measured.NOTHING
+            if intact and self._measured in known:
                 continue
+            again |= known
             if tier is not None and not intact:
                 broken.append(key)
             missing.append(chunk)
         if broken:
             self._documents.store.remove_many(broken)
+        self._measured |= again  # what was known of them is not lost
         return missing

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ragkv.chunk import ChunkKV
+from ragkv.chunk import Attended, ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.source import Parts, Source
 from ragkv.store.target import Target
@@ -49,6 +49,7 @@ class Batch:
         sensitivities: per key ``[T]``, see :class:`~ragkv.chunk.ChunkKV`; None where it was not measured.
         foreigns: per key what that was measured with, see there; empty where it was not.
         rows: per key which of a chunk's tokens are held, see there; None for all, and for a miss.
+        attended: per key what its tokens attended to, see there; None where it was not measured.
         codecs: per key how :meth:`parts` are encoded; None for a miss.
         unrotated: per key whether the keys among :meth:`parts` are as they were before rotary embedding.
         blocks: per key the blocks ``[B]`` of a pool on the GPU in which it lies, or None.
@@ -67,6 +68,7 @@ class Batch:
         ]
         self.foreigns: list[str] = ["" if source is None else source.foreign for source in self._found]
         self.rows: list[Tensor | None] = [None if source is None else source.rows for source in self._found]
+        self.attended: list[Attended | None] = [None if source is None else source.attended for source in self._found]
         self.codecs: list[str | None] = [None if source is None else source.codec for source in self._found]
         self.unrotated: list[bool] = [source is not None and source.unrotated for source in self._found]
         self.blocks: list[Tensor | None] = [None if source is None else source.blocks for source in self._found]
@@ -105,7 +107,7 @@ class Batch:
             layers = range(source.layers)
         pairs = [self.layer(index, layer) for layer in layers]
         keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
-        return ChunkKV(keys, values, source.base, source.sensitivity, source.foreign, source.rows)
+        return ChunkKV(keys, values, source.base, source.sensitivity, source.foreign, source.rows, source.attended)
 
     def parts(self, index: int, layer: int) -> Parts:
         """K and V of one layer of the chunk at ``index`` as they are held, for kernels that decode on their way.

@@ -194,6 +194,10 @@ class DiskTier(Tier):
             cursor.set_range(beginning)
             return list(takewhile(lambda key: key.startswith(beginning), map(bytes, cursor.iternext(values=False))))
 
+    def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
+        """See :meth:`TieredStore.beginning`."""
+        return {beginning: self.stored(beginning) for beginning in beginnings}
+
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`. What cannot be read is among them."""
         tags, computed = set(map(tag, keys)), self.stored(PATH) if keys else []

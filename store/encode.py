@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError
+from ragkv.store.attending import stored
 from ragkv.store.codecs import Codec, Side
 from ragkv.store.payload import Contents, Payload, Segments
 from ragkv.store.record import SEGMENT_BYTES, Record, Shape, checksum
@@ -73,6 +74,7 @@ def encode(
         foreign=kv.foreign,
         ropes=ropes,
         rows=None if kv.rows is None else kv.rows.detach().cpu(),
+        attended=None if kv.attended is None else stored(kv.attended),
     )
     return record, payload
 

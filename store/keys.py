@@ -1,4 +1,4 @@
-"""The names of KV, equal on every machine and in every process: of a chunk, and of what was computed under a path.
+"""The names of KV, equal on every machine and in every process: of a chunk, and of what prompts computed of it.
 
 Keys of the latter begin alike, and their labels name the chunks that they were computed of and behind, by the beginnings of these
 chunks' keys.
@@ -27,11 +27,13 @@ def chunk_key(space: str, ids: Sequence[int], context: bytes, namespace: str = "
     return digest("ragkv chunk 1", space, namespace, ids, context)
 
 
-#: What the keys of KV under a path begin with.
+#: What the keys of KV that prompts computed begin with.
 PATH = b"path"
 
 # A label has room for the beginnings of so many keys; it names any, where there are more.
 _TAG_BYTES, _MOST_TAGS = 4, 28
+# Of a chunk's key, in those of its variants.
+_CHUNK_BYTES = 20
 #: The label that names any chunk.
 ANY = "*"
 
@@ -39,6 +41,16 @@ ANY = "*"
 def path_key(space: str, ids: Sequence[int], path: bytes, namespace: str = "") -> bytes:
     """As :func:`chunk_key`, of what was computed behind the ids whose digest is ``path``."""
     return PATH + chunk_key(space, ids, path, namespace)[len(PATH) :]
+
+
+def variants_of(key: bytes) -> bytes:
+    """What the keys begin with of what was computed of a chunk behind others; ``key`` is that of the chunk's own KV."""
+    return PATH + key[:_CHUNK_BYTES]
+
+
+def variant_key(key: bytes, front: Sequence[str]) -> bytes:
+    """The key of what was computed of a chunk behind chunks of these names."""
+    return variants_of(key) + digest(*front)[: len(key) - len(PATH) - _CHUNK_BYTES]
 
 
 def tag(key: bytes) -> str:

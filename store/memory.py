@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from itertools import product
 
 from ragkv.store.books import MemoryBooks
 from ragkv.store.keys import PATH, labelled, tag
@@ -108,6 +109,16 @@ class MemoryTier(Tier):
             for name in facts:
                 self.facts.pop(name, None)
             return [key for key in dict.fromkeys(keys) if key in self._held and self._planner.drop(key, reason)]
+
+    def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
+        """See :meth:`TieredStore.beginning`."""
+        found: dict[bytes, list[bytes]] = {beginning: [] for beginning in beginnings}
+        lengths = {len(beginning) for beginning in beginnings}
+        with self.lock:
+            for key, length in product(self._held, lengths):
+                if key[:length] in found:
+                    found[key[:length]].append(key)
+        return found
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`."""

@@ -14,7 +14,6 @@ L layers, H kv heads, T tokens, D head_dim.
 
 from __future__ import annotations
 
-import base64
 import json
 import struct
 from collections.abc import Sequence
@@ -28,9 +27,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ragkv.chunk import ChunkKV
+from ragkv.chunk import Attended, ChunkKV
 from ragkv.errors import RecordError
-from ragkv.store import rope
+from ragkv.store import attending, rope
+from ragkv.store.attending import from_base64, to_base64
 from ragkv.store.codecs import decoder
 from ragkv.store.payload import DTYPES, NAMES, Contents, Part, Payload, Segments
 from ragkv.store.rope import Rope
@@ -68,6 +68,7 @@ class Record:
         sensitivity: of each token, see :class:`~ragkv.chunk.ChunkKV`; ``None`` where it was not measured.
         foreign: what it was measured with, see there.
         rows: which of a chunk's tokens it holds, see there; ``None`` for all.
+        attended: what all of the chunk's tokens attended to, see there; ``None`` where it was not measured.
         ropes: how each layer's keys turn; empty where nobody said. A codec that encodes keys before rotation
             (:attr:`Codec.before_rotation`) has done so where they are known.
     """
@@ -85,6 +86,7 @@ class Record:
     foreign: str = ""
     ropes: tuple[Rope | None, ...] = ()
     rows: Tensor | None = None
+    attended: Attended | None = None
 
     @property
     def tokens(self) -> int:
@@ -143,7 +145,7 @@ class Record:
         """All layers of a whole payload."""
         pairs = [self.layer(payload, layer) for layer in range(len(self.shapes))]
         keys, values = [key for key, _ in pairs], [value for _, value in pairs]
-        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows)
+        return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows, self.attended)
 
     def safetensors_header(self) -> bytes:
         """``length u64, JSON``: what a safetensors file begins with."""
@@ -208,15 +210,18 @@ class Record:
             segment_bytes=int(facts["segment_bytes"]),
             checksums=struct.unpack(f">{len(digits) // 8}Q", digits),
             label=str(facts.get("label", "")),
-            sensitivity=_from_text(facts["sensitivity"]) if "sensitivity" in facts else None,
+            sensitivity=from_base64(facts["sensitivity"]) if "sensitivity" in facts else None,
             foreign=str(facts.get("foreign", "")),
             ropes=rope.from_text(facts["rope"]) if "rope" in facts else (),
             rows=_numbers(facts["rows"]) if "rows" in facts else None,
+            attended=attending.from_text(facts["attended"]) if "attended" in facts else None,
         )
         if record.sensitivity is not None and len(record.sensitivity) != record.tokens:
             raise ValueError(f"{len(record.sensitivity)} sensitivities for {record.tokens} tokens")
         if record.rows is not None and len(record.rows) != record.tokens:
             raise ValueError(f"{len(record.rows)} rows for {record.tokens} tokens")
+        if record.attended is not None and record.rows is None and len(record.attended.tokens) != record.tokens:
+            raise ValueError(f"{len(record.attended.tokens)} tokens attended to something, of {record.tokens}")
         if len(shapes) != len(contents.layers) or record.base < 0 or record.segment_bytes < 1:
             raise ValueError(f"{len(shapes)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
         if record.ropes and not rope.fit(record.ropes, [key[2] for key, _ in shapes]):
@@ -237,10 +242,11 @@ class Record:
             "format": f"ragkv-{VERSION}",
             "space": self.space,
             **({"label": self.label} if self.label else {}),
-            **({} if self.sensitivity is None else {"sensitivity": _to_text(self.sensitivity)}),
+            **({} if self.sensitivity is None else {"sensitivity": to_base64(self.sensitivity)}),
             **({"foreign": self.foreign} if self.foreign else {}),
             **({"rope": rope.to_text(self.ropes)} if self.ropes else {}),
             **({} if self.rows is None else {"rows": json.dumps(self.rows.tolist(), separators=(",", ":"))}),
+            **({} if self.attended is None else {"attended": attending.to_text(self.attended)}),
             "codec": self.codec,
             "base": str(self.base),
             "tokens": str(self.tokens),
@@ -250,21 +256,12 @@ class Record:
         }
 
 
-def _to_text(numbers: Tensor) -> str:
-    """fp16, little-endian, in base64."""
-    return base64.b64encode(numbers.detach().cpu().numpy().astype("<f2").tobytes()).decode()
-
-
 def _numbers(text: str) -> Tensor:
     numbers = json.loads(text)
     ascending = [-1, *numbers, 1 << 31]
     if not all(type(one) is int and one < next_one for one, next_one in pairwise(ascending)):
         raise ValueError("its rows do not ascend")
     return torch.tensor(numbers)
-
-
-def _from_text(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float32))
 
 
 def checksum(data: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ragkv.chunk import ChunkKV
+from ragkv.chunk import Attended, ChunkKV
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.target import Target
@@ -26,7 +26,7 @@ class Source(ABC):
         base: position at which the chunk's first token stood.
         tokens: T.
         layers: L.
-        sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign`` and ``rows``.
+        sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign``, ``rows`` and ``attended``.
         codec: how :meth:`parts` are encoded.
         unrotated: whether the keys among :meth:`parts` are as they were before rotary embedding.
         blocks: where it lies in a pool, block by block; None elsewhere.
@@ -46,6 +46,7 @@ class Source(ABC):
         self.sensitivity: Tensor | None = chunk.sensitivity
         self.foreign: str = chunk.foreign
         self.rows: Tensor | None = chunk.rows
+        self.attended: Attended | None = chunk.attended
         if isinstance(chunk, Record):
             self.tokens: int = chunk.tokens
             self.layers: int = len(chunk.shapes)

@@ -24,6 +24,7 @@ from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
 from ragkv.store.rope import RotationLike, ropes_of
+from ragkv.store.source import Source
 from ragkv.store.stats import Moved, StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
@@ -261,6 +262,25 @@ class TieredStore:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
         self._check_open()
         return self._tiers.remove_many(keys, facts)
+
+    def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
+        """The keys of what is kept, on disk or in memory without one, by what they begin with."""
+        self._check_open()
+        return self._home.beginning(beginnings)
+
+    def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
+        """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""
+        self._check_open()
+        sources = self._tiers.find(list(keys), used=False)
+        for source in sources.values():
+            source.release()
+        return sources
+
+    def worst(self, keys: Iterable[bytes]) -> bytes | None:
+        """That of the stored chunks which the policy holds least valuable where they are kept; ``None`` where none is stored."""
+        rows = {key: self._home.row(key) for key in keys}
+        known = {key: row.priority for key, row in rows.items() if row is not None}
+        return min(known, key=lambda key: known[key], default=None)
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import ArgumentTypeError, CalibrationError
 from ragkv.library.documents import Documents
+from ragkv.library.measured import Measured
 from ragkv.methods import Method
 from ragkv.report import Answer, FusedPrompt
 from ragkv.store import TieredStore
@@ -107,7 +108,7 @@ def trials_of(engine: Asks, cases: Iterable[Any], ladder: Sequence[Method], find
         raise ArgumentTypeError(f"cases must be a list; {_MUST}; got {cases!r:.80}")
     apart: Any = copy(engine)
     apart.store = TieredStore(policy="lru")
-    apart.documents = engine.documents.over(apart.store, any(method.needs_sensitivity for method in ladder))
+    apart.documents = engine.documents.over(apart.store, Measured.by(*ladder))
     made = list[Trial]()
     for case in cases:
         if hasattr(case, "retrieved") and hasattr(case, "documents"):

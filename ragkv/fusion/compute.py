@@ -16,6 +16,7 @@ from ragkv.fusion.layout import Layout
 from ragkv.fusion.passes import Forward, Pass
 from ragkv.fusion.timing import Timer
 from ragkv.fusion.view import Check, Narrows, Selection
+from ragkv.model.attending import Masses
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
 
@@ -32,7 +33,7 @@ class Plan:
             that stand in front of them.
         narrow: asked at the checks, with the cache.
         whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
-        saved: of each chunk how many tokens the method chose that need no computing.
+        saved: of each chunk how many tokens need no computing because of what was computed before.
     """
 
     rows: Tensor
@@ -63,6 +64,8 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
         there = torch.isin(chosen, layout.settled)
         active = chosen[~there]
         saved = tuple(torch.bincount(layout.owners[chosen[there]], minlength=len(saved)).tolist())
+    if selection.saved:
+        saved = tuple(more + less for more, less in zip(saved, selection.saved, strict=True))
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
@@ -89,6 +92,7 @@ def compute(
     timer: Timer | None = None,
     slots: int | None = None,
     forward: Forward | None = None,
+    masses: Masses | None = None,
 ) -> tuple[Tensor, Pass]:
     """Compute what a method asks for over the stored rest, and the suffix in any case.
 
@@ -101,7 +105,7 @@ def compute(
         piece_tokens: tokens that one forward computes at most, but where the set narrows with depth.
         timer: counts the stage ``select``.
         slots: of the cache that attention is shown; N if not given.
-        forward: as for :class:`~ragkv.fusion.passes.Pass`.
+        forward, masses: as for :class:`~ragkv.fusion.passes.Pass`.
 
     Returns:
         Next-token logits ``[1, V]`` and what was done. The cache then holds the N tokens.
@@ -110,7 +114,8 @@ def compute(
     def narrow(layer: int, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         held, here = cache.layers[layer], tokens.to(keys.device)
         stored = held.key_room[0].index_select(1, here), held.value_room[0].index_select(1, here)
-        check = Check(layer, len(decoder.layers), layout, here, keys, values, *stored, decoder.kernels)
+        looked = torch.stack(masses.behind) if masses is not None and masses.behind else None
+        check = Check(layer, len(decoder.layers), layout, here, keys, values, *stored, decoder.kernels, looked)
         return work.narrow(check).to(tokens.device)
 
     run = Pass(
@@ -121,6 +126,7 @@ def compute(
         slots=slots,
         timer=timer,
         forward=forward,
+        masses=masses,
     )
     return run.logits(), run
 

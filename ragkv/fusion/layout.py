@@ -32,8 +32,9 @@ class Placed:
         rooted: all that its KV were made behind stands right in front of it in the prompt too, in order, so that computing it
             afresh loses nothing of what its document told it, and nothing of another document comes between.
         shift: how far its tokens' positions are from their slots.
-        path: key of KV that were computed here before, behind just these tokens (:mod:`ragkv.library.paths`); empty where there are
-            none. Where it is exact they are all of it, else those of its tokens that the method recomputed.
+        path: key of KV that prompts computed of it (:mod:`ragkv.library.paths`); empty where there are none. Where it is exact, or
+            the method says what it computed, they were behind just these tokens.
+        whole: those are KV of all of its tokens; else of some, which take the place of what was read.
     """
 
     chunk: Chunk
@@ -45,6 +46,7 @@ class Placed:
     rooted: bool = True
     shift: int = 0
     path: bytes = b""
+    whole: bool = False
 
     @property
     def stop(self) -> int:

@@ -22,6 +22,7 @@ from ragkv.model.masks import UNUSED, LayerMasks, for_model
 from ragkv.model.rows import Rows
 
 if TYPE_CHECKING:
+    from ragkv.model.attending import Masses
     from ragkv.model.decoder import Decoder
 
 #: Asked before a layer, with the R reusable tokens being computed and their fresh keys and values ``[H, R, D]``; returns those of
@@ -57,6 +58,7 @@ class Pass:
         slots: of the cache that attention is shown, those behind the prompt's N hidden; N if not given.
         timer: counts the stage ``select``.
         forward: runs rows of the prompt; by default the model, for one turn.
+        masses: takes what the rows attend to.
 
     Attributes:
         rows: of the layer at hand; in the end those computed in the last layer.
@@ -81,7 +83,9 @@ class Pass:
         slots: int | None = None,
         timer: Timer | None = None,
         forward: Forward | None = None,
+        masses: Masses | None = None,
     ):
+        self.masses: Masses | None = masses
         self.forward: Forward = decoder.forward if forward is None else forward
         self.decoder: Decoder = decoder
         self.cache: FusedCache = cache
@@ -113,7 +117,8 @@ class Pass:
     def logits(self) -> Tensor:
         """Run in the cheapest way that is exact for these rows; returns next-token logits ``[1, V]``."""
         plain = self.layout.even and self.context is None and self.slots == self.layout.tokens
-        if self.checks and plain and len(self.rows) == self.layout.tokens - self.layout.held:
+        whole = plain and len(self.rows) == self.layout.tokens - self.layout.held
+        if self.checks and whole and self.masses is None:
             self._first_check()
         if self.checks:
             logits = self._narrowing()
@@ -142,13 +147,13 @@ class Pass:
     def _narrowing(self) -> Tensor:
         """Scattered rows that become fewer with depth."""
         self._clear()
-        self.piece, self.begun = self.rows, len(self.rows)
+        self.piece, self.begun, masses = self.rows, len(self.rows), self._seen_by(self.rows)
         layers = list(enumerate(self.decoder.layers))[self.checks[0] :]
         hooks = [layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in layers]
         if self.decoder.keeps_last:
             hooks.append(layers[-1][1].register_forward_hook(self._widened))
         try:
-            with self._attention(scattered=True), self.cache.writing(self._write):
+            with self._attention(scattered=True, masses=masses), self.cache.writing(self._write):
                 self.masks: LayerMasks = self._masks(self.rows)
                 at, mask = self.layout.positions[self.rows], for_model(self.masks, self.decoder.config)
                 return self.decoder.step(self.layout.ids[self.rows], at, self.cache, mask)
@@ -187,10 +192,16 @@ class Pass:
         """Logits behind the last piece; behind the others nobody asks for any."""
         last = int(piece[-1] == self.rows[-1])
         at = self.layout.positions[piece]
-        rows = Rows(self.layout.ids[piece], at, self.cache, masks, last, self._limited)
+        rows = Rows(self.layout.ids[piece], at, self.cache, masks, last, self._limited, self._seen_by(piece))
         logits = self.forward(rows)
         self.attention = rows.attention
         return logits
+
+    def _seen_by(self, rows: Tensor) -> Masses | None:
+        """Takes what these rows attend to."""
+        if self.masses is not None:
+            self.masses.slots = rows
+        return self.masses
 
     def _pieces(self) -> Iterator[Tensor]:
         for piece in self.rows.split(self.piece_tokens if self.layout.ascending else len(self.rows)):
@@ -198,8 +209,9 @@ class Pass:
             yield piece
 
     @contextmanager
-    def _attention(self, scattered: bool) -> Iterator[None]:
-        with self.decoder.fusion_attention(scattered=scattered, limited=self._limited) as self.attention:
+    def _attention(self, scattered: bool, masses: Masses | None = None) -> Iterator[None]:
+        switched = self.decoder.fusion_attention(scattered=scattered, limited=self._limited, masses=masses)
+        with switched as self.attention:
             yield
 
     @property
@@ -288,6 +300,7 @@ class Pass:
     def _shrink(self, layer: int, keep: Tensor) -> None:
         """Go on with some of the present rows; at the check layer itself, all had their keys and values computed."""
         self.rows = self.piece = self.rows[keep]
+        self._seen_by(self.rows)
         behind = layer + 1
         self.fresh[behind:] = [len(self._open(self.rows))] * (len(self.fresh) - behind)
 

@@ -79,7 +79,7 @@ class Placement:
         batch: an open read of the chunks, so that none is evicted meanwhile. On the CPU it is done with each once it is placed.
         keys: for every chunk to place, the key of the KV that it takes.
         fresh: KV that the batch does not hold, by key.
-        paths: KV of chunks that were computed here before, by :attr:`~ragkv.fusion.layout.Placed.path`.
+        paths: KV of chunks that prompts computed before, by :attr:`~ragkv.fusion.layout.Placed.path`.
         timer: counts the stage ``place``.
         by_layer: layer by layer; by default on an accelerator.
 
@@ -103,20 +103,25 @@ class Placement:
     ):
         self.batch: Batch = batch
         self.fresh: dict[bytes, ChunkKV] = fresh
-        self._decoder, self._cache, self._layout = decoder, cache, layout
+        self._decoder, self._cache, self._keys = decoder, cache, keys
         self._timer = Timer() if timer is None else timer
-        self._paths = {} if paths is None else paths
-        self._given = {**fresh, **self._paths}
-        self._chunks = [
-            (placed, placed.path if placed.path and placed.exact else keys[placed.chunk])
-            for placed in layout.chunks
-            if placed.path or placed.chunk in keys
-        ]
+        self._paths: Mapping[bytes, ChunkKV] = {}
+        self.take(layout, {} if paths is None else paths)
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
         self._done = 0  # layers below are placed, or were not asked for
         self._spared = set[int]()  # slots at which chunks begin that are not placed
         self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+
+    def take(self, layout: Layout, paths: Mapping[bytes, ChunkKV]) -> None:
+        """Have these KV too, and place what a layout of the same prompt says; before any is placed."""
+        self._layout, self._paths = layout, {**self._paths, **paths}
+        self._given = {**self.fresh, **self._paths}
+        self._chunks = [
+            (placed, placed.path if placed.whole else self._keys[placed.chunk])
+            for placed in layout.chunks
+            if placed.path or placed.chunk in self._keys
+        ]
 
     def bytes_read(self, moved: Mapping[bytes, Moved]) -> int:
         """Bytes read from disk so far, for what was moved to memory for this prompt too."""
@@ -201,15 +206,20 @@ class Placement:
         self._mend(layer)
 
     def _mend(self, layer: int) -> None:
-        """Put the tokens that the method recomputed before in the place of those that were stored."""
-        room = self._cache.layers[layer]
+        """Put the tokens that a prompt computed before in the place of those that were stored."""
+        room, rotation = self._cache.layers[layer], self._decoder.rotations[layer]
         for placed, _ in self._chunks:
-            if placed.path and not placed.exact:
+            if placed.path and not placed.whole:
                 kv = self._paths[placed.path]
                 assert kv.rows is not None
-                slots = placed.start + kv.rows.to(room.key_room.device)
-                for side, held in ((room.key_room, kv.keys[layer]), (room.value_room, kv.values[layer])):
-                    side[0].index_copy_(1, slots, _moved(held, room))
+                keys, rows = _moved(kv.keys[layer], room), kv.rows.to(room.key_room.device)
+                if rotation is not None and kv.base != placed.position:
+                    cos, sin = rotation_tables(rotation, kv.base + rows, placed.position + rows)
+                    stood, impl = keys, self._decoder.kernels
+                    keys = torch.empty_like(stood)
+                    place(keys, stood, cos, sin, interleaved=rotation.interleaved, impl=impl)
+                room.key_room[0].index_copy_(1, placed.start + rows, keys)
+                room.value_room[0].index_copy_(1, placed.start + rows, _moved(kv.values[layer], room))
 
     def _place_chunks(self, layers: range) -> None:
         targets = [

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ragkv.chunk import Attended
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
 from ragkv.kernels import Impl, deviation
@@ -28,6 +29,23 @@ class Narrows(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Variant:
+    """KV of a chunk as they were computed behind some others.
+
+    Attributes:
+        attended: what its tokens attended to there.
+        key: of the KV; empty for those that were read with the chunk's document.
+        base: position of the chunk's first token there.
+        rows: the tokens that it holds, by their numbers in the chunk; ``None`` for all. The others are as they were read.
+    """
+
+    attended: Attended
+    key: bytes = b""
+    base: int = 0
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a method wants of one prompt.
 
@@ -39,6 +57,8 @@ class Selection:
         method: decides further; the one that was asked, if not given.
         name: what the report calls it; ``repr(method)`` if not given.
         why: what was weighed to choose it, for the report.
+        variants: of each chunk which of its :attr:`View.variants` is taken; the first ones where there are none here.
+        saved: of each chunk how many tokens fewer are chosen than of its first variant.
     """
 
     tokens: Tensor
@@ -48,6 +68,8 @@ class Selection:
     method: Narrows | None = None
     name: str = ""
     why: str = ""
+    variants: Sequence[Variant] = ()
+    saved: Sequence[int] = ()
 
     @classmethod
     def of(cls, chosen: Selection | Tensor, method: Narrows) -> Selection:
@@ -62,6 +84,9 @@ class Looks(Protocol):
 
     def sensitivity(self) -> Sequence[Tensor | None]:
         """Of each chunk's tokens; ``None`` where it was not measured."""
+
+    def variants(self) -> list[list[Variant]]:
+        """See :attr:`View.variants`."""
 
     def attention(self, queries: str) -> Tensor:
         """See :meth:`View.attention`."""
@@ -108,6 +133,17 @@ class View:
                 "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
             )
         return torch.cat([*known, torch.empty(0)]).to(self.layout.ids.device)
+
+    @lazy
+    def variants(self) -> list[list[Variant]]:
+        """What is stored of each chunk: as it was read with its document, then what prompts computed of it behind other chunks.
+
+        Of a chunk whose KV under its path are exact, those alone.
+
+        Raises:
+            MethodError: what a chunk attends to was not measured.
+        """
+        return self._looks.variants()
 
     def attention(self, queries: str = "all") -> Tensor:
         """What the suffix looks at, over the chunks as they are stored and at its final position.
@@ -166,6 +202,8 @@ class Check:
         stored_keys: what the cache holds for the same tokens.
         stored_values: what the cache holds for the same tokens.
         impl: which implementation of ``ragkv.kernels`` runs.
+        looked: ``[l, C]`` what the suffix attended to in each of the C chunks, in the l layers so far, mean over heads; ``None``
+            where the method does not go by what is attended to.
     """
 
     layer: int
@@ -177,6 +215,7 @@ class Check:
     stored_keys: Tensor
     stored_values: Tensor
     impl: Impl = "auto"
+    looked: Tensor | None = None
 
     def key_deviation(self) -> Tensor:
         """``[R]`` squared distance of fresh and stored keys, over heads and dimensions."""

@@ -27,6 +27,7 @@ from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.given import several, several_chunks
+from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
 from ragkv.library.reading import Reader, chains, identity
 from ragkv.library.records import Records, StoreRecords, lineage_of
@@ -64,7 +65,7 @@ class Documents:
             one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
         piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes.
         namespace: chunks stored under another namespace are never found.
-        sensitivity: measure how sensitive each token is to the text in front of its document.
+        measured: what is measured of every document that is read.
         foreign: text or ids of what documents are read behind the second time for that; by default five short English
             paragraphs (:mod:`ragkv.library.sensitivity`).
         kernels: which implementation of ``ragkv.kernels`` runs.
@@ -87,7 +88,7 @@ class Documents:
         document_tokens: int | None = None,
         piece_tokens: int = 512,
         namespace: str = "",
-        sensitivity: bool = False,
+        measured: Measured = Measured.NOTHING,
         foreign: Text | None = None,
         kernels: Impl = "auto",
         lifetime_s: float = math.inf,
@@ -109,7 +110,7 @@ class Documents:
             )
         self.document_tokens: int = min(wanted, positions - len(encoder.anchor))
         whole_number("piece_tokens", piece_tokens, 1)
-        self.kernels, self._piece_tokens, self._measured = kernels, piece_tokens, sensitivity
+        self.kernels, self._piece_tokens, self._measured = kernels, piece_tokens, measured
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
         instance("namespace", namespace, str, "a str")
         if not lifetime_s > 0:
@@ -149,10 +150,10 @@ class Documents:
             keep_last(self._others, key, other, _OTHERS)
         return other
 
-    def over(self, store: TieredStore, sensitivity: bool) -> Documents:
+    def over(self, store: TieredStore, measured: Measured) -> Documents:
         """Documents read in the same way and kept in another store: nothing of them comes into this one."""
         other = copy(self)
-        other.store, other._measured = store, sensitivity
+        other.store, other._measured = store, measured
         other._readers, other._costs, other._others, other.paths = {}, {}, {}, None
         other._cut_as(self.namespace)
         return other
@@ -293,7 +294,7 @@ class Documents:
     @property
     def passes(self) -> int:
         """How often a document is read when it is added: twice where its tokens' sensitivity is measured."""
-        return 2 if self._measured else 1
+        return 2 if Measured.SENSITIVITY in self._measured else 1
 
     def look(self) -> None:
         """See whether the model is what it was; else there is another :attr:`reader`. Waits for the model."""
@@ -305,7 +306,7 @@ class Documents:
         reader: Reader,
         missing: Sequence[Chunk],
         waiting: Mapping[bytes, Item] | None = None,
-        measured: bool = False,
+        measured: Measured = Measured.NOTHING,
     ) -> Iterator[Item]:
         """Prefill chunks, each in its context, behind as much of its document's beginning as is stored, or waits to be.
 
@@ -313,7 +314,7 @@ class Documents:
             reader: :attr:`reader`, the same for all of one undertaking.
             missing: which.
             waiting: what is about to be stored.
-            measured: with sensitivities, also where documents are not read with them by default.
+            measured: what is measured besides what is of every document.
 
         Raises:
             DocumentError: nothing says what a chunk was read behind.
@@ -328,7 +329,7 @@ class Documents:
 
         if missing:
             ran(missing[0].document, 0)
-        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured or self._measured, ran):
+        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured | self._measured, ran):
             yield self._item(reader, chunk, kv, seconds)
 
     def keep(self, reader: Reader, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:

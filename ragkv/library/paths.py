@@ -1,10 +1,11 @@
 """What was computed once is used wherever a prompt begins the same (RAGCache, arXiv:2404.12457, section 5.1).
 
-A prompt is a row of pieces: what all prompts begin with, earlier messages in blocks, chunks. The digest of all ids in front of a
-piece is its *path*. The KV that a full prefill computes for a piece are exact under its path for any prompt and any method; of a
-chunk that a method repaired, the tokens that it recomputed are kept for the same method under the same path, as Cache-Craft keeps
-variants (arXiv:2502.15734). A path's digest holds all that stands in front, so what is found under it is right whether or not the
-pieces in front are found too: unlike the nodes of RAGCache's tree, pieces may be evicted in any order.
+A prompt is a row of pieces: what all prompts begin with, earlier messages in blocks, chunks. The digest of all ids in front of
+a piece is its *path*. The KV that a full prefill computes for a piece are exact under its path for any prompt and any method;
+of a chunk that a method repaired, the tokens that it recomputed are kept for the same method under the same path. What
+Cache-Craft computes is kept for other paths too (:mod:`ragkv.library.variants`). A path's digest holds all that stands in
+front, so what is found under it is right whether or not the pieces in front are found too: unlike the nodes of RAGCache's tree,
+pieces may be evicted in any order.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import torch
 
 from ragkv.background import Background
 from ragkv.chunk import Chunk, ChunkKV
+from ragkv.errors import RecordError
 from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import Variant
 from ragkv.library.pieces import Known, Owner, Path, Piece, mark_of, pieces
-from ragkv.library.reading import Reader, cut
+from ragkv.library.reading import Reader, cut, some
+from ragkv.library.variants import displaced, made_variant, stored_variants
 from ragkv.store import Item, TieredStore
-from ragkv.store.keys import label_of
+from ragkv.store.keys import label_of, variant_key
 
 if TYPE_CHECKING:
     from ragkv.fusion.passes import Pass
+    from ragkv.library.attention import Seen
     from ragkv.methods import Method
     from ragkv.model.cache import FusedCache
 
@@ -80,7 +85,7 @@ class Paths:
         placed, mended = [], list[int]()
         for one, piece in zip(layout.chunks, chunks, strict=True):
             if not layout.settles(one) and piece.whole in held:
-                one = replace(one, path=piece.whole, base=one.start, exact=True)
+                one = replace(one, path=piece.whole, whole=True, base=one.start, exact=True)
             elif not one.exact and piece.repaired in held:
                 one = replace(one, path=piece.repaired)
                 rows = held[piece.repaired]
@@ -88,9 +93,44 @@ class Paths:
             placed.append(one)
         earlier = tuple((piece.start, piece.stop, piece.whole) for piece in blocks if piece.whole in held)
         layout = replace(layout, chunks=tuple(placed), earlier=earlier, mended=tuple(mended))
-        return Known(layout, blocks, chunks, batch)
+        return Known(layout, blocks, chunks, (batch,))
 
-    def keep(self, documents: Owner, reader: Reader, known: Known, cache: FusedCache, done: Pass) -> None:
+    def variants(self, documents: Owner, reader: Reader, known: Known) -> list[list[Variant]]:
+        """What is kept of each of a prompt's chunks as it was computed behind others.
+
+        Args:
+            documents, reader: as for :meth:`known`.
+            known: from there.
+        """
+        chunks = known.layout.chunks
+        if not known.chunks:  # of such a prompt nothing is looked up
+            return [[] for _ in chunks]
+        return stored_variants(self.store, chunks, [documents.key(placed.chunk, reader.space) for placed in chunks])
+
+    def take(self, known: Known, variants: Sequence[Variant], stack: ExitStack) -> Known:
+        """Open the variants that a method takes, one of each chunk; the layout says which these are.
+
+        Raises:
+            RecordError: one is gone by now.
+        """
+        keys = [variant.key for variant in variants if variant.key]
+        if not keys:
+            return replace(known, taken=variants)
+        batch = stack.enter_context(self.store.read(keys))
+        if None in batch.tiers:
+            raise RecordError(f"the variant {keys[batch.tiers.index(None)].hex()} was evicted just now")
+        placed = []
+        for one, variant in zip(known.layout.chunks, variants, strict=True):
+            if variant.key:
+                whole = variant.rows is None
+                one = replace(one, path=variant.key, whole=whole, base=variant.base if whole else one.base)
+            placed.append(one)
+        layout = replace(known.layout, chunks=tuple(placed))
+        return replace(known, layout=layout, batches=(*known.batches, batch), taken=variants)
+
+    def keep(
+        self, documents: Owner, reader: Reader, known: Known, cache: FusedCache, done: Pass, seen: Seen | None = None
+    ) -> None:
         """Store, in a thread of its own, what a prompt computed of its pieces for the first time.
 
         Args:
@@ -98,6 +138,7 @@ class Paths:
             known: from there.
             cache: of the prompt.
             done: what was computed.
+            seen: what its chunks attended to, for a method that goes by it.
         """
         layout, items = known.layout, list[Item]()
         if self.store.readonly or layout.held or not layout.even:
@@ -117,7 +158,7 @@ class Paths:
         rows, mended, front = done.rows.tolist() if todo else [], layout.mended, list[bytes]()
         everywhere = len(set(done.fresh)) == 1  # not fewer with depth
         exact = done.context is None
-        for placed, piece in zip(layout.chunks, known.chunks, strict=True):
+        for number, (placed, piece) in enumerate(zip(layout.chunks, known.chunks, strict=True)):
             mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
             front.append(documents.key(placed.chunk, reader.space))
             settled = layout.settles(placed)
@@ -128,7 +169,13 @@ class Paths:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
             elif piece.repaired and everywhere and not placed.exact:
                 before = mended[bisect_left(mended, placed.start) : bisect_left(mended, placed.stop)]
-                item(_rows(cache, sorted({*mine, *before}), piece.start), piece, piece.repaired, label_of(front))
+                mended_rows = torch.tensor(sorted({*mine, *before})) - piece.start
+                item(some(cache, mended_rows, piece.start), piece, piece.repaired, label_of(front))
+            elif seen is not None and not placed.exact:
+                taken = known.taken[number]
+                attended = seen.attended(number, torch.tensor(mine) - placed.start, taken.attended)
+                key = variant_key(front[-1], attended.front)
+                item(made_variant(cache, placed, mine, taken, attended), piece, key, label_of(front))
         if items:
             chunks = [placed.chunk for placed in layout.chunks]
             self._background.add(lambda closing: self._store(documents, reader, items, chunks))
@@ -180,14 +227,9 @@ class Paths:
         self.store.close()
 
     def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
+        too_many = [key for item in items if item.kv.attended is not None for key in displaced(self.store, item.key)]
+        if too_many:
+            self.store.remove_many(too_many)
         documents.put(reader, items, self.store)
         if not documents.holds(chunks):  # removed meanwhile: whoever did so may have come too early to find them
             self.store.remove_many([item.key for item in items if item.label])
-
-
-def _rows(cache: FusedCache, slots: list[int], start: int) -> ChunkKV:
-    """A copy of what a cache holds at some slots of a chunk that begins at ``start``."""
-    at = torch.tensor(slots)
-    keys = [layer.key_room[0].index_select(1, at.to(layer.device)) for layer in cache.layers]
-    values = [layer.value_room[0].index_select(1, at.to(layer.device)) for layer in cache.layers]
-    return ChunkKV(keys, values, start, rows=at - start)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from ragkv.chunk import Chunk, ChunkKV, digest, marked
 from ragkv.errors import RecordError
 from ragkv.fusion.layout import Layout
+from ragkv.fusion.view import Variant
 from ragkv.library.reading import Reader
 from ragkv.methods import Method
 from ragkv.store import Batch, Item, TieredStore
@@ -63,29 +64,30 @@ class Known:
         layout: of the prompt, which says what is known.
         blocks: of earlier messages.
         chunks: one for each chunk.
-        batch: an open read of what is known; ``None`` where nothing is.
+        batches: open reads of what is known.
+        taken: of each chunk the variant that the method takes, where it says so.
     """
 
     layout: Layout
     blocks: Sequence[Piece] = ()
     chunks: Sequence[Piece] = ()
-    batch: Batch | None = None
+    batches: Sequence[Batch] = ()
+    taken: Sequence[Variant] = ()
 
-    def kv(self) -> dict[bytes, ChunkKV]:
-        """What is known, by key.
+    def kv(self, first: int = 0) -> dict[bytes, ChunkKV]:
+        """What is known, by key; in the reads from number ``first`` on.
 
         Raises:
             RecordError: records proved damaged; the store has dropped all of them.
         """
-        found, damaged, batch = dict[bytes, ChunkKV](), None, self.batch
-        if batch is None:
-            return found
-        for index, key in enumerate(batch.keys):
-            try:
-                if batch.tiers[index] is not None:
-                    found[key] = _kv(batch, index)
-            except RecordError as error:
-                damaged = error
+        found, damaged = dict[bytes, ChunkKV](), None
+        for batch in self.batches[first:]:
+            for index, key in enumerate(batch.keys):
+                try:
+                    if batch.tiers[index] is not None:
+                        found[key] = _kv(batch, index)
+                except RecordError as error:
+                    damaged = error
         if damaged is not None:
             raise damaged
         return found
@@ -93,7 +95,7 @@ class Known:
     @property
     def bytes_read(self) -> int:
         """Bytes read from disk of it so far."""
-        return 0 if self.batch is None else self.batch.bytes_read
+        return sum(batch.bytes_read for batch in self.batches)
 
 
 class Path:
@@ -155,9 +157,10 @@ def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> 
 
 
 def mark_of(method: Method) -> str:
-    """What tells a method's work from another's; empty where it chooses by the question, or does not say what it is."""
+    """What tells a method's work from another's; empty where it chooses by more than the path, or does not say what it is."""
     kind = type(method)
-    return "" if method.looks or kind.__repr__ is object.__repr__ else f"{kind.__module__} {method!r}"
+    by_name = not (method.looks or method.needs_attended or kind.__repr__ is object.__repr__)
+    return f"{kind.__module__} {method!r}" if by_name else ""
 
 
 def _kv(batch: Batch, index: int) -> ChunkKV:

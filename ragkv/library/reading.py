@@ -13,7 +13,9 @@ from torch import Tensor
 from ragkv.chunk import Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
 from ragkv.lazy import keep_last, lazy
+from ragkv.library.attention import Seen
 from ragkv.library.depth import check_layer
+from ragkv.library.measured import Measured
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -128,7 +130,7 @@ class Reader:
         wanted: Sequence[Chunk],
         lineage: Callable[[Chunk], list[Chunk]],
         stored: Callable[[Chunk], ChunkKV | None],
-        measured: bool = False,
+        measured: Measured = Measured.NOTHING,
         ran: Callable[[str, int], object] = lambda document, tokens: None,
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         """Prefill chunks, several of one document in one pass.
@@ -137,7 +139,8 @@ class Reader:
             wanted: chunks whose KV are missing.
             lineage: gives the chunks that one is read behind, and itself at the end.
             stored: looks up the KV of a chunk that may be stored; a document's stored beginning is not read again.
-            measured: read documents a second time, behind the foreign text, for their sensitivity.
+            measured: what is measured on the way; documents are read a second time, behind the foreign text, for their
+                sensitivity.
             ran: called behind each piece with its document and its tokens.
 
         Yields:
@@ -148,16 +151,17 @@ class Reader:
             yield from self._read_chain(chain, left, stored, measured, ran)
 
     def _read_chain(
-        self, chain: list[Chunk], left: dict, stored: Callable, measured: bool, ran: Callable
+        self, chain: list[Chunk], left: dict, stored: Callable, measured: Measured, ran: Callable
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         cache = self.decoder.cache(self._behind(chain[-1]))
         append(cache, self.anchor)
         first = self._append_stored(cache, chain, left, stored)
-        second = self._second(chain, chain[:first]) if measured else None
+        second = self._second(chain, chain[:first]) if Measured.SENSITIVITY in measured else None
+        seen = Seen(self.decoder, chain, self._anchor_tokens) if Measured.ATTENDED in measured else None
         for group in _pieces(chain[first:], self.piece_tokens):
             begin = perf_counter()
             ids = [i for chunk in group for i in chunk.ids]
-            self.run(ids, cache, group[0].offset + self._anchor_tokens)
+            self.run(ids, cache, group[0].offset + self._anchor_tokens, seen)
             if second is not None:
                 self.run(ids, second, second.get_seq_length())
             per_token = (perf_counter() - begin) / len(ids)
@@ -169,6 +173,8 @@ class Reader:
                     if second is not None:
                         later = second.get_seq_length() - cache.get_seq_length()
                         kv.sensitivity, kv.foreign = self._sensitivity(kv, second, end + later), self.foreign
+                    if seen is not None:
+                        kv.attended = seen.attended(chain.index(chunk))
                     yield mine, kv, per_token * len(chunk)
             ran(group[0].document, len(ids))  # whoever stops us here has what we say was read
 
@@ -234,12 +240,20 @@ class Reader:
         return cut(cache, 0, len(ids))
 
     @torch.no_grad()
-    def run(self, ids: Sequence[int], cache: FusedCache, start: int) -> None:
-        """Compute the KV of ids behind what a cache holds, a turn a piece; ``start`` is the position of the first one."""
+    def run(self, ids: Sequence[int], cache: FusedCache, start: int, seen: Seen | None = None) -> None:
+        """Compute the KV of ids behind what a cache holds, a turn a piece.
+
+        Args:
+            ids: which.
+            cache: appended to.
+            start: position of the first one.
+            seen: is shown what they attend to.
+        """
         tensor = torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
         for at in range(0, len(ids), self.piece_tokens):
-            with self.turn():
-                self.decoder.read(tensor[at : at + self.piece_tokens], cache, start + at)
+            piece = tensor[at : at + self.piece_tokens]
+            with self.turn(), nullcontext() if seen is None else seen.watching(start + at, len(piece)):
+                self.decoder.read(piece, cache, start + at)
 
 
 def _pieces(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
@@ -275,6 +289,13 @@ def append(cache: FusedCache, kv: ChunkKV | None) -> None:
         return
     for layer, (keys, values) in zip(cache.layers, kv, strict=True):
         layer.update(keys[None].to(layer.device), values[None].to(layer.device))
+
+
+def some(cache: FusedCache, rows: Tensor, start: int) -> ChunkKV:
+    """A copy of what a cache holds of some tokens of a chunk that begins at ``start``."""
+    keys = [layer.key_room[0].index_select(1, (start + rows).to(layer.device)) for layer in cache.layers]
+    values = [layer.value_room[0].index_select(1, (start + rows).to(layer.device)) for layer in cache.layers]
+    return ChunkKV(keys, values, start, rows=rows)
 
 
 def cut(cache: FusedCache, start: int, end: int) -> ChunkKV:

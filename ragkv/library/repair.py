@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.chunk import Attended, Chunk, ChunkKV, digest
 from ragkv.fusion.compute import recompute
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.placement import Placement
@@ -94,11 +94,17 @@ def repaired(
         with reader.turn():
             recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device), reader.piece_tokens)
         cache.set_length(len(ids))
-        known = dict(zip(keys, zip(batch.sensitivities, batch.foreigns, strict=True), strict=True))
+        known = dict(zip(keys, zip(batch.sensitivities, batch.foreigns, batch.attended, strict=True), strict=True))
     made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
-    foreign = next((foreign for _, foreign in known.values() if foreign), "")
+    foreign = next((foreign for _, foreign, _ in known.values() if foreign), "")
+    watched = any(attended for _, _, attended in known.values())
     for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
-        kv.sensitivity, kv.foreign = known.get(chunk, (torch.zeros(len(chunk)) if foreign else None, foreign))
+        unknown = (
+            torch.zeros(len(chunk)) if foreign else None,
+            foreign,
+            Attended.nothing(len(chunk)) if watched else None,
+        )
+        kv.sensitivity, kv.foreign, kv.attended = known.get(chunk, unknown)
     return made
 
 

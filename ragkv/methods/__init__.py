@@ -3,6 +3,7 @@
 from ragkv.methods.auto import Auto
 from ragkv.methods.base import Method
 from ragkv.methods.cache_blend import CacheBlend
+from ragkv.methods.cache_craft import CacheCraft
 from ragkv.methods.calibrated import Calibrated
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.lego_link import LegoLink
@@ -17,6 +18,7 @@ from ragkv.methods.union import Union
 __all__ = [
     "Auto",
     "CacheBlend",
+    "CacheCraft",
     "Calibrated",
     "FullPrefill",
     "LegoLink",

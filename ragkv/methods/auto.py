@@ -46,6 +46,11 @@ class Auto(Method):
         return self.repair.needs_sensitivity
 
     @property
+    def needs_attended(self) -> bool:
+        """Whether the repair does."""
+        return self.repair.needs_attended
+
+    @property
     def looks(self) -> bool:
         """Whether the repair does."""
         return self.repair.looks

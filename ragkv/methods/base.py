@@ -25,6 +25,12 @@ class Method(ABC):
         return False
 
     @property
+    def needs_attended(self) -> bool:
+        """Whether it goes by what chunks attend to in those in front, as :class:`ragkv.CacheCraft` does: that is then measured
+        when documents are read and prompts are computed."""
+        return False
+
+    @property
     def looks(self) -> bool:
         """Whether it looks at stored KV to choose, so that all of them are loaded; not so where the layout and sensitivities do."""
         return True

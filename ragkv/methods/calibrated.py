@@ -53,6 +53,11 @@ class Chosen(Method):
         """Whether what was chosen does."""
         return self.method.needs_sensitivity
 
+    @property
+    def needs_attended(self) -> bool:
+        """Whether what was chosen does."""
+        return self.method.needs_attended
+
     def select(self, view: View) -> Selection:
         """What the chosen method selects; it also decides further."""
         selection = Selection.of(self.method.select(view), self.method)

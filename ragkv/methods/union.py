@@ -36,6 +36,11 @@ class Union(Method):
         return self.first.needs_sensitivity or self.second.needs_sensitivity
 
     @property
+    def needs_attended(self) -> bool:
+        """Whether one of them does."""
+        return self.first.needs_attended or self.second.needs_attended
+
+    @property
     def looks(self) -> bool:
         """Whether one of them does."""
         return self.first.looks or self.second.looks
@@ -59,4 +64,6 @@ class Union(Method):
             method=narrows.method,
             name=f"Union(first={one.name}, second={two.name})",
             why="; ".join(filter(None, (one.why, two.why))),
+            variants=one.variants or two.variants,
+            saved=one.saved or two.saved,
         )

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
+from ragkv.model.attending import Masses, attending
 from ragkv.model.attention import eager_attention, fusion_attention, grouped
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
@@ -161,7 +162,8 @@ class Decoder:
 
     def forward(self, rows: Rows) -> Tensor:
         """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""
-        with self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited) as rows.attention:
+        scattered, limited = rows.masks is not None, rows.limited
+        with self.fusion_attention(scattered=scattered, limited=limited, masses=rows.masses) as rows.attention:
             mask = None if rows.masks is None else for_model(rows.masks, self.config)
             if rows.wanted:
                 return self.step(rows.ids, rows.positions, rows.cache, mask, rows=rows.wanted)
@@ -186,7 +188,9 @@ class Decoder:
         return MaskBuilder(self.rules, positions, key_positions, self.model.dtype, additive, open_keys)
 
     @contextmanager
-    def fusion_attention(self, *, scattered: bool, limited: bool = False) -> Iterator[str]:
+    def fusion_attention(
+        self, *, scattered: bool, limited: bool = False, masses: Masses | None = None
+    ) -> Iterator[str]:
         """The attention of one pass, which is one turn; yields its name.
 
         Selective attention where it can run, else :mod:`ragkv.model.attention`'s.
@@ -194,12 +198,13 @@ class Decoder:
         Args:
             scattered: queries do not stand one behind the other at the end.
             limited: what a query sees is no run of slots: keys are hidden from it, or positions do not run evenly with the slots.
+            masses: takes what is attended to.
         """
         if scattered and self.spans is not None and not limited:
             switched = kernel_attention(self.config, self.device, self.dtype, self.kernels)
         else:
             switched = fusion_attention(self.model, self.config, scattered)
-        with switched as name:
+        with switched as name, attending(self.layers, self.config, masses):
             yield name
 
     def _span_rules(self) -> list[SpanRule] | None:

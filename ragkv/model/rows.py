@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ragkv.model.attending import Masses
 from ragkv.model.cache import FusedCache
 from ragkv.model.masks import LayerMasks
 
@@ -21,6 +22,7 @@ class Rows:
         masks: which keys of the prompt they see; ``None`` for rows right behind what the cache holds.
         wanted: how many of the last rows' logits are wanted.
         limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
+        masses: takes what they attend to; its ``slots`` are theirs.
         attention: the attention implementation that ran.
     """
 
@@ -30,6 +32,7 @@ class Rows:
     masks: LayerMasks | None = None
     wanted: int = 1
     limited: bool = False
+    masses: Masses | None = None
     attention: str = ""
 
     def __len__(self) -> int:

@@ -43,6 +43,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
 METHODS: Sequence[ragkv.Method] = (
     ragkv.Auto(),
     ragkv.CacheBlend(ratio=0.15),
+    ragkv.CacheCraft(alpha=0.3),
     ragkv.Calibrated(),
     ragkv.FullPrefill(),
     ragkv.LegoLink(k=16),

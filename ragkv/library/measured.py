@@ -1,0 +1,38 @@
+"""What is measured of a document's tokens when it is read, for methods that go by it."""
+
+from __future__ import annotations
+
+from enum import Flag, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ragkv.methods import Method
+    from ragkv.store import Batch
+
+
+class Measured(Flag):
+    """What is measured.
+
+    Attributes:
+        SENSITIVITY: how much their values change behind another text; it is read twice for that.
+        ATTENDED: what they attend to in the chunks in front.
+    """
+
+    NOTHING = 0
+    SENSITIVITY = auto()
+    ATTENDED = auto()
+
+    @classmethod
+    def by(cls, *methods: Method) -> Measured:
+        """What methods need."""
+        needed = cls.NOTHING
+        for method in methods:
+            needed |= cls.SENSITIVITY if method.needs_sensitivity else cls.NOTHING
+            needed |= cls.ATTENDED if method.needs_attended else cls.NOTHING
+        return needed
+
+    @classmethod
+    def of(cls, batch: Batch, index: int, foreign: str) -> Measured:
+        """What is known of a stored chunk, where sensitivities are measured behind a text of this id."""
+        known = cls.SENSITIVITY if batch.foreigns[index] == foreign else cls.NOTHING
+        return known if batch.attended[index] is None else known | cls.ATTENDED
