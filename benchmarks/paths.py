@@ -32,17 +32,14 @@ from ragkv.retrieval import Retrieval
 
 WORDINGS = ("{}", "Please tell me: {}", "{} I should like to know.", "A question: {}")
 PLAIN, KEPT, ORDERED, EXACT = "chunks alone", "paths", "paths, order='cache'", "full prefill, paths, order='cache'"
-ALPHAS = (0.1, 0.3, 1.0)
 ARMS: dict[str, tuple[Method, bool, str]] = {
     PLAIN: (SensitiveTokens(0.1), False, "document"),
     KEPT: (SensitiveTokens(0.1), True, "document"),
     ORDERED: (SensitiveTokens(0.1), True, "cache"),
     EXACT: (FullPrefill(), True, "cache"),
-    **{
-        f"CacheCraft({alpha}), {kept}": (CacheCraft(alpha), kept == "paths", "document")
-        for kept in ("chunks alone", "paths")
-        for alpha in ALPHAS
-    },
+    **{f"CacheCraft({alpha}), paths": (CacheCraft(alpha), True, "document") for alpha in (0.5, 1.0, 1.5)},
+    "CacheCraft(1.0), paths, order='cache'": (CacheCraft(1.0), True, "cache"),
+    "CacheCraft(1.0), chunks alone": (CacheCraft(1.0), False, "document"),
 }
 
 
