@@ -37,9 +37,9 @@ ARMS: dict[str, tuple[Method, bool, str]] = {
     KEPT: (SensitiveTokens(0.1), True, "document"),
     ORDERED: (SensitiveTokens(0.1), True, "cache"),
     EXACT: (FullPrefill(), True, "cache"),
-    **{f"CacheCraft({alpha}), paths": (CacheCraft(alpha), True, "document") for alpha in (0.5, 1.0, 1.5)},
-    "CacheCraft(1.0), paths, order='cache'": (CacheCraft(1.0), True, "cache"),
-    "CacheCraft(1.0), chunks alone": (CacheCraft(1.0), False, "document"),
+    **{f"CacheCraft({alpha}), paths": (CacheCraft(alpha), True, "document") for alpha in (0.2, 0.5, 1.0)},
+    "CacheCraft(0.5), paths, order='cache'": (CacheCraft(0.5), True, "cache"),
+    "CacheCraft(0.5), chunks alone": (CacheCraft(0.5), False, "document"),
 }
 
 

@@ -64,6 +64,7 @@ _HOMES = {
     "rag": ("RAG",),
     "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
     "retrieval.options": ("Retrieval",),
+    "routing": ("route",),
     "scheduling.policies": ("CachedFirst", "Fair"),
     "scheduling.scheduler": ("Scheduler",),
     "store": ("Rates", "TieredStore"),

@@ -52,6 +52,7 @@ from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
 from ragkv.retrieval.options import Retrieval as Retrieval
+from ragkv.routing import route as route
 from ragkv.scheduling.policies import CachedFirst as CachedFirst
 from ragkv.scheduling.policies import Fair as Fair
 from ragkv.scheduling.scheduler import Scheduler as Scheduler

@@ -28,10 +28,11 @@ class CacheCraft(Method):
     the impact ``CCI`` (:class:`~ragkv.chunk.Attended`), the share ``beta`` of what it attended to in front stands in front here
     too (eq. 6), and the share ``gamma`` of pairs of these stands in another order (eq. 7), so much of it is computed (CFO, eq. 12):
     ``alpha * CCI * (1 - beta * (1 - gamma))``. These are the tokens that attended most to what stood in front, of equal ones the
-    first.
+    most sensitive (:mod:`ragkv.library.sensitivity`).
 
     The paper leaves open what holds of a chunk that was read behind no other: nothing of what stands in front here was seen, so
-    ``beta`` is 0. Where variants need the same, the one that saw more of what stands in front is taken.
+    ``beta`` is 0, and sensitivity alone says which tokens depend on it. Where variants need the same, the one that saw more of
+    what stands in front is taken.
 
     Once the question's attention has settled on some chunks, the others need no mending in the layers behind. When that is, is
     ours to say: when a chunk had less than the share ``stop`` of the most attended one's in three layers running, looked at
@@ -42,11 +43,12 @@ class CacheCraft(Method):
         stop: 0 to 1; at 0 all layers are mended.
     """
 
-    alpha: float = 0.3
+    alpha: float = 0.5
     stop: float = 0.0
 
     looks: ClassVar[bool] = False
     needs_attended: ClassVar[bool] = True
+    needs_sensitivity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
@@ -65,7 +67,9 @@ class CacheCraft(Method):
         for placed, variants in zip(layout.chunks, view.variants, strict=True):
             needs = [0 if placed.exact else self._needed(variant.attended, front) for variant in variants]
             best = min(range(len(variants)), key=lambda number: (needs[number], -_common(variants[number], front)))
-            order = variants[best].attended.tokens.argsort(descending=True, stable=True)
+            sensitive = view.sensitivity[placed.start - layout.chunks_start : placed.stop - layout.chunks_start].cpu()
+            order = sensitive.argsort(descending=True, stable=True)
+            order = order[variants[best].attended.tokens[order].argsort(descending=True, stable=True)]
             tokens.append(placed.start + order[: needs[best]])
             taken.append(variants[best])
             saved.append(needs[0] - needs[best])

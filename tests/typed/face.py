@@ -40,10 +40,12 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.UnsupportedModelError,
 )
 
+REPLICA: str = ragkv.route(["a document"], {"a": 0, "b": 2.0}, held={"b": {"a document"}}, bound=1.5)
+
 METHODS: Sequence[ragkv.Method] = (
     ragkv.Auto(),
     ragkv.CacheBlend(ratio=0.15),
-    ragkv.CacheCraft(alpha=0.3),
+    ragkv.CacheCraft(alpha=0.5),
     ragkv.Calibrated(),
     ragkv.FullPrefill(),
     ragkv.LegoLink(k=16),

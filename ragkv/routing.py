@@ -1,0 +1,69 @@
+"""Which of several replicas a question goes to: the one whose memory knows its chunks, unless it has too much to do."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from hashlib import blake2b
+
+from ragkv.chunk import Chunk
+from ragkv.errors import ArgumentError, ArgumentTypeError
+
+
+def route(
+    chunks: Iterable[Chunk | str],
+    replicas: Mapping[str, float],
+    *,
+    held: Mapping[str, Collection[str]] | None = None,
+    bound: float = 1.25,
+) -> str:
+    """The replica that a question over these chunks should be sent to.
+
+    Every document has an order of the replicas that all callers agree on, by its hash and theirs (rendezvous hashing), so
+    that questions over the same documents meet in the same memory, and little moves when a replica comes or goes. A chunk
+    speaks for the first one in its document's order, with its tokens. No replica gets more than ``bound`` times its share
+    of what is going on (consistent hashing with bounded loads, arXiv:1608.01350): chunks of a full one speak for the next
+    in their order.
+
+    Args:
+        chunks: of the question, or names of documents or passages, which count alike.
+        replicas: names, and how much each has to do just now: questions that it answers, say.
+        held: what a replica is known to hold, by chunks' ids (:attr:`ragkv.Chunk.id`) or such names. A chunk then speaks for
+            those that hold it; one that none holds, for the first in its order.
+        bound: 1 or more.
+
+    Returns:
+        A name.
+
+    Raises:
+        ArgumentError: no replica, a load below 0, a bound below 1.
+        ArgumentTypeError: what is not of these types.
+    """
+    if not isinstance(replicas, Mapping):
+        raise ArgumentTypeError(f"replicas must map names to loads, as {{'a': 3, 'b': 0}}, got {replicas!r:.80}")
+    if not replicas or not all(load >= 0 for load in replicas.values()) or not bound >= 1:
+        raise ArgumentError(
+            f"route needs replicas, loads of at least 0 and a bound of at least 1, got {replicas!r:.80}, {bound}"
+        )
+    most = math.ceil(bound * (sum(replicas.values()) + 1) / len(replicas))
+    free = [name for name, load in replicas.items() if load + 1 <= most] or [
+        min(replicas, key=lambda name: replicas[name])
+    ]
+    votes, whole = Counter[str](), list[str]()
+    for chunk in chunks:
+        if not isinstance(chunk, Chunk | str):
+            raise ArgumentTypeError(f"chunks must be ragkv.Chunk or names, got {chunk!r:.80}")
+        own, tokens = (chunk.id, len(chunk)) if isinstance(chunk, Chunk) else (chunk, 1)
+        name = (chunk.document or own) if isinstance(chunk, Chunk) else own
+        whole.append(name)
+        holders = [replica for replica in free if own in (held or {}).get(replica, ())]
+        for replica in holders or [_first(name, free)]:
+            votes[replica] += tokens
+    best = max(votes.values(), default=0)
+    return _first("".join(sorted(whole)), [replica for replica in free if votes[replica] == best])
+
+
+def _first(name: str, replicas: Sequence[str]) -> str:
+    """The first of the replicas in the order of a document, or of several together."""
+    return max(replicas, key=lambda replica: blake2b(f"{len(name)}:{name}{replica}".encode(), digest_size=16).digest())
