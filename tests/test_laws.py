@@ -5,6 +5,7 @@ import torch
 
 from ragkv import (
     CacheBlend,
+    CacheCraft,
     Engine,
     FullPrefill,
     LegoLink,
@@ -156,7 +157,7 @@ def test_no_trace(read):
             view.attention()
             raise Boom
 
-    for attempt in (CacheBlend(), Failing(), SensitiveTokens(), QuestionAware(), Looking()):
+    for attempt in (CacheBlend(), Failing(), SensitiveTokens(), CacheCraft(), QuestionAware(), Looking()):
         try:
             engine.fuse([lone[0], document[2]], question, method=attempt)
         except (Boom, MethodError):

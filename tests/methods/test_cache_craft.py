@@ -4,6 +4,7 @@ from math import ceil, exp
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ragkv import (
     CacheCraft,
@@ -400,3 +401,24 @@ def test_what_the_question_does_not_attend_to_is_mended_no_further(architecture)
     kept = [number for number, chunk in enumerate(chunks) if variants(other, chunk)]
     assert set(kept) <= set(best.tolist())  # what was mended in some layers alone is not kept
     assert asked(engine, chunks, method=CacheCraft(alpha=0.8)).report.sources[1:] == ["variant"] * 3
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_where_the_model_raises_while_it_is_watched_nothing_is_left(way):
+    model = tiny_model()
+    model.set_attn_implementation(way)
+    engine = Engine(model, template=TEMPLATE, method=CacheCraft(), paths=64 << 20)
+    chunks = engine.add([random_ids(n) for n in (17, 40)])
+    known = set(ALL_ATTENTION_FUNCTIONS)
+
+    def broken(module, args):
+        assert (model.config._attn_implementation == way) == (way == "eager")  # it is watched now
+        raise RuntimeError("out of memory")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.fuse(chunks, QUESTION)
+    hook.remove()
+    assert model.config._attn_implementation == way and set(ALL_ATTENTION_FUNCTIONS) == known
+    assert not any(child._forward_hooks for layer in model.model.layers for child in layer.children())
+    assert asked(engine, chunks).report.budget > 0
