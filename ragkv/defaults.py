@@ -20,7 +20,10 @@ from ragkv.prompt import PromptTemplate
 from ragkv.retrieval import Catalogue
 
 # Nothing that lets foreign code run, and nothing secret.
-_OF_FOLDER = ("embedder", "method", "chunk_tokens", "codec", "namespace", "context", "document_tokens", "sensitivity")
+_OF_FOLDER = (
+    *("embedder", "method", "chunk_tokens", "codec", "namespace"),
+    *("context", "document_tokens", "behind", "sensitivity"),
+)
 _OF_MODEL = ("dtype", "weights", "attn_implementation", "template", "system", "foreign")
 _PLACE = (*PLACE, "tokenizer")
 KEPT = ("model", *_PLACE, *_OF_MODEL, *_OF_FOLDER)

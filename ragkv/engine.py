@@ -169,7 +169,12 @@ class Engine:
         return chunks
 
     def add_document(
-        self, parts: Sequence[Text], *, document_id: str = "", namespace: str | None = None
+        self,
+        parts: Sequence[Text],
+        *,
+        document_id: str = "",
+        behind: Sequence[Chunk | Text] = (),
+        namespace: str | None = None,
     ) -> list[Chunk]:
         """Read one document, given as its consecutive parts; each part becomes a chunk that knows the text before it.
 
@@ -177,7 +182,10 @@ class Engine:
 
         Args:
             parts: text or token ids each, in document order.
-            document_id: what it is known by, so that it may change and stay the same document; by default a digest of its ids.
+            document_id: what it is known by, so that it may change and stay the same document; by default a digest of its ids,
+                and of what it is read behind.
+            behind: passages of other documents that it is read behind, in order: its neighbours, as in FusionRAG
+                (arXiv:2601.12904). They count in ``document_tokens``, and stand in the document's record.
             namespace: instead of the engine's.
 
         Returns:
@@ -187,7 +195,7 @@ class Engine:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
         documents = self.documents.within(namespace)
-        document = documents.cut(parts, document_id)
+        document = documents.cut(parts, document_id, behind=behind)
         documents.record(document)
         chunks = list(document)
         documents.add(chunks)

@@ -170,7 +170,7 @@ class Reader:
                         later = second.get_seq_length() - cache.get_seq_length()
                         kv.sensitivity, kv.foreign = self._sensitivity(kv, second, end + later), self.foreign
                     yield mine, kv, per_token * len(chunk)
-            ran(group[0].document, len(ids))  # whoever stops us here has what we say was read
+            ran(chain[-1].document, len(ids))  # whoever stops us here has what we say was read
 
     def _sensitivity(self, kv: ChunkKV, second: FusedCache, end: int) -> torch.Tensor:
         """Of a chunk that ends at ``end`` in the second reading."""

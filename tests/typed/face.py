@@ -90,6 +90,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with ragkv.Engine(model, tokenizer, store=store, template=template, method=Own(), gate=ragkv.Gate()) as made:
         assert_type(made, ragkv.Engine)
         chunks = assert_type(made.add_document(["a", [1, 2]]), list[ragkv.Chunk])
+        assert_type(made.add_document(["b"], behind=[*chunks, "c"])[0].front, int)
         assert_type(made.add(["a passage"]), list[ragkv.Chunk])
         assert_type(ragkv.Chunk.from_dict(chunks[0].to_dict()), ragkv.Chunk)
 
