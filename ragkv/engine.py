@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -302,6 +302,7 @@ class Engine:
         starts: Sequence[int] | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
 
@@ -319,16 +320,17 @@ class Engine:
                 ``prompt.next_position``; layers with windows count slots there, as transformers does.
             system: a system message instead of the template's. Where the template has no anchor, chunks are read behind it.
             namespace: instead of the engine's.
+            slots: what stands in the template's slots (:attr:`PromptTemplate.slots`).
 
         Raises:
             PromptError: an empty question or chunk, or ids out of the vocabulary; messages that are not understood, or that the
-                chat template cannot write.
+                chat template cannot write; a slot that the template has not.
             PromptTooLongError: the prompt, and the room that was asked for, exceed the model's positions.
         """
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        request = Request(chunks, question, self.method_of(method), system, namespace, starts)
+        request = Request(chunks, question, self.method_of(method), system, namespace, starts, slots=slots)
         with ExitStack() as stack:
             return self.prompting.prompt(request, lambda _: room_tokens, begin, stack)
 
@@ -340,12 +342,13 @@ class Engine:
         room_tokens: int | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
     ) -> list[FusedPrompt]:
         """:meth:`fuse` for several at the same time: what the methods choose, and the questions, run through the model together.
 
         Args:
             requests: chunks and question of each.
-            method, room_tokens, system, namespace: as for :meth:`fuse`, the same for all.
+            method, room_tokens, system, namespace, slots: as for :meth:`fuse`, the same for all.
 
         Returns:
             The prompts, in order; each is what it would be alone.
@@ -356,7 +359,9 @@ class Engine:
         begin, chosen = perf_counter(), self.method_of(method)
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        asked = [Request(chunks, question, chosen, system, namespace) for chunks, question in pairs(requests)]
+        asked = [
+            Request(chunks, question, chosen, system, namespace, slots=slots) for chunks, question in pairs(requests)
+        ]
         return self.prompting.prompts(asked, lambda _: room_tokens, begin)
 
     def generate(
@@ -367,6 +372,7 @@ class Engine:
         method: Method | str | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
         past: Past | None = None,
         keep_past: bool = False,
         stop: str | Sequence[str] = (),
@@ -378,7 +384,7 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
-            system: as for :meth:`fuse`.
+            system, slots: as for :meth:`fuse`.
             namespace: instead of the engine's.
             past: of an answer that this one goes on from: what was said there is not computed again. It has its system message,
                 its namespace and all earlier turns; chunks that stand there already need not be given.
@@ -400,7 +406,9 @@ class Engine:
             answer, or has changed since the past was computed; ConversationError where the past is in use, or is gone.
         """
         begin = perf_counter()
-        request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
+        request = Request(
+            chunks, question, self.method_of(method), system, namespace, None, past, keep_past, slots=slots
+        )
         return self._answering(request, stop, generation).whole(begin)
 
     def generate_many(
@@ -432,6 +440,7 @@ class Engine:
         method: Method | str | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
         past: Past | None = None,
         keep_past: bool = False,
         stop: str | Sequence[str] = (),
@@ -445,7 +454,7 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
-            system: as for :meth:`fuse`.
+            system, slots: as for :meth:`fuse`.
             namespace: instead of the engine's.
             past, keep_past: as for :meth:`generate`; ``past`` of the stream is there behind the last piece.
             stop: as for :meth:`generate`; not even half a stop text is shown.
@@ -458,7 +467,9 @@ class Engine:
             As :meth:`generate`, arguments at once and all else when the first piece is asked for; PromptError where the engine has
             no tokenizer.
         """
-        request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
+        request = Request(
+            chunks, question, self.method_of(method), system, namespace, None, past, keep_past, slots=slots
+        )
         return self._answering(request, stop, generation, pieces=True).pieces()
 
     @property

@@ -442,8 +442,8 @@ class RAG:
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **options: more of :class:`ragkv.Retrieval`, what ``model.generate`` takes, and ``schema=`` and ``logprobs=`` as for
-                :meth:`Engine.generate`.
+            **options: more of :class:`ragkv.Retrieval`, what ``model.generate`` takes, and ``slots=``, ``schema=`` and
+                ``logprobs=`` as for :meth:`Engine.generate`.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.
