@@ -148,15 +148,21 @@ class Intake:
             if source not in plan.moved:
                 getattr(synced, kind).append(source)
         if not dry_run:
+            first = self._removed(lost) if self.behind else []  # or what is added would be read behind it
             added = self._done(plan, tell)
             self._forget_converted()
             synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
-            synced.removed = []
-            for source in filter(gone, lost):  # behind what was added: KV that both need are not read again
-                with suppress(DocumentError):  # somebody else has removed it
-                    self._catalogued.remove(source)
-                    synced.removed.append(source)
+            synced.removed = first or self._removed(lost)  # last: KV that both need are not read again
         return synced
+
+    def _removed(self, sources: Iterable[str]) -> list[str]:
+        """Removes documents whose files are gone; returns which."""
+        removed = []
+        for source in filter(gone, sources):
+            with suppress(DocumentError):  # somebody else has removed it
+                self._catalogued.remove(source)
+                removed.append(source)
+        return removed
 
     def refresh(self, tell: Tell | None) -> int:
         """See :meth:`ragkv.RAG.refresh`."""

@@ -1,5 +1,7 @@
 """A folder whose documents are read behind their neighbours: kept up with, and without a trace of what was removed."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,25 @@ def test_a_changed_neighbour_is_one_no_more(whole):
     assert passage.id not in ids_of(whole, source)
     assert SOURCES[0] in others and not any(read(whole, other)[0].fronts for other in others)
     assert read(whole, source)[0].fronts  # what is added is read behind its own
+
+
+def test_a_folder_in_step_with_the_disk_is_read_behind_what_is_left(model, tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for source, text in list(DOCUMENTS.items())[:5]:
+        (folder / source).write_text(text)
+    with opened(model) as rag:
+        rag.sync(folder)
+        paths = {source: str(folder / source) for source in SOURCES}
+        nearest = rag.retriever.catalogue.passage(read(rag, paths[SOURCES[0]])[1].behind[0]).document.source
+        text = (folder / SOURCES[0]).read_text()
+        (folder / SOURCES[0]).write_text(text + " And that is all there is to say.")
+        os.remove(nearest)
+        done = rag.sync(folder)
+        assert done.removed == [nearest] and done.changed == [paths[SOURCES[0]]]
+        assert read(rag, paths[SOURCES[0]])[1].behind  # not dropped again with what went
+        rag.refresh()
+        assert rag.stale() == [] and rag.sync(folder).removed == []
 
 
 def test_without_neighbours_again(whole, model):
