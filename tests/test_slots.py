@@ -153,6 +153,21 @@ def test_nothing_stored_hangs_on_a_slot(tokenizer, reads):
             engine.generate(chunks, QUESTION, slots={"colour": "red"})
 
 
+def test_earlier_turns_are_found_again_whatever_a_slot_says():
+    chatting, model = words(CHAT), tiny_model(vocab_size=1792)
+    template = PromptTemplate.from_chat_template(chatting, before_question="In {language}: ", slots=SLOTS)
+    texts = list(DOCUMENTS.values())
+    talk = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": "Yes."}, TALK[-1]]
+    with Engine(model, chatting, template=template, method=Reuse(), paths=True) as engine:
+        chunks = engine.add(texts[1:2])
+        for number, language in enumerate(("English", "German")):
+            prompt = engine.fuse(chunks, talk, slots={"language": language}, method=FullPrefill())
+            engine.paths.wait()
+            left = prompt.report.prefix_tokens - prompt.report.reused_tokens
+            assert left < 32 if number else left > 64  # kept in blocks of 32 tokens
+            torch.testing.assert_close(prompt.logits, full(model, prompt.input_ids), atol=1e-4, rtol=0)
+
+
 def test_a_folder_and_a_conversation_take_slots(tokenizer):
     with open_rag(template=TEMPLATE, method=Reuse()) as rag:
         rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
