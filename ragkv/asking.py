@@ -84,6 +84,7 @@ class Asking:
             namespace=namespace,
             past=past,
             keep=options.pop("keep_past", False) or past is not None,
+            slots=options.pop("slots", None),
             **scheduling(options),
         )
         asked = _Asked(self._engine, request, documents)
@@ -117,5 +118,6 @@ class _Asked:
 
     def prompt(self, room: Room, begin: float, stack: ExitStack, copies: int) -> FusedPrompt:
         """The prompt, now that its passages are known."""
-        request = replace(self._request, chunks=self.found.chunks, begun=self.begun)
+        ranks = self.found.ranks(self.found.chunks)
+        request = replace(self._request, chunks=self.found.chunks, ranks=ranks, begun=self.begun)
         return self._engine.prompting.prompt(request, room, begin, stack, copies)

@@ -48,6 +48,7 @@ class Chunk:
         document: id of its document; empty for a passage that stands alone.
         number: its place among the chunks of its document, from 0.
         offset: tokens of its context, the anchor not counted.
+        front: how many of these, the first ones, are of passages of other documents that its own was read behind.
         context: digest of its context, the anchor not counted (:attr:`context_after` of the chunk in front).
         mark: not empty where KV from here on were repaired after an edit instead of read: a part of the context, so that they are
             never taken for exact ones.
@@ -62,6 +63,7 @@ class Chunk:
     document: str = ""
     number: int = 0
     offset: int = 0
+    front: int = 0
     context: bytes = field(default=b"", repr=False)
     mark: str = ""
     span: tuple[int, int] | None = None
@@ -100,6 +102,7 @@ class Chunk:
             "document": self.document,
             "number": self.number,
             "offset": self.offset,
+            "front": self.front,
             "context": self.context.hex(),
             "mark": self.mark,
             "span": None if self.span is None else list(self.span),
@@ -123,6 +126,7 @@ class Chunk:
                 document=str(fields["document"]),
                 number=_whole(fields["number"]),
                 offset=_whole(fields["offset"]),
+                front=_whole(fields.get("front", 0)),  # dicts of former versions have none
                 context=bytes.fromhex(fields["context"]),
                 mark=str(fields["mark"]),
                 span=None if span is None else (_whole(span[0]), _whole(span[1])),

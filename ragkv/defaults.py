@@ -20,7 +20,10 @@ from ragkv.prompt import PromptTemplate
 from ragkv.retrieval import Catalogue
 
 # Nothing that lets foreign code run, and nothing secret.
-_OF_FOLDER = ("embedder", "method", "chunk_tokens", "codec", "namespace", "context", "document_tokens", "sensitivity")
+_OF_FOLDER = (
+    *("embedder", "method", "chunk_tokens", "codec", "namespace"),
+    *("context", "document_tokens", "behind", "sensitivity"),
+)
 _OF_MODEL = ("dtype", "weights", "attn_implementation", "template", "system", "foreign")
 _PLACE = (*PLACE, "tokenizer")
 KEPT = ("model", *_PLACE, *_OF_MODEL, *_OF_FOLDER)
@@ -71,14 +74,20 @@ def _as_json(name: str, value: Any) -> Any:
     if isinstance(value, Method):
         return words_of(value)
     if isinstance(value, PromptTemplate):
-        parts = {part: text for part, text in asdict(value).items() if part not in ("stop", "chat")}.items()
-        kept = {part: text if text is None or isinstance(text, str) else [int(i) for i in text] for part, text in parts}
-        return {**kept, "stop": list(stop_texts(value.stop)), "chat": None if value.chat is None else dict(value.chat)}
+        parts = {part: text for part, text in asdict(value).items() if part not in ("stop", "chat", "slots")}
+        chat, slots = None if value.chat is None else dict(value.chat), _texts(value.slots)
+        return {**_texts(parts), "stop": list(stop_texts(value.stop)), "chat": chat, "slots": slots}
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if name in ("model", "embedder", "tokenizer"):
         return _name(value) if isinstance(value, str | os.PathLike) else None
     return value if isinstance(value, str | int) else None
+
+
+def _texts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        part: text if text is None or isinstance(text, str) else [int(i) for i in text] for part, text in parts.items()
+    }
 
 
 def _name(place: str | os.PathLike[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -173,7 +173,12 @@ class Engine:
         return chunks
 
     def add_document(
-        self, parts: Sequence[Text], *, document_id: str = "", namespace: str | None = None
+        self,
+        parts: Sequence[Text],
+        *,
+        document_id: str = "",
+        behind: Sequence[Chunk | Text] = (),
+        namespace: str | None = None,
     ) -> list[Chunk]:
         """Read one document, given as its consecutive parts; each part becomes a chunk that knows the text before it.
 
@@ -181,7 +186,10 @@ class Engine:
 
         Args:
             parts: text or token ids each, in document order.
-            document_id: what it is known by, so that it may change and stay the same document; by default a digest of its ids.
+            document_id: what it is known by, so that it may change and stay the same document; by default a digest of its ids,
+                and of what it is read behind.
+            behind: passages of other documents that it is read behind, in order: its neighbours, as in FusionRAG
+                (arXiv:2601.12904). They count in ``document_tokens``, and stand in the document's record.
             namespace: instead of the engine's.
 
         Returns:
@@ -191,7 +199,7 @@ class Engine:
             PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
         """
         documents = self.documents.within(namespace)
-        document = documents.cut(parts, document_id)
+        document = documents.cut(parts, document_id, behind=behind)
         documents.record(document)
         chunks = list(document)
         documents.add(chunks)
@@ -298,6 +306,7 @@ class Engine:
         starts: Sequence[int] | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
     ) -> FusedPrompt:
         """Put prefix, chunks and question together as one prompt, computing only what the method asks for.
 
@@ -315,16 +324,17 @@ class Engine:
                 ``prompt.next_position``; layers with windows count slots there, as transformers does.
             system: a system message instead of the template's. Where the template has no anchor, chunks are read behind it.
             namespace: instead of the engine's.
+            slots: what stands in the template's slots (:attr:`PromptTemplate.slots`).
 
         Raises:
             PromptError: an empty question or chunk, or ids out of the vocabulary; messages that are not understood, or that the
-                chat template cannot write.
+                chat template cannot write; a slot that the template has not.
             PromptTooLongError: the prompt, and the room that was asked for, exceed the model's positions.
         """
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        request = Request(chunks, question, self.method_of(method), system, namespace, starts)
+        request = Request(chunks, question, self.method_of(method), system, namespace, starts, slots=slots)
         with ExitStack() as stack:
             return self.prompting.prompt(request, lambda _: room_tokens, begin, stack)
 
@@ -336,12 +346,13 @@ class Engine:
         room_tokens: int | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
     ) -> list[FusedPrompt]:
         """:meth:`fuse` for several at the same time: what the methods choose, and the questions, run through the model together.
 
         Args:
             requests: chunks and question of each.
-            method, room_tokens, system, namespace: as for :meth:`fuse`, the same for all.
+            method, room_tokens, system, namespace, slots: as for :meth:`fuse`, the same for all.
 
         Returns:
             The prompts, in order; each is what it would be alone.
@@ -352,7 +363,9 @@ class Engine:
         begin, chosen = perf_counter(), self.method_of(method)
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        asked = [Request(chunks, question, chosen, system, namespace) for chunks, question in pairs(requests)]
+        asked = [
+            Request(chunks, question, chosen, system, namespace, slots=slots) for chunks, question in pairs(requests)
+        ]
         return self.prompting.prompts(asked, lambda _: room_tokens, begin)
 
     def generate(
@@ -363,6 +376,7 @@ class Engine:
         method: Method | str | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
         past: Past | None = None,
         keep_past: bool = False,
         stop: str | Sequence[str] = (),
@@ -374,7 +388,7 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
-            system: as for :meth:`fuse`.
+            system, slots: as for :meth:`fuse`.
             namespace: instead of the engine's.
             past: of an answer that this one goes on from: what was said there is not computed again. It has its system message,
                 its namespace and all earlier turns; chunks that stand there already need not be given.
@@ -396,7 +410,9 @@ class Engine:
             answer, or has changed since the past was computed; ConversationError where the past is in use, or is gone.
         """
         begin = perf_counter()
-        request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
+        request = Request(
+            chunks, question, self.method_of(method), system, namespace, None, past, keep_past, slots=slots
+        )
         return self._answering(request, stop, generation).whole(begin)
 
     def generate_many(
@@ -428,6 +444,7 @@ class Engine:
         method: Method | str | None = None,
         system: str | None = None,
         namespace: str | None = None,
+        slots: Mapping[str, Text] | None = None,
         past: Past | None = None,
         keep_past: bool = False,
         stop: str | Sequence[str] = (),
@@ -441,7 +458,7 @@ class Engine:
             chunks: as for :meth:`fuse`.
             question: as for :meth:`fuse`.
             method: instead of the engine's.
-            system: as for :meth:`fuse`.
+            system, slots: as for :meth:`fuse`.
             namespace: instead of the engine's.
             past, keep_past: as for :meth:`generate`; ``past`` of the stream is there behind the last piece.
             stop: as for :meth:`generate`; not even half a stop text is shown.
@@ -454,7 +471,9 @@ class Engine:
             As :meth:`generate`, arguments at once and all else when the first piece is asked for; PromptError where the engine has
             no tokenizer.
         """
-        request = Request(chunks, question, self.method_of(method), system, namespace, None, past, keep_past)
+        request = Request(
+            chunks, question, self.method_of(method), system, namespace, None, past, keep_past, slots=slots
+        )
         return self._answering(request, stop, generation, pieces=True).pieces()
 
     @property

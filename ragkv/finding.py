@@ -33,6 +33,12 @@ class Found(NamedTuple):
     chunks: list[Chunk]
     left_out: list[Hit]
 
+    def ranks(self, placed: Sequence[Chunk]) -> str:
+        """Where these passages stand among those of a prompt, from 1, the most relevant first: ``"3, 1, 2"``."""
+        places = {chunk.ids: place for place, chunk in enumerate(placed, 1)}
+        best_first = sorted(zip(self.hits, self.chunks, strict=True), key=lambda pair: pair[0].rank)
+        return ", ".join(str(places[chunk.ids]) for _, chunk in best_first if chunk.ids in places)
+
 
 @dataclass
 class SourcedAnswer(Answer):

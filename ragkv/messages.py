@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from ragkv.errors import ArgumentError, ArgumentTypeError, PromptError
-from ragkv.prompt import CHUNKS, QUESTION, Encoder, Text, asking, render
+from ragkv.prompt import BEFORE_QUESTION, CHUNKS, QUESTION, Encoder, Slots, Text, asking, render
 
 #: What is asked: text or ids, or chat messages of which the last one is the user's.
 Question = Text | Sequence[Mapping[str, Any]]
@@ -81,13 +81,14 @@ def conversation(messages: Any, system: str | None = None) -> tuple[str | None, 
     return system, joined
 
 
-def asked(encoder: Encoder, question: Question, system: str | None = None) -> Asked:
+def asked(encoder: Encoder, question: Question, system: str | None = None, slots: Slots | None = None) -> Asked:
     """What stands around a question's passages.
 
     Args:
         encoder: of the template and the tokenizer.
         question: text, ids or messages.
         system: a system message in the place of the template's; ``""`` for none.
+        slots: of :meth:`ragkv.prompt.Encoder.slots`. Earlier turns that are written as the question is have the same.
 
     Raises:
         As :func:`conversation`; PromptError also where the chat template cannot write such messages.
@@ -98,9 +99,9 @@ def asked(encoder: Encoder, question: Question, system: str | None = None) -> As
     begin = opening(encoder, system)
     if begin is encoder.prefix:  # which has the system message
         if len(said) == 1:
-            return Asked(begin, encoder.suffix(said[0].content), begin)
-        return Asked(*_written(encoder, said, own=_own(encoder)), begin)
-    return Asked(*_written(encoder, [*_system(system), *said]), begin)
+            return Asked(begin, encoder.suffix(said[0].content, slots), begin)
+        return Asked(*_written(encoder, said, slots, _own(encoder)), begin)
+    return Asked(*_written(encoder, [*_system(system), *said], slots), begin)
 
 
 def opening(encoder: Encoder, system: str | None) -> tuple[int, ...]:
@@ -110,13 +111,13 @@ def opening(encoder: Encoder, system: str | None) -> tuple[int, ...]:
     return _written(encoder, [*_system(system), Message("user", (0,))])[0]
 
 
-def going_on(encoder: Encoder, question: Text) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def going_on(encoder: Encoder, question: Text, slots: Slots | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What stands between an answer that was just given and the next question's passages, and what stands behind these."""
     if encoder.template.chat is None:
-        return encoder.after_answer, encoder.suffix(question)
+        return encoder.after_answer, encoder.suffix(question, slots)
     said = [Message("user", "?"), Message("assistant", "!"), Message("user", question)]
     segments = _segments(encoder, said)
-    return _spliced(encoder, segments[[number for _, number in segments].index(1) + 1 :], said)
+    return _spliced(encoder, segments[[number for _, number in segments].index(1) + 1 :], said, slots)
 
 
 def last_turns(said: Sequence[Message]) -> str:
@@ -169,19 +170,21 @@ def _system(system: str | None) -> list[Message]:
     return [Message("system", system)] if system else []
 
 
-def _written(encoder: Encoder, said: Sequence[Message], own: str = "") -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _written(
+    encoder: Encoder, said: Sequence[Message], slots: Slots | None = None, own: str = ""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What stands in front of the last message's passages and behind them; ``own`` is the chat template's own system message."""
     if encoder.template.chat is not None:
-        prefix, suffix = _spliced(encoder, _segments(encoder, said, own), said)
+        prefix, suffix = _spliced(encoder, _segments(encoder, said, own), said, slots)
         return encoder.opened(prefix), suffix
     ids = list(encoder.prefix)
     for role, content in said[:-1]:
         if role == "user":
-            ids += encoder.suffix(content)
+            ids += encoder.suffix(content, slots)
         else:
             ids += encoder.ids(content)
             ids += encoder.after_answer if role == "assistant" else encoder.ids("\n\n")
-    return tuple(ids), encoder.suffix(said[-1].content)
+    return tuple(ids), encoder.suffix(said[-1].content, slots)
 
 
 def _segments(encoder: Encoder, said: Sequence[Message], own: str = "") -> list[tuple[str, int | None]]:
@@ -190,13 +193,13 @@ def _segments(encoder: Encoder, said: Sequence[Message], own: str = "") -> list[
     The passages have the number -1. ``own`` is a system message of the template itself, which is not cut out.
     """
     options = dict(encoder.template.chat or {})
-    instruction = options.pop("instruction")
+    asked_so = asking(options.pop("instruction"), options.pop("before_question", BEFORE_QUESTION))
     options = {name: value for name, value in options.items() if name not in ("system", "after_chunk")}
     last = len(said) - 1
     marks = [*(f"\u2983ragkv {number}\u2984" for number in range(last)), QUESTION, CHUNKS]
     messages = [{"role": "system", "content": own}] if own else []
     messages += [{"role": message.role, "content": mark} for message, mark in zip(said[:-1], marks, strict=False)]
-    messages.append({"role": "user", "content": asking(instruction)})
+    messages.append({"role": "user", "content": asked_so})
     if encoder.tokenizer is None or not getattr(encoder.tokenizer, "chat_template", None):
         raise PromptError(
             "the prompt template was made from a chat template and the tokenizer has none: give the one that it was made with"
@@ -214,14 +217,15 @@ def _segments(encoder: Encoder, said: Sequence[Message], own: str = "") -> list[
 
 
 def _spliced(
-    encoder: Encoder, segments: Sequence[tuple[str, int | None]], said: Sequence[Message]
+    encoder: Encoder, segments: Sequence[tuple[str, int | None]], said: Sequence[Message], slots: Slots | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids in front of the passages and behind them, every segment on its own."""
+    slots = encoder.slots() if slots is None else slots
     prefix, suffix = list[int](), list[int]()
     side = prefix
     for text, number in segments:
         if number is None:
-            side += encoder.ids(text, trusted=True)
+            side += encoder.own(text, slots)
         elif number == len(said) - 1:
             side += encoder.question(said[number].content)
         elif number >= 0:

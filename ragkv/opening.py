@@ -27,6 +27,7 @@ class Parts(NamedTuple):
     engine: Engine
     retriever: Retriever
     chunker: TokenChunker
+    behind: int
     defaults: dict[str, Any]
 
 
@@ -79,4 +80,5 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
         **{name: given[name] for name in ("piece_tokens", "kernels", "lifetime_s", "gate", "scheduler", "paths")},
     )
     tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
-    return Parts(engine, retriever, TokenChunker(loaded.tokenizer, tokens), to_keep(options))
+    chunker = TokenChunker(loaded.tokenizer, tokens)
+    return Parts(engine, retriever, chunker, options.get("behind", 0), to_keep(options))

@@ -6,13 +6,13 @@ So a chunk's ids never depend on its neighbours, and a stored chunk is found aga
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from operator import index
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from ragkv.errors import PromptError, no_question
-from ragkv.tokenizer import PrivateTokenizer, never_shown
+from ragkv.slots import check_slots, filled, pieces
+from ragkv.tokenizer import PrivateTokenizer, never_shown, plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +21,13 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 #: Text, or token ids in its place.
 Text = str | Sequence[int]
+#: Token ids in a template's slots, by name.
+Slots = Mapping[str, tuple[int, ...]]
 
 #: Marks that a chat template is rendered around.
 CHUNKS, QUESTION = "\u2983ragkv chunks\u2984", "\u2983ragkv question\u2984"
+#: What stands between passages and question where a chat template is used.
+BEFORE_QUESTION = "Question: "
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class PromptTemplate:
         after_question: stands behind the question (the assistant header).
         after_answer: stands behind an earlier answer, where a conversation is not written by a chat template.
         stop: a text or several at which an answer ends; they are no part of it.
+        slots: names that stand in braces in ``before_question`` or ``after_question``, as ``{language}``, each with what stands
+            there where a call says nothing else (``slots={"language": "German"}``). It is data, and holds no special tokens. Other
+            braces are text. One called ``ranks`` is filled by ``RAG``: the passages' places in the prompt, the most relevant first.
         chat: the arguments of :meth:`from_chat_template`, where it made this one: chat messages are written with them. Elsewhere
             every turn is written as the question is (:mod:`ragkv.messages`).
     """
@@ -53,6 +60,15 @@ class PromptTemplate:
     after_answer: Text = ""
     stop: str | Sequence[str] = ()
     chat: Mapping[str, Any] | None = None
+    slots: Mapping[str, Text] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        others = ("prefix", "anchor", "before_chunk", "after_chunk", "after_answer")
+        check_slots(
+            self.slots,
+            (self.before_question, self.after_question),
+            {name: getattr(self, name) for name in others},
+        )
 
     @classmethod
     def from_chat_template(
@@ -62,6 +78,8 @@ class PromptTemplate:
         system: str | None = None,
         instruction: str = "Answer the question with the help of these passages.",
         after_chunk: str = "\n\n",
+        before_question: str = BEFORE_QUESTION,
+        slots: Mapping[str, Text] | None = None,
         **chat_options: Any,
     ) -> PromptTemplate:
         """Render the tokenizer's chat template around marks and cut it there.
@@ -71,6 +89,8 @@ class PromptTemplate:
             system: the system message, if any.
             instruction: begins the user's message, before the passages.
             after_chunk: stands behind every passage.
+            before_question: stands between the passages and the question; may have slots.
+            slots: see the class.
             **chat_options: for ``apply_chat_template``, ``enable_thinking=False`` say.
 
         Raises:
@@ -82,7 +102,7 @@ class PromptTemplate:
                 f"the tokenizer has no chat template{asked}: give PromptTemplate(prefix=..., ...) instead"
             )
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": asking(instruction)})
+        messages.append({"role": "user", "content": asking(instruction, before_question)})
         rendered = render(tokenizer, messages, chat_options)
         long_ago = _long_ago(tokenizer)
         if long_ago and rendered != render(tokenizer, messages, {"chat_template": long_ago, **chat_options}):
@@ -99,13 +119,20 @@ class PromptTemplate:
             raise PromptError(
                 "the tokenizer's chat template leaves the system message out: give PromptTemplate(prefix=...)"
             )
+        chat = {
+            "system": system,
+            "instruction": instruction,
+            "after_chunk": after_chunk,
+            "before_question": before_question,
+        }
         before_question, after_question = rest.split(QUESTION)
         return cls(
             prefix=prefix,
             after_chunk=after_chunk,
             before_question=before_question,
             after_question=after_question,
-            chat={"system": system, "instruction": instruction, "after_chunk": after_chunk, **chat_options},
+            chat={**chat, **chat_options},
+            slots=slots or {},
         )
 
     @classmethod
@@ -123,9 +150,9 @@ class PromptTemplate:
         return cls(after_chunk="\n\n", stop=stop, **plain)
 
 
-def asking(instruction: str) -> str:
+def asking(instruction: str, before_question: str = BEFORE_QUESTION) -> str:
     """The user's message that passages and a question are put into, with marks in their places."""
-    return f"{instruction}\n\n{CHUNKS}Question: {QUESTION}"
+    return f"{instruction}\n\n{CHUNKS}{before_question}{QUESTION}"
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any]) -> Any:
@@ -175,8 +202,9 @@ class Encoder:
         self.anchor: tuple[int, ...] = self.prefix if template.anchor is None else self._opening(parts["anchor"])
         self._before_chunk = self.ids(parts["before_chunk"], trusted=True)
         self._after_chunk = self.ids(parts["after_chunk"], trusted=True)
-        self._before_question = self.ids(parts["before_question"], trusted=True)
-        self._after_question = self.ids(parts["after_question"], trusted=True)
+        self._before_question = self._cut(parts["before_question"])
+        self._after_question = self._cut(parts["after_question"])
+        self.slots()  # what stands there by default can be encoded
         self.after_answer: tuple[int, ...] = self.ids(parts["after_answer"], trusted=True)
 
     def chunk(self, passage: Text) -> tuple[int, ...]:
@@ -190,13 +218,35 @@ class Encoder:
             raise PromptError("a chunk is empty: give at least one token of text (whitespace alone may be none)")
         return (*self._before_chunk, *inner, *self._after_chunk)
 
-    def suffix(self, question: Text) -> tuple[int, ...]:
+    def suffix(self, question: Text, slots: Slots | None = None) -> tuple[int, ...]:
         """The question's ids and what stands around it.
+
+        Args:
+            question: text or ids.
+            slots: of :meth:`slots`; what stands there by default.
 
         Raises:
             PromptError: the question is empty, or is none.
         """
-        return (*self._before_question, *self.question(question), *self._after_question)
+        slots = self.slots() if slots is None else slots
+        around = _spliced(self._before_question, slots), _spliced(self._after_question, slots)
+        return (*around[0], *self.question(question), *around[1])
+
+    def slots(self, given: Mapping[str, Text] | None = None, ranks: str = "") -> Slots:
+        """The ids in each of the template's slots in one call.
+
+        Args:
+            given: what the call says stands there.
+            ranks: as of :func:`ragkv.slots.filled`.
+
+        Raises:
+            PromptError: the template has no such slot, or what is given is neither text nor ids.
+        """
+        return {name: self.ids(text) for name, text in filled(self.template.slots, given, ranks).items()}
+
+    def own(self, text: Text, slots: Slots) -> tuple[int, ...]:
+        """The ids of the template's own text, with its slots filled."""
+        return _spliced(self._cut(text), slots)
 
     def question(self, question: Text) -> tuple[int, ...]:
         """The question's ids.
@@ -221,7 +271,7 @@ class Encoder:
             trusted: the text may hold special tokens. In documents and questions they are read as plain text, so that a document
                 cannot end the user's turn.
         """
-        ids = self._encoded(text, trusted) if isinstance(text, str) else _checked(text)
+        ids = self._encoded(text, trusted) if isinstance(text, str) else plain_ids(text)
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise PromptError(
@@ -238,6 +288,11 @@ class Encoder:
         if hidden is None:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return str(self.tokenizer.decode([i for i in ids if i not in hidden]))
+
+    def _cut(self, text: Text) -> list[Any]:
+        """The ids of the template's own text and the names of its slots by turns, each piece encoded on its own."""
+        parts = pieces(text, list(self.template.slots))
+        return [part if number % 2 else self.ids(part, trusted=True) for number, part in enumerate(parts)]
 
     def _encoded(self, text: str, trusted: bool) -> tuple[int, ...]:
         if not text:
@@ -262,16 +317,5 @@ class Encoder:
         return ids if ids[: len(bos)] == bos else (*bos, *ids)
 
 
-def _checked(given: Sequence[int]) -> tuple[int, ...]:
-    """Ids as plain ints; of numpy and torch too, but nothing that only looks like a number."""
-    values = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
-        raise PromptError(f"give text as str or a sequence of token ids, got {type(given).__name__}")
-    return tuple(_whole(value) for value in values)
-
-
-def _whole(value: Any) -> int:
-    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
-    if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
-        raise PromptError(f"token ids must be whole numbers, got {plain!r}")
-    return index(plain)
+def _spliced(pieces: Sequence[Any], slots: Slots) -> tuple[int, ...]:
+    return tuple(i for part in pieces for i in (slots[part] if isinstance(part, str) else part))

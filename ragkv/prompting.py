@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -68,6 +68,8 @@ class Request:
         priority: those of a higher one go first.
         deadline_s: ``perf_counter()`` behind which nobody wants the answer.
         begun: a prompt that may have been begun before it was known what stands in it.
+        slots: what stands in the template's slots.
+        ranks: where the chunks stand, the most relevant first, for a slot of this name.
     """
 
     chunks: Sequence[Chunk | Text]
@@ -83,6 +85,8 @@ class Request:
     priority: int = 0
     deadline_s: float = math.inf
     begun: Begun | None = None
+    slots: Mapping[str, Text] | None = None
+    ranks: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,9 +234,9 @@ class Prompting:
         return self._scheduler.mine or self.documents.reader.decoder.turns.mine
 
     def _plan(self, request: Request, room: Room, begin: float, stack: ExitStack) -> _Plan:
-        past, begins, held = request.past, None, 0
+        past, begins, held, slots = request.past, None, 0, self.encoder.slots(request.slots, request.ranks)
         if past is None:
-            prefix, suffix, begins = asked(self.encoder, request.question, request.system)
+            prefix, suffix, begins = asked(self.encoder, request.question, request.system, slots)
             documents = self._placed(begins, request.namespace)
         else:
             if is_chat(request.question) or request.system is not None or request.namespace is not None:
@@ -240,7 +244,7 @@ class Prompting:
                     "the past has its system message, namespace and messages: give the next question alone"
                 )
             documents = self.documents.within(past.namespace, past.anchor)
-            behind, suffix = going_on(self.encoder, cast(Text, request.question))
+            behind, suffix = going_on(self.encoder, cast(Text, request.question), slots)
             prefix, held = (*past.ids, *behind), past.held
         chunks = self._chunks(documents, request.chunks)
         if past is not None and not chunks:  # one pass for all that is new

@@ -54,6 +54,8 @@ class RAG:
         chunker: cuts texts into passages; by default of at most 256 of the model's tokens.
         repair_tokens: read a changed document by computing the changed passages and this many tokens behind each change (see
             :meth:`Engine.repair_document`); ``None``: read it exactly, from the first changed passage on.
+        behind: read each document behind so many passages of others, those that are nearest to it: its neighbours, as in FusionRAG
+            (arXiv:2601.12904, which has 2). What is added is read so; whose neighbours are others now, :meth:`refresh` reads again.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RAG:
         retriever: Retriever,
         chunker: TokenChunker | None = None,
         repair_tokens: int | None = None,
+        behind: int = 0,
     ):
         instance("engine", engine, Engine, "a ragkv.Engine, as ragkv.Engine(model, tokenizer)")
         instance("retriever", retriever, Retriever, "a ragkv.retrieval.Retriever, as Retriever.open('documents/')")
@@ -76,7 +79,9 @@ class RAG:
         self.threads: Threads = Threads()
         self._asking = Asking(engine, self.finder)
         cuts = chunker or TokenChunker(engine.tokenizer)
-        self._intake = Intake(retriever.catalogue, self.finder.catalogued(), engine.documents, cuts, repair_tokens)
+        catalogued = self.finder.catalogued()
+        self._intake = Intake(retriever.catalogue, catalogued, engine.documents, cuts, repair_tokens)
+        self.behind = behind
         warn_of_differences(retriever.catalogue, engine.documents)
 
     @classmethod
@@ -93,6 +98,7 @@ class RAG:
         system: str | None = None,
         foreign: str | None = None,
         repair_tokens: int | None = None,
+        behind: int | None = None,
         device: str | None = None,
         store: TieredStore | None = None,
         gpu_bytes: int = 0,
@@ -132,6 +138,7 @@ class RAG:
             foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.Engine`.
                 The bundled model brings its own.
             repair_tokens: how much of a changed document is read again, see :class:`RAG`.
+            behind: passages of other documents that each document is read behind, see :class:`RAG`; 0 in a new folder.
             device: ``"cuda"`` where there is one, by default.
             store: where KV are kept, in place of ``path``'s own; it is closed with the object. With it pins, quotas and policies
                 are at hand.
@@ -160,7 +167,7 @@ class RAG:
         own = signature(cls.from_pretrained).parameters.keys() - {"model_options"}
         with ExitStack() as opened:
             parts = open_parts(options | model_options, own, opened)
-            rag = cls(parts.engine, parts.retriever, parts.chunker, repair_tokens)
+            rag = cls(parts.engine, parts.retriever, parts.chunker, repair_tokens, parts.behind)
             rag._intake.defaults = parts.defaults
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
@@ -191,6 +198,15 @@ class RAG:
     @chunker.setter
     def chunker(self, chunker: TokenChunker) -> None:
         self._intake.chunker = chunker
+
+    @property
+    def behind(self) -> int:
+        """Passages of others that each document is read behind, see :class:`RAG`; :meth:`refresh` brings what is there in step."""
+        return self._intake.behind
+
+    @behind.setter
+    def behind(self, behind: int) -> None:
+        self._intake.behind = whole_number("behind", behind)
 
     def add_texts(
         self,
@@ -320,6 +336,8 @@ class RAG:
     def refresh(self, progress: Callable[[Progress], object] | None = None) -> int:
         """Read whatever KV of the documents is missing, after a crash, with a new prefix or with another model say.
 
+        Documents whose neighbours are others now (``behind``) are read again behind these.
+
         Args:
             progress: called behind each document that was looked at, and behind each piece that the model has read.
 
@@ -330,6 +348,13 @@ class RAG:
             StoreFullError: as for :meth:`add_texts`.
         """
         return self._intake.refresh(progress)
+
+    def stale(self) -> list[str]:
+        """The documents whose neighbours (``behind``) are others than those that they were read behind; by source.
+
+        Until :meth:`refresh` they answer as they were read; one whose neighbour is gone is read alone when it is asked for.
+        """
+        return self._intake.stale()
 
     def retrieve(self, question: str, top_k: int | None = None, neighbours: int = 0, **retrieval: Any) -> list[Hit]:
         """The passages for a question, in the order of the prompt.
@@ -417,8 +442,8 @@ class RAG:
             neighbours: passages to take along on either side of each, see :meth:`retrieve`.
             method: instead of the engine's.
             progress: called behind each piece that the model has to read because its KV are missing.
-            **options: more of :class:`ragkv.Retrieval`, what ``model.generate`` takes, and ``schema=`` and ``logprobs=`` as for
-                :meth:`Engine.generate`.
+            **options: more of :class:`ragkv.Retrieval`, what ``model.generate`` takes, and ``slots=``, ``schema=`` and
+                ``logprobs=`` as for :meth:`Engine.generate`.
 
         Raises:
             RagKVError: nothing was added yet; and as :meth:`Engine.generate`.

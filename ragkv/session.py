@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from ragkv.messages import Message, last_turns
 from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Past
+from ragkv.prompt import Text
 from ragkv.prompting import Request, Room, scheduling
 from ragkv.report import AnswerStream, FusedPrompt, Made
 from ragkv.retrieval import Hit, Retrieval
@@ -115,7 +116,7 @@ class Session:
 
         Args:
             question: not blank.
-            **options: ``method``, ``progress``, those of :class:`ragkv.Retrieval` and generation arguments, as for
+            **options: ``method``, ``slots``, ``progress``, those of :class:`ragkv.Retrieval` and generation arguments, as for
                 :meth:`RAG.ask`; no beams.
 
         Returns:
@@ -177,12 +178,13 @@ class Session:
         *,
         method: Method | str | None = None,
         stop: str | Sequence[str] = (),
+        slots: Mapping[str, Text] | None = None,
         pieces: bool = False,
         **options: Any,
     ) -> None:
         """Check all arguments and find passages; nothing is computed yet."""
         retrieval, generation = Retrieval.split(options)
-        asked = {"keep": True, "most_tokens": self._context_tokens, **scheduling(generation)}
+        asked = {"keep": True, "most_tokens": self._context_tokens, "slots": slots, **scheduling(generation)}
         request = Request((), turn.question, self._engine.method_of(method), **asked)
         make = partial(self._prompt, turn, request)
         turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
@@ -212,7 +214,8 @@ class Session:
             there = {chunk.ids for earlier in state.turns for chunk in earlier.chunks}
             chunks = [chunk for chunk in turn.found.chunks if chunk.ids not in there]
             try:
-                prompt = made(replace(request, chunks=chunks, past=state.past), roomy, begin, stack)
+                going_on = replace(request, chunks=chunks, ranks=turn.found.ranks(chunks), past=state.past)
+                prompt = made(going_on, roomy, begin, stack)
                 return _for_question(prompt, chunks, turn.found.chunks)
             except PromptTooLongError:
                 dropped = 1
@@ -228,6 +231,7 @@ class Session:
             anew = replace(
                 request,
                 chunks=chunks,
+                ranks=turn.found.ranks(chunks),
                 question=[*said, {"role": "user", "content": turn.question}],
                 system=self._system,
                 namespace=self._namespace,

@@ -173,7 +173,7 @@ class Speculation:
             found = self._ahead.finder.read(hits, self._documents, self._known)
             if found.chunks and self._go_on(may):
                 with looking(partial(self._look, closing)), told_of_hits(self._tell, found.hits):
-                    request = replace(self._request, chunks=found.chunks)
+                    request = replace(self._request, chunks=found.chunks, ranks=found.ranks(found.chunks))
                     prompt = self._ahead.engine.prompting.ahead(request, self._room)
                 self.outcome = "" if prompt is None else self.outcome
             elif found.chunks and not may:

@@ -7,9 +7,10 @@ backend, so a call in another thread changes this one. What reads documents and 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from ragkv.errors import PromptError
 
@@ -172,3 +173,22 @@ def _spelled(own: _Copied | _Called, ids: Sequence[int]) -> list[int]:
             "other tokens: take it out of the text, or give the text as token ids"
         )
     return spelled
+
+
+def plain_ids(given: Sequence[int]) -> tuple[int, ...]:
+    """Ids as plain ints; of numpy and torch too, but nothing that only looks like a number.
+
+    Raises:
+        PromptError: they are none.
+    """
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
+        raise PromptError(f"give text as str or a sequence of token ids, got {type(given).__name__}")
+    return tuple(_whole(value) for value in values)
+
+
+def _whole(value: Any) -> int:
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
+    if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
+        raise PromptError(f"token ids must be whole numbers, got {plain!r}")
+    return index(plain)

@@ -29,7 +29,8 @@ FORMAT, _FORMER = b"ragkv.catalogue/3", (b"ragkv.catalogue/1", b"ragkv.catalogue
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
-# kv: key of KV -> the keys of the readings that name it. meta: format, settings, defaults, state, next id.
+# kv: key of KV, or of a passage in front of a document -> the keys of the readings that name it.
+# meta: format, settings, defaults, state, next id.
 DATABASES: dict[bytes, dict[str, Any]] = {
     b"meta": {},
     b"documents": {},

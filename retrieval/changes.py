@@ -65,6 +65,9 @@ def replaced(
         txn.delete("documents", key)
     outdated = [] if passages == old_texts else view.read_for(key)
     unused = dropped_readings(txn, key, outdated) | put_readings(txn, key, readings)
+    for passage_id in removed:
+        for other in list(txn.values("kv", records.behind_key(passage_id))):
+            unused |= dropped_readings(txn, other[:32], [other[32:].hex()])
     if passages != old_texts:
         txn.put("meta", b"state", new_state())
     return Change(
@@ -118,13 +121,17 @@ def merged(txn: Transaction, archived: ArchivedDocument, replace_other: bool) ->
 
 
 def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading]) -> set[bytes]:
-    """Keeps how models read a document; returns the keys of KV that the readings before them named."""
-    before = dropped_readings(txn, source_key, [reading.setting for reading in readings])
+    """Keeps how models read a document; returns the keys of KV that the readings before them named.
+
+    One that is behind a passage that is gone is not kept.
+    """
+    before, view = dropped_readings(txn, source_key, [reading.setting for reading in readings]), Snapshot(txn)
     for reading in readings:
-        key = records.reading_key(source_key, reading.setting)
-        _write(txn, "readings", key, records.reading_payload(reading))
-        for kv in set(reading.keys):
-            txn.put("kv", kv, key)
+        if all(map(view.has_passage, reading.behind)):
+            key = records.reading_key(source_key, reading.setting)
+            _write(txn, "readings", key, records.reading_payload(reading))
+            for name in reading.named:
+                txn.put("kv", name, key)
     return before
 
 
@@ -134,9 +141,9 @@ def dropped_readings(txn: Transaction, source_key: bytes, settings: Iterable[str
     for setting in settings:
         key = records.reading_key(source_key, setting)
         reading = Snapshot(txn).reading(key)
-        for kv in set(reading.keys) if reading else ():
-            txn.delete("kv", kv, key)
-            named.add(kv)
+        for name in reading.named if reading else ():
+            txn.delete("kv", name, key)
+        named.update(reading.keys if reading else ())
         txn.delete("readings", key)
     return named
 

@@ -32,12 +32,12 @@ from ragkv.retrieval.snapshot import Snapshot
 
 
 def packed(view: Snapshot, document: Document) -> Member:
-    """A document as a member of an archive.
+    """A document as a member of an archive, without readings that hold passages of other documents.
 
     Raises:
         RecordError: a text or a vector of it is damaged.
     """
-    readings = view.readings(document)
+    readings = [reading for reading in view.readings(document) if not reading.behind]
     facts = json.loads(document_payload(replace(document, passage_ids=())))
     facts |= {"texts": view.texts(document), "settings": [reading.setting for reading in readings]}
     arrays = {"document": _bytes(json.dumps(facts, ensure_ascii=False).encode())}

@@ -46,12 +46,14 @@ class Hits:
         if self._retrieval.max_context_tokens is not None and tokens is not None:
             most = self._retrieval.max_context_tokens
             passages = within(most, passages, lambda document: tokens(self._reading(document)))
+        ranks = {passage.id: rank for rank, passage in enumerate(passages, 1)}
         return [
             Hit.of(
                 passage,
                 found[passage.id],
                 self._reading(passage.document) if self._readings else None,
                 tuple(Hit.of(view.passage(copy), found[passage.id]) for copy in sorted(copies.get(passage.id, ()))),
+                ranks[passage.id],
             )
             for passage in ordered(passages, self._retrieval.order)
         ]

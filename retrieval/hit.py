@@ -23,6 +23,7 @@ class Hit:
         span: where it stands in its document's text, if that is known.
         page: the page (of a presentation: the slide) that it begins on, from 1; None where there are none.
         heading: the headings that it stands under, ``"Harbours > Clearport"``; in a workbook its sheet; empty where there are none.
+        rank: its place in what was found, from 1, whatever the order of the prompt; neighbours behind all that were found.
         copies: passages of the very same text that were found too, and are not in the prompt again: it stands for them.
         reading: how the model that asks reads its document, if that is kept.
     """
@@ -37,11 +38,19 @@ class Hit:
     span: tuple[int, int] | None = None
     page: int | None = None
     heading: str = ""
+    rank: int = 0
     copies: tuple[Hit, ...] = ()
     reading: Reading | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, passage: Passage, score: float, reading: Reading | None = None, copies: tuple[Hit, ...] = ()) -> Hit:
+    def of(
+        cls,
+        passage: Passage,
+        score: float,
+        reading: Reading | None = None,
+        copies: tuple[Hit, ...] = (),
+        rank: int = 0,
+    ) -> Hit:
         """A passage where it stands, as a hit."""
         document, at = passage.document, passage.position
         return cls(
@@ -55,6 +64,7 @@ class Hit:
             span=document.spans[at] if document.spans else None,
             page=document.pages[at] if document.pages else None,
             heading=document.headings[at] if document.headings else "",
+            rank=rank,
             copies=copies,
             reading=reading,
         )

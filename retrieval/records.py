@@ -17,6 +17,9 @@ from ragkv.folder import unseal
 #: In ``meta`` as long as all documents are of the empty namespace; where it is lost each document is looked at.
 UNDIVIDED = b"undivided"
 
+# In the number of a reading's keys: the passages that it is behind follow them.
+_BEHIND = 1 << 31
+
 
 @dataclass(frozen=True)
 class Document:
@@ -81,11 +84,18 @@ class Reading(NamedTuple):
         setting: 64 hex digits: of what it holds for, so that a document may have several.
         keys: 32 bytes a passage, in order: the keys of their KV.
         record: whatever else there is to know.
+        behind: ids of passages of other documents that the record holds: the reading goes with the first of them that goes.
     """
 
     setting: str
     keys: Sequence[bytes]
     record: bytes
+    behind: tuple[int, ...] = ()
+
+    @property
+    def named(self) -> set[bytes]:
+        """What it is listed under in ``kv``: its keys, and the passages that it is behind."""
+        return {*self.keys, *map(behind_key, self.behind)}
 
 
 @dataclass(frozen=True)
@@ -191,15 +201,29 @@ def reading_key(source_key: bytes, setting: str) -> bytes:
     return source_key + bytes.fromhex(setting)
 
 
+def behind_key(passage_id: int) -> bytes:
+    """The key in ``kv`` of the readings that are behind a passage."""
+    return digest("behind", passage_key(passage_id))
+
+
 def reading_payload(reading: Reading) -> bytes:
-    """A reading's record: the number of its keys, the keys, the rest."""
-    return len(reading.keys).to_bytes(4, "little") + b"".join(reading.keys) + reading.record
+    """A reading's record: the number of its keys, the keys, the passages that it is behind if any, the rest."""
+    behind = b"".join(map(passage_key, reading.behind))
+    counted = len(behind).to_bytes(4, "little") + behind if behind else b""
+    first = len(reading.keys) | (_BEHIND if behind else 0)
+    return first.to_bytes(4, "little") + b"".join(reading.keys) + counted + reading.record
 
 
 def reading_from(key: bytes, payload: bytes) -> Reading:
     """The reading of a record."""
-    end = 4 + 32 * int.from_bytes(payload[:4], "little")
-    return Reading(key[32:].hex(), [payload[at : at + 32] for at in range(4, end, 32)], payload[end:])
+    first, behind = int.from_bytes(payload[:4], "little"), b""
+    end = 4 + 32 * (first & ~_BEHIND)
+    keys = [payload[at : at + 32] for at in range(4, end, 32)]
+    if first & _BEHIND:
+        start, end = end + 4, end + 4 + int.from_bytes(payload[end : end + 4], "little")
+        behind = payload[start:end]
+    ids = tuple(int.from_bytes(behind[at : at + 8], "big") for at in range(0, len(behind), 8))
+    return Reading(key[32:].hex(), keys, payload[end:], ids)
 
 
 def opened(what: str, key: bytes, record: bytes) -> bytes:

@@ -233,6 +233,17 @@ class Retriever:
             self._second_s = search.second_s or self._second_s
             return hits(found, search.copies)
 
+    def nearest(self, view: Snapshot, vector: NDArray[np.float32], k: int, among: list[int] | None = None) -> list[int]:
+        """The ids of the k passages of a snapshot that are nearest to a vector, float32 ``[d]``; best first.
+
+        Args:
+            view: all is of its state.
+            vector: of a text, or a mean of several.
+            k: at least 1.
+            among: ids of passages that may be found; ``None`` for all.
+        """
+        return list(self._candidates(view, "", vector, k, False, among)[0])
+
     def _candidates(
         self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None
     ) -> tuple[dict[int, float], list[int]]:

@@ -117,10 +117,15 @@ def mend_readings(txn: Transaction, sound: dict[bytes, Document]) -> None:
     view, named = Snapshot(txn), list[tuple[bytes, bytes]]()
     for key in list(txn.keys("readings")):
         reading, document = view.reading(key), sound.get(key[:32])
-        if reading is None or document is None or len(reading.keys) != len(document.passage_ids):
+        if (
+            reading is None
+            or document is None
+            or len(reading.keys) != len(document.passage_ids)
+            or not all(map(view.has_passage, reading.behind))
+        ):
             txn.delete("readings", key)
         else:
-            named += [(kv, key) for kv in set(reading.keys)]
+            named += [(name, key) for name in reading.named]
     txn.clear("kv")
     for kv, key in sorted(named):
         txn.put("kv", kv, key)
@@ -194,7 +199,9 @@ def _check_readings(txn: Transaction, document: Document, found: list[str]) -> d
         if reading is None or len(reading.keys) != len(document.passage_ids):
             found.append(f"{document.source}: how a model reads it is damaged")
         else:
-            named += len(set(reading.keys))
-            if not all(map(view.names, reading.keys)):
+            named += len(reading.named)
+            if not all(map(view.names, reading.named)):
                 found.append(f"{document.source}: the KV of a passage are not listed")
+            if not all(map(view.has_passage, reading.behind)):
+                found.append(f"{document.source}: it is read behind a passage that is gone")
     return {"readings": len(settings), "kv": named}

@@ -85,6 +85,8 @@ def test_an_engine_takes_lists_of_texts_and_chunks(model):
         refused(engine.add, given)
         refused(engine.add_document, given)
     refused(engine.add_document, ["x"], document_id=3)
+    refused(engine.add_document, ["x"], behind="text", match="behind must be a list")
+    refused(engine.add_document, ["x"], behind=[5])
     for given in (*NO_LIST, chunks[0], [None], ["x"]):
         refused(engine.forget, given)
         refused(engine.repair_document, given, ["x"])

@@ -86,7 +86,19 @@ def parser() -> argparse.ArgumentParser:
             help="of text files, as cp1252 (default: UTF-8 where they are, else it is found out)",
         )
 
-    command("refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to.")
+    refresh = command(
+        "refresh", *reading, summary="Read whatever KV of the documents is missing, so that no question has to."
+    )
+    refresh.add_argument(
+        "--dry-run", action="store_true", help="only name the documents whose neighbours (--behind) are others now"
+    )
+    for command_that_reads in (add, sync, refresh):
+        command_that_reads.add_argument(
+            "--behind",
+            type=at_least(0),
+            metavar="N",
+            help="read each document behind the N passages of others that are nearest to it (default: the folder's, or 0)",
+        )
 
     asking.add_commands(command, model, method, _storage(), bar, searching.options())
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
-from ragkv.evaluation import Bench, Case, Plan, evaluate, parse_arms, read_cases
+from ragkv.evaluation import Bench, Case, Plan, evaluate, parse_arms, read_cases, with_neighbours
+from ragkv.evaluation.arms import NEIGHBOURS
 from ragkv.evaluation.formats import brief
 from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.longbench import data_set
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     form, cases = read_cases(
         CASES_PATH if args.data == BUNDLED else args.data, args.chunk_words, args.retrieve, args.limit
     )
+    if any(arm.context == NEIGHBOURS for arm in arms):
+        cases = with_neighbours(cases)
     if args.metric is None:
         upwards = metric(_counted(form, cases) if args.max_new_tokens else "kl_chunks")
     if args.instruction is None:
@@ -97,8 +100,10 @@ def _bench(args: argparse.Namespace) -> Bench:
     options = {} if args.dtype is None else {"dtype": args.dtype}
     model, tokenizer, template, foreign = load_model(args.model, None, options)
     foreign = foreign if args.foreign is None else args.foreign
+    methods = [arm.method for arm in parse_arms(args.arms, args.budgets)]
+    measured = any(method is not None and method.needs_sensitivity for method in methods)
     options = {"max_new_tokens": args.max_new_tokens, "instruction": args.instruction, "foreign": foreign}
-    return Bench(model, tokenizer, template, **options)
+    return Bench(model, tokenizer, template, measured=measured, **options)
 
 
 def _said(gate: Gate) -> str:

@@ -16,8 +16,9 @@ _DATA_HELP = (
 
 _ARMS_HELP = (
     "what to compare: 'default', 'full-prefill', 'full-documents', 'no-context', 'gold-only', 'prefix-only', 'no-rotation', a "
-    "method as for 'ragkv ask --method' with '@alone' or '@document' behind it for one context only, 'random=ARM' for a random "
-    "choice at the budget charged to an arm (default: default)"
+    "method as for 'ragkv ask --method' with '@alone' or '@document' behind it for one context only, or '@neighbours': documents "
+    "are read behind the two passages of others nearest to them; 'random=ARM' for a random choice at the budget charged to an arm "
+    "(default: default)"
 )
 
 #: Whole numbers: name, least, default, what it says.

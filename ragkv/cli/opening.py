@@ -29,7 +29,7 @@ _ALIKE = (
         "embedder",
         "foreign",
     ),
-    *("cache_dir", "local_files_only", "trust_remote_code", "method", "chunk_tokens", "codec", "cpu_codec"),
+    *("cache_dir", "local_files_only", "trust_remote_code", "method", "chunk_tokens", "codec", "cpu_codec", "behind"),
 )
 
 

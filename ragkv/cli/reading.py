@@ -13,6 +13,7 @@ from ragkv.library.watching import Progress
 
 #: So many documents that are read again are named.
 _NAMED = 5
+_AGAIN = {"missing": "its KV are not in the store", "neighbours": "other passages are nearest to it now"}
 
 
 @contextmanager
@@ -58,10 +59,10 @@ class ReadingBar:
             bar.set_description("reading", refresh=False)
             bar.unit, bar.initial = " tokens", 0
             bar.reset(total=progress.tokens)
-        if progress.reason == "missing" and progress.source not in self._again:
+        if progress.reason in _AGAIN and progress.source not in self._again:
             self._again.add(progress.source)
             if len(self._again) <= _NAMED:
-                self._say(f"reading {show.short(progress.source)} again: its KV are not in the store")
+                self._say(f"reading {show.short(progress.source)} again: {_AGAIN[progress.reason]}")
             elif len(self._again) == _NAMED + 1:
                 self._say("... and others")
         bar.update(progress.done_tokens - bar.n)

@@ -8,6 +8,7 @@ from ragkv.evaluation.bench import Bench
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.errors import EvaluationError, GateError
 from ragkv.evaluation.formats import read_cases
+from ragkv.evaluation.neighbours import with_neighbours
 from ragkv.evaluation.run import Plan, Result, evaluate
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "evaluate",
     "parse_arms",
     "read_cases",
+    "with_neighbours",
 ]

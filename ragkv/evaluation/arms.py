@@ -21,6 +21,8 @@ from ragkv.methods.words import knobs_of, known_methods, parse_method
 
 #: What chunks were read behind: the prefix alone, or their own document's earlier text too.
 CONTEXTS = ("alone", "document")
+#: Or behind passages of other documents as well: asked only by name.
+NEIGHBOURS = "neighbours"
 FULL, FULL_DOCUMENTS = "full-prefill", "full-documents"
 RANDOM = "random"
 DEFAULT = "default"
@@ -70,7 +72,7 @@ class Arm:
 
     @property
     def context(self) -> str:
-        """One of :data:`CONTEXTS`; ``""`` where no stored KV are used."""
+        """One of :data:`CONTEXTS`, or :data:`NEIGHBOURS`; ``""`` where no stored KV are used."""
         return self.name.rpartition("@")[2] if "@" in self.name else ""
 
     def places(self, case: Case) -> tuple[Place, ...]:
@@ -152,8 +154,9 @@ def _parse(word: str, budgets: Sequence[float]) -> list[Arm]:
     if special:
         return special
     spec, at, context = word.rpartition("@") if "@" in word else (word, "", "")
-    if at and context not in CONTEXTS:
-        raise EvaluationError(f"no arm {word!r}: behind the @ stands one of {', '.join(CONTEXTS)}")
+    known = (*CONTEXTS, NEIGHBOURS)
+    if at and context not in known:
+        raise EvaluationError(f"no arm {word!r}: behind the @ stands one of {', '.join(known)}")
     contexts = [context] if at else CONTEXTS
     if spec.startswith(f"{RANDOM}="):
         return [arm for context in contexts for arm in _random_like(spec.removeprefix(f"{RANDOM}="), context, budgets)]

@@ -16,7 +16,7 @@ from ragkv.detokenizer import cut, stop_texts
 from ragkv.engine import Engine
 from ragkv.errors import MethodError, PromptError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation.answering import Reply, replies
-from ragkv.evaluation.arms import Arm
+from ragkv.evaluation.arms import NEIGHBOURS, Arm
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.methods import FullPrefill, Method
@@ -37,7 +37,7 @@ class CaseChunks:
     """A case's chunks as the model has read them.
 
     Attributes:
-        chunks: for each of ``arms.CONTEXTS``, the chunk at each place.
+        chunks: for each of ``arms.CONTEXTS``, and for neighbours where the case has them, the chunk at each place.
     """
 
     chunks: dict[str, dict[Place, Chunk]]
@@ -133,13 +133,21 @@ class Bench:
         return Bench(engine.model, self.tokenizer, engine.template, **options)
 
     def read(self, case: Case) -> CaseChunks:
-        """Let the model read a case's documents, each chunk alone and in its document."""
-        engine, whole = self.engine, {}
-        alone = dict(zip(case.whole, engine.add([case.text(place) for place in case.whole]), strict=True))
+        """Let the model read a case's documents: each chunk alone, in its document, and there behind the document's neighbours."""
+        alone = dict(zip(case.whole, self.engine.add([case.text(place) for place in case.whole]), strict=True))
+        read = {"alone": alone, "document": self._documents(case, {})}
+        if case.behind:
+            read[NEIGHBOURS] = self._documents(case, dict(enumerate(case.behind)))
+        return CaseChunks(read)
+
+    def _documents(self, case: Case, behind: Mapping[int, Sequence[str]]) -> dict[Place, Chunk]:
+        """A case's chunks, read in their documents, and these behind passages of others."""
+        read = {}
         for document in dict.fromkeys(document for document, _ in case.whole):
-            for number, chunk in enumerate(engine.add_document(list(case.documents[document]))):
-                whole[document, number] = chunk
-        return CaseChunks({"alone": alone, "document": whole})
+            parts = list(case.documents[document])
+            for number, chunk in enumerate(self.engine.add_document(parts, behind=behind.get(document, ()))):
+                read[document, number] = chunk
+        return read
 
     def forget(self, reading: CaseChunks) -> None:
         """Drop what was read, so that memory holds one case at a time."""
@@ -158,7 +166,10 @@ class Bench:
     def readable(self, case: Case) -> bool:
         """Whether every chunk is short enough to be read."""
         encoder, most = self.engine.encoder, self.engine.documents.document_tokens
-        return all(len(encoder.chunk(case.text(place))) <= most for place in case.whole)
+        front = [sum(len(encoder.chunk(text)) for text in behind) for behind in case.behind] or [0] * len(
+            case.documents
+        )
+        return all(front[place[0]] + len(encoder.chunk(case.text(place))) <= most for place in case.whole)
 
     def fits(self, case: Case, places: Sequence[Place]) -> bool:
         """Whether the prompt and its answer fit into the model's positions."""

@@ -30,6 +30,7 @@ class Case:
         ordered: the answer hangs on the order of the chunks, so that they are never shuffled.
         language: of the answers, one of :data:`ragkv.evaluation.metrics.LANGUAGES`.
         classes: of which the answer is one, where the data is for classifying.
+        behind: passages that each document is read behind for the arms ``@neighbours`` (:mod:`ragkv.evaluation.neighbours`).
     """
 
     id: str
@@ -41,7 +42,9 @@ class Case:
     gold: tuple[Place, ...] = ()
     ordered: bool = False
     language: str = "en"
-    classes: tuple[str, ...] = field(default=(), repr=False)  # no part of what is asked, nor of the fingerprint
+    # No part of what is asked, nor of the fingerprint.
+    classes: tuple[str, ...] = field(default=(), repr=False)
+    behind: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.language not in LANGUAGES:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from ragkv.chunk import digest
-from ragkv.evaluation.arms import FULL, Arm
+from ragkv.evaluation.arms import FULL, NEIGHBOURS, Arm
 from ragkv.evaluation.asking import MakeBench, Prompt, Task, ask_all
 from ragkv.evaluation.bench import Bench
 from ragkv.evaluation.cases import Case, usable
@@ -63,6 +63,9 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
+        for arm in self.arms:
+            if arm.context == NEIGHBOURS and not all(case.behind or not case.documents for case in self.cases):
+                raise EvaluationError(f"{arm.name} needs cases with neighbours: give with_neighbours(cases)")
 
 
 @dataclass

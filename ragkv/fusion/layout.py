@@ -29,8 +29,8 @@ class Placed:
         exact: it stands where and behind what its KV was made, so that nothing of it needs recomputing.
         continues: the chunk before it in the prompt is the one before it in its document.
         behind_another: some chunk in front of it in the prompt is of another document.
-        rooted: all that its KV were made behind stands right in front of it in the prompt too, in order, so that computing it
-            afresh loses nothing of what its document told it, and nothing of another document comes between.
+        rooted: all of its document that its KV were made behind stands right in front of it in the prompt too, in order, so that
+            computing it afresh loses nothing of what its document told it, and nothing of another document comes between.
         shift: how far its tokens' positions are from their slots.
         path: key of KV that prompts computed of it (:mod:`ragkv.library.paths`); empty where there are none. Where it is exact, or
             the method says what it computed, they were behind just these tokens.
@@ -234,7 +234,7 @@ def _continues(chunk: Chunk, before: Chunk) -> bool:
 
 def _rooted(chunk: Chunk, before: Sequence[Placed]) -> bool:
     """Whether what a chunk was read behind stands right in front of it."""
-    if not chunk.offset:
+    if chunk.offset == chunk.front:  # nothing of its own document
         return True
     if not before or not _continues(chunk, before[-1].chunk):
         return False

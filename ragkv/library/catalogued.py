@@ -137,12 +137,13 @@ class CataloguedDocuments:
         headings = [outline.heading(start) for start, _ in spans] if outline.sections else []
         return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind, file)
 
-    def put(self, prepared: Prepared, repair_tokens: int | None) -> tuple[Change, int]:
+    def put(self, prepared: Prepared, repair_tokens: int | None, read: bool = True) -> tuple[Change, int]:
         """Add a document, or replace the one of the same source, and read what the store lacks of it.
 
         Args:
             prepared: from :meth:`prepare`.
             repair_tokens: see :class:`~ragkv.RAG`.
+            read: or leave that for later.
 
         Returns:
             What changed in the catalogue, and the tokens that the model read.
@@ -155,7 +156,7 @@ class CataloguedDocuments:
         _, before, old = self._before(source)
         document = before if before is not None and old == passages else prepared.document
         repair = None
-        if before is not None and document is not before and repair_tokens is not None:
+        if read and before is not None and document is not before and repair_tokens is not None:
             repair = documents.plan_repair(list(before), document, repair_tokens)
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if repair is None else repair.document)
@@ -171,7 +172,9 @@ class CataloguedDocuments:
                     self._catalogue.keep([(change.document, self.reading(document))])
         finally:
             documents.drop(change.unused)
-        return change, documents.add(list(filter(documents.fits, document))) if tokens is None else tokens
+        if tokens is None:
+            tokens = documents.add(list(filter(documents.fits, document))) if read else 0
+        return change, tokens
 
     def _before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
         """The document of a source as it is now, as the model reads it where that is kept, and its passages."""
@@ -197,13 +200,14 @@ class CataloguedDocuments:
 
     def reading(self, document: ChunkedDocument) -> Reading:
         """What the catalogue keeps of a document."""
-        return Reading(self._documents.setting, self._documents.keys_of(document), document.to_bytes())
+        keys = self._documents.keys_of(document)
+        return Reading(self._documents.setting, keys, document.to_bytes(), document.behind)
 
     def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
         document = None if reading is None else _parsed(reading, listed)
-        return document and replace(document, id=listed.id)
+        return document and replace(document, id=listed.id, behind=reading.behind)
 
     def read(self, view: Snapshot, listed: Document) -> Reading:
         """How the model reads a document: as it is kept, or found out now and kept by :meth:`keep_made`.
@@ -235,6 +239,22 @@ class CataloguedDocuments:
             record = None if listed is None else self.read(view, listed).record
         self.keep_made()
         return [] if record is None else list(filter(self._documents.fits, ChunkedDocument.from_bytes(record)))
+
+    def read_behind(
+        self, document_id: str, fronts: Mapping[int, Sequence[tuple[int, ...]]], behind: tuple[int, ...]
+    ) -> None:
+        """Have a document read behind other passages from now on; KV that nothing needs any more go.
+
+        Args:
+            document_id: its id.
+            fronts, behind: see :class:`ChunkedDocument`.
+        """
+        with self._catalogue.snapshot() as view:
+            listed = view.by_id(document_id)
+            if listed is None:
+                return
+            document = ChunkedDocument.from_bytes(self.read(view, listed).record).read_behind(fronts, behind)
+        self._documents.drop(self._catalogue.keep([(listed, self.reading(document))]))
 
     def keep_made(self) -> None:
         """Keeps what had to be found out, in one transaction."""

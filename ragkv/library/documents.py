@@ -189,12 +189,20 @@ class Documents:
         """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
         return digest(self.space, self._cutting).hex()
 
-    def cut(self, parts: Sequence[Text], document_id: str = "", *, any_length: bool = False) -> ChunkedDocument:
+    def cut(
+        self,
+        parts: Sequence[Text],
+        document_id: str = "",
+        *,
+        behind: Sequence[Chunk | Text] = (),
+        any_length: bool = False,
+    ) -> ChunkedDocument:
         """A document's chunks, without reading anything.
 
         Args:
             parts: text or token ids each, in document order.
             document_id: what it is known by; by default a digest of its ids.
+            behind: passages of other documents that it is read behind, in order.
             any_length: take parts that are too long too: nothing is read behind them, and they must not be read (:meth:`fits`).
 
         Raises:
@@ -206,12 +214,21 @@ class Documents:
         ids = [encode(part) for part in several(parts, "parts")]
         if not ids:
             raise PromptError("a document has at least one part, got none")
-        lengths = [len(part) for part in ids]
+        passages, lengths = several(behind, "behind"), list(map(len, ids))
+        front = [each.ids if isinstance(each, Chunk) else self.encoder.chunk(each) for each in passages]
+        room = self.document_tokens - sum(map(len, front))
+        if front and max(lengths) > room:
+            raise PromptTooLongError(
+                f"a passage of {max(lengths)} tokens with {self.document_tokens - room} in front of it is {max(lengths) - room} "
+                f"more than the {self.document_tokens} that are read at once: give less as behind, or split it into smaller parts"
+            )
+        firsts = windows(lengths, room) if self.context == "document" else range(len(ids))
         return ChunkedDocument(
-            id=document_id or digest(*ids).hex(),
+            id=document_id or digest(*(["behind", *front] if front else ()), *ids).hex(),
             ids=ids,
-            firsts=windows(lengths, self.document_tokens) if self.context == "document" else range(len(ids)),
+            firsts=firsts,
             texts=[part if isinstance(part, str) else None for part in parts],
+            fronts=dict.fromkeys(firsts, front) if front else {},
         )
 
     def fits(self, chunk: Chunk) -> bool:

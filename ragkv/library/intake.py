@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Planned, Synced
 from ragkv.library.rates import reading_s
+from ragkv.library.refreshing import Due, bring_up, due
 from ragkv.library.sizes import check_room, codec_bytes
 from ragkv.library.watching import Progress, Tell, check_told, told
 from ragkv.retrieval import Catalogue, SkippedFile, TokenChunker
@@ -26,7 +27,7 @@ from ragkv.retrieval.encodings import checked_encoding
 from ragkv.retrieval.loaders import file_bytes, found_files, hidden_files, listed_paths, text_of
 from ragkv.retrieval.naming import below, gone, named
 from ragkv.retrieval.outline import Outline, sections
-from ragkv.retrieval.records import checked_document
+from ragkv.retrieval.records import Document, checked_document
 
 _REASONS = {"added": "new", "changed": "changed", "unchanged": "missing"}
 
@@ -58,6 +59,7 @@ class Intake:
 
     Attributes:
         defaults: what the folder was opened with; kept there with the first document.
+        behind: see :class:`~ragkv.RAG`.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Intake:
         self._catalogue, self._catalogued, self._documents = catalogue, catalogued, documents
         self.chunker: TokenChunker = chunker
         self.repair_tokens: int | None = repair_tokens
+        self.behind: int = 0
         self.defaults: dict[str, Any] = {}
 
     def within(self, catalogued: CataloguedDocuments, documents: Documents) -> Intake:
@@ -145,40 +148,42 @@ class Intake:
             if source not in plan.moved:
                 getattr(synced, kind).append(source)
         if not dry_run:
+            first = self._removed(lost) if self.behind else []  # or what is added would be read behind it
             added = self._done(plan, tell)
             self._forget_converted()
             synced.tokens, synced.kv_bytes = added.tokens_read, added.kv_bytes
-            synced.removed = []
-            for source in filter(gone, lost):  # behind what was added: KV that both need are not read again
-                with suppress(DocumentError):  # somebody else has removed it
-                    self._catalogued.remove(source)
-                    synced.removed.append(source)
+            synced.removed = first or self._removed(lost)  # last: KV that both need are not read again
         return synced
+
+    def _removed(self, sources: Iterable[str]) -> list[str]:
+        """Removes documents whose files are gone; returns which."""
+        removed = []
+        for source in filter(gone, sources):
+            with suppress(DocumentError):  # somebody else has removed it
+                self._catalogued.remove(source)
+                removed.append(source)
+        return removed
 
     def refresh(self, tell: Tell | None) -> int:
         """See :meth:`ragkv.RAG.refresh`."""
         check_told(tell)
-        documents = self._documents
-        documents.look()
-        work: list[tuple[str, str, int]] = []
-        stored_tokens, catalogued = 0, self._catalogue.documents(self._documents.namespace)
-        for document in catalogued:
-            missing = documents.missing(self._catalogued.now(document.id))
-            stored_tokens += sum(map(len, missing))
-            work.append((document.source, document.id, documents.work(missing)))
-            if tell is not None:
-                total = sum(tokens for *_, tokens in work)
-                tell(Progress(document.source, "found", 0, total, done_documents=len(work), documents=len(catalogued)))
-        total = sum(tokens for *_, tokens in work)
-        size = check_room(documents, stored_tokens)
-        if work:
-            self._catalogue.keep_read_with(described(self._documents))
-        done = read = 0
-        for source, document_id, tokens in work:
-            with told(tell, source, "missing", done, total, size):
-                read += documents.add(self._catalogued.now(document_id))
-            done += tokens
-        return read
+        self._keep_behind()
+        return bring_up(self._catalogued, self._documents, self._due(tell), tell)
+
+    def stale(self) -> list[str]:
+        """See :meth:`ragkv.RAG.stale`."""
+        return [each.listed.source for each in self._due(None) if each.behind is not None]
+
+    def _due(self, tell: Tell | None, listed: Sequence[Document] | None = None) -> list[Due]:
+        """What documents need, by default all."""
+        self._documents.look()
+        listed = self._catalogue.documents(self._documents.namespace) if listed is None else listed
+        return due(self._catalogued, self._documents, listed, self.behind, tell)
+
+    def _keep_behind(self) -> None:
+        kept = self._catalogue.defaults
+        if self.behind != kept.get("behind", 0):
+            self._catalogue.keep_defaults({**kept, "behind": self.behind})
 
     @property
     def _converted(self) -> Path | None:
@@ -272,14 +277,21 @@ class Intake:
             self.defaults = {}
         if plan.documents:
             self._catalogue.keep_read_with(described(self._documents))
+        later = None if self.behind else tell  # neighbours are found when all are there, and read then
         for prepared, tokens in plan.documents:
             if prepared.source in plan.moved:
                 self._catalogued.rename(plan.moved[prepared.source], prepared.source)
-            with told(tell, prepared.source, _REASONS[prepared.kind], done, total, size):
-                change, read = self._catalogued.put(prepared, self.repair_tokens)
+            with told(later, prepared.source, _REASONS[prepared.kind], done, total, size):
+                change, read = self._catalogued.put(prepared, self.repair_tokens, read=not self.behind)
             done += tokens
             added.changes.append(change)
             added.tokens_read += read
+        if self.behind:
+            self._keep_behind()
+            plans = [prepared for prepared, _ in plan.documents if prepared.kind != "unchanged"]
+            reasons = {prepared.source: _REASONS[prepared.kind] for prepared in plans}
+            work = self._due(tell, [change.document for change in added.changes])
+            added.tokens_read = bring_up(self._catalogued, self._documents, work, tell, reasons)
         added.kv_bytes = self._kv_bytes(added)
         return added
 

@@ -176,7 +176,7 @@ class Reader:
                     if seen is not None:
                         kv.attended = seen.attended(chain.index(chunk))
                     yield mine, kv, per_token * len(chunk)
-            ran(group[0].document, len(ids))  # whoever stops us here has what we say was read
+            ran(chain[-1].document, len(ids))  # whoever stops us here has what we say was read
 
     def _sensitivity(self, kv: ChunkKV, second: FusedCache, end: int) -> torch.Tensor:
         """Of a chunk that ends at ``end`` in the second reading."""

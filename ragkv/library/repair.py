@@ -50,7 +50,12 @@ def plan_repair(old: Sequence[Chunk], document: ChunkedDocument, behind_tokens: 
         behind_tokens: tokens to compute behind every edit.
     """
     new = list(document)
-    if not old or not document.one_window or any(b.offset != a.offset + len(a) for a, b in pairwise(old)):
+    if (
+        not old
+        or old[0].offset
+        or not document.one_window
+        or any(b.offset != a.offset + len(a) for a, b in pairwise(old))
+    ):
         return None
     same = SequenceMatcher(None, [c.ids for c in old], [c.ids for c in new], autojunk=False).get_matching_blocks()
     sources: list[Chunk | None] = [None] * len(new)

@@ -30,7 +30,8 @@ class Progress:
     Attributes:
         source: the document that is looked at or read now.
         reason: ``"found"``: it was looked at, and is read later if need be; ``"new"``, ``"changed"``: it is read as it was added;
-            ``"missing"``: it is read because the store holds its KV no more, or held them for another model.
+            ``"missing"``: it is read because the store holds its KV no more, or held them for another model; ``"neighbours"``: it
+            is read behind other passages than before.
         done_tokens: what the model has read so far.
         tokens: what it has to read, of all documents that were found so far.
         kv_bytes: what KV that are stored by it will take, estimated; 0 before reading begins, and for a question.

@@ -207,3 +207,19 @@ def test_a_failing_gate_ends_with_exit_code_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ragkv.evaluation.run.run_gates", fails)
     code, out, err = run(capsys, "--limit", 1, "--out", tmp_path / "out")
     assert (code, out) == (1, "") and "gate '100 % = full prefill' failed" in err
+
+
+@pytest.mark.parametrize(
+    ("arm", "passes", "neighbours"), [("reuse", 1, 0), ("reuse@neighbours", 1, 1), ("sensitive-tokens@document", 2, 0)]
+)
+def test_documents_are_read_as_its_arms_need_them(data, tmp_path, capsys, monkeypatch, arm, passes, neighbours):
+    """Behind their neighbours, and a second time for their tokens' sensitivity, only where an arm asks for it."""
+
+    def stopped(bench, plan, *_, **__):
+        assert bench.engine.documents.passes == passes
+        assert all(len(behind) == neighbours for case in plan.cases for behind in case.behind or ((),))
+        raise GateError("looked at")
+
+    monkeypatch.setattr("ragkv.cli.eval.evaluate", stopped)
+    code, _, err = run(capsys, "--data", data, "--out", tmp_path / "out", "--arms", arm)
+    assert code == 1 and "looked at" in err

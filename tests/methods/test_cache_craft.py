@@ -422,3 +422,13 @@ def test_where_the_model_raises_while_it_is_watched_nothing_is_left(way):
     assert model.config._attn_implementation == way and set(ALL_ATTENTION_FUNCTIONS) == known
     assert not any(child._forward_hooks for layer in model.model.layers for child in layer.children())
     assert asked(engine, chunks).report.budget > 0
+
+
+def test_what_was_read_behind_a_neighbour_needs_nothing_where_that_stands_in_front():
+    engine = engine_of(paths=False)
+    a, b, c = engine.add([random_ids(n) for n in (17, 40, 25)])
+    (near,) = engine.add_document([random_ids(30)], behind=[a])
+    assert attended(engine, near).front == (a.short,)
+    with_it, without = (asked(engine, [*front, near]).report for front in ([c, a], [c, b]))
+    spared = ceil(0.25 * len(a)), ceil(0.25 * len(b))
+    assert with_it.tokens["recomputed"] == spared[0] < without.tokens["recomputed"] - spared[1] + spared[0]

@@ -89,10 +89,11 @@ def tell(progress: ragkv.Progress) -> None:
 
 def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     store = ragkv.TieredStore("kv/", cpu_bytes=32 << 30, disk_bytes=500 << 30)
-    template = ragkv.PromptTemplate(prefix=[1], after_chunk="\n")
+    template = ragkv.PromptTemplate(prefix=[1], after_chunk="\n", before_question="{a}{b}", slots={"a": "", "b": [2]})
     with ragkv.Engine(model, tokenizer, store=store, template=template, method=Own(), gate=ragkv.Gate()) as made:
         assert_type(made, ragkv.Engine)
         chunks = assert_type(made.add_document(["a", [1, 2]]), list[ragkv.Chunk])
+        assert_type(made.add_document(["b"], behind=[*chunks, "c"])[0].front, int)
         assert_type(made.add(["a passage"]), list[ragkv.Chunk])
         assert_type(ragkv.Chunk.from_dict(chunks[0].to_dict()), ragkv.Chunk)
 
@@ -105,7 +106,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(report.hits, dict[str, int])
         assert_type(report.milliseconds, dict[str, float])
 
-        answer = made.generate(chunks, "a question?", max_new_tokens=64, stop=["\n"])
+        answer = made.generate(chunks, "a question?", max_new_tokens=64, stop=["\n"], slots={"a": "German"})
         assert_type(answer, ragkv.Answer)
         assert_type(answer.text, str)
         assert_type(answer.report.first_token_ms, float)
