@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
+from ragkv.errors import ArgumentError
 from ragkv.folder.filesystem import has_data
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
 from ragkv.retrieval import Retriever, TokenChunker
@@ -55,6 +56,8 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     opened.callback(retriever.close)
     loaded = load_model(name, options.get("device"), place, options.get("tokenizer"), options.get("system"))
     store = options.get("store")
+    if store is not None and given["remote"] is not None:
+        raise ArgumentError("give store= or remote=, not both: TieredStore('kv/', remote=...) has both")
     if store is None:
         kv = None if path is None or (readonly and not has_data(path / "kv")) else path / "kv"
         store = TieredStore(
@@ -62,7 +65,7 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
             readonly=readonly,
             codec=options.get("codec", "raw"),
             cpu_codec=options.get("cpu_codec"),
-            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes")},
+            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes", "remote")},
         )
     opened.callback(store.close)
     engine = Engine(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import compress
 from time import perf_counter
 
@@ -66,6 +67,8 @@ class Tiers:
             raise StoreError(f"tiers need names of their own, got {[tier.name for tier in self.tiers]}")
         for tier in self.tiers:
             tier.above_bytes = max((upper.budget_bytes for upper in self._over(tier)), default=0)
+        for tier in self.behind:
+            tier.stand_behind(home)
         self.leases = leases
         self.lock: threading.RLock = lock
         self.tally: Tally = Tally()
@@ -270,14 +273,26 @@ class Tiers:
                 counts[tier.name] = tier.counts()
         entries, sizes = ({name: pair[side] for name, pair in counts.items()} for side in (0, 1))
         file_bytes = self.home.environment.file_bytes() if isinstance(self.home, DiskTier) else 0
+        pools = {tier.name: pool for tier in self.behind if (pool := tier.pool()) is not None}
         with self.lock:
-            return self.counted().stats(entries, sizes, file_bytes)
+            return replace(self.counted().stats(entries, sizes, file_bytes), pools=pools)
+
+    def share(self) -> int:
+        """Offers tiers behind all that is stored; how many chunks any of them may want."""
+        keys = self.home.stored()
+        return max((tier.share(keys) for tier in self.behind), default=0)
+
+    def flush(self, limit_s: float) -> None:
+        """Waits for what tiers behind do in the background, see :meth:`Tier.flush`."""
+        until = perf_counter() + limit_s
+        for tier in self.behind:
+            tier.flush(max(0.0, until - perf_counter()))
 
     def close(self) -> None:
         """Closes the tiers."""
         # A prefetch reads from the map: it must be over before that is gone.
         self._background.shutdown(cancel_futures=True)
-        for tier in self.tiers:
+        for tier in reversed(self.tiers):  # those behind read from home
             if isinstance(tier, DiskTier):
                 tier.close(self.counted())
             else:
@@ -335,7 +350,7 @@ class Tiers:
         if gone or gone is None:
             with self.lock:
                 for tier in self.above:
-                    held = tier.keys() if gone is None else tier.find(gone)
+                    held = tier.stored() if gone is None else tier.find(gone)
                     # What was put again since is there.
                     tier.remove(self.home.missing(list(held)) if held else ())
         self._known_removals = removals

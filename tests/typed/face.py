@@ -38,6 +38,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.StoreFullError,
     ragkv.UnknownArgumentError,
     ragkv.UnsupportedModelError,
+    ragkv.UploadError,
 )
 
 METHODS: Sequence[ragkv.Method] = (
