@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
 from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import Pool, PoolError, shown
+from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
 
 _RETRIES = 2
 _MOST_VALUE = 512 << 20  # Redis' own limit
@@ -32,8 +33,9 @@ class RedisPool(Pool):
     most_bytes = _MOST_VALUE
 
     def __init__(self, client: Any, name: str, *, prefix: str = "ragkv:", requests: int = 16) -> None:
-        super().__init__(name, requests)
-        self._client, self._prefix = client, prefix
+        super().__init__(name)
+        self._client, self._prefix, self._requests = client, prefix, requests
+        self._threads = ThreadPoolExecutor(requests, "ragkv-pool")
 
     @classmethod
     def open(cls, url: str, limit_s: float, requests: int) -> RedisPool:
@@ -43,21 +45,26 @@ class RedisPool(Pool):
             parts = urlsplit(url)
             query = parse_qs(parts.query)
             prefix = query.pop("prefix", ["ragkv:"])[-1]
-            rest = "&".join(f"{key}={value}" for key, values in query.items() for value in values)
+            rest = urlencode(query, doseq=True)
             scheme = parts.scheme.lower().replace("valkey", "redis")
             client = redis.Redis.from_url(
                 urlunsplit(parts._replace(scheme=scheme, query=rest)),
                 socket_timeout=limit_s,
                 socket_connect_timeout=limit_s,
-                retry=redis.retry.Retry(redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), _RETRIES),
+                retry=redis.retry.Retry(
+                    redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), _RETRIES, (redis.exceptions.ConnectionError,)
+                ),
             )
         except (ValueError, TypeError) as error:
             raise StoreError(f"{name} cannot be opened: {type(error).__name__}") from None  # the text may tell the URL
         return cls(client, name, prefix=prefix, requests=requests)
 
-    def read(self, name: str, start: int, stop: int) -> Any:
+    def begin(self, name: str, start: int, stop: int) -> Future[Any]:
         """See :class:`Pool`."""
-        return self._wait(lambda: self._client.getrange(self._prefix + name, start, stop - 1)) or None
+        try:
+            return self._threads.submit(self._range, name, start, stop)
+        except RuntimeError as error:
+            raise ClosedError(f"{self.name} is closed") from error
 
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
         """See :class:`Pool`."""
@@ -67,10 +74,6 @@ class RedisPool(Pool):
     def delete(self, name: str) -> None:
         """See :class:`Pool`."""
         self._wait(lambda: self._client.unlink(self._prefix + name))
-
-    def there(self, name: str) -> bool:
-        """See :class:`Pool`."""
-        return name in self.which([name])
 
     def heads(self, names: Sequence[str], size: int) -> dict[str, Any]:
         """See :class:`Pool`. One round trip."""
@@ -92,10 +95,18 @@ class RedisPool(Pool):
             if not cursor:
                 return
 
-    def close(self) -> None:
+    def after_fork(self) -> None:
         """See :class:`Pool`."""
-        super().close()
+        self._threads = ThreadPoolExecutor(self._requests, "ragkv-pool")
+
+    def close(self) -> None:
+        """See :class:`Pool`. What is on its way has its time limit."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
+
+    def _range(self, name: str, start: int, stop: int) -> Any:
+        data = self._wait(lambda: self._client.getrange(self._prefix + name, start, stop - 1))
+        return data or (b"" if start and self.which([name]) else None)
 
     def _piped(self, names: Sequence[str], ask: Callable[[Any, str], object]) -> list[Any]:
         def run() -> list[Any]:

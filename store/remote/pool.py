@@ -6,9 +6,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import compress
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,6 +25,10 @@ class GoneError(PoolError):
     """What a pool had is not there any more."""
 
 
+class ClosedError(PoolError):
+    """The pool was closed, here."""
+
+
 class Pool(ABC):
     """Named bytes that many machines share. Safe for several threads.
 
@@ -34,7 +36,6 @@ class Pool(ABC):
 
     Args:
         name: where it is, without secrets.
-        requests: how many may be on their way at once.
 
     Attributes:
         name: see above.
@@ -47,14 +48,12 @@ class Pool(ABC):
     forks: bool = True
     most_bytes: int = 1 << 40
 
-    def __init__(self, name: str, requests: int) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._requests = requests
-        self._threads = ThreadPoolExecutor(requests, "ragkv-pool")
 
     @abstractmethod
-    def read(self, name: str, start: int, stop: int) -> Any:
-        """A value's bytes, as a buffer, from one to another; as many as there are. None where there is no such value."""
+    def begin(self, name: str, start: int, stop: int) -> Future[Any]:
+        """Begins to read a value, see :meth:`read`. Those that were begun first are read first."""
 
     @abstractmethod
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
@@ -65,35 +64,44 @@ class Pool(ABC):
         """Deletes a value; an unknown one is fine."""
 
     @abstractmethod
-    def there(self, name: str) -> bool:
-        """Whether there is a value."""
+    def which(self, names: Sequence[str]) -> set[str]:
+        """Those of the names that are there."""
 
     @abstractmethod
     def names(self) -> Iterator[tuple[str, int]]:
         """All names, and the bytes of each. Slow."""
 
-    def heads(self, names: Sequence[str], size: int) -> dict[str, Any]:
-        """The first bytes of those values that are there."""
-        heads = self._all(partial(self.read, start=0, stop=size), names)
-        return {name: head for name, head in zip(names, heads, strict=True) if head is not None}
-
-    def which(self, names: Sequence[str]) -> set[str]:
-        """Those of the names that are there."""
-        return set(compress(names, self._all(self.there, names)))
-
+    @abstractmethod
     def after_fork(self) -> None:
         """In a child: threads of the parent are not there."""
-        self._threads = ThreadPoolExecutor(self._requests, "ragkv-pool")
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what it holds; what is on its way fails."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _all(self, ask: Callable[[str], Answer], names: Sequence[str]) -> list[Answer]:
+    def read(self, name: str, start: int, stop: int) -> Any:
+        """A value's bytes, as a buffer, from one to another; as many as there are. None where there is no such value."""
+        return self.answer(self.begin(name, start, stop))
+
+    def heads(self, names: Sequence[str], size: int) -> dict[str, Any]:
+        """The first bytes of those values that are there."""
+        heads = self.answers([self.begin(name, 0, size) for name in names])
+        return {name: head for name, head in zip(names, heads, strict=True) if head is not None}
+
+    def answer(self, future: Future[Answer]) -> Answer:
+        """Waits for what was begun."""
         try:
-            return list(self._threads.map(ask, names))
-        except RuntimeError as error:
-            raise PoolError(f"{self.name} is closed") from error
+            return future.result()
+        except CancelledError as error:
+            raise ClosedError(f"{self.name} was closed") from error
+
+    def answers(self, futures: Sequence[Future[Answer]]) -> list[Answer]:
+        """Waits for all; once one has failed, for none."""
+        try:
+            return [self.answer(future) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 class Breaker:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -23,12 +24,11 @@ class Fetch:
 
     Args:
         pool: where they are.
-        threads: ask for ranges.
         lost: told the key of a chunk that the pool did not give, and why.
     """
 
-    def __init__(self, pool: Pool, threads: ThreadPoolExecutor, lost: Callable[[bytes, PoolError], None]) -> None:
-        self.pool, self.threads, self.lost = pool, threads, lost
+    def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None]) -> None:
+        self.pool, self.lost = pool, lost
         self._sources: list[RemoteSource] = []
         self._lock = threading.Lock()
 
@@ -43,7 +43,8 @@ class Fetch:
         for number in range(max((len(source.groups) for source in sources), default=0)):
             for source in sources:
                 if number < len(source.groups):
-                    source.ask(number)
+                    with suppress(StoreError):  # whoever reads it asks again, and is told
+                        source.ask(number)
 
 
 class RemoteSource(Source):
@@ -76,10 +77,10 @@ class RemoteSource(Source):
         self.key, self.record, self.row = key, opened.record, opened.row
         self._fetch, self._opened, self._begun, self._arrived = fetch, opened, begun, arrived
         self.groups: list[range] = _groups(opened, len(begun), range_bytes)
-        self._asked: list[Future[None] | None] = [None] * len(self.groups)
+        self._asked: list[Future[Any] | None] = [None] * len(self.groups)
         self._left = set(range(len(self.groups)))
         self._payload: Payload | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._released = False
         fetch.join(self)
 
@@ -107,33 +108,28 @@ class RemoteSource(Source):
         count = 0
         for number in self._needed(layer):
             self._fetch.start()
-            future = self.ask(number)
-            if future is None:
-                raise StoreError("the batch is finished with this chunk")
             try:
-                future.result()
-            except CancelledError as error:
-                raise StoreError("the batch is finished with this chunk") from error
+                future = self.ask(number)
+                data = self._begun if future is None else self._fetch.pool.answer(future)
+                count += self._take(number, data)
             except PoolError as error:
+                if self._released:
+                    raise StoreError("the batch is finished with this chunk") from error
                 self._fetch.lost(self.key, error)
                 raise RecordError(f"the pool did not give it: {error}") from error
-            with self._lock:
-                if number in self._left:
-                    self._left.discard(number)
-                    count += sum(stop - start for start, stop in (self.record.spans[i] for i in self.groups[number]))
         if count and not self._left:
             self._arrived(self)
         return count
 
-    def ask(self, number: int) -> Future[None] | None:
-        """The request for a group, made where it was not yet; None once the chunk is released."""
+    def ask(self, number: int) -> Future[Any] | None:
+        """The request for a group, made where it was not yet; None for what is here, or was read with the header."""
+        start, stop = self._span(number)
         with self._lock:
             future = self._asked[number]
-            if future is None and not self._released:
-                try:
-                    future = self._asked[number] = self._fetch.threads.submit(self._bring, number)
-                except RuntimeError as error:
-                    raise StoreError("the store is closed") from error
+            if future is None and number in self._left and stop > len(self._begun):
+                if self._released:
+                    raise StoreError("the batch is finished with this chunk")
+                future = self._asked[number] = self._fetch.pool.begin(name_of(self.key), start, stop)
             return future
 
     def release(self) -> None:
@@ -157,20 +153,26 @@ class RemoteSource(Source):
             if self.groups[number].start < segments.stop and segments.start < self.groups[number].stop
         ]
 
-    def _bring(self, number: int) -> None:
-        """Reads a group, in a thread of the pool."""
+    def _span(self, number: int) -> tuple[int, int]:
+        """Where a group lies in the object."""
         group = self.groups[number]
-        start, stop = self._opened.place(group[0])[0], self._opened.place(group[-1])[1]
-        if stop <= len(self._begun):
-            data = self._begun[start:stop]
-        else:
-            read = self._fetch.pool.read(name_of(self.key), start, stop)
-            if read is None:
-                raise GoneError("it was deleted there meanwhile")
-            data = memoryview(read)
-        for index in group:
-            first, last = self._opened.place(index)
-            self._opened.take(index, data[first - start : last - start], self._room())
+        return self._opened.place(group[0])[0], self._opened.place(group[-1])[1]
+
+    def _take(self, number: int, data: Any) -> int:
+        """Puts a group to its place, and verifies it; its bytes, where nobody has done so before."""
+        if data is None:
+            raise GoneError("it was deleted there meanwhile")
+        view, start = memoryview(data), 0 if data is self._begun else self._span(number)[0]
+        with self._lock:
+            if number not in self._left:
+                return 0
+            for index in self.groups[number]:
+                first, last = self._opened.place(index)
+                self._opened.take(index, view[first - start : last - start], self._room())
+            self._left.discard(number)
+            self._asked[number] = None
+            spans = self.record.spans
+            return spans[self.groups[number][-1]][1] - spans[self.groups[number][0]][0]
 
     def _room(self) -> Payload:
         with self._lock:

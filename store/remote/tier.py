@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 from ragkv.errors import RecordError, StoreError
@@ -81,8 +80,7 @@ class RemoteTier(Tier):
         envelope = Envelope(encryption_key)
         self._pool = open_pool(pool, limit_s, requests) if isinstance(pool, str) else pool
         self._records = Records(self._pool, envelope)
-        self._requests, self._range_bytes = requests, range_bytes
-        self._threads = ThreadPoolExecutor(requests, "ragkv-pool-read")
+        self._range_bytes = range_bytes
         self._breaker = Breaker()
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._sending = uploads
@@ -126,7 +124,7 @@ class RemoteTier(Tier):
         found: dict[bytes, Source] = {}
         with self._asking(likely) as may:
             heads = self._records.heads(likely) if may else {}
-            fetch = Fetch(self._pool, self._threads, self._lose)
+            fetch = Fetch(self._pool, self._lose)
             for key, head in heads.items():
                 opened = self._open(key, head)
                 if opened is not None:
@@ -225,7 +223,6 @@ class RemoteTier(Tier):
         self._counts.clear()
         self._off = not self._pool.forks
         self._breaker = Breaker()
-        self._threads = ThreadPoolExecutor(self._requests, "ragkv-pool-read")
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
         for part in (self._pool, self._manifest, self._uploads, self._arrivals):
@@ -239,7 +236,6 @@ class RemoteTier(Tier):
         for part in (self._arrivals, self._uploads):
             if part is not None:
                 part.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._pool.close()
 
     @property
@@ -271,8 +267,9 @@ class RemoteTier(Tier):
 
     def _unanswered(self, error: PoolError) -> None:
         self._counts["unanswered"] += 1
+        level = logging.DEBUG if self._breaker.broken else logging.WARNING
         self._breaker.failed()
-        logger.warning("the pool is left alone for %.0f s: %s", self._breaker.left_s, str(error))
+        logger.log(level, "the pool is left alone for %.0f s: %s", self._breaker.left_s, str(error))
 
     def _open(self, key: bytes, head: memoryview) -> tuple[Opened, memoryview] | None:
         """The object that begins so, and its first bytes; None where it is not for us."""

@@ -12,7 +12,7 @@ from itertools import islice
 
 from ragkv.errors import StoreError, UploadError
 from ragkv.store.notes import Notes
-from ragkv.store.remote.pool import Breaker
+from ragkv.store.remote.pool import Breaker, ClosedError
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
@@ -118,6 +118,8 @@ class Uploads:
             key, what = item
             try:
                 done = self._work(key, what)
+            except ClosedError:
+                return
             except Exception as error:
                 self._failed(key, error)
                 continue
@@ -130,9 +132,6 @@ class Uploads:
                 self._changed.notify_all()
 
     def _failed(self, key: bytes, error: Exception) -> None:
-        with self._changed:
-            if self._closed:
-                return
         level = logging.WARNING if isinstance(error, StoreError) else logging.ERROR
         logger.log(level, "%s did not come to the pool and is tried again: %s", key.hex(), str(error) or repr(error))
         with self._changed:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +118,25 @@ def test_closing_does_not_wait_for_a_pool_that_hangs(relay, s3, machine, key, kv
     begin = time.monotonic()
     store.close()
     assert time.monotonic() - begin < 1.4
+
+
+def test_a_program_that_ends_while_it_sends_ends_at_once_and_quietly(relay, s3, folder):
+    relay.fault = "stall"
+    program = (
+        "import time, torch; from ragkv.chunk import ChunkKV; from ragkv.store import TieredStore, RemoteTier\n"
+        f"store = TieredStore({str(folder)!r}, remote=RemoteTier({s3!r}, limit_s=30))\n"
+        "store.put(bytes(32), ChunkKV([torch.zeros(1, 2, 8)], [torch.zeros(1, 2, 8)], 0)); time.sleep(0.1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_redis_that_says_nothing_is_a_miss_soon(machine, key):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = machine(f"redis://127.0.0.1:{silent.getsockname()[1]}", limit_s=0.2)
+        begin = time.monotonic()
+        assert store.get(key(1)) is None and time.monotonic() - begin < 2
+        assert store.stats().pools["remote"].unanswered == 1
 
 
 def test_readers_and_writers_at_once(tmp_path, machine, key, kv, same):

@@ -19,13 +19,13 @@ class Counting(ObjectPool):
         super().__init__(store._store, url)
         self.asked, self.listings = [], 0
 
-    def read(self, name, start, stop):
+    def begin(self, name, start, stop):
         self.asked.append(name)
-        return super().read(name, start, stop)
+        return super().begin(name, start, stop)
 
-    def there(self, name):
-        self.asked.append(name)
-        return super().there(name)
+    def which(self, names):
+        self.asked += names
+        return super().which(names)
 
     def names(self):
         self.listings += 1
