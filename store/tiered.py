@@ -85,6 +85,7 @@ class TieredStore:
         self._levels = Levels(in_memory if in_memory and self.path is None else get_codec(codec), in_memory)
         self._policy = get_policy(policy)
         self._closed = False
+        pools = [] if remote is None else [RemoteTier(remote) if isinstance(remote, str) else remote]
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
         gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
@@ -103,8 +104,11 @@ class TieredStore:
             self._disk = DiskTier(self.path, disk_bytes, self._policy, leases, selective=selective, readonly=readonly)
         self._home: MemoryTier | DiskTier = self._disk or memory
         above = [tier for tier in (gpu, memory) if tier and tier is not self._home and tier.budget_bytes]
-        behind = [*tiers, *([] if remote is None else [RemoteTier(remote) if isinstance(remote, str) else remote])]
-        self._tiers = Tiers(above, self._home, behind, leases, lock)
+        try:
+            self._tiers = Tiers(above, self._home, [*tiers, *pools], leases, lock)
+        except BaseException:
+            self._home.close()
+            raise
 
     def put(
         self,

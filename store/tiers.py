@@ -231,8 +231,8 @@ class Tiers:
         return len(removed)
 
     def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
-        """Forgets a record that proved damaged in a tier, so that its next read there is a miss."""
-        logger.warning("dropped the damaged record %s: %s", key.hex(), str(error))
+        """Forgets a record that could not be read from a tier, so that its next read there is a miss."""
+        logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier, str(error))
         self._forget_above([key])
         with self._spared(self.named[tier]):
             self.named[tier].damaged(key)

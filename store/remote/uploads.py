@@ -46,11 +46,10 @@ class Uploads:
     def __init__(self, notes: Notes, work: Callable[[bytes, bytes], Done], threads: int) -> None:
         self.counts: dict[str, int] = dict.fromkeys([*(done.value for done in Done), "failed"], 0)
         self._notes, self._work, self._most = notes, work, threads
-        self._breaker = Breaker()
         self._reset()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        self._changed, self._breaker = threading.Condition(), Breaker()
         self._threads: list[threading.Thread] = []
         self._ready: deque[tuple[bytes, bytes]] = deque()
         self._busy: set[bytes] = set()

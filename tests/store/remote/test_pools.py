@@ -7,8 +7,11 @@ import time
 import pytest
 import torch
 
-from ragkv.store import RemoteTier, TieredStore
+from ragkv.errors import StoreError
+from ragkv.folder import Environment
+from ragkv.store import RemoteTier, TieredStore, chunk_key
 from ragkv.store.keys import path_key
+from ragkv.store.metrics import StoreCollector
 
 SECRET = bytes(range(32))
 
@@ -102,8 +105,6 @@ def test_what_prompts_computed_is_not_for_others(machine, kv, key, tmp_path):
 
 def test_a_namespace_finds_nothing_of_another(machine, kv, tmp_path):
     """The key holds the namespace, and an object is bound to its key: copied to another's name it is refused."""
-    from ragkv.store import chunk_key
-
     url = f"file://{tmp_path}/pool"
     mine, other = (chunk_key("space", [1, 2, 3], b"", namespace) for namespace in ("mine", "other"))
     one = machine(url)
@@ -131,9 +132,28 @@ def test_a_folder_for_reading_reads_the_pool_and_writes_nothing(machine, kv, key
     assert len(reader) == 0
 
 
-def test_a_tier_belongs_to_one_store(machine, tmp_path):
-    from ragkv.errors import StoreError
+def test_a_pool_that_cannot_be_opened_leaves_the_folder_closed(folder):
+    for wrong in ({"remote": "nowhere"}, {"remote": "memory://x", "tiers": [RemoteTier("memory://y")]}):
+        with pytest.raises(StoreError):
+            TieredStore(folder, **wrong)
+        assert not Environment.is_open(folder)
 
+
+def test_metrics_tell_of_the_pool(machine, tmp_path, kv, key):
+    prometheus_client = pytest.importorskip("prometheus_client")
+    store = machine(f"file://{tmp_path}/pool")
+    store.put(key(1), kv(1))
+    store.flush()
+    registry = prometheus_client.CollectorRegistry()
+    StoreCollector(store, registry)
+
+    def value(name):
+        return registry.get_sample_value(f"ragkv_store_pool_{name}", {"tier": "remote"})
+
+    assert (value("sent_total"), value("pending"), value("down")) == (1, 0, 0) and value("sent_bytes_total") > 0
+
+
+def test_a_tier_belongs_to_one_store(machine, tmp_path):
     tier = RemoteTier(f"file://{tmp_path}/pool")
     machine(tier)
     with pytest.raises(StoreError, match="one store"):
