@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import compress
 from time import perf_counter
@@ -91,12 +91,14 @@ class Tiers:
         ``moved`` is told of each before it is in memory.
         """
         read, started = 0, perf_counter()
-        for key in keys:
-            if not all(tier.missing([key]) for tier in self.tiers if tier.volatile):
-                continue
-            for source in self.find([key], used=False).values():
+        # All at once: a pool is asked for them together.
+        with ExitStack() as opened:
+            sources = self.find(list(filter(self._below, keys)), used=False)
+            for source in sources.values():
+                opened.callback(source.release)
+            for key, source in sources.items():
                 try:
-                    if source.whole is None and any(self._over(self.named[source.tier])):
+                    if source.whole is None and self._below(key) and any(self._over(self.named[source.tier])):
                         moved[key] = Moved(source.tier, source.load())
                         read += moved[key].bytes_read
                     self.finish(key, source)
@@ -106,6 +108,10 @@ class Tiers:
                     source.release()
         self.count_load(read, perf_counter() - started)
         return read
+
+    def _below(self, key: bytes) -> bool:
+        """Whether a chunk is not in memory."""
+        return all(tier.missing([key]) for tier in self.tiers if tier.volatile)
 
     def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved]) -> Batch:
         """Opens a batch: nothing of it is evicted until it says so with :meth:`release`.

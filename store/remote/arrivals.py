@@ -8,7 +8,7 @@ from collections import deque
 
 from ragkv.store.disk import DiskTier
 from ragkv.store.notes import Notes
-from ragkv.store.remote.source import RemoteSource
+from ragkv.store.remote.source import Reading
 from ragkv.store.tier import Offer
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
@@ -38,18 +38,18 @@ class Arrivals:
         self.lock: threading.RLock = threading.RLock()
         self.busy: set[bytes] = set()
         self._changed = threading.Condition()
-        self._waiting: deque[RemoteSource] = deque()
+        self._waiting: deque[Reading] = deque()
         self._bytes = 0
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def offer(self, source: RemoteSource) -> None:
+    def offer(self, reading: Reading) -> None:
         """One that was read to its end."""
         with self._changed:
-            if self._closed or self._bytes + source.record.payload_bytes > _MOST_BYTES:
+            if self._closed or self._bytes + reading.record.payload_bytes > _MOST_BYTES:
                 return
-            self._bytes += source.record.payload_bytes
-            self._waiting.append(source)
+            self._bytes += reading.record.payload_bytes
+            self._waiting.append(reading)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="ragkv-pool-keep", daemon=True)
                 self._thread.start()
@@ -74,22 +74,22 @@ class Arrivals:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                sources = [self._waiting.popleft() for _ in range(min(len(self._waiting), _AT_ONCE))]
+                readings = [self._waiting.popleft() for _ in range(min(len(self._waiting), _AT_ONCE))]
             try:
-                self._keep({source.key: source for source in sources})
+                self._keep({reading.key: reading for reading in readings})
             except Exception as error:
                 logger.debug("chunks of the pool are not kept on disk: %s", repr(error))
             finally:
                 with self._changed:
-                    self._bytes -= sum(source.record.payload_bytes for source in sources)
+                    self._bytes -= sum(reading.record.payload_bytes for reading in readings)
 
-    def _keep(self, sources: dict[bytes, RemoteSource]) -> None:
+    def _keep(self, readings: dict[bytes, Reading]) -> None:
         now = self._home.now()
         with self.lock:
-            wanted = self._home.missing([*(sources.keys() - self._notes.deleting(sources))])
-            whole = {key: whole for key in wanted if (whole := sources[key].whole) is not None}
+            wanted = self._home.missing([*(readings.keys() - self._notes.deleting(readings))])
+            whole = {key: whole for key in wanted if (whole := readings[key].whole) is not None}
             self.busy.update(whole)
             try:
-                self._home.admit([Offer(key, *pair, sources[key].row.terms(now)) for key, pair in whole.items()])
+                self._home.admit([Offer(key, *pair, readings[key].row.terms(now)) for key, pair in whole.items()])
             finally:
                 self.busy.difference_update(whole)

@@ -18,6 +18,8 @@ from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.source import Parts, Source
 
+_FINISHED = "the batch is finished with this chunk"
+
 
 class Fetch:
     """The chunks that one look into a pool found. Once one of them is read, all ranges of all that are not released are asked for.
@@ -29,26 +31,26 @@ class Fetch:
 
     def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None]) -> None:
         self.pool, self.lost = pool, lost
-        self._sources: list[RemoteSource] = []
+        self._readings: list[Reading] = []
         self._lock = threading.Lock()
 
-    def join(self, source: RemoteSource) -> None:
+    def join(self, reading: Reading) -> None:
         """One more chunk."""
-        self._sources.append(source)
+        self._readings.append(reading)
 
     def start(self) -> None:
         """Asks for the first ranges of all chunks, then for the second ones, and so on."""
         with self._lock:
-            sources, self._sources = self._sources, []
-        for number in range(max((len(source.groups) for source in sources), default=0)):
-            for source in sources:
-                if number < len(source.groups):
+            readings, self._readings = self._readings, []
+        for number in range(max((len(reading.groups) for reading in readings), default=0)):
+            for reading in readings:
+                if number < len(reading.groups):
                     with suppress(StoreError):  # whoever reads it asks again, and is told
-                        source.ask(number)
+                        reading.ask(number)
 
 
-class RemoteSource(Source):
-    """A record on its way from a pool to memory. Safe for several threads.
+class Reading:
+    """A record on its way from a pool to memory, for all that read it at the time. Safe for several threads.
 
     Args:
         fetch: of all chunks that are read together.
@@ -56,10 +58,12 @@ class RemoteSource(Source):
         opened: its header.
         begun: its first bytes, as far as they were read with the header.
         range_bytes: of one request, about: segments that follow each other are asked for together.
-        tier: its tier's name.
         arrived: told when it was read to its end.
 
     Attributes:
+        key: see above.
+        record: its header.
+        row: on what terms it is kept.
         groups: segments that are asked for together.
     """
 
@@ -70,10 +74,8 @@ class RemoteSource(Source):
         opened: Opened,
         begun: Any,
         range_bytes: int,
-        tier: str,
-        arrived: Callable[[RemoteSource], None],
+        arrived: Callable[[Reading], None],
     ) -> None:
-        super().__init__(tier, opened.record)
         self.key, self.record, self.row = key, opened.record, opened.row
         self._fetch, self._opened, self._begun, self._arrived = fetch, opened, begun, arrived
         self.groups: list[range] = _groups(opened, len(begun), range_bytes)
@@ -81,42 +83,62 @@ class RemoteSource(Source):
         self._left = set(range(len(self.groups)))
         self._payload: Payload | None = None
         self._lock = threading.RLock()
-        self._released = False
+        self._users, self._broken = 0, False
         fetch.join(self)
+
+    def join(self) -> bool:
+        """Counts one more user; whether it can be read, or some of it could not be."""
+        with self._lock:
+            self._users += not self._broken
+            return not self._broken
+
+    def leave(self) -> None:
+        """Counts one user less. When none is left, nothing more is asked for."""
+        with self._lock:
+            self._users -= 1
+            self._broken = self._broken or (not self._users and bool(self._left))
+            asked = list(self._asked) if not self._users else []
+        for future in asked:
+            if future is not None:
+                future.cancel()
 
     @property
     def whole(self) -> tuple[Record, Payload] | None:
         """The record, where all was read and verified."""
-        return None if self._left else (self.record, self._room())
+        return None if self._left else (self.record, self.payload)
 
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """See :class:`Source`."""
-        count = self.load(layer)
-        return self.record.layer(self._room(), layer), count
+    @property
+    def payload(self) -> Payload:
+        """Its bytes, as far as they were read."""
+        with self._lock:
+            if self._payload is None:
+                try:
+                    self._payload = Payload(self.record.payload_bytes)
+                except (MemoryError, OSError, RuntimeError, ValueError) as error:
+                    raise RecordError(f"it claims {self.record.payload_bytes} bytes") from error
+            return self._payload
 
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """See :class:`Source`."""
-        count = self.load(layer)
-        return self.record.parts(self._room(), layer), count
-
-    def load(self, layer: int | None = None) -> int:
-        """See :class:`Source`.
+    def load(self, layer: int | None) -> int:
+        """Reads what is missing of a layer, or of all; how many bytes.
 
         Raises:
             RecordError: it is damaged, or the pool does not give it: then it is a miss.
         """
         count = 0
-        for number in self._needed(layer):
-            self._fetch.start()
-            try:
+        try:
+            for number in self._needed(layer):
+                self._fetch.start()
                 future = self.ask(number)
-                data = self._begun if future is None else self._fetch.pool.answer(future)
-                count += self._take(number, data)
-            except PoolError as error:
-                if self._released:
-                    raise StoreError("the batch is finished with this chunk") from error
-                self._fetch.lost(self.key, error)
-                raise RecordError(f"the pool did not give it: {error}") from error
+                count += self._take(number, self._begun if future is None else self._fetch.pool.answer(future))
+        except PoolError as error:
+            if not self._users:
+                raise StoreError(_FINISHED) from error
+            self._broken = True
+            self._fetch.lost(self.key, error)
+            raise RecordError(f"the pool did not give it: {error}") from error
+        except RecordError:
+            self._broken = True
+            raise
         if count and not self._left:
             self._arrived(self)
         return count
@@ -127,19 +149,10 @@ class RemoteSource(Source):
         with self._lock:
             future = self._asked[number]
             if future is None and number in self._left and stop > len(self._begun):
-                if self._released:
-                    raise StoreError("the batch is finished with this chunk")
+                if not self._users:
+                    raise StoreError(_FINISHED)
                 future = self._asked[number] = self._fetch.pool.begin(name_of(self.key), start, stop)
             return future
-
-    def release(self) -> None:
-        """See :class:`Source`. What has not been asked for will not be."""
-        with self._lock:
-            self._released = True
-            asked = list(self._asked)
-        for future in asked:
-            if future is not None:
-                future.cancel()
 
     def _needed(self, layer: int | None) -> list[int]:
         if not self._left:
@@ -168,20 +181,54 @@ class RemoteSource(Source):
                 return 0
             for index in self.groups[number]:
                 first, last = self._opened.place(index)
-                self._opened.take(index, view[first - start : last - start], self._room())
+                self._opened.take(index, view[first - start : last - start], self.payload)
             self._left.discard(number)
             self._asked[number] = None
             spans = self.record.spans
             return spans[self.groups[number][-1]][1] - spans[self.groups[number][0]][0]
 
-    def _room(self) -> Payload:
+
+class RemoteSource(Source):
+    """What one user reads of a chunk in a pool.
+
+    Args:
+        tier: its tier's name.
+        reading: which it has joined.
+    """
+
+    def __init__(self, tier: str, reading: Reading) -> None:
+        super().__init__(tier, reading.record)
+        self.reading = reading
+        self._lock = threading.Lock()
+        self._released = False
+
+    @property
+    def whole(self) -> tuple[Record, Payload] | None:
+        """See :class:`Source`."""
+        return self.reading.whole
+
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """See :class:`Source`."""
+        count = self.load(layer)
+        return self.reading.record.layer(self.reading.payload, layer), count
+
+    def parts(self, layer: int) -> tuple[Parts, int]:
+        """See :class:`Source`."""
+        count = self.load(layer)
+        return self.reading.record.parts(self.reading.payload, layer), count
+
+    def load(self, layer: int | None = None) -> int:
+        """See :class:`Source`."""
+        if self._released and self.reading.whole is None:
+            raise StoreError(_FINISHED)
+        return self.reading.load(layer)
+
+    def release(self) -> None:
+        """See :class:`Source`."""
         with self._lock:
-            if self._payload is None:
-                try:
-                    self._payload = Payload(self.record.payload_bytes)
-                except (MemoryError, OSError, RuntimeError, ValueError) as error:
-                    raise RecordError(f"it claims {self.record.payload_bytes} bytes") from error
-            return self._payload
+            released, self._released = self._released, True
+        if not released:
+            self.reading.leave()
 
 
 def _groups(opened: Opened, begun: int, range_bytes: int) -> list[range]:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from weakref import WeakValueDictionary
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.disk import DiskTier
@@ -20,7 +21,7 @@ from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
 from ragkv.store.remote.records import Records, key_of
 from ragkv.store.remote.sending import Sender
-from ragkv.store.remote.source import Fetch, RemoteSource
+from ragkv.store.remote.source import Fetch, Reading, RemoteSource
 from ragkv.store.remote.uploads import Uploads
 from ragkv.store.rows import Row
 from ragkv.store.source import Source
@@ -86,6 +87,8 @@ class RemoteTier(Tier):
         self._sending = uploads
         # What was read lately: on what terms it is kept, and its object's id.
         self._seen: dict[bytes, tuple[Row, bytes]] = {}
+        # What is on its way: whoever else wants it joins.
+        self._readings: WeakValueDictionary[bytes, Reading] = WeakValueDictionary()
         # What proved unreadable, and until when it is left alone; what the pool did not give.
         self._avoided: dict[bytes, float] = {}
         self._lost: set[bytes] = set()
@@ -122,13 +125,20 @@ class RemoteTier(Tier):
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
         likely = self._likely(keys)
         found: dict[bytes, Source] = {}
+        for key in likely:
+            reading = self._readings.get(key)
+            if reading is not None and reading.join():
+                found[key] = RemoteSource(self.name, reading)
+        likely = [key for key in likely if key not in found]
         with self._asking(likely) as may:
             heads = self._records.heads(likely) if may else {}
             fetch = Fetch(self._pool, self._lose)
             for key, head in heads.items():
                 opened = self._open(key, head)
                 if opened is not None:
-                    found[key] = RemoteSource(fetch, key, *opened, self._range_bytes, self.name, self._arrived)
+                    reading = self._readings[key] = Reading(fetch, key, *opened, self._range_bytes, self._arrived)
+                    reading.join()
+                    found[key] = RemoteSource(self.name, reading)
             if may:
                 self._manifest.note(set(likely) - heads.keys(), False)
         while len(self._seen) > _MOST_KNOWN:
@@ -223,6 +233,7 @@ class RemoteTier(Tier):
         self._counts.clear()
         self._off = not self._pool.forks
         self._breaker = Breaker()
+        self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
         for part in (self._pool, self._manifest, self._uploads, self._arrivals):
@@ -304,9 +315,9 @@ class RemoteTier(Tier):
         else:
             self._unanswered(error)
 
-    def _arrived(self, source: RemoteSource) -> None:
+    def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None:
-            self._arrivals.offer(source)
+            self._arrivals.offer(reading)
 
     def _told(self, key: bytes, there: bool) -> None:
         """Something was done in the pool."""

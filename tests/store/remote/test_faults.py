@@ -110,6 +110,20 @@ def test_redis_that_is_killed_and_comes_back_empty(valkey_server, machine, key, 
     assert machine(url).get(key(1)) is None and one.get(key(1)) is not None
 
 
+def test_a_batch_that_is_done_early_leaves_the_pool_in_good_repute(stored, relay, s3, machine, key, kv, same):
+    """What is still on its way is given up, also while the read-ahead waits for it: that is no failure of the pool."""
+    store = machine(s3, range_bytes=100_000)
+    relay.fault, relay.when = "stall", lambda method, path: method == "GET" and len(relay.asked) > 4
+    with store.read([key(1)]) as batch:
+        batch.read_ahead()
+        time.sleep(0.1)
+        batch.done(0)
+    relay.fault = ""
+    pool = store.stats().pools["remote"]
+    assert not (pool.down or pool.unanswered or store.stats().evictions["remote"])
+    same(store.get(key(1)), kv(1, tokens=900))
+
+
 def test_closing_does_not_wait_for_a_pool_that_hangs(relay, s3, machine, key, kv):
     store = machine(s3, limit_s=30)
     relay.fault = "stall"

@@ -119,3 +119,19 @@ def test_only_names_of_chunks_are_keys(key):
         b"\xab\xcd",
         *[None] * 4,
     ]
+
+
+def test_what_is_on_its_way_is_not_asked_for_again(pool, tmp_path, machine, kv, key, same):
+    """A batch that is read while the same chunks are prefetched, or by another thread, joins it."""
+    one = machine(f"file://{tmp_path}/pool")
+    for number in range(3):
+        one.put(key(number), kv(number, tokens=900))
+    one.flush()
+    store, keys = machine(RemoteTier(pool), cpu_bytes=1 << 24), [key(number) for number in range(3)]
+    with store.read(keys) as batch, store.read(keys) as other:
+        assert store.prefetch(keys).result(10) > 0
+        for number in range(3):
+            same(batch.kv(number), kv(number, tokens=900))
+            batch.done(number)
+            same(other.kv(number), kv(number, tokens=900))
+    assert sorted(pool.asked) == sorted(2 * [name_of(name) for name in keys]), "a header and a range each"
