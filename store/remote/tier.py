@@ -205,8 +205,8 @@ class RemoteTier(Tier):
         self._drop(key, number, "a segment is not what was stored")
 
     def counts(self) -> tuple[int, int]:
-        """See :class:`Tier`; as of the last listing."""
-        return self._manifest.counts() if self._manifest.fresh else (0, 0)
+        """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""
+        return self._manifest.counts()
 
     def pool(self) -> PoolStats:
         """See :class:`Tier`."""
