@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import RecordError, StoreError, instance
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
@@ -85,6 +85,9 @@ class TieredStore:
         self._levels = Levels(in_memory if in_memory and self.path is None else get_codec(codec), in_memory)
         self._policy = get_policy(policy)
         self._closed = False
+        instance(
+            "remote", remote, str | RemoteTier | None, "the URL of a pool, as 's3://bucket/prefix', or a RemoteTier"
+        )
         pools = [] if remote is None else [RemoteTier(remote) if isinstance(remote, str) else remote]
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from weakref import WeakValueDictionary
 
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
 from ragkv.store.disk import DiskTier
 from ragkv.store.keys import PATH
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes
@@ -56,6 +56,7 @@ class RemoteTier(Tier):
 
     Raises:
         StoreError: the URL or the key is none.
+        ArgumentError, ArgumentTypeError: a setting is out of range, or of another type.
         MissingPackageError: the pool's client is not installed.
     """
 
@@ -72,10 +73,13 @@ class RemoteTier(Tier):
         name: str = "remote",
     ) -> None:
         super().__init__(time.time)
-        numbers = {"limit_s": limit_s, "requests": requests, "uploads": uploads, "range_bytes": range_bytes}
-        for what, number in (numbers | {"refresh_s": refresh_s}).items():
-            if not isinstance(number, int | float) or not number > 0:
-                raise StoreError(f"{what} must be more than 0, got {number!r}")
+        instance("pool", pool, str | Pool, "a URL, as 's3://bucket/prefix', or a Pool")
+        for what, count in {"requests": requests, "uploads": uploads, "range_bytes": range_bytes}.items():
+            whole_number(what, count, 1)
+        for what, seconds in {"limit_s": limit_s, "refresh_s": refresh_s}.items():
+            instance(what, seconds, int | float, "a number of seconds")
+            if not seconds > 0:
+                raise ArgumentError(f"{what} must be more than 0, got {seconds}")
         self.name = name
         self.budget_bytes = 1 << 62
         envelope = Envelope(encryption_key)

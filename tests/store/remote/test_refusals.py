@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from ragkv.errors import MissingPackageError, RecordError, StoreError, UploadError
-from ragkv.store import RemoteTier
+from ragkv.errors import ArgumentError, ArgumentTypeError, MissingPackageError, RecordError, StoreError, UploadError
+from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.remote.envelope import Envelope
 
 SECRET = bytes(range(32))
@@ -168,8 +168,18 @@ def test_urls_that_are_none(url):
 
 @pytest.mark.parametrize("option", ["limit_s", "requests", "uploads", "range_bytes", "refresh_s"])
 def test_settings_that_are_none(url, option):
-    with pytest.raises(StoreError, match=option):
+    with pytest.raises(ArgumentError, match=option):
         RemoteTier(url, **{option: 0})
+    with pytest.raises(ArgumentTypeError, match=option):
+        RemoteTier(url, **{option: "1"})
+
+
+@pytest.mark.parametrize("remote", [5, b"s3://bucket", ["s3://bucket"]])
+def test_pools_that_are_none(remote):
+    with pytest.raises(ArgumentTypeError, match="URL"):
+        TieredStore(remote=remote)
+    with pytest.raises(ArgumentTypeError, match="URL"):
+        RemoteTier(remote)
 
 
 @pytest.mark.parametrize(
