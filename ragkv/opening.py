@@ -50,14 +50,14 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     name = options.setdefault("model", BUNDLED)
     place = {option: value for option, value in options.items() if option in OPTIONS}
     check_options(name, options.keys() | (given.keys() - OPTIONS - own), own)
+    if given["store"] is not None and given["remote"] is not None:
+        raise ArgumentError("give store= or remote=, not both: TieredStore('kv/', remote=...) has both")
     embedder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
     readonly = given["readonly"]
     retriever = Retriever.open(None if path is None else path / "documents", embedder, readonly=readonly)
     opened.callback(retriever.close)
     loaded = load_model(name, options.get("device"), place, options.get("tokenizer"), options.get("system"))
     store = options.get("store")
-    if store is not None and given["remote"] is not None:
-        raise ArgumentError("give store= or remote=, not both: TieredStore('kv/', remote=...) has both")
     if store is None:
         kv = None if path is None or (readonly and not has_data(path / "kv")) else path / "kv"
         store = TieredStore(

@@ -33,7 +33,6 @@ def test_what_one_folder_read_another_takes_from_the_pool(file, tmp_path, capsys
     assert run(capsys, "forget", "--path", tmp_path / "two", "--remote", "nowhere", "-y", str(file))[0] == 1
     assert run(capsys, "forget", "--path", tmp_path / "two", "--remote", url, "-y", str(file))[0] == 0
     assert not [path for path in (tmp_path / "pool").rglob("*") if path.is_file()]
-    assert added("three") > 0
 
 
 def test_a_pool_that_is_away_is_said_and_holds_nothing_up(file, tmp_path, capsys, monkeypatch):

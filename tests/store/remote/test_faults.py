@@ -155,7 +155,7 @@ def test_a_redis_that_says_nothing_is_a_miss_soon(machine, key):
 
 def test_readers_and_writers_at_once(tmp_path, machine, key, kv, same):
     """Two machines write the same chunks, and two remove some, while four threads read them: whatever is found is right."""
-    url, until = f"file://{tmp_path}/pool", time.monotonic() + 1.2
+    url, until = f"file://{tmp_path}/pool", time.monotonic() + 0.8
     stores = [machine(url, cpu_bytes=100_000, range_bytes=3_000) for _ in range(2)]
     found = [0] * 4
     chunks = [kv(number, tokens=40 + number) for number in range(8)]
