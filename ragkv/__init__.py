@@ -39,6 +39,7 @@ _HOMES = {
         "StoreFullError",
         "UnknownArgumentError",
         "UnsupportedModelError",
+        "UploadError",
     ),
     "fusion.layout": ("Layout",),
     "fusion.view": ("Check", "Selection", "View"),

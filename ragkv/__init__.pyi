@@ -25,6 +25,7 @@ from ragkv.errors import StoreError as StoreError
 from ragkv.errors import StoreFullError as StoreFullError
 from ragkv.errors import UnknownArgumentError as UnknownArgumentError
 from ragkv.errors import UnsupportedModelError as UnsupportedModelError
+from ragkv.errors import UploadError as UploadError
 from ragkv.fusion.layout import Layout as Layout
 from ragkv.fusion.view import Check as Check
 from ragkv.fusion.view import Selection as Selection

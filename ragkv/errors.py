@@ -90,6 +90,10 @@ class StoreFullError(StoreError):
     """An entry cannot be stored: larger than the budget, or the disk or the map is full."""
 
 
+class UploadError(StoreError, TimeoutError):
+    """Not all that is to be sent to a shared pool has come there in time. It is noted, and sent later."""
+
+
 class RecordError(StoreError):
     """A stored record is damaged or of a format that this version does not read."""
 

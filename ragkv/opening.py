@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
+from ragkv.errors import ArgumentError
 from ragkv.folder.filesystem import has_data
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
 from ragkv.retrieval import Retriever, TokenChunker
@@ -50,6 +51,8 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     name = options.setdefault("model", BUNDLED)
     place = {option: value for option, value in options.items() if option in OPTIONS}
     check_options(name, options.keys() | (given.keys() - OPTIONS - own), own)
+    if given["store"] is not None and given["remote"] is not None:
+        raise ArgumentError("give store= or remote=, not both: TieredStore('kv/', remote=...) has both")
     embedder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
     readonly = given["readonly"]
     retriever = Retriever.open(None if path is None else path / "documents", embedder, readonly=readonly)
@@ -63,7 +66,7 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
             readonly=readonly,
             codec=options.get("codec", "raw"),
             cpu_codec=options.get("cpu_codec"),
-            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes")},
+            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes", "remote")},
         )
     opened.callback(store.close)
     engine = Engine(

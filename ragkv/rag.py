@@ -36,6 +36,7 @@ from ragkv.scheduling.scheduler import Scheduler
 from ragkv.session import Session
 from ragkv.store import TieredStore
 from ragkv.store.codecs import Codec
+from ragkv.store.remote import RemoteTier
 from ragkv.streaming import AsyncAnswerStream, Threads, side_by_side, stoppable
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class RAG:
         gpu_bytes: int = 0,
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
+        remote: str | RemoteTier | None = None,
         codec: str | Codec | None = None,
         cpu_codec: str | Codec | None = None,
         namespace: str | None = None,
@@ -145,6 +147,7 @@ class RAG:
             gpu_bytes: memory of the GPU for KV.
             cpu_bytes: memory for KV.
             disk_bytes: disk for KV.
+            remote: a shared pool for KV behind these, as ``"s3://BUCKET/PREFIX"``, see :class:`~ragkv.TieredStore`; never kept.
             codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
             namespace: documents added and KV stored under another one are never found.

@@ -62,9 +62,9 @@ class FusionReport:
         suffix_tokens: tokens of the suffix.
         reused_tokens: tokens of the prefix whose KV were there already: an earlier conversation's, or those of a prefix that was
             computed before.
-        hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``; ``"computed"``: not stored, prefilled now;
-            ``"unused"``: the method computes it whole; ``"path"``: computed before behind just these tokens, and exact;
-            ``"variant"``: the same, as far as the method computes it (:mod:`ragkv.library.paths`).
+        hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``, ``"remote"``; ``"computed"``: not stored,
+            prefilled now; ``"unused"``: the method computes it whole; ``"path"``: computed before behind just these tokens, and
+            exact; ``"variant"``: the same, as far as the method computes it (:mod:`ragkv.library.paths`).
         sources: the same for each chunk that was given, in order; ``prompt`` where a session's prompt had it already.
         chunks: those that were placed behind the prefix, in the prompt's order. In a session they may be fewer than those that were
             found for the question, or others too, where earlier turns were put together anew.

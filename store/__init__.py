@@ -1,4 +1,4 @@
-"""Tiers that keep chunks' KV: a block pool on the GPU, CPU memory, and LMDB on disk, under an eviction policy."""
+"""Tiers that keep chunks' KV: a block pool on the GPU, CPU memory, LMDB on disk, under an eviction policy, and a shared pool."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ragkv.store.keys import chunk_key
 from ragkv.store.policy import Policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.rates import Loading, Rates
+from ragkv.store.remote import RemoteTier
 from ragkv.store.stats import Moved, StoreStats
 from ragkv.store.target import Target
 from ragkv.store.terms import Item
@@ -20,6 +21,7 @@ __all__ = [
     "Moved",
     "Policy",
     "Rates",
+    "RemoteTier",
     "StoreStats",
     "Target",
     "TieredStore",

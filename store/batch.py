@@ -199,7 +199,9 @@ class Batch:
             yield source
         except RecordError as error:
             self._owner.drop_damaged(self.keys[index], source.tier, error)
-            raise RecordError(f"the record {self.keys[index].hex()} is damaged and was dropped: {error}") from error
+            raise RecordError(
+                f"{self.keys[index].hex()} cannot be read from {source.tier}, and was dropped there: {error}"
+            ) from error
 
     def _finish(self, key: bytes, source: Source) -> None:
         try:

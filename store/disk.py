@@ -19,6 +19,7 @@ from ragkv.folder import Environment, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
 from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.memory import NO_FACTS
+from ragkv.store.notes import SEND, FolderNotes
 from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
@@ -48,6 +49,8 @@ class DiskTier(Tier):
 
     Attributes:
         readonly: whether nothing can be written.
+        notes: notes with each entry that it is to be sent to a pool; None where there is none.
+        sends: which entries are.
     """
 
     name = "disk"
@@ -69,6 +72,8 @@ class DiskTier(Tier):
         self._policy = policy
         self._held = held
         self._selective = selective
+        self.notes: FolderNotes | None = None
+        self.sends: Callable[[bytes], bool] = lambda key: True
         # Damaged records that could not be deleted, and when each was put.
         self._unreadable: dict[bytes, float | None] = {}
         self._touched: Counter[bytes] = Counter()
@@ -122,6 +127,8 @@ class DiskTier(Tier):
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
                     self._write(txn, entry.key, entry.record, entry.payload)
+                    if self.notes is not None and self.sends(entry.key):
+                        self.notes.write(txn, entry.key, SEND)
                 kept.append(row is not None)
                 written.add(entry.key)
             for name, value in facts.items():
@@ -291,7 +298,9 @@ class DiskTier(Tier):
         self.evictions.update(planner.evicted)
 
     def _delete(self, txn: Any, key: bytes) -> bool:
-        """Deletes a record, also one that the books do not know; whether there was one."""
+        """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""
+        if self.notes is not None:
+            self.notes.unsend(txn, key)
         index = 0
         while txn.delete(segment_key(key, index), db=self.environment.db(b"segments")):
             index += 1

@@ -80,7 +80,7 @@ class MemoryTier(Tier):
     def row(self, key: bytes) -> Row | None:
         return self._books.row(key)
 
-    def keys(self) -> list[bytes]:
+    def stored(self) -> list[bytes]:
         """All that is here."""
         with self.lock:
             return list(self._held)

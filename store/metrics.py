@@ -8,6 +8,14 @@ from typing import Any
 from ragkv.errors import StoreError
 from ragkv.store.tiered import TieredStore
 
+_POOLS = (
+    ("pending", "Gauge", "Chunks that wait to be sent to a shared pool, or deleted there."),
+    ("down", "Gauge", "1 while a pool that failed is left alone."),
+    ("sent", "Counter", "Chunks sent to a pool."),
+    ("sent_bytes", "Counter", "Their bytes."),
+    ("failed", "Counter", "Tries to send or delete that failed."),
+    ("unanswered", "Counter", "Reads that a pool did not answer."),
+)
 _BUCKETS_S = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 
 
@@ -75,6 +83,9 @@ class StoreCollector(Collector):
             buckets = [(str(bound), latency.below(bound)) for bound in _BUCKETS_S]
             seconds.add_metric([stage], [*buckets, ("+Inf", latency.count)], latency.total_s)
         yield seconds
+        for name, kind, text in _POOLS:
+            values = {tier: float(getattr(pool, name)) for tier, pool in stats.pools.items()}
+            yield self._family(kind, f"ragkv_store_pool_{name}", text, values, "tier")
         for name, text, values in (
             ("checks", "Prompts compared with a full prefill.", {m: item.count for m, item in stats.checks.items()}),
             ("checks_kl_nats", "Their KL to it, summed.", {m: item.kl for m, item in stats.checks.items()}),

@@ -102,6 +102,37 @@ class Checks:
 
 
 @dataclass(frozen=True)
+class PoolStats:
+    """What this process sent to a shared pool, and how that answered.
+
+    Attributes:
+        pool: where it is.
+        pending: chunks that wait to be sent, or to be deleted there.
+        sent: chunks sent.
+        sent_bytes: their bytes, as they lie there.
+        skipped: chunks that were there already.
+        deleted: chunks deleted there.
+        dropped: chunks that were no longer stored here when their turn came, or are too large.
+        failed: tries that failed and are made again.
+        unanswered: reads that got no answer: misses.
+        foreign: objects of another version, or encrypted otherwise: misses.
+        down: whether the last try failed; the pool is left alone for a while.
+    """
+
+    pool: str
+    pending: int
+    sent: int
+    sent_bytes: int
+    skipped: int
+    deleted: int
+    dropped: int
+    failed: int
+    unanswered: int
+    foreign: int
+    down: bool
+
+
+@dataclass(frozen=True)
 class StoreStats:
     """What a store holds now, and what it did since it was opened in this process.
 
@@ -115,10 +146,11 @@ class StoreStats:
         puts: chunks stored.
         refused: chunks that were not worth what they would have evicted.
         evictions: entries dropped, by tier and reason (``budget``, ``quota``, ``expired``, ``damaged``).
-        bytes_read: bytes read from disk.
+        bytes_read: bytes read from disk, or a pool.
         bytes_written: bytes of the records written to disk.
         latency: times by stage: ``encode`` and ``write`` of a put, ``find`` and ``load`` (from disk) of a batch.
         checks: prompts that were compared with a full prefill, by the method that put them together.
+        pools: shared pools, by their tier's name.
     """
 
     entries: dict[str, int]
@@ -134,6 +166,7 @@ class StoreStats:
     bytes_written: int
     latency: dict[str, Latency]
     checks: dict[str, Checks]
+    pools: dict[str, PoolStats] = field(default_factory=dict)
 
 
 class Sample(NamedTuple):

@@ -14,6 +14,7 @@ from ragkv.store.policy import Usage
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.source import Source
+from ragkv.store.stats import PoolStats
 from ragkv.store.terms import Terms
 
 
@@ -111,6 +112,24 @@ class Tier(ABC):
     def damaged(self, key: bytes) -> None:
         """A record proved damaged: from now on it is missing."""
         self.remove([key], "damaged")
+
+    def stand_behind(self, home: Tier) -> None:  # noqa: B027
+        """Told once, by the store, where that keeps what is put, before anything else; for tiers behind that read it from there."""
+
+    def pool(self) -> PoolStats | None:
+        """What went to a shared pool and came from it, where it is one."""
+        return None
+
+    def share(self, keys: Sequence[bytes]) -> int:
+        """Is offered again, in the background, what is stored; how many of the chunks it may want."""
+        return 0
+
+    def flush(self, limit_s: float) -> None:  # noqa: B027
+        """Waits until what was admitted, or removed, in the background is done.
+
+        Raises:
+            UploadError: that took longer than so many seconds.
+        """
 
     def removed(self, since: int) -> tuple[int, list[bytes] | None]:
         """How many removals there were ever, by whatever process, and which keys after the first ``since``: None for unknown."""

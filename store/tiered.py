@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import RecordError, StoreError, instance
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
@@ -23,6 +23,7 @@ from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
+from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.source import Source
 from ragkv.store.stats import Moved, StoreStats
@@ -51,6 +52,8 @@ class TieredStore:
         device: where the GPU tier lies.
         tiers: further tiers, such as a shared pool: searched in this order for what memory and disk do not have, and offered
             whatever is put. See :class:`~ragkv.store.tier.Tier`.
+        remote: a shared pool behind all others: its URL, as ``s3://BUCKET/PREFIX`` or ``redis://HOST``, or a
+            :class:`~ragkv.store.remote.RemoteTier` of your own settings. See docs/remote.md.
 
     Raises:
         StoreError: no tier is left, or the folder cannot be opened.
@@ -71,6 +74,7 @@ class TieredStore:
         readonly: bool = False,
         device: torch.device | str = "cuda",
         tiers: Sequence[Tier] = (),
+        remote: str | RemoteTier | None = None,
     ) -> None:
         budgets = (gpu_bytes, cpu_bytes, disk_bytes)
         if not all(isinstance(budget, int | float) and budget >= 0 for budget in budgets):
@@ -82,6 +86,10 @@ class TieredStore:
         self._levels = Levels(in_memory if in_memory and self.path is None else get_codec(codec), in_memory)
         self._policy = get_policy(policy)
         self._closed = False
+        instance(
+            "remote", remote, str | RemoteTier | None, "the URL of a pool, as 's3://bucket/prefix', or a RemoteTier"
+        )
+        pools = [] if remote is None else [RemoteTier(remote) if isinstance(remote, str) else remote]
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
         gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
@@ -100,7 +108,11 @@ class TieredStore:
             self._disk = DiskTier(self.path, disk_bytes, self._policy, leases, selective=selective, readonly=readonly)
         self._home: MemoryTier | DiskTier = self._disk or memory
         above = [tier for tier in (gpu, memory) if tier and tier is not self._home and tier.budget_bytes]
-        self._tiers = Tiers(above, self._home, tiers, leases, lock)
+        try:
+            self._tiers = Tiers(above, self._home, [*tiers, *pools], leases, lock)
+        except BaseException:
+            self._home.close()
+            raise
 
     def put(
         self,
@@ -343,11 +355,24 @@ class TieredStore:
         self._check_open()
         self._tiers.put_many([], [], {name: value})
 
-    def flush(self) -> None:
-        """Writes what is pending (how often entries were used) to disk."""
+    def share(self) -> int:
+        """Sends a shared pool what was stored before it was given one, in the background; how many chunks are looked at.
+
+        What the pool has is not sent again. See :meth:`flush`.
+        """
+        self._check_open()
+        return self._tiers.share()
+
+    def flush(self, limit_s: float = 60.0) -> None:
+        """Writes what is pending (how often entries were used) to disk, and waits until a shared pool has what was put.
+
+        Raises:
+            UploadError: the pool did not have it after so many seconds. It is noted, and sent later.
+        """
         self._check_open()
         if self._disk is not None:
             self._disk.flush()
+        self._tiers.flush(limit_s)
 
     def close(self) -> None:
         """Flushes and closes; closing twice is fine. Batches must be closed before."""

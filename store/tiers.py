@@ -9,7 +9,8 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import compress
 from time import perf_counter
 
@@ -66,6 +67,8 @@ class Tiers:
             raise StoreError(f"tiers need names of their own, got {[tier.name for tier in self.tiers]}")
         for tier in self.tiers:
             tier.above_bytes = max((upper.budget_bytes for upper in self._over(tier)), default=0)
+        for tier in self.behind:
+            tier.stand_behind(home)
         self.leases = leases
         self.lock: threading.RLock = lock
         self.tally: Tally = Tally()
@@ -88,12 +91,14 @@ class Tiers:
         ``moved`` is told of each before it is in memory.
         """
         read, started = 0, perf_counter()
-        for key in keys:
-            if not all(tier.missing([key]) for tier in self.tiers if tier.volatile):
-                continue
-            for source in self.find([key], used=False).values():
+        # All at once: a pool is asked for them together.
+        with ExitStack() as opened:
+            sources = self.find(list(filter(self._below, keys)), used=False)
+            for source in sources.values():
+                opened.callback(source.release)
+            for key, source in sources.items():
                 try:
-                    if source.whole is None and any(self._over(self.named[source.tier])):
+                    if source.whole is None and self._below(key) and any(self._over(self.named[source.tier])):
                         moved[key] = Moved(source.tier, source.load())
                         read += moved[key].bytes_read
                     self.finish(key, source)
@@ -103,6 +108,10 @@ class Tiers:
                     source.release()
         self.count_load(read, perf_counter() - started)
         return read
+
+    def _below(self, key: bytes) -> bool:
+        """Whether a chunk is not in memory."""
+        return all(tier.missing([key]) for tier in self.tiers if tier.volatile)
 
     def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved]) -> Batch:
         """Opens a batch: nothing of it is evicted until it says so with :meth:`release`.
@@ -228,8 +237,8 @@ class Tiers:
         return len(removed)
 
     def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
-        """Forgets a record that proved damaged in a tier, so that its next read there is a miss."""
-        logger.warning("dropped the damaged record %s: %s", key.hex(), str(error))
+        """Forgets a record that could not be read from a tier, so that its next read there is a miss."""
+        logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier, str(error))
         self._forget_above([key])
         with self._spared(self.named[tier]):
             self.named[tier].damaged(key)
@@ -270,14 +279,26 @@ class Tiers:
                 counts[tier.name] = tier.counts()
         entries, sizes = ({name: pair[side] for name, pair in counts.items()} for side in (0, 1))
         file_bytes = self.home.environment.file_bytes() if isinstance(self.home, DiskTier) else 0
+        pools = {tier.name: pool for tier in self.behind if (pool := tier.pool()) is not None}
         with self.lock:
-            return self.counted().stats(entries, sizes, file_bytes)
+            return replace(self.counted().stats(entries, sizes, file_bytes), pools=pools)
+
+    def share(self) -> int:
+        """Offers tiers behind all that is stored; how many chunks any of them may want."""
+        keys = self.home.stored()
+        return max((tier.share(keys) for tier in self.behind), default=0)
+
+    def flush(self, limit_s: float) -> None:
+        """Waits for what tiers behind do in the background, see :meth:`Tier.flush`."""
+        until = perf_counter() + limit_s
+        for tier in self.behind:
+            tier.flush(max(0.0, until - perf_counter()))
 
     def close(self) -> None:
         """Closes the tiers."""
         # A prefetch reads from the map: it must be over before that is gone.
         self._background.shutdown(cancel_futures=True)
-        for tier in self.tiers:
+        for tier in reversed(self.tiers):  # those behind read from home
             if isinstance(tier, DiskTier):
                 tier.close(self.counted())
             else:
@@ -335,7 +356,7 @@ class Tiers:
         if gone or gone is None:
             with self.lock:
                 for tier in self.above:
-                    held = tier.keys() if gone is None else tier.find(gone)
+                    held = tier.stored() if gone is None else tier.find(gone)
                     # What was put again since is there.
                     tier.remove(self.home.missing(list(held)) if held else ())
         self._known_removals = removals

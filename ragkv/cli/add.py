@@ -10,7 +10,7 @@ from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, open_unwritten, options_of
+from ragkv.cli.opening import open_rag, open_unwritten, options_of, sent
 from ragkv.cli.reading import reading
 from ragkv.library.done import Added, Planned
 from ragkv.retrieval import Change
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         for change in added.changes if args.pin else ():
             rag.pin(change.document.source)
         summary = _summary(added, perf_counter() - begin)
+        sent(rag.engine.store)
     for skipped in added.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
     if args.json:

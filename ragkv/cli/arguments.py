@@ -227,6 +227,11 @@ def _storage() -> argparse.ArgumentParser:
             help=f"{what} for KV, as 8GiB",
         )
     options.add_argument(
+        "--remote",
+        metavar="URL",
+        help="a pool for KV that machines share: s3://BUCKET/PREFIX, gs://, az://, file:///, redis://",
+    )
+    options.add_argument(
         "--codec", metavar="NAME", help="how KV are encoded on disk: raw, lossless, int8, fp8, int4, cachegen"
     )
     options.add_argument("--cpu-codec", metavar="NAME", help="how KV are encoded in memory")

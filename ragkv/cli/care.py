@@ -55,6 +55,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     forget.add_argument("--namespace", metavar="NAME", help="whose documents (default: the one kept in the folder)")
 
+    forget.add_argument("--remote", metavar="URL", help="delete their KV in this pool, too, for all that share it")
+
     prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
     prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")
     prune.add_argument(

@@ -8,11 +8,12 @@ from pathlib import Path
 from ragkv.cli import docs
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import DOCS, listed, removed
-from ragkv.cli.opening import require_documents
+from ragkv.cli.opening import require_documents, sent
 from ragkv.errors import RagKVError
 from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.naming import matching, unknown
+from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.maintenance import computed_of, remove
 
 
@@ -20,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Remove what the targets name: all of it exists, or nothing is removed. KV that other documents name stay."""
     path = folder(args)
     require_documents(path)
+    pool = None if args.remote is None else RemoteTier(args.remote)
     namespace = _kept_namespace(path) if args.namespace is None else args.namespace
     found = {document.source: document for document in docs.documents(path) if document.namespace == namespace}
     chosen: dict[str, None] = {}
@@ -43,7 +45,13 @@ def run(args: argparse.Namespace) -> int:
             unused = [key for name in names for key in catalogue.remove(name, namespace).unused]
         # Whoever asked in between may have stored some of it again.
         if has_data(path / "kv"):
-            remove(path / "kv", [*unused, *computed_of(path / "kv", unused)])
+            unused += computed_of(path / "kv", unused)
+        if pool is not None:
+            with TieredStore(path / "kv", cpu_bytes=0, remote=pool) as store:
+                store.remove_many(unused)
+                sent(store)
+        elif has_data(path / "kv"):
+            remove(path / "kv", unused)
 
     if not args.json:
         docs.table(found[name] for name in names)

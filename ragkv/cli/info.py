@@ -29,6 +29,8 @@ _EXTRAS = {
     "files": ("HTML, Office, EPUB and other files", "markitdown"),
     "gguf": ("models as GGUF files", "gguf"),
     "zstd": ("the codecs lossless and cachegen", "zstandard"),
+    "remote": ("a shared pool in an object store", "obstore"),
+    "redis": ("a shared pool in Redis or Valkey", "redis"),
     "triton": ("kernels on a GPU", "triton"),
     "langchain": ("LangChain", "langchain_core"),
     "llamaindex": ("LlamaIndex", "llama_index.core"),

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkv.cli import show
-from ragkv.errors import RagKVError
+from ragkv.errors import RagKVError, UploadError
 from ragkv.folder.filesystem import has_data
 
 if TYPE_CHECKING:
     from ragkv.rag import RAG
+    from ragkv.store import TieredStore
+
+_PATIENCE_S = 10.0
 
 # Options of the command line that are called as in Python.
 _ALIKE = (
@@ -72,9 +75,28 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "gpu_bytes": args.gpu_size,
         "cpu_bytes": args.cpu_size,
         "disk_bytes": args.disk_size,
+        "remote": args.remote,
         "lifetime_s": args.lifetime,
         "paths": args.keeps_paths,
     }
+
+
+def sent(store: TieredStore) -> None:
+    """Wait until a shared pool has what was put, as long as something comes there; what is left is said, and sent another time."""
+    left = _pending(store)
+    while left:
+        try:
+            store.flush(_PATIENCE_S)
+            return
+        except UploadError as error:
+            left, before = _pending(store), left
+            if left >= before:
+                show.hint(f"ragkv: {error}")
+                return
+
+
+def _pending(store: TieredStore) -> int:
+    return sum(pool.pending for pool in store.stats().pools.values())
 
 
 def require_documents(folder: Path) -> None:

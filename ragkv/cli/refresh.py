@@ -8,7 +8,7 @@ from time import perf_counter
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, open_unwritten, options_of, require_documents
+from ragkv.cli.opening import open_rag, open_unwritten, options_of, require_documents, sent
 from ragkv.cli.reading import reading
 
 
@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
         with reading(args) as bar:
             tokens = rag.refresh(bar)
         seconds = perf_counter() - begin
+        rag.engine.store.share()
+        sent(rag.engine.store)
     if args.json:
         show.as_json({"path": str(path), "tokens_read": tokens, "seconds": round(seconds, 3)})
     else:

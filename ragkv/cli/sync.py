@@ -8,7 +8,7 @@ from time import perf_counter
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, options_of
+from ragkv.cli.opening import open_rag, options_of, sent
 from ragkv.cli.reading import reading
 from ragkv.library.done import Synced
 
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
         with reading(args) as bar:
             synced = rag.sync(args.folder, dry_run=args.dry_run, encoding=args.encoding, progress=bar)
         seconds = perf_counter() - begin
+        sent(rag.engine.store)
     for skipped in synced.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
     if args.json:

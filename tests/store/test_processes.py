@@ -23,7 +23,7 @@ from ragkv.store import TieredStore
 def test_import_loads_no_lmdb_and_memory_works_without_it():
     code = (
         "import sys, ragkv.store\n"
-        "assert not {'lmdb', 'zstandard'} & set(sys.modules)\n"
+        "assert not {'lmdb', 'zstandard', 'obstore', 'redis', 'cryptography'} & set(sys.modules)\n"
         "sys.modules['lmdb'] = None\n"
         "import torch; from ragkv.store import TieredStore; from ragkv.chunk import ChunkKV\n"
         "store = TieredStore(); store.put(b'k' * 32, ChunkKV([torch.zeros(1, 2, 3)], [torch.zeros(1, 2, 3)], 0))\n"

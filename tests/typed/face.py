@@ -38,6 +38,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.StoreFullError,
     ragkv.UnknownArgumentError,
     ragkv.UnsupportedModelError,
+    ragkv.UploadError,
 )
 
 REPLICA: str = ragkv.route(["a document"], {"a": 0, "b": 2.0}, held={"b": {"a document"}}, bound=1.5)

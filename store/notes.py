@@ -1,0 +1,130 @@
+"""What still has to be done in a shared pool for the chunks of a store: some are to be sent, others deleted there.
+
+In a folder the notes lie beside the entries, and are written with them: what a killed process did not do, the next one does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol
+
+from ragkv.folder import Environment
+
+#: What a note says of its chunk. Behind DELETE stands which object is meant; nothing: whichever is there.
+SEND, DELETE = b"+", b"-"
+_NOTE = b"pool"  # what their names in the database begin with
+_MOST = 100_000
+
+
+class Notes(Protocol):
+    """A note a chunk, by its key. Safe for several threads."""
+
+    def add(self, notes: Mapping[bytes, bytes]) -> None:
+        """Writes notes down, in place of those of the same chunks."""
+
+    def strike(self, done: Mapping[bytes, bytes]) -> None:
+        """Strikes out notes, where they still say what was done."""
+
+    def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Keys and what is noted of them, from a key on. Take few at a time."""
+
+    def deleting(self, keys: Collection[bytes]) -> set[bytes]:
+        """Those of the chunks that are to be deleted."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+
+class MemoryNotes:
+    """Notes that go with the process: only the last so many, for a pool may be away for long."""
+
+    def __init__(self) -> None:
+        self._notes: dict[bytes, bytes] = {}
+        self._lock = threading.Lock()
+
+    def add(self, notes: Mapping[bytes, bytes]) -> None:
+        """See :class:`Notes`."""
+        with self._lock:
+            for key, what in notes.items():
+                self._notes.pop(key, None)
+                self._notes[key] = what
+            while len(self._notes) > _MOST:
+                del self._notes[next(iter(self._notes))]
+
+    def strike(self, done: Mapping[bytes, bytes]) -> None:
+        """See :class:`Notes`."""
+        with self._lock:
+            for key, what in done.items():
+                if self._notes.get(key) == what:
+                    del self._notes[key]
+
+    def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """See :class:`Notes`; in the order in which they were written, from the first on."""
+        with self._lock:
+            return iter(list(self._notes.items()))
+
+    def deleting(self, keys: Collection[bytes]) -> set[bytes]:
+        """See :class:`Notes`."""
+        return {key for key in keys if self._notes.get(key, SEND).startswith(DELETE)}
+
+    def after_fork(self) -> None:
+        """In a child: they are the parent's."""
+        self._notes, self._lock = {}, threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+
+class FolderNotes:
+    """Notes in a folder, for all processes that have it open; there are no more than the folder has entries, besides deletions."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def add(self, notes: Mapping[bytes, bytes]) -> None:
+        """See :class:`Notes`; durable when it returns."""
+        if notes:
+            with self._environment.write() as txn:
+                for key, what in notes.items():
+                    self.write(txn, key, what)
+
+    def write(self, txn: Any, key: bytes, what: bytes) -> None:
+        """One note, in somebody's transaction."""
+        txn.put(_NOTE + key, what, db=self._state)
+
+    def unsend(self, txn: Any, key: bytes) -> None:
+        """Strikes out that a chunk is to be sent, in somebody's transaction."""
+        if txn.get(_NOTE + key, db=self._state) == SEND:
+            txn.delete(_NOTE + key, db=self._state)
+
+    def strike(self, done: Mapping[bytes, bytes]) -> None:
+        """See :class:`Notes`."""
+        if done:
+            with self._environment.write() as txn:
+                for key, what in done.items():
+                    if txn.get(_NOTE + key, db=self._state) == what:
+                        txn.delete(_NOTE + key, db=self._state)
+
+    def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """See :class:`Notes`."""
+        with self._environment.read() as txn, txn.cursor(self._state) as cursor:
+            if cursor.set_range(_NOTE + start):
+                for name, what in cursor.iternext():
+                    name = bytes(name)
+                    if not name.startswith(_NOTE):
+                        return
+                    yield name[len(_NOTE) :], bytes(what)
+
+    def deleting(self, keys: Collection[bytes]) -> set[bytes]:
+        """See :class:`Notes`."""
+        with self._environment.read() as txn:
+            noted = {key: txn.get(_NOTE + key, db=self._state) for key in keys}
+            return {key for key, what in noted.items() if what is not None and bytes(what).startswith(DELETE)}
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.each())
+
+    @property
+    def _state(self) -> Any:
+        return self._environment.db(b"state")

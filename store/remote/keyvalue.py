@@ -1,0 +1,136 @@
+"""A pool in Redis or Valkey, by redis-py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+
+from ragkv.errors import MissingPackageError, StoreError
+from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
+
+_RETRIES = 2
+_MOST_VALUE = 512 << 20  # Redis' own limit
+_SCANNED = 1000
+
+Answer = TypeVar("Answer")
+
+
+class RedisPool(Pool):
+    """Values whose keys begin alike. They go when their lifetime ends, or when the server evicts them.
+
+    Args:
+        client: a ``redis.Redis``.
+        name: what messages call it.
+        prefix: what keys begin with.
+        requests: how many reads may be on their way at once.
+    """
+
+    quick = True
+    most_bytes = _MOST_VALUE
+
+    def __init__(self, client: Any, name: str, *, prefix: str = "ragkv:", requests: int = 16) -> None:
+        super().__init__(name)
+        self._client, self._prefix, self._requests = client, prefix, requests
+        self._threads = ThreadPoolExecutor(requests, "ragkv-pool")
+
+    @classmethod
+    def open(cls, url: str, limit_s: float, requests: int) -> RedisPool:
+        """See :func:`ragkv.store.remote.opening.open_pool`; ``?prefix=`` names what keys begin with."""
+        redis, name = _redis(), shown(url)
+        try:
+            parts = urlsplit(url)
+            query = parse_qs(parts.query)
+            prefix = query.pop("prefix", ["ragkv:"])[-1]
+            rest = urlencode(query, doseq=True)
+            scheme = parts.scheme.lower().replace("valkey", "redis")
+            client = redis.Redis.from_url(
+                urlunsplit(parts._replace(scheme=scheme, query=rest)),
+                socket_timeout=limit_s,
+                socket_connect_timeout=limit_s,
+                retry=redis.retry.Retry(
+                    redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), _RETRIES, (redis.exceptions.ConnectionError,)
+                ),
+            )
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{name} cannot be opened: {type(error).__name__}") from None  # the text may tell the URL
+        return cls(client, name, prefix=prefix, requests=requests)
+
+    def begin(self, name: str, start: int, stop: int) -> Future[Any]:
+        """See :class:`Pool`."""
+        try:
+            return self._threads.submit(self._range, name, start, stop)
+        except RuntimeError as error:
+            raise ClosedError(f"{self.name} is closed") from error
+
+    def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
+        """See :class:`Pool`."""
+        lifetime_ms = None if lifetime_s == math.inf else max(1, int(lifetime_s * 1000))
+        self._wait(lambda: self._client.set(self._prefix + name, memoryview(data), px=lifetime_ms))
+
+    def delete(self, name: str) -> None:
+        """See :class:`Pool`."""
+        self._wait(lambda: self._client.unlink(self._prefix + name))
+
+    def heads(self, names: Sequence[str], size: int) -> dict[str, Any]:
+        """See :class:`Pool`. One round trip."""
+        heads = self._piped(names, lambda pipe, key: pipe.getrange(key, 0, size - 1))
+        return {name: head for name, head in zip(names, heads, strict=True) if head}
+
+    def which(self, names: Sequence[str]) -> set[str]:
+        """See :class:`Pool`. One round trip."""
+        there = self._piped(names, lambda pipe, key: pipe.exists(key))
+        return {name for name, count in zip(names, there, strict=True) if count}
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """See :class:`Pool`."""
+        pattern, cursor = self._prefix.replace("*", r"\*").replace("?", r"\?").replace("[", r"\["), 0
+        while True:
+            cursor, keys = self._wait(partial(self._client.scan, cursor, match=pattern + "*", count=_SCANNED))
+            names = [key.decode(errors="replace").removeprefix(self._prefix) for key in keys]
+            yield from zip(names, self._piped(names, lambda pipe, key: pipe.strlen(key)), strict=True)
+            if not cursor:
+                return
+
+    def after_fork(self) -> None:
+        """See :class:`Pool`."""
+        self._threads = ThreadPoolExecutor(self._requests, "ragkv-pool")
+
+    def close(self) -> None:
+        """See :class:`Pool`. What is on its way has its time limit."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _range(self, name: str, start: int, stop: int) -> Any:
+        data = self._wait(lambda: self._client.getrange(self._prefix + name, start, stop - 1))
+        return data or (b"" if start and self.which([name]) else None)
+
+    def _piped(self, names: Sequence[str], ask: Callable[[Any, str], object]) -> list[Any]:
+        def run() -> list[Any]:
+            pipe = self._client.pipeline(transaction=False)
+            for name in names:
+                ask(pipe, self._prefix + name)
+            return list(pipe.execute())
+
+        return self._wait(run) if names else []
+
+    def _wait(self, ask: Callable[[], Answer]) -> Answer:
+        try:
+            return ask()
+        except (_redis().exceptions.RedisError, OSError) as error:
+            raise PoolError(f"{self.name}: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _redis() -> Any:
+    try:
+        import redis
+        import redis.backoff
+        import redis.retry
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Redis and Valkey need the package redis: pip install 'ragkv[redis]' ({error})"
+        ) from error
+    return redis

@@ -1,0 +1,228 @@
+"""A pool in an object store, by obstore: S3 and what speaks like it, Google Cloud Storage, Azure, a folder, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, ClassVar, TypeVar
+
+from ragkv.errors import MissingPackageError, StoreError
+from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
+
+_RETRIES = 2
+_REQUEST_S = 60.0  # of one that goes on
+_WRITE_S = 30.0  # what is sent may take long before an answer comes
+_END_S = 0.5
+_LISTED = 1000
+_SMALL_BYTES = 64 << 10
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+
+Answer = TypeVar("Answer")
+
+
+_pools: weakref.WeakSet[ObjectPool] = weakref.WeakSet()
+
+
+class ObjectPool(Pool):
+    """Objects below a prefix.
+
+    Requests run on a loop in a thread of its own: whoever waits for one waits in Python, and may stop to.
+
+    Args:
+        store: one of ``obstore.store``'s. It retries by itself, and should give up soon (``client_options``, ``retry_config``).
+        name: what messages call it.
+        writer: the same with more patience, for what is written.
+        quick: it is in this machine.
+        requests: how many reads may be on their way at once.
+    """
+
+    forks = False  # obstore's threads are the parent's
+    _memories: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, store: Any, name: str, *, writer: Any = None, quick: bool = False, requests: int = 16) -> None:
+        super().__init__(name)
+        self.quick = quick
+        self._client, self._store, self._writer = _obstore(), store, writer or store
+        # What is small does not stand in line behind what is large.
+        self._small, self._large = asyncio.Semaphore(requests), asyncio.Semaphore(requests)
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        _pools.add(self)
+
+    @classmethod
+    def open(cls, url: str, limit_s: float, requests: int) -> ObjectPool:
+        """See :func:`ragkv.store.remote.opening.open_pool`. A stalled answer is given up after ``limit_s``."""
+        client, name = _obstore(), shown(url)
+        scheme = url.partition("://")[0].lower()
+        writer = None
+        try:
+            if scheme == "memory":
+                store = cls._memories.setdefault(url, client.store.MemoryStore())
+            elif scheme == "file":
+                store = client.store.from_url(url, mkdir=True)
+            else:
+                store = client.store.from_url(url, **_patience(limit_s))
+                writer = client.store.from_url(url, **_patience(max(limit_s, _WRITE_S)))
+        except (client.exceptions.BaseError, ValueError, TypeError, OSError) as error:
+            raise StoreError(
+                f"{name} cannot be opened: {_reason(error)}"
+            ) from None  # the cause may tell what the URL holds
+        return cls(store, name, writer=writer, quick=scheme in ("memory", "file"), requests=requests)
+
+    def begin(self, name: str, start: int, stop: int) -> Future[Any]:
+        """See :class:`Pool`."""
+        return self._begin(self._read(name, start, stop))
+
+    def which(self, names: Sequence[str]) -> set[str]:
+        """See :class:`Pool`. As many requests as names, several at once."""
+        sizes = self.answers([self._begin(self._size(name)) for name in names])
+        return {name for name, size in zip(names, sizes, strict=True) if size is not None}
+
+    def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
+        """See :class:`Pool`. Large ones in parts, several at once. It does not go by itself: give the bucket a rule for that."""
+        self.answer(self._begin(self._ask(self._client.put_async, self._writer, name, data, turns=self._large)))
+
+    def delete(self, name: str) -> None:
+        """See :class:`Pool`."""
+        with suppress(FileNotFoundError):
+            self.answer(self._begin(self._ask(self._client.delete_async, self._writer, name)))
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """See :class:`Pool`."""
+        listed = self._client.list(self._store, chunk_size=_LISTED)
+        while page := self.answer(self._begin(self._page(listed))):
+            yield from ((item["path"], item["size"]) for item in page)
+
+    def after_fork(self) -> None:
+        """See :class:`Pool`. It is closed."""
+        self._lock, self._loop, self._closed = threading.Lock(), None, True
+
+    def close(self) -> None:
+        """See :class:`Pool`."""
+        with self._lock:
+            loop, self._loop, self._closed = self._loop, None, True
+        if loop is not None:
+            with suppress(Exception):
+                asyncio.run_coroutine_threadsafe(_end(), loop).result(_END_S)
+
+    def _begin(self, request: Coroutine[Any, Any, Answer]) -> Future[Answer]:
+        with self._lock:
+            if self._closed:
+                request.close()
+                raise ClosedError(f"{self.name} is closed")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="ragkv-pool-loop", daemon=True).start()
+            return asyncio.run_coroutine_threadsafe(request, self._loop)
+
+    async def _read(self, name: str, start: int, stop: int) -> Any:
+        try:
+            turns = self._large if stop - start > _SMALL_BYTES else self._small
+            return await self._ask(self._client.get_range_async, self._store, name, start=start, end=stop, turns=turns)
+        except FileNotFoundError:
+            return None
+        except PoolError:
+            size = await self._size(name)  # stores do not say alike that a range begins behind the end
+            if size is not None and size > start:
+                raise
+            return None if size is None else b""
+
+    async def _size(self, name: str) -> int | None:
+        try:
+            size: int = (await self._ask(self._client.head_async, self._store, name))["size"]
+        except FileNotFoundError:
+            return None
+        return size
+
+    async def _page(self, listed: Any) -> Any:
+        try:
+            return await self._ask(listed.__anext__)
+        except StopAsyncIteration:
+            return None
+
+    async def _ask(
+        self,
+        ask: Callable[..., Awaitable[Answer]],
+        *args: Any,
+        turns: asyncio.Semaphore | None = None,
+        **options: Any,
+    ) -> Answer:
+        """One request, when its turn comes.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            PoolError: it failed.
+        """
+        async with turns or self._small:
+            try:
+                return await ask(*args, **options)
+            except (FileNotFoundError, StopAsyncIteration):
+                raise
+            except Exception as error:
+                raise PoolError(f"{self.name}: {_reason(error)}") from error
+
+
+@atexit.register
+def _close_all() -> None:
+    """What is on its way when the program ends must not come back to it."""
+    for pool in list(_pools):
+        pool.close()
+
+
+async def _end() -> None:
+    """On a loop: ends what is on its way, then the loop."""
+    loop = asyncio.get_running_loop()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    loop.call_soon(loop.stop)
+
+
+def _patience(limit_s: float) -> dict[str, Any]:
+    """Options of a client that waits so long for an answer to begin or to go on."""
+    return {
+        "client_options": {
+            "allow_http": _plain_http(),
+            "connect_timeout": timedelta(seconds=limit_s),
+            "read_timeout": timedelta(seconds=limit_s),
+            "timeout": timedelta(seconds=max(limit_s, _REQUEST_S)),
+        },
+        "retry_config": {
+            "max_retries": _RETRIES,
+            "retry_timeout": timedelta(seconds=limit_s),
+            "backoff": {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=1), "base": 2},
+        },
+    }
+
+
+def _plain_http() -> bool:
+    """Whether the environment names an endpoint without encryption: obstore looks there only where it is given no options."""
+    allowed = any(os.environ.get(name, "").lower() in ("1", "true") for name in ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP"))
+    return allowed or any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        raise MissingPackageError(
+            f"object stores need the package obstore: pip install 'ragkv[remote]' ({error})"
+        ) from error
+    return obstore
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line: behind it obstore tells all that it knows."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,0 +1,81 @@
+"""Chunks as the objects of a pool, by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ragkv.store.payload import Payload
+from ragkv.store.record import Record
+from ragkv.store.remote.envelope import ID, Envelope, Opened
+from ragkv.store.remote.pool import Pool
+from ragkv.store.rows import Row
+
+_HEAD_BYTES = 64 << 10  # what is read first of an object
+
+
+class Records:
+    """Reads and writes them. Whatever the pool does not do is a :class:`~ragkv.store.remote.pool.PoolError`.
+
+    Args:
+        pool: where they are.
+        envelope: seals and opens them.
+    """
+
+    def __init__(self, pool: Pool, envelope: Envelope) -> None:
+        self.pool, self._envelope = pool, envelope
+
+    def heads(self, keys: Sequence[bytes], size: int | None = None) -> dict[bytes, memoryview]:
+        """The first bytes of those that are there, for :meth:`open`; by default as many as hold small ones whole."""
+        names = {name_of(key): key for key in keys}
+        heads = self.pool.heads(list(names), size or _HEAD_BYTES)
+        return {names[name]: memoryview(head) for name, head in heads.items()}
+
+    def which(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those that are there."""
+        names = {name_of(key): key for key in keys}
+        return {names[name] for name in self.pool.which(list(names))}
+
+    def open(self, key: bytes, head: memoryview) -> tuple[Opened, memoryview]:
+        """The object that begins so, and its first bytes up to its segments at least.
+
+        Raises:
+            RecordError, ForeignError: see :meth:`Envelope.open`.
+        """
+        needed = self._envelope.needed(head)
+        if needed > len(head):
+            rest: Any = self.pool.read(name_of(key), len(head), needed) or b""
+            head = memoryview(b"".join((head, rest)))
+        return self._envelope.open(key, head), head
+
+    def write(self, key: bytes, record: Record, payload: Payload, row: Row, lifetime_s: float) -> int:
+        """Stores one; its bytes, 0 where they are too many for the pool."""
+        data = self._envelope.seal(key, record, payload, row)
+        if len(data) > self.pool.most_bytes:
+            return 0
+        self.pool.write(name_of(key), data, lifetime_s)
+        return len(data)
+
+    def delete(self, key: bytes, number: bytes = b"") -> bool:
+        """Deletes one, with a number only the object of this id; whether that was so."""
+        if number:
+            head = self.pool.read(name_of(key), 0, ID.stop)
+            if head is None or bytes(head)[ID] != number:
+                return False
+        self.pool.delete(name_of(key))
+        return True
+
+
+def name_of(key: bytes) -> str:
+    """What a chunk's object is called."""
+    digits = key.hex()
+    return f"{digits[:2]}/{digits}"
+
+
+def key_of(name: str) -> bytes | None:
+    """The key of an object's chunk; None for what is no chunk's."""
+    try:
+        key = bytes.fromhex(name.rpartition("/")[2])
+    except ValueError:
+        return None
+    return key if key and name_of(key) == name else None

@@ -1,0 +1,246 @@
+"""Reading from a shared pool: several ranges of several chunks on their way at once, first layers first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from ragkv.errors import RecordError, StoreError
+from ragkv.store.payload import Payload
+from ragkv.store.record import Record
+from ragkv.store.remote.envelope import Opened
+from ragkv.store.remote.pool import GoneError, Pool, PoolError
+from ragkv.store.remote.records import name_of
+from ragkv.store.source import Parts, Source
+
+_FINISHED = "the batch is finished with this chunk"
+
+
+class Fetch:
+    """The chunks that one look into a pool found. Once one of them is read, all ranges of all that are not released are asked for.
+
+    Args:
+        pool: where they are.
+        lost: told the key of a chunk that the pool did not give, and why.
+    """
+
+    def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None]) -> None:
+        self.pool, self.lost = pool, lost
+        self._readings: list[Reading] = []
+        self._lock = threading.Lock()
+
+    def join(self, reading: Reading) -> None:
+        """One more chunk."""
+        self._readings.append(reading)
+
+    def start(self) -> None:
+        """Asks for the first ranges of all chunks, then for the second ones, and so on."""
+        with self._lock:
+            readings, self._readings = self._readings, []
+        for number in range(max((len(reading.groups) for reading in readings), default=0)):
+            for reading in readings:
+                if number < len(reading.groups):
+                    with suppress(StoreError):  # whoever reads it asks again, and is told
+                        reading.ask(number)
+
+
+class Reading:
+    """A record on its way from a pool to memory, for all that read it at the time. Safe for several threads.
+
+    Args:
+        fetch: of all chunks that are read together.
+        key: the chunk's.
+        opened: its header.
+        begun: its first bytes, as far as they were read with the header.
+        range_bytes: of one request, about: segments that follow each other are asked for together.
+        arrived: told when it was read to its end.
+
+    Attributes:
+        key: see above.
+        record: its header.
+        row: on what terms it is kept.
+        groups: segments that are asked for together.
+    """
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        key: bytes,
+        opened: Opened,
+        begun: Any,
+        range_bytes: int,
+        arrived: Callable[[Reading], None],
+    ) -> None:
+        self.key, self.record, self.row = key, opened.record, opened.row
+        self._fetch, self._opened, self._begun, self._arrived = fetch, opened, begun, arrived
+        self.groups: list[range] = _groups(opened, len(begun), range_bytes)
+        self._asked: list[Future[Any] | None] = [None] * len(self.groups)
+        self._left = set(range(len(self.groups)))
+        self._payload: Payload | None = None
+        self._lock = threading.RLock()
+        self._users, self._broken = 0, False
+        fetch.join(self)
+
+    def join(self) -> bool:
+        """Counts one more user; whether it can be read, or some of it could not be."""
+        with self._lock:
+            self._users += not self._broken
+            return not self._broken
+
+    def leave(self) -> None:
+        """Counts one user less. When none is left, nothing more is asked for."""
+        with self._lock:
+            self._users -= 1
+            self._broken = self._broken or (not self._users and bool(self._left))
+            asked = list(self._asked) if not self._users else []
+        for future in asked:
+            if future is not None:
+                future.cancel()
+
+    @property
+    def whole(self) -> tuple[Record, Payload] | None:
+        """The record, where all was read and verified."""
+        return None if self._left else (self.record, self.payload)
+
+    @property
+    def payload(self) -> Payload:
+        """Its bytes, as far as they were read."""
+        with self._lock:
+            if self._payload is None:
+                try:
+                    self._payload = Payload(self.record.payload_bytes)
+                except (MemoryError, OSError, RuntimeError, ValueError) as error:
+                    raise RecordError(f"it claims {self.record.payload_bytes} bytes") from error
+            return self._payload
+
+    def load(self, layer: int | None) -> int:
+        """Reads what is missing of a layer, or of all; how many bytes.
+
+        Raises:
+            RecordError: it is damaged, or the pool does not give it: then it is a miss.
+        """
+        count = 0
+        try:
+            for number in self._needed(layer):
+                self._fetch.start()
+                future = self.ask(number)
+                count += self._take(number, self._begun if future is None else self._fetch.pool.answer(future))
+        except PoolError as error:
+            if not self._users:
+                raise StoreError(_FINISHED) from error
+            self._broken = True
+            self._fetch.lost(self.key, error)
+            raise RecordError(f"the pool did not give it: {error}") from error
+        except RecordError:
+            self._broken = True
+            raise
+        if count and not self._left:
+            self._arrived(self)
+        return count
+
+    def ask(self, number: int) -> Future[Any] | None:
+        """The request for a group, made where it was not yet; None for what is here, or was read with the header."""
+        start, stop = self._span(number)
+        with self._lock:
+            future = self._asked[number]
+            if future is None and number in self._left and stop > len(self._begun):
+                if not self._users:
+                    raise StoreError(_FINISHED)
+                future = self._asked[number] = self._fetch.pool.begin(name_of(self.key), start, stop)
+            return future
+
+    def _needed(self, layer: int | None) -> list[int]:
+        if not self._left:
+            return []
+        if layer is None:
+            return sorted(self._left)
+        segments = self.record.segments_of(layer)
+        return [
+            number
+            for number in sorted(self._left)
+            if self.groups[number].start < segments.stop and segments.start < self.groups[number].stop
+        ]
+
+    def _span(self, number: int) -> tuple[int, int]:
+        """Where a group lies in the object."""
+        group = self.groups[number]
+        return self._opened.place(group[0])[0], self._opened.place(group[-1])[1]
+
+    def _take(self, number: int, data: Any) -> int:
+        """Puts a group to its place, and verifies it; its bytes, where nobody has done so before."""
+        if data is None:
+            raise GoneError("it was deleted there meanwhile")
+        view, start = memoryview(data), 0 if data is self._begun else self._span(number)[0]
+        with self._lock:
+            if number not in self._left:
+                return 0
+            for index in self.groups[number]:
+                first, last = self._opened.place(index)
+                self._opened.take(index, view[first - start : last - start], self.payload)
+            self._left.discard(number)
+            self._asked[number] = None
+            spans = self.record.spans
+            return spans[self.groups[number][-1]][1] - spans[self.groups[number][0]][0]
+
+
+class RemoteSource(Source):
+    """What one user reads of a chunk in a pool.
+
+    Args:
+        tier: its tier's name.
+        reading: which it has joined.
+    """
+
+    def __init__(self, tier: str, reading: Reading) -> None:
+        super().__init__(tier, reading.record)
+        self.reading = reading
+        self._lock = threading.Lock()
+        self._released = False
+
+    @property
+    def whole(self) -> tuple[Record, Payload] | None:
+        """See :class:`Source`."""
+        return self.reading.whole
+
+    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """See :class:`Source`."""
+        count = self.load(layer)
+        return self.reading.record.layer(self.reading.payload, layer), count
+
+    def parts(self, layer: int) -> tuple[Parts, int]:
+        """See :class:`Source`."""
+        count = self.load(layer)
+        return self.reading.record.parts(self.reading.payload, layer), count
+
+    def load(self, layer: int | None = None) -> int:
+        """See :class:`Source`."""
+        if self._released and self.reading.whole is None:
+            raise StoreError(_FINISHED)
+        return self.reading.load(layer)
+
+    def release(self) -> None:
+        """See :class:`Source`."""
+        with self._lock:
+            released, self._released = self._released, True
+        if not released:
+            self.reading.leave()
+
+
+def _groups(opened: Opened, begun: int, range_bytes: int) -> list[range]:
+    """Segments that follow each other, as many as fit into a request; first those that were read with the header."""
+    segments: Sequence[int] = range(len(opened.record.spans))
+    here = sum(1 for index in segments if opened.place(index)[1] <= begun)
+    groups = [range(here)] if here else []
+    first = here
+    for index in segments[here:]:
+        if opened.place(index)[1] - opened.place(first)[0] > range_bytes and index > first:
+            groups.append(range(first, index))
+            first = index
+    if first < len(segments):
+        groups.append(range(first, len(segments)))
+    return groups

@@ -1,0 +1,329 @@
+"""The tier behind all others: a pool that many machines share."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from weakref import WeakValueDictionary
+
+from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
+from ragkv.store.disk import DiskTier
+from ragkv.store.keys import PATH
+from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes
+from ragkv.store.remote.arrivals import Arrivals
+from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
+from ragkv.store.remote.manifest import Manifest
+from ragkv.store.remote.opening import open_pool
+from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
+from ragkv.store.remote.records import Records, key_of
+from ragkv.store.remote.sending import Sender
+from ragkv.store.remote.source import Fetch, Reading, RemoteSource
+from ragkv.store.remote.uploads import Uploads
+from ragkv.store.rows import Row
+from ragkv.store.source import Source
+from ragkv.store.stats import PoolStats
+from ragkv.store.tier import Offer, Tier
+
+logger: logging.Logger = logging.getLogger("ragkv.store")
+
+_MOST_ASKED = 1024  # keys that one call asks the pool for, where it is not known what is there
+_MOST_KNOWN = 4096
+_AVOIDED_S = 10.0
+
+
+class RemoteTier(Tier):
+    """Chunks in an object store, or in Redis, that many machines share. Safe for several threads and processes.
+
+    What is put is sent in the background, from the store's folder or memory. What is read is verified like any record; what is
+    damaged, of another version or encrypted otherwise is a miss. When the pool does not answer it is left alone for a second, then
+    for twice as long each time, at most a minute; nothing fails meanwhile. What prompts computed (paths) is not sent.
+
+    Args:
+        pool: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://``, ``file:///FOLDER``, ``memory://NAME``, ``redis://HOST`` or ``rediss://``;
+            or a pool. Credentials are the client's own (``AWS_ACCESS_KEY_ID`` and the like): they are never written down.
+        encryption_key: 32 bytes: what is sent is encrypted and authenticated (AES-GCM; ``ragkv[encryption]``), and nothing else is
+            read. Keys of chunks, sizes and times of access are not hidden.
+        limit_s: seconds without any answer after which the pool counts as down, where something is read.
+        requests: how many reads are on their way at once.
+        uploads: how many chunks are sent at once, and held in memory for that.
+        range_bytes: of one read, about.
+        refresh_s: how often the pool is listed in the background, at the most; see docs/remote.md.
+        name: what the statistics call it.
+
+    Raises:
+        StoreError: the URL or the key is none.
+        ArgumentError, ArgumentTypeError: a setting is out of range, or of another type.
+        MissingPackageError: the pool's client is not installed.
+    """
+
+    def __init__(
+        self,
+        pool: str | Pool,
+        *,
+        encryption_key: bytes | None = None,
+        limit_s: float = 3.0,
+        requests: int = 16,
+        uploads: int = 4,
+        range_bytes: int = 4 << 20,
+        refresh_s: float = 60.0,
+        name: str = "remote",
+    ) -> None:
+        super().__init__(time.time)
+        instance("pool", pool, str | Pool, "a URL, as 's3://bucket/prefix', or a Pool")
+        for what, count in {"requests": requests, "uploads": uploads, "range_bytes": range_bytes}.items():
+            whole_number(what, count, 1)
+        for what, seconds in {"limit_s": limit_s, "refresh_s": refresh_s}.items():
+            instance(what, seconds, int | float, "a number of seconds")
+            if not seconds > 0:
+                raise ArgumentError(f"{what} must be more than 0, got {seconds}")
+        self.name = name
+        self.budget_bytes = 1 << 62
+        envelope = Envelope(encryption_key)
+        self._pool = open_pool(pool, limit_s, requests) if isinstance(pool, str) else pool
+        self._records = Records(self._pool, envelope)
+        self._range_bytes = range_bytes
+        self._breaker = Breaker()
+        self._manifest = Manifest(self._pool, refresh_s, key_of)
+        self._sending = uploads
+        # What was read lately: on what terms it is kept, and its object's id.
+        self._seen: dict[bytes, tuple[Row, bytes]] = {}
+        # What is on its way: whoever else wants it joins.
+        self._readings: WeakValueDictionary[bytes, Reading] = WeakValueDictionary()
+        # What proved unreadable, and until when it is left alone; what the pool did not give.
+        self._avoided: dict[bytes, float] = {}
+        self._lost: set[bytes] = set()
+        self._counts: Counter[str] = Counter()
+        self._off = False
+        self._notes: Notes = MemoryNotes()
+        self._home: Tier | None = None
+        self._sender: Sender | None = None
+        self._uploads: Uploads | None = None
+        self._arrivals: Arrivals | None = None
+
+    def stand_behind(self, home: Tier) -> None:
+        """See :class:`Tier`. What the folder says is still to be sent, is."""
+        if self._home is not None:
+            raise StoreError("a RemoteTier belongs to one store: make another one")
+        self._home = home
+        if isinstance(home, DiskTier):
+            if home.readonly:
+                return
+            home.notes = self._notes = notes = FolderNotes(home.environment)
+            self._arrivals = arrivals = Arrivals(home, notes)
+            home.sends = lambda key: self.sends(key) and key not in arrivals.busy
+        self._sender = Sender(home, self._records, self._told)
+        self._uploads = Uploads(self._notes, self._sender.work, self._sending)
+        if len(self._notes):
+            self._uploads.wake()
+
+    @staticmethod
+    def sends(key: bytes) -> bool:
+        """Whether a chunk of such a key is for others: what was computed of a prompt is not."""
+        return not key.startswith(PATH)
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
+        """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
+        likely = self._likely(keys)
+        found: dict[bytes, Source] = {}
+        for key in likely:
+            reading = self._readings.get(key)
+            if reading is not None and reading.join():
+                found[key] = RemoteSource(self.name, reading)
+        likely = [key for key in likely if key not in found]
+        with self._asking(likely) as may:
+            heads = self._records.heads(likely) if may else {}
+            fetch = Fetch(self._pool, self._lose)
+            for key, head in heads.items():
+                opened = self._open(key, head)
+                if opened is not None:
+                    reading = self._readings[key] = Reading(fetch, key, *opened, self._range_bytes, self._arrived)
+                    reading.join()
+                    found[key] = RemoteSource(self.name, reading)
+            if may:
+                self._manifest.note(set(likely) - heads.keys(), False)
+        while len(self._seen) > _MOST_KNOWN:
+            self._seen.pop(next(iter(self._seen)), None)
+        return found
+
+    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
+        """See :class:`Tier`. What a fresh listing names is taken to be there."""
+        likely = self._likely(keys)
+        there = set(likely) if self._listed else set[bytes]()
+        if not self._listed:
+            with self._asking(likely) as may:
+                there = self._records.which(likely) if may else there
+        return [key for key in keys if key not in there]
+
+    def row(self, key: bytes) -> Row | None:
+        """See :class:`Tier`; known of what was read lately."""
+        row, _ = self._seen.get(key, (None, b""))
+        return None if row is None or self._notes.deleting([key]) else row
+
+    def admit(self, entries: Sequence[Offer]) -> list[bool]:
+        """See :class:`Tier`. It is sent in the background."""
+        if self._uploads is None:
+            return [False] * len(entries)
+        wanted = [self.sends(entry.key) for entry in entries]
+        if not isinstance(self._home, DiskTier):  # which has noted it with the entry
+            self._notes.add({entry.key: SEND for entry, sent in zip(entries, wanted, strict=True) if sent})
+        self._uploads.wake()
+        return wanted
+
+    def share(self, keys: Sequence[bytes]) -> int:
+        """See :class:`Tier`. What the pool has already is not sent."""
+        if self._uploads is None:
+            return 0
+        wanted = [key for key in keys if self.sends(key)]
+        self._notes.add(dict.fromkeys(wanted, SEND))
+        self._uploads.wake()
+        return len(wanted)
+
+    def remove(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
+        """See :class:`Tier`. It is a miss at once, and deleted in the background, again and again until that succeeds.
+
+        Those that were there are those that were read or listed lately.
+        """
+        if self._uploads is None:
+            return []
+        keys = [key for key in dict.fromkeys(keys) if self.sends(key)]
+        known = {*self._manifest.holds(keys), *(self._seen.keys() & keys)} - self._notes.deleting(keys)
+        with nullcontext() if self._arrivals is None else self._arrivals.lock:
+            self._notes.add(dict.fromkeys(keys, DELETE))
+        self._manifest.note(keys, False)
+        for key in keys:
+            self._seen.pop(key, None)
+        self._uploads.wake()
+        return [key for key in keys if key in known]
+
+    def damaged(self, key: bytes) -> None:
+        """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
+        if key in self._lost:
+            self._lost.discard(key)
+            self._avoided[key] = self.now() + _AVOIDED_S
+            return
+        _, number = self._seen.pop(key, (None, b""))
+        self._drop(key, number, "a segment is not what was stored")
+
+    def counts(self) -> tuple[int, int]:
+        """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""
+        return self._manifest.counts()
+
+    def pool(self) -> PoolStats:
+        """See :class:`Tier`."""
+        uploads = self._uploads
+        done = Counter() if uploads is None else Counter(uploads.counts)
+        return PoolStats(
+            pool=self._pool.name,
+            pending=0 if uploads is None else len(self._notes),
+            sent_bytes=0 if self._sender is None else self._sender.sent_bytes,
+            unanswered=self._counts["unanswered"],
+            foreign=self._counts["foreign"],
+            down=self._breaker.broken or (uploads is not None and uploads.failing),
+            **{name: done[name] for name in ("sent", "skipped", "deleted", "dropped", "failed")},
+        )
+
+    def flush(self, limit_s: float) -> None:
+        """See :class:`Tier`."""
+        if self._uploads is not None:
+            self._uploads.flush(limit_s)
+
+    def after_fork(self) -> None:
+        """See :class:`Tier`. Object stores are the parent's alone: a child finds nothing there."""
+        self.evictions.clear()
+        self._counts.clear()
+        self._off = not self._pool.forks
+        self._breaker = Breaker()
+        self._readings = WeakValueDictionary()
+        if isinstance(self._notes, MemoryNotes):
+            self._notes.after_fork()
+        for part in (self._pool, self._manifest, self._uploads, self._arrivals):
+            if part is not None:
+                part.after_fork()
+        if self._off:
+            self._uploads = self._arrivals = None
+
+    def close(self) -> None:
+        """See :class:`Tier`. What is not sent yet stays noted in the folder; without a folder it never is."""
+        for part in (self._arrivals, self._uploads):
+            if part is not None:
+                part.close()
+        self._pool.close()
+
+    @property
+    def _listed(self) -> bool:
+        """Whether the manifest says what is there."""
+        return not self._pool.quick and self._manifest.fresh
+
+    def _likely(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of the keys that may be in the pool, and for which it may be asked."""
+        now = self.now()
+        wanted = [key for key in keys if self.sends(key) and self._avoided.get(key, 0.0) <= now]
+        if self._off or self._breaker.left_s or not wanted:
+            return []
+        known = self._manifest.holds(wanted) if self._listed else set(wanted[:_MOST_ASKED])
+        known -= self._notes.deleting(known)
+        return [key for key in wanted if key in known]
+
+    @contextmanager
+    def _asking(self, keys: Collection[bytes]) -> Iterator[bool]:
+        """To ask the pool, where it says that one may; when it does not answer, what was asked for is a miss."""
+        may = bool(keys) and self._breaker.allows()
+        try:
+            yield may
+        except PoolError as error:
+            self._unanswered(error)
+        else:
+            if may:
+                self._breaker.succeeded()
+
+    def _unanswered(self, error: PoolError) -> None:
+        self._counts["unanswered"] += 1
+        level = logging.DEBUG if self._breaker.broken else logging.WARNING
+        self._breaker.failed()
+        logger.log(level, "the pool is left alone for %.0f s: %s", self._breaker.left_s, str(error))
+
+    def _open(self, key: bytes, head: memoryview) -> tuple[Opened, memoryview] | None:
+        """The object that begins so, and its first bytes; None where it is not for us."""
+        try:
+            opened, head = self._records.open(key, head)
+        except ForeignError as error:
+            self._counts["foreign"] += 1
+            logger.warning("%s in the pool is not read: %s", key.hex(), str(error))
+            return None
+        except RecordError as error:
+            self._drop(key, bytes(head[ID]), str(error))
+            return None
+        if not opened.row.alive(self.now()):
+            return None
+        self._seen[key] = opened.row, opened.id
+        return opened, head
+
+    def _drop(self, key: bytes, number: bytes, why: str) -> None:
+        """An object is damaged: it is a miss from now on, and deleted, where it still is the one of this id."""
+        self.evictions["damaged"] += 1
+        self._avoided[key] = math.inf
+        logger.warning("the damaged object %s in the pool is dropped: %s", key.hex(), why)
+        if self._uploads is not None:
+            self._notes.add({key: DELETE + number})
+            self._uploads.wake()
+
+    def _lose(self, key: bytes, error: PoolError) -> None:
+        """The pool did not give a chunk that it had."""
+        self._lost.add(key)
+        if isinstance(error, GoneError):
+            self._manifest.note([key], False)
+        else:
+            self._unanswered(error)
+
+    def _arrived(self, reading: Reading) -> None:
+        if self._arrivals is not None:
+            self._arrivals.offer(reading)
+
+    def _told(self, key: bytes, there: bool) -> None:
+        """Something was done in the pool."""
+        self._manifest.note([key], there)
+        self._avoided.pop(key, None)

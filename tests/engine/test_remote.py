@@ -1,0 +1,100 @@
+"""A pool that two machines share: what one has computed, the other answers from, exactly. One that fails costs time alone."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from ragkv import Engine, SensitiveTokens, TieredStore
+from ragkv.fusion.placement import Placement
+from ragkv.store import RemoteTier
+from ragkv.store.remote.pool import PoolError
+from ragkv.testing import random_ids
+
+from .conftest import QUESTION, TEMPLATE
+
+
+@pytest.fixture(params=[False, True], ids=["chunk by chunk", "layer by layer"])
+def by_layer(request, monkeypatch):
+    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=request.param))
+
+
+@pytest.fixture
+def machine(tmp_path, shared_model):
+    """Opens engines, each with a folder of its own."""
+    opened = []
+
+    def make(**options):
+        tier = RemoteTier(f"file://{tmp_path}/pool", **options)
+        store = TieredStore(tmp_path / f"machine{len(opened)}", cpu_bytes=0, remote=tier)
+        opened.append(Engine(shared_model, template=TEMPLATE, store=store, method=SensitiveTokens(0.2)))
+        return opened[-1]
+
+    yield make
+    for engine in opened:
+        engine.close()
+
+
+@pytest.fixture
+def parts():
+    return [random_ids(40, seed=number) for number in range(3)]
+
+
+def test_a_fresh_machine_computes_no_chunk(machine, parts, reads, by_layer, monkeypatch):
+    one, two = machine(), machine(range_bytes=5_000)
+    monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
+    document = one.add_document(parts)
+    want = one.fuse([document[2], document[0]], QUESTION)
+    one.store.flush()
+    read = reads(two)
+    document = two.add_document(parts)
+    got = two.fuse([document[2], document[0]], QUESTION)
+    assert not read, "a chunk was computed that the pool has"
+    assert got.report.hits == {"remote": 2} and got.report.sources == ["remote"] * 2
+    assert got.report.bytes_read > 0
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.recomputed, want.recomputed)
+
+
+def test_a_pool_that_fails_in_the_middle_costs_time_alone(machine, parts, by_layer, monkeypatch):
+    one, two = machine(), machine(range_bytes=2_000)
+    chunks = one.add(parts)
+    want = one.fuse(chunks, QUESTION)
+    one.store.flush()
+    monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)  # else all of it comes with the header
+    pool = two.store._tiers.behind[0]._pool
+    whole, left = pool.begin, iter(range(len(parts) + 2))
+
+    def fails(name, start, stop):
+        if next(left, None) is None:
+            raise PoolError("the network is down")
+        return whole(name, start, stop)
+
+    monkeypatch.setattr(pool, "begin", fails)
+    got = two.fuse(two.add(parts), QUESTION)
+    assert got.report.hits["computed"] and "remote" not in got.report.hits and two.store.stats().pools["remote"].down
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_damage_in_the_pool_is_computed_anew(machine, parts, tmp_path):
+    one, two = machine(), machine()
+    chunks = one.add(parts)
+    want = one.fuse(chunks, QUESTION)
+    one.store.flush()
+    file = next((tmp_path / "pool").glob(f"*/{one.documents.key(chunks[1]).hex()}"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    got = two.fuse(two.add(parts), QUESTION)
+    assert got.report.sources[1] == "computed" and "computed" not in got.report.sources[::2]
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    two.store.flush()
+    assert file.read_bytes() != data, "it was sent again"
+    assert machine().fuse(chunks, QUESTION).report.hits == {"remote": 3}
+
+
+def test_a_namespace_has_nothing_of_another_in_the_pool(machine, parts):
+    one, two = machine(), machine()
+    one.add(parts, namespace="mine")
+    one.store.flush()
+    assert two.fuse(parts, QUESTION, namespace="other").report.hits == {"computed": 3}
+    assert two.fuse(parts, QUESTION, namespace="mine").report.hits == {"remote": 3}

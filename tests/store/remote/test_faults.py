@@ -1,0 +1,203 @@
+"""A pool that is slow, broken or away: what is read is a miss, what is put waits, and no question fails."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ragkv.errors import RecordError, UploadError
+from ragkv.store.remote.pool import Breaker
+
+
+@pytest.fixture
+def stored(relay, s3, machine, kv, key):
+    """A chunk in a pool that can be made to fail."""
+    store = machine(s3)
+    store.put(key(1), kv(1, tokens=900))
+    store.flush()
+    return store
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "stall"])
+def test_a_pool_that_fails_is_a_miss_and_is_left_alone(stored, relay, s3, machine, key, kv, same, fault, caplog):
+    store = machine(s3, limit_s=0.3)
+    relay.fault = fault
+    begin = time.monotonic()
+    assert store.get(key(1)) is None
+    assert time.monotonic() - begin < 3
+    asked = len(relay.asked)
+    begin = time.monotonic()
+    assert store.get(key(1)) is None and store.missing([key(1)]) == [key(1)]
+    assert len(relay.asked) == asked, "a question asked a pool that had just failed"
+    pool = store.stats().pools["remote"]
+    assert pool.down and pool.unanswered == 1 and not store.stats().evictions["remote"]
+    assert "left alone" in caplog.text
+    relay.fault = ""
+    store._tiers.behind[0]._breaker._until = 0.0  # a second later
+    same(store.get(key(1)), kv(1, tokens=900))
+    assert not store.stats().pools["remote"].down
+
+
+def test_one_answer_that_fails_is_asked_for_again(stored, relay, s3, machine, key, kv, same):
+    left = iter([True, True])
+    relay.fault, relay.when = "500", lambda method, path: next(left, False)
+    same(machine(s3).get(key(1)), kv(1, tokens=900))
+
+
+def test_a_server_that_dies_in_the_middle_of_reading(stored, relay, s3, machine, key, kv, same):
+    store = machine(s3, limit_s=0.3, range_bytes=100_000, requests=1)
+    with store.read([key(1), key(1)]) as batch:
+        assert batch.tiers == ["remote", "remote"]
+        relay.end()
+        with pytest.raises(RecordError, match="did not give it"):
+            batch.kv(1)
+    assert store.get(key(1)) is None, "the engine begins anew: now it is a miss"
+    store.put(key(1), kv(1, tokens=900))
+    same(store.get(key(1)), kv(1, tokens=900))
+    relay.begin()
+    assert stored.get(key(1)) is not None and not store.stats().evictions["remote"], (
+        "a whole object was taken for damaged"
+    )
+
+
+def test_what_is_put_while_the_pool_is_away_comes_there_later(relay, s3, machine, key, kv, same, soon):
+    store = machine(s3, limit_s=0.3)
+    relay.end()
+    for number in range(4):
+        store.put(key(number), kv(number))
+    with pytest.raises(UploadError, match="4 chunks"):
+        store.flush(0.05)
+    soon(lambda: store.stats().pools["remote"].failed)
+    pool = store.stats().pools["remote"]
+    assert pool.pending == 4 and pool.down
+    relay.begin()
+    store.flush()
+    pool = store.stats().pools["remote"]
+    assert (pool.pending, pool.sent, pool.down) == (0, 4, False)
+    same(machine(s3).get(key(3)), kv(3))
+
+
+def test_a_server_that_dies_in_the_middle_of_writing(relay, s3, machine, key, kv, same):
+    relay.fault = "cut"
+    store = machine(s3, limit_s=0.3, uploads=1)
+    relay.when = lambda method, path: method == "PUT" and (relay.end(), True)[1]
+    store.put(key(1), kv(1))
+    with pytest.raises(UploadError):
+        store.flush(0.5)
+    relay.when = lambda method, path: False
+    relay.begin()
+    store.flush()
+    same(machine(s3).get(key(1)), kv(1))
+
+
+def test_redis_that_is_killed_and_comes_back_empty(valkey_server, machine, key, kv, same):
+    url = f"redis://127.0.0.1:{valkey_server.port}/0?prefix=killed:"
+    one, two = machine(url), machine(url)
+    one.put(key(1), kv(1))
+    one.flush()
+    valkey_server.end()
+    assert two.get(key(1)) is None and two.stats().pools["remote"].unanswered == 1
+    two.put(key(2), kv(2))
+    valkey_server.begin()
+    two.flush()
+    same(machine(url).get(key(2)), kv(2))
+    assert machine(url).get(key(1)) is None and one.get(key(1)) is not None
+
+
+def test_a_batch_that_is_done_early_leaves_the_pool_in_good_repute(stored, relay, s3, machine, key, kv, same):
+    """What is still on its way is given up, also while the read-ahead waits for it: that is no failure of the pool."""
+    store = machine(s3, range_bytes=100_000)
+    relay.fault, relay.when = "stall", lambda method, path: method == "GET" and len(relay.asked) > 4
+    with store.read([key(1)]) as batch:
+        batch.read_ahead()
+        time.sleep(0.1)
+        batch.done(0)
+    relay.fault = ""
+    pool = store.stats().pools["remote"]
+    assert not (pool.down or pool.unanswered or store.stats().evictions["remote"])
+    same(store.get(key(1)), kv(1, tokens=900))
+
+
+def test_closing_does_not_wait_for_a_pool_that_hangs(relay, s3, machine, key, kv):
+    store = machine(s3, limit_s=30)
+    relay.fault = "stall"
+    store.put(key(1), kv(1))
+    time.sleep(0.1)
+    begin = time.monotonic()
+    store.close()
+    assert time.monotonic() - begin < 1.4
+
+
+def test_a_program_that_ends_while_it_sends_ends_at_once_and_quietly(relay, s3, folder):
+    relay.fault = "stall"
+    program = (
+        "import time, torch; from ragkv.chunk import ChunkKV; from ragkv.store import TieredStore, RemoteTier\n"
+        f"store = TieredStore({str(folder)!r}, remote=RemoteTier({s3!r}, limit_s=30))\n"
+        "store.put(bytes(32), ChunkKV([torch.zeros(1, 2, 8)], [torch.zeros(1, 2, 8)], 0)); time.sleep(0.1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_redis_that_says_nothing_is_a_miss_soon(machine, key):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = machine(f"redis://127.0.0.1:{silent.getsockname()[1]}", limit_s=0.2)
+        begin = time.monotonic()
+        assert store.get(key(1)) is None and time.monotonic() - begin < 2
+        assert store.stats().pools["remote"].unanswered == 1
+
+
+def test_readers_and_writers_at_once(tmp_path, machine, key, kv, same):
+    """Two machines write the same chunks, and two remove some, while four threads read them: whatever is found is right."""
+    url, until = f"file://{tmp_path}/pool", time.monotonic() + 0.8
+    stores = [machine(url, cpu_bytes=100_000, range_bytes=3_000) for _ in range(2)]
+    found = [0] * 4
+    chunks = [kv(number, tokens=40 + number) for number in range(8)]
+
+    def write(store, offset):
+        while time.monotonic() < until:
+            for number in range(offset, 8, 1):
+                store.put(key(number), chunks[number])
+            store.remove(key(offset))
+
+    def read(reader):
+        store = machine(url, cpu_bytes=100_000, range_bytes=3_000)
+        while time.monotonic() < until:
+            for number in range(8):
+                got = store.get(key(number))
+                if got is not None:
+                    same(got, chunks[number])
+                    found[reader] += 1
+            store.remove_many([key(reader)])
+
+    with ThreadPoolExecutor(6) as threads:
+        work = [threads.submit(write, store, offset) for offset, store in enumerate(stores)]
+        work += [threads.submit(read, reader) for reader in range(4)]
+        for one in work:
+            one.result()
+    assert all(found)
+
+
+def test_who_asks_again_and_when():
+    now = [0.0]
+    breaker = Breaker(lambda: now[0])
+    waits = []
+    for _ in range(9):
+        assert breaker.allows()
+        others = [threading.Thread(target=breaker.failed) for _ in range(3)]
+        for other in others:
+            other.start()
+            other.join()
+        assert not breaker.allows()
+        waits.append(breaker.left_s)
+        now[0] += breaker.left_s
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert breaker.allows() and not breaker.allows(), "one tries for all"
+    breaker.succeeded()
+    assert breaker.allows() and breaker.allows() and not breaker.left_s

@@ -1,0 +1,137 @@
+"""What is known to be in a pool is not asked for, and what is surely not there neither."""
+
+from __future__ import annotations
+
+import pytest
+
+from ragkv.store import RemoteTier
+from ragkv.store.remote.manifest import Manifest
+from ragkv.store.remote.objects import ObjectPool
+from ragkv.store.remote.pool import PoolError
+from ragkv.store.remote.records import key_of, name_of
+
+
+class Counting(ObjectPool):
+    """A pool that is slow to ask, and counts."""
+
+    def __init__(self, url):
+        store = ObjectPool.open(url, 1.0, 4)
+        super().__init__(store._store, url)
+        self.asked, self.listings = [], 0
+
+    def begin(self, name, start, stop):
+        self.asked.append(name)
+        return super().begin(name, start, stop)
+
+    def which(self, names):
+        self.asked += names
+        return super().which(names)
+
+    def names(self):
+        self.listings += 1
+        return super().names()
+
+
+@pytest.fixture
+def pool(tmp_path):
+    made = Counting(f"file://{tmp_path}/pool")
+    yield made
+    made.close()
+
+
+def manifest_of(store):
+    return store._tiers.behind[0]._manifest
+
+
+def test_a_miss_costs_no_request_once_the_pool_was_listed(pool, tmp_path, machine, kv, key, soon, same):
+    one = machine(f"file://{tmp_path}/pool")
+    one.put(key(1), kv(1))
+    one.flush()
+    store = machine(RemoteTier(pool))
+    assert store.missing([key(1), key(2)]) == [key(2)], "before the listing is there the pool is asked"
+    assert len(pool.asked) == 2
+    soon(lambda: manifest_of(store).fresh)
+    del pool.asked[:]
+    assert store.missing([key(1), key(2)]) == [key(2)] and store.get(key(3)) is None
+    assert not pool.asked and pool.listings == 1
+    same(store.get(key(1)), kv(1))
+    assert pool.asked == [name_of(key(1))], "header and all that is small in one request"
+    assert store.stats().entries["remote"] == 1
+
+
+def test_what_this_process_did_is_known_at_once(pool, machine, kv, key, soon):
+    store = machine(RemoteTier(pool))
+    store.missing([key(1)])
+    soon(lambda: manifest_of(store).fresh)
+    store.put(key(1), kv(1))
+    store.flush()
+    tier = store._tiers.behind[0]
+    assert tier.missing([key(1)]) == []
+    store.remove(key(1))
+    assert tier.missing([key(1)]) == [key(1)]
+
+
+def test_what_a_listing_named_and_is_gone_is_a_miss(pool, tmp_path, machine, kv, key, soon):
+    one = machine(f"file://{tmp_path}/pool")
+    one.put(key(1), kv(1))
+    one.flush()
+    store = machine(RemoteTier(pool))
+    store.missing([key(1)])
+    soon(lambda: manifest_of(store).fresh)
+    one.remove(key(1))
+    one.flush()
+    assert store.get(key(1)) is None
+    del pool.asked[:]
+    assert store.get(key(1)) is None and not pool.asked
+
+
+def test_a_listing_is_made_again_and_trusted_for_a_while(pool, key, soon):
+    now = [0.0]
+    manifest = Manifest(pool, 60.0, key_of, lambda: now[0])
+    assert not manifest.fresh
+    soon(lambda: manifest.fresh)
+    pool.write(name_of(key(1)), b"x", 9.0)
+    assert manifest.holds([key(1)]) == set()
+    now[0] = 61.0
+    assert manifest.fresh, "it is trusted while the next one is made"
+    soon(lambda: manifest.holds([key(1)]) == {key(1)})
+    now[0] = 200.0
+    assert not manifest.fresh, "older than two turns"
+
+
+def test_a_pool_that_cannot_be_listed_is_asked(pool, machine, kv, key, monkeypatch, caplog, soon):
+    def fails():
+        raise PoolError("listing is not allowed")
+
+    monkeypatch.setattr(pool, "names", fails)
+    store = machine(RemoteTier(pool))
+    assert store.missing([key(1)]) == [key(1)]
+    soon(lambda: "not allowed" in caplog.text)
+    store.put(key(1), kv(1))
+    store.flush()
+    assert store._tiers.behind[0].missing([key(1)]) == []
+
+
+def test_only_names_of_chunks_are_keys(key):
+    assert key_of(name_of(key(1))) == key(1)
+    assert [key_of(name) for name in ("readme.txt", "ab/abcd", "ab/", "", "zz/zz", "cd/abcd")] == [
+        None,
+        b"\xab\xcd",
+        *[None] * 4,
+    ]
+
+
+def test_what_is_on_its_way_is_not_asked_for_again(pool, tmp_path, machine, kv, key, same):
+    """A batch that is read while the same chunks are prefetched, or by another thread, joins it."""
+    one = machine(f"file://{tmp_path}/pool")
+    for number in range(3):
+        one.put(key(number), kv(number, tokens=900))
+    one.flush()
+    store, keys = machine(RemoteTier(pool), cpu_bytes=1 << 24), [key(number) for number in range(3)]
+    with store.read(keys) as batch, store.read(keys) as other:
+        assert store.prefetch(keys).result(10) > 0
+        for number in range(3):
+            same(batch.kv(number), kv(number, tokens=900))
+            batch.done(number)
+            same(other.kv(number), kv(number, tokens=900))
+    assert sorted(pool.asked) == sorted(2 * [name_of(name) for name in keys]), "a header and a range each"

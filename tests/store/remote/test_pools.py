@@ -1,0 +1,160 @@
+"""A pool behind the store, of every kind: what one machine puts, another reads, exactly; what one removes is gone."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from ragkv.errors import StoreError
+from ragkv.folder import Environment
+from ragkv.store import RemoteTier, TieredStore, chunk_key
+from ragkv.store.keys import path_key
+from ragkv.store.metrics import StoreCollector
+
+SECRET = bytes(range(32))
+
+
+@pytest.mark.parametrize("options", [{}, {"encryption_key": SECRET}], ids=["plain", "encrypted"])
+def test_what_one_machine_puts_another_reads(url, machine, options, kv, key, same, kept):
+    one, two = machine(url, **options), machine(url, range_bytes=50_000, **options)
+    chunks = {number: kv(number, tokens=tokens, layers=9) for number, tokens in enumerate((5, 60, 700))}
+    for number, chunk in chunks.items():
+        assert one.put(key(number), chunk, space="here", cost_s=0.5, label=f"of {number}")
+    one.flush()
+    assert one.stats().pools["remote"].sent == 3
+
+    assert two.missing([key(2), key(9), key(0)]) == [key(9)]
+    assert two.where([key(0), key(9)]) == {key(0): "remote"}
+    with two.read([key(1), key(9), key(2), key(0), key(1)]) as batch:
+        assert batch.tiers == ["remote", None, "remote", "remote", "remote"]
+        assert torch.equal(batch.layer(2, 4)[1], chunks[2].values[4])
+        for index, number in ((0, 1), (2, 2), (3, 0)):
+            same(batch.kv(index), chunks[number])
+        assert batch.bytes_read == sum(2 * 9 * 2 * len(chunk) * 8 * 4 for chunk in chunks.values())
+    stats = two.stats()
+    assert (stats.hits["remote"], stats.misses, stats.pools["remote"].unanswered) == (4, 1, 0)
+    kept(two, 3)
+    with two.read([key(2)]) as batch:
+        assert batch.tiers == ["disk"], "it did not come to the folder"
+    assert two.stats().pools["remote"].pending == 0, "what came from the pool is not sent there"
+
+
+def test_what_is_removed_is_gone_for_all(url, machine, kv, key, same):
+    one, two = machine(url), machine(url)
+    for number in range(3):
+        one.put(key(number), kv(number))
+    one.flush()
+    assert two.contains(key(1))
+    two.remove_many([key(1), key(8)])
+    assert not two.contains(key(1)) and two.get(key(1)) is None, "a miss at once"
+    two.flush()
+    three = machine(url)
+    assert three.missing([key(0), key(1), key(2)]) == [key(1)]
+    three.put(key(1), kv(5))
+    three.flush()
+    same(machine(url).get(key(1)), kv(5))
+
+
+def test_lifetimes_end_in_the_pool_too(url, machine, kv, key):
+    one = machine(url)
+    one.put(key(1), kv(1), lifetime_s=0.5)
+    one.put(key(2), kv(2))
+    one.flush()
+    two = machine(url)
+    assert two.get(key(1)) is not None
+    left_s = two._tiers.rows(key(1))["remote"].terms(time.time()).lifetime_s
+    assert 0 < left_s <= 0.5, "in memory and in the folder it lives no longer than there"
+    time.sleep(0.5)
+    three = machine(url)
+    assert three.get(key(1)) is None and three.get(key(2)) is not None
+
+
+def test_what_is_there_already_is_not_sent_again(url, machine, kv, key):
+    one, two = machine(url), machine(url)
+    one.put(key(1), kv(1))
+    one.flush()
+    two.put(key(1), kv(1))
+    two.flush()
+    pool = two.stats().pools["remote"]
+    assert (pool.sent, pool.skipped, pool.pending) == (0, 1, 0)
+
+
+def test_memory_alone_before_a_pool(url, kv, key, same):
+    with TieredStore(cpu_bytes=1 << 20, remote=url) as one:
+        one.put(key(1), kv(1), lifetime_s=100)
+        one.flush()
+    with TieredStore(cpu_bytes=1 << 20, remote=url) as two:
+        same(two.get(key(1)), kv(1))
+        with two.read([key(1)]) as batch:
+            assert batch.tiers == ["cpu"]
+        two.remove(key(1))
+        two.flush()
+        assert not two.contains(key(1))
+
+
+def test_what_prompts_computed_is_not_for_others(machine, kv, key, tmp_path):
+    url, computed = f"file://{tmp_path}/pool", path_key("space", [1], b"")
+    for store in (machine(url), machine(url, "memory")):
+        store.put(computed, kv(1))
+        store.flush()
+        assert store.stats().pools["remote"].sent == 0
+    assert not machine(url).contains(computed)
+
+
+def test_a_namespace_finds_nothing_of_another(machine, kv, tmp_path):
+    """The key holds the namespace, and an object is bound to its key: copied to another's name it is refused."""
+    url = f"file://{tmp_path}/pool"
+    mine, other = (chunk_key("space", [1, 2, 3], b"", namespace) for namespace in ("mine", "other"))
+    one = machine(url)
+    one.put(mine, kv(1), namespace="mine")
+    one.flush()
+    two = machine(url)
+    assert two.contains(mine) and not two.contains(other) and two.get(other) is None
+    (mine_file,) = (tmp_path / "pool").glob(f"*/{mine.hex()}")
+    other_file = tmp_path / "pool" / other.hex()[:2] / other.hex()
+    other_file.parent.mkdir(exist_ok=True)
+    other_file.write_bytes(mine_file.read_bytes())
+    assert two.get(other) is None
+    assert two.stats().evictions["remote"] == {"damaged": 1}
+
+
+def test_a_folder_for_reading_reads_the_pool_and_writes_nothing(machine, kv, key, same, tmp_path):
+    url = f"file://{tmp_path}/pool"
+    machine(url, "one").put(key(1), kv(1))
+    machine(url, "two").close()
+    reader = machine(url, "two", readonly=True)
+    with TieredStore(tmp_path / "one", remote=url) as one:
+        one.flush()
+    same(reader.get(key(1)), kv(1))
+    reader.flush()
+    assert len(reader) == 0
+
+
+def test_a_pool_that_cannot_be_opened_leaves_the_folder_closed(folder):
+    for wrong in ({"remote": "nowhere"}, {"remote": "memory://x", "tiers": [RemoteTier("memory://y")]}):
+        with pytest.raises(StoreError):
+            TieredStore(folder, **wrong)
+        assert not Environment.is_open(folder)
+
+
+def test_metrics_tell_of_the_pool(machine, tmp_path, kv, key):
+    prometheus_client = pytest.importorskip("prometheus_client")
+    store = machine(f"file://{tmp_path}/pool")
+    store.put(key(1), kv(1))
+    store.flush()
+    registry = prometheus_client.CollectorRegistry()
+    StoreCollector(store, registry)
+
+    def value(name):
+        return registry.get_sample_value(f"ragkv_store_pool_{name}", {"tier": "remote"})
+
+    assert (value("sent_total"), value("pending"), value("down")) == (1, 0, 0) and value("sent_bytes_total") > 0
+
+
+def test_a_tier_belongs_to_one_store(machine, tmp_path):
+    tier = RemoteTier(f"file://{tmp_path}/pool")
+    machine(tier)
+    with pytest.raises(StoreError, match="one store"):
+        TieredStore(remote=tier)

@@ -1,0 +1,138 @@
+"""What is put goes to the pool in the background, whatever happens to the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from ragkv.errors import UploadError
+from ragkv.store import RemoteTier, TieredStore
+from ragkv.store.keys import path_key
+from ragkv.store.remote.records import name_of
+
+AWAY = "redis://127.0.0.1:1"  # nobody listens there
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"file://{tmp_path}/pool"
+
+
+@pytest.fixture
+def objects(tmp_path):
+    return lambda: {path.name for path in (tmp_path / "pool").glob("*/*")}
+
+
+def test_what_a_killed_process_did_not_send_the_next_one_does(url, folder, kv, key, same, forked, objects):
+    def killed():
+        store = TieredStore(folder, cpu_bytes=0, remote=RemoteTier(AWAY, limit_s=0.1))
+        for number in range(5):
+            store.put(key(number), kv(number))
+        store.remove(key(4))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert "signal 9" in forked(killed)
+    with TieredStore(folder, cpu_bytes=0, remote=url) as store:
+        store.flush()
+        assert objects() == {key(number).hex() for number in range(4)}
+        assert store.stats().pools["remote"].deleted == 1, "a removal was forgotten"
+    with TieredStore(folder.parent / "other", cpu_bytes=0, remote=url) as other:
+        same(other.get(key(3)), kv(3))
+
+
+def test_a_process_killed_while_it_sends(valkey_server, folder, kv, key, forked):
+    """Whatever had come there is not sent again, and nothing is left out."""
+    url = f"redis://127.0.0.1:{valkey_server.port}/0?prefix=killed while sending:"
+    with TieredStore(folder, cpu_bytes=0, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.put_many([(key(number), kv(number, tokens=300), 0.0) for number in range(200)])
+
+    def sends():
+        with TieredStore(folder, cpu_bytes=0, remote=RemoteTier(url, uploads=1)) as store:
+            store.flush()
+        return "all was sent before it was killed"
+
+    assert forked(sends, kill_after_s=0.05) == "signal 9"
+    with TieredStore(folder, cpu_bytes=0, remote=url) as store:
+        pool = store._tiers.behind[0]._pool
+        sent = len(list(pool.names()))
+        store.flush()
+        done = store.stats().pools["remote"]
+        assert {name for name, _ in pool.names()} == {name_of(key(number)) for number in range(200)}
+    assert 0 < done.sent <= 200 - sent and done.pending == 0
+
+
+def test_several_processes_on_one_folder_send_all_of_it(url, folder, kv, key, forked, objects):
+    with TieredStore(folder, cpu_bytes=0, remote=url) as store:
+
+        def child():
+            store.put(key(2), kv(2))
+            return store.get(key(9)) is None and "put"
+
+        store.put(key(1), kv(1))
+        assert forked(child) == "put"
+        store.flush()
+        assert objects() == {key(1).hex(), key(2).hex()}
+
+
+def test_what_was_evicted_or_damaged_before_its_turn_is_not_sent(url, folder, kv, key, objects):
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        for number in range(9):
+            store.put(key(number), kv(number, tokens=60))
+        entries = len(store)
+        assert entries < 9 and store.stats().pools["remote"].pending == entries
+        gone = [key(number) for number in range(9) if not store._disk.row(key(number)).usage.size_bytes]
+    with TieredStore(folder, cpu_bytes=0, remote=url) as store:
+        store.flush()
+        assert len(objects()) == entries and not objects() & {name.hex() for name in gone}
+
+
+def test_what_was_stored_before_there_was_a_pool_can_be_shared(url, folder, kv, key, objects):
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+        store.put(path_key("space", [1], b""), kv(1))
+        assert store.share() == 0
+    with TieredStore(folder, remote=url) as store:
+        store.put(key(2), kv(2))
+        store.flush()
+        assert objects() == {key(2).hex()}
+        assert store.share() == 2
+        store.flush()
+        assert objects() == {key(1).hex(), key(2).hex()}
+        pool = store.stats().pools["remote"]
+        assert (pool.sent, pool.skipped) == (2, 1)
+
+
+def test_nothing_goes_on_where_nothing_is_to_be_sent(url, folder, kv, key, monkeypatch):
+    with TieredStore(folder, cpu_bytes=0, remote=url) as store:
+        store.put(key(1), kv(1))
+        store.flush()
+        notes, looks = store._tiers.behind[0]._notes, []
+        each = notes.each
+        monkeypatch.setattr(notes, "each", lambda *start: (looks.append(1), each(*start))[1])
+        time.sleep(0.2)
+        assert len(looks) <= 8, "threads that have nothing to do look again and again"
+
+
+def test_flush_says_what_is_left_and_how_long_it_waited(folder, kv, key):
+    with TieredStore(folder, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.flush(0.0)
+        store.put(key(1), kv(1))
+        with pytest.raises(UploadError, match=r"after 0.05 s 1 chunks"):
+            store.flush(0.05)
+        assert isinstance(UploadError(""), TimeoutError)
+        assert store.get(key(1)) is not None
+
+
+def test_what_is_replaced_or_put_again_is_sent_as_it_is_last(url, folder, kv, key, same):
+    with TieredStore(folder, cpu_bytes=0, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.put(key(1), kv(1))
+        store.remove(key(1))
+        store.put(key(1), kv(3))
+        assert store.stats().pools["remote"].pending == 1
+    with TieredStore(folder, cpu_bytes=0, remote=url) as store:
+        store.flush()
+    with TieredStore(cpu_bytes=1 << 20, remote=url) as other:
+        same(other.get(key(1)), kv(3))
