@@ -75,8 +75,12 @@ def _as_json(name: str, value: Any) -> Any:
         return words_of(value)
     if isinstance(value, PromptTemplate):
         parts = {part: text for part, text in asdict(value).items() if part not in ("stop", "chat", "slots")}
-        chat, slots = None if value.chat is None else dict(value.chat), _texts(value.slots)
-        return {**_texts(parts), "stop": list(stop_texts(value.stop)), "chat": chat, "slots": slots}
+        kept = {
+            **_texts(parts),
+            "stop": list(stop_texts(value.stop)),
+            "chat": None if value.chat is None else dict(value.chat),
+        }
+        return {**kept, "slots": _texts(value.slots)} if value.slots else kept
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if name in ("model", "embedder", "tokenizer"):
