@@ -105,16 +105,16 @@ class Placement:
         self.fresh: dict[bytes, ChunkKV] = fresh
         self._decoder, self._cache, self._keys = decoder, cache, keys
         self._timer = Timer() if timer is None else timer
+        self._done = 0  # layers below are placed, or were not asked for
+        self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         self._paths: Mapping[bytes, ChunkKV] = {}
         self.take(layout, {} if paths is None else paths)
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
-        self._done = 0  # layers below are placed, or were not asked for
         self._spared = set[int]()  # slots at which chunks begin that are not placed
-        self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def take(self, layout: Layout, paths: Mapping[bytes, ChunkKV]) -> None:
-        """Have these KV too, and place what a layout of the same prompt says; before any is placed."""
+        """Have these KV too, and place what a layout of the same prompt says; also where others are placed by now."""
         self._layout, self._paths = layout, {**self._paths, **paths}
         self._given = {**self.fresh, **self._paths}
         self._chunks = [
@@ -122,6 +122,12 @@ class Placement:
             for placed in layout.chunks
             if placed.path or placed.chunk in self._keys
         ]
+        self._tables.clear()
+        for layer in range(self._done):
+            for placed, key in self._chunks:
+                if key in paths:
+                    self._place(placed, layer, paths[key].keys[layer], paths[key].values[layer])
+            self._mend(layer)
 
     def bytes_read(self, moved: Mapping[bytes, Moved]) -> int:
         """Bytes read from disk so far, for what was moved to memory for this prompt too."""

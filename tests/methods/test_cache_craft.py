@@ -432,3 +432,26 @@ def test_what_was_read_behind_a_neighbour_needs_nothing_where_that_stands_in_fro
     with_it, without = (asked(engine, [*front, near]).report for front in ([c, a], [c, b]))
     spared = ceil(0.25 * len(a)), ceil(0.25 * len(b))
     assert with_it.tokens["recomputed"] == spared[0] < without.tokens["recomputed"] - spared[1] + spared[0]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_with_a_method_that_looks_at_stored_chunks_first(alpha, monkeypatch):
+    """Variants take the places of chunks that are placed by then; rows of a chunk, and whole ones."""
+    engine = engine_of(method=CacheCraft(alpha=alpha))
+    a, b, c = engine.add([random_ids(n) for n in (17, 40, 25)])
+    asked(engine, [c, a, b], method=CacheCraft(0.2))
+    asked(engine, [c, a, b], method=Union(CacheCraft(0.2), Behind(b)) if alpha == 2.0 else CacheCraft(0.2))
+    monkeypatch.setattr(Paths, "keep", lambda self, *args: None)
+    want = asked(engine, [a, c, a, b], method=CacheCraft(0.2))
+    looked = asked(engine, [a, c, a, b], method=Union(Looks(), CacheCraft(0.2)))
+    assert want.report.sources[3] == looked.report.sources[3] == "variant"
+    for one, other in zip(want.past_key_values.layers, looked.past_key_values.layers, strict=True):
+        assert torch.allclose(one.keys, other.keys, atol=EXACT) and torch.allclose(one.values, other.values, atol=EXACT)
+
+
+class Looks(Method):
+    """Looks at what is stored, and computes nothing."""
+
+    def select(self, view):
+        assert view.attention().shape[0] == view.layers
+        return view.layout.reusable[:0]
