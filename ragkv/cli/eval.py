@@ -22,6 +22,7 @@ from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.longbench import data_set
 from ragkv.evaluation.report import page, tables, templates
 from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
+from ragkv.library.measured import Measured
 from ragkv.model.loading import BUNDLED, load_model
 
 
@@ -100,10 +101,9 @@ def _bench(args: argparse.Namespace) -> Bench:
     options = {} if args.dtype is None else {"dtype": args.dtype}
     model, tokenizer, template, foreign = load_model(args.model, None, options)
     foreign = foreign if args.foreign is None else args.foreign
-    methods = [arm.method for arm in parse_arms(args.arms, args.budgets)]
-    measured = any(method is not None and method.needs_sensitivity for method in methods)
+    methods = [arm.method for arm in parse_arms(args.arms, args.budgets) if arm.method is not None]
     options = {"max_new_tokens": args.max_new_tokens, "instruction": args.instruction, "foreign": foreign}
-    return Bench(model, tokenizer, template, measured=measured, **options)
+    return Bench(model, tokenizer, template, measured=Measured.by(*methods), **options)
 
 
 def _said(gate: Gate) -> str:

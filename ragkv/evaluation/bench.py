@@ -19,7 +19,9 @@ from ragkv.evaluation.answering import Reply, replies
 from ragkv.evaluation.arms import NEIGHBOURS, Arm
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
+from ragkv.library.measured import Measured
 from ragkv.methods import FullPrefill, Method
+from ragkv.model.attending import shows
 from ragkv.prompt import PromptTemplate
 from ragkv.report import FusedPrompt, FusionReport
 from ragkv.store import TieredStore
@@ -83,7 +85,7 @@ class Bench:
         max_new_tokens: tokens of the longest answer; with 0 nothing is answered, only the next token's distribution is compared.
         instruction: stands between passages and question, so that no document's KV depend on it; asks for short answers, say.
         store: where KV are kept; CPU memory by default.
-        measured: measure how sensitive tokens are when documents are read, for methods that need it.
+        measured: what is measured when documents are read, for methods that need it; as far as the model shows it.
         foreign: a text to measure it with, see :class:`ragkv.documents.Documents`.
 
     Raises:
@@ -99,7 +101,7 @@ class Bench:
         max_new_tokens: int = 32,
         instruction: str = "",
         store: TieredStore | None = None,
-        measured: bool = True,
+        measured: Measured = Measured.SENSITIVITY,
         foreign: str | None = None,
     ):
         if max_new_tokens < 0:
@@ -107,9 +109,10 @@ class Bench:
         # Nothing is evicted, so no policy needs to know what prefilling costs.
         held = TieredStore(policy="lru") if store is None else store
         asked = _instructed(template or PromptTemplate.default(tokenizer), instruction)
-        self.engine: Engine = Engine(
-            model, tokenizer, template=asked, store=held, sensitivity=measured, foreign=foreign
-        )
+        self.engine: Engine = Engine(model, tokenizer, template=asked, store=held, foreign=foreign)
+        if Measured.ATTENDED in measured and not shows(self.engine.decoder):
+            measured &= ~Measured.ATTENDED  # an arm that needs it is refused then, and no other
+        self.engine.documents.measured = measured
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.max_new_tokens: int = max_new_tokens
         self.foreign: str | None = foreign

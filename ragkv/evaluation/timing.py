@@ -16,6 +16,7 @@ from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.rows import Row
+from ragkv.library.measured import Measured
 from ragkv.store import TieredStore
 
 
@@ -31,7 +32,7 @@ class Clock:
         self._folder = tempfile.TemporaryDirectory(prefix="ragkv-eval-")
         self._disk = bench.like(store=TieredStore(Path(self._folder.name), cpu_bytes=0, policy="lru"))
         # Without measuring what an arm does not need: that would be charged to it.
-        self._cold = bench.like(measured=False)
+        self._cold = bench.like(measured=Measured.NOTHING)
 
     def __enter__(self) -> Self:
         return self

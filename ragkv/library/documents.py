@@ -76,6 +76,7 @@ class Documents:
         records: where documents are looked up whose chunks come without them; others may be appended.
         sample: the ids of a fixed text, by which tokenizers are told apart.
         paths: what prompts computed of chunks; ``None`` where that is not kept.
+        measured: what is measured of every document that is read.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Documents:
             )
         self.document_tokens: int = min(wanted, positions - len(encoder.anchor))
         whole_number("piece_tokens", piece_tokens, 1)
-        self.kernels, self._piece_tokens, self._measured = kernels, piece_tokens, measured
+        self.kernels, self._piece_tokens = kernels, piece_tokens
+        self.measured: Measured = measured
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
         instance("namespace", namespace, str, "a str")
         if not lifetime_s > 0:
@@ -153,7 +155,7 @@ class Documents:
     def over(self, store: TieredStore, measured: Measured) -> Documents:
         """Documents read in the same way and kept in another store: nothing of them comes into this one."""
         other = copy(self)
-        other.store, other._measured = store, measured
+        other.store, other.measured = store, measured
         other._readers, other._costs, other._others, other.paths = {}, {}, {}, None
         other._cut_as(self.namespace)
         return other
@@ -311,7 +313,7 @@ class Documents:
     @property
     def passes(self) -> int:
         """How often a document is read when it is added: twice where its tokens' sensitivity is measured."""
-        return 2 if Measured.SENSITIVITY in self._measured else 1
+        return 2 if Measured.SENSITIVITY in self.measured else 1
 
     def look(self) -> None:
         """See whether the model is what it was; else there is another :attr:`reader`. Waits for the model."""
@@ -346,7 +348,7 @@ class Documents:
 
         if missing:
             ran(missing[0].document, 0)
-        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured | self._measured, ran):
+        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured | self.measured, ran):
             yield self._item(reader, chunk, kv, seconds)
 
     def keep(self, reader: Reader, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:

@@ -3,6 +3,7 @@ import pytest
 from ragkv import PromptTemplate, bundled
 from ragkv.evaluation import Bench, Case
 from ragkv.evaluation.cases import everything
+from ragkv.library.measured import Measured
 from ragkv.testing import tiny_model
 
 DOCUMENTS = (
@@ -39,7 +40,7 @@ def loaded():
 @pytest.fixture(scope="session")
 def bundled_bench(loaded):
     """Without measuring sensitivity, so that documents are read once."""
-    return Bench(*loaded, PromptTemplate(**bundled.TEMPLATE), max_new_tokens=12, measured=False)
+    return Bench(*loaded, PromptTemplate(**bundled.TEMPLATE), max_new_tokens=12, measured=Measured.NOTHING)
 
 
 @pytest.fixture

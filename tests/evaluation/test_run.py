@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from ragkv import PromptTemplate, bundled
+from ragkv import MethodError, PromptTemplate, bundled
 from ragkv.evaluation import Bench, EvaluationError, GateError, Plan, evaluate, parse_arms, read_cases
 from ragkv.evaluation.answering import replies
 from ragkv.evaluation.arms import Arm
@@ -16,6 +16,7 @@ from ragkv.evaluation.scoring import Group
 from ragkv.evaluation.summary import METRICS
 from ragkv.evaluation.tokens import look_at
 from ragkv.kernels import Rotation
+from ragkv.library.measured import Measured
 from ragkv.methods import FullPrefill, LegoLink, Reuse
 from ragkv.testing import tiny_model
 
@@ -338,3 +339,21 @@ def test_what_the_bundled_model_shows(bundled_bench, tmp_path, plan):
     assert share["full-documents"]["unnamed"] >= share["full-prefill"]["unnamed"] + 0.3
     assert share["reuse@document"]["unnamed"] >= share["full-prefill"]["unnamed"] + 0.3
     assert share["no-context"]["cross"] <= 0.3
+
+
+@pytest.mark.parametrize(("architecture", "shown"), [("llama", True), ("falcon", False)])
+def test_what_chunks_attend_to_is_measured_when_they_are_read_where_the_model_shows_it(
+    loaded, architecture, shown, small_case
+):
+    """Else the arm that needs it is refused, and no other; and none is charged for reading twice."""
+    measured = Measured.SENSITIVITY | Measured.ATTENDED
+    bench = Bench(tiny_model(architecture, vocab_size=1792), loaded[1], max_new_tokens=0, measured=measured)
+    case, engine = small_case(), bench.engine
+    chunks = list(bench.read(case).chunks["document"].values())[::-1]
+    assert engine.documents.measured == (measured if shown else Measured.SENSITIVITY)
+    assert engine.fuse(chunks, case.question, method="sensitive-tokens").report.read_tokens == 0
+    if shown:
+        assert engine.fuse(chunks, case.question, method="cache-craft").report.read_tokens == 0
+    else:
+        with pytest.raises(MethodError, match="not open to view"):
+            engine.fuse(chunks, case.question, method="cache-craft")
