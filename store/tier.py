@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ragkv.chunk import ChunkKV
 from ragkv.store.payload import Payload
 from ragkv.store.policy import Usage
+from ragkv.store.rates import Loading
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.source import Source
@@ -101,6 +102,10 @@ class Tier(ABC):
     @abstractmethod
     def counts(self) -> tuple[int, int]:
         """How many entries there are, and their bytes."""
+
+    def loading(self) -> Loading | None:
+        """How fast chunks came from here lately; None where nobody knows, or it is measured beforehand."""
+        return None
 
     def prepare(self, entry: Offer) -> Offer:
         """The entry as :meth:`admit` wants it: what takes long, such as encoding, is done here. Changes nothing."""

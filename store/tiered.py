@@ -23,6 +23,7 @@ from ragkv.store.gpu import GpuTier
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
+from ragkv.store.rates import Loading
 from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.source import Source
@@ -228,6 +229,11 @@ class TieredStore:
         """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use."""
         self._check_open()
         return self._tiers.where(keys)
+
+    def loading(self) -> dict[str, Loading]:
+        """How fast chunks came lately from tiers behind, such as a pool, by name."""
+        found = {tier.name: tier.loading() for tier in self._tiers.behind}
+        return {name: loading for name, loading in found.items() if loading is not None}
 
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""

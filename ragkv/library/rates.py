@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from weakref import WeakKeyDictionary
 
@@ -29,11 +30,15 @@ _found: WeakKeyDictionary[TieredStore, dict[str, Rates | None]] = WeakKeyDiction
 
 
 def known_rates(documents: Documents) -> Rates | None:
-    """What is known of the model as it is now, on this machine and in this store; ``None`` where it was not measured."""
+    """What is known of the model as it is now, on this machine and in this store; ``None`` where it was not measured.
+
+    Tiers that are not measured beforehand, as a pool, are in it as they were seen lately.
+    """
     found, name = _found.setdefault(documents.store, {}), _name(documents)
     if name not in found:
         found[name] = _kept(documents, name)
-    return found[name]
+    rates, seen = found[name], documents.store.loading()
+    return rates if rates is None or not seen else replace(rates, tiers={**rates.tiers, **seen})
 
 
 def measured_rates(documents: Documents, limit_s: float = 10.0, again: bool = False) -> Rates:

@@ -16,6 +16,7 @@ from ragkv.store.record import Record
 from ragkv.store.remote.envelope import Opened
 from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
+from ragkv.store.remote.speed import Speed
 from ragkv.store.source import Parts, Source
 
 _FINISHED = "the batch is finished with this chunk"
@@ -27,10 +28,11 @@ class Fetch:
     Args:
         pool: where they are.
         lost: told the key of a chunk that the pool did not give, and why.
+        speed: is shown how long it takes.
     """
 
-    def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None]) -> None:
-        self.pool, self.lost = pool, lost
+    def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed) -> None:
+        self.pool, self.lost, self._speed = pool, lost, speed
         self._readings: list[Reading] = []
         self._lock = threading.Lock()
 
@@ -42,11 +44,16 @@ class Fetch:
         """Asks for the first ranges of all chunks, then for the second ones, and so on."""
         with self._lock:
             readings, self._readings = self._readings, []
+        asked = list[tuple[Future[Any], int]]()
         for number in range(max((len(reading.groups) for reading in readings), default=0)):
             for reading in readings:
                 if number < len(reading.groups):
                     with suppress(StoreError):  # whoever reads it asks again, and is told
-                        reading.ask(number)
+                        future = reading.ask(number)
+                        asked += [] if future is None else [(future, reading.size(number))]
+        if asked:
+            tokens = sum(reading.record.tokens for reading in readings)
+            self._speed.watch(asked, sum(reading.record.payload_bytes for reading in readings) / tokens)
 
 
 class Reading:
@@ -153,6 +160,11 @@ class Reading:
                     raise StoreError(_FINISHED)
                 future = self._asked[number] = self._fetch.pool.begin(name_of(self.key), start, stop)
             return future
+
+    def size(self, number: int) -> int:
+        """Bytes of a group."""
+        start, stop = self._span(number)
+        return stop - start
 
     def _needed(self, layer: int | None) -> list[int]:
         if not self._left:

@@ -14,6 +14,7 @@ from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole
 from ragkv.store.disk import DiskTier
 from ragkv.store.keys import PATH
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes
+from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
 from ragkv.store.remote.manifest import Manifest
@@ -22,6 +23,7 @@ from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
 from ragkv.store.remote.records import Records, key_of
 from ragkv.store.remote.sending import Sender
 from ragkv.store.remote.source import Fetch, Reading, RemoteSource
+from ragkv.store.remote.speed import Speed
 from ragkv.store.remote.uploads import Uploads
 from ragkv.store.rows import Row
 from ragkv.store.source import Source
@@ -87,6 +89,7 @@ class RemoteTier(Tier):
         self._records = Records(self._pool, envelope)
         self._range_bytes = range_bytes
         self._breaker = Breaker()
+        self._speed = Speed()
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._sending = uploads
         # What was read lately: on what terms it is kept, and its object's id.
@@ -136,7 +139,7 @@ class RemoteTier(Tier):
         likely = [key for key in likely if key not in found]
         with self._asking(likely) as may:
             heads = self._records.heads(likely) if may else {}
-            fetch = Fetch(self._pool, self._lose)
+            fetch = Fetch(self._pool, self._lose, self._speed)
             for key, head in heads.items():
                 opened = self._open(key, head)
                 if opened is not None:
@@ -207,6 +210,10 @@ class RemoteTier(Tier):
             return
         _, number = self._seen.pop(key, (None, b""))
         self._drop(key, number, "a segment is not what was stored")
+
+    def loading(self) -> Loading | None:
+        """See :class:`Tier`."""
+        return self._speed.loading
 
     def counts(self) -> tuple[int, int]:
         """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""

@@ -7,6 +7,7 @@ import torch
 
 from ragkv import Engine, SensitiveTokens, TieredStore
 from ragkv.fusion.placement import Placement
+from ragkv.library.rates import known_rates
 from ragkv.store import RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids
@@ -98,3 +99,26 @@ def test_a_namespace_has_nothing_of_another_in_the_pool(machine, parts):
     one.store.flush()
     assert two.fuse(parts, QUESTION, namespace="other").report.hits == {"computed": 3}
     assert two.fuse(parts, QUESTION, namespace="mine").report.hits == {"remote": 3}
+
+
+def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads, monkeypatch):
+    """Whoever has measured the machine; a pool that nobody has read from lately is read from."""
+    monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
+    one, two = machine(), machine(range_bytes=5_000)
+    document = one.add_document(parts)
+    one.store.flush()
+    two.advise(limit_s=0.1)
+    document, read = two.add_document(parts), reads(two)
+    assert "remote" not in known_rates(two.documents).tiers
+    asked = [document[2], document[0]]
+    assert two.fuse(asked, QUESTION, method="auto").report.hits == {"remote": 2}
+    seen = known_rates(two.documents).tiers["remote"]
+    assert seen.bytes_per_s > 0 and seen.token_bytes == two.store.loading()["remote"].token_bytes > 100
+    for bytes_per_s, source in ((1.0, "unused"), (1e15, "remote")):  # a modem, and no limit
+        tier = two.store._tiers.behind[0]
+        tier._speed._last = tier._speed.now(), seen._replace(bytes_per_s=bytes_per_s)
+        monkeypatch.setattr(two.store, "where", lambda keys: dict.fromkeys(keys, "remote"))
+        report = two.fuse([document[1], document[0]], QUESTION, method="auto").report
+        assert "from remote are loaded in" in report.why
+        assert ("FullPrefill" in report.method) == (source == "unused")
+    assert not read

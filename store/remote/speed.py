@@ -1,0 +1,54 @@
+"""How fast chunks come from a pool: by what came last (CacheGen, arXiv:2310.07240)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from ragkv.store.rates import Loading
+
+# For how long what was seen counts: then the pool is tried again, also where it was too slow.
+_KNOWN_S = 60.0
+
+
+class Speed:
+    """What a pool was seen to do. Safe for several threads.
+
+    Args:
+        now: a clock that never jumps, in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self._last: tuple[float, Loading] | None = None
+
+    @property
+    def loading(self) -> Loading | None:
+        """As the last chunks came; None where none did lately."""
+        if self._last is None or self.now() - self._last[0] > _KNOWN_S:
+            return None
+        return self._last[1]
+
+    def watch(self, asked: Sequence[tuple[Future[Any], int]], token_bytes: float) -> None:
+        """Takes the time of requests that were made just now, as soon as all are answered; not where one is not.
+
+        Args:
+            asked: each, and its bytes.
+            token_bytes: that a token's KV take there.
+        """
+        begin, left, lock = self.now(), [future for future, _ in asked], threading.Lock()
+        size = sum(count for _, count in asked)
+
+        def done(future: Future[Any]) -> None:
+            with lock:
+                left.remove(future)
+                last = not left
+            if last and all(not one.cancelled() and one.exception() is None for one, _ in asked):
+                now = self.now()
+                self._last = now, Loading(size / max(now - begin, 1e-6), token_bytes)
+
+        for future, _ in asked:
+            future.add_done_callback(done)
