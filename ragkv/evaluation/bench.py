@@ -19,9 +19,9 @@ from ragkv.evaluation.answering import Reply, replies
 from ragkv.evaluation.arms import NEIGHBOURS, Arm
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
+from ragkv.library.attention import shows
 from ragkv.library.measured import Measured
 from ragkv.methods import FullPrefill, Method
-from ragkv.model.attending import shows
 from ragkv.prompt import PromptTemplate
 from ragkv.report import FusedPrompt, FusionReport
 from ragkv.store import TieredStore

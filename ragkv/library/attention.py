@@ -67,6 +67,15 @@ class Seen:
         )
 
 
+def shows(decoder: Decoder) -> bool:
+    """Whether a model shows what it attends to."""
+    masses, cache = Masses(torch.zeros(2, dtype=torch.long, device=decoder.device), 1), decoder.cache(2)
+    masses.slots = torch.arange(2, device=decoder.device)
+    with decoder.turns, attending(decoder.layers, decoder.config, masses):
+        decoder.read(decoder.random_ids(2), cache, 0)
+    return masses.seen == len(decoder.layers)
+
+
 def _impact(there: float, here: float) -> float:
     """CCI (eq. 11): of attention to a key in front, against one in the chunk itself."""
     return 1 / (1 + math.exp(-there / here)) if here else 1.0 if there else 0.5

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ragkv.errors import MethodError
-
-if TYPE_CHECKING:
-    from ragkv.model.decoder import Decoder
 
 _names = count()
 
@@ -127,15 +124,6 @@ def attending(layers: Iterable[nn.Module], config: PreTrainedConfig, masses: Mas
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def shows(decoder: Decoder) -> bool:
-    """Whether a model shows what it attends to."""
-    masses, cache = Masses(torch.zeros(2, dtype=torch.long, device=decoder.device), 1), decoder.cache(2)
-    masses.slots = torch.arange(2, device=decoder.device)
-    with decoder.turns, attending(decoder.layers, decoder.config, masses):
-        decoder.read(decoder.random_ids(2), cache, 0)
-    return masses.seen == len(decoder.layers)
 
 
 class _Twice:
