@@ -7,6 +7,7 @@ import torch
 
 from ragkv import RAG, ArgumentError, LegoLink, ModelNotFoundError, PromptTemplate, RagKVError, Reuse
 from ragkv.defaults import KEPT, kept_in, to_keep, with_kept
+from ragkv.library.measured import Measured
 from ragkv.retrieval import Catalogue
 
 from .rags import DOCUMENTS, QUESTION, TEMPLATE, TOKENIZER, WordEmbedder, small_model
@@ -47,7 +48,8 @@ def test_every_option_arrives(repository):
     with opened(repository / "repository", subfolder="small", dtype=torch.float32, **options, **more) as rag:
         documents = rag.engine.documents
         assert (documents.context, documents.document_tokens, documents.namespace) == ("chunk", 200, "mine")
-        assert (documents._piece_tokens, documents._measured, documents.kernels) == (64, True, "reference")
+        assert (documents._piece_tokens, documents.kernels) == (64, "reference")
+        assert documents.measured == Measured.SENSITIVITY
         assert (rag.engine.method, rag.engine.template) == (LegoLink(k=2), TEMPLATE)
         rag.add_texts([TEXT], [NAME])
         assert max(len(chunk) for chunk in rag.chunks(rag.retrieve(QUESTION))) <= 31
