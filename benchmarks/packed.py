@@ -20,6 +20,7 @@ from ragkv.evaluation.bench import Outcome
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.conditions import conditions
 from ragkv.evaluation.formats import brief
+from ragkv.library.measured import Measured
 from ragkv.methods import FullPrefill
 from ragkv.model.loading import load_model
 
@@ -35,7 +36,12 @@ def asked(args: argparse.Namespace, options: dict[str, Any]) -> tuple[list[tuple
     """Every case's answer by the model as it is loaded with these options, and under which conditions."""
     form, cases = read_cases(args.data, top_k=args.retrieve, limit=args.cases)
     model, tokenizer, template, foreign = load_model(args.model, "cpu", options)
-    more = {"max_new_tokens": args.new_tokens, "instruction": brief(form, cases), "measured": False, "foreign": foreign}
+    more = {
+        "max_new_tokens": args.new_tokens,
+        "instruction": brief(form, cases),
+        "measured": Measured.NOTHING,
+        "foreign": foreign,
+    }
     bench = Bench(model, tokenizer, template, **more)
     answers = []
     for case in cases[: args.cases]:
