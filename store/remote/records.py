@@ -23,7 +23,8 @@ class Records:
     """
 
     def __init__(self, pool: Pool, envelope: Envelope) -> None:
-        self.pool, self._envelope = pool, envelope
+        self.pool: Pool = pool
+        self._envelope = envelope
 
     def heads(self, keys: Sequence[bytes], size: int | None = None) -> dict[bytes, memoryview]:
         """The first bytes of those that are there, for :meth:`open`; by default as many as hold small ones whole."""

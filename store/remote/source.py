@@ -17,6 +17,7 @@ from ragkv.store.remote.envelope import Opened
 from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.remote.speed import Speed
+from ragkv.store.rows import Row
 from ragkv.store.source import Parts, Source
 
 _FINISHED = "the batch is finished with this chunk"
@@ -32,7 +33,9 @@ class Fetch:
     """
 
     def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed) -> None:
-        self.pool, self.lost, self._speed = pool, lost, speed
+        self.pool: Pool = pool
+        self.lost: Callable[[bytes, PoolError], None] = lost
+        self._speed = speed
         self._readings: list[Reading] = []
         self._lock = threading.Lock()
 
@@ -83,7 +86,9 @@ class Reading:
         range_bytes: int,
         arrived: Callable[[Reading], None],
     ) -> None:
-        self.key, self.record, self.row = key, opened.record, opened.row
+        self.key: bytes = key
+        self.record: Record = opened.record
+        self.row: Row = opened.row
         self._fetch, self._opened, self._begun, self._arrived = fetch, opened, begun, arrived
         self.groups: list[range] = _groups(opened, len(begun), range_bytes)
         self._asked: list[Future[Any] | None] = [None] * len(self.groups)
