@@ -46,8 +46,8 @@ class Masses:
         self._sums = torch.zeros(len(owners), count, device=owners.device)
         self._marks: dict[Any, Tensor] = {}
 
-    def mean(self, layers: int) -> Tensor:
-        """``[N, O]`` fp32, the mean over so many layers; zeros for tokens that were not computed.
+    def mean(self, layers: int, slots: slice) -> Tensor:
+        """``[T, O]`` fp32 of T slots, the mean over so many layers; zeros for tokens that were not computed.
 
         Raises:
             MethodError: not every layer showed what it attends to.
@@ -57,7 +57,7 @@ class Masses:
                 f"this model's attention is not open to view ({layers} layers showed it {self.seen} times), so no method that goes "
                 "by what chunks attend to runs on it"
             )
-        return self._sums / layers
+        return self._sums[slots] / layers
 
     def take(self, attend: Callable[[Tensor], Tensor], values: Tensor) -> None:
         """One layer.
