@@ -299,11 +299,17 @@ def test_a_chunk_computed_whole_is_a_variant_of_all_its_tokens():
     engine = engine_of(method=CacheCraft(alpha=1.0))
     a, b, c = engine.add([random_ids(n) for n in (17, 40, 25)])
     asked(engine, [a, b, c], method=CacheCraft(alpha=2.0))  # b behind a is exact, and so is c
-    asked(engine, [c, a, b], method=Union(CacheCraft(alpha=0.5), Behind(b)))
+    made = asked(engine, [c, a, b], method=Union(CacheCraft(alpha=0.5), Behind(b)))
     (whole,) = variants(engine, b).values()
     assert whole.rows is None and whole.attended.front == (c.short, a.short)
-    prompt = asked(engine, [b, c, a, b], random_ids(7))
-    assert prompt.report.sources[3] == "variant" and prompt.report.budget > 0
+    (d,) = engine.add([random_ids(11)])
+    prompt = asked(engine, [d, c, a, b], random_ids(7))
+    assert prompt.report.sources[3] == "variant" and prompt.report.chunks[3].saved == ceil(0.5 * len(b))
+    old = torch.arange(whole.base, whole.base + len(b))
+    layer, there = made.past_key_values.layers[1], prompt.past_key_values.layers[1]
+    assert torch.allclose(there.values[0, :, old + len(d)], layer.values[0, :, old], atol=EXACT)
+    turned = turned_keys(engine, layer.keys[0, :, old], old, old + len(d))
+    assert torch.allclose(there.keys[0, :, old + len(d)], turned, atol=EXACT)
 
 
 class Behind(Method):
@@ -455,3 +461,15 @@ class Looks(Method):
     def select(self, view):
         assert view.attention().shape[0] == view.layers
         return view.layout.reusable[:0]
+
+
+def test_what_a_prompt_did_not_compute_is_as_it_was_read():
+    engine = engine_of()
+    document = engine.add_document([random_ids(n) for n in (13, 40)])
+    (a,) = engine.add([random_ids(17)])
+    asked(engine, [a, document[1]])
+    (source,) = variants(engine, document[1]).values()
+    before, left = attended(engine, document[1]).tokens, torch.ones(len(document[1]), dtype=torch.bool)
+    left[source.rows] = False
+    assert left.any() and torch.equal(source.attended.tokens[left], before[left]) and (before[left] > 0).all()
+    assert not torch.equal(source.attended.tokens[~left], before[~left])
