@@ -124,6 +124,7 @@ def test_what_rows_of_a_prompt_attend_to(architecture, kernels):
             method=CacheCraft(alpha=0.8),
             paths=64 << 20,
             kernels="auto" if way == "eager" else kernels,
+            piece_tokens=512 if way == "eager" else 11,  # a pass in pieces
         )
         chunks = engine.add(texts)
         report = asked(engine, chunks).report
@@ -333,6 +334,25 @@ def test_documents_that_were_read_for_another_method_are_measured_once():
     assert attended(engine, document[1]).front == (document[0].short,)
     again = asked(engine, chunks, method=SensitiveTokens(0.2))
     assert "computed" not in again.report.sources  # sensitivities are still known
+
+
+class Attends(Method):
+    """Goes by what chunks attend to alone."""
+
+    needs_attended, looks = True, False
+
+    def select(self, view):
+        assert len(view.variants) == len(view.layout.chunks)
+        return view.layout.reusable[:0]
+
+
+def test_what_was_measured_before_is_measured_again():
+    engine = engine_of(method=Reuse())
+    chunks = engine.add([random_ids(n) for n in (17, 22)])
+    for method in (Attends(), SensitiveTokens(0.2)):
+        assert asked(engine, chunks, method=method).report.sources == ["computed"] * 2
+    assert all(attended(engine, chunk) is not None for chunk in chunks)
+    assert "computed" not in asked(engine, chunks, method=CacheCraft()).report.sources
 
 
 def test_layers_that_are_placed_one_by_one_hold_the_same(monkeypatch):
