@@ -493,3 +493,14 @@ def test_what_a_prompt_did_not_compute_is_as_it_was_read():
     left[source.rows] = False
     assert left.any() and torch.equal(source.attended.tokens[left], before[left]) and (before[left] > 0).all()
     assert not torch.equal(source.attended.tokens[~left], before[~left])
+
+
+def test_a_repaired_document_is_not_read_again_to_be_measured():
+    engine = engine_of()
+    parts = [random_ids(n) for n in (13, 22, 30)]
+    old = engine.add_document(parts)
+    new = engine.repair_document(old, [parts[0], random_ids(25), parts[2]])
+    assert engine.add([random_ids(17)]) and new[1].mark
+    report = asked(engine, [*engine.add([random_ids(17)]), *new]).report
+    assert "computed" not in report.sources
+    assert attended(engine, new[2]).front == (old[0].short, old[1].short) and not attended(engine, new[1]).front
