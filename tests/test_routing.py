@@ -17,6 +17,9 @@ def test_questions_over_the_same_chunks_meet_whatever_their_order():
     assert route(chunks[::-1], dict(reversed(IDLE.items()))) == there == route(chunks, IDLE)
     assert there == route([chunks[2]], IDLE)  # it has more tokens than the others together
     assert route([chunk.id for chunk in chunks[2:]], IDLE) == there
+    for number in range(20):  # each speaks for another
+        names = [f"{number} {word}" for word in "abc"]
+        assert route(names, IDLE) == route(names[::-1], IDLE)
 
 
 def test_the_chunks_of_a_document_have_one_home():
