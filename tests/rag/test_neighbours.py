@@ -103,13 +103,17 @@ def ids_of(rag, source):
     return rag.retriever.catalogue.get(source).passage_ids
 
 
-def test_a_changed_neighbour_is_one_no_more(whole):
+def test_a_changed_neighbour_is_one_no_more(whole, reads):
+    whole._intake.repair_tokens, ran = 4, reads(whole.engine)
     passage = whole.retriever.catalogue.passage(read(whole, SOURCES[0])[1].behind[0])
     source, others = passage.document.source, [o for o in SOURCES if passage.id in read(whole, o)[1].behind]
     whole.add_texts([DOCUMENTS[source].replace(passage.text, passage.text.upper())], [source])
     assert passage.id not in ids_of(whole, source)
     assert SOURCES[0] in others and not any(read(whole, other)[0].fronts for other in others)
-    assert read(whole, source)[0].fronts  # what is added is read behind its own
+    changed = read(whole, source)[0]
+    assert changed.fronts and sum(ran) == sum(
+        map(len, changed.lineage(len(changed) - 1))
+    )  # once, exactly, behind its own
 
 
 def test_a_folder_in_step_with_the_disk_is_read_behind_what_is_left(model, tmp_path):
