@@ -92,10 +92,9 @@ class Search:
     def _among(self, view: Snapshot) -> list[int] | None:
         """The ids of passages that may be found; None for all."""
         where, namespace = self._retrieval.where, self._namespace
-        if where is None and view.all_within(namespace):
-            return None
-        fits = condition(where or {})
-        found = filter(fits, view.documents(namespace))
+        if where is None:
+            return view.passages_within(namespace)
+        found = filter(condition(where), view.documents(namespace))
         return [passage_id for document in found for passage_id in document.passage_ids]
 
     def _hop(

@@ -81,6 +81,12 @@ class Snapshot:
             return self._txn.get("meta", records.UNDIVIDED) is not None
         return sum(1 for _ in self._txn.keys("documents", records.namespace_prefix(namespace))) == len(self)
 
+    def passages_within(self, namespace: str) -> list[int] | None:
+        """The ids of a namespace's passages; ``None`` where it is known that they are all there are."""
+        if self.all_within(namespace):
+            return None
+        return [passage_id for document in self.documents(namespace) for passage_id in document.passage_ids]
+
     def get(self, source: str, namespace: str = "") -> Document | None:
         """The document of a source; None where there is none."""
         return self._document(records.source_key(source, namespace))

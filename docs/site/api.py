@@ -20,6 +20,9 @@ ORDER = re.findall(r"\]\((docs/[\w-]+\.md)\)", "".join(ROWS))
 RESULTS = ("rag.SourcedAnswer", "report.AnswerReport", "session.Session", "streaming.AsyncAnswerStream")
 RESULTS += ("library.intake.Added", "library.intake.Synced", "library.listing.ListedDocument", "store.stats.StoreStats")
 
+# Classes that have a part of their methods from a base that is not public itself.
+DERIVED = ("RAG",)
+
 
 def modules() -> list[str]:
     """The public modules that there are; of a package without an ``__all__`` those in it that have one."""
@@ -41,7 +44,8 @@ def page(module: str) -> str:
     """The Markdown that mkdocstrings fills."""
     names = sorted(import_module(module).__all__, key=lambda name: name.endswith("Error"))  # errors last
     own = [f"::: {module}", "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}", ""]
-    return "\n".join([f"# {module}", "", *own, *(f"::: {module}.{name}\n" for name in names)])
+    whole = dict.fromkeys(DERIVED, "    options: {inherited_members: true}\n")
+    return "\n".join([f"# {module}", "", *own, *(f"::: {module}.{name}\n{whole.get(name, '')}" for name in names)])
 
 
 def on_files(files, config):

@@ -85,6 +85,4 @@ class Neighbours:
     @lazy
     def _among(self) -> list[int] | None:
         """The namespace's passages; None for all."""
-        if self._view.all_within(self._namespace):
-            return None
-        return [passage_id for each in self._view.documents(self._namespace) for passage_id in each.passage_ids]
+        return self._view.passages_within(self._namespace)

@@ -34,7 +34,7 @@ class Due(NamedTuple):
 def due(
     catalogued: CataloguedDocuments, documents: Documents, listed: Sequence[Document], most: int, tell: Tell | None
 ) -> list[Due]:
-    """What documents need; nothing is read or written.
+    """What documents need; nothing is read, and only records that had to be made are kept.
 
     Args:
         catalogued: has them.

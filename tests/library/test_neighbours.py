@@ -1,12 +1,18 @@
 """Documents that are read behind passages of others: exact there, never taken for what was read alone, and read again so."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
 from ragkv import Chunk, Engine, FullPrefill, PromptTemplate, PromptTooLongError, Reuse, SensitiveTokens, TieredStore
 from ragkv.errors import PromptError
 from ragkv.library.document import ChunkedDocument
+from ragkv.library.neighbours import Neighbours
+from ragkv.retrieval import Retriever
 from ragkv.testing import random_ids, tiny_model
+from tests.evaluation.test_neighbours import Embedder
+from tests.rag.rags import TOKENIZER
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], before_chunk=[9], after_chunk=[10])
 A, B, X, Y = (random_ids(12, seed=seed) for seed in range(4))
@@ -74,6 +80,8 @@ def test_every_window_stands_behind_them(model, context):
     with Engine(model, template=TEMPLATE, method=Reuse(), document_tokens=64, context=context) as engine:
         document = engine.documents.cut(parts, behind=[A])
         assert len(set(document.firsts)) > 1 and set(document.fronts) == set(document.firsts)
+        repaired = document.with_mark(1, "repaired")
+        assert repaired.read_behind({}).marks == {} and repaired.read_behind(document.fronts) is repaired
         again = ChunkedDocument.from_bytes(document.to_bytes())
         assert list(map(facts, again)) == list(map(facts, document))
         for number, chunk in enumerate(again):
@@ -105,3 +113,32 @@ def test_the_default_method_repairs_it_in_front_of_others(model):
         x, y = engine.add_document([X, Y], behind=[A])
         assert engine.fuse([other, x, y], QUESTION).report.budget > 0.1
         assert engine.fuse([other, y], QUESTION).report.budget == 0  # the text before it is missing
+
+
+def test_no_text_stands_there_twice_however_far_the_next_one_is():
+    """More copies than are looked at: of its own text, and of the nearest."""
+    texts = ["A river."] * 9 + ["A river, a river and a harp."] * 12 + ["A harp."]
+    with closing(Retriever.open(embedder=Embedder())) as retriever:
+        retriever.add_many([(str(number), [text], None) for number, text in enumerate(texts)])
+        with retriever.catalogue.snapshot() as view:
+            found = list(Neighbours(retriever, view, "").of(view.get("0"), [0]))
+            assert [view.passage_text(passage_id) for passage_id in found] == [texts[9], texts[-1]]
+
+
+def test_each_window_has_neighbours_of_its_own_as_far_as_there_is_room():
+    parts, others = ["River " * 12, "Glass " * 12], {"river": "A river.", "glass": "Of glass.", "long": "River " * 20}
+    with (
+        closing(Retriever.open(embedder=Embedder())) as retriever,
+        Engine(tiny_model(vocab_size=1792), TOKENIZER, document_tokens=80) as engine,
+    ):
+        retriever.add_many([("own", parts, None), *((name, [text], None) for name, text in others.items())])
+        document = engine.documents.cut(parts)
+        river, glass = (engine.encoder.chunk(others[name]) for name in ("river", "glass"))
+        with retriever.catalogue.snapshot() as view:
+            neighbours, listed = Neighbours(retriever, view, ""), view.get("own")
+            fronts = [neighbours.behind(document, listed, engine.documents, most).fronts for most in (1, 2)]
+    assert document.firsts == [0, 1]
+    assert fronts == [
+        {1: [glass]},
+        {0: [river], 1: [glass, river]},
+    ]  # "long" is nearest to the first, and too long for it

@@ -8,6 +8,7 @@ import pytest
 from ragkv import RAG, ArgumentError
 from ragkv.exchange import export_folder, import_folder
 from ragkv.library.document import ChunkedDocument
+from ragkv.retrieval import Retrieval
 
 from .rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag
 
@@ -54,14 +55,19 @@ def test_each_document_stands_behind_the_nearest_passages_of_others(whole):
         assert document.fronts == {0: [whole.engine.encoder.chunk(text) for text in texts]}
     assert catalogue.check() == [] and whole.stale() == []
     assert whole.ask(QUESTION, max_new_tokens=2).report.fusion.hits.keys() == {"cpu"}
+    assert all(chunk.front for chunk in whole.chunks(whole.retrieve(QUESTION)))
+    elsewhere = whole.finder.catalogued(whole.engine.prompting.documents_for("Be brief.", None))
+    assert not any(chunk.front for chunk in elsewhere.chunks(elsewhere.search(QUESTION, Retrieval())))
 
 
 def test_it_is_read_once_and_the_same_in_whatever_calls(whole, model, reads):
     ran = reads(whole.engine)
     assert whole.refresh() == whole.add_texts(TEXTS, SOURCES).tokens_read == 0 and ran == []
     with opened(model) as one_by_one:
+        told = []
         for source, text in zip(SOURCES, TEXTS, strict=True):
-            one_by_one.add_texts([text], [source])
+            one_by_one.add_texts([text], [source], progress=told.append)
+        assert {step.reason for step in told} == {"found", "new"}
         fronts = all_fronts(whole)
         stale = [source for source in SOURCES if read(one_by_one, source)[0].fronts != fronts[source]]
         assert stale and one_by_one.stale() == sorted(stale)
@@ -97,13 +103,17 @@ def ids_of(rag, source):
     return rag.retriever.catalogue.get(source).passage_ids
 
 
-def test_a_changed_neighbour_is_one_no_more(whole):
+def test_a_changed_neighbour_is_one_no_more(whole, reads):
+    whole._intake.repair_tokens, ran = 4, reads(whole.engine)
     passage = whole.retriever.catalogue.passage(read(whole, SOURCES[0])[1].behind[0])
     source, others = passage.document.source, [o for o in SOURCES if passage.id in read(whole, o)[1].behind]
     whole.add_texts([DOCUMENTS[source].replace(passage.text, passage.text.upper())], [source])
     assert passage.id not in ids_of(whole, source)
     assert SOURCES[0] in others and not any(read(whole, other)[0].fronts for other in others)
-    assert read(whole, source)[0].fronts  # what is added is read behind its own
+    changed = read(whole, source)[0]
+    assert changed.fronts and sum(ran) == sum(
+        map(len, changed.lineage(len(changed) - 1))
+    )  # once, exactly, behind its own
 
 
 def test_a_folder_in_step_with_the_disk_is_read_behind_what_is_left(model, tmp_path):
@@ -150,6 +160,9 @@ def test_the_folder_keeps_it(tmp_path):
         rag.refresh()
     with RAG.open(folder, **own) as rag:
         assert rag.behind == 2 and rag.stale() == []
+        rag.behind = 1
+        rag.add_texts(TEXTS[:1], SOURCES[:1])
+        assert rag.retriever.catalogue.defaults["behind"] == 1
 
 
 def test_each_namespace_has_its_own(whole):

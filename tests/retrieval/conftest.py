@@ -76,6 +76,12 @@ def damaged(path, database, key):
         txn.put(key, record[:20] + bytes([record[20] ^ 1]) + record[21:], db=db)
 
 
+def lost(path, database, key):
+    """Deletes a record behind the catalogue's back."""
+    with lmdb.open(str(path), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        assert txn.delete(key, db=env.open_db(database.encode(), txn))
+
+
 @pytest.fixture(scope="session")
 def minilm():
     return offline_embedder(device="cpu")

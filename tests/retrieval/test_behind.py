@@ -4,7 +4,7 @@ from ragkv.chunk import digest
 from ragkv.retrieval import Catalogue, Reading
 from ragkv.retrieval.records import behind_key, passage_key, reading_key, source_key
 
-from .conftest import damaged, put
+from .conftest import damaged, lost, put
 
 MODEL = digest("model").hex()
 
@@ -64,3 +64,14 @@ def test_a_neighbour_that_is_damaged_takes_it_along(tmp_path, embedder):
     with Catalogue(tmp_path) as catalogue:
         assert catalogue.repair(embedder.encode_documents) == ["a: damaged and deleted, add it again"]
         assert found(catalogue, "b") is None and catalogue.get("b") is not None and catalogue.check() == []
+
+
+def test_a_check_sees_what_is_wrong_with_it(tmp_path):
+    with Catalogue(tmp_path) as catalogue:
+        ids = two(catalogue)
+    lost(tmp_path, "kv", behind_key(ids[0]))
+    with Catalogue(tmp_path) as catalogue:
+        assert "b: the KV of a passage are not listed" in catalogue.check()
+    lost(tmp_path, "passages", passage_key(ids[0]))
+    with Catalogue(tmp_path) as catalogue:
+        assert "b: it is read behind a passage that is gone" in catalogue.check()
