@@ -204,7 +204,7 @@ class Encoder:
         self._after_chunk = self.ids(parts["after_chunk"], trusted=True)
         self._before_question = self._cut(parts["before_question"])
         self._after_question = self._cut(parts["after_question"])
-        self.slots()  # what stands there by default can be encoded
+        self._slots: Slots = {name: self.ids(text) for name, text in template.slots.items()}
         self.after_answer: tuple[int, ...] = self.ids(parts["after_answer"], trusted=True)
 
     def chunk(self, passage: Text) -> tuple[int, ...]:
@@ -242,7 +242,7 @@ class Encoder:
         Raises:
             PromptError: the template has no such slot, or what is given is neither text nor ids.
         """
-        return {name: self.ids(text) for name, text in filled(self.template.slots, given, ranks).items()}
+        return {name: self.ids(text) for name, text in filled(self._slots, given, ranks).items()}
 
     def own(self, text: Text, slots: Slots) -> tuple[int, ...]:
         """The ids of the template's own text, with its slots filled."""

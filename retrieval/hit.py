@@ -24,6 +24,7 @@ class Hit:
         page: the page (of a presentation: the slide) that it begins on, from 1; None where there are none.
         heading: the headings that it stands under, ``"Harbours > Clearport"``; in a workbook its sheet; empty where there are none.
         rank: its place in what was found, from 1, whatever the order of the prompt; neighbours behind all that were found.
+            0 for copies.
         copies: passages of the very same text that were found too, and are not in the prompt again: it stands for them.
         reading: how the model that asks reads its document, if that is kept.
     """

@@ -12,6 +12,7 @@ from ragkv.defaults import to_keep, with_kept
 from ragkv.messages import asked, going_on
 from ragkv.prompt import Encoder
 from ragkv.testing import tiny_model
+from ragkv.tokenizer import PrivateTokenizer
 from tests.engine.conftest import full
 from tests.rag.rags import DOCUMENTS, QUESTION, open_rag
 from tests.test_messages import CHAT, TALK
@@ -181,3 +182,14 @@ def test_a_folder_and_a_conversation_take_slots(tokenizer):
             seen.append(read(tokenizer, session._state.past.ids))
         assert "AnswerinGerman" in seen[0] and seen[1].startswith(seen[0]) and "AnswerinDanish" in seen[1]
         assert "German" not in seen[1][len(seen[0]) :]
+
+
+def test_what_stands_there_by_default_is_tokenised_once(tokenizer, monkeypatch):
+    """A call tokenises its question and what it says itself, and nothing else."""
+    own = encoder(PromptTemplate(before_question="In {language}: ", slots={"language": "English"}), tokenizer)
+    encoded = []
+    want = own.suffix("Who?", own.slots())
+    plain = PrivateTokenizer.plain
+    monkeypatch.setattr(PrivateTokenizer, "plain", lambda self, texts: encoded.extend(texts) or plain(self, texts))
+    assert own.suffix("Who?", own.slots()) == want and encoded == ["Who?"]
+    assert own.suffix("Who?", own.slots({"language": "German"})) != want and encoded == ["Who?", "German", "Who?"]
