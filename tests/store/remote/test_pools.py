@@ -12,6 +12,7 @@ from ragkv.folder import Environment
 from ragkv.store import RemoteTier, TieredStore, chunk_key
 from ragkv.store.keys import path_key
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.remote.records import name_of
 
 SECRET = bytes(range(32))
 
@@ -69,6 +70,23 @@ def test_lifetimes_end_in_the_pool_too(url, machine, kv, key):
     time.sleep(0.5)
     three = machine(url)
     assert three.get(key(1)) is None and three.get(key(2)) is not None
+
+
+def test_redis_drops_what_has_expired_by_itself(valkey_server, machine, kv, key, soon):
+    store = machine(f"redis://127.0.0.1:{valkey_server.port}/0?prefix=expired:")
+    store.put(key(1), kv(1), lifetime_s=0.2)
+    store.put(key(2), kv(2))
+    store.flush()
+    soon(lambda: {name for name, _ in store._tiers.behind[0]._pool.names()} == {name_of(key(2))})
+
+
+def test_what_is_too_large_for_a_pool_does_not_come_there(machine, kv, key, tmp_path, monkeypatch, caplog):
+    store = machine(f"file://{tmp_path}/pool")
+    monkeypatch.setattr(store._tiers.behind[0]._pool, "most_bytes", 10)
+    store.put(key(1), kv(1))
+    store.flush()
+    pool = store.stats().pools["remote"]
+    assert (pool.sent, pool.dropped, pool.pending) == (0, 1, 0) and "too large" in caplog.text
 
 
 def test_what_is_there_already_is_not_sent_again(url, machine, kv, key):

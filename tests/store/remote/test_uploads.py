@@ -11,6 +11,7 @@ import pytest
 from ragkv.errors import UploadError
 from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.keys import path_key
+from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes
 from ragkv.store.remote.records import name_of
 
 AWAY = "redis://127.0.0.1:1"  # nobody listens there
@@ -62,6 +63,24 @@ def test_a_process_killed_while_it_sends(valkey_server, folder, kv, key, forked)
         done = store.stats().pools["remote"]
         assert {name for name, _ in pool.names()} == {name_of(key(number)) for number in range(200)}
     assert 0 < done.sent <= 200 - sent and done.pending == 0
+
+
+def test_what_was_not_sent_is_when_the_folder_is_opened(url, folder, kv, key, objects, soon):
+    with TieredStore(folder, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.put(key(1), kv(1))
+    with TieredStore(folder, remote=url):
+        soon(lambda: objects() == {key(1).hex()})
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_what_is_noted_while_something_is_done_is_not_struck_out(kind, folder, key):
+    """A chunk that is removed while it is sent is deleted in the pool afterwards."""
+    with TieredStore(folder) as store:
+        notes = FolderNotes(store._disk.environment) if kind == "folder" else MemoryNotes()
+        notes.add({key(1): SEND, key(2): SEND})
+        notes.add({key(1): DELETE})
+        notes.strike({key(1): SEND, key(2): SEND})
+        assert list(notes.each()) == [(key(1), DELETE)]
 
 
 def test_several_processes_on_one_folder_send_all_of_it(url, folder, kv, key, forked, objects):
