@@ -7,13 +7,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
 from ragkv.store.disk import DiskTier
-from ragkv.store.keys import PATH
-from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes
+from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, shared
 from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
@@ -115,18 +114,12 @@ class RemoteTier(Tier):
         if isinstance(home, DiskTier):
             if home.readonly:
                 return
-            home.notes = self._notes = notes = FolderNotes(home.environment)
-            self._arrivals = arrivals = Arrivals(home, notes)
-            home.sends = lambda key: self.sends(key) and key not in arrivals.busy
+            home.notes = self._notes = FolderNotes(home.environment)
+            self._arrivals = Arrivals(home)
         self._sender = Sender(home, self._records, self._told)
         self._uploads = Uploads(self._notes, self._sender.work, self._sending)
         if len(self._notes):
             self._uploads.wake()
-
-    @staticmethod
-    def sends(key: bytes) -> bool:
-        """Whether a chunk of such a key is for others: what was computed of a prompt is not."""
-        return not key.startswith(PATH)
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
@@ -170,7 +163,7 @@ class RemoteTier(Tier):
         """See :class:`Tier`. It is sent in the background."""
         if self._uploads is None:
             return [False] * len(entries)
-        wanted = [self.sends(entry.key) for entry in entries]
+        wanted = [shared(entry.key) for entry in entries]
         if not isinstance(self._home, DiskTier):  # which has noted it with the entry
             self._notes.add({entry.key: SEND for entry, sent in zip(entries, wanted, strict=True) if sent})
         self._uploads.wake()
@@ -180,7 +173,7 @@ class RemoteTier(Tier):
         """See :class:`Tier`. What the pool has already is not sent."""
         if self._uploads is None:
             return 0
-        wanted = [key for key in keys if self.sends(key)]
+        wanted = [key for key in keys if shared(key)]
         self._notes.add(dict.fromkeys(wanted, SEND))
         self._uploads.wake()
         return len(wanted)
@@ -192,10 +185,9 @@ class RemoteTier(Tier):
         """
         if self._uploads is None:
             return []
-        keys = [key for key in dict.fromkeys(keys) if self.sends(key)]
+        keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._seen.keys() & keys)} - self._notes.deleting(keys)
-        with nullcontext() if self._arrivals is None else self._arrivals.lock:
-            self._notes.add(dict.fromkeys(keys, DELETE))
+        self._notes.add(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
         for key in keys:
             self._seen.pop(key, None)
@@ -268,7 +260,7 @@ class RemoteTier(Tier):
     def _likely(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
         now = self.now()
-        wanted = [key for key in keys if self.sends(key) and self._avoided.get(key, 0.0) <= now]
+        wanted = [key for key in keys if shared(key) and self._avoided.get(key, 0.0) <= now]
         if self._off or self._breaker.left_s or not wanted:
             return []
         known = self._manifest.holds(wanted) if self._listed else set(wanted[:_MOST_ASKED])

@@ -13,6 +13,8 @@ from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.keys import path_key
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes
 from ragkv.store.remote.records import name_of
+from ragkv.store.terms import Terms
+from ragkv.store.tier import Offer
 
 AWAY = "redis://127.0.0.1:1"  # nobody listens there
 
@@ -81,6 +83,19 @@ def test_what_is_noted_while_something_is_done_is_not_struck_out(kind, folder, k
         notes.add({key(1): DELETE})
         notes.strike({key(1): SEND, key(2): SEND})
         assert list(notes.each()) == [(key(1), DELETE)]
+
+
+def test_what_comes_from_a_pool_is_left_where_it_is_stored_or_to_be_deleted(folder, kv, key):
+    """Asked in the transaction that stores it: another process may have removed it just now."""
+    with TieredStore(folder, cpu_bytes=0, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.put(key(1), kv(1))
+        source = store._disk.find([key(1)])[key(1)]
+        source.load()
+        offers = [Offer(key(number), *source.whole, Terms()) for number in (1, 2, 3)]
+        source.release()
+        store.remove(key(2))
+        assert store._disk.admit(offers, arrived=True) == [False, False, True]
+        assert dict(store._disk.notes.each()) == {key(1): SEND, key(2): DELETE}, "what came is not to be sent"
 
 
 def test_several_processes_on_one_folder_send_all_of_it(url, folder, kv, key, forked, objects):
