@@ -95,9 +95,8 @@ class RemoteTier(Tier):
         self._seen: dict[bytes, tuple[Row, bytes]] = {}
         # What is on its way: whoever else wants it joins.
         self._readings: WeakValueDictionary[bytes, Reading] = WeakValueDictionary()
-        # What proved unreadable, and until when it is left alone; what the pool did not give.
+        # What proved damaged, or was not given, and until when it is left alone.
         self._avoided: dict[bytes, float] = {}
-        self._lost: set[bytes] = set()
         self._counts: Counter[str] = Counter()
         self._off = False
         self._notes: Notes = MemoryNotes()
@@ -196,9 +195,7 @@ class RemoteTier(Tier):
 
     def damaged(self, key: bytes) -> None:
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
-        if key in self._lost:
-            self._lost.discard(key)
-            self._avoided[key] = self.now() + _AVOIDED_S
+        if self._avoided.get(key, 0.0) > self.now():
             return
         _, number = self._seen.pop(key, (None, b""))
         self._drop(key, number, "a segment is not what was stored")
@@ -239,11 +236,11 @@ class RemoteTier(Tier):
         self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
-        for part in (self._pool, self._manifest, self._uploads, self._arrivals):
+        for part in (self._pool, self._manifest, self._arrivals):
             if part is not None:
                 part.after_fork()
-        if self._off:
-            self._uploads = self._arrivals = None
+        if self._uploads is not None:
+            self._uploads.after_fork(0 if self._off else self._sending)
 
     def close(self) -> None:
         """See :class:`Tier`. What is not sent yet stays noted in the folder; without a folder it never is."""
@@ -312,7 +309,7 @@ class RemoteTier(Tier):
 
     def _lose(self, key: bytes, error: PoolError) -> None:
         """The pool did not give a chunk that it had."""
-        self._lost.add(key)
+        self._avoided[key] = self.now() + _AVOIDED_S
         if isinstance(error, GoneError):
             self._manifest.note([key], False)
         else:

@@ -103,12 +103,15 @@ def test_several_processes_on_one_folder_send_all_of_it(url, folder, kv, key, fo
 
         def child():
             store.put(key(2), kv(2))
-            return store.get(key(9)) is None and "put"
+            store.remove(key(3))
+            return store.get(key(9)) is None and not store.stats().pools["remote"].unanswered and "put"
 
-        store.put(key(1), kv(1))
+        for number in (1, 3):
+            store.put(key(number), kv(number))
+        store.flush()
         assert forked(child) == "put"
         store.flush()
-        assert objects() == {key(1).hex(), key(2).hex()}
+        assert objects() == {key(1).hex(), key(2).hex()}, "what a child removed is deleted by its parent, too"
 
 
 def test_what_was_evicted_or_damaged_before_its_turn_is_not_sent(url, folder, kv, key, objects):
