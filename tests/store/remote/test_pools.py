@@ -121,15 +121,19 @@ def test_what_prompts_computed_is_not_for_others(machine, kv, key, tmp_path):
     assert not machine(url).contains(computed)
 
 
-def test_a_namespace_finds_nothing_of_another(machine, kv, tmp_path):
+def test_a_namespace_finds_nothing_of_another(machine, kv, kept, tmp_path):
     """The key holds the namespace, and an object is bound to its key: copied to another's name it is refused."""
     url = f"file://{tmp_path}/pool"
     mine, other = (chunk_key("space", [1, 2, 3], b"", namespace) for namespace in ("mine", "other"))
     one = machine(url)
-    one.put(mine, kv(1), namespace="mine")
+    one.put(mine, kv(1), namespace="mine", cost_s=0.5)
     one.flush()
     two = machine(url)
     assert two.contains(mine) and not two.contains(other) and two.get(other) is None
+    assert two.get(mine) is not None
+    kept(two, 1)
+    here, there = two._disk.row(mine), one._disk.row(mine)
+    assert (here.namespace, here.usage.cost_s) == (there.namespace, 0.5), "its quota and worth are others in the folder"
     (mine_file,) = (tmp_path / "pool").glob(f"*/{mine.hex()}")
     other_file = tmp_path / "pool" / other.hex()[:2] / other.hex()
     other_file.parent.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from ragkv.errors import UploadError
 from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.keys import path_key
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes
+from ragkv.store.remote.pool import PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer
@@ -161,6 +162,18 @@ def test_flush_says_what_is_left_and_how_long_it_waited(folder, kv, key):
             store.flush(0.05)
         assert isinstance(UploadError(""), TimeoutError)
         assert store.get(key(1)) is not None
+
+
+def test_a_pool_that_is_away_is_not_tried_with_every_chunk(url, folder, kv, key, monkeypatch):
+    def fails(names, size):
+        raise PoolError("away")
+
+    with TieredStore(folder, remote=url) as store:
+        monkeypatch.setattr(store._tiers.behind[0]._pool, "heads", fails)
+        store.put_many([(key(number), kv(number), 0.0) for number in range(40)])
+        with pytest.raises(UploadError):
+            store.flush(0.2)
+        assert 1 <= store.stats().pools["remote"].failed <= 8
 
 
 def test_what_is_replaced_or_put_again_is_sent_as_it_is_last(url, folder, kv, key, same):
