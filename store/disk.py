@@ -19,7 +19,7 @@ from ragkv.folder import Environment, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
 from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.memory import NO_FACTS
-from ragkv.store.notes import SEND, FolderNotes
+from ragkv.store.notes import FolderNotes
 from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
@@ -50,7 +50,6 @@ class DiskTier(Tier):
     Attributes:
         readonly: whether nothing can be written.
         notes: notes with each entry that it is to be sent to a pool; None where there is none.
-        sends: which entries are.
     """
 
     name = "disk"
@@ -73,7 +72,6 @@ class DiskTier(Tier):
         self._held = held
         self._selective = selective
         self.notes: FolderNotes | None = None
-        self.sends: Callable[[bytes], bool] = lambda key: True
         # Damaged records that could not be deleted, and when each was put.
         self._unreadable: dict[bytes, float | None] = {}
         self._touched: Counter[bytes] = Counter()
@@ -117,18 +115,26 @@ class DiskTier(Tier):
         with self.environment.read() as txn:
             return [key for key in keys if self._known_damaged(key) or not self._alive(txn, key, now)]
 
-    def admit(self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS) -> list[bool]:
-        """Stores records and small facts in one transaction, all or none; durable when it returns."""
+    def admit(
+        self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS, *, arrived: bool = False
+    ) -> list[bool]:
+        """Stores records and small facts in one transaction, all or none; durable when it returns.
+
+        What arrived from a pool is not noted to be sent there, and is left where it is stored or to be deleted.
+        """
         kept: list[bool] = []
         written: set[bytes] = set()
         with self._planner() as planner:
             txn = planner.books.txn
             for entry in entries:
+                if arrived and not self._welcome(txn, entry.key):
+                    kept.append(False)
+                    continue
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
                     self._write(txn, entry.key, entry.record, entry.payload)
-                    if self.notes is not None and self.sends(entry.key):
-                        self.notes.write(txn, entry.key, SEND)
+                    if self.notes is not None and not arrived:
+                        self.notes.send(txn, entry.key)
                 kept.append(row is not None)
                 written.add(entry.key)
             for name, value in facts.items():
@@ -311,6 +317,11 @@ class DiskTier(Tier):
         txn.put(key, record.pack(key), db=self.environment.db(b"entries"))
         for index, (start, stop) in enumerate(record.spans):
             txn.put(segment_key(key, index), data[start:stop], db=segments)
+
+    def _welcome(self, txn: Any, key: bytes) -> bool:
+        """Whether a chunk of a pool may come: it is neither here nor to be deleted there."""
+        unwanted = self.notes is not None and self.notes.deletes(txn, key)
+        return not unwanted and not self._alive(txn, key, self.now())
 
     def _alive(self, txn: Any, key: bytes, now: float) -> bool:
         row = txn.get(key, db=self.environment.db(b"usage"))

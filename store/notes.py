@@ -10,11 +10,17 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 from ragkv.folder import Environment
+from ragkv.store.keys import PATH
 
 #: What a note says of its chunk. Behind DELETE stands which object is meant; nothing: whichever is there.
 SEND, DELETE = b"+", b"-"
 _NOTE = b"pool"  # what their names in the database begin with
 _MOST = 100_000
+
+
+def shared(key: bytes) -> bool:
+    """Whether a chunk of such a key is for others: what was computed of a prompt is not."""
+    return not key.startswith(PATH)
 
 
 class Notes(Protocol):
@@ -87,11 +93,17 @@ class FolderNotes:
         if notes:
             with self._environment.write() as txn:
                 for key, what in notes.items():
-                    self.write(txn, key, what)
+                    txn.put(_NOTE + key, what, db=self._state)
 
-    def write(self, txn: Any, key: bytes, what: bytes) -> None:
-        """One note, in somebody's transaction."""
-        txn.put(_NOTE + key, what, db=self._state)
+    def send(self, txn: Any, key: bytes) -> None:
+        """Notes that a chunk is to be sent, where it is for others, in somebody's transaction."""
+        if shared(key):
+            txn.put(_NOTE + key, SEND, db=self._state)
+
+    def deletes(self, txn: Any, key: bytes) -> bool:
+        """Whether a chunk is to be deleted, in somebody's transaction."""
+        what = txn.get(_NOTE + key, db=self._state)
+        return what is not None and bytes(what).startswith(DELETE)
 
     def unsend(self, txn: Any, key: bytes) -> None:
         """Strikes out that a chunk is to be sent, in somebody's transaction."""
@@ -119,8 +131,7 @@ class FolderNotes:
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""
         with self._environment.read() as txn:
-            noted = {key: txn.get(_NOTE + key, db=self._state) for key in keys}
-            return {key for key, what in noted.items() if what is not None and bytes(what).startswith(DELETE)}
+            return {key for key in keys if self.deletes(txn, key)}
 
     def __len__(self) -> int:
         return sum(1 for _ in self.each())

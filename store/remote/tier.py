@@ -7,13 +7,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
 from ragkv.store.disk import DiskTier
-from ragkv.store.keys import PATH
-from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes
+from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, shared
 from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
@@ -96,9 +95,8 @@ class RemoteTier(Tier):
         self._seen: dict[bytes, tuple[Row, bytes]] = {}
         # What is on its way: whoever else wants it joins.
         self._readings: WeakValueDictionary[bytes, Reading] = WeakValueDictionary()
-        # What proved unreadable, and until when it is left alone; what the pool did not give.
+        # What proved damaged, or was not given, and until when it is left alone.
         self._avoided: dict[bytes, float] = {}
-        self._lost: set[bytes] = set()
         self._counts: Counter[str] = Counter()
         self._off = False
         self._notes: Notes = MemoryNotes()
@@ -115,18 +113,12 @@ class RemoteTier(Tier):
         if isinstance(home, DiskTier):
             if home.readonly:
                 return
-            home.notes = self._notes = notes = FolderNotes(home.environment)
-            self._arrivals = arrivals = Arrivals(home, notes)
-            home.sends = lambda key: self.sends(key) and key not in arrivals.busy
+            home.notes = self._notes = FolderNotes(home.environment)
+            self._arrivals = Arrivals(home)
         self._sender = Sender(home, self._records, self._told)
         self._uploads = Uploads(self._notes, self._sender.work, self._sending)
         if len(self._notes):
             self._uploads.wake()
-
-    @staticmethod
-    def sends(key: bytes) -> bool:
-        """Whether a chunk of such a key is for others: what was computed of a prompt is not."""
-        return not key.startswith(PATH)
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
@@ -170,7 +162,7 @@ class RemoteTier(Tier):
         """See :class:`Tier`. It is sent in the background."""
         if self._uploads is None:
             return [False] * len(entries)
-        wanted = [self.sends(entry.key) for entry in entries]
+        wanted = [shared(entry.key) for entry in entries]
         if not isinstance(self._home, DiskTier):  # which has noted it with the entry
             self._notes.add({entry.key: SEND for entry, sent in zip(entries, wanted, strict=True) if sent})
         self._uploads.wake()
@@ -180,7 +172,7 @@ class RemoteTier(Tier):
         """See :class:`Tier`. What the pool has already is not sent."""
         if self._uploads is None:
             return 0
-        wanted = [key for key in keys if self.sends(key)]
+        wanted = [key for key in keys if shared(key)]
         self._notes.add(dict.fromkeys(wanted, SEND))
         self._uploads.wake()
         return len(wanted)
@@ -192,10 +184,9 @@ class RemoteTier(Tier):
         """
         if self._uploads is None:
             return []
-        keys = [key for key in dict.fromkeys(keys) if self.sends(key)]
+        keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._seen.keys() & keys)} - self._notes.deleting(keys)
-        with nullcontext() if self._arrivals is None else self._arrivals.lock:
-            self._notes.add(dict.fromkeys(keys, DELETE))
+        self._notes.add(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
         for key in keys:
             self._seen.pop(key, None)
@@ -204,9 +195,7 @@ class RemoteTier(Tier):
 
     def damaged(self, key: bytes) -> None:
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
-        if key in self._lost:
-            self._lost.discard(key)
-            self._avoided[key] = self.now() + _AVOIDED_S
+        if self._avoided.get(key, 0.0) > self.now():
             return
         _, number = self._seen.pop(key, (None, b""))
         self._drop(key, number, "a segment is not what was stored")
@@ -247,11 +236,11 @@ class RemoteTier(Tier):
         self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
-        for part in (self._pool, self._manifest, self._uploads, self._arrivals):
+        for part in (self._pool, self._manifest, self._arrivals):
             if part is not None:
                 part.after_fork()
-        if self._off:
-            self._uploads = self._arrivals = None
+        if self._uploads is not None:
+            self._uploads.after_fork(0 if self._off else self._sending)
 
     def close(self) -> None:
         """See :class:`Tier`. What is not sent yet stays noted in the folder; without a folder it never is."""
@@ -268,7 +257,7 @@ class RemoteTier(Tier):
     def _likely(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
         now = self.now()
-        wanted = [key for key in keys if self.sends(key) and self._avoided.get(key, 0.0) <= now]
+        wanted = [key for key in keys if shared(key) and self._avoided.get(key, 0.0) <= now]
         if self._off or self._breaker.left_s or not wanted:
             return []
         known = self._manifest.holds(wanted) if self._listed else set(wanted[:_MOST_ASKED])
@@ -320,7 +309,7 @@ class RemoteTier(Tier):
 
     def _lose(self, key: bytes, error: PoolError) -> None:
         """The pool did not give a chunk that it had."""
-        self._lost.add(key)
+        self._avoided[key] = self.now() + _AVOIDED_S
         if isinstance(error, GoneError):
             self._manifest.note([key], False)
         else:

@@ -97,8 +97,9 @@ class Uploads:
         """Whether the last try failed."""
         return self._breaker.broken
 
-    def after_fork(self) -> None:
-        """In a child: what the parent does is the parent's."""
+    def after_fork(self, threads: int) -> None:
+        """In a child: what the parent does is the parent's; with 0 threads all is."""
+        self._most = threads
         self._reset()
 
     def close(self) -> None:

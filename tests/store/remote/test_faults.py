@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ragkv.errors import RecordError, UploadError
-from ragkv.store.remote.pool import Breaker
+from ragkv.store.remote.pool import Breaker, PoolError
 
 
 @pytest.fixture
@@ -64,6 +64,18 @@ def test_a_server_that_dies_in_the_middle_of_reading(stored, relay, s3, machine,
     assert stored.get(key(1)) is not None and not store.stats().evictions["remote"], (
         "a whole object was taken for damaged"
     )
+
+
+def test_what_several_readers_were_not_given_is_not_damaged(stored, relay, s3, machine, key):
+    store = machine(s3)
+    tier = store._tiers.behind[0]
+    with store.read([key(1)]), store.read([key(1)]):
+        for _ in range(2):
+            tier._lose(key(1), PoolError("away"))
+        for _ in range(2):
+            tier.damaged(key(1))
+    store.flush()
+    assert not store.stats().evictions["remote"] and tier._records.which([key(1)]), "a whole object was deleted"
 
 
 def test_what_is_put_while_the_pool_is_away_comes_there_later(relay, s3, machine, key, kv, same, soon):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
+import torch
 
 from ragkv.store import RemoteTier
 from ragkv.store.remote.manifest import Manifest
@@ -99,6 +102,20 @@ def test_a_listing_is_made_again_and_trusted_for_a_while(pool, key, soon):
     assert not manifest.fresh, "older than two turns"
 
 
+def test_what_is_done_while_a_listing_is_made_holds_beside_it(pool, key, monkeypatch, soon):
+    manifest = Manifest(pool, 60.0, key_of)
+
+    def names():
+        manifest.note([key(1)], True)
+        manifest.note([key(2)], False)
+        return iter([(name_of(key(2)), 1)])
+
+    manifest.note([key(3)], True)
+    monkeypatch.setattr(pool, "names", names)
+    soon(lambda: manifest.fresh)
+    assert manifest.holds([key(1), key(2), key(3)]) == {key(1)}, "what was done before it is in it"
+
+
 def test_a_pool_that_cannot_be_listed_is_asked(pool, machine, kv, key, monkeypatch, caplog, soon):
     def fails():
         raise PoolError("listing is not allowed")
@@ -135,3 +152,25 @@ def test_what_is_on_its_way_is_not_asked_for_again(pool, tmp_path, machine, kv, 
             batch.done(number)
             same(other.kv(number), kv(number, tokens=900))
     assert sorted(pool.asked) == sorted(2 * [name_of(name) for name in keys]), "a header and a range each"
+
+
+def test_first_layers_are_used_before_the_others_come_and_all_chunks_are_asked_for(
+    pool, tmp_path, machine, kv, key, monkeypatch
+):
+    one, keys = machine(f"file://{tmp_path}/pool"), [key(number) for number in range(3)]
+    one.put_many([(name, kv(number, tokens=900, layers=9), 0.0) for number, name in enumerate(keys)])
+    one.flush()
+    store, whole = machine(RemoteTier(pool, range_bytes=100_000)), pool.begin
+
+    def begin(name, start, stop):
+        future = whole(name, start, stop)
+        if start > 500_000:
+            future = Future()
+            future.set_exception(PoolError("it does not come"))
+        return future
+
+    monkeypatch.setattr(pool, "begin", begin)
+    with store.read(keys) as batch:
+        del pool.asked[:]
+        assert torch.equal(batch.layer(0, 0)[0], kv(0, tokens=900, layers=9).keys[0])
+        assert set(pool.asked) == set(map(name_of, keys))

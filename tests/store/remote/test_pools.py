@@ -12,6 +12,7 @@ from ragkv.folder import Environment
 from ragkv.store import RemoteTier, TieredStore, chunk_key
 from ragkv.store.keys import path_key
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.remote.records import name_of
 
 SECRET = bytes(range(32))
 
@@ -71,6 +72,23 @@ def test_lifetimes_end_in_the_pool_too(url, machine, kv, key):
     assert three.get(key(1)) is None and three.get(key(2)) is not None
 
 
+def test_redis_drops_what_has_expired_by_itself(valkey_server, machine, kv, key, soon):
+    store = machine(f"redis://127.0.0.1:{valkey_server.port}/0?prefix=expired:")
+    store.put(key(1), kv(1), lifetime_s=0.2)
+    store.put(key(2), kv(2))
+    store.flush()
+    soon(lambda: {name for name, _ in store._tiers.behind[0]._pool.names()} == {name_of(key(2))})
+
+
+def test_what_is_too_large_for_a_pool_does_not_come_there(machine, kv, key, tmp_path, monkeypatch, caplog):
+    store = machine(f"file://{tmp_path}/pool")
+    monkeypatch.setattr(store._tiers.behind[0]._pool, "most_bytes", 10)
+    store.put(key(1), kv(1))
+    store.flush()
+    pool = store.stats().pools["remote"]
+    assert (pool.sent, pool.dropped, pool.pending) == (0, 1, 0) and "too large" in caplog.text
+
+
 def test_what_is_there_already_is_not_sent_again(url, machine, kv, key):
     one, two = machine(url), machine(url)
     one.put(key(1), kv(1))
@@ -103,15 +121,19 @@ def test_what_prompts_computed_is_not_for_others(machine, kv, key, tmp_path):
     assert not machine(url).contains(computed)
 
 
-def test_a_namespace_finds_nothing_of_another(machine, kv, tmp_path):
+def test_a_namespace_finds_nothing_of_another(machine, kv, kept, tmp_path):
     """The key holds the namespace, and an object is bound to its key: copied to another's name it is refused."""
     url = f"file://{tmp_path}/pool"
     mine, other = (chunk_key("space", [1, 2, 3], b"", namespace) for namespace in ("mine", "other"))
     one = machine(url)
-    one.put(mine, kv(1), namespace="mine")
+    one.put(mine, kv(1), namespace="mine", cost_s=0.5)
     one.flush()
     two = machine(url)
     assert two.contains(mine) and not two.contains(other) and two.get(other) is None
+    assert two.get(mine) is not None
+    kept(two, 1)
+    here, there = two._disk.row(mine), one._disk.row(mine)
+    assert (here.namespace, here.usage.cost_s) == (there.namespace, 0.5), "its quota and worth are others in the folder"
     (mine_file,) = (tmp_path / "pool").glob(f"*/{mine.hex()}")
     other_file = tmp_path / "pool" / other.hex()[:2] / other.hex()
     other_file.parent.mkdir(exist_ok=True)

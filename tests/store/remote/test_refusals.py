@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
+import xxhash
 
+from ragkv.chunk import ChunkKV
 from ragkv.errors import ArgumentError, ArgumentTypeError, MissingPackageError, RecordError, StoreError, UploadError
 from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.remote.envelope import Envelope
@@ -152,6 +155,34 @@ def test_without_the_key_nobody_forges_a_chunk(url, machine, kv, key):
     forger.flush()
     store = machine(url, encryption_key=SECRET)
     assert store.get(key(1)) is None and store.stats().pools["remote"].foreign == 1
+
+
+def test_an_encrypted_object_is_bound_to_its_chunk(url, machine, kv, key, object_of):
+    """Also where whoever copied it wrote the checksum anew, which needs no key."""
+    store = machine(url, encryption_key=SECRET)
+    store.put(key(1), kv(1))
+    store.flush()
+    data = object_of(key(1)).read_bytes()
+    head, segments = data[:28], 36 + int.from_bytes(data[24:28], "little")
+    checksum = xxhash.xxh3_64_intdigest(key(2) + head + data[36:segments]).to_bytes(8, "little")
+    object_of(key(2)).parent.mkdir(exist_ok=True)
+    object_of(key(2)).write_bytes(head + checksum + data[36:])
+    assert store._tiers.behind[0].find([key(2)]) == {} and store.stats().pools["remote"].foreign == 1
+
+
+def test_no_two_pieces_are_encrypted_alike(url, machine, key, object_of):
+    """Equal segments, of one object and of two of the same chunk: else they could be told, and AES-GCM would be broken."""
+    store, pieces = machine(url, encryption_key=SECRET), []
+    for _ in range(2):
+        store.put(key(1), ChunkKV([torch.zeros(2, 900, 8)] * 9, [torch.zeros(2, 900, 8)] * 9, 0))
+        store.flush()
+        data = object_of(key(1)).read_bytes()
+        opened = Envelope(SECRET).open(key(1), data)
+        places = map(opened.place, range(len(opened.record.spans)))
+        pieces += [data[start : start + 64] for start, _ in places]
+        store.remove(key(1))
+        store.flush()
+    assert len(pieces) >= 4 and len(set(pieces)) == len(pieces)
 
 
 @pytest.mark.parametrize("secret", [b"short", "x" * 32, bytes(33)])

@@ -11,7 +11,11 @@ import pytest
 from ragkv.errors import UploadError
 from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.keys import path_key
+from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes
+from ragkv.store.remote.pool import PoolError
 from ragkv.store.remote.records import name_of
+from ragkv.store.terms import Terms
+from ragkv.store.tier import Offer
 
 AWAY = "redis://127.0.0.1:1"  # nobody listens there
 
@@ -64,17 +68,51 @@ def test_a_process_killed_while_it_sends(valkey_server, folder, kv, key, forked)
     assert 0 < done.sent <= 200 - sent and done.pending == 0
 
 
+def test_what_was_not_sent_is_when_the_folder_is_opened(url, folder, kv, key, objects, soon):
+    with TieredStore(folder, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.put(key(1), kv(1))
+    with TieredStore(folder, remote=url):
+        soon(lambda: objects() == {key(1).hex()})
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_what_is_noted_while_something_is_done_is_not_struck_out(kind, folder, key):
+    """A chunk that is removed while it is sent is deleted in the pool afterwards."""
+    with TieredStore(folder) as store:
+        notes = FolderNotes(store._disk.environment) if kind == "folder" else MemoryNotes()
+        notes.add({key(1): SEND, key(2): SEND})
+        notes.add({key(1): DELETE})
+        notes.strike({key(1): SEND, key(2): SEND})
+        assert list(notes.each()) == [(key(1), DELETE)]
+
+
+def test_what_comes_from_a_pool_is_left_where_it_is_stored_or_to_be_deleted(folder, kv, key):
+    """Asked in the transaction that stores it: another process may have removed it just now."""
+    with TieredStore(folder, cpu_bytes=0, remote=RemoteTier(AWAY, limit_s=0.1)) as store:
+        store.put(key(1), kv(1))
+        source = store._disk.find([key(1)])[key(1)]
+        source.load()
+        offers = [Offer(key(number), *source.whole, Terms()) for number in (1, 2, 3)]
+        source.release()
+        store.remove(key(2))
+        assert store._disk.admit(offers, arrived=True) == [False, False, True]
+        assert dict(store._disk.notes.each()) == {key(1): SEND, key(2): DELETE}, "what came is not to be sent"
+
+
 def test_several_processes_on_one_folder_send_all_of_it(url, folder, kv, key, forked, objects):
     with TieredStore(folder, cpu_bytes=0, remote=url) as store:
 
         def child():
             store.put(key(2), kv(2))
-            return store.get(key(9)) is None and "put"
+            store.remove(key(3))
+            return store.get(key(9)) is None and not store.stats().pools["remote"].unanswered and "put"
 
-        store.put(key(1), kv(1))
+        for number in (1, 3):
+            store.put(key(number), kv(number))
+        store.flush()
         assert forked(child) == "put"
         store.flush()
-        assert objects() == {key(1).hex(), key(2).hex()}
+        assert objects() == {key(1).hex(), key(2).hex()}, "what a child removed is deleted by its parent, too"
 
 
 def test_what_was_evicted_or_damaged_before_its_turn_is_not_sent(url, folder, kv, key, objects):
@@ -124,6 +162,18 @@ def test_flush_says_what_is_left_and_how_long_it_waited(folder, kv, key):
             store.flush(0.05)
         assert isinstance(UploadError(""), TimeoutError)
         assert store.get(key(1)) is not None
+
+
+def test_a_pool_that_is_away_is_not_tried_with_every_chunk(url, folder, kv, key, monkeypatch):
+    def fails(names, size):
+        raise PoolError("away")
+
+    with TieredStore(folder, remote=url) as store:
+        monkeypatch.setattr(store._tiers.behind[0]._pool, "heads", fails)
+        store.put_many([(key(number), kv(number), 0.0) for number in range(40)])
+        with pytest.raises(UploadError):
+            store.flush(0.2)
+        assert 1 <= store.stats().pools["remote"].failed <= 8
 
 
 def test_what_is_replaced_or_put_again_is_sent_as_it_is_last(url, folder, kv, key, same):
