@@ -41,11 +41,16 @@ MAIN = [
     "question-aware:ratio=0.1",
 ]
 MORE = [
-    *["sensitive-tokens:ratio=0.05", "sensitive-tokens:ratio=0.2", "lego-link", "random:ratio=0.1", "oracle:ratio=0.1"],
-    *[f"relevant-tokens:ratio={ratio}" for ratio in (0.05, 0.2)],
-    *[f"question-aware:ratio={ratio}" for ratio in (0.05, 0.15, 0.2)],
-    *[f"question-aware:ratio={ratio},queries=last" for ratio in (0.05, 0.1, 0.15, 0.2)],
+    *[
+        f"{method}:ratio={ratio}"
+        for method in ("sensitive-tokens", "relevant-tokens", "question-aware")
+        for ratio in (0.05, 0.2)
+    ],
+    "question-aware:ratio=0.1,queries=both",
+    "random:ratio=0.1",
 ]
+#: Of documents that were read behind the passages nearest to them.
+NEAR = ["reuse", DEFAULT, "relevant-tokens:ratio=0.05", "relevant-tokens:ratio=0.1"]
 FULL = ["full-prefill", "full-documents"]
 #: Folder, cases, whether all arms are asked, tokens of an answer.
 STAGES = [("kl", 10, True, 0), ("kl", 40, True, 0), ("answers", 40, False, 24), ("kl", 10_000, True, 0)]
@@ -61,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
         for name, path in found(args.data, args.sets):
             _, how, contexts = SETS[name]
             words = [*MAIN, *(MORE if everything else [])]
+            near = NEAR if everything and len(contexts) == 1 else []
             arms = [*FULL, *[f"{word}@{context}" for word in words for context in contexts]]
+            arms += [f"{word}@neighbours" for word in near]
             out = args.out / f"{name}-{folder}"
             command = [
                 "eval",

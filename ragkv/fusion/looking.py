@@ -6,6 +6,7 @@ L layers, H heads, N tokens of the prompt, R reusable tokens, S suffix tokens, D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
+from ragkv.fusion.view import AVERAGED
 from ragkv.kernels import KernelError, deviation, implementation, question_scores
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache
@@ -64,7 +66,7 @@ class Looking(ABC):
         """Puts the stored chunks into the cache."""
 
     def attention(self, queries: str) -> Tensor:
-        """The suffix's attention ``[L, R]`` to the chunks as they are stored.
+        """The suffix's attention ``[L, R]`` to the chunks as they are stored, see :meth:`ragkv.View.attention`.
 
         Where the model's attention is one that :func:`ragkv.kernels.question_scores` computes, no matrix of weights is made. Else
         the model's own eager attention shows its weights; not so where ``kernels`` were asked for by name.
@@ -76,7 +78,7 @@ class Looking(ABC):
             )
         self.placement.ahead()
         with self._driver.turn(), self.placement.beside():
-            seen = self._look(rows, 0 if queries == "all" else len(rows) - 1)
+            seen = self._look(rows, [len(rows) - 1 if each == "last" else 0 for each in AVERAGED[queries]])
         if len(seen) != len(decoder.layers):
             raise MethodError(
                 f"{len(seen)} of {len(decoder.layers)} layers showed their attention, so no method that follows the question runs "
@@ -100,16 +102,16 @@ class Looking(ABC):
             scores.append((_scaled(keys) + _scaled(values)).to(layout.ids.device))
         return torch.stack(scores)
 
-    def _look(self, rows: Tensor, first: int) -> list[Tensor]:
-        """Every layer's attention ``[R]`` of the rows from ``first`` on."""
+    def _look(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
+        """Every layer's attention ``[R]``: the mean of that of the rows from each of ``firsts`` on."""
         rules = self._rules()
         if rules is not None:
             try:
-                return self._scored(rows, first, rules)
+                return self._scored(rows, firsts, rules)
             except (KernelError, UnsupportedModelError):
                 if self.decoder.kernels != "auto":
                     raise
-        return self._eager(rows, first)
+        return self._eager(rows, firsts)
 
     def _rules(self) -> list[SpanRule] | None:
         """The attention of every layer as the kernels take it; ``None`` where model or layout do not allow it."""
@@ -120,14 +122,17 @@ class Looking(ABC):
             return decoder.spans  # asked for by name it is there; else the decoder has tried it, and may have refused
         return span_rules(decoder.rules, decoder.device) if serves(decoder.model, decoder.config) else None
 
-    def _scored(self, rows: Tensor, first: int, rules: list[SpanRule]) -> list[Tensor]:
+    def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
         """From question scores, which the kernel takes on the way."""
         decoder, seen = self.decoder, list[Tensor]()
         chunks = slice(self._layout.chunks_start, self._layout.suffix_start)
 
         def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
-            mass = question_scores(query[:, first:], key, spans[first:], **more)
-            seen.append(mass[chunks].to(rows.device) / (query.shape[0] * (len(rows) - first)))
+            masses = [
+                question_scores(query[:, first:], key, spans[first:], **more)[chunks] / (len(rows) - first)
+                for first in firsts
+            ]
+            seen.append(torch.stack(masses).mean(0).to(rows.device) / query.shape[0])
 
         spans = for_model(SpanBuilder(rules, rows, self._layout.tokens), decoder.config)
         self.cache.set_length(self._layout.suffix_start)
@@ -136,7 +141,7 @@ class Looking(ABC):
         self.looked = ran.replace("selective", "question_scores")
         return seen
 
-    def _eager(self, rows: Tensor, first: int) -> list[Tensor]:
+    def _eager(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
         """From the weights that the model's eager attention returns."""
         decoder, layout, seen = self.decoder, self._layout, list[Tensor]()
         chunks = slice(layout.chunks_start, layout.suffix_start)
@@ -144,7 +149,8 @@ class Looking(ABC):
         def keep(module: nn.Module, args: object, output: object) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-1] == layout.tokens:
-                seen.append(weights[0, :, first:, chunks].float().mean((0, 1)).to(rows.device))
+                shown = weights[0, :, :, chunks].float().mean(0)
+                seen.append(torch.stack([shown[first:].mean(0) for first in firsts]).mean(0).to(rows.device))
 
         self.cache.set_length(layout.suffix_start)
         hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]

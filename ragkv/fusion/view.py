@@ -21,6 +21,10 @@ from ragkv.lazy import lazy
 from ragkv.store import Rates
 
 
+#: The averages of the suffix's attention, by name: over all tokens or the last one, or the mean of several.
+AVERAGED: dict[str, tuple[str, ...]] = {"all": ("all",), "last": ("last",), "both": ("all", "last")}
+
+
 class Narrows(Protocol):
     """What is asked at the layers that a selection names."""
 
@@ -149,7 +153,7 @@ class View:
         """What the suffix looks at, over the chunks as they are stored and at its final position.
 
         Args:
-            queries: mean over ``"all"`` suffix tokens, or the ``"last"`` one's alone.
+            queries: mean over ``"all"`` suffix tokens; the ``"last"`` one's alone; or the mean of ``"both"``.
 
         Returns:
             ``[L, R]`` attention, mean over heads.

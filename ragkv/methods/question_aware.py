@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ragkv.errors import MethodError
-from ragkv.fusion.view import Selection, View
+from ragkv.fusion.view import AVERAGED, Selection, View
 from ragkv.methods.base import Method, check_share, highest
-
-_QUERIES = ("all", "last")
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class QuestionAware(Method):
 
     Attributes:
         ratio: share of the reusable tokens computed, 0 to 1; 0.2 in the paper.
-        queries: average over ``"all"`` suffix tokens, as in the paper, or take the ``"last"`` one's attention, where the answer
-            begins.
+        queries: average over ``"all"`` suffix tokens, as in the paper; take the ``"last"`` one's attention, where the answer
+            begins; or the mean of ``"both"``.
         sees: share of the reusable tokens that recomputed ones may see, 0 to 1; at 1 all that stand in front of them.
     """
 
@@ -38,8 +36,8 @@ class QuestionAware(Method):
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
         check_share(self, "sees", self.sees)
-        if self.queries not in _QUERIES:
-            raise MethodError(f"QuestionAware: queries must be one of {', '.join(_QUERIES)}, got {self.queries!r}")
+        if self.queries not in AVERAGED:
+            raise MethodError(f"QuestionAware: queries must be one of {', '.join(AVERAGED)}, got {self.queries!r}")
 
     def select(self, view: View) -> Selection:
         """Of the tokens that are not exact where they stand, those that the question attends to most."""

@@ -16,9 +16,10 @@ class RelevantTokens(SensitiveTokens):
     """Compute, in all layers, the tokens that would change most what the question reads.
 
     A method of this library: the product of what :class:`~ragkv.QuestionAware` and :class:`~ragkv.SensitiveTokens` go by. The
-    question reads a token's value weighted by its attention; so the attention, averaged over layers, heads and the question's
-    tokens, times the change of the value behind another text says how much of what is read is wrong as stored. What
-    SensitiveTokens spares is spared. Looking at the attention costs a pass of the question over the stored chunks.
+    question reads a token's value weighted by its attention; so the attention, averaged over layers and heads, times the change of
+    the value behind another text says how much of what is read is wrong as stored. The last token, where the answer begins, counts
+    as much as all of the question's together. What SensitiveTokens spares is spared. Looking at the attention costs a pass of the
+    question over the stored chunks.
 
     Attributes:
         ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
@@ -28,4 +29,4 @@ class RelevantTokens(SensitiveTokens):
 
     def scores(self, view: View) -> Tensor:
         """``[R]`` attention times the root of the squared change."""
-        return view.attention().mean(0) * view.sensitivity.clamp_min(0).sqrt()
+        return view.attention("both").mean(0) * view.sensitivity.clamp_min(0).sqrt()
