@@ -20,7 +20,6 @@ from ragkv.kernels import Impl, deviation
 from ragkv.lazy import lazy
 from ragkv.store import Rates
 
-
 #: The averages of the suffix's attention, by name: over all tokens or the last one, or the mean of several.
 AVERAGED: dict[str, tuple[str, ...]] = {"all": ("all",), "last": ("last",), "both": ("all", "last")}
 
