@@ -122,7 +122,7 @@ class RemoteTier(Tier):
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
-        likely = self._likely(keys)
+        likely = self._likely(keys, self._listed)
         found: dict[bytes, Source] = {}
         for key in likely:
             reading = self._readings.get(key)
@@ -146,9 +146,10 @@ class RemoteTier(Tier):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there."""
-        likely = self._likely(keys)
-        there = set(likely) if self._listed else set[bytes]()
-        if not self._listed:
+        listed = self._listed  # once: a listing may come at any moment
+        likely = self._likely(keys, listed)
+        there = set(likely) if listed else set[bytes]()
+        if not listed:
             with self._asking(likely) as may:
                 there = self._records.which(likely) if may else there
         return [key for key in keys if key not in there]
@@ -254,13 +255,13 @@ class RemoteTier(Tier):
         """Whether the manifest says what is there."""
         return not self._pool.quick and self._manifest.fresh
 
-    def _likely(self, keys: Sequence[bytes]) -> list[bytes]:
+    def _likely(self, keys: Sequence[bytes], listed: bool) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
         now = self.now()
         wanted = [key for key in keys if shared(key) and self._avoided.get(key, 0.0) <= now]
         if self._off or self._breaker.left_s or not wanted:
             return []
-        known = self._manifest.holds(wanted) if self._listed else set(wanted[:_MOST_ASKED])
+        known = self._manifest.holds(wanted) if listed else set(wanted[:_MOST_ASKED])
         known -= self._notes.deleting(known)
         return [key for key in wanted if key in known]
 
