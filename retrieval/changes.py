@@ -59,6 +59,7 @@ def replaced(
     if document.namespace:
         txn.delete("meta", records.UNDIVIDED)
     document = replace(document, passage_ids=tuple(ids))
+    txn.delete("meta", records.CAME + key)
     if passages:
         _write(txn, "documents", key, records.document_payload(document))
     else:
@@ -100,6 +101,7 @@ def renamed(
     for passage_id, text in zip(document.passage_ids, texts, strict=True):
         _write(txn, "passages", records.passage_key(passage_id), document.key + text.encode())
     txn.delete("documents", former)
+    txn.delete("meta", records.CAME + former)
     _write(txn, "documents", document.key, records.document_payload(document))
     dropped_readings(txn, former, view.read_for(former))
     put_readings(txn, document.key, readings)

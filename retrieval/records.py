@@ -17,6 +17,9 @@ from ragkv.folder import unseal
 #: In ``meta`` as long as all documents are of the empty namespace; where it is lost each document is looked at.
 UNDIVIDED = b"undivided"
 
+#: In ``meta``, before the key of a document that came from a publication; and before the namespace of one that was taken over.
+CAME, FOLLOWED = b"came ", b"followed "
+
 # In the number of a reading's keys: the passages that it is behind follow them.
 _BEHIND = 1 << 31
 

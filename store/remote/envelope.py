@@ -4,6 +4,8 @@
     header    created f64 | expires f64 | cost f64 | namespace 8 | the record's header (:mod:`ragkv.store.record`)
     segments  the record's, in order
 
+A published catalogue (:mod:`ragkv.store.remote.publications`) is an object of the same kind, with a header and segments of its own.
+
 The id is a random number of each object. The checksum (xxh3_64) covers the key, the head and the header. With a cipher, header and
 segments are encrypted one by one, each 16 bytes longer: with a key of this object alone (HKDF of the pool's key, the id and the
 chunk's key) and its number, from 0 for the header, as nonce. Head and key are authenticated with each. Numbers are little-endian.
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -43,6 +45,35 @@ class ForeignError(StoreError):
     """An object is of another version, or encrypted with another key: whole perhaps, but not for us."""
 
 
+class Head(NamedTuple):
+    """The beginning of an object, checked.
+
+    Attributes:
+        header: its plain bytes.
+        id: the object's.
+        segments_start: where its segments begin.
+        decrypt: one piece, by its number; None where nothing is encrypted.
+    """
+
+    header: bytes
+    id: bytes
+    segments_start: int
+    decrypt: Callable[[int, Any], bytes] | None
+
+    def place(self, segment: int, span: tuple[int, int]) -> tuple[int, int]:
+        """Where a segment lies in the object, that lies so among the plain ones."""
+        extra = 0 if self.decrypt is None else _TAG_BYTES
+        return self.segments_start + span[0] + segment * extra, self.segments_start + span[1] + (segment + 1) * extra
+
+    def plain(self, segment: int, data: Any) -> Any:
+        """A segment's plain bytes.
+
+        Raises:
+            RecordError: it is encrypted and not what was written.
+        """
+        return data if self.decrypt is None else self.decrypt(segment + 1, data)
+
+
 @dataclass(frozen=True)
 class Opened:
     """An object whose header was read.
@@ -50,22 +81,21 @@ class Opened:
     Attributes:
         record: the record's header.
         row: on what terms it is kept.
-        id: the object's.
-        segments_start: where its segments begin.
-        decrypt: one piece, by its number; None where nothing is encrypted.
+        head: the object's.
     """
 
     record: Record
     row: Row
-    id: bytes
-    segments_start: int
-    decrypt: Callable[[int, Any], bytes] | None
+    head: Head
+
+    @property
+    def id(self) -> bytes:
+        """The object's."""
+        return self.head.id
 
     def place(self, segment: int) -> tuple[int, int]:
         """Where a segment lies in the object."""
-        start, stop = self.record.spans[segment]
-        extra = 0 if self.decrypt is None else _TAG_BYTES
-        return self.segments_start + start + segment * extra, self.segments_start + stop + (segment + 1) * extra
+        return self.head.place(segment, self.record.spans[segment])
 
     def take(self, segment: int, data: Any, payload: Payload) -> None:
         """Puts a segment to its place, and verifies it there.
@@ -74,7 +104,7 @@ class Opened:
             RecordError: it is not what was stored.
         """
         start, stop = self.record.spans[segment]
-        plain = data if self.decrypt is None else self.decrypt(segment + 1, data)
+        plain = self.head.plain(segment, data)
         if len(plain) != stop - start:
             raise RecordError(f"segment {segment} is cut short")
         payload.data.numpy()[start:stop] = np.frombuffer(plain, np.uint8)
@@ -103,13 +133,17 @@ class Envelope:
         return "Envelope()" if self._secret is None else "Envelope(encryption_key=...)"
 
     def seal(self, key: bytes, record: Record, payload: Payload, row: Row) -> bytearray:
-        """An object."""
-        extra = 0 if self._secret is None else _TAG_BYTES
+        """A chunk's object."""
         terms = _TERMS.pack(row.created_s, row.expires_s, row.usage.cost_s, row.namespace)
-        header = terms + record.pack(key)
+        segments = [memoryview(payload.data.numpy()[start:stop]) for start, stop in record.spans]
+        return self.seal_pieces(key, terms + record.pack(key), segments)
+
+    def seal_pieces(self, key: bytes, header: bytes, segments: Sequence[Any]) -> bytearray:
+        """An object of any header and segments, bound to a key."""
+        extra = 0 if self._secret is None else _TAG_BYTES
         cipher = _PLAIN if self._secret is None else _AES_GCM
         head = _HEAD.pack(_MAGIC, VERSION, cipher, os.urandom(16), len(header) + extra)
-        pieces: list[Any] = [header, *(memoryview(payload.data.numpy()[start:stop]) for start, stop in record.spans)]
+        pieces: list[Any] = [header, *segments]
         if self._secret is not None:
             encrypt, bound = _cipher(self._secret, key, head).encrypt, head + key
             pieces = [encrypt(_nonce(number), bytes(piece), bound) for number, piece in enumerate(pieces)]
@@ -119,10 +153,22 @@ class Envelope:
         return whole
 
     def open(self, key: bytes, data: Any) -> Opened:
-        """The object that begins with these bytes, at least :meth:`needed` of them.
+        """The chunk's object that begins with these bytes, at least :meth:`needed` of them.
 
         Raises:
-            RecordError: it is damaged, or another chunk's.
+            RecordError, ForeignError: see :meth:`open_head`.
+        """
+        head = self.open_head(key, data)
+        created_s, expires_s, cost_s, namespace = _TERMS.unpack_from(head.header)
+        record = Record.unpack(key, head.header[_TERMS.size :])
+        row = Row(Usage(record.payload_bytes, cost_s), 0.0, created_s, created_s, expires_s, namespace=namespace)
+        return Opened(record, row, head)
+
+    def open_head(self, key: bytes, data: Any) -> Head:
+        """The beginning of an object.
+
+        Raises:
+            RecordError: it is damaged, or belongs under another key.
             ForeignError: it is of another version, or not encrypted with this key.
         """
         head, whole = bytes(data[: _HEAD.size]), self.needed(data)
@@ -142,10 +188,7 @@ class Envelope:
                 header = decrypt(0, header)
             except RecordError as error:
                 raise ForeignError("it is encrypted with another key") from error
-        created_s, expires_s, cost_s, namespace = _TERMS.unpack_from(header)
-        record = Record.unpack(key, header[_TERMS.size :])
-        row = Row(Usage(record.payload_bytes, cost_s), 0.0, created_s, created_s, expires_s, namespace=namespace)
-        return Opened(record, row, number, whole, decrypt)
+        return Head(header, number, whole, decrypt)
 
     @staticmethod
     def needed(data: Any) -> int:

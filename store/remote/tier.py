@@ -19,6 +19,7 @@ from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
+from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 from ragkv.store.remote.sending import Sender
 from ragkv.store.remote.source import Fetch, Reading, RemoteSource
@@ -54,6 +55,12 @@ class RemoteTier(Tier):
         range_bytes: of one read, about.
         refresh_s: how often the pool is listed in the background, at the most; see docs/remote.md.
         name: what the statistics call it.
+        readonly: write nothing to the pool and delete nothing there, whatever is put or removed. So it is, too, of a store that
+            is open for reading only.
+
+    Attributes:
+        readonly: see above.
+        publications: which documents there are, where somebody has published that.
 
     Raises:
         StoreError: the URL or the key is none.
@@ -72,6 +79,7 @@ class RemoteTier(Tier):
         range_bytes: int = 4 << 20,
         refresh_s: float = 60.0,
         name: str = "remote",
+        readonly: bool = False,
     ) -> None:
         super().__init__(time.time)
         instance("pool", pool, str | Pool, "a URL, as 's3://bucket/prefix', or a Pool")
@@ -86,6 +94,8 @@ class RemoteTier(Tier):
         envelope = Envelope(encryption_key)
         self._pool = open_pool(pool, limit_s, requests) if isinstance(pool, str) else pool
         self._records = Records(self._pool, envelope)
+        self.readonly: bool = readonly
+        self.publications: Publications = Publications(self._pool, envelope)
         self._range_bytes = range_bytes
         self._breaker = Breaker()
         self._speed = Speed()
@@ -112,9 +122,13 @@ class RemoteTier(Tier):
         self._home = home
         if isinstance(home, DiskTier):
             if home.readonly:
+                self.readonly = True
                 return
-            home.notes = self._notes = FolderNotes(home.environment)
+            self._notes = FolderNotes(home.environment)
             self._arrivals = Arrivals(home)
+            home.notes = None if self.readonly else self._notes
+        if self.readonly:
+            return
         self._sender = Sender(home, self._records, self._told)
         self._uploads = Uploads(self._notes, self._sender.work, self._sending)
         if len(self._notes):
