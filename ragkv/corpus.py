@@ -214,7 +214,7 @@ class Corpus:
         """
         return self._intake.stale()
 
-    def publish(self, *, namespace: str | None = None, limit_s: float = 600.0) -> Published:
+    def publish(self, *, namespace: str | None = None, only: bool = False, limit_s: float = 60.0) -> Published:
         """Put into the shared pool which documents there are, so that others answer from them without having read anything.
 
         First the pool gets the KV of the documents that it lacks, then, in the place of what was published of the namespace for
@@ -223,7 +223,8 @@ class Corpus:
 
         Args:
             namespace: whose documents; the engine's by default.
-            limit_s: how long to wait for the KV.
+            only: withdraw what is published of the namespace for other models, or the same in another setting.
+            limit_s: how long to wait for KV of which none arrives.
 
         Raises:
             ArgumentError: there is no pool, or it is for reading only.
@@ -232,7 +233,7 @@ class Corpus:
             StoreError: the pool does not answer.
             RecordError: a document is damaged: nothing was published.
         """
-        return publish(self.retriever.catalogue, self.engine.documents.within(namespace), limit_s)
+        return publish(self.retriever.catalogue, self.engine.documents.within(namespace), only, limit_s)
 
     def follow(self, *, namespace: str | None = None) -> Followed:
         """Take what is published of a namespace for this model, or what has changed since: all of it, or nothing.

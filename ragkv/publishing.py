@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ragkv.errors import ArgumentError, PublicationError, RecordError
+from ragkv.errors import ArgumentError, PublicationError, RecordError, UploadError
 from ragkv.exchange import made_with
 from ragkv.library.differing import described, differences
 from ragkv.library.documents import Documents
@@ -16,6 +16,7 @@ from ragkv.retrieval import Catalogue, Embedder, Retriever
 from ragkv.retrieval.exchange import packed, sealed, unpacked
 from ragkv.retrieval.records import ArchivedDocument, Document
 from ragkv.retrieval.snapshot import Snapshot
+from ragkv.store import TieredStore
 from ragkv.store.remote import RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.store.remote.publications import KEYS, Publication
@@ -35,12 +36,14 @@ class Published:
         passages: theirs.
         unread: passages among them that nobody finds KV of: whoever is asked reads them; :meth:`~ragkv.RAG.refresh` does before.
         size_bytes: of the catalogue in the pool.
+        withdrawn: catalogues of the namespace that were made for other models, and are not there any more.
     """
 
     documents: int
     passages: int
     unread: int
     size_bytes: int
+    withdrawn: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Followed:
     kept: tuple[str, ...] = ()
 
 
-def publish(catalogue: Catalogue, documents: Documents, limit_s: float) -> Published:
+def publish(catalogue: Catalogue, documents: Documents, only: bool, limit_s: float) -> Published:
     """See :meth:`ragkv.RAG.publish`."""
     pool = documents.store.remote
     if pool is None or pool.readonly:
@@ -76,8 +79,9 @@ def publish(catalogue: Catalogue, documents: Documents, limit_s: float) -> Publi
             keys.update(dict.fromkeys(needed))
             passages += len(document.passage_ids)
             unread += 0 if needed else len(document.passage_ids)
-    pool.share(list(keys))
-    documents.store.flush(limit_s)
+    lacking = pool.lacking(list(keys))
+    pool.share(lacking)
+    _wait(documents.store, pool, limit_s)
     made = made_with(catalogue)
     made["defaults"] = {**made["defaults"], "namespace": namespace}
     facts = {
@@ -88,7 +92,8 @@ def publish(catalogue: Catalogue, documents: Documents, limit_s: float) -> Publi
         "read_with": described(documents),
     }
     size = pool.publications.put(namespace, setting, facts, {KEYS: b"".join(keys), **parts})
-    return Published(len(parts), passages, unread + len(documents.store.missing(keys)), size)
+    withdrawn = pool.publications.withdraw(namespace, setting) if only else 0
+    return Published(len(parts), passages, unread + len(pool.lacking(lacking)), size, withdrawn)
 
 
 def follow(retriever: Retriever, documents: Documents) -> Followed:
@@ -164,6 +169,18 @@ def published_defaults(pool: RemoteTier, namespace: str) -> dict[str, Any]:
 
 
 _HOW = "'ragkv publish --remote URL', or RAG.publish(), does that where the documents are"
+
+
+def _wait(store: TieredStore, pool: RemoteTier, limit_s: float) -> None:
+    """Until the pool has what was put, as long as something arrives there."""
+    left = pool.pool().pending
+    while True:
+        try:
+            return store.flush(limit_s)
+        except UploadError:
+            left, before = pool.pool().pending, left
+            if left >= before:
+                raise
 
 
 def _needed(view: Snapshot, document: Document, setting: str) -> list[bytes]:

@@ -92,11 +92,14 @@ def parser() -> argparse.ArgumentParser:
     refresh.add_argument(
         "--dry-run", action="store_true", help="only name the documents whose neighbours (--behind) are others now"
     )
-    command(
+    publish = command(
         "publish",
         model,
         _storage(pool_required=True),
         summary="Put into a pool which documents there are, so that others answer without reading them.",
+    )
+    publish.add_argument(
+        "--only", action="store_true", help="withdraw what is published there of the namespace for other models"
     )
     for command_that_reads in (add, sync, refresh):
         command_that_reads.add_argument(

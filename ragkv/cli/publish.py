@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, options_of, require_documents, sent
+from ragkv.cli.opening import open_rag, options_of, require_documents
 
 
 def run(args: argparse.Namespace) -> int:
@@ -15,14 +14,14 @@ def run(args: argparse.Namespace) -> int:
     path = folder(args)
     require_documents(path)
     with open_rag(path, **options_of(args)) as rag:
-        rag.engine.store.share()
-        sent(rag.engine.store)
-        done = rag.publish()
+        done = rag.publish(only=args.only)
     if args.json:
-        show.as_json({"path": str(path), **asdict(done)})
+        said = {"path": str(path), "bytes": done.size_bytes}
+        show.as_json(said | {name: getattr(done, name) for name in ("documents", "passages", "unread", "withdrawn")})
         return 0
     amount = f"{show.number(done.documents, 'document')}, {show.number(done.passages, 'passage')}"
-    print(f"published {amount}, {show.size(done.size_bytes)}")
+    withdrawn = f"; {show.number(done.withdrawn, 'catalogue')} of other models withdrawn" if done.withdrawn else ""
+    print(f"published {amount}, {show.size(done.size_bytes)}{withdrawn}")
     if done.unread:
         show.hint(
             f"{show.number(done.unread, 'passage')} without KV: 'ragkv refresh' reads them, or whoever is asked does"

@@ -104,6 +104,13 @@ class Publications:
         self._pool.write(name, data, float("inf"))
         return len(data)
 
+    def withdraw(self, namespace: str, other_than: str) -> int:
+        """Deletes what is published of a namespace in any other setting; how many there were."""
+        names = [name for name in self._names(_folder(namespace)) if name != _name(namespace, other_than)]
+        for name in names:
+            self._pool.delete(name)
+        return len(names)
+
     def id(self, namespace: str, setting: str) -> bytes:
         """Differs between any two publications; empty where there is none."""
         head = self._pool.read(_name(namespace, setting), 0, ID.stop)

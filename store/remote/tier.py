@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
+from ragkv.store.remote.pruning import Pruned, Pruner
 from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 from ragkv.store.remote.sending import Sender
@@ -192,6 +193,19 @@ class RemoteTier(Tier):
         self._uploads.wake()
         return len(wanted)
 
+    def lacking(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of the chunks that the pool does not have, each once: it is asked, whatever is known of it.
+
+        Raises:
+            PoolError: it does not answer.
+        """
+        keys = list(dict.fromkeys(keys))
+        if self._pool.quick or len(keys) <= _MOST_ASKED:
+            there: Collection[bytes | None] = self._records.which(keys)
+        else:
+            there = {key_of(name) for name, _ in self._pool.names()}
+        return [key for key in keys if key not in there]
+
     def remove(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
         """See :class:`Tier`. It is a miss at once, and deleted in the background, again and again until that succeeds.
 
@@ -218,6 +232,36 @@ class RemoteTier(Tier):
     def loading(self) -> Loading | None:
         """See :class:`Tier`."""
         return self._speed.loading
+
+    def prune(
+        self,
+        grace_s: float = 7 * 86_400.0,
+        *,
+        older_than_s: float | None = None,
+        dry_run: bool = False,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Pruned:
+        """Deletes the chunks in the pool that no published catalogue needs, for all that share it.
+
+        Args:
+            grace_s: what was sent less than so many seconds ago stays: whoever sent it may not have published it yet.
+            older_than_s: in place of that: delete what was sent so many seconds ago, whoever needs it.
+            dry_run: only count it.
+            progress: called with how many more were looked at.
+
+        Raises:
+            PublicationError: nothing is published, so that nobody knows what is needed.
+            RecordError, ForeignError: what is published cannot be read: as above.
+            StoreError: the pool is for reading only, or does not answer. Nothing more is deleted.
+        """
+        age_s = grace_s if older_than_s is None else older_than_s
+        instance("grace_s" if older_than_s is None else "older_than_s", age_s, int | float, "a number of seconds")
+        if not age_s >= 0:
+            raise ArgumentError(f"an age is at least 0 seconds, got {age_s}")
+        if self.readonly and not dry_run:
+            raise StoreError(f"nothing is deleted in {self._pool.name}: it is for reading only")
+        publications = self.publications if older_than_s is None else None
+        return Pruner(self._records, publications, age_s, self._sending).run(dry_run, progress)
 
     def counts(self) -> tuple[int, int]:
         """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""

@@ -344,6 +344,20 @@ def test_kv_come_first_and_a_pool_that_is_away_gets_no_catalogue(machine, model,
     assert rag.publish(limit_s=60).unread == 0 and machine().follow() == Followed(1, 1)
 
 
+def test_another_model_publishes_beside_and_the_former_may_be_withdrawn(machine, filled, model):
+    new, other = small_model(seed=1), machine("other", reads=False, other=small_model(seed=1))
+    other.add_texts(["Read by another model."], ["theirs"])
+    other.add_texts(["Of a namespace."], ["theirs"], namespace="mine")
+    assert filled.publish(namespace="mine").documents == 0 and other.publish(namespace="mine").withdrawn == 0
+    assert other.publish().withdrawn == 0 and machine().follow().documents == 3
+    assert other.publish(only=True).withdrawn == 1
+    with pytest.raises(PublicationError, match=r"for this model; .*weights"):
+        machine().follow()
+    follower = machine(other=new)
+    assert follower.follow().documents == 1 and follower.follow(namespace="mine").documents == 1
+    assert machine().follow(namespace="mine").documents == 0, "another namespace's are none of it"
+
+
 @pytest.fixture
 def published(tmp_path):
     """The URL of a pool, filled and published by ``from_pretrained``."""

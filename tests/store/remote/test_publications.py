@@ -61,6 +61,16 @@ def test_catalogues_are_no_chunks(pool, url, machine, kv, key):
     assert tier.counts()[0] == 1 and tier._manifest.holds([key(1)])
 
 
+@pytest.mark.parametrize("asked", [1, 1000], ids=["listed", "asked for"])
+def test_what_a_pool_lacks_is_known_at_once(url, asked, pool, machine, kv, key, monkeypatch):
+    monkeypatch.setattr("ragkv.store.remote.tier._MOST_ASKED", asked)
+    store, tier = machine(url), pool()
+    assert tier.lacking([key(1), key(2)]) == [key(1), key(2)] and tier.lacking([]) == []
+    store.put(key(2), kv(2))
+    store.flush()
+    assert tier.lacking([key(1), key(2), key(3), key(1)]) == [key(1), key(3)]
+
+
 def test_one_that_belongs_elsewhere_is_refused(tmp_path):
     """Whoever may write the pool copies a namespace's catalogue to the name of another's."""
     tier = RemoteTier(f"file://{tmp_path}/pool")
