@@ -20,6 +20,7 @@ from ragkv.chunk import digest
 from ragkv.errors import PublicationError, RecordError
 from ragkv.store.remote.envelope import ID, Envelope, Head
 from ragkv.store.remote.pool import Pool
+from ragkv.store.rows import namespace_id
 
 #: The part that lists the keys of KV, 32 bytes each.
 KEYS = bytes(32)
@@ -95,7 +96,7 @@ class Publications:
                 f"{len(parts) - 1:,} documents are too many to publish at once: use several namespaces"
             )
         name = _name(namespace, setting)
-        data = self._envelope.seal_pieces(_key(name), header, list(parts.values()))
+        data = self._envelope.seal_pieces(_key(name), header, list(parts.values()), namespace_id(namespace))
         if len(data) > self._pool.most_bytes:
             raise PublicationError(
                 f"the catalogue is not published: it has {len(data):,} bytes, and {self._pool.name} takes values of "
@@ -123,7 +124,7 @@ class Publications:
             RecordError: it is damaged.
             ForeignError: it is of another version of the pool's format, or not encrypted with this key.
         """
-        return self._get(_name(namespace, setting))
+        return self._get(_name(namespace, setting), namespace)
 
     def each(self, namespace: str | None = None) -> list[Publication]:
         """All that is published, of one namespace or of all.
@@ -131,7 +132,8 @@ class Publications:
         Raises:
             RecordError, ForeignError: see :meth:`get`.
         """
-        found = map(self._get, self._names(_FOLDER if namespace is None else _folder(namespace)))
+        names = self._names(_FOLDER if namespace is None else _folder(namespace))
+        found = [self._get(name, namespace) for name in names]
         return [publication for publication in found if publication is not None]
 
     def take(
@@ -143,7 +145,7 @@ class Publications:
             PublicationError: it is replaced again and again while it is read.
             RecordError, ForeignError: see :meth:`get`.
         """
-        return self._take(_name(namespace, setting), wanted)
+        return self._take(_name(namespace, setting), namespace, wanted)
 
     def keys(self) -> set[bytes]:
         """The keys of all KV that a published catalogue needs, of whatever namespace.
@@ -155,7 +157,7 @@ class Publications:
         needed: set[bytes] = set()
         names = self._names(_FOLDER)
         for name in names:
-            taken = self._take(name, lambda found: [KEYS])
+            taken = self._take(name, None, lambda found: [KEYS])
             listed = b"" if taken is None else taken[1][KEYS]
             needed.update(listed[at : at + 32] for at in range(0, len(listed), 32))
         if not names:
@@ -171,10 +173,10 @@ class Publications:
         return sorted({name for name, _ in self._pool.names(below) if _is_ours(name)})
 
     def _take(
-        self, name: str, wanted: Callable[[Publication], Iterable[bytes]]
+        self, name: str, namespace: str | None, wanted: Callable[[Publication], Iterable[bytes]]
     ) -> tuple[Publication, dict[bytes, bytes]] | None:
         for _ in range(_TRIES):
-            found = self._get(name)
+            found = self._get(name, namespace)
             if found is None:
                 return None
             try:
@@ -183,7 +185,8 @@ class Publications:
                 continue
         raise PublicationError(f"the catalogue {name} in {self._pool.name} is replaced faster than it can be read")
 
-    def _get(self, name: str) -> Publication | None:
+    def _get(self, name: str, namespace: str | None) -> Publication | None:
+        whose = None if namespace is None else namespace_id(namespace)
         for number in range(_TRIES):
             head = self._pool.heads([name], _HEAD_BYTES).get(name)
             if head is None:
@@ -192,7 +195,7 @@ class Publications:
                 needed = self._envelope.needed(head)
                 if needed > len(head):
                     head = bytes(head) + bytes(self._pool.read(name, len(head), needed) or b"")
-                return _opened(name, self._envelope.open_head(_key(name), head))
+                return _opened(name, self._envelope.open_head(_key(name), head, whose))
             except RecordError as error:
                 if number + 1 == _TRIES:  # else it was replaced between two reads, perhaps
                     raise RecordError(f"the catalogue {name} in {self._pool.name} is damaged: {error}") from error

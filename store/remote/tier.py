@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -49,7 +49,8 @@ class RemoteTier(Tier):
         pool: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://``, ``file:///FOLDER``, ``memory://NAME``, ``redis://HOST`` or ``rediss://``;
             or a pool. Credentials are the client's own (``AWS_ACCESS_KEY_ID`` and the like): they are never written down.
         encryption_key: 32 bytes: what is sent is encrypted and authenticated (AES-GCM; ``ragkv[encryption]``), and nothing else is
-            read. Keys of chunks, sizes and times of access are not hidden.
+            read. A mapping from namespaces to such keys (``""`` for what is of none) gives each its own: what is of a namespace
+            that is not in it is neither sent nor read. Keys of chunks, sizes and times of access are not hidden.
         limit_s: seconds without any answer after which the pool counts as down, where something is read.
         requests: how many reads are on their way at once.
         uploads: how many chunks are sent at once, and held in memory for that.
@@ -73,7 +74,7 @@ class RemoteTier(Tier):
         self,
         pool: str | Pool,
         *,
-        encryption_key: bytes | None = None,
+        encryption_key: bytes | Mapping[str, bytes] | None = None,
         limit_s: float = 3.0,
         requests: int = 16,
         uploads: int = 4,

@@ -267,6 +267,24 @@ def test_a_catalogue_is_encrypted_as_chunks_are(machine, pool, catalogue):
         machine(secret=secret).follow()
 
 
+def test_tenants_with_a_key_each_take_their_own_alone(machine):
+    one, two = bytes(range(32)), bytes(32)
+    filled = machine("fills", reads=False, secret={"one": one, "two": two})
+    for name in ("one", "two"):
+        filled.add_texts([f"What {name} may read."], [name], namespace=name)
+        assert filled.publish(namespace=name).unread == 0
+    filled.add_texts(["Of nobody."], ["nobody's"])
+    with pytest.raises(StoreError, match="no key for the namespace"):
+        filled.publish()
+    tenant = machine(secret={"one": one}, namespace="one")
+    tenant.follow()
+    assert tenant.ask("What?", max_new_tokens=1).report.fusion.hits == {"remote": 1}
+    for name in ("two", ""):
+        with pytest.raises((ForeignError, PublicationError)):
+            tenant.follow(namespace=name)
+    assert {document.source for document in tenant.retriever.catalogue} == {"one"}
+
+
 def test_all_that_is_taken_is_of_one_moment(machine, filled, monkeypatch):
     """Published anew while it is read: between the header and the rest."""
     rag = machine()
