@@ -104,7 +104,7 @@ def follow(retriever: Retriever, documents: Documents) -> Followed:
     for _ in range(_TRIES):
         before = catalogue.seen(namespace)
         if before.id and pool.publications.id(namespace, setting) == before.id:
-            return Followed(len(before.documents))
+            return Followed(before.size)
         marks = before.documents
 
         def wanted(found: Publication, marks: Mapping[bytes, bytes] = marks) -> list[bytes]:

@@ -11,6 +11,7 @@ from ragkv.publishing import Followed
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import RemoteTier
 from ragkv.store.remote.envelope import ForeignError
+from ragkv.store.remote.objects import ObjectPool
 from ragkv.store.remote.pool import PoolError
 
 from .rags import DOCUMENTS, QUESTION, TEMPLATE, TOKENIZER, WordEmbedder, small_model
@@ -122,7 +123,7 @@ def test_what_changed_and_what_was_removed_is_followed_and_the_rest_is_not_read(
 def test_documents_of_the_folders_own_stay(machine, filled, pool):
     rag = machine("follows")
     rag.add_texts(["Mine.", "My version.", TEXTS[THREE]], ["mine", TWO, THREE], [{}, {}, {"n": 2}])
-    assert rag.follow() == Followed(3, 1, (), (TWO,))
+    assert rag.follow() == Followed(3, 1, (), (TWO,)) and rag.follow() == Followed(3)
     rag.add_texts(["Another version."], [ONE])
     filled.remove(ONE)
     filled.remove(THREE)
@@ -388,7 +389,11 @@ def published(tmp_path):
     return url
 
 
-def test_opening_takes_what_is_published_and_how_it_was_made(published, pool, tmp_path):
+async def away(*given, **more):
+    raise PoolError("away")
+
+
+def test_opening_takes_what_is_published_and_how_it_was_made(published, pool, tmp_path, monkeypatch, caplog):
     options = {"embedder": WordEmbedder(), "remote": published, "follow": True}
     with RAG.from_pretrained(**options) as rag:  # not even the model is named
         assert set(sources(rag)) == set(TEXTS) and rag.chunker.chunk_tokens == 40 and rag.engine.method == Reuse()
@@ -396,6 +401,15 @@ def test_opening_takes_what_is_published_and_how_it_was_made(published, pool, tm
     with RAG.from_pretrained(path=tmp_path / "follows", **options) as rag:
         assert rag.refresh() == 0
     assert kept_in(tmp_path / "follows")["chunk_tokens"] == 40 and "remote" not in kept_in(tmp_path / "follows")
+    ask = ObjectPool._ask
+    monkeypatch.setattr(ObjectPool, "_ask", away)
+    with RAG.from_pretrained(path=tmp_path / "follows", **options) as rag:
+        assert set(sources(rag)) == set(TEXTS) and "what was published before: away" in caplog.text
+        with pytest.raises(PoolError, match="away"):
+            rag.follow()
+    with pytest.raises(PoolError, match="away"):
+        RAG.from_pretrained(**options)
+    monkeypatch.setattr(ObjectPool, "_ask", ask)
     for file in files(pool):
         file.unlink()
     with RAG.from_pretrained(path=tmp_path / "follows", **options) as rag:
