@@ -317,7 +317,7 @@ def test_two_processes_that_follow_in_one_folder_end_in_one_state(machine, fille
             rag.follow()
         return follow(*given)
 
-    filled.remove(TWO)
+    filled.add_texts(["An older one."], [ONE])
     filled.publish()
     monkeypatch.setattr(catalogue, "follow", slow)
     rag.follow()
@@ -360,7 +360,10 @@ def test_kv_come_first_and_a_pool_that_is_away_gets_no_catalogue(machine, model,
     pool.write = real
     with pytest.raises(PublicationError, match="nothing is published"):
         machine().follow()
-    assert rag.publish(limit_s=60).unread == 0 and machine().follow() == Followed(1, 1)
+    assert rag.publish().unread == 0 and machine().follow() == Followed(1, 1)
+    (chunk,) = (tmp_path / "pool").glob("??/*")
+    chunk.unlink()
+    assert rag.publish().unread == 0 and chunk.exists(), "what the pool had lost was not sent again"
 
 
 def test_another_model_publishes_beside_and_the_former_may_be_withdrawn(machine, filled, model):

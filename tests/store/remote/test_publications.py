@@ -128,6 +128,8 @@ def test_a_pool_for_reading_only_is_not_written(url, how, machine, kv, key, same
     assert dict(one.remote._pool.names()) == names
     if how == "tier":
         again = machine(url, "two")
+        again.flush()
+        assert not machine(url).contains(key(5)), "what a reader computed was noted to be sent"
         again.share()
         again.flush()
         assert machine(url).contains(key(5)), "what a reader computed may be sent by a writer that asks for it"
