@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ragkv.errors import ArgumentError, PublicationError, RecordError, UploadError
+from ragkv.errors import ArgumentError, PublicationError, RecordError, UploadError, instance
 from ragkv.exchange import made_with
 from ragkv.library.differing import described, differences
 from ragkv.library.documents import Documents
@@ -65,6 +65,7 @@ class Followed:
 
 def publish(catalogue: Catalogue, documents: Documents, only: bool, limit_s: float) -> Published:
     """See :meth:`ragkv.RAG.publish`."""
+    instance("limit_s", limit_s, int | float, "a number of seconds")
     pool = documents.store.remote
     if pool is None or pool.readonly:
         raise ArgumentError(
@@ -82,15 +83,7 @@ def publish(catalogue: Catalogue, documents: Documents, only: bool, limit_s: flo
     lacking = pool.lacking(list(keys))
     pool.share(lacking)
     _wait(documents.store, pool, limit_s)
-    made = made_with(catalogue)
-    made["defaults"] = {**made["defaults"], "namespace": namespace}
-    facts = {
-        "format": _FORMAT,
-        "created_s": time.time(),
-        "namespace": namespace,
-        **made,
-        "read_with": described(documents),
-    }
+    facts = {"format": _FORMAT, "created_s": time.time(), **made_with(catalogue), "read_with": described(documents)}
     size = pool.publications.put(namespace, setting, facts, {KEYS: b"".join(keys), **parts})
     withdrawn = pool.publications.withdraw(namespace, setting) if only else 0
     return Published(len(parts), passages, unread + len(pool.lacking(lacking)), size, withdrawn)
@@ -163,9 +156,7 @@ def published_defaults(pool: RemoteTier, namespace: str) -> dict[str, Any]:
     found = pool.publications.each(namespace)
     if not found:
         raise PublicationError(f"nothing is published in {pool.publications.place}{_of(namespace)}: {_HOW}")
-    newest = max((publication.facts for publication in found), key=_created_s)
-    defaults = newest.get("defaults")
-    return dict(defaults) if isinstance(defaults, dict) else {}
+    return _defaults(max((publication.facts for publication in found), key=_created_s), namespace)
 
 
 _HOW = "'ragkv publish --remote URL', or RAG.publish(), does that where the documents are"
@@ -219,9 +210,15 @@ def _document(key: bytes, data: bytes, namespace: str, dimension: int) -> Archiv
 def _take_defaults(catalogue: Catalogue, documents: Documents, found: Publication) -> None:
     """An empty folder is opened as the publisher's was, from now on."""
     if not len(catalogue):
-        if not catalogue.defaults and isinstance(found.facts.get("defaults"), dict):
-            catalogue.keep_defaults(found.facts["defaults"])
+        if not catalogue.defaults:
+            catalogue.keep_defaults(_defaults(found.facts, documents.namespace))
         catalogue.keep_read_with(described(documents))
+
+
+def _defaults(facts: Mapping[str, Any], namespace: str) -> dict[str, Any]:
+    """What a folder of a namespace is opened with."""
+    defaults = facts.get("defaults")
+    return {**(defaults if isinstance(defaults, dict) else {}), "namespace": namespace}
 
 
 def _nothing(pool: RemoteTier, documents: Documents) -> str:

@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from ragkv import RAG, ArgumentError, Engine, PublicationError, RecordError, Reuse, StoreError, TieredStore
+from ragkv import (
+    RAG,
+    ArgumentError,
+    ArgumentTypeError,
+    Engine,
+    PublicationError,
+    RecordError,
+    Reuse,
+    StoreError,
+    TieredStore,
+)
 from ragkv.defaults import kept_in
 from ragkv.publishing import Followed
 from ragkv.retrieval import Retriever, TokenChunker
@@ -421,6 +431,21 @@ def test_opening_takes_what_is_published_and_how_it_was_made(published, pool, tm
     for folder in (None, tmp_path / "new"):
         with pytest.raises(PublicationError, match="nothing is published"):
             RAG.from_pretrained(path=folder, **options)
+
+
+def test_a_namespace_is_opened_as_it_was_published(published, tmp_path):
+    """Whichever the publisher's folder keeps."""
+    with RAG.from_pretrained(path=tmp_path / "fills", embedder=WordEmbedder(), remote=published) as rag:
+        rag.add_texts(["Of a tenant."], ["theirs"], namespace="mine")
+        rag.publish(namespace="mine")
+        with pytest.raises(ArgumentTypeError, match="limit_s"):
+            rag.publish(limit_s="soon")
+    options = {"embedder": WordEmbedder(), "remote": published, "follow": True, "namespace": "mine"}
+    for options["namespace"] in ("mine", None):
+        with RAG.from_pretrained(path=tmp_path / "follows", **options) as rag:
+            assert rag.engine.documents.namespace == "mine"
+            assert [document.source for document in rag.retriever.catalogue] == ["theirs"]
+            assert set(rag.ask("Whose?", max_new_tokens=1).report.fusion.hits) <= {"remote", "disk"}
 
 
 def test_what_cannot_follow_is_refused(published, tmp_path):
