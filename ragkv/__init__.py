@@ -32,6 +32,7 @@ _HOMES = {
         "OverloadedError",
         "PromptError",
         "PromptTooLongError",
+        "PublicationError",
         "RagKVError",
         "RecordError",
         "RetrievalError",

@@ -18,6 +18,7 @@ from ragkv.errors import NonFiniteError as NonFiniteError
 from ragkv.errors import OverloadedError as OverloadedError
 from ragkv.errors import PromptError as PromptError
 from ragkv.errors import PromptTooLongError as PromptTooLongError
+from ragkv.errors import PublicationError as PublicationError
 from ragkv.errors import RagKVError as RagKVError
 from ragkv.errors import RecordError as RecordError
 from ragkv.errors import RetrievalError as RetrievalError

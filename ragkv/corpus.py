@@ -15,6 +15,7 @@ from ragkv.library.done import Added, Planned, Synced
 from ragkv.library.intake import Intake
 from ragkv.library.listing import ListedDocument, listed_documents
 from ragkv.library.watching import Progress
+from ragkv.publishing import Followed, Published, follow, publish
 from ragkv.retrieval import Change, Retriever, TokenChunker
 from ragkv.retrieval.naming import only
 from ragkv.retrieval.records import source_id
@@ -212,6 +213,45 @@ class Corpus:
         Until :meth:`refresh` they answer as they were read; one whose neighbour is gone is read alone when it is asked for.
         """
         return self._intake.stale()
+
+    def publish(self, *, namespace: str | None = None, only: bool = False, limit_s: float = 60.0) -> Published:
+        """Put into the shared pool which documents there are, so that others answer from them without having read anything.
+
+        First the pool gets the KV of the documents that it lacks, then, in the place of what was published of the namespace for
+        this model before, the catalogue: whoever takes it (:meth:`follow`) has all of one state. Of several who publish the last
+        one counts.
+
+        Args:
+            namespace: whose documents; the engine's by default.
+            only: withdraw what is published of the namespace for other models, or the same in another setting.
+            limit_s: how long to wait for KV of which none arrives.
+
+        Raises:
+            ArgumentError: there is no pool, or it is for reading only.
+            UploadError: the pool did not have the KV in time: nothing was published, and they are sent later.
+            PublicationError: the catalogue is too large for the pool; what was published before stays.
+            StoreError: the pool does not answer.
+            RecordError: a document is damaged: nothing was published.
+        """
+        return publish(self.retriever.catalogue, self.engine.documents.within(namespace), only, limit_s)
+
+    def follow(self, *, namespace: str | None = None) -> Followed:
+        """Take what is published of a namespace for this model, or what has changed since: all of it, or nothing.
+
+        What went from the publication goes here, too; documents of the folder's own stay. Nothing is tokenised, embedded or read.
+        A question that is being answered has the state before. Nothing is ever written to the pool.
+
+        Args:
+            namespace: whose documents; the engine's by default.
+
+        Raises:
+            ArgumentError: there is no pool, or it is not for reading only: give ``from_pretrained`` ``follow=True``.
+            PublicationError: nothing is published for this model and namespace, or with another embedder; the message names what
+                differs.
+            RecordError: it is damaged. What was taken before stays.
+            StoreError: the pool does not answer, or its catalogue is encrypted with another key.
+        """
+        return follow(self.retriever, self.engine.documents.within(namespace))
 
     def _taking_in(self, namespace: str | None) -> Intake:
         documents = self.engine.documents.within(namespace)

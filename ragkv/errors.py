@@ -94,6 +94,10 @@ class UploadError(StoreError, TimeoutError):
     """Not all that is to be sent to a shared pool has come there in time. It is noted, and sent later."""
 
 
+class PublicationError(StoreError):
+    """A published catalogue cannot be had, or made: there is none, it is of another model or embedder, or the pool takes less."""
+
+
 class RecordError(StoreError):
     """A stored record is damaged or of a format that this version does not read."""
 

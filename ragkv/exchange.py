@@ -48,14 +48,7 @@ def export_folder(
     with ExitStack() as stack:
         catalogue = stack.enter_context(Catalogue(documents))
         archive = stack.enter_context(written(target, FOLDER_FORMAT))
-        defaults = catalogue.defaults
-        if (
-            defaults.get("method") == "calibrated"
-        ):  # what was chosen stays with the KV, and is proved for what is read there
-            del defaults["method"]
-        made = {"embedder": catalogue.settings.get("embedder"), "defaults": defaults}
-        made["read_with"] = catalogue.read_with
-        archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made}).encode()))
+        archive.add(sealed(BEGIN, json.dumps({"format": FOLDER_FORMAT, **made_with(catalogue)}).encode()))
         _add_documents(archive, catalogue, sources, progress)
         if has_data(kv):
             records.add_records(archive, stack.enter_context(maintenance.opened(kv)), wanted, progress)
@@ -120,6 +113,20 @@ def import_folder(
                 progress(number)
     lost.refuse(f"{done.documents} documents, {done.records} records")
     return done
+
+
+def made_with(catalogue: Catalogue) -> dict[str, Any]:
+    """What documents were made with, for another folder: embedder, options, and what they were read with."""
+    defaults = catalogue.defaults
+    if (
+        defaults.get("method") == "calibrated"
+    ):  # what was chosen stays with the KV, and is proved for what is read there
+        del defaults["method"]
+    return {
+        "embedder": catalogue.settings.get("embedder"),
+        "defaults": defaults,
+        "read_with": catalogue.read_with,
+    }
 
 
 def kv_folder(path: Path) -> Path:

@@ -13,8 +13,9 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentError
 from ragkv.folder.filesystem import has_data
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
+from ragkv.publishing import pool_to_follow, published_defaults
 from ragkv.retrieval import Retriever, TokenChunker
-from ragkv.store import TieredStore
+from ragkv.store import RemoteTier, TieredStore
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -43,7 +44,11 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     path = None if given["path"] is None else Path(given["path"])
     model, rest = gguf_apart(given["model"], dict(given))
     given = {**rest, "model": model}
-    options = with_kept(given, kept_in(path))
+    pool = _followed(given, opened) if given["follow"] else given["remote"]
+    kept = kept_in(path)
+    if given["follow"] and not kept:
+        kept = published_defaults(pool, given["namespace"] or "")
+    options = with_kept(given, kept)
     if "model" not in options:
         logger.warning(
             f"{TOY}: RAG.from_pretrained('Qwen/Qwen3-0.6B'), or whatever decoder of transformers it is to be"
@@ -66,7 +71,8 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
             readonly=readonly,
             codec=options.get("codec", "raw"),
             cpu_codec=options.get("cpu_codec"),
-            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes", "remote")},
+            remote=pool,
+            **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes")},
         )
     opened.callback(store.close)
     engine = Engine(
@@ -85,3 +91,17 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
     tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
     chunker = TokenChunker(loaded.tokenizer, tokens)
     return Parts(engine, retriever, chunker, options.get("behind", 0), to_keep(options))
+
+
+def _followed(given: Mapping[str, Any], opened: ExitStack) -> RemoteTier:
+    """The pool whose publication is followed."""
+    if given["readonly"] and given["path"] is not None:
+        raise ArgumentError(
+            "a folder that is open for reading only cannot follow: leave out readonly=, nothing is written to the pool anyway; or "
+            "path=, then all is in memory"
+        )
+    pool = given["remote"] if given["store"] is None else given["store"].remote
+    if isinstance(pool, str):
+        pool = RemoteTier(pool, readonly=True)
+        opened.callback(pool.close)
+    return pool_to_follow(pool)

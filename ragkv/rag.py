@@ -26,6 +26,7 @@ from ragkv.library.watching import Progress
 from ragkv.methods import Method
 from ragkv.opening import open_parts
 from ragkv.prompt import PromptTemplate
+from ragkv.publishing import follow_at_opening
 from ragkv.report import AnswerStream
 from ragkv.retrieval import Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.scheduling.scheduler import Scheduler
@@ -88,6 +89,7 @@ class RAG(Corpus):
         cpu_bytes: int = 4 << 30,
         disk_bytes: int = 100 << 30,
         remote: str | RemoteTier | None = None,
+        follow: bool = False,
         codec: str | Codec | None = None,
         cpu_codec: str | Codec | None = None,
         namespace: str | None = None,
@@ -130,6 +132,9 @@ class RAG(Corpus):
             cpu_bytes: memory for KV.
             disk_bytes: disk for KV.
             remote: a shared pool for KV behind these, as ``"s3://BUCKET/PREFIX"``, see :class:`~ragkv.TieredStore`; never kept.
+            follow: answer from what is published in the pool (:meth:`publish`), without having read anything: it is taken now, and
+                what has changed since by :meth:`follow`. Nothing is written to the pool. A folder without documents is opened with
+                what they were published with, where nothing else is said, and keeps that.
             codec: how KV are encoded on disk, see :class:`~ragkv.TieredStore`; ``"raw"`` by default.
             cpu_codec: how they are encoded in memory.
             namespace: documents added and KV stored under another one are never found.
@@ -147,6 +152,8 @@ class RAG(Corpus):
             ModelNotFoundError: the model is not where it was asked for, or not where it was when documents were added.
             UnsupportedModelError: the model cannot be driven exactly, its GGUF file not be read, or its weights not be packed.
             IncompatibleFolderError: the folder was made with another embedder.
+            PublicationError, RecordError, StoreError: with ``follow``, as :meth:`follow`; but a folder that has followed before
+                goes on with what it has, where the pool does not answer or has nothing for it any more.
         """
         options = {name: value for name, value in locals().items() if name not in ("cls", "model_options")}
         own = signature(cls.from_pretrained).parameters.keys() - {"model_options"}
@@ -154,6 +161,8 @@ class RAG(Corpus):
             parts = open_parts(options | model_options, own, opened)
             rag = cls(parts.engine, parts.retriever, parts.chunker, repair_tokens, parts.behind)
             rag._intake.defaults = parts.defaults
+            if follow:
+                follow_at_opening(rag.retriever, rag.engine.documents)
             opened.pop_all()  # all went well: from here on they are closed with the object
             return rag
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, Re
 from ragkv.folder import Environment
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import merged, new_state, put_readings, renamed, replaced
+from ragkv.retrieval.following import Following, Seen, seen, taken_over
 from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading, misplaced
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import damage, mend, migrate, problems
@@ -30,7 +31,7 @@ FORMAT, _FORMER = b"ragkv.catalogue/3", (b"ragkv.catalogue/1", b"ragkv.catalogue
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
 # kv: key of KV, or of a passage in front of a document -> the keys of the readings that name it.
-# meta: format, settings, defaults, state, next id.
+# meta: format, settings, defaults, state, next id, what came from publications.
 DATABASES: dict[bytes, dict[str, Any]] = {
     b"meta": {},
     b"documents": {},
@@ -195,6 +196,38 @@ class Catalogue:
         """
         with self._environment.transaction(write=True) as txn:
             return merged(txn, archived, replace_other)
+
+    def seen(self, namespace: str = "") -> Seen:
+        """What there is of a namespace's publication, see :meth:`follow`."""
+        with self._environment.transaction() as txn:
+            return seen(txn, namespace)
+
+    def follow(
+        self,
+        namespace: str,
+        before: bytes,
+        publication: bytes,
+        present: Collection[bytes],
+        changed: Mapping[bytes, tuple[ArchivedDocument, bytes]],
+    ) -> Following | None:
+        """Puts a publication in the place of the one before, in one transaction; nothing is embedded.
+
+        Documents that came from the one before and are not in this one go. Those of this folder's own stay.
+
+        Args:
+            namespace: of all its documents.
+            before: the id of the one before, as :meth:`seen` said.
+            publication: its id.
+            present: the keys of its documents.
+            changed: those that did not come as they are now, by key, and what they come as.
+
+        Returns:
+            What was done; ``None`` where another has come in the place of the one before: nothing was.
+        """
+        with self._environment.transaction(write=True) as txn:
+            if seen(txn, namespace).id != before:
+                return None
+            return taken_over(txn, namespace, publication, present, changed)
 
     def keep(self, readings: Sequence[tuple[Document, Reading]]) -> set[bytes]:
         """Keeps how a model reads documents that are there, in one transaction; those that have changed are passed over.

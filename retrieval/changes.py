@@ -59,6 +59,7 @@ def replaced(
     if document.namespace:
         txn.delete("meta", records.UNDIVIDED)
     document = replace(document, passage_ids=tuple(ids))
+    txn.delete("meta", records.came_key(key, document.namespace))
     if passages:
         _write(txn, "documents", key, records.document_payload(document))
     else:
@@ -95,6 +96,7 @@ def renamed(
         namespace: of its own by default.
     """
     view, former = Snapshot(txn), document.key
+    txn.delete("meta", records.came_key(former, document.namespace))
     namespace = document.namespace if namespace is None else namespace
     texts, document = view.texts(document), replace(document, source=source, namespace=namespace)
     for passage_id, text in zip(document.passage_ids, texts, strict=True):

@@ -7,6 +7,7 @@ A member is a safetensors file: ``document`` (JSON in UTF-8: source, texts, wher
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -31,13 +32,22 @@ from ragkv.retrieval.records import (
 from ragkv.retrieval.snapshot import Snapshot
 
 
-def packed(view: Snapshot, document: Document) -> Member:
+def packed(view: Snapshot, document: Document, settings: Collection[str] | None = None) -> Member:
     """A document as a member of an archive, without readings that hold passages of other documents.
+
+    Args:
+        view: has it.
+        document: which.
+        settings: for which readings are taken along; by default all.
 
     Raises:
         RecordError: a text or a vector of it is damaged.
     """
-    readings = [reading for reading in view.readings(document) if not reading.behind]
+    readings = [
+        reading
+        for reading in view.readings(document)
+        if not reading.behind and (settings is None or reading.setting in settings)
+    ]
     facts = json.loads(document_payload(replace(document, passage_ids=())))
     facts |= {"texts": view.texts(document), "settings": [reading.setting for reading in readings]}
     arrays = {"document": _bytes(json.dumps(facts, ensure_ascii=False).encode())}

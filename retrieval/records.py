@@ -17,6 +17,9 @@ from ragkv.folder import unseal
 #: In ``meta`` as long as all documents are of the empty namespace; where it is lost each document is looked at.
 UNDIVIDED = b"undivided"
 
+#: In ``meta``: before what names a document that came from a publication (:func:`came_key`), and before a publication's namespace.
+CAME, FOLLOWED = b"came ", b"followed "
+
 # In the number of a reading's keys: the passages that it is behind follow them.
 _BEHIND = 1 << 31
 
@@ -171,6 +174,11 @@ def source_key(source: str, namespace: str = "") -> bytes:
         raise DocumentError(f"a document is named by a str, got {source!r:.80}")
     key = digest("source", source)
     return namespace_prefix(namespace) + key[:16] if namespace else key
+
+
+def came_key(document: bytes, namespace: str) -> bytes:
+    """Where it stands that a document, by its key, came from a publication, and what it came as."""
+    return CAME + namespace_prefix(namespace) + document
 
 
 def namespace_prefix(namespace: str) -> bytes:

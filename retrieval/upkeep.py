@@ -110,6 +110,13 @@ def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
         for key, value in sorted(_uses(txn, document)):
             txn.put("uses", key, value)
     mark_undivided(txn, sound)
+    for name in list(txn.keys("meta", records.CAME)):
+        if name[-32:] in found.lost:
+            txn.delete("meta", name)
+        else:  # it may lack something now: it is taken again
+            txn.put("meta", name, b"mended")
+    for name in list(txn.keys("meta", records.FOLLOWED)):
+        txn.put("meta", name, bytes(20))
 
 
 def mend_readings(txn: Transaction, sound: dict[bytes, Document]) -> None:

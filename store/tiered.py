@@ -49,12 +49,16 @@ class TieredStore:
             default what decoding gives, so that a chunk is the same wherever it comes from. The GPU tier keeps numbers.
         selective: refuse a new entry where the tier is full and it is worth less than what it would evict, so that
             chunks that are asked for once do not flush the store; :meth:`put` then returns False.
-        readonly: open the folder for reading only. A folder that may not be written to is opened so by itself.
+        readonly: open the folder for reading only, and write nothing to a shared pool. A folder that may not be written to is
+            opened so by itself.
         device: where the GPU tier lies.
         tiers: further tiers, such as a shared pool: searched in this order for what memory and disk do not have, and offered
             whatever is put. See :class:`~ragkv.store.tier.Tier`.
         remote: a shared pool behind all others: its URL, as ``s3://BUCKET/PREFIX`` or ``redis://HOST``, or a
             :class:`~ragkv.store.remote.RemoteTier` of your own settings. See docs/remote.md.
+
+    Attributes:
+        remote: the shared pool; None where there is none.
 
     Raises:
         StoreError: no tier is left, or the folder cannot be opened.
@@ -90,7 +94,9 @@ class TieredStore:
         instance(
             "remote", remote, str | RemoteTier | None, "the URL of a pool, as 's3://bucket/prefix', or a RemoteTier"
         )
-        pools = [] if remote is None else [RemoteTier(remote) if isinstance(remote, str) else remote]
+        self.remote: RemoteTier | None = RemoteTier(remote) if isinstance(remote, str) else remote
+        if self.remote is not None:
+            self.remote.readonly |= readonly
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
         gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
@@ -110,7 +116,9 @@ class TieredStore:
         self._home: MemoryTier | DiskTier = self._disk or memory
         above = [tier for tier in (gpu, memory) if tier and tier is not self._home and tier.budget_bytes]
         try:
-            self._tiers = Tiers(above, self._home, [*tiers, *pools], leases, lock)
+            self._tiers = Tiers(
+                above, self._home, [*tiers, *([] if self.remote is None else [self.remote])], leases, lock
+            )
         except BaseException:
             self._home.close()
             raise

@@ -92,6 +92,15 @@ def parser() -> argparse.ArgumentParser:
     refresh.add_argument(
         "--dry-run", action="store_true", help="only name the documents whose neighbours (--behind) are others now"
     )
+    publish = command(
+        "publish",
+        model,
+        _storage(pool_required=True),
+        summary="Put into a pool which documents there are, so that others answer without reading them.",
+    )
+    publish.add_argument(
+        "--only", action="store_true", help="withdraw what is published there of the namespace for other models"
+    )
     for command_that_reads in (add, sync, refresh):
         command_that_reads.add_argument(
             "--behind",
@@ -216,7 +225,7 @@ def _bar() -> argparse.ArgumentParser:
     return options
 
 
-def _storage() -> argparse.ArgumentParser:
+def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     for tier, what in (("gpu", "memory of the GPU"), ("cpu", "memory"), ("disk", "disk")):
         options.add_argument(
@@ -229,6 +238,7 @@ def _storage() -> argparse.ArgumentParser:
     options.add_argument(
         "--remote",
         metavar="URL",
+        required=pool_required,
         help="a pool for KV that machines share: s3://BUCKET/PREFIX, gs://, az://, file:///, redis://",
     )
     options.add_argument(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ragkv.cli import asking, batch, pages, show
 from ragkv.cli.answers import answered, as_dict, place, show_sources
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, options_of, require_documents
+from ragkv.cli.opening import asking_options, open_rag
 from ragkv.cli.searching import search_of
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     """Answer the question, or those of a file."""
     asking.check(args)
     path = folder(args)
-    require_documents(path)
+    options = asking_options(args, path)
     if args.batch is not None:
-        return batch.run(args, path)
+        return batch.run(args, path, options)
     pages.check(args)
-    with open_rag(path, **options_of(args)) as rag:
+    with open_rag(path, **options) as rag:
         answer, stages = answered(rag.stream, args.question, args, search_of(args, rag))
     if args.json:
         show.as_json(as_dict(args.question, answer, stages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragkv.cli import show
 from ragkv.cli.answers import as_dict, generation_of, milliseconds
-from ragkv.cli.opening import open_rag, options_of
+from ragkv.cli.opening import open_rag
 from ragkv.cli.questions import Answers, Question, read_questions
 from ragkv.cli.searching import search_of
 
@@ -24,14 +25,14 @@ _NAMED = 5
 _AT_ONCE = 8
 
 
-def run(args: argparse.Namespace, path: Path) -> int:
+def run(args: argparse.Namespace, path: Path, options: Mapping[str, Any]) -> int:
     """Answer what was not answered before. A question that cannot be answered is a line that says why, and the others go on."""
     from ragkv.streaming import side_by_side
 
     begin = perf_counter()
     questions = read_questions(Path(args.batch).expanduser())
     answers = Answers(Path(args.out).expanduser(), questions)
-    with open_rag(path, **options_of(args)) as rag:
+    with open_rag(path, **options) as rag:
         answers.begin(_settings(args, path, rag))
         rag.engine.stream([], "?", **generation_of(args))  # arguments are checked, and nothing is computed
         for namespace in dict.fromkeys(question.namespace for question in answers.open):

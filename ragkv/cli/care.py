@@ -57,10 +57,33 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     forget.add_argument("--remote", metavar="URL", help="delete their KV in this pool, too, for all that share it")
 
-    prune = command("prune", chosen, removal, summary="Remove the KV that a filter, --orphans or --max-size choose.")
+    prune = command(
+        "prune",
+        chosen,
+        removal,
+        summary="Remove the KV that a filter, --orphans or --max-size choose; with --remote what nobody needs in a pool.",
+    )
     prune.add_argument("--orphans", action="store_true", help="what belongs to no document any more")
     prune.add_argument(
         "--max-size", type=parsed(filters.parse_size), metavar="SIZE", help="what is idle longest, until this is left"
+    )
+    prune.add_argument(
+        "--remote",
+        metavar="URL",
+        help="in this pool, instead of a folder: KV that no published catalogue names, for all",
+    )
+    age = prune.add_mutually_exclusive_group()
+    age.add_argument(
+        "--grace",
+        type=parsed(filters.parse_duration),
+        metavar="TIME",
+        help="of --remote: what was sent since stays (default: 7d)",
+    )
+    age.add_argument(
+        "--older-than",
+        type=parsed(filters.parse_duration),
+        metavar="TIME",
+        help="of --remote: whatever was sent before goes, also what is named",
     )
     prune.set_defaults(refuse=prune.error)
 

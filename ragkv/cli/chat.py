@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ragkv.cli import show
 from ragkv.cli.answers import answered, as_dict, show_sources
 from ragkv.cli.arguments import folder
-from ragkv.cli.opening import open_rag, options_of, require_documents
+from ragkv.cli.opening import asking_options, open_rag
 from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError
 
@@ -27,8 +27,8 @@ _HELP = """/sources  where the last answer comes from
 def run(args: argparse.Namespace) -> int:
     """Answer line by line. A question that cannot be answered is said so, and the conversation goes on."""
     path = folder(args)
-    require_documents(path)
-    with open_rag(path, **options_of(args)) as rag:
+    options = asking_options(args, path)
+    with open_rag(path, **options) as rag:
         talk = _Talk(rag, args)
         for line in _lines():
             if line in ("/quit", "/exit"):

@@ -52,7 +52,7 @@ def open_rag(folder: Path | None, quiet: bool = False, **options: Any) -> RAG:
     from ragkv.rag import RAG
 
     terminal, kept = sys.stderr.isatty(), kept_in(folder)
-    if options.get("model") is None and "model" not in kept:
+    if options.get("model") is None and "model" not in kept and not options.get("follow"):
         options["model"] = BUNDLED
         if terminal and not quiet:
             show.hint(f"{TOY}: --model Qwen/Qwen3-0.6B, or whatever decoder of transformers it is to be")
@@ -79,6 +79,26 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "lifetime_s": args.lifetime,
         "paths": args.keeps_paths,
     }
+
+
+def asking_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """As :func:`options_of`, for a question: a folder without documents of its own takes those that are published in the pool.
+
+    Raises:
+        RagKVError: there are no documents, and no pool.
+    """
+    options = options_of(args)
+    if args.remote is None or (has_data(folder / "documents") and not _follows(folder, args.namespace)):
+        require_documents(folder)
+        return options
+    return {**options, "follow": True}
+
+
+def _follows(folder: Path, namespace: str | None) -> bool:
+    from ragkv.retrieval import Catalogue
+
+    with Catalogue(folder / "documents") as catalogue:
+        return bool(catalogue.seen(catalogue.defaults.get("namespace", "") if namespace is None else namespace).id)
 
 
 def sent(store: TieredStore) -> None:

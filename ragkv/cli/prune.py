@@ -1,17 +1,27 @@
-"""``ragkv prune``: KV that is old, idle, large or nobody's goes."""
+"""``ragkv prune``: KV that is old, idle, large or nobody's goes, from a folder or from a pool."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import Listed, listed, removed
+from ragkv.errors import PublicationError, RagKVError
+
+if TYPE_CHECKING:
+    from ragkv.store.remote.pruning import Pruned
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove what every given filter holds for and, by ``--max-size``, what is idle longest of the rest."""
+    """Remove what every given filter holds for and, by ``--max-size``, what is idle longest of the rest; or prune a pool."""
+    if args.remote is not None:
+        return _prune_pool(args)
+    if args.grace is not None or args.older_than is not None:
+        args.refuse("--grace and --older-than are of --remote URL; in a folder say --filter 'age>30d'")
     if not (args.filters or args.orphans or args.max_size is not None):
         args.refuse("say what goes: --filter, --orphans or --max-size")
     path = folder(args)
@@ -28,6 +38,47 @@ def run(args: argparse.Namespace) -> int:
         excess = sum(item.entry.size_bytes for item in left) - args.max_size
         chosen += _idle_longest((item for item in left if not item.entry.pinned), excess)
     return removed(path, chosen, ask=not args.yes, dry_run=args.dry_run, as_json=args.json)
+
+
+def _prune_pool(args: argparse.Namespace) -> int:
+    """Delete in a pool what nobody needs any more, or what is old."""
+    if args.filters or args.orphans or args.max_size is not None:
+        args.refuse("--remote prunes a pool, and takes --grace or --older-than; the others are of a folder")
+    from ragkv.store import RemoteTier
+
+    given = {"older_than_s": args.older_than} if args.older_than is not None else {}
+    given |= {"grace_s": args.grace} if args.grace is not None else {}
+    with closing(RemoteTier(args.remote)) as pool:
+
+        def pruned(dry_run: bool) -> Pruned:
+            with show.progress(unit=" objects") as bar:
+                return pool.prune(**given, dry_run=dry_run, progress=bar.update)
+
+        try:
+            done = pruned(args.dry_run or not args.yes)
+            if done.objects and not args.dry_run and not args.yes:
+                if not show.confirmed(f"Delete {_amount(done)} in {pool.publications.place}, for all that share it?"):
+                    show.hint("ragkv: nothing was deleted; --yes deletes without asking")
+                    return 1
+                done = pruned(False)
+        except PublicationError as error:
+            raise RagKVError(f"{error}; --older-than TIME goes by age alone. Nothing was deleted") from error
+    if args.json:
+        said = {"pool": pool.publications.place, "dry_run": args.dry_run, "bytes": done.size_bytes}
+        show.as_json(said | {name: getattr(done, name) for name in ("objects", "needed", "young", "unreadable")})
+        return 0
+    print(
+        f"{'would delete' if args.dry_run else 'deleted'} {_amount(done)}; {done.needed:,} needed, {done.young:,} young"
+    )
+    if done.unreadable:
+        show.hint(
+            f"{show.number(done.unreadable, 'object')} left that cannot be read: damaged, or encrypted with another key"
+        )
+    return 0
+
+
+def _amount(done: Pruned) -> str:
+    return f"{show.number(done.objects, 'object')}, {show.size(done.size_bytes)}"
 
 
 def _wanted(item: Listed, args: argparse.Namespace) -> bool:

@@ -85,9 +85,9 @@ class RedisPool(Pool):
         there = self._piped(names, lambda pipe, key: pipe.exists(key))
         return {name for name, count in zip(names, there, strict=True) if count}
 
-    def names(self) -> Iterator[tuple[str, int]]:
+    def names(self, below: str = "") -> Iterator[tuple[str, int]]:
         """See :class:`Pool`."""
-        pattern, cursor = self._prefix.replace("*", r"\*").replace("?", r"\?").replace("[", r"\["), 0
+        pattern, cursor = (self._prefix + below).replace("*", r"\*").replace("?", r"\?").replace("[", r"\["), 0
         while True:
             cursor, keys = self._wait(partial(self._client.scan, cursor, match=pattern + "*", count=_SCANNED))
             names = [key.decode(errors="replace").removeprefix(self._prefix) for key in keys]

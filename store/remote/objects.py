@@ -95,9 +95,9 @@ class ObjectPool(Pool):
         with suppress(FileNotFoundError):
             self.answer(self._begin(self._ask(self._client.delete_async, self._writer, name)))
 
-    def names(self) -> Iterator[tuple[str, int]]:
+    def names(self, below: str = "") -> Iterator[tuple[str, int]]:
         """See :class:`Pool`."""
-        listed = self._client.list(self._store, chunk_size=_LISTED)
+        listed = self._client.list(self._store, prefix=below or None, chunk_size=_LISTED)
         while page := self.answer(self._begin(self._page(listed))):
             yield from ((item["path"], item["size"]) for item in page)
 

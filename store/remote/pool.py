@@ -68,8 +68,8 @@ class Pool(ABC):
         """Those of the names that are there."""
 
     @abstractmethod
-    def names(self) -> Iterator[tuple[str, int]]:
-        """All names, and the bytes of each. Slow."""
+    def names(self, below: str = "") -> Iterator[tuple[str, int]]:
+        """All names, or those below ``"FOLDER/"``, and the bytes of each. Slow where there are many."""
 
     @abstractmethod
     def after_fork(self) -> None:

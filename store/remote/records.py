@@ -49,6 +49,10 @@ class Records:
             head = memoryview(b"".join((head, rest)))
         return self._envelope.open(key, head), head
 
+    def seals(self, row: Row) -> bool:
+        """Whether a chunk of this namespace may be written: see :meth:`Envelope.seals`."""
+        return self._envelope.seals(row.namespace)
+
     def write(self, key: bytes, record: Record, payload: Payload, row: Row, lifetime_s: float) -> int:
         """Stores one; its bytes, 0 where they are too many for the pool."""
         data = self._envelope.seal(key, record, payload, row)

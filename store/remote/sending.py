@@ -57,6 +57,11 @@ class Sender:
         row, now = self._home.row(key), self._home.now()
         if row is None or not row.alive(now):
             return Done.DROPPED
+        if not self._records.seals(row):
+            logger.warning(
+                "%s does not come to %s: there is no key for its namespace", key.hex(), self._records.pool.name
+            )
+            return Done.DROPPED
         lifetime_s = row.terms(now).lifetime_s
         if self._there(key, lifetime_s):
             return Done.SKIPPED

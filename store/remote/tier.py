@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,8 @@ from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
+from ragkv.store.remote.pruning import Pruned, Pruner
+from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 from ragkv.store.remote.sending import Sender
 from ragkv.store.remote.source import Fetch, Reading, RemoteSource
@@ -47,13 +49,20 @@ class RemoteTier(Tier):
         pool: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://``, ``file:///FOLDER``, ``memory://NAME``, ``redis://HOST`` or ``rediss://``;
             or a pool. Credentials are the client's own (``AWS_ACCESS_KEY_ID`` and the like): they are never written down.
         encryption_key: 32 bytes: what is sent is encrypted and authenticated (AES-GCM; ``ragkv[encryption]``), and nothing else is
-            read. Keys of chunks, sizes and times of access are not hidden.
+            read. A mapping from namespaces to such keys (``""`` for what is of none) gives each its own: what is of a namespace
+            that is not in it is neither sent nor read. Keys of chunks, sizes and times of access are not hidden.
         limit_s: seconds without any answer after which the pool counts as down, where something is read.
         requests: how many reads are on their way at once.
         uploads: how many chunks are sent at once, and held in memory for that.
         range_bytes: of one read, about.
         refresh_s: how often the pool is listed in the background, at the most; see docs/remote.md.
         name: what the statistics call it.
+        readonly: write nothing to the pool and delete nothing there, whatever is put or removed. So it is, too, of a store that
+            is open for reading only.
+
+    Attributes:
+        readonly: see above.
+        publications: which documents there are, where somebody has published that.
 
     Raises:
         StoreError: the URL or the key is none.
@@ -65,13 +74,14 @@ class RemoteTier(Tier):
         self,
         pool: str | Pool,
         *,
-        encryption_key: bytes | None = None,
+        encryption_key: bytes | Mapping[str, bytes] | None = None,
         limit_s: float = 3.0,
         requests: int = 16,
         uploads: int = 4,
         range_bytes: int = 4 << 20,
         refresh_s: float = 60.0,
         name: str = "remote",
+        readonly: bool = False,
     ) -> None:
         super().__init__(time.time)
         instance("pool", pool, str | Pool, "a URL, as 's3://bucket/prefix', or a Pool")
@@ -86,6 +96,8 @@ class RemoteTier(Tier):
         envelope = Envelope(encryption_key)
         self._pool = open_pool(pool, limit_s, requests) if isinstance(pool, str) else pool
         self._records = Records(self._pool, envelope)
+        self.readonly: bool = readonly
+        self.publications: Publications = Publications(self._pool, envelope)
         self._range_bytes = range_bytes
         self._breaker = Breaker()
         self._speed = Speed()
@@ -112,9 +124,13 @@ class RemoteTier(Tier):
         self._home = home
         if isinstance(home, DiskTier):
             if home.readonly:
+                self.readonly = True
                 return
-            home.notes = self._notes = FolderNotes(home.environment)
+            self._notes = FolderNotes(home.environment)
             self._arrivals = Arrivals(home)
+            home.notes = None if self.readonly else self._notes
+        if self.readonly:
+            return
         self._sender = Sender(home, self._records, self._told)
         self._uploads = Uploads(self._notes, self._sender.work, self._sending)
         if len(self._notes):
@@ -122,7 +138,7 @@ class RemoteTier(Tier):
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
-        likely = self._likely(keys)
+        likely = self._likely(keys, self._listed)
         found: dict[bytes, Source] = {}
         for key in likely:
             reading = self._readings.get(key)
@@ -146,9 +162,10 @@ class RemoteTier(Tier):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there."""
-        likely = self._likely(keys)
-        there = set(likely) if self._listed else set[bytes]()
-        if not self._listed:
+        listed = self._listed  # once: a listing may come at any moment
+        likely = self._likely(keys, listed)
+        there = set(likely) if listed else set[bytes]()
+        if not listed:
             with self._asking(likely) as may:
                 there = self._records.which(likely) if may else there
         return [key for key in keys if key not in there]
@@ -177,6 +194,19 @@ class RemoteTier(Tier):
         self._uploads.wake()
         return len(wanted)
 
+    def lacking(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of the chunks that the pool does not have, each once: it is asked, whatever is known of it.
+
+        Raises:
+            PoolError: it does not answer.
+        """
+        keys = list(dict.fromkeys(keys))
+        if self._pool.quick or len(keys) <= _MOST_ASKED:
+            there: Collection[bytes | None] = self._records.which(keys)
+        else:
+            there = {key_of(name) for name, _ in self._pool.names()}
+        return [key for key in keys if key not in there]
+
     def remove(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
         """See :class:`Tier`. It is a miss at once, and deleted in the background, again and again until that succeeds.
 
@@ -203,6 +233,36 @@ class RemoteTier(Tier):
     def loading(self) -> Loading | None:
         """See :class:`Tier`."""
         return self._speed.loading
+
+    def prune(
+        self,
+        grace_s: float = 7 * 86_400.0,
+        *,
+        older_than_s: float | None = None,
+        dry_run: bool = False,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Pruned:
+        """Deletes the chunks in the pool that no published catalogue needs, for all that share it.
+
+        Args:
+            grace_s: what was sent less than so many seconds ago stays: whoever sent it may not have published it yet.
+            older_than_s: in place of that: delete what was sent so many seconds ago, whoever needs it.
+            dry_run: only count it.
+            progress: called with how many more were looked at.
+
+        Raises:
+            PublicationError: nothing is published, so that nobody knows what is needed.
+            RecordError, ForeignError: what is published cannot be read: as above.
+            StoreError: the pool is for reading only, or does not answer. Nothing more is deleted.
+        """
+        age_s = grace_s if older_than_s is None else older_than_s
+        instance("grace_s" if older_than_s is None else "older_than_s", age_s, int | float, "a number of seconds")
+        if not age_s >= 0:
+            raise ArgumentError(f"an age is at least 0 seconds, got {age_s}")
+        if self.readonly and not dry_run:
+            raise StoreError(f"nothing is deleted in {self._pool.name}: it is for reading only")
+        publications = self.publications if older_than_s is None else None
+        return Pruner(self._records, publications, age_s, self._sending).run(dry_run, progress)
 
     def counts(self) -> tuple[int, int]:
         """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""
@@ -254,13 +314,13 @@ class RemoteTier(Tier):
         """Whether the manifest says what is there."""
         return not self._pool.quick and self._manifest.fresh
 
-    def _likely(self, keys: Sequence[bytes]) -> list[bytes]:
+    def _likely(self, keys: Sequence[bytes], listed: bool) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
         now = self.now()
         wanted = [key for key in keys if shared(key) and self._avoided.get(key, 0.0) <= now]
         if self._off or self._breaker.left_s or not wanted:
             return []
-        known = self._manifest.holds(wanted) if self._listed else set(wanted[:_MOST_ASKED])
+        known = self._manifest.holds(wanted) if listed else set(wanted[:_MOST_ASKED])
         known -= self._notes.deleting(known)
         return [key for key in wanted if key in known]
 

@@ -1,5 +1,6 @@
 """--remote: folders that share a pool."""
 
+import io
 import json
 
 import pytest
@@ -42,3 +43,73 @@ def test_a_pool_that_is_away_is_said_and_holds_nothing_up(file, tmp_path, capsys
     url = f"file://{tmp_path}/pool"
     assert run(capsys, "refresh", "--path", tmp_path / "one", "--remote", url)[0] == 0
     assert [path for path in (tmp_path / "pool").rglob("*") if path.is_file()], "what was noted was not sent later"
+
+
+def test_a_folder_without_documents_answers_from_what_is_published(file, tmp_path, capsys, monkeypatch):
+    url, question = f"file://{tmp_path}/pool", ("--max-new-tokens", "1", "Which river?")
+
+    def asked(*more):
+        return run(capsys, "ask", "--json", "--path", tmp_path / "two", "--remote", url, *more, *question)
+
+    code, _, err = asked()
+    assert code == 1 and "nothing is published" in err and "'ragkv publish" in err
+    add = ("add", "--json", "--path", tmp_path / "one", "--remote", url, "--chunk-tokens", "60")
+    assert run(capsys, *add, file)[0] == 0
+    code, out, err = run(capsys, "publish", "--path", tmp_path / "one", "--remote", url)
+    assert (code, err) == (0, "") and out.startswith("published 1 document, 3 passages, ")
+    before = {path: path.read_bytes() for path in (tmp_path / "pool").rglob("*") if path.is_file()}
+    code, out, err = asked()
+    assert code == 0 and set(json.loads(out)["report"]["fusion"]["sources"]) == {"remote"}, err
+    other = tmp_path / "other.md"
+    other.write_text(bundled.documents()["clearport.md"][600:1000])
+    assert {path: path.read_bytes() for path in (tmp_path / "pool").rglob("*") if path.is_file()} == before
+    assert run(capsys, *add, other)[0] == 0
+    code, out, _ = run(capsys, "publish", "--json", "--path", tmp_path / "one", "--remote", url)
+    assert json.loads(out)["documents"] == 2 and json.loads(out)["unread"] == 0
+    assert asked()[0] == 0
+    assert len(json.loads(run(capsys, "docs", "--json", "--path", tmp_path / "two")[1])["documents"]) == 2
+    assert asked("--namespace", "none")[0] == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    chat = run(capsys, "chat", "--json", "--path", tmp_path / "three", "--remote", url)
+    assert chat[0] == 0 and (tmp_path / "three" / "documents").is_dir()
+    with pytest.raises(SystemExit):
+        run(capsys, "publish", "--path", tmp_path / "one")
+
+
+def test_what_nobody_needs_goes_from_a_pool(file, tmp_path, capsys):
+    url = f"file://{tmp_path}/pool"
+
+    def pruned(*more):
+        return run(capsys, "prune", "--remote", url, *more)
+
+    def stored():
+        return len([path for path in (tmp_path / "pool").glob("??/*") if path.is_file()])
+
+    other = tmp_path / "other.md"
+    other.write_text(bundled.documents()["clearport.md"][600:1000])
+    for folder, what in (("one", file), ("two", other)):
+        assert run(capsys, "add", "--path", tmp_path / folder, "--remote", url, "--chunk-tokens", "60", what)[0] == 0
+    count = stored()
+    code, _, err = pruned("--yes", "--grace", "0s")
+    assert code == 1 and "nothing is published" in err and "--older-than" in err and stored() == count
+    assert run(capsys, "publish", "--path", tmp_path / "one", "--remote", url)[0] == 0
+    assert pruned("--yes")[1].startswith("deleted 0 objects, 0 B; 3 needed, ")
+    code, out, _ = pruned("--dry-run", "--grace", "0s", "--json")
+    found = json.loads(out)
+    assert (code, found["objects"], found["needed"], found["dry_run"]) == (0, count - 3, 3, True) and found["bytes"] > 0
+    assert pruned("--grace", "0s")[0] == 1 and stored() == count, "nobody could be asked"
+    code, out, _ = pruned("--grace", "0s", "-y")
+    assert code == 0 and out.startswith(f"deleted {count - 3} object") and stored() == 3
+    code, out, _ = run(
+        capsys, "ask", "--json", "--path", tmp_path / "three", "--remote", url, "--max-new-tokens", "1", "Which?"
+    )
+    assert code == 0 and set(json.loads(out)["report"]["fusion"]["sources"]) == {"remote"}
+    assert pruned("--older-than", "0s", "-y")[0] == 0 and stored() == 0
+    for wrong in (
+        ("--remote", url, "--orphans"),
+        ("--grace", "1d"),
+        ("--remote", url, "--grace", "1d", "--older-than", "1d"),
+    ):
+        with pytest.raises(SystemExit):
+            run(capsys, "prune", *wrong)
+    assert run(capsys, "prune", "--remote", "nowhere", "--yes")[0] == 1

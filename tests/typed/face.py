@@ -32,6 +32,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
     ragkv.OverloadedError,
     ragkv.PromptError,
     ragkv.PromptTooLongError,
+    ragkv.PublicationError,
     ragkv.RecordError,
     ragkv.RetrievalError,
     ragkv.StoreError,
@@ -165,4 +166,7 @@ async def rag() -> None:
             assert_type(piece, str)
         assert_type(opened.pin("a name"), int)
     assert_type(ragkv.RAG.open("kv/"), ragkv.RAG)
+    with ragkv.RAG.from_pretrained(remote="s3://bucket/prefix", follow=True) as follower:
+        assert_type(follower.follow().removed, tuple[str, ...])
+        assert_type(follower.publish().documents, int)
     assert_type(ragkv.__version__, str)

@@ -129,6 +129,13 @@ def test_a_pool_that_cannot_be_listed_is_asked(pool, machine, kv, key, monkeypat
     assert store._tiers.behind[0].missing([key(1)]) == []
 
 
+def test_a_listing_that_comes_in_the_middle_of_a_question_makes_nothing_up(pool, machine, key, monkeypatch):
+    """Else what was about to be asked for is taken to be in the listing that has just come."""
+    turns = iter([False, *[True] * 9])
+    monkeypatch.setattr(Manifest, "fresh", property(lambda self: next(turns)))
+    assert machine(RemoteTier(pool)).missing([key(1)]) == [key(1)]
+
+
 def test_only_names_of_chunks_are_keys(key):
     assert key_of(name_of(key(1))) == key(1)
     assert [key_of(name) for name in ("readme.txt", "ab/abcd", "ab/", "", "zz/zz", "cd/abcd")] == [
