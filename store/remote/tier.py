@@ -31,7 +31,7 @@ from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
-_MOST_ASKED = 1024  # keys that one call asks the pool for, where it is not known what is there
+_MOST_ASKED = 1024  # keys that are asked for together, where it is not known what is there
 _MOST_KNOWN = 4096
 _AVOIDED_S = 10.0
 
@@ -146,11 +146,14 @@ class RemoteTier(Tier):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there."""
-        likely = self._likely(keys)
-        there = set(likely) if self._listed else set[bytes]()
-        if not self._listed:
+        there = set[bytes]()
+        for start in range(0, len(keys), _MOST_ASKED):
+            likely = self._likely(keys[start : start + _MOST_ASKED])
+            if self._listed:
+                there.update(likely)
+                continue
             with self._asking(likely) as may:
-                there = self._records.which(likely) if may else there
+                there.update(self._records.which(likely) if may else ())
         return [key for key in keys if key not in there]
 
     def row(self, key: bytes) -> Row | None:
