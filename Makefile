@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ragkv needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,offline,pdf,triton,langchain,llamaindex,haystack,files]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,offline,pdf,triton,langchain,llamaindex,haystack,files,ray]"
 	touch $@
 
 # make demo MODEL=path: the same with a model of your own; DTYPE=float32 where the CPU does not compute in 16 bits.
