@@ -1,7 +1,10 @@
 """A real model on a local Ray of two workers, one of which is killed in the middle of its work."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -88,3 +91,32 @@ def test_a_dataset_of_binary_files(ray, folder, tmp_path):
         precompute(ray.data.range(3), "bundled", remote=pool)
     with pytest.raises(ModelNotFoundError, match=r"/no/such/model.*--model"):
         precompute([folder], "/no/such/model", remote=pool, cpus=1)
+
+
+def test_the_command_reads_on_a_cluster_and_adds_here(folder, tmp_path):
+    """In a process of its own, with a Ray of its own."""
+    for path in sorted(folder.glob("*.md"))[3:]:
+        path.unlink()
+    environment = {**os.environ, "RAGKV_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "0" * 64}
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "ragkv.cli",
+        "add",
+        "--json",
+        "--remote",
+        f"file://{tmp_path}/pool",
+        str(folder),
+    ]
+    run = subprocess.run([*command, "--ray", "local"], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    done = json.loads(run.stdout)
+    assert done["documents"]["added"] == 3 and done["tokens_read"] == 0
+    before = done["precomputed"]
+    assert before["documents"] == 3 and before["tokens_read"] > 0
+    assert list(before["failed"]) == [str(folder / "bad.pdf")] == [skipped["source"] for skipped in done["skipped"]]
+    said = [
+        line for line in run.stderr.splitlines() if line and not line.startswith("[")
+    ]  # Ray says that it says nothing
+    assert len(said) == 1 and said[0].startswith("skipped") and "bad.pdf" in said[0]
