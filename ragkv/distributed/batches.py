@@ -18,11 +18,9 @@ def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     found: list[list[int]] = []
     room = 0
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        if lengths[number] > room:
+        if not found or lengths[number] > room:
             found.append([])
             room = most
-        if not found:
-            found, room = [[]], most
         found[-1].append(number)
         room -= lengths[number]
     return found

@@ -128,7 +128,8 @@ def read(documents: Any, make: Callable[..., Reads], share: Share, bar: bool) ->
         num_cpus=share.cpus,
         num_gpus=share.gpus or None,
     )
-    done.context.enable_progress_bars &= bar
+    settings = done.context  # which a Dataset shares with those that are made of it
+    shown, settings.enable_progress_bars = settings.enable_progress_bars, settings.enable_progress_bars and bar
     rows = done.iter_rows()
     try:
         for row in rows:
@@ -138,6 +139,7 @@ def read(documents: Any, make: Callable[..., Reads], share: Share, bar: bool) ->
             yield Result(**row)
     finally:
         del rows  # whoever still reads is stopped
+        settings.enable_progress_bars = shown
         ray.kill(desk)
 
 
@@ -192,8 +194,13 @@ class _Asked(Desk):
 
 
 def _columns(results: Sequence[Result], error: str = "") -> dict[str, list[Any]]:
-    named = {name: [getattr(result, name) for result in results] for name in Result._fields}
+    named = {name: [_sendable(getattr(result, name)) for result in results] for name in Result._fields}
     return {**named, _ERROR: [error] * len(results)}
+
+
+def _sendable(value: Any) -> Any:
+    """Text that Arrow takes: an error may name what is not valid Unicode."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _raised(name: str, reason: str) -> RagKVError:

@@ -53,7 +53,8 @@ def precompute(
 
     Whoever adds the same documents with the same options afterwards (:meth:`ragkv.RAG.add_files`, with ``remote=``) computes
     nothing. What the pool has already is not computed: a run that was cut short goes on where it was. A document that cannot be
-    read is named in the report, and the others are read. The cluster is the one that ``ray.init()`` has connected to.
+    read is named in the report, and the others are read. The cluster is the one that ``ray.init()`` has connected to,
+    or that it finds by itself.
 
     Args:
         documents: files, and folders with all that is in them, read where this is called; or a ``ray.data.Dataset`` of rows with
@@ -91,9 +92,16 @@ def precompute(
     for name, number in {"batch_bytes": batch_bytes, "cpu_bytes": cpu_bytes, "workers": workers}.items():
         if number is not None:
             whole_number(name, number, 1)
+    for name, amount in {"cpus": cpus, "gpus": gpus, "upload_s": upload_s}.items():
+        instance(name, amount, int | float | None, "a number")
+        if amount is not None and amount < 0:
+            raise ArgumentError(f"{name} must be >= 0, got {amount}")
     check_told(progress)
     checked_encoding(encoding)
-    given = settled({**options, "model": _placed(model), "path": path}, _OF_READING)
+    placed = {
+        name: _placed(value) for name, value in {**options, "model": model}.items() if name in ("model", "tokenizer")
+    }
+    given = settled({**options, **placed, "path": path}, _OF_READING)
     if given.get("behind"):
         raise ArgumentError(
             f"behind={given['behind']}: documents are read behind their neighbours, which are known when all of them "
@@ -104,9 +112,9 @@ def precompute(
         _check_columns(documents.columns() or [])
         count, work = 0, documents
     else:
-        names, sizes, unread = _files(documents)
-        work = [[names[number] for number in batch] for batch in batches(sizes, batch_bytes)]
-        count = len(names)
+        files, sizes, unread = _files(documents)
+        work = [[files[number] for number in batch] for batch in batches(sizes, batch_bytes)]
+        count = len(files)
     if not ray.is_initialized():
         ray.init()
     share = cluster.share(cluster.nodes(), workers, cpus, gpus, given.get("device"), int(not isinstance(work, list)))
@@ -125,13 +133,14 @@ def precompute(
         if progress is not None:
             progress(Progress(source, "found", 0, 0, done_documents=done, documents=max(count, done)))
 
-    results = cluster.read(work, make, share, bar=progress is None) if work else ()
-    return gathered(results, unread, tell)
+    if isinstance(work, list) and not work:
+        return gathered((), unread)
+    return gathered(cluster.read(work, make, share, bar=progress is None), unread, tell)
 
 
-def _placed(model: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
-    """Workers stand in other folders."""
-    return os.path.abspath(model) if model is not None and os.path.isdir(model) else model
+def _placed(value: Any) -> Any:
+    """The path of a model, or of a tokenizer, as it is found from anywhere: workers stand in other folders."""
+    return os.path.abspath(value) if isinstance(value, str | os.PathLike) and os.path.isdir(value) else value
 
 
 def _files(paths: Any) -> tuple[list[str], list[int], dict[str, str]]:

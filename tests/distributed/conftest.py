@@ -8,7 +8,7 @@ import tempfile
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # Ray remembers its first cluster's token
 def ray():
     """Ray itself, connected to a cluster of two CPUs on this machine."""
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ragkv[ray]'")
@@ -20,8 +20,8 @@ def ray():
         del os.environ["RAY_AUTH_MODE"]  # Ray sets it, and it is as before in the end
         patch.setenv("OMP_NUM_THREADS", "1")
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, _temp_dir=folder, **quiet)
         try:
+            ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, _temp_dir=folder, **quiet)
             yield ray
         finally:
             ray.shutdown()

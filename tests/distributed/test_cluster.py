@@ -40,6 +40,8 @@ def made(**doing):
                 finally:
                     desk.end(path.encode())
 
+        if making is not None and not isinstance(making, Exception):
+            os.kill(os.getpid(), making)
         if making is not None:
             raise making
         return Quick()
@@ -71,6 +73,12 @@ def test_a_document_that_every_worker_dies_of_is_given_up(ray, files):
 
 
 @pytest.mark.long
+def test_workers_that_die_before_they_read_are_not_made_for_ever(ray, files):
+    with pytest.raises(RagKVError, match=f"{DEATHS} workers died before they could read anything"):
+        gathered(cluster.read(files, made(making=signal.SIGKILL), Share(1, 1, 0), bar=False), {})
+
+
+@pytest.mark.long
 def test_what_a_worker_raises_is_raised_here(ray, files):
     with pytest.raises(UploadError, match=r"^the pool is away$"):
         gathered(cluster.read(files, made(raised=("c", UploadError("the pool is away"))), TWO, bar=False), {})
@@ -85,6 +93,7 @@ def test_rows_of_a_dataset_come_as_they_are(ray, tmp_path, files):
     given = ray.data.from_items([{"source": path, "more": {"n": 1}} for batch in files for path in batch])
     report = gathered(cluster.read(given, made(), Share(1, 1, 0), bar=False), {})
     assert (report.documents, report.tokens_read, report.failed) == (6, 60, {})
+    assert given.context.enable_progress_bars, "the settings of the Dataset were changed"
 
 
 def test_a_cluster_is_shared():

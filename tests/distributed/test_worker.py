@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ragkv import RAG, ArgumentError, UploadError, bundled
+from ragkv.distributed import precompute
 from ragkv.distributed.batches import batches
 from ragkv.distributed.desk import DEATHS, Desk
 from ragkv.distributed.results import Result, gathered
@@ -201,11 +202,12 @@ def test_workers_that_do_not_read_alike_are_found_out():
 
 
 def test_options_of_another_kind_are_refused():
-    from ragkv.distributed import precompute
-
+    pytest.importorskip("ray")
     with pytest.raises(ArgumentError, match="neighbours"):
         precompute(["docs/"], remote="memory://x", behind=2)
     with pytest.raises(TypeError, match="no option gpu_bytes"):
         precompute(["docs/"], remote="memory://x", gpu_bytes=5)
+    with pytest.raises(ArgumentError, match="gpus must be >= 0"):
+        precompute(["docs/"], remote="memory://x", gpus=-1)
     with pytest.raises(TypeError, match="remote must be the URL"):
         precompute(["docs/"], remote=RemoteTier("memory://x"))
