@@ -20,8 +20,7 @@ from ragkv.retrieval import Change
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
-    if args.ray is not None:
-        check(args)
+    check(args)
     if args.dry_run:
         return _dry_run(args, path)
     before = None if args.ray is None else precomputed(args, path)

@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="let a Ray cluster (HOST:PORT, auto, or local for this machine) read the files into the pool of --remote first",
+        help="let the Ray cluster of this machine (auto, or HOST:PORT of its head; local: a new one here) read the files into the "
+        "pool of --remote first",
     )
     add.add_argument(
         "--workers", type=at_least(1), metavar="N", help="of the cluster (default: as many as it has room for)"

@@ -30,8 +30,17 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what a cluster cannot do, before anything is loaded.
 
     Raises:
-        ArgumentError: there is no pool, or nothing is to be done.
+        ArgumentError: there is no pool, nothing is to be done, or there is no cluster to do it.
     """
+    if args.ray is None:
+        if args.workers is not None:
+            raise ArgumentError("--workers are those of a cluster: give --ray ADDRESS, too")
+        return
+    if "://" in args.ray:
+        raise ArgumentError(
+            f"--ray takes HOST:PORT, auto or local, got {args.ray}: run the command on a machine of the cluster, not "
+            "through Ray's client"
+        )
     if args.remote is None:
         raise ArgumentError(
             "--ray needs --remote URL, as s3://BUCKET/PREFIX: what the workers compute comes here through a pool that all "
@@ -66,7 +75,7 @@ def _connected(address: str) -> Iterator[None]:
     ray = needed()
     try:
         host, _, port = address.rpartition(":")
-        if host and "/" not in host:  # Ray itself tries for minutes
+        if host:  # Ray itself tries for minutes
             socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_S).close()
         own = {"include_dashboard": False} if address == "local" else {}
         ray.init(address, log_to_driver=False, logging_level="ERROR", **own)

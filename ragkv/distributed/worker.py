@@ -92,10 +92,8 @@ class Worker:
             if self._desk.begin(document) > DEATHS:
                 raise DocumentError(f"given up: {DEATHS} workers died while they read it; is their memory too small?")
             result = self._computed(source, self._text(row))
-        except (
-            UploadError,
-            torch.AcceleratorError,
-        ):  # it is not the document's fault, nor would another one fare better
+        except (UploadError, torch.AcceleratorError):
+            # It is not the document's fault, and another one would fare no better.
             self._desk.end(document)
             raise
         except Exception as error:

@@ -19,6 +19,10 @@ def test_a_cluster_needs_a_pool_and_something_to_do(tmp_path, capsys):
     assert code == 1 and "--ray needs --remote URL" in err and "pool" in err
     code, _, err = run(capsys, "add", "--ray", "auto", "--remote", "memory://x", "--dry-run", file)
     assert code == 1 and "--dry-run does nothing" in err
+    code, _, err = run(capsys, "add", "--ray", "ray://head:10001", "--remote", "memory://x", file)
+    assert code == 1 and "not through Ray's client" in err
+    code, _, err = run(capsys, "add", "--workers", 2, file)
+    assert code == 1 and "give --ray" in err
     assert not (tmp_path / "home").exists()
 
 
