@@ -22,7 +22,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
-test-long: $(READY)
+# A cluster is heavy, and only long tests start one.
+$(VENV)/.long: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e ".[ray]"
+	touch $@
+
+test-long: $(VENV)/.long
 	$(BIN)/pytest -q -m long
 
 lint: $(READY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 #: What is said once, when a new folder is opened and nobody has named a model; how to name one follows.
 TOY = "no model is named: the bundled one is a toy that knows one made-up world. For texts of your own name a real one"
 
+_OF_ENGINE = ("piece_tokens", "kernels", "lifetime_s", "gate", "scheduler", "paths")
+
 
 class Parts(NamedTuple):
     """What a RAG is made of, and the options that its folder keeps."""
@@ -33,40 +35,53 @@ class Parts(NamedTuple):
     defaults: dict[str, Any]
 
 
-def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Parts:
-    """Load a model and open a folder, with what the folder keeps where nothing is said.
+def settled(given: Mapping[str, Any], own: Set[str], kept: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What was given, and what is kept where nothing was; checked before anything is loaded.
 
     Args:
         given: the arguments of :meth:`ragkv.RAG.from_pretrained`, which says what they mean and what is raised.
         own: the names of those that are not the model's.
-        opened: what is to be closed is entered here.
+        kept: what is kept; by default what the folder keeps.
     """
-    path = None if given["path"] is None else Path(given["path"])
     model, rest = gguf_apart(given["model"], dict(given))
     given = {**rest, "model": model}
-    pool = _followed(given, opened) if given["follow"] else given["remote"]
-    kept = kept_in(path)
-    if given["follow"] and not kept:
-        kept = published_defaults(pool, given["namespace"] or "")
+    if kept is None:
+        kept = kept_in(None if given["path"] is None else Path(given["path"]))
     options = with_kept(given, kept)
     if "model" not in options:
         logger.warning(
             f"{TOY}: RAG.from_pretrained('Qwen/Qwen3-0.6B'), or whatever decoder of transformers it is to be"
         )
     name = options.setdefault("model", BUNDLED)
-    place = {option: value for option, value in options.items() if option in OPTIONS}
     check_options(name, options.keys() | (given.keys() - OPTIONS - own), own)
+    return options
+
+
+def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Parts:
+    """Load a model and open a folder, with what the folder keeps where nothing is said.
+
+    Args:
+        given, own: as for :func:`settled`.
+        opened: what is to be closed is entered here.
+    """
+    path = None if given["path"] is None else Path(given["path"])
+    pool = _followed(given, opened) if given["follow"] else given["remote"]
+    kept = kept_in(path)
+    if given["follow"] and not kept:
+        kept = published_defaults(pool, given["namespace"] or "")
+    options = settled(given, own, kept)
     if given["store"] is not None and given["remote"] is not None:
         raise ArgumentError("give store= or remote=, not both: TieredStore('kv/', remote=...) has both")
-    embedder = load_embedder(options.get("embedder"), bool(place.get("local_files_only")))
+    embedder = load_embedder(options.get("embedder"), bool(options.get("local_files_only")))
     readonly = given["readonly"]
     retriever = Retriever.open(None if path is None else path / "documents", embedder, readonly=readonly)
     opened.callback(retriever.close)
-    loaded = load_model(name, options.get("device"), place, options.get("tokenizer"), options.get("system"))
-    store = options.get("store")
-    if store is None:
+
+    def store() -> TieredStore:
+        if given["store"] is not None:
+            return given["store"]
         kv = None if path is None or (readonly and not has_data(path / "kv")) else path / "kv"
-        store = TieredStore(
+        return TieredStore(
             kv,
             readonly=readonly,
             codec=options.get("codec", "raw"),
@@ -74,11 +89,30 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
             remote=pool,
             **{limit: given[limit] for limit in ("gpu_bytes", "cpu_bytes", "disk_bytes")},
         )
-    opened.callback(store.close)
+
+    engine, chunker = open_engine(options, store, opened)
+    return Parts(engine, retriever, chunker, options.get("behind", 0), to_keep(options))
+
+
+def open_engine(
+    options: Mapping[str, Any], store: Callable[[], TieredStore], opened: ExitStack
+) -> tuple[Engine, TokenChunker]:
+    """Load a model; what it reads, and how texts are cut for it, hangs on the options alone.
+
+    Args:
+        options: of :func:`settled`.
+        store: opens the one for KV, once the model is there.
+        opened: the store, which is to be closed, is entered here.
+    """
+    name = options["model"]
+    place = {option: value for option, value in options.items() if option in OPTIONS}
+    loaded = load_model(name, options.get("device"), place, options.get("tokenizer"), options.get("system"))
+    kept = store()
+    opened.callback(kept.close)
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
-        store=store,
+        store=kept,
         method=options.get("method"),
         template=options.get("template", loaded.template),
         context=options.get("context", "document"),
@@ -86,11 +120,10 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
         namespace=options.get("namespace", ""),
         sensitivity=options.get("sensitivity"),
         foreign=options.get("foreign", loaded.foreign),
-        **{name: given[name] for name in ("piece_tokens", "kernels", "lifetime_s", "gate", "scheduler", "paths")},
+        **{name: options[name] for name in _OF_ENGINE if name in options},
     )
     tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)
-    chunker = TokenChunker(loaded.tokenizer, tokens)
-    return Parts(engine, retriever, chunker, options.get("behind", 0), to_keep(options))
+    return engine, TokenChunker(loaded.tokenizer, tokens)
 
 
 def _followed(given: Mapping[str, Any], opened: ExitStack) -> RemoteTier:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
+from ragkv.cli.clustered import check, precomputed, tell
 from ragkv.cli.opening import open_rag, open_unwritten, options_of, sent
 from ragkv.cli.reading import reading
 from ragkv.library.done import Added, Planned
@@ -19,8 +20,10 @@ from ragkv.retrieval import Change
 def run(args: argparse.Namespace) -> int:
     """Add files; 1 where none of them could be."""
     path = folder(args)
+    check(args)
     if args.dry_run:
         return _dry_run(args, path)
+    before = None if args.ray is None else precomputed(args, path)
     with open_rag(path, **options_of(args)) as rag:
         begin = perf_counter()
         with reading(args) as bar:
@@ -29,10 +32,12 @@ def run(args: argparse.Namespace) -> int:
             rag.pin(change.document.source)
         summary = _summary(added, perf_counter() - begin)
         sent(rag.engine.store)
+        if before is not None:
+            tell(before, added, rag.engine.documents.setting)
     for skipped in added.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
     if args.json:
-        show.as_json({"path": str(path), **summary})
+        show.as_json({"path": str(path), **summary, **({} if before is None else {"precomputed": asdict(before)})})
     else:
         _show(summary)
     if not added.changes:

@@ -64,6 +64,15 @@ def parser() -> argparse.ArgumentParser:
         help="the longest passage (default: 256; 96 for the bundled model)",
     )
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
+    add.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="let the Ray cluster of this machine (auto, or HOST:PORT of its head; local: a new one here) read the files into the "
+        "pool of --remote first",
+    )
+    add.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="of the cluster (default: as many as it has room for)"
+    )
     either = add.add_mutually_exclusive_group()
     either.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
     either.add_argument(

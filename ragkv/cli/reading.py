@@ -17,14 +17,18 @@ _AGAIN = {"missing": "its KV are not in the store", "neighbours": "other passage
 
 
 @contextmanager
-def reading(args: argparse.Namespace) -> Iterator[ReadingBar]:
+def reading(args: argparse.Namespace, looking: str = "looking") -> Iterator[ReadingBar]:
     """Shows progress on stderr: lines and a bar on a terminal; elsewhere lines alone, and with ``--json`` nothing.
 
     ``--progress`` shows both wherever that is, ``--no-progress`` neither.
+
+    Args:
+        args: of the command.
+        looking: what is done with documents before they are read here.
     """
     terminal = sys.stderr.isatty()
     lines, bar = (terminal or not args.json, terminal) if args.progress is None else (args.progress,) * 2
-    shown = ReadingBar(lines=lines, bar=bar)
+    shown = ReadingBar(lines=lines, bar=bar, looking=looking)
     try:
         yield shown
     finally:
@@ -37,10 +41,11 @@ class ReadingBar:
     Args:
         lines: say how much is to be read, and which documents are read again.
         bar: show a bar.
+        looking: what it says before anything is read.
     """
 
-    def __init__(self, lines: bool, bar: bool):
-        self._lines, self._shown, self._bar = lines, bar, None
+    def __init__(self, lines: bool, bar: bool, looking: str = "looking"):
+        self._lines, self._shown, self._bar, self._looking = lines, bar, None, looking
         self._begun, self._again = False, set[str]()
 
     def __call__(self, progress: Progress) -> None:
@@ -76,7 +81,7 @@ class ReadingBar:
 
     def _opened(self, done: int = 0) -> Any:
         if self._bar is None:  # what was done before it is there says nothing of the rate
-            self._bar = show.progress(shown=self._shown, total=0, initial=done, unit=" documents", desc="looking")
+            self._bar = show.progress(shown=self._shown, total=0, initial=done, unit=" documents", desc=self._looking)
         return self._bar
 
     def _say(self, text: str) -> None:

@@ -123,9 +123,7 @@ class CataloguedDocuments:
         listed, before, old = self._before(source)
         cut = listed is not None and listed.origin == origin
         spans = listed.spans if listed is not None and cut else chunker.spans(text)
-        passages = [text[start:stop] for start, stop in spans]
-        if not passages:
-            raise DocumentError(f"{source}: no text in it")
+        passages = cut_text(source, text, spans)
         document = before if before is not None and old == passages else None
         document = (
             self._documents.cut(passages, source_id(source, self._documents.namespace), any_length=cut)
@@ -308,6 +306,17 @@ class CataloguedDocuments:
                     f"passage {hit.position} of {hit.source} is not what was found any more: search again"
                 )
             return self.read(view, listed)
+
+
+def cut_text(source: str, text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """The passages of a document.
+
+    Raises:
+        DocumentError: there are none.
+    """
+    if not spans:
+        raise DocumentError(f"{source}: no text in it")
+    return [text[start:stop] for start, stop in spans]
 
 
 def _lengths(reading: Reading) -> list[int]:

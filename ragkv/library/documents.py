@@ -310,6 +310,14 @@ class Documents:
                 self._settle(missing)
         return tokens
 
+    def add_once(self, document: ChunkedDocument) -> int:
+        """:meth:`add` for a whole document of which nothing is kept here but what it leaves in the store."""
+        self.record(document)
+        try:
+            return self.add(list(document))
+        finally:
+            self.store.remove_many((), facts=[self._own_records.name(document.id)])
+
     @property
     def passes(self) -> int:
         """How often a document is read when it is added: twice where its tokens' sensitivity is measured."""

@@ -33,7 +33,7 @@ from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
-_MOST_ASKED = 1024  # keys that one call asks the pool for, where it is not known what is there
+_MOST_ASKED = 1024  # keys that are asked for together, where it is not known what is there
 _MOST_KNOWN = 4096
 _AVOIDED_S = 10.0
 
@@ -162,12 +162,14 @@ class RemoteTier(Tier):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there."""
-        listed = self._listed  # once: a listing may come at any moment
-        likely = self._likely(keys, listed)
-        there = set(likely) if listed else set[bytes]()
-        if not listed:
+        listed, there = self._listed, set[bytes]()  # once: a listing may come at any moment
+        for start in range(0, len(keys), _MOST_ASKED):
+            likely = self._likely(keys[start : start + _MOST_ASKED], listed)
+            if listed:
+                there.update(likely)
+                continue
             with self._asking(likely) as may:
-                there = self._records.which(likely) if may else there
+                there.update(self._records.which(likely) if may else ())
         return [key for key in keys if key not in there]
 
     def row(self, key: bytes) -> Row | None:

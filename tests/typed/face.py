@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 import ragkv
+from ragkv.distributed import Precomputed, precompute
 from ragkv.report import ChunkReport
 
 ERRORS: tuple[type[ragkv.RagKVError], ...] = (
@@ -170,3 +171,9 @@ async def rag() -> None:
         assert_type(follower.follow().removed, tuple[str, ...])
         assert_type(follower.publish().documents, int)
     assert_type(ragkv.__version__, str)
+
+
+def clustered(paths: list[str]) -> dict[str, str]:
+    report: Precomputed = precompute(paths, "bundled", remote="s3://bucket/prefix", workers=2, gpus=0.5, namespace="a")
+    assert_type(report.tokens_read, int)
+    return report.failed

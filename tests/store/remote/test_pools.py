@@ -42,6 +42,17 @@ def test_what_one_machine_puts_another_reads(url, machine, options, kv, key, sam
     assert two.stats().pools["remote"].pending == 0, "what came from the pool is not sent there"
 
 
+def test_of_many_chunks_each_is_asked_for(tmp_path, machine, kv, key):
+    """A long document has more chunks than are asked for together."""
+    one, two, many = machine(f"file://{tmp_path}/pool"), machine(f"file://{tmp_path}/pool"), 2100
+    there = [3, 1023, 1024, many - 1]
+    for number in there:
+        one.put(key(number), kv(1))
+    one.flush()
+    missing = two.missing([key(number) for number in range(many)])
+    assert len(missing) == many - len(there) and not {key(number) for number in there} & set(missing)
+
+
 def test_what_is_removed_is_gone_for_all(url, machine, kv, key, same):
     one, two = machine(url), machine(url)
     for number in range(3):

@@ -1,0 +1,213 @@
+"""What one worker does, without a cluster: into a pool that is a folder."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from ragkv import RAG, ArgumentError, UploadError, bundled
+from ragkv.distributed import precompute
+from ragkv.distributed.batches import batches
+from ragkv.distributed.desk import DEATHS, Desk
+from ragkv.distributed.results import Result, gathered
+from ragkv.distributed.worker import Worker
+from ragkv.errors import RagKVError
+from ragkv.opening import settled
+from ragkv.store.remote import RemoteTier
+from tests.rag.rags import WordEmbedder
+
+OWN = {"model", "path", "method", "namespace", "context", "document_tokens", "chunk_tokens", "system", "device"}
+TEXTS = {name: text[:900] for name, text in bundled.documents().items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """One model for all workers."""
+    model = bundled.load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ragkv.bundled.load", lambda: model)
+        yield
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Makes workers on one pool; all are closed."""
+    made = []
+
+    def make(options=None, remote=f"file://{tmp_path}/pool", **how) -> Worker:
+        made.append(Worker(settled({"model": None, "path": None, **(options or {})}, OWN), remote, **how))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def rows(count: int = 3):
+    return [{"source": name, "text": text} for name, text in list(TEXTS.items())[:count]]
+
+
+def read(worker, documents):
+    return [result for batch in worker.read(documents) for result in batch]
+
+
+def objects(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "pool").glob("*/*")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "reuse", "context": "chunk", "namespace": "theirs"},
+        {"document_tokens": 150, "chunk_tokens": 40},
+    ],
+    ids=["default", "chunks", "windows"],
+)
+def test_whoever_adds_the_documents_computes_nothing(options, worker, tmp_path):
+    done = read(worker(options, batch_bytes=1), rows())
+    assert all(result.tokens_read == result.tokens > 0 and not result.reason for result in done)
+    with RAG.from_pretrained("bundled", embedder=WordEmbedder(), remote=f"file://{tmp_path}/pool", **options) as rag:
+        added = rag.add_texts([row["text"] for row in rows()], [row["source"] for row in rows()])
+        assert added.tokens_read == 0, "what the worker computed is not what adding looks for"
+        keys = {key.hex() for row in rows() for key in rag._keys(row["source"])}
+        assert {result.setting for result in done} == {rag.engine.documents.setting}
+    assert objects(tmp_path) == keys, "the pool has more, or less, than the documents need"
+
+
+def test_what_is_in_the_pool_is_not_computed(worker, tmp_path):
+    read(worker(), rows(2))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").glob("*/*")}
+    done = {result.source: result for result in read(worker(), rows(3))}
+    assert [done[row["source"]].tokens_read > 0 for row in rows(3)] == [False, False, True]
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "it was sent again"
+
+
+def test_kv_are_those_of_adding(worker, tmp_path):
+    """Answers from the pool are the answers of whoever read the documents himself."""
+    read(worker(), rows(2))
+    answers = []
+    for remote in (None, f"file://{tmp_path}/pool"):
+        with RAG.from_pretrained("bundled", embedder=WordEmbedder(), remote=remote) as rag:
+            rag.add_texts([row["text"] for row in rows(2)], [row["source"] for row in rows(2)])
+            answers.append(rag.ask("Which river runs through it?", top_k=3, max_new_tokens=6).token_ids)
+    assert answers[0] == answers[1]
+
+
+def test_a_bad_document_fails_alone_and_is_named(worker, tmp_path):
+    (tmp_path / "good.md").write_text(TEXTS["clearport.md"])
+    (tmp_path / "bad.pdf").write_bytes(b"%PDF-1.7 no more than that")
+    files = [str(tmp_path / name) for name in ("good.md", "bad.pdf", "gone.md")]
+    given = [
+        *({"source": file} for file in files),
+        {"source": "blank", "text": "  \n"},
+        {"source": "none", "text": None},
+        {"path": "s3://bucket/empty.txt", "bytes": b""},
+        {"path": "s3://bucket/fine.txt", "bytes": b"A harbour and a river."},
+        {"text": "Half a pair: \ud800"},
+        {"text": "A text without a name."},
+    ]
+    done = read(worker(), given)
+    assert len(done) == len(given)
+    failed = {result.source: result.reason for result in done if result.reason}
+    assert {name for name in failed if not name.startswith("text:")} == {
+        *files[1:], "blank", "none", "s3://bucket/empty.txt"
+    }  # fmt: skip
+    assert "No such file" in failed[files[2]] and "blank" in failed["blank"] and "no str" in failed["none"]
+    assert sum(name.startswith("text:") for name in failed) == 1
+    report = gathered(done, {"x": "why"})
+    assert (report.documents, report.skipped, len(report.failed)) == (3, 0, 7) and report.tokens == report.tokens_read
+
+
+def test_a_file_is_read_as_adding_reads_it(worker, tmp_path):
+    file = tmp_path / "docs" / "page.html"
+    file.parent.mkdir()
+    file.write_bytes("<h1>Clearport</h1>\r\n<p>The Arle flows there, caf\xe9.</p>".encode("cp1252"))
+    assert not read(worker(encoding="cp1252"), [{"source": str(file)}])[0].reason
+    with RAG.from_pretrained("bundled", embedder=WordEmbedder(), remote=f"file://{tmp_path}/pool") as rag:
+        assert rag.add_files([file.parent], encoding="cp1252").tokens_read == 0
+
+
+def test_memory_is_bounded_and_nothing_is_lost(worker, tmp_path):
+    """All documents in one batch, and memory for a part of their KV."""
+    one = worker(cpu_bytes=1 << 20, batch_bytes=1 << 30)
+    most, put = [], one._store.put_many
+    import ragkv.library.documents as documents
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_WRITTEN_TOGETHER_BYTES", 100_000)
+        patch.setattr(one._store, "put_many", lambda *a, **k: (put(*a, **k), most.append(one._store.stats()))[0])
+        done = read(one, rows(8))
+    assert not any(result.reason for result in done)
+    stats = most[-1]
+    assert max(each.bytes["cpu"] for each in most) <= 1 << 20 and stats.evictions["cpu"], "it did not have to make room"
+    assert len(objects(tmp_path)) == sum(result.passages for result in done)
+    assert not one._store._home.facts or all("document:" not in name for name in one._store._home.facts)
+
+
+def test_what_does_not_stay_in_the_pool_is_not_said_to_be_there(worker, tmp_path, monkeypatch):
+    one = worker()
+    lost = []
+    monkeypatch.setattr(one._store, "lost", lambda keys: lost or lost.append(keys[0]) or lost)
+    results = read(one, rows(1))
+    assert "1 of its" in results[0].reason and gathered(results, {}).documents == 0
+
+
+def test_without_its_pool_reading_ends(worker):
+    one = worker(remote=lambda: RemoteTier("redis://127.0.0.1:1", limit_s=0.1), upload_s=0.2)
+    begin = time.monotonic()
+    with pytest.raises(UploadError, match=r"redis://127.0.0.1:1.* did not take \d+ chunks within 0.2 s.*again"):
+        read(one, rows(1))
+    assert time.monotonic() - begin < 30
+
+
+def test_a_document_that_workers_die_of_is_given_up(worker):
+    """A process that dies does not say that it has come to an end."""
+
+    class Death(BaseException):
+        pass
+
+    desk, documents = Desk(), rows(3)
+    poison = documents[1]["source"]
+
+    def dying(self, source, text):
+        if source == poison:
+            raise Death
+        return alive(self, source, text)
+
+    alive = Worker._computed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "_computed", dying)
+        for _ in range(DEATHS):
+            with pytest.raises(Death):
+                read(worker(desk=desk, batch_bytes=1 << 30), documents)
+        done = {result.source: result for result in read(worker(desk=desk, batch_bytes=1 << 30), documents)}
+    assert f"{DEATHS} workers died" in done[poison].reason
+    assert not any(done[row["source"]].reason for row in documents if row["source"] != poison)
+
+
+def test_batches_are_of_one_length_and_longest_first():
+    lengths = [5, 900, 40, 4, 6, 300, 310, 41]
+    found = batches(lengths, 620)
+    assert found == [[1], [6, 5], [7, 2, 4, 0, 3]]
+    assert [sorted(batch) for batch in batches([0, 0, 0], 1)] == [[0, 1, 2]] and batches([], 9) == []
+    assert batches([700, 0], 620) == [[0], [1]]
+
+
+def test_workers_that_do_not_read_alike_are_found_out():
+    told = []
+    with pytest.raises(RagKVError, match="do not read alike, as b shows"):
+        gathered([Result("a", 1, 5, 5, setting="x"), Result("b", 1, 5, 5, setting="y")], {}, lambda *s: told.append(s))
+    assert told == [("a", 1)]
+
+
+def test_options_of_another_kind_are_refused():
+    pytest.importorskip("ray")
+    with pytest.raises(ArgumentError, match="neighbours"):
+        precompute(["docs/"], remote="memory://x", behind=2)
+    with pytest.raises(TypeError, match="no option gpu_bytes"):
+        precompute(["docs/"], remote="memory://x", gpu_bytes=5)
+    with pytest.raises(ArgumentError, match="gpus must be >= 0"):
+        precompute(["docs/"], remote="memory://x", gpus=-1)
+    with pytest.raises(TypeError, match="remote must be the URL"):
+        precompute(["docs/"], remote=RemoteTier("memory://x"))
