@@ -125,10 +125,20 @@ def test_what_never_comes_is_computed(ready, reads):
     assert not two.store.missing(one.documents.keys(chunks))
 
 
-def test_a_link_that_ends_in_the_middle(ready):
-    """The last chunks have come and stay loaded, those in front are computed."""
+def test_a_link_that_ends_in_the_middle(ready, monkeypatch):
+    """The last chunks have come and stay loaded, those in front are computed, whatever stood in the cache's memory."""
     one, chunks, make = ready
     two, method = make([(0.0, 1e9), (100_000.0, 0.0)], QUICK)
+    made = two.decoder.cache
+
+    def dirty(tokens):
+        cache = made(tokens)
+        for layer in cache.layers:
+            layer.key_room.fill_(torch.nan)
+            layer.value_room.fill_(torch.nan)
+        return cache
+
+    monkeypatch.setattr(two.decoder, "cache", dirty)
     prompt = two.fuse(chunks, QUESTION, method=method)
     assert prompt.report.sources[0] == "late" and prompt.report.sources[-1] == "remote", prompt.report.sources
     exact(one, chunks, prompt)
