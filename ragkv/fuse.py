@@ -247,7 +247,7 @@ class _Fusing(Looking):
         layout = self._layout
         if work.first_stored == len(self.decoder.layers) or work.context is not None or not layout.ascending:
             return None
-        if self.placement.by_layer or any(placed.path for placed in layout.chunks) or not self.placement.away():
+        if self._documents.paths is not None or self.placement.by_layer or not self.placement.away():
             return None
         return Course(layout, work.rows, self.placement, rates)
 

@@ -254,7 +254,7 @@ class RemoteSource(Source):
         reading: which it has joined.
     """
 
-    away = True
+    away: bool = True
 
     def __init__(self, tier: str, reading: Reading) -> None:
         super().__init__(tier, reading.record)
