@@ -94,9 +94,12 @@ def fuse(
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
         moved = moved_for_this()
         sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
+        late = sources.count("late")
         report = FusionReport(
             method=selection.name,
-            why=selection.why,
+            why="; ".join(
+                filter(None, [selection.why, f"{late} chunks came too slowly and were computed" if late else ""])
+            ),
             attention=done.attention,
             kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
             prefix_tokens=layout.chunks_start,

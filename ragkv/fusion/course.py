@@ -86,7 +86,7 @@ class Course:
             count, left_s = self._meanwhile(away, begun)
             if count == len(first.chunk) - begun:
                 given = 0
-                while away and given < _AT_ONCE:
+                while not given or (away and given < _AT_ONCE and not self._coming.here(away[0], 0)):
                     given += len(chunks[away[0]].chunk)
                     for late in self._coming.give_up(away[0]):
                         self._chosen[chunks[late].start : chunks[late].stop] = True

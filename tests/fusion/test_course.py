@@ -115,6 +115,7 @@ def test_what_never_comes_is_computed(ready, reads):
     read = reads(two)
     prompt = two.fuse(chunks, QUESTION, method=method)
     assert prompt.report.hits == {"late": 4} and not read and len(two.store) == 0
+    assert prompt.report.why == "4 chunks came too slowly and were computed"
     stats = two.store.stats()
     assert (stats.pools["remote"].late, stats.pools["remote"].unanswered) == (4, 0) and not stats.evictions["remote"]
     assert two.store.loading()["remote"].bytes_per_s < 1e9, "the next prompt knows how slow it is"
