@@ -1,6 +1,6 @@
 """The store against its limits: ratios within one run, and what codecs cost. Policies: ``policies.py``.
 
-    python benchmarks/store.py [--entries N] [--only codecs|speed] [--out FOLDER]
+    python benchmarks/store.py [--entries N] [--only codecs|levels|speed] [--out FOLDER]
 
 Every ratio is taken from alternating rounds of both sides in this process; the median of the rounds is reported.
 """
@@ -251,9 +251,12 @@ def made_up_kv() -> Source:
     return [make_kv(1, layers=4)], []
 
 
-def codecs() -> dict[str, dict[str, dict[str, float]]]:
+#: Steps of ``cachegen`` that an entry might be held in: half of the default's, the default's, and the paper's bins.
+LEVELS = {"1": (0.1, 0.15, 0.2), "2": (0.2, 0.3, 0.4), "3": (0.5, 1.0, 1.5)}
+
+
+def codecs(kinds: dict[str, Codec]) -> dict[str, dict[str, dict[str, float]]]:
     """Bytes against raw bf16, relative errors, and speed of one thread, by source of the KV and codec."""
-    kinds = {name: get_codec(name) for name in CODECS} | {"cachegen, groups of 10": CacheGen(group_tokens=10)}
     results: dict[str, dict[str, dict[str, float]]] = {}
     for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
         kvs, rotations = make()
@@ -296,20 +299,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--only", choices=["codecs", "speed"])
+    parser.add_argument("--only", choices=["codecs", "levels", "speed"])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, for both sides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results: dict[str, object] = {"torch": torch.__version__, "threads": arguments.threads}
-    if arguments.only != "codecs":
+    if arguments.only in (None, "speed"):
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             results["speed"] = get_into_prompt(folder, arguments.rounds) | put_against_file(folder, arguments.rounds)
             results["churn"] = {policy: churn(folder, policy) for policy in ("lru", "pgdsf")}
             results["many entries"] = many_entries(folder, arguments.entries)
-    if arguments.only != "speed":
-        results["codecs"] = codecs()
+    if arguments.only in (None, "codecs"):
+        kinds = {name: get_codec(name) for name in CODECS} | {"cachegen, groups of 10": CacheGen(group_tokens=10)}
+        results["codecs"] = codecs(kinds)
+    if arguments.only in (None, "levels"):
+        results["levels"] = codecs({f"level {name}": CacheGen(bins) for name, bins in LEVELS.items()})
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"store{'-' + arguments.only if arguments.only else ''}.json").write_text(
         json.dumps(results, indent=1)

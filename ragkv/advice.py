@@ -57,7 +57,7 @@ class Advice:
         """Seconds until the first token, with all chunks from one tier and the budget recomputed."""
         rows = round(self.budget * tokens) + self.question_tokens
         compute_s = self.rates.compute_s(rows, tokens + self.question_tokens - rows)
-        return self.rates.prompt_s(self.rates.load_s({tier: tokens}), compute_s)
+        return self.rates.prompt_s({tier: tokens}, compute_s)
 
     def pays_from(self, tier: str) -> int | None:
         """The chunk tokens from which on a prompt from a tier is ready before a full prefill; ``None``: none that is allowed."""

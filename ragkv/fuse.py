@@ -12,6 +12,7 @@ from torch import Tensor
 from ragkv.chunk import Attended, Chunk, ChunkKV
 from ragkv.errors import MethodError, ModelChangedError, NonFiniteError, PromptError
 from ragkv.fusion.compute import Plan, compute, plan
+from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
 from ragkv.fusion.placement import Placement
@@ -70,17 +71,22 @@ def fuse(
             work = plan(selection, layout, layers)
         if work.first_stored < layers:
             one.placement.spare(work.whole)
-            one.placement.ahead(work.first_stored)
         seen = one.seen(work)
         # Whatever looks into the model must not be there in a forward that others' rows take part in.
         alone = bool(work.checks) or seen is not None
+        course = None if alone or meeting is not None else one.course(work, selection.rates)
+        if work.first_stored < layers and course is None:
+            one.placement.ahead(work.first_stored)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
             together = nullcontext() if alone or meeting is None else meeting.seat(one.reader.steps)
             forward = None if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             masses = None if seen is None else seen.masses
             logits, done = compute(
-                *(decoder, one.cache, layout, work, one.reader.piece_tokens, timer), forward=forward, masses=masses
+                *(decoder, one.cache, layout, work, one.reader.piece_tokens, timer),
+                forward=forward,
+                masses=masses,
+                course=course,
             )
         if (
             logits.device.type == "cpu" and not logits.isfinite().all()
@@ -88,9 +94,12 @@ def fuse(
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
         moved = moved_for_this()
         sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
+        late = sources.count("late")
         report = FusionReport(
             method=selection.name,
-            why=selection.why,
+            why="; ".join(
+                filter(None, [selection.why, f"{late} chunks came too slowly and were computed" if late else ""])
+            ),
             attention=done.attention,
             kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
             prefix_tokens=layout.chunks_start,
@@ -110,6 +119,7 @@ def fuse(
             budget=done.budget,
             fresh_by_layer=done.fresh,
             looked=one.looked,
+            reckoned=dict(selection.reckoned),
             rows=done.rows,
             timer=timer,
         )
@@ -231,6 +241,18 @@ class _Fusing(Looking):
             return None
         chunks = [placed.chunk for placed in layout.chunks]
         return Seen(self.decoder, chunks, layout.chunks_start, layout.tokens - layout.suffix_start)
+
+    def course(self, work: Plan, rates: Rates | None) -> Course | None:
+        """Where chunks come over a network, the rows in the order in which they can be computed meanwhile.
+
+        Not on an accelerator, where layers are placed one by one while the model computes; and not where others wait for this one.
+        """
+        layout = self._layout
+        if work.first_stored == len(self.decoder.layers) or work.context is not None or not layout.ascending:
+            return None
+        if self._documents.paths is not None or self.placement.by_layer or not self.placement.away():
+            return None
+        return Course(layout, work.rows, self.placement, rates)
 
     def check_layer(self) -> int:
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""

@@ -31,6 +31,7 @@ _SOURCES = {
     "disk": ("disk", "#7c5fcb"),
     "computed": ("not stored: read now", "#b6571b"),
     "unused": ("computed by the method", "#8a6d10"),
+    "late": ("computed, as it came too slowly", "#8a6d10"),
     "path": ("computed here before", "#0f7a8a"),
     "variant": ("mended here before", "#4d6a1f"),
     "prompt": ("there already", "#666c76"),

@@ -57,13 +57,16 @@ class FusionReport:
         attention: the attention implementation that ran.
         kernels: the implementation of ``ragkv.kernels`` that ran: ``"triton"`` or ``"reference"``.
         why: what :class:`~ragkv.Auto` weighed to choose it, with the figures; empty where nothing was weighed.
+        reckoned: milliseconds that the prompt should take, by what was weighed: as ``"chosen"``, with stored chunks ``"loaded"``,
+            with all ``"computed"``. What it took is ``milliseconds["total"]``. Empty where nothing was weighed.
         prefix_tokens: tokens of the prefix.
         chunk_tokens: tokens of all chunks.
         suffix_tokens: tokens of the suffix.
         reused_tokens: tokens of the prefix whose KV were there already: an earlier conversation's, or those of a prefix that was
             computed before.
         hits: chunks by where their KV came from: ``"gpu"``, ``"cpu"``, ``"disk"``, ``"remote"``; ``"computed"``: not stored,
-            prefilled now; ``"unused"``: the method computes it whole; ``"path"``: computed before behind just these tokens, and
+            prefilled now; ``"unused"``: the method computes it whole; ``"late"``: it came so slowly from a pool that it was
+            computed instead; ``"path"``: computed before behind just these tokens, and
             exact; ``"variant"``: the same, as far as the method computes it (:mod:`ragkv.library.paths`).
         sources: the same for each chunk that was given, in order; ``prompt`` where a session's prompt had it already.
         chunks: those that were placed behind the prefix, in the prompt's order. In a session they may be fewer than those that were
@@ -100,6 +103,7 @@ class FusionReport:
     gate: str = ""
     why: str = ""
     speculated: str = ""
+    reckoned: dict[str, float] = field(default_factory=dict)
     rows: Tensor | None = field(default=None, repr=False, compare=False)
     timer: Timer = field(default_factory=Timer, repr=False, compare=False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ragkv.chunk import Attended, ChunkKV
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.source import Parts, Source
+from ragkv.store.source import Parts, Progress, Source
 from ragkv.store.target import Target
 
 
@@ -123,6 +123,34 @@ class Batch:
             parts, count = source.parts(layer)
             self._count(count, started)
         return parts
+
+    def away(self, index: int) -> bool:
+        """Whether the chunk at ``index`` comes over a network: once :meth:`begin` was called, beside the caller's work."""
+        source = self._found[index]
+        return source is not None and source.away
+
+    def begin(self) -> None:
+        """Asks for all that is away and not done, one chunk after the other, the last one first."""
+        for source in list(self._sources.values()):
+            if source.away:
+                source.begin()
+
+    def here(self, index: int, limit_s: float) -> bool:
+        """Waits at most so long; whether the chunk at ``index`` can be read without waiting, or reading it says why not."""
+        source = self._found[index]
+        return source is None or source.here(limit_s)
+
+    def progress(self, index: int) -> Progress:
+        """How far the chunk at ``index`` is on its way, with those that were asked for with it."""
+        source = self._found[index]
+        return Progress(0.0, 0, 0, None) if source is None else source.progress()
+
+    def give_up(self, index: int) -> None:
+        """The chunk at ``index`` comes too slowly: it is counted, what is left of it is not waited for, and it is :meth:`done`."""
+        source = self._found[index]
+        if source is not None:
+            source.give_up()
+        self.done(index)
 
     def direct(self, index: int) -> bool:
         """Whether :meth:`place` copies the chunk straight from the file: then it is the fastest way to read it."""

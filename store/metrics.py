@@ -15,6 +15,7 @@ _POOLS = (
     ("sent_bytes", "Counter", "Their bytes."),
     ("failed", "Counter", "Tries to send or delete that failed."),
     ("unanswered", "Counter", "Reads that a pool did not answer."),
+    ("late", "Counter", "Chunks that came so slowly from a pool that they were computed instead."),
 )
 _BUCKETS_S = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 

@@ -13,6 +13,7 @@ from ragkv.store.profile import CostProfile
 
 #: The tier ``disk`` is measured without the system's page cache. With it, it goes by this name; no tier is called so.
 PAGE_CACHE = "page cache"
+_MEMORY = "cpu"
 
 
 class Loading(NamedTuple):
@@ -22,11 +23,13 @@ class Loading(NamedTuple):
         bytes_per_s: of the KV as the tier keeps them.
         token_bytes: that a token's KV take there.
         start_s: seconds that a prompt takes besides.
+        beside: they come while a processor computes too, over a network; placing them, as from memory, is not in the rate then.
     """
 
     bytes_per_s: float
     token_bytes: float
     start_s: float = 0.0
+    beside: bool = False
 
     def seconds(self, tokens: int) -> float:
         """For so many tokens; 0 for none."""
@@ -41,7 +44,8 @@ class Rates:
         costs: seconds that a prefill takes.
         tiers: how fast KV come from each, by name: ``"gpu"``, ``"cpu"``, ``"disk"``, or one of your own.
         piece_tokens: tokens that one forward pass computes.
-        beside: loading goes on while the model computes, as on an accelerator; on a CPU one comes after the other.
+        beside: loading goes on while the model computes, as on an accelerator; on a CPU one comes after the other, but for what
+            comes over a network (:attr:`Loading.beside`).
 
     Raises:
         StoreError: a figure is none.
@@ -77,14 +81,29 @@ class Rates:
         """
         return sum(self.tiers[tier].seconds(count) for tier, count in tokens.items())
 
-    def prompt_s(self, load_s: float, compute_s: float) -> float:
-        """Seconds until both are done."""
-        return max(load_s, compute_s) if self.beside else load_s + compute_s
+    def prompt_s(self, tokens: Mapping[str, int], compute_s: float, front_s: float = 0.0) -> float:
+        """Seconds until so many tokens from each tier are loaded, and all is computed.
+
+        Args:
+            tokens: by tier.
+            compute_s: seconds of computing.
+            front_s: those of them that need nothing of what comes over a network.
+
+        Raises:
+            KeyError: nothing was measured of a tier.
+        """
+        if self.beside:
+            return max(self.load_s(tokens), compute_s)
+        away = {tier: count for tier, count in tokens.items() if self.tiers[tier].beside}
+        here_s = self.load_s({tier: count for tier, count in tokens.items() if tier not in away})
+        if _MEMORY in self.tiers:
+            here_s += self.tiers[_MEMORY].seconds(sum(away.values()))
+        return here_s + max(self.load_s(away), front_s) + compute_s - front_s
 
 
 def loading_to_bytes(tiers: Mapping[str, Loading]) -> bytes:
     """Measured tiers as JSON, for :meth:`TieredStore.meta_put`."""
-    return json.dumps({name: list(tier) for name, tier in tiers.items()}).encode()
+    return json.dumps({name: tier[:3] for name, tier in tiers.items()}).encode()
 
 
 def loading_from_bytes(data: bytes) -> dict[str, Loading]:
@@ -94,6 +113,9 @@ def loading_from_bytes(data: bytes) -> dict[str, Loading]:
         RecordError: it is none.
     """
     try:
-        return {str(name): Loading(*map(float, figures)) for name, figures in json.loads(data).items()}
+        return {
+            str(name): Loading(float(rate), float(size), float(start))
+            for name, (rate, size, start) in json.loads(data).items()
+        }
     except (ValueError, AttributeError, TypeError) as error:
         raise RecordError(f"measured rates cannot be read: {error}") from error

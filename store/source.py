@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +12,23 @@ from ragkv.chunk import Attended, ChunkKV
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.target import Target
+
+
+class Progress(NamedTuple):
+    """How far chunks are on their way that were asked for together.
+
+    Attributes:
+        since_s: seconds since they were asked for.
+        came: bytes that are here.
+        left: bytes that are not.
+        bytes_per_s: as fast as the last ones came when these were asked for; None where nobody knew.
+    """
+
+    since_s: float
+    came: int
+    left: int
+    bytes_per_s: float | None
+
 
 # K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
 Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -32,6 +50,7 @@ class Source(ABC):
         blocks: where it lies in a pool, block by block; None elsewhere.
         direct: whether :meth:`place` copies straight from a file, the fastest way to read it.
         whole: the record, for tiers above; None where it was not read to its end, or is no record.
+        away: it comes over a network, once :meth:`begin` was called, whatever the caller does meanwhile.
     """
 
     codec: str = "raw"
@@ -39,6 +58,7 @@ class Source(ABC):
     blocks: Tensor | None = None
     direct: bool = False
     whole: tuple[Record, Payload] | None = None
+    away: bool = False
 
     def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
         self.tier: str = tier
@@ -74,6 +94,21 @@ class Source(ABC):
     def load(self, layer: int | None = None) -> int:
         """Reads a layer, or all, into memory, where that is not yet so; the bytes."""
         return 0
+
+    def begin(self) -> None:  # noqa: B027
+        """Asks for what is away, and for all that was found with it: one chunk after the other, the last one first."""
+
+    def here(self, limit_s: float) -> bool:
+        """Waits at most so long; whether nothing of it is away any more, or it cannot be had, which reading it says."""
+        return True
+
+    def progress(self) -> Progress:
+        """How far it is on its way."""
+        return Progress(0.0, 0, 0, None)
+
+    def give_up(self) -> None:
+        """It comes too slowly: what is not here yet is not asked for any more."""
+        self.release()
 
     def release(self) -> None:  # noqa: B027
         """It is not read any more. Doing so twice is fine."""

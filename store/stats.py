@@ -116,6 +116,7 @@ class PoolStats:
         failed: tries that failed and are made again.
         unanswered: reads that got no answer: misses.
         foreign: objects of another version, or encrypted otherwise: misses.
+        late: chunks that came so slowly that they were computed instead.
         down: whether the last try failed; the pool is left alone for a while.
     """
 
@@ -129,6 +130,7 @@ class PoolStats:
     failed: int
     unanswered: int
     foreign: int
+    late: int
     down: bool
 
 

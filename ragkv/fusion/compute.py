@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.passes import Forward, Pass
+from ragkv.fusion.passes import Forward, Parts, Pass
 from ragkv.fusion.timing import Timer
 from ragkv.fusion.view import Check, Narrows, Selection
 from ragkv.model.attending import Masses
@@ -93,6 +93,7 @@ def compute(
     slots: int | None = None,
     forward: Forward | None = None,
     masses: Masses | None = None,
+    course: Parts | None = None,
 ) -> tuple[Tensor, Pass]:
     """Compute what a method asks for over the stored rest, and the suffix in any case.
 
@@ -105,7 +106,7 @@ def compute(
         piece_tokens: tokens that one forward computes at most, but where the set narrows with depth.
         timer: counts the stage ``select``.
         slots: of the cache that attention is shown; N if not given.
-        forward, masses: as for :class:`~ragkv.fusion.passes.Pass`.
+        forward, masses, course: as for :class:`~ragkv.fusion.passes.Pass`.
 
     Returns:
         Next-token logits ``[1, V]`` and what was done. The cache then holds the N tokens.
@@ -127,6 +128,7 @@ def compute(
         timer=timer,
         forward=forward,
         masses=masses,
+        course=course,
     )
     return run.logits(), run
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,17 @@ Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 #: Runs rows of a prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted.
 Forward = Callable[[Rows], Tensor]
+
+
+class Parts(Protocol):
+    """Rows part after part, each as it can be computed."""
+
+    @property
+    def rows(self) -> Tensor:
+        """All that count as computed, ascending; known behind the last part."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The parts."""
 
 
 class _Reached(Exception):
@@ -59,6 +70,7 @@ class Pass:
         timer: counts the stage ``select``.
         forward: runs rows of the prompt; by default the model, for one turn.
         masses: takes what the rows attend to.
+        course: parts of the rows, in their place: it may find that more have to be computed.
 
     Attributes:
         rows: of the layer at hand; in the end those computed in the last layer.
@@ -84,7 +96,9 @@ class Pass:
         timer: Timer | None = None,
         forward: Forward | None = None,
         masses: Masses | None = None,
+        course: Parts | None = None,
     ):
+        self.course: Parts | None = course
         self.masses: Masses | None = masses
         self.forward: Forward = decoder.forward if forward is None else forward
         self.decoder: Decoder = decoder
@@ -120,7 +134,9 @@ class Pass:
         whole = plain and len(self.rows) == self.layout.tokens - self.layout.held
         if self.checks and whole and self.masses is None:
             self._first_check()
-        if self.checks:
+        if self.course is not None:
+            logits = self._followed(self.course)
+        elif self.checks:
             logits = self._narrowing()
         elif plain and self.rows[0] == self.layout.tokens - len(self.rows):
             logits = self._behind()
@@ -142,6 +158,18 @@ class Pass:
         with self.cache.writing(self._write):
             for piece in self._pieces():
                 out = self._run(piece, self._masks(piece))
+        return out
+
+    def _followed(self, course: Parts) -> Tensor:
+        """Scattered rows in parts; what is placed is so between them."""
+        self.cache.clear(torch.arange(self.layout.chunks_start, self.slots, device=self.rows.device))
+        with self.cache.writing(self._write):
+            for part in course:
+                for piece in part.split(self.piece_tokens):
+                    self.piece = piece
+                    out = self._run(piece, self._masks(piece))
+        self.rows = course.rows
+        self.fresh = [len(self._open(self.rows))] * len(self.fresh)
         return out
 
     def _narrowing(self) -> Tensor:

@@ -23,6 +23,7 @@ from ragkv.kernels.stored import CodecName, Side
 from ragkv.lazy import lazy
 from ragkv.model.cache import FusedCache, FusedLayer
 from ragkv.store import Target
+from ragkv.store.source import Progress
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
@@ -111,7 +112,8 @@ class Placement:
         self.take(layout, {} if paths is None else paths)
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
-        self._spared = set[int]()  # slots at which chunks begin that are not placed
+        # Slots at which chunks begin: those that are not placed, some of them because they came too slowly, and those that are.
+        self._spared, self._late, self._there = set[int](), set[int](), set[int]()
 
     def take(self, layout: Layout, paths: Mapping[bytes, ChunkKV]) -> None:
         """Have these KV too, and place what a layout of the same prompt says; also where others are placed by now."""
@@ -142,7 +144,7 @@ class Placement:
             if key in self.fresh:
                 return "computed"
             if placed.start in self._spared:
-                return "unused"
+                return "late" if placed.start in self._late else "unused"
             return moved[key].tier if key in moved else str(self.batch.tiers[self._index[key]])
 
         return [source(placed, key) for placed, key in self._chunks]
@@ -156,6 +158,45 @@ class Placement:
         for key, index in self._index.items():
             if key not in needed:
                 self.batch.done(index)
+
+    def away(self) -> list[int]:
+        """The numbers in the prompt of the chunks to place that come over a network."""
+        to_place = {placed.start: key for placed, key in self._to_place}
+        return [
+            number
+            for number, placed in enumerate(self._layout.chunks)
+            if to_place.get(placed.start) in self._index and self.batch.away(self._index[to_place[placed.start]])
+        ]
+
+    def begin(self) -> None:
+        """See :class:`~ragkv.fusion.course.Coming`."""
+        self.batch.begin()
+
+    def here(self, number: int, limit_s: float) -> bool:
+        """See :class:`~ragkv.fusion.course.Coming`."""
+        with self._timer.stage("place"):
+            return self.batch.here(self._index[self._key_of(number)], limit_s)
+
+    def progress(self, number: int) -> Progress:
+        """See :class:`~ragkv.fusion.course.Coming`."""
+        return self.batch.progress(self._index[self._key_of(number)])
+
+    def give_up(self, number: int) -> list[int]:
+        """See :class:`~ragkv.fusion.course.Coming`."""
+        key = self._key_of(number)
+        late = {placed.start for placed, other in self._to_place if other == key}
+        self._spared |= late
+        self._late |= late
+        self.batch.give_up(self._index[key])
+        return [number for number, placed in enumerate(self._layout.chunks) if placed.start in late]
+
+    def place_front(self, stop: int) -> None:
+        """See :class:`~ragkv.fusion.course.Coming`; of all layers, and on the CPU alone."""
+        with self._timer.stage("place"):
+            self._place_chunks(range(len(self._decoder.layers)), stop)
+
+    def _key_of(self, number: int) -> bytes:
+        return self._keys[self._layout.chunks[number].chunk]
 
     @property
     def _to_place(self) -> list[tuple[Placed, bytes]]:
@@ -227,12 +268,18 @@ class Placement:
                 room.key_room[0].index_copy_(1, placed.start + rows, keys)
                 room.value_room[0].index_copy_(1, placed.start + rows, _moved(kv.values[layer], room))
 
-    def _place_chunks(self, layers: range) -> None:
+    def _place_chunks(self, layers: range, stop: int | None = None) -> None:
+        """Chunks one after the other: those in front of a slot that are not placed yet, or all."""
         targets = [
             Target(held.key_room[0], held.value_room[0]) for held in self._cache.layers[layers.start : layers.stop]
         ]
-        left = Counter(key for _, key in self._to_place)
-        for placed, key in self._to_place:
+        to_place = [(placed, key) for placed, key in self._to_place if placed.start not in self._there]
+        left = Counter(key for _, key in to_place)
+        for placed, key in to_place:
+            if stop is not None and placed.start >= stop:
+                break
+            if stop is not None:
+                self._there.add(placed.start)
             self._place_chunk(placed, key, layers, targets)
             left[key] -= 1
             if not left[key] and key not in self._given and layers.stop == len(self._decoder.layers):

@@ -6,8 +6,8 @@ prompt's ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -62,6 +62,8 @@ class Selection:
         why: what was weighed to choose it, for the report.
         variants: of each chunk which of its :attr:`View.variants` is taken; the first ones where there are none here.
         saved: of each chunk how many tokens fewer are chosen than of its first variant.
+        rates: figures by which a chunk is computed that comes from a pool more slowly than that; ``None``: it is waited for.
+        reckoned: milliseconds that the prompt should take as ``"chosen"``, and in the other ways, for the report.
     """
 
     tokens: Tensor
@@ -73,6 +75,8 @@ class Selection:
     why: str = ""
     variants: Sequence[Variant] = ()
     saved: Sequence[int] = ()
+    rates: Rates | None = None
+    reckoned: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, chosen: Selection | Tensor, method: Narrows) -> Selection:

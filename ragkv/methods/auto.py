@@ -26,7 +26,8 @@ class Auto(Method):
 
     Where this machine and this model were measured (``ragkv advise``), loading the chunks from where they lie is weighed against
     computing them, as by CacheBlend's loading controller (arXiv:2405.16444). Chunks that are slow to load are computed, all of them
-    if need be; where loading goes on beside computing, as on a GPU, as many tokens more are repaired as fit into its time.
+    if need be, those in front first; where loading goes on beside computing, as on a GPU, as many tokens more are repaired as fit
+    into its time. A chunk that then comes from a pool more slowly than it is computed is computed, too.
 
     Attributes:
         repair: the method for prompts that put chunks where they were not made.
@@ -64,14 +65,16 @@ class Auto(Method):
         picked, rates = self._picked(view.layout), self.rates or view.rates
         found = None if rates is None or isinstance(picked, FullPrefill) else weighed(picked, view, rates)
         if found is None:
-            return Selection.of(picked.select(view), picked)
+            return replace(Selection.of(picked.select(view), picked), rates=rates)
         method = found.method or FullPrefill()
-        chosen = replace(Selection.of(method.select(view), method), why=found.why)
-        if found.method is None or not found.computed:
+        chosen = Selection.of(method.select(view), method)
+        chosen = replace(chosen, why=found.why, rates=rates, reckoned=found.reckoned)
+        if not found.name:
             return chosen
-        slow = [placed for placed, tier in zip(view.layout.chunks, view.tiers, strict=True) if tier in found.computed]
-        tokens = torch.cat([chosen.tokens, view.layout.span(*slow)])
-        return replace(chosen, tokens=tokens, name=f"{chosen.name}, and all from {', '.join(found.computed)}")
+        tokens = torch.cat(
+            [chosen.tokens, view.layout.span(*(view.layout.chunks[number] for number in found.computed))]
+        )
+        return replace(chosen, tokens=tokens, name=f"{chosen.name}, and {found.name}")
 
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):

@@ -1,14 +1,15 @@
 """What a prompt costs by the figures that were measured: loaded, loaded in part, or computed (CacheBlend, arXiv:2405.16444).
 
 T_load = what the tiers take to hand over the tokens that are loaded; T_rec(r) = what computing the share r of them takes, with all
-that every method computes. Where both go on side by side a prompt takes the longer of the two, else their sum.
+that every method computes. Where both go on side by side a prompt takes the longer of the two, else their sum; what comes over a
+network comes beside what can be computed without it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -18,19 +19,21 @@ from ragkv.store import Rates
 
 #: Computing what is stored has to save more than this share of the time.
 _WORTH = 0.05
+#: How many numbers of chunks to compute are weighed, about.
+_STEPS = 32
 
 
 class Way(NamedTuple):
     """One way to put a prompt together.
 
     Attributes:
-        computed: tiers whose chunks are computed whole instead of loaded.
+        computed: numbers of the chunks that are computed whole instead of loaded.
         load_s: seconds of loading the others.
         compute_s: seconds of computing.
         prompt_s: seconds until the prompt is ready.
     """
 
-    computed: tuple[str, ...]
+    computed: frozenset[int]
     load_s: float
     compute_s: float
     prompt_s: float
@@ -41,58 +44,103 @@ class Weighed(NamedTuple):
 
     Attributes:
         method: with as much recompute as loading leaves time for; ``None`` for a full prefill.
-        computed: tiers whose chunks are computed, because loading them takes longer.
+        computed: numbers of the stored chunks that are computed, because loading them takes longer.
+        name: which these are; empty where there are none, or the method is a full prefill.
         why: the figures, for the report.
+        reckoned: milliseconds of the prompt as it is put together, with all loaded, and with all computed.
     """
 
     method: Method | None
-    computed: tuple[str, ...]
+    computed: frozenset[int]
+    name: str
     why: str
+    reckoned: dict[str, float]
 
 
 def weighed(method: Method, view: View, rates: Rates) -> Weighed | None:
     """Whether to load a prompt's chunks from where they lie now; ``None`` where a tier of theirs was not measured.
 
-    It hangs on the prompt, on the tiers that hold its chunks and on the figures, and on nothing else.
+    Chunks are computed from the front of the prompt, those of the slowest tier first: what stands in front costs least to compute,
+    and needs nothing of what is still on its way from a pool (Cake, arXiv:2410.03065). The choice hangs on the prompt, on the tiers
+    that hold its chunks and on the figures, and on nothing else.
 
     Args:
         method: that would be taken where loading takes no time.
         view: the prompt.
         rates: the figures.
     """
-    layout = view.layout
-    tokens = Counter[str]()
-    for placed, tier in zip(layout.chunks, view.tiers, strict=True):
-        tokens.update({} if tier is None else {tier: len(placed.chunk)})
-    if not tokens or tokens.keys() - rates.tiers.keys():
+    tiers = view.tiers
+    stored = Counter[str]()
+    for placed, tier in zip(view.layout.chunks, tiers, strict=True):
+        stored.update({} if tier is None else {tier: len(placed.chunk)})
+    if not stored or stored.keys() - rates.tiers.keys():
         return None
-    reusable, known = len(layout.reusable), layout.held or layout.opening
-    fresh, missing = layout.tokens - reusable - known, reusable - tokens.total()  # missing chunks are read in any case
-
-    def compute_s(budget: float, computed: tuple[str, ...]) -> float:
-        whole = missing + sum(tokens[tier] for tier in computed)
-        rows = round(whole + budget * (reusable - whole)) + fresh
-        return rates.compute_s(rows, layout.tokens - rows)
-
-    def way(*computed: str) -> Way:
-        load_s = rates.load_s({tier: count for tier, count in tokens.items() if tier not in computed})
-        took_s = compute_s(budget, computed)
-        return Way(computed, load_s, took_s, rates.prompt_s(load_s, took_s))
-
     budget = min(1.0, method.expected_budget(view))
-    slowest = sorted(tokens, key=lambda tier: (-rates.tiers[tier].seconds(tokens[tier]) / tokens[tier], tier))
-    full_s = rates.compute_s(layout.tokens - layout.held, layout.held)
-    loaded = best = way()
-    parts = [] if method.looks else [way(*slowest[:count]) for count in range(1, len(slowest))]
-    for other in [*parts, Way(tuple(slowest), 0.0, full_s, full_s)]:
-        if other.prompt_s < (1 - _WORTH) * best.prompt_s:
-            best = other
-    why = _said(tokens, loaded, best, full_s)
-    if len(best.computed) == len(slowest):
-        return Weighed(None, best.computed, why)
+
+    def slowness(number: int) -> tuple[float, str, int]:
+        tier = str(tiers[number])
+        return -rates.tiers[tier].seconds(stored[tier]) / stored[tier], tier, number
+
+    def way(count: int) -> Way:
+        return _way(view, rates, budget, frozenset(order[:count]))
+
+    order = sorted((number for number, tier in enumerate(tiers) if tier is not None), key=slowness)
+    full_s = rates.compute_s(view.layout.tokens - view.layout.held, view.layout.held)
+    full = Way(frozenset(order), 0.0, full_s, full_s)
+    loaded = way(0)
+    steps = range(1, len(order), -(-len(order) // _STEPS))
+    parts = [] if method.looks else [way(count) for count in sorted({*steps, *_ends(order, tiers)})]
+    best = min([loaded, *parts, full], key=lambda each: each.prompt_s)
+    if best.prompt_s >= (1 - _WORTH) * loaded.prompt_s:
+        best = loaded
+    name = _named(best.computed, tiers) if best is not full else ""
+    reckoned = {"chosen": best.prompt_s * 1e3, "loaded": loaded.prompt_s * 1e3, "computed": full_s * 1e3}
+    why = _said(stored, loaded, full_s) + (f"; computing {name} {_ms(best.prompt_s)}" if name else "")
+    if best is full:
+        return Weighed(None, best.computed, name, why, reckoned)
     if rates.beside and best.load_s > best.compute_s:
-        method = _raised(method, view, lambda more: compute_s(more, best.computed) <= best.load_s)
-    return Weighed(method, best.computed, why)
+        method = _raised(method, view, lambda more: _way(view, rates, more, best.computed).compute_s <= best.load_s)
+    return Weighed(method, best.computed, name, why, reckoned)
+
+
+def _way(view: View, rates: Rates, budget: float, computed: frozenset[int]) -> Way:
+    """A prompt some of whose stored chunks are computed, and of the others a share."""
+    layout, tiers = view.layout, view.tiers
+    reusable, known = len(layout.reusable), layout.held or layout.opening
+    loaded, open_to_repair = Counter[str](), Counter[bool]()
+    for number, (placed, tier) in enumerate(zip(layout.chunks, tiers, strict=True)):
+        there = tier is not None and number not in computed  # missing chunks are read in any case
+        loaded.update({str(tier): len(placed.chunk)} if there else {})
+        open_to_repair[there] += len(placed.chunk) if placed.behind_another and not placed.exact else 0
+    kept = loaded.total()
+    share = open_to_repair[True] / open_to_repair.total() if open_to_repair.total() else kept / reusable
+    rows = round(reusable - kept + min(budget * reusable * share, kept)) + layout.tokens - reusable - known
+    # In front of the first chunk that is on its way: while it comes.
+    away = [
+        number
+        for number, tier in enumerate(tiers)
+        if tier in loaded and rates.tiers[tier].beside and number not in computed
+    ]
+    front = sum(len(layout.chunks[number].chunk) for number in computed if away and number < away[0])
+    front_s = rates.compute_s(front, layout.chunks[away[0]].start - front) if front else 0.0
+    compute_s = front_s + rates.compute_s(rows - front, layout.tokens - rows + front)
+    return Way(computed, rates.load_s(loaded), compute_s, rates.prompt_s(loaded, compute_s, front_s))
+
+
+def _ends(order: list[int], tiers: Sequence[str | None]) -> set[int]:
+    """How many chunks the slowest tier has, the two slowest, and so on, but for all."""
+    return {count for count in range(1, len(order)) if tiers[order[count - 1]] != tiers[order[count]]}
+
+
+def _named(computed: frozenset[int], tiers: Sequence[str | None]) -> str:
+    """Which chunks these are."""
+    held, some = Counter(tier for tier in tiers if tier), Counter(tiers[number] for number in sorted(computed))
+    names = [
+        f"all from {tier}" if count == held[tier] else f"{count} of {held[tier]} from {tier}"
+        for tier, count in some.items()
+        if tier
+    ]
+    return ", ".join(names)
 
 
 def _raised(method: Method, view: View, fits: Callable[[float], bool]) -> Method:
@@ -109,12 +157,9 @@ def _raised(method: Method, view: View, fits: Callable[[float], bool]) -> Method
     return more(steps[most - 1]) if most else method
 
 
-def _said(tokens: Counter[str], loaded: Way, best: Way, full_s: float) -> str:
+def _said(tokens: Counter[str], loaded: Way, full_s: float) -> str:
     stored = ", ".join(f"{count:,} tokens from {tier}" for tier, count in tokens.items())
-    said = f"{stored} are loaded in {_ms(loaded.load_s)}, the prompt takes {_ms(loaded.prompt_s)}; a full prefill {_ms(full_s)}"
-    if 0 < len(best.computed) < len(tokens):
-        said += f"; computing those from {', '.join(best.computed)} {_ms(best.prompt_s)}"
-    return said
+    return f"{stored} are loaded in {_ms(loaded.load_s)}, the prompt takes {_ms(loaded.prompt_s)}; a full prefill {_ms(full_s)}"
 
 
 def _ms(seconds: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +20,7 @@ from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.remote.speed import Speed
 from ragkv.store.rows import Row
-from ragkv.store.source import Parts, Source
+from ragkv.store.source import Parts, Progress, Source
 
 _FINISHED = "the batch is finished with this chunk"
 
@@ -30,33 +32,63 @@ class Fetch:
         pool: where they are.
         lost: told the key of a chunk that the pool did not give, and why.
         speed: is shown how long it takes.
+        late: told of each chunk that was given up because it came too slowly.
     """
 
-    def __init__(self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed) -> None:
+    def __init__(
+        self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed, late: Callable[[], None]
+    ) -> None:
         self.pool: Pool = pool
         self.lost: Callable[[bytes, PoolError], None] = lost
-        self._speed = speed
+        self._speed, self._late = speed, late
         self._readings: list[Reading] = []
+        self._asked: list[tuple[Future[Any], int]] = []
+        self._begin, self._expected, self._token_bytes = 0.0, None, 1.0
         self._lock = threading.Lock()
 
     def join(self, reading: Reading) -> None:
         """One more chunk."""
         self._readings.append(reading)
 
-    def start(self) -> None:
-        """Asks for the first ranges of all chunks, then for the second ones, and so on."""
+    def start(self, backwards: bool = False) -> None:
+        """Asks for the first ranges of all chunks, then for the second ones, and so on.
+
+        Args:
+            backwards: for one chunk after the other instead, the last one first: whoever computes from the front meets them.
+        """
         with self._lock:
             readings, self._readings = self._readings, []
+        given = reversed(readings) if backwards else readings
+        order = [(number, reading) for reading in given for number in range(len(reading.groups))]
+        if not backwards:
+            order.sort(key=lambda each: each[0])
         asked = list[tuple[Future[Any], int]]()
-        for number in range(max((len(reading.groups) for reading in readings), default=0)):
-            for reading in readings:
-                if number < len(reading.groups):
-                    with suppress(StoreError):  # whoever reads it asks again, and is told
-                        future = reading.ask(number)
-                        asked += [] if future is None else [(future, reading.size(number))]
+        for number, reading in order:
+            with suppress(StoreError):  # whoever reads it asks again, and is told
+                future = reading.ask(number)
+                asked += [] if future is None else [(future, reading.size(number))]
         if asked:
-            tokens = sum(reading.record.tokens for reading in readings)
-            self._speed.watch(asked, sum(reading.record.payload_bytes for reading in readings) / tokens)
+            tokens, known = sum(reading.record.tokens for reading in readings), self._speed.loading
+            self._token_bytes = sum(reading.record.payload_bytes for reading in readings) / tokens
+            self._begin, self._expected = self._speed.now(), None if known is None else known.bytes_per_s
+            self._asked = asked
+            self._speed.watch(asked, self._token_bytes)
+
+    def progress(self) -> Progress:
+        """How far they are on their way."""
+        sizes = Counter[bool]()
+        for future, size in self._asked:
+            sizes.update({} if future.cancelled() else {future.done(): size})
+        since_s = self._speed.now() - self._begin if self._asked else 0.0
+        return Progress(since_s, sizes[True], sizes[False], self._expected)
+
+    def late(self) -> None:
+        """Counts a chunk that is given up. The pool is no faster than if all had come just now."""
+        found = self.progress()
+        size = found.came + found.left
+        if size and (self._expected is None or size < found.since_s * self._expected):
+            self._speed.saw(size, found.since_s, self._token_bytes)
+        self._late()
 
 
 class Reading:
@@ -74,6 +106,7 @@ class Reading:
         key: see above.
         record: its header.
         row: on what terms it is kept.
+        fetch: see above.
         groups: segments that are asked for together.
     """
 
@@ -89,7 +122,8 @@ class Reading:
         self.key: bytes = key
         self.record: Record = opened.record
         self.row: Row = opened.row
-        self._fetch, self._opened, self._begun, self._arrived = fetch, opened, begun, arrived
+        self.fetch: Fetch = fetch
+        self._opened, self._begun, self._arrived = opened, begun, arrived
         self.groups: list[range] = _groups(opened, len(begun), range_bytes)
         self._asked: list[Future[Any] | None] = [None] * len(self.groups)
         self._left = set(range(len(self.groups)))
@@ -139,14 +173,14 @@ class Reading:
         count = 0
         try:
             for number in self._needed(layer):
-                self._fetch.start()
+                self.fetch.start()
                 future = self.ask(number)
-                count += self._take(number, self._begun if future is None else self._fetch.pool.answer(future))
+                count += self._take(number, self._begun if future is None else self.fetch.pool.answer(future))
         except PoolError as error:
             if not self._users:
                 raise StoreError(_FINISHED) from error
             self._broken = True
-            self._fetch.lost(self.key, error)
+            self.fetch.lost(self.key, error)
             raise RecordError(f"the pool did not give it: {error}") from error
         except RecordError:
             self._broken = True
@@ -163,8 +197,15 @@ class Reading:
             if future is None and number in self._left and stop > len(self._begun):
                 if not self._users:
                     raise StoreError(_FINISHED)
-                future = self._asked[number] = self._fetch.pool.begin(name_of(self.key), start, stop)
+                future = self._asked[number] = self.fetch.pool.begin(name_of(self.key), start, stop)
             return future
+
+    def here(self, limit_s: float) -> bool:
+        """Waits at most so long for all requests that were made; whether all are answered, or one failed."""
+        with self._lock:
+            asked = [future for future in self._asked if future is not None]
+        done, left = wait(asked, None if limit_s == math.inf else limit_s, "FIRST_EXCEPTION")
+        return not left or any(future.cancelled() or future.exception() for future in done)
 
     def size(self, number: int) -> int:
         """Bytes of a group."""
@@ -213,6 +254,8 @@ class RemoteSource(Source):
         reading: which it has joined.
     """
 
+    away: bool = True
+
     def __init__(self, tier: str, reading: Reading) -> None:
         super().__init__(tier, reading.record)
         self.reading = reading
@@ -239,6 +282,23 @@ class RemoteSource(Source):
         if self._released and self.reading.whole is None:
             raise StoreError(_FINISHED)
         return self.reading.load(layer)
+
+    def begin(self) -> None:
+        """See :class:`Source`."""
+        self.reading.fetch.start(backwards=True)
+
+    def here(self, limit_s: float) -> bool:
+        """See :class:`Source`."""
+        return self.reading.whole is not None or self.reading.here(limit_s)
+
+    def progress(self) -> Progress:
+        """See :class:`Source`."""
+        return self.reading.fetch.progress()
+
+    def give_up(self) -> None:
+        """See :class:`Source`."""
+        self.reading.fetch.late()
+        self.release()
 
     def release(self) -> None:
         """See :class:`Source`."""

@@ -32,6 +32,10 @@ class Speed:
             return None
         return self._last[1]
 
+    def saw(self, size: int, seconds: float, token_bytes: float) -> None:
+        """So many bytes came in so many seconds, or no more."""
+        self._last = self.now(), Loading(size / max(seconds, 1e-6), token_bytes, beside=True)
+
     def watch(self, asked: Sequence[tuple[Future[Any], int]], token_bytes: float) -> None:
         """Takes the time of requests that were made just now, as soon as all are answered; not where one is not.
 
@@ -48,7 +52,7 @@ class Speed:
                 last = not left
             if last and all(not one.cancelled() and one.exception() is None for one, _ in asked):
                 now = self.now()
-                self._last = now, Loading(size / max(now - begin, 1e-6), token_bytes)
+                self.saw(size, now - begin, token_bytes)
 
         for future, _ in asked:
             future.add_done_callback(done)

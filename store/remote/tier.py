@@ -147,7 +147,7 @@ class RemoteTier(Tier):
         likely = [key for key in likely if key not in found]
         with self._asking(likely) as may:
             heads = self._records.heads(likely) if may else {}
-            fetch = Fetch(self._pool, self._lose, self._speed)
+            fetch = Fetch(self._pool, self._lose, self._speed, self._count_late)
             for key, head in heads.items():
                 opened = self._open(key, head)
                 if opened is not None:
@@ -280,6 +280,7 @@ class RemoteTier(Tier):
             sent_bytes=0 if self._sender is None else self._sender.sent_bytes,
             unanswered=self._counts["unanswered"],
             foreign=self._counts["foreign"],
+            late=self._counts["late"],
             down=self._breaker.broken or (uploads is not None and uploads.failing),
             **{name: done[name] for name in ("sent", "skipped", "deleted", "dropped", "failed")},
         )
@@ -376,6 +377,9 @@ class RemoteTier(Tier):
             self._manifest.note([key], False)
         else:
             self._unanswered(error)
+
+    def _count_late(self) -> None:
+        self._counts["late"] += 1
 
     def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None:

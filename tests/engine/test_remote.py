@@ -1,11 +1,13 @@
 """A pool that two machines share: what one has computed, the other answers from, exactly. One that fails costs time alone."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
 from ragkv import Engine, SensitiveTokens, TieredStore
+from ragkv.fusion.course import Course
 from ragkv.fusion.placement import Placement
 from ragkv.library.rates import known_rates
 from ragkv.store import RemoteTier
@@ -104,6 +106,9 @@ def test_a_namespace_has_nothing_of_another_in_the_pool(machine, parts):
 def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads, monkeypatch):
     """Whoever has measured the machine; a pool that nobody has read from lately is read from."""
     monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
+    monkeypatch.setattr(
+        Course, "_meanwhile", lambda *_: (0, math.inf)
+    )  # nothing is late: a tiny model computes as fast as a disk reads
     one, two = machine(), machine(range_bytes=5_000)
     document = one.add_document(parts)
     one.store.flush()

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -164,7 +165,13 @@ def test_what_follows_from_figures():
     assert rates.compute_s(1000) == pytest.approx(0.5 + 0.5 * 1.25), "in two pieces, the second behind the first"
     assert rates.compute_s(500, 1000) == pytest.approx(0.75)
     assert rates.load_s({"disk": 500}) == pytest.approx(0.75)
-    assert rates.prompt_s(2, 3) == 5 and Rates(COSTS, {}, beside=True).prompt_s(2, 3) == 3
+    away = {"pool": Loading(1e6, 1000, 0.0, True), "cpu": Loading(1e7, 1000), **rates.tiers}
+    pooled = replace(rates, tiers=away)  # 2 s on their way, 0.2 s to place them, 0.75 s from the disk
+    assert pooled.prompt_s({"pool": 2000}, 3) == pytest.approx(5.2)
+    assert pooled.prompt_s({"pool": 2000, "disk": 500}, 3, front_s=1.5) == pytest.approx(0.75 + 0.2 + 2 + 1.5)
+    assert pooled.prompt_s({"pool": 2000}, 3, front_s=2.5) == pytest.approx(0.2 + 3)
+    assert replace(pooled, beside=True).prompt_s({"pool": 2000}, 3) == 3
+    assert rates.prompt_s({"disk": 1750}, 3) == 5 and replace(rates, beside=True).prompt_s({"disk": 1750}, 3) == 3
     assert rates.read_s(2500, 1000) == pytest.approx(2 * rates.compute_s(1000) + rates.compute_s(500))
     for wrong in (Loading(0, 1), Loading(1, 0), Loading(1, float("nan")), Loading(1, 1, -1)):
         with pytest.raises(StoreError, match="of the tier 'disk'"):

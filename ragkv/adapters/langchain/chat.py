@@ -200,7 +200,7 @@ def _part(piece: str) -> ChatGenerationChunk:
 
 def _usage(chunks: Sequence[Chunk], report: AnswerReport) -> UsageMetadata:
     fusion = report.fusion
-    tokens = {"placed": 0, "computed": 0, "unused": 0}
+    tokens = {"placed": 0, "computed": 0, "unused": 0, "late": 0}
     for chunk, source in zip(chunks, fusion.sources, strict=True):
         tokens[source if source in tokens else "placed"] += len(chunk)
     given = prompt_tokens(report)

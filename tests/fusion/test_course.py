@@ -1,0 +1,187 @@
+"""Chunks on their way from a pool: what needs none of them is computed meanwhile, and what is late is computed, exactly."""
+
+import importlib.util
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from ragkv import Auto, Engine, PromptTemplate, SensitiveTokens, TieredStore
+from ragkv.fusion.course import Course
+from ragkv.fusion.placement import Placement
+from ragkv.methods.base import Method
+from ragkv.store import CostProfile, Loading, Rates, RemoteTier
+from ragkv.store.remote.opening import open_pool
+from ragkv.testing import random_ids, tiny_model
+
+file = Path(__file__).parents[2] / "benchmarks" / "links.py"
+spec = importlib.util.spec_from_file_location("benchmarks_links", file)
+links = sys.modules["benchmarks_links"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(links)
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
+QUESTION = random_ids(9)
+#: A tenth of a second a token, so that nothing is late but what never comes; and nearly nothing.
+SLOW, QUICK = (CostProfile((0, 1000), (0, 1000), ((0.0, s), (0.0, s))) for s in (100.0, 0.01))
+
+
+@pytest.mark.parametrize("speed", links.SPEEDS.values(), ids=links.SPEEDS)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "not known"])
+def test_within_both_bounds_over_links_that_drop(speed, known):
+    """On a clock of its own: 15 % of the better of loading and computing, and 10 % of computing."""
+    tokens_per_s, token_bytes = links.MACHINES["small"]
+    rates, layout = links.figures(tokens_per_s, token_bytes), links.prompt(16, 256)
+    full_s = rates.compute_s(layout.tokens)
+    same = layout, rates, token_bytes
+    steady = links.simulate(SensitiveTokens(), *same, links.Link([(0.0, speed)]), None)
+    for kind, trace in links.traces(speed, full_s).items():
+        loaded = links.simulate(SensitiveTokens(), *same, links.Link(trace), None)
+        own = links.simulate(Auto(), *same, links.Link(trace), steady.seen if known else None)
+        assert own.seconds <= 1.1 * full_s, (kind, own)
+        if kind != "ten times as fast":  # which the next prompt knows
+            assert own.seconds <= 1.15 * min(loaded.seconds, full_s), (kind, own)
+        if known and not trace[-1][1] and kind == "to nothing at once":
+            assert own.late + own.method.startswith("Full") and own.seen <= steady.seen
+
+
+def test_where_loading_and_computing_are_equally_fast_it_is_faster_than_both():
+    tokens_per_s, token_bytes = links.MACHINES["small"]
+    rates, layout = links.figures(tokens_per_s, token_bytes), links.prompt(16, 256)
+    full_s = rates.compute_s(layout.tokens)
+    speed = token_bytes * layout.tokens / full_s
+    own = links.simulate(Auto(), layout, rates, token_bytes, links.Link([(0.0, speed)]), speed)
+    assert own.seconds < 0.75 * full_s
+    assert own.seconds == pytest.approx(own.reckoned["chosen"] / 1e3, rel=0.1), "it is what was reckoned"
+    assert own.reckoned["computed"] == pytest.approx(full_s * 1e3) and own.reckoned["loaded"] > own.reckoned["chosen"]
+
+
+@dataclass(frozen=True)
+class These(Method):
+    """Computes just these slots."""
+
+    slots: tuple[int, ...]
+
+    def select(self, view):
+        return torch.tensor(self.slots, dtype=torch.long)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def parts():
+    return [random_ids(64, seed=number) for number in range(4)]
+
+
+@pytest.fixture
+def ready(model, parts, tmp_path, monkeypatch):
+    """A machine that has the chunks, and makes others that have them over a link, of which little comes with the header."""
+    monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 2_000)
+    url, opened = f"memory://{tmp_path}", []
+    one = Engine(model, template=TEMPLATE, store=TieredStore(remote=url))
+    chunks = [chunk for pair in (parts[:2], parts[2:]) for chunk in one.add_document(pair)]
+    one.store.flush()
+
+    def make(trace, costs, **tiers):
+        tier = RemoteTier(links.LinkPool(open_pool(url, 3.0, 16), trace), range_bytes=8_000)
+        store = TieredStore(tmp_path / f"machine{len(opened)}", cpu_bytes=0, remote=tier)
+        opened.append(Engine(model, template=TEMPLATE, store=store))
+        return opened[-1], Auto(SensitiveTokens(0.2), Rates(costs, tiers))
+
+    yield one, chunks[2:] + chunks[:2], make
+    for engine in (*opened, one):
+        engine.close()
+
+
+def exact(one, chunks, prompt):
+    """What was computed is as if nothing else had been there to choose."""
+    slots = tuple(slot for slot in prompt.recomputed.tolist() if slot < prompt.input_ids.shape[1] - len(QUESTION))
+    want = one.fuse(chunks, QUESTION, method=These(slots))
+    torch.testing.assert_close(prompt.logits, want.logits, atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(prompt.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, atol=1e-4, rtol=1e-4)
+
+
+def test_what_never_comes_is_computed(ready, reads):
+    """Nothing was damaged: the chunks are where they were, for a better day, and nothing is read or stored anew."""
+    one, chunks, make = ready
+    two, method = make([(0.0, 1e9), (8_000.0, 0.0)], QUICK)
+    read = reads(two)
+    prompt = two.fuse(chunks, QUESTION, method=method)
+    assert prompt.report.hits == {"late": 4} and not read and len(two.store) == 0
+    assert prompt.report.why == "4 chunks came too slowly and were computed"
+    stats = two.store.stats()
+    assert (stats.pools["remote"].late, stats.pools["remote"].unanswered) == (4, 0) and not stats.evictions["remote"]
+    assert two.store.loading()["remote"].bytes_per_s < 1e9, "the next prompt knows how slow it is"
+    torch.testing.assert_close(
+        prompt.logits, one.fuse(chunks, QUESTION, method="full-prefill").logits, atol=1e-4, rtol=1e-4
+    )
+    exact(one, chunks, prompt)
+    assert not two.store.missing(one.documents.keys(chunks))
+
+
+def test_a_link_that_ends_in_the_middle(ready, monkeypatch):
+    """The last chunks have come and stay loaded, those in front are computed, whatever stood in the cache's memory."""
+    one, chunks, make = ready
+    two, method = make([(0.0, 1e9), (100_000.0, 0.0)], QUICK)
+    made = two.decoder.cache
+
+    def dirty(tokens):
+        cache = made(tokens)
+        for layer in cache.layers:
+            layer.key_room.fill_(torch.nan)
+            layer.value_room.fill_(torch.nan)
+        return cache
+
+    monkeypatch.setattr(two.decoder, "cache", dirty)
+    prompt = two.fuse(chunks, QUESTION, method=method)
+    assert prompt.report.sources[0] == "late" and prompt.report.sources[-1] == "remote", prompt.report.sources
+    exact(one, chunks, prompt)
+
+
+def test_what_comes_while_its_chunk_is_begun_is_placed(ready, monkeypatch):
+    """Tokens that were computed meanwhile are then as they are stored."""
+    one, chunks, make = ready
+    two, method = make([(0.0, 1e9)], SLOW)
+    asked = Counter()
+    here = Placement.here
+
+    def late(self, number, limit_s):  # comes once its chunk was begun twice
+        return asked[number] > 1 and here(self, number, 10)
+
+    def begins(self, away, begun):
+        asked[away[0]] += 1
+        return 17, 0.0
+
+    monkeypatch.setattr(Placement, "here", late)
+    monkeypatch.setattr(Course, "_meanwhile", begins)
+    prompt = two.fuse(chunks, QUESTION, method=method)
+    assert prompt.report.hits == {"remote": 4} and set(asked.values()) == {2}
+    exact(one, chunks, prompt)
+
+
+def test_what_is_computed_anyway_is_computed_while_the_others_come(ready):
+    """By what was reckoned: the chunks in front, without a word from the pool."""
+    one, chunks, make = ready
+    size = sum(spec.token_bytes for spec in one.decoder.specs)
+    two, method = make([(0.0, 1e9)], SLOW, remote=Loading(10 * size, size, 0.0, True))
+    prompt = two.fuse(chunks, QUESTION, method=method)
+    report = prompt.report
+    assert report.sources[0] == "unused" and report.sources[-1] == "remote" and " of 4 from remote" in report.method
+    assert report.reckoned["chosen"] < 0.8 * min(report.reckoned["loaded"], report.reckoned["computed"])
+    assert report.as_dict()["reckoned"] == report.reckoned
+    exact(one, chunks, prompt)
+
+
+def test_a_method_that_was_asked_for_waits(ready):
+    one, chunks, make = ready
+    two, _ = make([(0.0, 2e6)], QUICK)
+    prompt = two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2))
+    assert prompt.report.hits == {"remote": 4} and prompt.report.reckoned == {}
+    exact(one, chunks, prompt)

@@ -1,0 +1,104 @@
+"""Chunks that come too slowly: asked for from the back, given up one by one, and still there afterwards."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+
+from ragkv.store import Loading
+from ragkv.store.metrics import StoreCollector
+from ragkv.store.remote.records import key_of
+
+
+@pytest.fixture
+def stalled(machine, kv, key, monkeypatch, soon):
+    """A machine whose requests for more than a header are answered by hand: the store, and what it asked for."""
+    monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 2_000)
+    url = "memory://stalled"
+    one = machine(url)
+    one.put_many([(key(number), kv(number, tokens=2000, layers=6), 0.0) for number in range(3)])
+    one.flush()
+    two, asked = machine(url, range_bytes=100_000), []
+    pool = two._tiers.behind[0]._pool
+    begin = pool.begin
+
+    def by_hand(name, start, stop):
+        if not start:
+            return begin(name, start, stop)
+        asked.append((key_of(name), start, stop, Future()))
+        return asked[-1][-1]
+
+    def answer(which):
+        for name, start, stop, future in asked:
+            if name == which and not future.done():
+                future.set_result(begin(f"{name.hex()[:2]}/{name.hex()}", start, stop).result())
+
+    monkeypatch.setattr(pool, "begin", by_hand)
+    yield two, asked, answer
+    one.remove_many([key(number) for number in range(3)])
+    one.flush()
+
+
+def test_from_the_back_one_chunk_after_the_other(stalled, key, kv, same):
+    store, asked, answer = stalled
+    with store.read([key(0), key(1), key(2)]) as batch:
+        assert all(batch.away(index) for index in range(3)) and not asked
+        batch.begin()
+        order = [name for name, *_ in asked]
+        assert order == sorted(order, key=[key(2), key(1), key(0)].index) and len(order) > 6
+        starts = [start for name, start, *_ in asked if name == key(2)]
+        assert starts == sorted(starts)
+        assert not batch.here(2, 0.01) and batch.progress(0)[1:] == (0, sum(e - s for _, s, e, _ in asked), None)
+        answer(key(2))
+        assert batch.here(2, 0) and not batch.here(1, 0)
+        same(batch.kv(2), kv(2, tokens=2000, layers=6))
+        size = sum(stop - start for name, start, stop, _ in asked if name == key(2))
+        assert batch.progress(0).came == size and batch.progress(0).since_s > 0
+        answer(key(0)), answer(key(1))
+        same(batch.kv(0), kv(0, tokens=2000, layers=6))
+
+
+def test_given_up_it_is_counted_and_cancelled_and_stays_in_the_pool(stalled, key, kv, same):
+    store, asked, answer = stalled
+    with store.read([key(0), key(1), key(2)]) as batch:
+        batch.begin()
+        batch.give_up(0)
+        assert {name for name, *_, future in asked if future.cancelled()} == {key(0)}
+        assert batch.progress(1).left == sum(stop - start for name, start, stop, _ in asked if name != key(0))
+        answer(key(1)), answer(key(2))
+        same(batch.kv(1), kv(1, tokens=2000, layers=6))
+    stats = store.stats()
+    pool = stats.pools["remote"]
+    assert (pool.late, pool.unanswered, pool.down) == (1, 0, False) and not stats.evictions["remote"]
+    late = {s.labels["tier"]: s.value for m in StoreCollector(store).collect() for s in m.samples if "late" in s.name}
+    assert 1.0 in late.values()
+    seen = store.loading()["remote"]
+    assert isinstance(seen, Loading) and seen.beside and 0 < seen.bytes_per_s < 1e12
+    asked.clear()
+    with store.read([key(0)]) as batch:
+        batch.begin()
+        answer(key(0))
+        same(batch.kv(0), kv(0, tokens=2000, layers=6))
+
+
+def test_what_others_read_too_is_not_cancelled(stalled, key, kv, same):
+    store, asked, answer = stalled
+    with store.read([key(0)]) as one, store.read([key(0)]) as other:
+        one.begin()
+        one.give_up(0)
+        assert not any(future.cancelled() for *_, future in asked)
+        answer(key(0))
+        same(other.kv(0), kv(0, tokens=2000, layers=6))
+
+
+def test_on_time_it_is_no_slower_than_it_was(stalled, key):
+    """What is computed meanwhile because that is faster anyway says nothing about the pool."""
+    store, _, _ = stalled
+    speed = store._tiers.behind[0]._speed
+    speed.saw(1, 1e3, 8.0)  # an hour for what is asked for
+    known = store.loading()["remote"]
+    with store.read([key(0), key(1)]) as batch:
+        batch.begin()
+        batch.give_up(0)
+    assert store.loading()["remote"] == known
