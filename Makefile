@@ -22,7 +22,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
-# A cluster is heavy, and only long tests start one.
+# A cluster is heavy: only long tests start one, and type checkers look at its types.
 $(VENV)/.long: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[ray]"
 	touch $@
@@ -86,7 +86,7 @@ PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
 COMPLETE := "import json, sys; of = json.load(open(sys.argv[1]))['typeCompleteness']['completenessScore']; \
   print(f'{of:.1%} of the public symbols are fully typed'); sys.exit(of < 0.995)"
 
-typing: wheel
+typing: wheel $(VENV)/.long
 	$(PY) -m venv --clear --without-pip $(INSTALLED)
 	$(PY) -m pip --python $(INSTALLED)/bin/python install -q --no-deps dist/*.whl
 	$(PY) -c $(PURELIB) > $$($(INSTALLED)/bin/python -c $(PURELIB))/dependencies.pth
