@@ -66,10 +66,10 @@ def test_the_question_looks_at_what_eager_attention_shows(architecture, monkeypa
     engine = Engine(model, template=TEMPLATE)
     chunks = engine.add([random_ids(n) for n in (30, 17, 41)])[::-1]
     loaded = model.config._attn_implementation
-    got = [look(engine, chunks, queries) for queries in ("all", "last")]
+    got = [look(engine, chunks, queries) for queries in ("last", "both")]
     assert model.config._attn_implementation == loaded
     monkeypatch.setattr(Looking, "_rules", lambda self: None)
-    for scored, queries in zip(got, ("all", "last"), strict=True):
+    for scored, queries in zip(got, ("last", "both"), strict=True):
         eager = look(engine, chunks, queries)
         assert (scored.looked, eager.looked) == ("question_scores (reference)", "eager")
         assert eager.seen.shape == (len(engine.decoder.layers), 91) and eager.seen.sum() > 0.5
