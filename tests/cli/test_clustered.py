@@ -1,5 +1,6 @@
 """--ray, as far as no cluster is needed; the rest is tests/distributed/test_precompute.py."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -78,6 +79,26 @@ def test_workers_compute_where_this_machine_does(begun, tmp_path, capsys, monkey
     monkeypatch.setattr("ragkv.defaults.kept_in", lambda folder: {})
     run(capsys, *command)
     assert begun["device"] == "cuda"
+
+
+def test_what_was_read_on_a_cluster_is_added_here(begun, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.md").write_text("A harbour.")
+    before = Precomputed(failed={"/b.md": "given up"}, setting="theirs")
+    monkeypatch.setattr("ragkv.distributed.precomputing.precompute", lambda paths, **options: before)
+    command = (
+        "add",
+        "--json",
+        "--ray",
+        "auto",
+        "--weights",
+        "int8",
+        "--remote",
+        f"file://{tmp_path}/pool",
+        tmp_path / "a.md",
+    )
+    code, out, err = run(capsys, *command)
+    assert code == 0 and json.loads(out)["precomputed"]["failed"] == before.failed
+    assert "/b.md: given up" in err and "do not read as this machine does" in err
 
 
 def test_what_the_cluster_could_not_do_is_said(capsys):
