@@ -35,18 +35,16 @@ class Parts(NamedTuple):
     defaults: dict[str, Any]
 
 
-def settled(given: Mapping[str, Any], own: Set[str], kept: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def settled(given: Mapping[str, Any], own: Set[str], kept: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, and what is kept where nothing was; checked before anything is loaded.
 
     Args:
         given: the arguments of :meth:`ragkv.RAG.from_pretrained`, which says what they mean and what is raised.
         own: the names of those that are not the model's.
-        kept: what is kept; by default what the folder keeps.
+        kept: what the folder keeps.
     """
     model, rest = gguf_apart(given["model"], dict(given))
     given = {**rest, "model": model}
-    if kept is None:
-        kept = kept_in(None if given["path"] is None else Path(given["path"]))
     options = with_kept(given, kept)
     if "model" not in options:
         logger.warning(

@@ -34,10 +34,11 @@ def run(args: argparse.Namespace) -> int:
         sent(rag.engine.store)
         if before is not None:
             tell(before, added, rag.engine.documents.setting)
+            summary["precomputed"] = asdict(before)
     for skipped in added.skipped:
         show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
     if args.json:
-        show.as_json({"path": str(path), **summary, **({} if before is None else {"precomputed": asdict(before)})})
+        show.as_json({"path": str(path), **summary})
     else:
         _show(summary)
     if not added.changes:

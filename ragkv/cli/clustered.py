@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ragkv.cli import show
 from ragkv.cli.opening import options_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0"}
 _PATIENCE_S = 10.0
 # Options of the command that say nothing of how documents are read.
-_NOT_THERE = {"gpu_bytes", "disk_bytes", "remote", "quiet", "paths", "cpu_codec"}
+_NOT_THERE = {"gpu_bytes", "disk_bytes", "quiet", "paths", "cpu_codec"}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -57,12 +57,18 @@ def precomputed(args: argparse.Namespace, path: Path) -> Precomputed:
         ArgumentError: the cluster computes on GPUs, and this machine does not: it would not find what they compute.
         RagKVError: there is no cluster at this address; and as :func:`ragkv.distributed.precompute`.
     """
+    from ragkv.defaults import kept_in
     from ragkv.distributed import precompute
+    from ragkv.model.loading import BUNDLED
 
-    options = _options(args, path)
+    kept = kept_in(path)
+    options = {name: value for name, value in options_of(args).items() if name not in _NOT_THERE and value is not None}
+    if "model" not in kept:
+        options.setdefault("model", BUNDLED)
+    packed = "weights" in options or "weights" in kept
     with _connected(args.ray), reading(args, "reading on the cluster") as bar:
-        options["device"] = _device(args.ray, packed=options.pop("packed"))
-        return precompute(args.paths, path=path, progress=bar, **options)
+        options["device"] = _device(args.ray, packed)
+        return precompute(args.paths, path=path, workers=args.workers, encoding=args.encoding, progress=bar, **options)
 
 
 @contextmanager
@@ -104,19 +110,6 @@ def _device(address: str, packed: bool) -> str:
             "machine with a GPU, as those have that are to answer"
         )
     return "cpu"
-
-
-def _options(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Of :func:`ragkv.distributed.precompute`, and whether weights are packed."""
-    from ragkv.defaults import kept_in
-    from ragkv.model.loading import BUNDLED
-
-    kept = kept_in(path)
-    given = {name: value for name, value in options_of(args).items() if name not in _NOT_THERE and value is not None}
-    if "model" not in kept:
-        given.setdefault("model", BUNDLED)
-    packed = args.weights is not None or "weights" in kept
-    return {**given, "remote": args.remote, "workers": args.workers, "encoding": args.encoding, "packed": packed}
 
 
 def tell(before: Precomputed, added: Added, setting: str) -> None:

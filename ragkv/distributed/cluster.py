@@ -80,15 +80,13 @@ def share(
             f"workers are to compute on {device}, and would have {gpus:g} GPUs each: give device= and gpus= that agree, and a "
             "cluster that has them. What is computed on a GPU is not found on a CPU, nor the other way round"
         )
-    fit = sum(
-        int(min(node.get("CPU", 0.0) / cpus if cpus else 1e9, node.get("GPU", 0.0) / gpus if gpus else 1e9))
-        for node in nodes
-    )
+    needs = [(kind, amount) for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount]
+    fit = sum(int(min((node.get(kind, 0.0) / amount for kind, amount in needs), default=0)) for node in nodes)
     if workers is None:
         if not fit:
             raise ArgumentError(
-                f"no machine of the cluster has {cpus:g} CPUs and {gpus:g} GPUs for a worker: give fewer as cpus= and gpus=, or "
-                "workers=, where the cluster grows by itself"
+                f"no machine of the cluster has {cpus:g} CPUs and {gpus:g} GPUs for a worker: give "
+                "others as cpus= and gpus=, or workers=, where the cluster grows by itself"
             )
         left = sum(node.get("CPU", 0.0) for node in nodes) - fit * cpus
         workers = max(1, fit - (spare_cpus > left))

@@ -11,6 +11,8 @@ from ragkv.store import Item, TieredStore
 from ragkv.store.codecs import Codec
 from ragkv.store.remote import RemoteTier
 
+_ASKED = 1024  # for more together the whole pool would be listed
+
 
 class Outbox(TieredStore):
     """Computing goes on while chunks are sent; where half of the memory waits, it waits for the pool.
@@ -56,6 +58,11 @@ class Outbox(TieredStore):
             ) from error
         self._unsent = 0
 
-    def lost(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those that the pool does not have; it is asked, whatever is in memory."""
-        return self._pool.missing(keys)
+    def lost(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those that the pool does not have; it is asked, whatever is in memory or was listed.
+
+        Raises:
+            PoolError: it does not answer.
+        """
+        parts = (keys[start : start + _ASKED] for start in range(0, len(keys), _ASKED))
+        return {key for part in parts for key in self._pool.lacking(part)}

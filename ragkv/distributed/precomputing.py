@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+from ragkv.defaults import kept_in
 from ragkv.distributed import cluster
 from ragkv.distributed.batches import batches
 from ragkv.distributed.results import Precomputed, gathered
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 # The options of RAG.from_pretrained that say how documents are read, besides the model's own.
 _OF_READING = frozenset(
     (
-        *("model", "path", "tokenizer", "chunk_tokens", "method", "template", "system", "foreign", "device", "codec"),
+        *("model", "tokenizer", "chunk_tokens", "method", "template", "system", "foreign", "device", "codec"),
         *("namespace", "lifetime_s", "context", "document_tokens", "piece_tokens", "sensitivity", "kernels", "behind"),
         "embedder",  # a folder keeps it too; it says nothing of reading
     )
@@ -98,43 +100,37 @@ def precompute(
             raise ArgumentError(f"{name} must be >= 0, got {amount}")
     check_told(progress)
     checked_encoding(encoding)
-    placed = {
-        name: _placed(value) for name, value in {**options, "model": model}.items() if name in ("model", "tokenizer")
-    }
-    given = settled({**options, **placed, "path": path}, _OF_READING)
+    given = settled({**options, "model": model}, _OF_READING, kept_in(None if path is None else Path(path)))
+    for name in given.keys() & {"model", "tokenizer"}:
+        given[name] = _placed(given[name])
     if given.get("behind"):
         raise ArgumentError(
             f"behind={given['behind']}: documents are read behind their neighbours, which are known when all of them "
             "are added; they cannot be read before"
         )
-    unread: dict[str, str] = {}
-    if isinstance(documents, ray.data.Dataset):
-        _check_columns(documents.columns() or [])
-        count, work = 0, documents
+    files, unread, work = list[str](), dict[str, str](), cast(Any, documents)
+    rows = isinstance(documents, ray.data.Dataset)
+    if rows:
+        _check_columns(work.columns() or [])
     else:
         files, sizes, unread = _files(documents)
+        if not files:
+            return gathered((), unread)
         work = [[files[number] for number in batch] for batch in batches(sizes, batch_bytes)]
-        count = len(files)
     if not ray.is_initialized():
         ray.init()
-    share = cluster.share(cluster.nodes(), workers, cpus, gpus, given.get("device"), int(not isinstance(work, list)))
-    if isinstance(work, list):
-        share = share._replace(workers=max(1, min(share.workers, len(work))))
+    share = cluster.share(cluster.nodes(), workers, cpus, gpus, given.get("device"), spare_cpus=int(rows))
+    if not rows:
+        share = share._replace(workers=min(share.workers, len(work)))
     given["device"] = given.get("device") or ("cuda" if share.gpus else "cpu")
-    how: dict[str, Any] = {
-        "cpu_bytes": cpu_bytes,
-        "batch_bytes": batch_bytes,
-        "upload_s": upload_s,
-        "encoding": encoding,
-    }
-    make = partial(Worker, {name: value for name, value in given.items() if name != "path"}, remote, **how)
+    make = partial(
+        Worker, given, remote, cpu_bytes=cpu_bytes, batch_bytes=batch_bytes, upload_s=upload_s, encoding=encoding
+    )
 
     def tell(source: str, done: int) -> None:
         if progress is not None:
-            progress(Progress(source, "found", 0, 0, done_documents=done, documents=max(count, done)))
+            progress(Progress(source, "found", 0, 0, done_documents=done, documents=max(len(files), done)))
 
-    if isinstance(work, list) and not work:
-        return gathered((), unread)
     return gathered(cluster.read(work, make, share, bar=progress is None), unread, tell)
 
 
@@ -151,7 +147,7 @@ def _files(paths: Any) -> tuple[list[str], list[int], dict[str, str]]:
             unread[found.source] = found.reason
             continue
         try:
-            names.append(os.path.realpath(found).encode().decode())
+            names.append(found.encode().decode())
             sizes.append(os.path.getsize(found))
         except UnicodeEncodeError:
             unread[found] = "its name is not valid Unicode"

@@ -21,6 +21,7 @@ from ragkv.retrieval.converter import Converter
 from ragkv.retrieval.loaders import text_of
 from ragkv.retrieval.records import checked_document, source_id
 from ragkv.store.remote import RemoteTier
+from ragkv.store.remote.pool import PoolError
 
 
 class Worker:
@@ -28,11 +29,7 @@ class Worker:
 
     Args:
         options: of :func:`ragkv.opening.settled`.
-        remote: the pool's URL, or what makes the tier.
-        cpu_bytes: memory for KV that are to be sent.
-        batch_bytes: texts that are read before the pool is waited for, and results are given.
-        upload_s: how long the pool is waited for.
-        encoding: of text files; found out where that is None.
+        remote, cpu_bytes, batch_bytes, upload_s, encoding: of :func:`ragkv.distributed.precompute`.
         desk: has the files, and knows what others died of.
     """
 
@@ -41,20 +38,21 @@ class Worker:
         options: Mapping[str, Any],
         remote: str | Callable[[], RemoteTier],
         *,
-        cpu_bytes: int = 4 << 30,
-        batch_bytes: int = 128 << 10,
-        upload_s: float = 600.0,
-        encoding: str | None = None,
-        desk: Desk | None = None,
+        cpu_bytes: int,
+        batch_bytes: int,
+        upload_s: float,
+        encoding: str | None,
+        desk: Desk,
     ) -> None:
-        self._desk = Desk() if desk is None else desk
-        self._batch_bytes, self._encoding = batch_bytes, encoding
+        self._desk, self._batch_bytes, self._encoding = desk, batch_bytes, encoding
+        self._store: Outbox
         with ExitStack() as opened:
             self._converter = opened.enter_context(Converter())
 
             def outbox() -> Outbox:
                 pool = RemoteTier(remote) if isinstance(remote, str) else remote()
-                return Outbox(pool, cpu_bytes, options.get("codec", "raw"), upload_s)
+                self._store = Outbox(pool, cpu_bytes, options.get("codec", "raw"), upload_s)
+                return self._store
 
             engine, self._chunker = open_engine(options, outbox, opened)
             self._documents = engine.documents
@@ -73,19 +71,14 @@ class Worker:
         for numbers in batches([_length(row) for row in rows], self._batch_bytes):
             done = [self._read(rows[number]) for number in numbers]
             self._store.sent()
-            yield [self._checked(result, keys) for result, keys in done]
+            yield self._checked(done)
 
     def close(self) -> None:
         """Close what is open. Closing twice is fine."""
         self._opened.close()
 
-    @property
-    def _store(self) -> Outbox:
-        assert isinstance(self._documents.store, Outbox)
-        return self._documents.store
-
     def _read(self, row: Mapping[str, Any]) -> tuple[Result, list[bytes]]:
-        """One document, and the keys of its KV that are on their way."""
+        """One document, and the keys of its KV, which are there or on their way."""
         source = _source(row)
         document = digest(*(str(row.get(name, "")).encode(errors="replace") for name in ("source", "path", "text")))
         try:
@@ -110,15 +103,20 @@ class Worker:
         tokens = sum(map(len, document.ids))
         return Result(source, len(passages), tokens, read, setting=documents.setting), documents.keys_of(document)
 
-    def _checked(self, result: Result, keys: list[bytes]) -> Result:
-        """A result, but that something did not stay in the pool."""
-        lost = len(self._store.lost(keys)) if result.tokens_read else 0
-        if not lost:
-            return result
-        return result._replace(
-            reason=f"{lost} of its {result.passages} passages are not in the pool, though they were computed: is it full, are "
-            "they too large for it, or is cpu_bytes too small for them to wait in?"
-        )
+    def _checked(self, done: Sequence[tuple[Result, list[bytes]]]) -> list[Result]:
+        """Results, with the reason where not all of a document is in the pool, also where nothing was computed."""
+        all_keys = [key for _, keys in done for key in keys]
+        try:
+            lost = self._store.lost(all_keys)
+            why = "is it full, are they too large for it, or is cpu_bytes too small for them to wait in?"
+        except PoolError as error:
+            lost, why = set(all_keys), f"it does not say that they are: {error}"
+        checked = list[Result]()
+        for result, keys in done:
+            count = len(lost.intersection(keys))
+            missed = f"{count} of its {result.passages} passages are not in the pool: {why}"
+            checked.append(result._replace(reason=missed) if count else result)
+        return checked
 
     def _text(self, row: Mapping[str, Any]) -> str:
         if "text" in row:

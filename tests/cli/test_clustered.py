@@ -1,7 +1,11 @@
 """--ray, as far as no cluster is needed; the rest is tests/distributed/test_precompute.py."""
 
+import json
+from contextlib import nullcontext
+
 import pytest
 
+from ragkv import RagKVError
 from ragkv.cli.clustered import tell
 from ragkv.distributed import Precomputed
 from ragkv.library.done import Added
@@ -41,6 +45,60 @@ def test_where_no_cluster_answers_it_is_said_at_once(tmp_path, capsys):
     ):
         code, _, err = run(capsys, "add", "--ray", address, "--remote", "memory://x", tmp_path)
         assert code == 1 and f"no Ray cluster answers at {address}" in err and why in err
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What would be read on a cluster whose machines have GPUs."""
+    given = {}
+    monkeypatch.setattr("ragkv.cli.clustered._connected", lambda address: nullcontext())
+    monkeypatch.setattr("ragkv.distributed.cluster.nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    pytest.importorskip("ray")
+
+    def precompute(paths, **options):
+        given.update(options)
+        raise RagKVError("so far, so good")
+
+    monkeypatch.setattr("ragkv.distributed.precomputing.precompute", precompute)
+    return given
+
+
+def test_workers_compute_where_this_machine_does(begun, tmp_path, capsys, monkeypatch):
+    command = ("add", "--ray", "auto", "--remote", "memory://x", tmp_path)
+    code, _, err = run(capsys, *command)
+    assert code == 1 and "this machine has none" in err and not begun
+    run(capsys, *command, "--weights", "int8", "--workers", 3, "--cpu-size", "1GiB")
+    assert (begun["device"], begun["weights"], begun["model"], begun["workers"]) == ("cpu", "int8", "bundled", 3)
+    assert begun["cpu_bytes"] == 1 << 30 and not begun.keys() & {"disk_bytes", "gpu_bytes", "quiet", "paths"}
+    monkeypatch.setattr("ragkv.defaults.kept_in", lambda folder: {"model": "theirs", "weights": "int8"})
+    begun.clear()
+    run(capsys, *command)
+    assert begun["device"] == "cpu" and "model" not in begun, "the folder's own holds"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("ragkv.defaults.kept_in", lambda folder: {})
+    run(capsys, *command)
+    assert begun["device"] == "cuda"
+
+
+def test_what_was_read_on_a_cluster_is_added_here(begun, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.md").write_text("A harbour.")
+    before = Precomputed(failed={"/b.md": "given up"}, setting="theirs")
+    monkeypatch.setattr("ragkv.distributed.precomputing.precompute", lambda paths, **options: before)
+    command = (
+        "add",
+        "--json",
+        "--ray",
+        "auto",
+        "--weights",
+        "int8",
+        "--remote",
+        f"file://{tmp_path}/pool",
+        tmp_path / "a.md",
+    )
+    code, out, err = run(capsys, *command)
+    assert code == 0 and json.loads(out)["precomputed"]["failed"] == before.failed
+    assert "/b.md: given up" in err and "do not read as this machine does" in err
 
 
 def test_what_the_cluster_could_not_do_is_said(capsys):

@@ -108,6 +108,7 @@ def test_a_cluster_is_shared():
     for nodes, given, why in (
         ([{"CPU": 2}], (None, 4, None), "no machine"),
         ([], (None, None, None), "no machine"),
+        ([{"CPU": 2}], (None, 0, None), "workers="),
         ([{"CPU": 2}], (None, None, None, "cuda"), "would have 0 GPUs"),
         (two_gpus, (None, None, 1, "cpu"), "would have 1 GPUs"),
     ):

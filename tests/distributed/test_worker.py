@@ -1,5 +1,6 @@
 """What one worker does, without a cluster: into a pool that is a folder."""
 
+import math
 import time
 from pathlib import Path
 
@@ -9,14 +10,17 @@ from ragkv import RAG, ArgumentError, UploadError, bundled
 from ragkv.distributed import precompute
 from ragkv.distributed.batches import batches
 from ragkv.distributed.desk import DEATHS, Desk
+from ragkv.distributed.precomputing import _files
 from ragkv.distributed.results import Result, gathered
 from ragkv.distributed.worker import Worker
 from ragkv.errors import RagKVError
 from ragkv.opening import settled
+from ragkv.retrieval import Catalogue, SkippedFile
 from ragkv.store.remote import RemoteTier
+from ragkv.store.remote.pool import PoolError
 from tests.rag.rags import WordEmbedder
 
-OWN = {"model", "path", "method", "namespace", "context", "document_tokens", "chunk_tokens", "system", "device"}
+OWN = {"codec", "model", "method", "namespace", "context", "document_tokens", "chunk_tokens", "system", "device"}
 TEXTS = {name: text[:900] for name, text in bundled.documents().items()}
 
 
@@ -35,7 +39,14 @@ def worker(tmp_path):
     made = []
 
     def make(options=None, remote=f"file://{tmp_path}/pool", **how) -> Worker:
-        made.append(Worker(settled({"model": None, "path": None, **(options or {})}, OWN), remote, **how))
+        said = {
+            "cpu_bytes": 1 << 30,
+            "batch_bytes": 128 << 10,
+            "upload_s": 60.0,
+            "encoding": None,
+            "desk": Desk(),
+        } | how
+        made.append(Worker(settled({"model": None, **(options or {})}, OWN, {}), remote, **said))
         return made[-1]
 
     yield make
@@ -81,6 +92,8 @@ def test_what_is_in_the_pool_is_not_computed(worker, tmp_path):
     done = {result.source: result for result in read(worker(), rows(3))}
     assert [done[row["source"]].tokens_read > 0 for row in rows(3)] == [False, False, True]
     assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "it was sent again"
+    report = gathered(done.values(), {})
+    assert (report.documents, report.skipped) == (3, 2)
 
 
 def test_kv_are_those_of_adding(worker, tmp_path):
@@ -128,14 +141,32 @@ def test_a_file_is_read_as_adding_reads_it(worker, tmp_path):
         assert rag.add_files([file.parent], encoding="cp1252").tokens_read == 0
 
 
+def test_a_link_is_read_as_what_it_is_called(worker, tmp_path):
+    blob = tmp_path / "blob"
+    blob.write_text("<h1>Clearport</h1><p>The Arle flows there.</p>")
+    (tmp_path / "docs").mkdir()
+    link = tmp_path / "docs" / "page.html"
+    link.symlink_to(blob)
+    names, sizes, _ = _files([link.parent])
+    assert (names, sizes) == ([str(link)], [blob.stat().st_size])
+    assert not read(worker(), [{"source": names[0]}])[0].reason
+    with RAG.from_pretrained("bundled", embedder=WordEmbedder(), remote=f"file://{tmp_path}/pool") as rag:
+        assert rag.add_files([link.parent]).tokens_read == 0
+
+
 def test_memory_is_bounded_and_nothing_is_lost(worker, tmp_path):
     """All documents in one batch, and memory for a part of their KV."""
     one = worker(cpu_bytes=1 << 20, batch_bytes=1 << 30)
     most, put = [], one._store.put_many
-    import ragkv.library.documents as documents
+    work = one._store.remote._uploads._work
+
+    def slowly(key, what):
+        time.sleep(0.05)
+        return work(key, what)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_WRITTEN_TOGETHER_BYTES", 100_000)
+        patch.setattr("ragkv.library.documents._WRITTEN_TOGETHER_BYTES", 100_000)
+        patch.setattr(one._store.remote._uploads, "_work", slowly)
         patch.setattr(one._store, "put_many", lambda *a, **k: (put(*a, **k), most.append(one._store.stats()))[0])
         done = read(one, rows(8))
     assert not any(result.reason for result in done)
@@ -146,11 +177,32 @@ def test_memory_is_bounded_and_nothing_is_lost(worker, tmp_path):
 
 
 def test_what_does_not_stay_in_the_pool_is_not_said_to_be_there(worker, tmp_path, monkeypatch):
+    """Neither memory, which has it, is believed, nor what is known of a pool that is asked seldom."""
+    one, text = worker(), rows(1)[0]["text"]
+    sent, listed = one._store.sent, one._store.remote
+    monkeypatch.setattr(listed._pool, "quick", False)
+    monkeypatch.setattr(listed._manifest, "_good_until_s", math.inf)
+
+    def lossy():
+        sent()
+        for path in (tmp_path / "pool").glob("*/*"):
+            path.unlink()
+
+    monkeypatch.setattr(one._store, "sent", lossy)
+    monkeypatch.setattr("ragkv.distributed.outbox._ASKED", 1)
+    results = read(one, [{"source": "first", "text": text}, {"source": "same text", "text": text}])
+    assert results[0].tokens_read and not results[1].tokens_read
+    assert all("3 of its 3" in result.reason for result in results) and gathered(results, {}).documents == 0
+
+
+def test_a_pool_that_does_not_say_what_it_has_is_not_believed(worker, monkeypatch):
+    def away(keys):
+        raise PoolError("it is away")
+
     one = worker()
-    lost = []
-    monkeypatch.setattr(one._store, "lost", lambda keys: lost or lost.append(keys[0]) or lost)
-    results = read(one, rows(1))
-    assert "1 of its" in results[0].reason and gathered(results, {}).documents == 0
+    monkeypatch.setattr(one._store.remote, "lacking", away)
+    results = read(one, [*rows(1), {"source": "blank", "text": " "}])
+    assert "it is away" in results[0].reason and "blank" in results[1].reason
 
 
 def test_without_its_pool_reading_ends(worker):
@@ -186,6 +238,23 @@ def test_a_document_that_workers_die_of_is_given_up(worker):
     assert not any(done[row["source"]].reason for row in documents if row["source"] != poison)
 
 
+def test_who_comes_to_an_end_has_not_died(worker, monkeypatch):
+    one, given = worker({"codec": "int8"}), [*rows(1), {"source": "blank", "text": " "}]
+    assert one._store.codecs[0].name == "int8"
+    for _ in range(DEATHS + 1):
+        assert ["given up" in result.reason for result in read(one, given)] == [False, False]
+
+    def away(document):
+        raise UploadError("the pool is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one._documents, "add_once", away)
+        for _ in range(DEATHS):
+            with pytest.raises(UploadError):
+                read(one, rows(1))
+    assert not read(one, rows(1))[0].reason
+
+
 def test_batches_are_of_one_length_and_longest_first():
     lengths = [5, 900, 40, 4, 6, 300, 310, 41]
     found = batches(lengths, 620)
@@ -211,3 +280,56 @@ def test_options_of_another_kind_are_refused():
         precompute(["docs/"], remote="memory://x", gpus=-1)
     with pytest.raises(TypeError, match="remote must be the URL"):
         precompute(["docs/"], remote=RemoteTier("memory://x"))
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What would be given to a cluster of four CPUs."""
+    pytest.importorskip("ray")
+    given = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ragkv.distributed.cluster.nodes", lambda: [{"CPU": 4.0}])
+    monkeypatch.setattr(
+        "ragkv.distributed.cluster.read", lambda *all, **more: given.append(all) or [Result("a", 1, 5, 5)]
+    )
+    return given
+
+
+def test_workers_are_told_what_holds_everywhere(begun, tmp_path, monkeypatch):
+    """A model by its absolute path, a device; and there are no more workers than there is work."""
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).write_text(name * 60)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "packed.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    given = {"remote": "memory://x", "cpus": 1}
+    with Catalogue(tmp_path / "kv" / "documents") as catalogue:
+        catalogue.keep_defaults({"model": "bundled", "chunk_tokens": 40})
+    told = []
+    assert precompute("a.md", "mine", tokenizer="mine", codec="int8", progress=told.append, **given).tokens_read == 5
+    assert [(step.source, step.done_documents, step.documents) for step in told] == [("a", 1, 1)]
+    precompute(["a.md", "b.md"], "packed.gguf", batch_bytes=200, **given)
+    precompute("a.md", path="kv", **given)
+    (files, make, share), (more, packed, two), (_, kept, _) = begun
+    assert kept.args[0] == {"model": "bundled", "chunk_tokens": 40, "device": "cpu"}
+    assert files == [[str(tmp_path / "a.md")]] and len(more) == two.workers == 2
+    assert share == (1, 1, 0)
+    assert make.args[0] == {
+        **dict.fromkeys(("model", "tokenizer"), str(tmp_path / "mine")),
+        "codec": "int8",
+        "device": "cpu",
+    }
+    assert packed.args[0]["model"] == str(tmp_path) and packed.args[0]["gguf_file"] == "packed.gguf"
+
+
+def test_files_that_cannot_even_be_handed_out_are_named(monkeypatch):
+    found = [SkippedFile("/shut", "cannot be listed"), "/nowhere", "/half\udcff"]
+    monkeypatch.setattr("ragkv.distributed.precomputing.found_files", lambda paths: found)
+    names, sizes, unread = _files(["/"])
+    assert (names, sizes) == (["/nowhere"], [0]), "whoever reads it says why it cannot be"
+    assert list(unread) == ["/shut", "/half\udcff"] and "Unicode" in unread["/half\udcff"]
+
+
+def test_where_there_is_nothing_to_read_no_cluster_is_asked(begun, tmp_path):
+    report = precompute([tmp_path], remote="memory://x")
+    assert not begun and (report.documents, report.failed) == (0, {})
