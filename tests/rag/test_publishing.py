@@ -130,6 +130,19 @@ def test_what_changed_and_what_was_removed_is_followed_and_the_rest_is_not_read(
     assert set(rag.follow().removed) == {"new", TWO, THREE} and sources(rag) == {}
 
 
+def test_what_is_read_behind_neighbours_counts_as_unread(machine):
+    """Others do not have the neighbours of that moment, and read it alone."""
+    filled = machine("fills", reads=False)
+    filled.behind = 1
+    filled.add_texts(list(TEXTS.values()), list(TEXTS))
+    filled.refresh()
+    published = filled.publish()
+    assert published.unread == published.passages > 0
+    rag = machine()
+    rag.follow()
+    assert set(rag.ask(QUESTION, max_new_tokens=1).report.fusion.hits) == {"computed"}
+
+
 def test_documents_of_the_folders_own_stay(machine, filled, pool):
     rag = machine("follows")
     rag.add_texts(["Mine.", "My version.", TEXTS[THREE]], ["mine", TWO, THREE], [{}, {}, {"n": 2}])
