@@ -94,7 +94,7 @@ def test_what_is_too_large_for_a_value_is_not_published(pool, monkeypatch):
     monkeypatch.setattr(tier._pool, "most_bytes", 50_000, raising=False)
     with pytest.raises(PublicationError, match=r"takes values of 50,000"):
         tier.publications.put("", "a", {}, PARTS)
-    monkeypatch.setattr("ragkv.store.remote.publications._MOST_HEADER_BYTES", 100)
+    monkeypatch.setattr("ragkv.store.remote.publications.MOST_HEADER_BYTES", 100)
     with pytest.raises(PublicationError, match="3 documents are too many"):
         tier.publications.put("", "a", {}, PARTS)
     assert tier.publications.get("", "a").facts == {"first": True}
