@@ -14,8 +14,7 @@ from ragkv.library.differing import described, differences
 from ragkv.library.documents import Documents
 from ragkv.retrieval import Catalogue, Embedder, Retriever
 from ragkv.retrieval.exchange import packed, sealed, unpacked
-from ragkv.retrieval.records import ArchivedDocument, Document
-from ragkv.retrieval.snapshot import Snapshot
+from ragkv.retrieval.records import ArchivedDocument, reading_key
 from ragkv.store import TieredStore
 from ragkv.store.remote import RemoteTier
 from ragkv.store.remote.pool import PoolError
@@ -75,11 +74,12 @@ def publish(catalogue: Catalogue, documents: Documents, only: bool, limit_s: flo
     parts, keys, passages, unread = dict[bytes, bytes](), dict[bytes, None](), 0, 0
     with catalogue.snapshot() as view:
         for document in sorted(view.documents(namespace), key=lambda document: document.source):
-            parts[document.key] = packed(view, document, {setting}).data
-            needed = _needed(view, document, setting)
-            keys.update(dict.fromkeys(needed))
+            parts[document.key] = packed(view, document, setting).data
+            reading = view.reading(reading_key(document.key, setting))
+            keys.update(dict.fromkeys(reading.keys if reading else ()))
             passages += len(document.passage_ids)
-            unread += 0 if needed else len(document.passage_ids)
+            if reading is None or reading.behind:  # which others do not have
+                unread += len(document.passage_ids)
     lacking = pool.lacking(list(keys))
     pool.share(lacking)
     _wait(documents.store, pool, limit_s)
@@ -174,22 +174,17 @@ def _wait(store: TieredStore, pool: RemoteTier, limit_s: float) -> None:
                 raise
 
 
-def _needed(view: Snapshot, document: Document, setting: str) -> list[bytes]:
-    """The keys of the KV of a document."""
-    return [key for reading in view.readings(document) if reading.setting == setting for key in reading.keys]
-
-
 def _check(found: Publication, embedder: Embedder, pool: RemoteTier) -> None:
     facts, place = found.facts, pool.publications.place
     if facts.get("format") != _FORMAT:
         raise PublicationError(
             f"the catalogue in {place} is of version {facts.get('format')!r}, this version of ragkv reads {_FORMAT}"
         )
-    made = facts.get("embedder")
-    if not isinstance(made, dict) or made.get("fingerprint") != embedder.fingerprint:
-        name = made.get("name") if isinstance(made, dict) else "unknown"
+    made = _mapping(facts, "embedder")
+    if made.get("fingerprint") != embedder.fingerprint:
         raise PublicationError(
-            f"the catalogue in {place} was made with the embedder {name}, got {embedder.name}: give the former"
+            f"the catalogue in {place} was made with the embedder {made.get('name', 'unknown')}, got {embedder.name}: "
+            "give the former"
         )
 
 
@@ -217,8 +212,7 @@ def _take_defaults(catalogue: Catalogue, documents: Documents, found: Publicatio
 
 def _defaults(facts: Mapping[str, Any], namespace: str) -> dict[str, Any]:
     """What a folder of a namespace is opened with."""
-    defaults = facts.get("defaults")
-    return {**(defaults if isinstance(defaults, dict) else {}), "namespace": namespace}
+    return {**_mapping(facts, "defaults"), "namespace": namespace}
 
 
 def _nothing(pool: RemoteTier, documents: Documents) -> str:
@@ -228,9 +222,14 @@ def _nothing(pool: RemoteTier, documents: Documents) -> str:
     if not others:
         return f"{said}: {_HOW}"
     newest = max((publication.facts for publication in others), key=_created_s)
-    before = {str(name): str(value) for name, value in dict(newest.get("read_with") or {}).items()}
+    before = {str(name): str(value) for name, value in _mapping(newest, "read_with").items()}
     differ = differences(before, described(documents)) or ["the version of ragkv"]
     return f"{said} for this model; what was published last differs in: {', '.join(differ)}"
+
+
+def _mapping(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = facts.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _created_s(facts: Mapping[str, Any]) -> float:

@@ -7,7 +7,6 @@ A member is a safetensors file: ``document`` (JSON in UTF-8: source, texts, wher
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -32,21 +31,19 @@ from ragkv.retrieval.records import (
 from ragkv.retrieval.snapshot import Snapshot
 
 
-def packed(view: Snapshot, document: Document, settings: Collection[str] | None = None) -> Member:
+def packed(view: Snapshot, document: Document, setting: str | None = None) -> Member:
     """A document as a member of an archive, without readings that hold passages of other documents.
 
     Args:
         view: has it.
         document: which.
-        settings: for which readings are taken along; by default all.
+        setting: for which the reading is taken along; by default all are.
 
     Raises:
         RecordError: a text or a vector of it is damaged.
     """
     readings = [
-        reading
-        for reading in view.readings(document)
-        if not reading.behind and (settings is None or reading.setting in settings)
+        reading for reading in view.readings(document) if not reading.behind and setting in (None, reading.setting)
     ]
     facts = json.loads(document_payload(replace(document, passage_ids=())))
     facts |= {"texts": view.texts(document), "settings": [reading.setting for reading in readings]}

@@ -76,7 +76,8 @@ def taken_over(
     removed, kept, unused, taken = list[str](), list[str](), set[bytes](), 0
     for key in before.keys() - set(present):
         document = view.by_id(key.hex())
-        if document is None:  # as by a hand at the file
+        if document is None:  # lost in a repair
+            txn.delete("meta", records.came_key(key, namespace))
             continue
         unused.update(replaced(txn, replace(document, passage_ids=()), [], {}).unused)
         removed.append(document.source)

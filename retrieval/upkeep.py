@@ -111,10 +111,7 @@ def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
             txn.put("uses", key, value)
     mark_undivided(txn, sound)
     for name in list(txn.keys("meta", records.CAME)):
-        if name[-32:] in found.lost:
-            txn.delete("meta", name)
-        else:  # it may lack something now: it is taken again
-            txn.put("meta", name, b"mended")
+        txn.put("meta", name, b"mended")  # the document may lack something now, or all: it is taken again
     for name in list(txn.keys("meta", records.FOLLOWED)):
         txn.put("meta", name, bytes(20))
 

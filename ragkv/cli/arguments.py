@@ -130,13 +130,7 @@ def parser() -> argparse.ArgumentParser:
     advise.add_argument(
         "--tokens", type=at_least(1), default=1_000_000, metavar="N", help="of the documents (default: 1000000)"
     )
-    advise.add_argument(
-        "--limit",
-        type=parsed(filters.parse_duration),
-        default=10.0,
-        metavar="TIME",
-        help="measure no longer, about (default: 10s)",
-    )
+    care.duration_option(advise, "--limit", "measure no longer, about (default: 10s)", default=10.0)
     advise.add_argument("--again", action="store_true", help="measure, though what was measured before is kept")
     care.page_option(advise, "--html", "write a page with a picture of it")
 
@@ -261,11 +255,8 @@ def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
         default=None,
         help="keep what prompts compute, for those that begin the same",
     )
-    options.add_argument(
-        "--lifetime",
-        type=parsed(filters.parse_duration),
-        metavar="TIME",
-        help="how long KV may be used before they are read again, as 12h or 30d (default: for ever)",
+    care.duration_option(
+        options, "--lifetime", "how long KV may be used before they are read again, as 12h or 30d (default: for ever)"
     )
     return options
 

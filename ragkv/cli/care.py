@@ -73,18 +73,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="in this pool, instead of a folder: KV that no published catalogue names, for all",
     )
     age = prune.add_mutually_exclusive_group()
-    age.add_argument(
-        "--grace",
-        type=parsed(filters.parse_duration),
-        metavar="TIME",
-        help="of --remote: what was sent since stays (default: 7d)",
-    )
-    age.add_argument(
-        "--older-than",
-        type=parsed(filters.parse_duration),
-        metavar="TIME",
-        help="of --remote: whatever was sent before goes, also what is named",
-    )
+    duration_option(age, "--grace", "of --remote: what was sent since stays (default: 7d)")
+    duration_option(age, "--older-than", "of --remote: whatever was sent before goes, also what is named")
     prune.set_defaults(refuse=prune.error)
 
     verify = command(
@@ -118,6 +108,11 @@ def page_option(parser: argparse.ArgumentParser, name: str, summary: str) -> Non
     """Registers an option that names an HTML file to be written."""
     parser.add_argument(name, dest="page", metavar="FILE", help=f"{summary} (needs ragkv[report,plots])")
     parser.add_argument("--force", action="store_true", help="replace the file where it is there")
+
+
+def duration_option(options: argparse._ActionsContainer, name: str, summary: str, default: float | None = None) -> None:
+    """Registers an option that is a time, in seconds once it is parsed."""
+    options.add_argument(name, type=parsed(filters.parse_duration), default=default, metavar="TIME", help=summary)
 
 
 def _filter() -> argparse.ArgumentParser:

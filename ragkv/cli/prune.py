@@ -46,8 +46,8 @@ def _prune_pool(args: argparse.Namespace) -> int:
         args.refuse("--remote prunes a pool, and takes --grace or --older-than; the others are of a folder")
     from ragkv.store import RemoteTier
 
-    given = {"older_than_s": args.older_than} if args.older_than is not None else {}
-    given |= {"grace_s": args.grace} if args.grace is not None else {}
+    ages = {"grace_s": args.grace, "older_than_s": args.older_than}
+    given = {name: age for name, age in ages.items() if age is not None}
     with closing(RemoteTier(args.remote)) as pool:
 
         def pruned(dry_run: bool) -> Pruned:
@@ -62,7 +62,7 @@ def _prune_pool(args: argparse.Namespace) -> int:
                     return 1
                 done = pruned(False)
         except PublicationError as error:
-            raise RagKVError(f"{error}; --older-than TIME goes by age alone. Nothing was deleted") from error
+            raise RagKVError(f"{error}; --older-than TIME goes by age alone") from error
     if args.json:
         said = {"pool": pool.publications.place, "dry_run": args.dry_run, "bytes": done.size_bytes}
         show.as_json(said | {name: getattr(done, name) for name in ("objects", "needed", "young", "unreadable")})

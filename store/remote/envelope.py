@@ -44,7 +44,7 @@ _HEAD = struct.Struct("<6sBB16sI")
 _CHECKSUM = struct.Struct("<Q")
 _TERMS = struct.Struct("<ddd8s")
 _HEAD_BYTES = _HEAD.size + _CHECKSUM.size
-_MOST_HEADER_BYTES = 64 << 20
+MOST_HEADER_BYTES = 64 << 20
 ID = slice(8, 24)
 """Where an object's id stands."""
 _OTHERWISE = {
@@ -222,7 +222,7 @@ class Envelope:
         if len(data) < _HEAD_BYTES or bytes(data[: len(_MAGIC)]) != _MAGIC:
             raise RecordError("it is no object of a pool of ragkv")
         size: int = _HEAD.unpack(bytes(data[: _HEAD.size]))[4]
-        if not _TERMS.size <= size <= _MOST_HEADER_BYTES:
+        if not _TERMS.size <= size <= MOST_HEADER_BYTES:
             raise RecordError(f"the object's header cannot have {size} bytes")
         return _HEAD_BYTES + size
 

@@ -46,10 +46,19 @@ class Pruner:
         publications: what says which of them are needed; ``None``: age alone counts.
         age_s: seconds that a chunk stays at least.
         threads: how many are deleted at once.
+        told: called with the key of each that was deleted, and False.
     """
 
-    def __init__(self, records: Records, publications: Publications | None, age_s: float, threads: int) -> None:
+    def __init__(
+        self,
+        records: Records,
+        publications: Publications | None,
+        age_s: float,
+        threads: int,
+        told: Callable[[bytes, bool], object],
+    ) -> None:
         self._records, self._publications, self._age_s, self._threads = records, publications, age_s, threads
+        self._told = told
         self._ids: set[tuple[str, bytes]] = set()
         self._needed: set[bytes] = set()
 
@@ -102,4 +111,7 @@ class Pruner:
         return old, young, unreadable
 
     def _delete(self, key: bytes, number: bytes) -> bool:
-        return key not in self._needed and self._records.delete(key, number)
+        if key in self._needed or not self._records.delete(key, number):
+            return False
+        self._told(key, False)
+        return True

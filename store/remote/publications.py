@@ -18,7 +18,8 @@ import xxhash
 
 from ragkv.chunk import digest
 from ragkv.errors import PublicationError, RecordError
-from ragkv.store.remote.envelope import ID, Envelope, Head
+from ragkv.store.remote.ciphers import TAG_BYTES
+from ragkv.store.remote.envelope import ID, MOST_HEADER_BYTES, Envelope, Head
 from ragkv.store.remote.pool import Pool
 from ragkv.store.rows import namespace_id
 
@@ -29,7 +30,6 @@ _FOLDER = "catalogues/"
 _LENGTH, _PART = struct.Struct("<I"), struct.Struct("<32sQQ")
 _HEAD_BYTES = 64 << 10
 _RANGE_BYTES, _GAP_BYTES = 8 << 20, 64 << 10
-_MOST_HEADER_BYTES = 64 << 20  # as the envelope has it
 _TRIES = 3
 
 
@@ -91,7 +91,7 @@ class Publications:
         said = json.dumps(dict(facts), ensure_ascii=False).encode()
         table = [_PART.pack(name, len(data), _checksum(name, data)) for name, data in parts.items()]
         header = b"".join((_LENGTH.pack(len(said)), said, *table))
-        if len(header) + 64 > _MOST_HEADER_BYTES:
+        if len(header) + TAG_BYTES > MOST_HEADER_BYTES:
             raise PublicationError(
                 f"{len(parts) - 1:,} documents are too many to publish at once: use several namespaces"
             )

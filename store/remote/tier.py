@@ -264,7 +264,7 @@ class RemoteTier(Tier):
         if self.readonly and not dry_run:
             raise StoreError(f"nothing is deleted in {self._pool.name}: it is for reading only")
         publications = self.publications if older_than_s is None else None
-        return Pruner(self._records, publications, age_s, self._sending).run(dry_run, progress)
+        return Pruner(self._records, publications, age_s, self._sending, self._told).run(dry_run, progress)
 
     def counts(self) -> tuple[int, int]:
         """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""

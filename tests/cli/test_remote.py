@@ -107,7 +107,7 @@ def test_what_nobody_needs_goes_from_a_pool(file, tmp_path, capsys):
     assert pruned("--older-than", "0s", "-y")[0] == 0 and stored() == 0
     for wrong in (
         ("--remote", url, "--orphans"),
-        ("--grace", "1d"),
+        ("--orphans", "--grace", "1d"),
         ("--remote", url, "--grace", "1d", "--older-than", "1d"),
     ):
         with pytest.raises(SystemExit):

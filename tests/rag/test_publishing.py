@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +16,10 @@ from ragkv import (
     Reuse,
     StoreError,
     TieredStore,
+    UploadError,
 )
 from ragkv.defaults import kept_in
-from ragkv.publishing import Followed
+from ragkv.publishing import Followed, _wait, published_defaults
 from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.store import RemoteTier
 from ragkv.store.remote.envelope import ForeignError
@@ -128,6 +130,19 @@ def test_what_changed_and_what_was_removed_is_followed_and_the_rest_is_not_read(
         filled.remove(source)
     assert filled.publish().documents == 0
     assert set(rag.follow().removed) == {"new", TWO, THREE} and sources(rag) == {}
+
+
+def test_what_is_read_behind_neighbours_counts_as_unread(machine):
+    """Others do not have the neighbours of that moment, and read it alone."""
+    filled = machine("fills", reads=False)
+    filled.behind = 1
+    filled.add_texts(list(TEXTS.values()), list(TEXTS))
+    filled.refresh()
+    published = filled.publish()
+    assert published.unread == published.passages > 0
+    rag = machine()
+    rag.follow()
+    assert set(rag.ask(QUESTION, max_new_tokens=1).report.fusion.hits) == {"computed"}
 
 
 def test_documents_of_the_folders_own_stay(machine, filled, pool):
@@ -346,6 +361,17 @@ def test_what_a_repair_lost_is_taken_again(machine, filled):
     assert ONE not in sources(rag)
     rag.follow()
     assert sources(rag) == sources(filled)
+    with catalogue._environment.transaction(write=True) as txn:
+        key = catalogue.get(ONE).key + bytes.fromhex(rag.engine.documents.setting)
+        txn.put("readings", key, txn.get("readings", key)[:-3] + b"???")
+        key = catalogue.get(TWO).passage_ids[0].to_bytes(8, "big")
+        txn.put("passages", key, txn.get("passages", key)[:-3] + b"???")
+    catalogue.repair(WordEmbedder().encode_documents)
+    filled.remove(TWO)
+    filled.publish()
+    assert rag.follow() == Followed(2, 2) and sources(rag) == sources(filled)
+    assert set(rag.ask(QUESTION, max_new_tokens=1).report.fusion.hits) == {"remote"}, "what it had is read anew"
+    assert catalogue.seen().documents.keys() == {document.key for document in catalogue}
 
 
 def test_a_pool_that_takes_less_is_an_error_and_what_was_published_stays(machine, filled, pool, monkeypatch):
@@ -388,6 +414,93 @@ def test_another_model_publishes_beside_and_the_former_may_be_withdrawn(machine,
     follower = machine(other=new)
     assert follower.follow().documents == 1 and follower.follow(namespace="mine").documents == 1
     assert machine().follow(namespace="mine").documents == 0, "another namespace's are none of it"
+
+
+def test_what_was_renamed_is_the_folders_own_and_what_is_published_comes_again(machine, filled):
+    rag = machine()
+    rag.follow()
+    rag.retriever.catalogue.rename(ONE, "renamed", lambda reading: None)
+    filled.add_texts(["Another text."], [TWO])
+    filled.publish()
+    assert rag.follow() == Followed(3, 2)
+    assert sources(rag) == sources(filled) | {"renamed": sources(filled)[ONE]}
+
+
+def test_kv_that_nothing_names_any_more_go_and_what_moved_keeps_its(machine, filled, monkeypatch):
+    rag, dropped = machine(), []
+    rag.follow()
+    one, two = rag._keys(ONE), rag._keys(TWO)
+    monkeypatch.setattr(type(rag.engine.documents), "drop", lambda documents, keys: dropped.extend(keys))
+    filled.retriever.catalogue.rename(ONE, "moved", lambda reading: reading)
+    assert filled.publish().unread == 0
+    assert rag.follow() == Followed(3, 1, (ONE,)) and not set(dropped) & set(one)
+    filled.retriever.catalogue.remove(TWO)
+    filled.publish()
+    dropped.clear()
+    assert rag.follow().removed == (TWO,) and set(dropped) == set(two)
+
+
+def test_what_is_taken_along_is_for_the_model_that_is_published_for(machine, filled):
+    catalogue, rag = filled.retriever.catalogue, machine()
+    document = catalogue.get(ONE)
+    with catalogue.snapshot() as view:
+        (reading,) = view.readings(document)
+    catalogue.keep([(document, reading._replace(setting="ab" * 32))])
+    catalogue.keep_defaults({"method": "calibrated", "chunk_tokens": 48})
+    filled.publish()
+    rag.follow()
+    with rag.retriever.catalogue.snapshot() as view:
+        assert view.read_for(document.key) == [reading.setting]
+    assert rag.retriever.catalogue.defaults == {"chunk_tokens": 48, "namespace": ""}, "what was calibrated elsewhere"
+
+
+def test_a_folder_with_options_of_its_own_keeps_them(machine, filled):
+    rag = machine()
+    rag.retriever.catalogue.keep_defaults({"chunk_tokens": 7})
+    rag.follow()
+    assert rag.retriever.catalogue.defaults == {"chunk_tokens": 7}
+
+
+def test_a_new_folder_is_opened_as_was_published_last(machine):
+    tier = machine(reads=False).engine.store.remote
+    for setting, tokens, created_s in (("a", 1, 1.0), ("b", 2, 3.0), ("c", 3, "never")):
+        facts = {"created_s": created_s, "defaults": {"chunk_tokens": tokens}}
+        tier.publications.put("", setting, facts, {bytes(32): b""})
+    assert published_defaults(tier, "") == {"chunk_tokens": 2, "namespace": ""}
+
+
+def test_facts_that_cannot_be_are_an_error_that_says_what_is_wrong(machine):
+    rag, publications = machine(), machine(reads=False).engine.store.remote.publications
+    publications.put("", "a", {"read_with": 5, "defaults": [1]}, {bytes(32): b""})
+    with pytest.raises(PublicationError, match=r"nothing is published .* for this model"):
+        rag.follow()
+    publications.put("", rag.engine.documents.setting, {"format": 1, "embedder": "x"}, {bytes(32): b""})
+    with pytest.raises(PublicationError, match="made with the embedder unknown, got words"):
+        rag.follow()
+
+
+def test_vectors_of_another_size_are_refused(machine, filled):
+    wide = WordEmbedder()
+    wide.dimension = 64
+    rag = machine(embedder=wide)
+    with pytest.raises(RecordError, match="its vectors of another embedder"):
+        rag.follow()
+    assert sources(rag) == {}
+
+
+def test_publishing_waits_as_long_as_something_arrives():
+    def publishing(pending, failing):
+        pending, late = iter(pending), iter(range(failing))
+
+        def flush(limit_s):
+            if next(late, None) is not None:
+                raise UploadError("too late")
+
+        _wait(SimpleNamespace(flush=flush), SimpleNamespace(pool=lambda: SimpleNamespace(pending=next(pending))), 1.0)
+
+    publishing([3, 2, 1], 2)
+    with pytest.raises(UploadError):
+        publishing([3, 2, 2], 2)
 
 
 @pytest.fixture
@@ -454,6 +567,8 @@ def test_what_cannot_follow_is_refused(published, tmp_path):
         RAG.from_pretrained("bundled", **options)
     with pytest.raises(ArgumentError, match="readonly=True"):
         RAG.from_pretrained("bundled", remote=RemoteTier(published), **options)
+    with pytest.raises(PublicationError, match=r"nothing is published .* of the namespace 'other'"):
+        RAG.from_pretrained(path=tmp_path / "fills", namespace="other", remote=published, **options)
     with pytest.raises(ArgumentError, match="cannot follow"):
         RAG.from_pretrained("bundled", path=tmp_path / "fills", readonly=True, remote=published, **options)
     with RAG.from_pretrained("bundled", remote=RemoteTier(published, readonly=True), **options) as rag:

@@ -67,6 +67,19 @@ def test_without_a_catalogue_nothing_goes_but_by_age(url, machine, kv, key, monk
     assert store.remote.prune(older_than_s=0).objects == 1 and left(store, key) == []
 
 
+def test_what_went_is_missing_at_once(tmp_path, machine, kv, key, monkeypatch):
+    """Also where the pool was listed before."""
+    store = fill(machine(f"file://{tmp_path}/pool"), kv, key, monkeypatch)
+    tier = RemoteTier(f"file://{tmp_path}/pool")
+    monkeypatch.setattr(tier._pool, "quick", False)
+    tier._manifest._list()
+    assert tier.missing([key(0), key(2)]) == []
+    assert tier.prune().objects == 4
+    assert tier.missing([key(0), key(2)]) == [key(2)]
+    tier.close()
+    store.close()
+
+
 def test_by_age_alone_whoever_needs_it(filled, key):
     assert filled.remote.prune(older_than_s=9 * DAY).objects == 6 and left(filled, key) == []
     assert len(filled.remote.publications.each()) == 2

@@ -88,13 +88,29 @@ def test_one_that_belongs_elsewhere_is_refused(tmp_path):
     tier.close()
 
 
+def test_a_header_that_is_replaced_while_it_is_read_is_read_again(pool, monkeypatch):
+    tier = pool()
+    tier.publications.put("", "a", {"first": True}, PARTS)
+    monkeypatch.setattr("ragkv.store.remote.publications._HEAD_BYTES", 50)
+    read, again = tier._pool.read, []
+
+    def reading(name, start, stop):
+        if not again:
+            again.append(True)
+            tier.publications.put("", "a", {"first": False}, PARTS)
+        return read(name, start, stop)
+
+    monkeypatch.setattr(tier._pool, "read", reading)
+    assert tier.publications.get("", "a").facts == {"first": False} and again
+
+
 def test_what_is_too_large_for_a_value_is_not_published(pool, monkeypatch):
     tier = pool()
     tier.publications.put("", "a", {"first": True}, PARTS)
     monkeypatch.setattr(tier._pool, "most_bytes", 50_000, raising=False)
     with pytest.raises(PublicationError, match=r"takes values of 50,000"):
         tier.publications.put("", "a", {}, PARTS)
-    monkeypatch.setattr("ragkv.store.remote.publications._MOST_HEADER_BYTES", 100)
+    monkeypatch.setattr("ragkv.store.remote.publications.MOST_HEADER_BYTES", 100)
     with pytest.raises(PublicationError, match="3 documents are too many"):
         tier.publications.put("", "a", {}, PARTS)
     assert tier.publications.get("", "a").facts == {"first": True}
