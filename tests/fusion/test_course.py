@@ -3,18 +3,23 @@
 import importlib.util
 import sys
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
+from time import perf_counter
 
 import pytest
 import torch
 
 from ragkv import Auto, Engine, PromptTemplate, SensitiveTokens, TieredStore
+from ragkv.fusion.arriving import Arriving
 from ragkv.fusion.course import Course
-from ragkv.fusion.placement import Placement
 from ragkv.methods.base import Method
+from ragkv.model.turns import looking
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.remote.opening import open_pool
+from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
 
 file = Path(__file__).parents[2] / "benchmarks" / "links.py"
@@ -126,20 +131,11 @@ def test_what_never_comes_is_computed(ready, reads):
     assert not two.store.missing(one.documents.keys(chunks))
 
 
-def test_a_link_that_ends_in_the_middle(ready, monkeypatch):
+def test_a_link_that_ends_in_the_middle(ready, unwritten):
     """The last chunks have come and stay loaded, those in front are computed, whatever stood in the cache's memory."""
     one, chunks, make = ready
     two, method = make([(0.0, 1e9), (100_000.0, 0.0)], QUICK)
-    made = two.decoder.cache
-
-    def dirty(tokens):
-        cache = made(tokens)
-        for layer in cache.layers:
-            layer.key_room.fill_(torch.nan)
-            layer.value_room.fill_(torch.nan)
-        return cache
-
-    monkeypatch.setattr(two.decoder, "cache", dirty)
+    unwritten(two)
     prompt = two.fuse(chunks, QUESTION, method=method)
     assert prompt.report.sources[0] == "late" and prompt.report.sources[-1] == "remote", prompt.report.sources
     exact(one, chunks, prompt)
@@ -150,7 +146,7 @@ def test_what_comes_while_its_chunk_is_begun_is_placed(ready, monkeypatch):
     one, chunks, make = ready
     two, method = make([(0.0, 1e9)], SLOW)
     asked = Counter()
-    here = Placement.here
+    here = Arriving.here
 
     def late(self, number, limit_s):  # comes once its chunk was begun twice
         return asked[number] > 1 and here(self, number, 10)
@@ -159,7 +155,7 @@ def test_what_comes_while_its_chunk_is_begun_is_placed(ready, monkeypatch):
         asked[away[0]] += 1
         return 17, 0.0
 
-    monkeypatch.setattr(Placement, "here", late)
+    monkeypatch.setattr(Arriving, "here", late)
     monkeypatch.setattr(Course, "_meanwhile", begins)
     prompt = two.fuse(chunks, QUESTION, method=method)
     assert prompt.report.hits == {"remote": 4} and set(asked.values()) == {2}
@@ -184,4 +180,44 @@ def test_a_method_that_was_asked_for_waits(ready):
     two, _ = make([(0.0, 2e6)], QUICK)
     prompt = two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2))
     assert prompt.report.hits == {"remote": 4} and prompt.report.reckoned == {}
+    exact(one, chunks, prompt)
+
+
+@pytest.mark.parametrize("auto", [True, False], ids=["auto", "by name"])
+def test_who_waits_ends_when_nobody_wants_the_prompt_any_more(ready, auto):
+    """Though nothing comes: requests are cancelled, and all is there for the next one."""
+    _, chunks, make = ready
+    two, method = make([(0.0, 1e9), (8_000.0, 0.0)], SLOW)
+    begin = perf_counter()
+
+    def unwanted():
+        if perf_counter() > begin + 0.3:
+            raise KeyboardInterrupt
+
+    with looking(unwanted), pytest.raises(KeyboardInterrupt):
+        two.fuse(chunks, QUESTION, method=method if auto else SensitiveTokens(0.2))
+    assert perf_counter() < begin + 2
+    two.store.remote._pool.trace = [(0.0, 1e9)]
+    assert two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2)).report.hits == {"remote": 4}
+
+
+def test_who_waits_ends_when_the_pool_gives_up(ready, monkeypatch, reads):
+    """A request that its client ends, as it does at its limit, makes a chunk a miss: it is read, and the rest loaded."""
+    one, chunks, make = ready
+    two, _ = make([(0.0, 1e9)], QUICK)
+    pool, read = two.store.remote._pool, reads(two)
+    begin, failed = pool.begin, list[str]()
+
+    def ends(name, start, stop):
+        if start and not failed:
+            failed.append(name)
+            future = Future()
+            Timer(0.2, future.set_exception, [PoolError("no answer for 0.2 s")]).start()
+            return future
+        return begin(name, start, stop)
+
+    monkeypatch.setattr(pool, "begin", ends)
+    prompt = two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2))
+    assert failed and read and prompt.report.hits["computed"] >= 1
+    assert two.store.stats().pools["remote"].unanswered == 1
     exact(one, chunks, prompt)
