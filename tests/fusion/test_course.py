@@ -18,7 +18,6 @@ from ragkv.fusion.course import Course
 from ragkv.methods.base import Method
 from ragkv.model.turns import looking
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
-from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
 
@@ -93,7 +92,9 @@ def ready(model, parts, tmp_path, monkeypatch):
     one.store.flush()
 
     def make(trace, costs, **tiers):
-        tier = RemoteTier(links.LinkPool(open_pool(url, 3.0, 16), trace), range_bytes=8_000)
+        pool = links.LinkPool.open(url, 3.0, 16)
+        pool.trace = trace
+        tier = RemoteTier(pool, range_bytes=8_000)
         store = TieredStore(tmp_path / f"machine{len(opened)}", cpu_bytes=0, remote=tier)
         opened.append(Engine(model, template=TEMPLATE, store=store))
         return opened[-1], Auto(SensitiveTokens(0.2), Rates(costs, tiers))
