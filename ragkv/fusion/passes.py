@@ -136,16 +136,24 @@ class Pass:
     def _behind(self) -> Tensor:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
         for piece in self._pieces():
-            self.cache.set_length(int(piece[0]))
-            out = self._run(piece)
+            out = self._on(piece)
         return out
+
+    def _on(self, piece: Tensor) -> Tensor:
+        """Rows that follow each other, all in front of them in the cache; what is behind them there is overwritten or unseen."""
+        self.cache.set_length(int(piece[0]))
+        return self._run(piece)
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
         self._clear()
-        with self.cache.writing(self._write):
-            for piece in self._pieces():
-                out = self._run(piece, self._masks(piece))
+        for piece in self._pieces():
+            # All that stands in front of a part of a course is there, and without masks it takes less time.
+            if self.course is not None and not self._limited and piece[-1] - piece[0] == len(piece) - 1:
+                out = self._on(piece)
+            else:
+                with self.cache.writing(self._write):
+                    out = self._run(piece, self._masks(piece))
         if self.course is not None:
             self.rows = self.course.rows
             self.fresh = [len(self._open(self.rows))] * len(self.fresh)
