@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import queue
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -35,14 +34,12 @@ from ragkv.fusion.layout import Layout, lay_out
 from ragkv.fusion.view import Selection, View
 from ragkv.machine import machine
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier, TieredStore
-from ragkv.store.remote.opening import open_pool
-from ragkv.store.remote.pool import Pool
+from ragkv.store.remote.objects import ObjectPool
 from ragkv.store.source import Progress
 
 SPEEDS = {
-    f"{name}bit/s": bits / 8
-    for name, bits in (("10 M", 1e7), ("100 M", 1e8), ("1 G", 1e9), ("10 G", 1e10), ("100 G", 1e11))
-}
+    "10 Mbit/s": 1.25e6, "100 Mbit/s": 1.25e7, "1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9, "100 Gbit/s": 1.25e10
+}  # fmt: skip
 RANGE_BYTES, REQUESTS = 4 << 20, 16
 
 #: From which time on how many bytes come in a second.
@@ -57,11 +54,10 @@ class Request:
     begins_s: float
     left: float
     done: bool = False
-    gone: bool = False
 
 
 class Link:
-    """A network: requests share what it carries, so many at once, those that were made first.
+    """A network on a clock of its own: requests share what it carries, so many at once, those that were made first.
 
     Args:
         trace: what it carries.
@@ -69,95 +65,90 @@ class Link:
     """
 
     def __init__(self, trace: Trace, latency_s: float = 0.001) -> None:
-        self.trace, self.latency_s, self.now = list(trace), latency_s, 0.0
+        self.trace, self.latency_s, self.now = trace, latency_s, 0.0
         self.open: list[Request] = []
 
     def ask(self, size: int) -> Request:
         self.open.append(Request(size, self.now + self.latency_s, size))
         return self.open[-1]
 
-    def advance(self, until: float) -> list[Request]:
-        """Goes on to a moment, or to the first at which a request is done; those that are."""
-        while self.now < until:
-            self.open = [each for each in self.open if not each.gone]
+    def advance(self, until: float) -> None:
+        """Goes on to a moment, or to the first at which a request is done."""
+        done = False
+        while self.now < until and not done:
             served = self.open[:REQUESTS]
             active = [each for each in served if each.begins_s <= self.now]
-            rate = next(rate for start, rate in reversed(self.trace) if start <= self.now) / max(1, len(active))
+            rate = _at(self.trace, self.now) / max(1, len(active))
             least = min((each.left for each in active), default=math.inf)
-            events = [until, *(start for start, _ in self.trace if start > self.now)]
-            events += [each.begins_s for each in served if each.begins_s > self.now]
             done_s = self.now + least / rate if rate and active else math.inf
-            then = min(*events, done_s)
+            changes = [*(start for start, _ in self.trace), *(each.begins_s for each in served)]
+            then = min(until, done_s, *(change for change in changes if change > self.now))
             for each in active:
                 each.left -= rate * (then - self.now)
-            self.now = then
-            done = [each for each in active if then == done_s and each.left <= least * 1e-9 + 1e-6]
-            for each in done:
-                each.done = True
-                self.open.remove(each)
-            if done:
-                return done
-        return []
+                each.done = then == done_s and each.left <= least * 1e-9 + 1e-6
+                done |= each.done
+            self.now, self.open = then, [each for each in self.open if not each.done]
 
 
 class Simulated:
-    """A prompt's chunks on a link, by their numbers; what the library calls them by.
+    """A prompt's chunks on a link, by their numbers: a :class:`ragkv.fusion.course.Coming`.
 
     Args:
         link: with the clock.
         layout: the prompt.
         rates: what computing and placing take.
         numbers: of the chunks to load.
+        token_bytes: of a token's KV.
         known: bytes per second that the pool was seen to do before.
     """
 
     def __init__(
         self, link: Link, layout: Layout, rates: Rates, numbers: Sequence[int], token_bytes: float, known: float | None
     ):
-        self.link, self.layout, self.rates, self.known = link, layout, rates, known
-        self.left, self.late, self.seen = list(numbers), list[int](), known
+        self.link, self.rates, self.known = link, rates, known
+        self.tokens = {number: len(layout.chunks[number].chunk) for number in numbers}
+        self.starts = {number: layout.chunks[number].start for number in numbers}
+        self.token_bytes, self.began, self.late, self.seen = token_bytes, link.now, 0, known
         self.asked: dict[int, list[Request]] = {}
-        self.sizes = {number: round(len(layout.chunks[number].chunk) * token_bytes) for number in numbers}
-        self.began, self.placed = link.now, set[int]()
+        self.placed = set[int]()
 
     def away(self) -> list[int]:
-        return list(self.left)
+        return list(self.tokens)
 
     def begin(self) -> None:
-        for number in reversed(self.left):
-            size = self.sizes[number]
+        for number, tokens in reversed(self.tokens.items()):
+            size = round(tokens * self.token_bytes)
             self.asked[number] = [self.link.ask(min(RANGE_BYTES, size - at)) for at in range(0, size, RANGE_BYTES)]
 
     def here(self, number: int, limit_s: float) -> bool:
         if limit_s == math.inf and not self.link.trace[-1][1]:
             raise TimeoutError("the link is dead")
         until = self.link.now + min(limit_s, 1e7)
-        while not all(request.done for request in self.asked[number]) and self.link.now < until:
+        while not self._done(number) and self.link.now < until:
             self.link.advance(until)
         self._look()
-        return all(request.done for request in self.asked[number])
+        return self._done(number)
 
     def progress(self, number: int) -> Progress:
-        asked = [request for each in self.asked.values() for request in each if not request.gone]
+        asked = [request for each in self.asked.values() for request in each]
         came = sum(request.size for request in asked if request.done)
         return Progress(self.link.now - self.began, came, sum(request.size for request in asked) - came, self.known)
 
     def give_up(self, number: int) -> list[int]:
         found = self.progress(number)
-        bound = (found.came + found.left) / max(found.since_s, 1e-6)
-        self.seen = bound if self.seen is None else min(self.seen, bound)
-        self.left.remove(number)
-        self.late.append(number)
-        for request in self.asked[number]:
-            request.gone = True
+        most = (found.came + found.left) / max(found.since_s, 1e-6)
+        self.seen = most if self.seen is None else min(self.seen, most)
+        self.late += 1
+        dropped = self.asked.pop(number)
+        self.link.open = [request for request in self.link.open if request not in dropped]
         return [number]
 
     def place_front(self, stop: int) -> None:
-        for number in self.left:
-            if self.layout.chunks[number].start < stop and number not in self.placed:
-                assert all(request.done for request in self.asked[number])
+        for number in self.asked.keys() - self.placed:
+            if self.starts[number] < stop:
+                assert self._done(number)
                 self.placed.add(number)
-                self.spend(self.rates.tiers["cpu"].seconds(len(self.layout.chunks[number].chunk)))
+                self.spend(self.rates.tiers["cpu"].seconds(self.tokens[number]))
 
     def spend(self, seconds: float) -> None:
         """The processor works; the network does too."""
@@ -166,10 +157,13 @@ class Simulated:
             self.link.advance(until)
         self._look()
 
+    def _done(self, number: int) -> bool:
+        return all(request.done for request in self.asked[number])
+
     def _look(self) -> None:
-        asked = [request for each in self.asked.values() for request in each]
-        if asked and self.seen is self.known and all(request.done for request in asked):
-            self.seen = sum(request.size for request in asked) / max(self.link.now - self.began, 1e-6)
+        found = self.progress(0)
+        if found.came and not found.left and not self.late and self.seen is self.known:
+            self.seen = found.came / max(found.since_s, 1e-6)
 
 
 class Looks:
@@ -201,32 +195,22 @@ class Ran:
 
 
 def simulate(
-    method: ragkv.Method,
-    layout: Layout,
-    rates: Rates,
-    token_bytes: float,
-    link: Link,
-    known: float | None,
-    give_up: bool = True,
+    method: ragkv.Method, layout: Layout, rates: Rates, token_bytes: float, link: Link, known: float | None
 ) -> Ran:
-    """One prompt with all chunks in the pool, from now on."""
+    """One prompt with all chunks in the pool."""
     tiers = dict(rates.tiers) if known is None else {**rates.tiers, "remote": Loading(known, token_bytes, 0.0, True)}
-    began = link.now
     view = View(layout, 1, Looks(layout, replace(rates, tiers=tiers), "remote"))
     selection = Selection.of(method.select(view), method)
     work = plan(selection, layout, 1)
     loaded = [] if work.first_stored else [number for number in range(len(layout.chunks)) if number not in work.whole]
     coming = Simulated(link, layout, rates, loaded, token_bytes, known)
-    course: Iterator[Tensor] = iter([work.rows])
-    if loaded:
-        course = iter(Course(layout, work.rows, coming, selection.rates))
+    course = Course(layout, work.rows, coming, selection.rates) if loaded else [work.rows]
     try:
         for part in course:
             coming.spend(rates.compute_s(len(part), int(part[-1]) + 1 - len(part)))
     except TimeoutError:
         return Ran(math.inf, selection.name, 0, None)
-    link.open.clear()
-    return Ran(link.now - began, selection.name, len(coming.late), coming.seen, dict(selection.reckoned))
+    return Ran(link.now, selection.name, coming.late, coming.seen, dict(selection.reckoned))
 
 
 def prompt(chunks: int, tokens: int, question: int = 32) -> Layout:
@@ -266,92 +250,64 @@ def traces(speed: float, full_s: float) -> dict[str, Trace]:
     }
 
 
-def simulated() -> list[dict[str, Any]]:
-    """Every machine, length, speed and trace; the speed known from the prompt before, and not known."""
-    rows = []
-    for name, (tokens_per_s, token_bytes) in MACHINES.items():
+#: Tokens of the prompt, what the link does, whether its speed is known from the prompt before.
+Case = tuple[int, str, str]
+
+
+def simulated() -> dict[Case, list[tuple[float, float]]]:
+    """Every machine, length, speed and trace: how many times as long as the better of both, and as computing, Auto takes."""
+    ratios: dict[Case, list[tuple[float, float]]] = {}
+    for tokens_per_s, token_bytes in MACHINES.values():
         rates = figures(tokens_per_s, token_bytes)
-        for chunks, tokens in ((4, 128), (8, 256), (16, 256)):
-            layout = prompt(chunks, tokens)
-            full_s = rates.compute_s(layout.tokens)
-            for said, speed in SPEEDS.items():
+        for layout in (prompt(4, 128), prompt(8, 256), prompt(16, 256)):
+            same, full_s = (layout, rates, token_bytes), rates.compute_s(layout.tokens)
+            for speed in SPEEDS.values():
+                before = simulate(ragkv.SensitiveTokens(), *same, Link([(0.0, speed)]), None)
                 for kind, trace in traces(speed, full_s).items():
-                    same = layout, rates, token_bytes
                     loaded = simulate(ragkv.SensitiveTokens(), *same, Link(trace), None)
-                    before = simulate(ragkv.SensitiveTokens(), *same, Link([(0.0, speed)]), None)
-                    for known in (None, before.seen):
+                    for said, known in (("not known", None), ("known", before.seen)):
                         own = simulate(ragkv.Auto(), *same, Link(trace), known)
-                        rows.append(
-                            {
-                                "machine": name, "chunks": chunks, "tokens": tokens, "link": said, "trace": kind,
-                                "known": known is not None, "auto_s": own.seconds, "loaded_s": loaded.seconds,
-                                "computed_s": full_s, "late": own.late, "picked": own.method,
-                            }
-                        )  # fmt: skip
-    return rows
+                        does = kind if kind in ("steady", "ten times as fast") else "drops"
+                        found = ratios.setdefault((len(layout.reusable), does, said), [])
+                        found.append((own.seconds / min(loaded.seconds, full_s), own.seconds / full_s))
+    return ratios
 
 
-class LinkPool(Pool):
-    """Another pool, behind a link in real time: requests one after the other.
+def _at(trace: Trace, where: float) -> float:
+    return next(rate for start, rate in reversed(trace) if start <= where)
 
-    Args:
-        pool: what is asked.
+
+class LinkPool(ObjectPool):
+    """A pool behind a link in real time: requests one after the other.
+
+    Attributes:
         trace: from how many bytes on how many come in a second; 0 for none any more, before the pool is closed.
+        carried: bytes so far.
     """
 
-    def __init__(self, pool: Pool, trace: Trace) -> None:
-        super().__init__(f"a link to {pool.name}")
-        self.quick, self.trace, self.carried = True, trace, 0.0
-        self._pool, self._closed = pool, threading.Event()
-        self._asked: queue.SimpleQueue[tuple[Future[Any], str, int, int]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True).start()
+    trace: Trace = ((0.0, math.inf),)
+    carried: float = 0.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._line, self._over = ThreadPoolExecutor(1), threading.Event()
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._asked.put((future, name, start, stop))
-        return future
+        return self._line.submit(self._carry, super().begin(name, start, stop))
 
-    def _serve(self) -> None:
-        while not self._closed.is_set():
-            try:
-                future, name, start, stop = self._asked.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if not future.set_running_or_notify_cancel():
-                continue
-            data = self._pool.read(name, start, stop)
-            self._carry(0 if data is None else len(data))
-            future.set_result(data)
-
-    def _carry(self, size: float) -> None:
-        last, step_s = time.monotonic(), 0.002
-        while size > 0 and not self._closed.wait(min(step_s, size / max(self._rate, 1e-9))):
+    def _carry(self, asked: Future[Any]) -> Any:
+        data = self.answer(asked)
+        left, last, step_s = float(len(data or b"")), time.monotonic(), 0.002
+        while left > 0 and not self._over.wait(min(step_s, left / max(_at(self.trace, self.carried), 1e-9))):
             now = time.monotonic()
-            came, last = min(size, self._rate * (now - last)), now
-            size, self.carried = size - came, self.carried + came
-
-    @property
-    def _rate(self) -> float:
-        return next(rate for start, rate in reversed(self.trace) if start <= self.carried)
-
-    def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
-        self._pool.write(name, data, lifetime_s)
-
-    def delete(self, name: str) -> None:
-        self._pool.delete(name)
-
-    def which(self, names: Sequence[str]) -> set[str]:
-        return self._pool.which(names)
-
-    def names(self) -> Iterator[tuple[str, int]]:
-        return self._pool.names()
-
-    def after_fork(self) -> None:
-        self._pool.after_fork()
+            came, last = min(left, _at(self.trace, self.carried) * (now - last)), now
+            left, self.carried = left - came, self.carried + came
+        return data
 
     def close(self) -> None:
-        self._closed.set()
-        self._pool.close()
+        self._over.set()
+        self._line.shutdown(cancel_futures=True)
+        super().close()
 
 
 def real(rounds: int) -> list[dict[str, Any]]:
@@ -371,13 +327,12 @@ def real(rounds: int) -> list[dict[str, Any]]:
         engine.store.flush()
         rates = engine.advise(limit_s=8).rates
         size = sum(spec.token_bytes for spec in engine.decoder.specs) * sum(map(len, chunks))
-    links: dict[str, tuple[float, Trace]] = {
-        f"{bits / 1e6:,.0f} Mbit/s": (bits / 8, [(0.0, bits / 8)]) for bits in (1e7, 5e7, 1e8, 2e8, 1e9)
-    }
-    for bits in (1e8, 1e9):
-        links[f"{bits / 1e6:,.0f} Mbit/s, nothing after half"] = bits / 8, [(0.0, bits / 8), (size / 2, 0.0)]
-    for name, (speed, trace) in links.items():
-        pool = LinkPool(open_pool(url, 3.0, REQUESTS), [(0.0, speed)])
+    links: list[tuple[str, float, Trace]] = [
+        (f"{bits / 1e6:,.0f} Mbit/s", bits / 8, [(0.0, bits / 8)]) for bits in (1e7, 5e7, 1e8, 2e8, 1e9)
+    ]
+    links += [(f"{name}, nothing after half", speed, [(0.0, speed), (size / 2, 0.0)]) for name, speed, _ in links[2::2]]
+    for name, speed, trace in links:
+        pool = LinkPool.open(url, 3.0, REQUESTS)
         taken: dict[str, list[float]] = {"loaded": [], "computed": [], "auto": []}
         with ragkv.Engine(model, tokenizer, store=TieredStore(cpu_bytes=1, remote=RemoteTier(pool))) as engine:
             for number in range(rounds + 1):
@@ -385,36 +340,20 @@ def real(rounds: int) -> list[dict[str, Any]]:
                     pool.trace, pool.carried = (trace if way == "auto" else [(0.0, speed)]), 0.0
                     seen = replace(rates, tiers={**rates.tiers, **engine.store.loading()})
                     methods = {
-                        "loaded": ragkv.SensitiveTokens(),
-                        "computed": ragkv.FullPrefill(),
-                        "auto": ragkv.Auto(rates=seen),
-                    }
+                        "loaded": ragkv.SensitiveTokens(), "computed": ragkv.FullPrefill(), "auto": ragkv.Auto(rates=seen)
+                    }  # fmt: skip
                     begin = time.perf_counter()
                     report = engine.fuse(chunks, question, method=methods[way]).report
                     if number:  # the first round warms up
                         found.append(time.perf_counter() - begin)
                     pool.trace = [(0.0, speed)]
-        medians = {f"{way}_s": statistics.median(found) for way, found in taken.items()}
+        medians: dict[str, float | None] = {f"{way}_s": statistics.median(found) for way, found in taken.items()}
         if len(trace) > 1:
-            medians["loaded_s"] = math.inf
-        rows.append(
-            {"link": name, **medians, "picked": report.method, "hits": report.hits, "reckoned": report.reckoned}
-        )
-        print(
-            name, {way: round(seconds, 3) for way, seconds in medians.items()}, report.method, report.hits, flush=True
-        )
+            medians["loaded_s"] = None  # never
+        row = {"link": name, **medians, "picked": report.method, "hits": report.hits, "reckoned": report.reckoned}
+        print(row, flush=True)
+        rows.append(row)
     return rows
-
-
-def worst(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How many times as long as the better of both, and as computing, Auto has taken at the most."""
-    return {
-        "cases": len(rows),
-        "to the better": max(row["auto_s"] / min(row["loaded_s"], row["computed_s"]) for row in rows),
-        "to computing": max(row["auto_s"] / row["computed_s"] for row in rows),
-        "over 1.15": sum(row["auto_s"] > 1.15 * min(row["loaded_s"], row["computed_s"]) for row in rows),
-        "over 1.10": sum(row["auto_s"] > 1.1 * row["computed_s"] for row in rows),
-    }
 
 
 def main() -> None:
@@ -423,29 +362,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = simulated()
-    for row in rows:
-        kind = {"steady": "steady", "ten times as fast": "ten times as fast"}.get(row["trace"], "drops")
-        row["case"] = (row["chunks"] * row["tokens"], kind, "known" if row["known"] else "not known")
-    table = {
-        case: worst([row for row in rows if row["case"] == case]) for case in dict.fromkeys(row["case"] for row in rows)
-    }
-    for (tokens, kind, known), found in table.items():
-        most = f"{found['to the better']:.2f} of the better of both, {found['to computing']:.2f} of computing"
-        over = f"{found['over 1.15']} and {found['over 1.10']} of {found['cases']} over 1.15 and 1.10"
-        print(f"{tokens:5,} tokens, {kind:17}, speed {known:9}: at most {most} ({over})")
+    table = []
+    for case, ratios in simulated().items():
+        (better, computing), count = (max(column) for column in zip(*ratios, strict=True)), len(ratios)
+        over = [sum(better > 1.15 for better, _ in ratios), sum(computing > 1.1 for _, computing in ratios)]
+        print(
+            f"{case[0]:5,} tokens, {case[1]:17}, speed {case[2]:9}: at most {better:.2f} of the better of both, {computing:.2f} of "
+            f"computing ({over[0]} and {over[1]} of {count} over 1.15 and 1.10)"
+        )
+        found = {"cases": count, "to the better": better, "to computing": computing}
+        table.append([*case, found | {"over 1.15": over[0], "over 1.10": over[1]}])
     measured = real(args.rounds) if args.rounds else []
-    for row in measured:
-        row["loaded_s"] = row["loaded_s"] if row["loaded_s"] < math.inf else None
     if args.json:
         about = {"date": date.today().isoformat(), "machine": machine(torch.device("cpu")), "rounds": args.rounds}
-        args.json.write_text(
-            json.dumps(
-                {"conditions": about, "simulated": [[*case, found] for case, found in table.items()], "real": measured},
-                indent=1,
-            )
-            + "\n"
-        )
+        found = {"conditions": about, "simulated": table, "real": measured}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ragkv.chunk import Attended, Chunk, ChunkKV
 from ragkv.errors import MethodError, ModelChangedError, NonFiniteError, PromptError
+from ragkv.fusion.arriving import Arriving
 from ragkv.fusion.compute import Plan, compute, plan
 from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
@@ -250,9 +251,10 @@ class _Fusing(Looking):
         layout = self._layout
         if work.first_stored == len(self.decoder.layers) or work.context is not None or not layout.ascending:
             return None
-        if self._documents.paths is not None or self.placement.by_layer or not self.placement.away():
+        if self._documents.paths is not None or self.placement.by_layer:
             return None
-        return Course(layout, work.rows, self.placement, rates)
+        arriving = Arriving(self.placement, self.timer)
+        return Course(layout, work.rows, arriving, rates) if arriving.away() else None
 
     def check_layer(self) -> int:
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
+from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.passes import Forward, Parts, Pass
+from ragkv.fusion.passes import Forward, Pass
 from ragkv.fusion.timing import Timer
 from ragkv.fusion.view import Check, Narrows, Selection
 from ragkv.model.attending import Masses
@@ -93,7 +94,7 @@ def compute(
     slots: int | None = None,
     forward: Forward | None = None,
     masses: Masses | None = None,
-    course: Parts | None = None,
+    course: Course | None = None,
 ) -> tuple[Tensor, Pass]:
     """Compute what a method asks for over the stored rest, and the suffix in any case.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ragkv.errors import MethodError
+from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.timing import Timer
 from ragkv.model.cache import FusedCache, Writer
@@ -31,17 +32,6 @@ Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 #: Runs rows of a prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted.
 Forward = Callable[[Rows], Tensor]
-
-
-class Parts(Protocol):
-    """Rows part after part, each as it can be computed."""
-
-    @property
-    def rows(self) -> Tensor:
-        """All that count as computed, ascending; known behind the last part."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """The parts."""
 
 
 class _Reached(Exception):
@@ -96,9 +86,9 @@ class Pass:
         timer: Timer | None = None,
         forward: Forward | None = None,
         masses: Masses | None = None,
-        course: Parts | None = None,
+        course: Course | None = None,
     ):
-        self.course: Parts | None = course
+        self.course: Course | None = course
         self.masses: Masses | None = masses
         self.forward: Forward = decoder.forward if forward is None else forward
         self.decoder: Decoder = decoder
@@ -134,11 +124,9 @@ class Pass:
         whole = plain and len(self.rows) == self.layout.tokens - self.layout.held
         if self.checks and whole and self.masses is None:
             self._first_check()
-        if self.course is not None:
-            logits = self._followed(self.course)
-        elif self.checks:
+        if self.checks:
             logits = self._narrowing()
-        elif plain and self.rows[0] == self.layout.tokens - len(self.rows):
+        elif plain and self.course is None and self.rows[0] == self.layout.tokens - len(self.rows):
             logits = self._behind()
         else:
             logits = self.scattered()
@@ -148,28 +136,27 @@ class Pass:
     def _behind(self) -> Tensor:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
         for piece in self._pieces():
-            self.cache.set_length(int(piece[0]))
-            out = self._run(piece)
+            out = self._on(piece)
         return out
+
+    def _on(self, piece: Tensor) -> Tensor:
+        """Rows that follow each other, all in front of them in the cache; what is behind them there is overwritten or unseen."""
+        self.cache.set_length(int(piece[0]))
+        return self._run(piece)
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
         self._clear()
-        with self.cache.writing(self._write):
-            for piece in self._pieces():
-                out = self._run(piece, self._masks(piece))
-        return out
-
-    def _followed(self, course: Parts) -> Tensor:
-        """Scattered rows in parts; what is placed is so between them."""
-        self.cache.clear(torch.arange(self.layout.chunks_start, self.slots, device=self.rows.device))
-        with self.cache.writing(self._write):
-            for part in course:
-                for piece in part.split(self.piece_tokens):
-                    self.piece = piece
+        for piece in self._pieces():
+            # All that stands in front of a part of a course is there, and without masks it takes less time.
+            if self.course is not None and not self._limited and piece[-1] - piece[0] == len(piece) - 1:
+                out = self._on(piece)
+            else:
+                with self.cache.writing(self._write):
                     out = self._run(piece, self._masks(piece))
-        self.rows = course.rows
-        self.fresh = [len(self._open(self.rows))] * len(self.fresh)
+        if self.course is not None:
+            self.rows = self.course.rows
+            self.fresh = [len(self._open(self.rows))] * len(self.fresh)
         return out
 
     def _narrowing(self) -> Tensor:
@@ -232,9 +219,10 @@ class Pass:
         return self.masses
 
     def _pieces(self) -> Iterator[Tensor]:
-        for piece in self.rows.split(self.piece_tokens if self.layout.ascending else len(self.rows)):
-            self.piece = piece
-            yield piece
+        for part in [self.rows] if self.course is None else self.course:
+            for piece in part.split(self.piece_tokens if self.layout.ascending else len(part)):
+                self.piece = piece
+                yield piece
 
     @contextmanager
     def _attention(self, scattered: bool, masses: Masses | None = None) -> Iterator[None]:
@@ -247,8 +235,9 @@ class Pass:
         return self.context is not None or not self.layout.even
 
     def _clear(self) -> None:
-        """Let no piece be shown what nobody wrote: the slots of later pieces, and those behind the prompt."""
-        unused = torch.arange(self.layout.tokens, self.slots, device=self.rows.device)
+        """Let no piece be shown what nobody wrote: the slots of later pieces and parts, and those behind the prompt."""
+        first = self.layout.tokens if self.course is None else self.layout.chunks_start
+        unused = torch.arange(first, self.slots, device=self.rows.device)
         if len(self.rows) > self.piece_tokens and not self.checks:
             unused = torch.cat([self.rows, unused])
         if len(unused):

@@ -6,7 +6,7 @@ N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,6 @@ from ragkv.kernels.stored import CodecName, Side
 from ragkv.lazy import lazy
 from ragkv.model.cache import FusedCache, FusedLayer
 from ragkv.store import Target
-from ragkv.store.source import Progress
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
@@ -112,8 +111,8 @@ class Placement:
         self.take(layout, {} if paths is None else paths)
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
-        # Slots at which chunks begin: those that are not placed, some of them because they came too slowly, and those that are.
-        self._spared, self._late, self._there = set[int](), set[int](), set[int]()
+        self._spared: dict[int, str] = {}  # slots at which chunks begin that are not placed, and why not
+        self._front = 0  # chunks that begin below this slot are placed in all layers, or spared
 
     def take(self, layout: Layout, paths: Mapping[bytes, ChunkKV]) -> None:
         """Have these KV too, and place what a layout of the same prompt says; also where others are placed by now."""
@@ -144,59 +143,30 @@ class Placement:
             if key in self.fresh:
                 return "computed"
             if placed.start in self._spared:
-                return "late" if placed.start in self._late else "unused"
+                return self._spared[placed.start]
             return moved[key].tier if key in moved else str(self.batch.tiers[self._index[key]])
 
         return [source(placed, key) for placed, key in self._chunks]
 
-    def spare(self, numbers: Set[int]) -> None:
+    def spare(self, numbers: Collection[int], why: str = "unused") -> None:
         """Leave out chunks, by their numbers in the prompt: a pass computes them whole. Nothing of them is loaded from here on."""
         if self._done or not numbers:  # what was looked at is placed already
             return
-        self._spared = {self._layout.chunks[number].start for number in numbers}
+        self._spared |= {self._layout.chunks[number].start: why for number in numbers}
         needed = {key for _, key in self._to_place}
         for key, index in self._index.items():
             if key not in needed:
                 self.batch.done(index)
 
-    def away(self) -> list[int]:
-        """The numbers in the prompt of the chunks to place that come over a network."""
-        to_place = {placed.start: key for placed, key in self._to_place}
-        return [
-            number
-            for number, placed in enumerate(self._layout.chunks)
-            if to_place.get(placed.start) in self._index and self.batch.away(self._index[to_place[placed.start]])
-        ]
-
-    def begin(self) -> None:
-        """See :class:`~ragkv.fusion.course.Coming`."""
-        self.batch.begin()
-
-    def here(self, number: int, limit_s: float) -> bool:
-        """See :class:`~ragkv.fusion.course.Coming`."""
-        with self._timer.stage("place"):
-            return self.batch.here(self._index[self._key_of(number)], limit_s)
-
-    def progress(self, number: int) -> Progress:
-        """See :class:`~ragkv.fusion.course.Coming`."""
-        return self.batch.progress(self._index[self._key_of(number)])
-
-    def give_up(self, number: int) -> list[int]:
-        """See :class:`~ragkv.fusion.course.Coming`."""
-        key = self._key_of(number)
-        late = {placed.start for placed, other in self._to_place if other == key}
-        self._spared |= late
-        self._late |= late
-        self.batch.give_up(self._index[key])
-        return [number for number, placed in enumerate(self._layout.chunks) if placed.start in late]
+    def to_read(self) -> dict[int, int]:
+        """Where in the batch the chunks are that are to be placed out of it, by their numbers in the prompt, ascending."""
+        numbers = {placed.start: number for number, placed in enumerate(self._layout.chunks)}
+        return {numbers[placed.start]: self._index[key] for placed, key in self._to_place if key not in self._given}
 
     def place_front(self, stop: int) -> None:
-        """See :class:`~ragkv.fusion.course.Coming`; of all layers, and on the CPU alone."""
-        with self._timer.stage("place"):
-            self._place_chunks(range(len(self._decoder.layers)), stop)
-
-    def _key_of(self, number: int) -> bytes:
-        return self._keys[self._layout.chunks[number].chunk]
+        """Have all layers placed of the chunks that begin in front of a slot; later calls go on from there. On the CPU alone."""
+        self._place_chunks(range(len(self._decoder.layers)), range(self._front, stop))
+        self._front = stop
 
     @property
     def _to_place(self) -> list[tuple[Placed, bytes]]:
@@ -244,7 +214,7 @@ class Placement:
                 for number in layers:
                     self._place_layer(number)
             else:
-                self._place_chunks(layers)
+                self._place_chunks(layers, range(self._layout.tokens))
         self._done = layers.stop
 
     def _place_layer(self, layer: int) -> None:
@@ -268,18 +238,16 @@ class Placement:
                 room.key_room[0].index_copy_(1, placed.start + rows, keys)
                 room.value_room[0].index_copy_(1, placed.start + rows, _moved(kv.values[layer], room))
 
-    def _place_chunks(self, layers: range, stop: int | None = None) -> None:
-        """Chunks one after the other: those in front of a slot that are not placed yet, or all."""
+    def _place_chunks(self, layers: range, slots: range) -> None:
+        """One after the other, those that begin at some slots; all behind these are still to be placed."""
         targets = [
             Target(held.key_room[0], held.value_room[0]) for held in self._cache.layers[layers.start : layers.stop]
         ]
-        to_place = [(placed, key) for placed, key in self._to_place if placed.start not in self._there]
+        to_place = [(placed, key) for placed, key in self._to_place if placed.start >= slots.start]
         left = Counter(key for _, key in to_place)
         for placed, key in to_place:
-            if stop is not None and placed.start >= stop:
+            if placed.start >= slots.stop:
                 break
-            if stop is not None:
-                self._there.add(placed.start)
             self._place_chunk(placed, key, layers, targets)
             left[key] -= 1
             if not left[key] and key not in self._given and layers.stop == len(self._decoder.layers):

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from ragkv.errors import MissingPackageError, StoreError
 from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
@@ -58,7 +58,7 @@ class ObjectPool(Pool):
         _pools.add(self)
 
     @classmethod
-    def open(cls, url: str, limit_s: float, requests: int) -> ObjectPool:
+    def open(cls, url: str, limit_s: float, requests: int) -> Self:
         """See :func:`ragkv.store.remote.opening.open_pool`. A stalled answer is given up after ``limit_s``."""
         client, name = _obstore(), shown(url)
         scheme = url.partition("://")[0].lower()

@@ -3,18 +3,25 @@
 import importlib.util
 import sys
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Timer
+from time import perf_counter
 
 import pytest
 import torch
 
-from ragkv import Auto, Engine, PromptTemplate, SensitiveTokens, TieredStore
+from ragkv import Auto, CacheBlend, Engine, PromptTemplate, Selection, SensitiveTokens, TieredStore
+from ragkv.fusion.arriving import Arriving
 from ragkv.fusion.course import Course
+from ragkv.fusion.layout import Layout
 from ragkv.fusion.placement import Placement
 from ragkv.methods.base import Method
+from ragkv.model.turns import looking
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
-from ragkv.store.remote.opening import open_pool
+from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
 
 file = Path(__file__).parents[2] / "benchmarks" / "links.py"
@@ -87,10 +94,12 @@ def ready(model, parts, tmp_path, monkeypatch):
     chunks = [chunk for pair in (parts[:2], parts[2:]) for chunk in one.add_document(pair)]
     one.store.flush()
 
-    def make(trace, costs, **tiers):
-        tier = RemoteTier(links.LinkPool(open_pool(url, 3.0, 16), trace), range_bytes=8_000)
+    def make(trace, costs, paths=False, **tiers):
+        pool = links.LinkPool.open(url, 3.0, 16)
+        pool.trace = trace
+        tier = RemoteTier(pool, range_bytes=8_000)
         store = TieredStore(tmp_path / f"machine{len(opened)}", cpu_bytes=0, remote=tier)
-        opened.append(Engine(model, template=TEMPLATE, store=store))
+        opened.append(Engine(model, template=TEMPLATE, store=store, paths=paths))
         return opened[-1], Auto(SensitiveTokens(0.2), Rates(costs, tiers))
 
     yield one, chunks[2:] + chunks[:2], make
@@ -126,31 +135,35 @@ def test_what_never_comes_is_computed(ready, reads):
     assert not two.store.missing(one.documents.keys(chunks))
 
 
-def test_a_link_that_ends_in_the_middle(ready, monkeypatch):
+def test_a_chunk_that_stands_twice_is_given_up_at_both_places(ready):
+    one, chunks, make = ready
+    two, method = make([(0.0, 1e9), (8_000.0, 0.0)], QUICK)
+    twice = [*chunks, chunks[0]]
+    prompt = two.fuse(twice, QUESTION, method=method)
+    assert prompt.report.sources == ["late"] * 5 and two.store.stats().pools["remote"].late == 4
+    exact(one, twice, prompt)
+
+
+def test_a_link_that_ends_in_the_middle(ready, unwritten):
     """The last chunks have come and stay loaded, those in front are computed, whatever stood in the cache's memory."""
     one, chunks, make = ready
     two, method = make([(0.0, 1e9), (100_000.0, 0.0)], QUICK)
-    made = two.decoder.cache
-
-    def dirty(tokens):
-        cache = made(tokens)
-        for layer in cache.layers:
-            layer.key_room.fill_(torch.nan)
-            layer.value_room.fill_(torch.nan)
-        return cache
-
-    monkeypatch.setattr(two.decoder, "cache", dirty)
+    unwritten(two)
     prompt = two.fuse(chunks, QUESTION, method=method)
     assert prompt.report.sources[0] == "late" and prompt.report.sources[-1] == "remote", prompt.report.sources
     exact(one, chunks, prompt)
 
 
-def test_what_comes_while_its_chunk_is_begun_is_placed(ready, monkeypatch):
-    """Tokens that were computed meanwhile are then as they are stored."""
+def test_what_comes_while_its_chunk_is_begun_is_placed(ready, monkeypatch, unwritten):
+    """Tokens that were computed meanwhile are then as they are stored, and no part is shown what nobody wrote."""
     one, chunks, make = ready
-    two, method = make([(0.0, 1e9)], SLOW)
+    two, _ = make([(0.0, 1e9)], SLOW)
+    method = These(
+        tuple(slot for slot in range(3, 263) if (slot - 3) % 65 % 30 < 20)
+    )  # of each enough for a part of its own
+    unwritten(two)
     asked = Counter()
-    here = Placement.here
+    here = Arriving.here
 
     def late(self, number, limit_s):  # comes once its chunk was begun twice
         return asked[number] > 1 and here(self, number, 10)
@@ -159,7 +172,7 @@ def test_what_comes_while_its_chunk_is_begun_is_placed(ready, monkeypatch):
         asked[away[0]] += 1
         return 17, 0.0
 
-    monkeypatch.setattr(Placement, "here", late)
+    monkeypatch.setattr(Arriving, "here", late)
     monkeypatch.setattr(Course, "_meanwhile", begins)
     prompt = two.fuse(chunks, QUESTION, method=method)
     assert prompt.report.hits == {"remote": 4} and set(asked.values()) == {2}
@@ -185,3 +198,70 @@ def test_a_method_that_was_asked_for_waits(ready):
     prompt = two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2))
     assert prompt.report.hits == {"remote": 4} and prompt.report.reckoned == {}
     exact(one, chunks, prompt)
+
+
+@pytest.mark.parametrize("auto", [True, False], ids=["auto", "by name"])
+def test_who_waits_ends_when_nobody_wants_the_prompt_any_more(ready, auto):
+    """Though nothing comes: requests are cancelled, and all is there for the next one."""
+    _, chunks, make = ready
+    two, method = make([(0.0, 1e9), (8_000.0, 0.0)], SLOW)
+    begin = perf_counter()
+
+    def unwanted():
+        if perf_counter() > begin + 0.3:
+            raise KeyboardInterrupt
+
+    with looking(unwanted), pytest.raises(KeyboardInterrupt):
+        two.fuse(chunks, QUESTION, method=method if auto else SensitiveTokens(0.2))
+    assert perf_counter() < begin + 2
+    two.store.remote._pool.trace = [(0.0, 1e9)]
+    assert two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2)).report.hits == {"remote": 4}
+
+
+def test_who_waits_ends_when_the_pool_gives_up(ready, monkeypatch, reads):
+    """A request that its client ends, as it does at its limit, makes a chunk a miss: it is read, and the rest loaded."""
+    one, chunks, make = ready
+    two, _ = make([(0.0, 1e9)], QUICK)
+    pool, read = two.store.remote._pool, reads(two)
+    begin, failed = pool.begin, list[str]()
+
+    def ends(name, start, stop):
+        if start and not failed:
+            failed.append(name)
+            future = Future()
+            Timer(0.2, future.set_exception, [PoolError("no answer for 0.2 s")]).start()
+            return future
+        return begin(name, start, stop)
+
+    monkeypatch.setattr(pool, "begin", ends)
+    prompt = two.fuse(chunks, QUESTION, method=SensitiveTokens(0.2))
+    assert failed and read and prompt.report.hits["computed"] >= 1
+    assert two.store.stats().pools["remote"].unanswered == 1
+    exact(one, chunks, prompt)
+
+
+@dataclass(frozen=True)
+class Apart(Method):
+    """Computes all but one token, and shows chunks nothing of each other."""
+
+    def select(self, view):
+        return Selection(view.layout.reusable[1:], context=torch.tensor([], dtype=torch.long))
+
+
+@pytest.mark.parametrize("why", ["nothing", "many", "checks", "context", "positions", "layers", "paths"])
+def test_what_cannot_go_on_meanwhile_waits(ready, monkeypatch, why):
+    """Others, layers or positions that do not rise: all is loaded then, as docs/advise.md says."""
+    _, chunks, make = ready
+    two, method = make([(0.0, 1e9)], SLOW, **({"paths": True} if why == "paths" else {}))
+    made = list[Layout]()
+    monkeypatch.setattr("ragkv.fuse.Course", lambda layout, *rest: (made.append(layout), Course(layout, *rest))[1])
+    if why == "layers":
+        monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+    method = {"checks": CacheBlend(0.2, check_layer=1), "context": Apart()}.get(why, method)
+    starts = (400, 300, 200, 100) if why == "positions" else None
+    if why == "many":
+        prompts = two.fuse_many([(chunks, QUESTION), (chunks[:2], QUESTION)], method=method)
+    else:
+        prompts = [two.fuse(chunks, QUESTION, method=method, starts=starts)]
+    assert bool(made) == (why == "nothing")
+    assert all(not {"late", "computed"} & prompt.report.hits.keys() for prompt in prompts)

@@ -137,19 +137,10 @@ def test_starts_that_cannot_be(starts):
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_a_piece_is_not_shown_what_nobody_wrote(kernels, monkeypatch):
+def test_a_piece_is_not_shown_what_nobody_wrote(kernels, unwritten):
     """Memory that was never written may hold anything: here not a number."""
     engine = Engine(tiny_model(), template=TEMPLATE, piece_tokens=8, kernels=kernels)
-    cache = engine.decoder.cache
-
-    def poisoned(capacity):
-        made = cache(capacity)
-        for layer in made.layers:
-            layer.key_room.fill_(torch.nan)
-            layer.value_room.fill_(torch.nan)
-        return made
-
-    monkeypatch.setattr(engine.decoder, "cache", poisoned)
+    unwritten(engine)
     layouts = [laid_out(engine, starts) for starts in (None, *(STARTS.values() if kernels == "auto" else ()))]
     for layout in layouts:
         for method in (LegoLink(6), FullPrefill(), Half()):

@@ -6,8 +6,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from ragkv.errors import RecordError
 from ragkv.store import Loading
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.remote.pool import PoolError
 from ragkv.store.remote.records import key_of
 
 
@@ -65,7 +67,7 @@ def test_given_up_it_is_counted_and_cancelled_and_stays_in_the_pool(stalled, key
         batch.begin()
         batch.give_up(0)
         assert {name for name, *_, future in asked if future.cancelled()} == {key(0)}
-        assert batch.progress(1).left == sum(stop - start for name, start, stop, _ in asked if name != key(0))
+        assert batch.progress(1)[1:3] == (0, sum(stop - start for name, start, stop, _ in asked if name != key(0)))
         answer(key(1)), answer(key(2))
         same(batch.kv(1), kv(1, tokens=2000, layers=6))
     stats = store.stats()
@@ -90,6 +92,16 @@ def test_what_others_read_too_is_not_cancelled(stalled, key, kv, same):
         assert not any(future.cancelled() for *_, future in asked)
         answer(key(0))
         same(other.kv(0), kv(0, tokens=2000, layers=6))
+
+
+def test_one_that_failed_is_not_waited_for(stalled, key):
+    store, asked, _ = stalled
+    with store.read([key(0), key(1)]) as batch:
+        batch.begin()
+        next(future for name, *_, future in asked if name == key(0)).set_exception(PoolError("no answer"))
+        assert batch.here(0, 0) and not batch.here(1, 0)
+        with pytest.raises(RecordError, match="no answer"):
+            batch.kv(0)
 
 
 def test_on_time_it_is_no_slower_than_it_was(stalled, key):
