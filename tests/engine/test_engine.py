@@ -185,7 +185,9 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
     placed = Placement._place_chunks
     monkeypatch.setattr(
-        Placement, "_place_chunks", lambda self, layers: costing(100 * len(layers), placed)(self, layers)
+        Placement,
+        "_place_chunks",
+        lambda self, layers, *slots: costing(100 * len(layers), placed)(self, layers, *slots),
     )
     for kind, choice in ((CacheBlend, "narrow"), (SensitiveTokens, "select"), (QuestionAware, "select")):
         monkeypatch.setattr(kind, choice, costing(10_000, getattr(kind, choice)))
