@@ -124,9 +124,10 @@ class SegmentedIndex:
             write_whole(Path(path), arrays, state, " ".join(part.path.name for part in self._segments))
             kept = {part.path for part in self._segments}
         for file in Path(path).parent.glob("segment-*"):
-            # Others may be about to name what they have just written.
-            if file not in kept and time.time() - file.stat().st_mtime > _UNUSED_AFTER_S:
-                file.unlink(missing_ok=True)
+            # Others may be about to name what they have just written, or have named or deleted it since.
+            with suppress(FileNotFoundError):
+                if file not in kept and time.time() - file.stat().st_mtime > _UNUSED_AFTER_S:
+                    file.unlink()
 
     def load(self, path: str | os.PathLike[str]) -> str:
         """Replaces the index by a saved one and returns its state; see :meth:`FaissIndex.load`."""

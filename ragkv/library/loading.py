@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -141,8 +141,9 @@ class Sample:
 def _folder(beside: Path) -> Iterator[Path]:
     """A folder on the disk of another one, for a moment. What a killed process has left goes."""
     for left in beside.glob(f"{_FOLDER}*"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process may be done with its own
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
     made = tempfile.mkdtemp(prefix=_FOLDER, dir=beside)
     try:
         yield Path(made)

@@ -129,6 +129,15 @@ def test_files_of_nobody_go_and_lost_ones_are_noticed(pair, tmp_path, caplog):
         SegmentedIndex(D, tmp_path).load(tmp_path / "index")
 
 
+def test_files_that_another_process_deletes_meanwhile(pair, tmp_path, monkeypatch):
+    """What a listing still named when an index was saved, as the unfinished file of another one."""
+    index, _ = pair
+    glob = type(tmp_path).glob
+    monkeypatch.setattr(type(tmp_path), "glob", lambda self, what: [*glob(self, what), self / "segment-1.tmp"])
+    index.save(tmp_path / "index", "state")
+    assert index.load(tmp_path / "index") == "state"
+
+
 @pytest.mark.parametrize("share", np.linspace(0, 0.999, 40).tolist())
 def test_damage_is_found_when_it_is_read(pair, tmp_path, vectors, share):
     index, _ = pair
