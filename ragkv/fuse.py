@@ -30,6 +30,7 @@ from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
+from ragkv.model.rows import Rows
 from ragkv.model.steps import Meeting
 from ragkv.past import Past
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
@@ -63,7 +64,7 @@ def fuse(
         NonFiniteError: the logits are NaN or infinite, where they are on the CPU.
     """
     with ExitStack() as stack:
-        one = _Fusing(documents, layout, method, room_tokens, begin, stack, past)
+        one = _Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
         layout = one.paths.layout
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
@@ -142,6 +143,7 @@ class _Fusing(Looking):
         begin: float,
         stack: ExitStack,
         past: Past | None,
+        meeting: Meeting | None,
     ):
         self.reader = documents.reader
         if past is not None and past.fingerprint != self.reader.fingerprint:
@@ -152,7 +154,7 @@ class _Fusing(Looking):
         self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
-        self._documents, self._stack = documents, stack
+        self._documents, self._stack, self._meeting = documents, stack, meeting
         self._measured, self._attended = Measured.by(method), method.needs_attended
         self._keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
 
@@ -198,6 +200,12 @@ class _Fusing(Looking):
                 append(self.cache, paths.get(key))
             self.known += stop - start
             at = stop
+
+    def look(self, rows: Rows) -> None:
+        """See :meth:`ragkv.fusion.looking.Looking.look`."""
+        meeting = self._meeting
+        with nullcontext() if meeting is None else meeting.seat(self.reader.steps, last=False) as seat:
+            self.reader.forward(rows, seat)
 
     def sensitivity(self) -> list[Tensor | None]:
         """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
