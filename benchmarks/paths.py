@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ragkv import RAG, CacheCraft, FullPrefill, Method, SensitiveTokens, TieredStore
+from ragkv import RAG, CacheCraft, FullPrefill, Method, RelevantTokens, SensitiveTokens, TieredStore
 from ragkv.bundled import CASES_PATH, foreign
 from ragkv.closeness import divergence
 from ragkv.evaluation import read_cases
@@ -37,6 +37,9 @@ ARMS: dict[str, tuple[Method, bool, str]] = {
     KEPT: (SensitiveTokens(0.1), True, "document"),
     ORDERED: (SensitiveTokens(0.1), True, "cache"),
     EXACT: (FullPrefill(), True, "cache"),
+    "RelevantTokens(0.1), chunks alone": (RelevantTokens(0.1), False, "document"),
+    "RelevantTokens(0.1), paths": (RelevantTokens(0.1), True, "document"),
+    "RelevantTokens(0.1), paths, order='cache'": (RelevantTokens(0.1), True, "cache"),
     **{f"CacheCraft({alpha}), paths": (CacheCraft(alpha), True, "document") for alpha in (0.2, 0.5, 1.0)},
     "CacheCraft(0.5), paths, order='cache'": (CacheCraft(0.5), True, "cache"),
     "CacheCraft(0.5), chunks alone": (CacheCraft(0.5), False, "document"),
