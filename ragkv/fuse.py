@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.timing import Timer, clock
-from ragkv.fusion.view import Selection, Variant, View
+from ragkv.fusion.view import Looks, Selection, Variant, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.attention import Seen
@@ -34,6 +35,7 @@ from ragkv.model.steps import Meeting
 from ragkv.past import Past
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
 from ragkv.store import Batch, Rates
+from ragkv.store.source import Asking
 
 
 @torch.no_grad()
@@ -130,7 +132,31 @@ def fuse(
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
-class _Fusing(Looking):
+def to_load(documents: Documents, layout: Layout, method: Method) -> list[bytes]:
+    """The keys of what a prompt would load, wherever that lies."""
+    keys = [documents.key(placed.chunk) for placed in layout.chunks]
+    spared = method.spares(View(layout, 0, cast(Looks, _Places(documents, layout, keys))))
+    return [key for number, key in enumerate(keys) if number not in spared]
+
+
+class _Places:
+    """Where a prompt's chunks lie."""
+
+    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes]):
+        self._documents, self._layout, self._keys = documents, layout, keys
+
+    def rates(self) -> Rates | None:
+        """See :meth:`ragkv.fusion.view.Looks.rates`."""
+        return known_rates(self._documents)
+
+    def tiers(self) -> list[str | None]:
+        """See :meth:`ragkv.fusion.view.Looks.tiers`."""
+        moved, places = moved_for_this(), self._documents.store.where(self._keys)
+        chunks = zip(self._layout.chunks, self._keys, strict=True)
+        return ["cpu" if p.path else moved[key].tier if key in moved else places.get(key) for p, key in chunks]
+
+
+class _Fusing(Looking, _Places):
     """What one prompt needs, opened when it is first asked for; answers its view's questions."""
 
     def __init__(
@@ -148,13 +174,16 @@ class _Fusing(Looking):
             raise ModelChangedError("the model's weights, adapter or attention have changed since the answer before")
         paths = documents.paths
         self.paths = Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
-        super().__init__(self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
+        Looking.__init__(self, self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
         self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
-        self._documents, self._stack = documents, stack
-        self._measured, self._attended = Measured.by(method), method.needs_attended
-        self._keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
+        self._stack = stack
+        self._measured, self._attended, self._looks = Measured.by(method), method.needs_attended, method.looks
+        _Places.__init__(
+            self, documents, self._layout, [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
+        )
+        self._asking, self._spared = Asking(), frozenset[int]()
 
     @property
     def opened(self) -> bool:
@@ -165,13 +194,14 @@ class _Fusing(Looking):
     def placement(self) -> Placement:
         """The prompt's chunks, open in the store; those that are missing are read now."""
         stored = [
-            (placed.chunk, key)
-            for placed, key in zip(self._layout.chunks, self._keys, strict=True)
+            (number, placed.chunk, key)
+            for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True))
             if not (placed.path and placed.exact)
         ]
-        chunks = {key: chunk for chunk, key in stored}
+        chunks = {key: chunk for number, chunk, key in stored if number not in self._spared}
         with self.timer.stage("place"):
-            batch = self._stack.enter_context(self._documents.store.read(list(chunks), moved_for_this()))
+            store, moved = self._documents.store, moved_for_this()
+            batch = self._stack.enter_context(store.read(list(chunks), moved, self._asking))
             lost, known = self._lost(chunks, batch), self.paths.kv()
         items = []
         if lost:
@@ -180,7 +210,8 @@ class _Fusing(Looking):
                 self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
         self._open(known)
-        return Placement(self.decoder, self.cache, self._layout, batch, dict(stored), fresh, self.timer, paths=known)
+        keys = {chunk: key for _, chunk, key in stored}
+        return Placement(self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer, paths=known)
 
     def _open(self, paths: dict[bytes, ChunkKV]) -> None:
         """Put what stands in front of the chunks into the cache: what is known, and what has to be computed."""
@@ -199,14 +230,28 @@ class _Fusing(Looking):
             self.known += stop - start
             at = stop
 
+    def open(self, without: frozenset[int], limit_s: float) -> frozenset[int]:
+        """See :meth:`ragkv.fusion.view.Looks.open`. Where the method looks at them all, all are opened."""
+        if self._looks or self.opened:
+            return without
+        self._asking, self._spared = Asking(limit_s), without
+        self.placement.spare(without)
+        late = {number for number, key in enumerate(self._keys) if key in self._asking.late} - without
+        self.placement.spare(late, "late")
+        self._spared |= late
+        return self._spared
+
     def sensitivity(self) -> list[Tensor | None]:
         """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
         batch, fresh = self.placement.batch, self.placement.fresh
         known: dict[bytes, Tensor | None] = dict(zip(batch.keys, batch.sensitivities, strict=True))
         known |= {key: kv.sensitivity for key, kv in fresh.items()}
         chunks = zip(self._layout.chunks, self._keys, strict=True)
-        # What is exact under its path is sensitive to nothing.
-        return [torch.zeros(len(p.chunk)) if p.path and p.exact else known[key] for p, key in chunks]
+        # What is exact under its path is sensitive to nothing; what is computed anyway need not be known.
+        return [
+            torch.zeros(len(placed.chunk)) if (placed.path and placed.exact) or number in self._spared else known[key]
+            for number, (placed, key) in enumerate(chunks)
+        ]
 
     def variants(self) -> list[list[Variant]]:
         """See :meth:`ragkv.fusion.view.Looks.variants`."""
@@ -216,7 +261,8 @@ class _Fusing(Looking):
         kept = [] if paths is None else paths.variants(self._documents, self.reader, self.paths)
         found = list[list[Variant]]()
         for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True)):
-            own = Attended.nothing(len(placed.chunk)) if placed.path and placed.exact else known[key]
+            exact = (placed.path and placed.exact) or number in self._spared
+            own = Attended.nothing(len(placed.chunk)) if exact else known[key]
             if own is None:
                 raise MethodError(
                     "what some chunks attend to was not measured: set needs_attended = True in the method that asks for it"
@@ -260,16 +306,6 @@ class _Fusing(Looking):
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
         return self.reader.check_layer
 
-    def rates(self) -> Rates | None:
-        """See :meth:`ragkv.fusion.view.Looks.rates`."""
-        return known_rates(self._documents)
-
-    def tiers(self) -> list[str | None]:
-        """See :meth:`ragkv.fusion.view.Looks.tiers`."""
-        moved, places = moved_for_this(), self._documents.store.where(self._keys)
-        chunks = zip(self._layout.chunks, self._keys, strict=True)
-        return ["cpu" if p.path else moved[key].tier if key in moved else places.get(key) for p, key in chunks]
-
     def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:
         """The chunks that the store does not hold, or not with the sensitivity that is needed.
 
@@ -279,6 +315,8 @@ class _Fusing(Looking):
         anchor = len(self.reader.anchor_ids)
         found = zip(batch.tiers, batch.bases, batch.lengths, strict=True)
         for index, ((key, chunk), (tier, base, tokens)) in enumerate(zip(chunks.items(), found, strict=True)):
+            if key in self._asking.late:
+                continue
             intact = tier is not None and (base, tokens) == (anchor + chunk.offset, len(chunk))
             if tier is not None and not intact and chunk.lineage() is None:
                 raise PromptError(

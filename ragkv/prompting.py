@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from ragkv.calibration.kept import resolved
 from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError, instance
-from ragkv.fuse import fuse
+from ragkv.fuse import fuse, to_load
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.gate import Guard
 from ragkv.library.documents import Documents
@@ -271,6 +271,9 @@ class Prompting:
             held = sum(len(placed.chunk) for placed, key in zip(layout.chunks, names, strict=True) if key in there)
             return held + (0 if layout.held else layout.opening)
 
+        def prefetch() -> None:
+            store.prefetch(to_load(documents, layout, resolved(request.method, documents, plan.begins)))
+
         return Ticket(
             documents.namespace,
             layout.tokens - layout.held,
@@ -282,7 +285,7 @@ class Prompting:
             stop=request.stop,
             closing=self._closing,
             stored=stored,
-            prefetch=lambda: store.prefetch(keys()),
+            prefetch=prefetch,
         )
 
     def _taken(self, plan: _Plan) -> FusedPrompt | None:

@@ -22,7 +22,7 @@ class Loading(NamedTuple):
     Attributes:
         bytes_per_s: of the KV as the tier keeps them.
         token_bytes: that a token's KV take there.
-        start_s: seconds that a prompt takes besides.
+        start_s: seconds that a prompt takes besides; over a network until it is known what is there, which everything waits for.
         beside: they come while a processor computes too, over a network; placing them, as from memory, is not in the rate then.
     """
 
@@ -98,7 +98,8 @@ class Rates:
         here_s = self.load_s({tier: count for tier, count in tokens.items() if tier not in away})
         if _MEMORY in self.tiers:
             here_s += self.tiers[_MEMORY].seconds(sum(away.values()))
-        return here_s + max(self.load_s(away), front_s) + compute_s - front_s
+        start_s = sum(self.tiers[tier].start_s for tier, count in away.items() if count)
+        return here_s + start_s + max(self.load_s(away) - start_s, front_s) + compute_s - front_s
 
 
 def loading_to_bytes(tiers: Mapping[str, Loading]) -> bytes:

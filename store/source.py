@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,6 +34,19 @@ class Progress(NamedTuple):
 
 # K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
 Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How whoever reads asks for what comes over a network.
+
+    Attributes:
+        limit_s: so much longer than lately it may take until it is known what is there.
+        late: is told the keys of which that was not known in time; they are no misses.
+    """
+
+    limit_s: float = inf
+    late: set[bytes] = field(default_factory=set)
 
 
 class Source(ABC):

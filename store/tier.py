@@ -14,7 +14,7 @@ from ragkv.store.policy import Usage
 from ragkv.store.rates import Loading
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import PoolStats
 from ragkv.store.terms import Terms
 
@@ -67,6 +67,10 @@ class Tier(ABC):
     @abstractmethod
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """Opens those of the chunks that are here, in one state of the tier; each must be released. No use is counted."""
+
+    def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
+        """As :meth:`find`, by whoever does not wait for ever: for tiers that a network lies in front of."""
+        return self.find(keys)
 
     @abstractmethod
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:

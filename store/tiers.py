@@ -19,7 +19,7 @@ from ragkv.store.batch import Batch
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.rows import Row
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Checks, Moved, StoreStats, Tally
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Tier
@@ -113,7 +113,7 @@ class Tiers:
         """Whether a chunk is not in memory."""
         return all(tier.missing([key]) for tier in self.tiers if tier.volatile)
 
-    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved]) -> Batch:
+    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved], asking: Asking) -> Batch:
         """Opens a batch: nothing of it is evicted until it says so with :meth:`release`.
 
         ``moved`` is what :meth:`load` was told to fill for it.
@@ -122,7 +122,7 @@ class Tiers:
         with self.lock:
             self.leases.update(keys)
         try:
-            sources = self.find(keys, used=True)
+            sources = self.find(keys, used=True, asking=asking)
         except BaseException:
             self.release(keys)
             raise
@@ -184,12 +184,13 @@ class Tiers:
                 wanted = missing
         return places
 
-    def find(self, keys: Collection[bytes], used: bool) -> dict[bytes, Source]:
+    def find(self, keys: Collection[bytes], used: bool, asking: Asking | None = None) -> dict[bytes, Source]:
         """Opens chunks, each in the first tier that has it.
 
         Args:
             keys: which.
             used: count a use of each.
+            asking: how it is asked for what comes over a network.
         """
         self._catch_up()
         wanted = list(dict.fromkeys(keys))
@@ -198,7 +199,7 @@ class Tiers:
             for tier in self.tiers:
                 if wanted:
                     with self._spared(tier):
-                        sources |= tier.find(wanted)
+                        sources |= tier.find(wanted) if asking is None else tier.find_away(wanted, asking)
                     wanted = [key for key in wanted if key not in sources]
             for tier in self.tiers if used and sources else ():
                 with self._spared(tier):

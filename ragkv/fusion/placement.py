@@ -152,7 +152,7 @@ class Placement:
         """Leave out chunks, by their numbers in the prompt: a pass computes them whole. Nothing of them is loaded from here on."""
         if self._done or not numbers:  # what was looked at is placed already
             return
-        self._spared |= {self._layout.chunks[number].start: why for number in numbers}
+        self._spared = {self._layout.chunks[number].start: why for number in numbers} | self._spared
         needed = {key for _, key in self._to_place}
         for key, index in self._index.items():
             if key not in needed:

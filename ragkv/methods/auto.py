@@ -13,7 +13,7 @@ from ragkv.methods.base import Method
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
-from ragkv.methods.weighing import weighed
+from ragkv.methods.weighing import patience_s, weighed
 from ragkv.store import Rates
 
 
@@ -64,17 +64,25 @@ class Auto(Method):
         """What the method for this prompt selects; it also decides further."""
         picked, rates = self._picked(view.layout), self.rates or view.rates
         found = None if rates is None or isinstance(picked, FullPrefill) else weighed(picked, view, rates)
-        if found is None:
-            return replace(Selection.of(picked.select(view), picked), rates=rates)
-        method = found.method or FullPrefill()
-        chosen = Selection.of(method.select(view), method)
-        chosen = replace(chosen, why=found.why, rates=rates, reckoned=found.reckoned)
-        if not found.name:
+        method = picked if found is None else found.method or FullPrefill()
+        if rates is not None and not isinstance(method, FullPrefill):
+            view.open(frozenset() if found is None else found.computed, patience_s(method, view, rates))
+        chosen = replace(Selection.of(method.select(view), method), rates=rates)
+        if found is not None:
+            name = f"{chosen.name}, and {found.name}" if found.name else chosen.name
+            chosen = replace(chosen, why=found.why, reckoned=found.reckoned, name=name)
+        if not view.spared:
             return chosen
-        tokens = torch.cat(
-            [chosen.tokens, view.layout.span(*(view.layout.chunks[number] for number in found.computed))]
-        )
-        return replace(chosen, tokens=tokens, name=f"{chosen.name}, and {found.name}")
+        spared = view.layout.span(*(view.layout.chunks[number] for number in view.spared))
+        return replace(chosen, tokens=torch.cat([chosen.tokens, spared]))
+
+    def spares(self, view: View) -> frozenset[int]:
+        """Those that are slower to load than to compute."""
+        picked, rates = self._picked(view.layout), self.rates or view.rates
+        if isinstance(picked, FullPrefill):
+            return picked.spares(view)
+        found = None if rates is None else weighed(picked, view, rates)
+        return picked.spares(view) if found is None else found.computed
 
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):

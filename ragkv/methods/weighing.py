@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from math import inf
 from typing import Any, NamedTuple, cast
 
 from ragkv.fusion.view import View
@@ -19,6 +20,8 @@ from ragkv.store import Rates
 
 #: Computing what is stored has to save more than this share of the time.
 _WORTH = 0.05
+#: A pool may take this share of the time that computing a prompt takes, and be given up.
+_SLACK = 0.03
 #: How many numbers of chunks to compute are weighed, about.
 _STEPS = 32
 
@@ -37,6 +40,12 @@ class Way(NamedTuple):
     load_s: float
     compute_s: float
     prompt_s: float
+
+
+def patience_s(method: Method, view: View, rates: Rates) -> float:
+    """How much longer than lately a prompt waits for a pool to say what it has, before it computes that."""
+    layout = view.layout
+    return inf if method.looks else _SLACK * rates.compute_s(layout.tokens - layout.held, layout.held)
 
 
 class Weighed(NamedTuple):

@@ -13,7 +13,6 @@ from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 
 _AT_ONCE = 256
-_HEADER_BYTES = 16 << 10  # about
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Pruner:
     def _old(self, keys: Sequence[bytes]) -> tuple[dict[bytes, bytes], int, int]:
         """Those that are old enough, with their objects' ids; how many are not, and how many cannot be read."""
         old, young, unreadable, now = dict[bytes, bytes](), 0, 0, time.time()
-        for key, head in self._records.heads(keys, _HEADER_BYTES).items():
+        for key, head in self._records.heads(keys).items():
             try:
                 opened, _ = self._records.open(key, head)
             except (RecordError, ForeignError):

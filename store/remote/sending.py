@@ -17,8 +17,6 @@ from ragkv.store.remote.records import Records
 from ragkv.store.remote.uploads import Done
 from ragkv.store.tier import Tier
 
-_HEADER_BYTES = 16 << 10  # about
-
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
 
@@ -93,7 +91,7 @@ class Sender:
 
     def _there(self, key: bytes, lifetime_s: float) -> bool:
         """Whether the pool has a chunk for long enough, or in its place an object that is not ours to replace."""
-        heads = self._records.heads([key], _HEADER_BYTES)
+        heads = self._records.heads([key])
         try:
             if not heads:
                 return False

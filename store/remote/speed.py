@@ -24,13 +24,23 @@ class Speed:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
         self._last: tuple[float, Loading] | None = None
+        self._start: tuple[float, float] | None = None
 
     @property
     def loading(self) -> Loading | None:
         """As the last chunks came; None where none did lately."""
         if self._last is None or self.now() - self._last[0] > _KNOWN_S:
             return None
-        return self._last[1]
+        return self._last[1]._replace(start_s=self.start_s)
+
+    @property
+    def start_s(self) -> float:
+        """Seconds until it was last known what is there; 0 where nobody asked lately."""
+        return self._start[1] if self._start is not None and self.now() - self._start[0] <= _KNOWN_S else 0.0
+
+    def started(self, seconds: float) -> None:
+        """It took so long until it was known what is there."""
+        self._start = self.now(), seconds
 
     def saw(self, size: int, seconds: float, token_bytes: float) -> None:
         """So many bytes came in so many seconds, or no more."""

@@ -16,6 +16,7 @@ from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, sha
 from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
+from ragkv.store.remote.heads import Heads
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
@@ -27,7 +28,7 @@ from ragkv.store.remote.source import Fetch, Reading, RemoteSource
 from ragkv.store.remote.speed import Speed
 from ragkv.store.remote.uploads import Uploads
 from ragkv.store.rows import Row
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import PoolStats
 from ragkv.store.tier import Offer, Tier
 
@@ -101,6 +102,7 @@ class RemoteTier(Tier):
         self._range_bytes = range_bytes
         self._breaker = Breaker()
         self._speed = Speed()
+        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._sending = uploads
         # What was read lately: on what terms it is kept, and its object's id.
@@ -138,6 +140,10 @@ class RemoteTier(Tier):
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
+        return self.find_away(keys, Asking())
+
+    def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
+        """See :class:`Tier`."""
         likely = self._likely(keys, self._listed)
         found: dict[bytes, Source] = {}
         for key in likely:
@@ -146,7 +152,7 @@ class RemoteTier(Tier):
                 found[key] = RemoteSource(self.name, reading)
         likely = [key for key in likely if key not in found]
         with self._asking(likely) as may:
-            heads = self._records.heads(likely) if may else {}
+            heads, late = self._heads.read(likely, asking.limit_s) if may else ({}, set[bytes]())
             fetch = Fetch(self._pool, self._lose, self._speed, self._count_late)
             for key, head in heads.items():
                 opened = self._open(key, head)
@@ -155,9 +161,12 @@ class RemoteTier(Tier):
                     reading.join()
                     found[key] = RemoteSource(self.name, reading)
             if may:
-                self._manifest.note(set(likely) - heads.keys(), False)
-        while len(self._seen) > _MOST_KNOWN:
-            self._seen.pop(next(iter(self._seen)), None)
+                self._manifest.note(set(likely) - heads.keys() - late, False)
+                self._counts["late"] += len(late)
+                asking.late.update(late)
+        for known in (self._seen, self._avoided):
+            while len(known) > _MOST_KNOWN:
+                known.pop(next(iter(known)), None)
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -169,7 +178,9 @@ class RemoteTier(Tier):
                 there.update(likely)
                 continue
             with self._asking(likely) as may:
-                there.update(self._records.which(likely) if may else ())
+                if may:
+                    there.update(self._records.which(likely))
+                    self._breaker.succeeded()
         return [key for key in keys if key not in there]
 
     def row(self, key: bytes) -> Row | None:
@@ -296,6 +307,7 @@ class RemoteTier(Tier):
         self._counts.clear()
         self._off = not self._pool.forks
         self._breaker = Breaker()
+        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
         self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
@@ -335,9 +347,6 @@ class RemoteTier(Tier):
             yield may
         except PoolError as error:
             self._unanswered(error)
-        else:
-            if may:
-                self._breaker.succeeded()
 
     def _unanswered(self, error: PoolError) -> None:
         self._counts["unanswered"] += 1

@@ -105,6 +105,7 @@ def test_a_namespace_has_nothing_of_another_in_the_pool(machine, parts):
 
 def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads, monkeypatch):
     """Whoever has measured the machine; a pool that nobody has read from lately is read from."""
+    monkeypatch.setattr("ragkv.methods.auto.patience_s", lambda *_: 10.0)
     monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
     monkeypatch.setattr(
         Course, "_meanwhile", lambda *_: (0, math.inf)
