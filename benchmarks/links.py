@@ -15,7 +15,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -178,7 +178,10 @@ class Looks:
         self._layout, self._rates, self._tier, self._link, self.start_s = layout, rates, tier, link, start_s
         self.opened, self.late = False, 0
 
-    def open(self, without: frozenset[int], limit_s: float) -> frozenset[int]:
+    def elapsed_s(self) -> float:
+        return self._link.now
+
+    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
         """The headers come first, and are waited for, as :class:`ragkv.store.remote.heads.Heads` does."""
         link, begin, self.opened = self._link, self._link.now, True
         asked = {n: link.ask(HEAD_BYTES) for n in range(len(self._layout.chunks)) if n not in without}
@@ -234,7 +237,7 @@ def simulate(
     loaded = [] if work.first_stored else [number for number in range(len(layout.chunks)) if number not in work.whole]
     if loaded and not looks.opened:
         try:
-            looks.open(work.whole, math.inf)
+            looks.open(work.whole, math.inf, {})
         except TimeoutError:
             return Ran(math.inf, selection.name, 0, None, 0.0)
     coming = Simulated(link, layout, rates, loaded, token_bytes, known)

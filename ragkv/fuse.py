@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
+from time import perf_counter
 from typing import cast
 
 import torch
@@ -34,8 +36,7 @@ from ragkv.model.inspection import non_finite
 from ragkv.model.steps import Meeting
 from ragkv.past import Past
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
-from ragkv.store import Batch, Rates
-from ragkv.store.source import Asking
+from ragkv.store import Asking, Batch, Rates
 
 
 @torch.no_grad()
@@ -97,6 +98,7 @@ def fuse(
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
         moved = moved_for_this()
         sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
+        levels = one.placement.levels() if one.opened else [""] * len(layout.chunks)
         late = sources.count("late")
         report = FusionReport(
             method=selection.name,
@@ -114,9 +116,15 @@ def fuse(
             sources=sources,
             chunks=[
                 ChunkReport(
-                    placed.chunk.name, placed.chunk.document, placed.chunk.number, len(placed.chunk), source, saved
+                    name=placed.chunk.name,
+                    document=placed.chunk.document,
+                    number=placed.chunk.number,
+                    tokens=len(placed.chunk),
+                    source=source,
+                    saved=saved,
+                    level=level,
                 )
-                for placed, source, saved in zip(layout.chunks, sources, work.saved, strict=True)
+                for placed, source, saved, level in zip(layout.chunks, sources, work.saved, levels, strict=True)
             ],
             bytes_read=one.paths.bytes_read + (one.placement.bytes_read(moved) if one.opened else 0),
             budget=done.budget,
@@ -147,7 +155,15 @@ class _Places:
 
     def rates(self) -> Rates | None:
         """See :meth:`ragkv.fusion.view.Looks.rates`."""
-        return known_rates(self._documents)
+        rates = known_rates(self._documents)
+        if rates is None or self._documents.paths is None:
+            return rates
+        # What is kept of a path is exact, and so must be what it was computed behind.
+        return replace(rates, tiers={name: tier._replace(levels=()) for name, tier in rates.tiers.items()})
+
+    def elapsed_s(self) -> float:
+        """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
+        return 0.0
 
     def tiers(self) -> list[str | None]:
         """See :meth:`ragkv.fusion.view.Looks.tiers`."""
@@ -180,6 +196,7 @@ class _Fusing(Looking, _Places):
         self.timer = Timer(clock(devices), begin)
         self._stack = stack
         self._measured, self._attended, self._looks = Measured.by(method), method.needs_attended, method.looks
+        self._begin = begin
         _Places.__init__(
             self, documents, self._layout, [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
         )
@@ -230,11 +247,19 @@ class _Fusing(Looking, _Places):
             self.known += stop - start
             at = stop
 
-    def open(self, without: frozenset[int], limit_s: float) -> frozenset[int]:
+    def elapsed_s(self) -> float:
+        """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
+        return perf_counter() - self._begin
+
+    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
         """See :meth:`ragkv.fusion.view.Looks.open`. Where the method looks at them all, all are opened."""
         if self._looks or self.opened:
             return without
-        self._asking, self._spared = Asking(limit_s), without
+        keys = self._keys if self._documents.paths is None else ()  # what is kept of a path is exact
+        self._asking = Asking(
+            limit_s, levels={key: levels[number] for number, key in enumerate(keys) if number in levels}
+        )
+        self._spared = without
         self.placement.spare(without)
         late = {number for number, key in enumerate(self._keys) if key in self._asking.late} - without
         self.placement.spare(late, "late")

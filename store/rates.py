@@ -16,6 +16,20 @@ PAGE_CACHE = "page cache"
 _MEMORY = "cpu"
 
 
+class LevelRate(NamedTuple):
+    """What a chunk takes at a lossy level of a pool.
+
+    Attributes:
+        name: the level's.
+        token_bytes: that a token's KV take there.
+        token_s: seconds that decoding one takes.
+    """
+
+    name: str
+    token_bytes: float
+    token_s: float = 0.0
+
+
 class Loading(NamedTuple):
     """How fast KV get from a tier to their places in a prompt: read, decoded, rotated.
 
@@ -24,14 +38,16 @@ class Loading(NamedTuple):
         token_bytes: that a token's KV take there.
         start_s: seconds that a prompt takes besides; over a network until it is known what is there, which everything waits for.
         beside: they come while a processor computes too, over a network; placing them, as from memory, is not in the rate then.
+        levels: at which it holds them besides, best first.
     """
 
     bytes_per_s: float
     token_bytes: float
     start_s: float = 0.0
     beside: bool = False
+    levels: tuple[LevelRate, ...] = ()
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: float) -> float:
         """For so many tokens; 0 for none."""
         return self.start_s + tokens * self.token_bytes / self.bytes_per_s if tokens else 0.0
 
@@ -73,7 +89,7 @@ class Rates:
         whole, rest = divmod(tokens, document_tokens)
         return whole * self.compute_s(document_tokens) + self.compute_s(rest)
 
-    def load_s(self, tokens: Mapping[str, int]) -> float:
+    def load_s(self, tokens: Mapping[str, float]) -> float:
         """Seconds that loading takes, of so many tokens from each tier.
 
         Raises:
@@ -81,7 +97,7 @@ class Rates:
         """
         return sum(self.tiers[tier].seconds(count) for tier, count in tokens.items())
 
-    def prompt_s(self, tokens: Mapping[str, int], compute_s: float, front_s: float = 0.0) -> float:
+    def prompt_s(self, tokens: Mapping[str, float], compute_s: float, front_s: float = 0.0) -> float:
         """Seconds until so many tokens from each tier are loaded, and all is computed.
 
         Args:

@@ -103,7 +103,7 @@ class Tiers:
                         read += moved[key].bytes_read
                     self.finish(key, source)
                 except RecordError as error:
-                    self.drop_damaged(key, source.tier, error)
+                    self.drop_damaged(key, source, error)
                 finally:
                     source.release()
         self.count_load(read, perf_counter() - started)
@@ -211,7 +211,9 @@ class Tiers:
         return sources
 
     def finish(self, key: bytes, source: Source) -> None:
-        """A batch is done with a chunk: the tiers above keep it if it is worth that."""
+        """A batch is done with a chunk: the tiers above keep it if it is worth that, but for what is held at a lossy level."""
+        if source.level:
+            return
         origin = self.named[source.tier]
         above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
@@ -237,12 +239,13 @@ class Tiers:
             raise failures[0]
         return len(removed)
 
-    def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
+    def drop_damaged(self, key: bytes, source: Source, error: RecordError) -> None:
         """Forgets a record that could not be read from a tier, so that its next read there is a miss."""
-        logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier, str(error))
+        tier = self.named[source.tier]
+        logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier.name, str(error))
         self._forget_above([key])
-        with self._spared(self.named[tier]):
-            self.named[tier].damaged(key)
+        with self._spared(tier):
+            tier.damaged(source.key or key)
 
     def count_load(self, count: int, seconds: float) -> None:
         """Counts bytes read from disk, and the time that it took."""

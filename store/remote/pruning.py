@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ragkv.errors import RecordError
 from ragkv.store.remote.envelope import ForeignError
+from ragkv.store.remote.levels import with_levels
 from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 
@@ -92,7 +93,7 @@ class Pruner:
         """Finds out what is needed. What is published meanwhile shows in the ids, which are taken before."""
         if self._publications is not None:
             self._ids = self._publications.ids()
-            self._needed = self._publications.keys()
+            self._needed = with_levels(self._publications.keys())
 
     def _old(self, keys: Sequence[bytes]) -> tuple[dict[bytes, bytes], int, int]:
         """Those that are old enough, with their objects' ids; how many are not, and how many cannot be read."""

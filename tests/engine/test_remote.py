@@ -122,7 +122,7 @@ def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads,
     assert seen.bytes_per_s > 0 and seen.token_bytes == two.store.loading()["remote"].token_bytes > 100
     for bytes_per_s, source in ((1.0, "unused"), (1e15, "remote")):  # a modem, and no limit
         tier = two.store._tiers.behind[0]
-        tier._speed._last = tier._speed.now(), seen._replace(bytes_per_s=bytes_per_s)
+        tier._speed._last = tier._speed.now(), bytes_per_s
         monkeypatch.setattr(two.store, "where", lambda keys: dict.fromkeys(keys, "remote"))
         report = two.fuse([document[1], document[0]], QUESTION, method="auto").report
         assert "from remote are loaded in" in report.why

@@ -126,7 +126,7 @@ def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, re
     computed = set(prompt.recomputed.tolist())
     assert set(range(3, 3 + 123)) <= computed and not set(range(126, 249)) <= computed
     monkeypatch.setattr(Placement, "spare", lambda *_: None)
-    monkeypatch.setattr("ragkv.fuse._Fusing.open", lambda self, without, limit_s: without)
+    monkeypatch.setattr("ragkv.fuse._Fusing.open", lambda self, without, *_: without)
     loaded = engine.fuse(chunks, QUESTION, method=method)
     assert loaded.report.bytes_read > 0
     assert torch.equal(loaded.recomputed, prompt.recomputed) and torch.equal(loaded.logits, prompt.logits)

@@ -109,7 +109,7 @@ def test_on_time_it_is_no_slower_than_it_was(stalled, key):
     """What is computed meanwhile because that is faster anyway says nothing about the pool."""
     store, _, _ = stalled
     speed = store._tiers.behind[0]._speed
-    speed.saw(1, 1e3, 8.0)  # an hour for what is asked for
+    speed.sized("", 768.0), speed.saw(1, 1e3)  # an hour for what is asked for
     known = store.loading()["remote"]
     with store.read([key(0), key(1)]) as batch:
         batch.begin()
