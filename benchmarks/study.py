@@ -5,7 +5,7 @@
 
 DATA holds `hotpotqa_dev*`, `2wikimultihopqa_dev*`, `musique_dev*`, `xquad.en*` and `unnamed*` (made by benchmarks/unnamed.py);
 sets that are not there are left out. Stop and start it at will: it goes on where it was, and `--tables` sums up what there is,
-also while it runs. A set is asked in stages: KL of all arms without answers for 10 cases, answers of the main arms for 20 and 60, then more of both.
+also while it runs. A set is asked in stages: KL of all arms for 10 cases, answers of the main arms for 20 and 60, more of both.
 """
 
 from __future__ import annotations

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,20 +19,21 @@ from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.timing import Timer, clock
-from ragkv.fusion.view import Looks, Selection, Variant, View
+from ragkv.fusion.view import Selection, Variant, View
 from ragkv.kernels import implementation
 from ragkv.lazy import lazy
 from ragkv.library.attention import Seen
 from ragkv.library.documents import Documents
 from ragkv.library.measured import Measured
 from ragkv.library.pieces import Known
-from ragkv.library.rates import known_rates
 from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
+from ragkv.model.rows import Rows
 from ragkv.model.steps import Meeting
 from ragkv.past import Past
+from ragkv.places import Places
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
 from ragkv.store import Asking, Batch, Rates
 
@@ -66,7 +65,7 @@ def fuse(
         NonFiniteError: the logits are NaN or infinite, where they are on the CPU.
     """
     with ExitStack() as stack:
-        one = _Fusing(documents, layout, method, room_tokens, begin, stack, past)
+        one = _Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
         layout = one.paths.layout
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
@@ -140,39 +139,7 @@ def fuse(
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
-def to_load(documents: Documents, layout: Layout, method: Method) -> list[bytes]:
-    """The keys of what a prompt would load, wherever that lies."""
-    keys = [documents.key(placed.chunk) for placed in layout.chunks]
-    spared = method.spares(View(layout, 0, cast(Looks, _Places(documents, layout, keys))))
-    return [key for number, key in enumerate(keys) if number not in spared]
-
-
-class _Places:
-    """Where a prompt's chunks lie."""
-
-    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes]):
-        self._documents, self._layout, self._keys = documents, layout, keys
-
-    def rates(self) -> Rates | None:
-        """See :meth:`ragkv.fusion.view.Looks.rates`."""
-        rates = known_rates(self._documents)
-        if rates is None or self._documents.paths is None:
-            return rates
-        # What is kept of a path is exact, and so must be what it was computed behind.
-        return replace(rates, tiers={name: tier._replace(levels=()) for name, tier in rates.tiers.items()})
-
-    def elapsed_s(self) -> float:
-        """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
-        return 0.0
-
-    def tiers(self) -> list[str | None]:
-        """See :meth:`ragkv.fusion.view.Looks.tiers`."""
-        moved, places = moved_for_this(), self._documents.store.where(self._keys)
-        chunks = zip(self._layout.chunks, self._keys, strict=True)
-        return ["cpu" if p.path else moved[key].tier if key in moved else places.get(key) for p, key in chunks]
-
-
-class _Fusing(Looking, _Places):
+class _Fusing(Looking, Places):
     """What one prompt needs, opened when it is first asked for; answers its view's questions."""
 
     def __init__(
@@ -184,6 +151,7 @@ class _Fusing(Looking, _Places):
         begin: float,
         stack: ExitStack,
         past: Past | None,
+        meeting: Meeting | None,
     ):
         self.reader = documents.reader
         if past is not None and past.fingerprint != self.reader.fingerprint:
@@ -194,10 +162,10 @@ class _Fusing(Looking, _Places):
         self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
-        self._stack = stack
+        self._stack, self._meeting = stack, meeting
         self._measured, self._attended, self._looks = Measured.by(method), method.needs_attended, method.looks
         self._begin = begin
-        _Places.__init__(
+        Places.__init__(
             self, documents, self._layout, [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
         )
         self._asking, self._spared = Asking(), frozenset[int]()
@@ -265,6 +233,12 @@ class _Fusing(Looking, _Places):
         self.placement.spare(late, "late")
         self._spared |= late
         return self._spared
+
+    def look(self, rows: Rows) -> None:
+        """See :meth:`ragkv.fusion.looking.Looking.look`."""
+        meeting = self._meeting
+        with nullcontext() if meeting is None else meeting.seat(self.reader.steps, last=False) as seat:
+            self.reader.forward(rows, seat)
 
     def sensitivity(self) -> list[Tensor | None]:
         """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""

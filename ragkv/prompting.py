@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from ragkv.calibration.kept import resolved
 from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError, ModelChangedError, PromptTooLongError, RecordError, instance
-from ragkv.fuse import fuse, to_load
+from ragkv.fuse import fuse
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.gate import Guard
 from ragkv.library.documents import Documents
@@ -26,6 +26,7 @@ from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
 from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
+from ragkv.places import to_load
 from ragkv.prompt import Encoder, Text
 from ragkv.report import FusedPrompt
 from ragkv.scheduling.scheduler import Scheduler

@@ -22,8 +22,9 @@ from ragkv.kernels import KernelError, deviation, implementation, question_score
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
-from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
+from ragkv.model.kernel_attention import SpanBuilder, SpanRule, serves, span_rules
 from ragkv.model.masks import for_model
+from ragkv.model.rows import Rows
 
 
 class Driver(Protocol):
@@ -65,6 +66,10 @@ class Looking(ABC):
     def placement(self) -> Placement:
         """Puts the stored chunks into the cache."""
 
+    @abstractmethod
+    def look(self, rows: Rows) -> None:
+        """Run rows of the prompt whose attention is watched, beside whatever else is run."""
+
     def attention(self, queries: str) -> Tensor:
         """The suffix's attention ``[L, R]`` to the chunks as they are stored, see :meth:`ragkv.View.attention`.
 
@@ -77,7 +82,7 @@ class Looking(ABC):
                 "this model's attention is not open to view, so no method that follows the question runs on it"
             )
         self.placement.ahead()
-        with self._driver.turn(), self.placement.beside():
+        with self.placement.beside():
             seen = self._look(rows, [len(rows) - 1 if each == "last" else 0 for each in AVERAGED[queries]])
         if len(seen) != len(decoder.layers):
             raise MethodError(
@@ -124,8 +129,8 @@ class Looking(ABC):
 
     def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
         """From question scores, which the kernel takes on the way."""
-        decoder, seen = self.decoder, list[Tensor]()
-        chunks = slice(self._layout.chunks_start, self._layout.suffix_start)
+        seen, layout = list[Tensor](), self._layout
+        chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
             masses = [
@@ -134,12 +139,11 @@ class Looking(ABC):
             ]
             seen.append(torch.stack(masses).mean(0).to(rows.device) / query.shape[0])
 
-        spans = for_model(SpanBuilder(rules, rows, self._layout.tokens), decoder.config)
-        self.cache.set_length(self._layout.suffix_start)
-        with kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, watch) as ran:
-            decoder.run(self._layout.ids[rows], rows, self.cache, spans)
-        self.looked = ran.replace("selective", "question_scores")
-        return seen
+        self.cache.set_length(layout.suffix_start)
+        asked = Rows(layout.ids[rows], rows, self.cache, SpanBuilder(rules, rows, layout.tokens), wanted=0, watch=watch)
+        self.look(asked)
+        self.looked = asked.attention.replace("selective", "question_scores")
+        return seen[-len(self.decoder.layers) :]  # where a forward failed beside others' rows, it was run again
 
     def _eager(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
         """From the weights that the model's eager attention returns."""
@@ -155,7 +159,7 @@ class Looking(ABC):
         self.cache.set_length(layout.suffix_start)
         hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
         try:
-            with eager_attention(decoder.model, decoder.config):
+            with self._driver.turn(), eager_attention(decoder.model, decoder.config):
                 at, mask = layout.positions[rows], None
                 if not layout.even:
                     mask = for_model(decoder.masks(at, layout.tokens, layout.positions), decoder.config)

@@ -156,8 +156,8 @@ class Paths:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole)
         todo = any(not layout.settles(placed) for placed in layout.chunks)
         rows, mended, front = done.rows.tolist() if todo else [], layout.mended, list[bytes]()
-        everywhere = len(set(done.fresh)) == 1  # not fewer with depth
         exact = done.context is None
+        repairs = exact and len(set(done.fresh)) == 1  # with all in front of them seen, and not fewer with depth
         for number, (placed, piece) in enumerate(zip(layout.chunks, known.chunks, strict=True)):
             mine = rows[bisect_left(rows, placed.start) : bisect_left(rows, placed.stop)]
             front.append(documents.key(placed.chunk, reader.space))
@@ -167,7 +167,7 @@ class Paths:
                 continue
             if exact:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
-            elif piece.repaired and everywhere and not placed.exact:
+            elif piece.repaired and repairs and not placed.exact:
                 before = mended[bisect_left(mended, placed.start) : bisect_left(mended, placed.stop)]
                 mended_rows = torch.tensor(sorted({*mine, *before})) - piece.start
                 item(some(cache, mended_rows, piece.start), piece, piece.repaired, label_of(front))

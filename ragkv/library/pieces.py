@@ -47,7 +47,7 @@ class Piece(NamedTuple):
         start: slot of its first token.
         stop: slot behind its last one.
         whole: key of its exact KV.
-        repaired: key of the tokens that the method recomputed; empty where it chooses by the question, or for no chunk.
+        repaired: key of the tokens that the method recomputed; empty where it has none, and for no chunk.
     """
 
     start: int
@@ -157,9 +157,9 @@ def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> 
 
 
 def mark_of(method: Method) -> str:
-    """What tells a method's work from another's; empty where it chooses by more than the path, or does not say what it is."""
+    """What tells a method's work from another's; empty where it keeps variants of its own, or does not say what it is."""
     kind = type(method)
-    by_name = not (method.looks or method.needs_attended or kind.__repr__ is object.__repr__)
+    by_name = not (method.needs_attended or kind.__repr__ is object.__repr__)
     return f"{kind.__module__} {method!r}" if by_name else ""
 
 

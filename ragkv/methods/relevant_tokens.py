@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ragkv.fusion.view import View
+from ragkv.errors import MethodError
+from ragkv.fusion.view import Selection, View
 from ragkv.methods.sensitive_tokens import SensitiveTokens
 
 
@@ -19,13 +20,20 @@ class RelevantTokens(SensitiveTokens):
     question reads a token's value weighted by its attention; so the attention, averaged over layers and heads, times the change of
     the value behind another text says how much of what is read is wrong as stored. The last token, where the answer begins, counts
     as much as all of the question's together. What SensitiveTokens spares is spared. Looking at the attention costs a pass of the
-    question over the stored chunks.
+    question over the stored chunks. Of a model that does not show its attention the most sensitive tokens are computed.
 
     Attributes:
         ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
     """
 
     looks: ClassVar[bool] = True
+
+    def select(self, view: View) -> Tensor | Selection:
+        """As SensitiveTokens."""
+        try:
+            return self._highest(view)
+        except MethodError as error:
+            return Selection(SensitiveTokens(self.ratio)._highest(view), why=f"chosen by sensitivity alone: {error}")
 
     def scores(self, view: View) -> Tensor:
         """``[R]`` attention times the root of the squared change."""

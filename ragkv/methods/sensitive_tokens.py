@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.view import View
+from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method, check_share, highest
 
 
@@ -42,8 +42,11 @@ class SensitiveTokens(Method):
         """The ratio, or as much as is not spared."""
         return min(self.ratio, len(self._open(view.layout)) / max(1, len(view.layout.reusable)))
 
-    def select(self, view: View) -> Tensor:
-        """The most sensitive ones among those that are not spared."""
+    def select(self, view: View) -> Tensor | Selection:
+        """The tokens of the highest scores among those that are not spared."""
+        return self._highest(view)
+
+    def _highest(self, view: View) -> Tensor:
         layout, tokens, reusable = view.layout, self._open(view.layout), len(view.layout.reusable)
         if view.spared:
             spared = layout.span(*(layout.chunks[number] for number in view.spared))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -162,12 +162,16 @@ class Decoder:
 
     def forward(self, rows: Rows) -> Tensor:
         """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""
-        scattered, limited = rows.masks is not None, rows.limited
-        with self.fusion_attention(scattered=scattered, limited=limited, masses=rows.masses) as rows.attention:
+        with self._attention_of(rows) as rows.attention:
             mask = None if rows.masks is None else for_model(rows.masks, self.config)
             if rows.wanted:
                 return self.step(rows.ids, rows.positions, rows.cache, mask, rows=rows.wanted)
             return self.run(rows.ids, rows.positions, rows.cache, mask)[:0]
+
+    def _attention_of(self, rows: Rows) -> AbstractContextManager[str]:
+        if rows.watch is not None:
+            return kernel_attention(self.config, self.device, self.dtype, self.kernels, rows.watch)
+        return self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited, masses=rows.masses)
 
     def masks(
         self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None

@@ -124,20 +124,26 @@ class _Attention:
     def __init__(self, decoder: Decoder, cache: _Packed, masks: Sequence[LayerMasks]):
         self.cache, self.masks, self.loaded = cache, masks, decoder.attention
         self.grouped = grouped(decoder.model, decoder.config)
-        self.kernel = None
-        if decoder.spans is not None:
-            self.kernel = KernelAttention(implementation(decoder.kernels, decoder.device, decoder.dtype))
-        for part in cache.parts:
-            eager = "sdpa" if self.loaded == "sdpa" else "eager"
-            part.attention = eager if self.kernel is None or part.limited else f"selective ({self.kernel.impl})"
+        impl, eager = (
+            implementation(decoder.kernels, decoder.device, decoder.dtype),
+            "sdpa" if self.loaded == "sdpa" else "eager",
+        )
+        self.kernels = [
+            KernelAttention(impl, part.watch)
+            if part.watch is not None or (decoder.spans is not None and not part.limited)
+            else None
+            for part in cache.parts
+        ]
+        for part, kernel in zip(cache.parts, self.kernels, strict=True):
+            part.attention = eager if kernel is None else f"selective ({impl})"
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Takes query ``[1, H, S, D]`` of all rows; returns ``[1, S, H, D]``."""
         cache, outs = self.cache, []
-        for part, (a, b), shown, masks in zip(cache.parts, cache.spans, cache.shown, self.masks, strict=True):
-            own = self._own(module) if self.kernel is None or part.limited else self.kernel
+        for kernel, (a, b), shown, masks in zip(self.kernels, cache.spans, cache.shown, self.masks, strict=True):
+            own = kernel or self._own(module)
             outs.append(own(module, query[:, :, a:b], *shown, masks.layer(cache.layer), **kwargs)[0])
         return torch.cat(outs, 1), None
 

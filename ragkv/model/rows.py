@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ragkv.model.attending import Masses
 from ragkv.model.cache import FusedCache
+from ragkv.model.kernel_attention import Watch
 from ragkv.model.masks import LayerMasks
 
 
@@ -23,6 +24,7 @@ class Rows:
         wanted: how many of the last rows' logits are wanted.
         limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
         masses: takes what they attend to; its ``slots`` are theirs.
+        watch: shown what they attend with; ``masks`` are spans then.
         attention: the attention implementation that ran.
     """
 
@@ -33,6 +35,7 @@ class Rows:
     wanted: int = 1
     limited: bool = False
     masses: Masses | None = None
+    watch: Watch | None = None
     attention: str = ""
 
     def __len__(self) -> int:

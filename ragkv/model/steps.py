@@ -59,49 +59,57 @@ class _Asked:
 
 
 class Meeting:
-    """Threads whose rows are to run together: each waits until all of them have come, and the first step for the rows of all.
+    """Threads whose rows are to run together: each waits until the others have come too, and the first step for the rows of all.
 
     Args:
         count: how many.
     """
 
     def __init__(self, count: int):
-        self._count, self._came, self._changed = count, dict[int, Seat](), Condition()
-        self._begun = False
+        self._count, self._came, self._changed = count, list[tuple[Seat, bool]](), Condition()
+        self._over, self._served = False, set[int]()
 
     @contextmanager
-    def seat(self, steps: Steps) -> Iterator[Seat]:
+    def seat(self, steps: Steps, last: bool = True) -> Iterator[Seat]:
         """A block in which this thread's rows run with those of the others, once they are here. It must ask for a forward before it
         waits for anything else that needs the model.
+
+        Args:
+            steps: of the model.
+            last: it will not take a seat again, and the others need not wait for it when they do.
         """
         with steps.seat() as seat:
             with self._changed:
-                seat.slow = not self._begun
-                self._came[get_ident()] = seat
-                self._begin()
-                self._changed.wait_for(lambda: self._begun)
+                if not self._over and get_ident() not in self._served:
+                    seat.slow = True
+                    self._came.append((seat, last))
+                    if last:
+                        self._served.add(get_ident())
+                    self._begin()
+                    self._changed.wait_for(lambda: not seat.slow)
             yield seat
 
     def leave(self) -> None:
         """This thread is done, or has failed: nobody waits for it."""
         with self._changed:
-            self._came.pop(get_ident(), None)
-            self._count -= 1
+            self._count -= get_ident() not in self._served
+            self._served.discard(get_ident())  # it may come again for another's rows
             self._begin()
 
     def end(self) -> None:
         """Nobody waits any more: some will never come."""
         with self._changed:
-            self._count = 0
+            self._count, self._over = 0, True
             self._begin()
 
     def _begin(self) -> None:
         """Let all go on together, once they are here."""
-        if self._begun or len(self._came) < self._count:
+        if len(self._came) < self._count:
             return
-        self._begun = True
-        for seat in self._came.values():
+        for seat, last in self._came:
             seat.slow, seat.served_s = False, math.inf
+            self._count -= last
+        self._came.clear()
         self._changed.notify_all()
 
 

@@ -2,11 +2,23 @@
 
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from ragkv import RAG, ArgumentError, DocumentError, Engine, LegoLink, PromptError, PromptTemplate, StoreError, fuse
+from ragkv import (
+    RAG,
+    ArgumentError,
+    DocumentError,
+    Engine,
+    LegoLink,
+    PromptError,
+    PromptTemplate,
+    QuestionAware,
+    StoreError,
+    fuse,
+)
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
@@ -44,23 +56,51 @@ def test_the_first_that_fails_ends_all(engine):
 
 
 @pytest.mark.parametrize(
-    "method", ["lego-link:k=4", "reuse", "full-prefill", "cache-blend:ratio=0.3", "question-aware:ratio=0.2"]
+    ("method", "forwards"),
+    [
+        ("lego-link:k=4", 1),
+        ("reuse", 1),
+        ("full-prefill", 1),
+        ("cache-blend:ratio=0.3", None),  # its passes narrow with depth, each alone
+        ("question-aware:ratio=0.2", 2),  # the look, and what it chose
+    ],
 )
-def test_fuse_many_is_fuse_for_each(engine, method):
+def test_fuse_many_is_fuse_for_each(engine, method, forwards):
     chunks = engine.add([random_ids(n) for n in (17, 20, 31)])
     asked = [([chunks[n % 3], chunks[(n + 1) % 3]], random_ids(5 + n)) for n in range(4)]
     want = [engine.fuse(*one, method=method) for one in asked]
     steps = engine.runner.steps()
     before = steps.sizes.total()
     got = engine.fuse_many(asked, method=method)
-    if method != "cache-blend:ratio=0.3":  # whose passes narrow with depth
-        assert steps.sizes.total() == before + 1
+    assert forwards is None or steps.sizes.total() == before + forwards
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
         assert (a.report.budget, a.report.hits) == (b.report.budget, b.report.hits)
         for layer, other in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
             torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
     assert engine.fuse_many([]) == [] and engine.scheduler.stats().running == 0
+
+
+@dataclass(frozen=True)
+class Differs(QuestionAware):
+    """Looks at a long question only."""
+
+    def select(self, view):
+        layout = view.layout
+        return super().select(view) if len(layout.suffix) > 10 else layout.reusable[:5]
+
+
+def test_who_looks_waits_for_nobody_who_does_not(engine):
+    chunks = engine.add([random_ids(n) for n in (17, 20, 31)])
+    asked = [(chunks, random_ids(n)) for n in (4, 4, 20, 21)]
+    want = [engine.fuse(*one, method=Differs()) for one in asked]
+    steps = engine.runner.steps()
+    before = steps.sizes.copy()
+    got = engine.fuse_many(asked, method=Differs())
+    # Two prompts and two looks; then what these chose.
+    assert steps.sizes - before == {4: 1, 2: 1}
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_first_pass_waits_for_whoever_comes_late(engine, monkeypatch):

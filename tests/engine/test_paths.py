@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -163,13 +162,26 @@ def test_layer_by_layer_as_on_an_accelerator(monkeypatch):
         assert apart(both[0], first) < EXACT and both[0].report.sources == again.report.sources
 
 
-@pytest.mark.parametrize("method", [CacheBlend(0.5), QuestionAware(0.5)])
-def test_what_was_chosen_for_one_question_is_not_kept_for_another(read, method):
+@pytest.mark.parametrize("method", [CacheBlend(0.5), QuestionAware(0.5, sees=0.5)])
+def test_tokens_that_did_not_see_all_in_all_layers_are_not_kept(read, method):
     engine, chunks = read
     asked(engine, chunks, method=method)
     again = asked(engine, chunks, method=method)
     assert again.report.budget > 0 and not {"path", "variant"} & set(again.report.sources)
     assert len(engine.paths.store) == 0
+
+
+def test_what_was_computed_for_one_question_serves_others():
+    engine, method = engine_of(), QuestionAware(0.2)
+    chunks = engine.add([random_ids(n) for n in (17, 30, 25, 40)])
+    questions = [random_ids(9, seed) for seed in range(6)]
+    first = [asked(engine, chunks, question, method=method).report for question in questions]
+    assert first[0].saved_tokens == 0 < first[1].saved_tokens
+    counts = [one.tokens["recomputed"] for one in first]
+    assert counts[0] > counts[-1] and all(count < counts[0] for count in counts[1:])
+    # Each question finds all that was computed so far, not what the last one had computed.
+    again = [asked(engine, chunks, question, method=method).report.tokens["recomputed"] for question in questions]
+    assert sum(again) < sum(counts[1:])
 
 
 def test_a_chunk_computed_behind_what_is_not_exact_is_not_taken_for_exact(read):
@@ -244,7 +256,6 @@ class Chosen(Method):
 
     checks: tuple[int, ...] = ()
     blind: bool = False
-    looks: ClassVar[bool] = False
 
     def select(self, view):
         tokens = view.layout.reusable
@@ -255,12 +266,11 @@ class Chosen(Method):
 
 
 @pytest.mark.parametrize("method", [Chosen(blind=True), Chosen(checks=(2,))], ids=["blind", "narrowing"])
-def test_what_was_computed_with_less_is_not_taken_for_exact(method):
+def test_what_was_computed_with_less_is_not_kept(method):
     engine = engine_of()
     chunks = engine.add([random_ids(n) for n in (17, 30, 25)])
     asked(engine, chunks, method=method)
-    # Where it narrows, some tokens were computed in some layers only: that is no variant.
-    assert ("variant" in asked(engine, chunks, method=method).report.sources) == (not method.checks)
+    assert "variant" not in asked(engine, chunks, method=method).report.sources
     prompt = asked(engine, chunks, method=FullPrefill())
     assert "path" not in prompt.report.sources and far(engine, prompt) < EXACT
 

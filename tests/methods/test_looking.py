@@ -285,6 +285,14 @@ def test_relevant_is_what_is_looked_at_and_changes(model):
     assert RelevantTokens.needs_sensitivity and RelevantTokens.looks
 
 
+def test_where_attention_is_hidden_sensitivity_alone_decides():
+    engine = Engine(tiny_model("falcon"), template=TEMPLATE, method=RelevantTokens(0.3))
+    chunks = engine.add([random_ids(n) for n in (40, 31, 30)])
+    prompt, plain = engine.fuse(chunks, QUESTION), engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.3))
+    assert chosen(prompt) == chosen(plain) != set()
+    assert prompt.report.method == "RelevantTokens(ratio=0.3)" and "not open to view" in prompt.report.why
+
+
 @pytest.mark.parametrize("make", [SensitiveTokens, RelevantTokens, QuestionAware, Random, Oracle])
 def test_ratios_are_checked(make):
     for ratio in (-0.1, 1.1):

@@ -1,10 +1,14 @@
 """Rows of several prompts in one forward are what each gives alone, on every architecture."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AttentionInterface
 
+from ragkv.kernels import question_scores
 from ragkv.model.decoder import Decoder
+from ragkv.model.kernel_attention import SpanBuilder, span_rules
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -52,6 +56,33 @@ def test_packed_is_alone(architecture):
             held = mine.length or 45
             assert float((mine.key_room[:, :, :held] - other.key_room[:, :, :held]).abs().max()) < EXACT
             assert float((mine.value_room[:, :, :held] - other.value_room[:, :, :held]).abs().max()) < EXACT
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
+def test_who_watches_sees_its_own_rows(architecture):
+    decoder = Decoder(tiny_model(architecture))
+    rules = span_rules(decoder.rules)
+
+    def watched():
+        seen = []
+        some = prompts(decoder)[1:3]
+        for rows in some:
+            spans = SpanBuilder(rules, rows.positions, rows.held + len(rows))
+            watch = partial(
+                lambda *shown, who, **more: seen.append((who, question_scores(*shown, **more))), who=len(rows)
+            )
+            rows.masks, rows.watch, rows.wanted = spans, watch, 0
+        return some, seen
+
+    (some, want), (others, got) = watched(), watched()
+    for rows in some:
+        decoder.forward(rows)
+    run_packed(decoder, [*others, *prompts(decoder)])
+    assert {rows.attention for rows in (*some, *others)} == {"selective (reference)"}
+    assert len(got) == len(want) == 2 * len(decoder.layers)
+    for who in (1, 9):
+        for (_, a), (_, b) in zip(*([one for one in seen if one[0] == who] for seen in (want, got)), strict=True):
+            torch.testing.assert_close(a, b, atol=EXACT, rtol=EXACT)
 
 
 def test_logits_are_given_where_they_are_wanted():
