@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from typing import cast
 
 from ragkv.fusion.layout import Layout
@@ -41,7 +42,9 @@ class Places:
 
     def tiers(self) -> list[str | None]:
         """See :meth:`ragkv.fusion.view.Looks.tiers`."""
-        moved, places = moved_for_this(), self._documents.store.where(self._keys)
+        rates, layout = known_rates(self._documents), self._layout
+        limit_s = inf if rates is None else rates.patience_s(layout.tokens - layout.held, layout.held)
+        moved, places = moved_for_this(), self._documents.store.where(self._keys, limit_s)
         chunks = zip(self._layout.chunks, self._keys, strict=True)
         return ["cpu" if p.path else moved[key].tier if key in moved else places.get(key) for p, key in chunks]
 

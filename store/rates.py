@@ -14,6 +14,8 @@ from ragkv.store.profile import CostProfile
 #: The tier ``disk`` is measured without the system's page cache. With it, it goes by this name; no tier is called so.
 PAGE_CACHE = "page cache"
 _MEMORY = "cpu"
+#: A pool may take this share of the time that computing a prompt takes, and be given up.
+_PATIENCE = 0.03
 
 
 class LevelRate(NamedTuple):
@@ -83,6 +85,10 @@ class Rates:
         """Seconds that computing ``tokens`` takes behind ``cached`` others, in pieces."""
         pieces = range(0, tokens, self.piece_tokens)
         return sum(self.costs(cached + at, min(self.piece_tokens, tokens - at)) for at in pieces)
+
+    def patience_s(self, tokens: int, cached: int = 0) -> float:
+        """Seconds, besides what it took lately, for which whoever could compute so many tokens waits until a pool answers."""
+        return _PATIENCE * self.compute_s(tokens, cached)
 
     def read_s(self, tokens: int, document_tokens: int) -> float:
         """Seconds that reading a document takes once, in windows of at most ``document_tokens``."""

@@ -76,6 +76,10 @@ class Tier(ABC):
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the chunks that are not here, in order and in one state of the tier. Changes nothing."""
 
+    def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
+        """As :meth:`missing`, by whoever waits so much longer than lately; what is not known then counts as here."""
+        return self.missing(keys)
+
     @abstractmethod
     def row(self, key: bytes) -> Row | None:
         """What is known of a chunk; None, or a row that is not alive, where it is not here. Changes nothing; quick."""

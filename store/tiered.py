@@ -236,10 +236,15 @@ class TieredStore:
         self._check_open()
         return self._tiers.missing(keys)
 
-    def where(self, keys: Iterable[bytes]) -> dict[bytes, str]:
-        """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use."""
+    def where(self, keys: Iterable[bytes], limit_s: float = math.inf) -> dict[bytes, str]:
+        """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use.
+
+        Args:
+            keys: may be unknown.
+            limit_s: so much longer than lately is waited for a shared pool: what it has not denied by then counts as there.
+        """
         self._check_open()
-        return self._tiers.where(keys)
+        return self._tiers.where(keys, limit_s)
 
     def loading(self) -> dict[str, Loading]:
         """How fast chunks came lately from tiers behind, such as a pool, by name."""

@@ -173,13 +173,13 @@ class Tiers:
                 wanted = tier.missing(wanted) if wanted else []
         return wanted
 
-    def where(self, keys: Iterable[bytes]) -> dict[bytes, str]:
+    def where(self, keys: Iterable[bytes], limit_s: float) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing."""
         self._catch_up()
         wanted, places = list(dict.fromkeys(keys)), dict[bytes, str]()
         for tier in self.tiers:
             with self._spared(tier):
-                missing = tier.missing(wanted) if wanted else []
+                missing = tier.missing_away(wanted, limit_s) if wanted else []
                 places |= dict.fromkeys(set(wanted) - set(missing), tier.name)
                 wanted = missing
         return places

@@ -22,8 +22,6 @@ from ragkv.store.rates import LevelRate
 
 #: Computing what is stored has to save more than this share of the time.
 _WORTH = 0.05
-#: A pool may take this share of the time that computing a prompt takes, and be given up.
-_SLACK = 0.03
 #: How many numbers of chunks to compute are weighed, about.
 _STEPS = 32
 
@@ -51,7 +49,7 @@ class Way(NamedTuple):
 def patience_s(method: Method, view: View, rates: Rates) -> float:
     """How much longer than lately a prompt waits for a pool to say what it has, before it computes that."""
     layout = view.layout
-    return inf if method.looks else _SLACK * rates.compute_s(layout.tokens - layout.held, layout.held)
+    return inf if method.looks else rates.patience_s(layout.tokens - layout.held, layout.held)
 
 
 class Weighed(NamedTuple):

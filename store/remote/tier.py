@@ -164,6 +164,10 @@ class RemoteTier(Tier):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there."""
+        return self.missing_away(keys, math.inf)
+
+    def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
+        """See :class:`Tier`."""
         listed, there = self._listed, set[bytes]()  # once: a listing may come at any moment
         for start in range(0, len(keys), _MOST_ASKED):
             likely = self._likely(keys[start : start + _MOST_ASKED], listed)
@@ -172,8 +176,7 @@ class RemoteTier(Tier):
                 continue
             with self._asking(likely) as may:
                 if may:
-                    there.update(self._records.which(likely))
-                    self._breaker.succeeded()
+                    there.update(self._heads.which(likely, limit_s))
         return [key for key in keys if key not in there]
 
     def row(self, key: bytes) -> Row | None:

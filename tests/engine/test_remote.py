@@ -123,7 +123,7 @@ def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads,
     for bytes_per_s, source in ((1.0, "unused"), (1e15, "remote")):  # a modem, and no limit
         tier = two.store._tiers.behind[0]
         tier._speed._last = tier._speed.now(), bytes_per_s
-        monkeypatch.setattr(two.store, "where", lambda keys: dict.fromkeys(keys, "remote"))
+        monkeypatch.setattr(two.store, "where", lambda keys, _: dict.fromkeys(keys, "remote"))
         report = two.fuse([document[1], document[0]], QUESTION, method="auto").report
         assert "from remote are loaded in" in report.why
         assert ("FullPrefill" in report.method) == (source == "unused")

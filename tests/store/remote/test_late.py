@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from threading import Timer
+from threading import Event, Timer
 
 import pytest
 
@@ -188,3 +188,28 @@ def test_no_more_is_read_of_a_header_than_it_takes(machine, kv, key, same, monke
     assert len(two._tiers.behind[0]._avoided) == 4096
     one.remove_many([key(0), key(1)])
     one.flush()
+
+
+def test_whoever_has_no_time_takes_it_to_be_there(stalled, key, monkeypatch, soon):
+    store, _, _ = stalled
+    tier, more = store.remote, Event()
+    which = tier._pool.which
+    monkeypatch.setattr(tier._pool, "which", lambda names: more.wait(5) and which(names))
+    assert set(store.where([key(0), key(9)], 0.02)) == {key(0), key(9)}
+    more.set()
+    assert store.where([key(0), key(9)], 5.0) == {key(0): "remote"}
+    more.clear()
+    tier._speed.started(1e3)
+    Timer(0.1, more.set).start()
+    assert store.where([key(0), key(9)], 0.02) == {key(0): "remote"}, "it waits as long as an answer took lately"
+    monkeypatch.setattr(tier._pool, "which", lambda names: more.wait(5) and fails())
+    more.clear()
+    tier._speed.started(0.0)
+    assert store.where([key(0)], 0.02) and not store.stats().pools["remote"].down
+    more.set()
+    soon(lambda: store.stats().pools["remote"].down)
+    assert store.where([key(0)], 5.0) == {}, "it is left alone"
+
+
+def fails():
+    raise PoolError("no answer")
