@@ -220,13 +220,14 @@ class _Fusing(Looking, Places):
         return perf_counter() - self._begin
 
     def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
-        """See :meth:`ragkv.fusion.view.Looks.open`. Where the method looks at them all, all are opened."""
-        if self._looks or self.opened:
+        """See :meth:`ragkv.fusion.view.Looks.open`.
+
+        All are opened where the method looks at them all, and where what a path settles is never computed.
+        """
+        if self._looks or self.opened or self._documents.paths is not None:
             return without
-        keys = self._keys if self._documents.paths is None else ()  # what is kept of a path is exact
-        self._asking = Asking(
-            limit_s, levels={key: levels[number] for number, key in enumerate(keys) if number in levels}
-        )
+        at = {key: levels[number] for number, key in enumerate(self._keys) if number in levels}
+        self._asking = Asking(limit_s, levels=at)
         self._spared = without
         self.placement.spare(without)
         late = {number for number, key in enumerate(self._keys) if key in self._asking.late} - without

@@ -124,7 +124,7 @@ def weighed(method: Method, view: View, rates: Rates, limit_s: float = inf) -> W
     at = ", ".join(f"{count} at {level}" for level, count in Counter(best.levels.values()).items())
     reckoned = {"chosen": best.prompt_s * 1e3, "loaded": loaded.prompt_s * 1e3, "computed": full_s * 1e3}
     why = _said(stored, loaded, full_s) + (f"; computing {name} {_ms(best.prompt_s)}" if name else "")
-    why += f"; {at} of the pool, for {_ms(limit_s)} {_ms(best.prompt_s)}" if at else ""
+    why += f"; {at} of the pool {_ms(best.prompt_s)}, with {_ms(max(0.0, limit_s))} left" if at else ""
     if best is full:
         return Weighed(None, best.computed, name, why, reckoned)
     if rates.beside and best.load_s > best.compute_s:

@@ -314,3 +314,16 @@ def test_what_cannot_go_on_meanwhile_waits(ready, monkeypatch, why):
         prompts = [two.fuse(chunks, QUESTION, method=method, starts=starts)]
     assert bool(made) == (why == "nothing")
     assert all(not {"late", "computed"} & prompt.report.hits.keys() for prompt in prompts)
+
+
+def test_what_a_path_settles_is_loaded_though_computing_it_is_faster(ready, unwritten):
+    """It is never computed, so that it must be opened."""
+    one, chunks, make = ready
+    size = one.store.stats().bytes["cpu"] / 256
+    two, _ = make([(0.0, 1e9)], SLOW, paths=True)
+    unwritten(two)
+    rates = Rates(SLOW, {"remote": Loading(5 * size, size, 0.0, beside=True)})
+    order = [chunks[2], chunks[3], chunks[0], chunks[1]]  # the first document stands where it was read
+    prompt = two.fuse(order, QUESTION, method=Auto(SensitiveTokens(0.2), rates))
+    assert "of 4 from remote" in prompt.report.method
+    exact(one, order, prompt)
