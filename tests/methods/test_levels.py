@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ragkv import Auto, CacheBlend, Engine, PromptTemplate, SensitiveTokens, TieredStore
+from ragkv import Auto, CacheBlend, Engine, PromptTemplate, SensitiveTokens, TieredStore, gate
 from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError
 from ragkv.fusion.layout import lay_out
@@ -151,3 +151,15 @@ def test_a_method_that_looks_at_what_is_stored_is_shown_that(machines):
     one, chunks, make = machines
     prompt = make().fuse(chunks, QUESTION, method=Auto(CacheBlend(0.2), figures(one), ttft_s=1.0))
     assert {chunk.level for chunk in prompt.report.chunks} == {""}
+
+
+def test_chunks_that_stand_where_they_were_read_are_not_exact_at_a_lossy_level(machines):
+    """The gate checks them."""
+    one, chunks, make = machines
+    two, method = make(), Auto(rates=figures(one), ttft_s=1.0)
+    order = chunks[2:]
+    layout = lay_out((1, 5, 6), (1, 5, 6), order, QUESTION, torch.device("cpu"))
+    assert all(placed.exact for placed in layout.chunks)
+    hurried, calm = (two.fuse(order, QUESTION, method=replace(method, ttft_s=seconds)) for seconds in (1.0, 1e6))
+    assert hurried.report.method == calm.report.method == "Reuse()"
+    assert not gate._exact(hurried, layout) and gate._exact(calm, layout)
