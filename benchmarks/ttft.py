@@ -142,6 +142,7 @@ def measure(args: argparse.Namespace) -> dict:
         chunks = engine.add([ids(args.chunk_tokens) for _ in range(args.chunks)])
         methods = {
             "reuse": ragkv.Reuse(),
+            "relevant_tokens_0.1": ragkv.RelevantTokens(ratio=0.1),
             "sensitive_tokens_0.1": ragkv.SensitiveTokens(ratio=0.1),
             "lego_link_16": ragkv.LegoLink(k=16),
             "cache_blend_0.15": ragkv.CacheBlend(ratio=0.15),

@@ -26,7 +26,7 @@ from ragkv.library.given import check_parts, pairs, several, several_chunks
 from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
 from ragkv.messages import Question
-from ragkv.methods import Method, SensitiveTokens
+from ragkv.methods import Method, RelevantTokens
 from ragkv.methods.words import as_method
 from ragkv.model.decoder import Decoder
 from ragkv.model.runner import Runner
@@ -53,7 +53,7 @@ class Engine:
         tokenizer: ``None`` where everything is given as token ids.
         store: where KV are kept; CPU memory by default.
         method: how prompts are put together, unless a call says otherwise: a method, or its name as on the command line
-            (``"auto"``, ``"reuse"``, ``"lego-link:k=16"``); :class:`~ragkv.SensitiveTokens` by default.
+            (``"auto"``, ``"reuse"``, ``"lego-link:k=16"``); :class:`~ragkv.RelevantTokens` by default.
         template: the prompt's parts; by default from the tokenizer's chat template, or a plain question-answer form.
         context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
         document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
@@ -104,7 +104,7 @@ class Engine:
         scheduler: Scheduler | None = None,
         paths: TieredStore | int | bool = False,
     ):
-        self.method: Method = as_method(SensitiveTokens() if method is None else method)
+        self.method: Method = as_method(RelevantTokens() if method is None else method)
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
         instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")

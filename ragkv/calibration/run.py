@@ -98,7 +98,7 @@ def calibrate(
         kl: the bound on the KL of the first token, in nats; 0.1 where no bound is given.
         top1: instead, the bound on the share of prompts whose first token is another.
         f1: instead, the bound on the F1 that greedy answers lose: 0.02 for two points.
-        ladder: methods from the dearest to the cheapest; by default :class:`~ragkv.SensitiveTokens` at falling ratios, and
+        ladder: methods from the dearest to the cheapest; by default :class:`~ragkv.RelevantTokens` at falling ratios, and
             :class:`~ragkv.Reuse`. The first that is not proved to be good ends the search.
         confidence: of the statement, however many methods are tried.
         cap: the most that one prompt's KL counts, in nats; see :class:`~ragkv.calibration.goal.Goal`.

@@ -264,7 +264,7 @@ def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
 def _method() -> argparse.ArgumentParser:
     method = argparse.ArgumentParser(add_help=False)
     method.add_argument(
-        "--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: the folder's, or sensitive-tokens)"
+        "--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: the folder's, or relevant-tokens)"
     )
     return method
 

@@ -50,7 +50,7 @@ def add_command(command: Callable[..., argparse.ArgumentParser], *parents: argpa
         "--ladder",
         nargs="+",
         metavar="METHOD",
-        help="what is tried, from the dearest to the cheapest, as for 'ragkv ask --method' (default: sensitive-tokens at ratios "
+        help="what is tried, from the dearest to the cheapest, as for 'ragkv ask --method' (default: relevant-tokens at ratios "
         "0.5 to 0.05, reuse)",
     )
     for name, least, default, what in _COUNTS:

@@ -22,7 +22,7 @@ from ragkv.cli.searching import search_of
 from ragkv.errors import RagKVError
 from ragkv.evaluation.metrics import contains, exact_match
 from ragkv.machine import machine
-from ragkv.methods import FullPrefill, Method, SensitiveTokens
+from ragkv.methods import FullPrefill, Method, RelevantTokens
 from ragkv.model.loading import BUNDLED
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
@@ -34,7 +34,7 @@ _NEW_TOKENS = 24
 def run(args: argparse.Namespace) -> int:
     """Read, answer, compare."""
     path = folder(args, default="demo" if args.model == BUNDLED else f"demo-{Path(args.model).resolve().name}")
-    with open_rag(path, model=args.model, dtype=args.dtype, method=args.method or SensitiveTokens()) as rag:
+    with open_rag(path, model=args.model, dtype=args.dtype, method=args.method or RelevantTokens()) as rag:
         decoder = rag.engine.decoder
         how = f"{str(decoder.dtype).removeprefix('torch.')} on {machine(decoder.device)}"
         if decoder.device.type == "cpu" and decoder.dtype.itemsize == 2 and args.dtype is None:

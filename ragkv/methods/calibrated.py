@@ -8,11 +8,11 @@ from typing import ClassVar
 from ragkv.errors import CalibrationError
 from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method
+from ragkv.methods.relevant_tokens import RelevantTokens
 from ragkv.methods.reuse import Reuse
-from ragkv.methods.sensitive_tokens import SensitiveTokens
 
 #: What is tried where nothing else is said, from the dearest to the cheapest.
-LADDER: tuple[Method, ...] = (*map(SensitiveTokens, (0.5, 0.3, 0.2, 0.1, 0.05)), Reuse())
+LADDER: tuple[Method, ...] = (*map(RelevantTokens, (0.5, 0.3, 0.2, 0.1, 0.05)), Reuse())
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_on_the_command_line(home, capsys):
     assert run(capsys, "export", home / "file.tar")[0] == 0
     assert run(capsys, "import", home / "file.tar", "--path", home / "other")[0] == 0
     code, out, _ = run(capsys, "ask", QUESTIONS[0], "--max-new-tokens", 1, "--path", home / "other")
-    assert code == 0 and "by SensitiveTokens" in out
+    assert code == 0 and "by RelevantTokens" in out
 
 
 def test_data_that_brings_its_documents(home, capsys):

@@ -58,7 +58,7 @@ def test_add_ask_stats(files, tmp_path, capsys):
     answer, *_ = out.splitlines()
     assert code == 0
     assert f"{files}/clearport.md" in out and "  disk\n" in out and "  cpu\n" not in out and "first token after" in out
-    spent, tokens = re.search(r"recomputed\n([\d.]+)% of ([\d,]+) passage tokens, by SensitiveTokens", out).groups()
+    spent, tokens = re.search(r"recomputed\n([\d.]+)% of ([\d,]+) passage tokens, by RelevantTokens", out).groups()
 
     code, out, _ = run(
         capsys, "ask", question, "--top-k", 2, "--max-new-tokens", 8, "--json", "--method", "lego-link:k=4"

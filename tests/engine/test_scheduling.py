@@ -183,12 +183,12 @@ def test_deadlines():
     engine.generate(chunks, QUESTION, deadline_s=60, **NO_END)
 
     def slowly(ids, scores):
-        time.sleep(0.02)
+        time.sleep(0.05)
         return scores
 
     with pytest.raises(DeadlineError, match="not done at its deadline"):
         engine.generate(
-            chunks, QUESTION, deadline_s=0.2, logits_processor=[slowly], max_new_tokens=200, eos_token_id=None
+            chunks, QUESTION, deadline_s=1, logits_processor=[slowly], max_new_tokens=200, eos_token_id=None
         )
     with line_held(engine.scheduler), pytest.raises(DeadlineError, match="turn had not come"):
         in_thread(lambda: engine.generate(chunks, QUESTION, deadline_s=0.05))
@@ -197,7 +197,7 @@ def test_deadlines():
         slow = [lambda ids, scores: (ran.append(1), slowly(ids, scores))[1]]
         engine.generate(
             *(chunks, QUESTION),
-            deadline_s=0.2,
+            deadline_s=1,
             num_beams=2,
             logits_processor=slow,
             max_new_tokens=200,
