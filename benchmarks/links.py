@@ -1,6 +1,6 @@
 """Loading from a pool or computing, over links of many speeds: what Auto picks, and what that takes against loading and computing.
 
-    python -P benchmarks/links.py [--rounds N] [--json FILE]
+    python -P benchmarks/links.py [--rounds N] [--model PATH --dtype DTYPE] [--json FILE]
 
 First on a clock of its own, where a link hands over bytes as a trace says and computing takes what a profile says: thousands of
 seconds in a moment, exactly. The choice and the order of work are the library's own. Then in real time with the bundled model, over
@@ -15,7 +15,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -33,6 +33,7 @@ from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.fusion.view import Selection, View
 from ragkv.machine import machine
+from ragkv.model.loading import BUNDLED, load_model
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier, TieredStore
 from ragkv.store.remote.objects import ObjectPool
 from ragkv.store.source import Progress
@@ -40,7 +41,7 @@ from ragkv.store.source import Progress
 SPEEDS = {
     "10 Mbit/s": 1.25e6, "100 Mbit/s": 1.25e7, "1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9, "100 Gbit/s": 1.25e10
 }  # fmt: skip
-RANGE_BYTES, REQUESTS = 4 << 20, 16
+RANGE_BYTES, REQUESTS, HEAD_BYTES = 4 << 20, 16, 4 << 10
 
 #: From which time on how many bytes come in a second.
 Trace = Sequence[tuple[float, float]]
@@ -167,10 +168,31 @@ class Simulated:
 
 
 class Looks:
-    """What a view is told."""
+    """What a view is told.
 
-    def __init__(self, layout: Layout, rates: Rates, tier: str):
-        self._layout, self._rates, self._tier = layout, rates, tier
+    Attributes:
+        start_s: until it was known what is there, this time; else as given.
+    """
+
+    def __init__(self, layout: Layout, rates: Rates, tier: str, link: Link, start_s: float):
+        self._layout, self._rates, self._tier, self._link, self.start_s = layout, rates, tier, link, start_s
+        self.opened, self.late = False, 0
+
+    def elapsed_s(self) -> float:
+        return self._link.now
+
+    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
+        """The headers come first, and are waited for, as :class:`ragkv.store.remote.heads.Heads` does."""
+        link, begin, self.opened = self._link, self._link.now, True
+        asked = {n: link.ask(HEAD_BYTES) for n in range(len(self._layout.chunks)) if n not in without}
+        if limit_s == math.inf and not link.trace[-1][1]:
+            raise TimeoutError("the link is dead")
+        until = begin + min(1.1 * self.start_s + limit_s, 1e7)
+        while link.now < until and not all(each.done for each in asked.values()):
+            link.advance(until)
+        late = {number for number, each in asked.items() if not each.done}
+        self.late, self.start_s = len(late), self.start_s if late else link.now - begin
+        return without | late
 
     def rates(self) -> Rates:
         return self._rates
@@ -191,26 +213,41 @@ class Ran:
     method: str
     late: int
     seen: float | None
+    start_s: float
     reckoned: dict[str, float] = field(default_factory=dict)
 
 
 def simulate(
-    method: ragkv.Method, layout: Layout, rates: Rates, token_bytes: float, link: Link, known: float | None
+    method: ragkv.Method,
+    layout: Layout,
+    rates: Rates,
+    token_bytes: float,
+    link: Link,
+    known: float | None,
+    start_s: float = 0.0,
 ) -> Ran:
     """One prompt with all chunks in the pool."""
-    tiers = dict(rates.tiers) if known is None else {**rates.tiers, "remote": Loading(known, token_bytes, 0.0, True)}
-    view = View(layout, 1, Looks(layout, replace(rates, tiers=tiers), "remote"))
+    tiers = (
+        dict(rates.tiers) if known is None else {**rates.tiers, "remote": Loading(known, token_bytes, start_s, True)}
+    )
+    looks = Looks(layout, replace(rates, tiers=tiers), "remote", link, start_s)
+    view = View(layout, 1, looks)
     selection = Selection.of(method.select(view), method)
     work = plan(selection, layout, 1)
     loaded = [] if work.first_stored else [number for number in range(len(layout.chunks)) if number not in work.whole]
+    if loaded and not looks.opened:
+        try:
+            looks.open(work.whole, math.inf, {})
+        except TimeoutError:
+            return Ran(math.inf, selection.name, 0, None, 0.0)
     coming = Simulated(link, layout, rates, loaded, token_bytes, known)
     course = Course(layout, work.rows, coming, selection.rates) if loaded else [work.rows]
     try:
         for part in course:
             coming.spend(rates.compute_s(len(part), int(part[-1]) + 1 - len(part)))
     except TimeoutError:
-        return Ran(math.inf, selection.name, 0, None)
-    return Ran(link.now, selection.name, coming.late, coming.seen, dict(selection.reckoned))
+        return Ran(math.inf, selection.name, 0, None, 0.0)
+    return Ran(link.now, selection.name, looks.late + coming.late, coming.seen, looks.start_s, dict(selection.reckoned))
 
 
 def prompt(chunks: int, tokens: int, question: int = 32) -> Layout:
@@ -265,11 +302,25 @@ def simulated() -> dict[Case, list[tuple[float, float]]]:
                 before = simulate(ragkv.SensitiveTokens(), *same, Link([(0.0, speed)]), None)
                 for kind, trace in traces(speed, full_s).items():
                     loaded = simulate(ragkv.SensitiveTokens(), *same, Link(trace), None)
-                    for said, known in (("not known", None), ("known", before.seen)):
-                        own = simulate(ragkv.Auto(), *same, Link(trace), known)
+                    for said, *known in (("not known", None), ("known", before.seen, before.start_s)):
+                        own = simulate(ragkv.Auto(), *same, Link(trace), *known)
                         does = kind if kind in ("steady", "ten times as fast") else "drops"
                         found = ratios.setdefault((len(layout.reusable), does, said), [])
                         found.append((own.seconds / min(loaded.seconds, full_s), own.seconds / full_s))
+    return ratios
+
+
+def against_the_longer(speed: float) -> dict[str, float]:
+    """How many times as long Auto takes as loading alone or computing alone, whichever is longer, by machine and tokens."""
+    ratios = {}
+    for name, (tokens_per_s, token_bytes) in MACHINES.items():
+        for layout in (prompt(4, 128), prompt(8, 256), prompt(16, 256)):
+            same = layout, figures(tokens_per_s, token_bytes), token_bytes
+            begin = simulate(ragkv.SensitiveTokens(), *same, Link([(0.0, speed)]), None)
+            own = simulate(ragkv.Auto(), *same, Link([(0.0, speed)]), begin.seen, begin.start_s)
+            here = simulate(ragkv.SensitiveTokens(), *same, Link([(0.0, 1e18)], 0.0), None)
+            load_s = len(layout.reusable) * token_bytes / speed
+            ratios[f"{name}, {len(layout.reusable):,} tokens"] = own.seconds / max(load_s, here.seconds)
     return ratios
 
 
@@ -310,21 +361,58 @@ class LinkPool(ObjectPool):
         super().close()
 
 
-def real(rounds: int) -> list[dict[str, Any]]:
-    """The bundled model, 8 chunks of 128 tokens of two documents in a pool, over links; medians of rounds, in turn.
+def at_ten(model: Any, tokenizer: Any, rounds: int) -> dict[str, Any]:
+    """In real time at 10 Gbit/s: a question with all chunks in a pool, the same with them in memory, and loading them alone."""
+    engine, chunks, question, url = filled(model, tokenizer)
+    pool = LinkPool.open(url, 3.0, REQUESTS)
+    pool.trace = [(0.0, SPEEDS["10 Gbit/s"])]
+    taken: dict[str, list[float]] = {"remote": [], "memory": [], "load": []}
+    with engine, ragkv.Engine(model, tokenizer, store=TieredStore(cpu_bytes=1, remote=RemoteTier(pool))) as far:
+        keys, rates = [engine.documents.key(chunk) for chunk in chunks], engine.advise(limit_s=8).rates
+        for number in range(rounds + 1):
+            for way, found in taken.items():
+                seen = replace(rates, tiers={**rates.tiers, **far.store.loading()})
+                asked = far if way == "remote" else engine
+                begin = time.perf_counter()
+                if way == "load":
+                    with far.store.read(keys) as batch:
+                        batch.begin()
+                        for index in range(len(keys)):
+                            batch.layer(index, 0)
+                            batch.done(index)
+                else:
+                    report = asked.fuse(chunks, question, method=ragkv.Auto(rates=seen)).report
+                if number:  # the first round warms up
+                    found.append(time.perf_counter() - begin)
+    longer = [max(pair) for pair in zip(taken["memory"], taken["load"], strict=True)]
+    ratio = statistics.median(far / most for far, most in zip(taken["remote"], longer, strict=True))
+    medians = {f"{way}_s": statistics.median(found) for way, found in taken.items()}
+    return {**medians, "to the longer": ratio, "picked": report.method}
 
-    Auto comes right after a prompt that has loaded everything over the same link, and so has seen how fast that is.
-    """
-    model, tokenizer = bundled.load()
+
+def filled(model: Any, tokenizer: Any) -> tuple[ragkv.Engine, list[Chunk], list[int], str]:
+    """A machine that has 8 chunks of 128 tokens of two documents in memory and in a pool, a question, and the pool."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
         return torch.randint(10, 1_400, (count,), generator=draw).tolist()
 
-    question, url, rows = ids(32), "memory://links", []
-    with ragkv.Engine(model, tokenizer, store=TieredStore(cpu_bytes=1 << 30, remote=url)) as engine:
-        chunks = [chunk for _ in range(2) for chunk in engine.add_document([ids(128) for _ in range(4)])]
-        engine.store.flush()
+    url = "memory://links"
+    engine = ragkv.Engine(model, tokenizer, store=TieredStore(cpu_bytes=1 << 30, remote=url))
+    question = ids(32)
+    chunks = [chunk for _ in range(2) for chunk in engine.add_document([ids(128) for _ in range(4)])]
+    engine.store.flush()
+    return engine, chunks, question, url
+
+
+def real(rounds: int) -> list[dict[str, Any]]:
+    """The bundled model, 8 chunks of 128 tokens of two documents in a pool, over links; medians of rounds, in turn.
+
+    Auto comes right after a prompt that has loaded everything over the same link, and so has seen how fast that is.
+    """
+    (model, tokenizer), rows = bundled.load(), list[dict[str, Any]]()
+    engine, chunks, question, url = filled(model, tokenizer)
+    with engine:
         rates = engine.advise(limit_s=8).rates
         size = sum(spec.token_bytes for spec in engine.decoder.specs) * sum(map(len, chunks))
     links: list[tuple[str, float, Trace]] = [
@@ -359,6 +447,8 @@ def real(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of the prompts in real time; 0 for none")
+    parser.add_argument("--model", default=BUNDLED, help="in place of the bundled one, at 10 Gbit/s alone")
+    parser.add_argument("--dtype")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -372,10 +462,20 @@ def main() -> None:
         )
         found = {"cases": count, "to the better": better, "to computing": computing}
         table.append([*case, found | {"over 1.15": over[0], "over 1.10": over[1]}])
-    measured = real(args.rounds) if args.rounds else []
+    ten = against_the_longer(SPEEDS["10 Gbit/s"])
+    print(
+        "at 10 Gbit/s against the longer of loading and computing:",
+        {name: f"{ratio:.2f}" for name, ratio in ten.items()},
+    )
+    measured = []
+    if args.rounds:
+        model, tokenizer, *_ = load_model(args.model, None, {"dtype": args.dtype} if args.dtype else {})
+        measured = [at_ten(model, tokenizer, args.rounds)]
+        print(measured[0], flush=True)
+        measured += [] if args.model != BUNDLED else real(args.rounds)
     if args.json:
         about = {"date": date.today().isoformat(), "machine": machine(torch.device("cpu")), "rounds": args.rounds}
-        found = {"conditions": about, "simulated": table, "real": measured}
+        found = {"conditions": about, "simulated": table, "10 Gbit/s, to the longer": ten, "real": measured}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """The store against its limits: ratios within one run, and what codecs cost. Policies: ``policies.py``.
 
-    python benchmarks/store.py [--entries N] [--only codecs|levels|speed] [--out FOLDER]
+    python benchmarks/store.py [--entries N] [--only codecs|levels|tender|speed] [--out FOLDER]
 
 Every ratio is taken from alternating rounds of both sides in this process; the median of the rounds is reported.
 """
@@ -28,6 +28,7 @@ from ragkv.store.encode import encode
 from ragkv.store.planner import Planner
 from ragkv.store.policy import get_policy
 from ragkv.store.record import SEGMENT_BYTES, checksum
+from ragkv.store.remote.levels import LEVELS
 from ragkv.store.rope import Rope, ropes_of
 from ragkv.store.terms import Terms
 
@@ -251,10 +252,6 @@ def made_up_kv() -> Source:
     return [make_kv(1, layers=4)], []
 
 
-#: Steps of ``cachegen`` that an entry might be held in: half of the default's, the default's, and the paper's bins.
-LEVELS = {"1": (0.1, 0.15, 0.2), "2": (0.2, 0.3, 0.4), "3": (0.5, 1.0, 1.5)}
-
-
 def codecs(kinds: dict[str, Codec]) -> dict[str, dict[str, dict[str, float]]]:
     """Bytes against raw bf16, relative errors, and speed of one thread, by source of the KV and codec."""
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -284,6 +281,60 @@ def coded(chunks: list[ChunkKV], codec: Codec, ropes: tuple[Rope | None, ...]) -
     }
 
 
+def tender(chunks: list[ChunkKV], ropes: tuple[Rope | None, ...], bits: int, rows: int = 64) -> dict[str, float]:
+    """Integers by channel, as Tender has them (arXiv:2406.12930): the steps of a head's channels are powers of two apart.
+
+    Of so many rows a head has one step, and a channel its middle, in bf16, and three bits for its power. K is taken unrotated.
+    """
+    size, wrong, norm = 0.0, [0.0, 0.0], [0.0, 0.0]
+    for kv in chunks:
+        for layer, pair in enumerate(kv):
+            for side, tensor in enumerate(pair):
+                rope = ropes[layer] if ropes and side == 0 else None
+                numbers = tensor.float() if rope is None else rope.turned(tensor, kv.base, back=True).float()
+                for part in numbers.split(rows, 1):
+                    middle = ((part.amax(1, keepdim=True) + part.amin(1, keepdim=True)) / 2).bfloat16().float()
+                    reach = (part - middle).abs().amax(1, keepdim=True).clamp_min(1e-12)
+                    most = reach.amax(2, keepdim=True)
+                    step = most / 2 ** (most / reach).log2().floor().clamp(0, 7) / (2 ** (bits - 1) - 1)
+                    near = ((part - middle) / step).round() * step + middle
+                    wrong[side] += float((near - part).square().sum())
+                    norm[side] += float(part.square().sum())
+                    heads, tokens, dim = part.shape
+                    size += heads * (tokens * dim * bits / 8 + 2 + dim * (2 + 3 / 8))
+    share = size / sum(kv.nbytes for kv in chunks)
+    k, v = ((wrong[side] / norm[side]) ** 0.5 for side in (0, 1))
+    return {"bytes": share, "relative_error_k": k, "relative_error_v": v}
+
+
+def at_equal_bytes(chunks: list[ChunkKV], ropes: tuple[Rope | None, ...], share: float) -> dict[str, float]:
+    """``cachegen`` with the steps by which it takes as many bytes."""
+    low, high = 0.02, 4.0
+    for _ in range(10):
+        middle = (low * high) ** 0.5
+        found = coded(chunks, CacheGen((2 * middle, 3 * middle, 4 * middle)), ropes)
+        low, high = (middle, high) if found["bytes"] > share else (low, middle)
+    return found
+
+
+def tenders() -> dict[str, dict[str, dict[str, float]]]:
+    """Tender's integers of 4 and 8 bits, and our codecs beside them, by source of the KV."""
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
+        kvs, rotations = make()
+        ropes = ropes_of(rotations)
+        chunks = [
+            ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in kvs[:8]
+        ]
+        found = results[source] = {f"tender, {bits} bits": tender(chunks, ropes, bits) for bits in (4, 8)}
+        found["int4"], found["int8"] = coded(chunks, get_codec("int4"), ropes), coded(chunks, get_codec("int8"), ropes)
+        for bits in (4, 8):
+            found[f"cachegen, as many bytes as {bits}"] = at_equal_bytes(
+                chunks, ropes, found[f"tender, {bits} bits"]["bytes"]
+            )
+    return results
+
+
 def error(got: list[list[torch.Tensor]], want: list[list[torch.Tensor]]) -> float:
     """Norm of the difference over the norm, of all numbers together."""
     pairs = [
@@ -299,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--only", choices=["codecs", "levels", "speed"])
+    parser.add_argument("--only", choices=["codecs", "levels", "tender", "speed"])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, for both sides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -315,7 +366,9 @@ def main() -> None:
         kinds = {name: get_codec(name) for name in CODECS} | {"cachegen, groups of 10": CacheGen(group_tokens=10)}
         results["codecs"] = codecs(kinds)
     if arguments.only in (None, "levels"):
-        results["levels"] = codecs({f"level {name}": CacheGen(bins) for name, bins in LEVELS.items()})
+        results["levels"] = codecs({f"level {name}": level.codec for name, level in LEVELS.items()})
+    if arguments.only == "tender":
+        results["tender"] = tenders()
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"store{'-' + arguments.only if arguments.only else ''}.json").write_text(
         json.dumps(results, indent=1)

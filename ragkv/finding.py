@@ -11,6 +11,7 @@ from ragkv.chunk import Chunk
 from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
+from ragkv.library.rates import to_fetch
 from ragkv.library.watching import Tell, prefetched, told_of_hits
 from ragkv.methods import FullPrefill, Method
 from ragkv.report import Answer, AnswerStream
@@ -178,7 +179,7 @@ def streamed(
         moved: what was fetched before.
     """
     moved = {} if moved is None else moved
-    documents.store.prefetch(list(documents.keys(found.chunks)), moved)
+    documents.store.prefetch(to_fetch(documents, list(documents.keys(found.chunks))), moved)
     with told_of_hits(tell, found.hits), prefetched(moved):
         pieces = begin()
     pieces.sources, pieces.left_out = _shown(found.hits), _shown(found.left_out)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from ragkv.library.attention import Seen
 from ragkv.library.documents import Documents
 from ragkv.library.measured import Measured
 from ragkv.library.pieces import Known
-from ragkv.library.rates import known_rates
 from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
@@ -33,8 +33,9 @@ from ragkv.model.inspection import non_finite
 from ragkv.model.rows import Rows
 from ragkv.model.steps import Meeting
 from ragkv.past import Past
+from ragkv.places import Places
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
-from ragkv.store import Batch, Rates
+from ragkv.store import Asking, Batch, Rates
 
 
 @torch.no_grad()
@@ -96,6 +97,7 @@ def fuse(
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
         moved = moved_for_this()
         sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
+        levels = one.placement.levels() if one.opened else [""] * len(layout.chunks)
         late = sources.count("late")
         report = FusionReport(
             method=selection.name,
@@ -113,9 +115,15 @@ def fuse(
             sources=sources,
             chunks=[
                 ChunkReport(
-                    placed.chunk.name, placed.chunk.document, placed.chunk.number, len(placed.chunk), source, saved
+                    name=placed.chunk.name,
+                    document=placed.chunk.document,
+                    number=placed.chunk.number,
+                    tokens=len(placed.chunk),
+                    source=source,
+                    saved=saved,
+                    level=level,
                 )
-                for placed, source, saved in zip(layout.chunks, sources, work.saved, strict=True)
+                for placed, source, saved, level in zip(layout.chunks, sources, work.saved, levels, strict=True)
             ],
             bytes_read=one.paths.bytes_read + (one.placement.bytes_read(moved) if one.opened else 0),
             budget=done.budget,
@@ -131,7 +139,7 @@ def fuse(
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
 
 
-class _Fusing(Looking):
+class _Fusing(Looking, Places):
     """What one prompt needs, opened when it is first asked for; answers its view's questions."""
 
     def __init__(
@@ -150,13 +158,17 @@ class _Fusing(Looking):
             raise ModelChangedError("the model's weights, adapter or attention have changed since the answer before")
         paths = documents.paths
         self.paths = Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
-        super().__init__(self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
+        Looking.__init__(self, self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
         self.known = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
-        self._documents, self._stack, self._meeting = documents, stack, meeting
-        self._measured, self._attended = Measured.by(method), method.needs_attended
-        self._keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
+        self._stack, self._meeting = stack, meeting
+        self._measured, self._attended, self._looks = Measured.by(method), method.needs_attended, method.looks
+        self._begin = begin
+        Places.__init__(
+            self, documents, self._layout, [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
+        )
+        self._asking, self._spared = Asking(), frozenset[int]()
 
     @property
     def opened(self) -> bool:
@@ -167,13 +179,14 @@ class _Fusing(Looking):
     def placement(self) -> Placement:
         """The prompt's chunks, open in the store; those that are missing are read now."""
         stored = [
-            (placed.chunk, key)
-            for placed, key in zip(self._layout.chunks, self._keys, strict=True)
+            (number, placed.chunk, key)
+            for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True))
             if not (placed.path and placed.exact)
         ]
-        chunks = {key: chunk for chunk, key in stored}
+        chunks = {key: chunk for number, chunk, key in stored if number not in self._spared}
         with self.timer.stage("place"):
-            batch = self._stack.enter_context(self._documents.store.read(list(chunks), moved_for_this()))
+            store, moved = self._documents.store, moved_for_this()
+            batch = self._stack.enter_context(store.read(list(chunks), moved, self._asking))
             lost, known = self._lost(chunks, batch), self.paths.kv()
         items = []
         if lost:
@@ -182,7 +195,8 @@ class _Fusing(Looking):
                 self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
         self._open(known)
-        return Placement(self.decoder, self.cache, self._layout, batch, dict(stored), fresh, self.timer, paths=known)
+        keys = {chunk: key for _, chunk, key in stored}
+        return Placement(self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer, paths=known)
 
     def _open(self, paths: dict[bytes, ChunkKV]) -> None:
         """Put what stands in front of the chunks into the cache: what is known, and what has to be computed."""
@@ -201,6 +215,26 @@ class _Fusing(Looking):
             self.known += stop - start
             at = stop
 
+    def elapsed_s(self) -> float:
+        """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
+        return perf_counter() - self._begin
+
+    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
+        """See :meth:`ragkv.fusion.view.Looks.open`.
+
+        All are opened where the method looks at them all, and where what a path settles is never computed.
+        """
+        if self._looks or self.opened or self._documents.paths is not None:
+            return without
+        at = {key: levels[number] for number, key in enumerate(self._keys) if number in levels}
+        self._asking = Asking(limit_s, levels=at)
+        self._spared = without
+        self.placement.spare(without)
+        late = {number for number, key in enumerate(self._keys) if key in self._asking.late} - without
+        self.placement.spare(late, "late")
+        self._spared |= late
+        return self._spared
+
     def look(self, rows: Rows) -> None:
         """See :meth:`ragkv.fusion.looking.Looking.look`."""
         meeting = self._meeting
@@ -213,8 +247,11 @@ class _Fusing(Looking):
         known: dict[bytes, Tensor | None] = dict(zip(batch.keys, batch.sensitivities, strict=True))
         known |= {key: kv.sensitivity for key, kv in fresh.items()}
         chunks = zip(self._layout.chunks, self._keys, strict=True)
-        # What is exact under its path is sensitive to nothing.
-        return [torch.zeros(len(p.chunk)) if p.path and p.exact else known[key] for p, key in chunks]
+        # What is exact under its path is sensitive to nothing; what is computed anyway need not be known.
+        return [
+            torch.zeros(len(placed.chunk)) if (placed.path and placed.exact) or number in self._spared else known[key]
+            for number, (placed, key) in enumerate(chunks)
+        ]
 
     def variants(self) -> list[list[Variant]]:
         """See :meth:`ragkv.fusion.view.Looks.variants`."""
@@ -224,7 +261,8 @@ class _Fusing(Looking):
         kept = [] if paths is None else paths.variants(self._documents, self.reader, self.paths)
         found = list[list[Variant]]()
         for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True)):
-            own = Attended.nothing(len(placed.chunk)) if placed.path and placed.exact else known[key]
+            exact = (placed.path and placed.exact) or number in self._spared
+            own = Attended.nothing(len(placed.chunk)) if exact else known[key]
             if own is None:
                 raise MethodError(
                     "what some chunks attend to was not measured: set needs_attended = True in the method that asks for it"
@@ -268,16 +306,6 @@ class _Fusing(Looking):
         """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
         return self.reader.check_layer
 
-    def rates(self) -> Rates | None:
-        """See :meth:`ragkv.fusion.view.Looks.rates`."""
-        return known_rates(self._documents)
-
-    def tiers(self) -> list[str | None]:
-        """See :meth:`ragkv.fusion.view.Looks.tiers`."""
-        moved, places = moved_for_this(), self._documents.store.where(self._keys)
-        chunks = zip(self._layout.chunks, self._keys, strict=True)
-        return ["cpu" if p.path else moved[key].tier if key in moved else places.get(key) for p, key in chunks]
-
     def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:
         """The chunks that the store does not hold, or not with the sensitivity that is needed.
 
@@ -287,6 +315,8 @@ class _Fusing(Looking):
         anchor = len(self.reader.anchor_ids)
         found = zip(batch.tiers, batch.bases, batch.lengths, strict=True)
         for index, ((key, chunk), (tier, base, tokens)) in enumerate(zip(chunks.items(), found, strict=True)):
+            if key in self._asking.late:
+                continue
             intact = tier is not None and (base, tokens) == (anchor + chunk.offset, len(chunk))
             if tier is not None and not intact and chunk.lineage() is None:
                 raise PromptError(

@@ -239,7 +239,7 @@ def _exact(prompt: FusedPrompt, layout: Layout) -> bool:
 
     Prompts whose chunks stand apart (``starts=``) are no prompts that a model would be given.
     """
-    chunks = zip(layout.chunks, prompt.report.sources, strict=True)
-    inexact = [placed for placed, source in chunks if not placed.exact and source != "path"]
+    chunks = zip(layout.chunks, prompt.report.chunks, strict=True)
+    inexact = [placed for placed, one in chunks if one.level or (not placed.exact and one.source != "path")]
     placed = inexact and min(prompt.report.fresh_by_layer) < prompt.report.chunk_tokens
     return not layout.even or not (placed or layout.held)

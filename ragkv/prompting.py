@@ -26,6 +26,7 @@ from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS, stopping
 from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
+from ragkv.places import Places, to_load
 from ragkv.prompt import Encoder, Text
 from ragkv.report import FusedPrompt
 from ragkv.scheduling.scheduler import Scheduler
@@ -267,9 +268,12 @@ class Prompting:
             return [documents.key(placed.chunk) for placed in layout.chunks]
 
         def stored() -> int:
-            there = store.where(names := keys())
-            held = sum(len(placed.chunk) for placed, key in zip(layout.chunks, names, strict=True) if key in there)
+            tiers = Places(documents, layout, keys()).tiers()
+            held = sum(len(placed.chunk) for placed, tier in zip(layout.chunks, tiers, strict=True) if tier is not None)
             return held + (0 if layout.held else layout.opening)
+
+        def prefetch() -> None:
+            store.prefetch(to_load(documents, layout, resolved(request.method, documents, plan.begins)))
 
         return Ticket(
             documents.namespace,
@@ -282,7 +286,7 @@ class Prompting:
             stop=request.stop,
             closing=self._closing,
             stored=stored,
-            prefetch=lambda: store.prefetch(keys()),
+            prefetch=prefetch,
         )
 
     def _taken(self, plan: _Plan) -> FusedPrompt | None:

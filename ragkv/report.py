@@ -38,6 +38,7 @@ class ChunkReport:
         source: where its KV came from, as in :attr:`FusionReport.hits`.
         saved: tokens that the method would have computed, where an engine keeps what it computes (docs/paths.md): they were
             computed before behind just these tokens, or are exact where they stand.
+        level: the lossy level at which it was taken from a pool (docs/remote.md); empty where it is as it was stored.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ChunkReport:
     tokens: int
     source: str
     saved: int = 0
+    level: str = ""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from ragkv.engine import Engine
 from ragkv.finding import Finder, Found
 from ragkv.fusion.layout import Layout
 from ragkv.library.documents import Documents
+from ragkv.library.rates import to_fetch
 from ragkv.library.watching import Tell, told_of_hits
 from ragkv.methods import Method
 from ragkv.model.turns import looking
@@ -177,7 +178,8 @@ class Speculation:
                     prompt = self._ahead.engine.prompting.ahead(request, self._room)
                 self.outcome = "" if prompt is None else self.outcome
             elif found.chunks and not may:
-                self._documents.store.prefetch(list(self._documents.keys(found.chunks)), self.moved)
+                keys = to_fetch(self._documents, list(self._documents.keys(found.chunks)))
+                self._documents.store.prefetch(keys, self.moved)
         except Exception as error:  # whoever asks meets it himself
             logger.debug("a prompt that was begun ahead came to nothing: %r", error)
         finally:

@@ -8,12 +8,14 @@ from ragkv.store.policy import Policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.rates import Loading, Rates
 from ragkv.store.remote import RemoteTier
+from ragkv.store.source import Asking
 from ragkv.store.stats import Moved, StoreStats
 from ragkv.store.target import Target
 from ragkv.store.terms import Item
 from ragkv.store.tiered import TieredStore
 
 __all__ = [
+    "Asking",
     "Batch",
     "CostProfile",
     "Item",

@@ -24,7 +24,7 @@ class Owner(Protocol):
     def finish(self, key: bytes, source: Source) -> None:
         """The batch is done with a chunk: the tiers above may keep it."""
 
-    def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
+    def drop_damaged(self, key: bytes, source: Source, error: RecordError) -> None:
         """A record of a tier proved damaged."""
 
     def release(self, keys: Sequence[bytes]) -> None:
@@ -52,6 +52,7 @@ class Batch:
         attended: per key what its tokens attended to, see there; None where it was not measured.
         codecs: per key how :meth:`parts` are encoded; None for a miss.
         unrotated: per key whether the keys among :meth:`parts` are as they were before rotary embedding.
+        held_at: per key the lossy level of a pool at which it is held; empty for what was stored, None for a miss.
         blocks: per key the blocks ``[B]`` of a pool on the GPU in which it lies, or None.
         bytes_read: bytes read from disk so far.
     """
@@ -72,6 +73,7 @@ class Batch:
         self.codecs: list[str | None] = [None if source is None else source.codec for source in self._found]
         self.unrotated: list[bool] = [source is not None and source.unrotated for source in self._found]
         self.blocks: list[Tensor | None] = [None if source is None else source.blocks for source in self._found]
+        self.held_at: list[str | None] = [None if source is None else source.level for source in self._found]
         self.bytes_read: int = 0
         self._seconds = 0.0
         self._owner = owner
@@ -226,7 +228,7 @@ class Batch:
         try:
             yield source
         except RecordError as error:
-            self._owner.drop_damaged(self.keys[index], source.tier, error)
+            self._owner.drop_damaged(self.keys[index], source, error)
             raise RecordError(
                 f"{self.keys[index].hex()} cannot be read from {source.tier}, and was dropped there: {error}"
             ) from error

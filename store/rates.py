@@ -14,6 +14,22 @@ from ragkv.store.profile import CostProfile
 #: The tier ``disk`` is measured without the system's page cache. With it, it goes by this name; no tier is called so.
 PAGE_CACHE = "page cache"
 _MEMORY = "cpu"
+#: A pool may take this share of the time that computing a prompt takes, and be given up.
+_PATIENCE = 0.03
+
+
+class LevelRate(NamedTuple):
+    """What a chunk takes at a lossy level of a pool.
+
+    Attributes:
+        name: the level's.
+        token_bytes: that a token's KV take there.
+        token_s: seconds that decoding one takes.
+    """
+
+    name: str
+    token_bytes: float
+    token_s: float = 0.0
 
 
 class Loading(NamedTuple):
@@ -22,16 +38,18 @@ class Loading(NamedTuple):
     Attributes:
         bytes_per_s: of the KV as the tier keeps them.
         token_bytes: that a token's KV take there.
-        start_s: seconds that a prompt takes besides.
+        start_s: seconds that a prompt takes besides; over a network until it is known what is there, which everything waits for.
         beside: they come while a processor computes too, over a network; placing them, as from memory, is not in the rate then.
+        levels: at which it holds them besides, best first.
     """
 
     bytes_per_s: float
     token_bytes: float
     start_s: float = 0.0
     beside: bool = False
+    levels: tuple[LevelRate, ...] = ()
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: float) -> float:
         """For so many tokens; 0 for none."""
         return self.start_s + tokens * self.token_bytes / self.bytes_per_s if tokens else 0.0
 
@@ -68,12 +86,16 @@ class Rates:
         pieces = range(0, tokens, self.piece_tokens)
         return sum(self.costs(cached + at, min(self.piece_tokens, tokens - at)) for at in pieces)
 
+    def patience_s(self, tokens: int, cached: int = 0) -> float:
+        """Seconds, besides what it took lately, for which whoever could compute so many tokens waits until a pool answers."""
+        return _PATIENCE * self.compute_s(tokens, cached)
+
     def read_s(self, tokens: int, document_tokens: int) -> float:
         """Seconds that reading a document takes once, in windows of at most ``document_tokens``."""
         whole, rest = divmod(tokens, document_tokens)
         return whole * self.compute_s(document_tokens) + self.compute_s(rest)
 
-    def load_s(self, tokens: Mapping[str, int]) -> float:
+    def load_s(self, tokens: Mapping[str, float]) -> float:
         """Seconds that loading takes, of so many tokens from each tier.
 
         Raises:
@@ -81,7 +103,7 @@ class Rates:
         """
         return sum(self.tiers[tier].seconds(count) for tier, count in tokens.items())
 
-    def prompt_s(self, tokens: Mapping[str, int], compute_s: float, front_s: float = 0.0) -> float:
+    def prompt_s(self, tokens: Mapping[str, float], compute_s: float, front_s: float = 0.0) -> float:
         """Seconds until so many tokens from each tier are loaded, and all is computed.
 
         Args:
@@ -98,7 +120,8 @@ class Rates:
         here_s = self.load_s({tier: count for tier, count in tokens.items() if tier not in away})
         if _MEMORY in self.tiers:
             here_s += self.tiers[_MEMORY].seconds(sum(away.values()))
-        return here_s + max(self.load_s(away), front_s) + compute_s - front_s
+        start_s = sum(self.tiers[tier].start_s for tier, count in away.items() if count)
+        return here_s + start_s + max(self.load_s(away) - start_s, front_s) + compute_s - front_s
 
 
 def loading_to_bytes(tiers: Mapping[str, Loading]) -> bytes:

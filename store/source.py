@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,6 +36,21 @@ class Progress(NamedTuple):
 Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How whoever reads asks for what comes over a network.
+
+    Attributes:
+        limit_s: so much longer than lately it may take until it is known what is there.
+        late: is told the keys of which that was not known in time; they are no misses.
+        levels: names of lossy levels of a pool, by key: where it has that, it is taken in place of what was stored.
+    """
+
+    limit_s: float = inf
+    late: set[bytes] = field(default_factory=set)
+    levels: Mapping[bytes, str] = field(default_factory=dict)
+
+
 class Source(ABC):
     """The contract. Nothing that happens to the tier changes what it reads.
 
@@ -51,6 +68,8 @@ class Source(ABC):
         direct: whether :meth:`place` copies straight from a file, the fastest way to read it.
         whole: the record, for tiers above; None where it was not read to its end, or is no record.
         away: it comes over a network, once :meth:`begin` was called, whatever the caller does meanwhile.
+        level: the lossy level at which it is held; empty for what was stored.
+        key: under which its tier holds it, where that is not the chunk's own.
     """
 
     codec: str = "raw"
@@ -59,6 +78,8 @@ class Source(ABC):
     direct: bool = False
     whole: tuple[Record, Payload] | None = None
     away: bool = False
+    level: str = ""
+    key: bytes = b""
 
     def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
         self.tier: str = tier

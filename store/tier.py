@@ -14,7 +14,7 @@ from ragkv.store.policy import Usage
 from ragkv.store.rates import Loading
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import PoolStats
 from ragkv.store.terms import Terms
 
@@ -68,9 +68,17 @@ class Tier(ABC):
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """Opens those of the chunks that are here, in one state of the tier; each must be released. No use is counted."""
 
+    def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
+        """As :meth:`find`, by whoever does not wait for ever: for tiers that a network lies in front of."""
+        return self.find(keys)
+
     @abstractmethod
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the chunks that are not here, in order and in one state of the tier. Changes nothing."""
+
+    def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
+        """As :meth:`missing`, by whoever waits so much longer than lately; what is not known then counts as here."""
+        return self.missing(keys)
 
     @abstractmethod
     def row(self, key: bytes) -> Row | None:

@@ -26,7 +26,7 @@ from ragkv.store.policy import Policy, get_policy
 from ragkv.store.rates import Loading
 from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Moved, StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
@@ -196,15 +196,18 @@ class TieredStore:
             except RecordError:
                 return None
 
-    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved] | None = None) -> Batch:
+    def read(
+        self, keys: Sequence[bytes], moved: Mapping[bytes, Moved] | None = None, asking: Asking | None = None
+    ) -> Batch:
         """Opens chunks for reading, layer by layer; nothing of them is evicted while the batch is open.
 
         Args:
             keys: may repeat and may be unknown: see :attr:`Batch.tiers`.
             moved: what :meth:`prefetch` was given for these chunks: they are counted as hits of where they were.
+            asking: how it is asked for what comes over a network; by default whoever reads has time.
         """
         self._check_open()
-        return self._tiers.read(keys, moved or {})
+        return self._tiers.read(keys, moved or {}, asking or Asking())
 
     def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
@@ -233,10 +236,15 @@ class TieredStore:
         self._check_open()
         return self._tiers.missing(keys)
 
-    def where(self, keys: Iterable[bytes]) -> dict[bytes, str]:
-        """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use."""
+    def where(self, keys: Iterable[bytes], limit_s: float = math.inf) -> dict[bytes, str]:
+        """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use.
+
+        Args:
+            keys: may be unknown.
+            limit_s: so much longer than lately is waited for a shared pool: what it has not denied by then counts as there.
+        """
         self._check_open()
-        return self._tiers.where(keys)
+        return self._tiers.where(keys, limit_s)
 
     def loading(self) -> dict[str, Loading]:
         """How fast chunks came lately from tiers behind, such as a pool, by name."""

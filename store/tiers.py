@@ -19,7 +19,7 @@ from ragkv.store.batch import Batch
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.rows import Row
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Checks, Moved, StoreStats, Tally
 from ragkv.store.terms import Terms
 from ragkv.store.tier import Offer, Tier
@@ -103,7 +103,7 @@ class Tiers:
                         read += moved[key].bytes_read
                     self.finish(key, source)
                 except RecordError as error:
-                    self.drop_damaged(key, source.tier, error)
+                    self.drop_damaged(key, source, error)
                 finally:
                     source.release()
         self.count_load(read, perf_counter() - started)
@@ -113,7 +113,7 @@ class Tiers:
         """Whether a chunk is not in memory."""
         return all(tier.missing([key]) for tier in self.tiers if tier.volatile)
 
-    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved]) -> Batch:
+    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved], asking: Asking) -> Batch:
         """Opens a batch: nothing of it is evicted until it says so with :meth:`release`.
 
         ``moved`` is what :meth:`load` was told to fill for it.
@@ -122,7 +122,7 @@ class Tiers:
         with self.lock:
             self.leases.update(keys)
         try:
-            sources = self.find(keys, used=True)
+            sources = self.find(keys, used=True, asking=asking)
         except BaseException:
             self.release(keys)
             raise
@@ -173,23 +173,24 @@ class Tiers:
                 wanted = tier.missing(wanted) if wanted else []
         return wanted
 
-    def where(self, keys: Iterable[bytes]) -> dict[bytes, str]:
+    def where(self, keys: Iterable[bytes], limit_s: float) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing."""
         self._catch_up()
         wanted, places = list(dict.fromkeys(keys)), dict[bytes, str]()
         for tier in self.tiers:
             with self._spared(tier):
-                missing = tier.missing(wanted) if wanted else []
+                missing = tier.missing_away(wanted, limit_s) if wanted else []
                 places |= dict.fromkeys(set(wanted) - set(missing), tier.name)
                 wanted = missing
         return places
 
-    def find(self, keys: Collection[bytes], used: bool) -> dict[bytes, Source]:
+    def find(self, keys: Collection[bytes], used: bool, asking: Asking | None = None) -> dict[bytes, Source]:
         """Opens chunks, each in the first tier that has it.
 
         Args:
             keys: which.
             used: count a use of each.
+            asking: how it is asked for what comes over a network.
         """
         self._catch_up()
         wanted = list(dict.fromkeys(keys))
@@ -198,7 +199,7 @@ class Tiers:
             for tier in self.tiers:
                 if wanted:
                     with self._spared(tier):
-                        sources |= tier.find(wanted)
+                        sources |= tier.find(wanted) if asking is None else tier.find_away(wanted, asking)
                     wanted = [key for key in wanted if key not in sources]
             for tier in self.tiers if used and sources else ():
                 with self._spared(tier):
@@ -210,7 +211,9 @@ class Tiers:
         return sources
 
     def finish(self, key: bytes, source: Source) -> None:
-        """A batch is done with a chunk: the tiers above keep it if it is worth that."""
+        """A batch is done with a chunk: the tiers above keep it if it is worth that, but for what is held at a lossy level."""
+        if source.level:
+            return
         origin = self.named[source.tier]
         above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
@@ -236,12 +239,13 @@ class Tiers:
             raise failures[0]
         return len(removed)
 
-    def drop_damaged(self, key: bytes, tier: str, error: RecordError) -> None:
+    def drop_damaged(self, key: bytes, source: Source, error: RecordError) -> None:
         """Forgets a record that could not be read from a tier, so that its next read there is a miss."""
-        logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier, str(error))
+        tier = self.named[source.tier]
+        logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier.name, str(error))
         self._forget_above([key])
-        with self._spared(self.named[tier]):
-            self.named[tier].damaged(key)
+        with self._spared(tier):
+            tier.damaged(source.key or key)
 
     def count_load(self, count: int, seconds: float) -> None:
         """Counts bytes read from disk, and the time that it took."""

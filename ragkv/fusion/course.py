@@ -17,8 +17,11 @@ from ragkv.fusion.layout import Layout
 from ragkv.store import Rates
 from ragkv.store.source import Progress
 
-#: Chunks are late once they took this many times as long as they should, and this share of the time that computing them takes.
-_LATE, _SLACK = 1.1, 0.05
+#: Chunks are late once they took this many times as long as they should, and this share of the time that computing them takes; or
+#: that share of the time that computing the whole prompt takes, if that is less.
+_LATE, _SLACK = 1.1, 0.03
+#: For this share of it nobody waits idle for what is not known to come soon.
+_IDLE = 0.02
 #: Fewer rows are not worth a forward of their own; chunks are given up until they have so many tokens.
 _LEAST_ROWS, _AT_ONCE = 32, 192
 _LEAST_S = 1e-3
@@ -63,6 +66,7 @@ class Course:
         self._layout, self._coming, self._rates = layout, coming, rates
         self._chosen = torch.zeros(layout.tokens, dtype=torch.bool, device=rows.device)
         self._chosen[rows] = True
+        self._full_s = 0.0 if rates is None else rates.compute_s(layout.tokens - layout.held, layout.held)
         self._done = 0  # slots in front of this one need nothing more
 
     @property
@@ -120,20 +124,23 @@ class Course:
         first = self._layout.chunks[away[0]]
         left = len(first.chunk) - begun
         compute_s = self._rates.compute_s(left, first.start + begun)
-        left_s = self._left_s(away)
+        found = self._coming.progress(away[0])
+        should_s = 0.0 if found.bytes_per_s is None else (found.came + found.left) / found.bytes_per_s
+        left_s = self._left_s(away, found, should_s)
         if left_s >= compute_s:
             return left, 0.0
         count = int(left * left_s / compute_s)
+        if found.since_s > max(should_s, _IDLE * self._full_s):
+            count = min(left, max(count, _LEAST_ROWS))
         return (count, 0.0) if count >= _LEAST_ROWS else (0, left_s)
 
-    def _left_s(self, away: list[int]) -> float:
+    def _left_s(self, away: list[int], found: Progress, should_s: float) -> float:
         """Seconds until chunks may be here: as fast as the last ones came, a little later, then as these do; else as long again."""
         assert self._rates is not None
-        chunks, found = self._layout.chunks, self._coming.progress(away[0])
-        if found.bytes_per_s is not None:
-            should_s = (found.came + found.left) / found.bytes_per_s
+        chunks = self._layout.chunks
+        if should_s:
             whole_s = self._rates.compute_s(sum(len(chunks[number].chunk) for number in away), chunks[away[0]].start)
-            late_s = should_s + max((_LATE - 1) * should_s, _SLACK * whole_s)
+            late_s = should_s + min(max((_LATE - 1) * should_s, _SLACK * whole_s), _SLACK * self._full_s)
             if found.since_s < late_s:
                 left_s = should_s - found.since_s
                 return max(_LEAST_S, left_s if left_s > 0 else min(late_s - found.since_s, -left_s))

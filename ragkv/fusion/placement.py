@@ -148,11 +148,19 @@ class Placement:
 
         return [source(placed, key) for placed, key in self._chunks]
 
+    def levels(self) -> list[str]:
+        """The lossy level of a pool at which each chunk's KV were taken, in prompt order; empty for those as they were stored."""
+        held = {key: self.batch.held_at[index] or "" for key, index in self._index.items()}
+        return [
+            "" if placed.path or key in self.fresh or placed.start in self._spared else held.get(key, "")
+            for placed, key in self._chunks
+        ]
+
     def spare(self, numbers: Collection[int], why: str = "unused") -> None:
         """Leave out chunks, by their numbers in the prompt: a pass computes them whole. Nothing of them is loaded from here on."""
         if self._done or not numbers:  # what was looked at is placed already
             return
-        self._spared |= {self._layout.chunks[number].start: why for number in numbers}
+        self._spared = {self._layout.chunks[number].start: why for number in numbers} | self._spared
         needed = {key for _, key in self._to_place}
         for key, index in self._index.items():
             if key not in needed:

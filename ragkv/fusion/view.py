@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -89,6 +91,12 @@ class Selection:
 class Looks(Protocol):
     """What answers a view's questions."""
 
+    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
+        """See :meth:`View.open`."""
+
+    def elapsed_s(self) -> float:
+        """See :attr:`View.elapsed_s`."""
+
     def sensitivity(self) -> Sequence[Tensor | None]:
         """Of each chunk's tokens; ``None`` where it was not measured."""
 
@@ -118,6 +126,9 @@ class View:
         layout: the prompt.
         layers: L.
         looks: answers what the layout does not tell.
+
+    Attributes:
+        spared: numbers of the chunks that are computed whole, whatever is stored of them, which is not shown.
     """
 
     def __init__(self, layout: Layout, layers: int, looks: Looks):
@@ -125,10 +136,28 @@ class View:
         self.layers: int = layers
         self._looks = looks
         self._attention: dict[str, Tensor] = {}
+        self.spared: frozenset[int] = frozenset()
+
+    def open(
+        self, without: frozenset[int], limit_s: float = inf, levels: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        """Has the stored chunks opened, before anything of them is looked at, but for some that are computed whole.
+
+        Args:
+            without: their numbers; see :attr:`spared`.
+            limit_s: as for :class:`~ragkv.store.source.Asking`: those that were not found in time are spared, too.
+            levels: lossy levels of a pool at which others are taken, by their numbers.
+        """
+        self.spared = self._looks.open(without, limit_s, levels)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the prompt was asked for."""
+        return self._looks.elapsed_s()
 
     @lazy
     def sensitivity(self) -> Tensor:
-        """``[R]`` how much each token's values change behind another text, measured when its document was read.
+        """``[R]`` how much each token's values change behind another text, measured when its document was read; 0 where spared.
 
         Raises:
             MethodError: it was not measured for some chunk.

@@ -66,6 +66,17 @@ def measured_rates(documents: Documents, limit_s: float = 10.0, again: bool = Fa
     return rates
 
 
+def to_fetch(documents: Documents, keys: Sequence[bytes]) -> list[bytes]:
+    """Those of the chunks that are worth moving to memory before a prompt is known: not what comes slower than it is computed."""
+    rates = known_rates(documents)
+    if rates is None:
+        return list(keys)
+    computed_s = rates.compute_s(rates.piece_tokens)
+    slow = {name for name, tier in rates.tiers.items() if tier.beside and tier.seconds(rates.piece_tokens) > computed_s}
+    places = documents.store.where(keys, rates.patience_s(rates.piece_tokens)) if slow else {}
+    return [key for key in keys if places.get(key) not in slow]
+
+
 def reading_s(documents: Documents, tokens: Sequence[int]) -> float:
     """Seconds that adding documents takes, each of which the model runs so many tokens for.
 

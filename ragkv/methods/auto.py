@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ragkv.errors import instance
+from ragkv.errors import ArgumentError, instance
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method
 from ragkv.methods.full_prefill import FullPrefill
 from ragkv.methods.reuse import Reuse
 from ragkv.methods.sensitive_tokens import SensitiveTokens
-from ragkv.methods.weighing import weighed
+from ragkv.methods.weighing import Weighed, patience_s, weighed
 from ragkv.store import Rates
 
 
@@ -32,13 +32,19 @@ class Auto(Method):
     Attributes:
         repair: the method for prompts that put chunks where they were not made.
         rates: figures in place of those that were measured.
+        ttft_s: seconds within which a first token is wanted. Where that takes it, and a pool has them, chunks are taken at lossy
+            levels (:class:`~ragkv.store.RemoteTier`); never without.
     """
 
     repair: Method = field(default_factory=SensitiveTokens)
     rates: Rates | None = None
+    ttft_s: float | None = None
 
     def __post_init__(self) -> None:
         instance("repair", self.repair, Method, "a ragkv.Method, as ragkv.LegoLink(k=16)")
+        instance("ttft_s", self.ttft_s, int | float | None, "seconds until the first token")
+        if self.ttft_s is not None and not self.ttft_s > 0:
+            raise ArgumentError(f"ttft_s must be more than 0 seconds, got {self.ttft_s}")
         instance("rates", self.rates, Rates | None, "a ragkv.Rates, as ragkv.Engine.advise(...).rates")
 
     @property
@@ -63,18 +69,32 @@ class Auto(Method):
     def select(self, view: View) -> Selection:
         """What the method for this prompt selects; it also decides further."""
         picked, rates = self._picked(view.layout), self.rates or view.rates
-        found = None if rates is None or isinstance(picked, FullPrefill) else weighed(picked, view, rates)
-        if found is None:
-            return replace(Selection.of(picked.select(view), picked), rates=rates)
-        method = found.method or FullPrefill()
-        chosen = Selection.of(method.select(view), method)
-        chosen = replace(chosen, why=found.why, rates=rates, reckoned=found.reckoned)
-        if not found.name:
+        found = None if rates is None or isinstance(picked, FullPrefill) else self._weighed(picked, view, rates)
+        method = picked if found is None else found.method or FullPrefill()
+        if rates is not None and not isinstance(method, FullPrefill):
+            computed, levels = (frozenset(), {}) if found is None else (found.computed, found.levels)
+            view.open(computed, patience_s(method, view, rates), levels)
+        chosen = replace(Selection.of(method.select(view), method), rates=rates)
+        if found is not None:
+            name = f"{chosen.name}, and {found.name}" if found.name else chosen.name
+            chosen = replace(chosen, why=found.why, reckoned=found.reckoned, name=name)
+        if not view.spared:
             return chosen
-        tokens = torch.cat(
-            [chosen.tokens, view.layout.span(*(view.layout.chunks[number] for number in found.computed))]
-        )
-        return replace(chosen, tokens=tokens, name=f"{chosen.name}, and {found.name}")
+        spared = view.layout.span(*(view.layout.chunks[number] for number in view.spared))
+        return replace(chosen, tokens=torch.cat([chosen.tokens, spared]))
+
+    def spares(self, view: View) -> frozenset[int]:
+        """Those that are slower to load than to compute, or to be taken at a lossy level."""
+        picked, rates = self._picked(view.layout), self.rates or view.rates
+        if isinstance(picked, FullPrefill):
+            return picked.spares(view)
+        found = None if rates is None else self._weighed(picked, view, rates)
+        return picked.spares(view) if found is None else found.computed | found.levels.keys()
+
+    def _weighed(self, picked: Method, view: View, rates: Rates) -> Weighed | None:
+        if self.ttft_s is None or picked.looks:
+            return weighed(picked, view, rates)
+        return weighed(picked, view, rates, self.ttft_s - view.elapsed_s)
 
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):

@@ -43,6 +43,13 @@ class Method(ABC):
     def select(self, view: View) -> Tensor | Selection:
         """The chunk tokens to compute from layer 0 on, a subset of ``view.layout.reusable``; or a selection that says more."""
 
+    def spares(self, view: View) -> frozenset[int]:
+        """Numbers of the chunks that it computes whole, whatever is stored of them: they are not moved to memory beforehand.
+
+        ``view`` tells where they lie, and what was measured; nothing of them is opened for that.
+        """
+        return frozenset()
+
     def narrow(self, check: Check) -> Tensor:
         """The tokens to go on with from ``check.layer`` on, a subset of ``check.tokens``; asked at the selection's ``checks``."""
         return check.tokens

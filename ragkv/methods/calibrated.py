@@ -58,6 +58,15 @@ class Chosen(Method):
         """Whether what was chosen does."""
         return self.method.needs_attended
 
+    @property
+    def looks(self) -> bool:
+        """Whether what was chosen does."""
+        return self.method.looks
+
+    def spares(self, view: View) -> frozenset[int]:
+        """Those that the chosen method does."""
+        return self.method.spares(view)
+
     def select(self, view: View) -> Selection:
         """What the chosen method selects; it also decides further."""
         selection = Selection.of(self.method.select(view), self.method)

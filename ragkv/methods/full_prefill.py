@@ -19,6 +19,10 @@ class FullPrefill(Method):
         """All of it."""
         return 1.0
 
+    def spares(self, view: View) -> frozenset[int]:
+        """All of them."""
+        return frozenset(range(len(view.layout.chunks)))
+
     def select(self, view: View) -> Tensor:
         """All of it."""
         return view.layout.reusable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ragkv.fusion.layout import Layout
@@ -46,8 +47,13 @@ class SensitiveTokens(Method):
         return self._highest(view)
 
     def _highest(self, view: View) -> Tensor:
-        layout, tokens = view.layout, self._open(view.layout)
-        return highest(self.scores(view), tokens, self.ratio, layout) if len(tokens) > 0 and self.ratio < 1 else tokens
+        layout, tokens, reusable = view.layout, self._open(view.layout), len(view.layout.reusable)
+        if view.spared:
+            spared = layout.span(*(layout.chunks[number] for number in view.spared))
+            tokens, reusable = tokens[~torch.isin(tokens, spared)], reusable - len(spared)
+        if not len(tokens) or self.ratio == 1:
+            return tokens
+        return highest(self.scores(view), tokens, self.ratio * reusable / len(layout.reusable), layout)
 
     def scores(self, view: View) -> Tensor:
         """``[R]`` what decides: the sensitivity."""

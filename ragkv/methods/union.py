@@ -49,6 +49,10 @@ class Union(Method):
         """Of both, as if they chose different tokens."""
         return min(1.0, self.first.expected_budget(view) + self.second.expected_budget(view))
 
+    def spares(self, view: View) -> frozenset[int]:
+        """Those that one of them does; none where one looks at them."""
+        return frozenset() if self.looks else self.first.spares(view) | self.second.spares(view)
+
     def select(self, view: View) -> Selection:
         """What either selects, behind what both let it see."""
         one, two = (Selection.of(method.select(view), method) for method in (self.first, self.second))

@@ -7,15 +7,18 @@ network comes beside what can be computed without it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from math import inf
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from ragkv.fusion.view import View
 from ragkv.methods.base import Method
 from ragkv.store import Rates
+from ragkv.store.rates import LevelRate
 
 #: Computing what is stored has to save more than this share of the time.
 _WORTH = 0.05
@@ -31,12 +34,22 @@ class Way(NamedTuple):
         load_s: seconds of loading the others.
         compute_s: seconds of computing.
         prompt_s: seconds until the prompt is ready.
+        levels: lossy levels of a pool at which some are loaded, by their numbers.
+        loss: tokens that are loaded so, each as often as there are levels better than its own, and what was stored.
     """
 
     computed: frozenset[int]
     load_s: float
     compute_s: float
     prompt_s: float
+    levels: Mapping[int, str] = MappingProxyType({})
+    loss: int = 0
+
+
+def patience_s(method: Method, view: View, rates: Rates) -> float:
+    """How much longer than lately a prompt waits for a pool to say what it has, before it computes that."""
+    layout = view.layout
+    return inf if method.looks else rates.patience_s(layout.tokens - layout.held, layout.held)
 
 
 class Weighed(NamedTuple):
@@ -48,6 +61,7 @@ class Weighed(NamedTuple):
         name: which these are; empty where there are none, or the method is a full prefill.
         why: the figures, for the report.
         reckoned: milliseconds of the prompt as it is put together, with all loaded, and with all computed.
+        levels: see :class:`Way`.
     """
 
     method: Method | None
@@ -55,19 +69,25 @@ class Weighed(NamedTuple):
     name: str
     why: str
     reckoned: dict[str, float]
+    levels: Mapping[int, str] = MappingProxyType({})
 
 
-def weighed(method: Method, view: View, rates: Rates) -> Weighed | None:
+def weighed(method: Method, view: View, rates: Rates, limit_s: float = inf) -> Weighed | None:
     """Whether to load a prompt's chunks from where they lie now; ``None`` where a tier of theirs was not measured.
 
     Chunks are computed from the front of the prompt, those of the slowest tier first: what stands in front costs least to compute,
     and needs nothing of what is still on its way from a pool (Cake, arXiv:2410.03065). The choice hangs on the prompt, on the tiers
-    that hold its chunks and on the figures, and on nothing else.
+    that hold its chunks and on the figures, and on nothing else but the limit.
+
+    Where no way keeps within the limit, chunks are taken at lossy levels, by CacheGen's rule (arXiv:2310.07240): of each the best
+    whose bytes, and as many of all that are left, come in time. Among the ways that then keep within it the one that loses least
+    is taken, or else the fastest of all.
 
     Args:
         method: that would be taken where loading takes no time.
         view: the prompt.
         rates: the figures.
+        limit_s: seconds in which it should be ready.
     """
     tiers = view.tiers
     stored = Counter[str]()
@@ -94,25 +114,68 @@ def weighed(method: Method, view: View, rates: Rates) -> Weighed | None:
     if best.prompt_s >= (1 - _WORTH) * loaded.prompt_s:
         best = loaded
     name = _named(best.computed, tiers) if best is not full else ""
+    if best.prompt_s > limit_s and any(rates.tiers[tier].levels for tier in stored):
+        lossy = [_at_levels(view, rates, budget, each.computed, limit_s) for each in [loaded, *parts]]
+        best = min(
+            [best, *lossy],
+            key=lambda each: (each.prompt_s > limit_s, each.loss * (each.prompt_s <= limit_s), each.prompt_s),
+        )
+        name = _named(best.computed, tiers) if best is not full else ""
+    at = ", ".join(f"{count} at {level}" for level, count in Counter(best.levels.values()).items())
     reckoned = {"chosen": best.prompt_s * 1e3, "loaded": loaded.prompt_s * 1e3, "computed": full_s * 1e3}
     why = _said(stored, loaded, full_s) + (f"; computing {name} {_ms(best.prompt_s)}" if name else "")
+    why += f"; {at} of the pool {_ms(best.prompt_s)}, with {_ms(max(0.0, limit_s))} left" if at else ""
     if best is full:
         return Weighed(None, best.computed, name, why, reckoned)
     if rates.beside and best.load_s > best.compute_s:
         method = _raised(method, view, lambda more: _way(view, rates, more, best.computed).compute_s <= best.load_s)
-    return Weighed(method, best.computed, name, why, reckoned)
+    return Weighed(method, best.computed, name, why, reckoned, best.levels)
 
 
-def _way(view: View, rates: Rates, budget: float, computed: frozenset[int]) -> Way:
-    """A prompt some of whose stored chunks are computed, and of the others a share."""
+def _at_levels(view: View, rates: Rates, budget: float, computed: frozenset[int], limit_s: float) -> Way:
+    """A way with what it loads from a pool at lossy levels, as far as keeping within a limit takes that."""
+    chunks = view.layout.chunks
+    held = {
+        number: rates.tiers[tier].levels
+        for number, tier in reversed(list(enumerate(view.tiers)))  # in the order in which they are asked for
+        if tier is not None and number not in computed and rates.tiers[tier].levels
+    }
+
+    def way(count: int) -> Way:
+        """So many steps down, of one chunk each, the first of all before the second of any."""
+        every, more = divmod(count, len(held))
+        ranks = {n: min(every + (at < more), len(levels)) for at, (n, levels) in enumerate(held.items())}
+        levels = {number: held[number][rank - 1] for number, rank in ranks.items() if rank}
+        loss = sum(rank * len(chunks[number].chunk) for number, rank in ranks.items())
+        names = {number: level.name for number, level in levels.items()}
+        return _way(view, rates, budget, computed, levels)._replace(levels=names, loss=loss)
+
+    most = len(held) * max(map(len, held.values()), default=0)
+    if not most:
+        return _way(view, rates, budget, computed)
+    return way(min(most, bisect_left(range(1, most + 1), True, key=lambda count: way(count).prompt_s <= limit_s) + 1))
+
+
+def _way(
+    view: View,
+    rates: Rates,
+    budget: float,
+    computed: frozenset[int],
+    levels: Mapping[int, LevelRate] = MappingProxyType({}),
+) -> Way:
+    """A prompt some of whose stored chunks are computed, and of the others a share; some of these come at lossy levels."""
     layout, tiers = view.layout, view.tiers
     reusable, known = len(layout.reusable), layout.held or layout.opening
-    loaded, open_to_repair = Counter[str](), Counter[bool]()
+    loaded, open_to_repair, kept, decode_s = dict[str, float](), Counter[bool](), 0, 0.0
     for number, (placed, tier) in enumerate(zip(layout.chunks, tiers, strict=True)):
         there = tier is not None and number not in computed  # missing chunks are read in any case
-        loaded.update({str(tier): len(placed.chunk)} if there else {})
+        if tier is not None and number not in computed:
+            tokens, level = len(placed.chunk), levels.get(number)
+            kept += tokens
+            decode_s += tokens * level.token_s if level else 0.0
+            share = level.token_bytes / rates.tiers[tier].token_bytes if level else 1.0
+            loaded[tier] = loaded.get(tier, 0.0) + tokens * share
         open_to_repair[there] += len(placed.chunk) if placed.behind_another and not placed.exact else 0
-    kept = loaded.total()
     share = open_to_repair[True] / open_to_repair.total() if open_to_repair.total() else kept / reusable
     rows = round(reusable - kept + min(budget * reusable * share, kept)) + layout.tokens - reusable - known
     # In front of the first chunk that is on its way: while it comes.
@@ -124,7 +187,8 @@ def _way(view: View, rates: Rates, budget: float, computed: frozenset[int]) -> W
     front = sum(len(layout.chunks[number].chunk) for number in computed if away and number < away[0])
     front_s = rates.compute_s(front, layout.chunks[away[0]].start - front) if front else 0.0
     compute_s = front_s + rates.compute_s(rows - front, layout.tokens - rows + front)
-    return Way(computed, rates.load_s(loaded), compute_s, rates.prompt_s(loaded, compute_s, front_s))
+    load_s, prompt_s = rates.load_s(loaded), rates.prompt_s(loaded, compute_s, front_s)
+    return Way(computed, load_s + decode_s, compute_s, prompt_s + decode_s)
 
 
 def _ends(order: list[int], tiers: Sequence[str | None]) -> set[int]:

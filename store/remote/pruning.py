@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from ragkv.errors import RecordError
 from ragkv.store.remote.envelope import ForeignError
+from ragkv.store.remote.levels import with_levels
 from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 
 _AT_ONCE = 256
-_HEADER_BYTES = 16 << 10  # about
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Pruner:
         """Finds out what is needed. What is published meanwhile shows in the ids, which are taken before."""
         if self._publications is not None:
             self._ids = self._publications.ids()
-            self._needed = self._publications.keys()
+            self._needed = with_levels(self._publications.keys())
 
     def _old(self, keys: Sequence[bytes]) -> tuple[dict[bytes, bytes], int, int]:
         """Those that are old enough, with their objects' ids; how many are not, and how many cannot be read."""
         old, young, unreadable, now = dict[bytes, bytes](), 0, 0, time.time()
-        for key, head in self._records.heads(keys, _HEADER_BYTES).items():
+        for key, head in self._records.heads(keys).items():
             try:
                 opened, _ = self._records.open(key, head)
             except (RecordError, ForeignError):

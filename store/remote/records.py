@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from ragkv.store.payload import Payload
@@ -11,7 +12,8 @@ from ragkv.store.remote.envelope import ID, Envelope, Opened
 from ragkv.store.remote.pool import Pool
 from ragkv.store.rows import Row
 
-_HEAD_BYTES = 64 << 10  # what is read first of an object
+_SMALL_BYTES = 64 << 10  # of an object that is read whole at once, as soon as there was one
+_HEAD_BYTES, _PAGE_BYTES = 16 << 10, 4 << 10  # of headers, before one was seen
 
 
 class Records:
@@ -25,12 +27,17 @@ class Records:
     def __init__(self, pool: Pool, envelope: Envelope) -> None:
         self.pool: Pool = pool
         self._envelope = envelope
+        self._head_bytes = _HEAD_BYTES  # by what was opened last
 
-    def heads(self, keys: Sequence[bytes], size: int | None = None) -> dict[bytes, memoryview]:
-        """The first bytes of those that are there, for :meth:`open`; by default as many as hold small ones whole."""
+    def heads(self, keys: Sequence[bytes]) -> dict[bytes, memoryview]:
+        """The first bytes of those that are there, for :meth:`open`: their headers, or all of small ones."""
         names = {name_of(key): key for key in keys}
-        heads = self.pool.heads(list(names), size or _HEAD_BYTES)
+        heads = self.pool.heads(list(names), self._head_bytes)
         return {names[name]: memoryview(head) for name, head in heads.items()}
+
+    def begin_heads(self, keys: Sequence[bytes]) -> dict[bytes, Future[Any]]:
+        """As :meth:`heads`, for whoever does not wait: None for one that is not there."""
+        return {key: self.pool.begin(name_of(key), 0, self._head_bytes) for key in keys}
 
     def which(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those that are there."""
@@ -47,7 +54,10 @@ class Records:
         if needed > len(head):
             rest: Any = self.pool.read(name_of(key), len(head), needed) or b""
             head = memoryview(b"".join((head, rest)))
-        return self._envelope.open(key, head), head
+        opened = self._envelope.open(key, head)
+        small = needed + opened.record.payload_bytes <= _SMALL_BYTES
+        self._head_bytes = _SMALL_BYTES if small else (needed // _PAGE_BYTES + 1) * _PAGE_BYTES
+        return opened, head
 
     def seals(self, row: Row) -> bool:
         """Whether a chunk of this namespace may be written: see :meth:`Envelope.seals`."""

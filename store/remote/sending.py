@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ragkv.errors import RecordError
+from ragkv.store.codecs import Codec
+from ragkv.store.encode import encode
 from ragkv.store.notes import DELETE, SEND
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.remote.envelope import ForeignError
+from ragkv.store.remote.levels import LEVELS, level_key
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.uploads import Done
 from ragkv.store.tier import Tier
-
-_HEADER_BYTES = 16 << 10  # about
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
@@ -29,14 +31,17 @@ class Sender:
         home: where chunks are stored.
         records: the pool's.
         told: of each key whether the pool has it now.
+        levels: lossy ones at which chunks are sent besides.
 
     Attributes:
         sent_bytes: of all objects that were sent.
     """
 
-    def __init__(self, home: Tier, records: Records, told: Callable[[bytes, bool], object]) -> None:
+    def __init__(
+        self, home: Tier, records: Records, told: Callable[[bytes, bool], object], levels: Sequence[str] = ()
+    ) -> None:
         self.sent_bytes: int = 0
-        self._home, self._records, self._told = home, records, told
+        self._home, self._records, self._told, self._levels = home, records, told, levels
 
     def work(self, key: bytes, what: bytes) -> Done:
         """Does what is noted of a key.
@@ -45,12 +50,13 @@ class Sender:
             StoreError: not now.
         """
         if what == SEND:
-            done = self._send(key)
-            if done in (Done.SENT, Done.SKIPPED):
-                self._told(key, True)
-            return done
-        gone = self._records.delete(key, what[len(DELETE) :])
+            return self._send(key)
+        number = what[len(DELETE) :]
+        gone = self._records.delete(key, number)
         self._told(key, not gone)
+        for level in () if number else map(partial(level_key, key), LEVELS):
+            self._records.delete(level)
+            self._told(level, False)
         return Done.DELETED if gone else Done.SKIPPED
 
     def _send(self, key: bytes) -> Done:
@@ -63,18 +69,25 @@ class Sender:
             )
             return Done.DROPPED
         lifetime_s = row.terms(now).lifetime_s
-        if self._there(key, lifetime_s):
-            return Done.SKIPPED
-        whole = self._read(key)
-        if whole is None:
+        codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self._levels}}
+        there = self._there(list(codecs), lifetime_s)
+        whole = None if len(there) == len(codecs) else self._read(key)
+        if len(there) < len(codecs) and whole is None:
             return Done.DROPPED
-        now = time.time()  # the clock of a tier in memory is its own
-        size = self._records.write(key, *whole, replace(row, created_s=now, expires_s=now + lifetime_s), lifetime_s)
-        if not size:
-            logger.warning("%s does not come to %s: it is too large for it", key.hex(), self._records.pool.name)
-            return Done.DROPPED
-        self.sent_bytes += size
-        return Done.SENT
+        sent = Done.SKIPPED
+        for held, codec in codecs.items():
+            if held not in there:
+                assert whole is not None
+                now = time.time()  # the clock of a tier in memory is its own
+                here = replace(row, created_s=now, expires_s=now + lifetime_s)
+                size = self._records.write(held, *_at(codec, *whole), here, lifetime_s)
+                if not size:
+                    logger.warning("%s does not come to %s: it is too large for it", key.hex(), self._records.pool.name)
+                    return Done.DROPPED
+                self.sent_bytes += size
+                sent = Done.SENT
+            self._told(held, True)
+        return sent
 
     def _read(self, key: bytes) -> tuple[Record, Payload] | None:
         """What is stored under a key; None where that is nothing any more, or damaged."""
@@ -91,16 +104,25 @@ class Sender:
         finally:
             source.release()
 
-    def _there(self, key: bytes, lifetime_s: float) -> bool:
-        """Whether the pool has a chunk for long enough, or in its place an object that is not ours to replace."""
-        heads = self._records.heads([key], _HEADER_BYTES)
-        try:
-            if not heads:
-                return False
-            left_s = self._records.open(key, heads[key])[0].row.terms(time.time()).lifetime_s
-        except ForeignError as error:
-            logger.warning("%s in the pool is left as it is: %s", key.hex(), str(error))
-            return True
-        except RecordError:
-            return False
-        return left_s == math.inf or left_s >= lifetime_s / 2
+    def _there(self, keys: Sequence[bytes], lifetime_s: float) -> set[bytes]:
+        """Which objects the pool has for long enough, or in whose place it has some that are not ours to replace."""
+        there = set[bytes]()
+        for key, head in self._records.heads(keys).items():
+            try:
+                left_s = self._records.open(key, head)[0].row.terms(time.time()).lifetime_s
+            except ForeignError as error:
+                logger.warning("%s in the pool is left as it is: %s", key.hex(), str(error))
+                left_s = math.inf
+            except RecordError:
+                continue
+            if left_s == math.inf or left_s >= lifetime_s / 2:
+                there.add(key)
+        return there
+
+
+def _at(codec: Codec | None, record: Record, payload: Payload) -> tuple[Record, Payload]:
+    """A record in another codec; itself without one."""
+    if codec is None:
+        return record, payload
+    kv = record.decode(payload)
+    return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)

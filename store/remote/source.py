@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +44,7 @@ class Fetch:
         self._speed, self._late = speed, late
         self._readings: list[Reading] = []
         self._asked: list[tuple[Future[Any], int]] = []
-        self._begin, self._expected, self._token_bytes = 0.0, None, 1.0
+        self._begin, self._expected = 0.0, None
         self._lock = threading.Lock()
 
     def join(self, reading: Reading) -> None:
@@ -68,11 +69,13 @@ class Fetch:
                 future = reading.ask(number)
                 asked += [] if future is None else [(future, reading.size(number))]
         if asked:
-            tokens, known = sum(reading.record.tokens for reading in readings), self._speed.loading
-            self._token_bytes = sum(reading.record.payload_bytes for reading in readings) / tokens
+            for level in {reading.level for reading in readings}:
+                records = [reading.record for reading in readings if reading.level == level]
+                self._speed.sized(level, sum(one.payload_bytes for one in records) / sum(one.tokens for one in records))
+            known = self._speed.loading
             self._begin, self._expected = self._speed.now(), None if known is None else known.bytes_per_s
             self._asked = asked
-            self._speed.watch(asked, self._token_bytes)
+            self._speed.watch(asked)
 
     def progress(self) -> Progress:
         """How far they are on their way."""
@@ -87,8 +90,13 @@ class Fetch:
         found = self.progress()
         size = found.came + found.left
         if size and (self._expected is None or size < found.since_s * self._expected):
-            self._speed.saw(size, found.since_s, self._token_bytes)
+            self._speed.saw(size, found.since_s)
         self._late()
+
+    def decoded(self, reading: Reading, seconds: float) -> None:
+        """It took so long to decode a layer."""
+        if reading.level:
+            self._speed.decoded(reading.level, seconds * len(reading.record.shapes) / reading.record.tokens)
 
 
 class Reading:
@@ -101,9 +109,11 @@ class Reading:
         begun: its first bytes, as far as they were read with the header.
         range_bytes: of one request, about: segments that follow each other are asked for together.
         arrived: told when it was read to its end.
+        level: the lossy one at which the object holds the chunk; empty for none.
 
     Attributes:
         key: see above.
+        level: see above.
         record: its header.
         row: on what terms it is kept.
         fetch: see above.
@@ -118,8 +128,10 @@ class Reading:
         begun: Any,
         range_bytes: int,
         arrived: Callable[[Reading], None],
+        level: str = "",
     ) -> None:
         self.key: bytes = key
+        self.level: str = level
         self.record: Record = opened.record
         self.row: Row = opened.row
         self.fetch: Fetch = fetch
@@ -258,7 +270,7 @@ class RemoteSource(Source):
 
     def __init__(self, tier: str, reading: Reading) -> None:
         super().__init__(tier, reading.record)
-        self.reading = reading
+        self.reading, self.level, self.key = reading, reading.level, reading.key
         self._lock = threading.Lock()
         self._released = False
 
@@ -269,8 +281,10 @@ class RemoteSource(Source):
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """See :class:`Source`."""
-        count = self.load(layer)
-        return self.reading.record.layer(self.reading.payload, layer), count
+        count, begin = self.load(layer), perf_counter()
+        pair = self.reading.record.layer(self.reading.payload, layer)
+        self.reading.fetch.decoded(self.reading, perf_counter() - begin)
+        return pair, count
 
     def parts(self, layer: int) -> tuple[Parts, int]:
         """See :class:`Source`."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ragkv.store.rates import Loading
+from ragkv.store.rates import LevelRate, Loading
+from ragkv.store.remote.levels import LEVELS
 
 # For how long what was seen counts: then the pool is tried again, also where it was too slow.
 _KNOWN_S = 60.0
@@ -19,29 +20,57 @@ class Speed:
 
     Args:
         now: a clock that never jumps, in seconds.
+        levels: lossy ones at which it holds chunks besides, best first.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic, levels: Sequence[str] = ()) -> None:
         self.now = now
-        self._last: tuple[float, Loading] | None = None
+        self._levels = levels
+        self._last: tuple[float, float] | None = None
+        self._start: tuple[float, float] | None = None
+        self._token_bytes: dict[str, float] = {}
+        self._token_s: dict[str, float] = {}
 
     @property
     def loading(self) -> Loading | None:
-        """As the last chunks came; None where none did lately."""
+        """As the last chunks came; None where none did lately, or nobody knows what is stored of them takes."""
         if self._last is None or self.now() - self._last[0] > _KNOWN_S:
             return None
-        return self._last[1]
+        whole = self._token_bytes.get("")
+        if whole is None:
+            return None
+        levels = tuple(
+            LevelRate(name, self._token_bytes.get(name, LEVELS[name].share * whole), self._token_s.get(name, 0.0))
+            for name in self._levels
+        )
+        return Loading(self._last[1], whole, self.start_s, beside=True, levels=levels)
 
-    def saw(self, size: int, seconds: float, token_bytes: float) -> None:
+    @property
+    def start_s(self) -> float:
+        """Seconds until it was last known what is there; 0 where nobody asked lately."""
+        return self._start[1] if self._start is not None and self.now() - self._start[0] <= _KNOWN_S else 0.0
+
+    def started(self, seconds: float) -> None:
+        """It took so long until it was known what is there."""
+        self._start = self.now(), seconds
+
+    def sized(self, level: str, token_bytes: float) -> None:
+        """A token's KV take so many bytes there, at a level; without a name as they were stored."""
+        self._token_bytes[level] = token_bytes
+
+    def decoded(self, level: str, token_s: float) -> None:
+        """Decoding a token's KV of a level took so long."""
+        self._token_s[level] = token_s
+
+    def saw(self, size: int, seconds: float) -> None:
         """So many bytes came in so many seconds, or no more."""
-        self._last = self.now(), Loading(size / max(seconds, 1e-6), token_bytes, beside=True)
+        self._last = self.now(), size / max(seconds, 1e-6)
 
-    def watch(self, asked: Sequence[tuple[Future[Any], int]], token_bytes: float) -> None:
+    def watch(self, asked: Sequence[tuple[Future[Any], int]]) -> None:
         """Takes the time of requests that were made just now, as soon as all are answered; not where one is not.
 
         Args:
             asked: each, and its bytes.
-            token_bytes: that a token's KV take there.
         """
         begin, left, lock = self.now(), [future for future, _ in asked], threading.Lock()
         size = sum(count for _, count in asked)
@@ -52,7 +81,7 @@ class Speed:
                 last = not left
             if last and all(not one.cancelled() and one.exception() is None for one, _ in asked):
                 now = self.now()
-                self.saw(size, now - begin, token_bytes)
+                self.saw(size, now - begin)
 
         for future, _ in asked:
             future.add_done_callback(done)

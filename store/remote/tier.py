@@ -16,6 +16,8 @@ from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, sha
 from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
+from ragkv.store.remote.heads import Heads
+from ragkv.store.remote.levels import level_key, ordered
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
 from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
@@ -27,7 +29,7 @@ from ragkv.store.remote.source import Fetch, Reading, RemoteSource
 from ragkv.store.remote.speed import Speed
 from ragkv.store.remote.uploads import Uploads
 from ragkv.store.rows import Row
-from ragkv.store.source import Source
+from ragkv.store.source import Asking, Source
 from ragkv.store.stats import PoolStats
 from ragkv.store.tier import Offer, Tier
 
@@ -59,6 +61,8 @@ class RemoteTier(Tier):
         name: what the statistics call it.
         readonly: write nothing to the pool and delete nothing there, whatever is put or removed. So it is, too, of a store that
             is open for reading only.
+        levels: lossy ones at which chunks are sent besides, and taken where somebody is in a hurry (:class:`ragkv.Auto`): some of
+            ``"int8"``, ``"fine"``, ``"medium"`` and ``"coarse"``, CacheGen's (arXiv:2310.07240); docs/remote.md has their figures.
 
     Attributes:
         readonly: see above.
@@ -82,6 +86,7 @@ class RemoteTier(Tier):
         refresh_s: float = 60.0,
         name: str = "remote",
         readonly: bool = False,
+        levels: Sequence[str] = (),
     ) -> None:
         super().__init__(time.time)
         instance("pool", pool, str | Pool, "a URL, as 's3://bucket/prefix', or a Pool")
@@ -100,7 +105,9 @@ class RemoteTier(Tier):
         self.publications: Publications = Publications(self._pool, envelope)
         self._range_bytes = range_bytes
         self._breaker = Breaker()
-        self._speed = Speed()
+        self._levels = ordered(levels)
+        self._speed = Speed(levels=self._levels)
+        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._sending = uploads
         # What was read lately: on what terms it is kept, and its object's id.
@@ -131,37 +138,36 @@ class RemoteTier(Tier):
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
-        self._sender = Sender(home, self._records, self._told)
+        self._sender = Sender(home, self._records, self._told, self._levels)
         self._uploads = Uploads(self._notes, self._sender.work, self._sending)
         if len(self._notes):
             self._uploads.wake()
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. Headers are read now, the rest when it is asked for."""
-        likely = self._likely(keys, self._listed)
-        found: dict[bytes, Source] = {}
-        for key in likely:
-            reading = self._readings.get(key)
-            if reading is not None and reading.join():
-                found[key] = RemoteSource(self.name, reading)
-        likely = [key for key in likely if key not in found]
-        with self._asking(likely) as may:
-            heads = self._records.heads(likely) if may else {}
-            fetch = Fetch(self._pool, self._lose, self._speed, self._count_late)
-            for key, head in heads.items():
-                opened = self._open(key, head)
-                if opened is not None:
-                    reading = self._readings[key] = Reading(fetch, key, *opened, self._range_bytes, self._arrived)
-                    reading.join()
-                    found[key] = RemoteSource(self.name, reading)
-            if may:
-                self._manifest.note(set(likely) - heads.keys(), False)
-        while len(self._seen) > _MOST_KNOWN:
-            self._seen.pop(next(iter(self._seen)), None)
+        return self.find_away(keys, Asking())
+
+    def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
+        """See :class:`Tier`."""
+        listed = self._listed
+        likely = self._likely(keys, listed)
+        fetch = Fetch(self._pool, self._lose, self._speed, self._count_late)
+        levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
+        at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
+        found = {levels[key]: source for key, source in at_levels.items()}
+        left = [key for key in likely if key not in found and key not in asking.late]
+        found |= self._opened(fetch, left, asking, {})
+        for known in (self._seen, self._avoided):
+            while len(known) > _MOST_KNOWN:
+                known.pop(next(iter(known)), None)
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there."""
+        return self.missing_away(keys, math.inf)
+
+    def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
+        """See :class:`Tier`."""
         listed, there = self._listed, set[bytes]()  # once: a listing may come at any moment
         for start in range(0, len(keys), _MOST_ASKED):
             likely = self._likely(keys[start : start + _MOST_ASKED], listed)
@@ -169,7 +175,8 @@ class RemoteTier(Tier):
                 there.update(likely)
                 continue
             with self._asking(likely) as may:
-                there.update(self._records.which(likely) if may else ())
+                if may:
+                    there.update(self._heads.which(likely, limit_s))
         return [key for key in keys if key not in there]
 
     def row(self, key: bytes) -> Row | None:
@@ -296,6 +303,7 @@ class RemoteTier(Tier):
         self._counts.clear()
         self._off = not self._pool.forks
         self._breaker = Breaker()
+        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
         self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
@@ -327,6 +335,32 @@ class RemoteTier(Tier):
         known -= self._notes.deleting(known)
         return [key for key in wanted if key in known]
 
+    def _opened(
+        self, fetch: Fetch, keys: Sequence[bytes], asking: Asking, levels: Mapping[bytes, bytes]
+    ) -> dict[bytes, Source]:
+        """Objects that are there, to be read together; of those that hold levels, which chunks these are of."""
+        found: dict[bytes, Source] = {}
+        for key in keys:
+            reading = self._readings.get(key)
+            if reading is not None and reading.join():
+                found[key] = RemoteSource(self.name, reading)
+        left = [key for key in keys if key not in found]
+        with self._asking(left) as may:
+            heads, late = self._heads.read(left, asking.limit_s) if may else ({}, set[bytes]())
+            for key, head in heads.items():
+                opened = self._open(key, head)
+                if opened is not None:
+                    level = asking.levels[levels[key]] if key in levels else ""
+                    reading = Reading(fetch, key, *opened, self._range_bytes, self._arrived, level)
+                    self._readings[key] = reading
+                    reading.join()
+                    found[key] = RemoteSource(self.name, reading)
+            if may:
+                self._manifest.note(set(left) - heads.keys() - late, False)
+                self._counts["late"] += len(late)
+                asking.late.update(levels.get(key, key) for key in late)
+        return found
+
     @contextmanager
     def _asking(self, keys: Collection[bytes]) -> Iterator[bool]:
         """To ask the pool, where it says that one may; when it does not answer, what was asked for is a miss."""
@@ -335,9 +369,6 @@ class RemoteTier(Tier):
             yield may
         except PoolError as error:
             self._unanswered(error)
-        else:
-            if may:
-                self._breaker.succeeded()
 
     def _unanswered(self, error: PoolError) -> None:
         self._counts["unanswered"] += 1
@@ -382,7 +413,7 @@ class RemoteTier(Tier):
         self._counts["late"] += 1
 
     def _arrived(self, reading: Reading) -> None:
-        if self._arrivals is not None:
+        if self._arrivals is not None and not reading.level:
             self._arrivals.offer(reading)
 
     def _told(self, key: bytes, there: bool) -> None:

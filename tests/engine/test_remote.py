@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from ragkv import Engine, SensitiveTokens, TieredStore
 from ragkv.fusion.course import Course
 from ragkv.fusion.placement import Placement
-from ragkv.library.rates import known_rates
+from ragkv.library.rates import known_rates, to_fetch
 from ragkv.store import RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids
@@ -105,6 +106,7 @@ def test_a_namespace_has_nothing_of_another_in_the_pool(machine, parts):
 
 def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads, monkeypatch):
     """Whoever has measured the machine; a pool that nobody has read from lately is read from."""
+    monkeypatch.setattr("ragkv.methods.auto.patience_s", lambda *_: 10.0)
     monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
     monkeypatch.setattr(
         Course, "_meanwhile", lambda *_: (0, math.inf)
@@ -121,9 +123,30 @@ def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads,
     assert seen.bytes_per_s > 0 and seen.token_bytes == two.store.loading()["remote"].token_bytes > 100
     for bytes_per_s, source in ((1.0, "unused"), (1e15, "remote")):  # a modem, and no limit
         tier = two.store._tiers.behind[0]
-        tier._speed._last = tier._speed.now(), seen._replace(bytes_per_s=bytes_per_s)
-        monkeypatch.setattr(two.store, "where", lambda keys: dict.fromkeys(keys, "remote"))
+        tier._speed._last = tier._speed.now(), bytes_per_s
+        monkeypatch.setattr(two.store, "where", lambda keys, _: dict.fromkeys(keys, "remote"))
         report = two.fuse([document[1], document[0]], QUESTION, method="auto").report
         assert "from remote are loaded in" in report.why
         assert ("FullPrefill" in report.method) == (source == "unused")
     assert not read
+
+
+def test_what_comes_slower_than_it_is_computed_is_not_fetched_before_it_is_asked_for(machine, parts, monkeypatch):
+    one, two = machine(), machine()
+    document = one.add_document(parts)
+    one.store.flush()
+    keys = [two.documents.key(chunk) for chunk in document]
+    assert to_fetch(two.documents, keys) == keys, "nothing is known of the machine"
+    two.advise(limit_s=0.1)
+    assert to_fetch(two.documents, keys) == keys, "nor of the pool"
+    speed = two.store.remote._speed
+    speed.sized("", 1.0)
+    for bytes_per_s, fetched in ((1.0, []), (1e15, keys)):  # a modem, and no limit
+        speed._last = speed.now(), bytes_per_s
+        assert to_fetch(two.documents, keys) == fetched
+    two.fuse(document, QUESTION)
+    until = monotonic() + 10
+    while len(two.store) < 3 and monotonic() < until:
+        sleep(0.01)
+    speed._last = speed.now(), 1.0
+    assert to_fetch(two.documents, keys) == keys, "they lie on the disk now"

@@ -13,13 +13,25 @@ from time import perf_counter
 import pytest
 import torch
 
-from ragkv import Auto, CacheBlend, Engine, PromptTemplate, Selection, SensitiveTokens, TieredStore
+from ragkv import (
+    Auto,
+    CacheBlend,
+    Engine,
+    FullPrefill,
+    LegoLink,
+    PromptTemplate,
+    Selection,
+    SensitiveTokens,
+    TieredStore,
+    Union,
+)
 from ragkv.fusion.arriving import Arriving
 from ragkv.fusion.course import Course
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.layout import Layout, lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.methods.base import Method
 from ragkv.model.turns import looking
+from ragkv.places import to_load
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
@@ -37,18 +49,19 @@ SLOW, QUICK = (CostProfile((0, 1000), (0, 1000), ((0.0, s), (0.0, s))) for s in 
 
 @pytest.mark.parametrize("speed", links.SPEEDS.values(), ids=links.SPEEDS)
 @pytest.mark.parametrize("known", [True, False], ids=["known", "not known"])
-def test_within_both_bounds_over_links_that_drop(speed, known):
-    """On a clock of its own: 15 % of the better of loading and computing, and 10 % of computing."""
+@pytest.mark.parametrize(("chunks", "tokens"), [(16, 256), (4, 128)])
+def test_within_both_bounds_over_links_that_drop(chunks, tokens, speed, known):
+    """On a clock of its own: 10 % of computing, and of long prompts 15 % of the better of loading and computing."""
     tokens_per_s, token_bytes = links.MACHINES["small"]
-    rates, layout = links.figures(tokens_per_s, token_bytes), links.prompt(16, 256)
+    rates, layout = links.figures(tokens_per_s, token_bytes), links.prompt(chunks, tokens)
     full_s = rates.compute_s(layout.tokens)
     same = layout, rates, token_bytes
     steady = links.simulate(SensitiveTokens(), *same, links.Link([(0.0, speed)]), None)
     for kind, trace in links.traces(speed, full_s).items():
         loaded = links.simulate(SensitiveTokens(), *same, links.Link(trace), None)
-        own = links.simulate(Auto(), *same, links.Link(trace), steady.seen if known else None)
+        own = links.simulate(Auto(), *same, links.Link(trace), *((steady.seen, steady.start_s) if known else (None,)))
         assert own.seconds <= 1.1 * full_s, (kind, own)
-        if kind != "ten times as fast":  # which the next prompt knows
+        if chunks > 4 and kind != "ten times as fast":  # which the next prompt knows
             assert own.seconds <= 1.15 * min(loaded.seconds, full_s), (kind, own)
         if known and not trace[-1][1] and kind == "to nothing at once":
             assert own.late + own.method.startswith("Full") and own.seen <= steady.seen
@@ -88,6 +101,7 @@ def parts():
 @pytest.fixture
 def ready(model, parts, tmp_path, monkeypatch):
     """A machine that has the chunks, and makes others that have them over a link, of which little comes with the header."""
+    monkeypatch.setattr("ragkv.methods.auto.patience_s", lambda *_: 10.0)
     monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 2_000)
     url, opened = f"memory://{tmp_path}", []
     one = Engine(model, template=TEMPLATE, store=TieredStore(remote=url))
@@ -133,6 +147,39 @@ def test_what_never_comes_is_computed(ready, reads):
     )
     exact(one, chunks, prompt)
     assert not two.store.missing(one.documents.keys(chunks))
+
+
+def test_what_is_computed_is_not_even_opened(ready, monkeypatch):
+    """Nor moved to memory for a prompt that waits for its turn."""
+    one, chunks, make = ready
+    size = one.store.stats().bytes["cpu"] / 256
+    slow = Loading(10 * size, size, 0.0, beside=True)  # as fast as computing
+    two, method = make([(0.0, 1e9)], SLOW)
+    pool, asked = two.store.remote._pool, set()
+    begin = pool.begin
+    monkeypatch.setattr(pool, "begin", lambda name, *place: asked.add(name) or begin(name, *place))
+    monkeypatch.setattr(two.store.remote, "loading", lambda: slow)
+    method = Auto(SensitiveTokens(0.2), Rates(SLOW, {"remote": slow}))
+    layout = lay_out((1, 5, 6), (), chunks, QUESTION, torch.device("cpu"))
+    keys = [two.documents.key(chunk) for chunk in chunks]
+    methods = [method, Union(LegoLink(2), method), CacheBlend(0.2), FullPrefill()]
+    moved = [to_load(two.documents, layout, each) for each in methods]
+    prompt = two.fuse(chunks, QUESTION, method=method)
+    hits = prompt.report.hits
+    assert set(hits) == {"remote", "unused"} and len(asked) == hits["remote"]
+    exact(one, chunks, prompt)
+    assert moved == [keys[hits["unused"] :]] * 2 + [keys, []]
+
+
+def test_headers_that_do_not_come_are_not_waited_for(ready, monkeypatch, reads, unwritten):
+    one, chunks, make = ready
+    monkeypatch.setattr("ragkv.methods.auto.patience_s", lambda *_: 0.02)
+    two, method = make([(0.0, 1e9), (5_000.0, 0.0)], SLOW)
+    read = reads(two)
+    unwritten(two)
+    prompt = two.fuse(chunks, QUESTION, method=method)
+    assert prompt.report.sources[-1] == "late" and not read and not two.store.stats().pools["remote"].unanswered
+    exact(one, chunks, prompt)
 
 
 def test_a_chunk_that_stands_twice_is_given_up_at_both_places(ready):
@@ -267,3 +314,16 @@ def test_what_cannot_go_on_meanwhile_waits(ready, monkeypatch, why):
         prompts = [two.fuse(chunks, QUESTION, method=method, starts=starts)]
     assert bool(made) == (why == "nothing")
     assert all(not {"late", "computed"} & prompt.report.hits.keys() for prompt in prompts)
+
+
+def test_what_a_path_settles_is_loaded_though_computing_it_is_faster(ready, unwritten):
+    """It is never computed, so that it must be opened."""
+    one, chunks, make = ready
+    size = one.store.stats().bytes["cpu"] / 256
+    two, _ = make([(0.0, 1e9)], SLOW, paths=True)
+    unwritten(two)
+    rates = Rates(SLOW, {"remote": Loading(5 * size, size, 0.0, beside=True)})
+    order = [chunks[2], chunks[3], chunks[0], chunks[1]]  # the first document stands where it was read
+    prompt = two.fuse(order, QUESTION, method=Auto(SensitiveTokens(0.2), rates))
+    assert "of 4 from remote" in prompt.report.method
+    exact(one, order, prompt)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -125,7 +127,7 @@ def test_a_tier_behind_that_is_not_there_is_a_miss(pooled, kv, key, same, monkey
         same(batch.kv(1), kv(2))
     assert pooled.missing([key(1), key(3)]) == [key(3)]
     assert pooled.stats().entries["pool"] == 0
-    pooled._tiers.drop_damaged(key(1), "pool", RecordError("damaged"))
+    pooled._tiers.drop_damaged(key(1), SimpleNamespace(tier="pool", key=b""), RecordError("damaged"))
     assert "network is down" in caplog.text
 
 

@@ -46,7 +46,7 @@ ERRORS: tuple[type[ragkv.RagKVError], ...] = (
 REPLICA: str = ragkv.route(["a document"], {"a": 0, "b": 2.0}, held={"b": {"a document"}}, bound=1.5)
 
 METHODS: Sequence[ragkv.Method] = (
-    ragkv.Auto(),
+    ragkv.Auto(ttft_s=0.5),
     ragkv.CacheBlend(ratio=0.15),
     ragkv.CacheCraft(alpha=0.5),
     ragkv.Calibrated(),

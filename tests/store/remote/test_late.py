@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from threading import Event, Timer
 
 import pytest
 
@@ -11,12 +12,12 @@ from ragkv.store import Loading
 from ragkv.store.metrics import StoreCollector
 from ragkv.store.remote.pool import PoolError
 from ragkv.store.remote.records import key_of
+from ragkv.store.source import Asking
 
 
 @pytest.fixture
 def stalled(machine, kv, key, monkeypatch, soon):
     """A machine whose requests for more than a header are answered by hand: the store, and what it asked for."""
-    monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 2_000)
     url = "memory://stalled"
     one = machine(url)
     one.put_many([(key(number), kv(number, tokens=2000, layers=6), 0.0) for number in range(3)])
@@ -108,9 +109,107 @@ def test_on_time_it_is_no_slower_than_it_was(stalled, key):
     """What is computed meanwhile because that is faster anyway says nothing about the pool."""
     store, _, _ = stalled
     speed = store._tiers.behind[0]._speed
-    speed.saw(1, 1e3, 8.0)  # an hour for what is asked for
+    speed.sized("", 768.0), speed.saw(1, 1e3)  # an hour for what is asked for
     known = store.loading()["remote"]
     with store.read([key(0), key(1)]) as batch:
         batch.begin()
         batch.give_up(0)
-    assert store.loading()["remote"] == known
+    assert store.loading()["remote"]._replace(start_s=0.0) == known
+
+
+@pytest.fixture
+def heads(stalled, monkeypatch):
+    """As if every header was on its way for long: the store, and what answers those that were asked for."""
+    store, _, _ = stalled
+    pool, held = store._tiers.behind[0]._pool, []
+    begin = pool.begin
+
+    def hold(name, start, stop):
+        held.append((Future(), begin(name, start, stop)))
+        return held[-1][0]
+
+    def answer(error=None):
+        for future, answered in held:
+            future.set_exception(error) if error else future.set_result(answered.result())
+        held.clear()
+
+    monkeypatch.setattr(pool, "begin", hold)
+    return store, held, answer
+
+
+def test_whoever_has_no_time_does_not_wait_for_headers_and_misses_nothing(heads, key):
+    store, _, answer = heads
+    speed, asking = store._tiers.behind[0]._speed, Asking(0.02)
+    with store.read([key(0), key(1), b"?" * 32], asking=asking) as batch:
+        assert batch.tiers == [None] * 3 and asking.late == {key(0), key(1), b"?" * 32}
+    assert store.stats().pools["remote"].late == 3 and not speed.start_s
+    answer()
+    assert 0.02 < speed.start_s < 5, "how long it took is known, though nobody waited for it"
+    speed.started(1e3)
+    asking = Asking(0.02)
+    Timer(0.1, answer).start()
+    with store.read([key(0), b"?" * 32], asking=asking) as batch:
+        assert batch.tiers == ["remote", None] and not asking.late, "it waits as long as that took lately"
+    assert speed.start_s < 1e3 and store.stats().pools["remote"].late == 3
+
+
+def test_headers_that_nobody_waits_for_any_more_may_fail(heads, key):
+    store, held, answer = heads
+    with store.read([key(0)], asking=Asking(0.01)):
+        pass
+    assert not store.stats().pools["remote"].down
+    answer(PoolError("no answer"))
+    pool = store.stats().pools["remote"]
+    assert pool.down and (pool.unanswered, pool.late) == (1, 1)
+    with store.read([key(0)], asking=Asking(0.01)) as batch:
+        assert batch.tiers == [None] and not held, "it is left alone"
+
+
+def test_no_more_is_read_of_a_header_than_it_takes(machine, kv, key, same, monkeypatch):
+    """By what was seen last; and small objects whole, in one request."""
+    url = "memory://sizes"
+    one, two = machine(url), machine(url)
+    one.put_many([(key(0), kv(0, tokens=2000, layers=6), 0.0), (key(1), kv(1, tokens=4), 0.0)])
+    one.flush()
+    pool, asked = two._tiers.behind[0]._pool, []
+    begin = pool.begin
+    monkeypatch.setattr(
+        pool, "begin", lambda name, start, stop: asked.append((start, stop)) or begin(name, start, stop)
+    )
+    for number, size in ((0, 16 << 10), (0, 4 << 10), (1, 4 << 10), (1, 64 << 10)):
+        asked.clear()
+        two.read([key(number)]).close()
+        assert asked == [(0, size)]
+    same(two.get(key(1)), kv(1, tokens=4))
+    assert asked == [(0, 64 << 10)] * 2
+    for number in range(5_000):
+        two._tiers.behind[0]._lose(b"%032d" % number, PoolError("no answer"))
+    two.read([key(0)]).close()
+    assert len(two._tiers.behind[0]._avoided) == 4096
+    one.remove_many([key(0), key(1)])
+    one.flush()
+
+
+def test_whoever_has_no_time_takes_it_to_be_there(stalled, key, monkeypatch, soon):
+    store, _, _ = stalled
+    tier, more = store.remote, Event()
+    which = tier._pool.which
+    monkeypatch.setattr(tier._pool, "which", lambda names: more.wait(5) and which(names))
+    assert set(store.where([key(0), key(9)], 0.02)) == {key(0), key(9)}
+    more.set()
+    assert store.where([key(0), key(9)], 5.0) == {key(0): "remote"}
+    more.clear()
+    tier._speed.started(1e3)
+    Timer(0.1, more.set).start()
+    assert store.where([key(0), key(9)], 0.02) == {key(0): "remote"}, "it waits as long as an answer took lately"
+    monkeypatch.setattr(tier._pool, "which", lambda names: more.wait(5) and fails())
+    more.clear()
+    tier._speed.started(0.0)
+    assert store.where([key(0)], 0.02) and not store.stats().pools["remote"].down
+    more.set()
+    soon(lambda: store.stats().pools["remote"].down)
+    assert store.where([key(0)], 5.0) == {}, "it is left alone"
+
+
+def fails():
+    raise PoolError("no answer")

@@ -120,9 +120,9 @@ def test_what_is_published_meanwhile_stays(filled, key, monkeypatch, url):
     tier = RemoteTier(url)
     heads = tier._records.heads
 
-    def looking(keys, size=None):
+    def looking(keys):
         filled.remote.publications.put("", "a", {}, {KEYS: key(0) + key(4)})
-        return heads(keys, size)
+        return heads(keys)
 
     monkeypatch.setattr(tier._records, "heads", looking)
     assert tier.prune().objects == 3 and left(filled, key) == [0, 1, 4]

@@ -8,10 +8,11 @@ from ragkv.store.remote.speed import Speed
 def test_the_last_chunks_count_and_not_for_ever():
     clock = [0.0]
     speed = Speed(lambda: clock[0])
+    speed.sized("", 8.0)
     assert speed.loading is None
     slow, fast = ([(Future(), 600), (Future(), 400)] for _ in range(2))
     for asked, seconds in ((slow, 2.0), (fast, 0.5)):
-        speed.watch(asked, 8.0)
+        speed.watch(asked)
         asked[1][0].set_result(b"")
         before = speed.loading
         clock[0] += seconds
@@ -27,7 +28,7 @@ def test_the_last_chunks_count_and_not_for_ever():
 def test_what_was_not_answered_is_no_measure():
     speed = Speed()
     asked = [(Future(), 600), (Future(), 400), (Future(), 1)]
-    speed.watch(asked, 8.0)
+    speed.watch(asked)
     asked[0][0].set_exception(OSError("cut"))
     asked[1][0].cancel()
     asked[2][0].set_result(b"")

@@ -1,0 +1,99 @@
+"""Asking a pool what is there, for as long as whoever reads wants to wait."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
+
+from ragkv.store.remote.pool import Breaker, PoolError
+from ragkv.store.remote.records import Records
+from ragkv.store.remote.speed import Speed
+
+#: What is there is late once that takes this many times as long as lately, and the limit.
+_LATE = 1.1
+
+
+class Heads:
+    """The beginnings of objects. Safe for several threads.
+
+    Args:
+        records: the pool's.
+        speed: is shown how long it takes, also where nobody waits any more.
+        breaker: is told of answers.
+        failed: told why there was none, where nobody waits any more.
+    """
+
+    def __init__(self, records: Records, speed: Speed, breaker: Breaker, failed: Callable[[PoolError], None]) -> None:
+        self._records, self._speed, self._breaker, self._failed = records, speed, breaker, failed
+
+    def which(self, keys: Sequence[bytes], limit_s: float) -> Collection[bytes]:
+        """Those that are there, or of which that is not known after so much longer than lately.
+
+        Raises:
+            PoolError: the pool does not answer.
+        """
+        if limit_s == math.inf:
+            there = self._records.which(keys)
+        else:
+            asked = Future[Collection[bytes]]()
+            threading.Thread(target=self._ask, args=(asked, keys), name="ragkv-pool-ask", daemon=True).start()
+            try:
+                there = asked.result(_LATE * self._speed.start_s + limit_s)
+            except TimeoutError:
+                self._watch([asked], None)
+                return keys
+        self._breaker.succeeded()
+        return there
+
+    def _ask(self, asked: Future[Collection[bytes]], keys: Sequence[bytes]) -> None:
+        try:
+            asked.set_result(self._records.which(keys))
+        except BaseException as error:
+            asked.set_exception(error)
+
+    def read(self, keys: Sequence[bytes], limit_s: float) -> tuple[dict[bytes, memoryview], set[bytes]]:
+        """Those of what is there, and the keys of which that was not known after so much longer than lately.
+
+        Raises:
+            PoolError: the pool does not answer.
+        """
+        begin, late = self._speed.now(), set[bytes]()
+        if limit_s == math.inf:
+            heads = self._records.heads(keys)
+        else:
+            asked = self._records.begin_heads(keys)
+            _, left = wait(asked.values(), _LATE * self._speed.start_s + limit_s, "FIRST_EXCEPTION")
+            try:
+                done = {key: self._records.pool.answer(future) for key, future in asked.items() if future not in left}
+            except PoolError:
+                for future in left:
+                    future.cancel()
+                raise
+            heads = {key: memoryview(head) for key, head in done.items() if head is not None}
+            late = asked.keys() - done.keys()
+            self._watch(left, begin)
+        if heads and not late:
+            self._speed.started(self._speed.now() - begin)
+        if len(late) < len(keys):
+            self._breaker.succeeded()
+        return heads, late
+
+    def _watch(self, left: Collection[Future[Any]], begin: float | None) -> None:
+        """Learns from what nobody waits for any more: whether there is an answer, and from a beginning on, when."""
+
+        def done(future: Future[Any]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if isinstance(error, PoolError):
+                self._failed(error)
+            elif error is None:
+                self._breaker.succeeded()
+                if begin is not None and all(one.done() for one in left):
+                    self._speed.started(self._speed.now() - begin)
+
+        for future in left:
+            future.add_done_callback(done)
