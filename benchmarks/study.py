@@ -31,11 +31,11 @@ SETS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "musique": ("musique_dev", [], ("document",)),
     "2wiki": ("2wikimultihopqa_dev", [], ("document",)),
 }
-DEFAULT = "sensitive-tokens:ratio=0.1"
+DEFAULT = "relevant-tokens:ratio=0.1"
 MAIN = [
     "reuse",
     DEFAULT,
-    "relevant-tokens:ratio=0.1",
+    "sensitive-tokens:ratio=0.1",
     "lego-link:k=16",
     "cache-blend:ratio=0.15,check_layer=1",
     "question-aware:ratio=0.1",
@@ -50,7 +50,7 @@ MORE = [
     "random:ratio=0.1",
 ]
 #: Of documents that were read behind the passages nearest to them.
-NEAR = ["reuse", DEFAULT, "relevant-tokens:ratio=0.05", "relevant-tokens:ratio=0.1"]
+NEAR = ["reuse", DEFAULT, "relevant-tokens:ratio=0.05", "sensitive-tokens:ratio=0.1"]
 FULL = ["full-prefill", "full-documents"]
 #: Folder, cases, whether all arms are asked, tokens of an answer.
 STAGES = [("kl", 10, True, 0), ("answers", 20, False, 24), ("answers", 60, False, 24), ("kl", 40, True, 0)]
