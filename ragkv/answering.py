@@ -14,6 +14,7 @@ from torch import Tensor
 from ragkv.detokenizer import Detokenizer, cut
 from ragkv.errors import ArgumentError, ModelChangedError, PromptError
 from ragkv.logprobs import Logprobs
+from ragkv.model.cache import FusedCache
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
 from ragkv.model.rows import Rows
@@ -146,10 +147,13 @@ class Answering:
     ) -> Iterator[int]:
         note = None if logprobs is None else logprobs.note
         steps = self._steps
-        with steps.seat() as seat:
+        assert isinstance(prompt.past_key_values, FusedCache)
+        with steps.seat() as seat, steps.driving(prompt.past_key_values):
 
             def forward(rows: Rows) -> Tensor:
-                return steps.run(rows, prompt.fingerprint, seat)
+                logits = steps.run(rows, prompt.fingerprint, seat)
+                report.ran = rows.ran
+                return logits
 
             for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note):
                 report.new_tokens += 1

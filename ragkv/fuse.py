@@ -80,9 +80,15 @@ def fuse(
         if work.first_stored < layers and course is None:
             one.placement.ahead(work.first_stored)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
-        with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
-            together = nullcontext() if alone or meeting is None else meeting.seat(one.reader.steps)
-            forward = None if alone else partial(one.reader.forward, seat=stack.enter_context(together))
+        steps = one.reader.steps
+        with (
+            one.reader.turn() if alone else nullcontext(),
+            steps.driving(one.cache),
+            beside,
+            timer.stage("compute"),
+        ):
+            together = nullcontext() if alone or meeting is None else meeting.seat(steps)
+            forward = steps.forward if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             masses = None if seen is None else seen.masses
             logits, done = compute(
                 *(decoder, one.cache, layout, work, one.reader.piece_tokens, timer),
@@ -103,6 +109,7 @@ def fuse(
                 filter(None, [selection.why, f"{late} chunks came too slowly and were computed" if late else ""])
             ),
             attention=done.attention,
+            ran=done.ran,
             kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
             prefix_tokens=layout.chunks_start,
             chunk_tokens=layout.suffix_start - layout.chunks_start,

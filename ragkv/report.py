@@ -75,6 +75,8 @@ class FusionReport:
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
         read_tokens: of chunks that were not stored, each read once.
+        ran: how the model ran over what was placed (docs/kernels.md): ``"eager"``, as transformers runs it; ``"fixed"``, in fixed
+            shapes; ``"graph"``, replayed as a CUDA graph. ``"eager: WHY"`` where a graph was wanted and cannot be had.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
@@ -99,6 +101,7 @@ class FusionReport:
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
     read_tokens: int = 0
+    ran: str = "eager"
     looked: str = ""
     gate: str = ""
     why: str = ""
@@ -215,12 +218,14 @@ class AnswerReport:
         first_token_ms: from the call to the first token.
         decode_ms: for all further tokens.
         new_tokens: tokens generated, an end token included.
+        ran: how the model ran for the last of them, as of :class:`FusionReport`.
     """
 
     fusion: FusionReport
     first_token_ms: float = 0.0
     decode_ms: float = 0.0
     new_tokens: int = 0
+    ran: str = "eager"
 
     def plot(self) -> Figure:
         """A picture of the answer: the prompt with its chunks, coloured by where their KV came from, above it the recomputed

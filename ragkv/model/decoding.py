@@ -83,7 +83,7 @@ def decode(
             first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1
             at = torch.arange(first, first + 1 + len(proposed), device=ids.device)
             run = torch.cat([ids[0, -1:], ids.new_tensor(proposed)])
-            logits, *behind = forward(Rows(run, at, cache, wanted=len(run))).split(1)
+            logits, *behind = forward(Rows(run, at, cache, wanted=len(run), first=first)).split(1)
             ahead = proposed.copy()
     finally:
         cache.crop(-len(ahead))

@@ -37,9 +37,13 @@ class Weights:
 
     Args:
         model: the bare model.
+
+    Attributes:
+        changes: how many looks found tensors that were replaced, moved or written.
     """
 
     def __init__(self, model: nn.Module):
+        self.changes: int = 0
         self._model = model
         self._seen: list[tuple] = []
         self._shape: list[tuple[dict, tuple]] | None = None  # every module's tensors and children, where that tells all
@@ -63,6 +67,7 @@ class Weights:
         seen = [(name, _key(part), _mark(part)) for name, part in now]
         alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())
         if not (alive and seen == self._seen):
+            self.changes += 1
             held: dict[Any, tuple[Any, tuple, bytes]] = {}
             for _, part in now:
                 key, mark = _key(part), _mark(part)

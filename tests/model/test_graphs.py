@@ -1,0 +1,301 @@
+"""Fixed shapes: the same prompts and answers as without, on every architecture; what happens about the graphs themselves."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ragkv import ArgumentTypeError, CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, UnsupportedModelError
+from ragkv.model import graphs as module
+from ragkv.model import rooms
+from ragkv.model.graphs import Graphs, row_bucket
+from ragkv.model.rooms import Room, Rooms, room_bucket
+from ragkv.model.rows import Rows
+from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
+CLOSED = ("falcon", "gptj", "stablelm")  # past transformers' attention interface
+PASSAGES, QUESTION = [random_ids(n) for n in (30, 17, 41)], random_ids(6)
+NO_END = {"max_new_tokens": 9, "eos_token_id": None}
+
+
+class Recorder:
+    """Stands for CUDA's graphs: what is replayed writes to the memory that the capture found."""
+
+    def __init__(self, error=None, usable=True):
+        self.captured, self.replayed, self.settled, self.error, self.on = 0, 0, 0, error, usable
+
+    def __call__(self, body):
+        if self.error is not None:
+            raise self.error
+        self.captured += 1
+        out = body().clone()
+
+        def replay():
+            self.replayed += 1
+            return out.copy_(body())
+
+        return replay
+
+    def usable(self):
+        return self.on
+
+    def settle(self):
+        self.settled += 1
+
+
+def engine(model, graphs, capture=None, **options):
+    made = Engine(model, template=TEMPLATE, kernels="reference", graphs=graphs, **{"method": LegoLink(3), **options})
+    if capture is not None:
+        made.documents.steps.graphs._capture = capture
+    return made
+
+
+def fused(engine, method=None, question=QUESTION):
+    return engine.fuse(engine.add(PASSAGES)[::-1], question, method=method)
+
+
+def said(engine, **options):
+    return engine.generate(engine.add(PASSAGES)[::-1], QUESTION, **{**NO_END, **options})
+
+
+def same(got, want):
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fixed_shapes_change_nothing(architecture):
+    model = tiny_model(architecture)
+    if architecture in CLOSED:
+        with pytest.raises(UnsupportedModelError, match="graphs=True was asked for"):
+            Engine(model, template=TEMPLATE, graphs=True)
+        return
+    plain = engine(model, False, piece_tokens=16)
+    fixed = engine(model, True, piece_tokens=16, store=plain.store)
+    loaded = model.config._attn_implementation
+    for method in (CacheBlend(0.3), Reuse()):
+        want, got = (fused(each, method) for each in (plain, fixed))
+        assert (want.report.ran, got.report.ran, got.report.attention) == ("eager", "fixed", "selective (reference)")
+        same(got, want)
+    want, got = (said(each, prompt_lookup_num_tokens=3) for each in (plain, fixed))
+    assert (want.report.fusion.ran, got.report.fusion.ran, got.report.ran) == ("eager", "fixed", "fixed")
+    assert got.token_ids == want.token_ids
+    assert model.config._attn_implementation == loaded
+
+
+def test_masks_are_no_fixed_shapes():
+    with pytest.raises(UnsupportedModelError, match="give kernels='reference'"):
+        Engine(tiny_model(), template=TEMPLATE, graphs=True)
+    with pytest.raises(ArgumentTypeError, match="graphs"):
+        Engine(tiny_model(), template=TEMPLATE, graphs="on")
+    assert Engine(tiny_model(), template=TEMPLATE).documents.steps.graphs is None
+
+
+def test_a_second_use_is_captured_and_then_replayed():
+    model = tiny_model()
+    want = said(engine(model, False), do_sample=False)
+    capture = Recorder()
+    made = engine(model, True, capture)
+    assert said(made).report.ran == "graph"  # the first token's step as it is, the second one's captured
+    assert (capture.captured, capture.replayed) == (1, NO_END["max_new_tokens"] - 2)
+    answer = said(made)
+    assert (answer.report.fusion.ran, answer.report.ran) == ("graph", "graph")
+    assert answer.token_ids == want.token_ids
+    assert capture.captured == 2
+    fused(made)
+    assert capture.captured == 2
+
+
+def test_logits_are_not_those_of_the_next_replay():
+    made = engine(tiny_model(), True, Recorder())
+    fused(made), fused(made)
+    first = fused(made)
+    kept = first.logits.clone()
+    assert first.report.ran == "graph"
+    other = fused(made, question=random_ids(6, seed=99))
+    assert torch.equal(first.logits, kept) and not torch.equal(other.logits, kept)
+
+
+def test_prompts_keep_their_own_memory():
+    """What a prompt holds is nobody else's, whatever is fused behind it; and an answer leaves the room."""
+    model = tiny_model()
+    made = engine(model, True)
+    first = fused(made)
+    views = [layer.keys for layer in first.past_key_values.layers]
+    copies = [view.clone() for view in views]
+    fused(made, question=random_ids(6, seed=99))
+    said(made)
+    assert all(map(torch.equal, views, copies))
+    same(first, fused(engine(model, False)))
+    assert made.documents.steps.graphs._rooms.find(first.past_key_values) is None
+
+
+@pytest.mark.parametrize("capture", [Recorder(RuntimeError("operation not permitted\nwhen")), None])
+def test_what_cannot_be_captured_runs_as_before(capture, monkeypatch):
+    """A capture that fails, and a model that waits for the device: eager from then on, and the report says why."""
+    model, why = tiny_model(), "its graph could not be captured: operation not permitted"
+    want = said(engine(model, False))
+    made = engine(model, True, capture)
+    if capture is None:
+        plain, why = model.model.layers[1].mlp.forward, "the model waits for the device (_local_scalar_dense)"
+
+        def waiting(hidden):
+            return plain(hidden) if hidden.sum().item() else hidden
+
+        monkeypatch.setattr(model.model.layers[1].mlp, "forward", waiting)
+    said(made)
+    answer = said(made)
+    assert answer.token_ids == want.token_ids
+    assert (answer.report.fusion.ran, answer.report.ran) == (f"eager: {why}",) * 2
+    assert not made.documents.steps.graphs._rooms._rooms and not made.documents.steps.graphs._fixed
+
+
+def test_other_failures_are_raised(monkeypatch):
+    model = tiny_model()
+    made = engine(model, True, Recorder())
+    chunks = made.add(PASSAGES)
+
+    def fails(hidden):
+        raise ValueError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.layers[1].mlp, "forward", fails)
+        with pytest.raises(ValueError, match="on purpose"):
+            made.fuse(chunks, QUESTION)
+    assert made.fuse(chunks, QUESTION).report.ran == "fixed"
+
+
+def test_a_changed_model_is_captured_anew():
+    model, capture = tiny_model(), Recorder()
+    made = engine(model, True, capture)
+    said(made), said(made)
+    before, layer = capture.captured, model.model.layers[0].mlp.up_proj
+    layer.weight.data = layer.weight.data.clone()  # elsewhere: what was recorded would read the old place
+    want = said(engine(model, False))
+    assert said(made).token_ids == want.token_ids
+    said(made)
+    assert capture.captured == before + 2 and capture.settled
+
+
+def test_hooks_in_the_model_are_called():
+    model, calls = tiny_model(), []
+    made = engine(model, True, Recorder())
+    said(made), said(made)
+    hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    answer = said(made)
+    assert answer.report.ran == answer.report.fusion.ran == "eager"
+    assert len(calls) == NO_END["max_new_tokens"]
+    hook.remove()
+    assert said(made).report.ran == "graph"
+
+
+def test_where_no_graph_may_run_it_is_eager():
+    made = engine(tiny_model(), True, Recorder(usable=False))
+    assert (said(made).report.ran, fused(made).report.ran) == ("eager", "eager")
+
+
+def test_graphs_are_few(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_GRAPHS", 2)
+    capture = Recorder()
+    made = engine(tiny_model(), True, capture)
+    for length in (3, 18, 35, 3):
+        assert fused(made, question=random_ids(length)).report.ran == "fixed"
+    assert len(made.documents.steps.graphs._fixed) == 2 and capture.settled
+
+
+def test_an_answer_grows_out_of_its_room(monkeypatch):
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+    steps = engine(tiny_model(), True).documents.steps
+    ids, at, sizes = steps.decoder.random_ids(30), torch.arange(30), set()
+    plain, cache = steps.decoder.cache(6), steps.decoder.cache(6)
+    for n in range(30):
+        want = steps.decoder.forward(Rows(ids[n : n + 1], at[n : n + 1], plain))
+        rows = Rows(ids[n : n + 1], at[n : n + 1], cache, first=n)
+        torch.testing.assert_close(steps.forward(rows), want, atol=1e-4, rtol=1e-4)
+        sizes.add(steps.graphs._rooms.find(cache).slots)
+    assert rows.ran == "fixed" and len(sizes) > 2
+    steps.graphs.leave(cache)
+    for a, b in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
+    """A room holds what the prompt before left there; hidden or not, NaN would show."""
+    model = tiny_model()
+    made = engine(model, True)
+    want = fused(made)
+    leave = Room.leave
+
+    def poisoned(room, cache, slots):
+        leave(room, cache, slots)
+        for layer in room.cache.layers:
+            layer.key_room[:, :, : room.used] = layer.value_room[:, :, : room.used] = torch.nan
+            layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
+
+    monkeypatch.setattr(Room, "leave", poisoned)
+    fused(made)
+    got = fused(made)
+    assert got.report.ran == "fixed"
+    same(got, want)
+
+
+def test_several_answers_at_once(monkeypatch):
+    """More threads than there are rooms: who finds none runs as before."""
+    model = tiny_model()
+    plain, made = engine(model, False), engine(model, True, Recorder())
+    questions = [random_ids(5 + n) for n in range(4)]
+    chunks = plain.add(PASSAGES)
+    made.add(PASSAGES)
+    want = [plain.generate(chunks, question, **NO_END).token_ids for question in questions]
+    ready = threading.Barrier(len(questions))
+
+    def ask(question):
+        ready.wait()
+        return [made.generate(chunks, question, **NO_END).token_ids for _ in range(3)]
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        assert list(pool.map(ask, questions)) == [[ids] * 3 for ids in want]
+    assert len(made.documents.steps.graphs._rooms._rooms) <= 2
+
+
+def test_rooms_are_taken_by_one_at_a_time():
+    decoder = engine(tiny_model(), False).decoder
+    dropped = []
+    found = Rooms(dropped.append)
+    caches = [decoder.cache(40) for _ in range(4)]
+    first = found.enter(caches[0], 0, 40, decoder.specs)
+    assert first.slots == 256 and first.hosts(caches[0]) and found.find(caches[0]) is first
+    second = found.enter(caches[1], 0, 300, decoder.specs)
+    assert second.slots == 384
+    assert found.enter(caches[2], 0, 40, decoder.specs) is None
+    found.leave(caches[0])
+    assert caches[0].layers[0].key_room.shape[2] == 40 and found.find(caches[0]) is None
+    assert found.enter(caches[2], 0, 40, decoder.specs) is first and not dropped
+    del caches[2:]  # nobody says that it leaves
+    larger = found.enter(caches[0], 0, 2000, decoder.specs)
+    assert larger.slots == 2048 and dropped == [first]
+
+
+def test_buckets():
+    for bucket, least in ((row_bucket, 1), (room_bucket, 256)):
+        sizes = [bucket(n) for n in range(1, 5000)]
+        assert sizes == sorted(sizes) and all(size >= n for n, size in enumerate(sizes, 1))
+        assert sizes[0] == least and len(set(sizes)) < 60
+    assert all(row_bucket(n) <= max(16, n + n // 8 + 16) for n in range(1, 3000))
+
+
+def test_a_model_in_parts_is_not_captured(monkeypatch):
+    made = engine(tiny_model(), True, Recorder())
+    monkeypatch.setattr(made.model.model.layers[0], "_hf_hook", object(), raising=False)
+    fused(made)
+    assert "eager: its weights are on several devices" in fused(made).report.ran
+
+
+def test_of_is_asked_for_or_on_a_gpu():
+    decoder = engine(tiny_model(), False).decoder
+    assert Graphs.of(decoder, None, object) is None and Graphs.of(decoder, False, object) is None
+    assert Graphs.of(decoder, True, object) is not None

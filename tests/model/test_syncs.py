@@ -1,0 +1,107 @@
+"""No step in fixed shapes waits for the device: run on a CPU under a mode that raises where a GPU would be waited for."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse
+from ragkv.model.syncs import HostSyncError, no_syncs
+from ragkv.testing import random_ids, tiny_model
+
+CPU, GIVEN = torch.device("cpu"), torch.arange(6)
+WAITS = {
+    "_local_scalar_dense": [
+        lambda: GIVEN.sum().item(),
+        lambda: int(GIVEN[0]),
+        lambda: bool(GIVEN[0] > 1),
+        lambda: GIVEN[: GIVEN[1]],
+    ],
+    "tolist": [lambda: GIVEN.tolist()],
+    "cpu": [lambda: GIVEN.cpu()],
+    "numpy": [lambda: GIVEN.numpy()],
+    "nonzero": [lambda: GIVEN.nonzero(), lambda: torch.where(GIVEN > 2)],
+    "index": [lambda: GIVEN[GIVEN > 2]],
+    "index_put_": [lambda: GIVEN.clone().index_put_((GIVEN > 2,), torch.tensor(0))],
+    "masked_select": [lambda: GIVEN.masked_select(GIVEN > 2)],
+    "_unique2": [lambda: torch.unique(GIVEN)],
+    "isin": [lambda: torch.isin(GIVEN, GIVEN[:2])],
+    "bincount": [lambda: torch.bincount(GIVEN)],
+    "equal": [lambda: torch.equal(GIVEN, GIVEN.clone())],
+    "repeat_interleave": [lambda: torch.repeat_interleave(GIVEN)],
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_refused(name):
+    for wait in WAITS[name]:
+        with pytest.raises(HostSyncError, match=f"^{name}"), no_syncs(CPU):
+            wait()
+        wait()  # behind the block it is as before
+
+
+def test_what_stays_on_the_device_is_not():
+    with no_syncs(CPU):
+        picked = GIVEN[torch.tensor([2, 1])] + GIVEN[1:3]
+        torch.where(GIVEN > 2, GIVEN, 0).topk(2)
+        torch.zeros(6).index_copy_(0, GIVEN, torch.ones(6)).masked_fill_(GIVEN > 1, 0.0)
+    assert len(picked) == 2
+
+
+def test_what_crosses_to_a_device_is_refused():
+    """A graph would copy from memory of the host that is long gone."""
+    there = torch.empty(6, dtype=torch.long, device="meta")
+    for cross in (lambda: GIVEN.to("meta"), lambda: there.copy_(GIVEN), lambda: torch.add(there, GIVEN.to("meta"))):
+        with pytest.raises(HostSyncError, match="_to_copy|copy_"), no_syncs(there.device):
+            cross()
+    with no_syncs(there.device):
+        there.copy_(there + there.to(torch.int32))
+
+
+def test_other_devices_are_not_looked_at():
+    with no_syncs(torch.device("meta")):
+        assert GIVEN.sum().item() == 15 and GIVEN.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@contextmanager
+def watched(engine, monkeypatch):
+    """Every forward runs under the mode, from its rows to its logits; yields how each ran."""
+    graphs, ran = engine.documents.steps.graphs, []
+    forward = graphs.forward
+
+    def watch(rows):
+        with no_syncs(CPU):
+            logits = forward(rows)
+        ran.append(rows.ran)
+        return logits
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs, "forward", watch)
+        yield ran
+
+
+@pytest.fixture
+def engine():
+    return Engine(tiny_model(), template=PromptTemplate(prefix=[1, 5]), kernels="reference", graphs=True)
+
+
+def ask(engine, method):
+    chunks = engine.add([random_ids(n) for n in (21, 33)])[::-1]
+    return engine.generate(chunks, random_ids(4), method=method, max_new_tokens=5, eos_token_id=None)
+
+
+@pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3), Reuse()])
+def test_a_warm_pass_and_warm_tokens_wait_for_nothing(engine, method, monkeypatch):
+    want = ask(engine, method)
+    with watched(engine, monkeypatch) as ran:
+        assert ask(engine, method).token_ids == want.token_ids
+    assert ran == ["fixed"] * 5
+
+
+def test_a_wait_in_the_model_would_show(engine, monkeypatch):
+    ask(engine, Reuse())
+    layer = engine.model.model.layers[2].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda hidden: forward(hidden) * float(hidden.abs().max().item() > 0))
+    with watched(engine, monkeypatch), pytest.raises(HostSyncError, match="_local_scalar_dense"):
+        ask(engine, Reuse())
