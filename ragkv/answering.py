@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from threading import Event
@@ -144,7 +144,7 @@ class Answering:
 
     def _timed(
         self, prompt: FusedPrompt, report: AnswerReport, begin: float, logprobs: Logprobs | None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         note = None if logprobs is None else logprobs.note
         steps = self._steps
         assert isinstance(prompt.past_key_values, FusedCache)
@@ -155,7 +155,8 @@ class Answering:
                 report.ran = rows.ran
                 return logits
 
-            for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note):
+            early = steps.graphs is not None and steps.graphs.early and note is None
+            for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note, early):
                 report.new_tokens += 1
                 if report.new_tokens == 1:
                     report.first_token_ms = _ms(begin)

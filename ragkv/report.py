@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, fields
 from threading import Event
@@ -296,7 +296,7 @@ class Made:
 
 
 #: Begins an answer, with what has to be undone behind it: its report, its token ids, and what makes its past of these.
-Start = Callable[[ExitStack], tuple[AnswerReport, Iterator[int], Callable[[Sequence[int]], Past | None]]]
+Start = Callable[[ExitStack], tuple[AnswerReport, Generator[int, None, None], Callable[[Sequence[int]], Past | None]]]
 
 
 class AnswerStream(Structured, Iterator[str]):
@@ -377,13 +377,14 @@ def _pieces(
 ) -> Generator[str, None, None]:
     with ExitStack() as stack:
         made.report, tokens, past = start(stack)
-        for token in tokens:
-            made.token_ids.append(token)
-            piece = text.add(token)
-            if piece:
-                yield piece
-            if text.stopped:
-                break
+        with closing(tokens):  # before anybody goes on behind them
+            for token in tokens:
+                made.token_ids.append(token)
+                piece = text.add(token)
+                if piece:
+                    yield piece
+                if text.stopped:
+                    break
         rest = text.rest()
         if rest:
             yield rest

@@ -47,10 +47,12 @@ class Graphs:
 
     Attributes:
         why: why nothing runs in fixed shapes any more; empty as long as it does.
+        early: a token's step is launched before the host knows the token, so that the device need not wait for the host.
     """
 
     def __init__(self, decoder: Decoder, capture: Capture | None, mark: Callable[[], object]):
         self.why: str = ""
+        self.early: bool = capture is not None
         self._decoder, self._capture, self._mark = decoder, capture, mark
         self._marked: object = None
         self._modules: list[nn.Module] = []
@@ -97,12 +99,10 @@ class Graphs:
             rows.ran, logits = fixed.run(rows, self._capture)
         except HostSyncError as error:
             self._give_up(f"the model waits for the device ({error})")
+        except _CaptureError as error:
+            self._give_up(f"its graph could not be captured: {error}")
         except torch.OutOfMemoryError:
             self._give_up("there was no memory for graphs")
-        except Exception as error:
-            if not fixed.capturing:
-                raise
-            self._give_up(f"its graph could not be captured: {error}".splitlines()[0])
         if self.why:
             return self.forward(rows)
         rows.attention = fixed.attention
@@ -194,6 +194,10 @@ class Graphs:
             self._capture.settle()
 
 
+class _CaptureError(Exception):
+    """A step could not be captured."""
+
+
 class _Fixed:
     """One step in fixed shapes: its first run compiles kernels and shows whether it waits for the device.
 
@@ -210,7 +214,6 @@ class _Fixed:
         self._decoder, self._room, self._keep = decoder, room, keep
         self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
         self.attention: str = ""
-        self.capturing: bool = False
         self._replay: Body | None = None
         self._tried = False
 
@@ -225,12 +228,16 @@ class _Fixed:
             out = self._body()
         else:
             if self._replay is None:
-                self.capturing = True
-                self._replay = capture(self._body)
-                self.capturing = False
+                self._replay = self._captured(capture)
             out = self._replay()
             return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
         return "fixed", out[len(out) - rows.wanted :]
+
+    def _captured(self, capture: Capture) -> Body:
+        try:
+            return capture(self._body)
+        except Exception as error:
+            raise _CaptureError(str(error).partition("\n")[0]) from error
 
     def _fill(self, rows: Rows) -> None:
         given, front = self._given, self._given.shape[1] - len(rows)

@@ -51,9 +51,10 @@ def test_what_stays_on_the_device_is_not():
 def test_what_crosses_to_a_device_is_refused():
     """A graph would copy from memory of the host that is long gone."""
     there = torch.empty(6, dtype=torch.long, device="meta")
-    for cross in (lambda: GIVEN.to("meta"), lambda: there.copy_(GIVEN), lambda: torch.add(there, GIVEN.to("meta"))):
-        with pytest.raises(HostSyncError, match="_to_copy|copy_"), no_syncs(there.device):
-            cross()
+    with pytest.raises(HostSyncError, match="_to_copy"), no_syncs(there.device):
+        GIVEN.to("meta")
+    with pytest.raises(HostSyncError, match="copy_"), no_syncs(there.device):
+        there.copy_(GIVEN)
     with no_syncs(there.device):
         there.copy_(there + there.to(torch.int32))
 
