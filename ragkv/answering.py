@@ -155,7 +155,8 @@ class Answering:
                 report.ran = rows.ran
                 return logits
 
-            early = steps.graphs is not None and steps.graphs.early and note is None
+            graphs = steps.graphs
+            early = graphs is not None and graphs.early and not graphs.why and note is None
             for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note, early):
                 report.new_tokens += 1
                 if report.new_tokens == 1:

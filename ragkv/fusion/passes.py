@@ -206,10 +206,11 @@ class Pass:
         The layers above the check are run again for the few tokens that were kept: that costs less than to hold the hidden
         states of all.
         """
-        layer, keys, values = self.checks[0], [], []
+        layer, keys, values, first = self.checks[0], [], [], self.layout.held
         with self._attention(scattered=False), self.cache.writing(self._until(layer)):
             for piece in self._pieces():
-                self.cache.set_length(int(piece[0]))
+                self.cache.set_length(first)
+                first += len(piece)
                 try:
                     self.decoder.run(self.layout.ids[piece], piece, self.cache)
                 except _Reached as reached:

@@ -32,6 +32,9 @@ class Capture(Protocol):
     def settle(self) -> None:
         """Wait until nothing runs on the device, before what graphs read and write is let go."""
 
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody uses."""
+
 
 class CudaCapture:
     """Captures on one GPU; its graphs share a memory pool, so what one leaves in it the next may overwrite.
@@ -81,3 +84,8 @@ class CudaCapture:
     def settle(self) -> None:
         """See :class:`Capture`."""
         torch.cuda.synchronize(self._device)
+
+    def free_bytes(self) -> int:
+        """What no process has, and what PyTorch keeps for what comes."""
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return torch.cuda.mem_get_info(self._device)[0] + kept

@@ -39,7 +39,7 @@ class Weights:
         model: the bare model.
 
     Attributes:
-        changes: how many looks found tensors that were replaced, moved or written.
+        changes: rises with every look that finds modules or tensors replaced, moved or written.
     """
 
     def __init__(self, model: nn.Module):
@@ -61,8 +61,10 @@ class Weights:
         Raises:
             UnsupportedModelError: some weights cannot be read.
         """
-        if self._shape is not None and self._as_before(self._shape):
-            return self._digest
+        if self._shape is not None:
+            if self._as_before(self._shape):
+                return self._digest
+            self.changes += 1
         now = list(parts(self._model))
         seen = [(name, _key(part), _mark(part)) for name, part in now]
         alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())

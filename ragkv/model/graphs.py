@@ -27,7 +27,7 @@ from ragkv.model.rows import Rows
 from ragkv.model.syncs import HostSyncError, no_syncs
 
 _MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
-_MOST_GRAPHS = 16
+_MOST_GRAPHS = 32
 
 
 def row_bucket(rows: int) -> int:
@@ -57,7 +57,7 @@ class Graphs:
         self._marked: object = None
         self._modules: list[nn.Module] = []
         self._fixed: OrderedDict[tuple[Room, int, int], _Fixed] = OrderedDict()
-        self._rooms = Rooms(self._drop)
+        self._rooms = Rooms(self._drop, self._affords)
 
     @classmethod
     def of(cls, decoder: Decoder, wanted: bool | None, mark: Callable[[], object]) -> Graphs | None:
@@ -112,7 +112,7 @@ class Graphs:
 
     def leave(self, cache: FusedCache) -> None:
         """Give a cache memory of its own again; what runs over it next moves it in anew."""
-        self._rooms.leave(cache)
+        self._rooms.leave(cache, self._settle_apart)
 
     def _shown(self, rows: Rows) -> tuple[int, int] | None:
         """How many slots hold something, and how many will; ``None`` where rows see no run of slots, or stand in others than their
@@ -189,6 +189,15 @@ class Graphs:
         for key in [key for key in self._fixed if key[0] is room]:
             del self._fixed[key]
 
+    def _affords(self, size: int) -> bool:
+        """A room takes no more than half of what is left: others need memory too, and had it without."""
+        return self._capture is None or 2 * size <= self._capture.free_bytes()
+
+    def _settle_apart(self) -> None:
+        """Who leaves on another stream than that of the next one to enter is waited for."""
+        if self._capture is not None and not self._capture.usable():
+            self._capture.settle()
+
     def _settle(self) -> None:
         if self._capture is not None and self._fixed:
             self._capture.settle()
@@ -212,7 +221,8 @@ class _Fixed:
 
     def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int):
         self._decoder, self._room, self._keep = decoder, room, keep
-        self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
+        with torch.inference_mode(False):
+            self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
         self.attention: str = ""
         self._replay: Body | None = None
         self._tried = False

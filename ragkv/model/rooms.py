@@ -18,9 +18,9 @@ _MOST = 2  # rooms: answers of so many threads go on without moving
 
 
 def room_bucket(slots: int) -> int:
-    """A room's size for so many slots: a power of two, or the middle between two."""
-    power = max(_SMALLEST, 1 << (slots - 1).bit_length())
-    return power * 3 // 4 if slots <= power * 3 // 4 and power > _SMALLEST else power
+    """A room's size for so many slots: a power of two, or one of the three steps to it from the one below."""
+    step = max(1, (1 << (slots - 1).bit_length()) // 8)
+    return max(_SMALLEST, -(-slots // step) * step)
 
 
 class Room:
@@ -39,7 +39,8 @@ class Room:
     def __init__(self, specs: Sequence[LayerSpec], slots: int):
         self.slots: int = slots
         self.used: int = slots
-        self.cache: FusedCache = FusedCache(specs, slots)
+        with torch.inference_mode(False):  # whoever is first in may be in it, and others not
+            self.cache: FusedCache = FusedCache(specs, slots)
         self._guest: ReferenceType[FusedCache] | None = None
         self._own: int = 0  # slots that the guest had
         self._clear(0)
@@ -70,11 +71,18 @@ class Room:
             layer.key_room, layer.value_room = own.key_room, own.value_room
         self._clear(slots)
 
-    def leave(self, cache: FusedCache, slots: int) -> None:
-        """Give the guest its first ``slots`` slots in memory of its own, as much as it had at least."""
+    def leave(self, cache: FusedCache, slots: int, settle: Callable[[], object] = lambda: None) -> None:
+        """Give the guest its first ``slots`` slots in memory of its own, as much as it had at least.
+
+        Args:
+            cache: the guest.
+            slots: that it holds.
+            settle: called before somebody else may enter.
+        """
         if self.hosts(cache):
             for layer in cache.layers:
                 _move_out(layer, slots, max(self._own, slots))
+        settle()
         self._guest = None
 
     def _clear(self, begin: int) -> None:
@@ -98,10 +106,11 @@ class Rooms:
 
     Args:
         drop: told of a room that is given up, before another takes its memory.
+        affords: says whether a room may take so many bytes.
     """
 
-    def __init__(self, drop: Callable[[Room], object]):
-        self._drop = drop
+    def __init__(self, drop: Callable[[Room], object], affords: Callable[[int], bool] = lambda size: True):
+        self._drop, self._affords = drop, affords
         self._rooms: tuple[
             Room, ...
         ] = ()  # the one used last comes last; replaced as a whole, since others look meanwhile
@@ -120,26 +129,31 @@ class Rooms:
             specs: of its layers.
 
         Returns:
-            The room; ``None`` where others are in all of them.
+            The room; ``None`` where others are in all of them, or there is no memory for one.
         """
         free = [room for room in self._rooms if room.guest is None]
         fitting = [room for room in free if room.slots > room_for]
-        if not fitting and len(self._rooms) >= _MOST:
-            if not free:
+        if fitting:
+            room = min(fitting, key=lambda room: room.slots)
+        else:
+            size, full = room_bucket(room_for + 1), len(self._rooms) >= _MOST
+            if (full and not free) or not self._affords(size * sum(spec.token_bytes for spec in specs)):
                 return None
-            self._rooms = tuple(room for room in self._rooms if room is not free[0])
-            self._drop(free[0])
-            del free
-        room = min(fitting, key=lambda room: room.slots) if fitting else Room(specs, room_bucket(room_for + 1))
+            if full:
+                gone = free.pop(0)
+                self._rooms = tuple(other for other in self._rooms if other is not gone)
+                self._drop(gone)
+                del gone
+            room = Room(specs, size)
         self._rooms = (*(other for other in self._rooms if other is not room), room)
         room.enter(cache, slots)
         return room
 
-    def leave(self, cache: FusedCache) -> None:
-        """Move a cache out, if it is in a room."""
+    def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
+        """Move a cache out, if it is in a room; ``settle`` as for :meth:`Room.leave`."""
         room = self.find(cache)
         if room is not None:
-            room.leave(cache, cache.layers[0].length)
+            room.leave(cache, cache.layers[0].length, settle)
 
     def forget(self) -> None:
         """Let all rooms go; whoever is in one keeps it."""

@@ -24,6 +24,8 @@ _READING = (
 _METHODS: Mapping[Callable[..., Any], str] = {
     method: method.__name__ for method in (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 }
+# What makes tensors of the host's numbers, and copies them to where they are said to be, past PyTorch's operations.
+_MAKING = (torch.tensor, torch.as_tensor)
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -55,6 +57,9 @@ class _Methods(TorchFunctionMode):
     ) -> Any:
         if func in _METHODS and args[0].device == self._device:
             raise HostSyncError(_METHODS[func])
+        there = (kwargs or {}).get("device")
+        if func in _MAKING and there is not None and torch.device(there).type == self._device.type:
+            raise HostSyncError(func.__name__)
         return func(*args, **(kwargs or {}))
 
 

@@ -27,6 +27,8 @@ WAITS = {
     "_unique2": [lambda: torch.unique(GIVEN)],
     "isin": [lambda: torch.isin(GIVEN, GIVEN[:2])],
     "bincount": [lambda: torch.bincount(GIVEN)],
+    "tensor": [lambda: torch.tensor([1.0], device=GIVEN.device)],
+    "as_tensor": [lambda: torch.as_tensor([1.0], device="cpu")],
     "equal": [lambda: torch.equal(GIVEN, GIVEN.clone())],
     "repeat_interleave": [lambda: torch.repeat_interleave(GIVEN)],
 }
