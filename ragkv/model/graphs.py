@@ -118,7 +118,8 @@ class Graphs:
         """How many slots hold something, and how many will; ``None`` where rows see no run of slots, or stand in others than their
         positions say.
         """
-        if rows.limited or rows.masses is not None or not 0 < len(rows) <= _MOST_ROWS:
+        looked_at = rows.masses is not None or rows.watch is not None
+        if rows.limited or looked_at or not 0 < len(rows) <= _MOST_ROWS:
             return None
         if self._watched() or (self._capture is not None and not self._capture.usable()):
             return None

@@ -6,7 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ragkv import ArgumentTypeError, CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, UnsupportedModelError
+from ragkv import (
+    ArgumentTypeError,
+    CacheBlend,
+    Engine,
+    LegoLink,
+    PromptTemplate,
+    QuestionAware,
+    RelevantTokens,
+    Reuse,
+    UnsupportedModelError,
+)
 from ragkv.model import graphs as module
 from ragkv.model import rooms
 from ragkv.model.graphs import Graphs, row_bucket
@@ -90,6 +100,15 @@ def test_fixed_shapes_change_nothing(architecture):
     assert (want.report.fusion.ran, got.report.fusion.ran, got.report.ran) == ("eager", "fixed", "fixed")
     assert got.token_ids == want.token_ids
     assert model.config._attn_implementation == loaded
+
+
+def test_a_look_is_none_and_what_follows_is():
+    model = tiny_model()
+    for method in (QuestionAware(0.3), RelevantTokens(0.2)):
+        want, got = (fused(engine(model, graphs, method=method)) for graphs in (False, True))
+        assert (got.report.ran, got.report.looked) == ("fixed", "question_scores (reference)")
+        assert torch.equal(got.recomputed, want.recomputed)
+        same(got, want)
 
 
 def test_masks_are_no_fixed_shapes():
