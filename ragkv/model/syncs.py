@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _READING = (
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "argwhere", "masked_select", "isin", "bincount"),
     *("unique_consecutive", "unique_dim", "unique_dim_consecutive", "_unique", "_unique2"),
+    "transformers::grouped_mm_fallback",
 )
 # Methods that need not reach PyTorch's operations where a tensor lies on the CPU already.
 _METHODS: Mapping[Callable[..., Any], str] = {
@@ -81,6 +82,10 @@ class _Operations(TorchDispatchMode):
             return any(isinstance(value, Tensor) and value.device == self._device for value in args)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             return any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
+        if (
+            name == "_grouped_mm"
+        ):  # PyTorch has a kernel for bf16; else it reads which rows are whose, within the operation
+            return self._device.type != "cpu" and args[0].dtype != torch.bfloat16
         if name == "repeat_interleave":  # how many there will be is what the repeats say
             return isinstance(args[min(1, len(args) - 1)], Tensor) and kwargs.get("output_size") is None
         if name == "_to_copy":

@@ -1,6 +1,6 @@
 """No step in fixed shapes waits for the device: run on a CPU under a mode that raises where a GPU would be waited for."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -59,6 +59,15 @@ def test_what_crosses_to_a_device_is_refused():
         there.copy_(GIVEN)
     with no_syncs(there.device):
         there.copy_(there + there.to(torch.int32))
+
+
+def test_experts_in_bf16_alone_have_a_kernel():
+    offsets = torch.tensor([2, 4], dtype=torch.int32, device="meta")
+    for dtype, waits in ((torch.float32, True), (torch.bfloat16, False)):
+        rows = torch.empty(4, 16, dtype=dtype, device="meta")
+        weights = torch.empty(2, 16, 16, dtype=dtype, device="meta")
+        with pytest.raises(HostSyncError, match="_grouped_mm") if waits else nullcontext(), no_syncs(rows.device):
+            torch._grouped_mm(rows, weights, offs=offsets)
 
 
 def test_other_devices_are_not_looked_at():
