@@ -218,14 +218,14 @@ class AnswerReport:
         first_token_ms: from the call to the first token.
         decode_ms: for all further tokens.
         new_tokens: tokens generated, an end token included.
-        ran: how the model ran for the last of them, as of :class:`FusionReport`.
+        ran: how the model ran for the last of them, as of :class:`FusionReport`; empty where the prompt's logits were enough.
     """
 
     fusion: FusionReport
     first_token_ms: float = 0.0
     decode_ms: float = 0.0
     new_tokens: int = 0
-    ran: str = "eager"
+    ran: str = ""
 
     def plot(self) -> Figure:
         """A picture of the answer: the prompt with its chunks, coloured by where their KV came from, above it the recomputed

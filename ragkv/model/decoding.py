@@ -114,6 +114,7 @@ def decode(
             ahead = proposed.copy()
     finally:
         cache.crop(-len(ahead) if coming is None or coming.exception() is not None else -1)
+        coming = None  # an error in it holds this frame, and so the cache
         if streamer is not None:
             streamer.end()
 
