@@ -90,7 +90,8 @@ class Graphs:
         shown = None if self.why else self._shown(rows)
         room = None if shown is None else self._enter(rows, *shown)
         if room is None:
-            rows.ran = f"eager: {self.why}" if self.why else "eager"
+            why = self.why or ("" if shown is None else "no room is free, nor memory for one")
+            rows.ran = f"eager: {why}" if why else "eager"
             return self._decoder.forward(rows)
         if rows.cache.before is not None:  # it would be in the graph
             rows.cache.before(len(self._decoder.layers) - 1)

@@ -224,7 +224,7 @@ def test_where_no_graph_may_run_it_is_eager():
 
 def test_a_room_leaves_memory_to_others():
     made = engine(tiny_model(), True, Recorder(free=(2 * 256 << 10) - 1))  # a token takes 1 KB
-    assert said(made).report.ran == "eager"
+    assert said(made).report.ran == "eager: no room is free, nor memory for one"
     made.documents.steps.graphs._capture.free += 1
     assert said(made).report.ran == "graph"
 
