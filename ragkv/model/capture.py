@@ -48,6 +48,7 @@ class CudaCapture:
         with torch.cuda.device(device):
             self._pool: Any = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
+        self._failed: list[Any] = []
 
     def __call__(self, body: Body) -> Body:
         """See :class:`Capture`. The body runs once on the stream where it is captured, as PyTorch asks for."""
@@ -61,7 +62,7 @@ class CudaCapture:
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     out = body()
             except Exception:
-                self._recover()
+                self._recover(graph)
                 raise
         torch.cuda.default_stream(self._device).wait_stream(stream)
 
@@ -71,9 +72,13 @@ class CudaCapture:
 
         return replay
 
-    def _recover(self) -> None:
-        """A capture that failed leaves the device's random numbers as if one went on; one that goes well ends that."""
-        graph = torch.cuda.CUDAGraph()
+    def _recover(self, failed: Any) -> None:
+        """A capture that failed leaves PyTorch's random numbers, and its allocator, as if it went on.
+
+        One that goes well ends that for the numbers. The allocator goes on asking the graph, and takes its pool for one in use.
+        """
+        self._failed.append(failed)
+        self._pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
         with suppress(RuntimeError), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)
 

@@ -19,7 +19,8 @@ class Cuda:
         self._signature = inspect.signature(torch.cuda.graph.__init__)
         for name in ("device", "stream", "Stream", "CUDAGraph", "graph", "current_stream", "default_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        pools = iter(["pool", "another pool"])
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append("settled"))
 
     @contextmanager
@@ -112,7 +113,9 @@ def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
         capture(body)
     assert cuda.calls[-3:] == [("begin", None), "zeros on cuda:0", "end"]  # a capture that goes well ends the other
     assert cuda.current == "default"
-    assert capture(lambda: torch.ones(1))() is not None  # nothing is held
+    assert len(capture._failed) == 1  # it lives on
+    assert capture(lambda: torch.ones(1))() is not None  # the lock is not held
+    assert ("begin", "another pool") in cuda.calls
 
 
 def test_another_stream_has_no_graphs(cuda):
