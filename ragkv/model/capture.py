@@ -18,6 +18,8 @@ Body = Callable[[], Tensor]
 
 # PyTorch: one capture at a time in a process.
 _capturing = Lock()
+# Graphs whose capture failed: PyTorch's allocator goes on asking them.
+_failed: list[Any] = []
 
 
 class Capture(Protocol):
@@ -48,13 +50,13 @@ class CudaCapture:
         with torch.cuda.device(device):
             self._pool: Any = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
-        self._failed: list[Any] = []
 
     def __call__(self, body: Body) -> Body:
         """See :class:`Capture`. The body runs once on the stream where it is captured, as PyTorch asks for."""
-        stream, graph = self._stream, torch.cuda.CUDAGraph()
+        stream = self._stream
         # What is left by a capture that fails is the outer block's to undo: the inner one then leaves its stream in place.
         with _capturing, torch.cuda.device(self._device), torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.default_stream(self._device))
             body()
             try:
@@ -75,9 +77,9 @@ class CudaCapture:
     def _recover(self, failed: Any) -> None:
         """A capture that failed leaves PyTorch's random numbers, and its allocator, as if it went on.
 
-        One that goes well ends that for the numbers. The allocator goes on asking the graph, and takes its pool for one in use.
+        One that goes well ends that for the numbers; the allocator keeps the graph, and takes its pool for one in use.
         """
-        self._failed.append(failed)
+        _failed.append(failed)
         self._pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
         with suppress(RuntimeError), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from ragkv.model import capture as module
 from ragkv.model.capture import CudaCapture
 
 GPU = torch.device("cuda", 0)
@@ -101,6 +102,7 @@ def test_a_body_runs_beside_then_is_captured_and_replayed(cuda):
 
 
 def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
+    monkeypatch.setattr(module, "_failed", [])
     capture, ran = CudaCapture(GPU), []
     monkeypatch.setattr(torch, "zeros", lambda *size, device: cuda.calls.append(f"zeros on {device}"))
 
@@ -113,7 +115,7 @@ def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
         capture(body)
     assert cuda.calls[-3:] == [("begin", None), "zeros on cuda:0", "end"]  # a capture that goes well ends the other
     assert cuda.current == "default"
-    assert len(capture._failed) == 1  # it lives on
+    assert len(module._failed) == 1  # it lives on
     assert capture(lambda: torch.ones(1))() is not None  # the lock is not held
     assert ("begin", "another pool") in cuda.calls
 
