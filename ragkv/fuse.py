@@ -65,7 +65,8 @@ def fuse(
     """
     with ExitStack() as stack:
         one = _Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
-        layout = one.paths.layout
+        layout, steps = one.paths.layout, one.reader.steps
+        stack.enter_context(steps.driving(one.cache))
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
@@ -80,13 +81,7 @@ def fuse(
         if work.first_stored < layers and course is None:
             one.placement.ahead(work.first_stored)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
-        steps = one.reader.steps
-        with (
-            one.reader.turn() if alone else nullcontext(),
-            steps.driving(one.cache),
-            beside,
-            timer.stage("compute"),
-        ):
+        with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
             together = nullcontext() if alone or meeting is None else meeting.seat(steps)
             forward = steps.forward if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             masses = None if seen is None else seen.masses

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from ragkv.kernels import implementation
 from ragkv.model.cache import FusedCache
 from ragkv.model.capture import Body, Capture, CudaCapture
 from ragkv.model.decoder import Decoder
-from ragkv.model.kernel_attention import SpanBuilder, kernel_attention
+from ragkv.model.kernel_attention import SpanBuilder, Watch, kernel_attention
 from ragkv.model.masks import for_model
 from ragkv.model.rooms import Room, Rooms
 from ragkv.model.rows import Rows
 from ragkv.model.syncs import HostSyncError, no_syncs
 
 _MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
+_MOST_WATCHED = 256  # whose queries are kept until they were shown
 _MOST_GRAPHS = 32
 
 
@@ -56,7 +58,7 @@ class Graphs:
         self._decoder, self._capture, self._mark = decoder, capture, mark
         self._marked: object = None
         self._modules: list[nn.Module] = []
-        self._fixed: OrderedDict[tuple[Room, int, int], _Fixed] = OrderedDict()
+        self._fixed: OrderedDict[tuple[Room, int, int, bool], _Fixed] = OrderedDict()
         self._rooms = Rooms(self._drop, self._affords)
 
     @classmethod
@@ -89,7 +91,7 @@ class Graphs:
         self._look()
         shown = None if self.why else self._shown(rows)
         room = None if shown is None else self._enter(rows, *shown)
-        if room is None:
+        if room is None or shown is None:
             why = self.why or ("" if shown is None else "no room is free, nor memory for one")
             rows.ran = f"eager: {why}" if why else "eager"
             return self._decoder.forward(rows)
@@ -107,8 +109,10 @@ class Graphs:
         if self.why:
             return self.forward(rows)
         rows.attention = fixed.attention
-        if rows.masks is None:
-            rows.cache.set_length(rows.held + len(rows))
+        if rows.cache.writer is None:
+            rows.cache.set_length(shown[1])
+        if rows.watch is not None:
+            fixed.show(rows.watch, shown[1], len(rows))
         return logits
 
     def leave(self, cache: FusedCache) -> None:
@@ -119,16 +123,16 @@ class Graphs:
         """How many slots hold something, and how many will; ``None`` where rows see no run of slots, or stand in others than their
         positions say.
         """
-        looked_at = rows.masses is not None or rows.watch is not None
-        if rows.limited or looked_at or not 0 < len(rows) <= _MOST_ROWS:
+        if rows.limited or rows.masses is not None or not 0 < len(rows) <= _MOST_ROWS:
             return None
         if self._watched() or (self._capture is not None and not self._capture.usable()):
             return None
-        if isinstance(rows.masks, SpanBuilder) and rows.cache.writer is not None and not rows.masks.everything:
-            return rows.masks.keys, rows.masks.keys
-        if rows.masks is None and rows.first is not None and rows.first == rows.held:
-            return rows.held, rows.held + len(rows)
-        return None
+        behind = rows.held, rows.held + len(rows)
+        if isinstance(rows.masks, SpanBuilder) and not rows.masks.everything:
+            if rows.cache.writer is not None:
+                return rows.masks.keys, rows.masks.keys
+            return behind if rows.masks.keys == behind[1] and len(rows) <= _MOST_WATCHED else None  # a look
+        return behind if rows.masks is None and rows.first == rows.held else None
 
     def _watched(self) -> bool:
         """Whether somebody's hooks are in the model: a graph would not call them."""
@@ -139,7 +143,7 @@ class Graphs:
         cache = rows.cache
         room = self._rooms.find(cache)
         if room is not None and not (room.hosts(cache) and needed < room.slots):
-            room.leave(cache, held)
+            room.leave(cache)
             room = None
         if room is None:
             room_for = max(needed, cache.layers[0].key_room.shape[2])
@@ -154,7 +158,7 @@ class Graphs:
 
     def _step(self, room: Room, rows: Rows) -> _Fixed:
         bucket = min(row_bucket(len(rows)), _MOST_ROWS)
-        key = room, bucket, rows.wanted if rows.wanted < 2 else bucket
+        key = room, bucket, rows.wanted if rows.wanted < 2 else bucket, rows.watch is not None
         if key not in self._fixed:
             self._fixed[key] = _Fixed(self._decoder, *key)
         self._fixed.move_to_end(key)
@@ -219,10 +223,12 @@ class _Fixed:
         room: where the cache is.
         rows: S.
         keep: rows at the end whose logits are wanted.
+        watched: what layers attend with is kept until the next run.
     """
 
-    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int):
-        self._decoder, self._room, self._keep = decoder, room, keep
+    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, watched: bool):
+        self._decoder, self._room, self._keep, self._watched = decoder, room, keep, watched
+        self._seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []  # query, spans and more of each layer
         with torch.inference_mode(False):
             self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
         self.attention: str = ""
@@ -245,6 +251,11 @@ class _Fixed:
             return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
         return "fixed", out[len(out) - rows.wanted :]
 
+    def show(self, watch: Watch, slots: int, rows: int) -> None:
+        """Tell of every layer of the last run what its last ``rows`` rows attended with, over so many slots."""
+        for (query, spans, more), layer in zip(self._seen, self._room.cache.layers, strict=True):
+            watch(query[:, query.shape[1] - rows :], layer.key_room[0, :, :slots], spans[len(spans) - rows :], **more)
+
     def _captured(self, capture: Capture) -> Body:
         try:
             return capture(self._body)
@@ -266,8 +277,13 @@ class _Fixed:
         def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             return room.cache.scatter(layer, keys, values, slots, room.slots, decoder.kernels)
 
+        def keep(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
+            self._seen.append((query, spans, more))
+
+        self._seen.clear()
+        watch = keep if self._watched else None
         spans = SpanBuilder(decoder.spans, positions, 0)  # never all there are, so never without spans
-        attention = kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels)
+        attention = kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, watch)
         with attention as self.attention, room.cache.writing(write):
             mask = for_model(spans, decoder.config)
             if self._keep:

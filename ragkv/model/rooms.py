@@ -71,16 +71,18 @@ class Room:
             layer.key_room, layer.value_room = own.key_room, own.value_room
         self._clear(slots)
 
-    def leave(self, cache: FusedCache, slots: int, settle: Callable[[], object] = lambda: None) -> None:
-        """Give the guest its first ``slots`` slots in memory of its own, as much as it had at least.
+    def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
+        """Give the guest what may be in its slots in memory of its own, as much as it had at least.
+
+        In the middle of a pass it says that it holds nothing.
 
         Args:
             cache: the guest.
-            slots: that it holds.
             settle: called before somebody else may enter.
         """
         if self.hosts(cache):
             for layer in cache.layers:
+                slots = max(layer.length, self.used)
                 _move_out(layer, slots, max(self._own, slots))
         settle()
         self._guest = None
@@ -153,7 +155,7 @@ class Rooms:
         """Move a cache out, if it is in a room; ``settle`` as for :meth:`Room.leave`."""
         room = self.find(cache)
         if room is not None:
-            room.leave(cache, cache.layers[0].length, settle)
+            room.leave(cache, settle)
 
     def forget(self) -> None:
         """Let all rooms go; whoever is in one keeps it."""

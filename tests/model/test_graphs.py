@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -102,13 +103,20 @@ def test_fixed_shapes_change_nothing(architecture):
     assert model.config._attn_implementation == loaded
 
 
-def test_a_look_is_none_and_what_follows_is():
-    model = tiny_model()
+def test_looks_are_fixed_too():
+    """What layers attend with is shown behind the pass, of the rows that there are alone."""
+    model, ran = tiny_model("gpt_oss"), []
+    plain, made = engine(model, False), engine(model, True, Recorder())
+    graphs = made.documents.steps.graphs
+    forward = graphs.forward
+    graphs.forward = lambda rows: (forward(rows), ran.append((rows.ran, rows.watch is not None)))[0]
     for method in (QuestionAware(0.3), RelevantTokens(0.2)):
-        want, got = (fused(engine(model, graphs, method=method)) for graphs in (False, True))
-        assert (got.report.ran, got.report.looked) == ("fixed", "question_scores (reference)")
-        assert torch.equal(got.recomputed, want.recomputed)
-        same(got, want)
+        for question in (QUESTION, random_ids(5), random_ids(4)):  # two of them fill up the same step
+            want, got = (fused(each, method, question) for each in (plain, made))
+            assert got.report.looked == want.report.looked == "question_scores (reference)"
+            assert torch.equal(got.recomputed, want.recomputed)
+            same(got, want)
+    assert [how for how, watched in ran if watched] == ["fixed", "graph", "fixed", "graph", "graph", "graph"]
 
 
 def test_masks_are_no_fixed_shapes():
@@ -241,6 +249,36 @@ def test_who_leaves_on_another_stream_is_waited_for():
     assert capture.settled is cache and room.guest is None  # waited for while nobody else could enter
 
 
+def unwritten(*size, **options):
+    """``torch.empty`` whose memory shows where nothing was written."""
+    return torch.full(*size, torch.nan, **options) if isinstance(size[0], tuple) else torch.zeros(*size, **options)
+
+
+def test_what_fails_loses_nothing_of_a_past(monkeypatch):
+    """A cache that somebody holds leaves its room with all that it had, also from the middle of a pass."""
+    model, said_next = tiny_model(), []
+    mlp = model.model.layers[2].mlp
+    forward = mlp.forward
+    for graphs in (False, True):
+        made, first = (
+            engine(model, graphs),
+            iter([True, False]),
+        )  # of what stands in front of the chunks, then of the rest
+        chunks = made.add([*PASSAGES, random_ids(23)])
+        past = made.generate(chunks[:3], QUESTION, keep_past=True, **NO_END).past
+        for fails in (True, False):
+            with monkeypatch.context() as patched, pytest.raises(ValueError) if fails else nullcontext():
+                if fails:
+                    patched.setattr(
+                        mlp, "forward", lambda hidden, first=first: forward(hidden) if next(first) else int("none")
+                    )
+                    patched.setattr(torch, "empty", unwritten)
+                answer = made.generate(chunks[3:], random_ids(5), past=past, **NO_END)
+        said_next.append((answer.report.fusion.ran, answer.token_ids))
+    assert [ran for ran, _ in said_next] == ["eager", "fixed"]
+    assert said_next[0][1] == said_next[1][1]
+
+
 def test_inference_mode_leaves_no_trace():
     """Rooms are made by whoever is first, and used by all."""
     model = tiny_model()
@@ -285,8 +323,8 @@ def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
     want = fused(made)
     leave = Room.leave
 
-    def poisoned(room, cache, slots, *more):
-        leave(room, cache, slots, *more)
+    def poisoned(room, cache, *more):
+        leave(room, cache, *more)
         for layer in room.cache.layers:
             layer.key_room[:, :, : room.used] = layer.value_room[:, :, : room.used] = torch.nan
             layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse
+from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, RelevantTokens, Reuse
 from ragkv.model.syncs import HostSyncError, no_syncs
 from ragkv.testing import random_ids, tiny_model
 
@@ -102,12 +102,12 @@ def ask(engine, method):
     return engine.generate(chunks, random_ids(4), method=method, max_new_tokens=5, eos_token_id=None)
 
 
-@pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3), Reuse()])
+@pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3), Reuse(), RelevantTokens(0.2)])
 def test_a_warm_pass_and_warm_tokens_wait_for_nothing(engine, method, monkeypatch):
     want = ask(engine, method)
     with watched(engine, monkeypatch) as ran:
         assert ask(engine, method).token_ids == want.token_ids
-    assert ran == ["fixed"] * 5
+    assert ran == ["fixed"] * (6 if method == RelevantTokens(0.2) else 5)  # it looks before
 
 
 def test_a_wait_in_the_model_would_show(engine, monkeypatch):
