@@ -42,12 +42,19 @@ def _prompts(
     store = ragkv.TieredStore(gpu_bytes=tier, cpu_bytes=room, device=bench.device)
     template = ragkv.PromptTemplate(prefix=[1, 2, 3, 4])
     engine = ragkv.Engine(
-        model, store=store, template=template, method=ragkv.Reuse(), kernels=bench.impl, graphs=graphs
+        model,
+        store=store,
+        template=template,
+        method=ragkv.Reuse(),
+        sensitivity=True,
+        foreign=ids_of(size, 20_000),
+        kernels=bench.impl,
+        graphs=graphs,
     )
     chunks = engine.add([ids_of(size, seed) for seed in range(tokens // size)])
     question = ids_of(QUESTION, 10_000)
     engine.fuse(chunks, question)  # the first use moves chunks to their tier
-    for name, method in METHODS.items():
+    for name, method in {**METHODS, "RelevantTokens(0.1)": ragkv.RelevantTokens(ratio=0.1)}.items():
         call = lambda m=method: engine.fuse(chunks, question, method=m)  # noqa: E731
         first = [_wall(bench, call) for _ in range(WARM)]
         seconds, prompt = bench.wall(call), call()

@@ -37,8 +37,8 @@ def test_tiny(tmp_path):
         assert name == "full prefill" or (row["limit_seconds"] > 0 and row["hits"] == {"cpu": 4})
         assert name == "full prefill" or set(row["stages_ms"]) == stages
     graphs = [row for row in rows if row["benchmark"] == "graphs"]
-    assert [row["ran"] for row in graphs] == ["eager"] * 3 + ["fixed"] * 3
-    assert all(row["logits_apart"] < 1e-4 and len(row["first_seconds"]) == 3 for row in graphs[3:])
+    assert [row["ran"] for row in graphs] == ["eager"] * 4 + ["fixed"] * 4
+    assert all(row["logits_apart"] < 1e-4 and len(row["first_seconds"]) == 3 for row in graphs[4:])
     said = [row for row in rows if row["benchmark"] == "decode graphs"]
     assert [(row["ran"], row["same_tokens"]) for row in said] == [("eager", 1.0), ("fixed", 1.0)]
     memory = [row for row in rows if row["benchmark"] == "memory"]

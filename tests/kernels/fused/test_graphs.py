@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse
+from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, RelevantTokens, Reuse
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 CLOSED = ("falcon", "gptj", "stablelm")  # past transformers' attention interface
@@ -18,7 +18,7 @@ def test_graphs_change_nothing(device, architecture):
     plain, graphs = (
         Engine(model, template=TEMPLATE, kernels="triton", graphs=wanted, piece_tokens=16) for wanted in (False, None)
     )
-    for method in (LegoLink(3), CacheBlend(0.3), Reuse()):
+    for method in (LegoLink(3), CacheBlend(0.3), Reuse(), RelevantTokens(0.2)):
         want = plain.fuse(plain.add(PASSAGES)[::-1], QUESTION, method=method)
         runs = [graphs.fuse(graphs.add(PASSAGES)[::-1], QUESTION, method=method) for _ in range(4)]
         ran = [got.report.ran for got in runs]
