@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from threading import Event
@@ -14,6 +14,7 @@ from torch import Tensor
 from ragkv.detokenizer import Detokenizer, cut
 from ragkv.errors import ArgumentError, ModelChangedError, PromptError
 from ragkv.logprobs import Logprobs
+from ragkv.model.cache import FusedCache
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
 from ragkv.model.rows import Rows
@@ -143,15 +144,20 @@ class Answering:
 
     def _timed(
         self, prompt: FusedPrompt, report: AnswerReport, begin: float, logprobs: Logprobs | None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         note = None if logprobs is None else logprobs.note
         steps = self._steps
-        with steps.seat() as seat:
+        assert isinstance(prompt.past_key_values, FusedCache)
+        with steps.seat() as seat, steps.driving(prompt.past_key_values):
 
             def forward(rows: Rows) -> Tensor:
-                return steps.run(rows, prompt.fingerprint, seat)
+                logits = steps.run(rows, prompt.fingerprint, seat)
+                report.ran = rows.ran
+                return logits
 
-            for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note):
+            graphs = steps.graphs
+            early = graphs is not None and graphs.early and not graphs.why and note is None
+            for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note, early):
                 report.new_tokens += 1
                 if report.new_tokens == 1:
                     report.first_token_ms = _ms(begin)

@@ -66,6 +66,8 @@ class Engine:
         foreign: text or ids of what documents are read behind the second time; by default five short English paragraphs
             (:mod:`ragkv.library.sensitivity`). With another text they are measured anew.
         kernels: which implementation of ``ragkv.kernels`` runs: ``"triton"``, ``"reference"``, or ``"auto"``: Triton on a GPU.
+        graphs: run a prompt's few rows, and an answer's tokens, in fixed shapes, recorded as CUDA graphs (docs/kernels.md): by
+            default on a GPU where Triton's kernels run. ``True``: elsewhere too, without a GPU as they are; ``False``: nowhere.
         lifetime_s: seconds after which stored KV are a miss, and read again.
         gate: check a share of the prompts against a full prefill, see :class:`~ragkv.Gate`.
         scheduler: says which of the calls that are made at the same time goes first, see :class:`~ragkv.Scheduler`.
@@ -99,6 +101,7 @@ class Engine:
         sensitivity: bool | None = None,
         foreign: Text | None = None,
         kernels: Impl = "auto",
+        graphs: bool | None = None,
         lifetime_s: float = math.inf,
         gate: Gate | None = None,
         scheduler: Scheduler | None = None,
@@ -110,6 +113,7 @@ class Engine:
         instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")
         if not isinstance(paths, TieredStore | bool):
             whole_number("paths", paths, 1)
+        instance("graphs", graphs, bool | None, "True, False or None")
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
         self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
@@ -131,6 +135,7 @@ class Engine:
             measured=measured,
             foreign=foreign,
             kernels=kernels,
+            graphs=graphs,
             lifetime_s=lifetime_s,
         )
         if isinstance(paths, bool):
@@ -272,7 +277,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Requests by namespace, forwards by how many prompts they served, and the store's figures."""
-        forwards = dict(sorted(self.runner.steps(self.documents.kernels).sizes.items()))
+        forwards = dict(sorted(self.documents.steps.sizes.items()))
         paths = None if self.paths is None else self.paths.store.stats()
         return EngineStats(self.scheduler.stats(), forwards, self.store.stats(), paths)
 
@@ -505,8 +510,7 @@ class Engine:
             kept: it is to be gone on from.
         """
         texts = (*stop_texts(self.template.stop), *stop_texts(stop))
-        steps = self.runner.steps(self.documents.kernels)
-        return Answering(steps, self.encoder, prompt, generation, texts, pieces, kept, self.closing)
+        return Answering(self.documents.steps, self.encoder, prompt, generation, texts, pieces, kept, self.closing)
 
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""

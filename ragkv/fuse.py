@@ -66,7 +66,8 @@ def fuse(
     """
     with ExitStack() as stack:
         one = _Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
-        layout = one.paths.layout
+        layout, steps = one.paths.layout, one.reader.steps
+        stack.enter_context(steps.driving(one.cache))
         decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
         with timer.stage("select"):
             selection = Selection.of(method.select(View(layout, layers, one)), method)
@@ -82,8 +83,8 @@ def fuse(
             one.placement.ahead(work.first_stored)
         beside = one.placement.beside(work.first_stored) if one.opened else nullcontext()
         with one.reader.turn() if alone else nullcontext(), beside, timer.stage("compute"):
-            together = nullcontext() if alone or meeting is None else meeting.seat(one.reader.steps)
-            forward = None if alone else partial(one.reader.forward, seat=stack.enter_context(together))
+            together = nullcontext() if alone or meeting is None else meeting.seat(steps)
+            forward = steps.forward if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             masses = None if seen is None else seen.masses
             logits, done = compute(
                 *(decoder, one.cache, layout, work, one.reader.piece_tokens, timer),
@@ -105,6 +106,7 @@ def fuse(
                 filter(None, [selection.why, f"{late} chunks came too slowly and were computed" if late else ""])
             ),
             attention=done.attention,
+            ran=done.ran,
             kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
             prefix_tokens=layout.chunks_start,
             chunk_tokens=layout.suffix_start - layout.chunks_start,

@@ -22,7 +22,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 #: What is said once, when a new folder is opened and nobody has named a model; how to name one follows.
 TOY = "no model is named: the bundled one is a toy that knows one made-up world. For texts of your own name a real one"
 
-_OF_ENGINE = ("piece_tokens", "kernels", "lifetime_s", "gate", "scheduler", "paths")
+_OF_ENGINE = ("piece_tokens", "kernels", "graphs", "lifetime_s", "gate", "scheduler", "paths")
 
 
 class Parts(NamedTuple):

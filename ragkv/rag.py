@@ -100,6 +100,7 @@ class RAG(Corpus):
         piece_tokens: int = 512,
         sensitivity: bool | None = None,
         kernels: Impl = "auto",
+        graphs: bool | None = None,
         gate: Gate | None = None,
         scheduler: Scheduler | None = None,
         paths: TieredStore | int | bool = False,
@@ -140,7 +141,8 @@ class RAG(Corpus):
             namespace: documents added and KV stored under another one are never found.
             lifetime_s: seconds after which stored KV are read again.
             readonly: write nothing to the folder, which must be there: nothing can be added.
-            context, document_tokens, piece_tokens, sensitivity, kernels, gate, scheduler, paths: see :class:`~ragkv.Engine`.
+            context, document_tokens, piece_tokens, sensitivity, kernels, graphs, gate, scheduler, paths: see
+                :class:`~ragkv.Engine`.
             **model_options: ``weights="int8"`` or ``"float16"`` packs them for a CPU, which decodes faster
                 (:mod:`ragkv.model.packed`); all others are for ``AutoModelForCausalLM.from_pretrained``. Those that say where the
                 model stands and how it is fetched (``revision``, ``subfolder``, ``gguf_file``, ``trust_remote_code``, ``token``,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, fields
 from threading import Event
@@ -77,6 +77,8 @@ class FusionReport:
         budget: the recompute really charged: fresh reusable tokens over layers x reusable tokens.
         fresh_by_layer: reusable tokens computed, layer by layer.
         read_tokens: of chunks that were not stored, each read once.
+        ran: how the model ran over what was placed (docs/kernels.md): ``"eager"``, as transformers runs it; ``"fixed"``, in fixed
+            shapes; ``"graph"``, replayed as a CUDA graph. ``"eager: WHY"`` where a graph was wanted and cannot be had.
         looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
             ``"question_scores (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
@@ -101,6 +103,7 @@ class FusionReport:
     fresh_by_layer: list[int] = field(default_factory=list)
     reused_tokens: int = 0
     read_tokens: int = 0
+    ran: str = "eager"
     looked: str = ""
     gate: str = ""
     why: str = ""
@@ -217,12 +220,14 @@ class AnswerReport:
         first_token_ms: from the call to the first token.
         decode_ms: for all further tokens.
         new_tokens: tokens generated, an end token included.
+        ran: how the model ran for the last of them, as of :class:`FusionReport`; empty where the prompt's logits were enough.
     """
 
     fusion: FusionReport
     first_token_ms: float = 0.0
     decode_ms: float = 0.0
     new_tokens: int = 0
+    ran: str = ""
 
     def plot(self) -> Figure:
         """A picture of the answer: the prompt with its chunks, coloured by where their KV came from, above it the recomputed
@@ -293,7 +298,7 @@ class Made:
 
 
 #: Begins an answer, with what has to be undone behind it: its report, its token ids, and what makes its past of these.
-Start = Callable[[ExitStack], tuple[AnswerReport, Iterator[int], Callable[[Sequence[int]], Past | None]]]
+Start = Callable[[ExitStack], tuple[AnswerReport, Generator[int, None, None], Callable[[Sequence[int]], Past | None]]]
 
 
 class AnswerStream(Structured, Iterator[str]):
@@ -374,13 +379,14 @@ def _pieces(
 ) -> Generator[str, None, None]:
     with ExitStack() as stack:
         made.report, tokens, past = start(stack)
-        for token in tokens:
-            made.token_ids.append(token)
-            piece = text.add(token)
-            if piece:
-                yield piece
-            if text.stopped:
-                break
+        with closing(tokens):  # before anybody goes on behind them
+            for token in tokens:
+                made.token_ids.append(token)
+                piece = text.add(token)
+                if piece:
+                    yield piece
+                if text.stopped:
+                    break
         rest = text.rest()
         if rest:
             yield rest

@@ -39,7 +39,7 @@ QUESTION = 32
 
 def run(bench: Bench) -> None:
     """At several lengths, from every tier."""
-    model = _model(bench)
+    model = model_of(bench)
     for tokens in bench.lengths(128, 4096, 16384, 32768):
         full = _full(bench, model, tokens)
         for tier in ("cpu",) if bench.device.type == "cpu" else ("gpu", "cpu"):
@@ -47,7 +47,7 @@ def run(bench: Bench) -> None:
             gc.collect()  # its pool goes before the next one comes
 
 
-def _model(bench: Bench) -> LlamaForCausalLM:
+def model_of(bench: Bench) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(**(TINY if bench.tiny else SHAPE))
     before = torch.get_default_dtype()
@@ -60,20 +60,20 @@ def _model(bench: Bench) -> LlamaForCausalLM:
     return model
 
 
-def _token_bytes(bench: Bench, model: LlamaForCausalLM) -> int:
+def token_bytes(bench: Bench, model: LlamaForCausalLM) -> int:
     """What the keys and values of one token take."""
     config = model.config
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bench.dtype.itemsize
 
 
-def _ids(count: int, seed: int) -> list[int]:
+def ids_of(count: int, seed: int) -> list[int]:
     return torch.randint(10, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @torch.no_grad()
 def _full(bench: Bench, model: LlamaForCausalLM, tokens: int) -> float:
     """Median seconds of the model's own prefill."""
-    ids = torch.tensor([_ids(tokens + QUESTION, 0)], device=bench.device)
+    ids = torch.tensor([ids_of(tokens + QUESTION, 0)], device=bench.device)
     seconds = bench.wall(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
     bench.write(benchmark="ttft", method="full prefill", tokens=tokens, seconds=seconds)
     return statistics.median(seconds)
@@ -81,13 +81,13 @@ def _full(bench: Bench, model: LlamaForCausalLM, tokens: int) -> float:
 
 def _methods(bench: Bench, model: LlamaForCausalLM, tokens: int, tier: str, full: float) -> None:
     size = 32 if bench.tiny else 512
-    room = 3 * tokens * _token_bytes(bench, model) // 2
+    room = 3 * tokens * token_bytes(bench, model) // 2
     store = ragkv.TieredStore(gpu_bytes=room if tier == "gpu" else 0, cpu_bytes=room, device=bench.device)
     engine = ragkv.Engine(
         model, store=store, template=ragkv.PromptTemplate(prefix=[1, 2, 3, 4]), method=ragkv.Reuse()
     )  # whose chunks are read once
-    chunks = engine.add([_ids(size, seed) for seed in range(tokens // size)])
-    question = _ids(QUESTION, 10_000)
+    chunks = engine.add([ids_of(size, seed) for seed in range(tokens // size)])
+    question = ids_of(QUESTION, 10_000)
     for name, method in METHODS.items():
         call = lambda m=method: engine.fuse(chunks, question, method=m)  # noqa: E731
         call()  # the first use moves chunks to their tier

@@ -2,6 +2,7 @@
 
 python benchmarks/gpu/run.py                    # memory, attention and ttft, on the first GPU
 python benchmarks/gpu/run.py attention --tokens 16384 --rounds 20
+python benchmarks/gpu/run.py graphs             # fixed shapes as CUDA graphs, on and off
 python benchmarks/gpu/run.py tiles              # which tile sizes are fastest
 python benchmarks/gpu/run.py --tiny             # on a CPU: shows only that the programs run
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 PARTS = ("memory", "attention", "ttft")
-MORE = ("tiles",)
+MORE = ("graphs", "tiles")
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 #
 #     bash benchmarks/gpu/run.sh                                        # all: tests inspect memory attention ttft
 #     bash benchmarks/gpu/run.sh tests memory
+#     bash benchmarks/gpu/run.sh graphs --rounds 5                      # their tests, then on and off; not among the five
 #     bash benchmarks/gpu/run.sh ttft --tokens 4096 16384 --rounds 5    # options go to run.py
 #
 # Wants torch with CUDA, triton, transformers, safetensors, xxhash, tqdm and, for the tests, pytest. ragkv is taken from this
@@ -34,6 +35,11 @@ for part in "${parts[@]}"; do
     inspect)
       arch=$("$PYTHON" -P -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
       "$PYTHON" -P benchmarks/gpu/inspect_kernels.py --arch "$arch" --jobs "$(nproc)"
+      ;;
+    graphs)
+      exact=1
+      "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/kernels/fused/test_graphs.py || exact=0
+      "$PYTHON" -P benchmarks/gpu/run.py "$part" "$@" && [[ $exact -eq 1 ]]
       ;;
     *) "$PYTHON" -P benchmarks/gpu/run.py "$part" "$@" ;;
   esac || failed+=("$part")

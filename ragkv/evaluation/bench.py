@@ -203,7 +203,7 @@ class Bench:
 
     def answers(self, prompts: Sequence[tuple[FusedPrompt, float]], case: Case) -> list[Outcome]:
         """What a case's prompts give that :meth:`fuse` made, answered side by side; their caches are used up."""
-        steps = self.engine.runner.steps(self.engine.documents.kernels)
+        steps = self.engine.documents.steps
         fused = [prompt for prompt, _ in prompts]
         found = replies(steps, fused, self.gold_ids(case), self.ends, self.max_new_tokens)
         return [self._outcome(*made, said) for made, said in zip(prompts, found, strict=True)]

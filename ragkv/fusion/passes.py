@@ -34,6 +34,10 @@ Narrow = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Forward = Callable[[Rows], Tensor]
 
 
+# Rows at the end of a prompt that run in fixed shapes where there are any; for more the model's own attention is as good.
+_FEW = 256
+
+
 class _Reached(Exception):
     """Ends a forward once the keys and values of one layer are known."""
 
@@ -66,6 +70,7 @@ class Pass:
         rows: of the layer at hand; in the end those computed in the last layer.
         fresh: reusable tokens whose KV were computed, layer by layer.
         attention: the attention implementation that ran.
+        ran: how the last forward ran, as of :class:`~ragkv.model.rows.Rows`.
 
     Raises:
         MethodError: what a row sees is no run of slots, and ``kernels`` were asked for by name.
@@ -107,10 +112,12 @@ class Pass:
             )
         self.slots: int = layout.tokens if slots is None else slots
         self.piece: Tensor = rows  # those of the forward at hand
+        self.last: bool = False  # whether it is the last one
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
         self.begun: int = len(rows)  # how many those were
         self.fresh: list[int] = [len(self._open(rows))] * len(decoder.layers)
         self.attention: str = ""
+        self.ran: str = "eager"
 
     @property
     def budget(self) -> float:
@@ -126,23 +133,31 @@ class Pass:
             self._first_check()
         if self.checks:
             logits = self._narrowing()
-        elif plain and self.course is None and self.rows[0] == self.layout.tokens - len(self.rows):
+        elif plain and self.course is None and self._trailing:
             logits = self._behind()
         else:
             logits = self.scattered()
         self.cache.set_length(self.layout.tokens)
         return logits
 
+    @property
+    def _trailing(self) -> bool:
+        """Whether the rows are the prompt's last ones. The suffix is always among them, so a device is seldom asked."""
+        suffix = self.layout.tokens - self.layout.suffix_start
+        return len(self.rows) == suffix or bool(self.rows[0] == self.layout.tokens - len(self.rows))
+
     def _behind(self) -> Tensor:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
+        first = self.layout.tokens - len(self.rows)
         for piece in self._pieces():
-            out = self._on(piece)
+            out = self._on(piece, first)
+            first += len(piece)
         return out
 
-    def _on(self, piece: Tensor) -> Tensor:
+    def _on(self, piece: Tensor, first: int) -> Tensor:
         """Rows that follow each other, all in front of them in the cache; what is behind them there is overwritten or unseen."""
-        self.cache.set_length(int(piece[0]))
-        return self._run(piece)
+        self.cache.set_length(first)
+        return self._run(piece, first=first if len(self.rows) <= _FEW else None)
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
@@ -150,7 +165,7 @@ class Pass:
         for piece in self._pieces():
             # All that stands in front of a part of a course is there, and without masks it takes less time.
             if self.course is not None and not self._limited and piece[-1] - piece[0] == len(piece) - 1:
-                out = self._on(piece)
+                out = self._on(piece, int(piece[0]))
             else:
                 with self.cache.writing(self._write):
                     out = self._run(piece, self._masks(piece))
@@ -191,10 +206,11 @@ class Pass:
         The layers above the check are run again for the few tokens that were kept: that costs less than to hold the hidden
         states of all.
         """
-        layer, keys, values = self.checks[0], [], []
+        layer, keys, values, first = self.checks[0], [], [], self.layout.held
         with self._attention(scattered=False), self.cache.writing(self._until(layer)):
             for piece in self._pieces():
-                self.cache.set_length(int(piece[0]))
+                self.cache.set_length(first)
+                first += len(piece)
                 try:
                     self.decoder.run(self.layout.ids[piece], piece, self.cache)
                 except _Reached as reached:
@@ -203,13 +219,15 @@ class Pass:
         self._shrink(layer, self._choose(layer, torch.cat(keys, 2), torch.cat(values, 2)))
         self.checks = self.checks[1:]
 
-    def _run(self, piece: Tensor, masks: LayerMasks | None = None) -> Tensor:
+    def _run(self, piece: Tensor, masks: LayerMasks | None = None, first: int | None = None) -> Tensor:
         """Logits behind the last piece; behind the others nobody asks for any."""
-        last = int(piece[-1] == self.rows[-1])
         at = self.layout.positions[piece]
-        rows = Rows(self.layout.ids[piece], at, self.cache, masks, last, self._limited, self._seen_by(piece))
+        rows = Rows(
+            *(self.layout.ids[piece], at, self.cache, masks, int(self.last), self._limited, self._seen_by(piece)),
+            first=first,
+        )
         logits = self.forward(rows)
-        self.attention = rows.attention
+        self.attention, self.ran = rows.attention, rows.ran
         return logits
 
     def _seen_by(self, rows: Tensor) -> Masses | None:
@@ -219,8 +237,11 @@ class Pass:
         return self.masses
 
     def _pieces(self) -> Iterator[Tensor]:
+        left = len(self.rows)
         for part in [self.rows] if self.course is None else self.course:
             for piece in part.split(self.piece_tokens if self.layout.ascending else len(part)):
+                left -= len(piece)
+                self.last = not left if self.course is None else bool(piece[-1] == self.rows[-1])
                 self.piece = piece
                 yield piece
 

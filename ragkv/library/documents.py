@@ -35,6 +35,7 @@ from ragkv.library.repair import Repair, plan_repair, repaired
 from ragkv.library.sensitivity import FOREIGN, foreign_ids
 from ragkv.library.watching import counting
 from ragkv.model.runner import Runner
+from ragkv.model.steps import Steps
 from ragkv.prompt import Encoder, Text
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
 
@@ -69,10 +70,12 @@ class Documents:
         foreign: text or ids of what documents are read behind the second time for that; by default five short English
             paragraphs (:mod:`ragkv.library.sensitivity`).
         kernels: which implementation of ``ragkv.kernels`` runs.
+        graphs: whether prompts and answers run in fixed shapes, see :class:`~ragkv.Engine`.
         lifetime_s: seconds after which stored KV are a miss.
 
     Attributes:
         anchor: ids that documents are read behind.
+        steps: the model's forwards.
         records: where documents are looked up whose chunks come without them; others may be appended.
         sample: the ids of a fixed text, by which tokenizers are told apart.
         paths: what prompts computed of chunks; ``None`` where that is not kept.
@@ -92,6 +95,7 @@ class Documents:
         measured: Measured = Measured.NOTHING,
         foreign: Text | None = None,
         kernels: Impl = "auto",
+        graphs: bool | None = None,
         lifetime_s: float = math.inf,
     ):
         if context not in ("document", "chunk"):
@@ -112,6 +116,7 @@ class Documents:
         self.document_tokens: int = min(wanted, positions - len(encoder.anchor))
         whole_number("piece_tokens", piece_tokens, 1)
         self.kernels, self._piece_tokens = kernels, piece_tokens
+        self.steps: Steps = runner.steps(kernels, graphs)
         self.measured: Measured = measured
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
         instance("namespace", namespace, str, "a str")
@@ -174,7 +179,7 @@ class Documents:
                 self.anchor,
                 self._piece_tokens,
                 self._foreign_ids,
-                self.runner.steps(self.kernels),
+                self.steps,
                 fingerprint,
                 self.store if self.anchor == self.encoder.anchor else None,  # what every process needs
             )

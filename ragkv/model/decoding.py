@@ -7,19 +7,30 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from ragkv.errors import NonFiniteError
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
-from ragkv.model.generation import Settings
+from ragkv.model.generation import Settings, Stop
 from ragkv.model.inspection import non_finite
 from ragkv.model.rows import Rows
 from ragkv.report import FusedPrompt
+
+# They go by ids wherever these are. Somebody's own may not.
+_ANYWHERE = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria, Stop)
 
 
 def decode(
@@ -29,7 +40,8 @@ def decode(
     forward: Callable[[Rows], Tensor],
     turn: Callable[[], AbstractContextManager[object]] = nullcontext,
     note: Callable[[Tensor, int], object] | None = None,
-) -> Iterator[int]:
+    early: bool = False,
+) -> Generator[int, None, None]:
     """Token ids one by one, an end token included; the prompt's cache grows with them.
 
     The first one comes from the prompt's logits, without running the model. Tokens that are proposed, from the prompt or by a
@@ -43,6 +55,8 @@ def decode(
         forward: runs rows.
         turn: taken where logits processors run the model.
         note: told the processed scores ``[1, V]`` of every token, and the token.
+        early: run the model for each token before it is known on the host, so that a device has work while the token is looked at.
+            What was run behind the last token is dropped. Not where tokens are proposed.
 
     Raises:
         NonFiniteError: the logits are NaN or infinite.
@@ -54,6 +68,9 @@ def decode(
     scoring = turn if settings.runs_model else nullcontext
     room = ids.shape[1] + settings.new_tokens(ids.shape[1])  # for prompt and answer
     proposals = settings.proposer.begin(room, settings.ends)
+    early = early and not settings.proposer.proposes
+    said = ids.cpu() if early and all(type(one) in _ANYWHERE for one in criteria) else None
+    coming: Future[Tensor] | None = None  # the logits behind the token at hand
     proposed: list[int] = []
     ahead: list[int] = []  # those of them that are computed and not used yet,
     behind: list[Tensor] = []  # and the logits behind each
@@ -63,15 +80,25 @@ def decode(
         while True:
             with torch.no_grad(), scoring():
                 scores = processors(ids, logits.to(ids.device, torch.float32, copy=True))
-            token = _chosen(decoder, scores, settings.config.do_sample)
+            choice = _Choice(scores, settings.config.do_sample)
+            if early and ids.shape[1] + 1 < room:
+                first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1]
+                at = torch.arange(first, first + 1, device=ids.device)
+                coming = _begun(forward, Rows(choice.ids, at, cache, first=first))
+            token = choice.read(decoder)
             if note is not None:
                 note(scores, token)
-            ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
+            ids = torch.cat([ids, choice.ids[None]], dim=1)
+            if said is not None:
+                said = torch.cat([said, torch.tensor([[token]])], dim=1)
             if streamer is not None:
-                streamer.put(ids[0, -1:].cpu())
+                streamer.put(torch.tensor([token]))
             yield token
-            if bool(criteria(ids, None).all()):
+            if _ends(criteria, ids if said is None else said):
                 return
+            if coming is not None:
+                logits, coming = coming.result(), None
+                continue
             if ahead and ahead[0] == token:
                 logits = behind.pop(0)
                 ahead.pop(0)
@@ -83,25 +110,66 @@ def decode(
             first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1] - 1
             at = torch.arange(first, first + 1 + len(proposed), device=ids.device)
             run = torch.cat([ids[0, -1:], ids.new_tensor(proposed)])
-            logits, *behind = forward(Rows(run, at, cache, wanted=len(run))).split(1)
+            logits, *behind = forward(Rows(run, at, cache, wanted=len(run), first=first)).split(1)
             ahead = proposed.copy()
     finally:
-        cache.crop(-len(ahead))
+        cache.crop(-len(ahead) if coming is None or coming.exception() is not None else -1)
+        coming = None  # an error in it holds this frame, and so the cache
         if streamer is not None:
             streamer.end()
 
 
-def _chosen(decoder: Decoder, scores: Tensor, sample: bool | None) -> int:
-    """The next token by scores ``[1, V]``. They are looked at together with it, so that a device is waited for once."""
-    best, token = scores.max(-1).values, scores.argmax(-1)  # NaN where any score is
-    if sample:
-        token = torch.multinomial(scores.softmax(-1).nan_to_num(1.0), 1)[:, 0]
-    value, chosen = torch.cat([best, token.float()]).tolist()  # a token id is exact in fp32
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the best score of a next token is {value}: {non_finite(decoder.dtype)}; or logits processors left no token"
-        )
-    return int(chosen)
+class _Choice:
+    """The next token by scores ``[1, V]``, chosen where they are.
+
+    Attributes:
+        ids: ``[1]`` the token, on the device of the scores.
+    """
+
+    def __init__(self, scores: Tensor, sample: bool | None):
+        best, self.ids = scores.max(-1).values, scores.argmax(-1)  # NaN where any score is
+        if sample:
+            self.ids = torch.multinomial(scores.softmax(-1).nan_to_num(1.0), 1)[:, 0]
+        self._numbers = _reading(torch.cat([best, self.ids.float()]))  # a token id is exact in fp32
+
+    def read(self, decoder: Decoder) -> int:
+        """The token. The scores are looked at together with it, so that a device is waited for once."""
+        value, chosen = self._numbers()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the best score of a next token is {value}: {non_finite(decoder.dtype)}; or logits processors left no token"
+            )
+        return int(chosen)
+
+
+def _reading(numbers: Tensor) -> Callable[[], list[float]]:
+    """Reads numbers of a device, and waits for nothing that is launched behind this."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    here.copy_(numbers, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(numbers.device))
+
+    def read() -> list[float]:
+        there.synchronize()
+        return here.tolist()
+
+    return read
+
+
+def _begun(forward: Callable[[Rows], Tensor], rows: Rows) -> Future[Tensor]:
+    """A forward that is run now; what comes of it, an error too, is asked for later."""
+    coming: Future[Tensor] = Future()
+    try:
+        coming.set_result(forward(rows))
+    except Exception as error:
+        coming.set_exception(error)
+    return coming
+
+
+def _ends(criteria: StoppingCriteriaList, ids: Tensor) -> bool:
+    return bool(criteria(ids, None).all())
 
 
 def beam_search(settings: Settings, prompt: FusedPrompt, begin: float) -> list[int]:

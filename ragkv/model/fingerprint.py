@@ -37,9 +37,13 @@ class Weights:
 
     Args:
         model: the bare model.
+
+    Attributes:
+        changes: rises with every look that finds modules or tensors replaced, moved or written.
     """
 
     def __init__(self, model: nn.Module):
+        self.changes: int = 0
         self._model = model
         self._seen: list[tuple] = []
         self._shape: list[tuple[dict, tuple]] | None = None  # every module's tensors and children, where that tells all
@@ -57,12 +61,15 @@ class Weights:
         Raises:
             UnsupportedModelError: some weights cannot be read.
         """
-        if self._shape is not None and self._as_before(self._shape):
-            return self._digest
+        if self._shape is not None:
+            if self._as_before(self._shape):
+                return self._digest
+            self.changes += 1
         now = list(parts(self._model))
         seen = [(name, _key(part), _mark(part)) for name, part in now]
         alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())
         if not (alive and seen == self._seen):
+            self.changes += 1
             held: dict[Any, tuple[Any, tuple, bytes]] = {}
             for _, part in now:
                 key, mark = _key(part), _mark(part)

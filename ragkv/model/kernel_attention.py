@@ -81,6 +81,7 @@ class SpanBuilder:
     def __init__(self, rules: Sequence[SpanRule], positions: Tensor, keys: int):
         self.rules: Sequence[SpanRule] = rules
         self.positions: Tensor = positions
+        self.keys: int = keys
         self.everything: bool = len(positions) == keys
         self._made: dict[SpanRule, Tensor] = {}
 

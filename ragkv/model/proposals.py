@@ -33,14 +33,18 @@ class Lookup:
     Args:
         tokens: proposed at once, at most; 0 for none.
         longest: tokens by which the place is found, for as many as may be, at most; at least 2, or this where it is 1.
+
+    Attributes:
+        tokens: as given.
     """
 
     def __init__(self, tokens: int, longest: int):
-        self._tokens, self._longest = tokens, longest
+        self.tokens: int = tokens
+        self._longest = longest
 
     def propose(self, ids: Tensor, most: int) -> list[int]:
         """As of :class:`Proposals`."""
-        row, most, longest = ids[0], min(most, self._tokens), self._longest
+        row, most, longest = ids[0], min(most, self.tokens), self._longest
         for length in range(min(longest, len(row) - 1), min(longest, 2) - 1, -1) if most > 0 else ():
             places = (row.unfold(0, length, 1)[:-1] == row[-length:]).all(1).nonzero()
             if len(places):
@@ -116,6 +120,11 @@ class Proposer:
             )
         self._lookup = Lookup(tokens, longest)
         self._assistant = None if assistant is None else _assistant(assistant, vocabulary)
+
+    @property
+    def proposes(self) -> bool:
+        """Whether anybody does."""
+        return self._assistant is not None or self._lookup.tokens > 0
 
     def fits(self, prompt_tokens: int, new_tokens: int) -> None:
         """See that the assistant can read a prompt and its answer.

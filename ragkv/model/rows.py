@@ -25,7 +25,9 @@ class Rows:
         limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
         masses: takes what they attend to; its ``slots`` are theirs.
         watch: shown what they attend with; ``masks`` are spans then.
+        first: position of the first of rows that follow each other, where the host knows it.
         attention: the attention implementation that ran.
+        ran: how: ``"graph"``, ``"fixed"`` or ``"eager"``, see :class:`ragkv.model.graphs.Graphs`; and why, where something failed.
     """
 
     ids: Tensor
@@ -36,7 +38,9 @@ class Rows:
     limited: bool = False
     masses: Masses | None = None
     watch: Watch | None = None
+    first: int | None = None
     attention: str = ""
+    ran: str = "eager"
 
     def __len__(self) -> int:
         return len(self.ids)

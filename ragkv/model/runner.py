@@ -15,6 +15,7 @@ from ragkv.errors import RecordError
 from ragkv.kernels import Impl
 from ragkv.model.decoder import Decoder
 from ragkv.model.fingerprint import Weights, settings
+from ragkv.model.graphs import Graphs
 from ragkv.model.inspection import refuse_autocast, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.rope import rope_frequencies
 from ragkv.model.steps import Steps
@@ -35,7 +36,7 @@ class Runner:
         self._turns = turns(self._config)
         self._weights = Weights(model)
         self._decoders: dict[Impl, Decoder] = {}
-        self._steps: WeakValueDictionary[Impl, Steps] = WeakValueDictionary()  # they hold this
+        self._steps: WeakValueDictionary[tuple[Impl, bool | None], Steps] = WeakValueDictionary()  # they hold this
         self._probed = self._fingerprint = ""
         self._described = "", ""
 
@@ -114,10 +115,26 @@ class Runner:
         with self.turn():
             return self._decoders[kernels]
 
-    def steps(self, kernels: Impl = "auto") -> Steps:
-        """The forwards of all threads that use the model with this choice of kernels."""
-        steps = self._steps.get(kernels)
-        return self._steps.setdefault(kernels, Steps(self.decoder(kernels), self.turn)) if steps is None else steps
+    def steps(self, kernels: Impl = "auto", graphs: bool | None = None) -> Steps:
+        """The forwards of all threads that use the model with this choice of kernels and graphs.
+
+        Args:
+            kernels: as for :meth:`decoder`.
+            graphs: as for :meth:`ragkv.model.graphs.Graphs.of`.
+
+        Raises:
+            UnsupportedModelError: graphs were asked for, and the model has none.
+        """
+        steps = self._steps.get((kernels, graphs))
+        if steps is None:
+            decoder = self.decoder(kernels)
+            made = Steps(decoder, self.turn, Graphs.of(decoder, graphs, self._mark))
+            steps = self._steps.setdefault((kernels, graphs), made)
+        return steps
+
+    def _mark(self) -> object:
+        """What changes with the model, and with where its weights are."""
+        return self._weights.changes, self._fingerprint
 
     def _made(self, kernels: Impl, facts: Facts | None) -> Decoder:
         refuse_by_config(self._config)  # before weights are read

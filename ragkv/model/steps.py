@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ragkv.errors import ModelChangedError
 from ragkv.forks import anew_in_forks
+from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
+from ragkv.model.graphs import Graphs
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
 from ragkv.model.turns import look
@@ -119,14 +121,16 @@ class Steps:
     Args:
         decoder: the model.
         turn: gives it to one thread, and says its fingerprint.
+        graphs: run one prompt's rows in fixed shapes, where there are any.
 
     Attributes:
-        decoder, turn: as given.
+        decoder, turn, graphs: as given.
         sizes: how many forwards so far served so many prompts at once.
     """
 
-    def __init__(self, decoder: Decoder, turn: Callable[[], AbstractContextManager[str]]):
+    def __init__(self, decoder: Decoder, turn: Callable[[], AbstractContextManager[str]], graphs: Graphs | None = None):
         self.sizes: Counter[int] = Counter()
+        self.graphs: Graphs | None = graphs
         self.turn: Callable[[], AbstractContextManager[str]] = turn
         self.decoder: Decoder = decoder
         self._step_s = 0.0
@@ -175,6 +179,19 @@ class Steps:
             raise asked.error
         assert asked.logits is not None
         return asked.logits
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Run rows of one prompt, and nobody else's, where this thread has the model."""
+        return self.decoder.forward(rows) if self.graphs is None else self.graphs.forward(rows)
+
+    @contextmanager
+    def driving(self, cache: FusedCache) -> Iterator[None]:
+        """A block that runs rows over a cache, behind which the cache has memory of its own again."""
+        try:
+            yield
+        finally:
+            if self.graphs is not None:
+                self.graphs.leave(cache)
 
     @contextmanager
     def seat(self) -> Iterator[Seat]:
@@ -238,7 +255,7 @@ class Steps:
                 )
         good = [one for one in batch if one.error is None]
         if len(good) == 1:
-            good[0].logits = self.decoder.forward(good[0].rows)
+            good[0].logits = self.forward(good[0].rows)
         elif good:
             logits = run_packed(self.decoder, [one.rows for one in good])
             for one, its in zip(good, logits, strict=True):

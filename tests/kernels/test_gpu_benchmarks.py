@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
-PARTS = ("memory", "attention", "ttft", "tiles")  # tiles only on a GPU
+PARTS = ("memory", "attention", "ttft", "graphs", "tiles")  # tiles only on a GPU
 # As where neither of them is installed.
 WITHOUT = """
 import runpy, sys
@@ -27,7 +27,7 @@ def test_tiny(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    kinds = {"copy", "bus", "memory", "attention", "question_scores", "ttft", "decode"}
+    kinds = {"copy", "bus", "memory", "attention", "question_scores", "ttft", "decode", "graphs", "decode graphs"}
     assert {row["benchmark"] for row in rows} == kinds
     assert all(row["tiny"] and row["date"] and row["torch"] and "device" in row for row in rows)
     methods = {row["method"]: row for row in rows if row["benchmark"] == "ttft"}
@@ -36,6 +36,11 @@ def test_tiny(tmp_path):
     for name, row in methods.items():
         assert name == "full prefill" or (row["limit_seconds"] > 0 and row["hits"] == {"cpu": 4})
         assert name == "full prefill" or set(row["stages_ms"]) == stages
+    graphs = [row for row in rows if row["benchmark"] == "graphs"]
+    assert [row["ran"] for row in graphs] == ["eager"] * 4 + ["fixed"] * 4
+    assert all(row["logits_apart"] < 1e-4 and len(row["first_seconds"]) == 3 for row in graphs[4:])
+    said = [row for row in rows if row["benchmark"] == "decode graphs"]
+    assert [(row["ran"], row["same_tokens"]) for row in said] == [("eager", 1.0), ("fixed", 1.0)]
     memory = [row for row in rows if row["benchmark"] == "memory"]
     places = {row["operation"] for row in memory if row["operation"].startswith("place")}
     assert places == {f"place {kind}" for kind in ("bf16", "pool", "int8", "fp8", "int4")}
@@ -78,5 +83,8 @@ def test_the_script_runs_its_parts_in_their_order(tmp_path):
     assert some.stdout.splitlines()[:3] == runs
     everything = script()
     assert everything.returncode == 1 and everything.stderr.strip() == "failed: memory"
+    graphs = script("graphs", "--rounds", "5").stdout.splitlines()
+    assert graphs[0] == "== graphs" and graphs[1].endswith("tests/kernels/fused/test_graphs.py")
+    assert graphs[2] == "-P benchmarks/gpu/run.py graphs --rounds 5"
     parts = [line for line in everything.stdout.splitlines() if line.startswith("==")]
     assert parts == ["== tests", "== inspect", "== memory", "== attention", "== ttft"]

@@ -107,12 +107,14 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(cache.get_seq_length(), int)
         report = assert_type(prompt.report, ragkv.FusionReport)
         assert_type(report.hits, dict[str, int])
+        assert_type(report.ran, str)
         assert_type(report.milliseconds, dict[str, float])
 
         answer = made.generate(chunks, "a question?", max_new_tokens=64, stop=["\n"], slots={"a": "German"})
         assert_type(answer, ragkv.Answer)
         assert_type(answer.text, str)
         assert_type(answer.report.first_token_ms, float)
+        assert_type(answer.report.ran, str)
         assert_type(answer.report.plot(), Figure)
         assert_type(report.chunks, list[ChunkReport])
         assert_type(report.recomputed, list[tuple[int, int]])
@@ -124,6 +126,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(made.generate_many([(chunks, "a question?")], at_once=2), list[ragkv.Answer])
         assert_type(made.forget(chunks), int)
         assert_type(made.calibrate([(chunks, "a question?")], kl=0.1).chosen, str)
+        ragkv.Engine(model, graphs=False).close()
         rates = assert_type(assert_type(made.advise(limit_s=5), ragkv.Advice).rates, ragkv.Rates)
         assert_type(made.fuse(chunks, "a question?", method=ragkv.Auto(rates=rates)).report.why, str)
 

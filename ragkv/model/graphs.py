@@ -1,0 +1,291 @@
+"""Forwards in fixed shapes: the same memory and the same sizes every time, so that a GPU replays what it has recorded once.
+
+A step of decoding, or a pass over a few rows, is launched by Python kernel by kernel, which takes longer than the GPU works on it.
+Here rows are filled up to a bucket, and the prompt's cache stands in a room (:mod:`ragkv.model.rooms`), over all of which selective
+attention looks by spans: one graph serves whatever fits. On a CPU the same steps run as they are.
+
+S rows, C slots of a room, L layers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ragkv.errors import UnsupportedModelError
+from ragkv.kernels import implementation
+from ragkv.model.cache import FusedCache
+from ragkv.model.capture import Body, Capture, CudaCapture
+from ragkv.model.decoder import Decoder
+from ragkv.model.kernel_attention import SpanBuilder, Watch, kernel_attention
+from ragkv.model.masks import for_model
+from ragkv.model.rooms import Room, Rooms
+from ragkv.model.rows import Rows
+from ragkv.model.syncs import HostSyncError, no_syncs
+
+_MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
+_MOST_WATCHED = 256  # whose queries are kept until they were shown
+_MOST_GRAPHS = 32
+
+
+def row_bucket(rows: int) -> int:
+    """A number of rows to fill up to: few are filled up to a power of two, many by an eighth at most."""
+    power = 1 << (rows - 1).bit_length()
+    step = max(16, power // 16)
+    return power if rows <= 16 else -(-rows // step) * step
+
+
+class Graphs:
+    """Runs rows of one prompt: in fixed shapes where it can, else as :meth:`Decoder.forward` does. One thread at a time.
+
+    Args:
+        decoder: the model, with :attr:`Decoder.spans`.
+        capture: makes graphs; ``None``: fixed steps run as they are.
+        mark: what changes whenever a graph would read the wrong memory, or a model that is not this one.
+
+    Attributes:
+        why: why nothing runs in fixed shapes any more; empty as long as it does.
+        early: a token's step is launched before the host knows the token, so that the device need not wait for the host.
+    """
+
+    def __init__(self, decoder: Decoder, capture: Capture | None, mark: Callable[[], object]):
+        self.why: str = ""
+        self.early: bool = capture is not None
+        self._decoder, self._capture, self._mark = decoder, capture, mark
+        self._marked: object = None
+        self._modules: list[nn.Module] = []
+        self._fixed: OrderedDict[tuple[Room, int, int, bool], _Fixed] = OrderedDict()
+        self._rooms = Rooms(self._drop, self._affords)
+
+    @classmethod
+    def of(cls, decoder: Decoder, wanted: bool | None, mark: Callable[[], object]) -> Graphs | None:
+        """Those of a model; ``None`` where there shall be none.
+
+        Args:
+            decoder: the model.
+            wanted: ``None``: where the model is on a CUDA device and its attention runs as Triton's kernel.
+            mark: as above.
+
+        Raises:
+            UnsupportedModelError: they were asked for, and the model's attention is not selective attention.
+        """
+        cuda = decoder.device.type == "cuda"
+        if wanted is None:
+            ran = implementation(decoder.kernels, decoder.device, decoder.dtype)
+            wanted = cuda and decoder.spans is not None and ran == "triton"
+        if not wanted:
+            return None
+        if decoder.spans is None:
+            raise UnsupportedModelError(
+                "graphs=True was asked for, and the model's attention runs with masks here, of another shape for every prompt: "
+                "leave it out; or give kernels='reference', on a GPU 'triton', which not every model allows"
+            )
+        return cls(decoder, CudaCapture(decoder.device) if cuda else None, mark)
+
+    def forward(self, rows: Rows) -> Tensor:
+        """As :meth:`Decoder.forward`; ``rows.ran`` says how."""
+        self._look()
+        shown = None if self.why else self._shown(rows)
+        room = None if shown is None else self._enter(rows, *shown)
+        if room is None or shown is None:
+            why = self.why or ("" if shown is None else "no room is free, nor memory for one")
+            rows.ran = f"eager: {why}" if why else "eager"
+            return self._decoder.forward(rows)
+        if rows.cache.before is not None:  # it would be in the graph
+            rows.cache.before(len(self._decoder.layers) - 1)
+        fixed = self._step(room, rows)
+        try:
+            rows.ran, logits = fixed.run(rows, self._capture)
+        except HostSyncError as error:
+            self._give_up(f"the model waits for the device ({error})")
+        except _CaptureError as error:
+            self._give_up(f"its graph could not be captured: {error}")
+        except torch.OutOfMemoryError:
+            self._give_up("there was no memory for graphs")
+        if self.why:
+            return self.forward(rows)
+        rows.attention = fixed.attention
+        if rows.cache.writer is None:
+            rows.cache.set_length(shown[1])
+        if rows.watch is not None:
+            fixed.show(rows.watch, shown[1], len(rows))
+        return logits
+
+    def leave(self, cache: FusedCache) -> None:
+        """Give a cache memory of its own again; what runs over it next moves it in anew."""
+        self._rooms.leave(cache, self._settle_apart)
+
+    def _shown(self, rows: Rows) -> tuple[int, int] | None:
+        """How many slots hold something, and how many will; ``None`` where rows see no run of slots, or stand in others than their
+        positions say.
+        """
+        if rows.limited or rows.masses is not None or not 0 < len(rows) <= _MOST_ROWS:
+            return None
+        if self._watched() or (self._capture is not None and not self._capture.usable()):
+            return None
+        behind = rows.held, rows.held + len(rows)
+        if isinstance(rows.masks, SpanBuilder) and not rows.masks.everything:
+            if rows.cache.writer is not None:
+                return rows.masks.keys, rows.masks.keys
+            return behind if rows.masks.keys == behind[1] and len(rows) <= _MOST_WATCHED else None  # a look
+        return behind if rows.masks is None and rows.first == rows.held else None
+
+    def _watched(self) -> bool:
+        """Whether somebody's hooks are in the model: a graph would not call them."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+
+    def _enter(self, rows: Rows, held: int, needed: int) -> Room | None:
+        """The room where the rows' cache is, moved in if it was not."""
+        cache = rows.cache
+        room = self._rooms.find(cache)
+        if room is not None and not (room.hosts(cache) and needed < room.slots):
+            room.leave(cache)
+            room = None
+        if room is None:
+            room_for = max(needed, cache.layers[0].key_room.shape[2])
+            try:
+                room = self._rooms.enter(cache, held, room_for, self._decoder.specs)
+            except torch.OutOfMemoryError:
+                self._give_up("there was no memory for a second cache")
+                return None
+        if room is not None:
+            room.used = max(room.used, needed)
+        return room
+
+    def _step(self, room: Room, rows: Rows) -> _Fixed:
+        bucket = min(row_bucket(len(rows)), _MOST_ROWS)
+        key = room, bucket, rows.wanted if rows.wanted < 2 else bucket, rows.watch is not None
+        if key not in self._fixed:
+            self._fixed[key] = _Fixed(self._decoder, *key)
+        self._fixed.move_to_end(key)
+        if len(self._fixed) > _MOST_GRAPHS:
+            self._settle()
+            self._fixed.popitem(last=False)
+        return self._fixed[key]
+
+    def _look(self) -> None:
+        """Begin anew where the model was changed."""
+        mark = self._mark()
+        if mark == self._marked:
+            return
+        self._forget()
+        self.why, self._marked = "", mark
+        self._modules = list(self._decoder.model.modules())
+        devices = {self._decoder.device, *(spec.device for spec in self._decoder.specs)}
+        if self._decoder.spans is None:
+            self.why = "its attention runs with masks"
+        elif len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in self._modules):
+            self.why = "its weights are on several devices, or are brought there when they are needed"
+
+    def _give_up(self, why: str) -> None:
+        self.why = why
+        self._forget()
+
+    def _forget(self) -> None:
+        self._settle()
+        self._fixed.clear()
+        self._rooms.forget()
+
+    def _drop(self, room: Room) -> None:
+        self._settle()
+        for key in [key for key in self._fixed if key[0] is room]:
+            del self._fixed[key]
+
+    def _affords(self, size: int) -> bool:
+        """A room takes no more than half of what is left: others need memory too, and had it without."""
+        return self._capture is None or 2 * size <= self._capture.free_bytes()
+
+    def _settle_apart(self) -> None:
+        """Who leaves on another stream than that of the next one to enter is waited for."""
+        if self._capture is not None and not self._capture.usable():
+            self._capture.settle()
+
+    def _settle(self) -> None:
+        if self._capture is not None and self._fixed:
+            self._capture.settle()
+
+
+class _CaptureError(Exception):
+    """A step could not be captured."""
+
+
+class _Fixed:
+    """One step in fixed shapes: its first run compiles kernels and shows whether it waits for the device.
+
+    Rows stand at the end; those in front of them repeat the first one, and write to the room's spare slot.
+
+    Args:
+        decoder: the model.
+        room: where the cache is.
+        rows: S.
+        keep: rows at the end whose logits are wanted.
+        watched: what layers attend with is kept until the next run.
+    """
+
+    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, watched: bool):
+        self._decoder, self._room, self._keep, self._watched = decoder, room, keep, watched
+        self._seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []  # query, spans and more of each layer
+        with torch.inference_mode(False):
+            self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
+        self.attention: str = ""
+        self._replay: Body | None = None
+        self._tried = False
+
+    def run(self, rows: Rows, capture: Capture | None) -> tuple[str, Tensor]:
+        """How it ran, and the logits ``[W, V]`` that are wanted."""
+        self._fill(rows)
+        if not self._tried:
+            with no_syncs(self._decoder.device):
+                out = self._body()
+            self._tried = True
+        elif capture is None:
+            out = self._body()
+        else:
+            if self._replay is None:
+                self._replay = self._captured(capture)
+            out = self._replay()
+            return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
+        return "fixed", out[len(out) - rows.wanted :]
+
+    def show(self, watch: Watch, slots: int, rows: int) -> None:
+        """Tell of every layer of the last run what its last ``rows`` rows attended with, over so many slots."""
+        for (query, spans, more), layer in zip(self._seen, self._room.cache.layers, strict=True):
+            watch(query[:, query.shape[1] - rows :], layer.key_room[0, :, :slots], spans[len(spans) - rows :], **more)
+
+    def _captured(self, capture: Capture) -> Body:
+        try:
+            return capture(self._body)
+        except Exception as error:
+            raise _CaptureError(str(error).partition("\n")[0]) from error
+
+    def _fill(self, rows: Rows) -> None:
+        given, front = self._given, self._given.shape[1] - len(rows)
+        given[:, front:] = torch.stack([rows.ids, rows.positions, rows.positions])
+        given[:, :front] = given[:, front : front + 1].clone()
+        given[2, :front] = self._room.spare
+
+    @torch.no_grad()
+    def _body(self) -> Tensor:
+        decoder, room = self._decoder, self._room
+        ids, positions, slots = self._given
+        assert decoder.spans is not None
+
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return room.cache.scatter(layer, keys, values, slots, room.slots, decoder.kernels)
+
+        def keep(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
+            self._seen.append((query, spans, more))
+
+        self._seen.clear()
+        watch = keep if self._watched else None
+        spans = SpanBuilder(decoder.spans, positions, 0)  # never all there are, so never without spans
+        attention = kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, watch)
+        with attention as self.attention, room.cache.writing(write):
+            mask = for_model(spans, decoder.config)
+            if self._keep:
+                return decoder.step(ids, positions, room.cache, mask, rows=self._keep)
+            return decoder.run(ids, positions, room.cache, mask)

@@ -1,0 +1,162 @@
+"""Memory for keys and values that stays where it is, so that fixed steps find it: prompts' caches are its guests, one at a time.
+
+A guest's slots are moved in, and moved out into memory of the cache's own again: nobody ever holds memory that the next prompt is
+written to. C slots of a room, N tokens held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from weakref import ReferenceType, ref
+
+import torch
+
+from ragkv.model.cache import FusedCache, FusedLayer, LayerSpec
+
+_SMALLEST = 256  # slots
+_MOST = 2  # rooms: answers of so many threads go on without moving
+
+
+def room_bucket(slots: int) -> int:
+    """A room's size for so many slots: a power of two, or one of the three steps to it from the one below."""
+    step = max(1, (1 << (slots - 1).bit_length()) // 8)
+    return max(_SMALLEST, -(-slots // step) * step)
+
+
+class Room:
+    """Slots of all layers. The last one is spare: what nobody shall see is written there.
+
+    Args:
+        specs: what the layers' keys and values look like.
+        slots: C.
+
+    Attributes:
+        cache: writes into the room. It holds nothing; fixed steps are its only users.
+        slots: C.
+        used: slots that may hold something.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], slots: int):
+        self.slots: int = slots
+        self.used: int = slots
+        with torch.inference_mode(False):  # whoever is first in may be in it, and others not
+            self.cache: FusedCache = FusedCache(specs, slots)
+        self._guest: ReferenceType[FusedCache] | None = None
+        self._own: int = 0  # slots that the guest had
+        self._clear(0)
+
+    @property
+    def spare(self) -> int:
+        """The slot that nobody sees."""
+        return self.slots - 1
+
+    @property
+    def guest(self) -> FusedCache | None:
+        """Whose keys and values are here."""
+        return None if self._guest is None else self._guest()
+
+    def hosts(self, cache: FusedCache) -> bool:
+        """Whether a cache's keys and values are here, all of them: it may have grown out of the room meanwhile."""
+        return self.guest is cache and all(
+            layer.key_room is own.key_room and layer.value_room is own.value_room
+            for layer, own in zip(cache.layers, self.cache.layers, strict=True)
+        )
+
+    def enter(self, cache: FusedCache, slots: int) -> None:
+        """Move in a cache's first ``slots`` slots. Those behind are zero: attention reads blocks, and weighs what it hides by 0."""
+        self._guest, self._own = ref(cache), cache.layers[0].key_room.shape[2]
+        for layer, own in zip(cache.layers, self.cache.layers, strict=True):
+            own.key_room[:, :, :slots] = layer.key_room[:, :, :slots]
+            own.value_room[:, :, :slots] = layer.value_room[:, :, :slots]
+            layer.key_room, layer.value_room = own.key_room, own.value_room
+        self._clear(slots)
+
+    def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
+        """Give the guest what may be in its slots in memory of its own, as much as it had at least.
+
+        In the middle of a pass it says that it holds nothing.
+
+        Args:
+            cache: the guest.
+            settle: called before somebody else may enter.
+        """
+        if self.hosts(cache):
+            for layer in cache.layers:
+                slots = max(layer.length, self.used)
+                _move_out(layer, slots, max(self._own, slots))
+        settle()
+        self._guest = None
+
+    def _clear(self, begin: int) -> None:
+        for layer in self.cache.layers:
+            for room in (layer.key_room, layer.value_room):
+                room[:, :, begin : self.used].zero_()
+                room[:, :, self.spare :].zero_()
+        self.used = begin
+
+
+def _move_out(layer: FusedLayer, slots: int, capacity: int) -> None:
+    for name in ("key_room", "value_room"):
+        shared = getattr(layer, name)
+        room = torch.empty((*shared.shape[:2], capacity, shared.shape[3]), dtype=shared.dtype, device=shared.device)
+        room[:, :, :slots] = shared[:, :, :slots]
+        setattr(layer, name, room)
+
+
+class Rooms:
+    """The rooms of one model: a few, that become as large as they have to be. One thread at a time enters; any may leave.
+
+    Args:
+        drop: told of a room that is given up, before another takes its memory.
+        affords: says whether a room may take so many bytes.
+    """
+
+    def __init__(self, drop: Callable[[Room], object], affords: Callable[[int], bool] = lambda size: True):
+        self._drop, self._affords = drop, affords
+        self._rooms: tuple[
+            Room, ...
+        ] = ()  # the one used last comes last; replaced as a whole, since others look meanwhile
+
+    def find(self, cache: FusedCache) -> Room | None:
+        """The room where a cache is."""
+        return next((room for room in self._rooms if room.guest is cache), None)
+
+    def enter(self, cache: FusedCache, slots: int, room_for: int, specs: Sequence[LayerSpec]) -> Room | None:
+        """Move a cache in where there is room.
+
+        Args:
+            cache: of batch size 1.
+            slots: of it, to be moved.
+            room_for: slots that it needs, the spare one not counted.
+            specs: of its layers.
+
+        Returns:
+            The room; ``None`` where others are in all of them, or there is no memory for one.
+        """
+        free = [room for room in self._rooms if room.guest is None]
+        fitting = [room for room in free if room.slots > room_for]
+        if fitting:
+            room = min(fitting, key=lambda room: room.slots)
+        else:
+            size, full = room_bucket(room_for + 1), len(self._rooms) >= _MOST
+            if (full and not free) or not self._affords(size * sum(spec.token_bytes for spec in specs)):
+                return None
+            if full:
+                gone = free.pop(0)
+                self._rooms = tuple(other for other in self._rooms if other is not gone)
+                self._drop(gone)
+                del gone
+            room = Room(specs, size)
+        self._rooms = (*(other for other in self._rooms if other is not room), room)
+        room.enter(cache, slots)
+        return room
+
+    def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
+        """Move a cache out, if it is in a room; ``settle`` as for :meth:`Room.leave`."""
+        room = self.find(cache)
+        if room is not None:
+            room.leave(cache, settle)
+
+    def forget(self) -> None:
+        """Let all rooms go; whoever is in one keeps it."""
+        self._rooms = ()

@@ -1,0 +1,127 @@
+"""How CUDA is asked for a graph, with what PyTorch calls so in its place: which stream, which pool, and what a failure leaves."""
+
+import inspect
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from ragkv.model import capture as module
+from ragkv.model.capture import CudaCapture
+
+GPU = torch.device("cuda", 0)
+
+
+class Cuda:
+    """The calls that were made, in order; streams are names."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.current = [], "default"
+        self._signature = inspect.signature(torch.cuda.graph.__init__)
+        for name in ("device", "stream", "Stream", "CUDAGraph", "graph", "current_stream", "default_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        pools = iter(["pool", "another pool"])
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append("settled"))
+
+    @contextmanager
+    def device(self, device):
+        assert device == GPU
+        yield
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def Stream(self, device):
+        return Stream("side", self)
+
+    def CUDAGraph(self):
+        return Graph(self)
+
+    def current_stream(self, device):
+        return self.current
+
+    def default_stream(self, device):
+        return Stream("default", self)
+
+    @contextmanager
+    def graph(self, *args, **kwargs):
+        bound = self._signature.bind(None, *args, **kwargs).arguments  # it is called as this PyTorch has it
+        assert bound["stream"].name == "side" and bound["capture_error_mode"] == "thread_local"
+        self.calls.append(("begin", bound.get("pool")))
+        before, self.current = self.current, bound["stream"]
+        yield  # as PyTorch's: where a capture fails, its stream stays
+        self.current = before
+        self.calls.append("end")
+
+
+class Stream(str):
+    def __new__(cls, name, cuda):
+        made = super().__new__(cls, name)
+        made.name, made.cuda = name, cuda
+        return made
+
+    def wait_stream(self, other):
+        self.cuda.calls.append(f"{self} waits for {other}")
+
+
+class Graph:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def replay(self):
+        self.cuda.calls.append("replay")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+def test_a_body_runs_beside_then_is_captured_and_replayed(cuda):
+    capture, out = CudaCapture(GPU), torch.ones(2)
+    assert capture.usable()
+    replay = capture(lambda: cuda.calls.append(f"body on {cuda.current}") or out)
+    assert cuda.calls == [
+        "side waits for default",
+        "body on side",
+        ("begin", "pool"),
+        "body on side",
+        "end",
+        "default waits for side",
+    ]
+    assert cuda.current == "default"
+    assert replay() is out and cuda.calls[-1] == "replay"
+    capture.settle()
+    assert cuda.calls[-1] == "settled"
+
+
+def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
+    monkeypatch.setattr(module, "_failed", [])
+    capture, ran = CudaCapture(GPU), []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: cuda.calls.append(f"zeros on {device}"))
+
+    def body():
+        ran.append(1)
+        if len(ran) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture(body)
+    assert cuda.calls[-3:] == [("begin", None), "zeros on cuda:0", "end"]  # a capture that goes well ends the other
+    assert cuda.current == "default"
+    assert len(module._failed) == 1  # it lives on
+    assert capture(lambda: torch.ones(1))() is not None  # the lock is not held
+    assert ("begin", "another pool") in cuda.calls
+
+
+def test_another_stream_has_no_graphs(cuda):
+    capture = CudaCapture(GPU)
+    with torch.cuda.stream("a user's"):
+        assert not capture.usable()
+    assert capture.usable()

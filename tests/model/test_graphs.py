@@ -1,0 +1,394 @@
+"""Fixed shapes: the same prompts and answers as without, on every architecture; what happens about the graphs themselves."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from ragkv import (
+    ArgumentTypeError,
+    CacheBlend,
+    Engine,
+    LegoLink,
+    PromptTemplate,
+    QuestionAware,
+    RelevantTokens,
+    Reuse,
+    UnsupportedModelError,
+)
+from ragkv.model import graphs as module
+from ragkv.model import rooms
+from ragkv.model.graphs import Graphs, row_bucket
+from ragkv.model.rooms import Room, Rooms, room_bucket
+from ragkv.model.rows import Rows
+from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
+
+TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
+CLOSED = ("falcon", "gptj", "stablelm")  # past transformers' attention interface
+PASSAGES, QUESTION = [random_ids(n) for n in (30, 17, 41)], random_ids(6)
+NO_END = {"max_new_tokens": 9, "eos_token_id": None}
+
+
+class Recorder:
+    """Stands for CUDA's graphs: what is replayed writes to the memory that the capture found."""
+
+    def __init__(self, error=None, usable=True, free=1 << 40):
+        self.captured, self.replayed, self.settled = 0, 0, 0
+        self.error, self.on, self.free = error, usable, free
+
+    def __call__(self, body):
+        if self.error is not None:
+            raise self.error
+        self.captured += 1
+        with torch.inference_mode(False):  # a graph writes whatever it is
+            out = torch.empty_like(body())
+
+        def replay():
+            self.replayed += 1
+            return out.copy_(body())
+
+        return replay
+
+    def usable(self):
+        return self.on
+
+    def settle(self):
+        self.settled += 1
+
+    def free_bytes(self):
+        return self.free
+
+
+def engine(model, graphs, capture=None, **options):
+    made = Engine(model, template=TEMPLATE, kernels="reference", graphs=graphs, **{"method": LegoLink(3), **options})
+    if capture is not None:
+        made.documents.steps.graphs._capture = capture
+    return made
+
+
+def fused(engine, method=None, question=QUESTION):
+    return engine.fuse(engine.add(PASSAGES)[::-1], question, method=method)
+
+
+def said(engine, **options):
+    return engine.generate(engine.add(PASSAGES)[::-1], QUESTION, **{**NO_END, **options})
+
+
+def same(got, want):
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fixed_shapes_change_nothing(architecture):
+    model = tiny_model(architecture)
+    if architecture in CLOSED:
+        with pytest.raises(UnsupportedModelError, match="graphs=True was asked for"):
+            Engine(model, template=TEMPLATE, graphs=True)
+        return
+    plain = engine(model, False, piece_tokens=16)
+    fixed = engine(model, True, piece_tokens=16, store=plain.store)
+    loaded = model.config._attn_implementation
+    for method in (CacheBlend(0.3), Reuse()):
+        want, got = (fused(each, method) for each in (plain, fixed))
+        assert (want.report.ran, got.report.ran, got.report.attention) == ("eager", "fixed", "selective (reference)")
+        same(got, want)
+    want, got = (said(each, prompt_lookup_num_tokens=3) for each in (plain, fixed))
+    assert (want.report.fusion.ran, got.report.fusion.ran, got.report.ran) == ("eager", "fixed", "fixed")
+    assert got.token_ids == want.token_ids
+    assert model.config._attn_implementation == loaded
+
+
+def test_looks_are_fixed_too():
+    """What layers attend with is shown behind the pass, of the rows that there are alone."""
+    model, ran = tiny_model("gpt_oss"), []
+    plain, made = engine(model, False), engine(model, True, Recorder())
+    graphs = made.documents.steps.graphs
+    forward = graphs.forward
+    graphs.forward = lambda rows: (forward(rows), ran.append((rows.ran, rows.watch is not None)))[0]
+    for method in (QuestionAware(0.3), RelevantTokens(0.2)):
+        for question in (QUESTION, random_ids(5), random_ids(4)):  # two of them fill up the same step
+            want, got = (fused(each, method, question) for each in (plain, made))
+            assert got.report.looked == want.report.looked == "question_scores (reference)"
+            assert torch.equal(got.recomputed, want.recomputed)
+            same(got, want)
+    assert [how for how, watched in ran if watched] == ["fixed", "graph", "fixed", "graph", "graph", "graph"]
+
+
+def test_masks_are_no_fixed_shapes():
+    with pytest.raises(UnsupportedModelError, match="give kernels='reference'"):
+        Engine(tiny_model(), template=TEMPLATE, graphs=True)
+    with pytest.raises(ArgumentTypeError, match="graphs"):
+        Engine(tiny_model(), template=TEMPLATE, graphs="on")
+    assert Engine(tiny_model(), template=TEMPLATE).documents.steps.graphs is None
+
+
+def test_a_second_use_is_captured_and_then_replayed():
+    model = tiny_model()
+    want = said(engine(model, False), do_sample=False)
+    capture = Recorder()
+    made = engine(model, True, capture)
+    assert said(made).report.ran == "graph"  # the first token's step as it is, the second one's captured
+    assert (capture.captured, capture.replayed) == (1, NO_END["max_new_tokens"] - 2)
+    answer = said(made)
+    assert (answer.report.fusion.ran, answer.report.ran) == ("graph", "graph")
+    assert answer.token_ids == want.token_ids
+    assert capture.captured == 2
+    fused(made)
+    assert capture.captured == 2
+
+
+def test_logits_are_not_those_of_the_next_replay():
+    made = engine(tiny_model(), True, Recorder())
+    fused(made), fused(made)
+    first = fused(made)
+    kept = first.logits.clone()
+    assert first.report.ran == "graph"
+    other = fused(made, question=random_ids(6, seed=99))
+    assert torch.equal(first.logits, kept) and not torch.equal(other.logits, kept)
+
+
+def test_prompts_keep_their_own_memory():
+    """What a prompt holds is nobody else's, whatever is fused behind it; and an answer leaves the room."""
+    model = tiny_model()
+    made = engine(model, True)
+    first = fused(made)
+    views = [layer.keys for layer in first.past_key_values.layers]
+    copies = [view.clone() for view in views]
+    fused(made, question=random_ids(6, seed=99))
+    said(made)
+    assert all(map(torch.equal, views, copies))
+    same(first, fused(engine(model, False)))
+    assert made.documents.steps.graphs._rooms.find(first.past_key_values) is None
+
+
+@pytest.mark.parametrize("capture", [Recorder(RuntimeError("operation not permitted\nwhen")), None])
+def test_what_cannot_be_captured_runs_as_before(capture, monkeypatch):
+    """A capture that fails, and a model that waits for the device: eager from then on, and the report says why."""
+    model, why = tiny_model(), "its graph could not be captured: operation not permitted"
+    want = said(engine(model, False))
+    made = engine(model, True, capture)
+    if capture is None:
+        plain, why = model.model.layers[1].mlp.forward, "the model waits for the device (_local_scalar_dense)"
+
+        def waiting(hidden):
+            return plain(hidden) if hidden.sum().item() else hidden
+
+        monkeypatch.setattr(model.model.layers[1].mlp, "forward", waiting)
+    said(made)
+    answer = said(made)
+    assert answer.token_ids == want.token_ids
+    assert (answer.report.fusion.ran, answer.report.ran) == (f"eager: {why}",) * 2
+    assert not made.documents.steps.graphs._rooms._rooms and not made.documents.steps.graphs._fixed
+
+
+def test_other_failures_are_raised(monkeypatch):
+    model = tiny_model()
+    made = engine(model, True, Recorder())
+    chunks = made.add(PASSAGES)
+
+    def fails(hidden):
+        raise ValueError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.layers[1].mlp, "forward", fails)
+        with pytest.raises(ValueError, match="on purpose"):
+            made.fuse(chunks, QUESTION)
+    assert made.fuse(chunks, QUESTION).report.ran == "fixed"
+
+
+def test_a_changed_model_is_captured_anew():
+    model, capture = tiny_model(), Recorder()
+    made = engine(model, True, capture)
+    said(made), said(made)
+    before, layer = capture.captured, model.model.layers[0].mlp.up_proj
+    layer.weight.data = layer.weight.data.clone()  # elsewhere: what was recorded would read the old place
+    want = said(engine(model, False))
+    assert said(made).token_ids == want.token_ids
+    said(made)
+    assert capture.captured == before + 2 and capture.settled
+
+
+def test_hooks_in_the_model_are_called():
+    model, calls = tiny_model(), []
+    made = engine(model, True, Recorder())
+    said(made), said(made)
+    hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    answer = said(made)
+    assert answer.report.ran == answer.report.fusion.ran == "eager"
+    assert len(calls) == NO_END["max_new_tokens"]
+    hook.remove()
+    assert said(made).report.ran == "graph"
+
+
+def test_where_no_graph_may_run_it_is_eager():
+    made = engine(tiny_model(), True, Recorder(usable=False))
+    assert (said(made).report.ran, fused(made).report.ran) == ("eager", "eager")
+
+
+def test_a_room_leaves_memory_to_others():
+    made = engine(tiny_model(), True, Recorder(free=(2 * 256 << 10) - 1))  # a token takes 1 KB
+    assert said(made).report.ran == "eager: no room is free, nor memory for one"
+    made.documents.steps.graphs._capture.free += 1
+    assert said(made).report.ran == "graph"
+
+
+def test_who_leaves_on_another_stream_is_waited_for():
+    capture = Recorder()
+    steps = engine(tiny_model(), True, capture).documents.steps
+    cache, ids = steps.decoder.cache(6), steps.decoder.random_ids(1)
+    steps.forward(Rows(ids, torch.zeros_like(ids), cache, first=0))
+    capture.on = False
+    room = steps.graphs._rooms.find(cache)
+    capture.settle = lambda: capture.__dict__.update(settled=room.guest)
+    steps.graphs.leave(cache)
+    assert capture.settled is cache and room.guest is None  # waited for while nobody else could enter
+
+
+def unwritten(*size, **options):
+    """``torch.empty`` whose memory shows where nothing was written."""
+    return torch.full(*size, torch.nan, **options) if isinstance(size[0], tuple) else torch.zeros(*size, **options)
+
+
+def test_what_fails_loses_nothing_of_a_past(monkeypatch):
+    """A cache that somebody holds leaves its room with all that it had, also from the middle of a pass."""
+    model, said_next = tiny_model(), []
+    mlp = model.model.layers[2].mlp
+    forward = mlp.forward
+    for graphs in (False, True):
+        made, first = (
+            engine(model, graphs),
+            iter([True, False]),
+        )  # of what stands in front of the chunks, then of the rest
+        chunks = made.add([*PASSAGES, random_ids(23)])
+        past = made.generate(chunks[:3], QUESTION, keep_past=True, **NO_END).past
+        for fails in (True, False):
+            with monkeypatch.context() as patched, pytest.raises(ValueError) if fails else nullcontext():
+                if fails:
+                    patched.setattr(
+                        mlp, "forward", lambda hidden, first=first: forward(hidden) if next(first) else int("none")
+                    )
+                    patched.setattr(torch, "empty", unwritten)
+                answer = made.generate(chunks[3:], random_ids(5), past=past, **NO_END)
+        said_next.append((answer.report.fusion.ran, answer.token_ids))
+    assert [ran for ran, _ in said_next] == ["eager", "fixed"]
+    assert said_next[0][1] == said_next[1][1]
+
+
+def test_inference_mode_leaves_no_trace():
+    """Rooms are made by whoever is first, and used by all."""
+    model = tiny_model()
+    want = said(engine(model, False)).token_ids
+    made = engine(model, True, Recorder())
+    for _ in range(2):
+        with torch.inference_mode():
+            assert said(made).token_ids == want
+        assert said(made).token_ids == want
+    assert said(made).report.ran == "graph"
+
+
+def test_graphs_are_few(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_GRAPHS", 2)
+    capture = Recorder()
+    made = engine(tiny_model(), True, capture)
+    for length in (3, 18, 35, 3):
+        assert fused(made, question=random_ids(length)).report.ran == "fixed"
+    assert len(made.documents.steps.graphs._fixed) == 2 and capture.settled
+
+
+def test_an_answer_grows_out_of_its_room(monkeypatch):
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+    steps = engine(tiny_model(), True).documents.steps
+    ids, at, sizes = steps.decoder.random_ids(30), torch.arange(30), set()
+    plain, cache = steps.decoder.cache(6), steps.decoder.cache(6)
+    for n in range(30):
+        want = steps.decoder.forward(Rows(ids[n : n + 1], at[n : n + 1], plain))
+        rows = Rows(ids[n : n + 1], at[n : n + 1], cache, first=n)
+        torch.testing.assert_close(steps.forward(rows), want, atol=1e-4, rtol=1e-4)
+        sizes.add(steps.graphs._rooms.find(cache).slots)
+    assert rows.ran == "fixed" and len(sizes) > 2
+    steps.graphs.leave(cache)
+    for a, b in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
+    """A room holds what the prompt before left there; hidden or not, NaN would show."""
+    model = tiny_model()
+    made = engine(model, True)
+    want = fused(made)
+    leave = Room.leave
+
+    def poisoned(room, cache, *more):
+        leave(room, cache, *more)
+        for layer in room.cache.layers:
+            layer.key_room[:, :, : room.used] = layer.value_room[:, :, : room.used] = torch.nan
+            layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
+
+    monkeypatch.setattr(Room, "leave", poisoned)
+    fused(made)
+    got = fused(made)
+    assert got.report.ran == "fixed"
+    same(got, want)
+
+
+def test_several_answers_at_once(monkeypatch):
+    """More threads than there are rooms: who finds none runs as before."""
+    model = tiny_model()
+    plain, made = engine(model, False), engine(model, True, Recorder())
+    questions = [random_ids(5 + n) for n in range(4)]
+    chunks = plain.add(PASSAGES)
+    made.add(PASSAGES)
+    want = [plain.generate(chunks, question, **NO_END).token_ids for question in questions]
+    ready = threading.Barrier(len(questions))
+
+    def ask(question):
+        ready.wait()
+        return [made.generate(chunks, question, **NO_END).token_ids for _ in range(3)]
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        assert list(pool.map(ask, questions)) == [[ids] * 3 for ids in want]
+    assert len(made.documents.steps.graphs._rooms._rooms) <= 2
+
+
+def test_rooms_are_taken_by_one_at_a_time():
+    decoder = engine(tiny_model(), False).decoder
+    dropped = []
+    found = Rooms(dropped.append)
+    caches = [decoder.cache(40) for _ in range(4)]
+    first = found.enter(caches[0], 0, 40, decoder.specs)
+    assert first.slots == 256 and first.hosts(caches[0]) and found.find(caches[0]) is first
+    second = found.enter(caches[1], 0, 300, decoder.specs)
+    assert second.slots == 320
+    assert found.enter(caches[2], 0, 40, decoder.specs) is None
+    found.leave(caches[0])
+    assert caches[0].layers[0].key_room.shape[2] == 40 and found.find(caches[0]) is None
+    assert found.enter(caches[2], 0, 40, decoder.specs) is first and not dropped
+    del caches[2:]  # nobody says that it leaves
+    larger = found.enter(caches[0], 0, 2000, decoder.specs)
+    assert larger.slots == 2048 and dropped == [first]
+
+
+def test_buckets():
+    for bucket, least in ((row_bucket, 1), (room_bucket, 256)):
+        sizes = [bucket(n) for n in range(1, 5000)]
+        assert sizes == sorted(sizes) and all(size >= n for n, size in enumerate(sizes, 1))
+        assert sizes[0] == least and len(set(sizes)) < 60
+    assert all(row_bucket(n) <= max(16, n + n // 8 + 16) for n in range(1, 3000))
+
+
+def test_a_model_in_parts_is_not_captured(monkeypatch):
+    made = engine(tiny_model(), True, Recorder())
+    monkeypatch.setattr(made.model.model.layers[0], "_hf_hook", object(), raising=False)
+    fused(made)
+    assert "eager: its weights are on several devices" in fused(made).report.ran
+
+
+def test_of_is_asked_for_or_on_a_gpu():
+    decoder = engine(tiny_model(), False).decoder
+    assert Graphs.of(decoder, None, object) is None and Graphs.of(decoder, False, object) is None
+    assert Graphs.of(decoder, True, object) is not None
