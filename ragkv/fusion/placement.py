@@ -73,6 +73,7 @@ class Placement:
         paths: KV of chunks that prompts computed before, by :attr:`~ragkv.fusion.layout.Placed.path`.
         timer: counts the stage ``place``.
         by_layer: as on an accelerator; by default where there is one.
+        front: KV that the prompt begins with, and that are not in the cache yet.
 
     Attributes:
         by_layer: whether layers are placed before chunks are done.
@@ -91,6 +92,7 @@ class Placement:
         timer: Timer | None = None,
         by_layer: bool | None = None,
         paths: Mapping[bytes, ChunkKV] | None = None,
+        front: ChunkKV | None = None,
     ):
         self.batch: Batch = batch
         self.fresh: dict[bytes, ChunkKV] = fresh
@@ -104,6 +106,10 @@ class Placement:
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
         self._spared: dict[int, str] = {}  # slots at which chunks begin that are not placed, and why not
         self._front = 0  # chunks that begin below this slot are placed in all layers, or spared
+        self._opening = front if self.by_layer and front is not None and self._beside_room(front) else None
+        if self._opening is None:
+            with self._timer.stage("place"):
+                cache.append(front)
 
     def take(self, layout: Layout, paths: Mapping[bytes, ChunkKV]) -> None:
         """Have these KV too, and place what a layout of the same prompt says; also where others are placed by now."""
@@ -297,7 +303,7 @@ class Placement:
     @lazy
     def _sorted(self) -> tuple[list[Run], list[_Stretch]]:
         """What lies on the device, neighbours in the prompt as one run where a pool holds them; and the rest. In prompt order."""
-        runs: list[Run] = []
+        runs = [] if self._opening is None else [Run(_layers(self._opening), 0, len(self._opening))]
         stretches: list[_Stretch] = []
         for placed, key in self._to_place:
             source = self._source(key)
@@ -314,9 +320,7 @@ class Placement:
         if self._rooms is None:
             return None
         if key in self._given:
-            given = self._given[key]
-            here = all(tensor.device == self._rooms.device for pair in given for tensor in pair)
-            return Layers.raw(list(given)) if here else None
+            return _layers(self._given[key]) if self._beside_room(self._given[key]) else None
         index = self._index[key]
         if self.batch.slots[index] is None:
             return None
@@ -326,6 +330,10 @@ class Placement:
             parts = (self.batch.parts(index, layer) for layer in range(len(self._decoder.layers)))
             pool = kept["layers"] = Layers.pool([(keys[""], values[""]) for keys, values in parts])
         return pool if pool.device == self._rooms.device else None
+
+    def _beside_room(self, kv: ChunkKV) -> bool:
+        """Whether KV lie on the device where the whole prompt does."""
+        return self._rooms is not None and all(held.device == self._rooms.device for pair in kv for held in pair)
 
     def _how(self, key: bytes) -> dict[str, Any]:
         """How a chunk is held, for :class:`_Stretch`."""
@@ -372,6 +380,14 @@ class Placement:
         if turn is not None:
             cos, sin = turn.cos[tokens], turn.sin[tokens]
             place(keys, keys.clone(), cos, sin, interleaved=turn.interleaved, impl=self._decoder.kernels)
+
+
+def _layers(kv: ChunkKV) -> Layers:
+    """All layers of KV, looked at once."""
+    known = kv.kept.get("layers")
+    if known is None:
+        known = kv.kept["layers"] = Layers.raw(list(kv))
+    return known
 
 
 def _moved(tensor: Tensor, room: FusedLayer) -> Tensor:

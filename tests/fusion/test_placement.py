@@ -204,7 +204,7 @@ def test_what_a_store_holds(settings, held, tmp_path, monkeypatch):
             placement,
             "place_layers",
             lambda out, runs, **more: (
-                seen.extend("pool" if run.source.paged else "raw" for run in runs),
+                seen.extend("pool" if run.source.paged else "raw" for run in runs if run.start),
                 layers(out, runs, **more),
             ),
         )
