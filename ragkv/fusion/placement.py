@@ -247,7 +247,7 @@ class Placement:
         for placed in self._mended:
             kv = self._paths[placed.path]
             assert kv.rows is not None
-            keys, rows = _moved(kv.keys[layer], room), kv.rows.to(room.key_room.device)
+            keys, rows = _moved(kv.keys[layer], room), _moved(kv.rows, room)
             if rotation is not None and kv.base != placed.position:
                 cos, sin = rotation_tables(rotation, kv.base + rows, placed.position + rows)
                 stood, impl = keys, self._decoder.kernels
@@ -288,8 +288,8 @@ class Placement:
                 self._place(placed, layer, *self.batch.layer(index, layer))
 
     def _place(self, placed: Placed, layer: int, keys: Tensor, values: Tensor) -> None:
-        device = self._cache.layers[layer].key_room.device
-        stored = Stored.raw(keys.to(device)), Stored.raw(values.to(device))
+        room = self._cache.layers[layer]
+        stored = Stored.raw(_moved(keys, room)), Stored.raw(_moved(values, room))
         place_pieces(self._pieces(_Stretch(placed), layer, *stored), impl=self._decoder.kernels)
 
     @lazy
