@@ -6,53 +6,29 @@ N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV
+from ragkv.fusion.bus import Load, bus
 from ragkv.fusion.layout import Layout, Placed
+from ragkv.fusion.supply import Stretch, Supply, at_room, layers_of
 from ragkv.fusion.timing import Timer
 from ragkv.fusion.turning import Turning
-from ragkv.kernels import Layers, Piece, Run, Stored, place, place_layers, place_pieces, rotation_tables
+from ragkv.kernels import Piece, Run, Stored, place, place_layers, place_pieces, rotation_tables
 from ragkv.kernels.layers import joined
-from ragkv.kernels.stored import CodecName, Side
 from ragkv.lazy import lazy
-from ragkv.model.cache import FusedCache, FusedLayer
+from ragkv.model.cache import FusedCache
 from ragkv.store import Target
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
     from ragkv.store import Batch, Moved
-
-_DECODED: tuple[CodecName, ...] = ("int8", "int4", "fp8")  # by the kernel that places
-
-
-@dataclass(frozen=True, eq=False)
-class _Stretch:
-    """One chunk of the prompt that is placed layer by layer.
-
-    Attributes:
-        placed: where.
-        key: of its KV.
-        codec: what the kernel decodes on its way; empty for numbers.
-        unrotated: its keys are held as they were before rotary embedding.
-    """
-
-    placed: Placed
-    key: bytes = b""
-    codec: CodecName | None = None
-    unrotated: bool = False
-
-    @property
-    def turned(self) -> bool:
-        """Whether keys stood elsewhere when they were made."""
-        return self.unrotated or self.placed.position != self.placed.base
 
 
 class Placement:
@@ -100,13 +76,15 @@ class Placement:
         self._timer = Timer() if timer is None else timer
         self._done = 0  # layers below are placed, or were not asked for
         self._begun = False  # what lies on the device is placed
+        self._sent: dict[int, Callable[[], Load]] = {}  # layers that are brought
         self._paths: Mapping[bytes, ChunkKV] = {}
-        self.take(layout, {} if paths is None else paths)
         self._index = {key: number for number, key in enumerate(batch.keys)}
+        self.take(layout, {} if paths is None else paths)
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
+        self._bus = bus(decoder.device) if self.by_layer and len({spec.device for spec in decoder.specs}) == 1 else None
         self._spared: dict[int, str] = {}  # slots at which chunks begin that are not placed, and why not
         self._front = 0  # chunks that begin below this slot are placed in all layers, or spared
-        self._opening = front if self.by_layer and front is not None and self._beside_room(front) else None
+        self._opening = front if self.by_layer and front is not None and self._supply.beside_rooms(front) else None
         if self._opening is None:
             with self._timer.stage("place"):
                 cache.append(front)
@@ -118,6 +96,7 @@ class Placement:
         self._layout, self._paths = layout, {**self._paths, **paths}
         self._turning = Turning(self._decoder.rotations, layout)
         self._given = {**self.fresh, **self._paths}
+        self._supply = Supply(self._cache, self.batch, self._index, self._given)
         self._chunks = [
             (placed, placed.path if placed.whole else self._keys[placed.chunk])
             for placed in layout.chunks
@@ -184,6 +163,7 @@ class Placement:
             self.batch.read_ahead()
             with self._timer.stage("place"):
                 self._begin(first)
+                self._send(first)
         else:
             self.upto(len(self._decoder.layers) - 1, first)
 
@@ -228,18 +208,33 @@ class Placement:
             return
         self._begun, (runs, stretches) = True, self._sorted
         if runs:
-            assert self._rooms is not None
+            assert self._supply.rooms is not None
             layers = range(first, len(self._decoder.layers))
-            place_layers(self._rooms, runs, layers=layers, impl=self._decoder.kernels)
+            place_layers(self._supply.rooms, runs, layers=layers, impl=self._decoder.kernels)
         if not stretches:
             self.upto(len(self._decoder.layers) - 1, first)
 
     def _place_layer(self, layer: int) -> None:
         stretches = self._sorted[1]
         if stretches:
-            pieces = [self._pieces(stretch, layer, *self._held(stretch, layer)) for stretch in stretches]
+            sent = self._sent.pop(layer, None)
+            here = {} if sent is None else sent()
+            held = [here.get(number) or self._supply.held(stretch, layer) for number, stretch in enumerate(stretches)]
+            pieces = [self._pieces(stretch, layer, *pair) for stretch, pair in zip(stretches, held, strict=True)]
             place_pieces([piece for pair in pieces for piece in pair], impl=self._decoder.kernels)
+            self._send(layer + 1)
         self._mend(layer)
+
+    def _send(self, layer: int) -> None:
+        """Begin to bring a layer of what is in memory beside what the device computes."""
+        if self._bus is None or layer in self._sent or not self._done <= layer < len(self._decoder.layers):
+            return
+        supply = self._supply
+        near = {number: stretch for number, stretch in enumerate(self._sorted[1]) if supply.at_hand(stretch.key)}
+        if near:
+            self._sent[layer] = self._bus.send(
+                lambda: {number: supply.held(stretch, layer) for number, stretch in near.items()}
+            )
 
     def _mend(self, layer: int) -> None:
         """Put the tokens that a prompt computed before in the place of those that were stored."""
@@ -247,14 +242,14 @@ class Placement:
         for placed in self._mended:
             kv = self._paths[placed.path]
             assert kv.rows is not None
-            keys, rows = _moved(kv.keys[layer], room), _moved(kv.rows, room)
+            keys, rows = at_room(kv.keys[layer], room), at_room(kv.rows, room)
             if rotation is not None and kv.base != placed.position:
                 cos, sin = rotation_tables(rotation, kv.base + rows, placed.position + rows)
                 stood, impl = keys, self._decoder.kernels
                 keys = torch.empty_like(stood)
                 place(keys, stood, cos, sin, interleaved=rotation.interleaved, impl=impl)
             room.key_room[0].index_copy_(1, placed.start + rows, keys)
-            room.value_room[0].index_copy_(1, placed.start + rows, _moved(kv.values[layer], room))
+            room.value_room[0].index_copy_(1, placed.start + rows, at_room(kv.values[layer], room))
 
     def _place_chunks(self, layers: range, slots: range) -> None:
         """One after the other, those that begin at some slots; all behind these are still to be placed."""
@@ -289,106 +284,36 @@ class Placement:
 
     def _place(self, placed: Placed, layer: int, keys: Tensor, values: Tensor) -> None:
         room = self._cache.layers[layer]
-        stored = Stored.raw(_moved(keys, room)), Stored.raw(_moved(values, room))
-        place_pieces(self._pieces(_Stretch(placed), layer, *stored), impl=self._decoder.kernels)
+        stored = Stored.raw(at_room(keys, room)), Stored.raw(at_room(values, room))
+        place_pieces(self._pieces(Stretch(placed), layer, *stored), impl=self._decoder.kernels)
 
     @lazy
-    def _rooms(self) -> Layers | None:
-        """The prompt's cache, where all of it lies on one device."""
-        layers = self._cache.layers
-        if len({layer.key_room.device for layer in layers}) > 1:
-            return None
-        return Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in layers])
-
-    @lazy
-    def _sorted(self) -> tuple[list[Run], list[_Stretch]]:
+    def _sorted(self) -> tuple[list[Run], list[Stretch]]:
         """What lies on the device, neighbours in the prompt as one run where a pool holds them; and the rest. In prompt order."""
-        runs = [] if self._opening is None else [Run(_layers(self._opening), 0, len(self._opening))]
-        stretches: list[_Stretch] = []
+        runs = [] if self._opening is None else [Run(layers_of(self._opening), 0, len(self._opening))]
+        stretches: list[Stretch] = []
         for placed, key in self._to_place:
-            source = self._source(key)
+            source = self._supply.layers(key)
             if source is None:
-                stretches.append(_Stretch(placed, key, **self._how(key)))
+                stretches.append(self._supply.stretch(placed, key))
                 continue
             slots = self.batch.slots[self._index[key]] if source.paged else None
             turns = self._turning.layers if placed.position != placed.base else None
             runs.append(Run(source, placed.start, len(placed.chunk), slots, turns))
         return joined(runs), stretches
 
-    def _source(self, key: bytes) -> Layers | None:
-        """All layers of a chunk, or of the pool that it lies in, where they are on the prompt's device."""
-        if self._rooms is None:
-            return None
-        if key in self._given:
-            return _layers(self._given[key]) if self._beside_room(self._given[key]) else None
-        index = self._index[key]
-        if self.batch.slots[index] is None:
-            return None
-        kept = self.batch.kept(index)
-        pool = kept.get("layers")
-        if pool is None:
-            parts = (self.batch.parts(index, layer) for layer in range(len(self._decoder.layers)))
-            pool = kept["layers"] = Layers.pool([(keys[""], values[""]) for keys, values in parts])
-        return pool if pool.device == self._rooms.device else None
-
-    def _beside_room(self, kv: ChunkKV) -> bool:
-        """Whether KV lie on the device where the whole prompt does."""
-        return self._rooms is not None and all(held.device == self._rooms.device for pair in kv for held in pair)
-
-    def _how(self, key: bytes) -> dict[str, Any]:
-        """How a chunk is held, for :class:`_Stretch`."""
-        if key in self._given:
-            return {}
-        index = self._index[key]
-        codec = self.batch.codecs[index]
-        return {"codec": codec, "unrotated": self.batch.unrotated[index]} if codec in _DECODED else {}
-
-    def _held(self, stretch: _Stretch, layer: int) -> list[Stored]:
-        """K and V of a stretch as their tier holds them, where the device reads them."""
-        room = self._cache.layers[layer]
-        if stretch.key in self._given:
-            given = self._given[stretch.key]
-            return [Stored.raw(_moved(tensor, room)) for tensor in (given.keys[layer], given.values[layer])]
-        index = self._index[stretch.key]
-        if stretch.codec is None:
-            return [Stored.raw(_moved(tensor, room)) for tensor in self.batch.layer(index, layer)]
-        sides: list[tuple[Side, int]] = [("k", room.key_room.shape[3]), ("v", room.value_room.shape[3])]
-        heads, tokens = room.key_room.shape[1], len(stretch.placed.chunk)
-        return [
-            Stored.encoded(
-                stretch.codec, {name: _moved(part, room) for name, part in parts.items()}, (heads, tokens, dim), side
-            )
-            for parts, (side, dim) in zip(self.batch.parts(index, layer), sides, strict=True)
-        ]
-
-    def _pieces(self, stretch: _Stretch, layer: int, keys: Stored, values: Stored) -> list[Piece]:
+    def _pieces(self, stretch: Stretch, layer: int, keys: Stored, values: Stored) -> list[Piece]:
         room, tokens = self._cache.layers[layer], slice(stretch.placed.start, stretch.placed.stop)
         out = room.key_room[0, :, tokens]
         turn = self._turning.layer(layer, out.device, stretch.unrotated) if stretch.turned else None
-        piece = (
-            Piece(out, keys) if turn is None else Piece(out, keys, turn.cos[tokens], turn.sin[tokens], turn.interleaved)
-        )
-        return [piece, Piece(room.value_room[0, :, tokens], values)]
+        tables = () if turn is None else (turn.cos[tokens], turn.sin[tokens], turn.interleaved)
+        return [Piece(out, keys, *tables), Piece(room.value_room[0, :, tokens], values)]
 
     def _turn_in_place(self, placed: Placed, layer: int) -> None:
         """Rotate keys that stand in their slots already."""
-        keys, tokens = (
-            self._cache.layers[layer].key_room[0, :, placed.start : placed.stop],
-            slice(placed.start, placed.stop),
-        )
+        tokens = slice(placed.start, placed.stop)
+        keys = self._cache.layers[layer].key_room[0, :, tokens]
         turn = None if placed.position == placed.base else self._turning.layer(layer, keys.device)
         if turn is not None:
             cos, sin = turn.cos[tokens], turn.sin[tokens]
             place(keys, keys.clone(), cos, sin, interleaved=turn.interleaved, impl=self._decoder.kernels)
-
-
-def _layers(kv: ChunkKV) -> Layers:
-    """All layers of KV, looked at once."""
-    known = kv.kept.get("layers")
-    if known is None:
-        known = kv.kept["layers"] = Layers.raw(list(kv))
-    return known
-
-
-def _moved(tensor: Tensor, room: FusedLayer) -> Tensor:
-    return tensor.to(room.key_room.device, non_blocking=True)

@@ -94,6 +94,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     store = ragkv.TieredStore("kv/", cpu_bytes=32 << 30, disk_bytes=500 << 30)
     template = ragkv.PromptTemplate(prefix=[1], after_chunk="\n", before_question="{a}{b}", slots={"a": "", "b": [2]})
     with ragkv.Engine(model, tokenizer, store=store, template=template, method=Own(), gate=ragkv.Gate()) as made:
+        assert_type(made.piece_tokens, int)
         assert_type(made, ragkv.Engine)
         chunks = assert_type(made.add_document(["a", [1, 2]]), list[ragkv.Chunk])
         assert_type(made.add_document(["b"], behind=[*chunks, "c"])[0].front, int)
