@@ -225,7 +225,7 @@ class ChunkKV:
     foreign: str = ""
     rows: Tensor | None = None
     attended: Attended | None = None
-    kept: dict[str, Any] = field(default_factory=dict, repr=False)
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]

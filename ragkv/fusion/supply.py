@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -123,10 +124,13 @@ class Supply:
 
 
 def layers_of(kv: ChunkKV) -> Layers:
-    """All layers of KV, looked at once."""
-    known = kv.kept.get("layers")
-    if known is None:
-        known = kv.kept["layers"] = Layers.raw(list(kv))
+    """All layers of KV, looked at once, as long as their tensors are the same."""
+    known: Layers | None = kv.kept.get("layers")
+    if known is not None:
+        looked_at = (held.numbers for pair in known.pairs for held in pair)
+        if all(map(is_, looked_at, (tensor for pair in kv for tensor in pair))):
+            return known
+    known = kv.kept["layers"] = Layers.raw(list(kv))
     return known
 
 

@@ -1,5 +1,7 @@
 """Chunks are placed from what their tier holds: the blocks of a pool, encoded numbers, or numbers as they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.fusion import placement
 from ragkv.fusion.layout import lay_out
+from ragkv.fusion.supply import layers_of
 from ragkv.kernels import slots_of
 from ragkv.model.decoder import Decoder
 from ragkv.store.codecs import get_codec
@@ -212,3 +215,11 @@ def test_what_a_store_holds(settings, held, tmp_path, monkeypatch):
     assert set(seen) == {held}
     assert got.report.hits == want.report.hits and got.report.bytes_read == want.report.bytes_read
     torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_found_of_tensors_goes_with_them():
+    kv = ChunkKV([torch.randn(2, 5, 4)], [torch.randn(2, 5, 4)], 0)
+    found = layers_of(kv)
+    assert layers_of(kv) is found and not replace(kv, base=1).kept
+    kv.values[0] = torch.randn(2, 5, 4)
+    assert layers_of(kv).pairs[0][1].numbers is kv.values[0]
