@@ -50,7 +50,7 @@ class _Turned(NamedTuple):
 
     Attributes:
         addresses: ``[L, 2]`` of cosines and sines; 0 where a layer's keys do not turn.
-        token_bytes: ``[L]`` from one token to the next.
+        token_bytes: ``[L]`` from one token to the next; 0 there too.
         kinds: ``[L]`` half of the rotated dimensions and how they pair.
     """
 
@@ -91,8 +91,8 @@ def place_layers(out: Layers, runs: Sequence[Run], layers: range) -> None:
                 behind += run.tokens
             if run.turns is not None:
                 turns = turning[id(run.turns)]
-                first = turns.addresses[span] + (run.start * turns.token_bytes[span])[:, None]
-                rows[number, :, 0, _COS : _SIN + 1] = np.where(turns.addresses[span] > 0, first, 0)
+                first = (run.start * turns.token_bytes[span])[:, None]
+                rows[number, :, 0, _COS : _SIN + 1] = turns.addresses[span] + first
                 codes[number, :, 0] += [ways.index(kind) if kind[0] else 0 for kind in turns.kinds[span]]
         at += len(mine)
     _launch(rows.reshape(-1, _FIELDS), codes.ravel(), host, table, list(held), room.kinds, ways)

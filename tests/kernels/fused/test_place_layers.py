@@ -77,9 +77,9 @@ def prompt(device, random, poisoned):
 @pytest.mark.parametrize("way", ["raw", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("shapes", [LLAMA, MIXED], ids=["alike", "mixed"])
 def test_chunks(way, shapes, prompt, rounding, launches):
-    """Some turned, one where it was made, an empty one; what is of a kind is one launch."""
+    """The first where it was made, some turned, an empty one; what is of a kind is one launch."""
     one = prompt(shapes, BF16)
-    lengths = {3: 33, 36: 7, 43: 0, 50: 36}
+    lengths = {3: 7, 12: 33, 50: 0, 51: 39}
     held = {
         at: Layers.raw(one.numbers(n)) if way == "raw" or not n else one.encoded(way, n) for at, n in lengths.items()
     }
@@ -119,6 +119,17 @@ def test_kinds_beside_each_other(prompt, rounding):
         Run(one.encoded("fp8", 30), 60, 30, turns=one.turns),
     ]
     one.check(runs, rounding)
+
+
+def test_layers_of_other_dtypes(device, poisoned):
+    """What is written is of a kind too; numbers that all of them hold, so that they are equal."""
+    numbers = (torch.arange(2 * 9 * 16, device=device) % 200).view(2, 9, 16)
+    source = Layers.raw([(numbers.to(dtype), -numbers.to(dtype)) for dtype in (BF16, F32, BF16)])
+    rooms = [tuple(poisoned(2, 20, 16, dtype=dtype) for _ in "kv") for dtype in (F32, F32, BF16)]
+    place_layers(Layers.raw(rooms), [Run(source, 7, 9)], impl="triton")
+    for keys, values in rooms:
+        assert torch.equal(keys[:, 7:16].long(), numbers) and torch.equal(values[:, 7:16].long(), -numbers)
+        assert keys[:, :7].isnan().all() and values[:, 16:].isnan().all()
 
 
 def test_what_the_kernel_cannot_read(prompt, random):
