@@ -3,9 +3,10 @@
 Each has a readable reference in torch and a fused version in Triton; triton is loaded when it first runs.
 """
 
-from ragkv.kernels.api import deviation, place, place_pieces, scatter
+from ragkv.kernels.api import deviation, place, place_layers, place_pieces, scatter
 from ragkv.kernels.api_attention import WIDEST_HEAD, key_spans, question_scores, selective_attention
 from ragkv.kernels.dispatch import Impl, KernelError, implementation
+from ragkv.kernels.layers import Layers, Run, Turn
 from ragkv.kernels.rotation import Rotation, rotation_tables
 from ragkv.kernels.stored import Piece, Stored, slots_of
 
@@ -13,13 +14,17 @@ __all__ = [
     "WIDEST_HEAD",
     "Impl",
     "KernelError",
+    "Layers",
     "Piece",
     "Rotation",
+    "Run",
     "Stored",
+    "Turn",
     "deviation",
     "implementation",
     "key_spans",
     "place",
+    "place_layers",
     "place_pieces",
     "question_scores",
     "rotation_tables",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ragkv.kernels import reference
-from ragkv.kernels.dispatch import DTYPES, Impl, implementation
+from ragkv.kernels.dispatch import DTYPES, Impl, KernelError, implementation
+from ragkv.kernels.layers import Layers, Run, Turn
 from ragkv.kernels.stored import Piece, Stored
 from ragkv.kernels.validation import check_index, check_piece, check_same, check_shape, require
 
@@ -73,6 +74,49 @@ def place_pieces(pieces: Sequence[Piece], *, impl: Impl = "auto") -> None:
         _check_reachable(piece)
         _check_dense("out", piece.out)
     fused(pieces)
+
+
+def place_layers(out: Layers, runs: Sequence[Run], *, layers: range | None = None, impl: Impl = "auto") -> None:
+    """:func:`place` for K and V of many layers of one prompt, whose parts come from chunks and pools of as many layers.
+
+    The Triton version builds one table out of what was found of each source before, and takes one launch for all that is of a kind,
+    as :func:`place_pieces`; nothing waits for the device.
+
+    Args:
+        out: the prompt's K and V ``[H, N, D]``, written.
+        runs: what goes where; their slots must not overlap.
+        layers: which; all by default.
+        impl: which implementation runs.
+
+    Raises:
+        KernelError, MissingPackageError: as :func:`place`.
+    """
+    layers = range(len(out)) if layers is None else layers
+    require(
+        layers.start >= 0 and layers.stop <= len(out) and layers.step == 1, f"there are {len(out)} layers, got {layers}"
+    )
+    require(
+        not out.paged and all(stored.codec == "raw" for pair in out.pairs for stored in pair), "out must be numbers"
+    )
+    turns: dict[int, Run] = {}  # the last one of each
+    for run in runs:
+        _check_run(out, run)
+        other = turns.get(id(run.turns), run)
+        turns[id(run.turns)] = run if run.start >= other.start else other
+    for last in turns.values():
+        if last.turns is not None:
+            _check_turns(out, last.turns, last.start + last.tokens)
+    runs = [run for run in runs if run.tokens]
+    if not runs or not layers:
+        return
+    dtypes = out.dtypes.union(*(run.source.dtypes for run in runs))
+    odd = next((dtype for dtype in dtypes if dtype not in DTYPES), torch.float32)
+    if implementation(impl, out.device, odd) == "reference":
+        reference.place_layers(out, runs, layers)
+        return
+    from ragkv.kernels.triton_impl.place_layers import place_layers as fused
+
+    fused(out, runs, layers)
 
 
 def deviation(fresh: Tensor, stored: Tensor, *, rows: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -142,6 +186,41 @@ def scatter(
     _check_dense("keys", keys)
     _check_dense("values", values)
     fused(fresh_keys, fresh_values, rows, keys, values)
+
+
+def _check_run(out: Layers, run: Run) -> None:
+    source, tokens = run.source, run.tokens
+    if source.kinds != out.kinds:
+        raise KernelError(f"out has heads and dimensions {out.kinds} in its layers, the source has {source.kinds}")
+    require(source.device == out.device, f"out is on {out.device}, the source on {source.device}")
+    require(
+        run.start >= 0 and run.start + tokens <= out.tokens,
+        f"slots {run.start} to {run.start + tokens} of {out.tokens}",
+    )
+    require(source.paged == (run.slots is not None), "slots must be given of pools, and of nothing else")
+    if run.slots is None:
+        require(tokens == source.tokens, f"all {source.tokens} tokens of a chunk are placed, got {tokens}")
+    else:
+        check_shape("slots", run.slots, [tokens], "[T]")
+        cpu = run.slots.dtype == torch.int64 and run.slots.is_cpu
+        require(cpu, f"slots must be int64 on the CPU, got {run.slots.dtype} on {run.slots.device}")
+
+
+def _check_turns(out: Layers, turns: Sequence[Turn | None], stop: int) -> None:
+    """They tell how keys turn in all slots below ``stop``."""
+    require(len(turns) == len(out), f"out has {len(out)} layers, {len(turns)} turn")
+    checked: dict[tuple[int, int], None] = {}
+    for turn, (keys, _) in zip(turns, out.pairs, strict=True):
+        if turn is None or (id(turn), keys.shape[2]) in checked:
+            continue
+        checked[id(turn), keys.shape[2]] = None
+        half = turn.cos.shape[-1]
+        require(2 * half <= keys.shape[2], f"cos turns {2 * half} dimensions, head_dim is {keys.shape[2]}")
+        for name, table in (("cos", turn.cos), ("sin", turn.sin)):
+            check_shape(name, table, [None, half], "[N, R / 2]")
+            require(len(table) >= stop, f"{name} must reach to slot {stop - 1}, got {len(table)} slots")
+            require(table.dtype == torch.float32, f"{name} must be float32, got {table.dtype}")
+            require(table.device == out.device, f"{name} must be on {out.device}, got {table.device}")
 
 
 def _computed(pieces: Sequence[Piece]) -> torch.dtype:

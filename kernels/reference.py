@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ragkv.kernels.layers import Layers, Run
 from ragkv.kernels.stored import Piece, Stored
 
 
@@ -17,6 +18,19 @@ def place_pieces(pieces: Sequence[Piece]) -> None:
     """See :func:`ragkv.kernels.place_pieces`."""
     for piece in pieces:
         place(piece.out, decode(piece.stored), piece.cos, piece.sin, interleaved=piece.interleaved)
+
+
+def place_layers(out: Layers, runs: Sequence[Run], layers: range) -> None:
+    """See :func:`ragkv.kernels.place_layers`."""
+    for run in runs:
+        slots = None if run.slots is None else run.slots.to(out.device)
+        for layer in layers:
+            turn = None if run.turns is None else run.turns[layer]
+            for side, (held, room) in enumerate(zip(run.source.pairs[layer], out.pairs[layer], strict=True)):
+                rows = slice(run.start, run.start + run.tokens)
+                stored = held if slots is None else Stored.paged(held.numbers, slots)
+                turned = (None, None) if turn is None or side else (turn.cos[rows], turn.sin[rows])
+                place(room.numbers[:, rows], decode(stored), *turned, interleaved=turn is not None and turn.interleaved)
 
 
 def place(out: Tensor, keys: Tensor, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool) -> None:

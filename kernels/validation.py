@@ -113,6 +113,16 @@ def check_stored(stored: Stored) -> None:
     _check_grouped(stored, stored.scale)
 
 
+def check_pool(stored: Stored) -> None:
+    """Numbers are a pool's.
+
+    Raises:
+        KernelError: they are not.
+    """
+    require(stored.numbers.dtype in _RAW, f"raw numbers must be floating point, got {stored.numbers.dtype}")
+    check_shape("numbers", stored.numbers, [None, stored.shape[0], None, stored.shape[2]], "a pool [blocks, H, P, D]")
+
+
 def _check_grouped(stored: Stored, step: Tensor) -> None:
     lines, length = stored.lines
     require(stored.numbers.dtype == torch.uint8, f"{stored.codec} numbers must be uint8, got {stored.numbers.dtype}")

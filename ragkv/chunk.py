@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ragkv.errors import PromptError
+from ragkv.lazy import lazy
 
 
-def digest(*parts: bytes | str | Sequence[int]) -> bytes:
+def digest(*parts: bytes | str | Sequence[int] | NDArray[np.uint32]) -> bytes:
     """32-byte blake2b over a length-prefixed encoding: equal on every machine and in every process.
 
     Strings are encoded as UTF-8, sequences of token ids as little-endian uint32.
@@ -71,20 +73,39 @@ class Chunk:
     behind: Callable[[], list[Chunk]] | None = field(default=None, repr=False)
     name: str = ""
 
-    @property
+    @lazy
+    def numbers(self) -> NDArray[np.uint32]:
+        """``ids`` as an array.
+
+        Raises:
+            OverflowError: an id is negative or does not fit into 32 bits.
+        """
+        return np.asarray(self.ids, dtype="<u4")
+
+    @lazy
+    def highest(self) -> int:
+        """The largest of the ids."""
+        return max(self.ids)
+
+    @lazy
     def id(self) -> str:
         """Content hash of ``ids``: 64 hex digits, the same in whatever document the chunk stands."""
-        return digest(self.ids).hex()
+        return digest(self.numbers).hex()
 
     @property
     def short(self) -> str:
         """The first 16 digits of :attr:`id`."""
         return self.id[:16]
 
-    @property
+    @lazy
     def context_after(self) -> bytes:
         """Digest of the context that it is, behind its own, to what follows."""
-        return digest(self.context, self.ids)
+        return digest(self.context, self.numbers)
+
+    @lazy
+    def keys(self) -> dict[tuple[str, str], bytes]:
+        """Keys of its KV by space and namespace, as far as they were worked out."""
+        return {}
 
     def lineage(self) -> list[Chunk] | None:
         """The chunks of its context in order, each in the context that it has there, then the chunk itself.
@@ -194,6 +215,7 @@ class ChunkKV:
         rows: ``[T]`` where these are some of a chunk's tokens: their numbers in it, ascending; ``base`` is the position of its
             first token. ``None`` for all of a chunk.
         attended: what all of the chunk's tokens attended to; ``None`` where it was not measured.
+        kept: whatever was found out of the tensors and stays with them for the next who asks.
     """
 
     keys: list[Tensor]
@@ -203,6 +225,7 @@ class ChunkKV:
     foreign: str = ""
     rows: Tensor | None = None
     attended: Attended | None = None
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]

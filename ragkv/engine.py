@@ -28,12 +28,14 @@ from ragkv.library.paths import Paths
 from ragkv.messages import Question
 from ragkv.methods import Method, RelevantTokens
 from ragkv.methods.words import as_method
+from ragkv.model.activations import piece_tokens as affordable
 from ragkv.model.decoder import Decoder
 from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.prompting import Prompting, Request, scheduling
 from ragkv.report import Answer, AnswerStream, EngineStats, FusedPrompt
+from ragkv.scheduling.memory import free_bytes
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side
@@ -58,7 +60,8 @@ class Engine:
         context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
         document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
             one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
-        piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes.
+        piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes. Default: 512 on a CPU, on
+            a GPU what its free memory allows, 8192 at most (docs/kernels.md).
         namespace: chunks stored under another namespace are never found.
         sensitivity: measure how sensitive each token is to the text in front of its document, for methods that need it; every
             document is read twice for that. By default if ``method`` does. Where a single call's method does, what was not
@@ -79,6 +82,7 @@ class Engine:
         encoder: turns text into ids.
         gate: the gate at work, see :class:`~ragkv.gate.Guard`; ``None`` where there is none.
         scheduler: as given, or one that goes by the order of asking.
+        piece_tokens: as given, or as the device's memory allows.
         closing: set when the engine is closed: nobody is answered any more.
 
     Raises:
@@ -96,7 +100,7 @@ class Engine:
         template: PromptTemplate | None = None,
         context: str = "document",
         document_tokens: int | None = None,
-        piece_tokens: int = 512,
+        piece_tokens: int | None = None,
         namespace: str = "",
         sensitivity: bool | None = None,
         foreign: Text | None = None,
@@ -122,15 +126,19 @@ class Engine:
         measured = Measured.by(self.method)
         if sensitivity is not None:
             measured = measured | Measured.SENSITIVITY if sensitivity else measured & ~Measured.SENSITIVITY
-        vocab_size = self.runner.decoder(kernels, self.store).vocab_size
-        self.encoder: Encoder = Encoder(self.template, tokenizer, vocab_size)
+        decoder = self.runner.decoder(kernels, self.store)
+        if piece_tokens is None:
+            free = free_bytes(decoder.device)
+            piece_tokens = affordable(decoder, None if free is None else free - self.store.unclaimed_bytes)
+        self.piece_tokens: int = whole_number("piece_tokens", piece_tokens, 1)
+        self.encoder: Encoder = Encoder(self.template, tokenizer, decoder.vocab_size)
         self.documents: Documents = Documents(
             self.runner,
             self.encoder,
             self.store,
             context=context,
             document_tokens=document_tokens,
-            piece_tokens=piece_tokens,
+            piece_tokens=self.piece_tokens,
             namespace=namespace,
             measured=measured,
             foreign=foreign,

@@ -26,7 +26,6 @@ from ragkv.library.attention import Seen
 from ragkv.library.documents import Documents
 from ragkv.library.measured import Measured
 from ragkv.library.pieces import Known
-from ragkv.library.reading import append
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
@@ -196,26 +195,34 @@ class _Fusing(Looking, Places):
                 items = list(self._documents.read(self.reader, lost, measured=self._measured))
                 self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
-        self._open(known)
         keys = {chunk: key for _, chunk, key in stored}
-        return Placement(self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer, paths=known)
+        parts = self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer
+        return Placement(*parts, paths=known, front=self._open(known))
 
-    def _open(self, paths: dict[bytes, ChunkKV]) -> None:
-        """Put what stands in front of the chunks into the cache: what is known, and what has to be computed."""
+    def _open(self, paths: dict[bytes, ChunkKV]) -> ChunkKV | None:
+        """Put what stands in front of the chunks into the cache: what is known, and what has to be computed.
+
+        Where one known piece is all of it, that is returned, to be placed with the chunks.
+        """
         layout = self._layout
-        at = layout.held
+        at, front = layout.held, None
         if not layout.held:
             with self.timer.stage("place"):
-                append(self.cache, self.reader.opening(layout.ids[: layout.opening].tolist()))
+                front = self.reader.opening(layout.listed(0, layout.opening))
             at = layout.opening
         self.known = at
+        if at == layout.chunks_start:
+            return front
+        with self.timer.stage("place"):
+            self.cache.append(front)
         for start, stop, key in (*layout.earlier, (layout.chunks_start, layout.chunks_start, b"")):
             with self.timer.stage("compute"):
-                self.reader.run(layout.ids[at:start].tolist(), self.cache, at)
+                self.reader.run(layout.listed(at, start), self.cache, at)
             with self.timer.stage("place"):
-                append(self.cache, paths.get(key))
+                self.cache.append(paths.get(key))
             self.known += stop - start
             at = stop
+        return None
 
     def elapsed_s(self) -> float:
         """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""

@@ -164,7 +164,7 @@ class Prompting:
             past = request.past
             line = Line(prompt.past_key_values) if past is None else past.line
             prompt.past = Past(
-                tuple(plan.layout.ids.tolist()),
+                tuple(plan.layout.listed()),
                 plan.layout.tokens,
                 prompt.fingerprint,
                 plan.documents.anchor,
@@ -328,7 +328,7 @@ class Prompting:
         known = [chunk if isinstance(chunk, Chunk) else documents.passage(chunk) for chunk in several(given, "chunks")]
         limit = documents.reader.decoder.max_positions
         for chunk in known:
-            if max(chunk.ids) >= self.encoder.vocab_size:
+            if chunk.highest >= self.encoder.vocab_size:
                 self.encoder.ids(chunk.ids)  # says which
             behind = len(documents.anchor) + chunk.offset + len(chunk)
             if limit is not None and behind > limit:

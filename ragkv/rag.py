@@ -97,7 +97,7 @@ class RAG(Corpus):
         readonly: bool = False,
         context: str | None = None,
         document_tokens: int | None = None,
-        piece_tokens: int = 512,
+        piece_tokens: int | None = None,
         sensitivity: bool | None = None,
         kernels: Impl = "auto",
         graphs: bool | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Batch:
         codecs: per key how :meth:`parts` are encoded; None for a miss.
         unrotated: per key whether the keys among :meth:`parts` are as they were before rotary embedding.
         held_at: per key the lossy level of a pool at which it is held; empty for what was stored, None for a miss.
-        blocks: per key the blocks ``[B]`` of a pool on the GPU in which it lies, or None.
+        slots: per key where in a pool on the GPU each token lies ``[T]``, see :class:`~ragkv.store.source.Source`, or None.
         bytes_read: bytes read from disk so far.
     """
 
@@ -72,8 +72,8 @@ class Batch:
         self.attended: list[Attended | None] = [None if source is None else source.attended for source in self._found]
         self.codecs: list[str | None] = [None if source is None else source.codec for source in self._found]
         self.unrotated: list[bool] = [source is not None and source.unrotated for source in self._found]
-        self.blocks: list[Tensor | None] = [None if source is None else source.blocks for source in self._found]
         self.held_at: list[str | None] = [None if source is None else source.level for source in self._found]
+        self.slots: list[Tensor | None] = [None if source is None else source.slots for source in self._found]
         self.bytes_read: int = 0
         self._seconds = 0.0
         self._owner = owner
@@ -114,7 +114,7 @@ class Batch:
     def parts(self, index: int, layer: int) -> Parts:
         """K and V of one layer of the chunk at ``index`` as they are held, for kernels that decode on their way.
 
-        Where it has :attr:`blocks`, ``""`` is the layer's whole pool ``[N, H, P, D]``. Else they are what
+        Where it has :attr:`slots`, ``""`` is the layer's whole pool ``[N, H, P, D]``. Else they are what
         :meth:`Codec.encode` made for K and V: see :attr:`codecs`.
 
         Raises:
@@ -125,6 +125,15 @@ class Batch:
             parts, count = source.parts(layer)
             self._count(count, started)
         return parts
+
+    def kept(self, index: int) -> dict[str, Any]:
+        """What readers keep with the :meth:`parts` of the chunk at ``index``: as long as these are held, whatever batch is open.
+
+        Raises:
+            StoreError: as :meth:`layer`.
+        """
+        with self._reading(index) as source:
+            return source.kept
 
     def away(self, index: int) -> bool:
         """Whether the chunk at ``index`` comes over a network: once :meth:`begin` was called, beside the caller's work."""
@@ -241,7 +250,7 @@ class Batch:
 
     def _unread(self) -> list[Source]:
         with self._lock:
-            return [source for source in self._sources.values() if source.whole is None and source.blocks is None]
+            return [source for source in self._sources.values() if source.whole is None and source.slots is None]
 
     def _load_layers(self) -> None:
         for layer in range(max((source.layers for source in self._unread()), default=0)):

@@ -38,6 +38,11 @@ class GpuTier(MemoryTier):
         self._device = device
         self._pool: BlockPool | None = None
 
+    @property
+    def unclaimed_bytes(self) -> int:
+        """What the pool will take when it is allocated; 0 once it is."""
+        return self.budget_bytes if self._pool is None else 0
+
     def prepare(self, entry: Offer) -> Offer:
         """See :class:`Tier`: numbers, whatever the codec."""
         return entry._replace(kv=entry.record.decode(entry.payload))

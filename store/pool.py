@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class BlockPool:
         shape = (self.count, block_tokens)
         self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
         self._values = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds]
+        self.kept: dict[str, Any] = {}  # see Source
         self._free = list(range(self.count))
         # Reentrant: blocks are given back when their chunk is collected, which may be here.
         self._lock = threading.RLock()
@@ -101,15 +103,18 @@ class Pooled(Source):
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
         pool.write(blocks, kv)
-        self.blocks: Tensor = torch.tensor(blocks, device=pool._keys[0].device)
+        self.kept = pool.kept
+        self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
+        places = torch.arange(pool.block_tokens)
+        self.slots: Tensor | None = (torch.tensor(blocks)[:, None] * pool.block_tokens + places).flatten()[: len(kv)]
         weakref.finalize(self, pool.release, blocks).atexit = False
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
         """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
-        return self._pool.read(self.blocks, self.tokens, layer), 0
+        return self._pool.read(self._blocks, self.tokens, layer), 0
 
     def parts(self, layer: int) -> tuple[Parts, int]:
-        """The layer's whole pool, in which ``blocks`` are the chunk's."""
+        """The layer's whole pool, in which ``slots`` are the chunk's."""
         keys, values = self._pool.layer(layer)
         return ({"": keys}, {"": values}), 0
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -64,7 +64,8 @@ class Source(ABC):
         sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign``, ``rows`` and ``attended``.
         codec: how :meth:`parts` are encoded.
         unrotated: whether the keys among :meth:`parts` are as they were before rotary embedding.
-        blocks: where it lies in a pool, block by block; None elsewhere.
+        slots: ``[T]`` int64 on the CPU: where in a pool each token lies, block x P + place in it; None elsewhere.
+        kept: whatever readers found out of :meth:`parts` and keep there for the next: it stays as long as these do.
         direct: whether :meth:`place` copies straight from a file, the fastest way to read it.
         whole: the record, for tiers above; None where it was not read to its end, or is no record.
         away: it comes over a network, once :meth:`begin` was called, whatever the caller does meanwhile.
@@ -74,7 +75,7 @@ class Source(ABC):
 
     codec: str = "raw"
     unrotated: bool = False
-    blocks: Tensor | None = None
+    slots: Tensor | None = None
     direct: bool = False
     whole: tuple[Record, Payload] | None = None
     away: bool = False
@@ -88,6 +89,7 @@ class Source(ABC):
         self.foreign: str = chunk.foreign
         self.rows: Tensor | None = chunk.rows
         self.attended: Attended | None = chunk.attended
+        self.kept: dict[str, Any] = {}
         if isinstance(chunk, Record):
             self.tokens: int = chunk.tokens
             self.layers: int = len(chunk.shapes)

@@ -100,6 +100,7 @@ class TieredStore:
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
         gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
+        self._gpu: GpuTier | None = gpu
         memory = MemoryTier(
             cpu_bytes,
             self._policy,
@@ -258,6 +259,11 @@ class TieredStore:
         for key in dict.fromkeys(keys):
             sizes.update({tier: row.usage.size_bytes for tier, row in self._tiers.rows(key).items()})
         return dict(sizes)
+
+    @property
+    def unclaimed_bytes(self) -> int:
+        """What the GPU tier will take of its device when the first chunk comes to it; 0 where it has, or where there is none."""
+        return 0 if self._gpu is None else self._gpu.unclaimed_bytes
 
     @property
     def budget_bytes(self) -> int:

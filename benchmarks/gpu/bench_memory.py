@@ -10,7 +10,20 @@ from collections.abc import Callable
 import torch
 from measure import Bench
 
-from ragkv.kernels import Piece, Rotation, Stored, deviation, place_pieces, rotation_tables, scatter, slots_of
+from ragkv.kernels import (
+    Layers,
+    Piece,
+    Rotation,
+    Run,
+    Stored,
+    Turn,
+    deviation,
+    place_layers,
+    place_pieces,
+    rotation_tables,
+    scatter,
+    slots_of,
+)
 from ragkv.store.codecs import get_codec
 
 HEADS, DIM, LAYERS = 8, 128, 4  # four layers in one launch: more bytes than any cache of the GPU holds
@@ -25,6 +38,7 @@ def run(bench: Bench) -> None:
             written = sum(piece.out.numel() * piece.out.element_size() for piece in pieces)
             call = lambda p=pieces: place_pieces(p, impl=bench.impl)  # noqa: E731
             _timed(bench, call, f"place {kind}", tokens, stored_bytes + written)
+        _at_once(bench, tokens, chunk)
         _compare(bench, tokens)
 
 
@@ -55,6 +69,22 @@ def _pieces(bench: Bench, kind: str, tokens: int, chunk: int) -> tuple[list[Piec
                 pieces.append(Piece(out[:, rows], stored, *tables))
                 size += taken
     return pieces, size
+
+
+def _at_once(bench: Bench, tokens: int, chunk: int) -> None:
+    """All layers of a prompt out of a pool, half of its chunks turned: what the host takes stands beside the kernel's time."""
+    rotation = Rotation(10000.0 ** -(torch.arange(0, DIM, 2, device=bench.device) / DIM), False)
+    at = torch.arange(tokens, device=bench.device)
+    turns = [Turn(*rotation_tables(rotation, at % chunk, at))] * LAYERS
+    room = lambda *shape: [(bench.random(*shape), bench.random(*shape)) for _ in range(LAYERS)]  # noqa: E731
+    out, pool = Layers.raw(room(HEADS, tokens, DIM)), Layers.pool(room(tokens // 16, HEADS, 16, DIM))
+    slots = slots_of(torch.randperm(tokens // 16), 16, tokens).split(chunk)
+    runs = [
+        Run(pool, start, chunk, mine, turns if start % (2 * chunk) else None)
+        for start, mine in zip(range(0, tokens, chunk), slots, strict=True)
+    ]
+    size = 2 * 2 * LAYERS * out.pairs[0][0].numbers.nbytes
+    _timed(bench, lambda: place_layers(out, runs, impl=bench.impl), "place layers at once", tokens, size)
 
 
 def _stored(bench: Bench, kind: str, tokens: int, side: str) -> tuple[Stored, int]:

@@ -103,6 +103,7 @@ def _methods(bench: Bench, model: LlamaForCausalLM, tokens: int, tier: str, full
             hits=report.hits,
             attention=report.attention,
             kernels=report.kernels,
+            piece_tokens=engine.piece_tokens,
             seconds=seconds,
             device_seconds=busy,
             limit_seconds=limit,

@@ -7,22 +7,37 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ragkv.kernels.stored import Piece
+from ragkv.kernels.stored import Piece, Stored
 from ragkv.kernels.triton_impl.launch import LANGUAGE_DTYPES, aligned, block, heads_at_once, in_rows, launch
 from ragkv.kernels.triton_impl.place_kernel import place_kernel
+from ragkv.kernels.upload import sent
 
 _BLOCK = 32  # tokens of a tile
 _GROUPS = (32, 64, 128)  # sizes of groups that a kernel is compiled for
 _MOST_PIECES = 65535  # of a launch: CUDA's limit on the grid's third axis
 
 
-class _Kind(NamedTuple):
+class Held(NamedTuple):
+    """What the parts of one launch that are read have in common."""
+
+    dim: int
+    codec: str
+    side: str
+    group: int
+    page: int
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    dense: bool
+    heads: int
+
+
+class Kind(NamedTuple):
     """What the pieces of one launch have in common; see :func:`constants`."""
 
     dim: int
@@ -36,53 +51,80 @@ class _Kind(NamedTuple):
     dense: bool
     heads: int
 
+    @classmethod
+    def of(cls, held: Held, out: torch.dtype, dense: bool, half: int, interleaved: bool) -> Kind:
+        """What is read, and where it goes; whether rows begin at multiples of 16 bytes there."""
+        dim, codec, side, group, page, dtypes, read_dense, heads = held
+        return cls(dim, half, interleaved, codec, side, group, page, (*dtypes, out), read_dense and dense, heads)
+
 
 def place_pieces(pieces: Sequence[Piece]) -> None:
     """See :func:`ragkv.kernels.place_pieces`; one launch for the pieces of a kind."""
     pieces = [piece for piece in pieces if all(piece.stored.shape)]
     turns = {(piece.cos.shape[1], piece.interleaved) for piece in pieces if piece.cos is not None}
     plain = turns.pop() if len(turns) == 1 else (0, False)  # what turns and what does not then share a launch
-    kinds: dict[_Kind, list[list[int]]] = defaultdict(list)
+    kinds: dict[Kind, list[list[int]]] = defaultdict(list)
     held: list[Tensor] = []  # dense copies live until the launch
     for piece in pieces:
         half, interleaved = plain if piece.cos is None else (piece.cos.shape[1], piece.interleaved)
         kind, row = _described(piece, half, interleaved, held)
         kinds[kind].append(row)
     for kind, rows in kinds.items():
-        for first in range(0, len(rows), _MOST_PIECES):
-            _launch(kind, rows[first : first + _MOST_PIECES], pieces[0].out)
+        table = sent(torch.tensor(rows, dtype=torch.int64), pieces[0].out.device)
+        launch_kind(kind, table, max(row[0] for row in rows))
 
 
-def _launch(kind: _Kind, rows: list[list[int]], out: Tensor) -> None:
-    table = torch.tensor(rows, dtype=torch.int64)
-    if out.is_cuda:
-        table = table.pin_memory().to(out.device, non_blocking=True)
-    blocks = triton.cdiv(max(row[0] for row in rows), _BLOCK)
-    fixed = constants(**kind._asdict())
-    launch(place_kernel, (kind.heads // fixed["HEADS"], blocks, len(rows)), out.device, table, **fixed)
+def launch_kind(kind: Kind, table: Tensor, longest: int) -> None:
+    """One launch for the pieces of a kind, or a few where they are very many.
+
+    Args:
+        kind: what they have in common.
+        table: ``[pieces, 16]`` int64 on the device, as :mod:`ragkv.kernels.triton_impl.place_kernel` reads it.
+        longest: tokens of the longest piece.
+    """
+    blocks, fixed = triton.cdiv(longest, _BLOCK), constants(**kind._asdict())
+    for first in range(0, len(table), _MOST_PIECES):
+        rows = table[first : first + _MOST_PIECES]
+        launch(place_kernel, (kind.heads // fixed["HEADS"], blocks, len(rows)), rows.device, rows, **fixed)
 
 
-def _described(piece: Piece, half: int, interleaved: bool, held: list[Tensor]) -> tuple[_Kind, list[int]]:
+def _described(piece: Piece, half: int, interleaved: bool, held: list[Tensor]) -> tuple[Kind, list[int]]:
     """What a piece has in common with others, and its row of the table. This is Python's share of a placement: it is kept short."""
     stored, out = piece.stored, piece.out
-    numbers, slots, scale, low = stored.numbers, stored.slots, stored.scale, stored.low
-    if numbers.stride(-1) != 1:
-        numbers = in_rows(numbers)
-        held.append(numbers)
-    parts = [_dense(part, held) for part in (slots, scale, low, piece.cos, piece.sin)]
-    block_stride, head_stride, line_stride = numbers.stride()[:3] if slots is not None else (0, *numbers.stride()[:2])
-    start, to, (out_head_stride, out_token_stride, _) = numbers.data_ptr(), out.data_ptr(), out.stride()
-    heads, tokens, dim = stored.shape
-    group = stored.group
-    kind = _Kind(
-        *(dim, half, interleaved, stored.codec, stored.side, group if group in _GROUPS else 0),
-        page=0 if slots is None else numbers.shape[2],
-        dtypes=(numbers.dtype, _dtype(scale), _dtype(low), out.dtype),
-        dense=aligned(start, block_stride, head_stride, line_stride, itemsize=numbers.itemsize)
-        and aligned(to, out_head_stride, out_token_stride, itemsize=out.itemsize),
-        heads=heads,
+    if stored.numbers.stride(-1) != 1:
+        stored = replace(stored, numbers=in_rows(stored.numbers))
+        held.append(stored.numbers)
+    what, row = described(stored, held)
+    to, (head_stride, token_stride, _) = out.data_ptr(), out.stride()
+    row[0], row[2] = stored.shape[1], _dense(stored.slots, held)
+    row[5:8] = _dense(piece.cos, held), _dense(piece.sin, held), to
+    row[11:13] = head_stride, token_stride
+    dense = aligned(to, head_stride, token_stride, itemsize=out.itemsize)
+    return Kind.of(what, out.dtype, dense, half, interleaved), row
+
+
+def described(stored: Stored, held: list[Tensor]) -> tuple[Held, list[int]]:
+    """What stored numbers, dense in their last dimension, have in common with others, and what the table says of them.
+
+    Args:
+        stored: K or V of one layer.
+        held: is given the copies of scales that must live until the launch.
+
+    Returns:
+        The kind and a row of the table: zeros where it hangs on what is placed, and to where.
+    """
+    numbers, scale, low, group = stored.numbers, stored.scale, stored.low, stored.group
+    paged = numbers.dim() == 4
+    block_stride, head_stride, line_stride = numbers.stride()[:3] if paged else (0, *numbers.stride()[:2])
+    start = numbers.data_ptr()
+    kind = Held(
+        *(stored.shape[2], stored.codec, stored.side, group if group in _GROUPS else 0),
+        page=numbers.shape[2] if paged else 0,
+        dtypes=(numbers.dtype, _dtype(scale), _dtype(low)),
+        dense=aligned(start, block_stride, head_stride, line_stride, itemsize=numbers.itemsize),
+        heads=stored.shape[0],
     )
-    row = [tokens, start, *parts, to, head_stride, line_stride, block_stride, out_head_stride, out_token_stride]
+    row = [0, start, 0, _dense(scale, held), _dense(low, held), 0, 0, 0, head_stride, line_stride, block_stride, 0, 0]
     return kind, [*row, 0 if scale is None else scale.shape[-1], group, 0]
 
 

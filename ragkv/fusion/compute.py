@@ -35,6 +35,7 @@ class Plan:
         narrow: asked at the checks, with the cache.
         whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
         saved: of each chunk how many tokens need no computing because of what was computed before.
+        fresh: how many of the rows are chunks' tokens.
     """
 
     rows: Tensor
@@ -44,6 +45,7 @@ class Plan:
     narrow: Callable[[Check], Tensor]
     whole: frozenset[int] = frozenset()
     saved: tuple[int, ...] = ()
+    fresh: int | None = None
 
 
 def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
@@ -79,9 +81,9 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     if len(active) == len(layout.reusable) > 0 and context is None and not layout.earlier:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
-        return Plan(rows, checks, checks[0] if checks else layers, None, narrow, saved=saved)
+        return Plan(rows, checks, checks[0] if checks else layers, None, narrow, saved=saved, fresh=len(active))
     whole = frozenset() if checks else _whole(active, layout)
-    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved)
+    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved, len(active))
 
 
 def compute(
@@ -130,6 +132,7 @@ def compute(
         forward=forward,
         masses=masses,
         course=course,
+        fresh=work.fresh,
     )
     return run.logits(), run
 

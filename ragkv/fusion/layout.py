@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, digest, marked
 from ragkv.errors import PromptError, whole_number
+from ragkv.kernels.upload import sent
 from ragkv.lazy import lazy
 
 
@@ -74,6 +76,7 @@ class Layout:
             and the key of their KV (:mod:`ragkv.library.paths`).
         thrifty: what is exact where it was read is never computed, by no method, like what is exact under its path.
         mended: slots of the tokens that were recomputed here before, in chunks that are not exact, ascending.
+        said: the ids once more, on the CPU, where they came from there.
     """
 
     ids: Tensor
@@ -85,13 +88,18 @@ class Layout:
     earlier: tuple[tuple[int, int, bytes], ...] = ()
     thrifty: bool = False
     mended: tuple[int, ...] = ()
+    said: Tensor | None = None
+
+    def listed(self, start: int = 0, stop: int | None = None) -> list[int]:
+        """The ids in some slots, as numbers. Where they came from the CPU nothing waits for the device."""
+        return (self.ids if self.said is None else self.said)[start:stop].tolist()
 
     @property
     def tokens(self) -> int:
         """N."""
         return len(self.ids)
 
-    @property
+    @lazy
     def even(self) -> bool:
         """Whether every token's position is its slot."""
         return not any(placed.shift for placed in self.chunks)
@@ -114,11 +122,13 @@ class Layout:
     @lazy
     def positions(self) -> Tensor:
         """``[N]`` where each token stands in the text; the suffix stands behind all else."""
-        at = torch.arange(self.tokens)
+        at = torch.arange(self.tokens, device=self.ids.device if self.even else None)
+        if self.even:
+            return at
         for placed in self.chunks:
             at[placed.start : placed.stop] += placed.shift
         at[self.suffix_start :] += self._suffix_position - self.suffix_start
-        return at.to(self.ids.device)
+        return sent(at, self.ids.device)
 
     @property
     def reusable(self) -> Tensor:
@@ -138,7 +148,7 @@ class Layout:
     def settled(self) -> Tensor:
         """The chunk tokens that need no computing, whatever the method says."""
         exact = self.span(*[placed for placed in self.chunks if self.settles(placed)])
-        return torch.cat([exact, torch.tensor(self.mended, dtype=torch.long, device=exact.device)])
+        return torch.cat([exact, sent(torch.tensor(self.mended, dtype=torch.long), exact.device)])
 
     @property
     def behind_another(self) -> Tensor:
@@ -158,15 +168,17 @@ class Layout:
             *map(len, (placed.chunk for placed in self.chunks)),
             self.tokens - self.suffix_start,
         ]
-        return torch.repeat_interleave(torch.arange(len(lengths)) - 1, torch.tensor(lengths)).to(self.ids.device)
+        numbers = torch.repeat_interleave(torch.arange(len(lengths)) - 1, torch.tensor(lengths))
+        return sent(numbers, self.ids.device)
 
     def span(self, *chunks: Placed, first: int | None = None) -> Tensor:
         """The given chunks' tokens, ascending; of each one its first ``first`` tokens only, if given."""
-        pieces = [
-            torch.arange(placed.start, placed.stop if first is None else min(placed.stop, placed.start + first))
-            for placed in chunks
-        ]
-        return torch.cat([*pieces, torch.empty(0, dtype=torch.long)]).long().to(self.ids.device)
+        lengths = np.array(
+            [len(p.chunk) if first is None else min(len(p.chunk), first) for p in chunks], dtype=np.int64
+        )
+        ends = lengths.cumsum()
+        shifts = np.array([placed.start for placed in chunks], dtype=np.int64) - (ends - lengths)
+        return sent(torch.from_numpy(np.arange(lengths.sum()) + np.repeat(shifts, lengths)), self.ids.device)
 
 
 def lay_out(
@@ -202,7 +214,7 @@ def lay_out(
             f"starts must name one position, {len(prefix)} (behind the prefix) or later, for each of the {len(chunks)} chunks; "
             f"got {list(starts)}"
         )
-    at, context = len(prefix), b""
+    at, context, hashed = len(prefix), b"", 0  # of the chunks in front, the first few
     behind_anchor = list(prefix) == list(anchor)
     placed: list[Placed] = []
     documents: set[str] = set()
@@ -212,20 +224,24 @@ def lay_out(
         even = even and not shift
         alone = starts is None or min(starts[number + 1 :], default=at + len(chunk)) >= at + len(chunk)
         base = len(anchor) + chunk.offset
-        exact = behind_anchor and even and alone and base == at and chunk.context == context
+        exact = behind_anchor and even and alone and base == at
+        if exact:
+            for before in chunks[hashed:number]:
+                same = before.context == context
+                context = before.context_after if same else digest(context, before.numbers)
+            hashed, exact = number, chunk.context == context
         document = chunk.document or chunk.id  # a passage that stands alone is a document of its own
         behind_another = bool(documents - {document})
         continues = number > 0 and _continues(chunk, chunks[number - 1])
         placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, placed), shift))
         documents.add(document)
         at += len(chunk)
-        context = digest(context, chunk.ids)
-    ids = [*prefix, *(i for chunk in chunks for i in chunk.ids), *suffix]
+    front, behind = (np.asarray(ids, dtype=np.int64) for ids in (prefix, suffix))
+    ids = torch.from_numpy(np.concatenate([front, *(chunk.numbers for chunk in chunks), behind], dtype=np.int64))
     common = len(prefix)
     if opening is not None and opening != prefix:
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, opening, strict=False)))
-    tensor = torch.tensor(ids, dtype=torch.long, device=device)
-    return Layout(tensor, tuple(placed), len(prefix), at, common, held)
+    return Layout(sent(ids, device), tuple(placed), len(prefix), at, common, held, said=ids)
 
 
 def _continues(chunk: Chunk, before: Chunk) -> bool:
@@ -247,5 +263,5 @@ def _rooted(chunk: Chunk, before: Sequence[Placed]) -> bool:
         tokens += len(before[first].chunk)
     context = b""
     for other in before[first:]:
-        context = digest(marked(context, other.chunk.mark), other.chunk.ids)
+        context = digest(marked(context, other.chunk.mark), other.chunk.numbers)
     return tokens == chunk.offset and marked(context, chunk.mark) == chunk.context

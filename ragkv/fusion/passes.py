@@ -65,6 +65,7 @@ class Pass:
         forward: runs rows of the prompt; by default the model, for one turn.
         masses: takes what the rows attend to.
         course: parts of the rows, in their place: it may find that more have to be computed.
+        fresh: how many of the rows are reusable tokens, where that is known: to count them waits for the device.
 
     Attributes:
         rows: of the layer at hand; in the end those computed in the last layer.
@@ -92,6 +93,7 @@ class Pass:
         forward: Forward | None = None,
         masses: Masses | None = None,
         course: Course | None = None,
+        fresh: int | None = None,
     ):
         self.course: Course | None = course
         self.masses: Masses | None = masses
@@ -104,7 +106,7 @@ class Pass:
         self.timer: Timer = Timer() if timer is None else timer
         self.checks: tuple[int, ...] = checks
         self.rows: Tensor = rows
-        self.context: Tensor | None = context if len(self._open(rows)) else None
+        self.context: Tensor | None = context if context is not None and len(self._open(rows)) else None
         if self._limited and decoder.kernels != "auto":
             raise MethodError(
                 f"kernels={decoder.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens, nor "
@@ -115,7 +117,7 @@ class Pass:
         self.last: bool = False  # whether it is the last one
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
         self.begun: int = len(rows)  # how many those were
-        self.fresh: list[int] = [len(self._open(rows))] * len(decoder.layers)
+        self.fresh: list[int] = [len(self._open(rows)) if fresh is None else fresh] * len(decoder.layers)
         self.attention: str = ""
         self.ran: str = "eager"
 

@@ -6,71 +6,38 @@ N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV
+from ragkv.fusion.bus import Load, bus
 from ragkv.fusion.layout import Layout, Placed
+from ragkv.fusion.supply import Stretch, Supply, at_room, layers_of
 from ragkv.fusion.timing import Timer
-from ragkv.kernels import Piece, Rotation, Stored, place, place_pieces, rotation_tables, slots_of
-from ragkv.kernels.stored import CodecName, Side
+from ragkv.fusion.turning import Turning
+from ragkv.kernels import Piece, Run, Stored, place, place_layers, place_pieces, rotation_tables
+from ragkv.kernels.layers import joined
 from ragkv.lazy import lazy
-from ragkv.model.cache import FusedCache, FusedLayer
+from ragkv.model.cache import FusedCache
 from ragkv.store import Target
 
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
     from ragkv.store import Batch, Moved
 
-_DECODED: tuple[CodecName, ...] = ("int8", "int4", "fp8")  # by the kernel that places
-
-
-@dataclass(frozen=True, eq=False)
-class _Stretch:
-    """Tokens of the prompt that are placed as one piece: a chunk's, or those of neighbours that lie in one pool.
-
-    Attributes:
-        start: slot of the first token.
-        stop: slot behind the last one.
-        turned: whether keys stood elsewhere when they were made.
-        key: of the (first) chunk.
-        slots: ``[T]`` where the tokens lie in the pool, if they do.
-        codec: what the kernel decodes on its way; empty for numbers.
-        unrotated: its keys are held as they were before rotary embedding.
-    """
-
-    start: int
-    stop: int
-    turned: bool
-    key: bytes = b""
-    slots: Tensor | None = None
-    codec: CodecName | None = None
-    unrotated: bool = False
-
-    @classmethod
-    def of(cls, placed: Placed, key: bytes = b"", **held: Any) -> _Stretch:
-        """One chunk; how it is held, by name."""
-        return cls(placed.start, placed.stop, placed.position != placed.base, key, **held)
-
-    def joined(self, other: _Stretch) -> _Stretch | None:
-        """Both as one run, where the other follows and may be placed together with this one."""
-        if self.slots is None or other.slots is None or (self.stop, self.turned) != (other.start, other.turned):
-            return None
-        return replace(self, stop=other.stop, slots=torch.cat([self.slots, other.slots]))
-
 
 class Placement:
     """Puts the stored chunks of one prompt into its cache, keys turned to their new positions; knows what is there already.
 
     On the CPU chunks are taken one after the other, and all of a chunk's layers at once, so that besides the prompt's cache no more
-    than one chunk's KV is in memory. On an accelerator they are taken layer by layer instead, from what their tier holds (the
-    blocks of a pool, encoded numbers), and the next layers are loaded while one computes.
+    than one chunk's KV is in memory. On an accelerator all layers of all that lies there are taken in one go, out of a pool's
+    blocks, before the model runs; what lies elsewhere follows layer by layer, as its tier holds it (encoded, say), and the next
+    layers are loaded while one computes.
 
     Args:
         decoder: the model.
@@ -81,10 +48,11 @@ class Placement:
         fresh: KV that the batch does not hold, by key.
         paths: KV of chunks that prompts computed before, by :attr:`~ragkv.fusion.layout.Placed.path`.
         timer: counts the stage ``place``.
-        by_layer: layer by layer; by default on an accelerator.
+        by_layer: as on an accelerator; by default where there is one.
+        front: KV that the prompt begins with, and that are not in the cache yet.
 
     Attributes:
-        by_layer: whether it goes layer by layer.
+        by_layer: whether layers are placed before chunks are done.
         batch: the read.
         fresh: what it does not hold.
     """
@@ -100,30 +68,41 @@ class Placement:
         timer: Timer | None = None,
         by_layer: bool | None = None,
         paths: Mapping[bytes, ChunkKV] | None = None,
+        front: ChunkKV | None = None,
     ):
         self.batch: Batch = batch
         self.fresh: dict[bytes, ChunkKV] = fresh
         self._decoder, self._cache, self._keys = decoder, cache, keys
         self._timer = Timer() if timer is None else timer
         self._done = 0  # layers below are placed, or were not asked for
-        self._tables: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._begun = False  # what lies on the device is placed
+        self._sent: dict[int, Callable[[], Load]] = {}  # layers that are brought
         self._paths: Mapping[bytes, ChunkKV] = {}
-        self.take(layout, {} if paths is None else paths)
         self._index = {key: number for number, key in enumerate(batch.keys)}
+        self.take(layout, {} if paths is None else paths)
         self.by_layer: bool = decoder.device.type != "cpu" if by_layer is None else by_layer
+        self._bus = bus(decoder.device) if self.by_layer and len({spec.device for spec in decoder.specs}) == 1 else None
         self._spared: dict[int, str] = {}  # slots at which chunks begin that are not placed, and why not
         self._front = 0  # chunks that begin below this slot are placed in all layers, or spared
+        self._opening = front if self.by_layer and front is not None and self._supply.beside_rooms(front) else None
+        if self._opening is None:
+            with self._timer.stage("place"):
+                cache.append(front)
 
     def take(self, layout: Layout, paths: Mapping[bytes, ChunkKV]) -> None:
         """Have these KV too, and place what a layout of the same prompt says; also where others are placed by now."""
+        if self._begun:
+            self.upto(len(self._decoder.layers) - 1)  # by what the layout said before
         self._layout, self._paths = layout, {**self._paths, **paths}
+        self._turning = Turning(self._decoder.rotations, layout)
         self._given = {**self.fresh, **self._paths}
+        self._supply = Supply(self._cache, self.batch, self._index, self._given)
         self._chunks = [
             (placed, placed.path if placed.whole else self._keys[placed.chunk])
             for placed in layout.chunks
             if placed.path or placed.chunk in self._keys
         ]
-        self._tables.clear()
+        self._mended = [placed for placed in layout.chunks if placed.path and not placed.whole]
         for layer in range(self._done):
             for placed, key in self._chunks:
                 if key in paths:
@@ -158,7 +137,7 @@ class Placement:
 
     def spare(self, numbers: Collection[int], why: str = "unused") -> None:
         """Leave out chunks, by their numbers in the prompt: a pass computes them whole. Nothing of them is loaded from here on."""
-        if self._done or not numbers:  # what was looked at is placed already
+        if self._done or self._begun or not numbers:  # what was looked at is placed already
             return
         self._spared = {self._layout.chunks[number].start: why for number in numbers} | self._spared
         needed = {key for _, key in self._to_place}
@@ -183,13 +162,16 @@ class Placement:
     def ahead(self, first: int = 0) -> None:
         """Place what a pass needs from layer ``first`` on, as far as that is better done before the pass: all of it on the CPU.
 
-        Elsewhere loading begins.
+        Elsewhere what lies on the device is, and loading the rest begins.
 
         Raises:
             RecordError: a record proved damaged; the store has dropped it.
         """
         if self.by_layer:
             self.batch.read_ahead()
+            with self._timer.stage("place"):
+                self._begin(first)
+                self._send(first)
         else:
             self.upto(len(self._decoder.layers) - 1, first)
 
@@ -202,7 +184,8 @@ class Placement:
             cache: that the model runs over, if not the prompt's.
         """
         cache = cache or self._cache
-        cache.before = partial(self.upto, first=first) if self.by_layer else None
+        left = self.by_layer and self._done < len(self._decoder.layers)
+        cache.before = partial(self.upto, first=first) if left else None
         try:
             yield
         finally:
@@ -218,33 +201,63 @@ class Placement:
         if not layers:
             return
         with self._timer.stage("place"):
-            if self.by_layer:
-                for number in layers:
-                    self._place_layer(number)
-            else:
+            if not self.by_layer:
                 self._place_chunks(layers, range(self._layout.tokens))
-        self._done = layers.stop
+                self._done = layers.stop
+                return
+            self._begin(layers.start)
+            for number in range(max(layers.start, self._done), layers.stop):
+                self._place_layer(number)
+                self._done = number + 1
+
+    def _begin(self, first: int) -> None:
+        """Place all that lies on the device, from a layer on; where nothing else is left, that was all."""
+        if self._begun:
+            return
+        self._begun, (runs, stretches) = True, self._sorted
+        if runs:
+            assert self._supply.rooms is not None
+            layers = range(first, len(self._decoder.layers))
+            place_layers(self._supply.rooms, runs, layers=layers, impl=self._decoder.kernels)
+        if not stretches:
+            self.upto(len(self._decoder.layers) - 1, first)
 
     def _place_layer(self, layer: int) -> None:
-        pieces = [self._pieces(stretch, layer, *self._held(stretch, layer)) for stretch in self._stretches]
-        place_pieces([piece for pair in pieces for piece in pair], impl=self._decoder.kernels)
+        stretches = self._sorted[1]
+        if stretches:
+            sent = self._sent.pop(layer, None)
+            here = {} if sent is None else sent()
+            held = [here.get(number) or self._supply.held(stretch, layer) for number, stretch in enumerate(stretches)]
+            pieces = [self._pieces(stretch, layer, *pair) for stretch, pair in zip(stretches, held, strict=True)]
+            place_pieces([piece for pair in pieces for piece in pair], impl=self._decoder.kernels)
+            self._send(layer + 1)
         self._mend(layer)
+
+    def _send(self, layer: int) -> None:
+        """Begin to bring a layer of what is in memory beside what the device computes."""
+        if self._bus is None or layer in self._sent or not self._done <= layer < len(self._decoder.layers):
+            return
+        supply = self._supply
+        near = {number: stretch for number, stretch in enumerate(self._sorted[1]) if supply.at_hand(stretch.key)}
+        if near:
+            self._sent[layer] = self._bus.send(
+                lambda: {number: supply.held(stretch, layer) for number, stretch in near.items()}
+            )
 
     def _mend(self, layer: int) -> None:
         """Put the tokens that a prompt computed before in the place of those that were stored."""
         room, rotation = self._cache.layers[layer], self._decoder.rotations[layer]
-        for placed, _ in self._chunks:
-            if placed.path and not placed.whole:
-                kv = self._paths[placed.path]
-                assert kv.rows is not None
-                keys, rows = _moved(kv.keys[layer], room), kv.rows.to(room.key_room.device)
-                if rotation is not None and kv.base != placed.position:
-                    cos, sin = rotation_tables(rotation, kv.base + rows, placed.position + rows)
-                    stood, impl = keys, self._decoder.kernels
-                    keys = torch.empty_like(stood)
-                    place(keys, stood, cos, sin, interleaved=rotation.interleaved, impl=impl)
-                room.key_room[0].index_copy_(1, placed.start + rows, keys)
-                room.value_room[0].index_copy_(1, placed.start + rows, _moved(kv.values[layer], room))
+        for placed in self._mended:
+            kv = self._paths[placed.path]
+            assert kv.rows is not None
+            keys, rows = at_room(kv.keys[layer], room), at_room(kv.rows, room)
+            if rotation is not None and kv.base != placed.position:
+                cos, sin = rotation_tables(rotation, kv.base + rows, placed.position + rows)
+                stood, impl = keys, self._decoder.kernels
+                keys = torch.empty_like(stood)
+                place(keys, stood, cos, sin, interleaved=rotation.interleaved, impl=impl)
+            room.key_room[0].index_copy_(1, placed.start + rows, keys)
+            room.value_room[0].index_copy_(1, placed.start + rows, at_room(kv.values[layer], room))
 
     def _place_chunks(self, layers: range, slots: range) -> None:
         """One after the other, those that begin at some slots; all behind these are still to be placed."""
@@ -278,92 +291,37 @@ class Placement:
                 self._place(placed, layer, *self.batch.layer(index, layer))
 
     def _place(self, placed: Placed, layer: int, keys: Tensor, values: Tensor) -> None:
-        device = self._cache.layers[layer].key_room.device
-        stored = Stored.raw(keys.to(device)), Stored.raw(values.to(device))
-        place_pieces(self._pieces(_Stretch.of(placed), layer, *stored), impl=self._decoder.kernels)
+        room = self._cache.layers[layer]
+        stored = Stored.raw(at_room(keys, room)), Stored.raw(at_room(values, room))
+        place_pieces(self._pieces(Stretch(placed), layer, *stored), impl=self._decoder.kernels)
 
     @lazy
-    def _stretches(self) -> list[_Stretch]:
-        """What is placed as one piece, in prompt order; the same in every layer."""
-        made: list[_Stretch] = []
+    def _sorted(self) -> tuple[list[Run], list[Stretch]]:
+        """What lies on the device, neighbours in the prompt as one run where a pool holds them; and the rest. In prompt order."""
+        runs = [] if self._opening is None else [Run(layers_of(self._opening), 0, len(self._opening))]
+        stretches: list[Stretch] = []
         for placed, key in self._to_place:
-            stretch = _Stretch.of(placed, key, **self._how(placed, key))
-            joined = made[-1].joined(stretch) if made else None
-            made[-1:] = [joined] if joined else [*made[-1:], stretch]
-        return made
+            source = self._supply.layers(key)
+            if source is None:
+                stretches.append(self._supply.stretch(placed, key))
+                continue
+            slots = self.batch.slots[self._index[key]] if source.paged else None
+            turns = self._turning.layers if placed.position != placed.base else None
+            runs.append(Run(source, placed.start, len(placed.chunk), slots, turns))
+        return joined(runs), stretches
 
-    def _how(self, placed: Placed, key: bytes) -> dict[str, Any]:
-        """How a chunk is held, for :class:`_Stretch`: in a pool on the same device, encoded, or neither."""
-        if key in self._given:
-            return {}
-        index = self._index[key]
-        blocks, codec = self.batch.blocks[index], self.batch.codecs[index]
-        if blocks is not None:
-            if any(layer.key_room.device != blocks.device for layer in self._cache.layers):
-                return {}
-            page = self.batch.parts(index, 0)[0][""].shape[2]
-            return {"slots": slots_of(blocks, page, len(placed.chunk))}
-        return {"codec": codec, "unrotated": self.batch.unrotated[index]} if codec in _DECODED else {}
-
-    def _held(self, stretch: _Stretch, layer: int) -> list[Stored]:
-        """K and V of a stretch as their tier holds them, where the device reads them."""
-        room = self._cache.layers[layer]
-        if stretch.key in self._given:
-            given = self._given[stretch.key]
-            return [Stored.raw(_moved(tensor, room)) for tensor in (given.keys[layer], given.values[layer])]
-        index = self._index[stretch.key]
-        if stretch.slots is not None:
-            return [Stored.paged(parts[""], stretch.slots) for parts in self.batch.parts(index, layer)]
-        if stretch.codec is None:
-            return [Stored.raw(_moved(tensor, room)) for tensor in self.batch.layer(index, layer)]
-        sides: list[tuple[Side, int]] = [("k", room.key_room.shape[3]), ("v", room.value_room.shape[3])]
-        heads, tokens = room.key_room.shape[1], stretch.stop - stretch.start
-        return [
-            Stored.encoded(
-                stretch.codec, {name: _moved(part, room) for name, part in parts.items()}, (heads, tokens, dim), side
-            )
-            for parts, (side, dim) in zip(self.batch.parts(index, layer), sides, strict=True)
-        ]
-
-    def _pieces(self, stretch: _Stretch, layer: int, keys: Stored, values: Stored) -> list[Piece]:
-        rotation, tokens = self._decoder.rotations[layer], slice(stretch.start, stretch.stop)
-        room = self._cache.layers[layer]
-        cos, sin = self._turn(rotation, stretch, room.key_room.device)
-        interleaved = rotation is not None and rotation.interleaved
-        return [
-            Piece(room.key_room[0, :, tokens], keys, cos, sin, interleaved),
-            Piece(room.value_room[0, :, tokens], values),
-        ]
+    def _pieces(self, stretch: Stretch, layer: int, keys: Stored, values: Stored) -> list[Piece]:
+        room, tokens = self._cache.layers[layer], slice(stretch.placed.start, stretch.placed.stop)
+        out = room.key_room[0, :, tokens]
+        turn = self._turning.layer(layer, out.device, stretch.unrotated) if stretch.turned else None
+        tables = () if turn is None else (turn.cos[tokens], turn.sin[tokens], turn.interleaved)
+        return [Piece(out, keys, *tables), Piece(room.value_room[0, :, tokens], values)]
 
     def _turn_in_place(self, placed: Placed, layer: int) -> None:
         """Rotate keys that stand in their slots already."""
-        rotation, room = self._decoder.rotations[layer], self._cache.layers[layer].key_room[0]
-        keys = room[:, placed.start : placed.stop]
-        cos, sin = self._turn(rotation, _Stretch.of(placed), keys.device)
-        if rotation is not None and cos is not None:
-            place(keys, keys.clone(), cos, sin, interleaved=rotation.interleaved, impl=self._decoder.kernels)
-
-    def _turn(
-        self, rotation: Rotation | None, stretch: _Stretch, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if rotation is None or not (stretch.turned or stretch.unrotated):
-            return None, None
-        kind = id(rotation), stretch.unrotated
-        if kind not in self._tables:
-            self._tables[kind] = self._whole_table(rotation, stretch.unrotated)
-        cos, sin = self._tables[kind]
-        rows = slice(stretch.start - self._layout.chunks_start, stretch.stop - self._layout.chunks_start)
-        return cos[rows].to(device), sin[rows].to(device)
-
-    def _whole_table(self, rotation: Rotation, unrotated: bool) -> tuple[Tensor, Tensor]:
-        """Tables ``[all chunk tokens, R / 2]``, made once a prompt for each distinct rotation."""
-        layout = self._layout
-        new = layout.positions[layout.chunks_start : layout.suffix_start]
-        if unrotated:
-            return rotation_tables(rotation, torch.zeros_like(new), new)
-        back = torch.cat([torch.full((len(p.chunk),), p.base - p.position) for p in layout.chunks]).to(new.device)
-        return rotation_tables(rotation, new + back, new)
-
-
-def _moved(tensor: Tensor, room: FusedLayer) -> Tensor:
-    return tensor.to(room.key_room.device, non_blocking=True)
+        tokens = slice(placed.start, placed.stop)
+        keys = self._cache.layers[layer].key_room[0, :, tokens]
+        turn = None if placed.position == placed.base else self._turning.layer(layer, keys.device)
+        if turn is not None:
+            cos, sin = turn.cos[tokens], turn.sin[tokens]
+            place(keys, keys.clone(), cos, sin, interleaved=turn.interleaved, impl=self._decoder.kernels)

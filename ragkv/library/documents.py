@@ -48,6 +48,8 @@ _LONGEST_ID = 200
 _RULES = "1"
 # Anchors, and namespaces with an anchor, of which something is kept: see Documents.within.
 _READERS, _OTHERS = 8, 256
+# Keys that a chunk remembers.
+_KEYS = 4
 # How often reading begins anew because the model was changed meanwhile.
 _TRIES = 3
 # What computing a token takes where nobody measured it.
@@ -248,7 +250,11 @@ class Documents:
 
     def key(self, chunk: Chunk, space: str = "") -> bytes:
         """The key of a chunk's KV in the store: space, namespace, ids and context."""
-        return chunk_key(space or self.space, chunk.ids, chunk.context, self.namespace)
+        name = space or self.space, self.namespace
+        known = chunk.keys.get(name)
+        if known is None:
+            known = keep_last(chunk.keys, name, chunk_key(name[0], chunk.ids, chunk.context, name[1]), _KEYS)
+        return known
 
     def keys(self, chunks: Sequence[Chunk]) -> dict[bytes, Chunk]:
         """Chunks by the keys of their KV, each key once."""

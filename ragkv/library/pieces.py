@@ -142,7 +142,7 @@ class Path:
 
 def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
     """The pieces of a prompt: blocks of earlier messages, and its chunks."""
-    ids = layout.ids.tolist()
+    ids = layout.listed()
     path, blocks, chunks = Path(documents, reader, ids[: layout.opening]), list[Piece](), list[Piece]()
     for stop in range(layout.opening + BLOCK_TOKENS, layout.chunks_start + 1, BLOCK_TOKENS):
         block = ids[path.tokens : stop]

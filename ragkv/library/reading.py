@@ -154,7 +154,7 @@ class Reader:
         self, chain: list[Chunk], left: dict, stored: Callable, measured: Measured, ran: Callable
     ) -> Iterator[tuple[Chunk, ChunkKV, float]]:
         cache = self.decoder.cache(self._behind(chain[-1]))
-        append(cache, self.anchor)
+        cache.append(self.anchor)
         first = self._append_stored(cache, chain, left, stored)
         second = self._second(chain, chain[:first]) if Measured.SENSITIVITY in measured else None
         seen = Seen(self.decoder, chain, self._anchor_tokens) if Measured.ATTENDED in measured else None
@@ -191,7 +191,7 @@ class Reader:
         room = len(self._foreign_ids) if limit is None else min(len(self._foreign_ids), max(0, limit - whole))
         cache = self.decoder.cache(whole + room)
         front = self.opening([*self.anchor_ids, *self._foreign_ids])
-        append(cache, None if front is None else front.first(self._anchor_tokens + room))
+        cache.append(None if front is None else front.first(self._anchor_tokens + room))
         self.run([i for chunk in stored for i in chunk.ids], cache, cache.get_seq_length())
         return cache
 
@@ -222,7 +222,7 @@ class Reader:
             kv = None if identity(chunk) in left else stored(chunk)
             if kv is None:
                 return number
-            append(cache, kv)
+            cache.append(kv)
         return len(chain)
 
     @property
@@ -281,14 +281,6 @@ def chains(wanted: Sequence[Chunk], lineage: Callable[[Chunk], list[Chunk]]) -> 
 def identity(chunk: Chunk) -> tuple[tuple[int, ...], bytes]:
     """What a chunk's KV hang on, as far as one model and one namespace are concerned."""
     return chunk.ids, chunk.context
-
-
-def append(cache: FusedCache, kv: ChunkKV | None) -> None:
-    """Put KV behind what a cache holds; ``None`` for no tokens."""
-    if kv is None:
-        return
-    for layer, (keys, values) in zip(cache.layers, kv, strict=True):
-        layer.update(keys[None].to(layer.device), values[None].to(layer.device))
 
 
 def some(cache: FusedCache, rows: Tensor, start: int) -> ChunkKV:

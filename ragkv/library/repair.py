@@ -20,7 +20,7 @@ from ragkv.fusion.compute import recompute
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.placement import Placement
 from ragkv.library.document import ChunkedDocument
-from ragkv.library.reading import Reader, append, cut
+from ragkv.library.reading import Reader, cut
 from ragkv.store import TieredStore
 
 
@@ -94,7 +94,7 @@ def repaired(
         if None in batch.tiers:
             return None
         cache = decoder.cache(len(ids))
-        append(cache, reader.anchor)
+        cache.append(reader.anchor)
         Placement(decoder, cache, layout, batch, keys, {}, by_layer=False).ahead()
         with reader.turn():
             recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device), reader.piece_tokens)

@@ -33,6 +33,6 @@ class Random(Method):
     def select(self, view: View) -> Tensor:
         """Some of the tokens of chunks that are not exact."""
         layout, candidates = view.layout, view.layout.inexact
-        seed = int.from_bytes(digest(str(self.seed), layout.ids.tolist())[:7], "little")
+        seed = int.from_bytes(digest(str(self.seed), layout.listed())[:7], "little")
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).to(candidates.device)
         return candidates[order[: round(self.ratio * len(layout.reusable))]]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ragkv.chunk import ChunkKV
 from ragkv.errors import ArgumentError
 from ragkv.kernels import Impl, scatter
 
@@ -188,6 +189,13 @@ class FusedCache(Cache):
         held = self.layers[layer]
         scatter(keys[0], values[0], slots.to(keys.device), held.key_room[0], held.value_room[0], impl=impl)
         return held.key_room[:, :, :shown], held.value_room[:, :, :shown]
+
+    def append(self, kv: ChunkKV | None) -> None:
+        """Put KV behind what is held; ``None`` for no tokens."""
+        if kv is None:
+            return
+        for layer, (keys, values) in zip(self.layers, kv, strict=True):
+            layer.update(keys[None].to(layer.device), values[None].to(layer.device))
 
     def clear(self, slots: Tensor) -> None:
         """Zero slots that attention is shown before anything is held there: what masks hide must be numbers too."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from operator import eq, is_
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 from weakref import ref
 
@@ -47,7 +48,10 @@ class Weights:
         self._model = model
         self._seen: list[tuple] = []
         self._shape: list[tuple[dict, tuple]] | None = None  # every module's tensors and children, where that tells all
-        self._marks: list[tuple] = []
+        self._sizes: list[int] = []
+        self._inside: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._marks: list[Any] = []
         self._held: dict[Any, tuple[Any, tuple, bytes]] = {}  # by tensor: weak reference, mark, digest
         self._digest = b""
 
@@ -78,16 +82,22 @@ class Weights:
             named = [item for name, part in now for item in (name, held[_key(part)][2])]
             self._held, self._seen, self._digest = held, seen, digest(*named)
         self._shape = contents(self._model)
-        self._marks = [_mark(value) for _, values in self._shape or () for value in values if isinstance(value, Tensor)]
+        self._sizes = [len(values) for _, values in self._shape or ()]
+        self._inside = [value for _, values in self._shape or () for value in values]
+        self._tensors = [value for value in self._inside if isinstance(value, Tensor)]
+        self._marks = _marks(self._tensors)
         return self._digest
 
     def _as_before(self, shape: list[tuple[dict, tuple]]) -> bool:
-        """A quick look: every module has just the tensors and children that it had, and none was written."""
-        for held, values in shape:
-            if len(held) != len(values) or not all(map(is_, held.values(), values)):
-                return False
-        tensors = (tensor for _, values in shape for tensor in values if isinstance(tensor, Tensor))
-        return all(map(eq, map(_mark, tensors), self._marks))
+        """A quick look: every module has just the tensors and children that it had, and none was written.
+
+        It is taken at every turn, of some hundred modules: no step of it is a loop of Python's.
+        """
+        held = [part for part, _ in shape]
+        if list(map(len, held)) != self._sizes:
+            return False
+        inside = chain.from_iterable(map(dict.values, held))
+        return all(map(is_, inside, self._inside)) and _marks(self._tensors) == self._marks
 
     def forget(self) -> None:
         """Take every digest anew at the next look."""
@@ -103,6 +113,13 @@ class Weights:
 
 def _key(part: Part) -> Any:
     return id(part) if isinstance(part, Tensor) else part if isinstance(part, str) else part.mark
+
+
+def _marks(tensors: list[Tensor]) -> list[Any]:
+    """What :func:`_mark` says of plain tensors, in other order."""
+    if any(map(Tensor.is_inference, tensors)):
+        return list(map(_mark, tensors))
+    return [*map(Tensor.data_ptr, tensors), *map(attrgetter("_version", "dtype", "device"), tensors)]
 
 
 def _mark(part: Part) -> tuple:

@@ -73,7 +73,12 @@ def refuse_state(model: nn.Module) -> None:
         UnsupportedModelError: it, or a dropout in it (an adapter's, say), is in training mode; or a part of it was compiled.
     """
     dropout, random = nn.modules.dropout._DropoutNd, model.training
-    for module in model.modules():  # once for both: it is done at every turn
+    modules, seen = [model], set[int]()
+    for module in modules:  # once for both, and without Module.modules(): it is done at every turn
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        modules += [child for child in module._modules.values() if child is not None]
         if _compiled(module):
             raise UnsupportedModelError(
                 f"{type(module).__name__} was compiled in place, and fusion steps into it while it runs: load the model again "

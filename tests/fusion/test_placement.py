@@ -1,5 +1,7 @@
 """Chunks are placed from what their tier holds: the blocks of a pool, encoded numbers, or numbers as they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.fusion import placement
 from ragkv.fusion.layout import lay_out
+from ragkv.fusion.supply import layers_of
+from ragkv.kernels import slots_of
 from ragkv.model.decoder import Decoder
 from ragkv.store.codecs import get_codec
 from ragkv.testing import random_ids, tiny_model
@@ -27,6 +31,13 @@ class Shelf:
         order = iter(torch.randperm(64, generator=torch.Generator().manual_seed(0)).split(8))
         taken = [next(order)[: -(-len(kv) // PAGE)] for kv in chunks]
         self.blocks = [blocks if way == "pool" else None for blocks, way in zip(taken, ways, strict=True)]
+        lengths = map(len, chunks)
+        self.slots = [None if b is None else slots_of(b, PAGE, n) for b, n in zip(self.blocks, lengths, strict=True)]
+        self.device, self.asked = "cpu", 0
+        self._kept, self._pools = {}, {}
+
+    def kept(self, index):
+        return self._kept
 
     def read_ahead(self):
         pass
@@ -36,7 +47,11 @@ class Shelf:
 
     def parts(self, index, layer):
         if self.ways[index] == "pool":
-            return [{"": self.pool([kv_side(kv, layer, side) for kv in self.chunks])} for side in "kv"]
+            self.asked += 1
+            if layer not in self._pools:
+                pools = [self.pool([kv_side(kv, layer, side) for kv in self.chunks]) for side in "kv"]
+                self._pools[layer] = [{"": pool.to(self.device)} for pool in pools]
+            return self._pools[layer]
         return [get_codec(self.ways[index]).encode(kv_side(self.chunks[index], layer, side), side) for side in "kv"]
 
     def pool(self, held):
@@ -58,26 +73,45 @@ def decoder():
 
 @pytest.fixture
 def place(decoder, monkeypatch):
-    """Places chunks of some lengths, held in some ways; what the cache then holds, and how many pieces each layer was."""
+    """Places chunks of some lengths, held in some ways.
 
-    def run(lengths, ways, fresh=(), change=lambda batch: None):
-        layout = lay_out(PREFIX, PREFIX, [Chunk(tuple(random_ids(n))) for n in lengths], random_ids(4), decoder.device)
+    Returns what the cache then holds, how many runs went at once, and how many pieces each layer was besides.
+    """
+
+    def run(lengths, ways, fresh=(), change=lambda batch: None, starts=None, again=0):
+        layout = lay_out(
+            PREFIX, PREFIX, [Chunk(tuple(random_ids(n))) for n in lengths], random_ids(4), decoder.device, starts
+        )
         batch = Shelf([random_kv(decoder, n) for n in lengths], ways)
         change(batch)
-        cache, counts, placed = decoder.cache(layout.tokens), [], placement.place_pieces
+        runs, pieces = [], []
+        at_once, one_by_one = placement.place_layers, placement.place_pieces
         monkeypatch.setattr(
-            placement, "place_pieces", lambda pieces, impl: (counts.append(len(pieces)), placed(pieces, impl=impl))
+            placement,
+            "place_layers",
+            lambda out, some, **more: (runs.append(len(some)), at_once(out, some, **more)),
+        )
+        monkeypatch.setattr(
+            placement, "place_pieces", lambda some, impl: (pieces.append(len(some)), one_by_one(some, impl=impl))
         )
         keys = {item.chunk: key for item, key in zip(layout.chunks, batch.keys, strict=True)}
         new = {batch.keys[number]: batch.chunks[number] for number in fresh}
-        work = placement.Placement(decoder, cache, layout, batch, keys, new, by_layer=True)
-        for number, layer in enumerate(cache.layers):
-            layer.key_room.fill_(torch.nan)
-            layer.value_room.fill_(torch.nan)
-            work.upto(number)
-        monkeypatch.setattr(placement, "place_pieces", placed)
+        for _ in range(1 + again):
+            cache = decoder.cache(layout.tokens)
+            for layer in cache.layers:
+                layer.key_room.fill_(torch.nan)
+                layer.value_room.fill_(torch.nan)
+            work = placement.Placement(decoder, cache, layout, batch, keys, new, by_layer=True)
+            work.ahead()
+            if not set(ways) - {"pool"} and batch.device == "cpu":
+                assert not any(layer.key_room[0, :, 3:-4].isnan().any() for layer in cache.layers)
+            for number in range(len(cache.layers)):
+                work.upto(number)
+        monkeypatch.setattr(placement, "place_layers", at_once)
+        monkeypatch.setattr(placement, "place_pieces", one_by_one)
         span = slice(layout.chunks_start, layout.suffix_start)
-        return [room[0, :, span] for layer in cache.layers for room in (layer.key_room, layer.value_room)], counts
+        held = [room[0, :, span] for layer in cache.layers for room in (layer.key_room, layer.value_room)]
+        return held, (runs, pieces), batch
 
     return run
 
@@ -92,19 +126,28 @@ def random_kv(decoder, tokens):
 LENGTHS = (9, 4, 17, 1, 12)
 
 
-def test_neighbours_in_a_pool_are_one_piece(place):
-    want, apart = place(LENGTHS, ["raw"] * 5)
-    got, together = place(LENGTHS, ["pool"] * 5)
-    # the first chunk stays where it was, all others turn: K and V of both
-    assert apart == [10] * 4 and together == [4] * 4
+def test_what_a_pool_holds_is_placed_at_once(place):
+    want, apart, _ = place(LENGTHS, ["raw"] * 5)
+    got, together, batch = place(LENGTHS, ["pool"] * 5, again=2)
+    # the first chunk stays where it was, all others turn: two runs, of all layers, before the first layer is asked for
+    assert apart == ([], [10] * 4) and together == ([2] * 3, [])
+    assert batch.asked == 4  # what was found of the pool stays with it
     assert not any(a.isnan().any() for a in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_chunks_that_share_positions(place):
+    starts = [20, 3, 3, 7, 50]  # the second and the third where they were made: none is neighbour to one that turns
+    want, _, _ = place(LENGTHS, ["raw"] * 5, starts=starts)
+    got, (runs, pieces), _ = place(LENGTHS, ["pool"] * 5, starts=starts)
+    assert (runs, pieces) == ([3], [])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_what_is_encoded_is_decoded_on_the_way(place, decoder):
     ways = ("pool", "int8", "pool", "fp8", "int4")
-    got, counts = place(LENGTHS, ways)
-    assert counts == [10] * 4
+    got, counts, _ = place(LENGTHS, ways)
+    assert counts == ([2], [6] * 4)
 
     def decoded(batch):
         for kv, way in zip(batch.chunks, ways, strict=True):
@@ -112,42 +155,42 @@ def test_what_is_encoded_is_decoded_on_the_way(place, decoder):
             for held, side in ((kv.keys, "k"), (kv.values, "v")):
                 held[:] = [codec.decode(codec.encode(t, side), t.shape, t.dtype, side) for t in held]
 
-    want, _ = place(LENGTHS, ["raw"] * 5, change=decoded)
+    want, _, _ = place(LENGTHS, ["raw"] * 5, change=decoded)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_what_was_just_computed_parts_a_pool(place):
-    want, _ = place(LENGTHS, ["raw"] * 5)
-    got, counts = place(LENGTHS, ["pool"] * 5, fresh=[2])
-    assert counts == [8] * 4
+    want, _, _ = place(LENGTHS, ["raw"] * 5)
+    got, counts, _ = place(LENGTHS, ["pool"] * 5, fresh=[2])
+    assert counts == ([4], [])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_pool_on_another_device_is_read_chunk_by_chunk(place):
     def elsewhere(batch):
-        batch.blocks = [blocks.to("meta") for blocks in batch.blocks]
+        batch.device = "meta"
 
-    want, _ = place(LENGTHS, ["raw"] * 5)
-    got, counts = place(LENGTHS, ["pool"] * 5, change=elsewhere)
-    assert counts == [10] * 4
+    want, _, _ = place(LENGTHS, ["raw"] * 5)
+    got, counts, _ = place(LENGTHS, ["pool"] * 5, change=elsewhere)
+    assert counts == ([], [10] * 4)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize(
     ("settings", "held"),
     [
-        ({"gpu_bytes": 1 << 20, "device": "cpu", "codec": "int8"}, ("raw", True)),  # the pool holds numbers as they are
-        ({"codec": "fp8", "cpu_bytes": 0}, ("fp8", False)),
-        ({"codec": "int4", "cpu_bytes": 0}, ("int4", False)),  # keys lie as before rotary embedding
-        ({"cpu_codec": "int8"}, ("int8", False)),
-        ({"codec": "lossless", "cpu_bytes": 0}, ("raw", False)),  # decoded by the store
+        ({"gpu_bytes": 1 << 20, "device": "cpu", "codec": "int8"}, "pool"),  # the pool holds numbers as they are
+        ({"codec": "fp8", "cpu_bytes": 0}, "fp8"),
+        ({"codec": "int4", "cpu_bytes": 0}, "int4"),  # keys lie as before rotary embedding
+        ({"cpu_codec": "int8"}, "int8"),
+        ({"codec": "lossless", "cpu_bytes": 0}, "raw"),  # decoded by the store
     ],
     ids=lambda value: value.get("codec") if isinstance(value, dict) else None,
 )
 def test_what_a_store_holds(settings, held, tmp_path, monkeypatch):
     """As on an accelerator, layer by layer; and as on the CPU, where the store decodes chunk by chunk."""
-    init, plain, seen = placement.Placement.__init__, placement.place_pieces, []
+    init, plain, layers, seen = placement.Placement.__init__, placement.place_pieces, placement.place_layers, []
     with Engine(
         tiny_model(), template=PromptTemplate(prefix=[*PREFIX]), store=TieredStore(tmp_path, **settings)
     ) as engine:
@@ -156,9 +199,27 @@ def test_what_a_store_holds(settings, held, tmp_path, monkeypatch):
         want = engine.fuse(chunks[::-1], random_ids(5), method=LegoLink(2))
         monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
         monkeypatch.setattr(
-            placement, "place_pieces", lambda pieces, impl: (seen.extend(pieces), plain(pieces, impl=impl))
+            placement,
+            "place_pieces",
+            lambda pieces, impl: (seen.extend(piece.stored.codec for piece in pieces), plain(pieces, impl=impl)),
+        )
+        monkeypatch.setattr(
+            placement,
+            "place_layers",
+            lambda out, runs, **more: (
+                seen.extend("pool" if run.source.paged else "raw" for run in runs if run.start),
+                layers(out, runs, **more),
+            ),
         )
         got = engine.fuse(chunks[::-1], random_ids(5), method=LegoLink(2))
-    assert {(piece.stored.codec, piece.stored.slots is not None) for piece in seen} == {held}
+    assert set(seen) == {held}
     assert got.report.hits == want.report.hits and got.report.bytes_read == want.report.bytes_read
     torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_found_of_tensors_goes_with_them():
+    kv = ChunkKV([torch.randn(2, 5, 4)], [torch.randn(2, 5, 4)], 0)
+    found = layers_of(kv)
+    assert layers_of(kv) is found and not replace(kv, base=1).kept
+    kv.values[0] = torch.randn(2, 5, 4)
+    assert layers_of(kv).pairs[0][1].numbers is kv.values[0]

@@ -9,13 +9,17 @@ import torch
 from ragkv.errors import MissingPackageError, RagKVError
 from ragkv.kernels import (
     KernelError,
+    Layers,
     Piece,
+    Run,
     Stored,
+    Turn,
     deviation,
     dispatch,
     implementation,
     key_spans,
     place,
+    place_layers,
     place_pieces,
     question_scores,
     scatter,
@@ -24,6 +28,18 @@ from ragkv.kernels import (
 )
 from ragkv.store.codecs import get_codec
 from tests.fresh import fresh
+
+
+def layers(tokens, dim=16):
+    """One layer's K and V."""
+    return Layers.raw([(torch.zeros(2, tokens, dim), torch.zeros(2, tokens, dim))])
+
+
+def turned(start, length, turns={}):  # noqa: B006
+    """A chunk of 4 tokens whose keys turn by the same table as others'."""
+    made = turns.setdefault(length, [Turn(torch.ones(length, 8), torch.ones(length, 8))])
+    return Run(layers(4), start, 4, turns=made)
+
 
 Q, KV, SPANS = torch.randn(4, 3, 16), torch.randn(2, 9, 16), key_spans(torch.tensor([2, 5, 8]))
 
@@ -85,6 +101,31 @@ REFUSED = {
         lambda: place(KV, Stored(KV[None], (2, 9, 16), slots=torch.zeros(8).long())),
         r"slots must be \[T\] = \[9\]",
     ),
+    "layers-kinds": (lambda: place_layers(layers(9), [Run(layers(9, 8), 0, 9)]), r"source has \(\(2, 8\), \(2, 8\)\)"),
+    "layers-slots": (lambda: place_layers(layers(9), [Run(layers(4), 6, 4)]), "slots 6 to 10 of 9"),
+    "layers-front": (lambda: place_layers(layers(9), [Run(layers(4), -1, 4)]), "slots -1 to 3 of 9"),
+    "layers-part": (
+        lambda: place_layers(layers(9), [Run(layers(4), 0, 3)]),
+        "all 4 tokens of a chunk are placed, got 3",
+    ),
+    "layers-no-pool": (lambda: place_layers(layers(9), [Run(layers(4), 0, 4, torch.arange(4))]), "given of pools"),
+    "layers-pool": (
+        lambda: place_layers(layers(9), [Run(Layers.pool([(KV[None], KV[None])]), 0, 9)]),
+        "given of pools",
+    ),
+    "layers-int32": (
+        lambda: place_layers(layers(9), [Run(Layers.pool([(KV[None], KV[None])]), 0, 9, torch.arange(9).int())]),
+        "int64 on the CPU, got torch.int32",
+    ),
+    "layers-range": (lambda: place_layers(layers(9), [], layers=range(2)), r"1 layers, got range\(0, 2\)"),
+    "layers-out": (lambda: place_layers(Layers.pool([(KV[None], KV[None])]), []), "out must be numbers"),
+    "layers-turns": (lambda: place_layers(layers(9), [Run(layers(4), 0, 4, turns=[])]), "out has 1 layers, 0 turn"),
+    "layers-short-turn": (lambda: place_layers(layers(9), [turned(4, 3), turned(0, 3)]), "reach to slot 7, got 3"),
+    "layers-device": (
+        lambda: place_layers(layers(9), [Run(Layers.raw([(KV.to("meta"), KV.to("meta"))]), 0, 9)]),
+        "out is on cpu, the source on meta",
+    ),
+    "layers-uneven": (lambda: Layers.raw([(KV, KV[:, :8])]), "the same tokens"),
     "fresh-dtype": (lambda: deviation(KV, KV.half()), "one dtype and device"),
     "rows": (lambda: deviation(KV, KV, rows=torch.zeros(8).long()), "rows"),
     "rows-dtype": (lambda: scatter(KV, KV, torch.zeros(9), KV, KV), "int32 or int64"),

@@ -43,7 +43,7 @@ def test_tiny(tmp_path):
     assert [(row["ran"], row["same_tokens"]) for row in said] == [("eager", 1.0), ("fixed", 1.0)]
     memory = [row for row in rows if row["benchmark"] == "memory"]
     places = {row["operation"] for row in memory if row["operation"].startswith("place")}
-    assert places == {f"place {kind}" for kind in ("bf16", "pool", "int8", "fp8", "int4")}
+    assert places == {f"place {kind}" for kind in ("bf16", "pool", "int8", "fp8", "int4", "layers at once")}
     assert all(row["bytes"] > 0 and row["of_copy"] > 0 and min(row["seconds"]) > 0 for row in memory)
     attention = {row["what"]: row for row in rows if row["benchmark"] == "attention"}
     assert set(attention) == {"selective", "selective, few", "sdpa with a mask", "dense causal"}

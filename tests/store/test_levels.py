@@ -206,7 +206,7 @@ def test_parts_are_what_a_tier_holds(folder, kv, key):
         store.put(key(1), want)
         store.put(key(2), want, rotations=rotations())
         with store.read([key(1), key(2), key(3)]) as batch:
-            assert (batch.codecs, batch.blocks) == (["int8", "int8", None], [None] * 3)
+            assert (batch.codecs, batch.slots) == (["int8", "int8", None], [None] * 3)
             assert batch.unrotated == [False, True, False]
             for side, parts, got in zip("kv", batch.parts(0, 1), batch.layer(0, 1), strict=True):
                 decoded = get_codec("int8").decode(parts, tuple(got.shape), got.dtype, side)
@@ -219,13 +219,20 @@ def test_parts_are_what_a_tier_holds(folder, kv, key):
 def test_parts_in_a_pool_are_blocks(kv, key):
     want = kv(1, tokens=70)
     with TieredStore(gpu_bytes=1 << 20, cpu_bytes=1 << 20, device="cpu") as store:
-        store.put(key(1), want)
+        store.put_many([(key(1), want, 0.0), (key(2), want, 0.0)])
         store.get(key(1))
+        with store.read([key(1), key(2)]) as batch:
+            batch.kept(1)["of"] = "the chunk in memory"
+        store.get(key(2))
+        with store.read([key(1)]) as batch:
+            batch.kept(0)["of"] = "the pool"
+        with store.read([key(2), key(1)]) as batch:
+            assert batch.tiers == ["gpu"] * 2 and [batch.kept(index) for index in (0, 1)] == [{"of": "the pool"}] * 2
         with store.read([key(1)]) as batch:
             assert (batch.tiers, batch.codecs) == (["gpu"], ["raw"])
             for parts, tensor in zip(batch.parts(0, 2), (want.keys[2], want.values[2]), strict=True):
-                gathered = parts[""][batch.blocks[0]].transpose(0, 1).flatten(1, 2)
-                assert torch.equal(gathered[:, :70], tensor)
+                slots, page = batch.slots[0], parts[""].shape[2]
+                assert torch.equal(parts[""][slots // page, :, slots % page].transpose(0, 1), tensor)
 
 
 def test_a_record_whose_parts_have_another_shape_is_not_placed(folder, kv, key):

@@ -95,6 +95,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     template = ragkv.PromptTemplate(prefix=[1], after_chunk="\n", before_question="{a}{b}", slots={"a": "", "b": [2]})
     with ragkv.Engine(model, tokenizer, store=store, template=template, method=Own(), gate=ragkv.Gate()) as made:
         assert_type(made, ragkv.Engine)
+        assert_type(made.piece_tokens, int)
         chunks = assert_type(made.add_document(["a", [1, 2]]), list[ragkv.Chunk])
         assert_type(made.add_document(["b"], behind=[*chunks, "c"])[0].front, int)
         assert_type(made.add(["a passage"]), list[ragkv.Chunk])
@@ -119,6 +120,7 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         assert_type(report.chunks, list[ChunkReport])
         assert_type(report.recomputed, list[tuple[int, int]])
         assert_type(chunks[0].name, str)
+        assert_type(chunks[0].id, str)
         stream = assert_type(made.stream(chunks, "a question?"), ragkv.AnswerStream)
         for piece in stream:
             assert_type(piece, str)

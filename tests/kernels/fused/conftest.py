@@ -5,6 +5,7 @@ without it nothing is collected here.
 """
 
 import os
+from threading import RLock
 
 import pytest
 import torch
@@ -12,6 +13,20 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 collect_ignore = [] if torch.cuda.is_available() else ["test_graphs.py"]  # no interpreter stands for CUDA's graphs
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def one_by_one(monkeypatch):
+    """The interpreter runs one kernel at a time: it changes triton's language while it does. Compiled kernels have no such need."""
+    from triton.runtime.interpreter import GridExecutor
+
+    lock, run = RLock(), GridExecutor.__call__
+
+    def alone(*args, **kwargs):
+        with lock:
+            return run(*args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", alone)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import torch
 
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, QuestionAware, Reuse, TieredStore
 from ragkv.fusion import placement
+from ragkv.kernels.triton_impl import place as launching
+from ragkv.kernels.triton_impl import place_layers
 from ragkv.testing import random_ids, tiny_model
 
 
@@ -24,7 +26,7 @@ def test_prompts_are_those_of_the_reference(device, architecture):
 
 
 def test_one_pass_for_several_prompts(device, monkeypatch):
-    """As on a GPU: each layer of each prompt is placed from the pool's blocks in the pass that all of them share."""
+    """As on a GPU: each prompt is placed from the pool's blocks, and one pass computes what all of them need."""
     plain = placement.Placement.__init__
     model = tiny_model("gpt_oss", num_hidden_layers=2).to(device)  # windows and sinks
     store = TieredStore(gpu_bytes=1 << 20, device=device)
@@ -48,17 +50,22 @@ def test_one_pass_for_several_prompts(device, monkeypatch):
             torch.testing.assert_close(layer.values, other.values, atol=1e-4, rtol=1e-4)
 
 
-def test_from_the_pool_layer_by_layer(device, monkeypatch):
-    """As on a GPU: chunks lie in blocks of the pool, and each layer of a prompt is one launch."""
-    plain = placement.Placement.__init__
-    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: plain(*args, **more, by_layer=True))
-    model = tiny_model("llama", num_hidden_layers=1).to(device)
+@pytest.mark.parametrize("architecture", ["llama", "cohere2"])  # cohere2: windows, and a layer whose keys do not turn
+def test_from_the_pool_at_once(device, monkeypatch, architecture):
+    """As on a GPU: chunks lie in blocks of the pool, and all layers of all of them are one launch."""
+    init, launched, launch = placement.Placement.__init__, [], launching.launch_kind
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
+    monkeypatch.setattr(place_layers, "launch_kind", lambda *args: (launched.append(len(args[1])), launch(*args)))
+    model = tiny_model(architecture, num_hidden_layers=4).to(device)
     store = TieredStore(gpu_bytes=1 << 20, device=device)
     template, passages = PromptTemplate(prefix=[1, 5]), [random_ids(n) for n in (19, 14)]
-    engines = Engine(model, template=template), Engine(model, template=template, kernels="triton", store=store)
+    plain = Engine(model, template=template, kernels="reference")
+    engines = plain, Engine(model, template=template, kernels="triton", store=store)
     for _ in range(2):  # after its first use a chunk is in the pool
+        launched.clear()
         want, got = (e.fuse(e.add(passages)[::-1], random_ids(3), method=Reuse()) for e in engines)
-    assert got.report.hits == {"gpu": 2}
+    # K and V of 4 layers: of the prefix; and of two runs, one chunk where it was made and one that turns
+    assert got.report.hits == {"gpu": 2} and launched == [8, 16]
     for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)

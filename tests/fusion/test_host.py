@@ -1,0 +1,153 @@
+"""What a warm prompt takes of the host: nothing that grows with layers times chunks, nor with tokens one by one."""
+
+from collections import Counter
+from hashlib import blake2b
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore, chunk
+from ragkv.chunk import Chunk, digest
+from ragkv.fusion import placement
+from ragkv.fusion.layout import lay_out
+from ragkv.fusion.passes import Pass
+from ragkv.testing import SMALL, random_ids, tiny_model
+
+VIEWS = {"select", "slice", "unsqueeze", "view", "detach", "split", "lift_fresh", "empty", "_reshape_alias"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be given to do: no views, and no memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.name().removeprefix("aten::").partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Hashes:
+    """In the place of blake2b: counts bytes."""
+
+    seen = 0
+
+    def __init__(self, **more):
+        self._hasher = blake2b(**more)
+
+    def update(self, data):
+        Hashes.seen += len(data)
+        self._hasher.update(data)
+
+    def digest(self):
+        return self._hasher.digest()
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """Engines of so many layers, and so many chunks that lie in the GPU tier."""
+    made = {}
+    for layers, count in ((2, 12), (5, 12), (2, 24)):
+        store = TieredStore(gpu_bytes=1 << 24, device="cpu")
+        model = tiny_model(num_hidden_layers=layers)
+        engine = Engine(model, template=PromptTemplate(prefix=[1, 5]), store=store, method=Reuse())
+        chunks = engine.add([random_ids(8, number) for number in range(count)])
+        engine.fuse(chunks, random_ids(3))
+        made[layers, count] = engine, chunks
+    yield made
+    for engine, _ in made.values():
+        engine.close()
+
+
+@pytest.fixture
+def warm(engines, monkeypatch):
+    """A warm prompt, neither placed nor computed: what a GPU is given to do until then, and bytes that are hashed."""
+    init = placement.Placement.__init__
+
+    def run(layers, count, method):
+        engine, chunks = engines[layers, count]
+        logits, runs, Hashes.seen = torch.zeros(1, 1, SMALL["vocab_size"]), [], 0
+        with monkeypatch.context() as patched, Launches() as launches:
+            patched.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
+            patched.setattr(placement, "place_layers", lambda out, some, **more: runs.append(len(some)))
+            patched.setattr(engine.model, "forward", lambda **given: SimpleNamespace(logits=logits))
+            patched.setattr(chunk, "blake2b", Hashes)
+            prompt = engine.fuse(chunks, random_ids(3), method=method)
+        assert prompt.report.hits == {"gpu": count} and runs == [
+            3
+        ]  # what stands in front, the chunk that stays, and the others
+        return {name: count for name, count in launches.seen.items() if name not in VIEWS}, Hashes.seen
+
+    return run
+
+
+@pytest.mark.parametrize("method", [Reuse(), LegoLink(2)], ids=["reuse", "lego-link"])
+def test_neither_layers_nor_chunks_are_taken_one_by_one(method, warm):
+    launched, hashed = warm(2, 12, method)
+    assert (launched, hashed) == warm(5, 12, method) == warm(2, 24, method)
+    assert sum(launched.values()) < 70 and hashed < 1000
+
+
+class Waits(TorchDispatchMode):
+    """Raises, once it is armed, where the host would wait for a device."""
+
+    armed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        masks = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if self.armed and (
+            masks or name in {"_local_scalar_dense", "nonzero", "_unique2", "isin", "bincount", "equal"}
+        ):
+            raise AssertionError(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [Reuse(), LegoLink(2)], ids=["reuse", "lego-link"])
+def test_between_placing_and_the_pass_nothing_is_waited_for(method, engines, monkeypatch):
+    """Else the pass would be launched only when everything is placed."""
+    engine, chunks = engines[2, 12]
+    init, placed, passed, seen = placement.Placement.__init__, placement.place_layers, Pass.logits, []
+    want = engine.fuse(chunks[::-1], random_ids(3), method=method)
+    with Waits() as waits:
+
+        def arm(*args, **more):
+            waits.armed = True
+            placed(*args, **more)
+
+        def disarm(*args, **more):
+            seen.append(waits.armed)
+            waits.armed = False
+            return passed(*args, **more)
+
+        monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
+        monkeypatch.setattr(placement, "place_layers", arm)
+        monkeypatch.setattr(Pass, "logits", disarm)
+        got = engine.fuse(chunks[::-1], random_ids(3), method=method)
+    assert seen == [True] and got.report.fresh_by_layer == want.report.fresh_by_layer
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layout_looks_no_further_than_it_has_to():
+    """What is exact where it stands is found as by hashing everything in front of each chunk."""
+    first, second = random_ids(5), random_ids(7)
+    one = Chunk(tuple(first), document="d", number=0)
+    two = Chunk(tuple(second), document="d", number=1, offset=5, context=digest(b"", first))
+    three = Chunk((9,), document="d", number=2, offset=12, context=digest(two.context, second))
+    cpu = torch.device("cpu")
+    cases = {
+        (one, two, three): [True] * 3,
+        (one, three, two): [True, False, False],
+        (two, one, three): [False] * 3,  # the third where it was, behind the same tokens in another order
+        (one, Chunk(tuple(second)), three): [True, False, True],  # behind the same ids, of another chunk
+        (one, Chunk(tuple(random_ids(7, 1))), three): [True, False, False],
+    }
+    for chunks, exact in cases.items():
+        assert [placed.exact for placed in lay_out((1, 2), (1, 2), chunks, (3,), cpu).chunks] == exact
+    layout = lay_out((), (), [one, two], (), cpu)
+    assert layout.listed() == [*first, *second] == layout.ids.tolist() and layout.listed(3, 6) == layout.listed()[3:6]
+    assert layout.span(*layout.chunks, first=6).tolist() == [*range(5), *range(5, 11)]
+    assert layout.span().tolist() == [] and layout.span().dtype == torch.long
