@@ -242,7 +242,7 @@ def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
         "--remote",
         metavar="URL",
         required=pool_required,
-        help="a pool for KV that machines share: s3://BUCKET/PREFIX, gs://, az://, file:///, redis://",
+        help="a pool for KV that machines share: s3://BUCKET/PREFIX, gs://, az://, file:///, redis://, mooncake://",
     )
     options.add_argument(
         "--codec", metavar="NAME", help="how KV are encoded on disk: raw, lossless, int8, fp8, int4, cachegen"

@@ -25,6 +25,11 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_for(what: Callable[[], object], limit_s: float = 5.0) -> None:
     """Waits until something holds."""
     until = time.monotonic() + limit_s
@@ -156,15 +161,11 @@ class Valkey:
     def begin(self) -> None:
         options = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
         self._process = subprocess.Popen([self._program, *options], stdout=subprocess.DEVNULL)
-        wait_for(self._listens)
+        wait_for(lambda: listens(self.port))
 
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-
-    def _listens(self) -> bool:
-        with socket.socket() as tried:
-            return tried.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +180,54 @@ def valkey_server():
     server.end()
 
 
-@pytest.fixture(params=["memory", "file", "s3", "redis"])
+class Mooncake:
+    """A store of one's own: a master, and a process that lends memory; both may be killed."""
+
+    def __init__(self, programs: Path) -> None:
+        self._programs, self.port, self.admin = programs, free_port(), free_port()
+        self.begin()
+        self.holder = self._run(
+            "client", "--host=127.0.0.1", f"--port={free_port()}", f"--master_server_address=127.0.0.1:{self.port}",
+            "--metadata_server=P2PHANDSHAKE", "--protocol=tcp", "--global_segment_size=128MB", "--threads=1",
+        )  # fmt: skip
+        self.url = f"mooncake://127.0.0.1:{self.port}/%s?admin={self.admin}"
+        wait_for(lambda: self._told("get_all_segments"), 20)
+
+    def begin(self) -> None:
+        self.master = self._run(
+            "master", "--rpc_address=127.0.0.1", f"--rpc_port={self.port}", "--metrics_host=127.0.0.1",
+            f"--metrics_port={self.admin}",
+        )  # fmt: skip
+        wait_for(lambda: listens(self.port))
+
+    def end(self) -> None:
+        for process in (self.master, self.holder):
+            process.kill()
+            process.wait()
+
+    def _run(self, program: str, *options: str) -> subprocess.Popen:
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen([self._programs / f"mooncake_{program}", *options], stdout=quiet, stderr=quiet)
+
+    def _told(self, what: str) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin)
+        connection.request("GET", f"/{what}")
+        return connection.getresponse().read().decode()
+
+
+@pytest.fixture(scope="session")
+def mooncake_server():
+    store = pytest.importorskip(
+        "mooncake.store",
+        reason="needs Mooncake's store: pip install 'ragkv[mooncake]', apt install libibverbs1",
+        exc_type=ImportError,
+    )
+    server = Mooncake(Path(store.__file__).parent)
+    yield server
+    server.end()
+
+
+@pytest.fixture(params=["memory", "file", "s3", "redis", "mooncake"])
 def url(request, tmp_path):
     """A pool of each kind, empty."""
     if request.param == "s3":
@@ -187,6 +235,8 @@ def url(request, tmp_path):
     if request.param == "redis":
         port = request.getfixturevalue("valkey_server").port
         return f"redis://127.0.0.1:{port}/0?prefix={time.monotonic_ns()}:"
+    if request.param == "mooncake":
+        return request.getfixturevalue("mooncake_server").url % time.monotonic_ns()
     return f"file://{tmp_path}/pool" if request.param == "file" else f"memory://{time.monotonic_ns()}"
 
 
