@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -87,7 +88,7 @@ class MooncakePool(Pool):
         _mooncake()
         self._closed = False
         self._threads = ThreadPoolExecutor(_THREADS, "ragkv-pool")
-        self._lock = threading.Lock()
+        self._lock, self._here = threading.Lock(), threading.local()
         # What is small does not stand in line behind what is large.
         self._small, self._large = deque[_Range](), deque[_Range]()
         self._answered = 0.0
@@ -115,8 +116,22 @@ class MooncakePool(Pool):
         wanted = _Range(self._prefix + name, start, stop, Future())
         with self._lock:
             (self._small if stop - start <= _SMALL_BYTES else self._large).append(wanted)
-        self._submit(self._serve)
+        if not getattr(self._here, "together", False):
+            self._submit(self._serve)
         return wanted.future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See :class:`Pool`."""
+        self._here.together = True
+        try:
+            yield
+        finally:
+            self._here.together = False
+            with self._lock:
+                calls = bool(self._small) + math.ceil(len(self._large) / self._requests)
+            for _ in range(calls):
+                self._submit(self._serve)
 
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
         """See :class:`Pool`. It does not go by itself when its lifetime ends."""

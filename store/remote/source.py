@@ -63,10 +63,11 @@ class Fetch:
         if not backwards:
             order.sort(key=lambda each: each[0])
         asked = list[tuple[Future[Any], int]]()
-        for number, reading in order:
-            with suppress(StoreError):  # whoever reads it asks again, and is told
-                future = reading.ask(number)
-                asked += [] if future is None else [(future, reading.size(number))]
+        with self.pool.together():
+            for number, reading in order:
+                with suppress(StoreError):  # whoever reads it asks again, and is told
+                    future = reading.ask(number)
+                    asked += [] if future is None else [(future, reading.size(number))]
         if asked:
             tokens, known = sum(reading.record.tokens for reading in readings), self._speed.loading
             self._token_bytes = sum(reading.record.payload_bytes for reading in readings) / tokens

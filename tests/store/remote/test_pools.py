@@ -12,6 +12,8 @@ from ragkv.folder import Environment
 from ragkv.store import RemoteTier, TieredStore, chunk_key
 from ragkv.store.keys import path_key
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.remote.opening import open_pool
+from ragkv.store.remote.pool import ClosedError
 from ragkv.store.remote.records import name_of
 
 SECRET = bytes(range(32))
@@ -191,3 +193,35 @@ def test_a_tier_belongs_to_one_store(machine, tmp_path):
     machine(tier)
     with pytest.raises(StoreError, match="one store"):
         TieredStore(remote=tier)
+
+
+def test_what_is_begun_together_is_asked_for_at_once_at_the_end(url):
+    pool = open_pool(url, 3.0, 16)
+    for number in range(3):
+        pool.write(f"ab/{number}", bytes([number]) * 10, 60.0)
+    with pool.together():
+        begun = [pool.begin(f"ab/{number}", number, 9) for number in range(4)]
+    assert [None if data is None else bytes(data) for data in pool.answers(begun)] == [
+        b"\0" * 9, b"\1" * 8, b"\2" * 7, None,
+    ]  # fmt: skip
+    with pytest.raises(ClosedError):
+        with pool.together():
+            begun = pool.begin("ab/1", 0, 9)
+            pool.close()
+        pool.answer(begun)
+
+
+def test_an_object_store_is_woken_once_for_all_chunks(tmp_path, machine, kv, key, monkeypatch):
+    """A thread that wakes another one waits for it: once a chunk and range that took half of the time."""
+    one, two = machine(f"file://{tmp_path}/pool"), machine(f"file://{tmp_path}/pool", range_bytes=50_000)
+    for number in range(5):
+        one.put(key(number), kv(number, tokens=700, layers=9))
+    one.flush()
+    pool, woken = two.remote._pool, []
+    wake = pool._wake
+    monkeypatch.setattr(pool, "_wake", lambda begun: (woken.append(len(begun)), wake(begun))[1])
+    with two.read([key(number) for number in range(5)]) as batch:
+        for layer in range(9):
+            for index in range(5):
+                batch.layer(index, layer)
+    assert len(woken) == 2 and woken[0] == 5 and woken[1] > 5
