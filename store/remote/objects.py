@@ -23,7 +23,8 @@ _WRITE_S = 30.0  # what is sent may take long before an answer comes
 _END_S = 0.5
 _LISTED = 1000
 _SMALL_BYTES = 64 << 10
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+_PLAIN = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 
 Answer = TypeVar("Answer")
 _Begun: TypeAlias = tuple[Coroutine[Any, Any, Any], Future[Any]]  # a request, and its answer
@@ -257,7 +258,7 @@ def _patience(limit_s: float) -> dict[str, Any]:
 
 def _plain_http() -> bool:
     """Whether the environment names an endpoint without encryption: obstore looks there only where it is given no options."""
-    allowed = any(os.environ.get(name, "").lower() in ("1", "true") for name in ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP"))
+    allowed = any(os.environ.get(name, "").lower() in ("1", "true") for name in _PLAIN)
     return allowed or any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import hmac
 import http.client
 import shutil
 import socket
 import subprocess
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from contextlib import suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +20,10 @@ import pytest
 
 from ragkv.store import TieredStore
 from ragkv.store.remote import RemoteTier
+
+# Known to all: Azurite's own.
+AZURITE = "devstoreaccount1"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 def free_port() -> int:
@@ -44,10 +51,12 @@ class Relay:
     Attributes:
         fault: "500", "cut" (half of the body, then the end), "stall" or "" for none; where ``when`` holds of method and path.
         asked: method and path of every request.
+        authorization: in place of what was sent.
     """
 
     def __init__(self, behind: str) -> None:
         self.fault, self.when, self.asked = "", lambda method, path: True, []
+        self.authorization = ""
         self._behind = urlsplit(behind).netloc
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
@@ -99,7 +108,11 @@ class Relay:
         if fault == "stall":
             time.sleep(1.5)
         connection = http.client.HTTPConnection(self._behind, timeout=10)
-        connection.request(handler.command, handler.path, body, dict(handler.headers))
+        headers = dict(handler.headers)
+        if self.authorization:
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            headers["Authorization"] = self.authorization
+        connection.request(handler.command, handler.path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
         handler.send_response(answer.status)
@@ -149,6 +162,56 @@ def relay(s3, s3_server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", relay.url)
     yield relay
     relay.end()
+
+
+@pytest.fixture
+def gs(s3_server, tmp_path, monkeypatch):
+    """A URL of Google Cloud Storage, whose XML is S3's as far as it is used here; the server only knows S3's signatures."""
+    relay = Relay(s3_server)
+    relay.authorization = (
+        "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=, Signature="
+    )
+    account = tmp_path / "account.json"
+    account.write_text('{"disable_oauth": true, "client_email": "", "private_key": "", "private_key_id": ""}')
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+    monkeypatch.setenv("GOOGLE_BASE_URL", relay.url)
+    yield f"gs://pool/{time.monotonic_ns()}"
+    relay.end()
+
+
+@pytest.fixture(scope="session")
+def azurite():
+    """Azure's emulator, with a container; its account and key are the same everywhere."""
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("needs Azurite: npm install -g azurite")
+    port = free_port()
+    options = ("--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck", "--silent")
+    process = subprocess.Popen(
+        [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), *options], stdout=subprocess.DEVNULL
+    )
+    wait_for(lambda: listens(port), 30)
+    date, about = formatdate(usegmt=True), "x-ms-version:2021-08-06"
+    said = f"PUT{12 * chr(10)}x-ms-date:{date}\n{about}\n/{AZURITE}/{AZURITE}/pool\nrestype:container"
+    signed = b64encode(hmac.digest(b64decode(AZURITE_KEY), said.encode(), "sha256")).decode()
+    headers = {"x-ms-date": date, "x-ms-version": about.partition(":")[2], "Content-Length": "0"}
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(
+        "PUT",
+        f"/{AZURITE}/pool?restype=container",
+        headers=headers | {"Authorization": f"SharedKey {AZURITE}:{signed}"},
+    )
+    assert connection.getresponse().status == 201
+    yield f"http://127.0.0.1:{port}/{AZURITE}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def az(azurite, monkeypatch):
+    for name, value in (("ACCOUNT_NAME", AZURITE), ("ACCOUNT_KEY", AZURITE_KEY), ("ENDPOINT", azurite)):
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    return f"az://pool/{time.monotonic_ns()}"
 
 
 class Valkey:
@@ -227,11 +290,14 @@ def mooncake_server():
     server.end()
 
 
-@pytest.fixture(params=["memory", "file", "s3", "redis", "mooncake"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("gs", "az")]  # by obstore, too, like s3
+
+
+@pytest.fixture(params=["memory", "file", "s3", *LONG, "redis", "mooncake"])
 def url(request, tmp_path):
     """A pool of each kind, empty."""
-    if request.param == "s3":
-        return request.getfixturevalue("s3")
+    if request.param in ("s3", "gs", "az"):
+        return request.getfixturevalue(request.param)
     if request.param == "redis":
         port = request.getfixturevalue("valkey_server").port
         return f"redis://127.0.0.1:{port}/0?prefix={time.monotonic_ns()}:"

@@ -44,6 +44,17 @@ def test_what_one_machine_puts_another_reads(url, machine, options, kv, key, sam
     assert two.stats().pools["remote"].pending == 0, "what came from the pool is not sent there"
 
 
+def test_google_cloud_storage_by_its_own_client(gs, machine, kv, key, same):
+    """All of this file is tried on it, and on Azure's emulator, where there is time (`-m long`)."""
+    one, two = machine(gs), machine(gs)
+    one.put(key(1), kv(1))
+    one.flush()
+    same(two.get(key(1)), kv(1))
+    two.remove(key(1))
+    two.flush()
+    assert machine(gs).get(key(1)) is None
+
+
 def test_of_many_chunks_each_is_asked_for(tmp_path, machine, kv, key):
     """A long document has more chunks than are asked for together."""
     one, two, many = machine(f"file://{tmp_path}/pool"), machine(f"file://{tmp_path}/pool"), 2100
