@@ -7,12 +7,11 @@ import os
 import socket
 import threading
 import time
-import urllib.request
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -280,14 +279,18 @@ class MooncakePool(Pool):
             client.unregister_buffer(room.ctypes.data)
 
     def _listed(self) -> list[str]:
-        host = f"[{self._member.master[0]}]" if ":" in self._member.master[0] else self._member.master[0]
+        master = HTTPConnection(self._member.master[0], self._member.admin, timeout=self._limit_s)
         try:
-            with urllib.request.urlopen(
-                f"http://{host}:{self._member.admin}/get_all_keys", timeout=self._limit_s
-            ) as all:
-                return all.read().decode(errors="replace").splitlines()
+            master.request("GET", "/get_all_keys")
+            answer = master.getresponse()
+            listed = answer.read().decode(errors="replace")
+            if answer.status != 200:
+                raise HTTPException(f"status {answer.status}")
         except (OSError, HTTPException) as error:
             raise PoolError(f"{self.name}: its master does not say what is there (admin=PORT): {error}") from error
+        finally:
+            master.close()
+        return listed.splitlines()
 
     def _sizes(self, keys: Sequence[str]) -> dict[str, int]:
         client = self._joined()
@@ -326,7 +329,9 @@ class _Members:
                 except OSError as error:
                     raise PoolError(f"Mooncake's master does not answer: {type(error).__name__}: {error}") from error
                 client = _mooncake()()
-                master = "{}:{}".format(*member.master)
+                master = (
+                    "{}:{}".format(*member.master) if ":" not in member.master[0] else "[{}]:{}".format(*member.master)
+                )
                 code = client.setup(host, member.metadata, member.segment, 0, member.protocol, member.device, master)
                 if code:
                     raise PoolError(f"Mooncake's store at {master} cannot be joined: error {code}")

@@ -247,7 +247,7 @@ class Mooncake:
     """A store of one's own: a master, and a process that lends memory; both may be killed."""
 
     def __init__(self, programs: Path) -> None:
-        self._programs, self.port, self.admin = programs, free_port(), free_port()
+        self.programs, self.port, self.admin = programs, free_port(), free_port()
         self.begin()
         self.holder = self._run(
             "client", "--host=127.0.0.1", f"--port={free_port()}", f"--master_server_address=127.0.0.1:{self.port}",
@@ -270,7 +270,7 @@ class Mooncake:
 
     def _run(self, program: str, *options: str) -> subprocess.Popen:
         quiet = subprocess.DEVNULL
-        return subprocess.Popen([self._programs / f"mooncake_{program}", *options], stdout=quiet, stderr=quiet)
+        return subprocess.Popen([self.programs / f"mooncake_{program}", *options], stdout=quiet, stderr=quiet)
 
     def _told(self, what: str) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.admin)

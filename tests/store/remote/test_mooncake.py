@@ -15,6 +15,8 @@ from ragkv.store import TieredStore
 from ragkv.store.remote.mooncake import MooncakePool
 from ragkv.store.remote.pool import ClosedError, PoolError
 
+from .conftest import Mooncake
+
 
 @pytest.fixture
 def pools(mooncake_server):
@@ -28,6 +30,14 @@ def pools(mooncake_server):
     yield make
     for pool in opened:
         pool.close()
+
+
+@pytest.fixture
+def breaking(mooncake_server):
+    """A store that may be broken."""
+    server = Mooncake(mooncake_server.programs)
+    yield server
+    server.end()
 
 
 @pytest.mark.parametrize(
@@ -82,19 +92,19 @@ def test_who_reads_what_is_replaced_finds_one_or_the_other(pools):
     assert sum(bytes(data) in values for data in found) > len(found) / 2
 
 
-def test_a_master_that_is_away_costs_time_alone(mooncake_server, pools, soon):
-    pool = pools()
+def test_a_master_that_is_away_costs_time_alone(breaking, pools, soon):
+    pool = pools(breaking.url % "one")
     pool.write("one", b"1", 1.0)
-    mooncake_server.master.kill()
-    mooncake_server.master.wait()
+    breaking.master.kill()
+    breaking.master.wait()
     try:
         for ask in (lambda: pool.read("one", 0, 1), lambda: pool.which(["one"]), lambda: list(pool.names())):
             with pytest.raises(PoolError):
                 ask()
         with pytest.raises(PoolError):
-            pools(mooncake_server.url % "other" + "&protocol=tcp&host=127.0.0.1").which(["one"])
+            pools(breaking.url % "other" + "&protocol=tcp&host=127.0.0.1").which(["one"])
     finally:
-        mooncake_server.begin()
+        breaking.begin()
 
     def writes() -> bool:
         try:
@@ -136,9 +146,9 @@ def test_a_closed_pool_and_a_forked_child_ask_for_nothing(pools):
         pool.begin("one", 0, 1)
 
 
-def test_what_a_process_lends_goes_with_it(mooncake_server, pools):
+def test_what_a_process_lends_goes_with_it(breaking, pools):
     """Stored there where nobody else lends enough; without it, it is a miss, or an error until the master knows."""
-    url, size = mooncake_server.url % "lent", 150 << 20  # more than the server's own
+    url, size = breaking.url % "lent", 150 << 20  # more than the server's own
     program = f"""
 from ragkv.store.remote.mooncake import MooncakePool
 pool = MooncakePool.open({url + "&segment=209715200"!r}, 5, 16)
