@@ -31,7 +31,6 @@ _EXTRAS = {
     "zstd": ("the codecs lossless and cachegen", "zstandard"),
     "remote": ("a shared pool in an object store", "obstore"),
     "redis": ("a shared pool in Redis or Valkey", "redis"),
-    "mooncake": ("a shared pool in Mooncake's store", "mooncake.store"),
     "triton": ("kernels on a GPU", "triton"),
     "langchain": ("LangChain", "langchain_core"),
     "llamaindex": ("LlamaIndex", "llama_index.core"),

@@ -81,7 +81,7 @@ def options_of(args: argparse.Namespace, remote: object = None) -> dict[str, Any
         "gpu_bytes": args.gpu_size,
         "cpu_bytes": args.cpu_size,
         "disk_bytes": args.disk_size,
-        "remote": remote or pool_of(args),
+        "remote": pool_of(args) if remote is None else remote,
         "lifetime_s": args.lifetime,
         "paths": args.keeps_paths,
     }

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 
 from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
+from ragkv.store.remote.pool import ClosedError, Pool, PoolError, end, shown
 
 _MASTER_PORT, _ADMIN_PORT = 50051, 9003
 _SMALL_BYTES = 64 << 10
@@ -179,7 +179,7 @@ class MooncakePool(Pool):
             self._large.clear()
             self._closed = True
         for wanted in waiting:
-            wanted.future.cancel()
+            end(wanted.future)
 
     def _submit(self, work: Callable[..., Answer], *args: Any) -> Future[Answer]:
         try:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import Pool, PoolError, shown
+from ragkv.store.remote.pool import Pool, PoolError, end, shown
 
 _RETRIES = 2
 _REQUEST_S = 60.0  # of one that goes on
@@ -148,7 +148,7 @@ class ObjectPool(Pool):
                 return
         for request, future in begun:
             request.close()
-            future.cancel()
+            end(future)
 
     async def _read(self, name: str, start: int, stop: int) -> Any:
         try:
@@ -214,7 +214,7 @@ def _run(loop: asyncio.AbstractEventLoop, begun: Sequence[_Begun]) -> None:
 
 def _tell(future: Future[Any], task: asyncio.Task[Any]) -> None:
     if task.cancelled():
-        future.cancel()
+        end(future)
     elif future.set_running_or_notify_cancel():
         error = task.exception()
         if error is None:

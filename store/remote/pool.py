@@ -159,6 +159,12 @@ class Breaker:
             self._trying = False
 
 
+def end(future: Future[Any]) -> None:
+    """Cancels what nobody works on any more; whoever waits for several at once is told, too."""
+    future.cancel()
+    future.set_running_or_notify_cancel()
+
+
 def shown(url: str) -> str:
     """A URL without user, password and query."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -220,6 +221,19 @@ def test_what_is_begun_together_is_asked_for_at_once_at_the_end(url):
             begun = pool.begin("ab/1", 0, 9)
             pool.close()
         pool.answer(begun)
+
+
+def test_what_a_closed_pool_does_not_answer_is_done_for_who_waits_for_several(tmp_path, relay, s3):
+    """As the placing of a prompt does, without a limit of time."""
+    pools = [open_pool(f"file://{tmp_path}/pool", 3.0, 16), open_pool(s3, 3.0, 16)]
+    relay.fault = "stall"
+    asked = pools[1].begin("ab/1", 0, 9)
+    with pools[0].together():
+        begun = pools[0].begin("ab/1", 0, 9)
+        pools[0].close()
+    pools[1].close()
+    for future in (begun, asked):
+        assert wait([future], 1.0).done and future.cancelled()
 
 
 def test_an_object_store_is_woken_once_for_all_chunks(tmp_path, machine, kv, key, monkeypatch):
