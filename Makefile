@@ -22,9 +22,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
-# A cluster is heavy: only long tests start one, and type checkers look at its types.
+# A cluster is heavy: only long tests start one, and type checkers look at its types. Mooncake's store also needs libibverbs1.
 $(VENV)/.long: $(READY)
-	$(BIN)/pip install -q -c constraints.txt -e ".[ray]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[ray,mooncake]"
 	touch $@
 
 test-long: $(VENV)/.long

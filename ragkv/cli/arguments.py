@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragkv import __version__
 from ragkv.cli import asking, calibrating, care, evaluating, filters, searching
+from ragkv.cli.pools import add_key_option
 from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
 
 if TYPE_CHECKING:
@@ -242,8 +243,9 @@ def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
         "--remote",
         metavar="URL",
         required=pool_required,
-        help="a pool for KV that machines share: s3://BUCKET/PREFIX, gs://, az://, file:///, redis://",
+        help="a pool for KV that machines share: s3://BUCKET/PREFIX, gs://, az://, file:///, redis://, mooncake://",
     )
+    add_key_option(options)
     options.add_argument(
         "--codec", metavar="NAME", help="how KV are encoded on disk: raw, lossless, int8, fp8, int4, cachegen"
     )

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from ragkv.cli import filters
+from ragkv.cli.pools import add_key_option
 from ragkv.cli.values import parsed
 
 _FILTER_HELP = (
@@ -56,6 +57,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     forget.add_argument("--namespace", metavar="NAME", help="whose documents (default: the one kept in the folder)")
 
     forget.add_argument("--remote", metavar="URL", help="delete their KV in this pool, too, for all that share it")
+    add_key_option(forget)
 
     prune = command(
         "prune",
@@ -72,6 +74,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="URL",
         help="in this pool, instead of a folder: KV that no published catalogue names, for all",
     )
+    add_key_option(prune)
     age = prune.add_mutually_exclusive_group()
     duration_option(age, "--grace", "of --remote: what was sent since stays (default: 7d)")
     duration_option(age, "--older-than", "of --remote: whatever was sent before goes, also what is named")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ragkv.cli import show
 from ragkv.cli.opening import options_of
+from ragkv.cli.pools import pool_for_many
 from ragkv.cli.reading import reading
 from ragkv.errors import ArgumentError, RagKVError
 from ragkv.library.done import Added
@@ -62,7 +63,11 @@ def precomputed(args: argparse.Namespace, path: Path) -> Precomputed:
     from ragkv.model.loading import BUNDLED
 
     kept = kept_in(path)
-    options = {name: value for name, value in options_of(args).items() if name not in _NOT_THERE and value is not None}
+    options = {
+        name: value
+        for name, value in options_of(args, pool_for_many(args)).items()
+        if name not in _NOT_THERE and value is not None
+    }
     if "model" not in kept:
         options.setdefault("model", BUNDLED)
     packed = "weights" in options or "weights" in kept

@@ -9,11 +9,12 @@ from ragkv.cli import docs
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import DOCS, listed, removed
 from ragkv.cli.opening import require_documents, sent
+from ragkv.cli.pools import opened_pool
 from ragkv.errors import RagKVError
 from ragkv.folder.filesystem import has_data
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.naming import matching, unknown
-from ragkv.store import RemoteTier, TieredStore
+from ragkv.store import TieredStore
 from ragkv.store.maintenance import computed_of, remove
 
 
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Remove what the targets name: all of it exists, or nothing is removed. KV that other documents name stay."""
     path = folder(args)
     require_documents(path)
-    pool = None if args.remote is None else RemoteTier(args.remote)
+    pool = opened_pool(args)
     namespace = _kept_namespace(path) if args.namespace is None else args.namespace
     found = {document.source: document for document in docs.documents(path) if document.namespace == namespace}
     chosen: dict[str, None] = {}

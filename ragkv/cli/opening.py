@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkv.cli import show
+from ragkv.cli.pools import pool_of
 from ragkv.errors import RagKVError, UploadError
 from ragkv.folder.filesystem import has_data
 
@@ -67,15 +68,20 @@ def open_unwritten(folder: Path, **options: Any) -> RAG:
     return open_rag(folder if there else None, readonly=there, **options)
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of the model, of how it is asked and of where KV are kept, for :func:`open_rag`."""
+def options_of(args: argparse.Namespace, remote: object = None) -> dict[str, Any]:
+    """What the options say of the model, of how it is asked and of where KV are kept, for :func:`open_rag`.
+
+    Args:
+        args: the options.
+        remote: a pool in place of the one that they name.
+    """
     return {
         **{name: getattr(args, name, None) for name in _ALIKE},
         "quiet": args.json,
         "gpu_bytes": args.gpu_size,
         "cpu_bytes": args.cpu_size,
         "disk_bytes": args.disk_size,
-        "remote": args.remote,
+        "remote": pool_of(args) if remote is None else remote,
         "lifetime_s": args.lifetime,
         "paths": args.keeps_paths,
     }
@@ -87,11 +93,10 @@ def asking_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     Raises:
         RagKVError: there are no documents, and no pool.
     """
-    options = options_of(args)
     if args.remote is None or (has_data(folder / "documents") and not _follows(folder, args.namespace)):
         require_documents(folder)
-        return options
-    return {**options, "follow": True}
+        return options_of(args)
+    return {**options_of(args, pool_of(args, readonly=True)), "follow": True}
 
 
 def _follows(folder: Path, namespace: str | None) -> bool:

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from ragkv.cli import show
 from ragkv.cli.arguments import folder
 from ragkv.cli.entries import Listed, listed, removed
+from ragkv.cli.pools import opened_pool
 from ragkv.errors import PublicationError, RagKVError
 
 if TYPE_CHECKING:
+    from ragkv.store import RemoteTier
     from ragkv.store.remote.pruning import Pruned
 
 
 def run(args: argparse.Namespace) -> int:
     """Remove what every given filter holds for and, by ``--max-size``, what is idle longest of the rest; or prune a pool."""
-    if args.remote is not None:
-        return _prune_pool(args)
+    pool = opened_pool(args)
+    if pool is not None:
+        return _prune_pool(args, pool)
     if args.grace is not None or args.older_than is not None:
         args.refuse("--grace and --older-than are of --remote URL; in a folder say --filter 'age>30d'")
     if not (args.filters or args.orphans or args.max_size is not None):
@@ -40,15 +43,13 @@ def run(args: argparse.Namespace) -> int:
     return removed(path, chosen, ask=not args.yes, dry_run=args.dry_run, as_json=args.json)
 
 
-def _prune_pool(args: argparse.Namespace) -> int:
+def _prune_pool(args: argparse.Namespace, pool: RemoteTier) -> int:
     """Delete in a pool what nobody needs any more, or what is old."""
     if args.filters or args.orphans or args.max_size is not None:
         args.refuse("--remote prunes a pool, and takes --grace or --older-than; the others are of a folder")
-    from ragkv.store import RemoteTier
-
     ages = {"grace_s": args.grace, "older_than_s": args.older_than}
     given = {name: age for name, age in ages.items() if age is not None}
-    with closing(RemoteTier(args.remote)) as pool:
+    with closing(pool):
 
         def pruned(dry_run: bool) -> Pruned:
             with show.progress(unit=" objects") as bar:

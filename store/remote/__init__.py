@@ -1,4 +1,7 @@
-"""A shared pool behind the other tiers: an object store, or Redis. What its clients need is loaded when a pool is opened."""
+"""A shared pool behind the other tiers: an object store, Redis, or Mooncake's store.
+
+What its clients need is loaded when a pool is opened.
+"""
 
 from __future__ import annotations
 

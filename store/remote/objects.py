@@ -9,12 +9,13 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, ClassVar, Self, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
+from ragkv.store.remote.pool import Pool, PoolError, end, shown
 
 _RETRIES = 2
 _REQUEST_S = 60.0  # of one that goes on
@@ -22,10 +23,11 @@ _WRITE_S = 30.0  # what is sent may take long before an answer comes
 _END_S = 0.5
 _LISTED = 1000
 _SMALL_BYTES = 64 << 10
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+_PLAIN = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 
 Answer = TypeVar("Answer")
-
+_Begun: TypeAlias = tuple[Coroutine[Any, Any, Any], Future[Any]]  # a request, and its answer
 
 _pools: weakref.WeakSet[ObjectPool] = weakref.WeakSet()
 
@@ -52,7 +54,7 @@ class ObjectPool(Pool):
         self._client, self._store, self._writer = _obstore(), store, writer or store
         # What is small does not stand in line behind what is large.
         self._small, self._large = asyncio.Semaphore(requests), asyncio.Semaphore(requests)
-        self._lock = threading.Lock()
+        self._lock, self._here = threading.Lock(), threading.local()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         _pools.add(self)
@@ -81,9 +83,22 @@ class ObjectPool(Pool):
         """See :class:`Pool`."""
         return self._begin(self._read(name, start, stop))
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See :class:`Pool`. The loop is woken once: whoever wakes it waits until it sleeps again."""
+        self._here.begun = begun = list[_Begun]()
+        try:
+            yield
+        finally:
+            self._here.begun = None
+            if begun:
+                self._wake(begun)
+
     def which(self, names: Sequence[str]) -> set[str]:
         """See :class:`Pool`. As many requests as names, several at once."""
-        sizes = self.answers([self._begin(self._size(name)) for name in names])
+        with self.together():
+            begun = [self._begin(self._size(name)) for name in names]
+        sizes = self.answers(begun)
         return {name for name, size in zip(names, sizes, strict=True) if size is not None}
 
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
@@ -114,14 +129,26 @@ class ObjectPool(Pool):
                 asyncio.run_coroutine_threadsafe(_end(), loop).result(_END_S)
 
     def _begin(self, request: Coroutine[Any, Any, Answer]) -> Future[Answer]:
+        future = Future[Answer]()
+        begun: list[_Begun] | None = getattr(self._here, "begun", None)
+        if begun is None:
+            self._wake([(request, future)])
+        else:
+            begun.append((request, future))
+        return future
+
+    def _wake(self, begun: list[_Begun]) -> None:
+        """Has the loop begin requests."""
         with self._lock:
-            if self._closed:
-                request.close()
-                raise ClosedError(f"{self.name} is closed")
-            if self._loop is None:
+            if not self._closed and self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._loop.run_forever, name="ragkv-pool-loop", daemon=True).start()
-            return asyncio.run_coroutine_threadsafe(request, self._loop)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(_run, self._loop, begun)
+                return
+        for request, future in begun:
+            request.close()
+            end(future)
 
     async def _read(self, name: str, start: int, stop: int) -> Any:
         try:
@@ -177,6 +204,31 @@ def _close_all() -> None:
         pool.close()
 
 
+def _run(loop: asyncio.AbstractEventLoop, begun: Sequence[_Begun]) -> None:
+    """On a loop: begins requests; one that nobody waits for any more is ended."""
+    for request, future in begun:
+        task = loop.create_task(request)
+        task.add_done_callback(partial(_tell, future))
+        future.add_done_callback(partial(_end_unwanted, loop, task))
+
+
+def _tell(future: Future[Any], task: asyncio.Task[Any]) -> None:
+    if task.cancelled():
+        end(future)
+    elif future.set_running_or_notify_cancel():
+        error = task.exception()
+        if error is None:
+            future.set_result(task.result())
+        else:
+            future.set_exception(error)
+
+
+def _end_unwanted(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], future: Future[Any]) -> None:
+    if future.cancelled() and not task.done():
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(task.cancel)
+
+
 async def _end() -> None:
     """On a loop: ends what is on its way, then the loop."""
     loop = asyncio.get_running_loop()
@@ -206,7 +258,7 @@ def _patience(limit_s: float) -> dict[str, Any]:
 
 def _plain_http() -> bool:
     """Whether the environment names an endpoint without encryption: obstore looks there only where it is given no options."""
-    allowed = any(os.environ.get(name, "").lower() in ("1", "true") for name in ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP"))
+    allowed = any(os.environ.get(name, "").lower() in ("1", "true") for name in _PLAIN)
     return allowed or any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ragkv.errors import StoreError
 from ragkv.store.remote.keyvalue import RedisPool
+from ragkv.store.remote.mooncake import MooncakePool
 from ragkv.store.remote.objects import ObjectPool
 from ragkv.store.remote.pool import Pool, shown
 
@@ -20,6 +21,9 @@ def open_pool(url: str, limit_s: float, requests: int) -> Pool:
         return RedisPool.open(url, limit_s, requests)
     if scheme in ("s3", "gs", "az", "file", "memory"):
         return ObjectPool.open(url, limit_s, requests)
+    if scheme == "mooncake":
+        return MooncakePool.open(url, limit_s, requests)
     raise StoreError(
-        f"a pool is s3://BUCKET/PREFIX, gs://, az://, file:///FOLDER, memory://NAME, redis://HOST or rediss://, got {shown(url)!r}"
+        f"a pool is s3://BUCKET/PREFIX, gs://, az://, file:///FOLDER, memory://NAME, redis://HOST, rediss:// or "
+        f"mooncake://MASTER, got {shown(url)!r}"
     )

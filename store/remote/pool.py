@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -55,6 +56,11 @@ class Pool(ABC):
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
         """Begins to read a value, see :meth:`read`. Those that were begun first are read first."""
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread begins meanwhile is asked for at the end, at once, where that takes less time."""
+        yield
+
     @abstractmethod
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
         """Stores a value, in place of what has its name. It may go after its lifetime."""
@@ -85,7 +91,9 @@ class Pool(ABC):
 
     def heads(self, names: Sequence[str], size: int) -> dict[str, Any]:
         """The first bytes of those values that are there."""
-        heads = self.answers([self.begin(name, 0, size) for name in names])
+        with self.together():
+            begun = [self.begin(name, 0, size) for name in names]
+        heads = self.answers(begun)
         return {name: head for name, head in zip(names, heads, strict=True) if head is not None}
 
     def answer(self, future: Future[Answer]) -> Answer:
@@ -149,6 +157,12 @@ class Breaker:
         with self._lock:
             self._delay = self._until = 0.0
             self._trying = False
+
+
+def end(future: Future[Any]) -> None:
+    """Cancels what nobody works on any more; whoever waits for several at once is told, too."""
+    future.cancel()
+    future.set_running_or_notify_cancel()
 
 
 def shown(url: str) -> str:

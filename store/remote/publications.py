@@ -208,7 +208,8 @@ class Publications:
         places = [found.head.place(part.number, part.span) for _, part in wanted]
         together = list(_together(places))
         ranges = [(places[group.start][0], places[group.stop - 1][1]) for group in together]
-        asked = [self._pool.begin(found.name, start, stop) for start, stop in ranges if start < stop]
+        with self._pool.together():
+            asked = [self._pool.begin(found.name, start, stop) for start, stop in ranges if start < stop]
         come = iter(self._pool.answers(asked))
         answers = [next(come) if start < stop else b"" for start, stop in ranges]
         read = dict[bytes, bytes]()

@@ -64,10 +64,11 @@ class Fetch:
         if not backwards:
             order.sort(key=lambda each: each[0])
         asked = list[tuple[Future[Any], int]]()
-        for number, reading in order:
-            with suppress(StoreError):  # whoever reads it asks again, and is told
-                future = reading.ask(number)
-                asked += [] if future is None else [(future, reading.size(number))]
+        with self.pool.together():
+            for number, reading in order:
+                with suppress(StoreError):  # whoever reads it asks again, and is told
+                    future = reading.ask(number)
+                    asked += [] if future is None else [(future, reading.size(number))]
         if asked:
             for level in {reading.level for reading in readings}:
                 records = [reading.record for reading in readings if reading.level == level]

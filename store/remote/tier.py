@@ -41,15 +41,16 @@ _AVOIDED_S = 10.0
 
 
 class RemoteTier(Tier):
-    """Chunks in an object store, or in Redis, that many machines share. Safe for several threads and processes.
+    """Chunks in an object store, in Redis or in Mooncake's store, that many machines share. Safe for several threads and processes.
 
     What is put is sent in the background, from the store's folder or memory. What is read is verified like any record; what is
     damaged, of another version or encrypted otherwise is a miss. When the pool does not answer it is left alone for a second, then
     for twice as long each time, at most a minute; nothing fails meanwhile. What prompts computed (paths) is not sent.
 
     Args:
-        pool: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://``, ``file:///FOLDER``, ``memory://NAME``, ``redis://HOST`` or ``rediss://``;
-            or a pool. Credentials are the client's own (``AWS_ACCESS_KEY_ID`` and the like): they are never written down.
+        pool: ``s3://BUCKET/PREFIX``, ``gs://``, ``az://``, ``file:///FOLDER``, ``memory://NAME``, ``redis://HOST``, ``rediss://``
+            or ``mooncake://MASTER``; or a pool. Credentials are the client's own (``AWS_ACCESS_KEY_ID`` and the like): they are
+            never written down.
         encryption_key: 32 bytes: what is sent is encrypted and authenticated (AES-GCM; ``ragkv[encryption]``), and nothing else is
             read. A mapping from namespaces to such keys (``""`` for what is of none) gives each its own: what is of a namespace
             that is not in it is neither sent nor read. Keys of chunks, sizes and times of access are not hidden.

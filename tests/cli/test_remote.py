@@ -2,10 +2,12 @@
 
 import io
 import json
+from argparse import Namespace
 
 import pytest
 
 from ragkv import bundled
+from ragkv.cli.pools import pool_for_many
 
 from .commands import run
 
@@ -113,3 +115,67 @@ def test_what_nobody_needs_goes_from_a_pool(file, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(capsys, "prune", *wrong)
     assert run(capsys, "prune", "--remote", "nowhere", "--yes")[0] == 1
+
+
+def test_what_is_encrypted_takes_the_key_of_a_file_or_of_the_environment(file, tmp_path, capsys, monkeypatch):
+    """For all that opens a pool; and no key is ever an argument, or shown."""
+    url, secret, other = f"file://{tmp_path}/pool", "5e" * 32, "07" * 32
+    for name, text in {"key": secret + "\n", "other": other, "each": json.dumps({"": secret, "team": other})}.items():
+        (tmp_path / name).write_text(text)
+
+    def does(command, folder, key, *more):
+        code, out, err = run(
+            capsys, command, "--path", tmp_path / folder, "--remote", url, "--remote-key-file", tmp_path / key, *more
+        )
+        assert secret not in out + err and other not in out + err
+        return code, out, err
+
+    add = ("--chunk-tokens", "60", "--json", file)
+    ask = ("--json", "--max-new-tokens", "1", "Which river?")
+    code, out, _ = does("add", "one", "key", *add)
+    assert code == 0 and json.loads(out)["tokens_read"] > 0
+    assert does("publish", "one", "key")[0] == 0
+    code, out, _ = does("ask", "three", "key", *ask)
+    assert code == 0 and set(json.loads(out)["report"]["fusion"]["sources"]) == {"remote"}
+    code, _, err = does("ask", "four", "other", *ask)
+    assert code == 1 and "another key" in err
+    prune = ("prune", "--remote", url, "--grace", "0s", "--yes")
+    assert run(capsys, *prune)[0] == 1, "without a key nobody knows what is needed"
+    monkeypatch.setenv("RAGKV_REMOTE_KEY", secret)
+    code, out, _ = run(capsys, *prune)
+    assert code == 0 and "3 needed" in out
+    assert does("prune", "one", "other", "--yes")[0] == 1, "the file of the option counts, not the environment"
+    assert run(capsys, "forget", "-y", "--path", tmp_path / "one", "--remote", url, str(file))[0] == 0
+    assert not list((tmp_path / "pool").glob("??/*"))
+    for key, keys in (("key", bytes.fromhex(secret)), ("each", {"": bytes.fromhex(secret), "team": b"\7" * 32})):
+        opens = pool_for_many(Namespace(remote=url, remote_key_file=tmp_path / key))
+        assert opens.keywords == {"encryption_key": keys}
+
+
+def test_what_is_no_key_is_refused_before_anything_is_done(file, tmp_path, capsys, monkeypatch):
+    url, wrong = f"file://{tmp_path}/pool", tmp_path / "wrong"
+    secret = "c0ffee" * 10
+    for text in (
+        "",
+        secret,
+        "zz" * 32,
+        "{}",
+        f'{{"a": "{secret}"}}',
+        '{"a": 1}',
+        f'{{"a": "{"5e" * 32}"',
+        f'["{secret}"]',
+    ):
+        wrong.write_text(text)
+        code, _, err = run(capsys, "add", "--path", tmp_path / "one", "--remote", url, "--remote-key-file", wrong, file)
+        assert code == 1 and "64 hexadecimal digits" in err and str(wrong) in err and secret not in err
+    wrong.write_bytes(bytes(range(128, 160)))
+    assert run(capsys, "prune", "--remote", url, "--remote-key-file", wrong)[0] == 1
+    code, _, err = run(capsys, "add", "--path", tmp_path / "one", "--remote", url, "--remote-key-file", tmp_path, file)
+    assert code == 1 and "--remote-key-file" in err
+    for command in (("add", file), ("prune", "--orphans")):
+        code, _, err = run(capsys, command[0], "--path", tmp_path / "one", "--remote-key-file", wrong, *command[1:])
+        assert code == 1 and "--remote URL" in err
+    monkeypatch.setenv("RAGKV_REMOTE_KEY", secret)
+    code, _, err = run(capsys, "add", "--path", tmp_path / "one", "--remote", url, file)
+    assert code == 1 and "RAGKV_REMOTE_KEY" in err and secret not in err
+    assert not (tmp_path / "one").exists() and not (tmp_path / "pool").exists()

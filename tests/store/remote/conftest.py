@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import hmac
 import http.client
 import shutil
 import socket
 import subprocess
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from contextlib import suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +21,20 @@ import pytest
 from ragkv.store import TieredStore
 from ragkv.store.remote import RemoteTier
 
+# Known to all: Azurite's own.
+AZURITE = "devstoreaccount1"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
 
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def wait_for(what: Callable[[], object], limit_s: float = 5.0) -> None:
@@ -39,10 +51,12 @@ class Relay:
     Attributes:
         fault: "500", "cut" (half of the body, then the end), "stall" or "" for none; where ``when`` holds of method and path.
         asked: method and path of every request.
+        authorization: in place of what was sent.
     """
 
     def __init__(self, behind: str) -> None:
         self.fault, self.when, self.asked = "", lambda method, path: True, []
+        self.authorization = ""
         self._behind = urlsplit(behind).netloc
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
@@ -94,7 +108,11 @@ class Relay:
         if fault == "stall":
             time.sleep(1.5)
         connection = http.client.HTTPConnection(self._behind, timeout=10)
-        connection.request(handler.command, handler.path, body, dict(handler.headers))
+        headers = dict(handler.headers)
+        if self.authorization:
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            headers["Authorization"] = self.authorization
+        connection.request(handler.command, handler.path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
         handler.send_response(answer.status)
@@ -146,6 +164,56 @@ def relay(s3, s3_server, monkeypatch):
     relay.end()
 
 
+@pytest.fixture
+def gs(s3_server, tmp_path, monkeypatch):
+    """A URL of Google Cloud Storage, whose XML is S3's as far as it is used here; the server only knows S3's signatures."""
+    relay = Relay(s3_server)
+    relay.authorization = (
+        "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=, Signature="
+    )
+    account = tmp_path / "account.json"
+    account.write_text('{"disable_oauth": true, "client_email": "", "private_key": "", "private_key_id": ""}')
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+    monkeypatch.setenv("GOOGLE_BASE_URL", relay.url)
+    yield f"gs://pool/{time.monotonic_ns()}"
+    relay.end()
+
+
+@pytest.fixture(scope="session")
+def azurite():
+    """Azure's emulator, with a container; its account and key are the same everywhere."""
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("needs Azurite: npm install -g azurite")
+    port = free_port()
+    options = ("--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck", "--silent")
+    process = subprocess.Popen(
+        [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), *options], stdout=subprocess.DEVNULL
+    )
+    wait_for(lambda: listens(port), 30)
+    date, about = formatdate(usegmt=True), "x-ms-version:2021-08-06"
+    said = f"PUT{12 * chr(10)}x-ms-date:{date}\n{about}\n/{AZURITE}/{AZURITE}/pool\nrestype:container"
+    signed = b64encode(hmac.digest(b64decode(AZURITE_KEY), said.encode(), "sha256")).decode()
+    headers = {"x-ms-date": date, "x-ms-version": about.partition(":")[2], "Content-Length": "0"}
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(
+        "PUT",
+        f"/{AZURITE}/pool?restype=container",
+        headers=headers | {"Authorization": f"SharedKey {AZURITE}:{signed}"},
+    )
+    assert connection.getresponse().status == 201
+    yield f"http://127.0.0.1:{port}/{AZURITE}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def az(azurite, monkeypatch):
+    for name, value in (("ACCOUNT_NAME", AZURITE), ("ACCOUNT_KEY", AZURITE_KEY), ("ENDPOINT", azurite)):
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    return f"az://pool/{time.monotonic_ns()}"
+
+
 class Valkey:
     """A server of one's own, that may be killed and begun again, empty."""
 
@@ -156,15 +224,11 @@ class Valkey:
     def begin(self) -> None:
         options = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
         self._process = subprocess.Popen([self._program, *options], stdout=subprocess.DEVNULL)
-        wait_for(self._listens)
+        wait_for(lambda: listens(self.port))
 
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-
-    def _listens(self) -> bool:
-        with socket.socket() as tried:
-            return tried.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 @pytest.fixture(scope="session")
@@ -179,14 +243,66 @@ def valkey_server():
     server.end()
 
 
-@pytest.fixture(params=["memory", "file", "s3", "redis"])
+class Mooncake:
+    """A store of one's own: a master, and a process that lends memory; both may be killed."""
+
+    def __init__(self, programs: Path) -> None:
+        self.programs, self.port, self.admin = programs, free_port(), free_port()
+        self.begin()
+        self.holder = self._run(
+            "client", "--host=127.0.0.1", f"--port={free_port()}", f"--master_server_address=127.0.0.1:{self.port}",
+            "--metadata_server=P2PHANDSHAKE", "--protocol=tcp", "--global_segment_size=128MB", "--threads=1",
+        )  # fmt: skip
+        self.url = f"mooncake://127.0.0.1:{self.port}/%s?admin={self.admin}"
+        wait_for(lambda: self._told("get_all_segments"), 20)
+
+    def begin(self) -> None:
+        self.master = self._run(
+            "master", "--rpc_address=127.0.0.1", f"--rpc_port={self.port}", "--metrics_host=127.0.0.1",
+            f"--metrics_port={self.admin}",
+        )  # fmt: skip
+        wait_for(lambda: listens(self.port))
+
+    def end(self) -> None:
+        for process in (self.master, self.holder):
+            process.kill()
+            process.wait()
+
+    def _run(self, program: str, *options: str) -> subprocess.Popen:
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen([self.programs / f"mooncake_{program}", *options], stdout=quiet, stderr=quiet)
+
+    def _told(self, what: str) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin)
+        connection.request("GET", f"/{what}")
+        return connection.getresponse().read().decode()
+
+
+@pytest.fixture(scope="session")
+def mooncake_server():
+    store = pytest.importorskip(
+        "mooncake.store",
+        reason="needs Mooncake's store: pip install 'ragkv[mooncake]', apt install libibverbs1",
+        exc_type=ImportError,
+    )
+    server = Mooncake(Path(store.__file__).parent)
+    yield server
+    server.end()
+
+
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("gs", "az")]  # by obstore, too, like s3
+
+
+@pytest.fixture(params=["memory", "file", "s3", *LONG, "redis", "mooncake"])
 def url(request, tmp_path):
     """A pool of each kind, empty."""
-    if request.param == "s3":
-        return request.getfixturevalue("s3")
+    if request.param in ("s3", "gs", "az"):
+        return request.getfixturevalue(request.param)
     if request.param == "redis":
         port = request.getfixturevalue("valkey_server").port
         return f"redis://127.0.0.1:{port}/0?prefix={time.monotonic_ns()}:"
+    if request.param == "mooncake":
+        return request.getfixturevalue("mooncake_server").url % time.monotonic_ns()
     return f"file://{tmp_path}/pool" if request.param == "file" else f"memory://{time.monotonic_ns()}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from ragkv.folder import Environment
 from ragkv.store import RemoteTier, TieredStore, chunk_key
 from ragkv.store.keys import path_key
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.remote.opening import open_pool
+from ragkv.store.remote.pool import ClosedError
 from ragkv.store.remote.records import name_of
 
 SECRET = bytes(range(32))
@@ -40,6 +43,17 @@ def test_what_one_machine_puts_another_reads(url, machine, options, kv, key, sam
     with two.read([key(2)]) as batch:
         assert batch.tiers == ["disk"], "it did not come to the folder"
     assert two.stats().pools["remote"].pending == 0, "what came from the pool is not sent there"
+
+
+def test_google_cloud_storage_by_its_own_client(gs, machine, kv, key, same):
+    """All of this file is tried on it, and on Azure's emulator, where there is time (`-m long`)."""
+    one, two = machine(gs), machine(gs)
+    one.put(key(1), kv(1))
+    one.flush()
+    same(two.get(key(1)), kv(1))
+    two.remove(key(1))
+    two.flush()
+    assert machine(gs).get(key(1)) is None
 
 
 def test_of_many_chunks_each_is_asked_for(tmp_path, machine, kv, key):
@@ -191,3 +205,48 @@ def test_a_tier_belongs_to_one_store(machine, tmp_path):
     machine(tier)
     with pytest.raises(StoreError, match="one store"):
         TieredStore(remote=tier)
+
+
+def test_what_is_begun_together_is_asked_for_at_once_at_the_end(url):
+    pool = open_pool(url, 3.0, 16)
+    for number in range(3):
+        pool.write(f"ab/{number}", bytes([number]) * 10, 60.0)
+    with pool.together():
+        begun = [pool.begin(f"ab/{number}", number, 9) for number in range(4)]
+    assert [None if data is None else bytes(data) for data in pool.answers(begun)] == [
+        b"\0" * 9, b"\1" * 8, b"\2" * 7, None,
+    ]  # fmt: skip
+    with pytest.raises(ClosedError):
+        with pool.together():
+            begun = pool.begin("ab/1", 0, 9)
+            pool.close()
+        pool.answer(begun)
+
+
+def test_what_a_closed_pool_does_not_answer_is_done_for_who_waits_for_several(tmp_path, relay, s3):
+    """As the placing of a prompt does, without a limit of time."""
+    pools = [open_pool(f"file://{tmp_path}/pool", 3.0, 16), open_pool(s3, 3.0, 16)]
+    relay.fault = "stall"
+    asked = pools[1].begin("ab/1", 0, 9)
+    with pools[0].together():
+        begun = pools[0].begin("ab/1", 0, 9)
+        pools[0].close()
+    pools[1].close()
+    for future in (begun, asked):
+        assert wait([future], 1.0).done and future.cancelled()
+
+
+def test_an_object_store_is_woken_once_for_all_chunks(tmp_path, machine, kv, key, monkeypatch):
+    """A thread that wakes another one waits for it: once a chunk and range that took half of the time."""
+    one, two = machine(f"file://{tmp_path}/pool"), machine(f"file://{tmp_path}/pool", range_bytes=50_000)
+    for number in range(5):
+        one.put(key(number), kv(number, tokens=700, layers=9))
+    one.flush()
+    pool, woken = two.remote._pool, []
+    wake = pool._wake
+    monkeypatch.setattr(pool, "_wake", lambda begun: (woken.append(len(begun)), wake(begun))[1])
+    with two.read([key(number) for number in range(5)]) as batch:
+        for layer in range(9):
+            for index in range(5):
+                batch.layer(index, layer)
+    assert len(woken) == 2 and woken[0] == 5 and woken[1] > 5

@@ -218,6 +218,7 @@ def test_pools_that_are_none(remote):
     [
         ("obstore", "s3://b/p", "remote"),
         ("redis", "redis://h", "redis"),
+        ("mooncake.store", "mooncake://h", "mooncake"),
         ("cryptography.hazmat.primitives", "", "encryption"),
     ],
 )
