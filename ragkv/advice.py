@@ -30,6 +30,7 @@ class Advice:
         codec: that the store uses.
         method: by which prompts are put together.
         budget: share of the chunk tokens that it recomputes, at most: its ``ratio``, 0 where it has none.
+        runs_question: the question is run over the stored chunks first, to choose what is recomputed.
         passes: how often a document is read when it is added: twice where sensitivities are measured.
         lengths: chunk tokens of a prompt, for the table.
         most_tokens: chunk tokens that a prompt may have.
@@ -43,6 +44,7 @@ class Advice:
     codec: str
     method: str
     budget: float
+    runs_question: bool
     passes: int
     lengths: tuple[int, ...]
     most_tokens: int
@@ -57,6 +59,8 @@ class Advice:
         """Seconds until the first token, with all chunks from one tier and the budget recomputed."""
         rows = round(self.budget * tokens) + self.question_tokens
         compute_s = self.rates.compute_s(rows, tokens + self.question_tokens - rows)
+        if self.runs_question:
+            compute_s += self.rates.compute_s(self.question_tokens, tokens)
         return self.rates.prompt_s({tier: tokens}, compute_s)
 
     def pays_from(self, tier: str) -> int | None:
@@ -145,6 +149,7 @@ def advise(documents: Documents, method: Method, limit_s: float = 10.0, again: b
         documents.store.codecs[0].name,
         repr(method),
         float(getattr(getattr(method, "repair", method), "ratio", 0.0)),
+        method.runs_question,
         documents.passes,
         lengths,
         most,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ragkv import Auto, Engine, PromptTemplate, Reuse, TieredStore
+from ragkv import Auto, Engine, PromptTemplate, QuestionAware, RelevantTokens, Reuse, TieredStore, Union
 from ragkv.advice import Advice
 from ragkv.store import CostProfile, Loading, Rates
 from ragkv.testing import tiny_model
@@ -13,10 +13,11 @@ from ragkv.testing import tiny_model
 COSTS = CostProfile((0, 1000), (0, 1000), ((0.0, 1.0), (0.0, 1.0)))
 
 
-def advice(budget=0.0, passes=1, beside=False, **tiers):
+def advice(budget=0.0, passes=1, beside=False, question=False, **tiers):
     rates = Rates(COSTS, tiers, beside=beside)
     lengths = (100, 1000)
-    return Advice("a machine", rates, {"raw": 100.0, "int8": 50.5}, "raw", "", budget, passes, lengths, 5000, 1000)
+    codecs = {"raw": 100.0, "int8": 50.5}
+    return Advice("a machine", rates, codecs, "raw", "", budget, question, passes, lengths, 5000, 1000)
 
 
 def test_from_where_a_tier_pays():
@@ -28,6 +29,8 @@ def test_from_where_a_tier_pays():
     assert said.pays_from("fast") == 1
     assert said.pays_from("started") == 556, "0.5 s are 555.6 tokens at 0.9 ms saved each"
     assert said.pays_from("slow") is None is said.pays_from("equal")
+    looking = advice(fast=Loading(1e6, 100), question=True)
+    assert looking.reuse_s("fast", 1000) == pytest.approx(0.1 + 2 * 0.032)
     side = advice(beside=True, fast=Loading(1e6, 100))
     assert side.reuse_s("fast", 100) == pytest.approx(0.032) and side.reuse_s("fast", 1000) == pytest.approx(0.1)
 
@@ -60,6 +63,14 @@ def test_bytes_of_a_token_are_those_that_are_stored(tmp_path):
             said = engine.advise(limit_s=0.1)
             assert said.codec == codec
             assert said.codec_bytes[codec] * 64 == pytest.approx(store.stats().bytes["disk"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "runs"), [(Auto(), False), (Auto(RelevantTokens()), True), (Union(Reuse(), QuestionAware()), True)]
+)
+def test_whether_the_question_is_run_first(method, runs):
+    with Engine(tiny_model(), template=PromptTemplate(prefix=[1]), method=method) as engine:
+        assert engine.advise(limit_s=0.1).runs_question == runs
 
 
 def test_what_it_asks_of_the_engine():

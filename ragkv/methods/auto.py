@@ -62,6 +62,11 @@ class Auto(Method):
         """Whether the repair does."""
         return self.repair.looks
 
+    @property
+    def runs_question(self) -> bool:
+        """Whether the repair does."""
+        return self.repair.runs_question
+
     def expected_budget(self, view: View) -> float:
         """That of the method for this prompt."""
         return self._picked(view.layout).expected_budget(view)

@@ -31,6 +31,11 @@ class Method(ABC):
         return False
 
     @property
+    def runs_question(self) -> bool:
+        """Whether the question is run over the stored chunks before it chooses, as by ``view.attention``; for reckoning."""
+        return False
+
+    @property
     def looks(self) -> bool:
         """Whether it looks at stored KV to choose, so that all of them are loaded; not so where the layout and sensitivities do."""
         return True

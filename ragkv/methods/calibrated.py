@@ -67,6 +67,11 @@ class Chosen(Method):
         """Those that the chosen method does."""
         return self.method.spares(view)
 
+    @property
+    def runs_question(self) -> bool:
+        """Whether what was chosen does."""
+        return self.method.runs_question
+
     def select(self, view: View) -> Selection:
         """What the chosen method selects; it also decides further."""
         selection = Selection.of(self.method.select(view), self.method)

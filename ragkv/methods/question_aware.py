@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ragkv.errors import MethodError
 from ragkv.fusion.view import AVERAGED, Selection, View
@@ -28,6 +29,8 @@ class QuestionAware(Method):
             begins; or the mean of ``"both"``.
         sees: share of the reusable tokens that recomputed ones may see, 0 to 1; at 1 all that stand in front of them.
     """
+
+    runs_question: ClassVar[bool] = True
 
     ratio: float = 0.2
     queries: str = "all"

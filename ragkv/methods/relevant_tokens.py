@@ -27,6 +27,7 @@ class RelevantTokens(SensitiveTokens):
     """
 
     looks: ClassVar[bool] = True
+    runs_question: ClassVar[bool] = True
 
     def select(self, view: View) -> Tensor | Selection:
         """As SensitiveTokens."""

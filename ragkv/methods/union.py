@@ -41,6 +41,11 @@ class Union(Method):
         return self.first.needs_attended or self.second.needs_attended
 
     @property
+    def runs_question(self) -> bool:
+        """Whether one of them does."""
+        return self.first.runs_question or self.second.runs_question
+
+    @property
     def looks(self) -> bool:
         """Whether one of them does."""
         return self.first.looks or self.second.looks
