@@ -31,14 +31,16 @@ def test_tiny(tmp_path):
     assert {row["benchmark"] for row in rows} == kinds
     assert all(row["tiny"] and row["date"] and row["torch"] and "device" in row for row in rows)
     methods = {row["method"]: row for row in rows if row["benchmark"] == "ttft"}
-    assert set(methods) == {"full prefill", "Reuse", "LegoLink(16)", "CacheBlend(0.15)"}
+    repairs = {"LegoLink(16)", "SensitiveTokens(0.1)", "RelevantTokens(0.1)", "CacheBlend(0.15)"}
+    assert set(methods) == {"full prefill", "Reuse", *repairs}
+    assert {row.get("tier") for row in rows if row["benchmark"] == "ttft"} == {None, "cpu", "cpu int8"}
     stages = {"place", "select", "recompute and first token", "total"}
     for name, row in methods.items():
         assert name == "full prefill" or (row["limit_seconds"] > 0 and row["hits"] == {"cpu": 4})
         assert name == "full prefill" or set(row["stages_ms"]) == stages
     graphs = [row for row in rows if row["benchmark"] == "graphs"]
-    assert [row["ran"] for row in graphs] == ["eager"] * 4 + ["fixed"] * 4
-    assert all(row["logits_apart"] < 1e-4 and len(row["first_seconds"]) == 3 for row in graphs[4:])
+    assert [row["ran"] for row in graphs] == ["eager"] * 5 + ["fixed"] * 5
+    assert all(row["logits_apart"] < 1e-4 and len(row["first_seconds"]) == 3 for row in graphs[5:])
     said = [row for row in rows if row["benchmark"] == "decode graphs"]
     assert [(row["ran"], row["same_tokens"]) for row in said] == [("eager", 1.0), ("fixed", 1.0)]
     memory = [row for row in rows if row["benchmark"] == "memory"]
