@@ -169,7 +169,7 @@ def _way(
     loaded, open_to_repair, kept, decode_s = dict[str, float](), Counter[bool](), 0, 0.0
     for number, (placed, tier) in enumerate(zip(layout.chunks, tiers, strict=True)):
         there = tier is not None and number not in computed  # missing chunks are read in any case
-        if tier is not None and number not in computed:
+        if there and tier is not None:
             tokens, level = len(placed.chunk), levels.get(number)
             kept += tokens
             decode_s += tokens * level.token_s if level else 0.0

@@ -154,6 +154,14 @@ def test_whoever_has_no_time_does_not_wait_for_headers_and_misses_nothing(heads,
     assert speed.start_s < 1e3 and store.stats().pools["remote"].late == 3
 
 
+def test_a_level_that_is_late_is_not_asked_for_in_another_way(heads, key):
+    store, held, answer = heads
+    asking = Asking(0.02, levels={key(0): "fine"})
+    with store.read([key(0)], asking=asking) as batch:
+        assert batch.tiers == [None] and asking.late == {key(0)} and len(held) == 1
+    answer()
+
+
 def test_the_rest_of_a_header_is_given_no_more_time(machine, kv, key, monkeypatch):
     url, rests = "memory://rests", Event()
     one, two = machine(url), machine(url)

@@ -102,7 +102,12 @@ def test_what_is_removed_is_removed_at_all_levels(filled, url, machine, key):
     """Also by who has heard of none."""
     store = machine(url)
     store.read([key(0)]).close()
+    store.remote._uploads.wake = lambda: None
     assert store.remove(key(0))
+    with store.read([key(0)], asking=at((key(0), "fine"))) as batch:
+        assert batch.tiers == [None], "at once"
+    del store.remote._uploads.wake
+    store.remote._uploads.wake()
     store.flush()
     left = {name_of(held) for held in (key(1), *(level_key(key(1), level) for level in LEVELS))}
     assert dict(filled.remote._pool.names()).keys() == left
@@ -156,6 +161,9 @@ def test_what_they_take_is_what_was_seen(filled, url, machine, key):
     assert after.token_bytes == before.token_bytes and after.levels[0] == before.levels[0]
     assert after.levels[1] != before.levels[1] and after.levels[1].token_s > 0
     assert machine(url).loading() == {}
+    speed = store.remote._speed
+    speed.sized("int8", before.token_bytes)
+    assert store.loading()["remote"].levels == after.levels[1:], "what is stored in as few bytes is better"
 
 
 @pytest.mark.parametrize("levels", ["fine", ("fine", "finest")])
