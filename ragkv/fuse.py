@@ -166,7 +166,7 @@ class _Fusing(Looking, Places):
         self._measured, self._attended = Measured.by(method), method.needs_attended
         self._begin = begin
         keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
-        Places.__init__(self, documents, self._layout, keys, method)
+        Places.__init__(self, documents, self._layout, keys, method.looks)
         self._asking, self._spared = Asking(), frozenset[int]()
 
     @property

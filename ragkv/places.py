@@ -22,11 +22,11 @@ class Places:
         documents: whose chunks they are.
         layout: the prompt.
         keys: of its chunks' KV.
-        method: that is asked.
+        looks: the method that is asked looks at what is stored.
     """
 
-    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes], method: Method):
-        self._documents, self._layout, self._keys, self._looks = documents, layout, keys, method.looks
+    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes], looks: bool = False):
+        self._documents, self._layout, self._keys, self._looks = documents, layout, keys, looks
 
     def rates(self) -> Rates | None:
         """See :meth:`ragkv.fusion.view.Looks.rates`."""
@@ -53,5 +53,5 @@ class Places:
 def to_load(documents: Documents, layout: Layout, method: Method) -> list[bytes]:
     """The keys of what a prompt would load, wherever that lies."""
     keys = [documents.key(placed.chunk) for placed in layout.chunks]
-    spared = method.spares(View(layout, 0, cast(Looks, Places(documents, layout, keys, method))))
+    spared = method.spares(View(layout, 0, cast(Looks, Places(documents, layout, keys, method.looks))))
     return [key for number, key in enumerate(keys) if number not in spared]
