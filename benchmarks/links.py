@@ -181,6 +181,9 @@ class Looks:
     def elapsed_s(self) -> float:
         return self._link.now
 
+    def lossy(self) -> bool:
+        return False
+
     def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
         """The headers come first, and are waited for, as :class:`ragkv.store.remote.heads.Heads` does."""
         link, begin, self.opened = self._link, self._link.now, True

@@ -164,11 +164,10 @@ class _Fusing(Looking, Places):
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer = Timer(clock(devices), begin)
         self._stack, self._meeting = stack, meeting
-        self._measured, self._attended, self._looks = Measured.by(method), method.needs_attended, method.looks
+        self._measured, self._attended = Measured.by(method), method.needs_attended
         self._begin = begin
-        Places.__init__(
-            self, documents, self._layout, [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
-        )
+        keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
+        Places.__init__(self, documents, self._layout, keys, method.looks)
         self._asking, self._spared = Asking(), frozenset[int]()
 
     @property
@@ -233,7 +232,7 @@ class _Fusing(Looking, Places):
 
         All are opened where the method looks at them all, and where what a path settles is never computed.
         """
-        if self._looks or self.opened or self._documents.paths is not None:
+        if self.opened or not self.lossy():
             return without
         at = {key: levels[number] for number, key in enumerate(self._keys) if number in levels}
         self._asking = Asking(limit_s, levels=at)

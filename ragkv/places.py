@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from typing import cast
 
@@ -23,18 +22,20 @@ class Places:
         documents: whose chunks they are.
         layout: the prompt.
         keys: of its chunks' KV.
+        looks: the method that is asked looks at what is stored.
     """
 
-    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes]):
-        self._documents, self._layout, self._keys = documents, layout, keys
+    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes], looks: bool = False):
+        self._documents, self._layout, self._keys, self._looks = documents, layout, keys, looks
 
     def rates(self) -> Rates | None:
         """See :meth:`ragkv.fusion.view.Looks.rates`."""
-        rates = known_rates(self._documents)
-        if rates is None or self._documents.paths is None:
-            return rates
+        return known_rates(self._documents)
+
+    def lossy(self) -> bool:
+        """See :meth:`ragkv.fusion.view.Looks.lossy`."""
         # What is kept of a path is exact, and so must be what it was computed behind.
-        return replace(rates, tiers={name: tier._replace(levels=()) for name, tier in rates.tiers.items()})
+        return not self._looks and self._documents.paths is None
 
     def elapsed_s(self) -> float:
         """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
@@ -52,5 +53,5 @@ class Places:
 def to_load(documents: Documents, layout: Layout, method: Method) -> list[bytes]:
     """The keys of what a prompt would load, wherever that lies."""
     keys = [documents.key(placed.chunk) for placed in layout.chunks]
-    spared = method.spares(View(layout, 0, cast(Looks, Places(documents, layout, keys))))
+    spared = method.spares(View(layout, 0, cast(Looks, Places(documents, layout, keys, method.looks))))
     return [key for number, key in enumerate(keys) if number not in spared]

@@ -97,6 +97,9 @@ class Looks(Protocol):
     def elapsed_s(self) -> float:
         """See :attr:`View.elapsed_s`."""
 
+    def lossy(self) -> bool:
+        """See :attr:`View.lossy`."""
+
     def sensitivity(self) -> Sequence[Tensor | None]:
         """Of each chunk's tokens; ``None`` where it was not measured."""
 
@@ -154,6 +157,11 @@ class View:
     def elapsed_s(self) -> float:
         """Seconds since the prompt was asked for."""
         return self._looks.elapsed_s()
+
+    @property
+    def lossy(self) -> bool:
+        """Whether chunks may be opened at lossy levels: not where a method looks at them, nor where what is computed is kept."""
+        return self._looks.lossy()
 
     @lazy
     def sensitivity(self) -> Tensor:

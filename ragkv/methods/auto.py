@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 
@@ -97,9 +98,7 @@ class Auto(Method):
         return picked.spares(view) if found is None else found.computed | found.levels.keys()
 
     def _weighed(self, picked: Method, view: View, rates: Rates) -> Weighed | None:
-        if self.ttft_s is None or picked.looks:
-            return weighed(picked, view, rates)
-        return weighed(picked, view, rates, self.ttft_s - view.elapsed_s)
+        return weighed(picked, view, rates, inf if self.ttft_s is None or not view.lossy else self.ttft_s)
 
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):

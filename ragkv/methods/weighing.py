@@ -72,24 +72,24 @@ class Weighed(NamedTuple):
     levels: Mapping[int, str] = MappingProxyType({})
 
 
-def weighed(method: Method, view: View, rates: Rates, limit_s: float = inf) -> Weighed | None:
+def weighed(method: Method, view: View, rates: Rates, ttft_s: float = inf) -> Weighed | None:
     """Whether to load a prompt's chunks from where they lie now; ``None`` where a tier of theirs was not measured.
 
     Chunks are computed from the front of the prompt, those of the slowest tier first: what stands in front costs least to compute,
     and needs nothing of what is still on its way from a pool (Cake, arXiv:2410.03065). The choice hangs on the prompt, on the tiers
-    that hold its chunks and on the figures, and on nothing else but the limit.
+    that hold its chunks and on the figures, and on nothing else but the time that is left.
 
-    Where no way keeps within the limit, chunks are taken at lossy levels, by CacheGen's rule (arXiv:2310.07240): of each the best
-    whose bytes, and as many of all that are left, come in time. Among the ways that then keep within it the one that loses least
-    is taken, or else the fastest of all.
+    Where no way keeps within the time, chunks are taken at lossy levels, by CacheGen's rule (arXiv:2310.07240): of each
+    the best whose bytes, and as many of all that are left, come in time. Among the ways that then keep within it the one that loses
+    least is taken, or else the fastest of all.
 
     Args:
         method: that would be taken where loading takes no time.
         view: the prompt.
         rates: the figures.
-        limit_s: seconds in which it should be ready.
+        ttft_s: seconds since the prompt was asked for in which it should be ready.
     """
-    tiers = view.tiers
+    tiers, limit_s = view.tiers, ttft_s - view.elapsed_s  # in this order: a pool is asked, which takes time
     stored = Counter[str]()
     for placed, tier in zip(view.layout.chunks, tiers, strict=True):
         stored.update({} if tier is None else {tier: len(placed.chunk)})
@@ -169,7 +169,7 @@ def _way(
     loaded, open_to_repair, kept, decode_s = dict[str, float](), Counter[bool](), 0, 0.0
     for number, (placed, tier) in enumerate(zip(layout.chunks, tiers, strict=True)):
         there = tier is not None and number not in computed  # missing chunks are read in any case
-        if tier is not None and number not in computed:
+        if there and tier is not None:
             tokens, level = len(placed.chunk), levels.get(number)
             kept += tokens
             decode_s += tokens * level.token_s if level else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -60,26 +60,37 @@ class Heads:
         Raises:
             PoolError: the pool does not answer.
         """
-        begin, late = self._speed.now(), set[bytes]()
+        begin, records, left = self._speed.now(), self._records, dict[bytes, Future[Any]]()
         if limit_s == math.inf:
-            heads = self._records.heads(keys)
+            heads = records.heads(keys)
         else:
-            asked = self._records.begin_heads(keys)
-            _, left = wait(asked.values(), _LATE * self._speed.start_s + limit_s, "FIRST_EXCEPTION")
-            try:
-                done = {key: self._records.pool.answer(future) for key, future in asked.items() if future not in left}
-            except PoolError:
-                for future in left:
-                    future.cancel()
-                raise
-            heads = {key: memoryview(head) for key, head in done.items() if head is not None}
-            late = asked.keys() - done.keys()
-            self._watch(left, begin)
-        if heads and not late:
+            until = begin + _LATE * self._speed.start_s + limit_s
+            came, left = self._until(until, records.begin_heads(keys))
+            heads = {key: memoryview(head) for key, head in came.items() if head is not None}
+            rests, more = self._until(until, records.begin_rests(heads))
+            heads |= records.joined(heads, rests)
+            for key, future in more.items():
+                left[key] = future
+                del heads[key]
+            self._watch(left.values(), begin)
+        if heads and not left:
             self._speed.started(self._speed.now() - begin)
-        if len(late) < len(keys):
+        if len(left) < len(keys):
             self._breaker.succeeded()
-        return heads, late
+        return heads, set(left)
+
+    def _until(
+        self, until: float, asked: Mapping[bytes, Future[Any]]
+    ) -> tuple[dict[bytes, Any], dict[bytes, Future[Any]]]:
+        """What was answered by then, and what was not."""
+        _, left = wait(asked.values(), max(0.0, until - self._speed.now()), "FIRST_EXCEPTION")
+        try:
+            done = {key: self._records.pool.answer(future) for key, future in asked.items() if future not in left}
+        except PoolError:
+            for future in left:
+                future.cancel()
+            raise
+        return done, {key: future for key, future in asked.items() if future in left}
 
     def _watch(self, left: Collection[Future[Any]], begin: float | None) -> None:
         """Learns from what nobody waits for any more: whether there is an answer, and from a beginning on, when."""

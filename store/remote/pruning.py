@@ -21,11 +21,11 @@ class Pruned:
     """What went from a pool, or would go.
 
     Attributes:
-        objects: how many chunks.
+        objects: how many; each lossy level of a chunk is one.
         size_bytes: theirs.
-        needed: chunks that stay because a published catalogue names them; 0 where none was asked.
-        young: chunks that stay because they are not old enough.
-        unreadable: chunks that stay because nobody can tell how old they are: damaged, or encrypted with another key.
+        needed: those that stay because a published catalogue names them; 0 where none was asked.
+        young: those that stay because they are not old enough.
+        unreadable: those that stay because nobody can tell how old they are: damaged, or encrypted with another key.
     """
 
     objects: int = 0
@@ -100,7 +100,7 @@ class Pruner:
         old, young, unreadable, now = dict[bytes, bytes](), 0, 0, time.time()
         for key, head in self._records.heads(keys).items():
             try:
-                opened, _ = self._records.open(key, head)
+                opened = self._records.open(key, head)
             except (RecordError, ForeignError):
                 unreadable += 1
                 continue

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
+from ragkv.errors import RecordError
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.remote.envelope import ID, Envelope, Opened
@@ -32,32 +34,45 @@ class Records:
     def heads(self, keys: Sequence[bytes]) -> dict[bytes, memoryview]:
         """The first bytes of those that are there, for :meth:`open`: their headers, or all of small ones."""
         names = {name_of(key): key for key in keys}
-        heads = self.pool.heads(list(names), self._head_bytes)
-        return {names[name]: memoryview(head) for name, head in heads.items()}
+        begun = self.pool.heads(list(names), self._head_bytes)
+        heads = {names[name]: memoryview(head) for name, head in begun.items()}
+        rests = self.begin_rests(heads)
+        return heads | self.joined(heads, dict(zip(rests, self.pool.answers(list(rests.values())), strict=True)))
 
     def begin_heads(self, keys: Sequence[bytes]) -> dict[bytes, Future[Any]]:
-        """As :meth:`heads`, for whoever does not wait: None for one that is not there."""
+        """As :meth:`heads`, for whoever does not wait: None for one that is not there. Some may be shorter than their headers."""
         return {key: self.pool.begin(name_of(key), 0, self._head_bytes) for key in keys}
+
+    def begin_rests(self, heads: Mapping[bytes, memoryview]) -> dict[bytes, Future[Any]]:
+        """What is left of headers that did not come whole."""
+        rests = dict[bytes, Future[Any]]()
+        for key, head in heads.items():
+            with suppress(RecordError):  # which opening it says
+                needed = self._envelope.needed(head)
+                if needed > len(head):
+                    rests[key] = self.pool.begin(name_of(key), len(head), needed)
+        return rests
+
+    @staticmethod
+    def joined(heads: Mapping[bytes, memoryview], rests: Mapping[bytes, Any]) -> dict[bytes, memoryview]:
+        """Headers whose rest has come."""
+        return {key: memoryview(b"".join((heads[key], rest or b""))) for key, rest in rests.items()}
 
     def which(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those that are there."""
         names = {name_of(key): key for key in keys}
         return {names[name] for name in self.pool.which(list(names))}
 
-    def open(self, key: bytes, head: memoryview) -> tuple[Opened, memoryview]:
-        """The object that begins so, and its first bytes up to its segments at least.
+    def open(self, key: bytes, head: memoryview) -> Opened:
+        """The object that begins so, up to its segments at least.
 
         Raises:
             RecordError, ForeignError: see :meth:`Envelope.open`.
         """
-        needed = self._envelope.needed(head)
-        if needed > len(head):
-            rest: Any = self.pool.read(name_of(key), len(head), needed) or b""
-            head = memoryview(b"".join((head, rest)))
-        opened = self._envelope.open(key, head)
+        opened, needed = self._envelope.open(key, head), self._envelope.needed(head)
         small = needed + opened.record.payload_bytes <= _SMALL_BYTES
         self._head_bytes = _SMALL_BYTES if small else (needed // _PAGE_BYTES + 1) * _PAGE_BYTES
-        return opened, head
+        return opened
 
     def seals(self, row: Row) -> bool:
         """Whether a chunk of this namespace may be written: see :meth:`Envelope.seals`."""

@@ -109,7 +109,7 @@ class Sender:
         there = set[bytes]()
         for key, head in self._records.heads(keys).items():
             try:
-                left_s = self._records.open(key, head)[0].row.terms(time.time()).lifetime_s
+                left_s = self._records.open(key, head).row.terms(time.time()).lifetime_s
             except ForeignError as error:
                 logger.warning("%s in the pool is left as it is: %s", key.hex(), str(error))
                 left_s = math.inf

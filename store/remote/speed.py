@@ -33,17 +33,18 @@ class Speed:
 
     @property
     def loading(self) -> Loading | None:
-        """As the last chunks came; None where none did lately, or nobody knows what is stored of them takes."""
+        """As the last chunks came, with levels that take less; None where none did lately, or nobody knows what one takes."""
         if self._last is None or self.now() - self._last[0] > _KNOWN_S:
             return None
         whole = self._token_bytes.get("")
         if whole is None:
             return None
-        levels = tuple(
+        levels = (
             LevelRate(name, self._token_bytes.get(name, LEVELS[name].share * whole), self._token_s.get(name, 0.0))
             for name in self._levels
         )
-        return Loading(self._last[1], whole, self.start_s, beside=True, levels=levels)
+        smaller = tuple(level for level in levels if level.token_bytes < whole)
+        return Loading(self._last[1], whole, self.start_s, beside=True, levels=smaller)
 
     @property
     def start_s(self) -> float:

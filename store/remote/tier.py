@@ -352,7 +352,7 @@ class RemoteTier(Tier):
                 opened = self._open(key, head)
                 if opened is not None:
                     level = asking.levels[levels[key]] if key in levels else ""
-                    reading = Reading(fetch, key, *opened, self._range_bytes, self._arrived, level)
+                    reading = Reading(fetch, key, opened, head, self._range_bytes, self._arrived, level)
                     self._readings[key] = reading
                     reading.join()
                     found[key] = RemoteSource(self.name, reading)
@@ -377,10 +377,10 @@ class RemoteTier(Tier):
         self._breaker.failed()
         logger.log(level, "the pool is left alone for %.0f s: %s", self._breaker.left_s, str(error))
 
-    def _open(self, key: bytes, head: memoryview) -> tuple[Opened, memoryview] | None:
-        """The object that begins so, and its first bytes; None where it is not for us."""
+    def _open(self, key: bytes, head: memoryview) -> Opened | None:
+        """The object that begins so; None where it is not for us."""
         try:
-            opened, head = self._records.open(key, head)
+            opened = self._records.open(key, head)
         except ForeignError as error:
             self._counts["foreign"] += 1
             logger.warning("%s in the pool is not read: %s", key.hex(), str(error))
@@ -391,7 +391,7 @@ class RemoteTier(Tier):
         if not opened.row.alive(self.now()):
             return None
         self._seen[key] = opened.row, opened.id
-        return opened, head
+        return opened
 
     def _drop(self, key: bytes, number: bytes, why: str) -> None:
         """An object is damaged: it is a miss from now on, and deleted, where it still is the one of this id."""

@@ -25,15 +25,21 @@ LAYOUT = lay_out((0,), (), [Chunk((number,) * 100) for number in range(4)], (0,)
 
 
 class Pooled:
-    """All chunks lie in a pool."""
+    """All chunks lie in a pool; asking it takes half a second."""
+
+    asked_s = 0.0
 
     def tiers(self):
+        self.asked_s = 0.5
         return ["remote"] * 4
+
+    def elapsed_s(self):
+        return self.asked_s
 
 
 def chosen(limit_s, bytes_per_s, levels=RATES):
     rates = Rates(COSTS, {"remote": Loading(bytes_per_s, TOKEN_BYTES, 0.0, True, levels)})
-    return weighed(SensitiveTokens(), View(LAYOUT, 1, Pooled()), rates, limit_s)
+    return weighed(SensitiveTokens(), View(LAYOUT, 1, Pooled()), rates, 0.5 + limit_s)
 
 
 def test_none_where_something_exact_is_in_time():
@@ -143,14 +149,16 @@ def test_a_prompt_in_a_hurry_says_what_it_took(machines):
 def test_nothing_is_kept_of_a_path_behind_what_is_lossy(machines):
     one, chunks, make = machines
     two = make(paths=True)
-    prompt = two.fuse(chunks, QUESTION, method=Auto(SensitiveTokens(0.2), figures(one), ttft_s=1.0))
-    assert [chunk.level for chunk in prompt.report.chunks] == [""] * 4
+    report = two.fuse(chunks, QUESTION, method=Auto(SensitiveTokens(0.2), figures(one), ttft_s=1.0)).report
+    assert [chunk.level for chunk in report.chunks] == [""] * 4 and "of the pool" not in report.why
 
 
 def test_a_method_that_looks_at_what_is_stored_is_shown_that(machines):
+    """And where it had nothing to choose, the report names no levels either."""
     one, chunks, make = machines
-    prompt = make().fuse(chunks, QUESTION, method=Auto(CacheBlend(0.2), figures(one), ttft_s=1.0))
-    assert {chunk.level for chunk in prompt.report.chunks} == {""}
+    for order in (chunks, chunks[2:]):
+        report = make().fuse(order, QUESTION, method=Auto(CacheBlend(0.2), figures(one), ttft_s=1.0)).report
+        assert {chunk.level for chunk in report.chunks} == {""} and "of the pool" not in report.why
 
 
 def test_chunks_that_stand_where_they_were_read_are_not_exact_at_a_lossy_level(machines):

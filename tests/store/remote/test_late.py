@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from threading import Event, Timer
+from threading import Event, Thread, Timer
+from time import monotonic
 
 import pytest
 
@@ -129,9 +130,9 @@ def heads(stalled, monkeypatch):
         return held[-1][0]
 
     def answer(error=None):
-        for future, answered in held:
+        asked, held[:] = list(held), []
+        for future, answered in asked:
             future.set_exception(error) if error else future.set_result(answered.result())
-        held.clear()
 
     monkeypatch.setattr(pool, "begin", hold)
     return store, held, answer
@@ -139,9 +140,11 @@ def heads(stalled, monkeypatch):
 
 def test_whoever_has_no_time_does_not_wait_for_headers_and_misses_nothing(heads, key):
     store, _, answer = heads
-    speed, asking = store._tiers.behind[0]._speed, Asking(0.02)
+    tier, asking, noted = store.remote, Asking(0.02), []
+    speed, note = tier._speed, tier._manifest.note
+    tier._manifest.note = lambda keys, there: noted.extend(keys) or note(keys, there)
     with store.read([key(0), key(1), b"?" * 32], asking=asking) as batch:
-        assert batch.tiers == [None] * 3 and asking.late == {key(0), key(1), b"?" * 32}
+        assert batch.tiers == [None] * 3 and asking.late == {key(0), key(1), b"?" * 32} and not noted
     assert store.stats().pools["remote"].late == 3 and not speed.start_s
     answer()
     assert 0.02 < speed.start_s < 5, "how long it took is known, though nobody waited for it"
@@ -151,6 +154,60 @@ def test_whoever_has_no_time_does_not_wait_for_headers_and_misses_nothing(heads,
     with store.read([key(0), b"?" * 32], asking=asking) as batch:
         assert batch.tiers == ["remote", None] and not asking.late, "it waits as long as that took lately"
     assert speed.start_s < 1e3 and store.stats().pools["remote"].late == 3
+
+
+def test_what_came_of_headers_says_nothing_of_those_that_did_not(heads, key):
+    store, held, answer = heads
+    breaker = store.remote._breaker
+    breaker.failed()
+    breaker._until = 0.0
+    with store.read([key(0), key(1)], asking=Asking(0.02)):
+        assert breaker.broken, "nobody has answered"
+    first, got = held.pop(0)
+    answer(PoolError("no answer"))
+    first.set_result(got.result())
+    assert not breaker.broken
+    asked = len(held)
+    Timer(0.05, lambda: held[asked][0].set_result(held[asked][1].result())).start()
+    asking = Asking(0.5)
+    store.remote._speed._start = None
+    with store.read([key(0), key(1)], asking=asking) as batch:
+        assert batch.tiers == ["remote", None] and asking.late == {key(1)} and not store.remote._speed.start_s
+    held.pop(0)
+    answer()
+
+
+def test_a_level_that_is_late_is_not_asked_for_in_another_way(heads, key):
+    store, held, answer = heads
+    asking = Asking(0.02, levels={key(0): "fine"})
+    with store.read([key(0)], asking=asking) as batch:
+        assert batch.tiers == [None] and asking.late == {key(0)} and len(held) == 1
+    answer()
+
+
+def test_the_rest_of_a_header_is_given_no_more_time(machine, kv, key, monkeypatch):
+    url, rests = "memory://rests", Event()
+    one, two = machine(url), machine(url)
+    one.put_many([(key(number), kv(number, tokens=200), 0.0) for number in range(2)])
+    one.flush()
+    records, pool = two.remote._records, two.remote._pool
+    records._head_bytes, begin = 100, pool.begin
+
+    def late(name, start, stop):
+        asked, got = Future(), begin(name, start, stop)
+        Thread(target=lambda: (start and rests.wait(1), asked.set_result(got.result()))).start()
+        return asked
+
+    monkeypatch.setattr(pool, "begin", late)
+    asking, started = Asking(0.05), monotonic()
+    with two.read([key(0), key(1)], asking=asking) as batch:
+        assert batch.tiers == [None] * 2 and asking.late == {key(0), key(1)}
+    assert monotonic() - started < 0.9
+    rests.set()
+    asking = Asking(2)
+    with two.read([key(0), key(1)], asking=asking) as batch:
+        assert batch.tiers == ["remote"] * 2 and not asking.late
+    assert two.missing([key(0)]) == []
 
 
 def test_headers_that_nobody_waits_for_any_more_may_fail(heads, key):

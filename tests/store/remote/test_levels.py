@@ -53,6 +53,7 @@ def test_fewer_bytes_and_more_error(filled, url, machine, big, key, same):
 
 def test_what_a_lossy_level_brought_is_kept_nowhere(filled, url, machine, big, key, same, kept):
     store = machine(url, cpu_bytes=1 << 30)
+    store.read([key(0), key(1)]).close()  # on what terms they are kept is known
     with store.read([key(0), key(1)], asking=at((key(0), "coarse"))) as batch:
         batch.kv(0), batch.kv(1)
     kept(store, 1)
@@ -72,19 +73,37 @@ def test_a_level_that_is_missing_is_a_miss_of_that_level_alone(filled, url, mach
     assert store.missing([key(0)]) == []
 
 
-def test_a_level_that_is_damaged_is_dropped_alone(filled, url, machine, big, key, same, soon):
-    pool, name = filled.remote._pool, name_of(level_key(key(0), "fine"))
+def damage(pool, name):
     data = bytearray(pool.read(name, 0, 1 << 30))
     data[-9] ^= 1
     pool.write(name, bytes(data), float("inf"))
-    store = machine(url)
-    with store.read([key(0)], asking=at((key(0), "fine"))) as batch, pytest.raises(RecordError):
+
+
+@pytest.mark.parametrize("level", ["fine", ""])
+def test_what_is_damaged_is_dropped_alone(filled, url, machine, big, key, same, soon, level):
+    """A level, or what was stored, whose levels stay."""
+    pool, name = filled.remote._pool, name_of(level_key(key(0), level) if level else key(0))
+    damage(pool, name)
+    store, asking = machine(url), at((key(0), level)) if level else at()
+    with store.read([key(0)], asking=asking) as batch, pytest.raises(RecordError):
         batch.kv(0)
     soon(lambda: name not in dict(pool.names()))
-    with store.read([key(0)], asking=at((key(0), "fine"))) as batch:
-        assert batch.held_at == [""]
-        same(batch.kv(0), big(0))
+    store.flush()
+    with store.read([key(0)], asking=asking) as batch:
+        assert batch.held_at == ["" if level else None]
+        if level:
+            same(batch.kv(0), big(0))
     assert len(dict(pool.names())) == 2 * (1 + len(LEVELS)) - 1
+
+
+def test_a_damaged_level_that_may_not_be_deleted_is_left_alone(filled, url, machine, key):
+    damage(filled.remote._pool, name_of(level_key(key(0), "fine")))
+    store, asking = machine(url), at((key(0), "fine"))
+    store.remote._uploads = None  # as it is where nothing may be written
+    with store.read([key(0)], asking=asking) as batch, pytest.raises(RecordError):
+        batch.kv(0)
+    with store.read([key(0)], asking=asking) as batch:
+        assert batch.held_at == [""]
 
 
 def test_no_level_is_found_in_the_place_of_another(filled, url, machine, big, key, same):
@@ -102,7 +121,12 @@ def test_what_is_removed_is_removed_at_all_levels(filled, url, machine, key):
     """Also by who has heard of none."""
     store = machine(url)
     store.read([key(0)]).close()
+    store.remote._uploads.wake = lambda: None
     assert store.remove(key(0))
+    with store.read([key(0)], asking=at((key(0), "fine"))) as batch:
+        assert batch.tiers == [None], "at once"
+    del store.remote._uploads.wake
+    store.remote._uploads.wake()
     store.flush()
     left = {name_of(held) for held in (key(1), *(level_key(key(1), level) for level in LEVELS))}
     assert dict(filled.remote._pool.names()).keys() == left
@@ -156,6 +180,9 @@ def test_what_they_take_is_what_was_seen(filled, url, machine, key):
     assert after.token_bytes == before.token_bytes and after.levels[0] == before.levels[0]
     assert after.levels[1] != before.levels[1] and after.levels[1].token_s > 0
     assert machine(url).loading() == {}
+    speed = store.remote._speed
+    speed.sized("int8", before.token_bytes)
+    assert store.loading()["remote"].levels == after.levels[1:], "what is stored in as few bytes is better"
 
 
 @pytest.mark.parametrize("levels", ["fine", ("fine", "finest")])

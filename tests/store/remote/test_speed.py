@@ -25,6 +25,16 @@ def test_the_last_chunks_count_and_not_for_ever():
     assert speed.loading is None
 
 
+def test_how_long_headers_took_counts_for_a_minute():
+    clock = [0.0]
+    speed = Speed(lambda: clock[0])
+    speed.started(2.0)
+    clock[0] = 60.0
+    assert speed.start_s == 2.0
+    clock[0] = 61.0
+    assert speed.start_s == 0.0
+
+
 def test_what_was_not_answered_is_no_measure():
     speed = Speed()
     asked = [(Future(), 600), (Future(), 400), (Future(), 1)]
