@@ -201,6 +201,27 @@ def test_other_failures_are_raised(monkeypatch):
     assert made.fuse(chunks, QUESTION).report.ran == "fixed"
 
 
+def test_a_step_that_fails_where_the_model_does_not_runs_as_before(monkeypatch):
+    """Whatever goes wrong in fixed shapes alone: the answer is there, and the report says why."""
+    model = tiny_model()
+    want, made = said(engine(model, False)), engine(model, True, Recorder())
+    monkeypatch.setattr(module._Fixed, "_body", lambda self: int("none"))
+    answer = said(made)
+    assert answer.token_ids == want.token_ids
+    assert answer.report.ran.startswith("eager: its step in fixed shapes failed: invalid literal")
+
+
+def test_waits_are_seen_in_inference_mode_too(monkeypatch):
+    """There operations come whole, and what they do within is not seen."""
+    model = tiny_model()
+    layer = model.model.layers[1].mlp
+    plain = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda hidden: plain(hidden) * len(torch.where(hidden == 0)))
+    made = engine(model, True, Recorder())
+    with torch.inference_mode():
+        assert said(made).report.ran == "eager: the model waits for the device (nonzero)"
+
+
 def test_a_changed_model_is_captured_anew():
     model, capture = tiny_model(), Recorder()
     made = engine(model, True, capture)
@@ -219,7 +240,8 @@ def test_hooks_in_the_model_are_called():
     said(made), said(made)
     hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     answer = said(made)
-    assert answer.report.ran == answer.report.fusion.ran == "eager"
+    why = "eager: hooks are in the model, and a graph would not call them"
+    assert answer.report.ran == answer.report.fusion.ran == why
     assert len(calls) == NO_END["max_new_tokens"]
     hook.remove()
     assert said(made).report.ran == "graph"
@@ -227,7 +249,8 @@ def test_hooks_in_the_model_are_called():
 
 def test_where_no_graph_may_run_it_is_eager():
     made = engine(tiny_model(), True, Recorder(usable=False))
-    assert (said(made).report.ran, fused(made).report.ran) == ("eager", "eager")
+    why = "eager: its thread is on another stream than the default one"
+    assert (said(made).report.ran, fused(made).report.ran) == (why, why)
 
 
 def test_a_room_leaves_memory_to_others():
@@ -270,13 +293,57 @@ def test_what_fails_loses_nothing_of_a_past(monkeypatch):
             with monkeypatch.context() as patched, pytest.raises(ValueError) if fails else nullcontext():
                 if fails:
                     patched.setattr(
-                        mlp, "forward", lambda hidden, first=first: forward(hidden) if next(first) else int("none")
+                        mlp,
+                        "forward",
+                        lambda hidden, first=first: forward(hidden) if next(first, False) else int("none"),
                     )
                     patched.setattr(torch, "empty", unwritten)
                 answer = made.generate(chunks[3:], random_ids(5), past=past, **NO_END)
         said_next.append((answer.report.fusion.ran, answer.token_ids))
     assert [ran for ran, _ in said_next] == ["eager", "fixed"]
     assert said_next[0][1] == said_next[1][1]
+
+
+def entered(capacity=40):
+    decoder = engine(tiny_model(), False).decoder
+    found, cache = Rooms(lambda room: None), decoder.cache(capacity)
+    return found, cache, found.enter(cache, 0, capacity, decoder.specs), decoder
+
+
+def test_who_grew_out_of_a_room_in_part_shares_nothing_behind_it():
+    found, cache, room, _ = entered()
+    cache.layers[0]._grow(400)  # and the pass failed in the next layer
+    found.leave(cache)
+    assert room.guest is None
+    for layer, shared in zip(cache.layers, room.cache.layers, strict=True):
+        assert layer.key_room is not shared.key_room and layer.value_room is not shared.value_room
+
+
+def test_what_ran_as_it_is_in_a_room_is_cleared_too():
+    found, cache, room, decoder = entered()
+    for layer, spec in zip(cache.layers, decoder.specs, strict=True):
+        layer.update(*(torch.full((1, spec.heads, 60, dim), torch.nan) for dim in (spec.key_dim, spec.value_dim)))
+    found.leave(cache)
+    assert found.enter(decoder.cache(40), 0, 40, decoder.specs) is room
+    assert all(layer.key_room.isfinite().all() and layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def test_who_finds_no_memory_stays(monkeypatch):
+    """It keeps what it has, and nobody else enters."""
+    found, cache, room, decoder = entered()
+
+    def full(*size, **more):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        found.leave(cache)
+    assert room.guest is cache
+    other = found.enter(cache, 0, 40, decoder.specs)
+    assert other is not room and other.hosts(cache)
+    found.leave(cache)
+    assert room.guest is None and other.guest is None
+    assert cache.layers[-1].key_room is not other.cache.layers[-1].key_room
 
 
 def test_inference_mode_leaves_no_trace():
