@@ -145,6 +145,7 @@ def test_an_error_comes_behind_the_token_that_was_known(pair):
     assert next(said) == int(prompt.logits.argmax())
     with pytest.raises(ModelChangedError, match="on purpose"):
         next(said)
+    assert prompt.past_key_values.layers[0].length == prompt.input_ids.shape[1]  # nothing was run too much
 
 
 class OnGpu(torch.Tensor):

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from ragkv import (
     RelevantTokens,
     Reuse,
     UnsupportedModelError,
+    fuse,
 )
 from ragkv.model import graphs as module
 from ragkv.model import rooms
 from ragkv.model.graphs import Graphs, row_bucket
+from ragkv.model.kernel_attention import SpanBuilder
 from ragkv.model.rooms import Room, Rooms, room_bucket
 from ragkv.model.rows import Rows
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -324,8 +327,92 @@ def test_what_ran_as_it_is_in_a_room_is_cleared_too():
     for layer, spec in zip(cache.layers, decoder.specs, strict=True):
         layer.update(*(torch.full((1, spec.heads, 60, dim), torch.nan) for dim in (spec.key_dim, spec.value_dim)))
     found.leave(cache)
+    for layer in room.cache.layers:
+        layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
     assert found.enter(decoder.cache(40), 0, 40, decoder.specs) is room
     assert all(layer.key_room.isfinite().all() and layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def run(steps, cache, ids, first, forward=None):
+    rows = Rows(ids[first:], torch.arange(first, len(ids)), cache, first=first)
+    return (forward or steps.forward)(rows), rows.ran
+
+
+def test_the_spare_slot_is_nobodys(monkeypatch):
+    """Rows that would fill a room to its last slot go to a larger one: what is filled up writes there."""
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+    steps = engine(tiny_model(), True).documents.steps
+    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(17), steps.decoder.cache(17)
+    run(steps, cache, ids[:17], 0), run(steps, plain, ids[:17], 0, steps.decoder.forward)
+    assert steps.graphs._rooms.find(cache).slots == 20
+    got, ran = run(steps, cache, ids, 17)
+    assert ran == "fixed" and steps.graphs._rooms.find(cache).slots > 20
+    torch.testing.assert_close(got, run(steps, plain, ids, 17, steps.decoder.forward)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_grew_out_of_a_room_is_not_looked_for_there(monkeypatch):
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+    steps = engine(tiny_model(), True).documents.steps
+    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(6), steps.decoder.cache(6)
+    run(steps, cache, ids[:6], 0)
+    run(steps, cache, ids, 6, steps.decoder.forward)  # beside others' rows, say
+    cache.crop(-15)
+    other = torch.cat([ids[:5], ids[7:8]])
+    got, ran = run(steps, cache, other, 5)
+    assert ran == "fixed"
+    want = run(steps, plain, other, 0, steps.decoder.forward)[0]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    steps.graphs.leave(cache)
+    for a, b in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_dropped_is_cleared_too():
+    """A step that was run too much may have left numbers that are none."""
+    steps = engine(tiny_model(), True).documents.steps
+    ids, cache = steps.decoder.random_ids(5), steps.decoder.cache(5)
+    run(steps, cache, ids, 0)
+    room = steps.graphs._rooms.find(cache)
+    for layer in room.cache.layers:
+        layer.key_room[:, :, 4] = layer.value_room[:, :, 4] = torch.nan
+    cache.crop(-1)
+    steps.graphs.leave(cache)
+    logits, _ = run(steps, steps.decoder.cache(5), ids[:3], 0)
+    assert logits.isfinite().all() and all(layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def test_what_has_no_fixed_shape():
+    steps = engine(tiny_model(), True).documents.steps
+    shown, cache, one = steps.graphs._shown, steps.decoder.cache(9), torch.zeros(1, dtype=torch.long)
+    scattered = {"masks": SpanBuilder(steps.decoder.spans, one, 9)}
+    with cache.writing(cache.scatter):
+        assert shown(Rows(one, one, cache, **scattered)) == (9, 9)
+        assert shown(Rows(one, one, cache, **scattered, masses=object())) is None  # nobody would fill them
+        assert shown(Rows(one, one, cache, **scattered, limited=True)) is None
+    assert shown(Rows(one, one, cache, first=0)) == (0, 1)
+    assert shown(Rows(one, one, cache, first=3)) is None  # slots are not positions
+    assert shown(Rows(one, one, cache)) is None
+
+
+def test_a_room_that_is_given_up_is_waited_for():
+    capture = Recorder()
+    graphs = engine(tiny_model(), True, capture).documents.steps.graphs
+    cache, one = graphs._decoder.cache(9), torch.zeros(1, dtype=torch.long)
+    graphs.forward(Rows(one, one, cache, first=0))
+    graphs._drop(graphs._rooms.find(cache))
+    assert capture.settled == 1 and not graphs._fixed
+
+
+def test_layers_that_are_still_loading_are_there_before_a_step(monkeypatch):
+    """As on a GPU: layer by layer, beside the pass."""
+    monkeypatch.setattr(fuse, "Placement", partial(fuse.Placement, by_layer=True))
+    model = tiny_model()
+    plain, made = engine(model, False), engine(model, True, Recorder())
+    for method in (LegoLink(3), Reuse(), RelevantTokens(0.2)):
+        for _ in range(3):
+            got = fused(made, method)
+            assert got.report.ran != "eager"
+            same(got, fused(plain, method))
 
 
 def test_who_finds_no_memory_stays(monkeypatch):
