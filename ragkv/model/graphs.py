@@ -102,7 +102,9 @@ class Graphs:
         try:
             rows.ran, logits = fixed.run(rows, self._capture)
         except Exception as error:
-            return self._instead(rows, error)
+            why = _reason(error)
+        if why:  # behind the error, which holds what was computed
+            return self._instead(rows, why)
         rows.attention = fixed.attention
         if rows.cache.writer is None:
             rows.cache.set_length(shown[1])
@@ -110,12 +112,11 @@ class Graphs:
             fixed.show(rows.watch, shown[1], len(rows))
         return logits
 
-    def _instead(self, rows: Rows, error: Exception) -> Tensor:
+    def _instead(self, rows: Rows, why: str) -> Tensor:
         """Rows whose step failed, run as they are; so are all from then on, unless they fail too and the step is not to blame."""
         self._forget()
         logits = self._decoder.forward(rows)
-        self.why = _reason(error)
-        rows.ran = f"eager: {self.why}"
+        self.why, rows.ran = why, f"eager: {why}"
         return logits
 
     def leave(self, cache: FusedCache) -> None:

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -212,6 +213,25 @@ def test_a_step_that_fails_where_the_model_does_not_runs_as_before(monkeypatch):
     answer = said(made)
     assert answer.token_ids == want.token_ids
     assert answer.report.ran.startswith("eager: its step in fixed shapes failed: invalid literal")
+
+
+def test_what_runs_instead_has_the_memory_of_what_failed(monkeypatch):
+    model, held = tiny_model(), []
+    made = engine(model, True, Recorder())
+    forward = made.documents.steps.decoder.forward
+
+    def full(step):
+        computed = torch.ones(1)
+        held.append(ref(computed))
+        raise torch.OutOfMemoryError
+
+    def freed(rows):
+        assert all(one() is None for one in held)
+        return forward(rows)
+
+    monkeypatch.setattr(module._Fixed, "_body", full)
+    monkeypatch.setattr(made.documents.steps.decoder, "forward", freed)
+    assert said(made).report.ran == "eager: there was no memory for graphs" and len(held) == 1
 
 
 def test_waits_are_seen_in_inference_mode_too(monkeypatch):
