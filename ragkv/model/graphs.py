@@ -28,7 +28,7 @@ from ragkv.model.rows import Rows
 from ragkv.model.syncs import HostSyncError, no_syncs
 
 _MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
-_MOST_WATCHED = 256  # whose queries are kept until they were shown
+_MOST_WATCHED = 256  # whose queries are kept until the next run
 _MOST_GRAPHS = 32
 
 
