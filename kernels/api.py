@@ -161,7 +161,7 @@ def scatter(
     Args:
         fresh_keys: ``[H, S, D]``.
         fresh_values: ``[H, S, Dv]``.
-        rows: ``[S]`` integers below N, each at most once.
+        rows: ``[S]`` integers below N. Of those given more than once, some token's is written.
         keys: ``[H, N, D]``, written; may be a strided view.
         values: ``[H, N, Dv]``, written; may be a strided view.
         impl: which implementation runs.

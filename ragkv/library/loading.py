@@ -134,7 +134,7 @@ class Sample:
     def _wait(self) -> None:
         for spec in self.decoder.specs:
             if spec.device.type == "cuda":
-                torch.cuda.synchronize(spec.device)
+                torch.cuda.current_stream(spec.device).synchronize()  # of the device: not while a graph is captured
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor
 #: Runs on fixed tensors alone; returns one that the next run writes anew.
 Body = Callable[[], Tensor]
 
-# PyTorch: one capture at a time in a process.
-_capturing = Lock()
+#: PyTorch: one capture at a time in a process; and, in some versions, no random numbers of the device beside it.
+capturing = Lock()
 # Graphs whose capture failed: PyTorch's allocator goes on asking them.
 _failed: list[Any] = []
 
@@ -32,7 +32,7 @@ class Capture(Protocol):
         """Whether a graph may run in this thread just now."""
 
     def settle(self) -> None:
-        """Wait until nothing runs on the device, before what graphs read and write is let go."""
+        """Wait until the device has done what graphs and this thread gave it, before what they read and write is let go."""
 
     def free_bytes(self) -> int:
         """Memory of the device that nobody uses."""
@@ -55,7 +55,7 @@ class CudaCapture:
         """See :class:`Capture`. The body runs once on the stream where it is captured, as PyTorch asks for."""
         stream = self._stream
         # What is left by a capture that fails is the outer block's to undo: the inner one then leaves its stream in place.
-        with _capturing, torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with capturing, torch.cuda.device(self._device), torch.cuda.stream(stream):
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.default_stream(self._device))
             body()
@@ -63,7 +63,7 @@ class CudaCapture:
                 # Other threads load, store and allocate meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     out = body()
-            except Exception:
+            except BaseException:
                 self._recover(graph)
                 raise
         torch.cuda.default_stream(self._device).wait_stream(stream)
@@ -89,8 +89,9 @@ class CudaCapture:
         return torch.cuda.current_stream(self._device) == torch.cuda.default_stream(self._device)
 
     def settle(self) -> None:
-        """See :class:`Capture`."""
-        torch.cuda.synchronize(self._device)
+        """See :class:`Capture`. Not by the device as a whole, which fails where another thread captures, and its capture too."""
+        for stream in (torch.cuda.default_stream(self._device), torch.cuda.current_stream(self._device)):
+            stream.synchronize()
 
     def free_bytes(self) -> int:
         """What no process has, and what PyTorch keeps for what comes."""

@@ -23,6 +23,7 @@ from transformers.generation.stopping_criteria import (
 
 from ragkv.errors import NonFiniteError
 from ragkv.model.cache import FusedCache
+from ragkv.model.capture import capturing
 from ragkv.model.decoder import Decoder
 from ragkv.model.generation import Settings, Stop
 from ragkv.model.inspection import non_finite
@@ -129,7 +130,8 @@ class _Choice:
     def __init__(self, scores: Tensor, sample: bool | None):
         best, self.ids = scores.max(-1).values, scores.argmax(-1)  # NaN where any score is
         if sample:
-            self.ids = torch.multinomial(scores.softmax(-1).nan_to_num(1.0), 1)[:, 0]
+            with capturing if scores.device.type == "cuda" else nullcontext():
+                self.ids = torch.multinomial(scores.softmax(-1).nan_to_num(1.0), 1)[:, 0]
         self._numbers = _reading(torch.cat([best, self.ids.float()]))  # a token id is exact in fp32
 
     def read(self, decoder: Decoder) -> int:

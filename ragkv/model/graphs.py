@@ -28,7 +28,7 @@ from ragkv.model.rows import Rows
 from ragkv.model.syncs import HostSyncError, no_syncs
 
 _MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
-_MOST_WATCHED = 256  # whose queries are kept until they were shown
+_MOST_WATCHED = 256  # whose queries are kept until the next run
 _MOST_GRAPHS = 32
 
 
@@ -89,10 +89,11 @@ class Graphs:
     def forward(self, rows: Rows) -> Tensor:
         """As :meth:`Decoder.forward`; ``rows.ran`` says how."""
         self._look()
-        shown = None if self.why else self._shown(rows)
-        room = None if shown is None else self._enter(rows, *shown)
+        shown = self._shown(rows)
+        why = self.why if shown is None else self._hindrance()
+        room = None if shown is None or why else self._enter(rows, *shown)
         if room is None or shown is None:
-            why = self.why or ("" if shown is None else "no room is free, nor memory for one")
+            why = why or self.why or ("" if shown is None else "no room is free, nor memory for one")
             rows.ran = f"eager: {why}" if why else "eager"
             return self._decoder.forward(rows)
         if rows.cache.before is not None:  # it would be in the graph
@@ -100,19 +101,22 @@ class Graphs:
         fixed = self._step(room, rows)
         try:
             rows.ran, logits = fixed.run(rows, self._capture)
-        except HostSyncError as error:
-            self._give_up(f"the model waits for the device ({error})")
-        except _CaptureError as error:
-            self._give_up(f"its graph could not be captured: {error}")
-        except torch.OutOfMemoryError:
-            self._give_up("there was no memory for graphs")
-        if self.why:
-            return self.forward(rows)
+        except Exception as error:
+            why = _reason(error)
+        if why:  # behind the error, which holds what was computed
+            return self._instead(rows, why)
         rows.attention = fixed.attention
         if rows.cache.writer is None:
             rows.cache.set_length(shown[1])
         if rows.watch is not None:
             fixed.show(rows.watch, shown[1], len(rows))
+        return logits
+
+    def _instead(self, rows: Rows, why: str) -> Tensor:
+        """Rows whose step failed, run as they are; so are all from then on, unless they fail too and the step is not to blame."""
+        self._forget()
+        logits = self._decoder.forward(rows)
+        self.why, rows.ran = why, f"eager: {why}"
         return logits
 
     def leave(self, cache: FusedCache) -> None:
@@ -125,8 +129,6 @@ class Graphs:
         """
         if rows.limited or rows.masses is not None or not 0 < len(rows) <= _MOST_ROWS:
             return None
-        if self._watched() or (self._capture is not None and not self._capture.usable()):
-            return None
         behind = rows.held, rows.held + len(rows)
         if isinstance(rows.masks, SpanBuilder) and not rows.masks.everything:
             if rows.cache.writer is not None:
@@ -134,9 +136,15 @@ class Graphs:
             return behind if rows.masks.keys == behind[1] and len(rows) <= _MOST_WATCHED else None  # a look
         return behind if rows.masks is None and rows.first == rows.held else None
 
-    def _watched(self) -> bool:
-        """Whether somebody's hooks are in the model: a graph would not call them."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+    def _hindrance(self) -> str:
+        """Why nothing runs in fixed shapes just now; empty if it may."""
+        if self.why:
+            return self.why
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+            return "hooks are in the model, and a graph would not call them"
+        if self._capture is not None and not self._capture.usable():
+            return "its thread is on another stream than the default one"
+        return ""
 
     def _enter(self, rows: Rows, held: int, needed: int) -> Room | None:
         """The room where the rows' cache is, moved in if it was not."""
@@ -150,8 +158,8 @@ class Graphs:
             try:
                 room = self._rooms.enter(cache, held, room_for, self._decoder.specs)
             except torch.OutOfMemoryError:
-                self._give_up("there was no memory for a second cache")
-                return None
+                self.why = "there was no memory for a second cache"
+                self._forget()
         if room is not None:
             room.used = max(room.used, needed)
         return room
@@ -181,10 +189,6 @@ class Graphs:
         elif len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in self._modules):
             self.why = "its weights are on several devices, or are brought there when they are needed"
 
-    def _give_up(self, why: str) -> None:
-        self.why = why
-        self._forget()
-
     def _forget(self) -> None:
         self._settle()
         self._fixed.clear()
@@ -211,6 +215,15 @@ class Graphs:
 
 class _CaptureError(Exception):
     """A step could not be captured."""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, HostSyncError):
+        return f"the model waits for the device ({error})"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "there was no memory for graphs"
+    what = "its graph could not be captured" if isinstance(error, _CaptureError) else "its step in fixed shapes failed"
+    return f"{what}: {str(error).partition(chr(10))[0]}"
 
 
 class _Fixed:
@@ -260,7 +273,7 @@ class _Fixed:
         try:
             return capture(self._body)
         except Exception as error:
-            raise _CaptureError(str(error).partition("\n")[0]) from error
+            raise _CaptureError(str(error)) from error
 
     def _fill(self, rows: Rows) -> None:
         given, front = self._given, self._given.shape[1] - len(rows)
@@ -268,6 +281,7 @@ class _Fixed:
         given[:, :front] = given[:, front : front + 1].clone()
         given[2, :front] = self._room.spare
 
+    @torch.inference_mode(False)  # in it operations come whole, and what they do within is not seen
     @torch.no_grad()
     def _body(self) -> Tensor:
         decoder, room = self._decoder, self._room

@@ -74,16 +74,18 @@ class Room:
     def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
         """Give the guest what may be in its slots in memory of its own, as much as it had at least.
 
-        In the middle of a pass it says that it holds nothing.
+        In the middle of a pass it says that it holds nothing. Where there is no memory it stays, as long as it lives.
 
         Args:
             cache: the guest.
             settle: called before somebody else may enter.
         """
-        if self.hosts(cache):
-            for layer in cache.layers:
-                slots = max(layer.length, self.used)
-                _move_out(layer, slots, max(self._own, slots))
+        try:
+            for layer, own in zip(cache.layers, self.cache.layers, strict=True):
+                _move_out(layer, own, max(layer.length, self.used), self._own)
+        except torch.OutOfMemoryError:
+            return
+        self.used = max(self.used, *(layer.length for layer in cache.layers))  # of passes that ran as they are
         settle()
         self._guest = None
 
@@ -95,12 +97,15 @@ class Room:
         self.used = begin
 
 
-def _move_out(layer: FusedLayer, slots: int, capacity: int) -> None:
+def _move_out(layer: FusedLayer, shared: FusedLayer, slots: int, least: int) -> None:
+    """Give a layer memory of its own for what it shares: some may have grown out of the room already, where a pass failed."""
     for name in ("key_room", "value_room"):
-        shared = getattr(layer, name)
-        room = torch.empty((*shared.shape[:2], capacity, shared.shape[3]), dtype=shared.dtype, device=shared.device)
-        room[:, :, :slots] = shared[:, :, :slots]
-        setattr(layer, name, room)
+        here = getattr(layer, name)
+        if here is getattr(shared, name):
+            size = *here.shape[:2], max(least, slots), here.shape[3]
+            room = torch.empty(size, dtype=here.dtype, device=here.device)
+            room[:, :, :slots] = here[:, :, :slots]
+            setattr(layer, name, room)
 
 
 class Rooms:
@@ -152,10 +157,10 @@ class Rooms:
         return room
 
     def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
-        """Move a cache out, if it is in a room; ``settle`` as for :meth:`Room.leave`."""
-        room = self.find(cache)
-        if room is not None:
-            room.leave(cache, settle)
+        """Move a cache out of whatever room it is in; ``settle`` as for :meth:`Room.leave`."""
+        for room in self._rooms:
+            if room.guest is cache:
+                room.leave(cache, settle)
 
     def forget(self) -> None:
         """Let all rooms go; whoever is in one keeps it."""

@@ -153,8 +153,13 @@ def test_a_turn_that_fails_leaves_the_past_as_it_was(words):
     assert engine.generate([], "When?", past=past, **NO_END).token_ids == want
 
 
-def test_stop_texts_and_end_tokens_are_no_part_of_what_was_said(words):
-    engine = Engine(tiny_model(vocab_size=1792), words, template=WORDS, method=Reuse())
+@pytest.mark.parametrize("early", [False, True])
+def test_stop_texts_and_end_tokens_are_no_part_of_what_was_said(words, early):
+    """Nor is what was run behind them, where a token's step begins before the token is known."""
+    how = {"kernels": "reference", "graphs": True} if early else {}
+    engine = Engine(tiny_model(vocab_size=1792), words, template=WORDS, method=Reuse(), **how)
+    if early:
+        engine.documents.steps.graphs.early = True
     plain = engine.generate([], "Who?", keep_past=True, max_new_tokens=6, eos_token_id=None)
     front = plain.past.ids[: len(plain.past.ids) - 6]
     ended = engine.generate([], "Who?", keep_past=True, max_new_tokens=6, eos_token_id=plain.token_ids[3])

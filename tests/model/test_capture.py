@@ -16,13 +16,13 @@ class Cuda:
     """The calls that were made, in order; streams are names."""
 
     def __init__(self, monkeypatch):
-        self.calls, self.current = [], "default"
+        self.calls, self.current = [], Stream("default", self)
         self._signature = inspect.signature(torch.cuda.graph.__init__)
         for name in ("device", "stream", "Stream", "CUDAGraph", "graph", "current_stream", "default_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         pools = iter(["pool", "another pool"])
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append("settled"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("not while others capture"))
 
     @contextmanager
     def device(self, device):
@@ -69,6 +69,9 @@ class Stream(str):
     def wait_stream(self, other):
         self.cuda.calls.append(f"{self} waits for {other}")
 
+    def synchronize(self):
+        self.cuda.calls.append(f"{self} is waited for")
+
 
 class Graph:
     def __init__(self, cuda):
@@ -97,8 +100,9 @@ def test_a_body_runs_beside_then_is_captured_and_replayed(cuda):
     ]
     assert cuda.current == "default"
     assert replay() is out and cuda.calls[-1] == "replay"
-    capture.settle()
-    assert cuda.calls[-1] == "settled"
+    with torch.cuda.stream(Stream("a user's", cuda)):
+        capture.settle()
+    assert cuda.calls[-2:] == ["default is waited for", "a user's is waited for"]
 
 
 def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
@@ -118,6 +122,21 @@ def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
     assert len(module._failed) == 1  # it lives on
     assert capture(lambda: torch.ones(1))() is not None  # the lock is not held
     assert ("begin", "another pool") in cuda.calls
+
+
+def test_an_interrupt_is_undone_too(cuda, monkeypatch):
+    monkeypatch.setattr(module, "_failed", [])
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    capture, ran = CudaCapture(GPU), []
+
+    def body():
+        ran.append(1)
+        if len(ran) > 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(body)
+    assert cuda.calls[-2:] == [("begin", None), "end"] and len(module._failed) == 1
 
 
 def test_another_stream_has_no_graphs(cuda):

@@ -145,3 +145,23 @@ def test_an_error_comes_behind_the_token_that_was_known(pair):
     assert next(said) == int(prompt.logits.argmax())
     with pytest.raises(ModelChangedError, match="on purpose"):
         next(said)
+    assert prompt.past_key_values.layers[0].length == prompt.input_ids.shape[1]  # nothing was run too much
+
+
+class OnGpu(torch.Tensor):
+    device = torch.device("cuda", 0)
+
+
+def test_nobody_draws_beside_a_capture(monkeypatch):
+    """PyTorch would raise in whoever draws a token."""
+    held = []
+
+    def draw(weights, count):
+        held.append(decoding.capturing.locked())
+        return weights.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    monkeypatch.setattr(decoding, "_reading", lambda numbers: numbers.tolist)
+    for scores in (torch.ones(1, 9).as_subclass(OnGpu), torch.ones(1, 9)):
+        decoding._Choice(scores, sample=True)
+    assert held == [True, False] and not decoding.capturing.locked()

@@ -3,6 +3,8 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from ragkv import (
     RelevantTokens,
     Reuse,
     UnsupportedModelError,
+    fuse,
 )
 from ragkv.model import graphs as module
 from ragkv.model import rooms
 from ragkv.model.graphs import Graphs, row_bucket
+from ragkv.model.kernel_attention import SpanBuilder
 from ragkv.model.rooms import Room, Rooms, room_bucket
 from ragkv.model.rows import Rows
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -201,6 +205,46 @@ def test_other_failures_are_raised(monkeypatch):
     assert made.fuse(chunks, QUESTION).report.ran == "fixed"
 
 
+def test_a_step_that_fails_where_the_model_does_not_runs_as_before(monkeypatch):
+    """Whatever goes wrong in fixed shapes alone: the answer is there, and the report says why."""
+    model = tiny_model()
+    want, made = said(engine(model, False)), engine(model, True, Recorder())
+    monkeypatch.setattr(module._Fixed, "_body", lambda self: int("none"))
+    answer = said(made)
+    assert answer.token_ids == want.token_ids
+    assert answer.report.ran.startswith("eager: its step in fixed shapes failed: invalid literal")
+
+
+def test_what_runs_instead_has_the_memory_of_what_failed(monkeypatch):
+    model, held = tiny_model(), []
+    made = engine(model, True, Recorder())
+    forward = made.documents.steps.decoder.forward
+
+    def full(step):
+        computed = torch.ones(1)
+        held.append(ref(computed))
+        raise torch.OutOfMemoryError
+
+    def freed(rows):
+        assert all(one() is None for one in held)
+        return forward(rows)
+
+    monkeypatch.setattr(module._Fixed, "_body", full)
+    monkeypatch.setattr(made.documents.steps.decoder, "forward", freed)
+    assert said(made).report.ran == "eager: there was no memory for graphs" and len(held) == 1
+
+
+def test_waits_are_seen_in_inference_mode_too(monkeypatch):
+    """There operations come whole, and what they do within is not seen."""
+    model = tiny_model()
+    layer = model.model.layers[1].mlp
+    plain = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda hidden: plain(hidden) * len(torch.where(hidden == 0)))
+    made = engine(model, True, Recorder())
+    with torch.inference_mode():
+        assert said(made).report.ran == "eager: the model waits for the device (nonzero)"
+
+
 def test_a_changed_model_is_captured_anew():
     model, capture = tiny_model(), Recorder()
     made = engine(model, True, capture)
@@ -219,7 +263,8 @@ def test_hooks_in_the_model_are_called():
     said(made), said(made)
     hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     answer = said(made)
-    assert answer.report.ran == answer.report.fusion.ran == "eager"
+    why = "eager: hooks are in the model, and a graph would not call them"
+    assert answer.report.ran == answer.report.fusion.ran == why
     assert len(calls) == NO_END["max_new_tokens"]
     hook.remove()
     assert said(made).report.ran == "graph"
@@ -227,7 +272,8 @@ def test_hooks_in_the_model_are_called():
 
 def test_where_no_graph_may_run_it_is_eager():
     made = engine(tiny_model(), True, Recorder(usable=False))
-    assert (said(made).report.ran, fused(made).report.ran) == ("eager", "eager")
+    why = "eager: its thread is on another stream than the default one"
+    assert (said(made).report.ran, fused(made).report.ran) == (why, why)
 
 
 def test_a_room_leaves_memory_to_others():
@@ -270,13 +316,141 @@ def test_what_fails_loses_nothing_of_a_past(monkeypatch):
             with monkeypatch.context() as patched, pytest.raises(ValueError) if fails else nullcontext():
                 if fails:
                     patched.setattr(
-                        mlp, "forward", lambda hidden, first=first: forward(hidden) if next(first) else int("none")
+                        mlp,
+                        "forward",
+                        lambda hidden, first=first: forward(hidden) if next(first, False) else int("none"),
                     )
                     patched.setattr(torch, "empty", unwritten)
                 answer = made.generate(chunks[3:], random_ids(5), past=past, **NO_END)
         said_next.append((answer.report.fusion.ran, answer.token_ids))
     assert [ran for ran, _ in said_next] == ["eager", "fixed"]
     assert said_next[0][1] == said_next[1][1]
+
+
+def entered(capacity=40):
+    decoder = engine(tiny_model(), False).decoder
+    found, cache = Rooms(lambda room: None), decoder.cache(capacity)
+    return found, cache, found.enter(cache, 0, capacity, decoder.specs), decoder
+
+
+def test_who_grew_out_of_a_room_in_part_shares_nothing_behind_it():
+    found, cache, room, _ = entered()
+    cache.layers[0]._grow(400)  # and the pass failed in the next layer
+    found.leave(cache)
+    assert room.guest is None
+    for layer, shared in zip(cache.layers, room.cache.layers, strict=True):
+        assert layer.key_room is not shared.key_room and layer.value_room is not shared.value_room
+
+
+def test_what_ran_as_it_is_in_a_room_is_cleared_too():
+    found, cache, room, decoder = entered()
+    for layer, spec in zip(cache.layers, decoder.specs, strict=True):
+        layer.update(*(torch.full((1, spec.heads, 60, dim), torch.nan) for dim in (spec.key_dim, spec.value_dim)))
+    found.leave(cache)
+    for layer in room.cache.layers:
+        layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
+    assert found.enter(decoder.cache(40), 0, 40, decoder.specs) is room
+    assert all(layer.key_room.isfinite().all() and layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def run(steps, cache, ids, first, forward=None):
+    rows = Rows(ids[first:], torch.arange(first, len(ids)), cache, first=first)
+    return (forward or steps.forward)(rows), rows.ran
+
+
+def test_the_spare_slot_is_nobodys(monkeypatch):
+    """Rows that would fill a room to its last slot go to a larger one: what is filled up writes there."""
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+    steps = engine(tiny_model(), True).documents.steps
+    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(17), steps.decoder.cache(17)
+    run(steps, cache, ids[:17], 0), run(steps, plain, ids[:17], 0, steps.decoder.forward)
+    assert steps.graphs._rooms.find(cache).slots == 20
+    got, ran = run(steps, cache, ids, 17)
+    assert ran == "fixed" and steps.graphs._rooms.find(cache).slots > 20
+    torch.testing.assert_close(got, run(steps, plain, ids, 17, steps.decoder.forward)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_grew_out_of_a_room_is_not_looked_for_there(monkeypatch):
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+    steps = engine(tiny_model(), True).documents.steps
+    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(6), steps.decoder.cache(6)
+    run(steps, cache, ids[:6], 0)
+    run(steps, cache, ids, 6, steps.decoder.forward)  # beside others' rows, say
+    cache.crop(-15)
+    other = torch.cat([ids[:5], ids[7:8]])
+    got, ran = run(steps, cache, other, 5)
+    assert ran == "fixed"
+    want = run(steps, plain, other, 0, steps.decoder.forward)[0]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    steps.graphs.leave(cache)
+    for a, b in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_dropped_is_cleared_too():
+    """A step that was run too much may have left numbers that are none."""
+    steps = engine(tiny_model(), True).documents.steps
+    ids, cache = steps.decoder.random_ids(5), steps.decoder.cache(5)
+    run(steps, cache, ids, 0)
+    room = steps.graphs._rooms.find(cache)
+    for layer in room.cache.layers:
+        layer.key_room[:, :, 4] = layer.value_room[:, :, 4] = torch.nan
+    cache.crop(-1)
+    steps.graphs.leave(cache)
+    logits, _ = run(steps, steps.decoder.cache(5), ids[:3], 0)
+    assert logits.isfinite().all() and all(layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def test_what_has_no_fixed_shape():
+    steps = engine(tiny_model(), True).documents.steps
+    shown, cache, one = steps.graphs._shown, steps.decoder.cache(9), torch.zeros(1, dtype=torch.long)
+    scattered = {"masks": SpanBuilder(steps.decoder.spans, one, 9)}
+    with cache.writing(cache.scatter):
+        assert shown(Rows(one, one, cache, **scattered)) == (9, 9)
+        assert shown(Rows(one, one, cache, **scattered, masses=object())) is None  # nobody would fill them
+        assert shown(Rows(one, one, cache, **scattered, limited=True)) is None
+    assert shown(Rows(one, one, cache, first=0)) == (0, 1)
+    assert shown(Rows(one, one, cache, first=3)) is None  # slots are not positions
+    assert shown(Rows(one, one, cache)) is None
+
+
+def test_a_room_that_is_given_up_is_waited_for():
+    capture = Recorder()
+    graphs = engine(tiny_model(), True, capture).documents.steps.graphs
+    cache, one = graphs._decoder.cache(9), torch.zeros(1, dtype=torch.long)
+    graphs.forward(Rows(one, one, cache, first=0))
+    graphs._drop(graphs._rooms.find(cache))
+    assert capture.settled == 1 and not graphs._fixed
+
+
+def test_layers_that_are_still_loading_are_there_before_a_step(monkeypatch):
+    """As on a GPU: layer by layer, beside the pass."""
+    monkeypatch.setattr(fuse, "Placement", partial(fuse.Placement, by_layer=True))
+    model = tiny_model()
+    plain, made = engine(model, False), engine(model, True, Recorder())
+    for method in (LegoLink(3), Reuse(), RelevantTokens(0.2)):
+        for _ in range(3):
+            got = fused(made, method)
+            assert got.report.ran != "eager"
+            same(got, fused(plain, method))
+
+
+def test_who_finds_no_memory_stays(monkeypatch):
+    """It keeps what it has, and nobody else enters."""
+    found, cache, room, decoder = entered()
+
+    def full(*size, **more):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        found.leave(cache)
+    assert room.guest is cache
+    other = found.enter(cache, 0, 40, decoder.specs)
+    assert other is not room and other.hosts(cache)
+    found.leave(cache)
+    assert room.guest is None and other.guest is None
+    assert cache.layers[-1].key_room is not other.cache.layers[-1].key_room
 
 
 def test_inference_mode_leaves_no_trace():
