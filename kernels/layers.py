@@ -54,6 +54,10 @@ class Layers:
         )
         self.described: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies lie elsewhere: addresses that were found stay behind."""
+        return {**vars(self), "described": None}
+
     @classmethod
     def raw(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Layers:
         """Numbers ``[H, T, D]`` as they are."""

@@ -128,8 +128,10 @@ class Engine:
             measured = measured | Measured.SENSITIVITY if sensitivity else measured & ~Measured.SENSITIVITY
         decoder = self.runner.decoder(kernels, self.store)
         if piece_tokens is None:
-            free = free_bytes(decoder.device)
-            piece_tokens = affordable(decoder, None if free is None else free - self.store.unclaimed_bytes)
+            # A model in parts runs on the fullest device, too.
+            devices = {decoder.device, *(spec.device for spec in decoder.specs)}
+            free = min(free_bytes(device) or 0 for device in devices)
+            piece_tokens = affordable(decoder, free - self.store.unclaimed_bytes)
         self.piece_tokens: int = whole_number("piece_tokens", piece_tokens, 1)
         self.encoder: Encoder = Encoder(self.template, tokenizer, decoder.vocab_size)
         self.documents: Documents = Documents(

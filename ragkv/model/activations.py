@@ -15,17 +15,17 @@ _SHARE = 4  # prompts' caches and the allocator's gaps take the rest of what is 
 _LONGEST = 32768  # N that is counted on, where the model has more positions
 
 
-def piece_tokens(decoder: Decoder, free_bytes: int | None) -> int:
+def piece_tokens(decoder: Decoder, free_bytes: int) -> int:
     """Tokens of a forward: on a GPU a power of two between 512 and 8192 that takes a quarter of the free memory; else 512.
 
     Args:
         decoder: the model.
-        free_bytes: what its device has left; ``None`` where that is not known.
+        free_bytes: what its device has left; of several, the fullest.
     """
-    if decoder.device.type != "cuda" or free_bytes is None:
+    if decoder.device.type != "cuda":
         return LEAST
-    fitting = (free_bytes // _SHARE - seen_bytes(decoder)) // token_bytes(decoder)
-    return max(LEAST, min(MOST, 1 << max(0, fitting.bit_length() - 1))) if fitting > 0 else LEAST
+    fitting = max(1, (free_bytes // _SHARE - seen_bytes(decoder)) // token_bytes(decoder))
+    return max(LEAST, min(MOST, 1 << (fitting.bit_length() - 1)))
 
 
 def token_bytes(decoder: Decoder) -> int:

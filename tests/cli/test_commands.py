@@ -71,7 +71,7 @@ def test_add_ask_stats(files, tmp_path, capsys):
     assert found["report"]["fusion"]["method"] == "LegoLink(k=4)"
     assert len(found["sources"]) == 2 and {source["kv"] for source in found["sources"]} == {"disk"}
     assert found["left_out"] == []
-    assert found["report"].keys() == {"fusion", "new_tokens"} and "milliseconds" not in found["report"]["fusion"]
+    assert found["report"].keys() == {"fusion", "new_tokens", "ran"} and "milliseconds" not in found["report"]["fusion"]
     times = found["milliseconds"]
     assert times["retrieve"] > 0 and times["retrieve"] + times["compute"] < times["first_token"] < times["total"]
 

@@ -147,6 +147,7 @@ def test_what_is_encrypted_takes_the_key_of_a_file_or_of_the_environment(file, t
     assert does("prune", "one", "other", "--yes")[0] == 1, "the file of the option counts, not the environment"
     assert run(capsys, "forget", "-y", "--path", tmp_path / "one", "--remote", url, str(file))[0] == 0
     assert not list((tmp_path / "pool").glob("??/*"))
+    assert pool_for_many(Namespace(remote=None, remote_key_file=None)) is None, "the environment asks for no pool"
     for key, keys in (("key", bytes.fromhex(secret)), ("each", {"": bytes.fromhex(secret), "team": b"\7" * 32})):
         opens = pool_for_many(Namespace(remote=url, remote_key_file=tmp_path / key))
         assert opens.keywords == {"encryption_key": keys}

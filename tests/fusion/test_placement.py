@@ -1,5 +1,6 @@
 """Chunks are placed from what their tier holds: the blocks of a pool, encoded numbers, or numbers as they are."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore
 from ragkv.chunk import Chunk, ChunkKV
 from ragkv.fusion import placement
 from ragkv.fusion.layout import lay_out
-from ragkv.fusion.supply import layers_of
+from ragkv.fusion.supply import Supply, layers_of
 from ragkv.kernels import slots_of
 from ragkv.model.decoder import Decoder
 from ragkv.store.codecs import get_codec
@@ -78,7 +79,7 @@ def place(decoder, monkeypatch):
     Returns what the cache then holds, how many runs went at once, and how many pieces each layer was besides.
     """
 
-    def run(lengths, ways, fresh=(), change=lambda batch: None, starts=None, again=0):
+    def run(lengths, ways, fresh=(), change=lambda batch: None, starts=None, again=0, front=None):
         layout = lay_out(
             PREFIX, PREFIX, [Chunk(tuple(random_ids(n))) for n in lengths], random_ids(4), decoder.device, starts
         )
@@ -101,9 +102,9 @@ def place(decoder, monkeypatch):
             for layer in cache.layers:
                 layer.key_room.fill_(torch.nan)
                 layer.value_room.fill_(torch.nan)
-            work = placement.Placement(decoder, cache, layout, batch, keys, new, by_layer=True)
+            work = placement.Placement(decoder, cache, layout, batch, keys, new, by_layer=True, front=front)
             work.ahead()
-            if not set(ways) - {"pool"} and batch.device == "cpu":
+            if not set(ways) - {"pool"} and batch.device == "cpu" and front is None:
                 assert not any(layer.key_room[0, :, 3:-4].isnan().any() for layer in cache.layers)
             for number in range(len(cache.layers)):
                 work.upto(number)
@@ -144,10 +145,16 @@ def test_chunks_that_share_positions(place):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_what_is_encoded_is_decoded_on_the_way(place, decoder):
-    ways = ("pool", "int8", "pool", "fp8", "int4")
+@pytest.mark.parametrize(
+    ("ways", "want_counts"),
+    [
+        (("pool", "int8", "pool", "fp8", "int4"), ([2], [6] * 4)),
+        (("int8", "pool", "fp8", "pool", "pool"), ([2], [4] * 4)),  # what lies between parts a pool, too
+    ],
+)
+def test_what_is_encoded_is_decoded_on_the_way(place, decoder, ways, want_counts):
     got, counts, _ = place(LENGTHS, ways)
-    assert counts == ([2], [6] * 4)
+    assert counts == want_counts
 
     def decoded(batch):
         for kv, way in zip(batch.chunks, ways, strict=True):
@@ -165,6 +172,33 @@ def test_what_was_just_computed_parts_a_pool(place):
     got, counts, _ = place(LENGTHS, ["pool"] * 5, fresh=[2])
     assert counts == ([4], [])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_was_computed_elsewhere_is_placed_by_itself(place, decoder, monkeypatch):
+    """What stands in front, before all else."""
+    front = random_kv(decoder, len(PREFIX))
+    want, counts, _ = place(LENGTHS, ["pool"] * 5, fresh=[2], front=front)
+    assert counts == ([5], [])
+    monkeypatch.setattr(Supply, "beside_rooms", lambda *_: False)
+    got, counts, _ = place(LENGTHS, ["pool"] * 5, fresh=[2], front=front)
+    assert counts == ([3], [2] * 4)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_a_prompt_takes_late_stands_in_the_place_of_what_was_to_come(decoder):
+    """Also where placing has begun, by what the layout said before."""
+    layout = lay_out(PREFIX, PREFIX, [Chunk(tuple(random_ids(n))) for n in (9, 4)], random_ids(4), decoder.device)
+    batch, other = Shelf([random_kv(decoder, n) for n in (9, 4)], ["int8", "raw"]), random_kv(decoder, 9)
+    keys = {item.chunk: key for item, key in zip(layout.chunks, batch.keys, strict=True)}
+    cache = decoder.cache(layout.tokens)
+    work = placement.Placement(decoder, cache, layout, batch, keys, {}, by_layer=True)
+    work.ahead()
+    first = replace(layout.chunks[0], path=b"path", whole=True)
+    work.take(replace(layout, chunks=(first, layout.chunks[1])), {b"path": other})
+    work.upto(len(cache.layers) - 1)
+    for number, layer in enumerate(cache.layers):
+        values = torch.cat([other.values[number], batch.chunks[1].values[number]], 1)
+        assert torch.equal(layer.value_room[0, :, layout.chunks_start : layout.suffix_start], values)
 
 
 def test_a_pool_on_another_device_is_read_chunk_by_chunk(place):
@@ -221,5 +255,7 @@ def test_what_was_found_of_tensors_goes_with_them():
     kv = ChunkKV([torch.randn(2, 5, 4)], [torch.randn(2, 5, 4)], 0)
     found = layers_of(kv)
     assert layers_of(kv) is found and not replace(kv, base=1).kept
+    found.described = "addresses"
+    assert layers_of(deepcopy(kv)).described is None, "copies lie elsewhere"
     kv.values[0] = torch.randn(2, 5, 4)
     assert layers_of(kv).pairs[0][1].numbers is kv.values[0]

@@ -143,6 +143,20 @@ def test_a_chunk_that_a_method_computes_whole_is_not_loaded(engine):
     assert torch.allclose(some.logits, want, atol=1e-4)
 
 
+class Looks(Reuse):
+    """Looks at all that is stored, and computes the first chunk."""
+
+    def select(self, view):
+        view.attention("all")
+        return view.layout.span(view.layout.chunks[0])
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_chunk_that_was_looked_at_was_loaded(engine, monkeypatch, by_layer):
+    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=by_layer))
+    assert engine.fuse(chunks_of(engine)[::-1], QUESTION, method=Looks()).report.sources == ["disk"] * 9
+
+
 def test_what_loading_leaves_time_for_is_repaired(model, folder):
     """Side by side only: else every token more takes time."""
     with open_engine(model, folder) as engine:

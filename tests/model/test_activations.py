@@ -47,7 +47,6 @@ def test_what_a_token_takes():
         (2 * GIB, 512),
         (0, 512),
         (-GIB, 512),
-        (None, 512),
     ],
 )
 def test_what_fits(free, want):
@@ -70,17 +69,21 @@ def test_every_architecture_says_its_widths(architecture):
 
 
 def test_an_engine_asks_its_device(monkeypatch):
-    model, asked = tiny_model(), []
+    model, asked, left = tiny_model(), [], {"cpu": 10 << 20}
     monkeypatch.setattr(engines, "affordable", lambda decoder, free: (asked.append(free), 1024)[1])
-    monkeypatch.setattr(engines, "free_bytes", lambda device: 10 << 20)
+    monkeypatch.setattr(engines, "free_bytes", lambda device: left[device.type])
     store = TieredStore(gpu_bytes=1 << 20, device="cpu")
     with Engine(model, template=PromptTemplate(prefix=[1]), store=store) as engine:
         assert engine.piece_tokens == engine.documents.reader.piece_tokens == 1024
         chunks = engine.add([random_ids(5)])
         engine.fuse(chunks, random_ids(3))  # the pool is allocated
         assert Engine(model, store=store, template=PromptTemplate(prefix=[1])).piece_tokens == 1024
-    assert asked == [9 << 20, 10 << 20]
-    assert Engine(model, piece_tokens=64).piece_tokens == 64 and len(asked) == 2
+        specs = engine.decoder.specs  # a model in parts: the fullest counts, and one of which nothing is known is full
+        specs[1] = specs[1]._replace(device=torch.device("meta"))
+        for left["meta"] in (5 << 20, None):
+            Engine(model, store=store, template=PromptTemplate(prefix=[1]))
+    assert asked == [9 << 20, 10 << 20, 5 << 20, 0]
+    assert Engine(tiny_model(), piece_tokens=64).piece_tokens == 64 and len(asked) == 4
     with pytest.raises(ArgumentError, match="piece_tokens"):
         Engine(model, piece_tokens=0)
 

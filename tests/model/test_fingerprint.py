@@ -88,6 +88,17 @@ def test_changed_weights_are_noticed(kind):
     assert engine.documents.space == space
 
 
+def test_what_modules_are_given_besides_is_noticed_wherever_it_is():
+    model = tiny_model(num_hidden_layers=1)
+    runner, seen = Runner.of(model), set()
+    modules = list(model.modules())
+    for number, module in enumerate(modules):
+        module.register_buffer(f"besides_{number}", torch.ones(1))
+        with runner.turn() as fingerprint:
+            seen.add(fingerprint)
+    assert len(seen) == len(modules)
+
+
 def test_a_model_that_changes_in_more_than_weights_is_probed_again():
     model = tiny_model()
     engine = Engine(model, template=TEMPLATE)

@@ -18,9 +18,11 @@ from ragkv import (
     QuestionAware,
     RelevantTokens,
     Reuse,
+    TieredStore,
     UnsupportedModelError,
     fuse,
 )
+from ragkv.fusion.placement import Placement
 from ragkv.model import graphs as module
 from ragkv.model import rooms
 from ragkv.model.graphs import Graphs, row_bucket
@@ -121,6 +123,20 @@ def test_looks_are_fixed_too():
             assert torch.equal(got.recomputed, want.recomputed)
             same(got, want)
     assert [how for how, watched in ran if watched] == ["fixed", "graph", "fixed", "graph", "graph", "graph"]
+
+
+@pytest.mark.parametrize("tier", [{}, {"gpu_bytes": 1 << 20, "device": "cpu"}], ids=["cpu", "gpu"])
+def test_what_is_placed_layer_by_layer_is_there_before_a_graph_runs(tier, monkeypatch):
+    """As on an accelerator; a graph asks for nothing, and the cache's memory is another once it is in a room."""
+    model = tiny_model("qwen3")
+    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+    with engine(model, False) as plain, engine(model, True, Recorder(), store=TieredStore(**tier)) as one:
+        chunks, seen = one.add(PASSAGES), set[str]()
+        for method in (Reuse(), LegoLink(3), RelevantTokens(ratio=0.2), LegoLink(3)):
+            got = one.fuse(chunks[::-1], QUESTION, method=method)
+            same(got, fused(plain, method))
+            seen |= {got.report.ran, *got.report.sources}
+    assert seen > {"graph", "fixed"} and len(seen) <= 4
 
 
 def test_masks_are_no_fixed_shapes():
