@@ -58,7 +58,7 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
     folder.mkdir()
     about = {"data": "d", "instruction": "i", "max_new_tokens": 0, "device": "cpu", "versions": {}}
     (folder / "settings.json").write_text(json.dumps(about))
-    kl = {"full-prefill": 0.0, "sensitive-tokens:ratio=0.1@document": 0.2, "question-aware:ratio=0.1@document": 0.1}
+    kl = {"full-prefill": 0.0, "relevant-tokens:ratio=0.1@document": 0.2, "question-aware:ratio=0.1@document": 0.1}
     rows = [
         {"case": case, "arm": arm, "kl_chunks": value * (1 + int(case)), "top1_chunks": 1.0, "budget": 0.1}
         for case in ("0", "1", "2")
