@@ -83,7 +83,8 @@ class Auto(Method):
         chosen = replace(Selection.of(method.select(view), method), rates=rates)
         if found is not None:
             name = f"{chosen.name}, and {found.name}" if found.name else chosen.name
-            chosen = replace(chosen, why=found.why, reckoned=found.reckoned, name=name)
+            why = "; ".join(filter(None, [found.why, chosen.why]))
+            chosen = replace(chosen, why=why, reckoned=found.reckoned, name=name)
         if not view.spared:
             return chosen
         spared = view.layout.span(*(view.layout.chunks[number] for number in view.spared))

@@ -107,7 +107,10 @@ def weighed(method: Method, view: View, rates: Rates, ttft_s: float = inf) -> We
     order = sorted((number for number, tier in enumerate(tiers) if tier is not None), key=slowness)
     full_s = rates.compute_s(view.layout.tokens - view.layout.held, view.layout.held)
     full = Way(frozenset(order), 0.0, full_s, full_s)
+    # What the question is run for before anything is chosen; such a method looks at all that is stored.
+    look_s = rates.compute_s(len(view.layout.suffix), view.layout.suffix_start) if method.runs_question else 0.0
     loaded = way(0)
+    loaded = loaded._replace(compute_s=loaded.compute_s + look_s, prompt_s=loaded.prompt_s + look_s)
     steps = range(1, len(order), -(-len(order) // _STEPS))
     parts = [] if method.looks else [way(count) for count in sorted({*steps, *_ends(order, tiers)})]
     best = min([loaded, *parts, full], key=lambda each: each.prompt_s)
@@ -128,7 +131,9 @@ def weighed(method: Method, view: View, rates: Rates, ttft_s: float = inf) -> We
     if best is full:
         return Weighed(None, best.computed, name, why, reckoned)
     if rates.beside and best.load_s > best.compute_s:
-        method = _raised(method, view, lambda more: _way(view, rates, more, best.computed).compute_s <= best.load_s)
+        method = _raised(
+            method, view, lambda more: _way(view, rates, more, best.computed).compute_s + look_s <= best.load_s
+        )
     return Weighed(method, best.computed, name, why, reckoned, best.levels)
 
 

@@ -95,7 +95,6 @@ class Meeting:
         """This thread is done, or has failed: nobody waits for it."""
         with self._changed:
             self._count -= get_ident() not in self._served
-            self._served.discard(get_ident())  # it may come again for another's rows
             self._begin()
 
     def end(self) -> None:

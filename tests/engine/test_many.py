@@ -19,6 +19,7 @@ from ragkv import (
     StoreError,
     fuse,
 )
+from ragkv.model import steps
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10], before_question=[11], after_question=[12, 13])
@@ -81,6 +82,25 @@ def test_fuse_many_is_fuse_for_each(engine, method, forwards):
     assert engine.fuse_many([]) == [] and engine.scheduler.stats().running == 0
 
 
+def test_a_look_that_failed_beside_others_is_taken_anew(engine, monkeypatch):
+    chunks, method = engine.add([random_ids(n) for n in (17, 20, 31)]), QuestionAware(0.2)
+    asked = [(chunks, random_ids(n)) for n in (5, 6, 7)]
+    want = [engine.fuse(*one, method=method) for one in asked]
+    real, failed = steps.run_packed, []
+
+    def fails_once(*args):
+        logits = real(*args)
+        if not failed:
+            failed.append(1)
+            raise RuntimeError("somebody's rows were wrong")
+        return logits
+
+    monkeypatch.setattr(steps, "run_packed", fails_once)
+    for a, b in zip(engine.fuse_many(asked, method=method), want, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+    assert failed
+
+
 @dataclass(frozen=True)
 class Differs(QuestionAware):
     """Looks at a long question only."""
@@ -94,11 +114,11 @@ def test_who_looks_waits_for_nobody_who_does_not(engine):
     chunks = engine.add([random_ids(n) for n in (17, 20, 31)])
     asked = [(chunks, random_ids(n)) for n in (4, 4, 20, 21)]
     want = [engine.fuse(*one, method=Differs()) for one in asked]
-    steps = engine.runner.steps()
-    before = steps.sizes.copy()
+    made = engine.runner.steps()
+    before = made.sizes.copy()
     got = engine.fuse_many(asked, method=Differs())
     # Two prompts and two looks; then what these chose.
-    assert steps.sizes - before == {4: 1, 2: 1}
+    assert made.sizes - before == {4: 1, 2: 1}
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
 

@@ -1,13 +1,26 @@
 """Auto by measured figures: what is slow to load is computed, and what loading leaves time for is repaired."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from ragkv import Auto, CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, SensitiveTokens, TieredStore, Union
+from ragkv import (
+    Auto,
+    CacheBlend,
+    Engine,
+    LegoLink,
+    PromptTemplate,
+    RelevantTokens,
+    Reuse,
+    SensitiveTokens,
+    TieredStore,
+    Union,
+)
 from ragkv.fusion.placement import Placement
+from ragkv.fusion.view import Selection
 from ragkv.library.watching import prefetched
 from ragkv.store import CostProfile, Loading, Moved, Rates
 from ragkv.testing import random_ids, tiny_model
@@ -104,6 +117,29 @@ def test_the_report_says_why(engine):
     again = engine.fuse(chunks, QUESTION, method=Auto(rates=rates(engine, cpu=1, disk=1e-6))).report
     assert again.method == "FullPrefill()" and "369 tokens from cpu are loaded in 369.00 s" in again.why
     assert engine.fuse(chunks, QUESTION, method=SensitiveTokens()).report.why == ""
+
+
+def test_the_look_of_a_repair_is_reckoned_with(engine):
+    chunks, figures = chunks_of(engine), rates(engine, cpu=1e-6, disk=1e-6)
+    plain, looking = (
+        engine.fuse(chunks, QUESTION, method=Auto(repair, figures)).report
+        for repair in (SensitiveTokens(), RelevantTokens())
+    )
+    look_s = figures.compute_s(plain.suffix_tokens, plain.prefix_tokens + plain.chunk_tokens)
+    assert look_s > 0 and looking.looked and not plain.looked
+    assert looking.reckoned["loaded"] - plain.reckoned["loaded"] == pytest.approx(look_s * 1e3)
+
+
+def test_both_reasons_are_given():
+    class Hidden(RelevantTokens):
+        def select(self, view):
+            return replace(Selection.of(super().select(view), self), why="so it is")
+
+    with Engine(tiny_model(), template=PromptTemplate(prefix=[1, 5, 6])) as engine:
+        chunks = engine.add([random_ids(40), random_ids(41)])
+        figures = rates(engine, cpu=1e-7)
+        why = engine.fuse(chunks, QUESTION, method=Auto(Hidden(), figures)).report.why
+    assert "are loaded in" in why and why.endswith("; so it is")
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
