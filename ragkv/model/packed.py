@@ -25,6 +25,10 @@ Packing = Literal["float16", "int8"]
 _ENGINE = "fbgemm"
 _HIGH = 63  # 7 bits of an activation at once: two products of 7 by 8 bits fit the 16 bits in which AVX2 sums them
 _LOW = 2 * _HIGH  # what is left of it lies in [-1/2, 1/2]
+_STEPS = torch.tensor(
+    [1 / _HIGH, 1 / (_HIGH * _LOW)]
+)  # of the high and the low part, where a token's largest activation is 1
+_TINY = torch.tensor(1e-30)
 
 
 class Float16Linear(nn.Module):
@@ -63,14 +67,29 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., I]`` fp32 to ``[..., O]``."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        scales = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-30) / _HIGH  # [T, 1]
-        scaled = rows / scales
-        split = torch.cat([scaled, (scaled - scaled.round()) * _LOW])
+        split, scales = _split(inputs)
         out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(split, 1.0, _HIGH + 1, self._packed)
-        high, low = out.view(2, len(rows), -1).unbind()
-        out = torch.add(high, low, alpha=1 / _LOW).mul_(scales).view(*inputs.shape[:-1], -1)
+        out = out.mul_(scales).sum(0)
         return out if self.bias is None else out.add_(self.bias)
+
+
+def _split(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations ``[..., I]`` as whole numbers of 7 bits ``[2, ..., I]``, high and low, and the scales ``[2, ..., 1]`` of both.
+
+    Layers that read the same tensor, as query, key and value do, share its split: it stays with the tensor.
+    """
+    version = None if inputs.is_inference() else inputs._version  # what is written in place is split again
+    kept = getattr(inputs, "_ragkv_split", None)
+    if kept is not None and version is not None and kept[0] == version:
+        return kept[1]
+    steps = _STEPS.view(2, *[1] * inputs.dim())
+    tops = torch.linalg.vector_norm(inputs, torch.inf, -1, keepdim=True)
+    scales = torch.addcmul(_TINY, steps, tops)
+    split = inputs / scales
+    high, low = split.unbind()
+    low.sub_(high.round_(), alpha=_LOW)
+    inputs._ragkv_split = version, (split, scales)  # type: ignore[attr-defined]
+    return split, scales
 
 
 _LAYERS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {"float16": Float16Linear, "int8": Int8Linear}

@@ -55,6 +55,18 @@ def test_eight_bits_are_multiplied_to_thirteen():
     torch.testing.assert_close(extreme, torch.full((1, 1), -15.0 * 512), rtol=1e-5, atol=0)  # no sum overflows
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_that_read_the_same_tensor_see_what_is_written_to_it(mode):
+    generator = torch.Generator().manual_seed(2)
+    one, other = (Int8Linear(torch.randn(8, 16, generator=generator), None) for _ in range(2))
+    with mode():
+        rows = torch.randn(2, 3, 16, generator=generator)
+        first, second = one(rows), other(rows)
+        assert torch.equal(other(rows.clone()), second) and torch.equal(one(rows), first)
+        rows.mul_(2)
+        torch.testing.assert_close(other(rows), 2 * second)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "mixtral"])
 def test_a_packed_model_is_exact(kind, architecture):
