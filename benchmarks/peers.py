@@ -6,12 +6,14 @@
 A process a peer, each in the interpreter that has it; those that cannot be started are left out by name. Passages are read first,
 untimed, by all that keep anything of them. Then the question is asked of one after the other, in an order that turns with each
 case: the same token ids, greedy, on past the end of the answer, so that every peer says as many tokens. `llama.cpp-cached` has just
-answered over the same passages in the same order, which is the most that a cache of prefixes can give.
+answered over the same passages in the same order, which is the most that a cache of prefixes can give. `llama.cpp-8bit` runs the same
+weights rounded to 8 bits (Q8_0) first, the bits of `ragkv-int8`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -33,7 +35,7 @@ RAGKV: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # how each is loade
     "ragkv-int8-lookup": ({"weights": "int8"}, {"prompt_lookup_num_tokens": 4}),
     "ragkv-gguf-int8": ({"weights": "int8", "gguf_file": True}, {}),
 }
-PEERS = (*RAGKV, "llama.cpp", "llama.cpp-cached", "kvboost")
+PEERS = (*RAGKV, "llama.cpp", "llama.cpp-8bit", "llama.cpp-cached", "kvboost")
 LENGTHS = (16, 64, 256)
 
 
@@ -91,9 +93,21 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         self.cached = name.endswith("cached")
+        self.folder = tempfile.TemporaryDirectory()
+        path = self.in_8_bits(args.gguf) if name.endswith("8bit") else args.gguf
         self.model = Llama(
-            model_path=args.gguf, n_ctx=4096, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
+            model_path=path, n_ctx=4096, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
         )
+
+    def in_8_bits(self, path: str) -> str:
+        import llama_cpp
+
+        asked = llama_cpp.llama_model_quantize_default_params()
+        asked.ftype, asked.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+        out = f"{self.folder.name}/model.gguf"
+        if llama_cpp.llama_model_quantize(path.encode(), out.encode(), ctypes.byref(asked)):
+            raise RuntimeError(f"{path}: llama.cpp cannot quantise it")
+        return out
 
     def read(self, case: dict[str, Any]) -> dict[str, Any]:
         self.model.reset()
@@ -257,7 +271,9 @@ def main() -> None:
     left_out: dict[str, str] = {}
     for name in args.peers:
         try:
-            peers[name] = Peer(name, pythons.get(name.removesuffix("-cached"), sys.executable), passed)
+            peers[name] = Peer(
+                name, pythons.get(name.removesuffix("-cached").removesuffix("-8bit"), sys.executable), passed
+            )
         except RuntimeError as error:
             left_out[name] = str(error)
             print(f"left out: {name}: {error}", flush=True)
