@@ -6,8 +6,8 @@
 A process a peer, each in the interpreter that has it; those that cannot be started are left out by name. Passages are read first,
 untimed, by all that keep anything of them. Then the question is asked of one after the other, in an order that turns with each
 case: the same token ids, greedy, on past the end of the answer, so that every peer says as many tokens. `llama.cpp-cached` has just
-answered over the same passages in the same order, which is the most that a cache of prefixes can give. `llama.cpp-8bit` runs the same
-weights rounded to 8 bits (Q8_0) first, the bits of `ragkv-int8`.
+answered over the same passages in the same order, which is the most that a cache of prefixes can give. `llama.cpp-8bit` has its
+weights rounded to 8 bits (Q8_0), as many as `ragkv-int8`'s have.
 """
 
 from __future__ import annotations
