@@ -75,15 +75,14 @@ class Asking:
             within, said = conversation(messages, system)
             text = last_turns(said)
         documents = self._engine.prompting.documents_for(within, namespace)
-        method, past = (options.pop(name, None) for name in ("method", "past"))
         request = Request(
             chunks=(),
             question=cast(Question, question if messages is None else list(messages)),
-            method=self._engine.method_of(method),
+            method=self._engine.method_of(options.pop("method", None)),
             system=system,
             namespace=namespace,
-            past=past,
-            keep=options.pop("keep_past", False) or past is not None,
+            past=options.pop("past", None),
+            keep=options.pop("keep_past", False),
             slots=options.pop("slots", None),
             **scheduling(options),
         )

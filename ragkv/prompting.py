@@ -61,15 +61,15 @@ class Request:
         method: puts them together.
         system: in the place of the template's system message.
         namespace: in the place of the engine's.
-        starts: position of each chunk.
+        slots: what stands in the template's slots.
         past: what the prompt goes on from.
-        keep: the prompt is to be gone on from.
+        keep: the prompt is to be gone on from; always so where it goes on from another.
+        starts: position of each chunk.
         stop: stops the answer when it is set.
         most_tokens: of prompt and answer, if fewer than the model has positions.
         priority: those of a higher one go first.
         deadline_s: ``perf_counter()`` behind which nobody wants the answer.
         begun: a prompt that may have been begun before it was known what stands in it.
-        slots: what stands in the template's slots.
         ranks: where the chunks stand, the most relevant first, for a slot of this name.
     """
 
@@ -78,16 +78,19 @@ class Request:
     method: Method
     system: str | None = None
     namespace: str | None = None
-    starts: Sequence[int] | None = None
+    slots: Mapping[str, Text] | None = None
     past: Past | None = None
     keep: bool = False
+    starts: Sequence[int] | None = None
     stop: Event | None = None
     most_tokens: int | None = None
     priority: int = 0
     deadline_s: float = math.inf
     begun: Begun | None = None
-    slots: Mapping[str, Text] | None = None
     ranks: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", self.keep or self.past is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -34,9 +33,11 @@ from ragkv.library.records import Records, StoreRecords, lineage_of
 from ragkv.library.repair import Repair, plan_repair, repaired
 from ragkv.library.sensitivity import FOREIGN, foreign_ids
 from ragkv.library.watching import counting
+from ragkv.model.activations import piece_tokens as affordable
 from ragkv.model.runner import Runner
 from ragkv.model.steps import Steps
 from ragkv.prompt import Encoder, Text
+from ragkv.scheduling.memory import free_bytes
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -63,25 +64,16 @@ class Documents:
         runner: of the model.
         encoder: turns passages into ids.
         store: where KV are kept.
-        context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
-        document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
-            one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
-        piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes.
-        namespace: chunks stored under another namespace are never found.
         measured: what is measured of every document that is read.
-        foreign: text or ids of what documents are read behind the second time for that; by default five short English
-            paragraphs (:mod:`ragkv.library.sensitivity`).
-        kernels: which implementation of ``ragkv.kernels`` runs.
-        graphs: whether prompts and answers run in fixed shapes, see :class:`~ragkv.Engine`.
-        lifetime_s: seconds after which stored KV are a miss.
+        context, document_tokens, piece_tokens, namespace, foreign, kernels, graphs, lifetime_s: see :class:`~ragkv.Engine`.
+        paths: what prompts computed of chunks; ``None`` where that is not kept.
 
     Attributes:
         anchor: ids that documents are read behind.
+        document_tokens, piece_tokens: as given, or as model and device allow.
         steps: the model's forwards.
         records: where documents are looked up whose chunks come without them; others may be appended.
         sample: the ids of a fixed text, by which tokenizers are told apart.
-        paths: what prompts computed of chunks; ``None`` where that is not kept.
-        measured: what is measured of every document that is read.
     """
 
     def __init__(
@@ -90,15 +82,16 @@ class Documents:
         encoder: Encoder,
         store: TieredStore,
         *,
-        context: str = "document",
-        document_tokens: int | None = None,
-        piece_tokens: int = 512,
-        namespace: str = "",
-        measured: Measured = Measured.NOTHING,
-        foreign: Text | None = None,
-        kernels: Impl = "auto",
-        graphs: bool | None = None,
-        lifetime_s: float = math.inf,
+        measured: Measured,
+        context: str,
+        document_tokens: int | None,
+        piece_tokens: int | None,
+        namespace: str,
+        foreign: Text | None,
+        kernels: Impl,
+        graphs: bool | None,
+        lifetime_s: float,
+        paths: Paths | None,
     ):
         if context not in ("document", "chunk"):
             raise ArgumentError(f"context must be 'document' or 'chunk', got {context!r}")
@@ -109,15 +102,21 @@ class Documents:
         self.context = context
         self.namespace: str = namespace
         wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
-        positions = runner.decoder(kernels, store).max_positions or 1 << 30
+        decoder = runner.decoder(kernels, store)
+        positions = decoder.max_positions or 1 << 30
         if positions <= len(encoder.anchor):
             raise PromptTooLongError(
                 f"the anchor has {len(encoder.anchor)} tokens and leaves no room in the model's {positions} positions: give a "
                 "shorter prefix or anchor"
             )
         self.document_tokens: int = min(wanted, positions - len(encoder.anchor))
-        whole_number("piece_tokens", piece_tokens, 1)
-        self.kernels, self._piece_tokens = kernels, piece_tokens
+        if piece_tokens is None:
+            # A model in parts runs on the fullest device, too.
+            devices = {decoder.device, *(spec.device for spec in decoder.specs)}
+            free = min(free_bytes(device) or 0 for device in devices)
+            piece_tokens = affordable(decoder, free - store.unclaimed_bytes)
+        self.piece_tokens: int = whole_number("piece_tokens", piece_tokens, 1)
+        self.kernels: Impl = kernels
         self.steps: Steps = runner.steps(kernels, graphs)
         self.measured: Measured = measured
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
@@ -130,7 +129,7 @@ class Documents:
         self._costs: dict[str, CostProfile | None] = {}
         self.sample: tuple[int, ...] = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._others = dict[tuple[str, tuple[int, ...]], Documents]()
-        self.paths: Paths | None = None
+        self.paths: Paths | None = paths
         self._cut_as(namespace)
 
     def _cut_as(self, namespace: str) -> None:
@@ -179,7 +178,7 @@ class Documents:
             reader = Reader(
                 self.runner.decoder(self.kernels),
                 self.anchor,
-                self._piece_tokens,
+                self.piece_tokens,
                 self._foreign_ids,
                 self.steps,
                 fingerprint,
