@@ -25,6 +25,7 @@ from ragkv.library.documents import Documents
 from ragkv.library.given import check_parts, pairs, several, several_chunks
 from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
+from ragkv.library.repair import plan_repair, repair
 from ragkv.messages import Question
 from ragkv.methods import Method, RelevantTokens
 from ragkv.methods.words import as_method
@@ -222,9 +223,9 @@ class Engine:
         whole_number("behind_tokens", behind_tokens)
         old = several_chunks(old, "old")
         document = self.documents.cut(parts, old[0].document if old else "")
-        repair = self.documents.plan_repair(old, document, behind_tokens)
-        if repair is not None and self.documents.repair(repair) is not None:
-            document = repair.document
+        plan = plan_repair(self.documents, old, document, behind_tokens)
+        if plan is not None and repair(self.documents, plan) is not None:
+            document = plan.document
         self.documents.record(document)
         self.documents.add(list(document))
         return list(document)
