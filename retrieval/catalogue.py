@@ -147,18 +147,8 @@ class Catalogue:
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
             instance(name, items, list | tuple, "a list, one a passage")
-        given = Document(
-            source,
-            digest(*passages).hex(),
-            (),
-            metadata,
-            tuple(spans),
-            origin,
-            namespace,
-            tuple(pages),
-            tuple(headings),
-            file,
-        )
+        where = tuple(spans), origin, namespace, tuple(pages), tuple(headings), file
+        given = Document(source, digest(*passages).hex(), (), metadata, *where)
         wrong = misplaced(given, len(passages))
         if wrong:
             raise DocumentError(f"{source}: {wrong}")
@@ -225,9 +215,7 @@ class Catalogue:
             What was done; ``None`` where another has come in the place of the one before: nothing was.
         """
         with self._environment.transaction(write=True) as txn:
-            if seen(txn, namespace).id != before:
-                return None
-            return taken_over(txn, namespace, publication, present, changed)
+            return taken_over(txn, namespace, before, publication, present, changed)
 
     def keep(self, readings: Sequence[tuple[Document, Reading]]) -> set[bytes]:
         """Keeps how a model reads documents that are there, in one transaction; those that have changed are passed over.
