@@ -8,7 +8,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
 
-from ragkv.answering import Answering
+from ragkv.answering import Answering, AnswerStream
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError
 from ragkv.finding import Finder, Found, SourcedAnswer, known, streamed
@@ -16,7 +16,7 @@ from ragkv.library.documents import Documents
 from ragkv.library.watching import Tell, prefetched, told_of_hits
 from ragkv.messages import Question, conversation, last_turns
 from ragkv.prompting import Request, Room, scheduling
-from ragkv.report import AnswerStream, FusedPrompt
+from ragkv.report import FusedPrompt
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.speculation import Ahead, Speculation
 

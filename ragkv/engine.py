@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from ragkv.advice import Advice, advise
-from ragkv.answering import Answering, MakePrompt
+from ragkv.answering import Answering, AnswerStream, MakePrompt
 from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
 from ragkv.detokenizer import stop_texts
@@ -34,7 +34,7 @@ from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.prompting import Prompting, Request, scheduling
-from ragkv.report import Answer, AnswerStream, EngineStats, FusedPrompt
+from ragkv.report import Answer, EngineStats, FusedPrompt
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side
