@@ -15,8 +15,8 @@ from ragkv.finding import Finder, Found, SourcedAnswer, known, streamed
 from ragkv.library.documents import Documents
 from ragkv.library.watching import Tell, prefetched, told_of_hits
 from ragkv.messages import Question, conversation, last_turns
-from ragkv.prompting import Request, Room, scheduling
 from ragkv.report import FusedPrompt
+from ragkv.request import Request, Room, scheduling
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.speculation import Ahead, Speculation
 

@@ -33,8 +33,9 @@ from ragkv.model.decoder import Decoder
 from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.prompting import Prompting, Request, scheduling
+from ragkv.prompting import Prompting
 from ragkv.report import Answer, EngineStats, FusedPrompt
+from ragkv.request import Request, scheduling
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side

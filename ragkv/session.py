@@ -22,8 +22,8 @@ from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Past
 from ragkv.prompt import Text
-from ragkv.prompting import Request, Room, scheduling
 from ragkv.report import FusedPrompt
+from ragkv.request import Request, Room, scheduling
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
