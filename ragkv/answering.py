@@ -23,6 +23,7 @@ from ragkv.model.steps import Steps
 from ragkv.past import Past
 from ragkv.prompt import Encoder
 from ragkv.report import Answer, AnswerReport, FusedPrompt, Structured
+from ragkv.request import Room
 
 if TYPE_CHECKING:
     from ragkv.model.schema import Schema
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, when the question began, what is undone
 #: behind the answer, and how many copies that makes of the prompt's cache.
-MakePrompt = Callable[[Callable[[int], int | None], float, ExitStack, int], FusedPrompt]
+MakePrompt = Callable[[Room, float, ExitStack, int], FusedPrompt]
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Answering:
         self._closing = closing
 
     @property
-    def room(self) -> Callable[[int], int | None]:
+    def room(self) -> Room:
         """Says how many tokens are asked for behind a prompt of so many."""
         return self._settings.asked
 
@@ -167,14 +168,8 @@ class Answering:
         for _ in stream.to_the_end():
             pass
         assert stream.report is not None
-        return Answer(
-            self.said(stream.token_ids),
-            stream.token_ids,
-            stream.report,
-            past=stream.past,
-            logprobs=stream.logprobs,
-            schema=stream.schema,
-        )
+        said = self.said(stream.token_ids), stream.token_ids, stream.report
+        return Answer(*said, past=stream.past, logprobs=stream.logprobs, schema=stream.schema)
 
     def pieces(self, begin: float | None = None, ended: Callable[[Made], object] | None = None) -> AnswerStream:
         """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for.
@@ -195,9 +190,8 @@ class Answering:
         with ExitStack() as stack:
             prompt = self._prompt(self._settings.asked, begin, stack, 1)
             made.report = AnswerReport(prompt.report)
-            with closing(
-                self._timed(prompt, made.report, begin, logprobs)
-            ) as tokens:  # before anybody goes on behind them
+            # Closed before anybody goes on behind them.
+            with closing(self._timed(prompt, made.report, begin, logprobs)) as tokens:
                 for token in tokens:
                     made.token_ids.append(token)
                     piece = text.add(token)

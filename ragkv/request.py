@@ -155,16 +155,16 @@ def _chunks(documents: Documents, given: Sequence[Chunk | Text]) -> list[Chunk]:
     for chunk in known:
         if chunk.highest >= documents.encoder.vocab_size:
             documents.encoder.ids(chunk.ids)  # says which
-        behind = len(documents.anchor) + chunk.offset + len(chunk)
-        if limit is not None and behind > limit:
+        end = len(documents.anchor) + chunk.offset + len(chunk)
+        if limit is not None and end > limit:
             raise PromptTooLongError(
-                f"a chunk ends {behind} tokens behind the beginning of what it is read behind, {behind - limit} more than the "
+                f"a chunk ends {end} tokens behind the beginning of what it is read behind, {end - limit} more than the "
                 f"model's {limit} positions: give a shorter system message, or the template an anchor="
             )
     return known
 
 
-def _room(documents: Documents, tokens: int, asked: int | None, most_tokens: int | None) -> int:
+def _room(documents: Documents, tokens: int, wanted: int | None, most_tokens: int | None) -> int:
     """Room for an answer; its last token takes no position, for the model never runs it."""
     limits = [limit for limit in (documents.reader.decoder.max_positions, most_tokens) if limit is not None]
     limit = min(limits, default=None)
@@ -174,11 +174,11 @@ def _room(documents: Documents, tokens: int, asked: int | None, most_tokens: int
             "chunks"
         )
     left = None if limit is None else limit + 1 - tokens
-    if left is None or (asked is not None and asked <= left):
-        return DEFAULT_NEW_TOKENS if asked is None else asked
-    if asked is not None:
+    if left is None or (wanted is not None and wanted <= left):
+        return DEFAULT_NEW_TOKENS if wanted is None else wanted
+    if wanted is not None:
         raise PromptTooLongError(
-            f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {asked} were asked "
+            f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {wanted} were asked "
             "for: give fewer or shorter chunks, or ask for a shorter answer"
         )
     return min(DEFAULT_NEW_TOKENS, left)
