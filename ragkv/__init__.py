@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "advice": ("Advice",),
+    "answering": ("AnswerStream",),
     "chunk": ("Chunk", "ChunkKV"),
     "engine": ("Engine",),
     "errors": (
@@ -64,7 +65,7 @@ _HOMES = {
     ),
     "prompt": ("PromptTemplate",),
     "rag": ("RAG",),
-    "report": ("Answer", "AnswerStream", "FusedPrompt", "FusionReport"),
+    "report": ("Answer", "FusedPrompt", "FusionReport"),
     "retrieval.options": ("Retrieval",),
     "routing": ("route",),
     "scheduling.policies": ("CachedFirst", "Fair"),

@@ -1,4 +1,5 @@
 from ragkv.advice import Advice as Advice
+from ragkv.answering import AnswerStream as AnswerStream
 from ragkv.chunk import Chunk as Chunk
 from ragkv.chunk import ChunkKV as ChunkKV
 from ragkv.engine import Engine as Engine
@@ -50,7 +51,6 @@ from ragkv.methods import Union as Union
 from ragkv.prompt import PromptTemplate as PromptTemplate
 from ragkv.rag import RAG as RAG
 from ragkv.report import Answer as Answer
-from ragkv.report import AnswerStream as AnswerStream
 from ragkv.report import FusedPrompt as FusedPrompt
 from ragkv.report import FusionReport as FusionReport
 from ragkv.retrieval.options import Retrieval as Retrieval

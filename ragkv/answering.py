@@ -1,18 +1,19 @@
-"""One question's way from its prompt to its answer."""
+"""One question's way from its prompt to its answer, whole or piece by piece."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
 from threading import Event
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ragkv.detokenizer import Detokenizer, cut
-from ragkv.errors import ArgumentError, ModelChangedError, PromptError
+from ragkv.errors import CLOSED, ArgumentError, ModelChangedError, PromptError, RagKVError
 from ragkv.logprobs import Logprobs
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoding import beam_search, decode
@@ -21,11 +22,94 @@ from ragkv.model.rows import Rows
 from ragkv.model.steps import Steps
 from ragkv.past import Past
 from ragkv.prompt import Encoder
-from ragkv.report import Answer, AnswerReport, AnswerStream, FusedPrompt, Made
+from ragkv.report import Answer, AnswerReport, FusedPrompt, Structured
+from ragkv.request import Room
+
+if TYPE_CHECKING:
+    from ragkv.model.schema import Schema
+    from ragkv.retrieval import Hit
 
 #: Makes the prompt: given are the tokens that the call asks for behind a prompt of so many, when the question began, what is undone
 #: behind the answer, and how many copies that makes of the prompt's cache.
-MakePrompt = Callable[[Callable[[int], int | None], float, ExitStack, int], FusedPrompt]
+MakePrompt = Callable[[Room, float, ExitStack, int], FusedPrompt]
+
+
+@dataclass
+class Made:
+    """What there is of an answer so far; see :class:`AnswerStream`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    report: AnswerReport | None = None
+    past: Past | None = None
+
+
+class AnswerStream(Structured, Iterator[str]):
+    """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more, and with a
+    RagKVError where its engine was closed.
+
+    Args:
+        made: what there is so far.
+        pieces: makes it.
+        logprobs, schema: see the attributes.
+        closing: set where its engine is closed.
+
+    Attributes:
+        sources, left_out: as of :class:`~ragkv.finding.SourcedAnswer`, where :meth:`RAG.stream` asked.
+        text: the pieces so far.
+        logprobs, schema: as of :class:`~ragkv.Answer`; ``logprobs`` grow with ``token_ids``.
+    """
+
+    def __init__(
+        self,
+        made: Made,
+        pieces: Generator[str, None, None],
+        logprobs: Logprobs | None,
+        schema: Schema | None,
+        closing: Event,
+    ):
+        self._made, self._pieces, self._closing = made, pieces, closing
+        self.sources: list[Hit] = []
+        self.left_out: list[Hit] = []
+        self.logprobs: Logprobs | None = logprobs
+        self.schema: Schema | None = schema
+        self.text: str = ""
+        self._context = copy_context()  # who watches when it is made is told what is read later
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids generated so far, an end token and the ids of a stop text included."""
+        return self._made.token_ids
+
+    @property
+    def report(self) -> AnswerReport | None:
+        """What it cost so far; ``None`` until the first piece was asked for."""
+        return self._made.report
+
+    @property
+    def past(self) -> Past | None:
+        """As of :class:`~ragkv.Answer`, behind the last piece."""
+        return self._made.past
+
+    def __next__(self) -> str:
+        if self._closing.is_set():
+            self.close()
+            raise RagKVError(CLOSED)
+        return self._next()
+
+    def to_the_end(self) -> Iterator[str]:
+        """The pieces still to come, also where the engine is closed meanwhile."""
+        with suppress(StopIteration):
+            while True:
+                yield self._next()
+
+    def _next(self) -> str:
+        piece = self._context.run(next, self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """End it here. Closing twice, or behind the last piece, is fine."""
+        self._pieces.close()
 
 
 class Answering:
@@ -71,7 +155,7 @@ class Answering:
         self._closing = closing
 
     @property
-    def room(self) -> Callable[[int], int | None]:
+    def room(self) -> Room:
         """Says how many tokens are asked for behind a prompt of so many."""
         return self._settings.asked
 
@@ -84,14 +168,8 @@ class Answering:
         for _ in stream.to_the_end():
             pass
         assert stream.report is not None
-        return Answer(
-            self.said(stream.token_ids),
-            stream.token_ids,
-            stream.report,
-            past=stream.past,
-            logprobs=stream.logprobs,
-            schema=stream.schema,
-        )
+        said = self.said(stream.token_ids), stream.token_ids, stream.report
+        return Answer(*said, past=stream.past, logprobs=stream.logprobs, schema=stream.schema)
 
     def pieces(self, begin: float | None = None, ended: Callable[[Made], object] | None = None) -> AnswerStream:
         """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for.
@@ -100,18 +178,33 @@ class Answering:
             begin: ``perf_counter()`` at which the question began.
             ended: called behind the last piece.
         """
-
-        settings = self._settings
+        settings, made = self._settings, Made()
         logprobs = None if settings.logprobs is None else Logprobs(self._encoder.tokenizer, settings.logprobs)
+        return AnswerStream(made, self._pieces(made, begin, logprobs, ended), logprobs, settings.schema, self._closing)
 
-        def start(stack: ExitStack) -> Any:
-            begun = perf_counter() if begin is None else begin
-            prompt = self._prompt(settings.asked, begun, stack, 1)
-            report = AnswerReport(prompt.report)
-            return report, self._timed(prompt, report, begun, logprobs), lambda ids: self._past(prompt, ids)
-
-        text = Detokenizer(self._encoder, settings.stop)
-        return AnswerStream(start, text, ended, logprobs, settings.schema, self._closing)
+    def _pieces(
+        self, made: Made, begin: float | None, logprobs: Logprobs | None, ended: Callable[[Made], object] | None
+    ) -> Generator[str, None, None]:
+        begin = perf_counter() if begin is None else begin
+        text = Detokenizer(self._encoder, self._settings.stop)
+        with ExitStack() as stack:
+            prompt = self._prompt(self._settings.asked, begin, stack, 1)
+            made.report = AnswerReport(prompt.report)
+            # Closed before anybody goes on behind them.
+            with closing(self._timed(prompt, made.report, begin, logprobs)) as tokens:
+                for token in tokens:
+                    made.token_ids.append(token)
+                    piece = text.add(token)
+                    if piece:
+                        yield piece
+                    if text.stopped:
+                        break
+            rest = text.rest()
+            if rest:
+                yield rest
+            made.past = self._past(prompt, made.token_ids)
+            if ended is not None:
+                ended(made)
 
     def said(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids."""

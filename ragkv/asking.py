@@ -8,15 +8,15 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
 
-from ragkv.answering import Answering
+from ragkv.answering import Answering, AnswerStream
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError
 from ragkv.finding import Finder, Found, SourcedAnswer, known, streamed
 from ragkv.library.documents import Documents
 from ragkv.library.watching import Tell, prefetched, told_of_hits
 from ragkv.messages import Question, conversation, last_turns
-from ragkv.prompting import Request, Room, scheduling
-from ragkv.report import AnswerStream, FusedPrompt
+from ragkv.report import FusedPrompt
+from ragkv.request import Request, Room, scheduling
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.speculation import Ahead, Speculation
 
@@ -75,15 +75,14 @@ class Asking:
             within, said = conversation(messages, system)
             text = last_turns(said)
         documents = self._engine.prompting.documents_for(within, namespace)
-        method, past = (options.pop(name, None) for name in ("method", "past"))
         request = Request(
             chunks=(),
             question=cast(Question, question if messages is None else list(messages)),
-            method=self._engine.method_of(method),
+            method=self._engine.method_of(options.pop("method", None)),
             system=system,
             namespace=namespace,
-            past=past,
-            keep=options.pop("keep_past", False) or past is not None,
+            past=options.pop("past", None),
+            keep=options.pop("keep_past", False),
             slots=options.pop("slots", None),
             **scheduling(options),
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from ragkv.advice import Advice, advise
-from ragkv.answering import Answering, MakePrompt
+from ragkv.answering import Answering, AnswerStream, MakePrompt
 from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
 from ragkv.detokenizer import stop_texts
@@ -25,17 +25,17 @@ from ragkv.library.documents import Documents
 from ragkv.library.given import check_parts, pairs, several, several_chunks
 from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
+from ragkv.library.repair import plan_repair, repair
 from ragkv.messages import Question
 from ragkv.methods import Method, RelevantTokens
 from ragkv.methods.words import as_method
-from ragkv.model.activations import piece_tokens as affordable
 from ragkv.model.decoder import Decoder
 from ragkv.model.runner import Runner
 from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
-from ragkv.prompting import Prompting, Request, scheduling
-from ragkv.report import Answer, AnswerStream, EngineStats, FusedPrompt
-from ragkv.scheduling.memory import free_bytes
+from ragkv.prompting import Prompting
+from ragkv.report import Answer, EngineStats, FusedPrompt
+from ragkv.request import Request, scheduling
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side
@@ -115,43 +115,29 @@ class Engine:
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
         instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")
-        if not isinstance(paths, TieredStore | bool):
-            whole_number("paths", paths, 1)
         instance("graphs", graphs, bool | None, "True, False or None")
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
         self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
         self.store: TieredStore = TieredStore() if store is None else store
         self.runner: Runner = Runner.of(model)
-        measured = Measured.by(self.method)
-        if sensitivity is not None:
-            measured = measured | Measured.SENSITIVITY if sensitivity else measured & ~Measured.SENSITIVITY
-        decoder = self.runner.decoder(kernels, self.store)
-        if piece_tokens is None:
-            # A model in parts runs on the fullest device, too.
-            devices = {decoder.device, *(spec.device for spec in decoder.specs)}
-            free = min(free_bytes(device) or 0 for device in devices)
-            piece_tokens = affordable(decoder, free - self.store.unclaimed_bytes)
-        self.piece_tokens: int = whole_number("piece_tokens", piece_tokens, 1)
-        self.encoder: Encoder = Encoder(self.template, tokenizer, decoder.vocab_size)
+        self.encoder: Encoder = Encoder(self.template, tokenizer, self.runner.decoder(kernels, self.store).vocab_size)
         self.documents: Documents = Documents(
             self.runner,
             self.encoder,
             self.store,
             context=context,
             document_tokens=document_tokens,
-            piece_tokens=self.piece_tokens,
+            piece_tokens=piece_tokens,
             namespace=namespace,
-            measured=measured,
+            measured=Measured.by(self.method, sensitivity=sensitivity),
             foreign=foreign,
             kernels=kernels,
             graphs=graphs,
             lifetime_s=lifetime_s,
+            paths=Paths.of(paths, self.store),
         )
-        if isinstance(paths, bool):
-            self.documents.paths = Paths(self.store) if paths else None
-        else:
-            self.documents.paths = Paths(TieredStore(cpu_bytes=paths) if isinstance(paths, int) else paths)
+        self.piece_tokens: int = self.documents.piece_tokens
         self.documents.reader.opening(self.encoder.prefix, "prefix")
         self.gate: Guard | None = None if gate is None else Guard(gate, self.documents)
         self.scheduler: Scheduler = Scheduler() if scheduler is None else scheduler
@@ -238,9 +224,9 @@ class Engine:
         whole_number("behind_tokens", behind_tokens)
         old = several_chunks(old, "old")
         document = self.documents.cut(parts, old[0].document if old else "")
-        repair = self.documents.plan_repair(old, document, behind_tokens)
-        if repair is not None and self.documents.repair(repair) is not None:
-            document = repair.document
+        plan = plan_repair(self.documents, old, document, behind_tokens)
+        if plan is not None and repair(self.documents, plan) is not None:
+            document = plan.document
         self.documents.record(document)
         self.documents.add(list(document))
         return list(document)
@@ -349,7 +335,7 @@ class Engine:
         begin = perf_counter()
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        request = Request(chunks, question, self.method_of(method), system, namespace, starts, slots=slots)
+        request = Request(chunks, question, self.method_of(method), system, namespace, slots, starts=starts)
         with ExitStack() as stack:
             return self.prompting.prompt(request, lambda _: room_tokens, begin, stack)
 
@@ -378,9 +364,7 @@ class Engine:
         begin, chosen = perf_counter(), self.method_of(method)
         if room_tokens is not None:
             whole_number("room_tokens", room_tokens)
-        asked = [
-            Request(chunks, question, chosen, system, namespace, slots=slots) for chunks, question in pairs(requests)
-        ]
+        asked = [Request(*one, chosen, system, namespace, slots) for one in pairs(requests)]
         return self.prompting.prompts(asked, lambda _: room_tokens, begin)
 
     def generate(
@@ -400,11 +384,7 @@ class Engine:
         """Answer a question over chunks.
 
         Args:
-            chunks: as for :meth:`fuse`.
-            question: as for :meth:`fuse`.
-            method: instead of the engine's.
-            system, slots: as for :meth:`fuse`.
-            namespace: instead of the engine's.
+            chunks, question, method, system, namespace, slots: as for :meth:`fuse`.
             past: of an answer that this one goes on from: what was said there is not computed again. It has its system message,
                 its namespace and all earlier turns; chunks that stand there already need not be given.
             keep_past: keep the KV of prompt and answer in ``answer.past``, which the next call may be given; always so where a
@@ -425,10 +405,8 @@ class Engine:
             answer, or has changed since the past was computed; ConversationError where the past is in use, or is gone.
         """
         begin = perf_counter()
-        request = Request(
-            chunks, question, self.method_of(method), system, namespace, None, past, keep_past, slots=slots
-        )
-        return self._answering(request, stop, generation).whole(begin)
+        asked = Request(chunks, question, self.method_of(method), system, namespace, slots, past, keep_past)
+        return self._answering(asked, stop, generation).whole(begin)
 
     def generate_many(
         self, requests: Sequence[tuple[Sequence[Chunk | Text], Question]], *, at_once: int = 8, **options: Any
@@ -470,11 +448,7 @@ class Engine:
         The prompt is fused when the first piece is asked for.
 
         Args:
-            chunks: as for :meth:`fuse`.
-            question: as for :meth:`fuse`.
-            method: instead of the engine's.
-            system, slots: as for :meth:`fuse`.
-            namespace: instead of the engine's.
+            chunks, question, method, system, namespace, slots: as for :meth:`fuse`.
             past, keep_past: as for :meth:`generate`; ``past`` of the stream is there behind the last piece.
             stop: as for :meth:`generate`; not even half a stop text is shown.
             **generation: as for :meth:`generate`; no beams.
@@ -486,10 +460,8 @@ class Engine:
             As :meth:`generate`, arguments at once and all else when the first piece is asked for; PromptError where the engine has
             no tokenizer.
         """
-        request = Request(
-            chunks, question, self.method_of(method), system, namespace, None, past, keep_past, slots=slots
-        )
-        return self._answering(request, stop, generation, pieces=True).pieces()
+        asked = Request(chunks, question, self.method_of(method), system, namespace, slots, past, keep_past)
+        return self._answering(asked, stop, generation, pieces=True).pieces()
 
     @property
     def prompting(self) -> Prompting:
@@ -499,7 +471,7 @@ class Engine:
     def _answering(
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
     ) -> Answering:
-        request = replace(request, keep=request.keep or request.past is not None, **scheduling(generation))
+        request = replace(request, **scheduling(generation))
         return self.answering(partial(self.prompting.prompt, request), stop, generation, pieces, request.keep)
 
     def answering(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.errors import PromptTooLongError, RagKVError, RetrievalError
 from ragkv.library.catalogued import CataloguedDocuments
@@ -14,7 +15,7 @@ from ragkv.library.documents import Documents
 from ragkv.library.rates import to_fetch
 from ragkv.library.watching import Tell, prefetched, told_of_hits
 from ragkv.methods import FullPrefill, Method
-from ragkv.report import Answer, AnswerStream
+from ragkv.report import Answer
 from ragkv.retrieval import Hit, Retrieval, Retriever
 from ragkv.store import Moved
 

@@ -85,25 +85,19 @@ def fuse(
             together = nullcontext() if alone or meeting is None else meeting.seat(steps)
             forward = steps.forward if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             masses = None if seen is None else seen.masses
-            logits, done = compute(
-                *(decoder, one.cache, layout, work, one.reader.piece_tokens, timer),
-                forward=forward,
-                masses=masses,
-                course=course,
-            )
-        if (
-            logits.device.type == "cpu" and not logits.isfinite().all()
-        ):  # on a device, decoding looks: it waits for it anyway
+            parts = decoder, one.cache, layout, work, one.reader.piece_tokens, timer
+            logits, done = compute(*parts, forward=forward, masses=masses, course=course)
+        # On a device, decoding looks: it waits for it anyway.
+        if logits.device.type == "cpu" and not logits.isfinite().all():
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")
-        moved = moved_for_this()
-        sources = one.placement.sources(moved) if one.opened else ["unused"] * len(layout.chunks)
-        levels = one.placement.levels() if one.opened else [""] * len(layout.chunks)
+        moved, chunks = moved_for_this(), [placed.chunk for placed in layout.chunks]
+        sources = one.placement.sources(moved) if one.opened else ["unused"] * len(chunks)
+        levels = one.placement.levels() if one.opened else [""] * len(chunks)
         late = sources.count("late")
+        why = selection.why, f"{late} chunks came too slowly and were computed" if late else ""
         report = FusionReport(
             method=selection.name,
-            why="; ".join(
-                filter(None, [selection.why, f"{late} chunks came too slowly and were computed" if late else ""])
-            ),
+            why="; ".join(filter(None, why)),
             attention=done.attention,
             ran=done.ran,
             kernels=implementation(decoder.kernels, decoder.device, decoder.dtype),
@@ -115,16 +109,8 @@ def fuse(
             hits={source: sources.count(source) for source in sorted(set(sources))},
             sources=sources,
             chunks=[
-                ChunkReport(
-                    name=placed.chunk.name,
-                    document=placed.chunk.document,
-                    number=placed.chunk.number,
-                    tokens=len(placed.chunk),
-                    source=source,
-                    saved=saved,
-                    level=level,
-                )
-                for placed, source, saved, level in zip(layout.chunks, sources, work.saved, levels, strict=True)
+                ChunkReport(chunk.name, chunk.document, chunk.number, len(chunk), source, saved, level)
+                for chunk, source, saved, level in zip(chunks, sources, work.saved, levels, strict=True)
             ],
             bytes_read=one.paths.bytes_read + (one.placement.bytes_read(moved) if one.opened else 0),
             budget=done.budget,

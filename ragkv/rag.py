@@ -11,6 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ragkv.answering import AnswerStream
 from ragkv.asking import Asking
 from ragkv.calibration import Calibration
 from ragkv.calibration.folder import calibrate_folder
@@ -27,7 +28,6 @@ from ragkv.methods import Method
 from ragkv.opening import open_parts
 from ragkv.prompt import PromptTemplate
 from ragkv.publishing import follow_at_opening
-from ragkv.report import AnswerStream
 from ragkv.retrieval import Embedder, Hit, Retrieval, Retriever, TokenChunker
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.session import Session

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
-from contextvars import copy_context
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ragkv.detokenizer import Detokenizer
-from ragkv.errors import CLOSED, ArgumentError, RagKVError
+from ragkv.errors import ArgumentError
 from ragkv.fusion.timing import Timer
-from ragkv.logprobs import Logprobs, TokenLogprob
+from ragkv.logprobs import TokenLogprob
 from ragkv.model.schema import Schema
 from ragkv.past import Past
 from ragkv.scheduling.figures import SchedulerStats
@@ -23,8 +19,6 @@ from ragkv.store import StoreStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ragkv.retrieval import Hit
 
 
 @dataclass(frozen=True)
@@ -286,110 +280,3 @@ class Answer(Structured):
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass
-class Made:
-    """What there is of an answer so far; see :class:`AnswerStream`."""
-
-    token_ids: list[int] = field(default_factory=list)
-    report: AnswerReport | None = None
-    past: Past | None = None
-
-
-#: Begins an answer, with what has to be undone behind it: its report, its token ids, and what makes its past of these.
-Start = Callable[[ExitStack], tuple[AnswerReport, Generator[int, None, None], Callable[[Sequence[int]], Past | None]]]
-
-
-class AnswerStream(Structured, Iterator[str]):
-    """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more, and with a
-    RagKVError where its engine was closed.
-
-    Args:
-        start: begins it.
-        detokenizer: makes text of ids.
-        ended: called behind the last piece.
-        logprobs, schema: see the attributes.
-        closing: set where its engine is closed.
-
-    Attributes:
-        sources, left_out: as of :class:`~ragkv.finding.SourcedAnswer`, where :meth:`RAG.stream` asked.
-        text: the pieces so far.
-        logprobs, schema: as of :class:`Answer`; ``logprobs`` grow with ``token_ids``.
-    """
-
-    def __init__(
-        self,
-        start: Start,
-        detokenizer: Detokenizer,
-        ended: Callable[[Made], object] | None = None,
-        logprobs: Logprobs | None = None,
-        schema: Schema | None = None,
-        closing: Event | None = None,
-    ):
-        self._made = Made()
-        self.sources: list[Hit] = []
-        self.left_out: list[Hit] = []
-        self.logprobs: Logprobs | None = logprobs
-        self.schema: Schema | None = schema
-        self.text: str = ""
-        self._closing = closing or Event()
-        self._pieces = _pieces(self._made, start, detokenizer, ended)
-        self._context = copy_context()  # who watches when it is made is told what is read later
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The ids generated so far, an end token and the ids of a stop text included."""
-        return self._made.token_ids
-
-    @property
-    def report(self) -> AnswerReport | None:
-        """What it cost so far; ``None`` until the first piece was asked for."""
-        return self._made.report
-
-    @property
-    def past(self) -> Past | None:
-        """As of :class:`Answer`, behind the last piece."""
-        return self._made.past
-
-    def __next__(self) -> str:
-        if self._closing.is_set():
-            self.close()
-            raise RagKVError(CLOSED)
-        return self._next()
-
-    def to_the_end(self) -> Iterator[str]:
-        """The pieces still to come, also where the engine is closed meanwhile."""
-        with suppress(StopIteration):
-            while True:
-                yield self._next()
-
-    def _next(self) -> str:
-        piece = self._context.run(next, self._pieces)
-        self.text += piece
-        return piece
-
-    def close(self) -> None:
-        """End it here. Closing twice, or behind the last piece, is fine."""
-        self._pieces.close()
-
-
-def _pieces(
-    made: Made, start: Start, text: Detokenizer, ended: Callable[[Made], object] | None
-) -> Generator[str, None, None]:
-    with ExitStack() as stack:
-        made.report, tokens, past = start(stack)
-        with closing(tokens):  # before anybody goes on behind them
-            for token in tokens:
-                made.token_ids.append(token)
-                piece = text.add(token)
-                if piece:
-                    yield piece
-                if text.stopped:
-                    break
-        rest = text.rest()
-        if rest:
-            yield rest
-        made.past = past(made.token_ids)
-        if ended is not None:
-            ended(made)

@@ -10,7 +10,7 @@ from threading import Lock
 from time import perf_counter
 from typing import Any
 
-from ragkv.answering import Answering
+from ragkv.answering import Answering, AnswerStream, Made
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
@@ -22,8 +22,8 @@ from ragkv.methods import Method
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Past
 from ragkv.prompt import Text
-from ragkv.prompting import Request, Room, scheduling
-from ragkv.report import AnswerStream, FusedPrompt, Made
+from ragkv.report import FusedPrompt
+from ragkv.request import Request, Room, scheduling
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 

@@ -20,8 +20,8 @@ from ragkv.library.rates import to_fetch
 from ragkv.library.watching import Tell, told_of_hits
 from ragkv.methods import Method
 from ragkv.model.turns import looking
-from ragkv.prompting import Request, Room
 from ragkv.report import FusedPrompt
+from ragkv.request import Request, Room
 from ragkv.retrieval import Hit
 from ragkv.store import Moved
 

@@ -9,10 +9,11 @@ from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExec
 from functools import partial
 from typing import Any, TypeVar
 
+from ragkv.answering import AnswerStream
 from ragkv.errors import CLOSED, RagKVError, whole_number
 from ragkv.logprobs import TokenLogprob
 from ragkv.model.generation import Stop
-from ragkv.report import AnswerReport, AnswerStream
+from ragkv.report import AnswerReport
 from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")

@@ -17,16 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError, instance
+from ragkv.errors import DocumentError, IncompatibleFolderError, RetrievalError, instance
 from ragkv.folder import Environment
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import merged, new_state, put_readings, renamed, replaced
+from ragkv.retrieval.changes import checked_vectors, merged, put_readings, renamed, replaced
 from ragkv.retrieval.following import Following, Seen, seen, taken_over
 from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading, misplaced
 from ragkv.retrieval.snapshot import Snapshot
-from ragkv.retrieval.upkeep import damage, mend, migrate, problems
-
-FORMAT, _FORMER = b"ragkv.catalogue/3", (b"ragkv.catalogue/1", b"ragkv.catalogue/2")
+from ragkv.retrieval.upkeep import Embed, bring_up, problems, repaired
 
 # documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
 # uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
@@ -41,8 +39,6 @@ DATABASES: dict[bytes, dict[str, Any]] = {
     b"readings": {},
     b"kv": {"dupsort": True, "dupfixed": True},
 }
-
-Embed = Callable[[list[str]], NDArray[np.float32]]
 
 
 class Catalogue:
@@ -69,7 +65,7 @@ class Catalogue:
         self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary, readonly=only_reading)
         self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
         try:
-            self._check_format()
+            bring_up(self._environment, self.readonly)
         except BaseException:
             self.close()
             raise
@@ -147,18 +143,8 @@ class Catalogue:
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
             instance(name, items, list | tuple, "a list, one a passage")
-        given = Document(
-            source,
-            digest(*passages).hex(),
-            (),
-            metadata,
-            tuple(spans),
-            origin,
-            namespace,
-            tuple(pages),
-            tuple(headings),
-            file,
-        )
+        where = tuple(spans), origin, namespace, tuple(pages), tuple(headings), file
+        given = Document(source, digest(*passages).hex(), (), metadata, *where)
         wrong = misplaced(given, len(passages))
         if wrong:
             raise DocumentError(f"{source}: {wrong}")
@@ -178,7 +164,7 @@ class Catalogue:
                     for text in dict.fromkeys(passages)
                     if text not in vectors and not view.has_text(text, namespace)
                 ]
-            vectors.update(zip(missing, _checked(embed(missing), len(missing)), strict=True) if missing else ())
+            vectors.update(zip(missing, checked_vectors(embed(missing), len(missing)), strict=True) if missing else ())
             with self._environment.transaction(write=True) as txn:
                 view = Snapshot(txn)
                 # Another process may have removed a text whose vector was counted on.
@@ -225,9 +211,7 @@ class Catalogue:
             What was done; ``None`` where another has come in the place of the one before: nothing was.
         """
         with self._environment.transaction(write=True) as txn:
-            if seen(txn, namespace).id != before:
-                return None
-            return taken_over(txn, namespace, publication, present, changed)
+            return taken_over(txn, namespace, before, publication, present, changed)
 
     def keep(self, readings: Sequence[tuple[Document, Reading]]) -> set[bytes]:
         """Keeps how a model reads documents that are there, in one transaction; those that have changed are passed over.
@@ -370,25 +354,7 @@ class Catalogue:
         Raises:
             RetrievalError: ``embed`` gives vectors of another kind than the folder's: nothing was changed.
         """
-        while True:
-            with self._environment.transaction() as txn:
-                found, state = damage(txn), Snapshot(txn).state
-            texts = list(found.vectors.values())
-            vectors = _checked(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
-            if texts and found.dimension not in (0, vectors.shape[1]):
-                raise RetrievalError(
-                    f"the embedder gives vectors of {vectors.shape[1]} numbers, those of {self.path} have "
-                    f"{found.dimension}: repair it with the embedder that it was made with"
-                )
-            with self._environment.transaction(write=True, suspicious=True) as txn:
-                if Snapshot(txn).state == state:  # nobody has added again meanwhile what is to be deleted
-                    mend(txn, found, vectors)
-                    txn.put("meta", b"state", new_state())
-                    break
-        return [
-            *(f"{name}: damaged and deleted, add it again" for name in found.lost.values()),
-            *(f"passage {passage_id}: its vector was computed again" for passage_id in found.vectors),
-        ]
+        return repaired(self._environment, embed)
 
     def __len__(self) -> int:
         with self.snapshot() as view:
@@ -410,41 +376,11 @@ class Catalogue:
             raise RetrievalError(f"{self.path} is closed: open it again")
         return self._opened
 
-    def _check_format(self) -> None:
-        with self._environment.transaction() as txn:
-            found = txn.get("meta", b"format")
-        if found == FORMAT:
-            return
-        if found not in (None, *_FORMER):
-            raise RecordError(f"{self.path} is of format {found.decode()}, this version reads {FORMAT.decode()}")
-        if self.readonly and found == _FORMER[-1]:  # readable as it is, where it has one namespace
-            if self.defaults.get("namespace"):
-                raise IncompatibleFolderError(
-                    f"the documents of {self.path} have no namespace yet: open it once where it may be written to"
-                )
-            return
-        with self._environment.transaction(write=True) as txn:
-            if found is None:
-                txn.put("meta", b"state", new_state())
-                txn.put("meta", records.UNDIVIDED, b"1")
-            else:
-                migrate(txn)
-            txn.put("meta", b"format", FORMAT)
-
     def __enter__(self) -> Catalogue:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _checked(vectors: Any, count: int) -> NDArray[np.float32]:
-    array = np.asarray(vectors, np.float32)
-    if array.ndim != 2 or len(array) != count or not array.shape[1]:
-        raise RetrievalError(f"the embedder must give vectors of shape [{count}, d], got {array.shape}")
-    if not np.isfinite(array).all():
-        raise RetrievalError("the embedder gave a vector with a number that is not finite")
-    return array
 
 
 def _spoken(setting: dict[str, str]) -> str:

@@ -7,10 +7,12 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ragkv.errors import RetrievalError
 from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
 from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Reading
@@ -20,6 +22,20 @@ from ragkv.retrieval.snapshot import Snapshot
 def new_state() -> bytes:
     """A name that no other state has."""
     return uuid.uuid4().hex.encode()
+
+
+def checked_vectors(vectors: Any, count: int) -> NDArray[np.float32]:
+    """What an embedder gave for so many texts, float32 ``[n, d]``.
+
+    Raises:
+        RetrievalError: it is something else.
+    """
+    array = np.asarray(vectors, np.float32)
+    if array.ndim != 2 or len(array) != count or not array.shape[1]:
+        raise RetrievalError(f"the embedder must give vectors of shape [{count}, d], got {array.shape}")
+    if not np.isfinite(array).all():
+        raise RetrievalError("the embedder gave a vector with a number that is not finite")
+    return array
 
 
 def replaced(

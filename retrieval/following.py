@@ -59,20 +59,15 @@ def seen(txn: Transaction, namespace: str) -> Seen:
 def taken_over(
     txn: Transaction,
     namespace: str,
+    former: bytes,
     publication: bytes,
     present: Collection[bytes],
     changed: Mapping[bytes, tuple[ArchivedDocument, bytes]],
-) -> Following:
-    """Puts a publication in the place of the one before.
-
-    Args:
-        txn: a transaction that may write.
-        namespace: of all its documents.
-        publication: its id.
-        present: the keys of its documents.
-        changed: those that did not come as they are now, by key, and what they come as.
-    """
-    view, before = Snapshot(txn), seen(txn, namespace).documents
+) -> Following | None:
+    """As :meth:`~ragkv.retrieval.Catalogue.follow`, inside a transaction that may write."""
+    view, (last, _, before) = Snapshot(txn), seen(txn, namespace)
+    if last != former:
+        return None
     removed, kept, unused, taken = list[str](), list[str](), set[bytes](), 0
     for key in before.keys() - set(present):
         document = view.by_id(key.hex())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,36 +250,15 @@ def opened(what: str, key: bytes, record: bytes) -> bytes:
 
 def document_payload(document: Document) -> bytes:
     """A document's record, JSON."""
-    fields = {
-        "source": document.source,
-        "content_hash": document.content_hash,
-        "passage_ids": document.passage_ids,
-        "metadata": document.metadata,
-        "spans": document.spans,
-        "origin": document.origin,
-        "namespace": document.namespace,
-        "pages": document.pages,
-        "headings": document.headings,
-        "file": document.file,
-    }
-    return json.dumps(fields, ensure_ascii=False).encode()
+    return json.dumps(vars(document), ensure_ascii=False).encode()
 
 
 def document_from(payload: bytes) -> Document:
     """The document of a record."""
-    fields = json.loads(payload)
-    return Document(
-        source=fields["source"],
-        content_hash=fields["content_hash"],
-        passage_ids=tuple(fields["passage_ids"]),
-        metadata=fields["metadata"],
-        spans=tuple((start, stop) for start, stop in fields.get("spans", ())),
-        origin=fields.get("origin", ""),
-        namespace=fields.get("namespace", ""),
-        pages=tuple(fields.get("pages", ())),
-        headings=tuple(fields.get("headings", ())),
-        file=fields.get("file", ""),
-    )
+    facts = json.loads(payload)
+    given = {item.name: facts[item.name] for item in fields(Document) if item.name in facts}
+    tuples = {name: tuple(given.get(name, ())) for name in ("passage_ids", "pages", "headings")}
+    return Document(**given | tuples | {"spans": tuple(map(tuple, given.get("spans", ())))})
 
 
 def misplaced(document: Document, passages: int) -> str:

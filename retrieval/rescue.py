@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from ragkv.folder import Environment, rewrite
-from ragkv.retrieval.catalogue import DATABASES, FORMAT
+from ragkv.retrieval.catalogue import DATABASES
 from ragkv.retrieval.changes import new_state
 from ragkv.retrieval.records import passage_key
+from ragkv.retrieval.upkeep import FORMAT
 
 
 def rescue(path: str | os.PathLike[str]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ragkv.errors import DocumentError, RagKVError, RecordError, RetrievalError, instance, no_question
+from ragkv.errors import DocumentError, RagKVError, RetrievalError, instance, no_question
 from ragkv.retrieval.catalogue import Catalogue
-from ragkv.retrieval.copies import INDEX_FILE, WORDS_FILE
+from ragkv.retrieval.copies import Indexes
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.found import Hits, Readings
 from ragkv.retrieval.hit import Hit
@@ -24,9 +22,6 @@ from ragkv.retrieval.records import Change, Reading, checked_document
 from ragkv.retrieval.search import Search
 from ragkv.retrieval.segments import SegmentedIndex
 from ragkv.retrieval.snapshot import Snapshot
-from ragkv.retrieval.words import WordIndex
-
-_LOG = logging.getLogger("ragkv.retrieval")
 
 #: Told what would be found without the reranker, while that works.
 First = Callable[[list[Hit]], object]
@@ -66,13 +61,9 @@ class Retriever:
         self.embedder = embedder
         self.index = index
         self.catalogue = catalogue
-        self._lock = threading.RLock()
-        self._words = WordIndex(None if catalogue.temporary or catalogue.readonly else catalogue.path / WORDS_FILE)
         self._closed = False
         self._second_s = 0.0  # the reranker's, last time
-        self._saved = self._state = self._restored()
-        with self._lock, catalogue.snapshot() as view:
-            self._follow(view)
+        self._indexes = Indexes(catalogue, index)
 
     @classmethod
     def open(
@@ -112,11 +103,7 @@ class Retriever:
         """Adds a document, or replaces the one of the same source and namespace; embeds only texts that none of its documents has.
 
         Args:
-            source: what the document is called: a path, a URL, any name.
-            passages: its texts in order, none blank.
-            metadata: anything that JSON can hold.
-            spans, origin, pages, headings, file: see :class:`~ragkv.retrieval.Document`.
-            reading: how a model reads it.
+            source, passages, metadata, spans, origin, pages, headings, file, reading: as of :meth:`Catalogue.put`.
             namespace: it is found only by those who search within it.
 
         Raises:
@@ -133,7 +120,7 @@ class Retriever:
             "reading": reading,
             "namespace": namespace,
         }
-        return self._applied(self.catalogue.put(source, passages, self._embed, metadata, **more))
+        return self._indexes.apply(self.catalogue.put(source, passages, self._embed, metadata, **more))
 
     def add_many(
         self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]], namespace: str = ""
@@ -152,7 +139,7 @@ class Retriever:
             return np.stack([vectors[text] if text in vectors else self._embed([text])[0] for text in texts])
 
         return [
-            self._applied(self.catalogue.put(source, texts, embed, extra, namespace=namespace))
+            self._indexes.apply(self.catalogue.put(source, texts, embed, extra, namespace=namespace))
             for source, texts, extra in checked
         ]
 
@@ -162,7 +149,7 @@ class Retriever:
         Raises:
             DocumentError: there is no such document.
         """
-        return self._applied(self.catalogue.remove(source, namespace))
+        return self._indexes.apply(self.catalogue.remove(source, namespace))
 
     def search(
         self,
@@ -228,7 +215,7 @@ class Retriever:
                     first(hits(found, {}))
 
             told = tell if first is not None and self._second_s >= _WORTH_S else None
-            search = Search(retrieval, namespace, self.embedder, self._candidates, distinct, told)
+            search = Search(retrieval, namespace, self.embedder, self._indexes, distinct, told)
             found = search(view, query, vector)
             self._second_s = search.second_s or self._second_s
             return hits(found, search.copies)
@@ -242,37 +229,11 @@ class Retriever:
             k: at least 1.
             among: ids of passages that may be found; ``None`` for all.
         """
-        return list(self._candidates(view, "", vector, k, False, among)[0])
-
-    def _candidates(
-        self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None
-    ) -> tuple[dict[int, float], list[int]]:
-        """See :class:`~ragkv.retrieval.search.Candidates`."""
-        with self._lock:
-            self._follow(view)
-            try:
-                ids, scores = self._nearest(vector, k, among)
-            except RecordError as error:
-                _LOG.warning("the index is filled again from the stored vectors: %s", error)
-                self.index.clear()
-                self._state = ""
-                self._follow(view)
-                ids, scores = self._nearest(vector, k, among)
-            near = dict(zip(ids.tolist(), scores.tolist(), strict=True))
-            return near, self._words.search(view, query, k, among) if words else []
-
-    def _nearest(
-        self, vector: NDArray[np.float32], k: int, among: list[int] | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        return self.index.search(vector, k) if among is None else self.index.search(vector, k, among)
+        return list(self._indexes.search(view, "", vector, k, False, among)[0])
 
     def save(self) -> None:
         """Writes the index beside the catalogue, so that the next start need not fill it; :meth:`close` does so."""
-        with self._lock, self.catalogue.snapshot() as view:
-            self._follow(view)
-            if self._saved != self._state and not (self.catalogue.temporary or self.catalogue.readonly):
-                self.index.save(self.catalogue.path / INDEX_FILE, self._state)
-                self._saved = self._state
+        self._indexes.save()
 
     def close(self) -> None:
         """Saves the index and closes the catalogue. Closing twice is no error."""
@@ -282,7 +243,7 @@ class Retriever:
         try:
             self.save()
         finally:
-            self._words.close()
+            self._indexes.words.close()
             self.catalogue.close()
 
     def __enter__(self) -> Retriever:
@@ -290,49 +251,6 @@ class Retriever:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _restored(self) -> str:
-        """The state of the saved index, now in memory; empty where there is none that fits."""
-        path = self.catalogue.path / INDEX_FILE
-        self.index.clear()
-        if not path.exists():
-            return ""
-        try:
-            state = self.index.load(path)
-        except RecordError as error:
-            _LOG.warning("the index is filled again from the stored vectors: %s", error)
-            self.index.clear()
-            return ""
-        if state != self.catalogue.state:
-            # Its ids may be of a history that is not the catalogue's, as after a backup was put back.
-            self.index.clear()
-            return ""
-        return state
-
-    def _applied(self, change: Change) -> Change:
-        """The change, made in the index too where nothing else has happened in between."""
-        before, after = change.states
-        with self._lock, self.catalogue.snapshot() as view:
-            if before == self._state and after == view.state:
-                self._state = ""
-                self.index.remove(change.removed)
-                if change.new:
-                    self.index.add(change.new, view.vectors(change.new))
-                self._state = after
-        return change
-
-    def _follow(self, view: Snapshot) -> None:
-        """Brings the index to the state of a snapshot. An id's vector never changes, so ids say it all."""
-        state = view.state
-        if state == self._state:
-            return
-        self._state = ""  # until it is done: what fails half-way is of no state
-        wanted, present = view.passage_ids(), self.index.ids()
-        self.index.remove(np.setdiff1d(present, wanted))
-        new = np.setdiff1d(wanted, present)
-        for at in range(0, len(new), 4096):
-            self.index.add(new[at : at + 4096], view.vectors(new[at : at + 4096]))
-        self._state = state
 
     def _embed(self, texts: list[str]) -> NDArray[np.float32]:
         if not texts:

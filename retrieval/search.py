@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from itertools import islice
 from time import perf_counter
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.retrieval import rerank
+from ragkv.retrieval.copies import Indexes
 from ragkv.retrieval.embedder import Embedder
 from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.ranking import fused, names
@@ -24,25 +24,6 @@ from ragkv.retrieval.where import condition
 _CANDIDATES = 50
 
 
-class Candidates(Protocol):
-    """Gives the ids of passages that may be what is looked for."""
-
-    def __call__(
-        self, view: Snapshot, query: str, vector: NDArray[np.float32], k: int, words: bool, among: list[int] | None
-    ) -> tuple[dict[int, float], list[int]]:
-        """The ids of the k nearest passages of a snapshot with their scores, and of the k best by words; best first.
-
-        Args:
-            view: all is of its state.
-            query: a text.
-            vector: the text's.
-            k: at least 1.
-            words: whether words are searched.
-            among: ids of passages that may be found; ``None`` for all.
-        """
-        ...
-
-
 class Search:
     """Finds passages in one snapshot.
 
@@ -50,7 +31,7 @@ class Search:
         retrieval: how.
         namespace: whose documents.
         embedder: turns the question of a second hop into a vector.
-        candidates: gives them.
+        indexes: give candidates.
         distinct: find no text twice: the best passage of it stands for the others, and what is next best comes in their place.
         first: told what would be found without the reranker, before that begins; not where a second hop comes behind it.
 
@@ -64,12 +45,12 @@ class Search:
         retrieval: Retrieval,
         namespace: str,
         embedder: Embedder,
-        candidates: Candidates,
+        indexes: Indexes,
         distinct: bool = False,
         first: Callable[[dict[int, float]], object] | None = None,
     ) -> None:
         self._retrieval, self._namespace = retrieval, namespace
-        self._embedder, self._candidates = embedder, candidates
+        self._embedder, self._indexes = embedder, indexes
         self._distinct, self._first = distinct, first
         self.second_s: float = 0.0
         self._taken = dict[str, int]()  # by text
@@ -154,7 +135,7 @@ class Search:
         """
         retrieval, look = self._retrieval, self._depth + len(before)
         while True:
-            near, worded = self._candidates(view, query, vector, look, retrieval.hybrid, among)
+            near, worded = self._indexes.search(view, query, vector, look, retrieval.hybrid, among)
             ids = fused([list(near), worded]) if retrieval.hybrid else near
             scored = (
                 (each, near[each] if each in near else float(view.vector(each) @ vector))

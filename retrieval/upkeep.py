@@ -1,22 +1,27 @@
-"""Reading a catalogue from end to end, and mending what does not fit."""
+"""Reading a catalogue from end to end, mending what does not fit, and bringing up what a former version wrote."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import RagKVError
-from ragkv.folder import Transaction, seal
+from ragkv.errors import IncompatibleFolderError, RagKVError, RecordError, RetrievalError
+from ragkv.folder import Environment, Transaction, seal
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import renamed
+from ragkv.retrieval.changes import checked_vectors, new_state, renamed
 from ragkv.retrieval.records import Document
 from ragkv.retrieval.snapshot import Snapshot
+
+FORMAT, _FORMER = b"ragkv.catalogue/3", (b"ragkv.catalogue/1", b"ragkv.catalogue/2")
+
+#: Gives the vectors, float32 ``[n, d]``, of texts.
+Embed = Callable[[list[str]], NDArray[np.float32]]
 
 
 def problems(txn: Transaction) -> list[str]:
@@ -85,6 +90,29 @@ def damage(txn: Transaction) -> Damage:
     return found
 
 
+def repaired(environment: Environment, embed: Embed) -> list[str]:
+    """See :meth:`ragkv.retrieval.Catalogue.repair`."""
+    while True:
+        with environment.transaction() as txn:
+            found, state = damage(txn), Snapshot(txn).state
+        texts = list(found.vectors.values())
+        vectors = checked_vectors(embed(texts), len(texts)) if texts else np.empty((0, 0), np.float32)
+        if texts and found.dimension not in (0, vectors.shape[1]):
+            raise RetrievalError(
+                f"the embedder gives vectors of {vectors.shape[1]} numbers, those of {environment.path} have "
+                f"{found.dimension}: repair it with the embedder that it was made with"
+            )
+        with environment.transaction(write=True, suspicious=True) as txn:
+            if Snapshot(txn).state == state:  # nobody has added again meanwhile what is to be deleted
+                mend(txn, found, vectors)
+                txn.put("meta", b"state", new_state())
+                break
+    return [
+        *(f"{name}: damaged and deleted, add it again" for name in found.lost.values()),
+        *(f"passage {passage_id}: its vector was computed again" for passage_id in found.vectors),
+    ]
+
+
 def mend(txn: Transaction, found: Damage, vectors: NDArray[np.float32]) -> None:
     """Deletes lost documents with all that belongs to them, and writes damaged vectors and all uses again.
 
@@ -133,6 +161,34 @@ def mend_readings(txn: Transaction, sound: dict[bytes, Document]) -> None:
     txn.clear("kv")
     for kv, key in sorted(named):
         txn.put("kv", kv, key)
+
+
+def bring_up(environment: Environment, readonly: bool) -> None:
+    """Sees that a catalogue is of the present format: a new one, and one of a former format, become so.
+
+    Raises:
+        RecordError: it is of another one.
+        IncompatibleFolderError: it has to be written to for that, and may not be.
+    """
+    with environment.transaction() as txn:
+        found = txn.get("meta", b"format")
+        if found == FORMAT:
+            return
+        if found not in (None, *_FORMER):
+            raise RecordError(f"{environment.path} is of format {found.decode()}, this version reads {FORMAT.decode()}")
+        if readonly and found == _FORMER[-1]:  # readable as it is, where it has one namespace
+            if Snapshot(txn).defaults.get("namespace"):
+                raise IncompatibleFolderError(
+                    f"the documents of {environment.path} have no namespace yet: open it once where it may be written to"
+                )
+            return
+    with environment.transaction(write=True) as txn:
+        if found is None:
+            txn.put("meta", b"state", new_state())
+            txn.put("meta", records.UNDIVIDED, b"1")
+        else:
+            migrate(txn)
+        txn.put("meta", b"format", FORMAT)
 
 
 def migrate(txn: Transaction) -> None:

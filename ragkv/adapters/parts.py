@@ -10,12 +10,13 @@ from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError
 from ragkv.messages import Question
 from ragkv.rag import RAG
-from ragkv.report import AnswerReport, AnswerStream
+from ragkv.report import AnswerReport
 from ragkv.retrieval import Change, Document, Hit, Retrieval, TokenChunker
 from ragkv.streaming import AsyncAnswerStream, Threads
 

@@ -13,8 +13,8 @@ from ragkv.cli.reading import reading
 from ragkv.errors import IncompleteAnswerError
 
 if TYPE_CHECKING:
+    from ragkv.answering import AnswerStream
     from ragkv.finding import SourcedAnswer
-    from ragkv.report import AnswerStream
     from ragkv.retrieval import Hit
 
 

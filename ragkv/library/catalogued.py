@@ -11,6 +11,7 @@ from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
+from ragkv.library.repair import plan_repair, repair
 from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
 from ragkv.retrieval.outline import NO_OUTLINE, Outline
 from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
@@ -153,19 +154,19 @@ class CataloguedDocuments:
         documents.look()
         _, before, old = self._before(source)
         document = before if before is not None and old == passages else prepared.document
-        repair = None
+        plan = None
         if read and before is not None and document is not before and repair_tokens is not None:
-            repair = documents.plan_repair(list(before), document, repair_tokens)
+            plan = plan_repair(documents, list(before), document, repair_tokens)
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
-        reading = self.reading(document if repair is None else repair.document)
+        reading = self.reading(document if plan is None else plan.document)
         more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
         more |= {"pages": prepared.pages, "headings": prepared.headings, "file": prepared.file}
         more["namespace"] = documents.namespace
         change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:
-            if repair is not None:  # from KV of the version before
-                tokens = documents.repair(repair)
+            if plan is not None:  # from KV of the version before
+                tokens = repair(documents, plan)
                 if tokens is None:
                     self._catalogue.keep([(change.document, self.reading(document))])
         finally:

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from time import perf_counter
-from typing import Any
+from functools import partial
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import (
-    ArgumentError,
-    DocumentError,
-    ModelChangedError,
-    PromptError,
-    PromptTooLongError,
-    StoreError,
-    StoreFullError,
-    instance,
-    whole_number,
-)
+from ragkv.errors import ArgumentError, ModelChangedError, StoreError, StoreFullError, instance, whole_number
 from ragkv.kernels import Impl
 from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
-from ragkv.library.document import ChunkedDocument, windows
-from ragkv.library.given import several, several_chunks
+from ragkv.library.cutting import Cutting
+from ragkv.library.document import ChunkedDocument
+from ragkv.library.given import several_chunks
 from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
 from ragkv.library.reading import Reader, chains, identity
-from ragkv.library.records import Records, StoreRecords, lineage_of
-from ragkv.library.repair import Repair, plan_repair, repaired
+from ragkv.library.records import Records, StoreRecords, held, lineage_of
 from ragkv.library.sensitivity import FOREIGN, foreign_ids
 from ragkv.library.watching import counting
+from ragkv.model.activations import piece_tokens as affordable
 from ragkv.model.runner import Runner
 from ragkv.model.steps import Steps
 from ragkv.prompt import Encoder, Text
+from ragkv.scheduling.memory import free_bytes
 from ragkv.store import CostProfile, Item, TieredStore, chunk_key
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 # KV that wait to be written together: one transaction and one sync for all of them.
 _WRITTEN_TOGETHER_BYTES = 64 << 20
-_LONGEST_ID = 200
 # What records hold for changes with this number: their format, and how texts become ids.
 _RULES = "1"
 # Anchors, and namespaces with an anchor, of which something is kept: see Documents.within.
@@ -56,32 +45,23 @@ _TRIES = 3
 _TOKEN_S = 1e-3
 
 
-class Documents:
+class Documents(Cutting):
     """Reads documents, once, and keeps their KV. Safe for several threads: reading takes the model for one piece at a time.
 
     Args:
         runner: of the model.
         encoder: turns passages into ids.
         store: where KV are kept.
-        context: ``"document"``: chunks of a document are read behind its earlier text; ``"chunk"``: each one alone.
-        document_tokens: a longer document is read in windows of at most this many tokens, each behind the last quarter of the
-            one before. It bounds the memory of reading. Default: 8192, or the model's positions if fewer.
-        piece_tokens: tokens that one forward pass computes; it bounds the memory that the model takes.
-        namespace: chunks stored under another namespace are never found.
         measured: what is measured of every document that is read.
-        foreign: text or ids of what documents are read behind the second time for that; by default five short English
-            paragraphs (:mod:`ragkv.library.sensitivity`).
-        kernels: which implementation of ``ragkv.kernels`` runs.
-        graphs: whether prompts and answers run in fixed shapes, see :class:`~ragkv.Engine`.
-        lifetime_s: seconds after which stored KV are a miss.
+        context, document_tokens, piece_tokens, namespace, foreign, kernels, graphs, lifetime_s: see :class:`~ragkv.Engine`.
+        paths: what prompts computed of chunks; ``None`` where that is not kept.
 
     Attributes:
         anchor: ids that documents are read behind.
+        document_tokens, piece_tokens: as given, or as model and device allow.
         steps: the model's forwards.
         records: where documents are looked up whose chunks come without them; others may be appended.
         sample: the ids of a fixed text, by which tokenizers are told apart.
-        paths: what prompts computed of chunks; ``None`` where that is not kept.
-        measured: what is measured of every document that is read.
     """
 
     def __init__(
@@ -90,34 +70,29 @@ class Documents:
         encoder: Encoder,
         store: TieredStore,
         *,
-        context: str = "document",
-        document_tokens: int | None = None,
-        piece_tokens: int = 512,
-        namespace: str = "",
-        measured: Measured = Measured.NOTHING,
-        foreign: Text | None = None,
-        kernels: Impl = "auto",
-        graphs: bool | None = None,
-        lifetime_s: float = math.inf,
+        measured: Measured,
+        context: str,
+        document_tokens: int | None,
+        piece_tokens: int | None,
+        namespace: str,
+        foreign: Text | None,
+        kernels: Impl,
+        graphs: bool | None,
+        lifetime_s: float,
+        paths: Paths | None,
     ):
-        if context not in ("document", "chunk"):
-            raise ArgumentError(f"context must be 'document' or 'chunk', got {context!r}")
+        decoder = runner.decoder(kernels, store)
+        super().__init__(encoder, context, document_tokens, decoder.max_positions)
         self.runner: Runner = runner
-        self.encoder: Encoder = encoder
         self.store: TieredStore = store
         self.anchor: tuple[int, ...] = encoder.anchor
-        self.context = context
-        self.namespace: str = namespace
-        wanted = 8192 if document_tokens is None else whole_number("document_tokens", document_tokens, 1)
-        positions = runner.decoder(kernels, store).max_positions or 1 << 30
-        if positions <= len(encoder.anchor):
-            raise PromptTooLongError(
-                f"the anchor has {len(encoder.anchor)} tokens and leaves no room in the model's {positions} positions: give a "
-                "shorter prefix or anchor"
-            )
-        self.document_tokens: int = min(wanted, positions - len(encoder.anchor))
-        whole_number("piece_tokens", piece_tokens, 1)
-        self.kernels, self._piece_tokens = kernels, piece_tokens
+        if piece_tokens is None:
+            # A model in parts runs on the fullest device, too.
+            devices = {decoder.device, *(spec.device for spec in decoder.specs)}
+            free = min(free_bytes(device) or 0 for device in devices)
+            piece_tokens = affordable(decoder, free - store.unclaimed_bytes)
+        self.piece_tokens: int = whole_number("piece_tokens", piece_tokens, 1)
+        self.kernels: Impl = kernels
         self.steps: Steps = runner.steps(kernels, graphs)
         self.measured: Measured = measured
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
@@ -130,7 +105,7 @@ class Documents:
         self._costs: dict[str, CostProfile | None] = {}
         self.sample: tuple[int, ...] = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._others = dict[tuple[str, tuple[int, ...]], Documents]()
-        self.paths: Paths | None = None
+        self.paths: Paths | None = paths
         self._cut_as(namespace)
 
     def _cut_as(self, namespace: str) -> None:
@@ -179,7 +154,7 @@ class Documents:
             reader = Reader(
                 self.runner.decoder(self.kernels),
                 self.anchor,
-                self._piece_tokens,
+                self.piece_tokens,
                 self._foreign_ids,
                 self.steps,
                 fingerprint,
@@ -197,56 +172,6 @@ class Documents:
     def setting(self) -> str:
         """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
         return digest(self.space, self._cutting).hex()
-
-    def cut(
-        self,
-        parts: Sequence[Text],
-        document_id: str = "",
-        *,
-        behind: Sequence[Chunk | Text] = (),
-        any_length: bool = False,
-    ) -> ChunkedDocument:
-        """A document's chunks, without reading anything.
-
-        Args:
-            parts: text or token ids each, in document order.
-            document_id: what it is known by; by default a digest of its ids.
-            behind: passages of other documents that it is read behind, in order.
-            any_length: take parts that are too long too: nothing is read behind them, and they must not be read (:meth:`fits`).
-
-        Raises:
-            PromptError, PromptTooLongError: as for :meth:`ragkv.Engine.add`.
-        """
-        if not isinstance(document_id, str) or len(document_id) > _LONGEST_ID:
-            raise PromptError(f"document_id must be a str of at most {_LONGEST_ID} characters, got {document_id!r}")
-        encode = self.encoder.chunk if any_length else self._ids
-        ids = [encode(part) for part in several(parts, "parts")]
-        if not ids:
-            raise PromptError("a document has at least one part, got none")
-        passages, lengths = several(behind, "behind"), list(map(len, ids))
-        front = [each.ids if isinstance(each, Chunk) else self.encoder.chunk(each) for each in passages]
-        room = self.document_tokens - sum(map(len, front))
-        if front and max(lengths) > room:
-            raise PromptTooLongError(
-                f"a passage of {max(lengths)} tokens with {self.document_tokens - room} in front of it is {max(lengths) - room} "
-                f"more than the {self.document_tokens} that are read at once: give less as behind, or split it into smaller parts"
-            )
-        firsts = windows(lengths, room) if self.context == "document" else range(len(ids))
-        return ChunkedDocument(
-            id=document_id or digest(*(["behind", *front] if front else ()), *ids).hex(),
-            ids=ids,
-            firsts=firsts,
-            texts=[part if isinstance(part, str) else None for part in parts],
-            fronts=dict.fromkeys(firsts, front) if front else {},
-        )
-
-    def fits(self, chunk: Chunk) -> bool:
-        """Whether a chunk is no longer than the model reads at once."""
-        return len(chunk) <= self.document_tokens
-
-    def passage(self, passage: Text) -> Chunk:
-        """The chunk of a passage that stands alone, without reading it."""
-        return Chunk(self._ids(passage), passage if isinstance(passage, str) else None)
 
     def key(self, chunk: Chunk, space: str = "") -> bytes:
         """The key of a chunk's KV in the store: space, namespace, ids and context."""
@@ -274,7 +199,7 @@ class Documents:
     def work(self, missing: Sequence[Chunk]) -> int:
         """Tokens that the model runs to read chunks: of each document from the first one on that is not stored."""
         wanted, tokens = {identity(chunk) for chunk in missing}, 0
-        for chain in chains(missing, self._lineage):
+        for chain in chains(missing, partial(lineage_of, records=self.records)):
             absent = set(map(identity, self.missing(chain))) | wanted
             first = next((number for number, chunk in enumerate(chain) if identity(chunk) in absent), len(chain))
             tokens += sum(map(len, chain[first:]))
@@ -367,8 +292,9 @@ class Documents:
 
         if missing:
             ran(missing[0].document, 0)
-        for chunk, kv, seconds in reader.read(missing, self._lineage, known, measured | self.measured, ran):
-            yield self._item(reader, chunk, kv, seconds)
+        lineage = partial(lineage_of, records=self.records)
+        for chunk, kv, seconds in reader.read(missing, lineage, known, measured | self.measured, ran):
+            yield self.item(reader, chunk, kv, seconds)
 
     def keep(self, reader: Reader, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:
         """Store what a prompt had to read, if it fits, and if its documents were not removed meanwhile.
@@ -378,43 +304,12 @@ class Documents:
             items: what was read.
             chunks: theirs and perhaps others, by key.
         """
-        stored = self._held({item.key: chunks[item.key] for item in items})
+        stored = held({item.key: chunks[item.key] for item in items}, self.records)
         try:
-            self._put(reader, {item.key: item for item in items if item.key in stored})
+            self.put(reader, [item for item in items if item.key in stored], self.store)
         except StoreError as error:  # full, or open for reading only
             logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), str(error))
         self._settle({key: chunks[key] for key in stored})
-
-    def plan_repair(self, old: Sequence[Chunk], new: ChunkedDocument, behind_tokens: int) -> Repair | None:
-        """How to read a changed document by computing only the changed parts and some tokens behind each.
-
-        Args:
-            old: the chunks of the version before.
-            new: the version now.
-            behind_tokens: tokens to compute behind every change.
-
-        Returns:
-            ``None`` where the document has to be read exactly: nothing was changed, or too much, or old KV are lost.
-        """
-        repair = plan_repair(old, new, behind_tokens) if self.context == "document" else None
-        return repair if repair and not self.missing([source for source in repair.sources if source]) else None
-
-    def repair(self, repair: Repair) -> int | None:
-        """Make and store the KV of a repaired document; returns the tokens that were computed.
-
-        ``None`` where old KV are lost, or the model is another one now: the document has to be read.
-        """
-        begin, reader = perf_counter(), self.reader
-        try:
-            made = repaired(reader, self.store, repair, lambda chunk: self.key(chunk, reader.space))
-        except ModelChangedError:
-            return None
-        if made is None:
-            return None
-        per_token = (perf_counter() - begin) / (len(self.anchor) + sum(map(len, repair.document)))
-        items = [self._item(reader, chunk, kv, per_token * len(chunk)) for chunk, kv in made]
-        self._put(reader, {item.key: item for item in items})
-        return len(repair.rows)
 
     def forget(self, chunks: Sequence[Chunk]) -> int:
         """Remove chunks' KV, and the records of their documents, from the store; returns how many KV were there."""
@@ -436,46 +331,22 @@ class Documents:
     def holds(self, chunks: Sequence[Chunk]) -> bool:
         """Whether none of the chunks is of a document that was removed."""
         keys = self.keys(chunks)
-        return len(self._held(keys)) == len(keys)
+        return len(held(keys, self.records)) == len(keys)
 
     def costs(self, reader: Reader) -> Callable[[int, int], float]:
         """Seconds that computing so many tokens takes behind so many; about in proportion where it was not measured."""
         return self._costs.get(reader.fingerprint) or (lambda behind, tokens: _TOKEN_S * tokens)
-
-    def _ids(self, passage: Text) -> tuple[int, ...]:
-        ids = self.encoder.chunk(passage)
-        if len(ids) > self.document_tokens:
-            raise PromptTooLongError(
-                f"a passage of {len(ids)} tokens is {len(ids) - self.document_tokens} more than the "
-                f"{self.document_tokens} that are read at once: split it into smaller parts"
-            )
-        return ids
-
-    def _lineage(self, chunk: Chunk) -> list[Chunk]:
-        lineage = lineage_of(chunk, self.records)
-        if lineage is None:
-            raise DocumentError(
-                f"chunk {chunk.number} of document {chunk.document} has lost its KV, and no record says what it was read behind: "
-                "add the document again"
-            )
-        return lineage
-
-    def _held(self, chunks: Mapping[bytes, Chunk]) -> set[bytes]:
-        """The keys of chunks that may be stored: those of no document, and those of documents that are kept."""
-        of_documents = {key: chunk for key, chunk in chunks.items() if chunk.document}
-        held = chunks.keys() - of_documents.keys()
-        return held.union(*(kept.holds(of_documents) for kept in self.records)) if of_documents else held
 
     def _settle(self, stored: Mapping[bytes, Chunk]) -> None:
         """Undo what was stored of documents that were removed meanwhile.
 
         Whoever removes a document strikes out its record before its KV: what is stored without one he may have missed.
         """
-        gone = stored.keys() - self._held(stored)
+        gone = stored.keys() - held(stored, self.records)
         if gone:
             self.drop(gone)
 
-    def _item(self, reader: Reader, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
+    def item(self, reader: Reader, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
         """What is stored of a chunk: what it costs to compute behind its context, and its document's name.
 
         A namespace's documents are not named: whoever has the text could tell that it is there.
@@ -489,17 +360,17 @@ class Documents:
         """Store what waits."""
         items = list(waiting.values())
         waiting.clear()
-        if items:
-            self.put(reader, items, self.store)
+        self.put(reader, items, self.store)
 
     def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
         """Store what a reader's model computed, together; one by one where it does not fit together."""
-        common: dict[str, Any] = {"space": reader.space, "namespace": self.namespace}
-        common |= {"rotations": reader.decoder.rotations, "lifetime_s": self._lifetime_s}
+        put = partial(store.put_many, space=reader.space, namespace=self.namespace)
+        put = partial(put, rotations=reader.decoder.rotations, lifetime_s=self._lifetime_s)
         try:
-            store.put_many(items, **common)
+            if items:
+                put(items)
         except StoreFullError:
             if len(items) == 1:
                 raise
             for item in items:
-                store.put_many([item], **common)
+                put([item])

@@ -23,13 +23,15 @@ class Measured(Flag):
     ATTENDED = auto()
 
     @classmethod
-    def by(cls, *methods: Method) -> Measured:
-        """What methods need."""
+    def by(cls, *methods: Method, sensitivity: bool | None = None) -> Measured:
+        """What methods need; ``sensitivity`` where something else is said of it."""
         needed = cls.NOTHING
         for method in methods:
             needed |= cls.SENSITIVITY if method.needs_sensitivity else cls.NOTHING
             needed |= cls.ATTENDED if method.needs_attended else cls.NOTHING
-        return needed
+        if sensitivity is None:
+            return needed
+        return needed | cls.SENSITIVITY if sensitivity else needed & ~cls.SENSITIVITY
 
     @classmethod
     def of(cls, batch: Batch, index: int, foreign: str) -> Measured:

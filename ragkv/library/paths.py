@@ -20,7 +20,7 @@ import torch
 
 from ragkv.background import Background
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.errors import RecordError
+from ragkv.errors import RecordError, whole_number
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.view import Variant
 from ragkv.library.pieces import Known, Owner, Path, Piece, mark_of, pieces
@@ -53,6 +53,13 @@ class Paths:
     def __init__(self, store: TieredStore):
         self.store: TieredStore = store
         self._background = Background("keeping what was computed under a path", _MOST_WAITING)
+
+    @classmethod
+    def of(cls, given: TieredStore | int | bool, chunks: TieredStore) -> Paths | None:
+        """As :class:`~ragkv.Engine` is given them, ``chunks`` being its own store; ``None`` where nothing is kept."""
+        if isinstance(given, bool):
+            return cls(chunks) if given else None
+        return cls(given if isinstance(given, TieredStore) else TieredStore(cpu_bytes=whole_number("paths", given, 1)))
 
     def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
         """What was computed of a prompt before.

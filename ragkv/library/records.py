@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ragkv.chunk import Chunk
-from ragkv.errors import RecordError
+from ragkv.errors import DocumentError, RecordError
 from ragkv.folder import seal, unseal
 from ragkv.library.document import ChunkedDocument
 from ragkv.store import TieredStore
@@ -71,11 +71,27 @@ def has(document: ChunkedDocument | None, chunk: Chunk) -> bool:
     return (own.ids, own.context, own.offset) == (chunk.ids, chunk.context, chunk.offset)
 
 
-def lineage_of(chunk: Chunk, records: Sequence[Records]) -> list[Chunk] | None:
-    """A chunk's lineage, from its document's record where it does not know it itself; None where nobody does."""
+def lineage_of(chunk: Chunk, records: Sequence[Records]) -> list[Chunk]:
+    """A chunk's lineage, from its document's record where it does not know it itself.
+
+    Raises:
+        DocumentError: nobody does.
+    """
     lineage = chunk.lineage()
     for kept in records if lineage is None else ():
         document = kept.find(chunk.document)
         if document is not None and has(document, chunk):
             return document.lineage(chunk.number)
+    if lineage is None:
+        raise DocumentError(
+            f"chunk {chunk.number} of document {chunk.document} has lost its KV, and no record says what it was read behind: "
+            "add the document again"
+        )
     return lineage
+
+
+def held(chunks: Mapping[bytes, Chunk], records: Sequence[Records]) -> set[bytes]:
+    """The keys of chunks that may be stored: those of no document, and those of documents that are kept."""
+    of_documents = {key: chunk for key, chunk in chunks.items() if chunk.document}
+    free = chunks.keys() - of_documents.keys()
+    return free.union(*(kept.holds(of_documents) for kept in records)) if of_documents else free

@@ -7,21 +7,23 @@ knew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Attended, Chunk, ChunkKV, digest
+from ragkv.errors import ModelChangedError
 from ragkv.fusion.compute import recompute
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.placement import Placement
 from ragkv.library.document import ChunkedDocument
+from ragkv.library.documents import Documents
 from ragkv.library.reading import Reader, cut
-from ragkv.store import TieredStore
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,24 @@ class Repair:
     rows: Tensor
 
 
-def plan_repair(old: Sequence[Chunk], document: ChunkedDocument, behind_tokens: int) -> Repair | None:
-    """How to make a document's KV from those of its version before; ``None`` where reading it costs no more.
+def plan_repair(
+    documents: Documents, old: Sequence[Chunk], document: ChunkedDocument, behind_tokens: int
+) -> Repair | None:
+    """How to make a document's KV from those of its version before.
 
     Args:
+        documents: that both are of.
         old: the version before.
         document: the version now, without marks. Both are of one window, or it is read.
         behind_tokens: tokens to compute behind every edit.
+
+    Returns:
+        ``None`` where it has to be read exactly: nothing was changed, or too much, or old KV are lost.
     """
     new = list(document)
     if (
-        not old
+        documents.context != "document"
+        or not old
         or old[0].offset
         or not document.one_window
         or any(b.offset != a.offset + len(a) for a, b in pairwise(old))
@@ -63,24 +72,37 @@ def plan_repair(old: Sequence[Chunk], document: ChunkedDocument, behind_tokens: 
         for step in range(block.size):
             sources[block.b + step] = old[block.a + step]
     first = next((i for i, chunk in enumerate(new) if _another(sources[i], chunk)), len(new))
-    if first == len(new) or not any(sources[first:]):
+    if first == len(new) or not any(sources[first:]) or documents.missing(list(filter(None, sources))):
         return None
     mark = digest(old[-1].context_after, str(behind_tokens)).hex()[:16]
     return Repair(document.with_mark(first, mark), first, sources, _rows(new, sources, first, behind_tokens))
 
 
-@torch.no_grad()
-def repaired(
-    reader: Reader, store: TieredStore, repair: Repair, key: Callable[[Chunk], bytes]
-) -> list[tuple[Chunk, ChunkKV]] | None:
-    """The KV of the chunks from the first change on; ``None`` where old KV are lost.
+def repair(documents: Documents, plan: Repair) -> int | None:
+    """Make and store the KV of a repaired document; returns the tokens that were computed.
+
+    ``None`` where old KV are lost, or the model is another one now: the document has to be read.
 
     Args:
-        reader: has the model, and the KV of the anchor.
-        store: holds the old chunks' KV.
-        repair: from :func:`plan_repair`.
-        key: of a chunk's KV in the store.
+        documents: that it is of.
+        plan: from :func:`plan_repair`.
     """
+    begin, reader = perf_counter(), documents.reader
+    try:
+        made = _repaired(reader, documents, plan)
+    except ModelChangedError:
+        return None
+    if made is None:
+        return None
+    per_token = (perf_counter() - begin) / (len(documents.anchor) + sum(map(len, plan.document)))
+    items = [documents.item(reader, chunk, kv, per_token * len(chunk)) for chunk, kv in made]
+    documents.put(reader, items, documents.store)
+    return len(plan.rows)
+
+
+@torch.no_grad()
+def _repaired(reader: Reader, documents: Documents, repair: Repair) -> list[tuple[Chunk, ChunkKV]] | None:
+    """The KV of the chunks from the first change on; ``None`` where old KV are lost."""
     decoder, start = reader.decoder, len(reader.anchor_ids)
     pairs = list(zip(repair.document, repair.sources, strict=True))
     placed = [
@@ -89,8 +111,8 @@ def repaired(
     ]
     ids = [*reader.anchor_ids, *(i for chunk, _ in pairs for i in chunk.ids)]
     layout = Layout(torch.tensor(ids, device=decoder.device), tuple(placed), start, len(ids))
-    keys = {chunk: key(source) for chunk, source in pairs if source}
-    with store.read(list(keys.values())) as batch:
+    keys = {chunk: documents.key(source, reader.space) for chunk, source in pairs if source}
+    with documents.store.read(list(keys.values())) as batch:
         if None in batch.tiers:
             return None
         cache = decoder.cache(len(ids))

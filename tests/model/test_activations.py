@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from ragkv import Engine, PromptTemplate, TieredStore
-from ragkv import engine as engines
 from ragkv.errors import ArgumentError
+from ragkv.library import documents as reading
 from ragkv.model.activations import piece_tokens, seen_bytes, token_bytes
 from ragkv.model.cache import LayerSpec
 from ragkv.testing import ARCHITECTURES, SMALL, random_ids, tiny_model
@@ -70,8 +70,8 @@ def test_every_architecture_says_its_widths(architecture):
 
 def test_an_engine_asks_its_device(monkeypatch):
     model, asked, left = tiny_model(), [], {"cpu": 10 << 20}
-    monkeypatch.setattr(engines, "affordable", lambda decoder, free: (asked.append(free), 1024)[1])
-    monkeypatch.setattr(engines, "free_bytes", lambda device: left[device.type])
+    monkeypatch.setattr(reading, "affordable", lambda decoder, free: (asked.append(free), 1024)[1])
+    monkeypatch.setattr(reading, "free_bytes", lambda device: left[device.type])
     store = TieredStore(gpu_bytes=1 << 20, device="cpu")
     with Engine(model, template=PromptTemplate(prefix=[1]), store=store) as engine:
         assert engine.piece_tokens == engine.documents.reader.piece_tokens == 1024

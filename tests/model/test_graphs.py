@@ -20,14 +20,11 @@ from ragkv import (
     Reuse,
     TieredStore,
     UnsupportedModelError,
-    fuse,
 )
 from ragkv.fusion.placement import Placement
 from ragkv.model import graphs as module
-from ragkv.model import rooms
-from ragkv.model.graphs import Graphs, row_bucket
+from ragkv.model.graphs import Graphs
 from ragkv.model.kernel_attention import SpanBuilder
-from ragkv.model.rooms import Room, Rooms, room_bucket
 from ragkv.model.rows import Rows
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
@@ -82,11 +79,14 @@ def said(engine, **options):
     return engine.generate(engine.add(PASSAGES)[::-1], QUESTION, **{**NO_END, **options})
 
 
+close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+
+
 def same(got, want):
-    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    close(got.logits, want.logits)
     for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
-        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+        close(a.keys, b.keys)
+        close(a.values, b.values)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -132,11 +132,11 @@ def test_what_is_placed_layer_by_layer_is_there_before_a_graph_runs(tier, monkey
     monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
     with engine(model, False) as plain, engine(model, True, Recorder(), store=TieredStore(**tier)) as one:
         chunks, seen = one.add(PASSAGES), set[str]()
-        for method in (Reuse(), LegoLink(3), RelevantTokens(ratio=0.2), LegoLink(3)):
+        for method in (Reuse(), LegoLink(3), RelevantTokens(ratio=0.2)) * 3:
             got = one.fuse(chunks[::-1], QUESTION, method=method)
             same(got, fused(plain, method))
             seen |= {got.report.ran, *got.report.sources}
-    assert seen > {"graph", "fixed"} and len(seen) <= 4
+    assert seen > {"graph", "fixed"} and len(seen) <= 4 and "eager" not in seen
 
 
 def test_masks_are_no_fixed_shapes():
@@ -148,10 +148,8 @@ def test_masks_are_no_fixed_shapes():
 
 
 def test_a_second_use_is_captured_and_then_replayed():
-    model = tiny_model()
-    want = said(engine(model, False), do_sample=False)
-    capture = Recorder()
-    made = engine(model, True, capture)
+    model, capture = tiny_model(), Recorder()
+    want, made = said(engine(model, False), do_sample=False), engine(model, True, capture)
     assert said(made).report.ran == "graph"  # the first token's step as it is, the second one's captured
     assert (capture.captured, capture.replayed) == (1, NO_END["max_new_tokens"] - 2)
     answer = said(made)
@@ -172,26 +170,11 @@ def test_logits_are_not_those_of_the_next_replay():
     assert torch.equal(first.logits, kept) and not torch.equal(other.logits, kept)
 
 
-def test_prompts_keep_their_own_memory():
-    """What a prompt holds is nobody else's, whatever is fused behind it; and an answer leaves the room."""
-    model = tiny_model()
-    made = engine(model, True)
-    first = fused(made)
-    views = [layer.keys for layer in first.past_key_values.layers]
-    copies = [view.clone() for view in views]
-    fused(made, question=random_ids(6, seed=99))
-    said(made)
-    assert all(map(torch.equal, views, copies))
-    same(first, fused(engine(model, False)))
-    assert made.documents.steps.graphs._rooms.find(first.past_key_values) is None
-
-
 @pytest.mark.parametrize("capture", [Recorder(RuntimeError("operation not permitted\nwhen")), None])
 def test_what_cannot_be_captured_runs_as_before(capture, monkeypatch):
     """A capture that fails, and a model that waits for the device: eager from then on, and the report says why."""
     model, why = tiny_model(), "its graph could not be captured: operation not permitted"
-    want = said(engine(model, False))
-    made = engine(model, True, capture)
+    want, made = said(engine(model, False)), engine(model, True, capture)
     if capture is None:
         plain, why = model.model.layers[1].mlp.forward, "the model waits for the device (_local_scalar_dense)"
 
@@ -207,15 +190,14 @@ def test_what_cannot_be_captured_runs_as_before(capture, monkeypatch):
 
 
 def test_other_failures_are_raised(monkeypatch):
-    model = tiny_model()
-    made = engine(model, True, Recorder())
+    made = engine(tiny_model(), True, Recorder())
     chunks = made.add(PASSAGES)
 
     def fails(hidden):
         raise ValueError("on purpose")
 
     with monkeypatch.context() as patched:
-        patched.setattr(model.model.layers[1].mlp, "forward", fails)
+        patched.setattr(made.model.model.layers[1].mlp, "forward", fails)
         with pytest.raises(ValueError, match="on purpose"):
             made.fuse(chunks, QUESTION)
     assert made.fuse(chunks, QUESTION).report.ran == "fixed"
@@ -252,11 +234,10 @@ def test_what_runs_instead_has_the_memory_of_what_failed(monkeypatch):
 
 def test_waits_are_seen_in_inference_mode_too(monkeypatch):
     """There operations come whole, and what they do within is not seen."""
-    model = tiny_model()
-    layer = model.model.layers[1].mlp
+    made = engine(tiny_model(), True, Recorder())
+    layer = made.model.model.layers[1].mlp
     plain = layer.forward
     monkeypatch.setattr(layer, "forward", lambda hidden: plain(hidden) * len(torch.where(hidden == 0)))
-    made = engine(model, True, Recorder())
     with torch.inference_mode():
         assert said(made).report.ran == "eager: the model waits for the device (nonzero)"
 
@@ -274,10 +255,9 @@ def test_a_changed_model_is_captured_anew():
 
 
 def test_hooks_in_the_model_are_called():
-    model, calls = tiny_model(), []
-    made = engine(model, True, Recorder())
+    made, calls = engine(tiny_model(), True, Recorder()), []
     said(made), said(made)
-    hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    hook = made.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     answer = said(made)
     why = "eager: hooks are in the model, and a graph would not call them"
     assert answer.report.ran == answer.report.fusion.ran == why
@@ -292,25 +272,6 @@ def test_where_no_graph_may_run_it_is_eager():
     assert (said(made).report.ran, fused(made).report.ran) == (why, why)
 
 
-def test_a_room_leaves_memory_to_others():
-    made = engine(tiny_model(), True, Recorder(free=(2 * 256 << 10) - 1))  # a token takes 1 KB
-    assert said(made).report.ran == "eager: no room is free, nor memory for one"
-    made.documents.steps.graphs._capture.free += 1
-    assert said(made).report.ran == "graph"
-
-
-def test_who_leaves_on_another_stream_is_waited_for():
-    capture = Recorder()
-    steps = engine(tiny_model(), True, capture).documents.steps
-    cache, ids = steps.decoder.cache(6), steps.decoder.random_ids(1)
-    steps.forward(Rows(ids, torch.zeros_like(ids), cache, first=0))
-    capture.on = False
-    room = steps.graphs._rooms.find(cache)
-    capture.settle = lambda: capture.__dict__.update(settled=room.guest)
-    steps.graphs.leave(cache)
-    assert capture.settled is cache and room.guest is None  # waited for while nobody else could enter
-
-
 def unwritten(*size, **options):
     """``torch.empty`` whose memory shows where nothing was written."""
     return torch.full(*size, torch.nan, **options) if isinstance(size[0], tuple) else torch.zeros(*size, **options)
@@ -322,99 +283,22 @@ def test_what_fails_loses_nothing_of_a_past(monkeypatch):
     mlp = model.model.layers[2].mlp
     forward = mlp.forward
     for graphs in (False, True):
-        made, first = (
-            engine(model, graphs),
-            iter([True, False]),
-        )  # of what stands in front of the chunks, then of the rest
+        made, first = engine(model, graphs), iter([True, False])  # what stands in front of the chunks, then the rest
+
+        def once(hidden, first=first):
+            return forward(hidden) if next(first, False) else int("none")
+
         chunks = made.add([*PASSAGES, random_ids(23)])
         past = made.generate(chunks[:3], QUESTION, keep_past=True, **NO_END).past
         for fails in (True, False):
             with monkeypatch.context() as patched, pytest.raises(ValueError) if fails else nullcontext():
                 if fails:
-                    patched.setattr(
-                        mlp,
-                        "forward",
-                        lambda hidden, first=first: forward(hidden) if next(first, False) else int("none"),
-                    )
+                    patched.setattr(mlp, "forward", once)
                     patched.setattr(torch, "empty", unwritten)
                 answer = made.generate(chunks[3:], random_ids(5), past=past, **NO_END)
         said_next.append((answer.report.fusion.ran, answer.token_ids))
     assert [ran for ran, _ in said_next] == ["eager", "fixed"]
     assert said_next[0][1] == said_next[1][1]
-
-
-def entered(capacity=40):
-    decoder = engine(tiny_model(), False).decoder
-    found, cache = Rooms(lambda room: None), decoder.cache(capacity)
-    return found, cache, found.enter(cache, 0, capacity, decoder.specs), decoder
-
-
-def test_who_grew_out_of_a_room_in_part_shares_nothing_behind_it():
-    found, cache, room, _ = entered()
-    cache.layers[0]._grow(400)  # and the pass failed in the next layer
-    found.leave(cache)
-    assert room.guest is None
-    for layer, shared in zip(cache.layers, room.cache.layers, strict=True):
-        assert layer.key_room is not shared.key_room and layer.value_room is not shared.value_room
-
-
-def test_what_ran_as_it_is_in_a_room_is_cleared_too():
-    found, cache, room, decoder = entered()
-    for layer, spec in zip(cache.layers, decoder.specs, strict=True):
-        layer.update(*(torch.full((1, spec.heads, 60, dim), torch.nan) for dim in (spec.key_dim, spec.value_dim)))
-    found.leave(cache)
-    for layer in room.cache.layers:
-        layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
-    assert found.enter(decoder.cache(40), 0, 40, decoder.specs) is room
-    assert all(layer.key_room.isfinite().all() and layer.value_room.isfinite().all() for layer in room.cache.layers)
-
-
-def run(steps, cache, ids, first, forward=None):
-    rows = Rows(ids[first:], torch.arange(first, len(ids)), cache, first=first)
-    return (forward or steps.forward)(rows), rows.ran
-
-
-def test_the_spare_slot_is_nobodys(monkeypatch):
-    """Rows that would fill a room to its last slot go to a larger one: what is filled up writes there."""
-    monkeypatch.setattr(rooms, "_SMALLEST", 4)
-    steps = engine(tiny_model(), True).documents.steps
-    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(17), steps.decoder.cache(17)
-    run(steps, cache, ids[:17], 0), run(steps, plain, ids[:17], 0, steps.decoder.forward)
-    assert steps.graphs._rooms.find(cache).slots == 20
-    got, ran = run(steps, cache, ids, 17)
-    assert ran == "fixed" and steps.graphs._rooms.find(cache).slots > 20
-    torch.testing.assert_close(got, run(steps, plain, ids, 17, steps.decoder.forward)[0], atol=1e-4, rtol=1e-4)
-
-
-def test_what_grew_out_of_a_room_is_not_looked_for_there(monkeypatch):
-    monkeypatch.setattr(rooms, "_SMALLEST", 4)
-    steps = engine(tiny_model(), True).documents.steps
-    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(6), steps.decoder.cache(6)
-    run(steps, cache, ids[:6], 0)
-    run(steps, cache, ids, 6, steps.decoder.forward)  # beside others' rows, say
-    cache.crop(-15)
-    other = torch.cat([ids[:5], ids[7:8]])
-    got, ran = run(steps, cache, other, 5)
-    assert ran == "fixed"
-    want = run(steps, plain, other, 0, steps.decoder.forward)[0]
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    steps.graphs.leave(cache)
-    for a, b in zip(cache.layers, plain.layers, strict=True):
-        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
-
-
-def test_what_was_dropped_is_cleared_too():
-    """A step that was run too much may have left numbers that are none."""
-    steps = engine(tiny_model(), True).documents.steps
-    ids, cache = steps.decoder.random_ids(5), steps.decoder.cache(5)
-    run(steps, cache, ids, 0)
-    room = steps.graphs._rooms.find(cache)
-    for layer in room.cache.layers:
-        layer.key_room[:, :, 4] = layer.value_room[:, :, 4] = torch.nan
-    cache.crop(-1)
-    steps.graphs.leave(cache)
-    logits, _ = run(steps, steps.decoder.cache(5), ids[:3], 0)
-    assert logits.isfinite().all() and all(layer.value_room.isfinite().all() for layer in room.cache.layers)
 
 
 def test_what_has_no_fixed_shape():
@@ -430,50 +314,10 @@ def test_what_has_no_fixed_shape():
     assert shown(Rows(one, one, cache)) is None
 
 
-def test_a_room_that_is_given_up_is_waited_for():
-    capture = Recorder()
-    graphs = engine(tiny_model(), True, capture).documents.steps.graphs
-    cache, one = graphs._decoder.cache(9), torch.zeros(1, dtype=torch.long)
-    graphs.forward(Rows(one, one, cache, first=0))
-    graphs._drop(graphs._rooms.find(cache))
-    assert capture.settled == 1 and not graphs._fixed
-
-
-def test_layers_that_are_still_loading_are_there_before_a_step(monkeypatch):
-    """As on a GPU: layer by layer, beside the pass."""
-    monkeypatch.setattr(fuse, "Placement", partial(fuse.Placement, by_layer=True))
-    model = tiny_model()
-    plain, made = engine(model, False), engine(model, True, Recorder())
-    for method in (LegoLink(3), Reuse(), RelevantTokens(0.2)):
-        for _ in range(3):
-            got = fused(made, method)
-            assert got.report.ran != "eager"
-            same(got, fused(plain, method))
-
-
-def test_who_finds_no_memory_stays(monkeypatch):
-    """It keeps what it has, and nobody else enters."""
-    found, cache, room, decoder = entered()
-
-    def full(*size, **more):
-        raise torch.OutOfMemoryError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", full)
-        found.leave(cache)
-    assert room.guest is cache
-    other = found.enter(cache, 0, 40, decoder.specs)
-    assert other is not room and other.hosts(cache)
-    found.leave(cache)
-    assert room.guest is None and other.guest is None
-    assert cache.layers[-1].key_room is not other.cache.layers[-1].key_room
-
-
 def test_inference_mode_leaves_no_trace():
     """Rooms are made by whoever is first, and used by all."""
     model = tiny_model()
-    want = said(engine(model, False)).token_ids
-    made = engine(model, True, Recorder())
+    want, made = said(engine(model, False)).token_ids, engine(model, True, Recorder())
     for _ in range(2):
         with torch.inference_mode():
             assert said(made).token_ids == want
@@ -483,47 +327,10 @@ def test_inference_mode_leaves_no_trace():
 
 def test_graphs_are_few(monkeypatch):
     monkeypatch.setattr(module, "_MOST_GRAPHS", 2)
-    capture = Recorder()
-    made = engine(tiny_model(), True, capture)
+    made = engine(tiny_model(), True, capture := Recorder())
     for length in (3, 18, 35, 3):
         assert fused(made, question=random_ids(length)).report.ran == "fixed"
     assert len(made.documents.steps.graphs._fixed) == 2 and capture.settled
-
-
-def test_an_answer_grows_out_of_its_room(monkeypatch):
-    monkeypatch.setattr(rooms, "_SMALLEST", 4)
-    steps = engine(tiny_model(), True).documents.steps
-    ids, at, sizes = steps.decoder.random_ids(30), torch.arange(30), set()
-    plain, cache = steps.decoder.cache(6), steps.decoder.cache(6)
-    for n in range(30):
-        want = steps.decoder.forward(Rows(ids[n : n + 1], at[n : n + 1], plain))
-        rows = Rows(ids[n : n + 1], at[n : n + 1], cache, first=n)
-        torch.testing.assert_close(steps.forward(rows), want, atol=1e-4, rtol=1e-4)
-        sizes.add(steps.graphs._rooms.find(cache).slots)
-    assert rows.ran == "fixed" and len(sizes) > 2
-    steps.graphs.leave(cache)
-    for a, b in zip(cache.layers, plain.layers, strict=True):
-        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
-
-
-def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
-    """A room holds what the prompt before left there; hidden or not, NaN would show."""
-    model = tiny_model()
-    made = engine(model, True)
-    want = fused(made)
-    leave = Room.leave
-
-    def poisoned(room, cache, *more):
-        leave(room, cache, *more)
-        for layer in room.cache.layers:
-            layer.key_room[:, :, : room.used] = layer.value_room[:, :, : room.used] = torch.nan
-            layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
-
-    monkeypatch.setattr(Room, "leave", poisoned)
-    fused(made)
-    got = fused(made)
-    assert got.report.ran == "fixed"
-    same(got, want)
 
 
 def test_several_answers_at_once(monkeypatch):
@@ -543,32 +350,6 @@ def test_several_answers_at_once(monkeypatch):
     with ThreadPoolExecutor(len(questions)) as pool:
         assert list(pool.map(ask, questions)) == [[ids] * 3 for ids in want]
     assert len(made.documents.steps.graphs._rooms._rooms) <= 2
-
-
-def test_rooms_are_taken_by_one_at_a_time():
-    decoder = engine(tiny_model(), False).decoder
-    dropped = []
-    found = Rooms(dropped.append)
-    caches = [decoder.cache(40) for _ in range(4)]
-    first = found.enter(caches[0], 0, 40, decoder.specs)
-    assert first.slots == 256 and first.hosts(caches[0]) and found.find(caches[0]) is first
-    second = found.enter(caches[1], 0, 300, decoder.specs)
-    assert second.slots == 320
-    assert found.enter(caches[2], 0, 40, decoder.specs) is None
-    found.leave(caches[0])
-    assert caches[0].layers[0].key_room.shape[2] == 40 and found.find(caches[0]) is None
-    assert found.enter(caches[2], 0, 40, decoder.specs) is first and not dropped
-    del caches[2:]  # nobody says that it leaves
-    larger = found.enter(caches[0], 0, 2000, decoder.specs)
-    assert larger.slots == 2048 and dropped == [first]
-
-
-def test_buckets():
-    for bucket, least in ((row_bucket, 1), (room_bucket, 256)):
-        sizes = [bucket(n) for n in range(1, 5000)]
-        assert sizes == sorted(sizes) and all(size >= n for n, size in enumerate(sizes, 1))
-        assert sizes[0] == least and len(set(sizes)) < 60
-    assert all(row_bucket(n) <= max(16, n + n // 8 + 16) for n in range(1, 3000))
 
 
 def test_a_model_in_parts_is_not_captured(monkeypatch):

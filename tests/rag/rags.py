@@ -11,6 +11,7 @@ from ragkv.retrieval import Retriever, TokenChunker
 from ragkv.testing import tiny_model
 
 DOCUMENTS = dict(list(documents().items())[:6])
+TEXTS = dict(list(DOCUMENTS.items())[:3])  # what is published
 QUESTION = "On which river does Clearport lie?"
 TEMPLATE = PromptTemplate(prefix="Read.\n", after_chunk="\n", before_question="Question:", after_question="\nAnswer:")
 TOKENIZER = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
@@ -60,3 +61,12 @@ def tokens_of(rag, text, begin=0):
 
 def keys(rag, text):
     return rag.engine.documents.keys_of(rag.engine.documents.cut(rag.chunker.split(text)))
+
+
+def files(pool):
+    return {file: file.read_bytes() for file in pool.rglob("*") if file.is_file()}
+
+
+def sources(rag):
+    assert rag.retriever.catalogue.check() == []
+    return {document.source: rag.retriever.catalogue.texts(document.source) for document in rag.retriever.catalogue}

@@ -47,7 +47,7 @@ def test_a_former_folder_with_a_namespace_is_not_read_again(tmp_path, model, rea
     former(tmp_path / "one", "ada")
     if way == "archive":
         with monkeypatch.context() as then:
-            then.setattr("ragkv.retrieval.catalogue.FORMAT", b"ragkv.catalogue/2")
+            then.setattr("ragkv.retrieval.upkeep.FORMAT", b"ragkv.catalogue/2")
             then.setattr("ragkv.retrieval.exchange.document_payload", without_namespace)
             export_folder(tmp_path / "one", tmp_path / "all.tar")
         assert import_folder(tmp_path / "two", tmp_path / "all.tar", disk_bytes=1 << 30).documents == len(DOCUMENTS)

@@ -102,7 +102,7 @@ def test_a_warm_question_writes_nothing(model, tmp_path, monkeypatch):
         written, statements = [], []
         monkeypatch.setattr("ragkv.folder.Environment.write", lambda self, **_: written.append(self.path))
         monkeypatch.setattr("ragkv.folder.Environment.sync", lambda self: written.append(self.path))
-        rag.retriever._words._opened().set_trace_callback(statements.append)
+        rag.retriever._indexes.words._opened().set_trace_callback(statements.append)
         assert [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds] == want
         assert written == [] and statements
         assert not [line for line in statements if line.startswith(("BEGIN IMMEDIATE", "INSERT", "DELETE"))]

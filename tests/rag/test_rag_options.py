@@ -48,7 +48,7 @@ def test_every_option_arrives(repository):
     with opened(repository / "repository", subfolder="small", dtype=torch.float32, **options, **more) as rag:
         documents = rag.engine.documents
         assert (documents.context, documents.document_tokens, documents.namespace) == ("chunk", 200, "mine")
-        assert (documents._piece_tokens, documents.kernels) == (64, "reference")
+        assert (documents.piece_tokens, documents.kernels) == (64, "reference")
         assert documents.measured == Measured.SENSITIVITY
         assert (rag.engine.method, rag.engine.template) == (LegoLink(k=2), TEMPLATE)
         rag.add_texts([TEXT], [NAME])

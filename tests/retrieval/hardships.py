@@ -97,7 +97,7 @@ def check(folder):
             got, want = retriever.index.search(vector, 9999), exact.search(vector, 9999)
             np.testing.assert_array_equal(got[0], want[0])
             np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
-            assert retriever._words.search(view, query, 9999) == fresh.search(view, query, 9999)
+            assert retriever._indexes.words.search(view, query, 9999) == fresh.search(view, query, 9999)
         for namespace in NAMESPACES:
             documents = list(view.documents(namespace))
             for options in ({}, {"hybrid": True}, {"where": {"even": True}, "hybrid": True}):

@@ -46,7 +46,7 @@ def answers(retriever):
             hits = retriever.search(query, 200, **options)
             found[query, name] = {hit.text: round(float(hit.score), 4) for hit in hits}
         with retriever.catalogue.snapshot() as view:
-            found[query, "words"] = retriever._words.search(view, query, 20)
+            found[query, "words"] = retriever._indexes.words.search(view, query, 20)
     return found
 
 

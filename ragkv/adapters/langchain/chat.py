@@ -17,11 +17,12 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 from ragkv.adapters.found import FoundPassages
 from ragkv.adapters.parts import model_name, prompt_tokens, threads_of
 from ragkv.adapters.passages import engine_of, known_chunks
+from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError
 from ragkv.rag import RAG
-from ragkv.report import Answer, AnswerReport, AnswerStream
+from ragkv.report import Answer, AnswerReport
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
 _ROLES = {HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system"}

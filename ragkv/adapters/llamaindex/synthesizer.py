@@ -21,11 +21,11 @@ from ragkv.adapters.llamaindex.nodes import passage_of
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
 from ragkv.adapters.parts import split, streamed, threads_of
 from ragkv.adapters.passages import REFERENCE, Passage, engine_of, hand_over
+from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError
 from ragkv.rag import RAG
-from ragkv.report import AnswerStream
 from ragkv.streaming import AsyncAnswerStream, in_thread, stoppable
 
 

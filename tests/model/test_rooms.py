@@ -1,0 +1,210 @@
+"""Rooms of fixed shapes: one prompt at a time has one, and leaves nothing of itself to the next."""
+
+import pytest
+import torch
+
+from ragkv.model import rooms
+from ragkv.model.graphs import row_bucket
+from ragkv.model.rooms import Room, Rooms, room_bucket
+from ragkv.model.rows import Rows
+from ragkv.testing import random_ids, tiny_model
+
+from .test_graphs import Recorder, close, engine, fused, said, same
+
+
+def steps_of(capture=None):
+    return engine(tiny_model(), True, capture).documents.steps
+
+
+def alike(cache, other):
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        close(a.values, b.values)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Rooms that are soon too small."""
+    monkeypatch.setattr(rooms, "_SMALLEST", 4)
+
+
+def entered(capacity=40):
+    decoder = engine(tiny_model(), False).decoder
+    found, cache = Rooms(lambda room: None), decoder.cache(capacity)
+    return found, cache, found.enter(cache, 0, capacity, decoder.specs), decoder
+
+
+def run(steps, cache, ids, first, forward=None):
+    rows = Rows(ids[first:], torch.arange(first, len(ids)), cache, first=first)
+    return (forward or steps.forward)(rows), rows.ran
+
+
+def test_rooms_are_taken_by_one_at_a_time():
+    decoder, dropped = engine(tiny_model(), False).decoder, []
+    found = Rooms(dropped.append)
+    caches = [decoder.cache(40) for _ in range(4)]
+    first = found.enter(caches[0], 0, 40, decoder.specs)
+    assert first.slots == 256 and first.hosts(caches[0]) and found.find(caches[0]) is first
+    second = found.enter(caches[1], 0, 300, decoder.specs)
+    assert second.slots == 320
+    assert found.enter(caches[2], 0, 40, decoder.specs) is None
+    found.leave(caches[0])
+    assert caches[0].layers[0].key_room.shape[2] == 40 and found.find(caches[0]) is None
+    assert found.enter(caches[2], 0, 40, decoder.specs) is first and not dropped
+    del caches[2:]  # nobody says that it leaves
+    larger = found.enter(caches[0], 0, 2000, decoder.specs)
+    assert larger.slots == 2048 and dropped == [first]
+
+
+def test_who_grew_out_of_a_room_in_part_shares_nothing_behind_it():
+    found, cache, room, _ = entered()
+    cache.layers[0]._grow(400)  # and the pass failed in the next layer
+    found.leave(cache)
+    assert room.guest is None
+    for layer, shared in zip(cache.layers, room.cache.layers, strict=True):
+        assert layer.key_room is not shared.key_room and layer.value_room is not shared.value_room
+
+
+def test_what_ran_as_it_is_in_a_room_is_cleared_too():
+    found, cache, room, decoder = entered()
+    for layer, spec in zip(cache.layers, decoder.specs, strict=True):
+        layer.update(*(torch.full((1, spec.heads, 60, dim), torch.nan) for dim in (spec.key_dim, spec.value_dim)))
+    found.leave(cache)
+    for layer in room.cache.layers:
+        layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
+    assert found.enter(decoder.cache(40), 0, 40, decoder.specs) is room
+    assert all(layer.key_room.isfinite().all() and layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def test_who_finds_no_memory_stays(monkeypatch):
+    """It keeps what it has, and nobody else enters."""
+    found, cache, room, decoder = entered()
+
+    def full(*size, **more):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        found.leave(cache)
+    assert room.guest is cache
+    other = found.enter(cache, 0, 40, decoder.specs)
+    assert other is not room and other.hosts(cache)
+    found.leave(cache)
+    assert room.guest is None and other.guest is None
+    assert cache.layers[-1].key_room is not other.cache.layers[-1].key_room
+
+
+def test_the_spare_slot_is_nobodys(small):
+    """Rows that would fill a room to its last slot go to a larger one: what is filled up writes there."""
+    steps = steps_of()
+    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(17), steps.decoder.cache(17)
+    run(steps, cache, ids[:17], 0), run(steps, plain, ids[:17], 0, steps.decoder.forward)
+    assert steps.graphs._rooms.find(cache).slots == 20
+    got, ran = run(steps, cache, ids, 17)
+    assert ran == "fixed" and steps.graphs._rooms.find(cache).slots > 20
+    close(got, run(steps, plain, ids, 17, steps.decoder.forward)[0])
+
+
+def test_what_grew_out_of_a_room_is_not_looked_for_there(small):
+    steps = steps_of()
+    ids, cache, plain = steps.decoder.random_ids(20), steps.decoder.cache(6), steps.decoder.cache(6)
+    run(steps, cache, ids[:6], 0)
+    run(steps, cache, ids, 6, steps.decoder.forward)  # beside others' rows, say
+    cache.crop(-15)
+    other = torch.cat([ids[:5], ids[7:8]])
+    got, ran = run(steps, cache, other, 5)
+    assert ran == "fixed"
+    close(got, run(steps, plain, other, 0, steps.decoder.forward)[0])
+    steps.graphs.leave(cache)
+    alike(cache, plain)
+
+
+def test_an_answer_grows_out_of_its_room(small):
+    steps = steps_of()
+    ids, at, sizes = steps.decoder.random_ids(30), torch.arange(30), set()
+    plain, cache = steps.decoder.cache(6), steps.decoder.cache(6)
+    for n in range(30):
+        rows = Rows(ids[n : n + 1], at[n : n + 1], cache, first=n)
+        close(steps.forward(rows), steps.decoder.forward(Rows(rows.ids, rows.positions, plain)))
+        sizes.add(steps.graphs._rooms.find(cache).slots)
+    assert rows.ran == "fixed" and len(sizes) > 2
+    steps.graphs.leave(cache)
+    alike(cache, plain)
+
+
+def test_what_was_dropped_is_cleared_too():
+    """A step that was run too much may have left numbers that are none."""
+    steps = steps_of()
+    ids, cache = steps.decoder.random_ids(5), steps.decoder.cache(5)
+    run(steps, cache, ids, 0)
+    room = steps.graphs._rooms.find(cache)
+    for layer in room.cache.layers:
+        layer.key_room[:, :, 4] = layer.value_room[:, :, 4] = torch.nan
+    cache.crop(-1)
+    steps.graphs.leave(cache)
+    logits, _ = run(steps, steps.decoder.cache(5), ids[:3], 0)
+    assert logits.isfinite().all() and all(layer.value_room.isfinite().all() for layer in room.cache.layers)
+
+
+def test_who_leaves_on_another_stream_is_waited_for():
+    steps = steps_of(capture := Recorder())
+    cache, ids = steps.decoder.cache(6), steps.decoder.random_ids(1)
+    steps.forward(Rows(ids, torch.zeros_like(ids), cache, first=0))
+    capture.on = False
+    room = steps.graphs._rooms.find(cache)
+    capture.settle = lambda: capture.__dict__.update(settled=room.guest)
+    steps.graphs.leave(cache)
+    assert capture.settled is cache and room.guest is None  # waited for while nobody else could enter
+
+
+def test_a_room_that_is_given_up_is_waited_for():
+    graphs = steps_of(capture := Recorder()).graphs
+    cache, one = graphs._decoder.cache(9), torch.zeros(1, dtype=torch.long)
+    graphs.forward(Rows(one, one, cache, first=0))
+    graphs._drop(graphs._rooms.find(cache))
+    assert capture.settled == 1 and not graphs._fixed
+
+
+def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
+    """A room holds what the prompt before left there; hidden or not, NaN would show."""
+    made, leave = engine(tiny_model(), True), Room.leave
+    want = fused(made)
+
+    def poisoned(room, cache, *more):
+        leave(room, cache, *more)
+        for layer in room.cache.layers:
+            layer.key_room[:, :, : room.used] = layer.value_room[:, :, : room.used] = torch.nan
+            layer.key_room[:, :, room.spare] = layer.value_room[:, :, room.spare] = torch.nan
+
+    monkeypatch.setattr(Room, "leave", poisoned)
+    fused(made)
+    same(got := fused(made), want)
+    assert got.report.ran == "fixed"
+
+
+def test_a_room_leaves_memory_to_others():
+    made = engine(tiny_model(), True, Recorder(free=(2 * 256 << 10) - 1))  # a token takes 1 KB
+    assert said(made).report.ran == "eager: no room is free, nor memory for one"
+    made.documents.steps.graphs._capture.free += 1
+    assert said(made).report.ran == "graph"
+
+
+def test_prompts_keep_their_own_memory():
+    """What a prompt holds is nobody else's, whatever is fused behind it; and an answer leaves the room."""
+    model = tiny_model()
+    made = engine(model, True)
+    first = fused(made)
+    views = [layer.keys for layer in first.past_key_values.layers]
+    copies = [view.clone() for view in views]
+    fused(made, question=random_ids(6, seed=99))
+    said(made)
+    assert all(map(torch.equal, views, copies))
+    same(first, fused(engine(model, False)))
+    assert made.documents.steps.graphs._rooms.find(first.past_key_values) is None
+
+
+def test_buckets():
+    for bucket, least in ((row_bucket, 1), (room_bucket, 256)):
+        sizes = [bucket(n) for n in range(1, 5000)]
+        assert sizes == sorted(sizes) and all(size >= n for n, size in enumerate(sizes, 1))
+        assert sizes[0] == least and len(set(sizes)) < 60
+    assert all(row_bucket(n) <= max(16, n + n // 8 + 16) for n in range(1, 3000))
