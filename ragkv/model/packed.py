@@ -25,10 +25,9 @@ Packing = Literal["float16", "int8"]
 _ENGINE = "fbgemm"
 _HIGH = 63  # 7 bits of an activation at once: two products of 7 by 8 bits fit the 16 bits in which AVX2 sums them
 _LOW = 2 * _HIGH  # what is left of it lies in [-1/2, 1/2]
-_STEPS = torch.tensor(
-    [1 / _HIGH, 1 / (_HIGH * _LOW)]
-)  # of the high and the low part, where a token's largest activation is 1
-_TINY = torch.tensor(1e-30)
+#: Of high and low, where a token's largest activation is 1; on the CPU, whatever PyTorch's defaults are just now.
+_STEPS = torch.tensor([1 / _HIGH, 1 / (_HIGH * _LOW)], dtype=torch.float32, device="cpu")
+_TINY = torch.tensor(1e-30, dtype=torch.float32, device="cpu")
 
 
 class Float16Linear(nn.Module):
