@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class Plan:
         whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
         saved: of each chunk how many tokens need no computing because of what was computed before.
         fresh: how many of the rows are chunks' tokens.
+        trailing: whether the rows are the prompt's last ones; ``None`` where nobody knows.
     """
 
     rows: Tensor
@@ -46,10 +49,11 @@ class Plan:
     whole: frozenset[int] = frozenset()
     saved: tuple[int, ...] = ()
     fresh: int | None = None
+    trailing: bool | None = None
 
 
 def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
-    """Check what a method chose.
+    """Check what a method chose, where it does not vouch for it (:attr:`Selection.whole`).
 
     Args:
         selection: by :meth:`Selection.of`.
@@ -61,29 +65,35 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     """
     method = selection.method
     assert method is not None
-    chosen = _subset(selection.tokens, layout.reusable, method)
+    known = selection.whole
+    checked = partial(_subset, method=method, known=known is not None)
+    chosen = checked(selection.tokens, layout.reusable)
     active, saved = chosen, (0,) * len(layout.chunks)
-    if layout.thrifty or any(placed.path for placed in layout.chunks):
+    if layout.mended or any(map(layout.settles, layout.chunks)):
         there = torch.isin(chosen, layout.settled)
-        active = chosen[~there]
+        active, known = chosen[~there], None
         saved = tuple(torch.bincount(layout.owners[chosen[there]], minlength=len(saved)).tolist())
     if selection.saved:
         saved = tuple(more + less for more, less in zip(saved, selection.saved, strict=True))
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if checks and not 0 <= checks[0] <= checks[-1] < layers:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
-    context = None if selection.context is None else _subset(selection.context, layout.reusable, method)
+    context = None if selection.context is None else checked(selection.context, layout.reusable)
 
     def narrow(check: Check) -> Tensor:
-        kept = _subset(method.narrow(check), check.tokens, method)
-        return kept if selection.keep is None else torch.cat([kept, selection.keep.to(kept.device)])
+        kept = checked(method.narrow(check), check.tokens)
+        if selection.keep is None:
+            return kept
+        return check.tokens[torch.isin(check.tokens, torch.cat([kept, selection.keep.to(kept.device)]))]
 
     if len(active) == len(layout.reusable) > 0 and context is None and not layout.earlier:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
-        return Plan(rows, checks, checks[0] if checks else layers, None, narrow, saved=saved, fresh=len(active))
-    whole = frozenset() if checks else _whole(active, layout)
-    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved, len(active))
+        first = checks[0] if checks else layers
+        return Plan(rows, checks, first, None, narrow, saved=saved, fresh=len(active), trailing=True)
+    whole = frozenset() if checks else _whole(active, layout) if known is None else known
+    trailing = None if known is None else len(active) == _ending(whole, layout)
+    return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved, len(active), trailing)
 
 
 def compute(
@@ -133,6 +143,7 @@ def compute(
         masses=masses,
         course=course,
         fresh=work.fresh,
+        trailing=work.trailing,
     )
     return run.logits(), run
 
@@ -149,14 +160,24 @@ def recompute(decoder: Decoder, cache: FusedCache, ids: Tensor, rows: Tensor, pi
 def _whole(active: Tensor, layout: Layout) -> frozenset[int]:
     """The numbers of the chunks all of whose tokens are active."""
     lengths = [len(placed.chunk) for placed in layout.chunks]
-    if len(active) < min(lengths, default=0):
+    if len(active) < min(lengths, default=1):
         return frozenset()
     counts = torch.bincount(layout.owners[active], minlength=len(lengths)).tolist()
     return frozenset(number for number, length in enumerate(lengths) if counts[number] == length)
 
 
-def _subset(chosen: Tensor, allowed: Tensor, method: Narrows) -> Tensor:
-    chosen = torch.unique(chosen.to(allowed.device, torch.long))
+def _ending(whole: frozenset[int], layout: Layout) -> int:
+    """How many tokens the last chunks have that are all of them whole."""
+    numbers = takewhile(whole.__contains__, reversed(range(len(layout.chunks))))
+    return sum(len(layout.chunks[number].chunk) for number in numbers)
+
+
+def _subset(chosen: Tensor, allowed: Tensor, *, method: Narrows, known: bool) -> Tensor:
+    """The chosen ones, ascending; where they are not known to be distinct and allowed, a device is waited for."""
+    chosen = chosen.to(allowed.device, torch.long)
+    if known or not len(chosen):
+        return chosen.sort().values
+    chosen = torch.unique(chosen)
     if not torch.isin(chosen, allowed).all():
         raise MethodError(
             f"{method!r} chose tokens that are not open to it: it must choose among the {len(allowed)} reusable tokens being "

@@ -168,7 +168,8 @@ class Layout:
             *map(len, (placed.chunk for placed in self.chunks)),
             self.tokens - self.suffix_start,
         ]
-        numbers = torch.repeat_interleave(torch.arange(len(lengths)) - 1, torch.tensor(lengths))
+        numbers = torch.arange(len(lengths)) - 1
+        numbers = torch.repeat_interleave(numbers, torch.tensor(lengths), output_size=self.tokens)
         return sent(numbers, self.ids.device)
 
     def span(self, *chunks: Placed, first: int | None = None) -> Tensor:

@@ -66,6 +66,7 @@ class Pass:
         masses: takes what the rows attend to.
         course: parts of the rows, in their place: it may find that more have to be computed.
         fresh: how many of the rows are reusable tokens, where that is known: to count them waits for the device.
+        trailing: whether they are the prompt's last ones, where that is known, for the same reason. Narrowed ones seldom are.
 
     Attributes:
         rows: of the layer at hand; in the end those computed in the last layer.
@@ -94,6 +95,7 @@ class Pass:
         masses: Masses | None = None,
         course: Course | None = None,
         fresh: int | None = None,
+        trailing: bool | None = None,
     ):
         self.course: Course | None = course
         self.masses: Masses | None = masses
@@ -106,7 +108,9 @@ class Pass:
         self.timer: Timer = Timer() if timer is None else timer
         self.checks: tuple[int, ...] = checks
         self.rows: Tensor = rows
-        self.context: Tensor | None = context if context is not None and len(self._open(rows)) else None
+        self._known = trailing
+        fresh = len(self._open(rows)) if fresh is None else fresh
+        self.context: Tensor | None = context if fresh else None
         if self._limited and decoder.kernels != "auto":
             raise MethodError(
                 f"kernels={decoder.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens, nor "
@@ -117,7 +121,7 @@ class Pass:
         self.last: bool = False  # whether it is the last one
         self.kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
         self.begun: int = len(rows)  # how many those were
-        self.fresh: list[int] = [len(self._open(rows)) if fresh is None else fresh] * len(decoder.layers)
+        self.fresh: list[int] = [fresh] * len(decoder.layers)
         self.attention: str = ""
         self.ran: str = "eager"
 
@@ -144,9 +148,13 @@ class Pass:
 
     @property
     def _trailing(self) -> bool:
-        """Whether the rows are the prompt's last ones. The suffix is always among them, so a device is seldom asked."""
-        suffix = self.layout.tokens - self.layout.suffix_start
-        return len(self.rows) == suffix or bool(self.rows[0] == self.layout.tokens - len(self.rows))
+        """Whether the rows are the prompt's last ones: the suffix, or all chunks too; else a device is asked where nobody knows."""
+        layout = self.layout
+        if len(self.rows) in (layout.tokens - layout.suffix_start, layout.tokens - layout.chunks_start):
+            return True
+        if self._known is not None:
+            return self._known
+        return bool(self.rows[0] == layout.tokens - len(self.rows))
 
     def _behind(self) -> Tensor:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
@@ -331,18 +339,20 @@ class Pass:
         """Ask which rows to keep, given all rows' fresh ``[1, H, S, D]``; returns them as indices into the present rows."""
         assert self.narrow is not None
         with self.timer.stage("select"):
-            open_rows = self._open(self.rows)
-            inside = torch.isin(self.rows, open_rows).to(keys.device)
-            chosen = self.narrow(number, open_rows, keys[0][:, inside], values[0][:, inside])
-            keep = torch.isin(self.rows, chosen) | (self.rows >= self.layout.suffix_start)
-            return keep.nonzero()[:, 0]
+            stop = len(self.rows) - (self.layout.tokens - self.layout.suffix_start)
+            inside = slice(stop - self.fresh[number], stop)
+            chosen = self.narrow(number, self.rows[inside], keys[0][:, inside], values[0][:, inside])
+            suffix = torch.arange(stop, len(self.rows), device=self.rows.device)
+            return torch.cat([torch.searchsorted(self.rows, chosen), suffix])
 
     def _shrink(self, layer: int, keep: Tensor) -> None:
         """Go on with some of the present rows; at the check layer itself, all had their keys and values computed."""
-        self.rows = self.piece = self.rows[keep]
+        self.rows, self._known = self.rows[keep], False
+        self.piece = self.rows
         self._seen_by(self.rows)
         behind = layer + 1
-        self.fresh[behind:] = [len(self._open(self.rows))] * (len(self.fresh) - behind)
+        fresh = len(keep) - (self.layout.tokens - self.layout.suffix_start)
+        self.fresh[behind:] = [fresh] * (len(self.fresh) - behind)
 
     def _take_all(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.kept is None:

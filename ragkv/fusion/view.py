@@ -19,6 +19,7 @@ from ragkv.chunk import Attended
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
 from ragkv.kernels import Impl, deviation
+from ragkv.kernels.upload import sent
 from ragkv.lazy import lazy
 from ragkv.store import Rates
 
@@ -64,6 +65,9 @@ class Selection:
         why: what was weighed to choose it, for the report.
         variants: of each chunk which of its :attr:`View.variants` is taken; the first ones where there are none here.
         saved: of each chunk how many tokens fewer are chosen than of its first variant.
+        whole: numbers of chunks all of whose tokens are among them: of these nothing need be loaded. Whoever names them, be it
+            none, vouches that the tokens, the context and whatever ``method`` keeps are distinct and open, so that no device is
+            waited for to check it; ``None``: all that is found out.
         rates: figures by which a chunk is computed that comes from a pool more slowly than that; ``None``: it is waited for.
         reckoned: milliseconds that the prompt should take as ``"chosen"``, and in the other ways, for the report.
     """
@@ -77,6 +81,7 @@ class Selection:
     why: str = ""
     variants: Sequence[Variant] = ()
     saved: Sequence[int] = ()
+    whole: frozenset[int] | None = None
     rates: Rates | None = None
     reckoned: Mapping[str, float] = field(default_factory=dict)
 
@@ -176,7 +181,7 @@ class View:
             raise MethodError(
                 "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
             )
-        return torch.cat([*known, torch.empty(0)]).to(self.layout.ids.device)
+        return sent(torch.cat([*known, torch.empty(0)]), self.layout.ids.device)
 
     @lazy
     def variants(self) -> list[list[Variant]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.view import Check, Selection, View
 
 
@@ -68,6 +69,13 @@ def check_share(method: Method, name: str, share: float) -> None:
     """
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share!r}")
+
+
+def highest_of(scores: Tensor, chunks: Mapping[int, Placed], ratio: float, layout: Layout) -> Selection:
+    """As :func:`highest`, among the tokens of some chunks, by their numbers; no device is waited for."""
+    tokens = layout.span(*chunks.values())
+    chosen = highest(scores, tokens, ratio, layout)
+    return Selection(chosen, whole=frozenset(chunks if len(chosen) == len(tokens) else ()))
 
 
 def highest(scores: Tensor, candidates: Tensor, ratio: float, layout: Layout) -> Tensor:

@@ -74,7 +74,8 @@ class CacheBlend(Method):
         if first >= view.layers:
             raise MethodError(f"CacheBlend: check_layer {first} of a model with {view.layers} layers")
         checks = range(first, min(view.layers, first + max(1, len(self.gradual))))
-        return Selection(layout.reusable, checks=checks, method=replace(self, check_layer=first))
+        method = replace(self, check_layer=first)
+        return Selection(layout.reusable, checks=checks, method=method, whole=frozenset())
 
     def narrow(self, check: Check) -> Tensor:
         """The tokens that deviate most."""

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ragkv.fusion.view import View
+from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method
 
 
@@ -23,6 +21,6 @@ class FullPrefill(Method):
         """All of them."""
         return frozenset(range(len(view.layout.chunks)))
 
-    def select(self, view: View) -> Tensor:
+    def select(self, view: View) -> Selection:
         """All of it."""
-        return view.layout.reusable
+        return Selection(view.layout.reusable, whole=self.spares(view))

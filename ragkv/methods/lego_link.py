@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ragkv.errors import MethodError
-from ragkv.fusion.view import View
+from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method
 
 
@@ -31,9 +29,11 @@ class LegoLink(Method):
 
     def expected_budget(self, view: View) -> float:
         """The share of the chunk tokens that it selects."""
-        return len(self.select(view)) / max(1, len(view.layout.reusable))
+        return len(self.select(view).tokens) / max(1, len(view.layout.reusable))
 
-    def select(self, view: View) -> Tensor:
+    def select(self, view: View) -> Selection:
         """The first k tokens of the chunks that are not exact."""
         layout = view.layout
-        return layout.span(*[placed for placed in layout.chunks if not placed.exact], first=self.k)
+        open_ones = {number: placed for number, placed in enumerate(layout.chunks) if not placed.exact}
+        whole = frozenset(number for number, placed in open_ones.items() if len(placed.chunk) <= self.k)
+        return Selection(layout.span(*open_ones.values(), first=self.k), whole=whole)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ragkv.errors import MethodError
 from ragkv.fusion.view import AVERAGED, Selection, View
-from ragkv.methods.base import Method, check_share, highest
+from ragkv.methods.base import Method, check_share, highest, highest_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class QuestionAware(Method):
         """Of the tokens that are not exact where they stand, those that the question attends to most."""
         layout = view.layout
         if not len(layout.inexact) or not self.ratio:
-            return Selection(layout.reusable[:0])
+            return Selection(layout.reusable[:0], whole=frozenset())
         attention = view.attention(self.queries).mean(0)
         context = None if self.sees == 1 else highest(attention, layout.reusable, self.sees, layout)
-        return Selection(highest(attention, layout.inexact, self.ratio, layout), context)
+        open_ones = {number: placed for number, placed in enumerate(layout.chunks) if not placed.exact}
+        return replace(highest_of(attention, open_ones, self.ratio, layout), context=context)

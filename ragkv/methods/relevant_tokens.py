@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -29,12 +29,13 @@ class RelevantTokens(SensitiveTokens):
     looks: ClassVar[bool] = True
     runs_question: ClassVar[bool] = True
 
-    def select(self, view: View) -> Tensor | Selection:
+    def select(self, view: View) -> Selection:
         """As SensitiveTokens."""
         try:
             return self._highest(view)
         except MethodError as error:
-            return Selection(SensitiveTokens(self.ratio)._highest(view), why=f"chosen by sensitivity alone: {error}")
+            chosen = SensitiveTokens(self.ratio)._highest(view)
+            return replace(chosen, why=f"chosen by sensitivity alone: {error}")
 
     def scores(self, view: View) -> Tensor:
         """``[R]`` attention times the root of the squared change."""

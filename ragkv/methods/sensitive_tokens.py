@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ragkv.fusion.layout import Layout
+from ragkv.fusion.layout import Placed
 from ragkv.fusion.view import Selection, View
-from ragkv.methods.base import Method, check_share, highest
+from ragkv.methods.base import Method, check_share, highest_of
 
 
 @dataclass(frozen=True)
@@ -40,28 +39,32 @@ class SensitiveTokens(Method):
 
     def expected_budget(self, view: View) -> float:
         """The ratio, or as much as is not spared."""
-        return min(self.ratio, len(self._open(view.layout)) / max(1, len(view.layout.reusable)))
+        return min(
+            self.ratio,
+            sum(len(placed.chunk) for placed in self._open(view).values()) / max(1, len(view.layout.reusable)),
+        )
 
-    def select(self, view: View) -> Tensor | Selection:
+    def select(self, view: View) -> Selection:
         """The tokens of the highest scores among those that are not spared."""
         return self._highest(view)
 
-    def _highest(self, view: View) -> Tensor:
-        layout, tokens, reusable = view.layout, self._open(view.layout), len(view.layout.reusable)
-        if view.spared:
-            spared = layout.span(*(layout.chunks[number] for number in view.spared))
-            tokens, reusable = tokens[~torch.isin(tokens, spared)], reusable - len(spared)
-        if not len(tokens) or self.ratio == 1:
-            return tokens
-        return highest(self.scores(view), tokens, self.ratio * reusable / len(layout.reusable), layout)
+    def _highest(self, view: View) -> Selection:
+        layout, chunks = view.layout, self._open(view)
+        if not chunks or self.ratio == 1:
+            return Selection(layout.span(*chunks.values()), whole=frozenset(chunks))
+        reusable = len(layout.reusable)
+        spared = sum(len(layout.chunks[number].chunk) for number in view.spared)
+        return highest_of(self.scores(view), chunks, self.ratio * (reusable - spared) / reusable, layout)
 
     def scores(self, view: View) -> Tensor:
         """``[R]`` what decides: the sensitivity."""
         return view.sensitivity
 
-    def _open(self, layout: Layout) -> Tensor:
-        """The tokens that are not spared."""
-        if self.ratio == 1:
-            return layout.inexact
-        spans = [placed for placed in layout.chunks if placed.behind_another and placed.rooted and not placed.exact]
-        return layout.span(*spans)
+    def _open(self, view: View) -> dict[int, Placed]:
+        """The chunks whose tokens are not spared, by their numbers."""
+        return {
+            number: placed
+            for number, placed in enumerate(view.layout.chunks)
+            if not (placed.exact or number in view.spared)
+            and (self.ratio == 1 or (placed.behind_another and placed.rooted))
+        }

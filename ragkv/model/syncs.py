@@ -34,47 +34,52 @@ class HostSyncError(RuntimeError):
     """The host would wait for a device. Never leaves ragkv."""
 
 
+def _refuse(name: str) -> None:
+    raise HostSyncError(name)
+
+
 @contextmanager
-def no_syncs(device: torch.device) -> Iterator[None]:
+def no_syncs(device: torch.device, tell: Callable[[str], object] = _refuse) -> Iterator[None]:
     """A block of this thread in which nothing may wait for a device.
 
     Args:
         device: whose tensors count. On a CPU all of them do: they stand for those of a device.
+        tell: told by name of what would wait, before it does; by default raises.
 
     Raises:
         HostSyncError: something would wait, by name. What wrote in place before has done so.
     """
-    with _Methods(device), _Operations(device):
+    with _Methods(device, tell), _Operations(device, tell):
         yield
 
 
 class _Methods(TorchFunctionMode):
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, tell: Callable[[str], object]):
         super().__init__()
-        self._device = device
+        self._device, self._tell = device, tell
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in _METHODS and args[0].device == self._device:
-            raise HostSyncError(_METHODS[func])
+            self._tell(_METHODS[func])
         there = (kwargs or {}).get("device")
         if func in _MAKING and there is not None and torch.device(there).type == self._device.type:
-            raise HostSyncError(func.__name__)
+            self._tell(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, tell: Callable[[str], object]):
         super().__init__()
-        self._device = device
+        self._device, self._tell = device, tell
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func.name().removeprefix("aten::").partition(".")[0]
         if self._waits(name, args, kwargs or {}):
-            raise HostSyncError(name)
+            self._tell(name)
         return func(*args, **(kwargs or {}))
 
     def _waits(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -133,7 +133,7 @@ def test_bad_methods(engine):
 
     class Growing(LegoLink):
         def select(self, view):
-            return Selection(super().select(view), checks=[1])
+            return Selection(super().select(view).tokens, checks=[1])
 
         def narrow(self, check):
             return check.layout.reusable

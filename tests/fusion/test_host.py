@@ -12,7 +12,6 @@ from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore, chunk
 from ragkv.chunk import Chunk, digest
 from ragkv.fusion import placement
 from ragkv.fusion.layout import lay_out
-from ragkv.fusion.passes import Pass
 from ragkv.testing import SMALL, random_ids, tiny_model
 
 VIEWS = {"select", "slice", "unsqueeze", "view", "detach", "split", "lift_fresh", "empty", "_reshape_alias"}
@@ -89,46 +88,6 @@ def test_neither_layers_nor_chunks_are_taken_one_by_one(method, warm):
     launched, hashed = warm(2, 12, method)
     assert (launched, hashed) == warm(5, 12, method) == warm(2, 24, method)
     assert sum(launched.values()) < 70 and hashed < 1000
-
-
-class Waits(TorchDispatchMode):
-    """Raises, once it is armed, where the host would wait for a device."""
-
-    armed = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        masks = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if self.armed and (
-            masks or name in {"_local_scalar_dense", "nonzero", "_unique2", "isin", "bincount", "equal"}
-        ):
-            raise AssertionError(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("method", [Reuse(), LegoLink(2)], ids=["reuse", "lego-link"])
-def test_between_placing_and_the_pass_nothing_is_waited_for(method, engines, monkeypatch):
-    """Else the pass would be launched only when everything is placed."""
-    engine, chunks = engines[2, 12]
-    init, placed, passed, seen = placement.Placement.__init__, placement.place_layers, Pass.logits, []
-    want = engine.fuse(chunks[::-1], random_ids(3), method=method)
-    with Waits() as waits:
-
-        def arm(*args, **more):
-            waits.armed = True
-            placed(*args, **more)
-
-        def disarm(*args, **more):
-            seen.append(waits.armed)
-            waits.armed = False
-            return passed(*args, **more)
-
-        monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
-        monkeypatch.setattr(placement, "place_layers", arm)
-        monkeypatch.setattr(Pass, "logits", disarm)
-        got = engine.fuse(chunks[::-1], random_ids(3), method=method)
-    assert seen == [True] and got.report.fresh_by_layer == want.report.fresh_by_layer
-    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_layout_looks_no_further_than_it_has_to():

@@ -143,7 +143,8 @@ def test_a_prompt_in_a_hurry_says_what_it_took(machines):
     assert 0 < float((prompt.logits - exact.logits).abs().max()) < 1, "near, and not the same"
     assert len(two.store) == 0, "it is not kept as what was stored"
     calm = two.fuse(chunks, QUESTION, method=replace(hurried, ttft_s=1e6))
-    assert [chunk.level for chunk in calm.report.chunks] == [""] * 4 and torch.equal(calm.logits, exact.logits)
+    assert [chunk.level for chunk in calm.report.chunks] == [""] * 4
+    torch.testing.assert_close(calm.logits, exact.logits, atol=1e-5, rtol=1e-5)  # it is computed as its chunks come
 
 
 def test_nothing_is_kept_of_a_path_behind_what_is_lossy(machines):
