@@ -80,8 +80,10 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
     context = None if selection.context is None else checked(selection.context, layout.reusable)
 
+    narrows = partial(_subset, method=method, known=selection.whole is not None and _of_one_class(method))
+
     def narrow(check: Check) -> Tensor:
-        kept = checked(method.narrow(check), check.tokens)
+        kept = narrows(method.narrow(check), check.tokens)
         if selection.keep is None:
             return kept
         return check.tokens[torch.isin(check.tokens, torch.cat([kept, selection.keep.to(kept.device)]))]
@@ -170,6 +172,12 @@ def _ending(whole: frozenset[int], layout: Layout) -> int:
     """How many tokens the last chunks have that are all of them whole."""
     numbers = takewhile(whole.__contains__, reversed(range(len(layout.chunks))))
     return sum(len(layout.chunks[number].chunk) for number in numbers)
+
+
+def _of_one_class(method: Narrows) -> bool:
+    """Whether who vouched for what is selected vouches for what is narrowed: a subclass of its may have a ``narrow`` of its own."""
+    select, narrow = (next(cls for cls in type(method).__mro__ if name in vars(cls)) for name in ("select", "narrow"))
+    return issubclass(select, narrow)
 
 
 def _subset(chosen: Tensor, allowed: Tensor, *, method: Narrows, known: bool) -> Tensor:

@@ -10,6 +10,7 @@ from ragkv import (
     Engine,
     FullPrefill,
     LegoLink,
+    MethodError,
     PromptTemplate,
     QuestionAware,
     Random,
@@ -132,3 +133,16 @@ def test_a_method_of_ones_own_may_vouch(engines, waits):
     assert seen == [] and checked
     assert prompt.report.sources == same.report.sources == ["gpu", "unused", "gpu", "gpu"]
     assert torch.equal(prompt.logits, same.logits) and torch.equal(prompt.recomputed, same.recomputed)
+
+
+class Strays(CacheBlend):
+    """Its selection is vouched for by another class than what it narrows to."""
+
+    def narrow(self, check):
+        return check.tokens[:1] * 0
+
+
+def test_what_a_subclass_narrows_to_is_checked(engines):
+    engine, chunks = engines["masks"]
+    with pytest.raises(MethodError, match="not open to it"):
+        engine.fuse(chunks, QUESTION, method=Strays(0.3, check_layer=2))
