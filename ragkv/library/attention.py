@@ -55,7 +55,7 @@ class Seen:
         chunk, start = self._chunks[number], self._starts[number]
         rows = torch.arange(len(chunk)) if rows is None else rows
         seen = self.masses.mean(len(self._decoder.layers), slice(start, start + len(chunk))).cpu()[rows]
-        tokens = torch.zeros(len(chunk)) if before is None else before.tokens.clone()
+        tokens = torch.zeros(len(chunk), dtype=torch.float32) if before is None else before.tokens.clone()
         tokens[rows] = seen[:, :number].sum(1)
         sums, front = seen.sum(0).tolist(), self._chunks[:number]
         there = sum(mass / len(other) for mass, other in zip(sums, front, strict=False))

@@ -105,7 +105,7 @@ def repaired(
     watched = any(attended for _, _, attended in known.values())
     for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
         unknown = (
-            torch.zeros(len(chunk)) if foreign else None,
+            torch.zeros(len(chunk), dtype=torch.float32) if foreign else None,
             foreign,
             Attended.nothing(len(chunk)) if watched else None,
         )

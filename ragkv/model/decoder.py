@@ -31,6 +31,7 @@ from ragkv.model.traits import Traits
 from ragkv.model.turns import Turns, turns
 
 _PROBE_TOKENS = 8
+_STORED = torch.float32, torch.bfloat16, torch.float16
 _CHECK_TOKENS = 24
 _SHAKE = 1e-5  # an exact model answers it by errors of its size; one that rounds coarsely, by its rounding
 
@@ -102,6 +103,12 @@ class Decoder:
             LayerSpec(k.shape[0], k.shape[2], v.shape[2], k.dtype, k.device)
             for k, v in zip(start.keys, start.values, strict=True)
         ]
+        for spec in self.specs:
+            if spec.dtype not in _STORED:
+                raise UnsupportedModelError(
+                    f"the model's keys and values are {spec.dtype}, and none but float32, bfloat16 and float16 can be stored: load it "
+                    "with dtype=torch.float32"
+                )
         self.dtype = self.specs[0].dtype
         tolerance = self.tolerance()
         self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
