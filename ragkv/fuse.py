@@ -257,7 +257,7 @@ class _Fusing(Looking, Places):
         chunks = zip(self._layout.chunks, self._keys, strict=True)
         # What is exact under its path is sensitive to nothing; what is computed anyway need not be known.
         return [
-            torch.zeros(len(placed.chunk), dtype=torch.float32)
+            torch.zeros(len(placed.chunk), dtype=torch.float32, device="cpu")
             if (placed.path and placed.exact) or number in self._spared
             else known[key]
             for number, (placed, key) in enumerate(chunks)

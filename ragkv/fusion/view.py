@@ -176,7 +176,7 @@ class View:
             raise MethodError(
                 "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
             )
-        return torch.cat([*known, torch.empty(0, dtype=torch.float32)]).to(self.layout.ids.device)
+        return torch.cat([*known, torch.empty(0, dtype=torch.float32, device="cpu")]).to(self.layout.ids.device)
 
     @lazy
     def variants(self) -> list[list[Variant]]:

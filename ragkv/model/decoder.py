@@ -242,7 +242,7 @@ class Decoder:
     def random_ids(self, tokens: int) -> Tensor:
         """``[S]`` ids to try the model with, always the same."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.vocab_size, (tokens,), generator=generator).to(self.device)
+        return torch.randint(0, self.vocab_size, (tokens,), generator=generator, device="cpu").to(self.device)
 
     def _begin(self) -> Probe:
         """The probe's tokens at position 0, over a cache that only looks at what is written."""
@@ -282,7 +282,7 @@ class Decoder:
         seeded = torch.Generator().manual_seed(0)
 
         def shaken(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            return out * (1 + _SHAKE * torch.randn(out.shape, generator=seeded)).to(out)
+            return out * (1 + _SHAKE * torch.randn(out.shape, generator=seeded, device="cpu")).to(out)
 
         def run(*ends: int) -> list[Tensor]:
             cache = self.cache(tokens)

@@ -153,7 +153,7 @@ def test_refuses_frequencies_in_half_precision():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_refuses_what_no_store_takes(architecture):
-    with pytest.raises(UnsupportedModelError, match="float64.*dtype=torch.float32"):
+    with pytest.raises(UnsupportedModelError, match="float64"):
         Engine(tiny_model(architecture).double(), template=TEMPLATE)
 
 
