@@ -106,8 +106,8 @@ class Decoder:
         for spec in self.specs:
             if spec.dtype not in _STORED:
                 raise UnsupportedModelError(
-                    f"the model's keys and values are {spec.dtype}, and none but float32, bfloat16 and float16 can be stored: load it "
-                    "with dtype=torch.float32"
+                    f"the model's keys and values are {spec.dtype}, and none but float32, bfloat16 and float16 can be stored: "
+                    "load it with dtype=torch.float32"
                 )
         self.dtype = self.specs[0].dtype
         tolerance = self.tolerance()
