@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.passes import Forward, Pass
 from ragkv.fusion.timing import Timer
-from ragkv.fusion.view import Check, Narrows, Selection
+from ragkv.fusion.view import Check, Narrows, Selection, check_chosen
 from ragkv.model.attending import Masses
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -70,12 +71,14 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     if selection.saved:
         saved = tuple(more + less for more, less in zip(saved, selection.saved, strict=True))
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
-    if checks and not 0 <= checks[0] <= checks[-1] < layers:
+    if not all(isinstance(layer, SupportsIndex) and layer in range(layers) for layer in checks):
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
     context = None if selection.context is None else _subset(selection.context, layout.reusable, method)
 
     def narrow(check: Check) -> Tensor:
-        kept = _subset(method.narrow(check), check.tokens, method)
+        chosen = method.narrow(check)
+        check_chosen(chosen, method)
+        kept = _subset(chosen, check.tokens, method)
         return kept if selection.keep is None else torch.cat([kept, selection.keep.to(kept.device)])
 
     if len(active) == len(layout.reusable) > 0 and context is None and not layout.earlier:
