@@ -27,7 +27,7 @@ def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor
 
 def question_scores(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
     """See :func:`ragkv.kernels.question_scores`."""
-    mass = torch.zeros(key.shape[1], device=key.device)
+    mass = torch.zeros(key.shape[1], dtype=torch.float32, device=key.device)
     for weights in _weights(query, key, spans, scoring):
         mass += weights.sum((0, 1, 2))
     return mass

@@ -19,7 +19,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def beside(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for int64 ``[size]`` on the CPU, to be filled, and on a device, whose address is known by then; one on the CPU."""
-    host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return host, host if device.type == "cpu" else torch.empty(size, dtype=torch.int64, device=device)
 
 

@@ -198,7 +198,7 @@ class Attended:
     @classmethod
     def nothing(cls, tokens: int) -> Attended:
         """Of so many tokens that saw no chunk in front, or of which nobody knows what they saw."""
-        return cls((), (), 0.5, torch.zeros(tokens))
+        return cls((), (), 0.5, torch.zeros(tokens, dtype=torch.float32, device="cpu"))
 
 
 @dataclass(eq=False)

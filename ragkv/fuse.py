@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 
@@ -229,11 +229,12 @@ class _Fusing(Looking, Places):
         self._spared |= late
         return self._spared
 
-    def look(self, rows: Rows) -> None:
-        """See :meth:`ragkv.fusion.looking.Looking.look`."""
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[Rows], object]]:
+        """See :meth:`ragkv.fusion.looking.Looking.watching`."""
         meeting = self._meeting
         with nullcontext() if meeting is None else meeting.seat(self.reader.steps, last=False) as seat:
-            self.reader.forward(rows, seat)
+            yield lambda rows: self.reader.forward(rows, seat)
 
     def sensitivity(self) -> list[Tensor | None]:
         """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
@@ -243,7 +244,9 @@ class _Fusing(Looking, Places):
         chunks = zip(self._layout.chunks, self._keys, strict=True)
         # What is exact under its path is sensitive to nothing; what is computed anyway need not be known.
         return [
-            torch.zeros(len(placed.chunk)) if (placed.path and placed.exact) or number in self._spared else known[key]
+            torch.zeros(len(placed.chunk), dtype=torch.float32, device="cpu")
+            if (placed.path and placed.exact) or number in self._spared
+            else known[key]
             for number, (placed, key) in enumerate(chunks)
         ]
 

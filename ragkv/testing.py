@@ -98,4 +98,4 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
 def random_ids(count: int, seed: int | None = None) -> list[int]:
     """``count`` random token ids that every tiny model knows; by default those of ``seed = count``."""
     generator = torch.Generator().manual_seed(count if seed is None else seed)
-    return torch.randint(3, SMALL["vocab_size"], (count,), generator=generator).tolist()
+    return torch.randint(3, SMALL["vocab_size"], (count,), generator=generator, device="cpu").tolist()

@@ -66,9 +66,9 @@ def allocate(size: int) -> Tensor:
     The memory is used again once no tensor refers to it, be it a view of a view.
     """
     if torch.cuda.is_available():
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
     if size < _LARGE_BYTES:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     region = _spares.take(size) or _map(size)
     array: Any = np.frombuffer(region, dtype=np.uint8, count=size)
     # The tensor's storage holds the array: this runs when the last view has gone.

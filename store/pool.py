@@ -105,8 +105,10 @@ class Pooled(Source):
         pool.write(blocks, kv)
         self.kept = pool.kept
         self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
-        places = torch.arange(pool.block_tokens)
-        self.slots: Tensor | None = (torch.tensor(blocks)[:, None] * pool.block_tokens + places).flatten()[: len(kv)]
+        places = torch.arange(pool.block_tokens, device="cpu")
+        self.slots: Tensor | None = (
+            torch.tensor(blocks, device="cpu")[:, None] * pool.block_tokens + places
+        ).flatten()[: len(kv)]
         weakref.finalize(self, pool.release, blocks).atexit = False
 
     def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:

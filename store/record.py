@@ -261,7 +261,7 @@ def _numbers(text: str) -> Tensor:
     ascending = [-1, *numbers, 1 << 31]
     if not all(type(one) is int and one < next_one for one, next_one in pairwise(ascending)):
         raise ValueError("its rows do not ascend")
-    return torch.tensor(numbers)
+    return torch.tensor(numbers, device="cpu")
 
 
 def checksum(data: Any) -> int:

@@ -77,7 +77,7 @@ class Rope:
 @lru_cache(maxsize=16)
 def _tables(rope: Rope, base: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[T, R / 2]`` of the positions' angles, which models round to fp32."""
-    positions = torch.arange(base, base + tokens, dtype=torch.float32)
+    positions = torch.arange(base, base + tokens, dtype=torch.float32, device="cpu")
     angles = (positions[:, None] * torch.from_numpy(np.frombuffer(rope.inv_freq, "<f4").copy())).double()
     return angles.cos().float(), angles.sin().float()
 

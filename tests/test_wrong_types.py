@@ -53,6 +53,13 @@ def test_an_engine_takes_a_model(model):
         refused(Engine, model, TOKENIZER, **options, match=next(iter(options)))
 
 
+def test_a_calibration_has_cases_and_tells_a_function(model):
+    engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
+    for cases in NO_LIST:
+        refused(engine.calibrate, cases, match="cases must be a list|each of cases")
+    refused(engine.calibrate, [([[5]], [7])] * 99, kl=0.5, progress=3, match="progress must be a function")
+
+
 def test_a_document_has_parts_and_stops_are_texts(model):
     engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
     refused(engine.add_document, [], match="at least one part")

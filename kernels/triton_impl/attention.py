@@ -137,6 +137,6 @@ def combined_rows(width: int) -> int:
 
 def _workspace(out: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room in fp32 for the outputs ``[P, S, H, Dv]``, maxima and sums ``[P, S, H]`` of all parts."""
-    partial = torch.empty(parts, *out.shape, device=out.device)
-    greatest = torch.empty(partial.shape[:3], device=out.device)
+    partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+    greatest = torch.empty(partial.shape[:3], dtype=torch.float32, device=out.device)
     return partial, greatest, torch.empty_like(greatest)

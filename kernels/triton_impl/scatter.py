@@ -136,7 +136,7 @@ def _launch(
     fresh_values = fresh_keys if fresh_values is None else in_rows(fresh_values)
     values = keys if values is None else values
     heads, length, dim = fresh_keys.shape
-    moved = torch.zeros(length if compare else 0, device=keys.device)
+    moved = torch.zeros(length if compare else 0, dtype=torch.float32, device=keys.device)
     if not length or not heads:
         return moved
     fixed = constants(heads, dim, fresh_values.shape[2], indexed=rows is not None, compare=compare)

@@ -114,14 +114,14 @@ def question_scores(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring)
     query, key, spans = in_rows(query), in_rows(key), spans.contiguous()
     heads, length, dim = query.shape
     kv_heads, keys, _ = key.shape
-    out = torch.zeros(keys, device=key.device)
+    out = torch.zeros(keys, dtype=torch.float32, device=key.device)
     if not length or not keys:
         return out
     fixed = constants(heads // kv_heads, dim, query.dtype, capped=scoring.softcap is not None)
     numbers = in_log2(scoring)
     strides = (*query.stride()[:2], *key.stride()[:2])
     rows, pieces = length * heads // kv_heads, triton.cdiv(keys, PIECE)
-    greatest = torch.empty(pieces, kv_heads, rows, device=key.device)
+    greatest = torch.empty(pieces, kv_heads, rows, dtype=torch.float32, device=key.device)
     total = torch.empty_like(greatest)
     grid = (triton.cdiv(rows, fixed["BLOCK_M"]), kv_heads, pieces)
     launch(

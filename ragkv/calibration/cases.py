@@ -104,7 +104,7 @@ def trials_of(engine: Asks, cases: Iterable[Any], ladder: Sequence[Method], find
     Raises:
         ArgumentTypeError: one is no case.
     """
-    if isinstance(cases, str | Mapping):
+    if isinstance(cases, str | Mapping) or not isinstance(cases, Iterable):
         raise ArgumentTypeError(f"cases must be a list; {_MUST}; got {cases!r:.80}")
     apart: Any = copy(engine)
     apart.store = TieredStore(policy="lru")

@@ -18,6 +18,7 @@ from ragkv.calibration.goal import Goal
 from ragkv.calibration.ladder import Ladder, RungReport
 from ragkv.closeness import divergence, same_top
 from ragkv.errors import (
+    ArgumentTypeError,
     CalibrationError,
     MethodError,
     ModelChangedError,
@@ -120,6 +121,10 @@ def calibrate(
     goal = Goal.of(kl, top1, f1, confidence, cap)
     rungs = Ladder(ladder, goal)
     whole_number("max_new_tokens", max_new_tokens, 1)
+    if progress is not None and not callable(progress):  # it is called behind the first case, which may take long
+        raise ArgumentTypeError(
+            f"progress must be a function that takes a ragkv.calibration.Calibration, got {progress!r:.80}"
+        )
     if limit is not None:
         whole_number("limit", limit, 1)
     ungated: Any = copy(engine)  # what is measured is the method, and not what a gate puts in its place

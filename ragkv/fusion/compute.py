@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.passes import Forward, Pass
 from ragkv.fusion.timing import Timer
-from ragkv.fusion.view import Check, Narrows, Selection
+from ragkv.fusion.view import Check, Narrows, Selection, check_chosen
 from ragkv.model.attending import Masses
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -76,14 +77,16 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     if selection.saved:
         saved = tuple(more + less for more, less in zip(saved, selection.saved, strict=True))
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
-    if checks and not 0 <= checks[0] <= checks[-1] < layers:
+    if not all(isinstance(layer, SupportsIndex) and layer in range(layers) for layer in checks):
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
     context = None if selection.context is None else checked(selection.context, layout.reusable)
 
     narrows = partial(_subset, method=method, known=selection.whole is not None and _of_one_class(method))
 
     def narrow(check: Check) -> Tensor:
-        kept = narrows(method.narrow(check), check.tokens)
+        chosen = method.narrow(check)
+        check_chosen(chosen, method)
+        kept = narrows(chosen, check.tokens)
         if selection.keep is None:
             return kept
         return check.tokens[torch.isin(check.tokens, torch.cat([kept, selection.keep.to(kept.device)]))]

@@ -122,7 +122,7 @@ class Layout:
     @lazy
     def positions(self) -> Tensor:
         """``[N]`` where each token stands in the text; the suffix stands behind all else."""
-        at = torch.arange(self.tokens, device=self.ids.device if self.even else None)
+        at = torch.arange(self.tokens, device=self.ids.device if self.even else "cpu")
         if self.even:
             return at
         for placed in self.chunks:
@@ -148,7 +148,7 @@ class Layout:
     def settled(self) -> Tensor:
         """The chunk tokens that need no computing, whatever the method says."""
         exact = self.span(*[placed for placed in self.chunks if self.settles(placed)])
-        return torch.cat([exact, sent(torch.tensor(self.mended, dtype=torch.long), exact.device)])
+        return torch.cat([exact, sent(torch.tensor(self.mended, dtype=torch.long, device="cpu"), exact.device)])
 
     @property
     def behind_another(self) -> Tensor:
@@ -168,8 +168,8 @@ class Layout:
             *map(len, (placed.chunk for placed in self.chunks)),
             self.tokens - self.suffix_start,
         ]
-        numbers = torch.arange(len(lengths)) - 1
-        numbers = torch.repeat_interleave(numbers, torch.tensor(lengths), output_size=self.tokens)
+        numbers = torch.arange(len(lengths), device="cpu") - 1
+        numbers = torch.repeat_interleave(numbers, torch.tensor(lengths, device="cpu"), output_size=self.tokens)
         return sent(numbers, self.ids.device)
 
     def span(self, *chunks: Placed, first: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ L layers, H heads, N tokens of the prompt, R reusable tokens, S suffix tokens, D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -67,8 +67,8 @@ class Looking(ABC):
         """Puts the stored chunks into the cache."""
 
     @abstractmethod
-    def look(self, rows: Rows) -> None:
-        """Run rows of the prompt whose attention is watched, beside whatever else is run."""
+    def watching(self) -> AbstractContextManager[Callable[[Rows], object]]:
+        """A block that is given what runs rows of the prompt whose attention is watched, beside whatever else is run."""
 
     def attention(self, queries: str) -> Tensor:
         """The suffix's attention ``[L, R]`` to the chunks as they are stored, see :meth:`ragkv.View.attention`.
@@ -129,46 +129,74 @@ class Looking(ABC):
 
     def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
         """From question scores, which the kernel takes on the way."""
-        seen, layout = list[Tensor](), self._layout
+        seen, sums, layout = list[Tensor](), list[Tensor](), self._layout
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
-            masses = [
-                question_scores(query[:, first:], key, spans[first:], **more)[chunks] / (len(rows) - first)
-                for first in firsts
-            ]
-            seen.append(torch.stack(masses).mean(0).to(rows.device) / query.shape[0])
+            mass = torch.zeros(chunks.stop - chunks.start, dtype=torch.float32, device=query.device)
+            for first, many in wanted:
+                mass += question_scores(query[:, first:], key, spans[first:], **more)[chunks] / many
+            seen.append(mass.to(rows.device) / (len(firsts) * query.shape[0]))
 
         self.cache.set_length(layout.suffix_start)
-        asked = Rows(layout.ids[rows], rows, self.cache, SpanBuilder(rules, rows, layout.tokens), wanted=0, watch=watch)
-        self.look(asked)
-        self.looked = asked.attention.replace("selective", "question_scores")
-        return seen[-len(self.decoder.layers) :]  # where a forward failed beside others' rows, it was run again
+        with self.watching() as run:
+            for part, stop, counted in self._parts(rows, firsts):
+                wanted = counted
+                seen.clear()
+                spans = SpanBuilder(rules, part, stop)
+                asked = Rows(layout.ids[part], part, self.cache, spans, wanted=0, watch=watch)
+                run(asked)
+                # Where a forward failed beside others' rows, it was run again.
+                sums = _added(sums, seen[-len(self.decoder.layers) :])
+                self.looked = asked.attention.replace("selective", "question_scores")
+        return sums
 
     def _eager(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
         """From the weights that the model's eager attention returns."""
-        decoder, layout, seen = self.decoder, self._layout, list[Tensor]()
+        decoder, layout, seen, sums = self.decoder, self._layout, list[Tensor](), list[Tensor]()
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def keep(module: nn.Module, args: object, output: object) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-1] == layout.tokens:
+            if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-1] == stop:
                 shown = weights[0, :, :, chunks].float().mean(0)
-                seen.append(torch.stack([shown[first:].mean(0) for first in firsts]).mean(0).to(rows.device))
+                mass = torch.zeros_like(shown[0])
+                for first, many in wanted:
+                    mass += shown[first:].sum(0) / many
+                seen.append(mass.to(rows.device) / len(firsts))
 
         self.cache.set_length(layout.suffix_start)
         hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
         try:
-            with self._driver.turn(), eager_attention(decoder.model, decoder.config):
-                at, mask = layout.positions[rows], None
-                if not layout.even:
-                    mask = for_model(decoder.masks(at, layout.tokens, layout.positions), decoder.config)
-                decoder.run(layout.ids[rows], at, self.cache, mask)
+            for part, stop, counted in self._parts(rows, firsts):
+                wanted = counted
+                seen.clear()
+                with self._driver.turn(), eager_attention(decoder.model, decoder.config):
+                    at, mask = layout.positions[part], None
+                    if not layout.even:
+                        mask = for_model(decoder.masks(at, stop, layout.positions[:stop]), decoder.config)
+                    decoder.run(layout.ids[part], at, self.cache, mask)
+                sums = _added(sums, seen)
         finally:
             for hook in hooks:
                 hook.remove()
         self.looked = "eager"
-        return seen
+        return sums
+
+    def _parts(self, rows: Tensor, firsts: Sequence[int]) -> Iterator[tuple[Tensor, int, list[tuple[int, int]]]]:
+        """The prompt's last rows, as many as one forward computes; the slot behind them; and of each of ``firsts`` that is not
+        behind them the first of them that counts, and how many rows count in all.
+        """
+        begin, at = self._layout.suffix_start, 0
+        for part in rows.split(self._driver.piece_tokens):
+            stop = at + len(part)
+            yield part, begin + stop, [(max(0, first - at), len(rows) - first) for first in firsts if first < stop]
+            at = stop
+
+
+def _added(sums: list[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    """Layer by layer."""
+    return [one + other for one, other in zip(sums, more, strict=True)] if sums else list(more)
 
 
 def _scaled(score: Tensor) -> Tensor:

@@ -62,5 +62,7 @@ class Turning:
             layout.tokens - layout.suffix_start,
         ]
         back = [0, *(placed.base - placed.position for placed in layout.chunks), 0]
-        moved = torch.repeat_interleave(torch.tensor(back), torch.tensor(lengths), output_size=layout.tokens)
+        moved = torch.repeat_interleave(
+            torch.tensor(back, device="cpu"), torch.tensor(lengths, device="cpu"), output_size=layout.tokens
+        )
         return layout.positions + sent(moved, layout.ids.device), layout.positions

@@ -87,10 +87,33 @@ class Selection:
 
     @classmethod
     def of(cls, chosen: Selection | Tensor, method: Narrows) -> Selection:
-        """What ``method.select`` returned, with all that it may leave out."""
-        selection = cls(chosen) if isinstance(chosen, Tensor) else chosen
+        """What ``method.select`` returned, with all that it may leave out.
+
+        Raises:
+            MethodError: it is neither slots nor a selection of slots.
+        """
+        selection = chosen if isinstance(chosen, Selection) else cls(chosen)
+        for name in ("tokens", "context", "keep"):
+            given = getattr(selection, name)
+            if given is not None or name == "tokens":
+                check_chosen(given, method)
         decides = selection.method or method
         return replace(selection, method=decides, name=selection.name or repr(decides))
+
+
+def check_chosen(chosen: object, method: Narrows) -> None:
+    """Refuse what names no tokens: a mask would be taken for the slots 0 and 1.
+
+    Raises:
+        MethodError: it is no tensor of whole numbers, or none at all.
+    """
+    whole = isinstance(chosen, Tensor) and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+    if not whole and not (isinstance(chosen, Tensor) and not chosen.numel()):
+        got = f"a tensor of {chosen.dtype}" if isinstance(chosen, Tensor) else f"{chosen!r:.80}"
+        raise MethodError(
+            f"{method!r} must name tokens by their slots, in a tensor of whole numbers (of a mask over them: "
+            f"layout.reusable[mask]); got {got}"
+        )
 
 
 class Looks(Protocol):
@@ -181,7 +204,7 @@ class View:
             raise MethodError(
                 "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
             )
-        return sent(torch.cat([*known, torch.empty(0)]), self.layout.ids.device)
+        return sent(torch.cat([*known, torch.empty(0, dtype=torch.float32, device="cpu")]), self.layout.ids.device)
 
     @lazy
     def variants(self) -> list[list[Variant]]:

@@ -28,8 +28,8 @@ class Seen:
     """
 
     def __init__(self, decoder: Decoder, chunks: Sequence[Chunk], start: int, behind: int = 0):
-        lengths = torch.tensor([start, *map(len, chunks), behind])
-        owners = torch.repeat_interleave(torch.arange(len(lengths)) - 1, lengths).to(decoder.device)
+        lengths = torch.tensor([start, *map(len, chunks), behind], device="cpu")
+        owners = torch.repeat_interleave(torch.arange(len(lengths), device="cpu") - 1, lengths).to(decoder.device)
         self.masses: Masses = Masses(owners, len(chunks))
         self._decoder, self._chunks = decoder, chunks
         self._starts = lengths.cumsum(0).tolist()
@@ -53,9 +53,9 @@ class Seen:
             MethodError: not all of its layers showed what they attend to.
         """
         chunk, start = self._chunks[number], self._starts[number]
-        rows = torch.arange(len(chunk)) if rows is None else rows
+        rows = torch.arange(len(chunk), device="cpu") if rows is None else rows
         seen = self.masses.mean(len(self._decoder.layers), slice(start, start + len(chunk))).cpu()[rows]
-        tokens = torch.zeros(len(chunk)) if before is None else before.tokens.clone()
+        tokens = torch.zeros(len(chunk), dtype=torch.float32, device="cpu") if before is None else before.tokens.clone()
         tokens[rows] = seen[:, :number].sum(1)
         sums, front = seen.sum(0).tolist(), self._chunks[:number]
         there = sum(mass / len(other) for mass, other in zip(sums, front, strict=False))

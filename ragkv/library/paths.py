@@ -176,11 +176,11 @@ class Paths:
                 item(cut(cache, piece.start, piece.stop), piece, piece.whole, label_of(front))
             elif piece.repaired and repairs and not placed.exact:
                 before = mended[bisect_left(mended, placed.start) : bisect_left(mended, placed.stop)]
-                mended_rows = torch.tensor(sorted({*mine, *before})) - piece.start
+                mended_rows = torch.tensor(sorted({*mine, *before}), device="cpu") - piece.start
                 item(some(cache, mended_rows, piece.start), piece, piece.repaired, label_of(front))
             elif seen is not None and not placed.exact:
                 taken = known.taken[number]
-                attended = seen.attended(number, torch.tensor(mine) - placed.start, taken.attended)
+                attended = seen.attended(number, torch.tensor(mine, device="cpu") - placed.start, taken.attended)
                 key = variant_key(front[-1], attended.front)
                 item(made_variant(cache, placed, mine, taken, attended), piece, key, label_of(front))
         if items:

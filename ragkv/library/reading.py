@@ -211,7 +211,7 @@ class Reader:
         alone = self._computed([*self.anchor_ids, *text])
         behind = self._computed([*self.anchor_ids, *front, *text])
         if not text or alone is None or behind is None:
-            return torch.zeros(len(self.decoder.layers), 0)
+            return torch.zeros(len(self.decoder.layers), 0, dtype=torch.float32, device="cpu")
         pairs = zip(alone.values, behind.values, strict=True)
         moved = [own[:, -len(text) :].float() - other[:, -len(text) :].float() for own, other in pairs]
         return torch.stack([change.square().sum((0, 2)).cpu() for change in moved])

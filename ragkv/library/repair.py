@@ -127,7 +127,7 @@ def _repaired(reader: Reader, documents: Documents, repair: Repair) -> list[tupl
     watched = any(attended for _, _, attended in known.values())
     for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh
         unknown = (
-            torch.zeros(len(chunk)) if foreign else None,
+            torch.zeros(len(chunk), dtype=torch.float32, device="cpu") if foreign else None,
             foreign,
             Attended.nothing(len(chunk)) if watched else None,
         )
@@ -143,12 +143,12 @@ def _rows(new: Sequence[Chunk], sources: Sequence[Chunk | None], first: int, beh
     rows, window, before = [], 0, sources[first - 1] if first else None
     for chunk, source in zip(new[first:], sources[first:], strict=True):
         if source is None:
-            rows.append(torch.arange(chunk.offset, chunk.offset + len(chunk)))
+            rows.append(torch.arange(chunk.offset, chunk.offset + len(chunk), device="cpu"))
             window = behind_tokens
         else:
             if source.number != (before.number + 1 if before else 0):  # something that stood here is gone
                 window = behind_tokens
-            rows.append(torch.arange(chunk.offset, chunk.offset + min(window, len(chunk))))
+            rows.append(torch.arange(chunk.offset, chunk.offset + min(window, len(chunk)), device="cpu"))
             window = max(0, window - len(chunk))
         before = source
     return torch.cat(rows)

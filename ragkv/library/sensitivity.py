@@ -48,7 +48,7 @@ def sensitivity(alone: Sequence[Tensor], behind: Sequence[Tensor], foreign: Sequ
     Returns:
         ``[T]`` fp32, on the CPU; 0 everywhere where there was no room for a foreign text.
     """
-    total = torch.zeros(alone[0].shape[1])
+    total = torch.zeros(alone[0].shape[1], dtype=torch.float32, device="cpu")
     if not foreign[0].shape[1]:
         return total
     for own, other, unit in zip(alone[1:], behind[1:], foreign[1:], strict=True):
@@ -63,5 +63,5 @@ def foreign_ids(encoder: Encoder, given: Text | None) -> tuple[int, ...]:
         return encoder.chunk(given)
     if encoder.tokenizer is not None:
         return encoder.chunk(FOREIGN)
-    draw = torch.randint(encoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+    draw = torch.randint(encoder.vocab_size, (64,), generator=torch.Generator().manual_seed(0), device="cpu")
     return encoder.chunk(draw.tolist())

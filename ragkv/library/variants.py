@@ -63,11 +63,11 @@ def made_variant(
         before: the variant that was taken.
         attended: what its tokens attended to.
     """
-    tokens, rows = len(placed.chunk), torch.tensor(mine) - placed.start
+    tokens, rows = len(placed.chunk), torch.tensor(mine, device="cpu") - placed.start
     if before.rows is not None:
         rows = torch.cat([rows, before.rows]).unique()
     if (before.key and before.rows is None) or len(rows) == tokens:
-        rows = torch.arange(tokens)
+        rows = torch.arange(tokens, device="cpu")
     kv = some(cache, rows, placed.start)
     return replace(kv, rows=None if len(rows) == tokens else rows, attended=attended)
 

@@ -74,7 +74,7 @@ class CacheCraft(Method):
             taken.append(variants[best])
             saved.append(needs[0] - needs[best])
             front.append(placed.chunk.short)
-        chosen = torch.cat([*tokens, torch.empty(0, dtype=torch.long)]).to(layout.ids.device)
+        chosen = torch.cat([*tokens, torch.empty(0, dtype=torch.long, device="cpu")]).to(layout.ids.device)
         checks = {round(view.layers * share) for share in _CHECKED} if self.stop else ()
         return Selection(chosen, checks=sorted(checks), variants=taken, saved=saved)
 

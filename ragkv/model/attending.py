@@ -43,7 +43,7 @@ class Masses:
         self.seen: int = 0
         self.behind: list[Tensor] = []
         self._owners, self._count = owners, count
-        self._sums = torch.zeros(len(owners), count, device=owners.device)
+        self._sums = torch.zeros(len(owners), count, dtype=torch.float32, device=owners.device)
         self._marks: dict[Any, Tensor] = {}
 
     def mean(self, layers: int, slots: slice) -> Tensor:

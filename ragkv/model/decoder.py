@@ -31,6 +31,7 @@ from ragkv.model.traits import Traits
 from ragkv.model.turns import Turns, turns
 
 _PROBE_TOKENS = 8
+_STORED = torch.float32, torch.bfloat16, torch.float16
 _CHECK_TOKENS = 24
 _SHAKE = 1e-5  # an exact model answers it by errors of its size; one that rounds coarsely, by its rounding
 
@@ -102,6 +103,12 @@ class Decoder:
             LayerSpec(k.shape[0], k.shape[2], v.shape[2], k.dtype, k.device)
             for k, v in zip(start.keys, start.values, strict=True)
         ]
+        for spec in self.specs:
+            if spec.dtype not in _STORED:
+                raise UnsupportedModelError(
+                    f"the model's keys and values are {spec.dtype}, and none but float32, bfloat16 and float16 can be stored: "
+                    "load it with dtype=torch.float32"
+                )
         self.dtype = self.specs[0].dtype
         tolerance = self.tolerance()
         self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
@@ -235,7 +242,7 @@ class Decoder:
     def random_ids(self, tokens: int) -> Tensor:
         """``[S]`` ids to try the model with, always the same."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.vocab_size, (tokens,), generator=generator).to(self.device)
+        return torch.randint(0, self.vocab_size, (tokens,), generator=generator, device="cpu").to(self.device)
 
     def _begin(self) -> Probe:
         """The probe's tokens at position 0, over a cache that only looks at what is written."""
@@ -275,7 +282,7 @@ class Decoder:
         seeded = torch.Generator().manual_seed(0)
 
         def shaken(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            return out * (1 + _SHAKE * torch.randn(out.shape, generator=seeded)).to(out)
+            return out * (1 + _SHAKE * torch.randn(out.shape, generator=seeded, device="cpu")).to(out)
 
         def run(*ends: int) -> list[Tensor]:
             cache = self.cache(tokens)

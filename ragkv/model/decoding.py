@@ -91,9 +91,9 @@ def decode(
                 note(scores, token)
             ids = torch.cat([ids, choice.ids[None]], dim=1)
             if said is not None:
-                said = torch.cat([said, torch.tensor([[token]])], dim=1)
+                said = torch.cat([said, torch.tensor([[token]], device="cpu")], dim=1)
             if streamer is not None:
-                streamer.put(torch.tensor([token]))
+                streamer.put(torch.tensor([token], device="cpu"))
             yield token
             if _ends(criteria, ids if said is None else said):
                 return
@@ -148,7 +148,7 @@ def _reading(numbers: Tensor) -> Callable[[], list[float]]:
     """Reads numbers of a device, and waits for nothing that is launched behind this."""
     if numbers.device.type != "cuda":
         return numbers.tolist
-    here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True, device="cpu")
     here.copy_(numbers, non_blocking=True)
     there = torch.cuda.Event()
     there.record(torch.cuda.current_stream(numbers.device))

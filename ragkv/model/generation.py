@@ -203,7 +203,7 @@ class Settings:
                 "streamer: beam search knows its tokens only at the end: leave out streamer, or num_beams"
             )
         self._resolve(
-            torch.zeros(1, 1, dtype=torch.long), 1
+            torch.zeros(1, 1, dtype=torch.long, device="cpu"), 1
         )  # whatever transformers refuses, before the prompt is paid for
 
     def asked(self, prompt_tokens: int) -> int | None:

@@ -241,14 +241,14 @@ def _holds(found: SpanRule, rule: Rule, device: torch.device | str) -> bool:
     size = found.window or found.chunk or 1024
     generator = torch.Generator().manual_seed(0)
     near = torch.cat(
-        [torch.arange(-2, 3) + size * times for times in range(4)]
-        + [torch.randint(0, 4 * size, (64,), generator=generator)]
+        [torch.arange(-2, 3, device="cpu") + size * times for times in range(4)]
+        + [torch.randint(0, 4 * size, (64,), generator=generator, device="cpu")]
     )
     queries = near[near >= 0].to(device)
     spans = key_spans(queries, window=found.window, chunk=found.chunk).long()
     offsets = torch.arange(-2, 3, device=device)
     edges = (spans[:, :, None] + offsets).flatten(1)
-    anywhere = torch.randint(0, 5 * size, (len(queries), 64), generator=generator).to(device)
+    anywhere = torch.randint(0, 5 * size, (len(queries), 64), generator=generator, device="cpu").to(device)
     keys = torch.cat([edges, anywhere], 1).clamp(min=0)
     want = (keys >= spans[:, :1]) & (keys <= spans[:, 1:])
     zero = torch.zeros((), dtype=torch.long, device=device)

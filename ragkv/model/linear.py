@@ -36,7 +36,9 @@ def few_rows(rows: int, device: torch.device, dtype: torch.dtype) -> AbstractCon
 @cache
 def pays(threads: int) -> bool:
     """Whether the other order is faster here: tried once, in some ten milliseconds."""
-    weight, given = torch.randn(_TRIED, _TRIED), torch.randn(8, _TRIED)
+    weight, given = (
+        torch.ones(rows, _TRIED, dtype=torch.float32, device="cpu") for rows in (_TRIED, 8)
+    )  # draws nothing
     took: dict[Callable[[Tensor, Tensor], Tensor], list[float]] = {linear: [], turned: []}
     for _ in range(4):
         for way, seconds in took.items():

@@ -119,7 +119,8 @@ class MaskBuilder:
             mask = mask & self.open_keys
         if not self.additive:
             return mask
-        return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+        hidden = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+        return hidden.masked_fill_(~mask, torch.finfo(self.dtype).min)
 
 
 def for_model(masks: LayerMasks, config: PreTrainedConfig) -> Tensor | dict[str, Tensor | None] | None:

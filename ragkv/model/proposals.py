@@ -90,7 +90,7 @@ class Assistant:
         """By the schedule more or fewer are proposed next time; ``"heuristic"`` keeps that for other answers, as it does there."""
         if self._candidates is None or not proposed:
             return
-        self._candidates.update_candidate_strategy(ids, torch.empty(1, proposed + 1, 0), used)
+        self._candidates.update_candidate_strategy(ids, torch.empty(1, proposed + 1, 0, device="cpu"), used)
         if self._model.generation_config.num_assistant_tokens_schedule == "heuristic":
             self._model.generation_config.num_assistant_tokens = self._candidates.num_assistant_tokens
 

@@ -55,7 +55,7 @@ class CacheGen(Codec):
         numbers = numbers - center.float()
         step = self._step(numbers, along, depth)
         first = _anchors(numbers.shape[1], self.group_tokens)
-        others = (torch.arange(numbers.shape[1]) != first)[:, None]
+        others = (torch.arange(numbers.shape[1], device="cpu") != first)[:, None]
         anchors = ((numbers / step.float()).round() * step.float())[:, first]
         counts = ((numbers - anchors * others) / step.float()).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
         packed = zstd().ZstdCompressor(level=self.level).compress(counts.contiguous().numpy().data)
@@ -63,7 +63,7 @@ class CacheGen(Codec):
             "": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
             "center": center,
             "step": step,
-            "group": torch.tensor([self.group_tokens], dtype=torch.float32),
+            "group": torch.tensor([self.group_tokens], dtype=torch.float32, device="cpu"),
         }
 
     def _step(self, numbers: Tensor, along: int, depth: float) -> Tensor:
@@ -73,7 +73,7 @@ class CacheGen(Codec):
         if self.group_tokens > 1:  # a difference from an anchor on another line may be twice the largest number
             reach = 2 * (reach if along == 1 else reach.amax(1, keepdim=True).expand_as(reach))
         step = torch.maximum(share * numbers.std(along, keepdim=True, correction=0), 1.01 * reach / _LARGEST).bfloat16()
-        return torch.where(step > 0, step, torch.ones((), dtype=torch.bfloat16))
+        return torch.where(step > 0, step, torch.ones((), dtype=torch.bfloat16, device="cpu"))
 
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
         """See the base class."""
@@ -88,14 +88,14 @@ class CacheGen(Codec):
         numbers = _counts(parts[""], shape) * step.float()
         if group > 1:
             first = _anchors(tokens, group)
-            others = torch.arange(tokens) != first
+            others = torch.arange(tokens, device="cpu") != first
             numbers += numbers[:, first] * others[:, None]
         return (numbers + center.float()).to(dtype)
 
 
 def _anchors(tokens: int, group: int) -> Tensor:
     """For every token the first one of its group."""
-    return torch.arange(tokens) // group * group
+    return torch.arange(tokens, device="cpu") // group * group
 
 
 def _counts(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -29,7 +29,7 @@ class Fp8(Codec):
         scale = numbers.abs().amax(1 if side == "k" else 2, keepdim=True) / _LARGEST
         if not bool(torch.isfinite(scale).all()):
             raise StoreError(f"the codec {self.name!r} needs finite numbers: store them with 'raw' or 'lossless'")
-        scale = torch.where(scale > 0, scale, torch.ones(()))
+        scale = torch.where(scale > 0, scale, torch.ones((), device="cpu"))
         return {"": (numbers / scale).to(torch.float8_e4m3fn), "scale": scale}
 
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:

@@ -42,7 +42,7 @@ class Grouped(Codec):
         step = ((high - low) / (2**self.bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
         low, step = _small(low), _small(step)
         # Rounded to half precision a step may be zero: then every number of the group is its lowest.
-        scaled = torch.where(step > 0, (grouped - low.float()) / step.float(), torch.zeros(()))
+        scaled = torch.where(step > 0, (grouped - low.float()) / step.float(), torch.zeros((), device="cpu"))
         integers = scaled.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
         return {"": self.pack(integers.flatten(2)), "step": step.squeeze(-1), "low": low.squeeze(-1)}
 

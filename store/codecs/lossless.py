@@ -45,7 +45,7 @@ class Lossless(Codec):
             raise RecordError(f"a plane cannot be decompressed: {error}") from error
         if len(high) != count:
             raise RecordError(f"a plane has {len(high)} bytes and must have {count}")
-        joined = torch.empty(count, dtype.itemsize, dtype=torch.uint8)
+        joined = torch.empty(count, dtype.itemsize, dtype=torch.uint8, device="cpu")
         joined[:, :-1] = low.view(dtype.itemsize - 1, count).t()
         joined[:, -1] = torch.frombuffer(bytearray(high), dtype=torch.uint8)
         return joined.view(-1).view(dtype).view(shape)

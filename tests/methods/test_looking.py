@@ -23,6 +23,7 @@ from ragkv import (
 from ragkv.fusion import view
 from ragkv.library.sensitivity import sensitivity
 from ragkv.methods import Auto
+from ragkv.model.decoder import Decoder
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
@@ -313,3 +314,31 @@ def test_reading_for_sensitivity_reads_twice(model, monkeypatch):
         assert sum(seen) == times * own + front * (times - 1)
         engine.add([random_ids(11)])
         assert sum(seen) == times * (own + 12) + front * (times - 1)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
+def test_a_long_question_looks_in_pieces(architecture, kernels, monkeypatch):
+    """As many rows at a time as a forward may have; what is seen is the same."""
+    model, question = tiny_model(architecture), random_ids(40)
+    ran = []
+    for name in ("run", "step"):
+        inner = getattr(Decoder, name)
+        monkeypatch.setattr(
+            Decoder,
+            name,
+            lambda self, ids, *rest, inner=inner, **more: ran.append(len(ids)) or inner(self, ids, *rest, **more),
+        )
+    seen = []
+    for piece_tokens in (512, 16):
+        engine, got = Engine(model, template=TEMPLATE, kernels=kernels, piece_tokens=piece_tokens), []
+        chunks = engine.add(PARTS)
+        ran.clear()
+        for starts in (None, [3, 60, 120]) if kernels == "auto" else (None,):
+            keep = Keep(lambda view: [view.attention(queries) for queries in ("all", "last", "both")])
+            engine.fuse(chunks, question, method=keep, starts=starts)
+            got += keep.seen
+        seen.append(got)
+    assert max(ran) == 16
+    for whole, pieces in zip(*seen, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)

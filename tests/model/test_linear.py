@@ -72,3 +72,13 @@ def test_it_is_tried_once(monkeypatch):
     module.pays(1)
     assert not tried
     module.pays.cache_clear()
+
+
+def test_nothing_is_drawn_from_anybodys_generator():
+    """A seeded answer is the same whether an engine was made before or not."""
+    module.pays.cache_clear()
+    before = torch.get_rng_state()
+    engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1, 5]))
+    engine.fuse(engine.add([random_ids(20), random_ids(9)]), random_ids(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module.pays.cache_info().misses == 1

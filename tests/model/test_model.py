@@ -151,6 +151,12 @@ def test_refuses_frequencies_in_half_precision():
         Engine(model)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_refuses_what_no_store_takes(architecture):
+    with pytest.raises(UnsupportedModelError, match="float64"):
+        Engine(tiny_model(architecture).double(), template=TEMPLATE)
+
+
 def test_refuses_training_mode():
     model = copy.deepcopy(tiny_model()).train()
     with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
