@@ -168,8 +168,8 @@ class Answering:
         for _ in stream.to_the_end():
             pass
         assert stream.report is not None
-        said = self.said(stream.token_ids), stream.token_ids, stream.report
-        return Answer(*said, past=stream.past, logprobs=stream.logprobs, schema=stream.schema)
+        text, ids = self.said(stream.token_ids), stream.token_ids
+        return Answer(text, ids, stream.report, past=stream.past, logprobs=stream.logprobs, schema=stream.schema)
 
     def pieces(self, begin: float | None = None, ended: Callable[[Made], object] | None = None) -> AnswerStream:
         """The answer piece by piece; the prompt is made, and by default the question begins, when the first one is asked for.

@@ -120,6 +120,7 @@ class Engine:
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
         self.template: PromptTemplate = template or PromptTemplate.default(tokenizer)
         self.store: TieredStore = TieredStore() if store is None else store
+        kept = Paths.of(paths, self.store)  # before the model is probed, which takes a while
         self.runner: Runner = Runner.of(model)
         self.encoder: Encoder = Encoder(self.template, tokenizer, self.runner.decoder(kernels, self.store).vocab_size)
         self.documents: Documents = Documents(
@@ -135,7 +136,7 @@ class Engine:
             kernels=kernels,
             graphs=graphs,
             lifetime_s=lifetime_s,
-            paths=Paths.of(paths, self.store),
+            paths=kept,
         )
         self.piece_tokens: int = self.documents.piece_tokens
         self.documents.reader.opening(self.encoder.prefix, "prefix")

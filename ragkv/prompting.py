@@ -22,7 +22,7 @@ from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
 from ragkv.places import Places, to_load
 from ragkv.report import FusedPrompt
-from ragkv.request import Plan, Request, Room, behind
+from ragkv.request import Plan, Request, Room, documents_behind
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.scheduling.ticket import Ticket
 
@@ -48,7 +48,7 @@ class Prompting:
 
     def documents_for(self, system: str | None, namespace: str | None) -> Documents:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
-        return behind(self.documents, opening(self.documents.encoder, checked_system(system)), namespace)
+        return documents_behind(self.documents, opening(self.documents.encoder, checked_system(system)), namespace)
 
     def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack, copies: int = 1) -> FusedPrompt:
         """A prompt whose keys and values are ready.
@@ -70,9 +70,9 @@ class Prompting:
             prompt.report.speculated = begun.outcome
         prompt.spoken = partial(self._scheduler.spoken, ticket)
         if request.keep:
-            said = tuple(plan.layout.listed()), plan.layout.tokens, prompt.fingerprint
+            ids, held, documents = tuple(plan.layout.listed()), plan.layout.tokens, plan.documents
             line = Line(prompt.past_key_values) if past is None else past.line
-            prompt.past = Past(*said, plan.documents.anchor, plan.documents.namespace, line, plan.turns)
+            prompt.past = Past(ids, held, prompt.fingerprint, documents.anchor, documents.namespace, line, plan.turns)
         return prompt
 
     def ahead(self, request: Request, room: Room) -> FusedPrompt | None:

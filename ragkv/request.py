@@ -123,7 +123,7 @@ class Plan:
         slots = encoder.slots(request.slots, request.ranks)
         if past is None:
             prefix, suffix, begins = asked(encoder, request.question, request.system, slots)
-            documents = behind(documents, begins, request.namespace)
+            documents = documents_behind(documents, begins, request.namespace)
         else:
             if is_chat(request.question) or request.system is not None or request.namespace is not None:
                 raise ArgumentError(
@@ -143,7 +143,7 @@ class Plan:
         return cls(request, documents, layout, tokens, begin, begins, turns)
 
 
-def behind(documents: Documents, begins: tuple[int, ...], namespace: str | None) -> Documents:
+def documents_behind(documents: Documents, begins: tuple[int, ...], namespace: str | None) -> Documents:
     """Documents behind what a prompt begins with, or behind the template's anchor."""
     return documents.within(namespace, begins if documents.encoder.template.anchor is None else None)
 

@@ -143,8 +143,8 @@ class Catalogue:
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
             instance(name, items, list | tuple, "a list, one a passage")
-        where = tuple(spans), origin, namespace, tuple(pages), tuple(headings), file
-        given = Document(source, digest(*passages).hex(), (), metadata, *where)
+        facts = tuple(spans), origin, namespace, tuple(pages), tuple(headings), file
+        given = Document(source, digest(*passages).hex(), (), metadata, *facts)
         wrong = misplaced(given, len(passages))
         if wrong:
             raise DocumentError(f"{source}: {wrong}")

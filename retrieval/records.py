@@ -63,6 +63,9 @@ class Document:
         return source_key(self.source, self.namespace)
 
 
+_FIELDS = [item.name for item in fields(Document)]
+
+
 @dataclass(frozen=True)
 class Passage:
     """A passage where it stands.
@@ -256,8 +259,8 @@ def document_payload(document: Document) -> bytes:
 def document_from(payload: bytes) -> Document:
     """The document of a record."""
     facts = json.loads(payload)
-    given = {item.name: facts[item.name] for item in fields(Document) if item.name in facts}
-    tuples = {name: tuple(given.get(name, ())) for name in ("passage_ids", "pages", "headings")}
+    given = {name: facts[name] for name in _FIELDS if name in facts}  # fewer in those of former versions
+    tuples = {name: tuple(given[name]) for name in ("passage_ids", "pages", "headings") if name in given}
     return Document(**given | tuples | {"spans": tuple(map(tuple, given.get("spans", ())))})
 
 

@@ -101,10 +101,10 @@ def repair(documents: Documents, plan: Repair) -> int | None:
 
 
 @torch.no_grad()
-def _repaired(reader: Reader, documents: Documents, repair: Repair) -> list[tuple[Chunk, ChunkKV]] | None:
+def _repaired(reader: Reader, documents: Documents, plan: Repair) -> list[tuple[Chunk, ChunkKV]] | None:
     """The KV of the chunks from the first change on; ``None`` where old KV are lost."""
     decoder, start = reader.decoder, len(reader.anchor_ids)
-    pairs = list(zip(repair.document, repair.sources, strict=True))
+    pairs = list(zip(plan.document, plan.sources, strict=True))
     placed = [
         Placed(chunk, start + chunk.offset, start + (source or chunk).offset, exact=False, continues=False)
         for chunk, source in pairs
@@ -119,10 +119,10 @@ def _repaired(reader: Reader, documents: Documents, repair: Repair) -> list[tupl
         cache.append(reader.anchor)
         Placement(decoder, cache, layout, batch, keys, {}, by_layer=False).ahead()
         with reader.turn():
-            recompute(decoder, cache, layout.ids, (start + repair.rows).to(decoder.device), reader.piece_tokens)
+            recompute(decoder, cache, layout.ids, (start + plan.rows).to(decoder.device), reader.piece_tokens)
         cache.set_length(len(ids))
         known = dict(zip(keys, zip(batch.sensitivities, batch.foreigns, batch.attended, strict=True), strict=True))
-    made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[repair.first :]]
+    made = [(item.chunk, cut(cache, item.start, item.stop)) for item in placed[plan.first :]]
     foreign = next((foreign for _, foreign, _ in known.values() if foreign), "")
     watched = any(attended for _, _, attended in known.values())
     for chunk, kv in made:  # what was computed now counts as insensitive, until its document is read afresh

@@ -257,6 +257,7 @@ FORGERIES = [
     lambda facts, arrays: facts.update(headings=[3] * len(facts["texts"])),
     lambda facts, arrays: facts.update(metadata=[1]),
     lambda facts, arrays: facts.update(passage_ids=[1]),
+    lambda facts, arrays: facts.pop("passage_ids"),
     lambda facts, arrays: facts.update(settings=["ab"]),
     lambda facts, arrays: facts.pop("origin") and facts.update(origin=5),
     lambda facts, arrays: arrays.update(vectors=arrays["vectors"][1:]),
