@@ -43,7 +43,8 @@ def no_syncs(device: torch.device, tell: Callable[[str], object] = _refuse) -> I
     """A block of this thread in which nothing may wait for a device.
 
     Args:
-        device: whose tensors count. On a CPU all of them do: they stand for those of a device.
+        device: whose tensors count. On a CPU all of them do: they stand for those of a device, but for what is made with
+            ``device="cpu"``, which is the host's own.
         tell: told by name of what would wait, before it does; by default raises.
 
     Raises:
@@ -64,7 +65,7 @@ class _Methods(TorchFunctionMode):
         if func in _METHODS and args[0].device == self._device:
             self._tell(_METHODS[func])
         there = (kwargs or {}).get("device")
-        if func in _MAKING and there is not None and torch.device(there).type == self._device.type:
+        if func in _MAKING and there not in (None, "cpu") and torch.device(there).type == self._device.type:
             self._tell(func.__name__)
         return func(*args, **(kwargs or {}))
 

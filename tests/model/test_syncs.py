@@ -28,7 +28,7 @@ WAITS = {
     "isin": [lambda: torch.isin(GIVEN, GIVEN[:2])],
     "bincount": [lambda: torch.bincount(GIVEN)],
     "tensor": [lambda: torch.tensor([1.0], device=GIVEN.device)],
-    "as_tensor": [lambda: torch.as_tensor([1.0], device="cpu")],
+    "as_tensor": [lambda: torch.as_tensor([1.0], device=CPU)],
     "equal": [lambda: torch.equal(GIVEN, GIVEN.clone())],
     "repeat_interleave": [lambda: torch.repeat_interleave(GIVEN)],
 }
@@ -44,7 +44,7 @@ def test_what_waits_is_refused(name):
 
 def test_what_stays_on_the_device_is_not():
     with no_syncs(CPU):
-        picked = GIVEN[torch.tensor([2, 1])] + GIVEN[1:3]
+        picked = GIVEN[torch.tensor([2, 1], device="cpu")] + GIVEN[1:3]
         torch.where(GIVEN > 2, GIVEN, 0).topk(2)
         torch.zeros(6).index_copy_(0, GIVEN, torch.ones(6)).masked_fill_(GIVEN > 1, 0.0)
     assert len(picked) == 2
