@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-from ragkv.store.remote.pool import Breaker, PoolError
+from ragkv.store.remote.pool import Breaker, GoneError, PoolError
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.speed import Speed
 
@@ -83,14 +83,18 @@ class Heads:
         self, until: float, asked: Mapping[bytes, Future[Any]]
     ) -> tuple[dict[bytes, Any], dict[bytes, Future[Any]]]:
         """What was answered by then, and what was not."""
-        _, left = wait(asked.values(), max(0.0, until - self._speed.now()), "FIRST_EXCEPTION")
+        left, refused = set(asked.values()), True
+        while refused:  # what the pool does not give says nothing of the others
+            done, left = wait(left, max(0.0, until - self._speed.now()), "FIRST_EXCEPTION")
+            refused = any(not future.cancelled() and isinstance(future.exception(), GoneError) for future in done)
         try:
-            done = {key: self._records.pool.answer(future) for key, future in asked.items() if future not in left}
+            came = {key: future for key, future in asked.items() if future not in left}
+            answers = dict(zip(came, self._records.pool.answers(list(came.values())), strict=True))
         except PoolError:
             for future in left:
                 future.cancel()
             raise
-        return done, {key: future for key, future in asked.items() if future in left}
+        return answers, {key: future for key, future in asked.items() if future in left}
 
     def _watch(self, left: Collection[Future[Any]], begin: float | None) -> None:
         """Learns from what nobody waits for any more: whether there is an answer, and from a beginning on, when."""

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
@@ -38,6 +39,9 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 _MOST_ASKED = 1024  # keys that are asked for together, where it is not known what is there
 _MOST_KNOWN = 4096
 _AVOIDED_S = 10.0
+_LOOKED_INTO = 8
+
+Known = TypeVar("Known")
 
 
 class RemoteTier(Tier):
@@ -158,14 +162,13 @@ class RemoteTier(Tier):
         found = {levels[key]: source for key, source in at_levels.items()}
         left = [key for key in likely if key not in found and key not in asking.late]
         found |= self._opened(fetch, left, asking, {})
-        for known in (self._seen, self._avoided):
-            while len(known) > _MOST_KNOWN:
-                known.pop(next(iter(known)), None)
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        """See :class:`Tier`. What a fresh listing names is taken to be there."""
-        return self.missing_away(keys, math.inf)
+        """See :class:`Tier`. What a fresh listing names is taken to be there, as far as what is looked into can be read."""
+        missing = set(self.missing_away(keys, math.inf))
+        missing |= self._unreadable([key for key in keys if key not in missing])
+        return [key for key in keys if key in missing]
 
     def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
         """See :class:`Tier`."""
@@ -205,7 +208,7 @@ class RemoteTier(Tier):
         return len(wanted)
 
     def lacking(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of the chunks that the pool does not have, each once: it is asked, whatever is known of it.
+        """Those of the chunks that the pool does not have for us, each once: it is asked, whatever is known of it.
 
         Raises:
             PoolError: it does not answer.
@@ -215,7 +218,8 @@ class RemoteTier(Tier):
             there: Collection[bytes | None] = self._records.which(keys)
         else:
             there = {key_of(name) for name, _ in self._pool.names()}
-        return [key for key in keys if key not in there]
+        unread = self._unreadable([key for key in keys if key in there])
+        return [key for key in keys if key not in there or key in unread]
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
         """See :class:`Tier`. It is a miss at once, and deleted in the background, again and again until that succeeds.
@@ -235,7 +239,7 @@ class RemoteTier(Tier):
 
     def damaged(self, key: bytes) -> None:
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
-        if self._avoided.get(key, 0.0) > self.now():
+        if self._avoids(key):
             return
         _, number = self._seen.pop(key, (None, b""))
         self._drop(key, number, "a segment is not what was stored")
@@ -328,8 +332,7 @@ class RemoteTier(Tier):
 
     def _likely(self, keys: Sequence[bytes], listed: bool) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
-        now = self.now()
-        wanted = [key for key in keys if shared(key) and self._avoided.get(key, 0.0) <= now]
+        wanted = [key for key in keys if shared(key) and not self._avoids(key)]
         if self._off or self._breaker.left_s or not wanted:
             return []
         known = self._manifest.holds(wanted) if listed else set(wanted[:_MOST_ASKED])
@@ -390,21 +393,41 @@ class RemoteTier(Tier):
             return None
         if not opened.row.alive(self.now()):
             return None
-        self._seen[key] = opened.row, opened.id
+        _note(self._seen, key, (opened.row, opened.id))
         return opened
+
+    def _unreadable(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of what is there that cannot be read here: written with another key, expired, damaged, or moved to an archive.
+
+        A few are looked into, and all others only where one of them is such.
+        """
+        unknown = [key for key in keys if key not in self._seen]
+        few = unknown[:: -(-len(unknown) // _LOOKED_INTO) or 1]
+        unread = self._unopened(few)
+        return unread | self._unopened([key for key in unknown if key not in few]) if unread else unread
+
+    def _unopened(self, keys: Sequence[bytes]) -> set[bytes]:
+        unread = set[bytes]()
+        for start in range(0, len(keys), _MOST_ASKED):
+            asked = keys[start : start + _MOST_ASKED]
+            with self._asking(asked) as may:
+                if may:
+                    heads, _ = self._heads.read(asked, math.inf)
+                    unread.update(set(asked) - {key for key, head in heads.items() if self._open(key, head)})
+        return unread
 
     def _drop(self, key: bytes, number: bytes, why: str) -> None:
         """An object is damaged: it is a miss from now on, and deleted, where it still is the one of this id."""
         self.evictions["damaged"] += 1
-        self._avoided[key] = math.inf
+        _note(self._avoided, key, math.inf)
         logger.warning("the damaged object %s in the pool is dropped: %s", key.hex(), why)
-        if self._uploads is not None:
+        if self._uploads is not None and number:
             self._notes.add({key: DELETE + number})
             self._uploads.wake()
 
     def _lose(self, key: bytes, error: PoolError) -> None:
         """The pool did not give a chunk that it had."""
-        self._avoided[key] = self.now() + _AVOIDED_S
+        _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
         if isinstance(error, GoneError):
             self._manifest.note([key], False)
         else:
@@ -421,3 +444,13 @@ class RemoteTier(Tier):
         """Something was done in the pool."""
         self._manifest.note([key], there)
         self._avoided.pop(key, None)
+
+    def _avoids(self, key: bytes) -> bool:
+        return self._avoided.get(key, 0.0) > time.monotonic()
+
+
+def _note(known: dict[bytes, Known], key: bytes, what: Known) -> None:
+    """Remembers something of a key, and forgets what was noted first where that is too much."""
+    known[key] = what
+    for first in list(known)[:-_MOST_KNOWN]:  # at once: other threads note, too
+        known.pop(first, None)

@@ -111,7 +111,10 @@ class Uploads:
         until = time.monotonic() + _JOIN_S
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
-        self._strike()
+        try:
+            self._strike()
+        except StoreError as error:  # the folder is gone, or full
+            logger.warning("what was sent to the pool, or deleted there, could not be struck out: %s", str(error))
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
@@ -177,6 +180,8 @@ class Uploads:
             out = {*self._busy, *self._done, *(key for key, slow in self._slow.items() if slow.left_s)}
         found = list(islice((note for note in self._notes.each(start) if note[0] not in out), _AT_ONCE))
         with self._changed:
+            if not (found or start):  # what failed is noted no more: another process did it, or it was evicted
+                self._slow = {key: slow for key, slow in self._slow.items() if key in out}
             self._ready.extend(found)
             self._start = found[-1][0] if found else b""
         return bool(found or start)

@@ -191,7 +191,22 @@ def test_keys_that_are_none(url, secret):
         RemoteTier(url, encryption_key=secret)
 
 
-@pytest.mark.parametrize("url", ["bucket", "ftp://host/x", "s3://", "http://host/x", "redis://host:port/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("bucket", "ftp://host/x", "s3://", "http://host/x", "redis://host:port/x"),
+        *(
+            "redis://host/team",
+            "redis://host/0?wrong=1",
+        ),  # the client would take the database 0; or fail when it is used
+        *(
+            "file:///tmp/team#1",
+            "file:///tmp/team?1",
+            "s3://bucket/team#1",
+            "s3://bucket/team?x=1",
+        ),  # or leave that out
+    ],
+)
 def test_urls_that_are_none(url):
     with pytest.raises(StoreError):
         RemoteTier(url)
