@@ -241,8 +241,11 @@ class RemoteTier(Tier):
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
         if self._avoids(key):
             return
-        _, number = self._seen.pop(key, (None, b""))
-        self._drop(key, number, "a segment is not what was stored")
+        if key in self._seen:
+            _, number = self._seen.pop(key)
+            self._drop(key, number, "a segment is not what was stored")
+        else:  # read so long ago that nobody knows which object it was
+            _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
 
     def loading(self) -> Loading | None:
         """See :class:`Tier`."""
@@ -421,7 +424,7 @@ class RemoteTier(Tier):
         self.evictions["damaged"] += 1
         _note(self._avoided, key, math.inf)
         logger.warning("the damaged object %s in the pool is dropped: %s", key.hex(), why)
-        if self._uploads is not None and number:
+        if self._uploads is not None:
             self._notes.add({key: DELETE + number})
             self._uploads.wake()
 
