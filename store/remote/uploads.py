@@ -179,6 +179,7 @@ class Uploads:
             start = self._start
             out = {*self._busy, *self._done, *(key for key, slow in self._slow.items() if slow.left_s)}
         found = list(islice((note for note in self._notes.each(start) if note[0] not in out), _AT_ONCE))
+        self._notes.take(key for key, _ in found)
         with self._changed:
             if not (found or start):  # what failed is noted no more: another process did it, or it was evicted
                 self._slow = {key: slow for key, slow in self._slow.items() if key in out}

@@ -89,6 +89,7 @@ def test_what_is_noted_while_something_is_done_is_not_struck_out(kind, folder, k
     with TieredStore(folder) as store:
         notes = FolderNotes(store._disk.environment) if kind == "folder" else MemoryNotes()
         notes.add({key(1): SEND, key(2): SEND})
+        notes.take([key(1), key(2)])
         notes.add({key(1): DELETE})
         notes.strike({key(1): SEND, key(2): SEND})
         assert list(notes.each()) == [(key(1), DELETE)]
@@ -248,3 +249,26 @@ def test_what_one_process_removes_while_another_sends_it_does_not_stay(url, fold
         one.put(key(1), kv(1))
         one.flush()
         assert len(objects()) == 2
+
+
+@pytest.mark.parametrize("home", ["folder", "memory"])
+def test_what_is_removed_and_put_again_while_it_is_sent_comes_there(url, folder, kv, key, objects, home):
+    """The note of the second time is not struck out because the first one is done."""
+    with TieredStore(folder if home == "folder" else None, remote=url) as store:
+        uploads, other = store.remote._uploads, kv(2)
+        work, first = uploads._work, [True]
+
+        def slow(held, what):
+            if first and what == SEND:
+                first.clear()
+                store.remove(key(1))  # which another process has seen to
+                done = work(held, what)
+                assert done.value == "dropped"
+                store.put(key(1), other)
+                return done
+            return work(held, what)
+
+        uploads._work = slow
+        store.put(key(1), kv(1))
+        store.flush()
+        assert not first and objects() == {key(1).hex()} and store.stats().pools["remote"].sent == 1
