@@ -193,3 +193,17 @@ def test_what_is_no_multiple_of_a_group_is_exact_to_half_a_step_and_fills_up_lit
 def test_groups_that_are_none(codec, group):
     with pytest.raises(ArgumentError, match="group"):
         codec(group)
+
+
+@pytest.mark.parametrize("size", [2 << 42, 5])
+def test_lossless_refuses_what_claims_another_size_before_it_is_decompressed(size, monkeypatch):
+    import zstandard
+
+    codec, tensor = get_codec("lossless"), numbers((2, 8, 4), torch.bfloat16)
+    parts = codec.encode(tensor, "k")
+    packed = zstandard.ZstdCompressor().compressobj(size=size)
+    data = packed.compress(b"xxxxx") + packed.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    parts[""] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("it was decompressed"))
+    with pytest.raises(RecordError, match="must have 64"):
+        codec.decode(parts, (2, 8, 4), torch.bfloat16, "k")
