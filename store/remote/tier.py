@@ -6,8 +6,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import compress
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -21,7 +22,7 @@ from ragkv.store.remote.heads import Heads
 from ragkv.store.remote.levels import level_key, ordered
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
-from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
+from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.pruning import Pruned, Pruner
 from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
@@ -109,10 +110,9 @@ class RemoteTier(Tier):
         self.readonly: bool = readonly
         self.publications: Publications = Publications(self._pool, envelope)
         self._range_bytes = range_bytes
-        self._breaker = Breaker()
         self._levels = ordered(levels)
         self._speed = Speed(levels=self._levels)
-        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
+        self._heads = Heads(self._records, self._speed)
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._sending = uploads
         # What was read lately: on what terms it is kept, and its object's id.
@@ -156,7 +156,7 @@ class RemoteTier(Tier):
         """See :class:`Tier`."""
         listed = self._listed
         likely = self._likely(keys, listed)
-        fetch = Fetch(self._pool, self._lose, self._speed, self._count_late)
+        fetch = Fetch(self._pool, self._lose, self._speed, partial(self._counts.update, ("late",)))
         levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
         at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
         found = {levels[key]: source for key, source in at_levels.items()}
@@ -178,7 +178,7 @@ class RemoteTier(Tier):
             if listed:
                 there.update(likely)
                 continue
-            with self._asking(likely) as may:
+            with self._heads.asking(likely) as may:
                 if may:
                     there.update(self._heads.which(likely, limit_s))
         return [key for key in keys if key not in there]
@@ -193,9 +193,9 @@ class RemoteTier(Tier):
         if self._uploads is None:
             return [False] * len(entries)
         wanted = [shared(entry.key) for entry in entries]
-        if not isinstance(self._home, DiskTier):  # which has noted it with the entry
-            self._notes.add({entry.key: SEND for entry, sent in zip(entries, wanted, strict=True) if sent})
-        self._uploads.wake()
+        # A folder has noted it with the entry.
+        new = () if isinstance(self._home, DiskTier) else compress(entries, wanted)
+        self._uploads.note({entry.key: SEND for entry in new})
         return wanted
 
     def share(self, keys: Sequence[bytes]) -> int:
@@ -203,8 +203,7 @@ class RemoteTier(Tier):
         if self._uploads is None:
             return 0
         wanted = [key for key in keys if shared(key)]
-        self._notes.add(dict.fromkeys(wanted, SEND))
-        self._uploads.wake()
+        self._uploads.note(dict.fromkeys(wanted, SEND))
         return len(wanted)
 
     def lacking(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -230,11 +229,10 @@ class RemoteTier(Tier):
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._seen.keys() & keys)} - self._notes.deleting(keys)
-        self._notes.add(dict.fromkeys(keys, DELETE))
+        self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
         for key in keys:
             self._seen.pop(key, None)
-        self._uploads.wake()
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:
@@ -293,10 +291,10 @@ class RemoteTier(Tier):
             pool=self._pool.name,
             pending=0 if uploads is None else len(self._notes),
             sent_bytes=0 if self._sender is None else self._sender.sent_bytes,
-            unanswered=self._counts["unanswered"],
+            unanswered=self._heads.unanswered,
             foreign=self._counts["foreign"],
             late=self._counts["late"],
-            down=self._breaker.broken or (uploads is not None and uploads.failing),
+            down=self._heads.breaker.broken or (uploads is not None and uploads.failing),
             **{name: done[name] for name in ("sent", "skipped", "deleted", "dropped", "failed")},
         )
 
@@ -310,8 +308,7 @@ class RemoteTier(Tier):
         self.evictions.clear()
         self._counts.clear()
         self._off = not self._pool.forks
-        self._breaker = Breaker()
-        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
+        self._heads = Heads(self._records, self._speed)
         self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
@@ -336,7 +333,7 @@ class RemoteTier(Tier):
     def _likely(self, keys: Sequence[bytes], listed: bool) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
         wanted = [key for key in keys if shared(key) and not self._avoids(key)]
-        if self._off or self._breaker.left_s or not wanted:
+        if self._off or self._heads.breaker.left_s or not wanted:
             return []
         known = self._manifest.holds(wanted) if listed else set(wanted[:_MOST_ASKED])
         known -= self._notes.deleting(known)
@@ -352,7 +349,7 @@ class RemoteTier(Tier):
             if reading is not None and reading.join():
                 found[key] = RemoteSource(self.name, reading)
         left = [key for key in keys if key not in found]
-        with self._asking(left) as may:
+        with self._heads.asking(left) as may:
             heads, late = self._heads.read(left, asking.limit_s) if may else ({}, set[bytes]())
             for key, head in heads.items():
                 opened = self._open(key, head)
@@ -367,21 +364,6 @@ class RemoteTier(Tier):
                 self._counts["late"] += len(late)
                 asking.late.update(levels.get(key, key) for key in late)
         return found
-
-    @contextmanager
-    def _asking(self, keys: Collection[bytes]) -> Iterator[bool]:
-        """To ask the pool, where it says that one may; when it does not answer, what was asked for is a miss."""
-        may = bool(keys) and self._breaker.allows()
-        try:
-            yield may
-        except PoolError as error:
-            self._unanswered(error)
-
-    def _unanswered(self, error: PoolError) -> None:
-        self._counts["unanswered"] += 1
-        level = logging.DEBUG if self._breaker.broken else logging.WARNING
-        self._breaker.failed()
-        logger.log(level, "the pool is left alone for %.0f s: %s", self._breaker.left_s, str(error))
 
     def _open(self, key: bytes, head: memoryview) -> Opened | None:
         """The object that begins so; None where it is not for us."""
@@ -413,7 +395,7 @@ class RemoteTier(Tier):
         unread = set[bytes]()
         for start in range(0, len(keys), _MOST_ASKED):
             asked = keys[start : start + _MOST_ASKED]
-            with self._asking(asked) as may:
+            with self._heads.asking(asked) as may:
                 if may:
                     heads, _ = self._heads.read(asked, math.inf)
                     unread.update(set(asked) - {key for key, head in heads.items() if self._open(key, head)})
@@ -425,8 +407,7 @@ class RemoteTier(Tier):
         _note(self._avoided, key, math.inf)
         logger.warning("the damaged object %s in the pool is dropped: %s", key.hex(), why)
         if self._uploads is not None:
-            self._notes.add({key: DELETE + number})
-            self._uploads.wake()
+            self._uploads.note({key: DELETE + number})
 
     def _lose(self, key: bytes, error: PoolError) -> None:
         """The pool did not give a chunk that it had."""
@@ -434,10 +415,7 @@ class RemoteTier(Tier):
         if isinstance(error, GoneError):
             self._manifest.note([key], False)
         else:
-            self._unanswered(error)
-
-    def _count_late(self) -> None:
-        self._counts["late"] += 1
+            self._heads.failed(error)
 
     def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None and not reading.level:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from itertools import islice
 
@@ -58,6 +58,11 @@ class Uploads:
         self._refilling = self._woken = False
         self._start = b""
         self._closed = False
+
+    def note(self, notes: Mapping[bytes, bytes]) -> None:
+        """Writes notes down, and has them worked off."""
+        self._notes.add(notes)
+        self.wake()
 
     def wake(self) -> None:
         """There may be something to do."""

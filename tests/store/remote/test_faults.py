@@ -41,7 +41,7 @@ def test_a_pool_that_fails_is_a_miss_and_is_left_alone(stored, relay, s3, machin
     assert pool.down and pool.unanswered == 1 and not store.stats().evictions["remote"]
     assert "left alone" in caplog.text
     relay.fault = ""
-    store._tiers.behind[0]._breaker._until = 0.0  # a second later
+    store._tiers.behind[0]._heads.breaker._until = 0.0  # a second later
     same(store.get(key(1)), kv(1, tokens=900))
     assert not store.stats().pools["remote"].down
 

@@ -160,7 +160,7 @@ def test_whoever_has_no_time_does_not_wait_for_headers_and_misses_nothing(heads,
 
 def test_what_came_of_headers_says_nothing_of_those_that_did_not(heads, key):
     store, held, answer = heads
-    breaker = store.remote._breaker
+    breaker = store.remote._heads.breaker
     breaker.failed()
     breaker._until = 0.0
     with store.read([key(0), key(1)], asking=Asking(0.02)):

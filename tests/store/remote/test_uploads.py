@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ragkv.errors import UploadError
+from ragkv.errors import StoreError, UploadError
 from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.keys import path_key
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes
@@ -215,10 +215,14 @@ def test_what_failed_and_is_noted_no_more_is_forgotten(tmp_path, folder, kv, key
         tier._pool.heads = heads
 
 
-def test_a_folder_that_is_gone_is_given_back_by_closing(tmp_path, folder, kv, key, caplog):
+def test_a_folder_that_is_gone_is_given_back_by_closing(tmp_path, folder, kv, key, caplog, soon):
     """And can be opened anew by the same process."""
     store = TieredStore(folder, remote=f"file://{tmp_path}/pool")
+    notes, strike = store.remote._notes, store.remote._notes.strike
+    notes.strike = lambda done: (_ for _ in ()).throw(StoreError("not yet"))
     store.put(key(1), kv(1))
+    soon(lambda: store.remote._uploads._done)
+    notes.strike = strike
     os.rename(folder, folder.parent / "moved")
     store.close()
     assert "could not be struck out" in caplog.text
