@@ -219,7 +219,12 @@ def test_a_folder_that_is_gone_is_given_back_by_closing(tmp_path, folder, kv, ke
     """And can be opened anew by the same process."""
     store = TieredStore(folder, remote=f"file://{tmp_path}/pool")
     notes, strike = store.remote._notes, store.remote._notes.strike
-    notes.strike = lambda done: (_ for _ in ()).throw(StoreError("not yet"))
+
+    def not_yet(done):
+        if done:
+            raise StoreError("not yet")
+
+    notes.strike = not_yet
     store.put(key(1), kv(1))
     soon(lambda: store.remote._uploads._done)
     notes.strike = strike
