@@ -49,7 +49,7 @@ class Uploads:
         self._reset()
 
     def _reset(self) -> None:
-        self._changed, self._breaker = threading.Condition(), Breaker()
+        self._changed, self._striking, self._breaker = threading.Condition(), threading.Lock(), Breaker()
         self._threads: list[threading.Thread] = []
         self._ready: deque[tuple[bytes, bytes]] = deque()
         self._busy: set[bytes] = set()
@@ -193,11 +193,11 @@ class Uploads:
         return bool(found or start)
 
     def _strike(self) -> None:
-        """Strikes out what was worked off. It counts as such until that is done: nobody does it again."""
-        with self._changed:
-            done = dict(self._done)
-        self._notes.strike(done)
-        with self._changed:
-            for key, what in done.items():
-                if self._done.get(key) == what:
+        """Strikes out what was worked off, once. It counts as such until that is done: nobody does it again."""
+        with self._striking:
+            with self._changed:
+                done = dict(self._done)
+            self._notes.strike(done)
+            with self._changed:
+                for key in done:
                     del self._done[key]
