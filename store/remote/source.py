@@ -171,10 +171,10 @@ class Reading:
         with self._lock:
             self._users -= 1
             self._broken = self._broken or (not self._users and bool(self._left))
-            left = [] if self._users else list(self._left)
-        for group in left:
-            if group.asked is not None:
-                group.asked.cancel()
+            asked = [] if self._users else [group.asked for group in self._left]
+        for future in asked:
+            if future is not None:
+                future.cancel()
 
     @property
     def whole(self) -> tuple[Record, Payload] | None:
