@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Raw
 from ragkv.store.encode import encode
 from ragkv.store.payload import Payload
@@ -12,6 +13,8 @@ from ragkv.store.record import Record
 from ragkv.store.rope import Rope
 from ragkv.store.terms import Item, Terms
 from ragkv.store.tier import Offer
+
+_LONGEST_KEY = 494  # LMDB's 511, less what stands in front of it in the books
 
 Encoded = tuple[Record, Payload]
 
@@ -40,10 +43,16 @@ class Levels:
     def offers(
         self, items: Sequence[Item], space: str, ropes: tuple[Rope | None, ...], namespace: str, lifetime_s: float
     ) -> tuple[list[Offer], list[Offer]]:
-        """Chunks for the lowest tier, and for those above, see :meth:`encode`."""
+        """Chunks for the lowest tier, and for those above, see :meth:`encode`.
+
+        Raises:
+            StoreError: one is no KV, or its key none.
+        """
         below: list[Offer] = []
         above: list[Offer] = []
         for item in items:
+            if not isinstance(item.key, bytes) or not 0 < len(item.key) <= _LONGEST_KEY:
+                raise StoreError(f"a key is 1 to {_LONGEST_KEY} bytes, as chunk_key makes them, got {item.key!r:.80}")
             terms = Terms(namespace, lifetime_s, item.cost_s)
             lowest, upper = self.encode(item, space, ropes)
             below.append(Offer(item.key, *lowest, terms))

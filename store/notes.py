@@ -6,7 +6,7 @@ In a folder the notes lie beside the entries, and are written with them: what a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from ragkv.folder import Environment
@@ -24,7 +24,10 @@ def shared(key: bytes) -> bool:
 
 
 class Notes(Protocol):
-    """A note a chunk, by its key. Safe for several threads."""
+    """A note a chunk, by its key. Safe for several threads.
+
+    What this process noted anew since it was taken is not struck out: what was done may have been done before.
+    """
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """Writes notes down, in place of those of the same chunks."""
@@ -34,6 +37,9 @@ class Notes(Protocol):
 
     def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Keys and what is noted of them, from a key on. Take few at a time."""
+
+    def take(self, keys: Iterable[bytes]) -> None:
+        """What is noted of these will be done now."""
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """Those of the chunks that are to be deleted."""
@@ -47,11 +53,13 @@ class MemoryNotes:
 
     def __init__(self) -> None:
         self._notes: dict[bytes, bytes] = {}
+        self._anew = set[bytes]()
         self._lock = threading.Lock()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """See :class:`Notes`."""
         with self._lock:
+            self._anew.update(notes)
             for key, what in notes.items():
                 self._notes.pop(key, None)
                 self._notes[key] = what
@@ -62,7 +70,7 @@ class MemoryNotes:
         """See :class:`Notes`."""
         with self._lock:
             for key, what in done.items():
-                if self._notes.get(key) == what:
+                if self._notes.get(key) == what and key not in self._anew:
                     del self._notes[key]
 
     def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -70,13 +78,17 @@ class MemoryNotes:
         with self._lock:
             return iter(list(self._notes.items()))
 
+    def take(self, keys: Iterable[bytes]) -> None:
+        """See :class:`Notes`."""
+        self._anew.difference_update(keys)
+
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""
         return {key for key in keys if self._notes.get(key, SEND).startswith(DELETE)}
 
     def after_fork(self) -> None:
         """In a child: they are the parent's."""
-        self._notes, self._lock = {}, threading.Lock()
+        self._notes, self._anew, self._lock = {}, set(), threading.Lock()
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -87,17 +99,20 @@ class FolderNotes:
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
+        self._anew = set[bytes]()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """See :class:`Notes`; durable when it returns."""
         if notes:
             with self._environment.write() as txn:
+                self._anew.update(notes)
                 for key, what in notes.items():
                     txn.put(_NOTE + key, what, db=self._state)
 
     def send(self, txn: Any, key: bytes) -> None:
         """Notes that a chunk is to be sent, where it is for others, in somebody's transaction."""
         if shared(key):
+            self._anew.add(key)
             txn.put(_NOTE + key, SEND, db=self._state)
 
     def deletes(self, txn: Any, key: bytes) -> bool:
@@ -115,7 +130,7 @@ class FolderNotes:
         if done:
             with self._environment.write() as txn:
                 for key, what in done.items():
-                    if txn.get(_NOTE + key, db=self._state) == what:
+                    if key not in self._anew and txn.get(_NOTE + key, db=self._state) == what:
                         txn.delete(_NOTE + key, db=self._state)
 
     def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -127,6 +142,10 @@ class FolderNotes:
                     if not name.startswith(_NOTE):
                         return
                     yield name[len(_NOTE) :], bytes(what)
+
+    def take(self, keys: Iterable[bytes]) -> None:
+        """See :class:`Notes`."""
+        self._anew.difference_update(keys)
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""

@@ -226,6 +226,8 @@ class Record:
             raise ValueError(f"{len(shapes)} layers, base {record.base}, segments of {record.segment_bytes} bytes")
         if record.ropes and not rope.fit(record.ropes, [key[2] for key, _ in shapes]):
             raise ValueError("its rotations are not those of its layers")
+        if record.payload_bytes > record.segment_bytes * len(record.checksums):  # or to cut it would take all memory
+            raise ValueError(f"{len(record.checksums)} checksums for {record.payload_bytes} bytes")
         if len(record.checksums) != len(record.spans):
             raise ValueError(f"{len(record.checksums)} checksums for {len(record.spans)} segments")
         return record

@@ -353,9 +353,9 @@ class TieredStore:
         Beyond it, a put evicts entries of its own namespace. It takes effect with the next put.
         """
         self._check_open()
-        if not namespace or (quota_bytes is not None and quota_bytes < 0):
+        if not namespace or (quota_bytes is not None and not 0 <= quota_bytes < math.inf):
             raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
-        self._home.set_quota(namespace, quota_bytes)
+        self._home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did since it was opened."""

@@ -303,10 +303,11 @@ class Tiers:
         # A prefetch reads from the map: it must be over before that is gone.
         self._background.shutdown(cancel_futures=True)
         for tier in reversed(self.tiers):  # those behind read from home
-            if isinstance(tier, DiskTier):
-                tier.close(self.counted())
-            else:
-                tier.close()
+            with self._spared(tier):
+                if isinstance(tier, DiskTier):
+                    tier.close(self.counted())
+                else:
+                    tier.close()
 
     def counted(self) -> Tally:
         """What was done so far, by all tiers."""

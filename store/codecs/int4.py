@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ragkv.errors import ArgumentError
 from ragkv.store.codecs.grouped import Grouped
 
 
 class Int4(Grouped):
-    """See :class:`Grouped`: a quarter of the bytes of bf16, and a few more for the groups."""
+    """See :class:`Grouped`: a quarter of the bytes of bf16, and a few more for the groups. Groups are even."""
 
     name = "int4"
     bits = 4
 
     def __init__(self, group: int = 32) -> None:
         super().__init__(group)
+        if group % 2:
+            raise ArgumentError(f"group must be even, got {group}")
 
     def pack(self, integers: Tensor) -> Tensor:
         """Two numbers a byte."""

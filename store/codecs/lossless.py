@@ -40,11 +40,12 @@ class Lossless(Codec):
         if low is None or low.numel() != count * (dtype.itemsize - 1) or {low.dtype, packed.dtype} != {torch.uint8}:
             raise RecordError(f"the byte planes do not make up {shape} numbers of {dtype}")
         try:
-            high = zstd().ZstdDecompressor().decompress(packed.numpy().data, max_output_size=count)
+            size = zstd().frame_content_size(packed.numpy().data)
+            if size != count:  # before it is decompressed: it may claim more than there is memory
+                raise RecordError(f"a plane has {size} bytes and must have {count}")
+            high = zstd().ZstdDecompressor().decompress(packed.numpy().data)
         except zstd().ZstdError as error:
             raise RecordError(f"a plane cannot be decompressed: {error}") from error
-        if len(high) != count:
-            raise RecordError(f"a plane has {len(high)} bytes and must have {count}")
         joined = torch.empty(count, dtype.itemsize, dtype=torch.uint8, device="cpu")
         joined[:, :-1] = low.view(dtype.itemsize - 1, count).t()
         joined[:, -1] = torch.frombuffer(bytearray(high), dtype=torch.uint8)

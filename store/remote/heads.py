@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any
 
-from ragkv.store.remote.pool import Breaker, PoolError
+from ragkv.store.remote.pool import Breaker, GoneError, PoolError
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.speed import Speed
+
+logger: logging.Logger = logging.getLogger("ragkv.store")
 
 #: What is there is late once that takes this many times as long as lately, and the limit.
 _LATE = 1.1
 
 
 class Heads:
-    """The beginnings of objects. Safe for several threads.
+    """The beginnings of objects. A pool that does not answer is left alone for a while. Safe for several threads.
 
     Args:
         records: the pool's.
         speed: is shown how long it takes, also where nobody waits any more.
-        breaker: is told of answers.
-        failed: told why there was none, where nobody waits any more.
+
+    Attributes:
+        breaker: says when to ask again.
+        unanswered: how often there was no answer.
     """
 
-    def __init__(self, records: Records, speed: Speed, breaker: Breaker, failed: Callable[[PoolError], None]) -> None:
-        self._records, self._speed, self._breaker, self._failed = records, speed, breaker, failed
+    def __init__(self, records: Records, speed: Speed) -> None:
+        self._records, self._speed = records, speed
+        self.breaker: Breaker = Breaker()
+        self.unanswered: int = 0
+
+    @contextmanager
+    def asking(self, keys: Collection[bytes]) -> Iterator[bool]:
+        """To ask the pool, where it says that one may; when it does not answer, what was asked for is a miss."""
+        may = bool(keys) and self.breaker.allows()
+        try:
+            yield may
+        except PoolError as error:
+            self.failed(error)
+
+    def failed(self, error: PoolError) -> None:
+        """The pool did not answer."""
+        self.unanswered += 1
+        level = logging.DEBUG if self.breaker.broken else logging.WARNING
+        self.breaker.failed()
+        logger.log(level, "the pool is left alone for %.0f s: %s", self.breaker.left_s, str(error))
 
     def which(self, keys: Sequence[bytes], limit_s: float) -> Collection[bytes]:
         """Those that are there, or of which that is not known after so much longer than lately.
@@ -45,7 +69,7 @@ class Heads:
             except TimeoutError:
                 self._watch([asked], None)
                 return keys
-        self._breaker.succeeded()
+        self.breaker.succeeded()
         return there
 
     def _ask(self, asked: Future[Collection[bytes]], keys: Sequence[bytes]) -> None:
@@ -76,21 +100,25 @@ class Heads:
         if heads and not left:
             self._speed.started(self._speed.now() - begin)
         if len(left) < len(keys):
-            self._breaker.succeeded()
+            self.breaker.succeeded()
         return heads, set(left)
 
     def _until(
         self, until: float, asked: Mapping[bytes, Future[Any]]
     ) -> tuple[dict[bytes, Any], dict[bytes, Future[Any]]]:
         """What was answered by then, and what was not."""
-        _, left = wait(asked.values(), max(0.0, until - self._speed.now()), "FIRST_EXCEPTION")
+        left, refused = set(asked.values()), True
+        while refused:  # what the pool does not give says nothing of the others
+            done, left = wait(left, max(0.0, until - self._speed.now()), "FIRST_EXCEPTION")
+            refused = any(not future.cancelled() and isinstance(future.exception(), GoneError) for future in done)
         try:
-            done = {key: self._records.pool.answer(future) for key, future in asked.items() if future not in left}
+            came = {key: future for key, future in asked.items() if future not in left}
+            answers = dict(zip(came, self._records.pool.answers(list(came.values())), strict=True))
         except PoolError:
             for future in left:
                 future.cancel()
             raise
-        return done, {key: future for key, future in asked.items() if future in left}
+        return answers, {key: future for key, future in asked.items() if future in left}
 
     def _watch(self, left: Collection[Future[Any]], begin: float | None) -> None:
         """Learns from what nobody waits for any more: whether there is an answer, and from a beginning on, when."""
@@ -100,9 +128,9 @@ class Heads:
                 return
             error = future.exception()
             if isinstance(error, PoolError):
-                self._failed(error)
+                self.failed(error)
             elif error is None:
-                self._breaker.succeeded()
+                self.breaker.succeeded()
                 if begin is not None and all(one.done() for one in left):
                     self._speed.started(self._speed.now() - begin)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -43,6 +44,8 @@ class RedisPool(Pool):
         redis, name = _redis(), shown(url)
         try:
             parts = urlsplit(url)
+            if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+                raise ValueError("the client would take the database 0")
             query = parse_qs(parts.query)
             prefix = query.pop("prefix", ["ragkv:"])[-1]
             rest = urlencode(query, doseq=True)
@@ -55,8 +58,12 @@ class RedisPool(Pool):
                     redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), _RETRIES, (redis.exceptions.ConnectionError,)
                 ),
             )
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"{name} cannot be opened: {type(error).__name__}") from None  # the text may tell the URL
+            client.connection_pool.make_connection()  # connects to nothing: it says what settings there are
+        except (ValueError, TypeError):
+            raise StoreError(
+                f"{name} cannot be opened: a pool in Redis is redis://HOST:PORT/NUMBER of its database, and behind a question mark "
+                "prefix=TEXT or what redis-py takes"
+            ) from None  # the text may tell the URL
         return cls(client, name, prefix=prefix, requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
@@ -73,7 +80,11 @@ class RedisPool(Pool):
 
     def delete(self, name: str) -> None:
         """See :class:`Pool`."""
-        self._wait(lambda: self._client.unlink(self._prefix + name))
+        self.delete_all([name])
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """See :class:`Pool`. One round trip."""
+        self._wait(lambda: self._client.unlink(*(self._prefix + name for name in names)))
 
     def heads(self, names: Sequence[str], size: int) -> dict[str, Any]:
         """See :class:`Pool`. One round trip."""
@@ -87,7 +98,7 @@ class RedisPool(Pool):
 
     def names(self, below: str = "") -> Iterator[tuple[str, int]]:
         """See :class:`Pool`."""
-        pattern, cursor = (self._prefix + below).replace("*", r"\*").replace("?", r"\?").replace("[", r"\["), 0
+        pattern, cursor = re.sub(r"[*?[\\]", r"\\\g<0>", self._prefix + below), 0
         while True:
             cursor, keys = self._wait(partial(self._client.scan, cursor, match=pattern + "*", count=_SCANNED))
             names = [key.decode(errors="replace").removeprefix(self._prefix) for key in keys]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ragkv.chunk import digest
 from ragkv.errors import ArgumentError
 from ragkv.store.codecs import CacheGen, Codec, Int8
+from ragkv.store.codecs.lossless import zstd
 
 
 class Level(NamedTuple):
@@ -24,7 +25,7 @@ class Level(NamedTuple):
 
 #: Best first. A name means the same on every machine. CacheGen's have steps for the first, middle and last third of the layers.
 LEVELS: dict[str, Level] = {
-    "int8": Level(Int8(), 0.67),
+    "int8": Level(Int8(), 0.58),
     "fine": Level(CacheGen((0.1, 0.15, 0.2)), 0.38),
     "medium": Level(CacheGen((0.2, 0.3, 0.4)), 0.32),
     "coarse": Level(CacheGen((0.5, 1.0, 1.5)), 0.25),
@@ -36,11 +37,14 @@ def ordered(names: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         ArgumentError: one is not known, or there are none of them but a text.
+        StoreError: what encodes one is not installed.
     """
     if isinstance(names, str) or not set(names) <= LEVELS.keys():
         raise ArgumentError(
             f"levels are some of {', '.join(map(repr, LEVELS))}, as levels=('fine', 'coarse'); got {names!r}"
         )
+    if any(isinstance(LEVELS[name].codec, CacheGen) for name in names):
+        zstd()
     return tuple(name for name in LEVELS if name in names)
 
 

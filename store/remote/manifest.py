@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from ragkv.errors import StoreError
 from ragkv.store.remote.pool import Pool
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
@@ -95,8 +94,8 @@ class Manifest:
                 if key is not None:
                     firsts.append(_first(key))
                     total += size
-        except StoreError as error:
-            logger.warning("%s could not be listed: %s", self._pool.name, str(error))
+        except Exception as error:  # else nobody would list again
+            logger.warning("%s could not be listed: %s", self._pool.name, str(error) or repr(error))
             with self._lock:
                 self._due_s, self._thread = self._now() + self._refresh_s, None
             return

@@ -312,36 +312,38 @@ class _Members:
     def __init__(self) -> None:
         self._clients: dict[Member, Any] = {}
         self._parents: list[Any] = []  # which must not end in a child: that would wait for threads that are not there
-        self._lock = threading.Lock()
+        self._joining: dict[Member, threading.Lock] = {}
 
     def client(self, member: Member, limit_s: float) -> Any:
-        """The client of a store that was joined now at the latest.
+        """The client of a store that was joined now at the latest. Who waits for a slow master waits for that alone.
 
         Raises:
             PoolError: it cannot be joined.
         """
-        with self._lock:
-            client = self._clients.get(member)
-            if client is None:
-                try:  # the client itself would try for a minute and a half
-                    with socket.create_connection(member.master, limit_s) as seen:
-                        host = member.host or seen.getsockname()[0]
-                except OSError as error:
-                    raise PoolError(f"Mooncake's master does not answer: {type(error).__name__}: {error}") from error
-                client = _mooncake()()
-                master = (
-                    "{}:{}".format(*member.master) if ":" not in member.master[0] else "[{}]:{}".format(*member.master)
-                )
-                code = client.setup(host, member.metadata, member.segment, 0, member.protocol, member.device, master)
-                if code:
-                    raise PoolError(f"Mooncake's store at {master} cannot be joined: error {code}")
-                self._clients[member] = client
-            return client
+        if member not in self._clients:
+            with self._joining.setdefault(member, threading.Lock()):
+                if member not in self._clients:
+                    self._clients[member] = _join(member, limit_s)
+        return self._clients[member]
 
     def after_fork(self) -> None:
         """In a child: none of the parent's."""
         self._parents += self._clients.values()
-        self._clients, self._lock = {}, threading.Lock()
+        self._clients, self._joining = {}, {}
+
+
+def _join(member: Member, limit_s: float) -> Any:
+    try:  # the client itself would try for a minute and a half
+        with socket.create_connection(member.master, limit_s) as seen:
+            host = member.host or seen.getsockname()[0]
+    except OSError as error:
+        raise PoolError(f"Mooncake's master does not answer: {type(error).__name__}: {error}") from error
+    client = _mooncake()()
+    master = ("{}:{}" if ":" not in member.master[0] else "[{}]:{}").format(*member.master)
+    code = client.setup(host, member.metadata, member.segment, 0, member.protocol, member.device, master)
+    if code:
+        raise PoolError(f"Mooncake's store at {master} cannot be joined: error {code}")
+    return client
 
 
 _members = _Members()

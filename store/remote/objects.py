@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import Pool, PoolError, end, shown
+from ragkv.store.remote.pool import GoneError, Pool, PoolError, end, shown
 
 _RETRIES = 2
 _REQUEST_S = 60.0  # of one that goes on
@@ -64,6 +64,10 @@ class ObjectPool(Pool):
         """See :func:`ragkv.store.remote.opening.open_pool`. A stalled answer is given up after ``limit_s``."""
         client, name = _obstore(), shown(url)
         scheme = url.partition("://")[0].lower()
+        if scheme != "memory" and ("?" in url or "#" in url):  # which the client would leave out, and all behind it
+            raise StoreError(
+                f"{name} cannot be opened: its URL must have neither '?' nor '#'; a folder's may have %3F and %23"
+            )
         writer = None
         try:
             if scheme == "memory":
@@ -109,6 +113,13 @@ class ObjectPool(Pool):
         """See :class:`Pool`."""
         with suppress(FileNotFoundError):
             self.answer(self._begin(self._ask(self._client.delete_async, self._writer, name)))
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """See :class:`Pool`. S3 alone deletes several at once, and does not mind those that are not there."""
+        if isinstance(self._store, self._client.store.S3Store):
+            self.answer(self._begin(self._ask(self._client.delete_async, self._writer, list(names))))
+        else:
+            super().delete_all(names)
 
     def names(self, below: str = "") -> Iterator[tuple[str, int]]:
         """See :class:`Pool`."""
@@ -186,13 +197,15 @@ class ObjectPool(Pool):
 
         Raises:
             FileNotFoundError: there is no such object.
-            PoolError: it failed.
+            PoolError: it failed; a GoneError where it is refused.
         """
         async with turns or self._small:
             try:
                 return await ask(*args, **options)
             except (FileNotFoundError, StopAsyncIteration):
                 raise
+            except self._client.exceptions.PermissionDeniedError as error:  # as of what was moved to an archive
+                raise GoneError(f"{self.name}: {_reason(error)}") from error
             except Exception as error:
                 raise PoolError(f"{self.name}: {_reason(error)}") from error
 

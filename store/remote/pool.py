@@ -23,7 +23,7 @@ class PoolError(StoreError):
 
 
 class GoneError(PoolError):
-    """What a pool had is not there any more."""
+    """The pool answers, but does not give this one: it was deleted meanwhile, or moved to where it cannot be read."""
 
 
 class ClosedError(PoolError):
@@ -69,6 +69,11 @@ class Pool(ABC):
     def delete(self, name: str) -> None:
         """Deletes a value; an unknown one is fine."""
 
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Deletes several values, in one request where that can be done."""
+        for name in names:
+            self.delete(name)
+
     @abstractmethod
     def which(self, names: Sequence[str]) -> set[str]:
         """Those of the names that are there."""
@@ -103,10 +108,19 @@ class Pool(ABC):
         except CancelledError as error:
             raise ClosedError(f"{self.name} was closed") from error
 
-    def answers(self, futures: Sequence[Future[Answer]]) -> list[Answer]:
-        """Waits for all; once one has failed, for none."""
+    def answers(self, futures: Sequence[Future[Answer]]) -> list[Answer | None]:
+        """Waits for all; once one has failed, for none. What the pool does not give is None, unless that is so of all."""
+        found, gone = list[Any](), list[GoneError]()
         try:
-            return [self.answer(future) for future in futures]
+            for future in futures:
+                try:
+                    found.append(self.answer(future))
+                except GoneError as error:
+                    gone.append(error)
+                    found.append(None)
+            if gone and len(gone) == len(futures):
+                raise gone[0]
+            return found
         finally:
             for future in futures:
                 future.cancel()

@@ -86,14 +86,17 @@ class Records:
         self.pool.write(name_of(key), data, lifetime_s)
         return len(data)
 
-    def delete(self, key: bytes, number: bytes = b"") -> bool:
-        """Deletes one, with a number only the object of this id; whether that was so."""
-        if number:
-            head = self.pool.read(name_of(key), 0, ID.stop)
-            if head is None or bytes(head)[ID] != number:
-                return False
+    def delete(self, key: bytes, number: bytes) -> bool:
+        """Deletes the object of this id; whether it was that."""
+        head = self.pool.read(name_of(key), 0, ID.stop)
+        if head is None or bytes(head)[ID] != number:
+            return False
         self.pool.delete(name_of(key))
         return True
+
+    def delete_all(self, keys: Sequence[bytes]) -> None:
+        """Deletes those that are there."""
+        self.pool.delete_all(list(map(name_of, keys)))
 
 
 def name_of(key: bytes) -> str:

@@ -7,16 +7,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
-from ragkv.errors import RecordError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store.codecs import Codec
 from ragkv.store.encode import encode
 from ragkv.store.notes import DELETE, SEND
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.remote.envelope import ForeignError
-from ragkv.store.remote.levels import LEVELS, level_key
+from ragkv.store.remote.levels import LEVELS, level_key, with_levels
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.uploads import Done
 from ragkv.store.tier import Tier
@@ -52,12 +51,12 @@ class Sender:
         if what == SEND:
             return self._send(key)
         number = what[len(DELETE) :]
-        gone = self._records.delete(key, number)
-        self._told(key, not gone)
-        for level in () if number else map(partial(level_key, key), LEVELS):
-            self._records.delete(level)
-            self._told(level, False)
-        return Done.DELETED if gone else Done.SKIPPED
+        if number:
+            gone = self._records.delete(key, number)
+            self._told(key, not gone)
+            return Done.DELETED if gone else Done.SKIPPED
+        self._delete_all(key)
+        return Done.DELETED
 
     def _send(self, key: bytes) -> Done:
         row, now = self._home.row(key), self._home.now()
@@ -71,23 +70,40 @@ class Sender:
         lifetime_s = row.terms(now).lifetime_s
         codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self._levels}}
         there = self._there(list(codecs), lifetime_s)
-        whole = None if len(there) == len(codecs) else self._read(key)
-        if len(there) < len(codecs) and whole is None:
-            return Done.DROPPED
-        sent = Done.SKIPPED
-        for held, codec in codecs.items():
-            if held not in there:
-                assert whole is not None
-                now = time.time()  # the clock of a tier in memory is its own
-                here = replace(row, created_s=now, expires_s=now + lifetime_s)
-                size = self._records.write(held, *_at(codec, *whole), here, lifetime_s)
-                if not size:
-                    logger.warning("%s does not come to %s: it is too large for it", key.hex(), self._records.pool.name)
-                    return Done.DROPPED
-                self.sent_bytes += size
-                sent = Done.SENT
+        for held in there:
             self._told(held, True)
+        if len(there) == len(codecs):
+            return Done.SKIPPED
+        whole = self._read(key)
+        if whole is None:
+            return Done.DROPPED
+        now = time.time()  # the clock of a tier in memory is its own
+        here = replace(row, created_s=now, expires_s=now + lifetime_s)
+        sent = Done.SKIPPED
+        for held in (each for each in codecs if each not in there):
+            try:
+                record, payload = _at(codecs[held], *whole)
+            except StoreError as error:  # as of numbers that are not finite: it never will
+                logger.warning("a level of %s does not come to %s: %s", key.hex(), self._records.pool.name, str(error))
+                continue
+            size = self._records.write(held, record, payload, here, lifetime_s)
+            if not size:
+                logger.warning("%s does not come to %s: it is too large for it", key.hex(), self._records.pool.name)
+                return Done.DROPPED
+            self.sent_bytes += size
+            self._told(held, True)
+            sent = Done.SENT
+        if self._home.row(key) is None:  # removed meanwhile, and perhaps deleted there before it came
+            self._delete_all(key)
+            return Done.DROPPED
         return sent
+
+    def _delete_all(self, key: bytes) -> None:
+        """Deletes a chunk at all levels that there may be."""
+        every = with_levels([key])
+        self._records.delete_all(list(every))
+        for held in every:
+            self._told(held, False)
 
     def _read(self, key: bytes) -> tuple[Record, Payload] | None:
         """What is stored under a key; None where that is nothing any more, or damaged."""

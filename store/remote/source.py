@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from ragkv.store.record import Record
 from ragkv.store.remote.envelope import Opened
 from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
-from ragkv.store.remote.speed import Speed
+from ragkv.store.remote.speed import Speed, Watched
 from ragkv.store.rows import Row
 from ragkv.store.source import Parts, Progress, Source
 
@@ -43,8 +44,8 @@ class Fetch:
         self.lost: Callable[[bytes, PoolError], None] = lost
         self._speed, self._late = speed, late
         self._readings: list[Reading] = []
-        self._asked: list[tuple[Future[Any], int]] = []
-        self._begin, self._expected = 0.0, None
+        self._watched: Watched | None = None
+        self._expected: float | None = None
         self._lock = threading.Lock()
 
     def join(self, reading: Reading) -> None:
@@ -60,31 +61,29 @@ class Fetch:
         with self._lock:
             readings, self._readings = self._readings, []
         given = reversed(readings) if backwards else readings
-        order = [(number, reading) for reading in given for number in range(len(reading.groups))]
+        order = [(number, reading, group) for reading in given for number, group in enumerate(reading.groups)]
         if not backwards:
             order.sort(key=lambda each: each[0])
         asked = list[tuple[Future[Any], int]]()
         with self.pool.together():
-            for number, reading in order:
+            for _, reading, group in order:
                 with suppress(StoreError):  # whoever reads it asks again, and is told
-                    future = reading.ask(number)
-                    asked += [] if future is None else [(future, reading.size(number))]
+                    future = reading.ask(group)
+                    asked += [] if future is None else [(future, group.stop - group.start)]
         if asked:
             for level in {reading.level for reading in readings}:
                 records = [reading.record for reading in readings if reading.level == level]
                 self._speed.sized(level, sum(one.payload_bytes for one in records) / sum(one.tokens for one in records))
             known = self._speed.loading
-            self._begin, self._expected = self._speed.now(), None if known is None else known.bytes_per_s
-            self._asked = asked
-            self._speed.watch(asked)
+            self._expected = None if known is None else known.bytes_per_s
+            self._watched = self._speed.watch(asked)
 
     def progress(self) -> Progress:
         """How far they are on their way."""
-        sizes = Counter[bool]()
-        for future, size in self._asked:
-            sizes.update({} if future.cancelled() else {future.done(): size})
-        since_s = self._speed.now() - self._begin if self._asked else 0.0
-        return Progress(since_s, sizes[True], sizes[False], self._expected)
+        watched = self._watched
+        if watched is None:
+            return Progress(0.0, 0, 0, None)
+        return Progress(self._speed.now() - watched.begin_s, watched.came, watched.left, self._expected)
 
     def late(self) -> None:
         """Counts a chunk that is given up. The pool is no faster than if all had come just now."""
@@ -98,6 +97,23 @@ class Fetch:
         """It took so long to decode a layer."""
         if reading.level:
             self._speed.decoded(reading.level, seconds * len(reading.record.shapes) / reading.record.tokens)
+
+
+@dataclass(eq=False)
+class Group:
+    """Segments that are asked for together.
+
+    Attributes:
+        segments: which.
+        start: their first byte in the object.
+        stop: the byte behind their last.
+        asked: the request, once it was made.
+    """
+
+    segments: range
+    start: int
+    stop: int
+    asked: Future[Any] | None = None
 
 
 class Reading:
@@ -118,7 +134,7 @@ class Reading:
         record: its header.
         row: on what terms it is kept.
         fetch: see above.
-        groups: segments that are asked for together.
+        groups: what is asked for together.
     """
 
     def __init__(
@@ -137,9 +153,8 @@ class Reading:
         self.row: Row = opened.row
         self.fetch: Fetch = fetch
         self._opened, self._begun, self._arrived = opened, begun, arrived
-        self.groups: list[range] = _groups(opened, len(begun), range_bytes)
-        self._asked: list[Future[Any] | None] = [None] * len(self.groups)
-        self._left = set(range(len(self.groups)))
+        self.groups: list[Group] = _groups(opened, len(begun), range_bytes)
+        self._left = list(self.groups)
         self._payload: Payload | None = None
         self._lock = threading.RLock()
         self._users, self._broken = 0, False
@@ -156,7 +171,7 @@ class Reading:
         with self._lock:
             self._users -= 1
             self._broken = self._broken or (not self._users and bool(self._left))
-            asked = list(self._asked) if not self._users else []
+            asked = [] if self._users else [group.asked for group in self._left]
         for future in asked:
             if future is not None:
                 future.cancel()
@@ -183,12 +198,14 @@ class Reading:
         Raises:
             RecordError: it is damaged, or the pool does not give it: then it is a miss.
         """
+        wanted = range(len(self.record.spans)) if layer is None else self.record.segments_of(layer)
         count = 0
         try:
-            for number in self._needed(layer):
-                self.fetch.start()
-                future = self.ask(number)
-                count += self._take(number, self._begun if future is None else self.fetch.pool.answer(future))
+            for group in list(self._left):
+                if group.segments.start < wanted.stop and wanted.start < group.segments.stop:
+                    self.fetch.start()
+                    future = self.ask(group)
+                    count += self._take(group, self._begun if future is None else self.fetch.pool.answer(future))
         except PoolError as error:
             if not self._users:
                 raise StoreError(_FINISHED) from error
@@ -202,61 +219,39 @@ class Reading:
             self._arrived(self)
         return count
 
-    def ask(self, number: int) -> Future[Any] | None:
+    def ask(self, group: Group) -> Future[Any] | None:
         """The request for a group, made where it was not yet; None for what is here, or was read with the header."""
-        start, stop = self._span(number)
         with self._lock:
-            future = self._asked[number]
-            if future is None and number in self._left and stop > len(self._begun):
+            if group not in self._left:
+                return None
+            if group.asked is None and group.stop > len(self._begun):
                 if not self._users:
                     raise StoreError(_FINISHED)
-                future = self._asked[number] = self.fetch.pool.begin(name_of(self.key), start, stop)
-            return future
+                group.asked = self.fetch.pool.begin(name_of(self.key), group.start, group.stop)
+            return group.asked
 
     def here(self, limit_s: float) -> bool:
         """Waits at most so long for all requests that were made; whether all are answered, or one failed."""
         with self._lock:
-            asked = [future for future in self._asked if future is not None]
+            asked = [group.asked for group in self._left if group.asked is not None]
         done, left = wait(asked, None if limit_s == math.inf else limit_s, "FIRST_EXCEPTION")
         return not left or any(future.cancelled() or future.exception() for future in done)
 
-    def size(self, number: int) -> int:
-        """Bytes of a group."""
-        start, stop = self._span(number)
-        return stop - start
-
-    def _needed(self, layer: int | None) -> list[int]:
-        if not self._left:
-            return []
-        if layer is None:
-            return sorted(self._left)
-        segments = self.record.segments_of(layer)
-        return [
-            number
-            for number in sorted(self._left)
-            if self.groups[number].start < segments.stop and segments.start < self.groups[number].stop
-        ]
-
-    def _span(self, number: int) -> tuple[int, int]:
-        """Where a group lies in the object."""
-        group = self.groups[number]
-        return self._opened.place(group[0])[0], self._opened.place(group[-1])[1]
-
-    def _take(self, number: int, data: Any) -> int:
+    def _take(self, group: Group, data: Any) -> int:
         """Puts a group to its place, and verifies it; its bytes, where nobody has done so before."""
         if data is None:
             raise GoneError("it was deleted there meanwhile")
-        view, start = memoryview(data), 0 if data is self._begun else self._span(number)[0]
+        view, start = memoryview(data), 0 if data is self._begun else group.start
         with self._lock:
-            if number not in self._left:
+            if group not in self._left:
                 return 0
-            for index in self.groups[number]:
+            for index in group.segments:
                 first, last = self._opened.place(index)
                 self._opened.take(index, view[first - start : last - start], self.payload)
-            self._left.discard(number)
-            self._asked[number] = None
+            self._left.remove(group)
+            group.asked = None  # and its bytes
             spans = self.record.spans
-            return spans[self.groups[number][-1]][1] - spans[self.groups[number][0]][0]
+            return spans[group.segments[-1]][1] - spans[group.segments[0]][0]
 
 
 class RemoteSource(Source):
@@ -323,16 +318,15 @@ class RemoteSource(Source):
             self.reading.leave()
 
 
-def _groups(opened: Opened, begun: int, range_bytes: int) -> list[range]:
+def _groups(opened: Opened, begun: int, range_bytes: int) -> list[Group]:
     """Segments that follow each other, as many as fit into a request; first those that were read with the header."""
-    segments: Sequence[int] = range(len(opened.record.spans))
-    here = sum(1 for index in segments if opened.place(index)[1] <= begun)
-    groups = [range(here)] if here else []
-    first = here
-    for index in segments[here:]:
-        if opened.place(index)[1] - opened.place(first)[0] > range_bytes and index > first:
-            groups.append(range(first, index))
-            first = index
-    if first < len(segments):
-        groups.append(range(first, len(segments)))
-    return groups
+    places = [opened.place(index) for index in range(len(opened.record.spans))]
+    here, firsts = sum(stop <= begun for _, stop in places), [0]
+    for index, (_, stop) in enumerate(places):
+        full = index > here and stop - places[firsts[-1]][0] > range_bytes
+        if index > firsts[-1] and (full or index == here):
+            firsts.append(index)
+    return [
+        Group(range(first, behind), places[first][0], places[behind - 1][1])
+        for first, behind in pairwise([*firsts, len(places)])
+    ]

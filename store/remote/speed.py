@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ragkv.store.rates import LevelRate, Loading
@@ -13,6 +15,21 @@ from ragkv.store.remote.levels import LEVELS
 
 # For how long what was seen counts: then the pool is tried again, also where it was too slow.
 _KNOWN_S = 60.0
+
+
+@dataclass
+class Watched:
+    """How far requests are on their way that were made together.
+
+    Attributes:
+        begin_s: when, by the clock of :class:`Speed`.
+        left: bytes that are not answered yet.
+        came: bytes that are.
+    """
+
+    begin_s: float
+    left: int
+    came: int = 0
 
 
 class Speed:
@@ -67,22 +84,28 @@ class Speed:
         """So many bytes came in so many seconds, or no more."""
         self._last = self.now(), size / max(seconds, 1e-6)
 
-    def watch(self, asked: Sequence[tuple[Future[Any], int]]) -> None:
+    def watch(self, asked: Sequence[tuple[Future[Any], int]]) -> Watched:
         """Takes the time of requests that were made just now, as soon as all are answered; not where one is not.
 
         Args:
             asked: each, and its bytes.
         """
-        begin, left, lock = self.now(), [future for future, _ in asked], threading.Lock()
-        size = sum(count for _, count in asked)
+        watched = Watched(self.now(), sum(size for _, size in asked))
+        total, open_ones, whole, lock = watched.left, len(asked), True, threading.Lock()
 
-        def done(future: Future[Any]) -> None:
+        # It holds no request: that would keep all that came until somebody collects circles.
+        def done(size: int, future: Future[Any]) -> None:
+            nonlocal open_ones, whole
             with lock:
-                left.remove(future)
-                last = not left
-            if last and all(not one.cancelled() and one.exception() is None for one, _ in asked):
-                now = self.now()
-                self.saw(size, now - begin)
+                cancelled = future.cancelled()
+                whole &= not cancelled and future.exception() is None
+                watched.left -= size
+                watched.came += 0 if cancelled else size
+                open_ones -= 1
+                last = not open_ones
+            if last and whole:
+                self.saw(total, self.now() - watched.begin_s)
 
-        for future, _ in asked:
-            future.add_done_callback(done)
+        for future, size in asked:
+            future.add_done_callback(partial(done, size))
+        return watched

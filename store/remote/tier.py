@@ -6,8 +6,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import compress
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
@@ -20,7 +22,7 @@ from ragkv.store.remote.heads import Heads
 from ragkv.store.remote.levels import level_key, ordered
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
-from ragkv.store.remote.pool import Breaker, GoneError, Pool, PoolError
+from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.pruning import Pruned, Pruner
 from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
@@ -38,6 +40,9 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 _MOST_ASKED = 1024  # keys that are asked for together, where it is not known what is there
 _MOST_KNOWN = 4096
 _AVOIDED_S = 10.0
+_LOOKED_INTO = 8
+
+Known = TypeVar("Known")
 
 
 class RemoteTier(Tier):
@@ -105,10 +110,9 @@ class RemoteTier(Tier):
         self.readonly: bool = readonly
         self.publications: Publications = Publications(self._pool, envelope)
         self._range_bytes = range_bytes
-        self._breaker = Breaker()
         self._levels = ordered(levels)
         self._speed = Speed(levels=self._levels)
-        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
+        self._heads = Heads(self._records, self._speed)
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._sending = uploads
         # What was read lately: on what terms it is kept, and its object's id.
@@ -152,20 +156,19 @@ class RemoteTier(Tier):
         """See :class:`Tier`."""
         listed = self._listed
         likely = self._likely(keys, listed)
-        fetch = Fetch(self._pool, self._lose, self._speed, self._count_late)
+        fetch = Fetch(self._pool, self._lose, self._speed, partial(self._counts.update, ("late",)))
         levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
         at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
         found = {levels[key]: source for key, source in at_levels.items()}
         left = [key for key in likely if key not in found and key not in asking.late]
         found |= self._opened(fetch, left, asking, {})
-        for known in (self._seen, self._avoided):
-            while len(known) > _MOST_KNOWN:
-                known.pop(next(iter(known)), None)
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        """See :class:`Tier`. What a fresh listing names is taken to be there."""
-        return self.missing_away(keys, math.inf)
+        """See :class:`Tier`. What a fresh listing names is taken to be there, as far as what is looked into can be read."""
+        missing = set(self.missing_away(keys, math.inf))
+        missing |= self._unreadable([key for key in keys if key not in missing])
+        return [key for key in keys if key in missing]
 
     def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
         """See :class:`Tier`."""
@@ -175,7 +178,7 @@ class RemoteTier(Tier):
             if listed:
                 there.update(likely)
                 continue
-            with self._asking(likely) as may:
+            with self._heads.asking(likely) as may:
                 if may:
                     there.update(self._heads.which(likely, limit_s))
         return [key for key in keys if key not in there]
@@ -190,9 +193,9 @@ class RemoteTier(Tier):
         if self._uploads is None:
             return [False] * len(entries)
         wanted = [shared(entry.key) for entry in entries]
-        if not isinstance(self._home, DiskTier):  # which has noted it with the entry
-            self._notes.add({entry.key: SEND for entry, sent in zip(entries, wanted, strict=True) if sent})
-        self._uploads.wake()
+        # A folder has noted it with the entry.
+        new = () if isinstance(self._home, DiskTier) else compress(entries, wanted)
+        self._uploads.note({entry.key: SEND for entry in new})
         return wanted
 
     def share(self, keys: Sequence[bytes]) -> int:
@@ -200,12 +203,11 @@ class RemoteTier(Tier):
         if self._uploads is None:
             return 0
         wanted = [key for key in keys if shared(key)]
-        self._notes.add(dict.fromkeys(wanted, SEND))
-        self._uploads.wake()
+        self._uploads.note(dict.fromkeys(wanted, SEND))
         return len(wanted)
 
     def lacking(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of the chunks that the pool does not have, each once: it is asked, whatever is known of it.
+        """Those of the chunks that the pool does not have for us, each once: it is asked, whatever is known of it.
 
         Raises:
             PoolError: it does not answer.
@@ -215,7 +217,8 @@ class RemoteTier(Tier):
             there: Collection[bytes | None] = self._records.which(keys)
         else:
             there = {key_of(name) for name, _ in self._pool.names()}
-        return [key for key in keys if key not in there]
+        unread = self._unreadable([key for key in keys if key in there])
+        return [key for key in keys if key not in there or key in unread]
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
         """See :class:`Tier`. It is a miss at once, and deleted in the background, again and again until that succeeds.
@@ -226,19 +229,21 @@ class RemoteTier(Tier):
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._seen.keys() & keys)} - self._notes.deleting(keys)
-        self._notes.add(dict.fromkeys(keys, DELETE))
+        self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
         for key in keys:
             self._seen.pop(key, None)
-        self._uploads.wake()
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
-        if self._avoided.get(key, 0.0) > self.now():
+        if self._avoids(key):
             return
-        _, number = self._seen.pop(key, (None, b""))
-        self._drop(key, number, "a segment is not what was stored")
+        if key in self._seen:
+            _, number = self._seen.pop(key)
+            self._drop(key, number, "a segment is not what was stored")
+        else:  # read so long ago that nobody knows which object it was
+            _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
 
     def loading(self) -> Loading | None:
         """See :class:`Tier`."""
@@ -286,10 +291,10 @@ class RemoteTier(Tier):
             pool=self._pool.name,
             pending=0 if uploads is None else len(self._notes),
             sent_bytes=0 if self._sender is None else self._sender.sent_bytes,
-            unanswered=self._counts["unanswered"],
+            unanswered=self._heads.unanswered,
             foreign=self._counts["foreign"],
             late=self._counts["late"],
-            down=self._breaker.broken or (uploads is not None and uploads.failing),
+            down=self._heads.breaker.broken or (uploads is not None and uploads.failing),
             **{name: done[name] for name in ("sent", "skipped", "deleted", "dropped", "failed")},
         )
 
@@ -303,8 +308,7 @@ class RemoteTier(Tier):
         self.evictions.clear()
         self._counts.clear()
         self._off = not self._pool.forks
-        self._breaker = Breaker()
-        self._heads = Heads(self._records, self._speed, self._breaker, self._unanswered)
+        self._heads = Heads(self._records, self._speed)
         self._readings = WeakValueDictionary()
         if isinstance(self._notes, MemoryNotes):
             self._notes.after_fork()
@@ -328,9 +332,8 @@ class RemoteTier(Tier):
 
     def _likely(self, keys: Sequence[bytes], listed: bool) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
-        now = self.now()
-        wanted = [key for key in keys if shared(key) and self._avoided.get(key, 0.0) <= now]
-        if self._off or self._breaker.left_s or not wanted:
+        wanted = [key for key in keys if shared(key) and not self._avoids(key)]
+        if self._off or self._heads.breaker.left_s or not wanted:
             return []
         known = self._manifest.holds(wanted) if listed else set(wanted[:_MOST_ASKED])
         known -= self._notes.deleting(known)
@@ -346,7 +349,7 @@ class RemoteTier(Tier):
             if reading is not None and reading.join():
                 found[key] = RemoteSource(self.name, reading)
         left = [key for key in keys if key not in found]
-        with self._asking(left) as may:
+        with self._heads.asking(left) as may:
             heads, late = self._heads.read(left, asking.limit_s) if may else ({}, set[bytes]())
             for key, head in heads.items():
                 opened = self._open(key, head)
@@ -362,21 +365,6 @@ class RemoteTier(Tier):
                 asking.late.update(levels.get(key, key) for key in late)
         return found
 
-    @contextmanager
-    def _asking(self, keys: Collection[bytes]) -> Iterator[bool]:
-        """To ask the pool, where it says that one may; when it does not answer, what was asked for is a miss."""
-        may = bool(keys) and self._breaker.allows()
-        try:
-            yield may
-        except PoolError as error:
-            self._unanswered(error)
-
-    def _unanswered(self, error: PoolError) -> None:
-        self._counts["unanswered"] += 1
-        level = logging.DEBUG if self._breaker.broken else logging.WARNING
-        self._breaker.failed()
-        logger.log(level, "the pool is left alone for %.0f s: %s", self._breaker.left_s, str(error))
-
     def _open(self, key: bytes, head: memoryview) -> Opened | None:
         """The object that begins so; None where it is not for us."""
         try:
@@ -390,28 +378,44 @@ class RemoteTier(Tier):
             return None
         if not opened.row.alive(self.now()):
             return None
-        self._seen[key] = opened.row, opened.id
+        _note(self._seen, key, (opened.row, opened.id))
         return opened
+
+    def _unreadable(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of what is there that cannot be read here: written with another key, expired, damaged, or moved to an archive.
+
+        A few are looked into, and all others only where one of them is such.
+        """
+        unknown = [key for key in keys if key not in self._seen]
+        few = unknown[:: -(-len(unknown) // _LOOKED_INTO) or 1]
+        unread = self._unopened(few)
+        return unread | self._unopened([key for key in unknown if key not in few]) if unread else unread
+
+    def _unopened(self, keys: Sequence[bytes]) -> set[bytes]:
+        unread = set[bytes]()
+        for start in range(0, len(keys), _MOST_ASKED):
+            asked = keys[start : start + _MOST_ASKED]
+            with self._heads.asking(asked) as may:
+                if may:
+                    heads, _ = self._heads.read(asked, math.inf)
+                    unread.update(set(asked) - {key for key, head in heads.items() if self._open(key, head)})
+        return unread
 
     def _drop(self, key: bytes, number: bytes, why: str) -> None:
         """An object is damaged: it is a miss from now on, and deleted, where it still is the one of this id."""
         self.evictions["damaged"] += 1
-        self._avoided[key] = math.inf
+        _note(self._avoided, key, math.inf)
         logger.warning("the damaged object %s in the pool is dropped: %s", key.hex(), why)
         if self._uploads is not None:
-            self._notes.add({key: DELETE + number})
-            self._uploads.wake()
+            self._uploads.note({key: DELETE + number})
 
     def _lose(self, key: bytes, error: PoolError) -> None:
         """The pool did not give a chunk that it had."""
-        self._avoided[key] = self.now() + _AVOIDED_S
+        _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
         if isinstance(error, GoneError):
             self._manifest.note([key], False)
         else:
-            self._unanswered(error)
-
-    def _count_late(self) -> None:
-        self._counts["late"] += 1
+            self._heads.failed(error)
 
     def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None and not reading.level:
@@ -421,3 +425,13 @@ class RemoteTier(Tier):
         """Something was done in the pool."""
         self._manifest.note([key], there)
         self._avoided.pop(key, None)
+
+    def _avoids(self, key: bytes) -> bool:
+        return self._avoided.get(key, 0.0) > time.monotonic()
+
+
+def _note(known: dict[bytes, Known], key: bytes, what: Known) -> None:
+    """Remembers something of a key, and forgets what was noted first where that is too much."""
+    known[key] = what
+    for first in list(known)[:-_MOST_KNOWN]:  # at once: other threads note, too
+        known.pop(first, None)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from itertools import islice
 
@@ -49,7 +49,7 @@ class Uploads:
         self._reset()
 
     def _reset(self) -> None:
-        self._changed, self._breaker = threading.Condition(), Breaker()
+        self._changed, self._striking, self._breaker = threading.Condition(), threading.Lock(), Breaker()
         self._threads: list[threading.Thread] = []
         self._ready: deque[tuple[bytes, bytes]] = deque()
         self._busy: set[bytes] = set()
@@ -58,6 +58,11 @@ class Uploads:
         self._refilling = self._woken = False
         self._start = b""
         self._closed = False
+
+    def note(self, notes: Mapping[bytes, bytes]) -> None:
+        """Writes notes down, and has them worked off."""
+        self._notes.add(notes)
+        self.wake()
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -111,7 +116,10 @@ class Uploads:
         until = time.monotonic() + _JOIN_S
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
-        self._strike()
+        try:
+            self._strike()
+        except StoreError as error:  # the folder is gone, or full
+            logger.warning("what was sent to the pool, or deleted there, could not be struck out: %s", str(error))
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
@@ -176,17 +184,20 @@ class Uploads:
             start = self._start
             out = {*self._busy, *self._done, *(key for key, slow in self._slow.items() if slow.left_s)}
         found = list(islice((note for note in self._notes.each(start) if note[0] not in out), _AT_ONCE))
+        self._notes.take(key for key, _ in found)
         with self._changed:
+            if not (found or start):  # what failed is noted no more: another process did it, or it was evicted
+                self._slow = {key: slow for key, slow in self._slow.items() if key in out}
             self._ready.extend(found)
             self._start = found[-1][0] if found else b""
         return bool(found or start)
 
     def _strike(self) -> None:
-        """Strikes out what was worked off. It counts as such until that is done: nobody does it again."""
-        with self._changed:
-            done = dict(self._done)
-        self._notes.strike(done)
-        with self._changed:
-            for key, what in done.items():
-                if self._done.get(key) == what:
+        """Strikes out what was worked off, once. It counts as such until that is done: nobody does it again."""
+        with self._striking:
+            with self._changed:
+                done = dict(self._done)
+            self._notes.strike(done)
+            with self._changed:
+                for key in done:
                     del self._done[key]

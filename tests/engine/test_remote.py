@@ -108,6 +108,7 @@ def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads,
     """Whoever has measured the machine; a pool that nobody has read from lately is read from."""
     monkeypatch.setattr("ragkv.methods.auto.patience_s", lambda *_: 10.0)
     monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
+    monkeypatch.setattr(RemoteTier, "_unreadable", lambda *_: set())  # else it is known by then how small they are
     monkeypatch.setattr(
         Course, "_meanwhile", lambda *_: (0, math.inf)
     )  # nothing is late: a tiny model computes as fast as a disk reads
@@ -150,3 +151,17 @@ def test_what_comes_slower_than_it_is_computed_is_not_fetched_before_it_is_asked
         sleep(0.01)
     speed._last = speed.now(), 1.0
     assert to_fetch(two.documents, keys) == keys, "they lie on the disk now"
+
+
+def test_who_adds_with_another_key_reads_once_and_keeps_it(machine, parts, reads):
+    """What the pool's key wrote stays there; no question computes it again."""
+    one, two = machine(encryption_key=bytes(32)), machine(encryption_key=bytes([1]) * 32)
+    one.add_document(parts)
+    one.store.flush()
+    read = reads(two)
+    document = two.add_document(parts)
+    assert read
+    del read[:]
+    two.store.flush()
+    assert two.fuse(document, QUESTION).report.hits == {"disk": 3} and not read
+    assert machine(encryption_key=bytes(32)).fuse(document, QUESTION).report.hits == {"remote": 3}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import ArgumentError, RecordError, StoreError
 from ragkv.store import TieredStore
-from ragkv.store.codecs import CODECS, CacheGen, Int4, get_codec
+from ragkv.store.codecs import CODECS, CacheGen, Int4, Int8, get_codec
 
 SHAPES = {"even": (2, 64, 16), "one-token": (3, 1, 8), "odd": (2, 65, 7), "prime": (1, 131, 33), "one": (1, 1, 1)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,3 +169,41 @@ def test_cachegen_refuses_what_it_did_not_make(harm):
 def test_cachegen_settings(settings):
     with pytest.raises(StoreError):
         CacheGen(**settings)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 65, 96, 100, 129, 200, 450])
+@pytest.mark.parametrize("codec", [Int8(), Int4(), Int8(7)], ids=["int8", "int4", "groups of 7"])
+def test_what_is_no_multiple_of_a_group_is_exact_to_half_a_step_and_fills_up_little(codec, tokens, side):
+    """Also of numbers that half precision has few of, and of a narrow span far from zero."""
+    for scale, far in ((1.0, 0.0), (1e-4, 0.0), (1e-6, 0.0), (1e-2, 300.0), (1e5, 0.0)):
+        tensor = numbers((2, tokens, 48), torch.float32) * scale + far
+        parts = codec.encode(tensor, side)
+        got = codec.decode(parts, tuple(tensor.shape), torch.float32, side)
+        length = tokens if side == "k" else 48
+        size = parts[""].numel() * 8 // codec.bits // parts["step"].numel()
+        steps = parts["step"].float().repeat_interleave(size, 2)[..., :length]
+        error = (got - tensor).abs()
+        assert ((error.transpose(1, 2) if side == "k" else error) <= steps * 0.5001 + tensor.abs().max() * 1e-6).all()
+        assert size <= codec.group
+        assert parts["step"].shape[2] * size - length <= max(length / 8, parts["step"].shape[2])
+
+
+@pytest.mark.parametrize(("codec", "group"), [(Int4, 3), (Int4, 0), (Int8, 0), (Int8, -8)])
+def test_groups_that_are_none(codec, group):
+    with pytest.raises(ArgumentError, match="group"):
+        codec(group)
+
+
+@pytest.mark.parametrize("size", [2 << 42, 5])
+def test_lossless_refuses_what_claims_another_size_before_it_is_decompressed(size, monkeypatch):
+    import zstandard
+
+    codec, tensor = get_codec("lossless"), numbers((2, 8, 4), torch.bfloat16)
+    parts = codec.encode(tensor, "k")
+    packed = zstandard.ZstdCompressor().compressobj(size=size)
+    data = packed.compress(b"xxxxx") + packed.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    parts[""] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("it was decompressed"))
+    with pytest.raises(RecordError, match="must have 64"):
+        codec.decode(parts, (2, 8, 4), torch.bfloat16, "k")

@@ -190,3 +190,22 @@ def test_selective_store_is_not_flushed_by_what_is_asked_for_once(make, kv, key)
         for _ in range(60):
             store.put(key(1000), kv(1000, tokens=60), cost_s=1.0)
         assert store.contains(key(1000)), "what is asked for often is let in"
+
+
+@pytest.mark.parametrize("bad", [b"", bytes(495), "text", 5])
+def test_a_key_is_some_bytes(make, kv, key, bad):
+    store = make()
+    with pytest.raises(StoreError, match="1 to 494 bytes"):
+        store.put_many([(key(1), kv(1), 0.0), (bad, kv(2), 0.0)])
+    assert not store.contains(key(1))
+    store.put(bytes(494), kv(1), namespace="of somebody", lifetime_s=60)
+    store.pin(bytes(494), 5.0)
+    assert store.contains(bytes(494))
+
+
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf])
+def test_a_quota_is_a_number_of_bytes(make, bad):
+    store = make()
+    with pytest.raises(StoreError, match="a quota"):
+        store.set_quota("of somebody", bad)
+    store.set_quota("of somebody", 1e9)

@@ -249,3 +249,17 @@ def test_what_another_process_stored_since_it_emptied_the_folder_stays(folder, m
     monkeypatch.setattr(Environment, "transaction", late)
     with TieredStore(folder, cpu_bytes=0) as store:
         assert store.contains(KEY)
+
+
+def test_a_header_that_claims_what_cannot_be_is_refused_before_it_is_cut(monkeypatch):
+    """In segments of a byte a terabyte would be a trillion of them."""
+    record, _ = record_of(small())
+    table = {
+        f"{side}.0": {"dtype": "U8", "shape": [1 << 39], "data_offsets": [start, start + (1 << 39)]}
+        for side, start in (("k", 0), ("v", 1 << 39))
+    }
+    facts = record._metadata() | {"layers": '[[1,"F32",1,1,1,1]]', "segment_bytes": "1"}
+    text = f'{{"__metadata__":{json.dumps(facts)},{json.dumps(table)[1:]}'.encode()
+    monkeypatch.setattr("ragkv.store.payload.Segments.cut", lambda *_: pytest.fail("it is cut"))
+    with pytest.raises(RecordError, match="1 checksums for 1099511627776 bytes"):
+        Record.from_safetensors_header(struct.pack("<Q", len(text)) + text)

@@ -49,7 +49,8 @@ class Relay:
     """Hands requests on to a server, and misbehaves.
 
     Attributes:
-        fault: "500", "cut" (half of the body, then the end), "stall" or "" for none; where ``when`` holds of method and path.
+        fault: a status, as "500", "cut" (half of the body, then the end), "stall" or "" for none,
+            where ``when`` holds of method and path.
         asked: method and path of every request.
         authorization: in place of what was sent.
     """
@@ -100,8 +101,8 @@ class Relay:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         self.asked.append((handler.command, handler.path))
         fault = self.fault if self.when(handler.command, handler.path) else ""
-        if fault == "500":
-            handler.send_response(500)
+        if fault.isdecimal():
+            handler.send_response(int(fault))
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return

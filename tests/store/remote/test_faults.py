@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ragkv.errors import RecordError, UploadError
+from ragkv.store import Asking
 from ragkv.store.remote.pool import Breaker, PoolError
+from ragkv.store.remote.records import name_of
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def test_a_pool_that_fails_is_a_miss_and_is_left_alone(stored, relay, s3, machin
     assert pool.down and pool.unanswered == 1 and not store.stats().evictions["remote"]
     assert "left alone" in caplog.text
     relay.fault = ""
-    store._tiers.behind[0]._breaker._until = 0.0  # a second later
+    store._tiers.behind[0]._heads.breaker._until = 0.0  # a second later
     same(store.get(key(1)), kv(1, tokens=900))
     assert not store.stats().pools["remote"].down
 
@@ -213,3 +215,31 @@ def test_who_asks_again_and_when():
     assert breaker.allows() and not breaker.allows(), "one tries for all"
     breaker.succeeded()
     assert breaker.allows() and breaker.allows() and not breaker.left_s
+
+
+def test_one_object_that_is_refused_is_a_miss_of_that_alone(relay, s3, machine, kv, key, same):
+    """As one that a rule of the bucket has moved to an archive."""
+    one = machine(s3)
+    for number in range(4):
+        one.put(key(number), kv(number, tokens=900))
+    one.flush()
+    relay.fault, relay.when = "403", lambda method, path: method == "GET" and key(2).hex() in path
+    for limit_s in (float("inf"), 60.0):
+        store = machine(s3)
+        with store.read([key(number) for number in range(4)], asking=Asking(limit_s)) as batch:
+            assert batch.tiers == ["remote", "remote", None, "remote"]
+            same(batch.kv(3), kv(3, tokens=900))
+        pool = store.stats().pools["remote"]
+        assert not (pool.down or pool.unanswered)
+    assert machine(s3).missing([key(number) for number in range(4)]) == [key(2)]
+    relay.fault = ""
+    one.remote._pool.delete(name_of(key(2)))
+
+
+def test_who_may_read_nothing_is_told(relay, s3, machine, key, kv, caplog):
+    one = machine(s3)
+    one.put(key(1), kv(1))
+    one.flush()
+    relay.fault = "403"
+    store = machine(s3)
+    assert store.get(key(1)) is None and store.stats().pools["remote"].down and "left alone" in caplog.text

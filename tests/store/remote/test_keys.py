@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -129,3 +131,41 @@ def test_two_namespaces_may_have_one_key(url, machine, key):
     store.flush()
     assert machine(url, encryption_key={"a": A}).get(key(1)) is not None
     assert store.remote._records._envelope.seals(namespace_id("b")) and not Envelope({}).seals(namespace_id("b"))
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_what_cannot_be_read_with_this_key_is_missing(url, machine, kv, key, same, count):
+    """So whoever adds with another key than the pool's reads what is there, once, and keeps it."""
+    one, other = machine(url, encryption_key=A), machine(url, encryption_key=B)
+    keys = [key(number) for number in range(count)]
+    one.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
+    one.flush()
+    assert machine(url, encryption_key=A).missing(keys) == []
+    assert other.missing([key(99), *keys]) == [key(99), *keys] and other.remote.lacking(keys) == keys
+    other.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
+    other.flush()
+    assert other.missing(keys) == [] and other.stats().pools["remote"].skipped == count
+    same(one.get(keys[-1]), kv(count - 1))
+    same(machine(url, encryption_key=A).get(keys[-1]), kv(count - 1))
+
+
+def test_of_two_keys_each_finds_its_own(url, machine, kv, key):
+    for first, secret in ((0, A), (20, B)):
+        store = machine(url, encryption_key=secret)
+        store.put_many([(key(number), kv(number), 0.0) for number in range(first, first + 20)])
+        store.flush()
+    assert machine(url, encryption_key=A).missing([key(number) for number in range(40)]) == [
+        key(number) for number in range(20, 40)
+    ]
+
+
+def test_what_has_expired_in_a_pool_is_missing(s3, machine, kv, key):
+    """An object store keeps its bytes, and lists them."""
+    one, two = machine(s3), machine(s3)
+    one.put(key(1), kv(1), lifetime_s=0.3)
+    one.flush()
+    assert two.missing([key(1)]) == []
+    two.remote._manifest._thread and two.remote._manifest._thread.join()
+    time.sleep(0.3)
+    three = machine(s3)
+    assert three.missing([key(1)]) == [key(1)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import Future
 from threading import Event, Thread, Timer
 from time import monotonic
+from weakref import ref
 
 import pytest
 
@@ -158,7 +160,7 @@ def test_whoever_has_no_time_does_not_wait_for_headers_and_misses_nothing(heads,
 
 def test_what_came_of_headers_says_nothing_of_those_that_did_not(heads, key):
     store, held, answer = heads
-    breaker = store.remote._breaker
+    breaker = store.remote._heads.breaker
     breaker.failed()
     breaker._until = 0.0
     with store.read([key(0), key(1)], asking=Asking(0.02)):
@@ -270,3 +272,29 @@ def test_whoever_has_no_time_takes_it_to_be_there(stalled, key, monkeypatch, soo
 
 def fails():
     raise PoolError("no answer")
+
+
+@pytest.mark.parametrize("limit_s", [float("inf"), 60.0])
+def test_what_came_is_not_kept_until_the_collector_comes(url, machine, kv, key, soon, limit_s):
+    """Nor beside the KV that were made of it: a batch's requests are gone with it."""
+    one, two, asked = machine(url), machine(url, range_bytes=10_000), list[ref]()
+    one.put_many([(key(number), kv(number, tokens=900), 0.0) for number in range(3)])
+    one.flush()
+    pool, begin = two.remote._pool, two.remote._pool.begin
+
+    def noted(*args):
+        future = begin(*args)
+        asked.append(ref(future))
+        return future
+
+    pool.begin = noted
+    gc.collect()
+    gc.disable()
+    try:
+        with two.read([key(number) for number in range(3)], asking=Asking(limit_s)) as batch:
+            for number in range(3):
+                batch.layer(number, 2)
+        del batch
+        soon(lambda: len(asked) >= 3 and not any(future() for future in asked))
+    finally:
+        gc.enable()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
+import redis
 
-from ragkv.errors import ArgumentError, RecordError
+from ragkv.errors import ArgumentError, RecordError, StoreError
 from ragkv.store import Asking, RemoteTier
 from ragkv.store.remote.levels import LEVELS, level_key
 from ragkv.store.remote.publications import KEYS
@@ -189,3 +191,37 @@ def test_what_they_take_is_what_was_seen(filled, url, machine, key):
 def test_levels_that_are_none(levels):
     with pytest.raises(ArgumentError, match="'int8', 'fine', 'medium', 'coarse'"):
         RemoteTier("memory://levels", levels=levels)
+
+
+def test_numbers_that_a_level_has_no_room_for_come_as_they_are(url, machine, big, key, same, caplog):
+    """Nobody waits for such a level, and nobody tries it again and again."""
+    store, chunk = machine(url, levels=("int8", "fine")), big(0)
+    chunk.keys[0][0, 0, 0] = float("inf")
+    store.put(key(0), chunk)
+    store.flush()
+    assert dict(store.remote._pool.names()).keys() == {name_of(key(0))} and "needs finite numbers" in caplog.text
+    same(machine(url).get(key(0)), chunk)
+
+
+def test_levels_whose_encoder_is_not_installed_are_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(StoreError, match="pip install zstandard"):
+        RemoteTier("memory://levels", levels=("int8", "fine"))
+    RemoteTier("memory://levels", levels=("int8",))
+
+
+@pytest.mark.parametrize("kind", ["s3", "redis"])
+def test_a_removal_is_one_request_whatever_levels_there_are(kind, request, machine, big, key, monkeypatch):
+    if kind == "s3":
+        asked, url = request.getfixturevalue("relay").asked, request.getfixturevalue("s3")
+    else:
+        asked, unlink = list[tuple](), redis.Redis.unlink
+        monkeypatch.setattr(redis.Redis, "unlink", lambda *names: asked.append(names) or unlink(*names))
+        url = f"redis://127.0.0.1:{request.getfixturevalue('valkey_server').port}/0?prefix=one request:"
+    store = machine(url, levels=("coarse",))
+    store.put(key(0), big(0))
+    store.flush()
+    asked.clear()
+    store.remove(key(0))
+    store.flush()
+    assert len(asked) == 1 and not list(store.remote._pool.names())

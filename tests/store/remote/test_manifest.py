@@ -52,7 +52,7 @@ def test_a_miss_costs_no_request_once_the_pool_was_listed(pool, tmp_path, machin
     one.flush()
     store = machine(RemoteTier(pool))
     assert store.missing([key(1), key(2)]) == [key(2)], "before the listing is there the pool is asked"
-    assert len(pool.asked) == 2
+    assert pool.asked == [name_of(key(1)), name_of(key(2)), name_of(key(1))], "and what is there is looked into, once"
     soon(lambda: manifest_of(store).fresh)
     del pool.asked[:]
     assert store.missing([key(1), key(2)]) == [key(2)] and store.get(key(3)) is None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ragkv.errors import StoreError
 from ragkv.store import TieredStore
-from ragkv.store.remote.mooncake import MooncakePool
+from ragkv.store.remote.mooncake import Member, MooncakePool, _Members
 from ragkv.store.remote.pool import ClosedError, PoolError
 
 from .conftest import Mooncake
@@ -169,3 +171,27 @@ input()
         assert pools(url).read("large", 0, 1 << 20) is None
     except PoolError:
         pass
+
+
+def test_who_joins_a_slow_master_holds_up_nobody_else(monkeypatch):
+    """Neither those whose master answers, nor those who are members already; and each is joined once."""
+    slow, joined = threading.Event(), []
+
+    class Client:
+        def setup(self, *args):
+            joined.append(args[1])
+            return 0 if args[1] == "quick" else int(not slow.wait(10))
+
+    monkeypatch.setattr("ragkv.store.remote.mooncake._mooncake", lambda: Client)
+    members = _Members()
+    with socket.create_server(("127.0.0.1", 0)) as master, ThreadPoolExecutor(4) as threads:
+        stalls, quick = (Member(master.getsockname(), metadata=name) for name in ("slow", "quick"))
+        waiting = [threads.submit(members.client, stalls, 5.0) for _ in range(3)]
+        while not joined:
+            time.sleep(0.01)
+        asked = threads.submit(lambda: [members.client(quick, 5.0) for _ in range(2)])
+        try:
+            first, again = asked.result(2)
+        finally:
+            slow.set()
+        assert first is again and len({one.result() for one in waiting}) == 1 and len(joined) == 2

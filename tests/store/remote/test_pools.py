@@ -250,3 +250,12 @@ def test_an_object_store_is_woken_once_for_all_chunks(tmp_path, machine, kv, key
             for index in range(5):
                 batch.layer(index, layer)
     assert len(woken) == 2 and woken[0] == 5 and woken[1] > 5
+
+
+@pytest.mark.parametrize("odd", ["a%5Cb*:", "a%5Cb%5B1%5D:", "%C3%A4+?:"])
+def test_what_redis_lists_is_below_the_prefix_alone(valkey_server, odd):
+    """Whatever letters are in it."""
+    pool = open_pool(f"redis://127.0.0.1:{valkey_server.port}/0?prefix={odd}", 5.0, 2)
+    pool.write("ab/one", b"1", 60.0)
+    assert list(pool.names()) == [("ab/one", 1)] and list(pool.names("x/")) == []
+    pool.close()

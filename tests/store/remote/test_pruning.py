@@ -106,7 +106,7 @@ def test_what_is_sent_anew_meanwhile_stays(filled, key, kv, monkeypatch, machine
 
     def deleting(name, number):
         if name == key(3):
-            filled.remote._records.delete(key(3))
+            filled.remote._records.delete_all([key(3)])
             other.put(key(3), kv(3))
             other.flush()
         return delete(name, number)

@@ -191,7 +191,22 @@ def test_keys_that_are_none(url, secret):
         RemoteTier(url, encryption_key=secret)
 
 
-@pytest.mark.parametrize("url", ["bucket", "ftp://host/x", "s3://", "http://host/x", "redis://host:port/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("bucket", "ftp://host/x", "s3://", "http://host/x", "redis://host:port/x"),
+        *(
+            "redis://host/team",
+            "redis://host/0?wrong=1",
+        ),  # the client would take the database 0; or fail when it is used
+        *(
+            "file:///tmp/team#1",
+            "file:///tmp/team?1",
+            "s3://bucket/team#1",
+            "s3://bucket/team?x=1",
+        ),  # or leave that out
+    ],
+)
 def test_urls_that_are_none(url):
     with pytest.raises(StoreError):
         RemoteTier(url)
@@ -239,3 +254,19 @@ def test_no_secret_is_told_or_kept(tmp_path, kv, key, caplog, machine):
     said = f"{late.value} {wrong.value} {wrong.value.__cause__} {store.stats()} {caplog.text}"
     files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert "redis://127.0.0.1:1" in said and "hunter2" not in said and b"hunter2" not in files
+
+
+def test_what_proves_damaged_long_after_it_was_found_is_not_deleted_unseen(sent, url, machine, options, kv, key, same):
+    """Another object may have come in its place; which one it was is known of the last few thousand alone."""
+    file, _ = sent
+    whole = file.read_bytes()
+    file.write_bytes(flipped(whole, len(whole) - 9))
+    store = machine(url, **options)
+    with store.read([key(1)]) as batch:
+        store.remote._seen.clear()
+        with pytest.raises(RecordError):
+            batch.kv(0)
+        file.write_bytes(whole)
+    store.flush()
+    assert store.get(key(1)) is None, "it is left alone"
+    same(machine(url, **options).get(key(1)), kv(1, tokens=900))

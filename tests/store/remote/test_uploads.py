@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ragkv.errors import UploadError
+from ragkv.errors import StoreError, UploadError
 from ragkv.store import RemoteTier, TieredStore
 from ragkv.store.keys import path_key
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes
@@ -89,6 +89,7 @@ def test_what_is_noted_while_something_is_done_is_not_struck_out(kind, folder, k
     with TieredStore(folder) as store:
         notes = FolderNotes(store._disk.environment) if kind == "folder" else MemoryNotes()
         notes.add({key(1): SEND, key(2): SEND})
+        notes.take([key(1), key(2)])
         notes.add({key(1): DELETE})
         notes.strike({key(1): SEND, key(2): SEND})
         assert list(notes.each()) == [(key(1), DELETE)]
@@ -194,3 +195,89 @@ def test_what_is_replaced_or_put_again_is_sent_as_it_is_last(url, folder, kv, ke
         store.flush()
     with TieredStore(cpu_bytes=1 << 20, remote=url) as other:
         same(other.get(key(1)), kv(3))
+
+
+def test_what_failed_and_is_noted_no_more_is_forgotten(tmp_path, folder, kv, key, soon):
+    """Another process did it, or it was evicted: nobody goes on looking for it, a thousand times a second."""
+    with TieredStore(folder, remote=RemoteTier(f"file://{tmp_path}/pool")) as store:
+        tier = store.remote
+        heads, tier._pool.heads = tier._pool.heads, lambda *_: (_ for _ in ()).throw(PoolError("down"))
+        store.put(key(1), kv(1))
+        soon(lambda: tier._uploads._slow)
+        tier._notes.strike({key(1): SEND})
+        looked, each = [], tier._notes.each
+        tier._notes.each = lambda *start: looked.append(start) or each(*start)
+        soon(lambda: not tier._uploads._slow)
+        time.sleep(0.1)
+        looked.clear()
+        time.sleep(0.2)
+        assert len(looked) < 5
+        tier._pool.heads = heads
+
+
+def test_a_folder_that_is_gone_is_given_back_by_closing(tmp_path, folder, kv, key, caplog, soon):
+    """And can be opened anew by the same process."""
+    store = TieredStore(folder, remote=f"file://{tmp_path}/pool")
+    notes, strike = store.remote._notes, store.remote._notes.strike
+
+    def not_yet(done):
+        if done:
+            raise StoreError("not yet")
+
+    notes.strike = not_yet
+    store.put(key(1), kv(1))
+    soon(lambda: store.remote._uploads._done)
+    notes.strike = strike
+    os.rename(folder, folder.parent / "moved")
+    store.close()
+    assert "could not be struck out" in caplog.text
+    for path, count in ((folder.parent / "moved", 1), (folder, 0)):
+        with TieredStore(path) as again:
+            assert len(again) == count
+            again.put(key(2), kv(2))
+
+
+def test_what_one_process_removes_while_another_sends_it_does_not_stay(url, folder, kv, key, objects):
+    """The other's removal is done before the chunk arrives."""
+    with TieredStore(folder, cpu_bytes=0, remote=RemoteTier(url, levels=("int8",))) as one:
+        write, pool = one.remote._pool.write, one.remote._pool
+
+        def late(*args):
+            if one.contains(key(1)):
+                with TieredStore(folder, cpu_bytes=0, remote=url) as other:
+                    other.remove(key(1))
+                    other.flush()
+                assert not objects()
+            write(*args)
+
+        pool.write = late
+        one.put(key(1), kv(1))
+        one.flush()
+        assert not objects() and one.stats().pools["remote"].pending == 0
+        pool.write = write
+        one.put(key(1), kv(1))
+        one.flush()
+        assert len(objects()) == 2
+
+
+@pytest.mark.parametrize("home", ["folder", "memory"])
+def test_what_is_removed_and_put_again_while_it_is_sent_comes_there(url, folder, kv, key, objects, home):
+    """The note of the second time is not struck out because the first one is done."""
+    with TieredStore(folder if home == "folder" else None, remote=url) as store:
+        uploads, other = store.remote._uploads, kv(2)
+        work, first = uploads._work, [True]
+
+        def slow(held, what):
+            if first and what == SEND:
+                first.clear()
+                store.remove(key(1))  # which another process has seen to
+                done = work(held, what)
+                assert done.value == "dropped"
+                store.put(key(1), other)
+                return done
+            return work(held, what)
+
+        uploads._work = slow
+        store.put(key(1), kv(1))
+        store.flush()
+        assert not first and objects() == {key(1).hex()} and store.stats().pools["remote"].sent == 1
