@@ -1,6 +1,7 @@
 """A pool that two machines share: what one has computed, the other answers from, exactly. One that fails costs time alone."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from time import monotonic, sleep
 
@@ -10,12 +11,14 @@ import torch
 from ragkv import Engine, SensitiveTokens, TieredStore
 from ragkv.fusion.course import Course
 from ragkv.fusion.placement import Placement
-from ragkv.library.rates import known_rates, to_fetch
-from ragkv.store import RemoteTier
+from ragkv.library.rates import _found, known_rates, to_fetch
+from ragkv.store import CostProfile, RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids
 
 from .conftest import QUESTION, TEMPLATE
+
+SLOW = CostProfile((0, 1000), (0, 1000), ((0.0, 1.0), (0.0, 1.5)))
 
 
 @pytest.fixture(params=[False, True], ids=["chunk by chunk", "layer by layer"])
@@ -116,6 +119,9 @@ def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads,
     document = one.add_document(parts)
     one.store.flush()
     two.advise(limit_s=0.1)
+    # A model that computes 1,000 tokens a second, whatever this one is like.
+    for name, measured in _found[two.store].items():
+        monkeypatch.setitem(_found[two.store], name, replace(measured, costs=SLOW))
     document, read = two.add_document(parts), reads(two)
     assert "remote" not in known_rates(two.documents).tiers
     asked = [document[2], document[0]]
