@@ -97,7 +97,8 @@ def test_what_was_read_on_a_cluster_is_added_here(begun, tmp_path, capsys, monke
         tmp_path / "a.md",
     )
     code, out, err = run(capsys, *command)
-    assert code == 0 and json.loads(out)["precomputed"]["failed"] == before.failed
+    assert code == 0, err
+    assert json.loads(out)["precomputed"]["failed"] == before.failed
     assert "/b.md: given up" in err and "do not read as this machine does" in err
 
 
