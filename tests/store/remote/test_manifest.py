@@ -62,6 +62,18 @@ def test_a_miss_costs_no_request_once_the_pool_was_listed(pool, tmp_path, machin
     assert store.stats().entries["remote"] == 1
 
 
+def test_of_a_document_that_is_there_a_few_chunks_are_looked_into_once(pool, tmp_path, machine, kv, key, soon):
+    one, keys = machine(f"file://{tmp_path}/pool"), [key(number) for number in range(30)]
+    one.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
+    one.flush()
+    store = machine(RemoteTier(pool))
+    store.missing(keys[:1])
+    soon(lambda: manifest_of(store).fresh)
+    for most in (8, 0):
+        del pool.asked[:]
+        assert store.missing(keys) == [] and len(pool.asked) <= most
+
+
 def test_what_this_process_did_is_known_at_once(pool, machine, kv, key, soon):
     store = machine(RemoteTier(pool))
     store.missing([key(1)])
