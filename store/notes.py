@@ -64,7 +64,9 @@ class MemoryNotes:
                 self._notes.pop(key, None)
                 self._notes[key] = what
             while len(self._notes) > _MOST:
-                del self._notes[next(iter(self._notes))]
+                first = next(iter(self._notes))
+                del self._notes[first]
+                self._anew.discard(first)
 
     def strike(self, done: Mapping[bytes, bytes]) -> None:
         """See :class:`Notes`."""
@@ -123,6 +125,7 @@ class FolderNotes:
     def unsend(self, txn: Any, key: bytes) -> None:
         """Strikes out that a chunk is to be sent, in somebody's transaction."""
         if txn.get(_NOTE + key, db=self._state) == SEND:
+            self._anew.discard(key)
             txn.delete(_NOTE + key, db=self._state)
 
     def strike(self, done: Mapping[bytes, bytes]) -> None:

@@ -158,7 +158,7 @@ def constants(
         interleaved: which dimensions form a pair.
         codec: of the numbers.
         side: K or V.
-        group: E, or 0 for odd sizes: chunks shorter than a group share one compiled kernel that is told E when it runs.
+        group: E, or 0 for odd sizes: chunks that are no multiple of a group share one compiled kernel that is told E when it runs.
         page: P, or 0.
         dtypes: of numbers, scales, lowest numbers and output.
         dense: rows begin at multiples of 16 bytes.

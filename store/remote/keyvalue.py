@@ -44,8 +44,8 @@ class RedisPool(Pool):
         redis, name = _redis(), shown(url)
         try:
             parts = urlsplit(url)
-            if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-                raise ValueError("the client would take the database 0")
+            if parts.fragment or not (parts.path.strip("/") or "0").isdecimal():
+                raise ValueError("the client would leave that out, and take the database 0")
             query = parse_qs(parts.query)
             prefix = query.pop("prefix", ["ragkv:"])[-1]
             rest = urlencode(query, doseq=True)

@@ -101,8 +101,8 @@ class MooncakePool(Pool):
             query = dict[str, Any](parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
             query |= {what: int(query[what]) for what in ("admin", "segment") if what in query}
             member = Member((parts.hostname or "127.0.0.1", parts.port or _MASTER_PORT), **query)
-            if member.segment < 0:
-                raise ValueError(parts.query)
+            if member.segment < 0 or parts.fragment:
+                raise ValueError(url)
         except (ValueError, TypeError):
             raise StoreError(
                 f"{name} cannot be opened: a store of Mooncake's is mooncake://MASTER:PORT/PREFIX, and behind a question mark "

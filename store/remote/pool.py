@@ -180,9 +180,12 @@ def end(future: Future[Any]) -> None:
 
 
 def shown(url: str) -> str:
-    """A URL without user, password and query."""
+    """A URL without user, password and query; nothing of one in which a password may end early, at a letter that parts a URL."""
     try:
         parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        host = parts.netloc.rpartition("@")[2]
+        if ":" not in host or "@" not in f"{parts.path}{parts.query}{parts.fragment}":
+            return f"{parts.scheme}://{host}{parts.path}"
     except ValueError:
-        return "the URL of the pool"
+        pass
+    return "the URL of the pool"

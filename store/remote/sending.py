@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ragkv.errors import RecordError, StoreError
@@ -16,6 +17,7 @@ from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.remote.envelope import ForeignError
 from ragkv.store.remote.levels import LEVELS, level_key, with_levels
+from ragkv.store.remote.pool import GoneError
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.uploads import Done
 from ragkv.store.tier import Tier
@@ -41,6 +43,7 @@ class Sender:
     ) -> None:
         self.sent_bytes: int = 0
         self._home, self._records, self._told, self._levels = home, records, told, levels
+        self._warned = set[str]()
 
     def work(self, key: bytes, what: bytes) -> Done:
         """Does what is noted of a key.
@@ -63,9 +66,7 @@ class Sender:
         if row is None or not row.alive(now):
             return Done.DROPPED
         if not self._records.seals(row):
-            logger.warning(
-                "%s does not come to %s: there is no key for its namespace", key.hex(), self._records.pool.name
-            )
+            self._warn(key, "there is no key for its namespace")
             return Done.DROPPED
         lifetime_s = row.terms(now).lifetime_s
         codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self._levels}}
@@ -84,11 +85,11 @@ class Sender:
             try:
                 record, payload = _at(codecs[held], *whole)
             except StoreError as error:  # as of numbers that are not finite: it never will
-                logger.warning("a level of %s does not come to %s: %s", key.hex(), self._records.pool.name, str(error))
+                self._warn(key, f"at a level: {error}")
                 continue
             size = self._records.write(held, record, payload, here, lifetime_s)
             if not size:
-                logger.warning("%s does not come to %s: it is too large for it", key.hex(), self._records.pool.name)
+                self._warn(key, "it is too large for it")
                 return Done.DROPPED
             self.sent_bytes += size
             self._told(held, True)
@@ -120,14 +121,22 @@ class Sender:
         finally:
             source.release()
 
+    def _warn(self, key: bytes, why: str) -> None:
+        """Says why a chunk does not come to the pool, aloud once: all others may not for the same reason."""
+        level = logging.DEBUG if why in self._warned else logging.WARNING
+        self._warned.add(why)
+        logger.log(level, "%s does not come to %s: %s", key.hex(), self._records.pool.name, why)
+
     def _there(self, keys: Sequence[bytes], lifetime_s: float) -> set[bytes]:
         """Which objects the pool has for long enough, or in whose place it has some that are not ours to replace."""
-        there = set[bytes]()
-        for key, head in self._records.heads(keys).items():
+        there, heads = set[bytes](), dict[bytes, memoryview]()
+        with suppress(GoneError):  # what it does not give is replaced
+            heads = self._records.heads(keys)
+        for key, head in heads.items():
             try:
                 left_s = self._records.open(key, head).row.terms(time.time()).lifetime_s
             except ForeignError as error:
-                logger.warning("%s in the pool is left as it is: %s", key.hex(), str(error))
+                self._warn(key, f"what is there stays as it is: {error}")
                 left_s = math.inf
             except RecordError:
                 continue

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import compress
 from typing import TypeVar
@@ -167,7 +168,10 @@ class RemoteTier(Tier):
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there, as far as what is looked into can be read."""
         missing = set(self.missing_away(keys, math.inf))
-        missing |= self._unreadable([key for key in keys if key not in missing])
+        there = [key for key in keys if key not in missing]
+        with self._heads.asking(there) as may:
+            if may:
+                missing |= self._unreadable(there)
         return [key for key in keys if key in missing]
 
     def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
@@ -239,9 +243,9 @@ class RemoteTier(Tier):
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
         if self._avoids(key):
             return
-        if key in self._seen:
-            _, number = self._seen.pop(key)
-            self._drop(key, number, "a segment is not what was stored")
+        seen = self._seen.pop(key, None)
+        if seen is not None:
+            self._drop(key, seen[1], "a segment is not what was stored")
         else:  # read so long ago that nobody knows which object it was
             _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
 
@@ -371,7 +375,8 @@ class RemoteTier(Tier):
             opened = self._records.open(key, head)
         except ForeignError as error:
             self._counts["foreign"] += 1
-            logger.warning("%s in the pool is not read: %s", key.hex(), str(error))
+            level = logging.WARNING if self._counts["foreign"] == 1 else logging.DEBUG  # there may be thousands of them
+            logger.log(level, "%s in the pool is not read: %s", key.hex(), str(error))
             return None
         except RecordError as error:
             self._drop(key, bytes(head[ID]), str(error))
@@ -384,21 +389,24 @@ class RemoteTier(Tier):
     def _unreadable(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of what is there that cannot be read here: written with another key, expired, damaged, or moved to an archive.
 
-        A few are looked into, and all others only where one of them is such.
+        A few are looked into, always the same ones, and all others only where one of them is such.
+
+        Raises:
+            PoolError: the pool does not answer.
         """
-        unknown = [key for key in keys if key not in self._seen]
-        few = unknown[:: -(-len(unknown) // _LOOKED_INTO) or 1]
+        few = keys[:: -(-len(keys) // _LOOKED_INTO) or 1]
         unread = self._unopened(few)
-        return unread | self._unopened([key for key in unknown if key not in few]) if unread else unread
+        return unread | self._unopened([key for key in keys if key not in few]) if unread else unread
 
     def _unopened(self, keys: Sequence[bytes]) -> set[bytes]:
-        unread = set[bytes]()
-        for start in range(0, len(keys), _MOST_ASKED):
-            asked = keys[start : start + _MOST_ASKED]
-            with self._heads.asking(asked) as may:
-                if may:
-                    heads, _ = self._heads.read(asked, math.inf)
-                    unread.update(set(asked) - {key for key, head in heads.items() if self._open(key, head)})
+        """Those that cannot be opened; what was lately is not asked for again."""
+        now, seen = self.now(), {key: self._seen.get(key) for key in keys}
+        left = [key for key, found in seen.items() if found is None or not found[0].alive(now)]
+        unread = set(left)
+        for start in range(0, len(left), _MOST_ASKED):
+            with suppress(GoneError):  # it refuses them all
+                heads, _ = self._heads.read(left[start : start + _MOST_ASKED], math.inf)
+                unread -= {key for key, head in heads.items() if self._open(key, head)}
         return unread
 
     def _drop(self, key: bytes, number: bytes, why: str) -> None:

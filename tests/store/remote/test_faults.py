@@ -232,8 +232,22 @@ def test_one_object_that_is_refused_is_a_miss_of_that_alone(relay, s3, machine, 
         pool = store.stats().pools["remote"]
         assert not (pool.down or pool.unanswered)
     assert machine(s3).missing([key(number) for number in range(4)]) == [key(2)]
-    relay.fault = ""
-    one.remote._pool.delete(name_of(key(2)))
+
+
+def test_where_all_of_a_document_is_refused_it_is_read_anew_and_replaced(relay, s3, machine, kv, key, same):
+    """A rule of the bucket goes by age: it moves a document's objects together."""
+    one, keys = machine(s3), [key(number) for number in range(20)]
+    one.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
+    one.flush()
+    moved = {f"/{name_of(each)}" for each in keys}
+    relay.fault, relay.when = "403", lambda method, path: method == "GET" and any(map(path.endswith, moved))
+    store = machine(s3)
+    assert store.missing(keys) == keys and store.remote.lacking(keys) == keys
+    assert not store.stats().pools["remote"].down
+    store.put(key(3), kv(3))
+    store.flush()
+    moved.remove(f"/{name_of(key(3))}")
+    same(machine(s3).get(key(3)), kv(3))
 
 
 def test_who_may_read_nothing_is_told(relay, s3, machine, key, kv, caplog):

@@ -14,7 +14,7 @@ from ragkv.errors import RecordError
 from ragkv.store import Loading
 from ragkv.store.metrics import StoreCollector
 from ragkv.store.remote.pool import PoolError
-from ragkv.store.remote.records import key_of
+from ragkv.store.remote.records import key_of, name_of
 from ragkv.store.source import Asking
 
 
@@ -276,15 +276,15 @@ def fails():
 
 @pytest.mark.parametrize("limit_s", [float("inf"), 60.0])
 def test_what_came_is_not_kept_until_the_collector_comes(url, machine, kv, key, soon, limit_s):
-    """Nor beside the KV that were made of it: a batch's requests are gone with it."""
-    one, two, asked = machine(url), machine(url, range_bytes=10_000), list[ref]()
+    """Nor beside the KV that were made of it: a request is gone once it is read, and others with their batch."""
+    one, two, asked = machine(url), machine(url, range_bytes=10_000), list[tuple[str, ref]]()
     one.put_many([(key(number), kv(number, tokens=900), 0.0) for number in range(3)])
     one.flush()
     pool, begin = two.remote._pool, two.remote._pool.begin
 
     def noted(*args):
         future = begin(*args)
-        asked.append(ref(future))
+        asked.append((args[0], ref(future)))
         return future
 
     pool.begin = noted
@@ -292,9 +292,11 @@ def test_what_came_is_not_kept_until_the_collector_comes(url, machine, kv, key, 
     gc.disable()
     try:
         with two.read([key(number) for number in range(3)], asking=Asking(limit_s)) as batch:
+            batch.kv(0)
+            soon(lambda: not any(future() for name, future in asked if name == name_of(key(0))))
             for number in range(3):
                 batch.layer(number, 2)
         del batch
-        soon(lambda: len(asked) >= 3 and not any(future() for future in asked))
+        soon(lambda: len(asked) >= 3 and not any(future() for _, future in asked))
     finally:
         gc.enable()

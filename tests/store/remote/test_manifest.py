@@ -62,6 +62,18 @@ def test_a_miss_costs_no_request_once_the_pool_was_listed(pool, tmp_path, machin
     assert store.stats().entries["remote"] == 1
 
 
+def test_of_a_document_that_is_there_a_few_chunks_are_looked_into_once(pool, tmp_path, machine, kv, key, soon):
+    one, keys = machine(f"file://{tmp_path}/pool"), [key(number) for number in range(30)]
+    one.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
+    one.flush()
+    store = machine(RemoteTier(pool))
+    store.missing(keys[:1])
+    soon(lambda: manifest_of(store).fresh)
+    for most in (8, 0):
+        del pool.asked[:]
+        assert store.missing(keys) == [] and len(pool.asked) <= most
+
+
 def test_what_this_process_did_is_known_at_once(pool, machine, kv, key, soon):
     store = machine(RemoteTier(pool))
     store.missing([key(1)])
@@ -72,6 +84,27 @@ def test_what_this_process_did_is_known_at_once(pool, machine, kv, key, soon):
     assert tier.missing([key(1)]) == []
     store.remove(key(1))
     assert tier.missing([key(1)]) == [key(1)]
+
+
+def test_what_was_to_be_sent_and_is_there_already_is_known_to_be(pool, tmp_path, machine, kv, key, soon):
+    store, one = machine(RemoteTier(pool)), machine(f"file://{tmp_path}/pool")
+    store.missing([key(1)])
+    soon(lambda: manifest_of(store).fresh)
+    for each in (one, store):
+        each.put(key(1), kv(1))
+        each.flush()
+    assert store.stats().pools["remote"].skipped == 1
+    assert store.remote.missing([key(1)]) == [], "though it was not there when the pool was listed"
+
+
+def test_of_what_was_read_the_last_few_thousand_are_remembered(pool, machine, kv, key, monkeypatch):
+    monkeypatch.setattr("ragkv.store.remote.tier._MOST_KNOWN", 3)
+    one, store, keys = machine(pool.name), machine(RemoteTier(pool)), [key(number) for number in range(6)]
+    one.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
+    one.flush()
+    for each in keys:
+        store.remote.find([each])
+    assert [each for each in keys if store.remote.row(each)] == keys[-3:]
 
 
 def test_what_a_listing_named_and_is_gone_is_a_miss(pool, tmp_path, machine, kv, key, soon):

@@ -195,21 +195,22 @@ def test_keys_that_are_none(url, secret):
     "url",
     [
         *("bucket", "ftp://host/x", "s3://", "http://host/x", "redis://host:port/x"),
-        *(
-            "redis://host/team",
-            "redis://host/0?wrong=1",
-        ),  # the client would take the database 0; or fail when it is used
-        *(
-            "file:///tmp/team#1",
-            "file:///tmp/team?1",
-            "s3://bucket/team#1",
-            "s3://bucket/team?x=1",
-        ),  # or leave that out
+        # The client would take the database 0, or fail when it is used.
+        *("redis://host/team", "redis://host/0?wrong=1"),
+        # Or leave out what is behind.
+        *("file:///tmp/team#1", "file:///tmp/team?1", "s3://bucket/team#1", "s3://bucket/team?x=1", "redis://host/0#1"),
     ],
 )
 def test_urls_that_are_none(url):
     with pytest.raises(StoreError):
         RemoteTier(url)
+
+
+@pytest.mark.parametrize("letter", "#?/")
+def test_a_password_with_a_letter_that_parts_urls_is_not_told(letter):
+    with pytest.raises(StoreError) as wrong:
+        RemoteTier(f"redis://:hunter2{letter}more@host:6379/0")
+    assert "hunter2" not in str(wrong.value) and "more" not in str(wrong.value)
 
 
 @pytest.mark.parametrize("option", ["limit_s", "requests", "uploads", "range_bytes", "refresh_s"])

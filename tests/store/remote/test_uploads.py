@@ -229,6 +229,8 @@ def test_a_folder_that_is_gone_is_given_back_by_closing(tmp_path, folder, kv, ke
     soon(lambda: store.remote._uploads._done)
     notes.strike = strike
     os.rename(folder, folder.parent / "moved")
+    close = store.remote._pool.close
+    store.remote._pool.close = lambda: close() or (_ for _ in ()).throw(PoolError("it is gone, too"))
     store.close()
     assert "could not be struck out" in caplog.text
     for path, count in ((folder.parent / "moved", 1), (folder, 0)):
