@@ -342,3 +342,23 @@ def test_a_long_question_looks_in_pieces(architecture, kernels, monkeypatch):
     assert max(ran) == 16
     for whole, pieces in zip(*seen, strict=True):
         torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_what_others_look_at_meanwhile_is_not_seen(engine, monkeypatch):
+    """Weights that the model shows to one thread are not another's, who waits for its turn."""
+    chunks, reader = engine.add(PARTS), type(engine.documents.reader)
+    turn = reader.turn
+
+    def look(given, before):
+        keep = Keep(lambda view: [view.attention("last"), before(), view.attention("all")][-1])
+        prompt = engine.fuse(given, QUESTION, method=keep, starts=[3, 60, 120])
+        assert prompt.report.looked == "eager"
+        return keep.seen
+
+    def late(self):
+        monkeypatch.setattr(reader, "turn", turn)
+        look(chunks[::-1], lambda: None)
+        return turn(self)
+
+    want = look(chunks, lambda: None)
+    assert torch.equal(look(chunks, lambda: monkeypatch.setattr(reader, "turn", late)), want)
