@@ -88,7 +88,8 @@ class Auto(Method):
         if not view.spared:
             return chosen
         spared = view.layout.span(*(view.layout.chunks[number] for number in view.spared))
-        return replace(chosen, tokens=torch.cat([chosen.tokens, spared]), whole=None)  # some may be among both
+        keep = spared if chosen.keep is None else torch.cat([chosen.keep, spared])  # nothing is stored in their place
+        return replace(chosen, tokens=torch.cat([chosen.tokens, spared]), keep=keep, whole=None)  # some may be among both
 
     def spares(self, view: View) -> frozenset[int]:
         """Those that are slower to load than to compute, or to be taken at a lossy level."""
