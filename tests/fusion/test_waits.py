@@ -108,6 +108,7 @@ def test_nothing_is_waited_for_before_the_logits(name, method, waits):
     seen, prompt = waits("masks" if sees < 1 else name, method)
     assert seen == [] and prompt.report.hits.keys() <= {"gpu", "unused"}
     assert bool(prompt.report.budget) == (method != Reuse())
+    assert prompt.recomputed.diff().min() > 0
 
 
 @pytest.mark.parametrize("method", HELD_UP, ids=repr)
@@ -118,8 +119,10 @@ def test_what_still_waits(method, waits):
 class Names(SensitiveTokens):
     """Vouches for what it chooses, and names a chunk that need not be loaded."""
 
+    number = 1
+
     def select(self, view):
-        return Selection(view.layout.span(view.layout.chunks[1]), whole=frozenset([1]))
+        return Selection(view.layout.span(view.layout.chunks[self.number]), whole=frozenset([self.number]))
 
 
 class SaysNothing(Names):
@@ -129,11 +132,13 @@ class SaysNothing(Names):
         return super().select(view).tokens
 
 
-def test_a_method_of_ones_own_may_vouch(engines, waits):
+@pytest.mark.parametrize("number", range(4))
+def test_a_method_of_ones_own_may_vouch(number, waits, monkeypatch):
     """It waits for nothing then, and the prompt is the same."""
+    monkeypatch.setattr(Names, "number", number)
     (seen, prompt), (checked, same) = waits("masks", Names()), waits("masks", SaysNothing())
     assert seen == [] and checked
-    assert prompt.report.sources == same.report.sources == ["gpu", "unused", "gpu", "gpu"]
+    assert prompt.report.sources == same.report.sources == ["gpu"] * number + ["unused"] + ["gpu"] * (3 - number)
     assert torch.equal(prompt.logits, same.logits) and torch.equal(prompt.recomputed, same.recomputed)
 
 

@@ -173,6 +173,7 @@ def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, re
     assert prompt.report.sources == ["unused"] * 3 + ["cpu"] * 3 + ["unused"] * 4
     assert prompt.report.bytes_read == 0
     computed = set(prompt.recomputed.tolist())
+    assert len(computed) == len(prompt.recomputed), "what both choose is computed once"
     assert set(range(3, 3 + 123)) <= computed and not set(range(126, 249)) <= computed
     if repair == SensitiveTokens(0.3):
         assert len(computed & set(range(126, 249))) == round(0.3 * 123), "its share is of what is loaded"
