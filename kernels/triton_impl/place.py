@@ -70,7 +70,7 @@ def place_pieces(pieces: Sequence[Piece]) -> None:
         kind, row = _described(piece, half, interleaved, held)
         kinds[kind].append(row)
     for kind, rows in kinds.items():
-        table = sent(torch.tensor(rows, dtype=torch.int64), pieces[0].out.device)
+        table = sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), pieces[0].out.device)
         launch_kind(kind, table, max(row[0] for row in rows))
 
 

@@ -62,13 +62,16 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
         layers: L.
 
     Raises:
-        MethodError: it chose tokens outside ``layout.reusable``, or layers that do not exist.
+        MethodError: it chose tokens outside ``layout.reusable``, or layers that do not exist, or fewer tokens than the chunks have
+            that it says it chose whole.
     """
     method = selection.method
     assert method is not None
     known = selection.whole
     checked = partial(_subset, method=method, known=known is not None)
     chosen = checked(selection.tokens, layout.reusable)
+    if known is not None:
+        _check_whole(known, len(chosen), layout, method)
     active, saved = chosen, (0,) * len(layout.chunks)
     if layout.mended or any(map(layout.settles, layout.chunks)):
         there = torch.isin(chosen, layout.settled)
@@ -171,6 +174,16 @@ def _whole(active: Tensor, layout: Layout) -> frozenset[int]:
     return frozenset(number for number, length in enumerate(lengths) if counts[number] == length)
 
 
+def _check_whole(whole: frozenset[int], tokens: int, layout: Layout, method: Narrows) -> None:
+    """Refuse what is vouched for and cannot be, as far as the host knows: what is neither loaded nor computed would be made up."""
+    lengths = dict(enumerate(len(placed.chunk) for placed in layout.chunks))
+    if not (set(whole) <= lengths.keys() and sum(map(lengths.__getitem__, whole)) <= tokens <= sum(lengths.values())):
+        raise MethodError(
+            f"{method!r} says of {tokens} tokens that they are all of the chunks {sorted(whole)}, and distinct: who takes other "
+            "tokens in the place of a selection's says whole=None, too"
+        )
+
+
 def _ending(whole: frozenset[int], layout: Layout) -> int:
     """How many tokens the last chunks have that are all of them whole."""
     numbers = takewhile(whole.__contains__, reversed(range(len(layout.chunks))))
@@ -179,8 +192,9 @@ def _ending(whole: frozenset[int], layout: Layout) -> int:
 
 def _of_one_class(method: Narrows) -> bool:
     """Whether who vouched for what is selected vouches for what is narrowed: a subclass of its may have a ``narrow`` of its own."""
-    select, narrow = (next(cls for cls in type(method).__mro__ if name in vars(cls)) for name in ("select", "narrow"))
-    return issubclass(select, narrow)
+    classes = type(method).__mro__
+    select, narrow = (next((cls for cls in classes if name in vars(cls)), None) for name in ("select", "narrow"))
+    return select is not None and narrow is not None and issubclass(select, narrow)
 
 
 def _subset(chosen: Tensor, allowed: Tensor, *, method: Narrows, known: bool) -> Tensor:

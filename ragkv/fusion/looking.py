@@ -166,20 +166,20 @@ class Looking(ABC):
                 seen.append(mass.to(rows.device) / len(firsts))
 
         self.cache.set_length(layout.suffix_start)
-        hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
-        try:
-            for part, stop, counted in self._parts(rows, firsts):
-                wanted = counted
-                seen.clear()
-                with self._driver.turn(), eager_attention(decoder.model, decoder.config):
+        for part, stop, counted in self._parts(rows, firsts):
+            wanted = counted
+            seen.clear()
+            with self._driver.turn(), eager_attention(decoder.model, decoder.config):
+                hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
+                try:
                     at, mask = layout.positions[part], None
                     if not layout.even:
                         mask = for_model(decoder.masks(at, stop, layout.positions[:stop]), decoder.config)
                     decoder.run(layout.ids[part], at, self.cache, mask)
-                sums = _added(sums, seen)
-        finally:
-            for hook in hooks:
-                hook.remove()
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+            sums = _added(sums, seen)
         self.looked = "eager"
         return sums
 

@@ -105,15 +105,16 @@ def check_chosen(chosen: object, method: Narrows) -> None:
     """Refuse what names no tokens: a mask would be taken for the slots 0 and 1.
 
     Raises:
-        MethodError: it is no tensor of whole numbers, or none at all.
+        MethodError: it is no row of whole numbers.
     """
-    whole = isinstance(chosen, Tensor) and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
-    if not whole and not (isinstance(chosen, Tensor) and not chosen.numel()):
-        got = f"a tensor of {chosen.dtype}" if isinstance(chosen, Tensor) else f"{chosen!r:.80}"
-        raise MethodError(
-            f"{method!r} must name tokens by their slots, in a tensor of whole numbers (of a mask over them: "
-            f"layout.reusable[mask]); got {got}"
-        )
+    numbers = isinstance(chosen, Tensor) and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+    if isinstance(chosen, Tensor) and chosen.dim() == 1 and (numbers or not len(chosen)):
+        return
+    got = f"a tensor {list(chosen.shape)} of {chosen.dtype}" if isinstance(chosen, Tensor) else f"{chosen!r:.80}"
+    raise MethodError(
+        f"{method!r} must name tokens by their slots, in a tensor [n] of whole numbers (of a mask over them: "
+        f"layout.reusable[mask]); got {got}"
+    )
 
 
 class Looks(Protocol):

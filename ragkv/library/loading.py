@@ -82,7 +82,7 @@ class Sample:
         draw = torch.Generator().manual_seed(0)
 
         def side(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.randn(heads, long, dim, generator=draw, device="cpu").to(dtype)
+            return torch.randn(heads, long, dim, generator=draw, dtype=torch.float32, device="cpu").to(dtype)
 
         keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in decoder.specs]
         self._kv = ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in decoder.specs], 0)

@@ -30,7 +30,7 @@ def token_bytes(documents: Documents, codec: str | None = None) -> float:
     specs, draw = documents.reader.decoder.specs, torch.Generator().manual_seed(0)
 
     def side(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(heads, _SAMPLE_TOKENS, dim, generator=draw, device="cpu").to(dtype)
+        return torch.randn(heads, _SAMPLE_TOKENS, dim, generator=draw, dtype=torch.float32, device="cpu").to(dtype)
 
     keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in specs]
     kv = ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in specs], 0)

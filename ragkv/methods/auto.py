@@ -88,7 +88,9 @@ class Auto(Method):
         if not view.spared:
             return chosen
         spared = view.layout.span(*(view.layout.chunks[number] for number in view.spared))
-        return replace(chosen, tokens=torch.cat([chosen.tokens, spared]), whole=None)  # some may be among both
+        tokens = torch.cat([chosen.tokens, spared])  # some may be among both
+        keep = spared if chosen.keep is None else torch.cat([chosen.keep, spared])  # nothing is loaded for them
+        return replace(chosen, tokens=tokens, keep=keep, whole=None)
 
     def spares(self, view: View) -> frozenset[int]:
         """Those that are slower to load than to compute, or to be taken at a lossy level."""

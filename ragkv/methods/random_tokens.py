@@ -34,7 +34,6 @@ class Random(Method):
         """Some of the tokens of chunks that are not exact."""
         layout, candidates = view.layout, view.layout.inexact
         seed = int.from_bytes(digest(str(self.seed), layout.listed())[:7], "little")
-        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed), device="cpu").to(
-            candidates.device
-        )
-        return candidates[order[: round(self.ratio * len(layout.reusable))]]
+        seeded = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(candidates), generator=seeded, device="cpu")
+        return candidates[order[: round(self.ratio * len(layout.reusable))].to(candidates.device)]

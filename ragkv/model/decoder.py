@@ -282,7 +282,8 @@ class Decoder:
         seeded = torch.Generator().manual_seed(0)
 
         def shaken(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            return out * (1 + _SHAKE * torch.randn(out.shape, generator=seeded, device="cpu")).to(out)
+            drawn = torch.randn(out.shape, generator=seeded, dtype=torch.float32, device="cpu")
+            return out * (1 + _SHAKE * drawn).to(out)
 
         def run(*ends: int) -> list[Tensor]:
             cache = self.cache(tokens)

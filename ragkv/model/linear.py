@@ -36,9 +36,8 @@ def few_rows(rows: int, device: torch.device, dtype: torch.dtype) -> AbstractCon
 @cache
 def pays(threads: int) -> bool:
     """Whether the other order is faster here: tried once, in some ten milliseconds."""
-    weight, given = (
-        torch.ones(rows, _TRIED, dtype=torch.float32, device="cpu") for rows in (_TRIED, 8)
-    )  # draws nothing
+    # Nothing is drawn: whoever seeds PyTorch's generator gets the numbers of that seed.
+    weight, given = (torch.ones(rows, _TRIED, dtype=torch.float32, device="cpu") for rows in (_TRIED, 8))
     took: dict[Callable[[Tensor, Tensor], Tensor], list[float]] = {linear: [], turned: []}
     for _ in range(4):
         for way, seconds in took.items():

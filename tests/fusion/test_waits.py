@@ -1,5 +1,7 @@
 """A warm prompt is launched without waiting for the device: counted on a CPU by the mode of ``ragkv.model.syncs``."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,6 +108,7 @@ def test_nothing_is_waited_for_before_the_logits(name, method, waits):
     seen, prompt = waits("masks" if sees < 1 else name, method)
     assert seen == [] and prompt.report.hits.keys() <= {"gpu", "unused"}
     assert bool(prompt.report.budget) == (method != Reuse())
+    assert prompt.recomputed.diff().min() > 0
 
 
 @pytest.mark.parametrize("method", HELD_UP, ids=repr)
@@ -116,8 +119,10 @@ def test_what_still_waits(method, waits):
 class Names(SensitiveTokens):
     """Vouches for what it chooses, and names a chunk that need not be loaded."""
 
+    number = 1
+
     def select(self, view):
-        return Selection(view.layout.span(view.layout.chunks[1]), whole=frozenset([1]))
+        return Selection(view.layout.span(view.layout.chunks[self.number]), whole=frozenset([self.number]))
 
 
 class SaysNothing(Names):
@@ -127,12 +132,47 @@ class SaysNothing(Names):
         return super().select(view).tokens
 
 
-def test_a_method_of_ones_own_may_vouch(engines, waits):
+@pytest.mark.parametrize("number", range(4))
+def test_a_method_of_ones_own_may_vouch(number, waits, monkeypatch):
     """It waits for nothing then, and the prompt is the same."""
+    monkeypatch.setattr(Names, "number", number)
     (seen, prompt), (checked, same) = waits("masks", Names()), waits("masks", SaysNothing())
     assert seen == [] and checked
-    assert prompt.report.sources == same.report.sources == ["gpu", "unused", "gpu", "gpu"]
+    assert prompt.report.sources == same.report.sources == ["gpu"] * number + ["unused"] + ["gpu"] * (3 - number)
     assert torch.equal(prompt.logits, same.logits) and torch.equal(prompt.recomputed, same.recomputed)
+
+
+@pytest.mark.parametrize(("whole", "kept"), [({0}, 28), ({1, 3}, 50), ({4}, 123), (set(), 124)])
+def test_what_cannot_be_vouched_for_is_refused(engines, whole, kept):
+    """A chunk that is not chosen whole would not be loaded, and what is read in its place nobody wrote."""
+
+    class Claims(FullPrefill):
+        def select(self, view):
+            tokens = view.layout.reusable[torch.arange(kept) % 123]
+            return replace(super().select(view), tokens=tokens, whole=frozenset(whole))
+
+    engine, chunks = engines["masks"]
+    with pytest.raises(MethodError, match="whole=None"):
+        engine.fuse(chunks, QUESTION, method=Claims())
+
+
+class Last:
+    """Narrows what another selects."""
+
+    def narrow(self, check):
+        return check.tokens[-2:]
+
+
+class Hands(Reuse):
+    """Vouches for all, and hands on to what is no method."""
+
+    def select(self, view):
+        return Selection(view.layout.reusable, checks=[2], method=Last(), whole=frozenset())
+
+
+def test_who_narrows_need_be_no_method(engines):
+    engine, chunks = engines["masks"]
+    assert engine.fuse(chunks, QUESTION, method=Hands()).report.fresh_by_layer == [123, 123, 123, 2]
 
 
 class Strays(CacheBlend):

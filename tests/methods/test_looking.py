@@ -245,7 +245,9 @@ def test_union_computes_what_either_does(engine):
         (CacheBlend(0.2), QuestionAware(0.1)),
     ]:
         apart = [chosen(engine.fuse(chunks, QUESTION, method=method)) for method in (a, b)]
-        assert chosen(engine.fuse(chunks, QUESTION, method=Union(a, b))) == apart[0] | apart[1]
+        prompt = engine.fuse(chunks, QUESTION, method=Union(a, b))
+        assert chosen(prompt) == apart[0] | apart[1]
+        assert prompt.recomputed.diff().min() > 0, "each once, in order"
     with pytest.raises(MethodError, match="Union: both"):
         engine.fuse(chunks, QUESTION, method=Union(CacheBlend(), CacheBlend(0.3)))
 
@@ -342,3 +344,38 @@ def test_a_long_question_looks_in_pieces(architecture, kernels, monkeypatch):
     assert max(ran) == 16
     for whole, pieces in zip(*seen, strict=True):
         torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_what_others_look_at_meanwhile_is_not_seen(engine, monkeypatch):
+    """Weights that the model shows to one thread are not another's, who waits for its turn."""
+    chunks, reader = engine.add(PARTS), type(engine.documents.reader)
+    turn = reader.turn
+
+    def look(given, before):
+        keep = Keep(lambda view: [view.attention("last"), before(), view.attention("all")][-1])
+        prompt = engine.fuse(given, QUESTION, method=keep, starts=[3, 60, 120])
+        assert prompt.report.looked == "eager"
+        return keep.seen
+
+    def late(self):
+        monkeypatch.setattr(reader, "turn", turn)
+        look(chunks[::-1], lambda: None)
+        return turn(self)
+
+    want = look(chunks, lambda: None)
+    assert torch.equal(look(chunks, lambda: monkeypatch.setattr(reader, "turn", late)), want)
+
+
+def test_what_is_run_again_is_seen_once(engine, monkeypatch):
+    """As where a forward failed beside others' rows."""
+    chunks, reader = engine.add(PARTS), type(engine.documents.reader)
+    want, forward = see(engine, chunks, lambda view: view.attention("all")), reader.forward
+
+    def twice(self, rows, seat=None):
+        held = rows.held
+        forward(self, rows, seat)
+        rows.cache.set_length(held)
+        return forward(self, rows, seat)
+
+    monkeypatch.setattr(reader, "forward", twice)
+    assert torch.equal(see(engine, chunks, lambda view: view.attention("all")), want)

@@ -16,6 +16,8 @@ WRONG = {
     "list": lambda tokens: tokens.tolist()[:3],
     "array": lambda tokens: tokens.numpy()[:3],
     "nothing": lambda tokens: None,
+    "one": lambda tokens: tokens[3],
+    "rows": lambda tokens: tokens[:4].view(2, 2),
     "pairs": lambda tokens: torch.topk(tokens, 2),
 }
 

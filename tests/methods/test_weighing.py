@@ -1,7 +1,7 @@
 """Auto by measured figures: what is slow to load is computed, and what loading leaves time for is repaired."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -142,8 +142,21 @@ def test_both_reasons_are_given():
     assert "are loaded in" in why and why.endswith("; so it is")
 
 
+@dataclass(frozen=True)
+class Narrowing(LegoLink):
+    """Goes on with the last token alone."""
+
+    def select(self, view):
+        return replace(super().select(view), checks=[1])
+
+    def narrow(self, check):
+        return check.tokens[-1:]
+
+
 @pytest.mark.parametrize("by_layer", [False, True])
-@pytest.mark.parametrize("repair", [SensitiveTokens(0.3), LegoLink(4), Union(LegoLink(4), SensitiveTokens())])
+@pytest.mark.parametrize(
+    "repair", [SensitiveTokens(0.3), LegoLink(4), Union(LegoLink(4), SensitiveTokens()), Narrowing(4)]
+)
 def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, repair, by_layer):
     """Chunks in memory are taken, those on a slow disk computed whole: what comes out is as if they had been loaded too."""
     monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=by_layer))
@@ -160,6 +173,7 @@ def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, re
     assert prompt.report.sources == ["unused"] * 3 + ["cpu"] * 3 + ["unused"] * 4
     assert prompt.report.bytes_read == 0
     computed = set(prompt.recomputed.tolist())
+    assert len(computed) == len(prompt.recomputed), "what both choose is computed once"
     assert set(range(3, 3 + 123)) <= computed and not set(range(126, 249)) <= computed
     if repair == SensitiveTokens(0.3):
         assert len(computed & set(range(126, 249))) == round(0.3 * 123), "its share is of what is loaded"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ragkv import Engine
 from ragkv.kernels import question_scores
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.masks import MaskBuilder, layer_rules
@@ -46,3 +47,10 @@ def test_masks_are_the_same(under):
     want, got = under(lambda: MaskBuilder(rules, at, at, torch.float32, additive=True).layer(0))
     assert got.isfinite().all()
     assert torch.equal(got, want)
+
+
+def test_a_models_noise_is_the_same(under):
+    """In bfloat16 the random numbers would be too coarse to shake an embedding."""
+    decoder = Engine(tiny_model()).decoder
+    want, got = under(decoder._noise)
+    assert got == want
