@@ -136,9 +136,14 @@ class Layout:
         return torch.arange(self.chunks_start, self.suffix_start, device=self.ids.device)
 
     @property
+    def inexact_chunks(self) -> dict[int, Placed]:
+        """The chunks that are not exact where they stand, by their numbers."""
+        return {number: placed for number, placed in enumerate(self.chunks) if not placed.exact}
+
+    @property
     def inexact(self) -> Tensor:
-        """The tokens of all chunks that are not exact where they stand, ascending."""
-        return self.span(*[placed for placed in self.chunks if not placed.exact])
+        """Their tokens, ascending."""
+        return self.span(*self.inexact_chunks.values())
 
     def settles(self, placed: Placed) -> bool:
         """Whether a chunk is exact where it stands, and is not computed, whatever the method says."""

@@ -34,6 +34,6 @@ class LegoLink(Method):
     def select(self, view: View) -> Selection:
         """The first k tokens of the chunks that are not exact."""
         layout = view.layout
-        open_ones = {number: placed for number, placed in enumerate(layout.chunks) if not placed.exact}
+        open_ones = layout.inexact_chunks
         whole = frozenset(number for number, placed in open_ones.items() if len(placed.chunk) <= self.k)
         return Selection(layout.span(*open_ones.values(), first=self.k), whole=whole)

@@ -49,5 +49,4 @@ class QuestionAware(Method):
             return Selection(layout.reusable[:0], whole=frozenset())
         attention = view.attention(self.queries).mean(0)
         context = None if self.sees == 1 else highest(attention, layout.reusable, self.sees, layout)
-        open_ones = {number: placed for number, placed in enumerate(layout.chunks) if not placed.exact}
-        return replace(highest_of(attention, open_ones, self.ratio, layout), context=context)
+        return replace(highest_of(attention, layout.inexact_chunks, self.ratio, layout), context=context)

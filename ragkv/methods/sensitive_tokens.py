@@ -64,7 +64,6 @@ class SensitiveTokens(Method):
         """The chunks whose tokens are not spared, by their numbers."""
         return {
             number: placed
-            for number, placed in enumerate(view.layout.chunks)
-            if not (placed.exact or number in view.spared)
-            and (self.ratio == 1 or (placed.behind_another and placed.rooted))
+            for number, placed in view.layout.inexact_chunks.items()
+            if number not in view.spared and (self.ratio == 1 or (placed.behind_another and placed.rooted))
         }
