@@ -64,18 +64,20 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
         for case in ("0", "1", "2")
         for arm, value in kl.items()
     ]
+    rows.append({"case": "3", "arm": "full-prefill", "kl_chunks": 0.0, "top1_chunks": 1.0, "budget": 0.1})
     rows += [{"case": case, "arm": "oracle:ratio=0.1@document", "refused": "no\u2028page"} for case in ("0", "1", "2")]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     lines[-1] = lines[-1][:20]  # it is just being written
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     study.main(["--tables", "--out", str(tmp_path), "--json", str(tmp_path / "study.json")])
     shown = capsys.readouterr().out
-    assert "hotpotqa-kl, n = 2" in shown and "oracle" not in shown
-    assert (
-        "| `question-aware:ratio=0.1@document` | 10.0% | 0.150 (0.100 to 0.200) | -0.150 (-0.200 to -0.100) |" in shown
-    )
+    assert "hotpotqa-kl, 4 cases" in shown and "oracle" not in shown
+    row = "| `question-aware:ratio=0.1@document` | 3 | 10.0% | 0.200 (0.100 to 0.300) | -0.200 (-0.300 to -0.100) |"
+    assert row in shown and "| `full-prefill` | 4 |" in shown
     written = json.loads((tmp_path / "study.json").read_text())
-    assert written["hotpotqa-kl"]["arms"]["full-prefill"]["kl_chunks less default"][0] == pytest.approx(-0.3)
+    assert written["hotpotqa-kl"]["arms"]["full-prefill"]["kl_chunks less default"][:] == pytest.approx(
+        [-0.4, -0.6, -0.2, 3]
+    )
 
 
 def test_sets_that_are_there_are_asked_in_order(tmp_path):
