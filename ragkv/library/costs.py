@@ -19,9 +19,10 @@ from ragkv.store import CostProfile, TieredStore
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_CACHED, _NEW = 1024, (16, 64, 256)
-# The next column has four times as many tokens: more than this many times the last one it will hardly take.
-_GROWTH = 6
+#: Tokens of prefills, as far as the piece that one forward computes: a line beyond the longest would say too little.
+_CACHED, _NEW = 1024, (16, 128, 512, 2048, 8192)
+#: With so many times the tokens the next column will hardly take more than this many times as much again.
+_GROWTH = 1.25
 
 
 def cost_profile(reader: Reader, store: TieredStore, most_tokens: int, limit_s: float = 2.0) -> CostProfile | None:
@@ -68,17 +69,18 @@ def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:
     Nothing of the model is changed. What stands before is made of zeros: attention takes as long over them.
     """
     cached = (0, min(_CACHED, most_tokens // 2)) if most_tokens > 1 else (0,)
-    sizes = [count for count in _NEW if count <= most_tokens - cached[-1]] or [most_tokens - cached[-1]]
+    most = min(most_tokens - cached[-1], reader.piece_tokens)
+    sizes = [count for count in _NEW if count <= most] or [most]
     _prefill(reader, 0, sizes[0])  # the first pass of a process is slow
     begin = perf_counter()
-    columns, took_s = [[0.0] * len(cached)], 0.0
-    for new in sizes:
-        if len(columns) > 1 and perf_counter() - begin + _GROWTH * took_s > limit_s:
+    columns, next_s = [[0.0] * len(cached)], 0.0
+    for new, following in zip(sizes, [*sizes[1:], 0], strict=True):
+        if len(columns) > 1 and perf_counter() - begin + next_s > limit_s:
             break
         started = perf_counter()
         # The faster of two: what else the machine does is not the model's cost, and the profile is kept for good.
         columns.append([min(_prefill(reader, before, new) for _ in range(2)) for before in cached])
-        took_s = perf_counter() - started
+        next_s = (perf_counter() - started) * _GROWTH * following / new
     new_tokens = (0, *sizes[: len(columns) - 1])
     return CostProfile(cached, new_tokens, tuple(zip(*columns, strict=True)))
 

@@ -91,6 +91,15 @@ def test_grid_fits_the_model(model, most):
     assert profile(0, 0) == 0 and profile(0, 50) > 0
 
 
+@pytest.mark.parametrize(
+    ("piece", "new"), [(512, (0, 16, 128, 512)), (300, (0, 16, 128)), (4096, (0, 16, 128, 512, 2048)), (9, (0, 9))]
+)
+def test_grid_reaches_to_what_one_forward_computes(model, monkeypatch, piece, new):
+    """On a GPU 512 tokens take as long as 16: a line from there would say that any number does."""
+    monkeypatch.setattr("ragkv.library.costs._prefill", lambda reader, cached, new: max(new, 512) * 1e-3)
+    assert measure(Reader(Decoder(model), (), piece, fingerprint=""), 10_000, 60.0).new == new
+
+
 def test_measurement_is_bounded(model, monkeypatch):
     """What would take too long is left out: a slow model is asked for its two smallest cells only."""
     asked, clock = [], [0.0]
