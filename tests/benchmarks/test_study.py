@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ragkv import PromptTemplate, bundled
+from ragkv.evaluation import Bench, Case
+from ragkv.evaluation.cases import everything
+from ragkv.testing import tiny_model
+
 
 def load(name):
     """A script; benchmarks/ is not installed."""
@@ -17,7 +22,7 @@ def load(name):
     return module
 
 
-study, unnamed = load("study"), load("unnamed")
+study, unnamed, ceiling = load("study"), load("unnamed"), load("ceiling")
 
 
 @pytest.mark.parametrize(
@@ -85,3 +90,19 @@ def test_sets_that_are_there_are_asked_in_order(tmp_path):
         (tmp_path / name).write_text("")
     assert [name for name, _ in study.found(tmp_path, [])] == ["hotpotqa", "xquad"]
     assert [name for name, _ in study.found(tmp_path, ["xquad"])] == ["xquad"]
+
+
+def test_choices_of_all_tokens_are_the_full_prefill(monkeypatch):
+    """And of half of them are not: what is told apart is what was computed."""
+    documents = (("Anna lives in the north.",), ("She plays the harp.",), ("Oslo lies on a river.",))
+    case = Case("a", "all", "What does Anna play?", ("harp",), documents, everything(documents), ((1, 0),))
+    tokenizer = bundled.load()[1]
+    bench = Bench(tiny_model(vocab_size=1792), tokenizer, PromptTemplate(**bundled.TEMPLATE), max_new_tokens=0)
+    monkeypatch.setattr(ceiling, "RATIOS", (0.5, 1.0))
+    found = ceiling.asked(bench, case)
+    for arm in ("default", "looking twice", "knowing"):
+        assert found[f"{arm} 1.0"] < 1e-9 < found[f"{arm} 0.5"] < found["reuse"]
+    figures = ceiling.summed({"a": found, "b": {name: 2 * value for name, value in found.items()}})
+    less = found["default 0.5"] - found["knowing 0.5"]
+    assert figures["default 0.5"]["more than knowing"][0] == pytest.approx(1.5 * less)
+    assert "more than knowing" not in figures["reuse"]
