@@ -5,6 +5,8 @@ import json
 
 import pytest
 from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 
@@ -132,6 +134,17 @@ def test_it_is_a_part_of_longer_chains(rag):
     assert text.invoke(QUESTION) == chain.invoke(QUESTION)["answer"].upper()
     answers = chain.batch([QUESTION, "Who runs the mill?"])
     assert [answer["question"] for answer in answers] == [QUESTION, "Who runs the mill?"]
+
+
+@pytest.mark.parametrize("beside", [None, {"language": RunnableLambda(lambda _: "en")}])
+async def test_what_comes_in_pieces_is_one_question(rag, beside):
+    chain = create_ragkv_chain(foreign(*TEXTS), rag, max_new_tokens=3)
+    rewritten = FakeListChatModel(responses=[QUESTION]) | StrOutputParser()
+    whole = (rewritten if beside is None else {"question": rewritten, **beside}) | chain
+    want = chain.invoke(QUESTION)["answer"]
+    assert [part["question"] for part in whole.stream("?") if "question" in part] == [QUESTION]
+    assert "".join(part.get("answer", "") for part in whole.stream("?")) == want
+    assert "".join([part.get("answer", "") async for part in whole.astream("?")]) == want
 
 
 def test_what_has_no_text_is_left_out(rag, caplog):

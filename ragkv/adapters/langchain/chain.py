@@ -67,32 +67,31 @@ class _Steps:
         self, inputs: Iterator[str | dict[str, Any]], config: RunnableConfig, **call: Any
     ) -> Iterator[AddableDict]:
         """See :func:`create_ragkv_chain`."""
-        for question in map(_question, inputs):
-            yield AddableDict(question=question)
-            retrieval, options = self._both({**self._options, **call})
-            documents = self._retriever.invoke(question, config, **retrieval)
-            handed = self._handed(documents, options)
-            yield AddableDict(context=_given(documents, handed))
-            with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
-                for piece in pieces:
-                    yield AddableDict(answer=piece)
-            yield _end(pieces.report)
+        question = _question(list(inputs))
+        yield AddableDict(question=question)
+        retrieval, options = self._both({**self._options, **call})
+        documents = self._retriever.invoke(question, config, **retrieval)
+        handed = self._handed(documents, options)
+        yield AddableDict(context=_given(documents, handed))
+        with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
+            for piece in pieces:
+                yield AddableDict(answer=piece)
+        yield _end(pieces.report)
 
     async def aanswer(
         self, inputs: AsyncIterator[str | dict[str, Any]], config: RunnableConfig, **call: Any
     ) -> AsyncIterator[AddableDict]:
         """See :func:`create_ragkv_chain`."""
-        async for given in inputs:
-            question = _question(given)
-            yield AddableDict(question=question)
-            retrieval, options = self._both({**self._options, **call})
-            documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
-            handed = await in_thread(pool, partial(self._handed, documents, options))
-            yield AddableDict(context=_given(documents, handed))
-            async with aclosing(streamed(self._engine, handed.chunks, question, pool, options)) as pieces:
-                async for piece in pieces:
-                    yield AddableDict(answer=piece)
-            yield _end(pieces.report)
+        question = _question([part async for part in inputs])
+        yield AddableDict(question=question)
+        retrieval, options = self._both({**self._options, **call})
+        documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
+        handed = await in_thread(pool, partial(self._handed, documents, options))
+        yield AddableDict(context=_given(documents, handed))
+        async with aclosing(streamed(self._engine, handed.chunks, question, pool, options)) as pieces:
+            async for piece in pieces:
+                yield AddableDict(answer=piece)
+        yield _end(pieces.report)
 
     def _both(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The retriever's options, and the engine's."""
@@ -112,7 +111,14 @@ class _Steps:
         return hand_over(self._engine, passages, where)
 
 
-def _question(given: Any) -> str:
+def _question(parts: list[Any]) -> str:
+    """The question of an input, which what stands in front of the chain may give in parts: joined as LangChain joins them."""
+    given = parts[0] if parts else None
+    for part in parts[1:]:
+        try:
+            given = given + part
+        except TypeError:
+            given = part
     question = given.get("question") if isinstance(given, Mapping) else given
     if not isinstance(question, str) or not question.strip():
         raise ArgumentTypeError(f"give a question, or a dict with one under 'question': {no_question(question)}")
