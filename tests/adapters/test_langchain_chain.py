@@ -173,3 +173,9 @@ def test_wrong_types_are_told(rag):
             chain.invoke(question)
     with pytest.raises(ArgumentTypeError, match="must give a list of documents"):
         create_ragkv_chain(RunnableLambda(lambda question: "text"), rag).invoke(QUESTION)
+
+
+async def test_a_retriever_may_give_anything_that_can_be_gone_through(rag):
+    found = foreign(*TEXTS).documents
+    chain = create_ragkv_chain(RunnableLambda(lambda question: map(found.__getitem__, (1, 0))), rag, max_new_tokens=2)
+    assert chain.invoke(QUESTION)["context"] == (await chain.ainvoke(QUESTION))["context"] == found[::-1]
