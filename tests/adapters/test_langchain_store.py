@@ -8,6 +8,7 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.indexing import InMemoryRecordManager, index
+from langchain_core.runnables import ConfigurableField
 
 from ragkv import (
     RAG,
@@ -68,6 +69,16 @@ def test_the_documents_metadata_come_along(model):
         rag.add_texts(TEXTS[:1], ["a"], [{"page": 7, REFERENCE: "mine"}])
         (document,) = RagKVRetriever(rag=rag).invoke("Clearport")
         assert document.metadata["page"] == 7 and document.metadata[REFERENCE]["passage"] == 0
+
+
+def test_a_retriever_whose_fields_a_call_may_say(rag):
+    retriever = RagKVRetriever(rag=rag, k=4, neighbours=1)
+    by_call = retriever.configurable_fields(k=ConfigurableField("k"), retrieval=ConfigurableField("options"))
+    assert by_call.invoke(QUESTION) == retriever.invoke(QUESTION)
+    said = {"configurable": {"k": 1, "options": {"neighbours": 0}}}
+    assert by_call.invoke(QUESTION, said) == RagKVRetriever(rag=rag, k=1).invoke(QUESTION)
+    with pytest.raises(UnknownArgumentError, match="retrieval has no option neighbors"):
+        by_call.invoke(QUESTION, {"configurable": {"options": {"neighbors": 0}}})
 
 
 def test_a_retriever_is_told_what_is_wrong(rag):
