@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ragkv.errors import DocumentError, RagKVError, RetrievalError, instance, no_question
+from ragkv.errors import (
+    DocumentError,
+    RagKVError,
+    RetrievalError,
+    checked_namespace,
+    half_a_pair,
+    instance,
+    no_question,
+)
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.copies import Indexes
 from ragkv.retrieval.embedder import Embedder, offline_embedder
@@ -200,9 +208,9 @@ class Retriever:
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
-        if any("\ud800" <= letter <= "\udfff" for letter in query):
+        if half_a_pair(query):
             raise RetrievalError(f"a question must be valid Unicode, got half a surrogate pair: {query!a:.80}")
-        instance("namespace", namespace, str, "a str")
+        checked_namespace(namespace)
         if retrieval.max_context_tokens is not None and (readings is None or tokens is None):
             raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)

@@ -167,6 +167,14 @@ def test_an_id_is_overwritten_and_its_kv_go(store):
     assert len(store.rag.engine.store) == 3
 
 
+def test_an_id_that_is_no_unicode_is_nowhere(store):
+    with pytest.raises(DocumentError, match="not valid Unicode"):
+        store.add_texts(TEXTS[:1], ids=["\ud800"])
+    assert store.get_by_ids(["\ud800"]) == [] and store.delete(["\ud800"])
+    found = [Document(id="\ud800", page_content=TEXTS[0])]
+    assert passages_of(found, store.rag.engine, "")[0].reference is None
+
+
 def test_delete(store, rag):
     assert store.delete(["a", "none"]) and ids(store.get_by_ids(["a", "b"])) == ["b"]
     both = RagKVVectorStore(rag)

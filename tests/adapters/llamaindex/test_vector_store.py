@@ -225,6 +225,15 @@ def test_what_cannot_be_asked(store):
         RagKVVectorStore("kv/")
 
 
+def test_ids_that_are_no_unicode_are_nowhere(store):
+    with pytest.raises(DocumentError, match="not valid Unicode"):
+        store.add([TextNode(id_="\ud800", text="Tar.")])
+    store.add([TextNode(id_="tar", text="Tar.")])
+    store.delete("\ud800")
+    store.delete_nodes(["\ud800"])
+    assert store.get_nodes(["\ud800"]) == [] and len(store.get_nodes()) == 1
+
+
 def test_equal_documents(store):
     """The same words, cut in one and in two."""
     store.add([node("a b", "1", "x"), node("c d", "2", "x"), node("a b\n\nc d", "3", "y")])
