@@ -219,7 +219,7 @@ class Environment:
     def copy(self, target: Path) -> None:
         """Writes a copy without free pages into an empty folder."""
         with translated(self.path):
-            self._live.env.copy(str(target), compact=True)
+            self._live.env.copy(os.fsencode(target), compact=True)
 
     def file_bytes(self) -> int:
         """The length of the data file."""
