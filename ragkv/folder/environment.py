@@ -219,7 +219,8 @@ class Environment:
     def copy(self, target: Path) -> None:
         """Writes a copy without free pages into an empty folder."""
         with translated(self.path):
-            self._live.env.copy(os.fsencode(target), compact=True)
+            env: Any = self._live.env  # its types know of no bytes, as a name needs that is no Unicode
+            env.copy(os.fsencode(target), compact=True)
 
     def file_bytes(self) -> int:
         """The length of the data file."""
