@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
@@ -71,6 +71,8 @@ class Asking:
             raise ArgumentError("give a question or messages=[...], one of the two")
         text, system, namespace = question, options.pop("system", None), options.pop("namespace", None)
         within = system
+        if isinstance(messages, Iterator):  # which gives them only once
+            messages = list(messages)
         if messages is not None:
             within, said = conversation(messages, system)
             text = last_turns(said)
