@@ -175,6 +175,19 @@ def test_an_id_that_is_no_unicode_is_nowhere(store):
     assert passages_of(found, store.rag.engine, "")[0].reference is None
 
 
+def test_one_text_is_no_list(store):
+    store.add_texts(TEXTS, ids=["a", "b", "ab"])
+    for call in (
+        lambda: store.delete("ab"),
+        lambda: store.get_by_ids("ab"),
+        lambda: store.add_texts("ab"),
+        lambda: store.add_texts(TEXTS[:2], ids="ab"),
+    ):
+        with pytest.raises(ArgumentTypeError, match="must be a list of "):
+            call()
+    assert [document.id for document in store.get_by_ids(["a", "b", "ab"])] == ["a", "b", "ab"]
+
+
 def test_delete(store, rag):
     assert store.delete(["a", "none"]) and ids(store.get_by_ids(["a", "b"])) == ["b"]
     both = RagKVVectorStore(rag)
