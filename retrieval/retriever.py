@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ First = Callable[[list[Hit]], object]
 # A reranker that takes less is not worth telling of.
 _WORTH_S = 1e-3
 
+_LOG = logging.getLogger("ragkv.retrieval")
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
 
@@ -244,12 +246,14 @@ class Retriever:
         self._indexes.save()
 
     def close(self) -> None:
-        """Saves the index and closes the catalogue. Closing twice is no error."""
+        """Saves the index, or warns that it cannot, and closes the catalogue. Closing twice is no error."""
         if self._closed:
             return
         self._closed = True
         try:
             self.save()
+        except RetrievalError as error:  # a disk that is full, say: nothing is lost with it
+            _LOG.warning("%s; the next start fills it again", error)
         finally:
             self._indexes.words.close()
             self.catalogue.close()

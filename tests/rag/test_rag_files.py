@@ -65,6 +65,18 @@ def test_a_document_is_removed_by_its_path(rag, docs, monkeypatch):
     assert sources(rag) == [str(docs / "deep" / NAMES[1])]
 
 
+def test_a_document_whose_kv_cannot_be_removed(rag, docs, monkeypatch):
+    rag.add_files(docs)
+
+    def full(*args, **options):
+        raise StoreFullError("the disk is full; nothing was changed")
+
+    monkeypatch.setattr(rag.engine.store, "remove_many", full)
+    with pytest.raises(StoreFullError, match=r"clearport.md is removed, but its KV are still stored: the disk is full"):
+        rag.remove(docs / NAMES[0])
+    assert {Path(source).name for source in sources(rag)} == {NAMES[1]}
+
+
 def test_a_name_that_is_no_unicode(rag, docs, tmp_path):
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     try:
