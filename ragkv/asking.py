@@ -91,6 +91,7 @@ class Asking:
         asked = _Asked(self._engine, request, documents)
         answering = self._engine.answering(asked.prompt, options.pop("stop", ()), options, pieces, request.keep)
         first = known(retrieval, request.method)
+        self._engine.prompting.check(request, cast(str, text), answering.room)
         asked.begun = Speculation(self._ahead, request, answering.room, documents, tell, asked, first)
         try:
             asked.found = self._finder.found(cast(str, text), retrieval, documents, asked.begun.first, request.method)
