@@ -75,6 +75,9 @@ class Request:
     ranks: str = ""
 
     def __post_init__(self) -> None:
+        instance(
+            "past", self.past, Past | None, "answer.past of an earlier answer that was asked for with keep_past=True"
+        )
         object.__setattr__(self, "keep", self.keep or self.past is not None)
 
 
