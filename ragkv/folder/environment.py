@@ -223,8 +223,16 @@ class Environment:
             env.copy(os.fsencode(target), compact=True)
 
     def file_bytes(self) -> int:
-        """The length of the data file."""
-        return (self.path / "data.mdb").stat().st_size
+        """The length of the data file.
+
+        Raises:
+            StoreError: it was deleted.
+        """
+        try:
+            return (self.path / "data.mdb").stat().st_size
+        except FileNotFoundError:
+            self._live.check_place()
+            raise
 
     def sync(self) -> None:
         """Writes what the operating system still holds to the disk."""

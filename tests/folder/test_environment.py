@@ -193,6 +193,9 @@ def test_a_folder_deleted_or_replaced_under_a_running_process(tmp_path, folder, 
     for _ in range(2):
         with pytest.raises(StoreError, match="deleted or replaced"):
             put(environment, b"c")
+    if how != "replaced":
+        with pytest.raises(StoreError, match="deleted or replaced"):
+            environment.file_bytes()
     assert len(keys(environment)) == 500
     if how == "replaced":
         with pytest.raises(StoreError, match="deleted or replaced"):
