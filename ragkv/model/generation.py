@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -212,8 +213,9 @@ class Settings:
         limited = fields.get("max_length") is not None or any(config.max_length is not None for config in configs[1:])
         self._length: int | None = self.config.max_length if limited and self._new_tokens is None else None
         self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
-        if self.config.max_time is not None and (type(self.config.max_time) not in (int, float)):
-            raise ArgumentTypeError(f"max_time must be a number of seconds, got {self.config.max_time!r:.80}")
+        seconds: Any = self.config.max_time
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
+            raise ArgumentTypeError(f"max_time must be a number of seconds, got {seconds!r:.80}")
         self.beams: int = 1 if self.config.num_beams is None else whole_number("num_beams", self.config.num_beams, 1)
         ends = self.config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
