@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
@@ -71,6 +71,8 @@ class Asking:
             raise ArgumentError("give a question or messages=[...], one of the two")
         text, system, namespace = question, options.pop("system", None), options.pop("namespace", None)
         within = system
+        if isinstance(messages, Iterator):  # which gives them only once
+            messages = list(messages)
         if messages is not None:
             within, said = conversation(messages, system)
             text = last_turns(said)
@@ -89,6 +91,7 @@ class Asking:
         asked = _Asked(self._engine, request, documents)
         answering = self._engine.answering(asked.prompt, options.pop("stop", ()), options, pieces, request.keep)
         first = known(retrieval, request.method)
+        self._engine.prompting.check(request, cast(str, text), answering.room)
         asked.begun = Speculation(self._ahead, request, answering.room, documents, tell, asked, first)
         try:
             asked.found = self._finder.found(cast(str, text), retrieval, documents, asked.begun.first, request.method)

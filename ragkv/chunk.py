@@ -27,7 +27,7 @@ def digest(*parts: bytes | str | Sequence[int] | NDArray[np.uint32]) -> bytes:
     hasher = blake2b(digest_size=32)
     for part in parts:
         if isinstance(part, str):
-            data = part.encode()
+            data = part.encode("utf-8", "surrogatepass")  # what is called so is looked for, and not found
         elif isinstance(part, bytes):
             data = part
         else:

@@ -128,6 +128,24 @@ def instance(name: str, value: Any, kinds: type | UnionType, must: str) -> None:
         raise ArgumentTypeError(f"{name} must be {must}, got {value!r:.80}")
 
 
+def half_a_pair(text: str) -> bool:
+    """Whether half of a surrogate pair is in a text, as in a file's name that is no UTF-8: no encoder takes it."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def checked_namespace(namespace: Any) -> str:
+    """A namespace as it may be kept.
+
+    Raises:
+        ArgumentTypeError: it is no text.
+        ArgumentError: it is not valid Unicode.
+    """
+    instance("namespace", namespace, str, "a str")
+    if half_a_pair(namespace):
+        raise ArgumentError(f"namespace must be valid Unicode, got half a surrogate pair: {namespace!a:.80}")
+    return str(namespace)
+
+
 def no_question(value: Any) -> str:
     """What is wrong with something that was asked instead of a question."""
     parts = value if isinstance(value, list | tuple) else [value]

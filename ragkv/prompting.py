@@ -50,6 +50,22 @@ class Prompting:
         """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
         return documents_behind(self.documents, opening(self.documents.encoder, checked_system(system)), namespace)
 
+    def check(self, request: Request, text: str, room: Room) -> None:
+        """Look at a question before its passages are looked for, which takes seconds where it is longer than any prompt may be.
+
+        Args:
+            request: without its passages.
+            text: what is to be looked for.
+            room: as for :meth:`prompt`.
+
+        Raises:
+            PromptTooLongError: it is too long by itself.
+        """
+        limit = self.documents.reader.decoder.max_positions
+        if limit is not None and isinstance(text, str) and len(text) > limit and request.past is None:
+            with ExitStack() as stack:
+                Plan.of(self.documents, request, room, perf_counter(), stack)
+
     def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack, copies: int = 1) -> FusedPrompt:
         """A prompt whose keys and values are ready.
 

@@ -75,6 +75,9 @@ class Request:
     ranks: str = ""
 
     def __post_init__(self) -> None:
+        instance(
+            "past", self.past, Past | None, "answer.past of an earlier answer that was asked for with keep_past=True"
+        )
         object.__setattr__(self, "keep", self.keep or self.past is not None)
 
 
@@ -171,7 +174,7 @@ def _room(documents: Documents, tokens: int, wanted: int | None, most_tokens: in
     if limit is not None and tokens > limit:
         raise PromptTooLongError(
             f"the prompt has {tokens} tokens, {tokens - limit} more than the model's {limit} positions: give fewer or shorter "
-            "chunks"
+            "chunks, or a shorter question"
         )
     left = None if limit is None else limit + 1 - tokens
     if left is None or (wanted is not None and wanted <= left):

@@ -189,6 +189,8 @@ class Session:
         make = partial(self._prompt, turn, request)
         turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
         text = turn.question
+        alone = replace(request, system=self._system, namespace=self._namespace)
+        self._engine.prompting.check(alone, text, turn.answering.room)
         if isinstance(text, str) and text.strip() and self._state.turns:
             messages = [*self.messages, {"role": "user", "content": text}]
             text = self._look_for(messages)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
+from weakref import finalize
 
 from ragkv.answering import AnswerStream
 from ragkv.errors import CLOSED, RagKVError, whole_number
@@ -41,12 +42,14 @@ class Threads:
 class AsyncAnswerStream(AsyncIterator[str]):
     """A generated answer, piece by piece; the pieces joined are its text.
 
-    Whoever stops listening (a task that is cancelled, a connection that is closed, :meth:`aclose`) stops the model: before the
-    prompt is begun, or behind the token at hand.
+    Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, :meth:`aclose`) stops the
+    model: before the prompt is begun, or behind the token at hand.
 
-    Attributes:
-        sources: the passages in the order of the prompt; empty until the first piece is there.
-        left_out: those that were found and are too long for the model; likewise.
+    Args:
+        start: begins the answer.
+        executor: of the thread that makes it.
+        ended: called behind the last piece, if somebody listened to the end.
+        **options: for ``start``.
     """
 
     def __init__(
@@ -56,14 +59,20 @@ class AsyncAnswerStream(AsyncIterator[str]):
         ended: Callable[[AnswerStream], object] | None = None,
         **options: Any,
     ):
-        self.sources: list[Hit] = []
-        self.left_out: list[Hit] = []
-        self._ended = ended  # called behind the last piece, if somebody listened to the end
-        self._stop = Stop()
-        self._start = partial(start, **self._stop.among(options))
-        self._executor, self._queue = executor, asyncio.Queue[str | None]()
-        self._stream: AnswerStream | None = None
-        self._pieces, self._awaited = self._run(), False
+        self._making = _Making(start, executor, ended, options)
+        self._pieces, self._awaited = self._making.pieces(), False
+        # Neither the thread nor the pieces hold this object: where nobody does any more, nobody listens.
+        finalize(self, self._making.stop.set).atexit = False
+
+    @property
+    def sources(self) -> list[Hit]:
+        """The passages in the order of the prompt; empty until the first piece is there."""
+        return self._making.sources
+
+    @property
+    def left_out(self) -> list[Hit]:
+        """Those that were found and are too long for the model; likewise."""
+        return self._making.left_out
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -85,6 +94,10 @@ class AsyncAnswerStream(AsyncIterator[str]):
         """As of :class:`~ragkv.Answer`, behind the last piece; ``None`` until the first piece is there."""
         return None if self._stream is None else self._stream.value
 
+    @property
+    def _stream(self) -> AnswerStream | None:
+        return self._making.stream
+
     async def __anext__(self) -> str:
         self._awaited = True
         try:
@@ -94,40 +107,59 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     async def aclose(self) -> None:
         """Stop the model, be a piece awaited or not. Closing twice, or behind the last piece, is fine."""
-        self._stop.set()
+        self._making.stop.set()
         if self._awaited:
-            self._queue.put_nowait(None)  # whoever waits for a piece is told that there are no more
+            self._making.queue.put_nowait(None)  # whoever waits for a piece is told that there are no more
         else:
             await self._pieces.aclose()
 
-    async def _run(self) -> AsyncGenerator[str]:
+
+class _Making:
+    """An answer in the making: what the thread that makes it and the event loop share; arguments as of its stream."""
+
+    def __init__(
+        self,
+        start: Callable[..., tuple[list[Hit], AnswerStream]],
+        executor: Executor,
+        ended: Callable[[AnswerStream], object] | None,
+        options: dict[str, Any],
+    ):
+        self.sources: list[Hit] = []
+        self.left_out: list[Hit] = []
+        self.stream: AnswerStream | None = None
+        self.stop = Stop()
+        self.queue = asyncio.Queue[str | None]()
+        self._start, self._executor, self._ended = partial(start, **self.stop.among(options)), executor, ended
+
+    async def pieces(self) -> AsyncGenerator[str]:
+        """The pieces as they come; ``ended`` is called behind the last one, if somebody listened to the end."""
         loop = asyncio.get_running_loop()
 
         def say(piece: str | None) -> None:
             try:
-                loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+                loop.call_soon_threadsafe(self.queue.put_nowait, piece)
             except RuntimeError:  # the loop was closed meanwhile
-                self._stop.set()
+                self.stop.set()
 
         working = _submitted(self._executor, lambda: self._work(say))
         working.add_done_callback(lambda _: say(None))  # also where it is cancelled before it begins
         try:
-            while (piece := await self._queue.get()) is not None:
+            while (piece := await self.queue.get()) is not None:
                 yield piece
-            if not self._stop.is_set():
+            if not self.stop.is_set():
                 await _given(working)
-                if self._ended is not None and self._stream is not None:
-                    self._ended(self._stream)
+                if self._ended is not None and self.stream is not None:
+                    self._ended(self.stream)
         finally:
-            self._stop.set()
+            self.stop.set()
             working.cancel()
 
     def _work(self, say: Callable[[str], None]) -> None:
-        if not self._stop.is_set():
-            self.sources, self._stream = self._start()
-            self.left_out = self._stream.left_out
-        if self._stream is not None and not self._stop.is_set():
-            for piece in self._stream.to_the_end():
+        if not self.stop.is_set():
+            self.sources, self.stream = self._start()
+            self.left_out = self.stream.left_out
+        if self.stream is not None and not self.stop.is_set():
+            for piece in self.stream.to_the_end():
                 say(piece)
 
 

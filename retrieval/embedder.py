@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128
 
-from ragkv.errors import MissingPackageError, RetrievalError
+from ragkv.errors import MissingPackageError, RetrievalError, half_a_pair, instance
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -97,6 +97,10 @@ class SentenceTransformerEmbedder:
         return self._encode(self._model.encode_query, [text])[0]
 
     def _encode(self, encode: Callable[..., Any], texts: list[str]) -> NDArray[np.float32]:
+        for text in texts:
+            instance("each text", text, str, "a str")
+            if half_a_pair(text):
+                raise RetrievalError(f"a text must be valid Unicode, got half a surrogate pair: {text!a:.80}")
         with self._lock:
             windows = [self._windows(text) for text in texts]
             flat = [window for parts in windows for window in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -10,7 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ragkv.errors import DocumentError, RagKVError, RetrievalError, instance, no_question
+from ragkv.errors import (
+    DocumentError,
+    RagKVError,
+    RetrievalError,
+    checked_namespace,
+    half_a_pair,
+    instance,
+    no_question,
+)
 from ragkv.retrieval.catalogue import Catalogue
 from ragkv.retrieval.copies import Indexes
 from ragkv.retrieval.embedder import Embedder, offline_embedder
@@ -29,6 +38,7 @@ First = Callable[[list[Hit]], object]
 # A reranker that takes less is not worth telling of.
 _WORTH_S = 1e-3
 
+_LOG = logging.getLogger("ragkv.retrieval")
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
 
@@ -200,9 +210,9 @@ class Retriever:
         """
         if not isinstance(query, str) or not query.strip():
             raise RetrievalError(no_question(query))
-        if any("\ud800" <= letter <= "\udfff" for letter in query):
+        if half_a_pair(query):
             raise RetrievalError(f"a question must be valid Unicode, got half a surrogate pair: {query!a:.80}")
-        instance("namespace", namespace, str, "a str")
+        checked_namespace(namespace)
         if retrieval.max_context_tokens is not None and (readings is None or tokens is None):
             raise RetrievalError("max_context_tokens needs a model that counts them: RAG.retrieve() has one")
         vector = self.embedder.encode_query(query)
@@ -236,12 +246,14 @@ class Retriever:
         self._indexes.save()
 
     def close(self) -> None:
-        """Saves the index and closes the catalogue. Closing twice is no error."""
+        """Saves the index, or warns that it cannot, and closes the catalogue. Closing twice is no error."""
         if self._closed:
             return
         self._closed = True
         try:
             self.save()
+        except RetrievalError as error:  # a disk that is full, say: nothing is lost with it
+            _LOG.warning("%s; the next start fills it again", error)
         finally:
             self._indexes.words.close()
             self.catalogue.close()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
-from ragkv.errors import PromptError, instance
+from ragkv.errors import ArgumentTypeError, PromptError, instance
 from ragkv.finding import Finder
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
@@ -71,6 +71,26 @@ def engine_of(rag: RAG | Engine) -> Engine:
     """
     instance("rag", rag, RAG | Engine, "a ragkv.RAG or a ragkv.Engine")
     return rag.engine if isinstance(rag, RAG) else rag
+
+
+def all_of(given: Any, kind: type, must: str) -> list[Any]:
+    """What is to be handed over, as a list: an iterator gives it only once.
+
+    Args:
+        given: any number of them.
+        kind: of each.
+        must: what they must be, for the error.
+
+    Raises:
+        ArgumentTypeError: it cannot be gone through, or there is something else in it.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ArgumentTypeError(f"{must}, got {given!r:.80}")
+    items = list(given)
+    for item in items:
+        if not isinstance(item, kind):
+            raise ArgumentTypeError(f"{must}, got {item!r:.80} among them")
+    return items
 
 
 def hand_over(engine: Engine, passages: Iterable[Passage], documents: Documents | None = None) -> HandedOver:

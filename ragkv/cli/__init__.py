@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from ragkv.cli.arguments import parser
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for a usage error, with 0 for ``--help``.
     """
+    if isinstance(sys.stdout, TextIOWrapper):  # letters that a terminal or a file of another encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)  # a report names the command
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,13 @@ _COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
 
 def as_json(value: dict[str, Any], *, one_line: bool = False) -> None:
     """Print one JSON object, at once."""
-    text = json.dumps(value, ensure_ascii=False, indent=None if one_line else 2)
-    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)  # a file's name need not be Unicode
+    written = partial(json.dumps, value, indent=None if one_line else 2)
+    text = written(ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # of another encoding, or a file's name that is no Unicode
+        text = written()
+    print(text, flush=True)
 
 
 def hint(text: str) -> None:

@@ -32,7 +32,7 @@ class Connection:
         self._data = str(path / "data.mdb")
         with translated(path):
             self.env: lmdb.Environment = lmdb.open(
-                str(path),
+                os.fsencode(path),  # lmdb takes no str that is not valid Unicode
                 map_size=map_bytes,
                 max_dbs=len(databases),
                 max_readers=MAX_READERS,

@@ -219,11 +219,20 @@ class Environment:
     def copy(self, target: Path) -> None:
         """Writes a copy without free pages into an empty folder."""
         with translated(self.path):
-            self._live.env.copy(str(target), compact=True)
+            env: Any = self._live.env  # its types know of no bytes, as a name needs that is no Unicode
+            env.copy(os.fsencode(target), compact=True)
 
     def file_bytes(self) -> int:
-        """The length of the data file."""
-        return (self.path / "data.mdb").stat().st_size
+        """The length of the data file.
+
+        Raises:
+            StoreError: it was deleted.
+        """
+        try:
+            return (self.path / "data.mdb").stat().st_size
+        except FileNotFoundError:
+            self._live.check_place()
+            raise
 
     def sync(self) -> None:
         """Writes what the operating system still holds to the disk."""

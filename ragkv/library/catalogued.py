@@ -192,9 +192,16 @@ class CataloguedDocuments:
 
         Raises:
             DocumentError: there is no such document.
+            StoreError: it is removed, and its KV cannot be.
         """
         change = self.retriever.remove(source, self._documents.namespace)
-        self._documents.drop(change.unused)
+        try:
+            self._documents.drop(change.unused)
+        except StoreError as error:
+            said = (
+                f"{source} is removed, but its KV are still stored: {error}; 'ragkv prune --orphans' removes them later"
+            )
+            raise type(error)(said) from error
         return change
 
     def reading(self, document: ChunkedDocument) -> Reading:

@@ -9,7 +9,15 @@ from copy import copy
 from functools import partial
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import ArgumentError, ModelChangedError, StoreError, StoreFullError, instance, whole_number
+from ragkv.errors import (
+    ArgumentError,
+    ModelChangedError,
+    StoreError,
+    StoreFullError,
+    checked_namespace,
+    instance,
+    whole_number,
+)
 from ragkv.kernels import Impl
 from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
@@ -96,7 +104,6 @@ class Documents(Cutting):
         self.steps: Steps = runner.steps(kernels, graphs)
         self.measured: Measured = measured
         instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
-        instance("namespace", namespace, str, "a str")
         if not lifetime_s > 0:
             raise ArgumentError(f"lifetime_s must be more than 0, got {lifetime_s}")
         self._lifetime_s = lifetime_s
@@ -109,7 +116,7 @@ class Documents(Cutting):
         self._cut_as(namespace)
 
     def _cut_as(self, namespace: str) -> None:
-        self.namespace = namespace
+        self.namespace = checked_namespace(namespace)
         self._cutting = digest(_RULES, namespace, self.context, str(self.document_tokens), self.sample).hex()
         self._own_records = StoreRecords(self.store, self._cutting)
         self.records: list[Records] = [self._own_records]
@@ -119,9 +126,10 @@ class Documents(Cutting):
 
         It costs next to nothing: what is kept for each anchor are its KV, for the last few.
         """
-        if namespace is not None:
-            instance("namespace", namespace, str, "a str")
-        key = self.namespace if namespace is None else namespace, self.anchor if anchor is None else tuple(anchor)
+        key = (
+            self.namespace if namespace is None else checked_namespace(namespace),
+            self.anchor if anchor is None else tuple(anchor),
+        )
         if key == (self.namespace, self.anchor):
             return self
         other = self._others.get(key)

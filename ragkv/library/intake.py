@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import DocumentError, MissingPackageError
+from ragkv.errors import DocumentError, MissingPackageError, half_a_pair
 from ragkv.library.catalogued import CataloguedDocuments, Given, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
@@ -220,6 +220,8 @@ class Intake:
         """A file's text; where its bytes became a document in the same way before, that one."""
         try:
             data, source = file_bytes(path), os.path.realpath(path)
+            if half_a_pair(source):
+                raise DocumentError("its name, or that of a folder that it is in, is not valid Unicode: rename it")
             file = digest(fingerprint(Path(path), data, encoding), self.chunker.settings).hex()
             known = self._catalogued.unchanged(source, file)
             if known is not None:

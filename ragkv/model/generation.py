@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from threading import Event
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ragkv.errors import ArgumentError, NonFiniteError, PromptTooLongError, UnknownArgumentError, whole_number
+from ragkv.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NonFiniteError,
+    PromptTooLongError,
+    UnknownArgumentError,
+    instance,
+    whole_number,
+)
 from ragkv.logprobs import asked_logprobs
 from ragkv.model.decoder import Decoder
 from ragkv.model.inspection import non_finite
@@ -118,6 +127,24 @@ REFUSED: dict[str, str] = {
 }
 # Refused also where the model's own generation config says so, for without them the answer would be another one.
 _DECISIVE = [name for name, why in REFUSED.items() if why == _STRATEGY or name == "token_healing"]
+
+
+@runtime_checkable
+class _Streams(Protocol):
+    """A streamer of transformers, or one like it."""
+
+    def put(self, value: Tensor) -> object: ...
+    def end(self) -> object: ...
+
+
+_FUNCTION: Any = Callable
+# Types of those that transformers looks at only when it needs them.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "prefix_allowed_tokens_fn": (_FUNCTION, "a function"),
+    "streamer": (_Streams, "a transformers streamer"),
+    "negative_prompt_ids": (Tensor, "a tensor [1, N]"),
+    "negative_prompt_attention_mask": (Tensor, "a tensor [1, N]"),
+}
 # Values at which an argument of those refused asks for nothing, besides None and False.
 _NEUTRAL = {**GenerationConfig._get_default_generation_params(), "cache_implementation": "dynamic"}
 # What beam search by ``model.generate`` must not take from the model's own generation config.
@@ -186,7 +213,10 @@ class Settings:
         limited = fields.get("max_length") is not None or any(config.max_length is not None for config in configs[1:])
         self._length: int | None = self.config.max_length if limited and self._new_tokens is None else None
         self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
-        self.beams: int = self.config.num_beams or 1
+        seconds: Any = self.config.max_time
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
+            raise ArgumentTypeError(f"max_time must be a number of seconds, got {seconds!r:.80}")
+        self.beams: int = 1 if self.config.num_beams is None else whole_number("num_beams", self.config.num_beams, 1)
         ends = self.config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.proposer: Proposer = Proposer(self.config, self._beside["assistant_model"], decoder.vocab_size)
@@ -301,6 +331,10 @@ def _check(decoder: Decoder, arguments: dict[str, Any]) -> None:
             raise ArgumentError(
                 f"{name} must be a list, got {type(arguments[name]).__name__}: give [...] of one or more"
             )
+        for item in arguments.get(name) or ():
+            instance(f"each of {name}", item, _FUNCTION, "a function")
+    for name, (kind, must) in _KINDS.items():
+        instance(name, arguments.get(name), kind | None, must)
     known = vars(GenerationConfig())
     said = (
         {} if given is None else {name: vars(given)[name] for name in known if name[0] != "_" and name in vars(given)}

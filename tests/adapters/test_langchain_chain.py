@@ -5,6 +5,8 @@ import json
 
 import pytest
 from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 
@@ -134,6 +136,17 @@ def test_it_is_a_part_of_longer_chains(rag):
     assert [answer["question"] for answer in answers] == [QUESTION, "Who runs the mill?"]
 
 
+@pytest.mark.parametrize("beside", [None, {"language": RunnableLambda(lambda _: "en")}])
+async def test_what_comes_in_pieces_is_one_question(rag, beside):
+    chain = create_ragkv_chain(foreign(*TEXTS), rag, max_new_tokens=3)
+    rewritten = FakeListChatModel(responses=[QUESTION]) | StrOutputParser()
+    whole = (rewritten if beside is None else {"question": rewritten, **beside}) | chain
+    want = chain.invoke(QUESTION)["answer"]
+    assert [part["question"] for part in whole.stream("?") if "question" in part] == [QUESTION]
+    assert "".join(part.get("answer", "") for part in whole.stream("?")) == want
+    assert "".join([part.get("answer", "") async for part in whole.astream("?")]) == want
+
+
 def test_what_has_no_text_is_left_out(rag, caplog):
     found = [Document(page_content=""), Document(page_content=TEXTS[0], metadata={"ragkv": "nonsense"}), "no document"]
     result = create_ragkv_chain(Found(documents=found), rag, max_new_tokens=2).invoke(QUESTION)
@@ -160,3 +173,9 @@ def test_wrong_types_are_told(rag):
             chain.invoke(question)
     with pytest.raises(ArgumentTypeError, match="must give a list of documents"):
         create_ragkv_chain(RunnableLambda(lambda question: "text"), rag).invoke(QUESTION)
+
+
+async def test_a_retriever_may_give_anything_that_can_be_gone_through(rag):
+    found = foreign(*TEXTS).documents
+    chain = create_ragkv_chain(RunnableLambda(lambda question: map(found.__getitem__, (1, 0))), rag, max_new_tokens=2)
+    assert chain.invoke(QUESTION)["context"] == (await chain.ainvoke(QUESTION))["context"] == found[::-1]

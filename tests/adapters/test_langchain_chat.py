@@ -150,6 +150,21 @@ def test_settings_reach_the_engine(rag):
     }
 
 
+def test_a_call_comes_first_whichever_name_it_says(rag):
+    model = ChatRagKV(rag=rag, max_tokens=12, timeout=60, temperature=0.5, generation={"min_new_tokens": 2})
+    own = {"max_new_tokens": 12, "max_time": 60, "do_sample": True, "temperature": 0.5, "min_new_tokens": 2}
+    for call, want in (
+        ({"max_new_tokens": 2}, {"max_new_tokens": 2}),
+        ({"max_time": 1}, {"max_time": 1}),
+        ({"do_sample": False}, {"do_sample": False}),
+        ({"max_tokens": None, "temperature": None}, {}),
+    ):
+        assert model._options(None, call) == {**own, **want}
+    assert "temperature" not in model._options(None, {"temperature": 0})
+    assert ChatRagKV(rag=rag, temperature=0)._options(None, {"do_sample": True}) == {"do_sample": True}
+    assert model.invoke(QUESTION, max_new_tokens=2).usage_metadata["output_tokens"] == 2
+
+
 def test_it_ends_where_it_is_told(rag):
     text = ChatRagKV(rag=rag, max_tokens=8, temperature=0).invoke(QUESTION).text
     end = text.split()[2]

@@ -8,6 +8,7 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.indexing import InMemoryRecordManager, index
+from langchain_core.runnables import ConfigurableField
 
 from ragkv import (
     RAG,
@@ -68,6 +69,16 @@ def test_the_documents_metadata_come_along(model):
         rag.add_texts(TEXTS[:1], ["a"], [{"page": 7, REFERENCE: "mine"}])
         (document,) = RagKVRetriever(rag=rag).invoke("Clearport")
         assert document.metadata["page"] == 7 and document.metadata[REFERENCE]["passage"] == 0
+
+
+def test_a_retriever_whose_fields_a_call_may_say(rag):
+    retriever = RagKVRetriever(rag=rag, k=4, neighbours=1)
+    by_call = retriever.configurable_fields(k=ConfigurableField("k"), retrieval=ConfigurableField("options"))
+    assert by_call.invoke(QUESTION) == retriever.invoke(QUESTION)
+    said = {"configurable": {"k": 1, "options": {"neighbours": 0}}}
+    assert by_call.invoke(QUESTION, said) == RagKVRetriever(rag=rag, k=1).invoke(QUESTION)
+    with pytest.raises(UnknownArgumentError, match="retrieval has no option neighbors"):
+        by_call.invoke(QUESTION, {"configurable": {"options": {"neighbors": 0}}})
 
 
 def test_a_retriever_is_told_what_is_wrong(rag):
@@ -154,6 +165,27 @@ def test_an_id_is_overwritten_and_its_kv_go(store):
     ]
     assert len(store.rag.documents()) == len(before)
     assert len(store.rag.engine.store) == 3
+
+
+def test_an_id_that_is_no_unicode_is_nowhere(store):
+    with pytest.raises(DocumentError, match="not valid Unicode"):
+        store.add_texts(TEXTS[:1], ids=["\ud800"])
+    assert store.get_by_ids(["\ud800"]) == [] and store.delete(["\ud800"])
+    found = [Document(id="\ud800", page_content=TEXTS[0])]
+    assert passages_of(found, store.rag.engine, "")[0].reference is None
+
+
+def test_one_text_is_no_list(store):
+    store.add_texts(TEXTS, ids=["a", "b", "ab"])
+    for call in (
+        lambda: store.delete("ab"),
+        lambda: store.get_by_ids("ab"),
+        lambda: store.add_texts("ab"),
+        lambda: store.add_texts(TEXTS[:2], ids="ab"),
+    ):
+        with pytest.raises(ArgumentTypeError, match="must be a list of "):
+            call()
+    assert [document.id for document in store.get_by_ids(["a", "b", "ab"])] == ["a", "b", "ab"]
 
 
 def test_delete(store, rag):

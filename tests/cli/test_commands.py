@@ -1,5 +1,6 @@
 """add, ask, stats and demo, with the bundled model and the offline embedder."""
 
+import io
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ragkv import RAG, bundled
+from ragkv.cli import main
 from ragkv.testing import tiny_model
 from tests.retrieval.files import PARSER, pptx
 
@@ -27,6 +29,18 @@ def files(tmp_path):
     for name in ("blackstead.md", "clearport.md"):
         (folder / name).write_text(bundled.documents()[name])
     return folder
+
+
+def test_letters_that_the_terminal_has_not(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "\u6f22\U0001f600\xe9.md"
+    file.write_text("Clearport lies on the river Exe.")
+    assert run(capsys, "add", file)[0] == 0
+    for name, command in ((r"\u6f22\U0001f600\xe9.md", ["docs"]), (file.name, ["docs", "--json"])):
+        written = io.TextIOWrapper(io.BytesIO(), "ascii")
+        monkeypatch.setattr("sys.stdout", written)
+        assert main(command) == 0
+        said = written.buffer.getvalue().decode()
+        assert name in (json.loads(said)["documents"][0]["source"] if "--json" in command else said)
 
 
 def test_add_ask_stats(files, tmp_path, capsys):

@@ -17,7 +17,16 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ragkv import ArgumentError, Engine, FullPrefill, MethodError, PromptTooLongError, Reuse, UnknownArgumentError
+from ragkv import (
+    ArgumentError,
+    Engine,
+    FullPrefill,
+    MethodError,
+    PromptTooLongError,
+    RagKVError,
+    Reuse,
+    UnknownArgumentError,
+)
 from ragkv.model.generation import BESIDE, HONOURED, REFUSED, Settings
 from ragkv.prompting import Prompting
 from ragkv.testing import random_ids, tiny_model
@@ -246,6 +255,30 @@ def test_arguments_of_the_forward_are_refused(engine):
 def test_wrong_values_are_refused_before_anything_is_computed(engine, monkeypatch, arguments):
     monkeypatch.setattr(Prompting, "prompt", lambda *_: pytest.fail("the prompt was made"))
     with pytest.raises(ArgumentError, match=next(iter(arguments)).removesuffix("s").replace("_", ".")):
+        got(engine, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"logits_processor": [5]},
+        {"stopping_criteria": [5]},
+        {"prefix_allowed_tokens_fn": 5},
+        {"streamer": 5},
+        {"negative_prompt_ids": [1, 2]},
+        {"negative_prompt_attention_mask": [1, 1]},
+        {"num_beams": "2"},
+        {"num_beams": 2.5},
+        {"num_beams": 0},
+        {"max_time": "2"},
+        {"max_time": True},
+        {"past": 5},
+    ],
+    ids=str,
+)
+def test_wrong_types_are_refused_before_anything_is_computed(engine, monkeypatch, arguments):
+    monkeypatch.setattr(Prompting, "prompt", lambda *_: pytest.fail("the prompt was made"))
+    with pytest.raises(RagKVError, match=rf"{next(iter(arguments))} must be "):
         got(engine, **arguments)
 
 

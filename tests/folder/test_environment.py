@@ -60,6 +60,23 @@ def test_it_is_shared_within_a_process(folder):
     assert not Environment.is_open(folder)
 
 
+def test_a_folder_whose_name_is_no_unicode(tmp_path):
+    folder, copy = (tmp_path / os.fsdecode(name) for name in (b"k\xe9v", b"\xff"))
+    try:
+        copy.mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    environment = Environment.open(folder, DATABASES)
+    put(environment, b"a")
+    assert environment.problems() == []
+    environment.copy(copy)
+    environment.close()
+    for where in (folder, copy):
+        opened = Environment.open(where, DATABASES, readonly=True)
+        assert keys(opened) == [b"a"]
+        opened.close()
+
+
 def test_a_read_only_one(folder, environment):
     put(environment, b"a")
     environment.close()
@@ -176,6 +193,9 @@ def test_a_folder_deleted_or_replaced_under_a_running_process(tmp_path, folder, 
     for _ in range(2):
         with pytest.raises(StoreError, match="deleted or replaced"):
             put(environment, b"c")
+    if how != "replaced":
+        with pytest.raises(StoreError, match="deleted or replaced"):
+            environment.file_bytes()
     assert len(keys(environment)) == 500
     if how == "replaced":
         with pytest.raises(StoreError, match="deleted or replaced"):

@@ -98,6 +98,24 @@ def test_who_stops_listening_stops_the_model(rag, how):
     assert 0 < len(stream.token_ids) < LONG["max_new_tokens"]
 
 
+def test_a_loop_that_is_left_stops_the_model(rag):
+    """While the event loop goes on, and nobody closes the stream."""
+
+    async def left():
+        session = rag.session()
+        await session.aask(QUESTION, max_new_tokens=2)
+        async for _ in session.astream(QUESTION, **LONG):
+            break
+        answer = await session.aask(QUESTION, max_new_tokens=2)  # behind what was left, which is waited for
+        async for _ in rag.astream(QUESTION, **LONG):
+            break
+        await asyncio.to_thread(rag.threads.close)
+        return answer
+
+    assert asyncio.run(left()).text
+    assert 0 < rag.engine.stats().line.namespaces[""].output_tokens < LONG["max_new_tokens"]
+
+
 def test_an_answer_that_nobody_waits_for_is_given_up(rag, monkeypatch):
     found, ask = [], rag.ask
 

@@ -1,13 +1,14 @@
 """Files as documents: listed, removed by what people call them, kept in step with a folder; and what is said meanwhile."""
 
 import logging
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from ragkv import DocumentError, Progress, StoreFullError, TieredStore
+from ragkv import ArgumentError, DocumentError, Progress, StoreFullError, TieredStore
 from ragkv.library.sizes import token_bytes
 
 from .rags import DOCUMENTS, QUESTION, keys, open_rag
@@ -62,6 +63,44 @@ def test_a_document_is_removed_by_its_path(rag, docs, monkeypatch):
         rag.remove(NAMES[1])
     assert rag.remove(f"docs/{NAMES[0]}").document.source == str(docs / NAMES[0])
     assert sources(rag) == [str(docs / "deep" / NAMES[1])]
+
+
+def test_a_document_whose_kv_cannot_be_removed(rag, docs, monkeypatch):
+    rag.add_files(docs)
+
+    def full(*args, **options):
+        raise StoreFullError("the disk is full; nothing was changed")
+
+    monkeypatch.setattr(rag.engine.store, "remove_many", full)
+    with pytest.raises(StoreFullError, match=r"clearport.md is removed, but its KV are still stored: the disk is full"):
+        rag.remove(docs / NAMES[0])
+    assert {Path(source).name for source in sources(rag)} == {NAMES[1]}
+
+
+def test_a_name_that_is_no_unicode(rag, docs, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (odd / "inside.md").write_text("It lies by the sea.")
+    (docs / "link.md").symlink_to(odd / "inside.md")
+    (docs / os.fsdecode(b"\xff.md")).write_text("Nobody can name it.")
+    for done in (rag.plan_files([docs, odd]), rag.add_files([docs, odd]), rag.sync(docs)):
+        named = {Path(skipped.source).name: skipped.reason for skipped in done.skipped}
+        assert {"link.md", os.fsdecode(b"\xff.md")} <= named.keys() <= {"link.md", os.fsdecode(b"\xff.md"), "inside.md"}
+        assert all("is not valid Unicode: rename it" in reason for reason in named.values())
+    assert {Path(source).name for source in sources(rag)} == set(NAMES)
+    for call in (rag.remove, rag.pin, rag.unpin):
+        with pytest.raises(DocumentError, match="no document is called"):
+            call(odd / "inside.md")
+    for call in (
+        rag.documents,
+        lambda **named: rag.add_texts(["Tar."], **named),
+        lambda **named: rag.ask("Who?", **named),
+    ):
+        with pytest.raises(ArgumentError, match="namespace must be valid Unicode"):
+            call(namespace="\ud800")
 
 
 def test_a_link_is_what_it_points_to(rag, docs):

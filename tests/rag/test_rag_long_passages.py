@@ -66,7 +66,7 @@ def test_nothing_is_left(folder, model):
         with pytest.raises(
             PromptTooLongError, match=r"all passages found are longer than the \d+ .* passage \d+ of long \("
         ):
-            rag.ask(longest, top_k=1)
+            rag.ask(longest[:300], top_k=1)
 
 
 def test_the_folder_can_be_used_otherwise(folder, model):
@@ -80,3 +80,16 @@ def test_the_folder_can_be_used_otherwise(folder, model):
             rag.add_texts([LONG + " More."], ["new"])
     with open_rag(folder, small_model()) as rag:
         assert rag.refresh() == 0 and not rag.ask("harbour", max_new_tokens=1).left_out
+
+
+def test_a_question_that_is_too_long_is_refused_before_it_is_looked_for(rag, monkeypatch):
+    question = "word " * rag.engine.decoder.max_positions
+    monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: pytest.fail("it was looked for"))
+    for asked in (
+        lambda: rag.ask(question),
+        lambda: rag.ask(messages=[{"role": "user", "content": question}]),
+        lambda: rag.stream(question),
+        lambda: rag.session().ask(question),
+    ):
+        with pytest.raises(PromptTooLongError, match="or a shorter question"):
+            asked()

@@ -351,7 +351,7 @@ def test_messages_of_a_rag(rag):
     assert "clearport.md" in {hit.source for hit in answer.sources}
     hits = rag.retrieve("\n".join(message["content"] for message in talk), 2)
     want = rag.engine.generate(rag.chunks(hits), talk, max_new_tokens=4, eos_token_id=None)
-    assert answer.token_ids == want.token_ids
+    assert answer.token_ids == want.token_ids == rag.ask(messages=iter(talk), **SHORT).token_ids
     sources, pieces = rag.stream(messages=talk, **SHORT)
     assert ("".join(pieces), sources) == (answer.text, answer.sources)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragkv.errors import MissingPackageError, RetrievalError
+from ragkv.errors import MissingPackageError, RagKVError, RetrievalError
 from ragkv.retrieval import Embedder, SentenceTransformerEmbedder, offline_embedder
 from ragkv.retrieval import embedder as module
 
@@ -58,6 +58,13 @@ def test_windows_of_odd_texts(minilm, text):
     windows = minilm._windows(text)
     assert "".join(windows) == text
     assert all(len(minilm._model.tokenizer(window)["input_ids"]) <= 256 for window in windows)
+
+
+@pytest.mark.parametrize("text", ["half a pair \ud800", None, 5, ["a list"]])
+def test_what_is_no_text(minilm, text):
+    for encode in (lambda: minilm.encode_query(text), lambda: minilm.encode_documents(["fine", text])):
+        with pytest.raises(RagKVError, match="text must be "):
+            encode()
 
 
 def test_threads_get_the_same_vectors(minilm):

@@ -171,6 +171,18 @@ def test_a_change_is_in_the_index_at_once(retriever):
     assert len(retriever.index) == 2 and retriever.search("rope") == [] and len(retriever.index) == 0
 
 
+def test_closing_without_room_for_the_index(tmp_path, embedder, caplog):
+    with Retriever.open(tmp_path / "documents", embedder) as retriever:
+        retriever.add("a", ["Tar is sold by the barrel."])
+        (tmp_path / "documents" / "index.safetensors").mkdir()
+        with pytest.raises(RetrievalError, match="cannot be written"):
+            retriever.save()
+    assert "the next start fills it again" in caplog.text
+    (tmp_path / "documents" / "index.safetensors").rmdir()
+    with Retriever.open(tmp_path / "documents", embedder) as retriever:
+        assert [hit.source for hit in retriever.search("tar", 1)] == ["a"]
+
+
 def test_closing_twice_is_no_error(tmp_path, embedder):
     retriever = Retriever.open(tmp_path, embedder)
     retriever.close()

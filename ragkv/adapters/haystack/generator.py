@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import os
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from haystack.utils import deserialize_callable, serialize_callable
 from ragkv.adapters.haystack.documents import passage_of
 from ragkv.adapters.haystack.folder import Folder, OverFolder
 from ragkv.adapters.parts import model_name, streamed, threads_of, usage
-from ragkv.adapters.passages import HandedOver, engine_of, hand_over
+from ragkv.adapters.passages import HandedOver, all_of, engine_of, hand_over
 from ragkv.engine import Engine
+from ragkv.errors import ArgumentTypeError, no_question
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
 from ragkv.streaming import in_thread, stoppable
@@ -94,8 +95,10 @@ class RagKVGenerator(OverFolder):
 
         Raises:
             PromptError: none of the documents can be given to the model; and as :meth:`ragkv.Engine.generate`.
+            ArgumentTypeError: the query is no text or blank, or the documents are none.
         """
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=False)
+        documents = _asked(query, documents)
         if not documents:
             return _nothing()
         engine, options = engine_of(self._folder.open()), {**self.generation_kwargs, **(generation_kwargs or {})}
@@ -103,10 +106,11 @@ class RagKVGenerator(OverFolder):
         if callback is None:
             answer = engine.generate(handed.chunks, query, **options)
             return _said(engine, answer.text, answer.report, documents, handed)
-        text, stream = "", engine.stream(handed.chunks, query, **options)
-        for piece in stream:
-            callback(self._piece(piece, start=not text))
-            text += piece
+        text = ""
+        with closing(engine.stream(handed.chunks, query, **options)) as stream:
+            for piece in stream:
+                callback(self._piece(piece, start=not text))
+                text += piece
         return _said(engine, text, stream.report, documents, handed)
 
     @component.output_types(replies=list[str], meta=list[dict[str, Any]], documents=list[Document])
@@ -119,6 +123,7 @@ class RagKVGenerator(OverFolder):
     ) -> dict[str, Any]:
         """:meth:`run` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=True)
+        documents = _asked(query, documents)
         if not documents:
             return _nothing()
         opened = await asyncio.to_thread(self._folder.open)
@@ -139,6 +144,13 @@ class RagKVGenerator(OverFolder):
 
     def _piece(self, text: str, start: bool) -> StreamingChunk:
         return StreamingChunk(content=text, index=0, start=start, component_info=ComponentInfo.from_component(self))
+
+
+def _asked(query: Any, documents: Any) -> list[Document]:
+    """The documents of a question that is one."""
+    if not isinstance(query, str) or not query.strip():
+        raise ArgumentTypeError(no_question(query))
+    return all_of([] if documents is None else documents, Document, "documents must be a list of Haystack's documents")
 
 
 def _nothing() -> dict[str, Any]:

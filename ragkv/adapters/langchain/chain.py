@@ -14,7 +14,7 @@ from langchain_core.runnables.utils import AddableDict
 from ragkv.adapters.langchain.documents import passages_of
 from ragkv.adapters.langchain.retriever import RagKVRetriever
 from ragkv.adapters.parts import split, streamed, threads_of
-from ragkv.adapters.passages import HandedOver, engine_of, hand_over
+from ragkv.adapters.passages import HandedOver, all_of, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, ArgumentTypeError, instance, no_question
 from ragkv.rag import RAG
@@ -67,32 +67,30 @@ class _Steps:
         self, inputs: Iterator[str | dict[str, Any]], config: RunnableConfig, **call: Any
     ) -> Iterator[AddableDict]:
         """See :func:`create_ragkv_chain`."""
-        for question in map(_question, inputs):
-            yield AddableDict(question=question)
-            retrieval, options = self._both({**self._options, **call})
-            documents = self._retriever.invoke(question, config, **retrieval)
-            handed = self._handed(documents, options)
-            yield AddableDict(context=_given(documents, handed))
-            with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
-                for piece in pieces:
-                    yield AddableDict(answer=piece)
-            yield _end(pieces.report)
+        question = _question(list(inputs))
+        yield AddableDict(question=question)
+        retrieval, options = self._both({**self._options, **call})
+        handed, given = self._handed(self._retriever.invoke(question, config, **retrieval), options)
+        yield AddableDict(context=given)
+        with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
+            for piece in pieces:
+                yield AddableDict(answer=piece)
+        yield _end(pieces.report)
 
     async def aanswer(
         self, inputs: AsyncIterator[str | dict[str, Any]], config: RunnableConfig, **call: Any
     ) -> AsyncIterator[AddableDict]:
         """See :func:`create_ragkv_chain`."""
-        async for given in inputs:
-            question = _question(given)
-            yield AddableDict(question=question)
-            retrieval, options = self._both({**self._options, **call})
-            documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
-            handed = await in_thread(pool, partial(self._handed, documents, options))
-            yield AddableDict(context=_given(documents, handed))
-            async with aclosing(streamed(self._engine, handed.chunks, question, pool, options)) as pieces:
-                async for piece in pieces:
-                    yield AddableDict(answer=piece)
-            yield _end(pieces.report)
+        question = _question([part async for part in inputs])
+        yield AddableDict(question=question)
+        retrieval, options = self._both({**self._options, **call})
+        documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
+        handed, given = await in_thread(pool, partial(self._handed, documents, options))
+        yield AddableDict(context=given)
+        async with aclosing(streamed(self._engine, handed.chunks, question, pool, options)) as pieces:
+            async for piece in pieces:
+                yield AddableDict(answer=piece)
+        yield _end(pieces.report)
 
     def _both(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The retriever's options, and the engine's."""
@@ -106,22 +104,27 @@ class _Steps:
             )
         return retrieval, generation | sampling
 
-    def _handed(self, documents: Any, options: Mapping[str, Any]) -> HandedOver:
+    def _handed(self, documents: Any, options: Mapping[str, Any]) -> tuple[HandedOver, list[Document]]:
+        """What a retriever found, handed over, and what of it the model is given."""
+        found = all_of(documents, object, "a retriever must give a list of documents")
         where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
-        passages = passages_of(documents, self._engine, (where or self._engine.documents).namespace)
-        return hand_over(self._engine, passages, where)
+        passages = passages_of(found, self._engine, (where or self._engine.documents).namespace)
+        handed = hand_over(self._engine, passages, where)
+        return handed, [found[number] for number in handed.numbers]
 
 
-def _question(given: Any) -> str:
+def _question(parts: list[Any]) -> str:
+    """The question of an input, which what stands in front of the chain may give in parts: joined as LangChain joins them."""
+    given = parts[0] if parts else None
+    for part in parts[1:]:
+        try:
+            given = given + part
+        except TypeError:
+            given = part
     question = given.get("question") if isinstance(given, Mapping) else given
     if not isinstance(question, str) or not question.strip():
         raise ArgumentTypeError(f"give a question, or a dict with one under 'question': {no_question(question)}")
     return question
-
-
-def _given(documents: list[Document], handed: HandedOver) -> list[Document]:
-    """The documents that the model is given."""
-    return [documents[number] for number in handed.numbers]
 
 
 def _end(report: AnswerReport | None) -> AddableDict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
@@ -164,19 +164,12 @@ class ChatRagKV(BaseChatModel):
     def _options(self, stop: Sequence[str] | None, generation: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the engine; those of the call go before."""
         given = {"temperature": self.temperature, "max_tokens": self.max_tokens, "timeout": self.timeout}
-        options = {
-            **self.generation,
-            **{name: value for name, value in given.items() if value is not None},
-            **generation,
-        }
+        options = {**_ours(self.generation), **_ours(given), **_ours(generation)}
         ends = self.stop if stop is None else stop
         if ends:
             options["stop"] = ends
-        if (temperature := options.pop("temperature", None)) is not None:
-            options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        for name, ours in (("max_tokens", "max_new_tokens"), ("timeout", "max_time")):
-            if (value := options.pop(name, None)) is not None:
-                options[ours] = value
+        if options.get("temperature") is None:
+            options.pop("temperature", None)
         return options
 
     def _result(self, chunks: list[Chunk], answer: Answer) -> ChatResult:
@@ -193,6 +186,17 @@ class ChatRagKV(BaseChatModel):
 
     def _metadata(self) -> dict[str, Any]:
         return {"model_name": self.model, "model_provider": "ragkv"}
+
+
+def _ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the engine's names; what LangChain's say is left out where it is ``None``."""
+    options = dict(given)
+    for name, ours in (("max_tokens", "max_new_tokens"), ("timeout", "max_time")):
+        if (value := options.pop(name, None)) is not None:
+            options[ours] = value
+    if (temperature := options.pop("temperature", None)) is not None:
+        options |= {"do_sample": bool(temperature), "temperature": temperature or None}
+    return options
 
 
 def _part(piece: str) -> ChatGenerationChunk:

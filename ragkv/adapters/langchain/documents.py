@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from ragkv.adapters.found import FoundPassages
 from ragkv.adapters.langchain.members import added_here, as_added, references
 from ragkv.adapters.passages import REFERENCE, Passage, metadata_of, reference
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentTypeError
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 
@@ -31,14 +30,8 @@ def remember(rag: RAG, hits: Iterable[Hit]) -> None:
     FoundPassages.of(rag.engine).leave(Passage(hit.text, hit.source, reference(hit)) for hit in hits)
 
 
-def passages_of(documents: Any, engine: Engine, namespace: str) -> list[Passage]:
-    """What a retriever found, to be handed over to an engine.
-
-    Raises:
-        ArgumentTypeError: it is no list.
-    """
-    if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
-        raise ArgumentTypeError(f"a retriever must give a list of documents, got {documents!r:.80}")
+def passages_of(documents: Sequence[Any], engine: Engine, namespace: str) -> list[Passage]:
+    """What a retriever found, to be handed over to an engine; what is no document among it, as one without text."""
     found = [
         (getattr(one, "page_content", None), getattr(one, "metadata", None) or {}, getattr(one, "id", None))
         for one in documents

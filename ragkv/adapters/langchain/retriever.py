@@ -23,6 +23,7 @@ class RagKVRetriever(BaseRetriever):
     Args:
         rag: whose documents; whoever made it closes it.
         k: passages to find; 5 by default, or as many as ``max_context_tokens`` takes.
+        retrieval: options of :class:`ragkv.Retrieval` as a dict, for ``configurable_fields``; those that are named come first.
         **options: of :class:`ragkv.Retrieval` (``neighbours``, ``hybrid``, ``hops``, ``where``, ...), and of LangChain's
             ``BaseRetriever``. Those of retrieval, and ``k``, hold for one call too: ``invoke(question, k=3, hops=2)``.
 
@@ -38,8 +39,11 @@ class RagKVRetriever(BaseRetriever):
     k: int | None = None
     retrieval: dict[str, Any] = Field(default_factory=dict)
 
-    def __init__(self, *, rag: RAG, k: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, rag: RAG, k: int | None = None, retrieval: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         fields: dict[str, Any] = {name: options.pop(name) for name in BaseRetriever.model_fields if name in options}
+        options = {**(retrieval or {}), **options}
         Retrieval.of(top_k=k, **options)
         fields |= {"rag": rag, "k": k, "retrieval": options}
         super().__init__(**fields)

@@ -17,6 +17,7 @@ from ragkv.adapters.langchain.documents import document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
 from ragkv.adapters.langchain.members import TOGETHER, Member, Members, added_here, as_added, in_order, kept
 from ragkv.adapters.parts import Cut, listed, remove, search
+from ragkv.adapters.passages import all_of
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
@@ -112,12 +113,15 @@ class RagKVVectorStore(VectorStore):
             The ids.
 
         Raises:
+            ArgumentTypeError: texts or ids are no list.
             DocumentError: a text is blank, metadata are nothing that JSON can hold, an id is given to two texts: nothing was added.
             PromptTooLongError: a text is longer than the model reads at once: nothing was added.
             StoreFullError: as for :meth:`ragkv.RAG.add_texts`.
         """
         _no_more(options)
-        given = list(texts)
+        given = all_of(texts, object, "texts must be a list of str")
+        if ids is not None:
+            ids = all_of(ids, object, "ids must be a list of str")
         names = [str(uuid.uuid4()) if name is None else name for name in ([None] * len(given) if ids is None else ids)]
         extras = [{}] * len(given) if metadatas is None else list(metadatas)
         if not len(given) == len(names) == len(extras):
@@ -141,10 +145,13 @@ class RagKVVectorStore(VectorStore):
         Args:
             ids: which; ``None``: all that were added here.
             **options: none.
+
+        Raises:
+            ArgumentTypeError: ids are no list of texts.
         """
         _no_more(options)
         if ids is not None:
-            self._put(ids, {})
+            self._put(all_of(ids, str, "ids must be a list of str"), {})
             return True
         with self._members.lock:
             for made in listed(self.rag):
@@ -154,6 +161,7 @@ class RagKVVectorStore(VectorStore):
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents of ids that are there, each once, in the order of the ids."""
+        ids = all_of(ids, str, "ids must be a list of str")
         with self.rag.retriever.catalogue.snapshot() as view:
             found = self._members.find(view, ids).values()
             return [

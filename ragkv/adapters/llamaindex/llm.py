@@ -32,7 +32,7 @@ from ragkv.engine import Engine
 from ragkv.messages import Question
 from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.rag import RAG
-from ragkv.report import Answer
+from ragkv.report import AnswerReport
 from ragkv.streaming import Threads, stoppable
 
 # What LlamaIndex is told of a model without a limit of positions.
@@ -124,11 +124,13 @@ class RagKVLLM(CustomLLM):
         return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
 
     def _whole(self, question: Question, **generation: Any) -> CompletionResponse:
-        return _response(self._engine.generate([], question, **{**self.generation, **generation}))
+        answer = self._engine.generate([], question, **{**self.generation, **generation})
+        return _response(answer.text, answer.report)
 
     async def _awhole(self, question: Question, **generation: Any) -> CompletionResponse:
         ask = partial(self._engine.generate, [], question)
-        return _response(await stoppable(self._threads.pool(), ask, **{**self.generation, **generation}))
+        answer = await stoppable(self._threads.pool(), ask, **{**self.generation, **generation})
+        return _response(answer.text, answer.report)
 
     def _pieces(self, question: Question, **generation: Any) -> CompletionResponseGen:
         stream = self._engine.stream([], question, **{**self.generation, **generation})
@@ -138,6 +140,7 @@ class RagKVLLM(CustomLLM):
             for piece in stream:
                 text += piece
                 yield CompletionResponse(text=text, delta=piece, raw={"usage": usage(stream.report)})
+            yield _response(text, stream.report, delta="")
 
         return pieces()
 
@@ -148,11 +151,13 @@ class RagKVLLM(CustomLLM):
             async for piece in stream:
                 text += piece
                 yield CompletionResponse(text=text, delta=piece, raw={"usage": usage(stream.report)})
+        yield _response(text, stream.report, delta="")
 
 
-def _response(answer: Answer) -> CompletionResponse:
-    raw = {"usage": usage(answer.report), "report": answer.report.as_dict()}
-    return CompletionResponse(text=answer.text, raw=raw)
+def _response(text: str, report: AnswerReport | None, delta: str | None = None) -> CompletionResponse:
+    """A whole answer, or the end of a streamed one, which there is also where the model said nothing."""
+    raw = {"usage": usage(report), "report": report and report.as_dict()}
+    return CompletionResponse(text=text, delta=delta, raw=raw)
 
 
 def _said(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

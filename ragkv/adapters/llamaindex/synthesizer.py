@@ -20,7 +20,7 @@ from ragkv.adapters.llamaindex.llm import RagKVLLM
 from ragkv.adapters.llamaindex.nodes import passage_of
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
 from ragkv.adapters.parts import split, streamed, threads_of
-from ragkv.adapters.passages import REFERENCE, Passage, engine_of, hand_over
+from ragkv.adapters.passages import REFERENCE, Passage, all_of, engine_of, hand_over
 from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -46,6 +46,7 @@ class RagKVSynthesizer(BaseSynthesizer):
 
     Raises:
         PromptError: from an answer: none of the nodes can be given to the model.
+        ArgumentTypeError: from an answer: they are none.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class RagKVSynthesizer(BaseSynthesizer):
 
     def _given(self, nodes: list[NodeWithScore]) -> tuple[list[NodeWithScore], dict[str, Any]]:
         """The nodes that the model is given, and their chunks; with room for what there is to say of the answer."""
+        nodes = all_of(nodes, NodeWithScore, "nodes must be a list of NodeWithScore")
         handed = hand_over(self._engine, map(passage_of, nodes))
         left_out = {nodes[number].node.node_id: reason for number, reason in handed.left_out.items()}
         used = [nodes[number] for number in handed.numbers]

@@ -20,6 +20,7 @@ from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from ragkv.adapters.llamaindex.nodes import ADDED, NODES, kept, node_of, nodes_of, ordered, shown
 from ragkv.adapters.parts import Cut, document, listed, remove, search
+from ragkv.adapters.passages import all_of
 from ragkv.errors import ArgumentError, DocumentError, instance
 from ragkv.rag import RAG
 from ragkv.streaming import in_thread
@@ -67,10 +68,12 @@ class RagKVVectorStore(BasePydanticVectorStore):
             Their ids.
 
         Raises:
+            ArgumentTypeError: they are no list of nodes.
             DocumentError: a node has no text, or metadata that JSON cannot hold, or its id is another node's: nothing was added.
             PromptTooLongError: a node is longer than the model reads at once: nothing was added.
             StoreFullError: as for :meth:`ragkv.RAG.add_texts`.
         """
+        nodes = all_of(nodes, BaseNode, "nodes must be a list of LlamaIndex's nodes")
         new: dict[str, dict[str, BaseNode]] = {}
         fields: dict[str, dict[str, Any]] = {}
         for node in nodes:
@@ -165,6 +168,9 @@ def _wanted(
     filters: MetadataFilters | None, node_ids: list[str] | None, doc_ids: list[str] | None = None
 ) -> Callable[[BaseNode], bool]:
     """Whether a node is of these ids, documents and metadata, by LlamaIndex's own rules."""
+    for name, ids in (("node_ids", node_ids), ("doc_ids", doc_ids)):
+        if ids is not None:
+            all_of(ids, str, f"{name} must be a list of str")
     metadata: dict[str, Any] = {}
     matches = build_metadata_filter_fn(lambda _: metadata, filters)
 

@@ -205,6 +205,39 @@ def test_a_callback_that_fails_stops_the_answer(rag):
     assert RagKVGenerator(rag, ANSWER).run(QUESTION, documents(*FOREIGN))["replies"]
 
 
+def test_a_callback_that_fails_leaves_nothing_behind(rag):
+    def fail(piece):
+        raise OSError("gone")
+
+    try:
+        RagKVGenerator(rag, LONG, fail).run(QUESTION, documents(*FOREIGN))
+    except OSError:  # at hand, it holds all that stood on the stack
+        assert rag.engine.stats().line.running == 0
+
+
+async def test_documents_may_be_anything_that_can_be_gone_through(rag):
+    given, generator = documents(*FOREIGN), RagKVGenerator(rag, ANSWER)
+    assert generator.run(QUESTION, iter(given))["documents"] == given
+    assert (await generator.run_async(QUESTION, iter(given)))["documents"] == given
+    assert not generator.run(QUESTION, iter(()))["replies"]
+
+
+@pytest.mark.parametrize("given", ["text", ["text"], [{"content": "text"}], 5])
+async def test_documents_that_are_none(rag, given):
+    with pytest.raises(ArgumentTypeError, match="documents must be a list of Haystack's documents, got"):
+        RagKVGenerator(rag).run(QUESTION, given)
+    with pytest.raises(ArgumentTypeError, match="documents must be a list of Haystack's documents, got"):
+        await RagKVGenerator(rag).run_async(QUESTION, given)
+
+
+@pytest.mark.parametrize("query", [" ", "", None])
+async def test_a_query_that_is_none(rag, query):
+    with pytest.raises(ArgumentTypeError, match="the question must be a str that is not blank"):
+        RagKVGenerator(rag).run(query, documents(*FOREIGN))
+    with pytest.raises(ArgumentTypeError, match="the question must be a str that is not blank"):
+        await RagKVGenerator(rag).run_async(query, documents(*FOREIGN))
+
+
 async def test_nothing_was_found(rag, caplog):
     nothing = {"replies": [], "meta": [], "documents": []}
     assert RagKVGenerator(rag).run(QUESTION, []) == nothing

@@ -42,6 +42,20 @@ def test_stream_complete(llm, want):
     assert pieces[-1].raw["usage"]["completion_tokens"] == 8
 
 
+def test_a_stream_counts_what_the_whole_answer_counts(llm, want):
+    for options in ({}, {"stop": want.text[2:5]}, {"stop": want.text[0]}):  # the last one leaves no text
+        whole, pieces = llm.complete(QUESTION, **options), list(llm.stream_complete(QUESTION, **options))
+        assert (pieces[-1].text, pieces[-1].raw["usage"]) == (whole.text, whole.raw["usage"])
+        assert "".join(piece.delta for piece in pieces) == whole.text
+
+        async def same(options=options):
+            return [piece async for piece in await llm.astream_complete(QUESTION, **options)]
+
+        assert [piece.delta for piece in asyncio.run(same())] == [piece.delta for piece in pieces]
+        said = list(llm.stream_chat([ChatMessage(content=QUESTION)], **options))
+        assert said[-1].message.content == whole.text and said[-1].raw["usage"] == whole.raw["usage"]
+
+
 def test_chat(llm, rag):
     messages = [
         ChatMessage(role="system", content="Be brief."),

@@ -11,7 +11,7 @@ from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 
-from ragkv import ArgumentError, Engine, PromptError, RagKVError
+from ragkv import ArgumentError, ArgumentTypeError, Engine, PromptError, RagKVError
 from ragkv.adapters.llamaindex import RagKVQueryEngine, RagKVRetriever, RagKVSynthesizer
 from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER, open_rag
 
@@ -191,6 +191,21 @@ def test_what_has_no_text_is_left_out(rag, caplog):
     assert all(f"node {name}: " in caplog.text for name in ("blank", "picture", "half"))
     with pytest.raises(PromptError, match=r"none of the 3 passages .* node picture: it must have text"):
         others(rag, bad).query(QUESTION)
+
+
+async def test_nodes_may_be_anything_that_can_be_gone_through(rag):
+    nodes = Found(texts(*FOREIGN)).retrieve(QUESTION)
+    synthesizer = RagKVSynthesizer(rag, max_new_tokens=2)
+    assert synthesizer.synthesize(QUESTION, iter(nodes)).source_nodes == nodes
+    assert (await synthesizer.asynthesize(QUESTION, iter(nodes))).source_nodes == nodes
+
+
+@pytest.mark.parametrize("given", ["text", ["text"], texts("text"), None])
+async def test_nodes_that_are_none(rag, given):
+    with pytest.raises(ArgumentTypeError, match="nodes must be a list of NodeWithScore, got"):
+        RagKVSynthesizer(rag).synthesize(QUESTION, given)
+    with pytest.raises(ArgumentTypeError, match="nodes must be a list of NodeWithScore, got"):
+        await RagKVSynthesizer(rag).asynthesize(QUESTION, given)
 
 
 def test_metadata_that_json_cannot_hold_are_no_hindrance(rag):

@@ -225,6 +225,31 @@ def test_what_cannot_be_asked(store):
         RagKVVectorStore("kv/")
 
 
+def test_ids_that_are_no_unicode_are_nowhere(store):
+    with pytest.raises(DocumentError, match="not valid Unicode"):
+        store.add([TextNode(id_="\ud800", text="Tar.")])
+    store.add([TextNode(id_="tar", text="Tar.")])
+    store.delete("\ud800")
+    store.delete_nodes(["\ud800"])
+    assert store.get_nodes(["\ud800"]) == [] and len(store.get_nodes()) == 1
+
+
+def test_one_text_is_no_list(store):
+    one = node("Tar.", "ab")
+    store.add([node("Tar is black.", "a"), one])
+    for call in (
+        lambda: store.delete_nodes("ab"),
+        lambda: store.get_nodes("ab"),
+        lambda: store.query(asked(node_ids="ab")),
+        lambda: store.query(asked(doc_ids="ab")),
+        lambda: store.add(one),
+        lambda: store.add(["ab"]),
+    ):
+        with pytest.raises(ArgumentTypeError, match="must be a list of "):
+            call()
+    assert {found.node_id for found in store.get_nodes()} == {"a", "ab"}
+
+
 def test_equal_documents(store):
     """The same words, cut in one and in two."""
     store.add([node("a b", "1", "x"), node("c d", "2", "x"), node("a b\n\nc d", "3", "y")])
