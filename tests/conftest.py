@@ -46,9 +46,8 @@ def facts():
     """Names of the small values that a store keeps on disk."""
 
     def names(store):
-        environment = store._disk.environment
-        with environment.read() as txn, txn.cursor(environment.db(b"facts")) as cursor:
-            return [bytes(key).decode() for key in cursor.iternext(values=False)]
+        with store._disk.environment.transaction() as txn:
+            return [key.decode() for key in txn.keys("facts")]
 
     return names
 

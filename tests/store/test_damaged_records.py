@@ -20,10 +20,10 @@ def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, c
         snapshot = store._disk.snapshot()
         segment = segment_key(key(1), snapshot.find(key(1), None)[0].segments_of(2)[1])
         snapshot.close()
-        with store._disk.environment.write() as txn:
-            data = bytearray(txn.get(segment, db=store._disk.environment.db(b"segments")))
+        with store._disk.environment.transaction(write=True) as txn:
+            data = bytearray(txn.get("segments", segment))
             data[1000] ^= 4
-            txn.put(segment, bytes(data), db=store._disk.environment.db(b"segments"))
+            txn.put("segments", segment, bytes(data))
         with store.read([key(1), key(2)]) as batch:
             assert torch.equal(batch.layer(0, 0)[0], want.keys[0])
             with pytest.raises(RagKVError, match=key(1).hex()):
@@ -42,8 +42,8 @@ def test_record_under_another_key_is_never_served(folder, kv, key):
         store.put(key(1), kv(1))
         store.put(key(2), kv(2))
         env = store._disk.environment
-        with env.write() as txn:
-            txn.put(key(2), txn.get(key(1), db=env.db(b"entries")), db=env.db(b"entries"))
+        with env.transaction(write=True) as txn:
+            txn.put("entries", key(2), txn.get("entries", key(1)))
         assert store.get(key(2)) is None
         assert store.get(key(1)) is not None
 
@@ -56,12 +56,12 @@ def test_a_segment_that_proves_damaged_while_it_is_placed(folder, kv, key):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), want)
         env = store._disk.environment
-        with env.write() as txn:
-            segments = txn.stat(env.db(b"segments"))["entries"]
+        with env.transaction(write=True) as txn:
+            segments = txn.count("segments")
             last = segment_key(key(1), segments - 1)
-            data = bytearray(txn.get(last, db=env.db(b"segments")))
+            data = bytearray(txn.get("segments", last))
             data[-1] ^= 1
-            txn.put(last, bytes(data), db=env.db(b"segments"))
+            txn.put("segments", last, bytes(data))
         assert segments > 3
         with store.read([key(1)]) as batch:
             batch.place(0, range(2), targets[:2], 7)
@@ -131,10 +131,10 @@ def test_what_another_process_puts_again_is_no_longer_damaged(folder, kv, key, s
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1))
         env = store._disk.environment
-        with env.write() as txn:
-            data = bytearray(txn.get(segment_key(key(1), 0), db=env.db(b"segments")))
+        with env.transaction(write=True) as txn:
+            data = bytearray(txn.get("segments", segment_key(key(1), 0)))
             data[-1] ^= 1
-            txn.put(segment_key(key(1), 0), bytes(data), db=env.db(b"segments"))
+            txn.put("segments", segment_key(key(1), 0), bytes(data))
 
         def refuse(*_):
             raise StoreError("nothing can be written")

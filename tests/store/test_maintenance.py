@@ -31,11 +31,11 @@ def filled(folder, kv, key):
 def spoil(folder, key, what):
     with TieredStore(folder, cpu_bytes=0) as store:
         env = store._disk.environment
-        with env.write() as txn:
+        with env.transaction(write=True) as txn:
             name, place = {"segments": (key + bytes(4), 70), "entries": (key, 90), "usage": (key, 3)}[what]
-            data = bytearray(txn.get(name, db=env.db(what.encode())))
+            data = bytearray(txn.get(what, name))
             data[place] ^= 16
-            txn.put(name, bytes(data), db=env.db(what.encode()))
+            txn.put(what, name, bytes(data))
 
 
 def test_entries(filled, key):

@@ -127,13 +127,12 @@ def test_who_cannot_know_what_was_removed_looks_at_all(folder, kv, key, monkeypa
         def other():
             with TieredStore(folder, cpu_bytes=0) as mine:
                 gone = mine.remove_many([key(number) for number in range(10 if harm == "behind" else 2)])
-                with env.write() as txn:
-                    state = env.db(b"state")
-                    logged = [bytes(name) for name, _ in txn.cursor(state) if bytes(name).startswith(b"removed")]
+                with env.transaction(write=True) as txn:
+                    logged = list(txn.keys("state", b"removed"))
                     if harm == "log":
-                        txn.put(logged[-1], b"x" * 40, db=state)
+                        txn.put("state", logged[-1], b"x" * 40)
                     if harm == "counters":
-                        txn.put(b"counters", b"x" * 40, db=state)
+                        txn.put("state", b"counters", b"x" * 40)
                 if harm == "counters":
                     mine.remove(key(3))
                 return gone, len(logged)

@@ -86,9 +86,9 @@ def spoil(folder):
     def spoil(number):
         with TieredStore(folder / "kv", cpu_bytes=0) as store:
             env = store._disk.environment
-            with env.write() as txn:
-                data = bytearray(txn.get(key_of(number) + bytes(4), db=env.db(b"segments")))
+            with env.transaction(write=True) as txn:
+                data = bytearray(txn.get("segments", key_of(number) + bytes(4)))
                 data[17] ^= 8
-                txn.put(key_of(number) + bytes(4), bytes(data), db=env.db(b"segments"))
+                txn.put("segments", key_of(number) + bytes(4), bytes(data))
 
     return spoil
