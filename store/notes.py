@@ -29,6 +29,8 @@ class Notes(Protocol):
     What this process noted anew since it was taken is not struck out: what was done may have been done before.
     """
 
+    _anew: set[bytes]
+
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """Writes notes down, in place of those of the same chunks."""
 
@@ -40,20 +42,25 @@ class Notes(Protocol):
 
     def take(self, keys: Iterable[bytes]) -> None:
         """What is noted of these will be done now."""
+        self._anew.difference_update(keys)
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """Those of the chunks that are to be deleted."""
+
+    def after_fork(self) -> None:
+        """In a child: what the parent noted anew, it does."""
+        self._anew = set()
 
     def __len__(self) -> int:
         """How many there are."""
 
 
-class MemoryNotes:
+class MemoryNotes(Notes):
     """Notes that go with the process: only the last so many, for a pool may be away for long."""
 
     def __init__(self) -> None:
+        self._anew = set()
         self._notes: dict[bytes, bytes] = {}
-        self._anew = set[bytes]()
         self._lock = threading.Lock()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
@@ -80,28 +87,25 @@ class MemoryNotes:
         with self._lock:
             return iter(list(self._notes.items()))
 
-    def take(self, keys: Iterable[bytes]) -> None:
-        """See :class:`Notes`."""
-        self._anew.difference_update(keys)
-
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""
         return {key for key in keys if self._notes.get(key, SEND).startswith(DELETE)}
 
     def after_fork(self) -> None:
         """In a child: they are the parent's."""
-        self._notes, self._anew, self._lock = {}, set(), threading.Lock()
+        super().after_fork()
+        self._notes, self._lock = {}, threading.Lock()
 
     def __len__(self) -> int:
         return len(self._notes)
 
 
-class FolderNotes:
+class FolderNotes(Notes):
     """Notes in a folder, for all processes that have it open; there are no more than the folder has entries, besides deletions."""
 
     def __init__(self, environment: Environment) -> None:
+        self._anew = set()
         self._environment = environment
-        self._anew = set[bytes]()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """See :class:`Notes`; durable when it returns."""
@@ -140,10 +144,6 @@ class FolderNotes:
         with self._environment.transaction() as txn:
             for name, what in txn.items("state", _NOTE, start):
                 yield name[len(_NOTE) :], what
-
-    def take(self, keys: Iterable[bytes]) -> None:
-        """See :class:`Notes`."""
-        self._anew.difference_update(keys)
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""

@@ -314,9 +314,7 @@ class RemoteTier(Tier):
         self._off = not self._pool.forks
         self._heads = Heads(self._records, self._speed)
         self._readings = WeakValueDictionary()
-        if isinstance(self._notes, MemoryNotes):
-            self._notes.after_fork()
-        for part in (self._pool, self._manifest, self._arrivals):
+        for part in (self._pool, self._manifest, self._notes, self._arrivals):
             if part is not None:
                 part.after_fork()
         if self._uploads is not None:
