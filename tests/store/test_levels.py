@@ -191,7 +191,7 @@ def test_what_leaves_the_device_is_not_copied_to_memory_again(kv, key, monkeypat
     with TieredStore(gpu_bytes=2 * size, cpu_bytes=100 * size, policy="lru", device="cpu") as store:
         for number in range(5):
             store.put(key(number), kv(number, tokens=64))
-        memory, names = store._home, [key(number) for number in range(5)]
+        memory, names = store._tiers.home, [key(number) for number in range(5)]
         held, puts = memory.find(names), []
         monkeypatch.setattr(memory, "admit", lambda *_: puts.append(1))
         for number in [*range(5)] * 3:

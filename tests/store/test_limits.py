@@ -146,7 +146,7 @@ def test_quota(make, kv, key, same):
     """A namespace evicts its own, and only its own, when it is at its quota. What is above may have copies of more."""
 
     def stored(numbers):
-        return [number for number in numbers if not store._home.missing([key(number)])]
+        return [number for number in numbers if not store._tiers.home.missing([key(number)])]
 
     with make() as store:
         store.set_quota("a", 60_000)

@@ -90,8 +90,8 @@ def test_missing_counts_no_use(store, kv, key):
 
 def probes(store, monkeypatch):
     """Counts the keys that home is asked for."""
-    asked, ask = [], store._home.missing
-    monkeypatch.setattr(store._home, "missing", lambda keys: asked.extend(keys) or ask(keys))
+    asked, ask = [], store._tiers.home.missing
+    monkeypatch.setattr(store._tiers.home, "missing", lambda keys: asked.extend(keys) or ask(keys))
     return asked
 
 
@@ -245,7 +245,8 @@ def test_what_is_removed_while_it_is_prefetched_does_not_come_back(folder, kv, k
 
 def test_prefetch_of_a_store_that_another_thread_closes(folder, kv, key, monkeypatch):
     store = TieredStore(folder)
-    monkeypatch.setattr(store, "_check_open", store.close)  # just after it was looked at
+    # Just after it was looked at.
+    monkeypatch.setattr(TieredStore, "_open", property(lambda store: store.close() or store._tiers))
     with pytest.raises(StoreError, match="closed"):
         store.prefetch([key(1)])
 
