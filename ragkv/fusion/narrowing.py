@@ -26,10 +26,7 @@ class _Reached(Exception):
 
 
 class Narrowing(Pass):
-    """A pass over a plan with checks, of which each is a pre-hook of its layer. The set never grows again.
-
-    All rows run at once: their pieces would each be asked about alone.
-    """
+    """A pass over a plan with checks, each of them in a pre-hook of its layer. The set of rows never grows again."""
 
     kept: Tensor | None = None  # rows as indices into those that the forward began with, once narrowed
 
