@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -179,14 +179,8 @@ class DiskTier(Tier):
 
     def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
         """Keeps entries from being evicted for some seconds, 0 for no longer; how many are stored."""
-        pinned = 0
         with self._planner() as planner:
-            for key in keys:
-                row = planner.books.row(key)
-                if row is not None and row.alive(planner.now()):
-                    planner.pin(key, row, lifetime_s)
-                    pinned += 1
-        return pinned
+            return planner.pin(keys, lifetime_s)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next put."""
@@ -213,7 +207,6 @@ class DiskTier(Tier):
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`. What cannot be read is among them."""
         tags, computed = set(map(tag, keys)), self.stored(PATH) if keys else []
-        snapshot = self.snapshot()
 
         def named(key: bytes) -> bool:
             try:
@@ -222,10 +215,8 @@ class DiskTier(Tier):
                 return True
             return found is not None and labelled(found[0].label, tags)
 
-        try:
+        with closing(self.snapshot()) as snapshot:
             return list(filter(named, computed))
-        finally:
-            snapshot.close()
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""
@@ -288,9 +279,7 @@ class DiskTier(Tier):
                     books, self._policy, self.budget_bytes, self._held, lambda: now, partial(self._delete, txn)
                 )
                 for key, times in touched.items():
-                    row = books.row(key)
-                    if row is not None and row.usage.size_bytes:
-                        planner.use(key, row, times)
+                    planner.touch(key, times)
                 planner.sweep()
                 yield planner
                 books.close(now)
