@@ -87,7 +87,8 @@ class Asking:
             **scheduling(options),
         )
         asked = _Asked(self._engine, request, documents)
-        answering = self._engine.answering(asked.prompt, options.pop("stop", ()), options, pieces, request.keep)
+        stop, closing = options.pop("stop", ()), self._engine.closing
+        answering = Answering(self._engine.documents, asked.prompt, stop, options, closing, pieces, request.keep)
         first = known(retrieval, request.method)
         asked.begun = Speculation(self._ahead, request, answering.room, documents, tell, asked, first)
         try:
