@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -242,8 +243,12 @@ class DiskTier(Tier):
         """A small durable value."""
         return self._get("facts", name.encode())
 
-    def flush(self, done: Tally | None = None) -> None:
-        """Puts the uses that were noted into the books, adds what a process did to the folder's history, and syncs."""
+    def flush(self, limit_s: float = math.inf) -> None:
+        """Puts the uses that were noted into the books, and syncs."""
+        self._settle(None)
+
+    def _settle(self, done: Tally | None) -> None:
+        """Does so, and adds what a process did to the folder's history."""
         if (self._touched or (done is not None and done.any)) and not self.readonly:
             with self._planner() as planner:
                 if done is not None:
@@ -257,9 +262,12 @@ class DiskTier(Tier):
         return Tally.known(self._get("state", b"history"))
 
     def close(self, done: Tally | None = None) -> None:
-        """See :meth:`flush`; then gives the folder back. Where that fails, only uses that were noted are lost."""
+        """Flushes, adds what this process did to the folder's history, and gives the folder back.
+
+        Where that fails, only uses that were noted are lost.
+        """
         try:
-            self.flush(done)
+            self._settle(done)
         except StoreError as error:
             logger.warning("how often entries were used could not be written down: %s", str(error))
         finally:

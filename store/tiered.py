@@ -378,10 +378,7 @@ class TieredStore:
         Raises:
             UploadError: the pool did not have it after so many seconds. It is noted, and sent later.
         """
-        tiers = self._open
-        if self._disk is not None:
-            self._disk.flush()
-        tiers.flush(limit_s)
+        self._open.flush(limit_s)
 
     def close(self) -> None:
         """Flushes and closes; closing twice is fine. Batches must be closed before."""
