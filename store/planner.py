@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Set
+from collections.abc import Callable, Container, Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -172,13 +172,13 @@ class Planner(Generic[AnyBooks]):
             self.evicted[reason] += 1
         return there
 
-    def pin(self, keys: Iterable[bytes], lifetime_s: float) -> int:
-        """Keeps entries from being evicted for some seconds, 0 for no longer; how many there are."""
+    def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
+        """Keeps entries from being evicted for some seconds, 0 for no longer; of how many of the keys there are some."""
         rows = {key: self.books.row(key) for key in keys}
         found = {key: row for key, row in rows.items() if row is not None and row.alive(self.now())}
         for key, row in found.items():
             self._pin(key, row, lifetime_s)
-        return len(found)
+        return sum(key in found for key in keys)
 
     def _pin(self, key: bytes, row: Row, lifetime_s: float) -> None:
         self.books.lift(key, row)
