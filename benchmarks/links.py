@@ -28,9 +28,9 @@ from torch import Tensor
 import ragkv
 from ragkv import bundled
 from ragkv.chunk import Chunk
-from ragkv.fusion.compute import plan
 from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout, lay_out
+from ragkv.fusion.plan import plan
 from ragkv.fusion.view import Selection, View
 from ragkv.machine import machine
 from ragkv.model.loading import BUNDLED, load_model

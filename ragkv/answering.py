@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ragkv.detokenizer import Detokenizer, cut
+from ragkv.detokenizer import Detokenizer, cut, stop_texts
 from ragkv.errors import CLOSED, ArgumentError, ModelChangedError, PromptError, RagKVError
+from ragkv.library.documents import Documents
 from ragkv.logprobs import Logprobs
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoding import beam_search, decode
 from ragkv.model.generation import Settings
 from ragkv.model.rows import Rows
-from ragkv.model.steps import Steps
 from ragkv.past import Past
-from ragkv.prompt import Encoder
 from ragkv.report import Answer, AnswerReport, FusedPrompt, Structured
 from ragkv.request import Room
 
@@ -113,17 +112,16 @@ class AnswerStream(Structured, Iterator[str]):
 
 
 class Answering:
-    """Decodes behind a prompt that is made when it is needed.
+    """Decodes behind a prompt that is made when it is needed. All arguments are checked before anything is computed.
 
     Args:
-        steps: the model's forwards.
-        encoder: decodes ids.
+        documents: of the engine.
         prompt: makes the prompt.
+        stop: texts at which the answer ends, besides the template's.
         generation: what ``model.generate`` takes.
-        stop: texts at which the answer ends.
+        closing: set where nobody is answered any more: what is read piece by piece ends.
         pieces: it is wanted piece by piece.
         kept: it is to be gone on from.
-        closing: set where nobody is answered any more: what is read piece by piece ends.
 
     Raises:
         PromptError, ArgumentError: what is asked for needs a tokenizer; beams for pieces, or for what is to be gone on from; and as
@@ -132,15 +130,16 @@ class Answering:
 
     def __init__(
         self,
-        steps: Steps,
-        encoder: Encoder,
+        documents: Documents,
         prompt: MakePrompt,
+        stop: str | Sequence[str],
         generation: dict[str, Any],
-        stop: Sequence[str],
-        pieces: bool,
-        kept: bool,
         closing: Event,
+        pieces: bool = False,
+        kept: bool = False,
     ):
+        steps, encoder = documents.steps, documents.encoder
+        stop = (*stop_texts(encoder.template.stop), *stop_texts(stop))
         if pieces and encoder.tokenizer is None:
             raise PromptError("streaming yields text and the engine has no tokenizer: use generate()")
         if stop and encoder.tokenizer is None:

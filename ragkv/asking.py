@@ -89,7 +89,8 @@ class Asking:
             **scheduling(options),
         )
         asked = _Asked(self._engine, request, documents)
-        answering = self._engine.answering(asked.prompt, options.pop("stop", ()), options, pieces, request.keep)
+        stop, closing = options.pop("stop", ()), self._engine.closing
+        answering = Answering(self._engine.documents, asked.prompt, stop, options, closing, pieces, request.keep)
         first = known(retrieval, request.method)
         self._engine.prompting.check(request, cast(str, text), answering.room)
         asked.begun = Speculation(self._ahead, request, answering.room, documents, tell, asked, first)

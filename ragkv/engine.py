@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from ragkv.advice import Advice, advise
-from ragkv.answering import Answering, AnswerStream, MakePrompt
+from ragkv.answering import Answering, AnswerStream
 from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
-from ragkv.detokenizer import stop_texts
 from ragkv.errors import instance, whole_number
 from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
@@ -473,27 +472,8 @@ class Engine:
         self, request: Request, stop: str | Sequence[str], generation: dict[str, Any], pieces: bool = False
     ) -> Answering:
         request = replace(request, **scheduling(generation))
-        return self.answering(partial(self.prompting.prompt, request), stop, generation, pieces, request.keep)
-
-    def answering(
-        self,
-        prompt: MakePrompt,
-        stop: str | Sequence[str],
-        generation: dict[str, Any],
-        pieces: bool = False,
-        kept: bool = False,
-    ) -> Answering:
-        """What answers, with all arguments checked before anything is computed.
-
-        Args:
-            prompt: makes the prompt.
-            stop: texts at which the answer ends, besides the template's.
-            generation: what ``model.generate`` takes.
-            pieces: the answer is wanted piece by piece.
-            kept: it is to be gone on from.
-        """
-        texts = (*stop_texts(self.template.stop), *stop_texts(stop))
-        return Answering(self.documents.steps, self.encoder, prompt, generation, texts, pieces, kept, self.closing)
+        make = partial(self.prompting.prompt, request)
+        return Answering(self.documents, make, stop, generation, self.closing, pieces, request.keep)
 
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""

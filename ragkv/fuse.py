@@ -13,11 +13,13 @@ from torch import Tensor
 from ragkv.chunk import Attended, Chunk, ChunkKV
 from ragkv.errors import MethodError, ModelChangedError, NonFiniteError, PromptError
 from ragkv.fusion.arriving import Arriving
-from ragkv.fusion.compute import Plan, compute, plan
 from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.looking import Looking
+from ragkv.fusion.narrowing import Narrowing
+from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
+from ragkv.fusion.plan import Plan, plan
 from ragkv.fusion.timing import Timer, clock
 from ragkv.fusion.view import Selection, Variant, View
 from ragkv.kernels import implementation
@@ -86,7 +88,8 @@ def fuse(
             forward = steps.forward if alone else partial(one.reader.forward, seat=stack.enter_context(together))
             masses = None if seen is None else seen.masses
             parts = decoder, one.cache, layout, work, one.reader.piece_tokens, timer
-            logits, done = compute(*parts, forward=forward, masses=masses, course=course)
+            done = (Narrowing if work.checks else Pass)(*parts, forward=forward, masses=masses, course=course)
+            logits = done.logits()
         # On a device, decoding looks: it waits for it anyway.
         if logits.device.type == "cpu" and not logits.isfinite().all():
             raise NonFiniteError(f"the prompt's next-token logits are not finite: {non_finite(decoder.dtype)}")

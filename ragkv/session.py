@@ -187,7 +187,8 @@ class Session:
         asked = {"keep": True, "most_tokens": self._context_tokens, "slots": slots, **scheduling(generation)}
         request = Request((), turn.question, self._engine.method_of(method), **asked)
         make = partial(self._prompt, turn, request)
-        turn.answering = self._engine.answering(make, stop, generation, pieces, kept=True)
+        documents, closing = self._engine.documents, self._engine.closing
+        turn.answering = Answering(documents, make, stop, generation, closing, pieces, kept=True)
         text = turn.question
         alone = replace(request, system=self._system, namespace=self._namespace)
         self._engine.prompting.check(alone, text, turn.answering.room)

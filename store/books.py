@@ -21,7 +21,7 @@ from itertools import count
 from typing import Any
 
 from ragkv.errors import RecordError
-from ragkv.folder import Environment, seal, unseal
+from ragkv.folder import Environment, Transaction, seal, unseal
 from ragkv.store.planner import NO_QUOTA
 from ragkv.store.rows import NOBODY, Counters, Row, number, sortable
 
@@ -30,7 +30,7 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 _SPACE, _NUMBER = struct.Struct("<QQ"), struct.Struct(">Q")
 _EVICTABLE, _GHOSTS, _SPACES = b"e", b"g", b"n"
 _EXPIRES, _UNPINS = b"x", b"p"
-_REMOVED, _BEHIND_REMOVED = b"removed", b"removee"
+_REMOVED = b"removed"
 LOGGED_REMOVALS = 1024
 DATABASES: dict[bytes, dict[str, Any]] = {
     name: {} for name in (b"entries", b"segments", b"usage", b"order", b"alarms", b"facts", b"state")
@@ -127,22 +127,20 @@ class MemoryBooks:
 class FolderBooks:
     """The books of a folder, open in a write transaction; :meth:`close` must be called before it is committed."""
 
-    def __init__(self, environment: Environment, txn: Any) -> None:
+    def __init__(self, txn: Transaction) -> None:
         self.txn = txn
-        self._environment = environment
-        data = self._get(b"state", b"counters")
         try:
-            self.counters: Counters = Counters.unpack(data)
+            self.counters: Counters = Counters.unpack(txn.get("state", b"counters"))
         except RecordError:
             self.counters = self._recount()
 
     @property
     def entries(self) -> int:
-        return int(self.txn.stat(self._db(b"entries"))["entries"])
+        return self.txn.count("entries")
 
     def row(self, key: bytes) -> Row | None:
         """A damaged row is struck out."""
-        data = self._get(b"usage", key)
+        data = self.txn.get("usage", key)
         try:
             return None if data is None else Row.unpack(key, data)
         except RecordError:
@@ -151,30 +149,29 @@ class FolderBooks:
             return None
 
     def place(self, key: bytes, row: Row) -> None:
-        self.txn.put(key, row.pack(key), db=self._db(b"usage"))
-        for place, db in _places(key, row):
-            self.txn.put(place, b"", db=self._db(db))
+        self.txn.put("usage", key, row.pack(key))
+        for database, place in _places(key, row):
+            self.txn.put(database, place, b"")
 
     def lift(self, key: bytes, row: Row) -> None:
-        for place, db in _places(key, row):
-            self.txn.delete(place, db=self._db(db))
+        for database, place in _places(key, row):
+            self.txn.delete(database, place)
 
     def strike(self, key: bytes) -> None:
-        self.txn.delete(key, db=self._db(b"usage"))
+        self.txn.delete("usage", key)
 
     def due(self, now: float) -> list[tuple[bytes, bool]]:
         # The clock was set back: pins from what is now the future are over, though their alarm will not come soon.
         back, found = now < self.counters.written_s, []
-        with self.txn.cursor(self._db(b"alarms")) as cursor:
-            for item in map(bytes, cursor.iternext(values=False)):
-                past, unpins = number(item[:8]) <= now, item[8:9] == _UNPINS
-                if past or (back and unpins):
-                    found.append((item, past, unpins))
-                elif not back:
-                    break
+        for item in self.txn.keys("alarms"):
+            past, unpins = number(item[:8]) <= now, item[8:9] == _UNPINS
+            if past or (back and unpins):
+                found.append((item, past, unpins))
+            elif not back:
+                break
         for item, past, _ in found:
             if past:
-                self.txn.delete(item, db=self._db(b"alarms"))
+                self.txn.delete("alarms", item)
         return [(item[9:], unpins) for item, _, unpins in found]
 
     def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
@@ -184,59 +181,44 @@ class FolderBooks:
         return next(self._in_order(_GHOSTS), None)
 
     def space(self, namespace: bytes) -> tuple[int, int]:
-        data = self._get(b"state", _SPACES + namespace)
+        data = self.txn.get("state", _SPACES + namespace)
         return (0, NO_QUOTA) if data is None else _SPACE.unpack(data)
 
     def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
-        self.txn.put(_SPACES + namespace, _SPACE.pack(used_bytes, quota_bytes), db=self._db(b"state"))
+        self.txn.put("state", _SPACES + namespace, _SPACE.pack(used_bytes, quota_bytes))
 
     def log_removal(self, key: bytes) -> None:
         """Notes that an entry was removed on purpose, for those who hold it in memory: see :func:`removed_since`."""
         name = _REMOVED + _NUMBER.pack(self.counters.removals)
-        self.txn.put(name, seal(name, key), db=self._db(b"state"))
+        self.txn.put("state", name, seal(name, key))
         if self.counters.removals >= LOGGED_REMOVALS:
-            old = _REMOVED + _NUMBER.pack(self.counters.removals - LOGGED_REMOVALS)
-            self.txn.delete(old, db=self._db(b"state"))
+            self.txn.delete("state", _REMOVED + _NUMBER.pack(self.counters.removals - LOGGED_REMOVALS))
         self.counters.removals += 1
 
     def close(self, now: float) -> None:
         """Writes the counters down."""
         self.counters.written_s = now
-        self.txn.put(b"counters", self.counters.pack(), db=self._db(b"state"))
+        self.txn.put("state", b"counters", self.counters.pack())
 
     def _in_order(self, group: bytes) -> Generator[bytes, None, None]:
-        with self.txn.cursor(self._db(b"order")) as cursor:
-            if cursor.set_range(group):
-                for item in cursor.iternext(values=False):
-                    if item[: len(group)] != group:
-                        return
-                    yield bytes(item[len(group) + 8 :])
+        for place in self.txn.keys("order", group):
+            yield place[len(group) + 8 :]
 
     def _recount(self) -> Counters:
         """The counters from the rows; ticks go on behind the last one. Of removals one is missing in the log: all look anew."""
         counters = Counters(removals=1)
-        with self.txn.cursor(self._db(b"usage")) as cursor:
-            for key, data in cursor:
-                try:
-                    row = Row.unpack(bytes(key), bytes(data))
-                except RecordError:
-                    continue
-                counters.used_bytes += row.usage.size_bytes
-                counters.ghosts += not row.usage.size_bytes
-                counters.tick = max(counters.tick, row.usage.tick)
-        with self.txn.cursor(self._db(b"state")) as cursor:
-            last = cursor.prev() if cursor.set_range(_BEHIND_REMOVED) else cursor.last()
-            name = bytes(cursor.key()) if last else b""
-            if name.startswith(_REMOVED) and len(name) == len(_REMOVED) + 8:
+        for key, data in self.txn.items("usage"):
+            try:
+                row = Row.unpack(key, data)
+            except RecordError:
+                continue
+            counters.used_bytes += row.usage.size_bytes
+            counters.ghosts += not row.usage.size_bytes
+            counters.tick = max(counters.tick, row.usage.tick)
+        for name in self.txn.keys("state", _REMOVED):
+            if len(name) == len(_REMOVED) + 8:
                 counters.removals = _NUMBER.unpack(name[len(_REMOVED) :])[0] + 2
         return counters
-
-    def _get(self, db: bytes, name: bytes) -> bytes | None:
-        data = self.txn.get(name, db=self._db(db))
-        return None if data is None else bytes(data)
-
-    def _db(self, name: bytes) -> Any:
-        return self._environment.db(name)
 
 
 def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes] | None]:
@@ -244,16 +226,14 @@ def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes
 
     None instead of these where the log does not reach back so far, or is damaged.
     """
-    with environment.read() as txn:
-        state = environment.db(b"state")
+    with environment.transaction() as txn:
         try:
-            data = txn.get(b"counters", db=state)
-            removals, keys = Counters.unpack(None if data is None else bytes(data)).removals, []
+            removals, keys = Counters.unpack(txn.get("state", b"counters")).removals, []
             if not 0 <= removals - since <= LOGGED_REMOVALS:
                 return removals, None
             for place in range(since, removals):
                 name = _REMOVED + _NUMBER.pack(place)
-                keys.append(unseal(name, bytes(txn.get(name, default=b"", db=state))))
+                keys.append(unseal(name, txn.get("state", name) or b""))
         except RecordError:
             return since, None
         return removals, keys
@@ -265,9 +245,8 @@ def check_version(environment: Environment) -> None:
     Raises:
         RecordError: the folder has a version that is not read.
     """
-    with environment.read() as txn:
-        data = txn.get(b"format", db=environment.db(b"state"))
-        version = None if data is None else bytes(data)
+    with environment.transaction() as txn:
+        version = txn.get("state", b"format")
     if version == _VERSION.pack(FOLDER_VERSION):
         return
     if environment.readonly or version not in (None, _VERSION.pack(FOLDER_VERSION - 1)):
@@ -288,14 +267,14 @@ def check_version(environment: Environment) -> None:
         change.put("state", b"format", _VERSION.pack(FOLDER_VERSION))
 
 
-def _places(key: bytes, row: Row) -> list[tuple[bytes, bytes]]:
-    """Where an entry stands in the order and among the alarms, with the database of each."""
+def _places(key: bytes, row: Row) -> list[tuple[str, bytes]]:
+    """Where an entry stands in the order and among the alarms: the database, and the key there."""
     if not row.usage.size_bytes:
-        return [(_GHOSTS + sortable(row.usage.tick) + key, b"order")]
+        return [("order", _GHOSTS + sortable(row.usage.tick) + key)]
     times = (row.expires_s, _EXPIRES), (row.pinned_until_s, _UNPINS)
-    places = [(sortable(time_s) + kind + key, b"alarms") for time_s, kind in times if 0 < time_s < math.inf]
+    places = [("alarms", sortable(time_s) + kind + key) for time_s, kind in times if 0 < time_s < math.inf]
     if not row.pinned_until_s:
         place = sortable(row.priority) + key
         groups = [_EVICTABLE] if row.namespace == NOBODY else [_EVICTABLE, _SPACES + row.namespace]
-        places += [(group + place, b"order") for group in groups]
+        places += [("order", group + place) for group in groups]
     return places

@@ -4,26 +4,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
-from itertools import compress, takewhile
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import Environment, seal
+from ragkv.folder import Environment, Transaction, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
 from ragkv.store.keys import PATH, labelled, tag
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.notes import FolderNotes
-from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
-from ragkv.store.record import Record
 from ragkv.store.rows import Counters, Row
 from ragkv.store.snapshot import DiskSnapshot, Loading, segment_key
 from ragkv.store.source import Source
@@ -112,7 +110,7 @@ class DiskTier(Tier):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         now = self.now()
-        with self.environment.read() as txn:
+        with self.environment.transaction() as txn:
             return [key for key in keys if self._known_damaged(key) or not self._alive(txn, key, now)]
 
     def admit(
@@ -132,13 +130,16 @@ class DiskTier(Tier):
                     continue
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
-                    self._write(txn, entry.key, entry.record, entry.payload)
+                    data = entry.payload.data.numpy()
+                    txn.put("entries", entry.key, entry.record.pack(entry.key))
+                    for index, (start, stop) in enumerate(entry.record.spans):
+                        txn.put("segments", segment_key(entry.key, index), data[start:stop])
                     if self.notes is not None and not arrived:
                         self.notes.send(txn, entry.key)
                 kept.append(row is not None)
                 written.add(entry.key)
             for name, value in facts.items():
-                txn.put(name.encode(), value, db=self.environment.db(b"facts"))
+                txn.put("facts", name.encode(), value)
         for key in written:
             self._unreadable.pop(key, None)
         self.written_bytes += sum(entry.record.payload_bytes for entry in compress(entries, kept))
@@ -147,9 +148,9 @@ class DiskTier(Tier):
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
         """Forgets entries and facts in one transaction; none where there is nothing to forget."""
         keys, names = list(dict.fromkeys(keys)), [name.encode() for name in facts]
-        with self.environment.read() as txn:
-            keys = [key for key in keys if txn.get(key, db=self.environment.db(b"entries")) is not None]
-            names = [name for name in names if txn.get(name, db=self.environment.db(b"facts")) is not None]
+        with self.environment.transaction() as txn:
+            keys = [key for key in keys if txn.has("entries", key)]
+            names = [name for name in names if txn.has("facts", name)]
         if not keys and not names:
             return []
         # On a full disk there may be room to remove an entry, and none to rewrite many rows.
@@ -158,7 +159,7 @@ class DiskTier(Tier):
             for key in gone:
                 planner.books.log_removal(key)
             for name in names:
-                planner.books.txn.delete(name, db=self.environment.db(b"facts"))
+                planner.books.txn.delete("facts", name)
         return gone
 
     def size(self, entry: Offer) -> int:
@@ -179,14 +180,8 @@ class DiskTier(Tier):
 
     def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
         """Keeps entries from being evicted for some seconds, 0 for no longer; how many are stored."""
-        pinned = 0
         with self._planner() as planner:
-            for key in keys:
-                row = planner.books.row(key)
-                if row is not None and row.alive(planner.now()):
-                    planner.pin(key, row, lifetime_s)
-                    pinned += 1
-        return pinned
+            return planner.pin(keys, lifetime_s)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next put."""
@@ -195,7 +190,7 @@ class DiskTier(Tier):
 
     def row(self, key: bytes) -> Row | None:
         """What the books say of an entry, also of one that was evicted; None where they are damaged."""
-        data = self._get(b"usage", key)
+        data = self._get("usage", key)
         try:
             return None if data is None else Row.unpack(key, data)
         except RecordError:
@@ -203,9 +198,8 @@ class DiskTier(Tier):
 
     def stored(self, beginning: bytes = b"") -> list[bytes]:
         """All records whose keys begin so, also those that have expired or that the books do not know."""
-        with self.environment.read() as txn, txn.cursor(self.environment.db(b"entries")) as cursor:
-            cursor.set_range(beginning)
-            return list(takewhile(lambda key: key.startswith(beginning), map(bytes, cursor.iternext(values=False))))
+        with self.environment.transaction() as txn:
+            return list(txn.keys("entries", beginning))
 
     def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
         """See :meth:`TieredStore.beginning`."""
@@ -214,7 +208,6 @@ class DiskTier(Tier):
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`. What cannot be read is among them."""
         tags, computed = set(map(tag, keys)), self.stored(PATH) if keys else []
-        snapshot = self.snapshot()
 
         def named(key: bytes) -> bool:
             try:
@@ -223,10 +216,8 @@ class DiskTier(Tier):
                 return True
             return found is not None and labelled(found[0].label, tags)
 
-        try:
+        with closing(self.snapshot()) as snapshot:
             return list(filter(named, computed))
-        finally:
-            snapshot.close()
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""
@@ -240,38 +231,43 @@ class DiskTier(Tier):
         self._touch_lock = threading.Lock()
 
     def counts(self) -> tuple[int, int]:
-        with self.environment.read() as txn:
-            entries = txn.stat(self.environment.db(b"entries"))["entries"]
+        with self.environment.transaction() as txn:
+            entries = txn.count("entries")
         return entries, self.counters().used_bytes
 
     def counters(self) -> Counters:
         """What the books sum up."""
-        return Counters.unpack(self._get(b"state", b"counters"))
+        return Counters.unpack(self._get("state", b"counters"))
 
     def fact(self, name: str) -> bytes | None:
         """A small durable value."""
-        return self._get(b"facts", name.encode())
+        return self._get("facts", name.encode())
 
-    def flush(self, done: Tally | None = None) -> None:
-        """Puts the uses that were noted into the books, adds what a process did to the folder's history, and syncs."""
+    def flush(self, limit_s: float = math.inf) -> None:
+        """Puts the uses that were noted into the books, and syncs."""
+        self._settle(None)
+
+    def _settle(self, done: Tally | None) -> None:
+        """Does so, and adds what a process did to the folder's history."""
         if (self._touched or (done is not None and done.any)) and not self.readonly:
             with self._planner() as planner:
                 if done is not None:
-                    history = Tally.known(planner.books.txn.get(b"history", db=self.environment.db(b"state")))
+                    history = Tally.known(planner.books.txn.get("state", b"history"))
                     history.add_closing(done, self.now(), planner.books.entries, planner.books.counters.used_bytes)
-                    data = seal(b"history", history.to_bytes())
-                    planner.books.txn.put(b"history", data, db=self.environment.db(b"state"))
+                    planner.books.txn.put("state", b"history", seal(b"history", history.to_bytes()))
         self.environment.sync()
 
     def history(self) -> Tally:
         """What all processes that closed the folder in good order did, since it was made."""
-        with self.environment.read() as txn:
-            return Tally.known(txn.get(b"history", db=self.environment.db(b"state")))
+        return Tally.known(self._get("state", b"history"))
 
     def close(self, done: Tally | None = None) -> None:
-        """See :meth:`flush`; then gives the folder back. Where that fails, only uses that were noted are lost."""
+        """Flushes, adds what this process did to the folder's history, and gives the folder back.
+
+        Where that fails, only uses that were noted are lost.
+        """
         try:
-            self.flush(done)
+            self._settle(done)
         except StoreError as error:
             logger.warning("how often entries were used could not be written down: %s", str(error))
         finally:
@@ -285,15 +281,13 @@ class DiskTier(Tier):
             with self._touch_lock:
                 touched, self._touched = self._touched, touched
         try:
-            with self.environment.write(suspicious=suspicious) as txn:
-                books, now = FolderBooks(self.environment, txn), self.now()
+            with self.environment.transaction(write=True, suspicious=suspicious) as txn:
+                books, now = FolderBooks(txn), self.now()
                 planner = Planner(
                     books, self._policy, self.budget_bytes, self._held, lambda: now, partial(self._delete, txn)
                 )
                 for key, times in touched.items():
-                    row = books.row(key)
-                    if row is not None and row.usage.size_bytes:
-                        planner.use(key, row, times)
+                    planner.touch(key, times)
                 planner.sweep()
                 yield planner
                 books.close(now)
@@ -303,33 +297,26 @@ class DiskTier(Tier):
             raise
         self.evictions.update(planner.evicted)
 
-    def _delete(self, txn: Any, key: bytes) -> bool:
+    def _delete(self, txn: Transaction, key: bytes) -> bool:
         """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""
         if self.notes is not None:
             self.notes.unsend(txn, key)
         index = 0
-        while txn.delete(segment_key(key, index), db=self.environment.db(b"segments")):
+        while txn.delete("segments", segment_key(key, index)):
             index += 1
-        return bool(txn.delete(key, db=self.environment.db(b"entries")))
+        return txn.delete("entries", key)
 
-    def _write(self, txn: Any, key: bytes, record: Record, payload: Payload) -> None:
-        data, segments = payload.data.numpy(), self.environment.db(b"segments")
-        txn.put(key, record.pack(key), db=self.environment.db(b"entries"))
-        for index, (start, stop) in enumerate(record.spans):
-            txn.put(segment_key(key, index), data[start:stop], db=segments)
-
-    def _welcome(self, txn: Any, key: bytes) -> bool:
+    def _welcome(self, txn: Transaction, key: bytes) -> bool:
         """Whether a chunk of a pool may come: it is neither here nor to be deleted there."""
         unwanted = self.notes is not None and self.notes.deletes(txn, key)
         return not unwanted and not self._alive(txn, key, self.now())
 
-    def _alive(self, txn: Any, key: bytes, now: float) -> bool:
-        row = txn.get(key, db=self.environment.db(b"usage"))
+    def _alive(self, txn: Transaction, key: bytes, now: float) -> bool:
+        row = txn.get("usage", key)
         try:
-            alive = row is not None and Row.unpack(key, bytes(row)).alive(now)
+            return row is not None and Row.unpack(key, row).alive(now) and txn.has("entries", key)
         except RecordError:
             return False
-        return alive and txn.get(key, db=self.environment.db(b"entries")) is not None
 
     def _known_damaged(self, key: bytes) -> bool:
         """Whether it was found damaged, and nobody put it again since."""
@@ -339,10 +326,9 @@ class DiskTier(Tier):
         row = self.row(key)
         return None if row is None else row.created_s
 
-    def _get(self, db: bytes, key: bytes) -> bytes | None:
-        with self.environment.read() as txn:
-            data = txn.get(key, db=self.environment.db(db))
-            return None if data is None else bytes(data)
+    def _get(self, database: str, key: bytes) -> bytes | None:
+        with self.environment.transaction() as txn:
+            return txn.get(database, key)
 
 
 def stored_size(entry: Offer) -> int:

@@ -226,8 +226,7 @@ def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, 
     Raises:
         RecordError: it is damaged, the books do not know it, or it has expired and that was not asked for.
     """
-    snapshot = tier.snapshot()
-    try:
+    with closing(tier.snapshot()) as snapshot:
         found = snapshot.find(key, None if expired else tier.now())
         if found is None and not snapshot.holds(key):
             return None
@@ -235,8 +234,6 @@ def load(tier: DiskTier, key: bytes, *, expired: bool = False) -> tuple[Record, 
             raise RecordError("the books do not know it, or it has expired")
         loading = Loading(snapshot, key, *found)
         loading.load()
-    finally:
-        snapshot.close()
     return loading.record, loading.payload, loading.row
 
 
@@ -258,14 +255,12 @@ def _entry(tier: DiskTier, key: bytes) -> Entry | None:
     if row is None:
         return None
     record = None
-    snapshot = tier.snapshot()
-    try:
-        found = snapshot.find(key, None)
-        record = found[0] if found else None
-    except RecordError as error:
-        logger.warning("the header of %s is damaged: %s", key.hex(), str(error))
-    finally:
-        snapshot.close()
+    with closing(tier.snapshot()) as snapshot:
+        try:
+            found = snapshot.find(key, None)
+            record = found[0] if found else None
+        except RecordError as error:
+            logger.warning("the header of %s is damaged: %s", key.hex(), str(error))
     return Entry(
         key=key,
         label=record.label if record else "",

@@ -100,9 +100,7 @@ class MemoryTier(Tier):
     def touch(self, keys: Iterable[bytes]) -> None:
         with self.lock:
             for key in keys:
-                row = self._books.row(key)
-                if row is not None and key in self._held:
-                    self._planner.use(key, row)
+                self._planner.touch(key)
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
         with self.lock:
@@ -140,12 +138,8 @@ class MemoryTier(Tier):
     def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
         """Keeps entries from being evicted for some seconds, 0 for no longer; how many are here."""
         with self.lock:
-            gone = set(self.missing(keys))
-            rows = {key: self._books.row(key) for key in keys if key not in gone}
-            found = {key: row for key, row in rows.items() if row is not None}
-            for key, row in found.items():
-                self._planner.pin(key, row, lifetime_s)
-            return len(found)
+            self._planner.sweep()
+            return self._planner.pin(keys, lifetime_s)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next entry."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-from ragkv.folder import Environment
+from ragkv.folder import Environment, Transaction
 from ragkv.store.keys import PATH
 
 #: What a note says of its chunk. Behind DELETE stands which object is meant; nothing: whichever is there.
@@ -29,6 +29,8 @@ class Notes(Protocol):
     What this process noted anew since it was taken is not struck out: what was done may have been done before.
     """
 
+    _anew: set[bytes]
+
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """Writes notes down, in place of those of the same chunks."""
 
@@ -40,20 +42,25 @@ class Notes(Protocol):
 
     def take(self, keys: Iterable[bytes]) -> None:
         """What is noted of these will be done now."""
+        self._anew.difference_update(keys)
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """Those of the chunks that are to be deleted."""
+
+    def after_fork(self) -> None:
+        """In a child: what the parent noted anew, it does."""
+        self._anew = set()
 
     def __len__(self) -> int:
         """How many there are."""
 
 
-class MemoryNotes:
+class MemoryNotes(Notes):
     """Notes that go with the process: only the last so many, for a pool may be away for long."""
 
     def __init__(self) -> None:
+        self._anew = set()
         self._notes: dict[bytes, bytes] = {}
-        self._anew = set[bytes]()
         self._lock = threading.Lock()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
@@ -80,84 +87,68 @@ class MemoryNotes:
         with self._lock:
             return iter(list(self._notes.items()))
 
-    def take(self, keys: Iterable[bytes]) -> None:
-        """See :class:`Notes`."""
-        self._anew.difference_update(keys)
-
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""
         return {key for key in keys if self._notes.get(key, SEND).startswith(DELETE)}
 
     def after_fork(self) -> None:
         """In a child: they are the parent's."""
-        self._notes, self._anew, self._lock = {}, set(), threading.Lock()
+        super().after_fork()
+        self._notes, self._lock = {}, threading.Lock()
 
     def __len__(self) -> int:
         return len(self._notes)
 
 
-class FolderNotes:
+class FolderNotes(Notes):
     """Notes in a folder, for all processes that have it open; there are no more than the folder has entries, besides deletions."""
 
     def __init__(self, environment: Environment) -> None:
+        self._anew = set()
         self._environment = environment
-        self._anew = set[bytes]()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
         """See :class:`Notes`; durable when it returns."""
         if notes:
-            with self._environment.write() as txn:
+            with self._environment.transaction(write=True) as txn:
                 self._anew.update(notes)
                 for key, what in notes.items():
-                    txn.put(_NOTE + key, what, db=self._state)
+                    txn.put("state", _NOTE + key, what)
 
-    def send(self, txn: Any, key: bytes) -> None:
+    def send(self, txn: Transaction, key: bytes) -> None:
         """Notes that a chunk is to be sent, where it is for others, in somebody's transaction."""
         if shared(key):
             self._anew.add(key)
-            txn.put(_NOTE + key, SEND, db=self._state)
+            txn.put("state", _NOTE + key, SEND)
 
-    def deletes(self, txn: Any, key: bytes) -> bool:
+    def deletes(self, txn: Transaction, key: bytes) -> bool:
         """Whether a chunk is to be deleted, in somebody's transaction."""
-        what = txn.get(_NOTE + key, db=self._state)
-        return what is not None and bytes(what).startswith(DELETE)
+        return (txn.get("state", _NOTE + key) or SEND).startswith(DELETE)
 
-    def unsend(self, txn: Any, key: bytes) -> None:
+    def unsend(self, txn: Transaction, key: bytes) -> None:
         """Strikes out that a chunk is to be sent, in somebody's transaction."""
-        if txn.get(_NOTE + key, db=self._state) == SEND:
+        if txn.get("state", _NOTE + key) == SEND:
             self._anew.discard(key)
-            txn.delete(_NOTE + key, db=self._state)
+            txn.delete("state", _NOTE + key)
 
     def strike(self, done: Mapping[bytes, bytes]) -> None:
         """See :class:`Notes`."""
         if done:
-            with self._environment.write() as txn:
+            with self._environment.transaction(write=True) as txn:
                 for key, what in done.items():
-                    if key not in self._anew and txn.get(_NOTE + key, db=self._state) == what:
-                        txn.delete(_NOTE + key, db=self._state)
+                    if key not in self._anew and txn.get("state", _NOTE + key) == what:
+                        txn.delete("state", _NOTE + key)
 
     def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """See :class:`Notes`."""
-        with self._environment.read() as txn, txn.cursor(self._state) as cursor:
-            if cursor.set_range(_NOTE + start):
-                for name, what in cursor.iternext():
-                    name = bytes(name)
-                    if not name.startswith(_NOTE):
-                        return
-                    yield name[len(_NOTE) :], bytes(what)
-
-    def take(self, keys: Iterable[bytes]) -> None:
-        """See :class:`Notes`."""
-        self._anew.difference_update(keys)
+        with self._environment.transaction() as txn:
+            for name, what in txn.items("state", _NOTE, start):
+                yield name[len(_NOTE) :], what
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
         """See :class:`Notes`."""
-        with self._environment.read() as txn:
+        with self._environment.transaction() as txn:
             return {key for key in keys if self.deletes(txn, key)}
 
     def __len__(self) -> int:
         return sum(1 for _ in self.each())
-
-    @property
-    def _state(self) -> Any:
-        return self._environment.db(b"state")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Set
+from collections.abc import Callable, Container, Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -144,6 +144,12 @@ class Planner(Generic[AnyBooks]):
         row.priority = self._priority(key, row.usage)
         books.place(key, row)
 
+    def touch(self, key: bytes, times: int = 1) -> None:
+        """Counts uses of an entry, where there is one."""
+        row = self.books.row(key)
+        if row is not None and row.usage.size_bytes:
+            self.use(key, row, times)
+
     def drop(self, key: bytes, reason: str | None = None) -> bool:
         """Deletes an entry; whether there was one, be it without a row.
 
@@ -166,8 +172,15 @@ class Planner(Generic[AnyBooks]):
             self.evicted[reason] += 1
         return there
 
-    def pin(self, key: bytes, row: Row, lifetime_s: float) -> None:
-        """Keeps an entry from being evicted for some seconds, 0 for no longer."""
+    def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
+        """Keeps entries from being evicted for some seconds, 0 for no longer; of how many of the keys there are some."""
+        rows = {key: self.books.row(key) for key in keys}
+        found = {key: row for key, row in rows.items() if row is not None and row.alive(self.now())}
+        for key, row in found.items():
+            self._pin(key, row, lifetime_s)
+        return sum(key in found for key in keys)
+
+    def _pin(self, key: bytes, row: Row, lifetime_s: float) -> None:
         self.books.lift(key, row)
         row.pinned_from_s = self.now()
         row.pinned_until_s = row.pinned_from_s + lifetime_s if lifetime_s > 0 else 0.0
@@ -181,7 +194,7 @@ class Planner(Generic[AnyBooks]):
             if not pinned:
                 self.drop(key, "expired")
             elif row is not None and not row.pinned(now):
-                self.pin(key, row, 0.0)
+                self._pin(key, row, 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next entry."""

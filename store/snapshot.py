@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import Environment
+from ragkv.folder import Environment, Transaction
 from ragkv.store.payload import Payload, extents
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
@@ -53,7 +53,8 @@ class DiskSnapshot:
         Raises:
             RecordError: it is damaged.
         """
-        header, row = self._get(b"entries", key), self._get(b"usage", key)
+        with self.inside():
+            header, row = self._txn.get("entries", key), self._txn.get("usage", key)
         if header is None or row is None:
             return None
         books = Row.unpack(key, row)
@@ -61,7 +62,8 @@ class DiskSnapshot:
 
     def holds(self, key: bytes) -> bool:
         """Whether there is a record under a key, also one that the books do not know."""
-        return self._get(b"entries", key) is not None
+        with self.inside():
+            return self._txn.has("entries", key)
 
     def segment(self, key: bytes, record: Record, index: int, out: Tensor) -> int:
         """Copies a segment to its place in ``out`` (uint8 ``[payload_bytes]``) and verifies it there.
@@ -125,22 +127,17 @@ class DiskSnapshot:
             self._reading.close()
 
     @property
-    def _txn(self) -> Any:
+    def _txn(self) -> Transaction:
         if self._reading.txn is None:
             raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
-        return self._reading.txn
+        return self._reading
 
     def _view(self, key: bytes, index: int, start: int, stop: int) -> Any:
         """A segment in the file, as a uint8 array that is valid while the lock is held."""
-        data = self._txn.get(segment_key(key, index), db=self._environment.db(b"segments"))
+        data = self._txn.view("segments", segment_key(key, index))
         if data is None or len(data) != stop - start:
             raise RecordError(f"segment {index} is missing or cut short")
         return np.frombuffer(data, dtype=np.uint8)
-
-    def _get(self, db: bytes, key: bytes) -> bytes | None:
-        with self._environment.inside(), self._lock:
-            data = self._txn.get(key, db=self._environment.db(db))
-            return None if data is None else bytes(data)
 
 
 class Loading(Source):

@@ -121,17 +121,17 @@ class PoolStats:
     """
 
     pool: str
-    pending: int
-    sent: int
-    sent_bytes: int
-    skipped: int
-    deleted: int
-    dropped: int
-    failed: int
-    unanswered: int
-    foreign: int
-    late: int
-    down: bool
+    pending: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+    skipped: int = 0
+    deleted: int = 0
+    dropped: int = 0
+    failed: int = 0
+    unanswered: int = 0
+    foreign: int = 0
+    late: int = 0
+    down: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 
 import torch
 
@@ -114,14 +113,12 @@ class TieredStore:
         self._disk: DiskTier | None = None
         if self.path is not None:
             self._disk = DiskTier(self.path, disk_bytes, self._policy, leases, selective=selective, readonly=readonly)
-        self._home: MemoryTier | DiskTier = self._disk or memory
-        above = [tier for tier in (gpu, memory) if tier and tier is not self._home and tier.budget_bytes]
+        home = self._disk or memory
+        above = [tier for tier in (gpu, memory) if tier and tier is not home and tier.budget_bytes]
         try:
-            self._tiers = Tiers(
-                above, self._home, [*tiers, *([] if self.remote is None else [self.remote])], leases, lock
-            )
+            self._tiers = Tiers(above, home, [*tiers, *filter(None, [self.remote])], leases, lock)
         except BaseException:
-            self._home.close()
+            home.close()
             raise
 
     def put(
@@ -181,13 +178,12 @@ class TieredStore:
         Raises:
             StoreFullError, StoreError: see :meth:`put`. On disk nothing was changed.
         """
-        self._check_open()
-        started = perf_counter()
+        tiers, started = self._open, perf_counter()
         given = [Item(*item) for item in items]
         offers, above = self._levels.offers(given, space, ropes_of(rotations), namespace, lifetime_s)
-        with self._tiers.lock:
-            self._tiers.tally.latency["encode"].add(perf_counter() - started)
-        return self._tiers.put_many(offers, above, facts)
+        with tiers.lock:
+            tiers.tally.latency["encode"].add(perf_counter() - started)
+        return tiers.put_many(offers, above, facts)
 
     def get(self, key: bytes) -> ChunkKV | None:
         """A chunk's KV, as tensors of your own; None where it is not stored or its record is damaged."""
@@ -207,8 +203,7 @@ class TieredStore:
             moved: what :meth:`prefetch` was given for these chunks: they are counted as hits of where they were.
             asking: how it is asked for what comes over a network; by default whoever reads has time.
         """
-        self._check_open()
-        return self._tiers.read(keys, moved or {}, asking or Asking())
+        return self._open.read(keys, moved or {}, asking or Asking())
 
     def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
@@ -220,8 +215,7 @@ class TieredStore:
         Returns:
             A future of the bytes read; nobody needs to wait for it.
         """
-        self._check_open()
-        return self._tiers.prefetch(list(keys), {} if moved is None else moved)
+        return self._open.prefetch(list(keys), {} if moved is None else moved)
 
     @property
     def uses_costs(self) -> bool:
@@ -234,8 +228,7 @@ class TieredStore:
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored in no tier, each once and in order. Does not count as a use."""
-        self._check_open()
-        return self._tiers.missing(keys)
+        return self._open.missing(keys)
 
     def where(self, keys: Iterable[bytes], limit_s: float = math.inf) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use.
@@ -244,8 +237,7 @@ class TieredStore:
             keys: may be unknown.
             limit_s: so much longer than lately is waited for a shared pool: what it has not denied by then counts as there.
         """
-        self._check_open()
-        return self._tiers.where(keys, limit_s)
+        return self._open.where(keys, limit_s)
 
     def loading(self) -> dict[str, Loading]:
         """How fast chunks came lately from tiers behind, such as a pool, by name."""
@@ -254,10 +246,9 @@ class TieredStore:
 
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
-        self._check_open()
-        sizes: Counter[str] = Counter()
+        rows, sizes = self._open.rows, Counter[str]()
         for key in dict.fromkeys(keys):
-            sizes.update({tier: row.usage.size_bytes for tier, row in self._tiers.rows(key).items()})
+            sizes.update({tier: row.usage.size_bytes for tier, row in rows(key).items()})
         return dict(sizes)
 
     @property
@@ -268,7 +259,7 @@ class TieredStore:
     @property
     def budget_bytes(self) -> int:
         """What all chunks may take where they are kept: on disk, or in memory without one."""
-        return self._home.budget_bytes
+        return self._tiers.home.budget_bytes
 
     @property
     def readonly(self) -> bool:
@@ -286,13 +277,13 @@ class TieredStore:
         """Bytes that a chunk's KV would take where they are kept; with ``codec`` on disk, in that one. Stores nothing."""
         levels = self._levels if codec is None else Levels(get_codec(codec))
         offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
-        return self._home.size(self._home.prepare(offers[0])) if codec is None else stored_size(offers[0])
+        return self._tiers.home.size(self._tiers.home.prepare(offers[0])) if codec is None else stored_size(offers[0])
 
     def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored and pinned now, each once and in order."""
-        self._check_open()
-        rows = {key: self._tiers.rows(key).get(self._home.name) for key in keys}
-        return [key for key, row in rows.items() if row is not None and row.pinned(self._home.now())]
+        home, rows = self._open.home, self._tiers.rows
+        found = {key: rows(key).get(home.name) for key in keys}
+        return [key for key, row in found.items() if row is not None and row.pinned(home.now())]
 
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
@@ -300,32 +291,28 @@ class TieredStore:
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
-        self._check_open()
-        return self._tiers.remove_many(keys, facts)
+        return self._open.remove_many(keys, facts)
 
     def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
         """The keys of what is kept, on disk or in memory without one, by what they begin with."""
-        self._check_open()
-        return self._home.beginning(beginnings)
+        return self._open.home.beginning(beginnings)
 
     def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
         """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""
-        self._check_open()
-        sources = self._tiers.find(list(keys), used=False)
+        sources = self._open.find(list(keys), used=False)
         for source in sources.values():
             source.release()
         return sources
 
     def worst(self, keys: Iterable[bytes]) -> bytes | None:
         """That of the stored chunks which the policy holds least valuable where they are kept; ``None`` where none is stored."""
-        rows = {key: self._home.row(key) for key in keys}
+        rows = {key: self._tiers.home.row(key) for key in keys}
         known = {key: row.priority for key, row in rows.items() if row is not None}
         return min(known, key=lambda key: known[key], default=None)
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""
-        self._check_open()
-        return self._home.computed_of(keys)
+        return self._open.home.computed_of(keys)
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
         """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""
@@ -333,10 +320,10 @@ class TieredStore:
 
     def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
         """Pins chunks, on disk in one transaction; how many are stored."""
-        self._check_open()
+        home = self._open.home
         if not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return self._home.pin(list(keys), lifetime_s)
+        return home.pin(list(keys), lifetime_s)
 
     def unpin(self, key: bytes) -> bool:
         """Ends a pin; whether the chunk is stored."""
@@ -344,23 +331,21 @@ class TieredStore:
 
     def unpin_many(self, keys: Iterable[bytes]) -> int:
         """Ends pins, on disk in one transaction; how many of the chunks are stored."""
-        self._check_open()
-        return self._home.pin(list(keys), 0.0)
+        return self._open.home.pin(list(keys), 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.
 
         Beyond it, a put evicts entries of its own namespace. It takes effect with the next put.
         """
-        self._check_open()
+        home = self._open.home
         if not namespace or (quota_bytes is not None and not 0 <= quota_bytes < math.inf):
             raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
-        self._home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
+        home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did since it was opened."""
-        self._check_open()
-        return self._tiers.stats()
+        return self._open.stats()
 
     def count_check(self, method: str, kl: float, agreed: bool) -> None:
         """Count a prompt that was compared with a full prefill, for :meth:`stats`.
@@ -370,26 +355,22 @@ class TieredStore:
             kl: of its first token to the full prefill's, in nats.
             agreed: whether the first token is the same.
         """
-        self._check_open()
-        self._tiers.count_check(method, kl, agreed)
+        self._open.count_check(method, kl, agreed)
 
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""
-        self._check_open()
-        return self._home.fact(name)
+        return self._open.home.fact(name)
 
     def meta_put(self, name: str, value: bytes) -> None:
         """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""
-        self._check_open()
-        self._tiers.put_many([], [], {name: value})
+        self._open.put_many([], [], {name: value})
 
     def share(self) -> int:
         """Sends a shared pool what was stored before it was given one, in the background; how many chunks are looked at.
 
         What the pool has is not sent again. See :meth:`flush`.
         """
-        self._check_open()
-        return self._tiers.share()
+        return self._open.share()
 
     def flush(self, limit_s: float = 60.0) -> None:
         """Writes what is pending (how often entries were used) to disk, and waits until a shared pool has what was put.
@@ -397,10 +378,7 @@ class TieredStore:
         Raises:
             UploadError: the pool did not have it after so many seconds. It is noted, and sent later.
         """
-        self._check_open()
-        if self._disk is not None:
-            self._disk.flush()
-        self._tiers.flush(limit_s)
+        self._open.flush(limit_s)
 
     def close(self) -> None:
         """Flushes and closes; closing twice is fine. Batches must be closed before."""
@@ -412,21 +390,21 @@ class TieredStore:
             self._closed = True
         self._tiers.close()
 
-    def _check_open(self) -> None:
+    @property
+    def _open(self) -> Tiers:
+        """Its tiers, while it is open."""
         if self._closed:
             raise StoreError("the store is closed")
+        return self._tiers
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self.contains(key)
 
     def __len__(self) -> int:
-        self._check_open()
-        return self._home.counts()[0]
+        return self._open.home.counts()[0]
 
     def __enter__(self) -> TieredStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()

@@ -293,7 +293,8 @@ class Tiers:
         return max((tier.share(keys) for tier in self.behind), default=0)
 
     def flush(self, limit_s: float) -> None:
-        """Waits for what tiers behind do in the background, see :meth:`Tier.flush`."""
+        """Has home write down what is pending, and waits for what tiers behind do in the background, see :meth:`Tier.flush`."""
+        self.home.flush(limit_s)
         until = perf_counter() + limit_s
         for tier in self.behind:
             tier.flush(max(0.0, until - perf_counter()))

@@ -42,13 +42,25 @@ def interruptible():
 
 
 @pytest.fixture
+def damage():
+    """Changes a bit of what a store keeps on disk."""
+
+    def flip(store, name, place, database="segments"):
+        with store._disk.environment.transaction(write=True) as txn:
+            data = bytearray(txn.get(database, name))
+            data[place] ^= 4
+            txn.put(database, name, bytes(data))
+
+    return flip
+
+
+@pytest.fixture
 def facts():
     """Names of the small values that a store keeps on disk."""
 
     def names(store):
-        environment = store._disk.environment
-        with environment.read() as txn, txn.cursor(environment.db(b"facts")) as cursor:
-            return [bytes(key).decode() for key in cursor.iternext(values=False)]
+        with store._disk.environment.transaction() as txn:
+            return [key.decode() for key in txn.keys("facts")]
 
     return names
 

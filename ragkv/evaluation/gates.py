@@ -17,7 +17,7 @@ from ragkv.engine import Engine
 from ragkv.evaluation.bench import Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.metrics import divergence
-from ragkv.fusion.compute import recompute
+from ragkv.fusion.passes import recompute
 from ragkv.methods import CacheBlend, FullPrefill, Method, Reuse
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder

@@ -9,10 +9,10 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder.connection import Connection, Databases, problems
@@ -117,10 +117,6 @@ class Environment:
             finally:
                 self.gate.open()
 
-    def db(self, name: bytes) -> Any:
-        """The handle of a database."""
-        return self._live.databases[name]
-
     def begin(self) -> Transaction:
         """A transaction that reads, with buffers, to be closed by the caller.
 
@@ -149,31 +145,13 @@ class Environment:
             self._live.ensure_length()
             yield
 
-    @contextmanager
-    def read(self) -> Iterator[Any]:
-        """LMDB's own transaction, to read. What it hands out is valid inside only: copy it."""
-        with self._reading() as reading:
-            yield reading.txn
+    def transaction(self, *, write: bool = False, suspicious: bool = False) -> AbstractContextManager[Transaction]:
+        """A state to read, or the one transaction that may write now: committed, and on disk, when the block ends.
 
-    @contextmanager
-    def transaction(self, *, write: bool = False, suspicious: bool = False) -> Iterator[Transaction]:
-        """A state to read, or the one transaction that may write now: see :meth:`write`."""
-        if not write:
-            with self._reading() as reading:
-                yield reading
-            return
-        with self.write(suspicious=suspicious) as txn:
-            writing = Transaction(txn, self._live.databases)
-            try:
-                yield writing
-            finally:
-                writing.txn = None
-
-    @contextmanager
-    def write(self, *, suspicious: bool = False) -> Iterator[Any]:
-        """LMDB's own transaction, to write: committed, and on disk, when the block ends; undone when it raises.
+        It is undone when the block raises.
 
         Args:
+            write: to write.
             suspicious: damage was seen. LMDB trusts its pages, and to change damaged ones can end the process or spoil
                 others: the first time they are all looked at before. So they are where reading found damage.
 
@@ -182,6 +160,10 @@ class Environment:
             StoreFullError: the disk or the map is full; nothing was changed.
             RecordError: LMDB's own pages are damaged.
         """
+        return self._writing(suspicious) if write else self._reading()
+
+    @contextmanager
+    def _writing(self, suspicious: bool) -> Iterator[Transaction]:
         if self.readonly:
             raise StoreError(f"{self.path} is open for reading only")
         with self.write_lock, translated(self.path):
@@ -193,7 +175,11 @@ class Environment:
                     self._problems = problems(self.path)
                 if self._problems:
                     raise RecordError(f"{self.path} is damaged ({self._problems[0]}): {HOW_TO_REPAIR}")
-                yield txn
+                writing = Transaction(txn, connection.databases)
+                try:
+                    yield writing
+                finally:
+                    writing.txn = None
 
     @contextmanager
     def _reading(self) -> Iterator[Transaction]:

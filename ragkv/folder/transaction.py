@@ -9,7 +9,7 @@ from ragkv.errors import StoreError
 
 
 class Transaction:
-    """One state of a folder, to read from or to write. What it returns are copies, which stay valid.
+    """One state of a folder, to read from or to write. What it returns are copies, which stay valid, but for :meth:`view`.
 
     Attributes:
         txn: LMDB's own transaction; None once it is over, and in a forked child.
@@ -21,8 +21,16 @@ class Transaction:
 
     def get(self, database: str, key: bytes) -> bytes | None:
         """The value under a key (the first one, where a key may have several)."""
-        value = self._live.get(key, db=self._db(database))
+        value = self.view(database, key)
         return None if value is None else bytes(value)
+
+    def view(self, database: str, key: bytes) -> Any:
+        """As :meth:`get`, as a buffer that is not copied: it is valid until the transaction ends."""
+        return self._live.get(key, db=self._db(database))
+
+    def has(self, database: str, key: bytes) -> bool:
+        """Whether there is something under a key."""
+        return self.view(database, key) is not None
 
     def values(self, database: str, key: bytes) -> Iterator[bytes]:
         """All values under a key, in order, where a key may have several."""
@@ -30,10 +38,10 @@ class Transaction:
             if cursor.set_key(key):
                 yield from map(bytes, cursor.iternext_dup())
 
-    def items(self, database: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """The keys that begin with a prefix and their values, by key."""
+    def items(self, database: str, prefix: bytes = b"", start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """The keys that begin with a prefix and their values, by key; with ``start`` from the prefix and that on."""
         with self._live.cursor(self._db(database)) as cursor:
-            if cursor.set_range(prefix):
+            if cursor.set_range(prefix + start):
                 for key, value in cursor.iternext():
                     if key[: len(prefix)] != prefix:
                         return
@@ -52,8 +60,8 @@ class Transaction:
         """How many values there are."""
         return self._live.stat(self._db(database))["entries"]
 
-    def put(self, database: str, key: bytes, value: bytes) -> None:
-        """Sets the value under a key, or adds one where a key may have several."""
+    def put(self, database: str, key: bytes, value: Any) -> None:
+        """Sets the value under a key, bytes or a buffer, or adds one where a key may have several."""
         self._live.put(key, value, db=self._db(database))
 
     def delete(self, database: str, key: bytes, value: bytes | None = None) -> bool:

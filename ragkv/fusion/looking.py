@@ -17,6 +17,7 @@ from ragkv.errors import MethodError, UnsupportedModelError
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
+from ragkv.fusion.plan import Plan
 from ragkv.fusion.view import AVERAGED
 from ragkv.kernels import KernelError, deviation, implementation, question_scores
 from ragkv.model.attention import eager_attention
@@ -98,7 +99,7 @@ class Looking(ABC):
         full = decoder.cache(layout.tokens)
         everything = torch.arange(layout.tokens, device=layout.ids.device)
         with self._driver.turn(), self.placement.beside(cache=full):
-            Pass(decoder, full, layout, everything, self._driver.piece_tokens).logits()
+            Pass(decoder, full, layout, Plan(everything), self._driver.piece_tokens).logits()
         span = slice(layout.chunks_start, layout.suffix_start)
         scores = []
         for held, true in zip(self.cache.layers, full.layers, strict=True):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ragkv.chunk import Attended, Chunk, ChunkKV, digest
 from ragkv.errors import ModelChangedError
-from ragkv.fusion.compute import recompute
 from ragkv.fusion.layout import Layout, Placed
+from ragkv.fusion.passes import recompute
 from ragkv.fusion.placement import Placement
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents

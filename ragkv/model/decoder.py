@@ -142,30 +142,24 @@ class Decoder:
     @torch.no_grad()
     def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
-        with self.turns, few_rows(len(ids), self.device, self.model.dtype):
-            out = self.backbone(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return out[0][0]
+        return self._out(self.backbone, ids, positions, cache, mask)[0][0]
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None, rows: int = 1) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the next-token logits ``[rows, V]`` of the last ones."""
         keep = {"logits_to_keep": rows} if self.keeps_last else {}
+        return self._out(self.model, ids, positions, cache, mask, **keep).logits[0, -rows:]
+
+    def _out(self, module: nn.Module, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any, **more: int) -> Any:
         with self.turns, few_rows(len(ids), self.device, self.model.dtype):
-            out = self.model(
+            return module(
                 input_ids=ids[None],
                 position_ids=positions[None],
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
-                **keep,
+                **more,
             )
-        return out.logits[0, -rows:]
 
     def forward(self, rows: Rows) -> Tensor:
         """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""

@@ -1,23 +1,31 @@
-"""Asking a pool what is there, for as long as whoever reads wants to wait."""
+"""Asking a pool what is there and can be read here, for as long as whoever reads wants to wait."""
 
 from __future__ import annotations
 
 import logging
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from ragkv.errors import RecordError
+from ragkv.store.remote.envelope import ID, ForeignError, Opened
+from ragkv.store.remote.manifest import Manifest, remember
 from ragkv.store.remote.pool import Breaker, GoneError, PoolError
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.speed import Speed
+from ragkv.store.rows import Row
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
 #: What is there is late once that takes this many times as long as lately, and the limit.
 _LATE = 1.1
+_LOOKED_INTO = 8
+MOST_ASKED = 1024  # keys that are asked for together
 
 
 class Heads:
@@ -26,16 +34,30 @@ class Heads:
     Args:
         records: the pool's.
         speed: is shown how long it takes, also where nobody waits any more.
+        manifest: is told what is not there.
+        counts: of what is ``unanswered``, ``late`` and ``foreign``.
+        drop: told the key of an object that is damaged, its id, and why.
 
     Attributes:
         breaker: says when to ask again.
-        unanswered: how often there was no answer.
+        seen: of what was read lately, on what terms it is kept, and its object's id.
     """
 
-    def __init__(self, records: Records, speed: Speed) -> None:
-        self._records, self._speed = records, speed
+    def __init__(
+        self,
+        records: Records,
+        speed: Speed,
+        manifest: Manifest,
+        counts: Counter[str],
+        drop: Callable[[bytes, bytes, str], object],
+    ) -> None:
+        self._records, self._speed, self._manifest, self._counts, self._drop = records, speed, manifest, counts, drop
         self.breaker: Breaker = Breaker()
-        self.unanswered: int = 0
+        self.seen: dict[bytes, tuple[Row, bytes]] = {}
+
+    def after_fork(self) -> None:
+        """In a child: it asks for itself."""
+        self.breaker = Breaker()
 
     @contextmanager
     def asking(self, keys: Collection[bytes]) -> Iterator[bool]:
@@ -48,29 +70,29 @@ class Heads:
 
     def failed(self, error: PoolError) -> None:
         """The pool did not answer."""
-        self.unanswered += 1
+        self._counts["unanswered"] += 1
         level = logging.DEBUG if self.breaker.broken else logging.WARNING
         self.breaker.failed()
         logger.log(level, "the pool is left alone for %.0f s: %s", self.breaker.left_s, str(error))
 
     def which(self, keys: Sequence[bytes], limit_s: float) -> Collection[bytes]:
-        """Those that are there, or of which that is not known after so much longer than lately.
-
-        Raises:
-            PoolError: the pool does not answer.
-        """
-        if limit_s == math.inf:
-            there = self._records.which(keys)
-        else:
-            asked = Future[Collection[bytes]]()
-            threading.Thread(target=self._ask, args=(asked, keys), name="ragkv-pool-ask", daemon=True).start()
-            try:
-                there = asked.result(_LATE * self._speed.start_s + limit_s)
-            except TimeoutError:
-                self._watch([asked], None)
-                return keys
-        self.breaker.succeeded()
-        return there
+        """Those that are there, or of which that is not known after so much longer than lately."""
+        with self.asking(keys) as may:
+            if not may:
+                return ()
+            if limit_s == math.inf:
+                there: Collection[bytes] = self._records.which(keys)
+            else:
+                asked = Future[Collection[bytes]]()
+                threading.Thread(target=self._ask, args=(asked, keys), name="ragkv-pool-ask", daemon=True).start()
+                try:
+                    there = asked.result(_LATE * self._speed.start_s + limit_s)
+                except TimeoutError:
+                    self._watch([asked], None)
+                    return keys
+            self.breaker.succeeded()
+            return there
+        return ()
 
     def _ask(self, asked: Future[Collection[bytes]], keys: Sequence[bytes]) -> None:
         try:
@@ -78,7 +100,58 @@ class Heads:
         except BaseException as error:
             asked.set_exception(error)
 
-    def read(self, keys: Sequence[bytes], limit_s: float) -> tuple[dict[bytes, memoryview], set[bytes]]:
+    def open(self, keys: Sequence[bytes], limit_s: float) -> tuple[dict[bytes, tuple[Opened, memoryview]], set[bytes]]:
+        """Those that are there and for us, with their first bytes, and those of which that is not known in time."""
+        found, late = dict[bytes, tuple[Opened, memoryview]](), set[bytes]()
+        with self.asking(keys) as may:
+            if may:
+                heads, late = self._read(keys, limit_s)
+                found = {key: (opened, head) for key, head in heads.items() if (opened := self._open(key, head))}
+                self._manifest.note(set(keys) - heads.keys() - late, False)
+                self._counts["late"] += len(late)
+        return found, late
+
+    def unreadable(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of what is there that cannot be read here: written with another key, expired, damaged, or moved to an archive.
+
+        A few are looked into, always the same ones, and all others only where one of them is such.
+
+        Raises:
+            PoolError: the pool does not answer.
+        """
+        few = keys[:: -(-len(keys) // _LOOKED_INTO) or 1]
+        unread = self._unopened(few)
+        return unread | self._unopened([key for key in keys if key not in few]) if unread else unread
+
+    def _unopened(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those that cannot be opened; what was lately is not asked for again."""
+        now, seen = time.time(), {key: self.seen.get(key) for key in keys}
+        left = [key for key, found in seen.items() if found is None or not found[0].alive(now)]
+        unread = set(left)
+        for start in range(0, len(left), MOST_ASKED):
+            with suppress(GoneError):  # it refuses them all
+                heads, _ = self._read(left[start : start + MOST_ASKED], math.inf)
+                unread -= {key for key, head in heads.items() if self._open(key, head)}
+        return unread
+
+    def _open(self, key: bytes, head: memoryview) -> Opened | None:
+        """The object that begins so; None where it is not for us."""
+        try:
+            opened = self._records.open(key, head)
+        except ForeignError as error:
+            self._counts["foreign"] += 1
+            level = logging.WARNING if self._counts["foreign"] == 1 else logging.DEBUG  # there may be thousands of them
+            logger.log(level, "%s in the pool is not read: %s", key.hex(), str(error))
+            return None
+        except RecordError as error:
+            self._drop(key, bytes(head[ID]), str(error))
+            return None
+        if not opened.row.alive(time.time()):
+            return None
+        remember(self.seen, key, (opened.row, opened.id))
+        return opened
+
+    def _read(self, keys: Sequence[bytes], limit_s: float) -> tuple[dict[bytes, memoryview], set[bytes]]:
         """Those of what is there, and the keys of which that was not known after so much longer than lately.
 
         Raises:

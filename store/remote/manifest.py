@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,11 +17,14 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 
 _SHARE = 20  # a listing takes at most one part of the time in so many
 _MOST = 100_000  # keys that are kept whole
+_MOST_KNOWN = 4096  # of which there is more to say
 _FIRST = 8  # bytes of a key that are kept: the keys are hashes
+
+Known = TypeVar("Known")
 
 
 class Manifest:
-    """Answers whether a key may be in a pool, without asking it. Safe for several threads.
+    """Answers whether a key may be in a pool, and be asked for, without asking it. Safe for several threads.
 
     It keeps 8 bytes a key. The listing is made in the background and again every ``refresh_s``, or 20 times as long as it takes;
     it is trusted for two such times.
@@ -43,6 +48,8 @@ class Manifest:
         self._bytes = 0
         # What this process did, and when: it holds beside a listing that was begun before.
         self._done: dict[bytes, tuple[float, bool]] = {}
+        # What proved damaged, or was not given, and until when it is left alone.
+        self._avoided: dict[bytes, float] = {}
         self._due_s = self._good_until_s = 0.0
         self._thread: threading.Thread | None = None
 
@@ -69,12 +76,22 @@ class Manifest:
         return found
 
     def note(self, keys: Iterable[bytes], there: bool) -> None:
-        """Says that keys are there now, or not any more."""
+        """Says that keys are there now, or not any more; there is no reason any more to avoid them."""
         with self._lock:
-            now = self._now()
-            self._done.update(dict.fromkeys(keys, (now, there)))
+            done = dict.fromkeys(keys, (self._now(), there))
+            self._done.update(done)
             while len(self._done) > _MOST:
                 del self._done[next(iter(self._done))]
+        for key in done:
+            self._avoided.pop(key, None)
+
+    def avoid(self, key: bytes, seconds: float = math.inf) -> None:
+        """Leaves a key alone for so long, or until something is noted of it."""
+        remember(self._avoided, key, self._now() + seconds)
+
+    def avoids(self, key: bytes) -> bool:
+        """Whether a key is to be left alone."""
+        return self._avoided.get(key, 0.0) > self._now()
 
     def counts(self) -> tuple[int, int]:
         """How many objects the last listing named, and their bytes."""
@@ -106,6 +123,13 @@ class Manifest:
             self._listed, self._bytes = listed, total
             self._done = {key: what for key, what in self._done.items() if what[0] >= begun}
             self._due_s, self._good_until_s, self._thread = now + every, now + 2 * every, None
+
+
+def remember(known: dict[bytes, Known], key: bytes, what: Known) -> None:
+    """Notes something of a key, and forgets what was noted first where that is too much."""
+    known[key] = what
+    for first in list(known)[:-_MOST_KNOWN]:  # at once: other threads note, too
+        known.pop(first, None)
 
 
 def _first(key: bytes) -> int:

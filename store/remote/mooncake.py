@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 import threading
 import time
 from collections import defaultdict, deque
@@ -18,10 +16,11 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from ragkv.errors import MissingPackageError, StoreError
+from ragkv.errors import StoreError
+from ragkv.store.remote.membership import Member, client_class, members
 from ragkv.store.remote.pool import ClosedError, Pool, PoolError, end, shown
 
-_MASTER_PORT, _ADMIN_PORT = 50051, 9003
+_MASTER_PORT = 50051
 _SMALL_BYTES = 64 << 10
 _WRITE_S = 30.0
 _WRITTEN_S, _AGAIN_S = 0.5, 0.005  # how long what is just being written is waited for, and how often it is looked at
@@ -31,28 +30,6 @@ _LISTED = 1000
 _BEHIND_END, _NOT_READY, _NOT_FOUND = -600, -703, -704
 
 Answer = TypeVar("Answer")
-
-
-class Member(NamedTuple):
-    """How a process takes part in a store.
-
-    Attributes:
-        master: its host and port.
-        admin: the port of the master that tells what is there.
-        host: under which this process is reached; by default the address with which it reaches the master.
-        segment: bytes of memory that it lends.
-        protocol: ``"tcp"`` or ``"rdma"``.
-        device: of RDMA.
-        metadata: where members find each other.
-    """
-
-    master: tuple[str, int]
-    admin: int = _ADMIN_PORT
-    host: str = ""
-    segment: int = 0
-    protocol: str = "tcp"
-    device: str = ""
-    metadata: str = "P2PHANDSHAKE"
 
 
 class _Range(NamedTuple):
@@ -84,7 +61,7 @@ class MooncakePool(Pool):
     ) -> None:
         super().__init__(name)
         self._member, self._prefix, self._limit_s, self._requests = member, prefix, limit_s, requests
-        _mooncake()
+        client_class()
         self._closed = False
         self._threads = ThreadPoolExecutor(_THREADS, "ragkv-pool")
         self._lock, self._here = threading.Lock(), threading.local()
@@ -199,7 +176,7 @@ class MooncakePool(Pool):
     def _joined(self) -> Any:
         if self._closed:
             raise ClosedError(f"{self.name} is closed")
-        return _members.client(self._member, self._limit_s)
+        return members.client(self._member, self._limit_s)
 
     def _serve(self) -> None:
         """Answers reads that wait, as many as are asked for together."""
@@ -304,59 +281,3 @@ class MooncakePool(Pool):
 
     def _error(self, code: int) -> PoolError:
         return PoolError(f"{self.name}: error {code} of Mooncake's store")
-
-
-class _Members:
-    """This process as a member of stores: a client for each, until the process ends. Ending one stops all threads for a second."""
-
-    def __init__(self) -> None:
-        self._clients: dict[Member, Any] = {}
-        self._parents: list[Any] = []  # which must not end in a child: that would wait for threads that are not there
-        self._joining: dict[Member, threading.Lock] = {}
-
-    def client(self, member: Member, limit_s: float) -> Any:
-        """The client of a store that was joined now at the latest. Who waits for a slow master waits for that alone.
-
-        Raises:
-            PoolError: it cannot be joined.
-        """
-        if member not in self._clients:
-            with self._joining.setdefault(member, threading.Lock()):
-                if member not in self._clients:
-                    self._clients[member] = _join(member, limit_s)
-        return self._clients[member]
-
-    def after_fork(self) -> None:
-        """In a child: none of the parent's."""
-        self._parents += self._clients.values()
-        self._clients, self._joining = {}, {}
-
-
-def _join(member: Member, limit_s: float) -> Any:
-    try:  # the client itself would try for a minute and a half
-        with socket.create_connection(member.master, limit_s) as seen:
-            host = member.host or seen.getsockname()[0]
-    except OSError as error:
-        raise PoolError(f"Mooncake's master does not answer: {type(error).__name__}: {error}") from error
-    client = _mooncake()()
-    master = ("{}:{}" if ":" not in member.master[0] else "[{}]:{}").format(*member.master)
-    code = client.setup(host, member.metadata, member.segment, 0, member.protocol, member.device, master)
-    if code:
-        raise PoolError(f"Mooncake's store at {master} cannot be joined: error {code}")
-    return client
-
-
-_members = _Members()
-os.register_at_fork(after_in_child=_members.after_fork)
-
-
-def _mooncake() -> Callable[[], Any]:
-    try:
-        from mooncake.store import MooncakeDistributedStore
-    except ImportError as error:
-        raise MissingPackageError(
-            "Mooncake's store needs its package, and libibverbs1 of the system also without RDMA: "
-            f"pip install 'ragkv[mooncake]', apt install libibverbs1 ({error})"
-        ) from error
-    made: Callable[[], Any] = MooncakeDistributedStore
-    return made

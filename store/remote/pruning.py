@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Pruner:
         publications: what says which of them are needed; ``None``: age alone counts.
         age_s: seconds that a chunk stays at least.
         threads: how many are deleted at once.
-        told: called with the key of each that was deleted, and False.
+        told: called with keys that were deleted, and False.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Pruner:
         publications: Publications | None,
         age_s: float,
         threads: int,
-        told: Callable[[bytes, bool], object],
+        told: Callable[[Collection[bytes], bool], object],
     ) -> None:
         self._records, self._publications, self._age_s, self._threads = records, publications, age_s, threads
         self._told = told
@@ -113,5 +113,5 @@ class Pruner:
     def _delete(self, key: bytes, number: bytes) -> bool:
         if key in self._needed or not self._records.delete(key, number):
             return False
-        self._told(key, False)
+        self._told([key], False)
         return True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -31,18 +32,20 @@ class Sender:
     Args:
         home: where chunks are stored.
         records: the pool's.
-        told: of each key whether the pool has it now.
+        told: of keys, whether the pool has them now.
+        counts: of the bytes of all objects that were sent: ``sent_bytes``.
         levels: lossy ones at which chunks are sent besides.
-
-    Attributes:
-        sent_bytes: of all objects that were sent.
     """
 
     def __init__(
-        self, home: Tier, records: Records, told: Callable[[bytes, bool], object], levels: Sequence[str] = ()
+        self,
+        home: Tier,
+        records: Records,
+        told: Callable[[Collection[bytes], bool], object],
+        counts: Counter[str],
+        levels: Sequence[str] = (),
     ) -> None:
-        self.sent_bytes: int = 0
-        self._home, self._records, self._told, self._levels = home, records, told, levels
+        self._home, self._records, self._told, self._counts, self._levels = home, records, told, counts, levels
         self._warned = set[str]()
 
     def work(self, key: bytes, what: bytes) -> Done:
@@ -56,7 +59,7 @@ class Sender:
         number = what[len(DELETE) :]
         if number:
             gone = self._records.delete(key, number)
-            self._told(key, not gone)
+            self._told([key], not gone)
             return Done.DELETED if gone else Done.SKIPPED
         self._delete_all(key)
         return Done.DELETED
@@ -71,8 +74,7 @@ class Sender:
         lifetime_s = row.terms(now).lifetime_s
         codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self._levels}}
         there = self._there(list(codecs), lifetime_s)
-        for held in there:
-            self._told(held, True)
+        self._told(there, True)
         if len(there) == len(codecs):
             return Done.SKIPPED
         whole = self._read(key)
@@ -91,8 +93,8 @@ class Sender:
             if not size:
                 self._warn(key, "it is too large for it")
                 return Done.DROPPED
-            self.sent_bytes += size
-            self._told(held, True)
+            self._counts["sent_bytes"] += size
+            self._told([held], True)
             sent = Done.SENT
         if self._home.row(key) is None:  # removed meanwhile, and perhaps deleted there before it came
             self._delete_all(key)
@@ -103,8 +105,7 @@ class Sender:
         """Deletes a chunk at all levels that there may be."""
         every = with_levels([key])
         self._records.delete_all(list(every))
-        for held in every:
-            self._told(held, False)
+        self._told(every, False)
 
     def _read(self, key: bytes) -> tuple[Record, Payload] | None:
         """What is stored under a key; None where that is nothing any more, or damaged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -34,15 +35,15 @@ class Fetch:
         pool: where they are.
         lost: told the key of a chunk that the pool did not give, and why.
         speed: is shown how long it takes.
-        late: told of each chunk that was given up because it came too slowly.
+        counts: of chunks that were given up because they came too slowly: ``late``.
     """
 
     def __init__(
-        self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed, late: Callable[[], None]
+        self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed, counts: Counter[str]
     ) -> None:
         self.pool: Pool = pool
         self.lost: Callable[[bytes, PoolError], None] = lost
-        self._speed, self._late = speed, late
+        self._speed, self._counts = speed, counts
         self._readings: list[Reading] = []
         self._watched: Watched | None = None
         self._expected: float | None = None
@@ -91,7 +92,7 @@ class Fetch:
         size = found.came + found.left
         if size and (self._expected is None or size < found.since_s * self._expected):
             self._speed.saw(size, found.since_s)
-        self._late()
+        self._counts["late"] += 1
 
     def decoded(self, reading: Reading, seconds: float) -> None:
         """It took so long to decode a layer."""

@@ -7,19 +7,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
 from itertools import compress
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from ragkv.errors import ArgumentError, RecordError, StoreError, instance, whole_number
+from ragkv.errors import ArgumentError, StoreError, instance, whole_number
 from ragkv.store.disk import DiskTier
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, shared
 from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
-from ragkv.store.remote.envelope import ID, Envelope, ForeignError, Opened
-from ragkv.store.remote.heads import Heads
+from ragkv.store.remote.envelope import Envelope
+from ragkv.store.remote.heads import MOST_ASKED, Heads
 from ragkv.store.remote.levels import level_key, ordered
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
@@ -38,12 +35,7 @@ from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
-_MOST_ASKED = 1024  # keys that are asked for together, where it is not known what is there
-_MOST_KNOWN = 4096
 _AVOIDED_S = 10.0
-_LOOKED_INTO = 8
-
-Known = TypeVar("Known")
 
 
 class RemoteTier(Tier):
@@ -113,20 +105,15 @@ class RemoteTier(Tier):
         self._range_bytes = range_bytes
         self._levels = ordered(levels)
         self._speed = Speed(levels=self._levels)
-        self._heads = Heads(self._records, self._speed)
         self._manifest = Manifest(self._pool, refresh_s, key_of)
+        self._counts: Counter[str] = Counter()  # of what PoolStats has
+        self._heads = Heads(self._records, self._speed, self._manifest, self._counts, self._drop)
         self._sending = uploads
-        # What was read lately: on what terms it is kept, and its object's id.
-        self._seen: dict[bytes, tuple[Row, bytes]] = {}
         # What is on its way: whoever else wants it joins.
         self._readings: WeakValueDictionary[bytes, Reading] = WeakValueDictionary()
-        # What proved damaged, or was not given, and until when it is left alone.
-        self._avoided: dict[bytes, float] = {}
-        self._counts: Counter[str] = Counter()
         self._off = False
         self._notes: Notes = MemoryNotes()
         self._home: Tier | None = None
-        self._sender: Sender | None = None
         self._uploads: Uploads | None = None
         self._arrivals: Arrivals | None = None
 
@@ -144,8 +131,8 @@ class RemoteTier(Tier):
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
-        self._sender = Sender(home, self._records, self._told, self._levels)
-        self._uploads = Uploads(self._notes, self._sender.work, self._sending)
+        sender = Sender(home, self._records, self._manifest.note, self._counts, self._levels)
+        self._uploads = Uploads(self._notes, sender.work, self._sending, self._counts)
         if len(self._notes):
             self._uploads.wake()
 
@@ -157,7 +144,7 @@ class RemoteTier(Tier):
         """See :class:`Tier`."""
         listed = self._listed
         likely = self._likely(keys, listed)
-        fetch = Fetch(self._pool, self._lose, self._speed, partial(self._counts.update, ("late",)))
+        fetch = Fetch(self._pool, self._lose, self._speed, self._counts)
         levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
         at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
         found = {levels[key]: source for key, source in at_levels.items()}
@@ -171,25 +158,20 @@ class RemoteTier(Tier):
         there = [key for key in keys if key not in missing]
         with self._heads.asking(there) as may:
             if may:
-                missing |= self._unreadable(there)
+                missing |= self._heads.unreadable(there)
         return [key for key in keys if key in missing]
 
     def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
         """See :class:`Tier`."""
         listed, there = self._listed, set[bytes]()  # once: a listing may come at any moment
-        for start in range(0, len(keys), _MOST_ASKED):
-            likely = self._likely(keys[start : start + _MOST_ASKED], listed)
-            if listed:
-                there.update(likely)
-                continue
-            with self._heads.asking(likely) as may:
-                if may:
-                    there.update(self._heads.which(likely, limit_s))
+        for start in range(0, len(keys), MOST_ASKED):
+            likely = self._likely(keys[start : start + MOST_ASKED], listed)
+            there.update(likely if listed else self._heads.which(likely, limit_s))
         return [key for key in keys if key not in there]
 
     def row(self, key: bytes) -> Row | None:
         """See :class:`Tier`; known of what was read lately."""
-        row, _ = self._seen.get(key, (None, b""))
+        row, _ = self._heads.seen.get(key, (None, b""))
         return None if row is None or self._notes.deleting([key]) else row
 
     def admit(self, entries: Sequence[Offer]) -> list[bool]:
@@ -217,11 +199,11 @@ class RemoteTier(Tier):
             PoolError: it does not answer.
         """
         keys = list(dict.fromkeys(keys))
-        if self._pool.quick or len(keys) <= _MOST_ASKED:
+        if self._pool.quick or len(keys) <= MOST_ASKED:
             there: Collection[bytes | None] = self._records.which(keys)
         else:
             there = {key_of(name) for name, _ in self._pool.names()}
-        unread = self._unreadable([key for key in keys if key in there])
+        unread = self._heads.unreadable([key for key in keys if key in there])
         return [key for key in keys if key not in there or key in unread]
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
@@ -232,22 +214,22 @@ class RemoteTier(Tier):
         if self._uploads is None:
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
-        known = {*self._manifest.holds(keys), *(self._seen.keys() & keys)} - self._notes.deleting(keys)
+        known = {*self._manifest.holds(keys), *(self._heads.seen.keys() & keys)} - self._notes.deleting(keys)
         self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
         for key in keys:
-            self._seen.pop(key, None)
+            self._heads.seen.pop(key, None)
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:
         """See :class:`Tier`. It is deleted, but for another object in its place; what was not given is only left alone."""
-        if self._avoids(key):
+        if self._manifest.avoids(key):
             return
-        seen = self._seen.pop(key, None)
+        seen = self._heads.seen.pop(key, None)
         if seen is not None:
             self._drop(key, seen[1], "a segment is not what was stored")
         else:  # read so long ago that nobody knows which object it was
-            _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
+            self._manifest.avoid(key, _AVOIDED_S)
 
     def loading(self) -> Loading | None:
         """See :class:`Tier`."""
@@ -281,7 +263,7 @@ class RemoteTier(Tier):
         if self.readonly and not dry_run:
             raise StoreError(f"nothing is deleted in {self._pool.name}: it is for reading only")
         publications = self.publications if older_than_s is None else None
-        return Pruner(self._records, publications, age_s, self._sending, self._told).run(dry_run, progress)
+        return Pruner(self._records, publications, age_s, self._sending, self._manifest.note).run(dry_run, progress)
 
     def counts(self) -> tuple[int, int]:
         """See :class:`Tier`; as of the last listing, and 0 of a pool that is not listed. Asks for nothing."""
@@ -290,17 +272,9 @@ class RemoteTier(Tier):
     def pool(self) -> PoolStats:
         """See :class:`Tier`."""
         uploads = self._uploads
-        done = Counter() if uploads is None else Counter(uploads.counts)
-        return PoolStats(
-            pool=self._pool.name,
-            pending=0 if uploads is None else len(self._notes),
-            sent_bytes=0 if self._sender is None else self._sender.sent_bytes,
-            unanswered=self._heads.unanswered,
-            foreign=self._counts["foreign"],
-            late=self._counts["late"],
-            down=self._heads.breaker.broken or (uploads is not None and uploads.failing),
-            **{name: done[name] for name in ("sent", "skipped", "deleted", "dropped", "failed")},
-        )
+        pending = 0 if uploads is None else len(self._notes)
+        down = self._heads.breaker.broken or (uploads is not None and uploads.failing)
+        return PoolStats(self._pool.name, pending, down=down, **dict(self._counts))
 
     def flush(self, limit_s: float) -> None:
         """See :class:`Tier`."""
@@ -312,11 +286,8 @@ class RemoteTier(Tier):
         self.evictions.clear()
         self._counts.clear()
         self._off = not self._pool.forks
-        self._heads = Heads(self._records, self._speed)
         self._readings = WeakValueDictionary()
-        if isinstance(self._notes, MemoryNotes):
-            self._notes.after_fork()
-        for part in (self._pool, self._manifest, self._arrivals):
+        for part in (self._pool, self._manifest, self._heads, self._notes, self._arrivals):
             if part is not None:
                 part.after_fork()
         if self._uploads is not None:
@@ -336,10 +307,10 @@ class RemoteTier(Tier):
 
     def _likely(self, keys: Sequence[bytes], listed: bool) -> list[bytes]:
         """Those of the keys that may be in the pool, and for which it may be asked."""
-        wanted = [key for key in keys if shared(key) and not self._avoids(key)]
+        wanted = [key for key in keys if shared(key) and not self._manifest.avoids(key)]
         if self._off or self._heads.breaker.left_s or not wanted:
             return []
-        known = self._manifest.holds(wanted) if listed else set(wanted[:_MOST_ASKED])
+        known = self._manifest.holds(wanted) if listed else set(wanted[:MOST_ASKED])
         known -= self._notes.deleting(known)
         return [key for key in wanted if key in known]
 
@@ -352,94 +323,32 @@ class RemoteTier(Tier):
             reading = self._readings.get(key)
             if reading is not None and reading.join():
                 found[key] = RemoteSource(self.name, reading)
-        left = [key for key in keys if key not in found]
-        with self._heads.asking(left) as may:
-            heads, late = self._heads.read(left, asking.limit_s) if may else ({}, set[bytes]())
-            for key, head in heads.items():
-                opened = self._open(key, head)
-                if opened is not None:
-                    level = asking.levels[levels[key]] if key in levels else ""
-                    reading = Reading(fetch, key, opened, head, self._range_bytes, self._arrived, level)
-                    self._readings[key] = reading
-                    reading.join()
-                    found[key] = RemoteSource(self.name, reading)
-            if may:
-                self._manifest.note(set(left) - heads.keys() - late, False)
-                self._counts["late"] += len(late)
-                asking.late.update(levels.get(key, key) for key in late)
+        opened, late = self._heads.open([key for key in keys if key not in found], asking.limit_s)
+        for key, (one, head) in opened.items():
+            level = asking.levels[levels[key]] if key in levels else ""
+            reading = Reading(fetch, key, one, head, self._range_bytes, self._arrived, level)
+            self._readings[key] = reading
+            reading.join()
+            found[key] = RemoteSource(self.name, reading)
+        asking.late.update(levels.get(key, key) for key in late)
         return found
-
-    def _open(self, key: bytes, head: memoryview) -> Opened | None:
-        """The object that begins so; None where it is not for us."""
-        try:
-            opened = self._records.open(key, head)
-        except ForeignError as error:
-            self._counts["foreign"] += 1
-            level = logging.WARNING if self._counts["foreign"] == 1 else logging.DEBUG  # there may be thousands of them
-            logger.log(level, "%s in the pool is not read: %s", key.hex(), str(error))
-            return None
-        except RecordError as error:
-            self._drop(key, bytes(head[ID]), str(error))
-            return None
-        if not opened.row.alive(self.now()):
-            return None
-        _note(self._seen, key, (opened.row, opened.id))
-        return opened
-
-    def _unreadable(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Those of what is there that cannot be read here: written with another key, expired, damaged, or moved to an archive.
-
-        A few are looked into, always the same ones, and all others only where one of them is such.
-
-        Raises:
-            PoolError: the pool does not answer.
-        """
-        few = keys[:: -(-len(keys) // _LOOKED_INTO) or 1]
-        unread = self._unopened(few)
-        return unread | self._unopened([key for key in keys if key not in few]) if unread else unread
-
-    def _unopened(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Those that cannot be opened; what was lately is not asked for again."""
-        now, seen = self.now(), {key: self._seen.get(key) for key in keys}
-        left = [key for key, found in seen.items() if found is None or not found[0].alive(now)]
-        unread = set(left)
-        for start in range(0, len(left), _MOST_ASKED):
-            with suppress(GoneError):  # it refuses them all
-                heads, _ = self._heads.read(left[start : start + _MOST_ASKED], math.inf)
-                unread -= {key for key, head in heads.items() if self._open(key, head)}
-        return unread
 
     def _drop(self, key: bytes, number: bytes, why: str) -> None:
         """An object is damaged: it is a miss from now on, and deleted, where it still is the one of this id."""
         self.evictions["damaged"] += 1
-        _note(self._avoided, key, math.inf)
+        self._manifest.avoid(key)
         logger.warning("the damaged object %s in the pool is dropped: %s", key.hex(), why)
         if self._uploads is not None:
             self._uploads.note({key: DELETE + number})
 
     def _lose(self, key: bytes, error: PoolError) -> None:
         """The pool did not give a chunk that it had."""
-        _note(self._avoided, key, time.monotonic() + _AVOIDED_S)
         if isinstance(error, GoneError):
             self._manifest.note([key], False)
         else:
             self._heads.failed(error)
+        self._manifest.avoid(key, _AVOIDED_S)
 
     def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None and not reading.level:
             self._arrivals.offer(reading)
-
-    def _told(self, key: bytes, there: bool) -> None:
-        """Something was done in the pool."""
-        self._manifest.note([key], there)
-        self._avoided.pop(key, None)
-
-    def _avoids(self, key: bytes) -> bool:
-        return self._avoided.get(key, 0.0) > time.monotonic()
-
-
-def _note(known: dict[bytes, Known], key: bytes, what: Known) -> None:
-    """Remembers something of a key, and forgets what was noted first where that is too much."""
-    known[key] = what
-    for first in list(known)[:-_MOST_KNOWN]:  # at once: other threads note, too
-        known.pop(first, None)

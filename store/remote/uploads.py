@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from itertools import islice
@@ -38,14 +38,11 @@ class Uploads:
         notes: what is to be done.
         work: does what is noted of a key; a StoreError is tried again later, all else is the same but for the log.
         threads: how many chunks are on their way at once, and in memory for that.
-
-    Attributes:
-        counts: what was done, by :class:`Done`; ``failed`` tries.
+        counts: of what was done, by :class:`Done`, and of ``failed`` tries.
     """
 
-    def __init__(self, notes: Notes, work: Callable[[bytes, bytes], Done], threads: int) -> None:
-        self.counts: dict[str, int] = dict.fromkeys([*(done.value for done in Done), "failed"], 0)
-        self._notes, self._work, self._most = notes, work, threads
+    def __init__(self, notes: Notes, work: Callable[[bytes, bytes], Done], threads: int, counts: Counter[str]) -> None:
+        self._notes, self._work, self._most, self._counts = notes, work, threads, counts
         self._reset()
 
     def _reset(self) -> None:
@@ -132,7 +129,7 @@ class Uploads:
                 self._failed(key, error)
                 continue
             with self._changed:
-                self.counts[done.value] += 1
+                self._counts[done.value] += 1
                 self._breaker.succeeded()
                 self._slow.pop(key, None)
                 self._busy.discard(key)
@@ -143,7 +140,7 @@ class Uploads:
         level = logging.WARNING if isinstance(error, StoreError) else logging.ERROR
         logger.log(level, "%s did not come to the pool and is tried again: %s", key.hex(), str(error) or repr(error))
         with self._changed:
-            self.counts["failed"] += 1
+            self._counts["failed"] += 1
             self._breaker.failed()
             self._slow.setdefault(key, Breaker()).failed()
             self._busy.discard(key)

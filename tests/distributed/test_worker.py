@@ -173,7 +173,7 @@ def test_memory_is_bounded_and_nothing_is_lost(worker, tmp_path):
     stats = most[-1]
     assert max(each.bytes["cpu"] for each in most) <= 1 << 20 and stats.evictions["cpu"], "it did not have to make room"
     assert len(objects(tmp_path)) == sum(result.passages for result in done)
-    assert not one._store._home.facts or all("document:" not in name for name in one._store._home.facts)
+    assert not one._store._tiers.home.facts or all("document:" not in name for name in one._store._tiers.home.facts)
 
 
 def test_what_does_not_stay_in_the_pool_is_not_said_to_be_there(worker, tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from ragkv import (
     PromptTemplate,
     QuestionAware,
     StoreError,
-    fuse,
 )
+from ragkv.fusion.passes import Pass
 from ragkv.model import steps
 from ragkv.testing import random_ids, tiny_model
 
@@ -124,16 +124,16 @@ def test_who_looks_waits_for_nobody_who_does_not(engine):
 
 
 def test_the_first_pass_waits_for_whoever_comes_late(engine, monkeypatch):
-    chunks, real, here = engine.add([random_ids(17)]), fuse.compute, threading.Barrier(3)
+    chunks, real, here = engine.add([random_ids(17)]), Pass.logits, threading.Barrier(3)
 
-    def late(*args, **options):
+    def late(done):
         time.sleep(0.05 * here.wait(30))
-        return real(*args, **options)
+        return real(done)
 
     asked, steps = [(chunks, random_ids(5 + n)) for n in range(3)], engine.runner.steps()
     assert steps.packs
     before = steps.sizes.total()
-    monkeypatch.setattr(fuse, "compute", late)
+    monkeypatch.setattr(Pass, "logits", late)
     engine.fuse_many(asked)
     assert steps.sizes.total() == before + 1 and not steps._seats
 

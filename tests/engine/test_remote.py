@@ -13,6 +13,7 @@ from ragkv.fusion.course import Course
 from ragkv.fusion.placement import Placement
 from ragkv.library.rates import _found, known_rates, to_fetch
 from ragkv.store import CostProfile, RemoteTier
+from ragkv.store.remote.heads import Heads
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids
 
@@ -111,7 +112,7 @@ def test_auto_weighs_a_pool_by_how_fast_it_was_seen_to_be(machine, parts, reads,
     """Whoever has measured the machine; a pool that nobody has read from lately is read from."""
     monkeypatch.setattr("ragkv.methods.auto.patience_s", lambda *_: 10.0)
     monkeypatch.setattr("ragkv.store.remote.records._HEAD_BYTES", 5_000)
-    monkeypatch.setattr(RemoteTier, "_unreadable", lambda *_: set())  # else it is known by then how small they are
+    monkeypatch.setattr(Heads, "unreadable", lambda *_: set())  # else it is known by then how small they are
     monkeypatch.setattr(
         Course, "_meanwhile", lambda *_: (0, math.inf)
     )  # nothing is late: a tiny model computes as fast as a disk reads

@@ -29,6 +29,10 @@ def test_keys_and_values(environment):
         assert dict(txn.items("plain")) == {b"b": b"B", b"b1": b"B1", b"b2": b"B2", b"c": b"another"}
         assert list(txn.items("plain", b"b")) == [(b"b", b"B"), (b"b1", b"B1"), (b"b2", b"B2")]
         assert list(txn.keys("plain", b"b")) == [b"b", b"b1", b"b2"] and list(txn.keys("plain", b"z")) == []
+        assert list(txn.keys("plain")) == [b"b", b"b1", b"b2", b"c"]
+        assert list(txn.items("plain", b"b", b"1x")) == [(b"b2", b"B2")], "from there on, not beyond the prefix"
+        assert txn.has("plain", b"b1") and not txn.has("plain", b"a")
+        assert bytes(txn.view("plain", b"b1")) == b"B1" and txn.view("plain", b"a") is None
         assert txn.count("plain") == 4 and txn.count("several") == 0
     with environment.transaction(write=True) as txn:
         txn.clear("plain")

@@ -25,6 +25,7 @@ from ragkv import (
 )
 from ragkv.fusion import placement
 from ragkv.fusion.layout import Layout
+from ragkv.fusion.passes import Pass
 from ragkv.model.syncs import no_syncs
 from ragkv.testing import random_ids, tiny_model
 
@@ -72,17 +73,17 @@ def waits(engines, monkeypatch):
     def count(name, method):
         engine, chunks = engines[name]
         engine.fuse(chunks, QUESTION, method=method)
-        seen, make, compute = [], ragkv.fuse.fuse, ragkv.fuse.compute
+        seen, make, compute = [], ragkv.fuse.fuse, Pass.logits
         mode = no_syncs(CPU, seen.append)
 
         def begun(*args, **more):
             with mode:
                 return make(*args, **more)
 
-        def computed(*args, **more):
-            logits, done = compute(*args, **more)
+        def computed(done):
+            logits = compute(done)
             before.append(list(seen))
-            return logits, done
+            return logits
 
         def said(layout, *slots):  # the ids once more, in the host's memory
             kept = list(seen)
@@ -93,7 +94,7 @@ def waits(engines, monkeypatch):
         before = []
         with monkeypatch.context() as patched:
             patched.setattr(Layout, "listed", said)
-            patched.setattr(ragkv.fuse, "compute", computed)
+            patched.setattr(Pass, "logits", computed)
             patched.setattr(ragkv.prompting, "fuse", begun)
             prompt = engine.fuse(chunks, QUESTION, method=method)
         return before[0], prompt

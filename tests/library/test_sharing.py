@@ -105,8 +105,8 @@ def test_one_transaction_for_all_that_is_missing(model, tmp_path, monkeypatch):
         chunks, writes = engine.add(PARTS), Counter()
         engine.store.remove_many(engine.documents.keys(chunks))
         environment = engine.store._disk.environment
-        write = environment.write
-        monkeypatch.setattr(environment, "write", lambda **more: writes.update(write=1) or write(**more))
+        write = environment._writing
+        monkeypatch.setattr(environment, "_writing", lambda suspicious: writes.update(write=1) or write(suspicious))
         assert engine.fuse(chunks, QUESTION).report.hits == {"computed": 12}
         assert writes["write"] == 1
         assert set(engine.fuse(chunks, QUESTION).report.hits) == {"cpu"} and writes["write"] == 1

@@ -168,10 +168,10 @@ def test_looking_for_variants_is_no_use_of_them():
     a, b, c = engine.add(texts(17, 40, 25))
     asked(engine, [a, b])
     asked(engine, [c, b])
-    rows = {front: engine.paths.store._home.row(key) for front, key in keyed(engine, b).items()}
+    rows = {front: engine.paths.store._tiers.home.row(key) for front, key in keyed(engine, b).items()}
     before = {front: row.usage.frequency for front, row in rows.items()}
     asked(engine, [a, b])
-    after = {front: engine.paths.store._home.row(key).usage.frequency for front, key in keyed(engine, b).items()}
+    after = {front: engine.paths.store._tiers.home.row(key).usage.frequency for front, key in keyed(engine, b).items()}
     assert after == {(a.short,): before[(a.short,)] + 1, (c.short,): before[(c.short,)]}
 
 
@@ -202,7 +202,7 @@ class Damaged:
 
     def __init__(self, key, engine):
         self.key, self.raised = key, 0
-        (self.source,) = engine.paths.store._home.find([key]).values()
+        (self.source,) = engine.paths.store._tiers.home.find([key]).values()
         self.layer = InMemory.layer
 
     def __get__(self, source, kind):

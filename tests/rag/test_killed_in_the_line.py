@@ -17,7 +17,7 @@ TEXTS = dict(list(DOCUMENTS.items())[:2])
 QUESTIONS = [f"{QUESTION} {number}" for number in range(8)]
 SHORT = {"max_new_tokens": 2, "min_new_tokens": 2, "top_k": 2}
 # What is under way when the process ends: records are written and not committed, chunks are placed, answers are decoded.
-MOMENTS = {"writing": (Environment, "write"), "placing": (Placement, "ahead"), "decoding": (Steps, "_forward")}
+MOMENTS = {"writing": (Environment, "_writing"), "placing": (Placement, "ahead"), "decoding": (Steps, "_forward")}
 
 
 def asked_at_once(rag):

@@ -100,7 +100,7 @@ def test_a_warm_question_writes_nothing(model, tmp_path, monkeypatch):
         want = [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds]
     with open_rag(tmp_path, model) as rag:
         written, statements = [], []
-        monkeypatch.setattr("ragkv.folder.Environment.write", lambda self, **_: written.append(self.path))
+        monkeypatch.setattr("ragkv.folder.Environment._writing", lambda self, _: written.append(self.path))
         monkeypatch.setattr("ragkv.folder.Environment.sync", lambda self: written.append(self.path))
         rag.retriever._indexes.words._opened().set_trace_callback(statements.append)
         assert [rag.ask(QUESTION, max_new_tokens=2, **options).token_ids for options in kinds] == want

@@ -12,7 +12,7 @@ from ragkv.store import Target, TieredStore
 from ragkv.store.snapshot import segment_key
 
 
-def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, caplog):
+def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, caplog, damage):
     want = kv(1, tokens=2_000, heads=4, dim=64)
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), want)
@@ -20,10 +20,7 @@ def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, c
         snapshot = store._disk.snapshot()
         segment = segment_key(key(1), snapshot.find(key(1), None)[0].segments_of(2)[1])
         snapshot.close()
-        with store._disk.environment.write() as txn:
-            data = bytearray(txn.get(segment, db=store._disk.environment.db(b"segments")))
-            data[1000] ^= 4
-            txn.put(segment, bytes(data), db=store._disk.environment.db(b"segments"))
+        damage(store, segment, 1000)
         with store.read([key(1), key(2)]) as batch:
             assert torch.equal(batch.layer(0, 0)[0], want.keys[0])
             with pytest.raises(RagKVError, match=key(1).hex()):
@@ -42,26 +39,22 @@ def test_record_under_another_key_is_never_served(folder, kv, key):
         store.put(key(1), kv(1))
         store.put(key(2), kv(2))
         env = store._disk.environment
-        with env.write() as txn:
-            txn.put(key(2), txn.get(key(1), db=env.db(b"entries")), db=env.db(b"entries"))
+        with env.transaction(write=True) as txn:
+            txn.put("entries", key(2), txn.get("entries", key(1)))
         assert store.get(key(2)) is None
         assert store.get(key(1)) is not None
 
 
-def test_a_segment_that_proves_damaged_while_it_is_placed(folder, kv, key):
+def test_a_segment_that_proves_damaged_while_it_is_placed(folder, kv, key, damage):
     """Copied straight from the file, and verified behind that: an error, and the next read is a miss."""
     want = kv(1, tokens=2_000, heads=4, dim=64)
     prompt = torch.zeros(2, 3, 4, 2_100, 64)
     targets = [Target(prompt[0, layer], prompt[1, layer]) for layer in range(3)]
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), want)
-        env = store._disk.environment
-        with env.write() as txn:
-            segments = txn.stat(env.db(b"segments"))["entries"]
-            last = segment_key(key(1), segments - 1)
-            data = bytearray(txn.get(last, db=env.db(b"segments")))
-            data[-1] ^= 1
-            txn.put(last, bytes(data), db=env.db(b"segments"))
+        with store._disk.environment.transaction() as txn:
+            segments = txn.count("segments")
+        damage(store, segment_key(key(1), segments - 1), -1)
         assert segments > 3
         with store.read([key(1)]) as batch:
             batch.place(0, range(2), targets[:2], 7)
@@ -127,14 +120,10 @@ def test_a_put_that_memory_cannot_keep_is_stored_and_not_served_as_before(folder
         same(store.get(key(1)), kv(2))
 
 
-def test_what_another_process_puts_again_is_no_longer_damaged(folder, kv, key, same, monkeypatch, forked):
+def test_what_another_process_puts_again_is_no_longer_damaged(folder, kv, key, same, monkeypatch, forked, damage):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1))
-        env = store._disk.environment
-        with env.write() as txn:
-            data = bytearray(txn.get(segment_key(key(1), 0), db=env.db(b"segments")))
-            data[-1] ^= 1
-            txn.put(segment_key(key(1), 0), bytes(data), db=env.db(b"segments"))
+        damage(store, segment_key(key(1), 0), -1)
 
         def refuse(*_):
             raise StoreError("nothing can be written")

@@ -94,14 +94,10 @@ def test_what_was_there_is_not_counted_as_new(archive, tmp_path, key, kv):
     assert (done.records, done.records_there, seen) == (2, 1, [1, 2, 3])
 
 
-def test_damaged_records_are_named_and_expired_ones_are_not(archive, folder, tmp_path, key, kv, caplog):
+def test_damaged_records_are_named_and_expired_ones_are_not(archive, folder, tmp_path, key, kv, caplog, damage):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(3), kv(3), lifetime_s=1e-6)
-        with store._disk.environment.write() as txn:
-            at = store._disk.environment.db(b"segments")
-            data = bytearray(txn.get(key(1) + bytes(4), db=at))
-            data[17] ^= 8
-            txn.put(key(1) + bytes(4), bytes(data), db=at)
+        damage(store, key(1) + bytes(4), 17)
     done = export(folder, archive)
     assert (done.records, done.damaged) == (2, [key(1).hex()]) and f"{key(1).hex()} is not exported: " in caplog.text
     assert key(3).hex() not in caplog.text

@@ -162,8 +162,8 @@ class Writes:
     store: TieredStore
 
     def count(self) -> tuple[int, int]:
-        with self.store._disk.environment.read() as txn:
-            return self.store.stats().bytes_written, txn.stat(self.store._disk.environment.db(b"segments"))["entries"]
+        with self.store._disk.environment.transaction() as txn:
+            return self.store.stats().bytes_written, txn.count("segments")
 
     def transactions(self) -> int:
         return self.store._disk.environment._live.env.info()["last_txnid"]
@@ -191,7 +191,7 @@ def test_what_leaves_the_device_is_not_copied_to_memory_again(kv, key, monkeypat
     with TieredStore(gpu_bytes=2 * size, cpu_bytes=100 * size, policy="lru", device="cpu") as store:
         for number in range(5):
             store.put(key(number), kv(number, tokens=64))
-        memory, names = store._home, [key(number) for number in range(5)]
+        memory, names = store._tiers.home, [key(number) for number in range(5)]
         held, puts = memory.find(names), []
         monkeypatch.setattr(memory, "admit", lambda *_: puts.append(1))
         for number in [*range(5)] * 3:
@@ -240,10 +240,10 @@ def test_a_record_whose_parts_have_another_shape_is_not_placed(folder, kv, key):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1, tokens=16))
         env = store._disk.environment
-        with env.write() as txn:
-            record = Record.unpack(key(1), bytes(txn.get(key(1), db=env.db(b"entries"))))
+        with env.transaction(write=True) as txn:
+            record = Record.unpack(key(1), txn.get("entries", key(1)))
             forged = Record(**{**vars(record), "shapes": tuple(((2, 8, 16), (2, 8, 16)) for _ in range(3))})
-            txn.put(key(1), forged.pack(key(1)), db=env.db(b"entries"))
+            txn.put("entries", key(1), forged.pack(key(1)))
         prompt = torch.zeros(2, 2, 40, 8)
         with store.read([key(1)]) as batch, pytest.raises(RecordError, match="must be"):
             batch.place(0, range(1), [Target(prompt[0], prompt[1])], 0)

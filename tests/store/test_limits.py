@@ -53,7 +53,7 @@ def test_pinned_is_kept_until_it_is_unpinned(make, kv, key, same):
     with make() as store:
         store.put(key(0), kv(0, tokens=60))
         assert store.pin(key(0))
-        assert not store.pin(key(1000))
+        assert not store.pin(key(1000)) and store.pin_many([key(0), key(1000), key(0)]) == 2
         fill(store, kv, key, range(1, 60), cost_s=1e6)
         same(store.get(key(0)), kv(0, tokens=60))
         assert store.unpin(key(0))
@@ -146,7 +146,7 @@ def test_quota(make, kv, key, same):
     """A namespace evicts its own, and only its own, when it is at its quota. What is above may have copies of more."""
 
     def stored(numbers):
-        return [number for number in numbers if not store._home.missing([key(number)])]
+        return [number for number in numbers if not store._tiers.home.missing([key(number)])]
 
     with make() as store:
         store.set_quota("a", 60_000)

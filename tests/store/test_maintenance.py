@@ -28,14 +28,16 @@ def filled(folder, kv, key):
     return folder
 
 
-def spoil(folder, key, what):
-    with TieredStore(folder, cpu_bytes=0) as store:
-        env = store._disk.environment
-        with env.write() as txn:
-            name, place = {"segments": (key + bytes(4), 70), "entries": (key, 90), "usage": (key, 3)}[what]
-            data = bytearray(txn.get(name, db=env.db(what.encode())))
-            data[place] ^= 16
-            txn.put(name, bytes(data), db=env.db(what.encode()))
+@pytest.fixture
+def spoil(folder, key, damage):
+    """Changes a bit of an entry's KV, header or row."""
+
+    def spoil(number, what):
+        with TieredStore(folder, cpu_bytes=0) as store:
+            name, place = {"segments": (bytes(4), 70), "entries": (b"", 90), "usage": (b"", 3)}[what]
+            damage(store, key(number) + name, place, what)
+
+    return spoil
 
 
 def test_entries(filled, key):
@@ -63,9 +65,9 @@ def test_what_another_process_removes_meanwhile_is_not_damaged(filled, key, tmp_
 
 
 @pytest.mark.parametrize("what", ["segments", "entries", "usage"])
-def test_verify_names_and_drops_what_is_damaged(filled, key, what, same, kv):
+def test_verify_names_and_drops_what_is_damaged(filled, key, what, same, kv, spoil):
     assert verify(filled).damaged == []
-    spoil(filled, key(1), what)
+    spoil(1, what)
     seen = []
     verdict = verify(filled, progress=lambda done, total: seen.append((done, total)))
     assert [name for name, _ in verdict.damaged] == [key(1)]
@@ -149,8 +151,8 @@ def test_repair_makes_a_folder_usable(filled, kv, key, forked, place):
     assert (filled / "data.mdb.damaged").exists()
 
 
-def test_repair_saves_what_is_whole(filled, key, kv, same):
-    spoil(filled, key(1), "segments")
+def test_repair_saves_what_is_whole(filled, key, kv, same, spoil):
+    spoil(1, "segments")
     assert repair(filled) == 4
     with TieredStore(filled) as store:
         same(store.get(key(3)), kv(3, tokens=300))

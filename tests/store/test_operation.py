@@ -34,14 +34,10 @@ def test_prefetched_chunks_are_read_from_memory(folder, kv, key, same):
             assert store.stats().hits == {"gpu": 0, "cpu": 2, "disk": 3}
 
 
-def test_prefetch_drops_what_is_damaged(folder, kv, key):
+def test_prefetch_drops_what_is_damaged(folder, kv, key, damage):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1, tokens=300))
-        env = store._disk.environment
-        with env.write() as txn:
-            data = bytearray(txn.get(key(1) + bytes(4), db=env.db(b"segments")))
-            data[5] ^= 1
-            txn.put(key(1) + bytes(4), bytes(data), db=env.db(b"segments"))
+        damage(store, key(1) + bytes(4), 5)
     with TieredStore(folder) as store:
         store.prefetch([key(1)]).result(30)
         assert store.get(key(1)) is None
@@ -104,8 +100,8 @@ def test_history_adds_up_over_processes_and_survives_damage(folder, kv, key, for
     assert done.bytes_written == 180 * kv(0, tokens=60).nbytes
     with TieredStore(folder, cpu_bytes=0) as store:
         env = store._disk.environment
-        with env.write() as txn:
-            txn.put(b"history", b"{}" + bytes(8), db=env.db(b"state"))
+        with env.transaction(write=True) as txn:
+            txn.put("state", b"history", b"{}" + bytes(8))
         store.get(key(59))
     assert history(folder).hits["disk"] == 1, "numbers that are lost begin anew"
 

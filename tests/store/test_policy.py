@@ -249,10 +249,10 @@ def test_counters_of_a_folder_from_before(folder, kv, key):
     with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
         store.put(key(1), kv(1, tokens=60))
         before = store._disk.counters()
-        with store._disk.environment.write() as txn:
+        with store._disk.environment.transaction(write=True) as txn:
             data = before.pack()
             short = seal(b"counters", unseal(b"counters", data)[:-8])
-            txn.put(b"counters", short, db=store._disk.environment.db(b"state"))
+            txn.put("state", b"counters", short)
     with TieredStore(folder, cpu_bytes=0, disk_bytes=100_000) as store:
         assert replace(store._disk.counters(), written_s=before.written_s) == before
         assert store.contains(key(1))
@@ -267,8 +267,8 @@ def test_ghosts_are_bounded(folder, kv, key, monkeypatch):
         entries, counters = len(store), store._disk.counters()
         assert counters.ghosts <= max(5, entries)
         env = store._disk.environment
-        with env.read() as txn:
-            assert txn.stat(env.db(b"usage"))["entries"] == entries + counters.ghosts
+        with env.transaction() as txn:
+            assert txn.count("usage") == entries + counters.ghosts
 
 
 def test_cost_profile():

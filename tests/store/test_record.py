@@ -184,8 +184,8 @@ def test_record_of_an_unknown_codec_is_a_record_error(folder, kv, key):
         env = store._disk.environment
         record, _ = record_of(kv(1))
         header = sealed(record.safetensors_header().replace(b'"codec":"raw"', b'"codec":"rar"'), key=key(1))
-        with env.write() as txn:
-            txn.put(key(1), header, db=env.db(b"entries"))
+        with env.transaction(write=True) as txn:
+            txn.put("entries", key(1), header)
         assert store.get(key(1)) is None
 
 
@@ -193,8 +193,8 @@ def test_record_of_an_unknown_codec_is_a_record_error(folder, kv, key):
 def test_folder_of_another_version_is_named(folder, version):
     with TieredStore(folder, cpu_bytes=0) as store:
         env = store._disk.environment
-        with env.write() as txn:
-            txn.put(b"format", struct.pack("<Q", version), db=env.db(b"state"))
+        with env.transaction(write=True) as txn:
+            txn.put("state", b"format", struct.pack("<Q", version))
     with pytest.raises(RecordError, match="format"):
         TieredStore(folder)
 
@@ -203,8 +203,8 @@ def test_a_folder_of_the_version_before_is_emptied(folder, caplog):
     """Nobody could ask for its KV by their old keys; what they were made from is not in it."""
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(KEY, small())
-        with store._disk.environment.write() as txn:
-            txn.put(b"format", struct.pack("<Q", 1), db=store._disk.environment.db(b"state"))
+        with store._disk.environment.transaction(write=True) as txn:
+            txn.put("state", b"format", struct.pack("<Q", 1))
     with pytest.raises(RecordError, match="format"):
         TieredStore(folder, readonly=True)
     with TieredStore(folder, cpu_bytes=0) as store:
@@ -232,8 +232,8 @@ def test_unaligned_parts_are_read():
 
 
 def test_what_another_process_stored_since_it_emptied_the_folder_stays(folder, monkeypatch, forked):
-    with TieredStore(folder, cpu_bytes=0) as store, store._disk.environment.write() as txn:
-        txn.put(b"format", struct.pack("<Q", 1), db=store._disk.environment.db(b"state"))
+    with TieredStore(folder, cpu_bytes=0) as store, store._disk.environment.transaction(write=True) as txn:
+        txn.put("state", b"format", struct.pack("<Q", 1))
 
     def other():
         with TieredStore(folder, cpu_bytes=0) as mine:

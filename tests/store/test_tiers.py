@@ -90,8 +90,8 @@ def test_missing_counts_no_use(store, kv, key):
 
 def probes(store, monkeypatch):
     """Counts the keys that home is asked for."""
-    asked, ask = [], store._home.missing
-    monkeypatch.setattr(store._home, "missing", lambda keys: asked.extend(keys) or ask(keys))
+    asked, ask = [], store._tiers.home.missing
+    monkeypatch.setattr(store._tiers.home, "missing", lambda keys: asked.extend(keys) or ask(keys))
     return asked
 
 
@@ -127,13 +127,12 @@ def test_who_cannot_know_what_was_removed_looks_at_all(folder, kv, key, monkeypa
         def other():
             with TieredStore(folder, cpu_bytes=0) as mine:
                 gone = mine.remove_many([key(number) for number in range(10 if harm == "behind" else 2)])
-                with env.write() as txn:
-                    state = env.db(b"state")
-                    logged = [bytes(name) for name, _ in txn.cursor(state) if bytes(name).startswith(b"removed")]
+                with env.transaction(write=True) as txn:
+                    logged = list(txn.keys("state", b"removed"))
                     if harm == "log":
-                        txn.put(logged[-1], b"x" * 40, db=state)
+                        txn.put("state", logged[-1], b"x" * 40)
                     if harm == "counters":
-                        txn.put(b"counters", b"x" * 40, db=state)
+                        txn.put("state", b"counters", b"x" * 40)
                 if harm == "counters":
                     mine.remove(key(3))
                 return gone, len(logged)
@@ -246,7 +245,8 @@ def test_what_is_removed_while_it_is_prefetched_does_not_come_back(folder, kv, k
 
 def test_prefetch_of_a_store_that_another_thread_closes(folder, kv, key, monkeypatch):
     store = TieredStore(folder)
-    monkeypatch.setattr(store, "_check_open", store.close)  # just after it was looked at
+    # Just after it was looked at.
+    monkeypatch.setattr(TieredStore, "_open", property(lambda store: store.close() or store._tiers))
     with pytest.raises(StoreError, match="closed"):
         store.prefetch([key(1)])
 

@@ -80,15 +80,11 @@ def kv():
 
 
 @pytest.fixture
-def spoil(folder):
+def spoil(folder, damage):
     """Changes a bit of an entry."""
 
     def spoil(number):
         with TieredStore(folder / "kv", cpu_bytes=0) as store:
-            env = store._disk.environment
-            with env.write() as txn:
-                data = bytearray(txn.get(key_of(number) + bytes(4), db=env.db(b"segments")))
-                data[17] ^= 8
-                txn.put(key_of(number) + bytes(4), bytes(data), db=env.db(b"segments"))
+            damage(store, key_of(number) + bytes(4), 17)
 
     return spoil

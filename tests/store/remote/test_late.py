@@ -244,7 +244,7 @@ def test_no_more_is_read_of_a_header_than_it_takes(machine, kv, key, same, monke
     for number in range(5_000):
         two._tiers.behind[0]._lose(b"%032d" % number, PoolError("no answer"))
     two.read([key(0)]).close()
-    assert len(two._tiers.behind[0]._avoided) == 4096
+    assert len(two._tiers.behind[0]._manifest._avoided) == 4096
     one.remove_many([key(0), key(1)])
     one.flush()
 

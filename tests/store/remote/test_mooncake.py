@@ -14,7 +14,8 @@ import pytest
 
 from ragkv.errors import StoreError
 from ragkv.store import TieredStore
-from ragkv.store.remote.mooncake import Member, MooncakePool, _Members
+from ragkv.store.remote.membership import Member, Members
+from ragkv.store.remote.mooncake import MooncakePool
 from ragkv.store.remote.pool import ClosedError, PoolError
 
 from .conftest import Mooncake
@@ -46,7 +47,7 @@ def breaking(mooncake_server):
     "url", ["?segment=much", "?admin=-", "?segment=-1", "?wrong=1", "?master=elsewhere", "?segment", ":port"]
 )
 def test_what_is_no_url_of_a_store_is_refused(url, monkeypatch):
-    monkeypatch.setattr("ragkv.store.remote.mooncake._mooncake", lambda: None)
+    monkeypatch.setattr("ragkv.store.remote.mooncake.client_class", lambda: None)
     with pytest.raises(StoreError, match=r"mooncake://MASTER:PORT/PREFIX"):
         TieredStore(cpu_bytes=1, remote=f"mooncake://user:secret@host{url}")
 
@@ -182,8 +183,8 @@ def test_who_joins_a_slow_master_holds_up_nobody_else(monkeypatch):
             joined.append(args[1])
             return 0 if args[1] == "quick" else int(not slow.wait(10))
 
-    monkeypatch.setattr("ragkv.store.remote.mooncake._mooncake", lambda: Client)
-    members = _Members()
+    monkeypatch.setattr("ragkv.store.remote.membership.client_class", lambda: Client)
+    members = Members()
     with socket.create_server(("127.0.0.1", 0)) as master, ThreadPoolExecutor(4) as threads:
         stalls, quick = (Member(master.getsockname(), metadata=name) for name in ("slow", "quick"))
         waiting = [threads.submit(members.client, stalls, 5.0) for _ in range(3)]

@@ -63,7 +63,7 @@ def test_catalogues_are_no_chunks(pool, url, machine, kv, key):
 
 @pytest.mark.parametrize("asked", [1, 1000], ids=["listed", "asked for"])
 def test_what_a_pool_lacks_is_known_at_once(url, asked, pool, machine, kv, key, monkeypatch):
-    monkeypatch.setattr("ragkv.store.remote.tier._MOST_ASKED", asked)
+    monkeypatch.setattr("ragkv.store.remote.tier.MOST_ASKED", asked)
     store, tier = machine(url), pool()
     assert tier.lacking([key(1), key(2)]) == [key(1), key(2)] and tier.lacking([]) == []
     store.put(key(2), kv(2))

@@ -264,7 +264,7 @@ def test_what_proves_damaged_long_after_it_was_found_is_not_deleted_unseen(sent,
     file.write_bytes(flipped(whole, len(whole) - 9))
     store = machine(url, **options)
     with store.read([key(1)]) as batch:
-        store.remote._seen.clear()
+        store.remote._heads.seen.clear()
         with pytest.raises(RecordError):
             batch.kv(0)
         file.write_bytes(whole)

@@ -1,6 +1,6 @@
-"""The heart: the model's own forward recomputes the tokens that a method asks for, over stored keys and values at their places.
+"""What a method's choice comes to: which tokens of a prompt are computed, and where the method is asked again.
 
-L layers, H kv heads, N tokens of the prompt, S tokens being computed, R reusable ones among them, D head_dim.
+N tokens of the prompt, S tokens being computed, L layers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from ragkv.errors import MethodError
-from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.passes import Forward, Pass
-from ragkv.fusion.timing import Timer
 from ragkv.fusion.view import Check, Narrows, Selection, check_chosen
-from ragkv.model.attending import Masses
-from ragkv.model.cache import FusedCache
-from ragkv.model.decoder import Decoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,22 +25,22 @@ class Plan:
 
     Attributes:
         rows: ``[S]`` tokens to compute from layer 0 on, ascending; the suffix is always among them.
-        checks: layers at which the method is asked again, ascending.
+        checks: layers before which the method is asked again, ascending.
         first_stored: the first layer of which stored KV are looked at; L where none are.
         context: the chunk tokens that chunk tokens being computed may see besides the prefix and their own chunk; ``None``: all
             that stand in front of them.
-        narrow: asked at the checks, with the cache.
+        narrow: asked at the checks; returns those of the tokens to go on with.
         whole: numbers of the chunks that are computed whole, in all layers: their stored KV are not looked at.
         saved: of each chunk how many tokens need no computing because of what was computed before.
-        fresh: how many of the rows are chunks' tokens.
-        trailing: whether the rows are the prompt's last ones; ``None`` where nobody knows.
+        fresh: how many of the rows are chunks' tokens; ``None`` where nobody knows: to count them waits for the device.
+        trailing: whether the rows are the prompt's last ones; ``None`` for the same reason.
     """
 
     rows: Tensor
-    checks: tuple[int, ...]
-    first_stored: int
-    context: Tensor | None
-    narrow: Callable[[Check], Tensor]
+    checks: tuple[int, ...] = ()
+    first_stored: int = 0
+    context: Tensor | None = None
+    narrow: Callable[[Check], Tensor] | None = None
     whole: frozenset[int] = frozenset()
     saved: tuple[int, ...] = ()
     fresh: int | None = None
@@ -102,67 +96,6 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     whole = frozenset() if checks else _whole(active, layout) if known is None else known
     trailing = None if known is None else len(active) == _ending(whole, layout)
     return Plan(torch.cat([active, layout.suffix]), checks, 0, context, narrow, whole, saved, len(active), trailing)
-
-
-def compute(
-    decoder: Decoder,
-    cache: FusedCache,
-    layout: Layout,
-    work: Plan,
-    piece_tokens: int,
-    timer: Timer | None = None,
-    slots: int | None = None,
-    forward: Forward | None = None,
-    masses: Masses | None = None,
-    course: Course | None = None,
-) -> tuple[Tensor, Pass]:
-    """Compute what a method asks for over the stored rest, and the suffix in any case.
-
-    Args:
-        decoder: the model.
-        cache: with room for the N tokens; its content is written here. Layers from ``work.first_stored`` on must be placed, or be
-            placed before they run.
-        layout: the prompt.
-        work: from :func:`plan`.
-        piece_tokens: tokens that one forward computes at most, but where the set narrows with depth.
-        timer: counts the stage ``select``.
-        slots: of the cache that attention is shown; N if not given.
-        forward, masses, course: as for :class:`~ragkv.fusion.passes.Pass`.
-
-    Returns:
-        Next-token logits ``[1, V]`` and what was done. The cache then holds the N tokens.
-    """
-
-    def narrow(layer: int, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        held, here = cache.layers[layer], tokens.to(keys.device)
-        stored = held.key_room[0].index_select(1, here), held.value_room[0].index_select(1, here)
-        looked = torch.stack(masses.behind) if masses is not None and masses.behind else None
-        check = Check(layer, len(decoder.layers), layout, here, keys, values, *stored, decoder.kernels, looked)
-        return work.narrow(check).to(tokens.device)
-
-    run = Pass(
-        *(decoder, cache, layout, work.rows, piece_tokens),
-        checks=work.checks,
-        narrow=narrow,
-        context=work.context,
-        slots=slots,
-        timer=timer,
-        forward=forward,
-        masses=masses,
-        course=course,
-        fresh=work.fresh,
-        trailing=work.trailing,
-    )
-    return run.logits(), run
-
-
-def recompute(decoder: Decoder, cache: FusedCache, ids: Tensor, rows: Tensor, piece_tokens: int = 512) -> Tensor:
-    """Run the tokens at ``rows [S]`` (ascending, the last one the prompt's last) over a cache that holds all of ``ids [N]``.
-
-    Returns:
-        Next-token logits ``[1, V]``.
-    """
-    return Pass(decoder, cache, Layout(ids, (), 0, len(ids)), rows, piece_tokens).scattered()
 
 
 def _whole(active: Tensor, layout: Layout) -> frozenset[int]:
