@@ -312,7 +312,7 @@ class RAG(Corpus):
         """:meth:`ask` for several questions side by side, as :meth:`Engine.generate_many`; the answers in order."""
         return side_by_side(self.ask, listed(questions, "questions"), at_once, **options)
 
-    def astream(self, question: str | None = None, **options: Any) -> AsyncAnswerStream:
+    def astream(self, question: str | None = None, **options: Any) -> AsyncAnswerStream[Hit]:
         """:meth:`stream` in an event loop: ``async for piece in rag.astream(question)``; see its ``sources`` and ``left_out``."""
         return AsyncAnswerStream(partial(self.stream, question), self.threads.pool(), **options)
 

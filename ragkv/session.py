@@ -148,7 +148,7 @@ class Session:
         self._keep(turn, answer.text, answer.past)
         return replace(answer, past=None)
 
-    def astream(self, question: str, **options: Any) -> AsyncAnswerStream:
+    def astream(self, question: str, **options: Any) -> AsyncAnswerStream[Hit]:
         """:meth:`stream` in an event loop: ``async for piece in session.astream(question)``; see its ``sources``, too."""
         turn = _Next(question)
         start = partial(self._streamed, turn, None)

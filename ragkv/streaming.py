@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import finalize
 
 from ragkv.answering import AnswerStream
@@ -18,6 +18,7 @@ from ragkv.report import AnswerReport
 from ragkv.retrieval import Hit
 
 Result = TypeVar("Result")
+Found = TypeVar("Found")  # what an answer is out of: hits, or an engine's chunks
 # Questions of an event loop that stand in the line, or are answered.
 _AT_ONCE = 32
 
@@ -39,7 +40,7 @@ class Threads:
         self.pool().shutdown(cancel_futures=True)
 
 
-class AsyncAnswerStream(AsyncIterator[str]):
+class AsyncAnswerStream(AsyncIterator[str], Generic[Found]):
     """A generated answer, piece by piece; the pieces joined are its text.
 
     Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, :meth:`aclose`) stops the
@@ -54,7 +55,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     def __init__(
         self,
-        start: Callable[..., tuple[list[Hit], AnswerStream]],
+        start: Callable[..., tuple[list[Found], AnswerStream]],
         executor: Executor,
         ended: Callable[[AnswerStream], object] | None = None,
         **options: Any,
@@ -65,7 +66,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
         finalize(self, self._making.stop.set).atexit = False
 
     @property
-    def sources(self) -> list[Hit]:
+    def sources(self) -> list[Found]:
         """The passages in the order of the prompt; empty until the first piece is there."""
         return self._making.sources
 
@@ -114,17 +115,17 @@ class AsyncAnswerStream(AsyncIterator[str]):
             await self._pieces.aclose()
 
 
-class _Making:
+class _Making(Generic[Found]):
     """An answer in the making: what the thread that makes it and the event loop share; arguments as of its stream."""
 
     def __init__(
         self,
-        start: Callable[..., tuple[list[Hit], AnswerStream]],
+        start: Callable[..., tuple[list[Found], AnswerStream]],
         executor: Executor,
         ended: Callable[[AnswerStream], object] | None,
         options: dict[str, Any],
     ):
-        self.sources: list[Hit] = []
+        self.sources: list[Found] = []
         self.left_out: list[Hit] = []
         self.stream: AnswerStream | None = None
         self.stop = Stop()

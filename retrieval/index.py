@@ -269,7 +269,7 @@ def read_whole(path: Path, dimension: int) -> tuple[dict[str, NDArray[Any]], str
     file = ArrayFile(path)
     if file.metadata.get("format") != _FORMAT:
         raise RecordError(f"{path}: of format {file.metadata.get('format')!r}, expected {_FORMAT!r}")
-    types = {"ids": np.int64, "vectors": np.float32, "dead": np.int64}
+    types: dict[str, type[np.generic]] = {"ids": np.int64, "vectors": np.float32, "dead": np.int64}
     arrays = {name: file.array(name, types[name]) for name in types if name in file.shapes or name != "dead"}
     state, parts = file.metadata.get("state", ""), file.metadata.get("parts", "")
     if _checksum(f"{state}{parts}", arrays) != file.metadata.get("checksum"):

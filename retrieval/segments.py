@@ -30,7 +30,7 @@ SEGMENT = 200_000
 _SHARE = 1 / 16
 _FORMAT = "ragkv.segment/1"
 # All of a file but its vectors: read when it is opened, and what it is named by.
-_SMALL = {"ids": np.int64, "starts": np.int64, "centroids": np.float32, "sums": np.uint64}
+_SMALL: dict[str, type[np.generic]] = {"ids": np.int64, "starts": np.int64, "centroids": np.float32, "sums": np.uint64}
 _UNUSED_AFTER_S = 3600
 
 
@@ -116,7 +116,7 @@ class SegmentedIndex:
                 return
             ids, vectors = self._tail.contents()
             alive = np.concatenate([np.empty(0, bool), *(part.alive for part in self._segments)])
-            arrays = {
+            arrays: dict[str, NDArray[Any]] = {
                 "ids": ids,
                 "vectors": vectors,
                 "dead": np.flatnonzero(~alive),

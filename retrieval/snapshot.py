@@ -160,10 +160,17 @@ class Snapshot:
             )
         return records.vector_from(records.opened(f"the vector of passage {passage_id}", key, record))
 
-    def vector_of(self, text: str, namespace: str = "") -> NDArray[np.float32] | None:
-        """The vector of a text that some passage of a namespace has, float32 ``[d]``; None where none has it."""
+    def vector_of(self, text: str, namespace: str = "") -> NDArray[np.float32]:
+        """The vector of a text that some passage of a namespace has, float32 ``[d]``.
+
+        Raises:
+            RetrievalError: none has it.
+            RecordError: it is missing or damaged.
+        """
         key = self._txn.get("uses", records.text_key(text, namespace))
-        return None if key is None else self.vector(int.from_bytes(key, "big"))
+        if key is None:
+            raise RetrievalError(f"no passage has the text {text!r:.80}: its vector has to be given")
+        return self.vector(int.from_bytes(key, "big"))
 
     def has_text(self, text: str, namespace: str = "") -> bool:
         """Whether any passage of a namespace has this text."""
@@ -186,8 +193,10 @@ class Snapshot:
     def reading(self, key: bytes) -> Reading | None:
         """The reading of a key (:func:`~ragkv.retrieval.records.reading_key`); None where it is not kept, or damaged."""
         record = self._txn.get("readings", key)
+        if record is None:
+            return None
         try:
-            return record and records.reading_from(key, records.opened("a reading", key, record))
+            return records.reading_from(key, records.opened("a reading", key, record))
         except RecordError as error:
             _LOG.warning("a document is read anew: %s", error)
             return None
@@ -207,7 +216,9 @@ class Snapshot:
     def _document(self, key: bytes) -> Document | None:
         if key not in self._documents:
             record = self._txn.get("documents", key)
-            self._documents[key] = record and records.document_from(records.opened("a document", key, record))
+            self._documents[key] = (
+                None if record is None else records.document_from(records.opened("a document", key, record))
+            )
         return self._documents[key]
 
     def _text(self, passage_id: int) -> tuple[bytes, str]:

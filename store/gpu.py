@@ -53,9 +53,9 @@ class GpuTier(MemoryTier):
             try:
                 self._pool = BlockPool(entry.kv, self.budget_bytes, self._device)
             except torch.OutOfMemoryError as error:
-                self._planner.budget_bytes = 0  # it is not tried for every chunk
+                self.budget_bytes = 0  # it is not tried for every chunk
                 raise StoreFullError(f"the device has no room for a pool of gpu_bytes: {error}") from error
-            self._planner.budget_bytes = self._pool.count * self._pool.block_bytes
+            self.budget_bytes = self._pool.count * self._pool.block_bytes
         return kinds_of(entry.kv) == self._pool.kinds and super()._admit(entry)
 
     def size(self, entry: Offer) -> int:

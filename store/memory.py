@@ -67,6 +67,10 @@ class MemoryTier(Tier):
     def budget_bytes(self) -> int:
         return self._planner.budget_bytes
 
+    @budget_bytes.setter
+    def budget_bytes(self, most: int) -> None:
+        self._planner.budget_bytes = most
+
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         with self.lock:
             self._planner.sweep()

@@ -85,14 +85,14 @@ class StoreCollector(Collector):
             seconds.add_metric([stage], [*buckets, ("+Inf", latency.count)], latency.total_s)
         yield seconds
         for name, kind, text in _POOLS:
-            values = {tier: float(getattr(pool, name)) for tier, pool in stats.pools.items()}
-            yield self._family(kind, f"ragkv_store_pool_{name}", text, values, "tier")
-        for name, text, values in (
+            of_pools = {tier: float(getattr(pool, name)) for tier, pool in stats.pools.items()}
+            yield self._family(kind, f"ragkv_store_pool_{name}", text, of_pools, "tier")
+        for name, text, of_methods in (
             ("checks", "Prompts compared with a full prefill.", {m: item.count for m, item in stats.checks.items()}),
             ("checks_kl_nats", "Their KL to it, summed.", {m: item.kl for m, item in stats.checks.items()}),
             ("checks_agreed", "Those of the same first token.", {m: item.agreed for m, item in stats.checks.items()}),
         ):
-            yield self._family("Counter", f"ragkv_store_{name}", text, values, "method")
+            yield self._family("Counter", f"ragkv_store_{name}", text, of_methods, "method")
         evictions = self._core.CounterMetricFamily(
             "ragkv_store_evictions", "Chunks dropped.", labels=["tier", "reason"]
         )

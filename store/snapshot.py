@@ -214,13 +214,12 @@ class Loading(Source):
 
         What memory would not keep anyway is copied straight from the file.
         """
-        if self.direct and all(target.rows is not None for target in targets):
-            return self._place_directly(layers, targets, start)
-        return super().place(layers, targets, start)
+        rows = self._rows(layers, targets, start) if self.direct else None
+        return super().place(layers, targets, start) if rows is None else self._place_directly(rows, start)
 
-    def _place_directly(self, layers: range, targets: Sequence[Target], start: int) -> int:
+    def _place_directly(self, rows: dict[int, Rows], start: int) -> int:
         """A segment is verified right behind its copy, out of the processor's cache, where that takes next to nothing."""
-        rows, count = self._rows(layers, targets, start), 0
+        count = 0
         with self._snapshot.inside():
             # All that is Python's comes first: it is slow once the copies have emptied the processor's caches.
             found = self._snapshot.copies(self.key, self.record, rows, start) if rows else []
@@ -233,8 +232,8 @@ class Loading(Source):
                     count += len(view)
         return count
 
-    def _rows(self, layers: range, targets: Sequence[Target], start: int) -> dict[int, Rows]:
-        """Each layer's memory in the prompt.
+    def _rows(self, layers: range, targets: Sequence[Target], start: int) -> dict[int, Rows] | None:
+        """Each layer's memory in the prompt; None where one has none that a file can be copied to.
 
         Raises:
             StoreError: a target does not fit.
@@ -243,6 +242,8 @@ class Loading(Source):
         rows: dict[int, Rows] = {}
         fitting = None
         for layer, target in zip(layers, targets, strict=True):
+            if target.rows is None:
+                return None
             stored = self.record.contents.layers[layer].kinds
             if fitting != (stored, self.record.shapes[layer], target.kinds):
                 fitting = stored, self.record.shapes[layer], target.kinds

@@ -66,8 +66,6 @@ class Source(ABC):
         unrotated: whether the keys among :meth:`parts` are as they were before rotary embedding.
         slots: ``[T]`` int64 on the CPU: where in a pool each token lies, block x P + place in it; None elsewhere.
         kept: whatever readers found out of :meth:`parts` and keep there for the next: it stays as long as these do.
-        direct: whether :meth:`place` copies straight from a file, the fastest way to read it.
-        whole: the record, for tiers above; None where it was not read to its end, or is no record.
         away: it comes over a network, once :meth:`begin` was called, whatever the caller does meanwhile.
         level: the lossy level at which it is held; empty for what was stored.
         key: under which its tier holds it, where that is not the chunk's own.
@@ -76,8 +74,6 @@ class Source(ABC):
     codec: str = "raw"
     unrotated: bool = False
     slots: Tensor | None = None
-    direct: bool = False
-    whole: tuple[Record, Payload] | None = None
     away: bool = False
     level: str = ""
     key: bytes = b""
@@ -96,6 +92,16 @@ class Source(ABC):
             self.codec, self.unrotated = chunk.codec, chunk.turned_back
         else:
             self.tokens, self.layers = len(chunk), len(chunk.keys)
+
+    @property
+    def direct(self) -> bool:
+        """Whether :meth:`place` copies straight from a file, the fastest way to read it."""
+        return False
+
+    @property
+    def whole(self) -> tuple[Record, Payload] | None:
+        """The record, for tiers above; None where it was not read to its end, or is no record."""
+        return None
 
     @abstractmethod
     def parts(self, layer: int) -> tuple[Parts, int]:
@@ -143,7 +149,11 @@ class InMemory(Source):
     def __init__(self, record: Record, payload: Payload, tier: str = "cpu") -> None:
         super().__init__(tier, record)
         self._record, self._payload = record, payload
-        self.whole: tuple[Record, Payload] | None = (record, payload)
+
+    @property
+    def whole(self) -> tuple[Record, Payload]:
+        """See :class:`Source`."""
+        return self._record, self._payload
 
     def parts(self, layer: int) -> tuple[Parts, int]:
         """See :class:`Source`."""

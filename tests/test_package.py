@@ -89,7 +89,10 @@ def built(what: str, tmp_path: Path, *left_out: str) -> Path:
     """Builds from a copy: a build leaves folders behind that a later one would pick up."""
     source = tmp_path / "source"
     shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", *left_out)
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", *left_out),
     )
     run = subprocess.run(
         [sys.executable, "-m", "build", f"--{what}", "--no-isolation", "--outdir", str(tmp_path), str(source)],

@@ -18,7 +18,7 @@ LANGUAGE_DTYPES = {
 }
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *arguments: Any, **constants: Any) -> None:
     """Run a kernel on the device of its tensors, whichever is the current one: Triton launches on that, and looks at no tensor."""
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -115,7 +115,7 @@ def remove(rag: RAG, source: str) -> Change | None:
 
 def streamed(
     engine: Engine, chunks: list[Chunk], question: Question, executor: Executor, options: dict[str, Any]
-) -> AsyncAnswerStream:
+) -> AsyncAnswerStream[Hit]:
     """:meth:`ragkv.Engine.stream` in an event loop, which goes on meanwhile."""
 
     def start(**more: Any) -> tuple[list[Hit], AnswerStream]:

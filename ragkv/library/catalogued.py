@@ -212,7 +212,9 @@ class CataloguedDocuments:
     def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
         reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
-        document = None if reading is None else _parsed(reading, listed)
+        if reading is None:
+            return None
+        document = _parsed(reading, listed)
         return document and replace(document, id=listed.id, behind=reading.behind)
 
     def read(self, view: Snapshot, listed: Document) -> Reading:

@@ -147,7 +147,7 @@ class Envelope:
     def seal(self, key: bytes, record: Record, payload: Payload, row: Row) -> bytearray:
         """A chunk's object."""
         terms = _TERMS.pack(row.created_s, row.expires_s, row.usage.cost_s, row.namespace)
-        segments = [memoryview(payload.data.numpy()[start:stop]) for start, stop in record.spans]
+        segments = [payload.data.numpy()[start:stop].data for start, stop in record.spans]
         return self.seal_pieces(key, terms + record.pack(key), segments, row.namespace)
 
     def seal_pieces(self, key: bytes, header: bytes, segments: Sequence[Any], namespace: bytes) -> bytearray:

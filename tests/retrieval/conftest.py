@@ -76,6 +76,12 @@ def damaged(path, database, key):
         txn.put(key, record[:20] + bytes([record[20] ^ 1]) + record[21:], db=db)
 
 
+def emptied(path, database, key):
+    """Leaves nothing of a record but its key."""
+    with lmdb.open(str(path), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        txn.put(key, b"", db=env.open_db(database.encode(), txn))
+
+
 def lost(path, database, key):
     """Deletes a record behind the catalogue's back."""
     with lmdb.open(str(path), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:

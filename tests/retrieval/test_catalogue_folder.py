@@ -11,7 +11,7 @@ from ragkv.errors import IncompatibleFolderError, RecordError, RetrievalError, S
 from ragkv.retrieval import Catalogue, Reading
 from ragkv.retrieval.records import reading_key, source_key
 
-from .conftest import damaged, put
+from .conftest import damaged, emptied, put
 
 
 def test_it_is_there_after_a_restart(tmp_path):
@@ -121,8 +121,9 @@ def test_a_damaged_vector_is_computed_again(folder, embedder):
         assert catalogue.check() == [] and embedder.embedded == ["two"]
 
 
-def test_a_damaged_document_is_deleted(folder, embedder):
-    damaged(folder, "documents", source_key("a"))
+@pytest.mark.parametrize("harm", [damaged, emptied])
+def test_a_damaged_document_is_deleted(folder, embedder, harm):
+    harm(folder, "documents", source_key("a"))
     with Catalogue(folder) as catalogue:
         with pytest.raises(RecordError, match="a document is damaged"):
             catalogue.get("a")
@@ -140,13 +141,14 @@ def test_check_finds_what_does_not_belong(catalogue, embedder):
     assert catalogue.repair(embedder.encode_documents) == [] and catalogue.check() == []
 
 
-def test_a_damaged_reading_is_none_and_is_mended(folder, embedder):
+@pytest.mark.parametrize("harm", [damaged, emptied])
+def test_a_damaged_reading_is_none_and_is_mended(folder, embedder, harm):
     reading = Reading("ab" * 32, [bytes([number]) * 32 for number in range(2)], b"what a model read")
     with Catalogue(folder) as catalogue:
         passages = catalogue.texts("a")
         put(catalogue, "a", passages, reading=reading)
     key = reading_key(source_key("a"), reading.setting)
-    damaged(folder, "readings", key)
+    harm(folder, "readings", key)
     with Catalogue(folder) as catalogue:
         with catalogue.snapshot() as view:
             assert view.reading(key) is None

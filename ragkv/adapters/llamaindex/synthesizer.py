@@ -26,6 +26,7 @@ from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError
 from ragkv.rag import RAG
+from ragkv.retrieval import Hit
 from ragkv.streaming import AsyncAnswerStream, in_thread, stoppable
 
 
@@ -188,7 +189,7 @@ def _pieces(stream: AnswerStream, facts: dict[str, Any]) -> Generator[str, None,
     facts["report"] = stream.report and stream.report.as_dict()
 
 
-async def _async_pieces(stream: AsyncAnswerStream, facts: dict[str, Any]) -> AsyncGenerator[str, None]:
+async def _async_pieces(stream: AsyncAnswerStream[Hit], facts: dict[str, Any]) -> AsyncGenerator[str, None]:
     async with aclosing(stream):
         async for piece in stream:
             yield piece
