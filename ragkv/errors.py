@@ -1,6 +1,6 @@
 """Everything that ragkv raises on purpose derives from :class:`RagKVError`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any
 
@@ -128,12 +128,21 @@ def instance(name: str, value: Any, kinds: type | UnionType, must: str) -> None:
         raise ArgumentTypeError(f"{name} must be {must}, got {value!r:.80}")
 
 
+def listable(value: Any) -> bool:
+    """Whether something can be gone through, one by one: not one text, which would be a list of its characters."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
 def half_a_pair(text: str) -> bool:
     """Whether half of a surrogate pair is in a text, as in a file's name that is no UTF-8: no encoder takes it."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
-def checked_namespace(namespace: Any) -> str:
+def checked_namespace(namespace: str) -> str:
     """A namespace as it may be kept.
 
     Raises:
@@ -143,7 +152,7 @@ def checked_namespace(namespace: Any) -> str:
     instance("namespace", namespace, str, "a str")
     if half_a_pair(namespace):
         raise ArgumentError(f"namespace must be valid Unicode, got half a surrogate pair: {namespace!a:.80}")
-    return str(namespace)
+    return namespace
 
 
 def no_question(value: Any) -> str:

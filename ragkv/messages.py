@@ -8,10 +8,10 @@ template that was not made from a chat template writes every turn as it writes t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from ragkv.errors import ArgumentError, ArgumentTypeError, PromptError
+from ragkv.errors import ArgumentError, ArgumentTypeError, PromptError, listable
 from ragkv.prompt import BEFORE_QUESTION, CHUNKS, QUESTION, Encoder, Slots, Text, asking, render
 
 #: What is asked: text or ids, or chat messages of which the last one is the user's.
@@ -60,7 +60,7 @@ def conversation(messages: Any, system: str | None = None) -> tuple[str | None, 
         PromptError: there are no messages, or some that are not understood: the message says which and why.
         ArgumentError: there are two system messages.
     """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+    if not listable(messages):
         raise PromptError(f"{_MUST}, got {messages!r:.80}")
     said = [_message(number, message) for number, message in enumerate(messages)]
     if any(message.role == "system" for message in said[1:]):

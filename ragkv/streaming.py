@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Generic, TypeVar
-from weakref import finalize
 
 from ragkv.answering import AnswerStream
 from ragkv.errors import CLOSED, RagKVError, whole_number
@@ -61,9 +60,8 @@ class AsyncAnswerStream(AsyncIterator[str], Generic[Found]):
         **options: Any,
     ):
         self._making = _Making(start, executor, ended, options)
+        # Nothing but this object holds the pieces, and they do not hold it: where nobody has it any more, asyncio closes them.
         self._pieces, self._awaited = self._making.pieces(), False
-        # Neither the thread nor the pieces hold this object: where nobody does any more, nobody listens.
-        finalize(self, self._making.stop.set).atexit = False
 
     @property
     def sources(self) -> list[Found]:

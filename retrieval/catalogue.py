@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, IncompatibleFolderError, RetrievalError, instance
+from ragkv.errors import DocumentError, IncompatibleFolderError, RetrievalError, checked_namespace, instance
 from ragkv.folder import Environment
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import checked_vectors, merged, put_readings, renamed, replaced
@@ -139,7 +139,7 @@ class Catalogue:
         source, passages, metadata = records.checked_document(source, passages, metadata)
         instance("origin", origin, str, "a str")
         instance("file", file, str, "a str")
-        instance("namespace", namespace, str, "a str")
+        checked_namespace(namespace)
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
             instance(name, items, list | tuple, "a list, one a passage")

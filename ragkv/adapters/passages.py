@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentTypeError, PromptError, instance
+from ragkv.errors import ArgumentTypeError, PromptError, instance, listable
 from ragkv.finding import Finder
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.documents import Documents
@@ -84,7 +84,7 @@ def all_of(given: Any, kind: type, must: str) -> list[Any]:
     Raises:
         ArgumentTypeError: it cannot be gone through, or there is something else in it.
     """
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+    if not listable(given):
         raise ArgumentTypeError(f"{must}, got {given!r:.80}")
     items = list(given)
     for item in items:

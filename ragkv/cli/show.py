@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +18,12 @@ _COLOURS = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
 
 def as_json(value: dict[str, Any], *, one_line: bool = False) -> None:
     """Print one JSON object, at once."""
-    written = partial(json.dumps, value, indent=None if one_line else 2)
-    text = written(ensure_ascii=False)
+    indent = None if one_line else 2
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # of another encoding, or a file's name that is no Unicode
-        text = written()
+        text = json.dumps(value, indent=indent)
     print(text, flush=True)
 
 

@@ -21,7 +21,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 #: Tokens of prefills, as far as the piece that one forward computes: a line beyond the longest would say too little.
 _CACHED, _NEW = 1024, (16, 128, 512, 2048, 8192)
-#: With so many times the tokens the next column will hardly take more than this many times as much again.
+#: A token of the next column will hardly take more than this many times as long.
 _GROWTH = 1.25
 
 
@@ -73,14 +73,14 @@ def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:
     sizes = [count for count in _NEW if count <= most] or [most]
     _prefill(reader, 0, sizes[0])  # the first pass of a process is slow
     begin = perf_counter()
-    columns, next_s = [[0.0] * len(cached)], 0.0
-    for new, following in zip(sizes, [*sizes[1:], 0], strict=True):
-        if len(columns) > 1 and perf_counter() - begin + next_s > limit_s:
+    columns, token_s = [[0.0] * len(cached)], 0.0
+    for new in sizes:
+        if len(columns) > 1 and perf_counter() - begin + _GROWTH * token_s * new > limit_s:
             break
         started = perf_counter()
         # The faster of two: what else the machine does is not the model's cost, and the profile is kept for good.
         columns.append([min(_prefill(reader, before, new) for _ in range(2)) for before in cached])
-        next_s = (perf_counter() - started) * _GROWTH * following / new
+        token_s = (perf_counter() - started) / new
     new_tokens = (0, *sizes[: len(columns) - 1])
     return CostProfile(cached, new_tokens, tuple(zip(*columns, strict=True)))
 

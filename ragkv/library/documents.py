@@ -113,10 +113,10 @@ class Documents(Cutting):
         self.sample: tuple[int, ...] = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._others = dict[tuple[str, tuple[int, ...]], Documents]()
         self.paths: Paths | None = paths
-        self._cut_as(namespace)
+        self._cut_as(checked_namespace(namespace))
 
     def _cut_as(self, namespace: str) -> None:
-        self.namespace = checked_namespace(namespace)
+        self.namespace = namespace
         self._cutting = digest(_RULES, namespace, self.context, str(self.document_tokens), self.sample).hex()
         self._own_records = StoreRecords(self.store, self._cutting)
         self.records: list[Records] = [self._own_records]

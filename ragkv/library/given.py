@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ragkv.chunk import Chunk
-from ragkv.errors import ArgumentTypeError, PromptError, instance
+from ragkv.errors import ArgumentTypeError, PromptError, instance, listable
 from ragkv.prompt import PromptTemplate
 from ragkv.store import TieredStore
 
 
 def several(items: Sequence[Any], what: str) -> list[Any]:
     """A list, where one string would be taken for a list of characters, and one chunk for a list of them."""
-    if isinstance(items, str | bytes | Chunk | Mapping) or not isinstance(items, Iterable):
+    if isinstance(items, Chunk) or not listable(items):
         raise PromptError(f"{what} must be a list, got {items!r:.60}: write [...] around it")
     return list(items)
 

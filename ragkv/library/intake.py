@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import DocumentError, MissingPackageError, half_a_pair
+from ragkv.errors import DocumentError, MissingPackageError, half_a_pair, listable
 from ragkv.library.catalogued import CataloguedDocuments, Given, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
@@ -318,6 +318,6 @@ def listed(items: Any, what: str) -> list[Any]:
     Raises:
         DocumentError: it is none.
     """
-    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+    if not listable(items):
         raise DocumentError(f"{what} must be a list, one each; got one {type(items).__name__}: write [...] around it")
     return list(items)

@@ -6,9 +6,9 @@ import json
 import pytest
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.output_parsers import StrOutputParser
+from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 
 from ragkv import ArgumentTypeError, PromptError, UnknownArgumentError
 from ragkv.adapters.langchain import RagKVRetriever, RagKVVectorStore, create_ragkv_chain
@@ -136,11 +136,20 @@ def test_it_is_a_part_of_longer_chains(rag):
     assert [answer["question"] for answer in answers] == [QUESTION, "Who runs the mill?"]
 
 
-@pytest.mark.parametrize("beside", [None, {"language": RunnableLambda(lambda _: "en")}])
-async def test_what_comes_in_pieces_is_one_question(rag, beside):
-    chain = create_ragkv_chain(foreign(*TEXTS), rag, max_new_tokens=3)
-    rewritten = FakeListChatModel(responses=[QUESTION]) | StrOutputParser()
-    whole = (rewritten if beside is None else {"question": rewritten, **beside}) | chain
+REWRITTEN = FakeListChatModel(responses=[QUESTION]) | StrOutputParser()
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        REWRITTEN,
+        RunnableParallel(question=REWRITTEN, language=RunnableLambda(lambda _: "en")),
+        FakeListChatModel(responses=[json.dumps({"question": QUESTION})]) | JsonOutputParser(),  # all so far, each time
+    ],
+    ids=["text", "dict", "json"],
+)
+async def test_what_comes_in_pieces_is_one_question(rag, front):
+    whole = front | (chain := create_ragkv_chain(foreign(*TEXTS), rag, max_new_tokens=3))
     want = chain.invoke(QUESTION)["answer"]
     assert [part["question"] for part in whole.stream("?") if "question" in part] == [QUESTION]
     assert "".join(part.get("answer", "") for part in whole.stream("?")) == want

@@ -77,6 +77,10 @@ def test_a_retriever_whose_fields_a_call_may_say(rag):
     assert by_call.invoke(QUESTION) == retriever.invoke(QUESTION)
     said = {"configurable": {"k": 1, "options": {"neighbours": 0}}}
     assert by_call.invoke(QUESTION, said) == RagKVRetriever(rag=rag, k=1).invoke(QUESTION)
+    assert RagKVRetriever(rag=rag, retrieval={"neighbours": 0, "hops": 2}, neighbours=1).retrieval == {
+        "neighbours": 1,
+        "hops": 2,
+    }
     with pytest.raises(UnknownArgumentError, match="retrieval has no option neighbors"):
         by_call.invoke(QUESTION, {"configurable": {"options": {"neighbors": 0}}})
 

@@ -1,6 +1,7 @@
 """Every argument of ``model.generate`` does what it does there, or is refused by name before anything is computed."""
 
 import inspect
+from fractions import Fraction
 from time import perf_counter
 
 import pytest
@@ -362,5 +363,5 @@ def test_methods_by_name(model):
 
 
 def test_time_counts_from_the_question_with_beams_too(model):
-    settings = Settings(Engine(model, template=TEMPLATE).decoder, None, {"num_beams": 2, "max_time": 60.0})
+    settings = Settings(Engine(model, template=TEMPLATE).decoder, None, {"num_beams": 2, "max_time": Fraction(60)})
     assert settings.for_generate(N, perf_counter() - 50)["max_time"] < 11

@@ -101,16 +101,19 @@ def test_grid_reaches_to_what_one_forward_computes(model, monkeypatch, piece, ne
 
 
 def test_measurement_is_bounded(model, monkeypatch):
-    """What would take too long is left out: a slow model is asked for its two smallest cells only."""
-    asked, clock = [], [0.0]
+    """What would take too long is not begun: a slow model is asked for its two smallest cells only."""
+    asked, clock, token_s = [], [0.0], 0.001
 
     def slow(decoder, cached, new):
         asked.append((cached, new))
-        clock[0] += new * 0.5
-        return new * 0.5
+        clock[0] += new * token_s
+        return new * token_s
 
     monkeypatch.setattr("ragkv.library.costs._prefill", slow)
     monkeypatch.setattr("ragkv.library.costs.perf_counter", lambda: clock[0])
+    assert measure(reader_of(model), 10_000, 2.0).new == (0, 16, 128)  # 512 take 2 s more
+    asked.clear()
+    token_s = 0.5
     profile = measure(reader_of(model), 10_000, 2.0)
     assert asked == [(0, 16)] * 3 + [(1024, 16)] * 2
     assert profile(0, 64) == pytest.approx(32.0), "it goes on along the line"

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from enum import Enum
 
 import pytest
 import torch
@@ -170,3 +171,4 @@ def test_a_namespace_is_one_object_however_many_begin_it_at_once(model, monkeypa
     for thread in threads:
         thread.join(60)
     assert len(got) == 2 and got[0] is got[1] is engine.documents.within("a")
+    assert engine.documents.within(Enum("Team", {"A": "a"}, type=str).A) is got[0]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ragkv.errors import ArgumentTypeError, DocumentError, IncompatibleFolderError
+from ragkv.errors import ArgumentError, ArgumentTypeError, DocumentError, IncompatibleFolderError
 from ragkv.retrieval import Catalogue, Reading, Retriever
 from ragkv.retrieval.exchange import packed, unpacked
 from ragkv.retrieval.rescue import rescue
@@ -153,6 +153,8 @@ def test_bad_namespaces(shared):
             shared.add("x", ["x"], namespace=namespace)
         with pytest.raises(ArgumentTypeError, match="namespace must be a str"):
             shared.search("x", namespace=namespace)
+    with pytest.raises(ArgumentError, match="namespace must be valid Unicode"):
+        shared.add("x", ["x"], namespace="\ud800")
 
 
 def test_records_without_a_namespace_are_of_none(catalogue):

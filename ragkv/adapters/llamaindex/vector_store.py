@@ -168,9 +168,10 @@ def _wanted(
     filters: MetadataFilters | None, node_ids: list[str] | None, doc_ids: list[str] | None = None
 ) -> Callable[[BaseNode], bool]:
     """Whether a node is of these ids, documents and metadata, by LlamaIndex's own rules."""
-    for name, ids in (("node_ids", node_ids), ("doc_ids", doc_ids)):
-        if ids is not None:
-            all_of(ids, str, f"{name} must be a list of str")
+    if node_ids is not None:
+        node_ids = all_of(node_ids, str, "node_ids must be a list of str")
+    if doc_ids is not None:
+        doc_ids = all_of(doc_ids, str, "doc_ids must be a list of str")
     metadata: dict[str, Any] = {}
     matches = build_metadata_filter_fn(lambda _: metadata, filters)
 

@@ -219,7 +219,7 @@ async def test_documents_may_be_anything_that_can_be_gone_through(rag):
     given, generator = documents(*FOREIGN), RagKVGenerator(rag, ANSWER)
     assert generator.run(QUESTION, iter(given))["documents"] == given
     assert (await generator.run_async(QUESTION, iter(given)))["documents"] == given
-    assert not generator.run(QUESTION, iter(()))["replies"]
+    assert not generator.run(QUESTION, iter(()))["replies"] and not generator.run(QUESTION, None)["replies"]
 
 
 @pytest.mark.parametrize("given", ["text", ["text"], [{"content": "text"}], 5])

@@ -248,6 +248,8 @@ def test_one_text_is_no_list(store):
         with pytest.raises(ArgumentTypeError, match="must be a list of "):
             call()
     assert {found.node_id for found in store.get_nodes()} == {"a", "ab"}
+    store.delete_nodes(iter(["ab"]))
+    assert [found.node_id for found in store.get_nodes()] == ["a"]
 
 
 def test_equal_documents(store):
