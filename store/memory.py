@@ -142,7 +142,6 @@ class MemoryTier(Tier):
     def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
         """Keeps entries from being evicted for some seconds, 0 for no longer; how many are here."""
         with self.lock:
-            self._planner.sweep()
             return self._planner.pin(keys, lifetime_s)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:

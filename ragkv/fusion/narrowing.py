@@ -32,14 +32,13 @@ class Narrowing(Pass):
 
     def _computed(self) -> Tensor:
         self.checks: tuple[int, ...] = self.work.checks
-        whole = self._plain and len(self.rows) == self.layout.tokens - self.layout.held
+        whole = not self._limited and len(self.rows) == self.layout.tokens - self.layout.held
         if whole and self.masses is None:
             self._first_check()
         return self._narrowing() if self.checks else super()._computed()
 
     def _narrowing(self) -> Tensor:
         """Scattered rows that become fewer with depth."""
-        self._clear(at_once=True)
         self.piece, self.begun, masses = self.rows, len(self.rows), self._seen_by(self.rows)
         layers = list(enumerate(self.decoder.layers))[self.checks[0] :]
         hooks = [layer.register_forward_pre_hook(self._hook(number), with_kwargs=True) for number, layer in layers]

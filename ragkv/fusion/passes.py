@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.course import Course
@@ -19,7 +19,7 @@ from ragkv.fusion.layout import Layout
 from ragkv.fusion.plan import Plan
 from ragkv.fusion.timing import Timer
 from ragkv.model.cache import FusedCache
-from ragkv.model.masks import UNUSED, LayerMasks
+from ragkv.model.masks import LayerMasks
 from ragkv.model.rows import Rows
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Pass:
         piece_tokens: rows that one forward computes at most, which bounds the activations; by causality earlier rows need
             nothing of later ones, but where positions do not rise with the slots.
         timer: counts the stage ``select``.
-        slots: of the cache that attention is shown, those behind the prompt's N hidden; N if not given.
         forward: runs rows of the prompt; by default the model, for one turn.
         masses: takes what the rows attend to.
         course: parts of the rows, in their place: it may find that more have to be computed.
@@ -68,7 +67,6 @@ class Pass:
         work: Plan,
         piece_tokens: int,
         timer: Timer | None = None,
-        slots: int | None = None,
         forward: Forward | None = None,
         masses: Masses | None = None,
         course: Course | None = None,
@@ -91,7 +89,6 @@ class Pass:
                 f"kernels={decoder.kernels!r} was asked for, and selective attention cannot hide keys from recomputed tokens, nor "
                 "follow chunks that stand apart or share positions: use kernels='auto', or a prompt and a method that do neither"
             )
-        self.slots: int = layout.tokens if slots is None else slots
         self.piece: Tensor = work.rows  # those of the forward at hand
         self.last: bool = False  # whether it is the last one
         self.fresh: list[int] = [fresh] * len(decoder.layers)
@@ -111,12 +108,8 @@ class Pass:
         return logits
 
     def _computed(self) -> Tensor:
-        return self._behind() if self._plain and self.course is None and self._trailing else self.scattered()
-
-    @property
-    def _plain(self) -> bool:
-        """Whether every row sees all that stands in front of it, and nothing else lies in the cache."""
-        return not self._limited and self.slots == self.layout.tokens
+        plain = not self._limited and self.course is None
+        return self._behind() if plain and self._trailing else self.scattered()
 
     @property
     def _trailing(self) -> bool:
@@ -192,25 +185,19 @@ class Pass:
     def _limited(self) -> bool:
         return self.context is not None or not self.layout.even
 
-    def _clear(self, *, at_once: bool = False) -> None:
-        """Let no piece be shown what nobody wrote: the slots of later pieces and parts, and those behind the prompt.
-
-        Args:
-            at_once: there are no pieces.
-        """
-        first = self.layout.tokens if self.course is None else self.layout.chunks_start
-        unused = torch.arange(first, self.slots, device=self.rows.device)
-        if len(self.rows) > self.piece_tokens and not at_once:
-            unused = torch.cat([self.rows, unused])
-        if len(unused):
-            self.cache.clear(unused)
+    def _clear(self) -> None:
+        """Let no piece be shown what nobody wrote: the slots of later pieces and parts."""
+        unused = [self.rows] if len(self.rows) > self.piece_tokens else []
+        if self.course is not None:
+            layout = self.layout
+            unused.append(torch.arange(layout.chunks_start, layout.tokens, device=self.rows.device))
+        if unused:
+            self.cache.clear(torch.cat(unused))
 
     def _masks(self, rows: Tensor) -> LayerMasks:
-        at, keys, hidden = self.layout.positions, None, self.slots - self.layout.tokens
-        if not self.layout.even:
-            keys = nn.functional.pad(at, (0, hidden), value=UNUSED)
-        open_keys = None if self.context is None else nn.functional.pad(self._open_keys(rows), (0, hidden))
-        return self.decoder.masks(at[rows], self.slots, keys, open_keys)
+        at = self.layout.positions
+        open_keys = None if self.context is None else self._open_keys(rows)
+        return self.decoder.masks(at[rows], len(at), None if self.layout.even else at, open_keys)
 
     def _open_keys(self, rows: Tensor) -> Tensor:
         """``[S, N]`` the keys that each row may see where the context of chunk tokens is limited."""
@@ -225,7 +212,7 @@ class Pass:
         return rows[(rows >= self.layout.chunks_start) & (rows < self.layout.suffix_start)]
 
     def _write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.scatter(layer, keys, values, self.piece, self.slots, self.decoder.kernels)
+        return self.cache.scatter(layer, keys, values, self.piece, self.layout.tokens, self.decoder.kernels)
 
 
 def recompute(decoder: Decoder, cache: FusedCache, ids: Tensor, rows: Tensor, piece_tokens: int = 512) -> Tensor:

@@ -24,9 +24,6 @@ from transformers.masking_utils import (
 #: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-#: The position of a slot that holds nothing; nobody sees it.
-UNUSED = -1
-
 _RECORDER = "ragkv_rule"
 _BUILDERS = {
     "full_attention": create_causal_mask,
@@ -80,7 +77,7 @@ class MaskBuilder:
     Args:
         rules: one rule a layer.
         positions: ``[S]`` positions of the queries.
-        key_positions: ``[N]`` position of the key in each slot; :data:`UNUSED` where there is none.
+        key_positions: ``[N]`` position of the key in each slot.
         dtype: of the model's activations, used where ``additive``.
         additive: float masks (0 or the dtype's minimum), as eager attention takes them, instead of boolean ones.
         open_keys: ``[S, N]`` false where a query may not see a key even though the rule lets it; all true if not given.
@@ -114,7 +111,7 @@ class MaskBuilder:
         at, keys = self.positions, self.key_positions
         zero = torch.zeros((), dtype=torch.long, device=at.device)
         mask = rule(zero, zero, at[None, None, :, None], keys[None, None, None, :])
-        mask = mask.expand(1, 1, len(at), len(keys)) & (keys != UNUSED)
+        mask = mask.expand(1, 1, len(at), len(keys)).contiguous()
         if self.open_keys is not None:
             mask = mask & self.open_keys
         if not self.additive:

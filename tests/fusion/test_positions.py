@@ -99,7 +99,7 @@ def test_stored_keys_turn_to_positions(engine):
     [("auto", None), ("reference", None), ("auto", STARTS["apart"]), ("auto", STARTS["shared"])],
     ids=["even", "even-spans", "apart", "shared"],
 )
-def test_slots_that_hold_nothing_are_never_seen(architecture, kernels, starts):
+def test_what_lies_behind_the_prompt_in_the_cache_is_never_seen(architecture, kernels, starts):
     """With masks and with spans, by every way through a pass."""
     engine = Engine(tiny_model(architecture), template=TEMPLATE, piece_tokens=16, kernels=kernels)
     layout, decoder = laid_out(engine, starts), engine.decoder
@@ -112,7 +112,7 @@ def test_slots_that_hold_nothing_are_never_seen(architecture, kernels, starts):
             layer.key_room[:, :, : layout.tokens], layer.value_room[:, :, : layout.tokens] = held.keys, held.values
         work = plan(Selection.of(method.select(View(layout, 4, None)), method), layout, 4)
         kind = Narrowing if work.checks else Pass
-        logits = kind(decoder, cache, layout, work, 16, slots=layout.tokens + 30).logits()
+        logits = kind(decoder, cache, layout, work, 16).logits()
         torch.testing.assert_close(logits, prompt.logits, atol=EXACT, rtol=0)
 
 

@@ -1,5 +1,6 @@
 """What chunks attend to is measured when they are read and in prompts, as the model itself attends."""
 
+from dataclasses import replace
 from math import ceil, exp
 
 import pytest
@@ -145,6 +146,13 @@ class Looked(CacheCraft):
         return super().narrow(check)
 
 
+class LookedAtAll(Looked):
+    """Computes every token."""
+
+    def select(self, view):
+        return replace(super().select(view), tokens=view.layout.reusable)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "stablelm"])
 def test_what_the_question_does_not_attend_to_is_mended_no_further(architecture):
     engine = engine_of(model=tiny_model(architecture, num_hidden_layers=6))
@@ -162,6 +170,14 @@ def test_what_the_question_does_not_attend_to_is_mended_no_further(architecture)
     kept = [number for number, chunk in enumerate(chunks) if variants(other, chunk)]
     assert set(kept) <= set(best.tolist())  # what was mended in some layers alone is not kept
     assert asked(engine, chunks, method=CacheCraft(alpha=0.8)).report.sources[1:] == ["variant"] * 3
+
+
+def test_where_all_is_mended_every_layer_is_looked_at_too():
+    """What attends is asked from the first layer on, also where without that the layers up to the check would be run apart."""
+    engine = engine_of(paths=False, model=tiny_model(num_hidden_layers=6))
+    LOOKED.clear()
+    asked(engine, engine.add(texts(17, 40)), method=LookedAtAll(stop=1e-9))
+    assert [(layer, len(looked)) for layer, looked in LOOKED] == [(2, 2), (3, 3), (4, 4)]
 
 
 @pytest.mark.parametrize("way", ["sdpa", "eager"])

@@ -9,6 +9,7 @@ import torch
 
 from ragkv.errors import RagKVError, RecordError, StoreError
 from ragkv.store import Target, TieredStore
+from ragkv.store.keys import label_of, path_key
 from ragkv.store.snapshot import segment_key
 
 
@@ -43,6 +44,16 @@ def test_record_under_another_key_is_never_served(folder, kv, key):
             txn.put("entries", key(2), txn.get("entries", key(1)))
         assert store.get(key(2)) is None
         assert store.get(key(1)) is not None
+
+
+def test_what_was_computed_of_nobody_knows_what_may_be_of_any_chunk(folder, kv, key, damage):
+    """It holds these chunks' text: whoever forgets one forgets it, too."""
+    computed = path_key("space", [1], b"path")
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(computed, kv(1), label=label_of([key(1)]))
+        assert store.computed_of([key(1)]) == [computed] and store.computed_of([key(2)]) == []
+        damage(store, computed, 90, "entries")
+        assert store.computed_of([key(2)]) == [computed]
 
 
 def test_a_segment_that_proves_damaged_while_it_is_placed(folder, kv, key, damage):

@@ -58,7 +58,7 @@ def test_pinned_is_kept_until_it_is_unpinned(make, kv, key, same):
         same(store.get(key(0)), kv(0, tokens=60))
         assert store.unpin(key(0))
         fill(store, kv, key, range(60, 200), cost_s=1e6)
-        assert store.get(key(0)) is None
+        assert store.get(key(0)) is None and not store.pin(key(0)), "what was evicted is remembered, and not stored"
 
 
 def test_pin_with_a_lifetime_ends(make, kv, key):
@@ -91,7 +91,7 @@ def test_lifetime(make, kv, key, same):
         pass_time(store, 9.9)
         same(store.get(key(1)), kv(1))
         pass_time(store, 0.2)
-        assert not store.contains(key(1))
+        assert not store.pin(key(1)) and not store.contains(key(1))
         assert store.get(key(1)) is None
         pass_time(store, 1e6)
         same(store.get(key(2)), kv(2))

@@ -13,6 +13,7 @@ import pytest
 
 from ragkv.errors import RecordError, UploadError
 from ragkv.store import Asking
+from ragkv.store.remote import RemoteTier
 from ragkv.store.remote.pool import Breaker, PoolError
 from ragkv.store.remote.records import name_of
 
@@ -215,6 +216,17 @@ def test_who_asks_again_and_when():
     assert breaker.allows() and not breaker.allows(), "one tries for all"
     breaker.succeeded()
     assert breaker.allows() and breaker.allows() and not breaker.left_s
+
+
+def test_a_forked_child_asks_for_itself():
+    """Whatever thread of the parent's had just found the pool away."""
+    tier = RemoteTier("memory://forked")
+    tier._heads.failed(PoolError("away"))
+    with tier._heads.breaker._lock:
+        tier.after_fork()
+        assert not tier._heads.breaker._lock.locked() and tier._heads.breaker.allows()
+    assert tier.pool().unanswered == 0
+    tier.close()
 
 
 def test_one_object_that_is_refused_is_a_miss_of_that_alone(relay, s3, machine, kv, key, same):
