@@ -23,7 +23,8 @@ done
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/ragkv"
-ln -s "$PWD"/ragkv/* "$PWD"/{kernels,store,retrieval} "$tree/ragkv/"
+ln -s "$PWD"/ragkv/* "$tree/ragkv/"
+ln -sfn "$PWD"/{kernels,store,retrieval} "$tree/ragkv/"  # also where the links in ragkv/ were not copied
 export PYTHONPATH="$tree:$PWD/benchmarks/gpu" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
 
