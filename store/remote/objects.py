@@ -20,7 +20,7 @@ from ragkv.store.remote.pool import GoneError, Pool, PoolError, end, shown
 _RETRIES = 2
 _REQUEST_S = 60.0  # of one that goes on
 _WRITE_S = 30.0  # what is sent may take long before an answer comes
-_END_S = 0.5
+_END_S, _LET_GO_S = 0.5, 0.05
 _LISTED = 1000
 _SMALL_BYTES = 64 << 10
 _PLAIN = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
@@ -249,6 +249,8 @@ async def _end() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    if tasks:  # the client's own threads let go of them a moment later, and panic where Python has ended by then
+        await asyncio.sleep(_LET_GO_S)
     loop.call_soon(loop.stop)
 
 

@@ -199,7 +199,7 @@ def test_a_packed_forward_that_fails_is_run_one_by_one(engine, patient, monkeypa
 
 
 def test_a_model_that_changed_is_told_to_each(engine):
-    asked, model, decoding = requests(engine, 3), engine.model, threading.Barrier(3)
+    asked, model, decoding, changed = requests(engine, 3), engine.model, threading.Barrier(3), threading.Event()
 
     def work(number):
         steps = []
@@ -211,6 +211,9 @@ def test_a_model_that_changed_is_told_to_each(engine):
             if number == 0 and len(steps) == 5:
                 with torch.no_grad():
                     model.get_output_embeddings().weight.add_(0.1)
+                changed.set()
+            if number and len(steps) == 9:  # nobody is done before
+                assert changed.wait(60)
             return scores
 
         with pytest.raises(ModelChangedError, match="ask again"):
