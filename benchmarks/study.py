@@ -120,7 +120,8 @@ def summed(folder: Path) -> dict[str, Any]:
     for arm in sorted(by_arm):
         result[arm] = {metric: e for metric in metrics if (e := resampling.estimate(values(arm, metric))) is not None}
         for metric in ("kl_chunks", "f1"):
-            for what, other in (("default", f"{DEFAULT}@document"), ("full", FULL[0])):
+            alone = arm.replace("@document", "@alone")  # by the same method
+            for what, other in (("default", f"{DEFAULT}@document"), ("full", FULL[0]), ("alone", alone)):
                 if other in by_arm and other != arm:
                     less = resampling.estimate(difference(values(arm, metric), values(other, metric)))
                     if less is not None:

@@ -63,7 +63,8 @@ class Prompting:
         """
         limit = self.documents.reader.decoder.max_positions
         if limit is not None and isinstance(text, str) and len(text) > limit and request.past is None:
-            Plan.of(self.documents, request, room, perf_counter(), ExitStack())
+            with ExitStack() as stack:
+                Plan.of(self.documents, request, room, perf_counter(), stack)
 
     def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack, copies: int = 1) -> FusedPrompt:
         """A prompt whose keys and values are ready.
