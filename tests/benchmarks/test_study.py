@@ -64,6 +64,7 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
     about = {"data": "d", "instruction": "i", "max_new_tokens": 0, "device": "cpu", "versions": {}}
     (folder / "settings.json").write_text(json.dumps(about))
     kl = {"full-prefill": 0.0, "relevant-tokens:ratio=0.1@document": 0.2, "question-aware:ratio=0.1@document": 0.1}
+    kl["question-aware:ratio=0.1@alone"] = 0.05
     rows = [
         {"case": case, "arm": arm, "kl_chunks": value * (1 + int(case)), "top1_chunks": 1.0, "budget": 0.1}
         for case in ("0", "1", "2")
@@ -80,6 +81,8 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
     row = "| `question-aware:ratio=0.1@document` | 3 | 10.0% | 0.200 (0.100 to 0.300) | -0.200 (-0.300 to -0.100) |"
     assert row in shown and "| `full-prefill` | 4 |" in shown
     written = json.loads((tmp_path / "study.json").read_text())
+    both = written["hotpotqa-kl"]["arms"]["question-aware:ratio=0.1@document"]
+    assert both["kl_chunks less alone"] == pytest.approx([0.1, 0.05, 0.15, 3])
     assert written["hotpotqa-kl"]["arms"]["full-prefill"]["kl_chunks less default"][:] == pytest.approx(
         [-0.4, -0.6, -0.2, 3]
     )
