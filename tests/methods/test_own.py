@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ragkv import Auto, Engine, Method, MethodError, Selection, Union
+from ragkv import Auto, Engine, FullPrefill, Method, MethodError, PromptTemplate, Selection, Union
 from ragkv.methods import Reuse
 from ragkv.testing import random_ids, tiny_model
 
@@ -77,3 +77,34 @@ def test_layers_are_whole_numbers(fuse, layer):
 def test_no_tokens_are_fine_in_any_tensor(fuse):
     assert not fuse(Own({"tokens": lambda tokens: torch.tensor([])})).report.budget
     assert fuse(Own({"tokens": lambda tokens: tokens[:3].int()})).recomputed.tolist() == [0, 1, 2, 29, 30]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5], ids=["all", "half"])
+def test_a_check_shows_what_is_stored_and_what_is_fresh_of_its_tokens(ratio):
+    """Of all tokens, which are computed piece by piece up to the check, and of scattered ones, computed in one go."""
+    model, seen = tiny_model(), []
+    engine = Engine(model, template=PromptTemplate(prefix=[1, 5, 6]))
+
+    class Checking(Method):
+        needs_sensitivity = False
+
+        def select(self, view):
+            tokens = view.layout.reusable
+            return Selection(tokens[:: round(1 / ratio)], checks=(1,))
+
+        def narrow(self, check):
+            seen.append(check)
+            return check.tokens[:3]
+
+    chunks = engine.add([random_ids(12, seed=1), random_ids(9, seed=2)])[::-1]
+    engine.fuse(chunks, random_ids(5), method=Checking())
+    stored, fresh = (
+        engine.fuse(chunks, random_ids(5), method=m).past_key_values.layers[1] for m in (Reuse(), FullPrefill())
+    )
+    (check,) = seen
+    torch.testing.assert_close(check.stored_keys, stored.keys[0][:, check.tokens])
+    torch.testing.assert_close(check.stored_values, stored.values[0][:, check.tokens])
+    if ratio == 1:
+        torch.testing.assert_close(check.fresh_keys, fresh.keys[0][:, check.tokens], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(check.fresh_values, fresh.values[0][:, check.tokens], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(check.fresh_values, check.stored_values, atol=1e-4)
