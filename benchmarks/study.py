@@ -22,6 +22,7 @@ from time import monotonic
 from typing import Any
 
 from ragkv.evaluation.statistics import Estimate, Resampling, difference
+from ragkv.evaluation.summary import documents_of
 
 #: Sets, the first to be asked first: what their file's name begins with, and how they are asked. Where every document is one
 #: chunk, one context is both.
@@ -110,7 +111,7 @@ def summed(folder: Path) -> dict[str, Any]:
     for row in rows:
         by_arm[row["arm"]][row["case"]] = row
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    resampling = Resampling(cases, seed=0)
+    resampling = Resampling(cases, seed=0, documents=documents_of(rows))
 
     def values(arm: str, metric: str) -> dict[str, list[float]]:
         return {case: [row[metric]] for case, row in by_arm[arm].items() if metric in row}

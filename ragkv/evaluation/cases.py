@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
 
 from ragkv.chunk import digest
 from ragkv.evaluation.errors import EvaluationError
@@ -64,6 +65,11 @@ class Case:
         return tuple((document, chunk) for document in documents for chunk in range(len(self.documents[document])))
 
     @property
+    def about(self) -> tuple[object, ...]:
+        """The document that it is answered from, the first of several; where the data does not say, all of its documents."""
+        return self.documents[self.gold[0][0]] if self.gold else self.documents
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal cases."""
         return digest(repr(self)).hex()[:16]
@@ -105,6 +111,25 @@ def narrowed(case: Case, places: Sequence[Place]) -> Case:
 def everything(documents: Iterable[Iterable[str]]) -> tuple[Place, ...]:
     """All chunks of all documents, in order."""
     return tuple((number, chunk) for number, parts in enumerate(documents) for chunk, _ in enumerate(parts))
+
+
+def in_turns(cases: Iterable[Case]) -> list[Case]:
+    """Cases that are answered from the same document in turns with those of others, and so within it those of the same chunk.
+
+    Data sets list all questions of a document one after the other: the first few would be about a document or two, and tell
+    less than as many questions of as many documents.
+
+    Returns:
+        All cases. Where no two share a document, in the same order.
+    """
+    documents: dict[tuple[object, ...], dict[tuple[Place, ...], list[Case]]] = {}
+    for case in cases:
+        documents.setdefault(case.about, {}).setdefault(case.gold[:1], []).append(case)
+    return _turns(_turns(chunks.values()) for chunks in documents.values())
+
+
+def _turns(groups: Iterable[Iterable[Case]]) -> list[Case]:
+    return [case for case in chain.from_iterable(zip_longest(*groups)) if case is not None]
 
 
 def usable(cases: Iterable[Case]) -> tuple[list[Case], Counter[str]]:

@@ -48,7 +48,13 @@ class Group:
         self.order: int = order
         self.reading: CaseChunks = reading
         self.charged: dict[str, float] = dict(charged or {})
-        self._about: Row = {"case": case.id, "fingerprint": case.fingerprint, "kind": case.kind, "order": order}
+        self._about: Row = {
+            "case": case.id,
+            "fingerprint": case.fingerprint,
+            "document": digest(repr(case.about)).hex()[:16],
+            "kind": case.kind,
+            "order": order,
+        }
         self._fused: dict[_Key, tuple[FusedPrompt, float]] = {}
         self._known: dict[_Key, Outcome] = {}
 

@@ -22,17 +22,21 @@ class Estimate(NamedTuple):
 class Resampling:
     """Draws of cases with replacement, the same for every arm, so that differences are paired.
 
-    Rows of one case (its orders of chunks) are drawn together: they are no independent cases.
+    What is not independent is drawn together: rows of one case (its orders of chunks), and cases about one document.
 
     Args:
         cases: ids of all cases.
         seed: of the draws.
+        documents: by case, what names the document that it is about; a case that is not there has one of its own.
     """
 
-    def __init__(self, cases: Sequence[str], seed: int):
-        self._index = {case: number for number, case in enumerate(cases)}
-        even = np.full(len(cases), 1 / max(1, len(cases)))
-        self._weights = np.random.default_rng(seed).multinomial(len(cases), even, size=RESAMPLES)  # [R, cases]
+    def __init__(self, cases: Sequence[str], seed: int, documents: Mapping[str, str] | None = None):
+        about = [(documents or {}).get(case, case) for case in cases]
+        numbers = {document: number for number, document in enumerate(dict.fromkeys(about))}
+        self._index = {case: numbers[document] for case, document in zip(cases, about, strict=True)}
+        self._size = len(numbers)
+        even = np.full(self._size, 1 / max(1, self._size))
+        self._weights = np.random.default_rng(seed).multinomial(self._size, even, size=RESAMPLES)  # [R, documents]
 
     def estimate(self, values: Mapping[str, Sequence[float]]) -> Estimate | None:
         """The mean over all rows, and its interval; ``None`` where there are none.
@@ -40,15 +44,16 @@ class Resampling:
         Args:
             values: the rows of each case.
         """
-        sums, counts = np.zeros(len(self._index)), np.zeros(len(self._index))
+        sums, counts = np.zeros(self._size), np.zeros(self._size)
         for case, rows in values.items():
-            sums[self._index[case]], counts[self._index[case]] = sum(rows), len(rows)
+            sums[self._index[case]] += sum(rows)
+            counts[self._index[case]] += len(rows)
         if not counts.any():
             return None
         drawn = self._weights @ counts
         means = (self._weights @ sums)[drawn > 0] / drawn[drawn > 0]
         low, high = np.quantile(means, [0.025, 0.975])
-        return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), int(np.count_nonzero(counts)))
+        return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), sum(map(bool, values.values())))
 
 
 def difference(arm: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

@@ -106,7 +106,7 @@ def summarise(
     """
     ids, ordered = set(cases), sorted(rows, key=lambda row: row["order"])
     known = [row for row in ordered if row["arm"] in arms and row["case"] in ids]
-    resampling, slices = Resampling(cases, seed), _slices(known)
+    resampling, slices = Resampling(cases, seed, documents_of(known)), _slices(known)
 
     def scored(arm: str) -> dict[str, list[Row]]:
         rows = [row for row in known if row["arm"] == arm and "refused" not in row]
@@ -130,6 +130,11 @@ def summarise(
         )
     counts = {name: len({row["case"] for row in known if wanted(row)}) for name, wanted in slices.items()}
     return {"slices": counts, "arms": found}
+
+
+def documents_of(rows: Iterable[Row]) -> dict[str, str]:
+    """By case, what names the document that it is about; rows of before 2026-11-28 do not say."""
+    return {row["case"]: row["document"] for row in rows if "document" in row}
 
 
 def _slices(rows: Sequence[Row]) -> dict[str, Callable[[Row], bool]]:

@@ -152,8 +152,39 @@ def test_passages_are_retrieved_from_all_articles(tmp_path, monkeypatch):
     assert [other.text(place) for place in other.retrieved] == ["The cedar is cedar."]
     assert other.gold == ()  # it stands in a document that was not found
     assert len(read(tmp_path, *articles)[1][0].retrieved) == 5
-    articles[0]["paragraphs"][1]["qas"] = [{**asked, "id": "d", "answers": [], "is_impossible": True}]
-    assert [case.id for case in read(tmp_path, *articles, limit=2)[1]] == ["c", "d", "a"]  # searched for no more
+    articles[0]["paragraphs"][0]["qas"].insert(0, {**asked, "id": "d", "answers": [], "is_impossible": True})
+    assert [case.id for case in read(tmp_path, *articles, limit=2)[1]] == ["d", "a", "c"]  # searched for no more
+
+
+def test_the_first_questions_are_of_as_many_articles_and_paragraphs_as_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr("ragkv.evaluation.retrieving.offline_embedder", Words)
+
+    def asked(name):
+        return {"id": name, "question": "harp", "answers": [{"text": "harp"}]}
+
+    articles = [
+        {
+            "title": title,
+            "paragraphs": [
+                {"context": f"The harp {title} {p}.", "qas": [asked(f"{title}{p}{q}") for q in range(2)]}
+                for p in range(2)
+            ],
+        }
+        for title in "abc"
+    ]
+    del articles[1]["paragraphs"][1]
+    of_each = ["a00 b00 c00", "a10 b01 c10", "a01 c01", "a11 c11"]
+    assert [case.id for case in read(tmp_path, *articles)[1]] == " ".join(of_each).split()
+    assert [case.id for case in read(tmp_path, *articles, limit=3)[1]] == of_each[0].split()
+
+
+@pytest.mark.parametrize("form", ["ragkv", "HotpotQA or 2WikiMultihopQA"])
+def test_questions_of_documents_of_their_own_stay_in_the_order_of_the_file(tmp_path, form):
+    def record(number):
+        text = json.dumps(RECORDS[form]).replace("plays", f"plays {number}")
+        return json.loads(text) | {"_id" if "Hotpot" in form else "id": str(number)}
+
+    assert [case.id for case in read(tmp_path, *map(record, range(5)))[1]] == list("01234")
 
     _, (case,) = read(tmp_path, {**RECORDS["ragkv"], "question": "harp"}, top_k=1)
     assert [case.text(place) for place in case.retrieved] == ["She plays the harp."] and case.gold == ((0, 1),)

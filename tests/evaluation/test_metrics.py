@@ -80,6 +80,18 @@ def test_rows_of_one_case_are_no_independent_cases():
     assert three.n == 40
 
 
+def test_cases_of_one_document_are_no_independent_cases():
+    documents = {str(number): f"document {number // 10}" for number in range(200)}
+    rng = np.random.default_rng(0)
+    right = {document: [float(rng.random() < 0.5)] for document in documents.values()}
+    of_documents = Resampling(list(right), 1).estimate(right)
+    of_cases = Resampling(list(documents), 1, documents).estimate(
+        {case: right[about] for case, about in documents.items()}
+    )
+    assert of_cases[:3] == pytest.approx(of_documents[:3])
+    assert of_cases.n == 200
+
+
 def test_differences_are_paired():
     cases = ["a", "b", "c"]
     arm, other = {"a": [1.0, 0.0], "b": [1.0], "c": [1.0]}, {"a": [1.0, 1.0], "b": [0.0], "d": [1.0]}

@@ -32,6 +32,11 @@ def test_differences_are_drawn_together():
     assert arms["full-prefill"]["against_documents"]["all"]["em"].mean == 0.5
 
 
+def test_cases_of_one_document_are_drawn_together():
+    rows = [row(case, "a", em=float(int(case) < 10), document=str(int(case) // 10)) for case in CASES]
+    assert add_up(rows)[1]["a"]["scores"]["all"]["em"] == (0.5, 0, 1, 20)  # of two documents one is right
+
+
 def test_perplexity_is_taken_of_the_mean():
     rows = [row(case, "a", gold_nll=math.log(2) if int(case) % 2 else math.log(8)) for case in CASES]
     assert add_up(rows)[1]["a"]["scores"]["all"]["perplexity"].mean == pytest.approx(4)
