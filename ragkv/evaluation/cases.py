@@ -113,19 +113,25 @@ def everything(documents: Iterable[Iterable[str]]) -> tuple[Place, ...]:
     return tuple((number, chunk) for number, parts in enumerate(documents) for chunk, _ in enumerate(parts))
 
 
-def in_turns(cases: Iterable[Case]) -> list[Case]:
-    """Cases that are answered from the same document in turns with those of others, and so within it those of the same chunk.
+def spread(cases: Iterable[Case]) -> list[Case]:
+    """Order cases so that the first few, however many, stand for all: files list one document's or one kind's after another's.
 
-    Data sets list all questions of a document one after the other: the first few would be about a document or two, and tell
-    less than as many questions of as many documents.
+    Cases that are answered from the same document come in turns with those of others, and within it those of the same chunk.
+    Among the first few every kind has the share that it has among all.
 
     Returns:
-        All cases. Where no two share a document, in the same order.
+        All cases. Where no two share a document, those of one kind are in the same order.
     """
     documents: dict[tuple[object, ...], dict[tuple[Place, ...], list[Case]]] = {}
     for case in cases:
         documents.setdefault(case.about, {}).setdefault(case.gold[:1], []).append(case)
-    return _turns(_turns(chunks.values()) for chunks in documents.values())
+    turns = _turns(_turns(chunks.values()) for chunks in documents.values())
+    of_kind, before = Counter(case.kind for case in turns), Counter[str]()
+    shares = []
+    for case in turns:
+        shares.append((before[case.kind] + 0.5) / of_kind[case.kind])
+        before[case.kind] += 1
+    return [turns[number] for number in sorted(range(len(turns)), key=shares.__getitem__)]
 
 
 def _turns(groups: Iterable[Iterable[Case]]) -> list[Case]:

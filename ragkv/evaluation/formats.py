@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkv.evaluation import longbench
-from ragkv.evaluation.cases import Case, Place, everything, in_turns
+from ragkv.evaluation.cases import Case, Place, everything, spread
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.evaluation.metrics import language_of
 from ragkv.evaluation.retrieving import retrieve
@@ -76,7 +76,7 @@ def read_cases(
         limit: passages are retrieved for so many questions that have an answer, and what stands behind them is left out.
 
     Returns:
-        The form's name, and the cases, those of one document in turns with others (:func:`ragkv.evaluation.cases.in_turns`).
+        The form's name, and the cases, so ordered that the first few stand for all (:func:`ragkv.evaluation.cases.spread`).
 
     Raises:
         EvaluationError: the file is of no known form, or a record is not of the first one's form.
@@ -106,7 +106,7 @@ def read_cases(
                 cases.append(_case(len(cases), chunk_words, **form.parse(asked)))
         except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
-    cases = in_turns(cases)
+    cases = spread(cases)
     if top_k is None and not form.pooled:
         return form.name, cases
     return form.name, list(_first(limit, retrieve(cases, top_k or _TOP_K, pooled=form.pooled)))

@@ -178,6 +178,17 @@ def test_the_first_questions_are_of_as_many_articles_and_paragraphs_as_can_be(tm
     assert [case.id for case in read(tmp_path, *articles, limit=3)[1]] == of_each[0].split()
 
 
+def test_among_the_first_questions_every_kind_has_its_share(tmp_path):
+    text = json.dumps(RECORDS["MuSiQue"])
+    ids = [
+        f"{hops}hop__{number}" for hops, count in ((2, 6), (3, 3)) for number in range(count)
+    ]  # as in the published file
+    records = [json.loads(text.replace("plays", f"plays {i}").replace("2hop__1_2", i)) for i in ids]
+    kinds = [case.kind for case in read(tmp_path, *records)[1]]
+    assert [kinds[first : first + 3].count("3hop") for first in (0, 3, 6)] == [1, 1, 1]
+    assert [case.id for case in read(tmp_path, *records)[1] if case.kind == "2hop"] == ids[:6]
+
+
 @pytest.mark.parametrize("form", ["ragkv", "HotpotQA or 2WikiMultihopQA"])
 def test_questions_of_documents_of_their_own_stay_in_the_order_of_the_file(tmp_path, form):
     def record(number):
