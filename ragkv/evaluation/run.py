@@ -135,6 +135,7 @@ def evaluate(
         "orders": plan.orders,
         "max_new_tokens": bench.max_new_tokens,
         "cases": len(cases),
+        "documents": len({case.about for case in cases}),
         "stopped": not tokens,
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],

@@ -106,6 +106,7 @@ def test_every_arm_gate_and_condition_is_told(html, result):
     for name in ("torch", "transformers", "dtype", "seed", "command"):
         assert name in words
     assert "cases left out: no answer" in words
+    assert "2 cases about 1 document, up to 2 orders" in words
     assert "check_layer 9 of a model with 4 layers" in words
 
 
@@ -175,7 +176,7 @@ def test_the_figures_in_markdown(result):
     for table in found:
         assert len({line.count("|") for line in table}) == 1
         assert [line.split("`")[1] for line in table[2:]] == [arm["name"] for arm in ran]
-    assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases, ") and written.endswith(" |\n")
+    assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases about 1 documents, ") and written.endswith(" |\n")
 
 
 MEASURE = """<script>
