@@ -1,4 +1,4 @@
-"""Fixed shapes and CUDA graphs, on and off: time to first token by method, and a token of an answer; an 8B-shaped random Llama.
+"""Fixed shapes and CUDA graphs, on and off: time to first token by method, and a token of an answer; a random model.
 
 Chunks come from the GPU tier. What the first prompts of a length take, which run as they are and are captured, is written beside.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from bench_ttft import METHODS, QUESTION, ids_of, model_of, token_bytes
 from measure import Bench
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import ragkv
 
@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
 
 
 def _prompts(
-    bench: Bench, model: LlamaForCausalLM, tokens: int, graphs: bool, logits: dict[str, torch.Tensor], said: list[int]
+    bench: Bench, model: PreTrainedModel, tokens: int, graphs: bool, logits: dict[str, torch.Tensor], said: list[int]
 ) -> None:
     size, room = 32 if bench.tiny else 512, 3 * tokens * token_bytes(bench, model) // 2
     tier = 0 if bench.device.type == "cpu" else room

@@ -1,8 +1,8 @@
-"""(d) Time to first token of an 8B-shaped random Llama, by method and tier, beside its limit; (e) decode speed.
+"""(d) Time to first token of a random model of a known one's shape, by method and tier, beside its limit; (e) decode speed.
 
-Targets at 16K tokens, faster than full prefill: from the GPU tier Reuse 45 times, LegoLink(16) 20, SensitiveTokens(0.1) 10,
-CacheBlend(0.15) 5; from int8 in CPU memory Reuse and LegoLink(16) 14. The limit is the forward of as many tokens as the method
-computes, alone, plus the placed bytes over the copy bandwidth and, from CPU memory, over the bus.
+Targets of the 8B shape at 16K tokens, faster than full prefill: from the GPU tier Reuse 45 times, LegoLink(16) 20,
+SensitiveTokens(0.1) 10, CacheBlend(0.15) 5; from int8 in CPU memory Reuse and LegoLink(16) 14. The limit is the forward of as
+many tokens as the method computes, alone, plus the placed bytes over the copy bandwidth and, from CPU memory, over the bus.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from typing import Any
 
 import torch
 from measure import Bench
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
 
-SHAPE = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "max_position_embeddings": 65536,
+_NAMES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+#: By the name that ``--shape`` takes: what makes the model, the sizes of these names, and its vocabulary.
+SHAPES: dict[str, tuple[type[Any], type[Any], tuple[int, ...], int]] = {
+    "8b": (LlamaConfig, LlamaForCausalLM, (32, 4096, 32, 8, 14336), 128256),
+    "qwen-0.5b": (Qwen2Config, Qwen2ForCausalLM, (24, 896, 14, 2, 4864), 151936),
+    "qwen-1.5b": (Qwen2Config, Qwen2ForCausalLM, (28, 1536, 12, 2, 8960), 151936),
 }
-TINY = {**SHAPE, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-TINY |= {"intermediate_size": 96, "vocab_size": 512}
+TINY = ((2, 64, 4, 2, 96), 512)
 METHODS = {
     "Reuse": ragkv.Reuse(),
     "LegoLink(16)": ragkv.LegoLink(k=16),
@@ -51,23 +48,26 @@ def run(bench: Bench) -> None:
             gc.collect()  # its pool goes before the next one comes
 
 
-def model_of(bench: Bench) -> LlamaForCausalLM:
+def model_of(bench: Bench) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(**(TINY if bench.tiny else SHAPE))
+    make_config, make_model, sizes, words = SHAPES[bench.shape]
+    sizes, words = TINY if bench.tiny else (sizes, words)
+    config = make_config(**dict(zip(_NAMES, sizes, strict=True)), vocab_size=words, max_position_embeddings=65536)
     before = torch.get_default_dtype()
     torch.set_default_dtype(bench.dtype)
     try:
         with torch.device(bench.device):
-            model = LlamaForCausalLM(config).eval()
+            model = make_model(config).eval()
     finally:
         torch.set_default_dtype(before)
     return model
 
 
-def token_bytes(bench: Bench, model: LlamaForCausalLM) -> int:
+def token_bytes(bench: Bench, model: PreTrainedModel) -> int:
     """What the keys and values of one token take."""
     config = model.config
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bench.dtype.itemsize
+    size = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * bench.dtype.itemsize
 
 
 def ids_of(count: int, seed: int) -> list[int]:
@@ -75,7 +75,7 @@ def ids_of(count: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def _full(bench: Bench, model: LlamaForCausalLM, tokens: int) -> float:
+def _full(bench: Bench, model: PreTrainedModel, tokens: int) -> float:
     """Median seconds of the model's own prefill."""
     ids = torch.tensor([ids_of(tokens + QUESTION, 0)], device=bench.device)
     seconds = bench.wall(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
@@ -83,7 +83,7 @@ def _full(bench: Bench, model: LlamaForCausalLM, tokens: int) -> float:
     return statistics.median(seconds)
 
 
-def _methods(bench: Bench, model: LlamaForCausalLM, tokens: int, tier: str, full: float) -> None:
+def _methods(bench: Bench, model: PreTrainedModel, tokens: int, tier: str, full: float) -> None:
     size = 32 if bench.tiny else 512
     room = 3 * tokens * token_bytes(bench, model) // 2
     store = ragkv.TieredStore(
@@ -135,7 +135,7 @@ def _stages(bench: Bench, call: Callable[[], ragkv.FusedPrompt]) -> tuple[ragkv.
 
 
 @torch.no_grad()
-def _limit(bench: Bench, model: LlamaForCausalLM, prompt: ragkv.FusedPrompt, tier: str) -> float:
+def _limit(bench: Bench, model: PreTrainedModel, prompt: ragkv.FusedPrompt, tier: str) -> float:
     """Seconds that the method's own work takes at least: its tokens' forward, and the placed bytes read, written, and brought."""
     fresh = prompt.report.fresh_by_layer
     count = max(1, round(sum(fresh) / len(fresh)) + prompt.report.suffix_tokens)
@@ -149,7 +149,7 @@ def _limit(bench: Bench, model: LlamaForCausalLM, prompt: ragkv.FusedPrompt, tie
 
 
 @torch.no_grad()
-def _decode(bench: Bench, model: LlamaForCausalLM, prompt: ragkv.FusedPrompt, tokens: int, tier: str) -> None:
+def _decode(bench: Bench, model: PreTrainedModel, prompt: ragkv.FusedPrompt, tokens: int, tier: str) -> None:
     """(e) tokens per second over the fused cache, and over transformers' own."""
     cache: Any = prompt.past_key_values
     plain = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])

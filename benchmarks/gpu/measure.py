@@ -30,6 +30,7 @@ class Bench:
         rounds: measurements of each kind; medians are compared, all are written.
         path: raw rows, one JSON object a line.
         tokens: lengths of prompts to measure, instead of each benchmark's own.
+        shape: of the model, where one runs (:data:`bench_ttft.SHAPES`).
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class Bench:
     rounds: int
     path: Path | None
     tokens: tuple[int, ...] = ()
+    shape: str = "8b"
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -155,6 +157,7 @@ class Bench:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
             "tiny": self.tiny,
+            "shape": self.shape,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -3,6 +3,7 @@
 python benchmarks/gpu/run.py                    # memory, attention and ttft, on the first GPU
 python benchmarks/gpu/run.py attention --tokens 16384 --rounds 20
 python benchmarks/gpu/run.py graphs             # fixed shapes as CUDA graphs, on and off
+python benchmarks/gpu/run.py ttft graphs --shape qwen-0.5b
 python benchmarks/gpu/run.py tiles              # which tile sizes are fastest
 python benchmarks/gpu/run.py --tiny             # on a CPU: shows only that the programs run
 """
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=(), help="lengths of prompts, instead of each part's own"
     )
+    parser.add_argument("--shape", default="8b", help="of the model of ttft and graphs: 8b, qwen-0.5b or qwen-1.5b")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
         "--out", type=Path, help="file of raw rows; benchmarks/results/gpu-DATE-DEVICE.jsonl by default"
@@ -39,10 +41,14 @@ def main() -> int:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join((*PARTS, *MORE))}")
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no GPU that torch can use; --tiny shows on a CPU that the programs run")
+    from bench_ttft import SHAPES
     from measure import Bench
 
+    if args.shape not in SHAPES:
+        parser.error(f"no shape {args.shape}: there are {', '.join(SHAPES)}")
+
     device = torch.device("cpu" if args.tiny else "cuda")
-    bench = Bench(device, args.tiny, 2 if args.tiny else args.rounds, args.out, tuple(args.tokens))
+    bench = Bench(device, args.tiny, 2 if args.tiny else args.rounds, args.out, tuple(args.tokens), args.shape)
     if args.out is None and not args.tiny:
         name = torch.cuda.get_device_name(device).replace(" ", "-")
         bench.path = Path(__file__).parents[1] / "results" / f"gpu-{date.today().isoformat()}-{name}.jsonl"
