@@ -116,8 +116,9 @@ def everything(documents: Iterable[Iterable[str]]) -> tuple[Place, ...]:
 def spread(cases: Iterable[Case]) -> list[Case]:
     """Order cases so that the first few, however many, stand for all: files list one document's or one kind's after another's.
 
-    Cases that are answered from the same document come in turns with those of others, and within it those of the same chunk.
-    Among the first few every kind has the share that it has among all.
+    Cases that are answered from the same document come in turns with those of others, and within it those of the same chunk, one
+    document beginning with its first chunk, the next with its second. Among the first few every kind has the share that it has
+    among all.
 
     Returns:
         All cases. Where no two share a document, those of one kind are in the same order.
@@ -125,13 +126,18 @@ def spread(cases: Iterable[Case]) -> list[Case]:
     documents: dict[tuple[object, ...], dict[tuple[Place, ...], list[Case]]] = {}
     for case in cases:
         documents.setdefault(case.about, {}).setdefault(case.gold[:1], []).append(case)
-    turns = _turns(_turns(chunks.values()) for chunks in documents.values())
+    turns = _turns(_turns(_from(number, [*chunks.values()])) for number, chunks in enumerate(documents.values()))
     of_kind, before = Counter(case.kind for case in turns), Counter[str]()
     shares = []
     for case in turns:
         shares.append((before[case.kind] + 0.5) / of_kind[case.kind])
         before[case.kind] += 1
     return [turns[number] for number in sorted(range(len(turns)), key=shares.__getitem__)]
+
+
+def _from(number: int, groups: list[list[Case]]) -> list[list[Case]]:
+    first = number % len(groups)
+    return groups[first:] + groups[:first]
 
 
 def _turns(groups: Iterable[Iterable[Case]]) -> list[Case]:

@@ -172,8 +172,8 @@ def test_the_first_questions_are_of_as_many_articles_and_paragraphs_as_can_be(tm
         }
         for title in "abc"
     ]
-    del articles[1]["paragraphs"][1]
-    of_each = ["a00 b00 c00", "a10 b01 c10", "a01 c01", "a11 c11"]
+    del articles[2]["paragraphs"][1]["qas"][1]
+    of_each = ["a00 b10 c00", "a10 b00 c10", "a01 b11 c01", "a11 b01"]
     assert [case.id for case in read(tmp_path, *articles)[1]] == " ".join(of_each).split()
     assert [case.id for case in read(tmp_path, *articles, limit=3)[1]] == of_each[0].split()
 
