@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from math import inf
 from time import perf_counter
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,8 +23,9 @@ from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.plan import Plan, plan
 from ragkv.fusion.timing import Timer, clock
-from ragkv.fusion.view import Selection, Variant, View
+from ragkv.fusion.view import Selection, Variant
 from ragkv.kernels import implementation
+from ragkv.kernels.upload import sent
 from ragkv.lazy import lazy
 from ragkv.library.attention import Seen
 from ragkv.library.documents import Documents
@@ -69,9 +72,9 @@ def fuse(
         one = _Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
         layout, steps = one.paths.layout, one.reader.steps
         stack.enter_context(steps.driving(one.cache))
-        decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
+        decoder, timer, layers = one.decoder, one.timer, one.layers
         with timer.stage("select"):
-            selection = Selection.of(method.select(View(layout, layers, one)), method)
+            selection = Selection.of(method.select(one), method)
             layout = one.take(selection.variants)
             work = plan(selection, layout, layers)
         if work.first_stored < layers:
@@ -156,7 +159,7 @@ class _Fusing(Looking, Places):
         self._measured, self._attended = Measured.by(method), method.needs_attended
         self._begin = begin
         keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
-        Places.__init__(self, documents, self._layout, keys, method.looks)
+        Places.__init__(self, documents, self.paths.layout, keys, method.looks, len(self.decoder.layers))
         self._asking, self._spared = Asking(), frozenset[int]()
 
     @property
@@ -169,7 +172,7 @@ class _Fusing(Looking, Places):
         """The prompt's chunks, open in the store; those that are missing are read now."""
         stored = [
             (number, placed.chunk, key)
-            for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True))
+            for number, (placed, key) in enumerate(zip(self.layout.chunks, self._keys, strict=True))
             if not (placed.path and placed.exact)
         ]
         chunks = {key: chunk for number, chunk, key in stored if number not in self._spared}
@@ -184,7 +187,7 @@ class _Fusing(Looking, Places):
                 self._documents.keep(self.reader, items, chunks)
         fresh = {item.key: item.kv for item in items}
         keys = {chunk: key for _, chunk, key in stored}
-        parts = self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer
+        parts = self.decoder, self.cache, self.layout, batch, keys, fresh, self.timer
         return Placement(*parts, paths=known, front=self._open(known))
 
     def _open(self, paths: dict[bytes, ChunkKV]) -> ChunkKV | None:
@@ -192,7 +195,7 @@ class _Fusing(Looking, Places):
 
         Where one known piece is all of it, that is returned, to be placed with the chunks.
         """
-        layout = self._layout
+        layout = self.layout
         at, front = layout.held, None
         if not layout.held:
             with self.timer.stage("place"):
@@ -212,25 +215,28 @@ class _Fusing(Looking, Places):
             at = stop
         return None
 
+    @property
     def elapsed_s(self) -> float:
-        """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
+        """See :class:`~ragkv.View`."""
         return perf_counter() - self._begin
 
-    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
-        """See :meth:`ragkv.fusion.view.Looks.open`.
+    def open(
+        self, without: frozenset[int], limit_s: float = inf, levels: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        """See :class:`~ragkv.View`.
 
         All are opened where the method looks at them all, and where what a path settles is never computed.
         """
-        if self.opened or not self.lossy():
-            return without
+        self.spared = without
+        if self.opened or not self.lossy:
+            return
         at = {key: levels[number] for number, key in enumerate(self._keys) if number in levels}
         self._asking = Asking(limit_s, levels=at)
         self._spared = without
         self.placement.spare(without)
         late = {number for number, key in enumerate(self._keys) if key in self._asking.late} - without
         self.placement.spare(late, "late")
-        self._spared |= late
-        return self._spared
+        self.spared = self._spared = without | late
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[Rows], object]]:
@@ -239,28 +245,36 @@ class _Fusing(Looking, Places):
         with nullcontext() if meeting is None else meeting.seat(self.reader.steps, last=False) as seat:
             yield lambda rows: self.reader.forward(rows, seat)
 
-    def sensitivity(self) -> list[Tensor | None]:
-        """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
+    @lazy
+    def sensitivity(self) -> Tensor:
+        """See :class:`~ragkv.View`."""
         batch, fresh = self.placement.batch, self.placement.fresh
         known: dict[bytes, Tensor | None] = dict(zip(batch.keys, batch.sensitivities, strict=True))
         known |= {key: kv.sensitivity for key, kv in fresh.items()}
-        chunks = zip(self._layout.chunks, self._keys, strict=True)
+        chunks = zip(self.layout.chunks, self._keys, strict=True)
         # What is exact under its path is sensitive to nothing; what is computed anyway need not be known.
-        return [
+        found = [
             torch.zeros(len(placed.chunk), dtype=torch.float32, device="cpu")
             if (placed.path and placed.exact) or number in self._spared
             else known[key]
             for number, (placed, key) in enumerate(chunks)
         ]
+        measured = [part for part in found if part is not None]
+        if len(measured) < len(found):
+            raise MethodError(
+                "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
+            )
+        return sent(torch.cat([*measured, torch.empty(0, dtype=torch.float32, device="cpu")]), self.layout.ids.device)
 
+    @lazy
     def variants(self) -> list[list[Variant]]:
-        """See :meth:`ragkv.fusion.view.Looks.variants`."""
+        """See :class:`~ragkv.View`."""
         batch, fresh, paths = self.placement.batch, self.placement.fresh, self._documents.paths
         known: dict[bytes, Attended | None] = dict(zip(batch.keys, batch.attended, strict=True))
         known |= {key: kv.attended for key, kv in fresh.items()}
         kept = [] if paths is None else paths.variants(self._documents, self.reader, self.paths)
         found = list[list[Variant]]()
-        for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True)):
+        for number, (placed, key) in enumerate(zip(self.layout.chunks, self._keys, strict=True)):
             exact = (placed.path and placed.exact) or number in self._spared
             own = Attended.nothing(len(placed.chunk)) if exact else known[key]
             if own is None:
@@ -276,13 +290,13 @@ class _Fusing(Looking, Places):
         if paths is not None and variants:
             self.paths = paths.take(self.paths, variants, self._stack)
         if len(self.paths.batches) > opened:
-            self._layout = self.paths.layout
-            self.placement.take(self._layout, self.paths.kv(opened))
-        return self._layout
+            self.layout = self.paths.layout
+            self.placement.take(self.layout, self.paths.kv(opened))
+        return self.layout
 
     def seen(self, work: Plan) -> Seen | None:
         """Takes what is attended to, where that is kept, or asked for at the checks."""
-        layout = self._layout
+        layout = self.layout
         kept = bool(self.paths.chunks) and len(work.rows) > layout.tokens - layout.suffix_start
         if not self._attended or not (kept or work.checks):
             return None
@@ -294,7 +308,7 @@ class _Fusing(Looking, Places):
 
         Not on an accelerator, where layers are placed one by one while the model computes; and not where others wait for this one.
         """
-        layout = self._layout
+        layout = self.layout
         if work.first_stored == len(self.decoder.layers) or work.context is not None or not layout.ascending:
             return None
         if self._documents.paths is not None or self.placement.by_layer:
@@ -302,8 +316,9 @@ class _Fusing(Looking, Places):
         arriving = Arriving(self.placement, self.timer)
         return Course(layout, work.rows, arriving, rates) if arriving.away() else None
 
+    @lazy
     def check_layer(self) -> int:
-        """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
+        """See :class:`~ragkv.View`."""
         return self.reader.check_layer
 
     def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:

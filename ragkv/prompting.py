@@ -159,7 +159,7 @@ class Prompting:
         needs = copies * token_bytes * (layout.tokens + plan.room_tokens)
 
         def stored() -> int:
-            tiers = Places(documents, layout, [documents.key(placed.chunk) for placed in layout.chunks]).tiers()
+            tiers = Places(documents, layout, [documents.key(placed.chunk) for placed in layout.chunks]).tiers
             held = sum(len(placed.chunk) for placed, tier in zip(layout.chunks, tiers, strict=True) if tier is not None)
             return held + (0 if layout.held else layout.opening)
 

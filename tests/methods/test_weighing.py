@@ -178,7 +178,7 @@ def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, re
     if repair == SensitiveTokens(0.3):
         assert len(computed & set(range(126, 249))) == round(0.3 * 123), "its share is of what is loaded"
     monkeypatch.setattr(Placement, "spare", lambda *_: None)
-    monkeypatch.setattr("ragkv.fuse._Fusing.open", lambda self, without, *_: without)
+    monkeypatch.setattr("ragkv.fuse._Fusing.open", lambda self, without, *_: setattr(self, "spared", without))
     loaded = engine.fuse(chunks, QUESTION, method=method)
     assert loaded.report.bytes_read > 0
     assert torch.equal(loaded.recomputed, prompt.recomputed) and torch.equal(loaded.logits, prompt.logits)
