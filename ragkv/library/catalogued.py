@@ -45,9 +45,7 @@ class Prepared:
         source: what it is called.
         passages: its texts in order.
         metadata: what was given with it.
-        spans: where the passages stand in its text.
-        origin: digest of its text, and of how it was cut.
-        pages, headings, file: see :class:`~ragkv.retrieval.Document`.
+        facts: ``spans``, ``origin``, ``pages``, ``headings`` and ``file``, see :class:`~ragkv.retrieval.Document`.
         document: as the model reads it.
         kind: ``"added"``, ``"changed"`` or ``"unchanged"``: what adding it will be.
     """
@@ -55,13 +53,9 @@ class Prepared:
     source: str
     passages: list[str]
     metadata: dict[str, Any] | None
-    spans: Sequence[tuple[int, int]]
-    origin: str
-    pages: Sequence[int]
-    headings: Sequence[str]
+    facts: dict[str, Any]
     document: ChunkedDocument
     kind: str
-    file: str = ""
 
 
 class CataloguedDocuments:
@@ -105,8 +99,8 @@ class CataloguedDocuments:
         if listed is None or listed.file != file:
             return None
         document = document or self._documents.cut(texts, listed.id, any_length=True)
-        where = listed.spans, listed.origin, listed.pages, listed.headings
-        return Prepared(source, texts, listed.metadata, *where, document, "unchanged", file)
+        facts = {name: getattr(listed, name) for name in ("spans", "origin", "pages", "headings", "file")}
+        return Prepared(source, texts, listed.metadata, facts, document, "unchanged")
 
     def prepare(self, given: Given, chunker: TokenChunker) -> Prepared:
         """What adding a document takes. Nothing is read or stored.
@@ -125,16 +119,18 @@ class CataloguedDocuments:
         cut = listed is not None and listed.origin == origin
         spans = listed.spans if listed is not None and cut else chunker.spans(text)
         passages = cut_text(source, text, spans)
-        document = before if before is not None and old == passages else None
-        document = (
-            self._documents.cut(passages, source_id(source, self._documents.namespace), any_length=cut)
-            if document is None
-            else document
-        )
+        document = before if old == passages else None
+        if document is None:
+            document = self._documents.cut(passages, source_id(source, self._documents.namespace), any_length=cut)
+        facts = {
+            "spans": spans,
+            "origin": origin,
+            "pages": [outline.page(start) or 1 for start, _ in spans] if outline.pages else [],
+            "headings": [outline.heading(start) for start, _ in spans] if outline.sections else [],
+            "file": file,
+        }
         kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
-        pages = [outline.page(start) or 1 for start, _ in spans] if outline.pages else []
-        headings = [outline.heading(start) for start, _ in spans] if outline.sections else []
-        return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind, file)
+        return Prepared(source, passages, metadata, facts, document, kind)
 
     def put(self, prepared: Prepared, repair_tokens: int | None, read: bool = True) -> tuple[Change, int]:
         """Add a document, or replace the one of the same source, and read what the store lacks of it.
@@ -159,9 +155,7 @@ class CataloguedDocuments:
             plan = plan_repair(documents, list(before), document, repair_tokens)
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if plan is None else plan.document)
-        more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
-        more |= {"pages": prepared.pages, "headings": prepared.headings, "file": prepared.file}
-        more["namespace"] = documents.namespace
+        more = {**prepared.facts, "reading": reading, "namespace": documents.namespace}
         change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:

@@ -30,6 +30,7 @@ from ragkv.model.turns import look
 _PATIENCE = 0.25
 # Rows of prompts in a step, besides those of answers: more cost what they cost alone, and everybody waits for them.
 _STEP_TOKENS = 512
+_CHANGED = "the model's weights, adapter or attention have changed while it was in use: ask again"
 
 
 @dataclass(eq=False)
@@ -193,6 +194,18 @@ class Steps:
                 self.graphs.leave(cache)
 
     @contextmanager
+    def turn_of(self, fingerprint: str) -> Iterator[None]:
+        """The model for this thread alone, as it was when it had this fingerprint.
+
+        Raises:
+            ModelChangedError: it has another one now.
+        """
+        with self.turn() as found:
+            if found != fingerprint:
+                raise ModelChangedError(_CHANGED)
+            yield
+
+    @contextmanager
     def seat(self) -> Iterator[Seat]:
         """A block in which an answer is decoded: others wait a moment for its next row, so that they go on together."""
         seat = Seat(perf_counter())
@@ -249,9 +262,7 @@ class Steps:
     def _forward(self, batch: list[_Asked], found: str) -> None:
         for one in batch:
             if one.fingerprint != found:
-                one.error = ModelChangedError(
-                    "the model's weights, adapter or attention have changed while it was in use: ask again"
-                )
+                one.error = ModelChangedError(_CHANGED)
         good = [one for one in batch if one.error is None]
         if len(good) == 1:
             good[0].logits = self.forward(good[0].rows)
