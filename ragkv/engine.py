@@ -193,11 +193,11 @@ class Engine(Adding):
         """
         self.closing.set()
         self.prompting.wait()
-        if self.gate is not None:
-            self.gate.close()
-        if self.paths is not None:
-            self.paths.close()
-        self.store.close()
+        with ExitStack() as rest:  # whatever of it fails, the others are closed
+            rest.callback(self.store.close)
+            for held in (self.paths, self.gate):
+                if held is not None:
+                    rest.callback(held.close)
 
     def __enter__(self) -> Self:
         return self

@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
         if before is not None:
             tell(before, added, rag.engine.documents.setting)
             summary["precomputed"] = asdict(before)
-    for skipped in added.skipped:
-        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    show.skipped(added.skipped)
     if args.json:
         show.as_json({"path": str(path), **summary})
     else:
@@ -49,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, path: Path) -> int:
     with open_unwritten(path, **options_of(args)) as rag, reading(args) as bar:
         planned = rag.plan_files(args.paths, encoding=args.encoding, progress=bar)
-    for skipped in planned.skipped:
-        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    show.skipped(planned.skipped)
     if args.json:
         show.as_json({"path": str(path), "dry_run": True, **asdict(planned)})
     else:

@@ -13,10 +13,11 @@ from typing import Any
 
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, MissingPackageError, half_a_pair, listable
-from ragkv.library.catalogued import CataloguedDocuments, Given, Prepared
+from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Planned, Synced
+from ragkv.library.preparing import Given, prepare, unchanged
 from ragkv.library.rates import reading_s
 from ragkv.library.refreshing import Due, bring_up, due
 from ragkv.library.sizes import check_room, codec_bytes
@@ -227,7 +228,7 @@ class Intake:
             if half_a_pair(source):
                 raise DocumentError("its name, or that of a folder that it is in, is not valid Unicode: rename it")
             file = digest(fingerprint(Path(path), data, encoding), self.chunker.settings).hex()
-            known = self._catalogued.unchanged(source, file)
+            known = unchanged(self._catalogued, source, file)
             if known is not None:
                 return known
             text, outline = text_of(Path(path), data, converter, encoding)
@@ -254,7 +255,7 @@ class Intake:
                 try:
                     prepared = item
                     if not isinstance(prepared, Prepared):
-                        prepared = self._catalogued.prepare(prepared, chunker or self.chunker)
+                        prepared = prepare(self._catalogued, prepared, chunker or self.chunker)
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))

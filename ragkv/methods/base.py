@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -74,6 +76,16 @@ def check_share(method: Method, name: str, share: float) -> None:
     """
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share!r}")
+
+
+def check_number(method: Method, name: str, value: int, least: int, why: str = "") -> None:
+    """Refuse a whole number that is none, or too small.
+
+    Raises:
+        MethodError: it is; ``why`` says what it counts.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < least:
+        raise MethodError(f"{type(method).__name__}: {name} must be >= {least}{why}, got {value!r}")
 
 
 def highest_of(scores: Tensor, chunks: Mapping[int, Placed], ratio: float, layout: Layout) -> Selection:

@@ -159,7 +159,7 @@ class Narrowing(LegoLink):
 )
 def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, repair, by_layer):
     """Chunks in memory are taken, those on a slow disk computed whole: what comes out is as if they had been loaded too."""
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=by_layer))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=by_layer))
     chunks = chunks_of(engine)
     chunks.append(chunks[1])
     first = [engine.documents.key(chunk) for chunk in chunks[3:6]]
@@ -178,7 +178,7 @@ def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, re
     if repair == SensitiveTokens(0.3):
         assert len(computed & set(range(126, 249))) == round(0.3 * 123), "its share is of what is loaded"
     monkeypatch.setattr(Placement, "spare", lambda *_: None)
-    monkeypatch.setattr("ragkv.fuse._Fusing.open", lambda self, without, *_: setattr(self, "spared", without))
+    monkeypatch.setattr("ragkv.fusing.Fusing.open", lambda self, without, *_: setattr(self, "spared", without))
     loaded = engine.fuse(chunks, QUESTION, method=method)
     assert loaded.report.bytes_read > 0
     assert torch.equal(loaded.recomputed, prompt.recomputed) and torch.equal(loaded.logits, prompt.logits)
@@ -203,7 +203,7 @@ class Looks(Reuse):
 
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_chunk_that_was_looked_at_was_loaded(engine, monkeypatch, by_layer):
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=by_layer))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=by_layer))
     assert engine.fuse(chunks_of(engine)[::-1], QUESTION, method=Looks()).report.sources == ["disk"] * 9
 
 
