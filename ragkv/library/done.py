@@ -8,33 +8,12 @@ from ragkv.retrieval import Change, SkippedFile
 
 
 @dataclass
-class Added:
-    """What adding documents did.
-
-    Attributes:
-        changes: what changed in the catalogue, a document each, in the order given.
-        skipped: files that could not be read, with the reason.
-        hidden: how many hidden files and folders were passed over in folders.
-        moved: documents that are called otherwise now, because their file was moved: by the new source, what they were called.
-        tokens_read: tokens that the model had to read; 0 where everything was known.
-        kv_bytes: what the KV of these documents take now, by tier.
-    """
-
-    changes: list[Change] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
-    hidden: int = 0
-    tokens_read: int = 0
-    kv_bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
 class Files:
-    """Files by what becomes of them.
+    """Documents by what becomes of them.
 
     Attributes:
-        added, changed, unchanged: sources of the files that are there.
-        moved: by the new source, what the document was called before.
+        added, changed, unchanged: sources of those that are there.
+        moved: by the new source, what the document was called before, where its file was moved.
         skipped: files that cannot be read, with the reason; documents of theirs stay as they are.
         hidden: how many hidden files and folders are passed over.
     """
@@ -45,6 +24,21 @@ class Files:
     moved: dict[str, str] = field(default_factory=dict)
     skipped: list[SkippedFile] = field(default_factory=list)
     hidden: int = 0
+
+
+@dataclass
+class Added(Files):
+    """What adding documents did; and as :class:`Files`, of texts too.
+
+    Attributes:
+        changes: what changed in the catalogue, a document each, in the order given.
+        tokens_read: tokens that the model had to read; 0 where everything was known.
+        kv_bytes: what the KV of these documents take now, by tier.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    tokens_read: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

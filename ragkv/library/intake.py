@@ -277,7 +277,7 @@ class Intake:
 
     def _done(self, plan: _Plan, tell: Tell | None) -> Added:
         """The plan carried out."""
-        added, done, total = Added(skipped=plan.skipped, hidden=plan.hidden, moved=plan.moved), 0, plan.tokens
+        added, done, total = Added(**plan.files()), 0, plan.tokens
         size = check_room(self._documents, plan.stored_tokens)
         if self.defaults and plan.documents:  # before reading, which may take hours and be cut short
             self._catalogue.keep_defaults(self.defaults)

@@ -67,10 +67,8 @@ class Reader:
         self._foreign_ids = tuple(foreign)[:room]
         self.foreign: str = digest(self._foreign_ids).hex()[:16]
         self._openings: dict[tuple[int, ...], ChunkKV | None] = {}
-        self._facts, self._model = (
-            facts,
-            None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels),
-        )
+        self._facts = facts
+        self._model = None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels)
         self.anchor: ChunkKV | None = self._kept(self.anchor_ids, "anchor")
 
     def turn(self) -> AbstractContextManager[None]:

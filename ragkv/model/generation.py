@@ -137,9 +137,8 @@ class Settings:
             raise ArgumentError(
                 "streamer: beam search knows its tokens only at the end: leave out streamer, or num_beams"
             )
-        self._resolve(
-            torch.zeros(1, 1, dtype=torch.long, device="cpu"), 1
-        )  # whatever transformers refuses, before the prompt is paid for
+        # Whatever transformers refuses, before the prompt is paid for.
+        self._resolve(torch.zeros(1, 1, dtype=torch.long, device="cpu"), 1)
 
     def asked(self, prompt_tokens: int) -> int | None:
         """Tokens to generate behind a prompt, where the call says how many.

@@ -296,9 +296,8 @@ class Steps:
         return max(thinking) + self._patience if thinking else 0.0
 
     def _others(self, mine: Seat | None) -> list[Seat]:
-        return [
-            seat for seat in list(self._seats) if seat is not mine
-        ]  # an answer that is garbage leaves its seat anywhere
+        # An answer that is garbage leaves its seat anywhere.
+        return [seat for seat in list(self._seats) if seat is not mine]
 
     def _fitting(self) -> list[_Asked]:
         """Of what waits: each answer's next row, and as many rows of prompts as a step may have; one prompt's in any case."""
