@@ -96,6 +96,10 @@ def test_numbers_are_numbers(tmp_path):
     refused(RAG.open, 3, match="path must be the path of a folder")
 
 
+def test_a_chunker_is_one(rag):
+    refused(setattr, rag, "chunker", 96, match=r"chunker must be a ragkv\.retrieval\.TokenChunker, got 96")
+
+
 @pytest.mark.parametrize("name", ["fuse", "generate", "stream"])
 def test_a_question_is_one_text(model, name):
     engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())

@@ -25,13 +25,13 @@ from ragkv import (
     TieredStore,
     Union,
 )
+from ragkv.fusing import to_load
 from ragkv.fusion.arriving import Arriving
 from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.methods.base import Method
 from ragkv.model.turns import looking
-from ragkv.places import to_load
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model

@@ -8,10 +8,10 @@ import torch
 from ragkv import Auto, CacheBlend, Engine, PromptTemplate, SensitiveTokens, TieredStore, gate
 from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError
+from ragkv.fusing import to_load
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.view import View
 from ragkv.methods.weighing import weighed
-from ragkv.places import to_load
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.rates import LevelRate
 from ragkv.store.remote.levels import LEVELS
