@@ -45,19 +45,21 @@ class Places(View):
         layout: the prompt.
         keys: of its chunks' KV.
         looks: the method that is asked looks at what is stored.
-        layers: L.
     """
 
-    def __init__(
-        self, documents: Documents, layout: Layout, keys: Sequence[bytes], looks: bool = False, layers: int = 0
-    ):
-        super().__init__(layout, layers)
+    def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes], looks: bool = False):
+        super().__init__(layout, len(documents.reader.decoder.layers))
         self._documents, self._keys, self._looks = documents, keys, looks
 
     @lazy
     def rates(self) -> Rates | None:
         """See :class:`View`."""
         return known_rates(self._documents)
+
+    @lazy
+    def check_layer(self) -> int:
+        """See :class:`View`; the first that there may be as long as nobody has run the model to find it out."""
+        return vars(self._documents.reader).get("check_layer", 1)
 
     @property
     def lossy(self) -> bool:
@@ -115,7 +117,7 @@ class Fusing(Looking, Places):
         self._measured, self._attended = Measured.by(method), method.needs_attended
         self._begin = begin
         keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
-        Places.__init__(self, documents, self.paths.layout, keys, method.looks, len(self.decoder.layers))
+        Places.__init__(self, documents, self.paths.layout, keys, method.looks)
         self._asking, self._spared = Asking(), frozenset[int]()
 
     @property

@@ -10,6 +10,7 @@ import torch
 from ragkv import (
     Auto,
     CacheBlend,
+    CacheCraft,
     Engine,
     LegoLink,
     PromptTemplate,
@@ -19,8 +20,11 @@ from ragkv import (
     TieredStore,
     Union,
 )
+from ragkv.fusing import to_load
+from ragkv.fusion.layout import lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.view import Selection
+from ragkv.library.reading import Reader
 from ragkv.library.watching import prefetched
 from ragkv.store import CostProfile, Loading, Moved, Rates
 from ragkv.testing import random_ids, tiny_model
@@ -151,6 +155,17 @@ class Narrowing(LegoLink):
 
     def narrow(self, check):
         return check.tokens[-1:]
+
+
+@pytest.mark.parametrize("repair", [CacheBlend(0.2), CacheCraft(0.3), LegoLink(4), RelevantTokens(0.2), Reuse()])
+def test_what_a_prompt_would_load_is_known_before_its_turn(engine, monkeypatch, repair):
+    """Who waits has its chunks moved to memory; which these are is reckoned without the model."""
+    monkeypatch.setattr(Reader, "changes", None)
+    chunks, prefix = chunks_of(engine), engine.encoder.prefix
+    layout = lay_out(prefix, prefix, chunks, QUESTION, torch.device("cpu"))
+    keys = [engine.documents.key(chunk) for chunk in chunks]
+    assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1e-7))) == keys
+    assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1.0))) == []
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
