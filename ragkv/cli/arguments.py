@@ -253,7 +253,7 @@ def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
 def _method() -> argparse.ArgumentParser:
     method = argparse.ArgumentParser(add_help=False)
     method.add_argument(
-        "--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: the folder's, or relevant-tokens)"
+        "--method", type=parsed(_method_in_words), help=f"{_METHOD_HELP} (default: the folder's, or relevant-tokens)"
     )
     return method
 
@@ -264,11 +264,7 @@ def _encoding(name: str) -> str | None:
     return checked_encoding(name)
 
 
-def _parsed_method(text: str) -> Method:
-    from ragkv.errors import MethodError
+def _method_in_words(text: str) -> Method:
     from ragkv.methods.words import parse_method
 
-    try:
-        return parse_method(text)
-    except MethodError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return parse_method(text)
