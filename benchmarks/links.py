@@ -167,27 +167,27 @@ class Simulated:
             self.seen = found.came / max(found.since_s, 1e-6)
 
 
-class Looks:
-    """What a view is told.
+class Linked(View):
+    """A view of a prompt all of whose chunks lie in a pool.
 
     Attributes:
         start_s: until it was known what is there, this time; else as given.
     """
 
     def __init__(self, layout: Layout, rates: Rates, tier: str, link: Link, start_s: float):
-        self._layout, self._rates, self._tier, self._link, self.start_s = layout, rates, tier, link, start_s
+        super().__init__(layout, 1)
+        self.rates, self.tiers = rates, [tier] * len(layout.chunks)
+        self._link, self.start_s = link, start_s
         self.opened, self.late = False, 0
 
+    @property
     def elapsed_s(self) -> float:
         return self._link.now
 
-    def lossy(self) -> bool:
-        return False
-
-    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
+    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> None:
         """The headers come first, and are waited for, as :class:`ragkv.store.remote.heads.Heads` does."""
         link, begin, self.opened = self._link, self._link.now, True
-        asked = {n: link.ask(HEAD_BYTES) for n in range(len(self._layout.chunks)) if n not in without}
+        asked = {n: link.ask(HEAD_BYTES) for n in range(len(self.layout.chunks)) if n not in without}
         if limit_s == math.inf and not link.trace[-1][1]:
             raise TimeoutError("the link is dead")
         until = begin + min(1.1 * self.start_s + limit_s, 1e7)
@@ -195,17 +195,11 @@ class Looks:
             link.advance(until)
         late = {number for number, each in asked.items() if not each.done}
         self.late, self.start_s = len(late), self.start_s if late else link.now - begin
-        return without | late
+        self.spared = without | late
 
-    def rates(self) -> Rates:
-        return self._rates
-
-    def tiers(self) -> list[str | None]:
-        return [self._tier] * len(self._layout.chunks)
-
-    def sensitivity(self) -> list[Tensor]:
-        draw = torch.Generator().manual_seed(0)
-        return [torch.rand(len(placed.chunk), generator=draw) for placed in self._layout.chunks]
+    @property
+    def sensitivity(self) -> Tensor:
+        return torch.rand(len(self.layout.reusable), generator=torch.Generator().manual_seed(0))
 
 
 @dataclass
@@ -233,14 +227,13 @@ def simulate(
     tiers = (
         dict(rates.tiers) if known is None else {**rates.tiers, "remote": Loading(known, token_bytes, start_s, True)}
     )
-    looks = Looks(layout, replace(rates, tiers=tiers), "remote", link, start_s)
-    view = View(layout, 1, looks)
+    view = Linked(layout, replace(rates, tiers=tiers), "remote", link, start_s)
     selection = Selection.of(method.select(view), method)
     work = plan(selection, layout, 1)
     loaded = [] if work.first_stored else [number for number in range(len(layout.chunks)) if number not in work.whole]
-    if loaded and not looks.opened:
+    if loaded and not view.opened:
         try:
-            looks.open(work.whole, math.inf, {})
+            view.open(work.whole, math.inf, {})
         except TimeoutError:
             return Ran(math.inf, selection.name, 0, None, 0.0)
     coming = Simulated(link, layout, rates, loaded, token_bytes, known)
@@ -250,7 +243,7 @@ def simulate(
             coming.spend(rates.compute_s(len(part), int(part[-1]) + 1 - len(part)))
     except TimeoutError:
         return Ran(math.inf, selection.name, 0, None, 0.0)
-    return Ran(link.now, selection.name, looks.late + coming.late, coming.seen, looks.start_s, dict(selection.reckoned))
+    return Ran(link.now, selection.name, view.late + coming.late, coming.seen, view.start_s, dict(selection.reckoned))
 
 
 def prompt(chunks: int, tokens: int, question: int = 32) -> Layout:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from ragkv.errors import ArgumentError
+from ragkv.calibration.kept import resolved
+from ragkv.errors import ArgumentError, CalibrationError
 from ragkv.library.documents import Documents
 from ragkv.library.rates import measured_rates
 from ragkv.library.sizes import codec_bytes
 from ragkv.machine import machine
 from ragkv.methods import Method
+from ragkv.methods.calibrated import Chosen
 from ragkv.store import Rates
 
 _LENGTHS = (256, 1024, 4096, 16384, 65536)
@@ -28,7 +31,7 @@ class Advice:
         rates: what was measured; :class:`~ragkv.Auto` goes by it.
         codec_bytes: that a token's KV take where they are kept, by codec; what packages are missing for is left out.
         codec: that the store uses.
-        method: by which prompts are put together.
+        method: by which prompts are put together; in the place of :class:`~ragkv.Calibrated` what was chosen.
         budget: share of the chunk tokens that it recomputes, at most: its ``ratio``, 0 where it has none.
         runs_question: the question is run over the stored chunks first, to choose what is recomputed.
         passes: how often a document is read when it is added: twice where sensitivities are measured.
@@ -137,6 +140,9 @@ def advise(documents: Documents, method: Method, limit_s: float = 10.0, again: b
     """See :meth:`ragkv.Engine.advise`."""
     if not isinstance(limit_s, int | float) or not limit_s > 0:
         raise ArgumentError(f"limit_s must be seconds above 0, got {limit_s!r}")
+    with suppress(CalibrationError):  # there is none yet
+        method = resolved(method, documents)
+    method = method.method if isinstance(method, Chosen) else method
     rates = measured_rates(documents, limit_s, again)
     decoder = documents.reader.decoder
     most = _FAR if decoder.max_positions is None else decoder.max_positions

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ragkv.detokenizer import Detokenizer, cut, stop_texts
-from ragkv.errors import CLOSED, ArgumentError, ModelChangedError, PromptError, RagKVError
+from ragkv.errors import CLOSED, ArgumentError, PromptError, RagKVError
 from ragkv.library.documents import Documents
 from ragkv.logprobs import Logprobs
 from ragkv.model.cache import FusedCache
@@ -229,7 +230,7 @@ class Answering:
         with ExitStack() as stack:
             prompt = self._prompt(self._settings.asked, begin, stack, self._settings.beams)
             fused_ms = _ms(begin)
-            with self._turn(prompt):
+            with self._steps.turn_of(prompt.fingerprint):
                 ids = beam_search(self._settings, prompt, begin)
             prompt.spoken(len(ids))
         return ids, AnswerReport(prompt.report, decode_ms=_ms(begin) - fused_ms, new_tokens=len(ids))
@@ -247,25 +248,15 @@ class Answering:
                 report.ran = rows.ran
                 return logits
 
-            graphs = steps.graphs
+            turn, graphs = partial(steps.turn_of, prompt.fingerprint), steps.graphs
             early = graphs is not None and graphs.early and not graphs.why and note is None
-            for token in decode(self._settings, prompt, begin, forward, lambda: self._turn(prompt), note, early):
+            for token in decode(self._settings, prompt, begin, forward, turn, note, early):
                 report.new_tokens += 1
                 if report.new_tokens == 1:
                     report.first_token_ms = _ms(begin)
                 report.decode_ms = _ms(begin) - report.first_token_ms
                 prompt.spoken(1)
                 yield token
-
-    @contextmanager
-    def _turn(self, prompt: FusedPrompt) -> Iterator[None]:
-        """The model for this thread alone, as it was when it computed the prompt."""
-        with self._steps.turn() as fingerprint:
-            if fingerprint != prompt.fingerprint:
-                raise ModelChangedError(
-                    "the model's weights, adapter or attention have changed behind the prompt: ask again"
-                )
-            yield
 
 
 def _ms(begin: float) -> float:

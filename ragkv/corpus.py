@@ -55,6 +55,7 @@ class Corpus:
 
     @chunker.setter
     def chunker(self, chunker: TokenChunker) -> None:
+        instance("chunker", chunker, TokenChunker, "a ragkv.retrieval.TokenChunker")
         self._intake.chunker = chunker
 
     @property

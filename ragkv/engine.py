@@ -1,4 +1,4 @@
-"""The engine: documents go in once, prompts over their stored keys and values come out."""
+"""The engine: prompts over stored keys and values, and answers behind them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
+from ragkv.adding import Adding
 from ragkv.advice import Advice, advise
 from ragkv.answering import Answering, AnswerStream
 from ragkv.calibration import Calibration, calibrate
@@ -21,10 +22,9 @@ from ragkv.errors import instance, whole_number
 from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
-from ragkv.library.given import check_parts, pairs, several, several_chunks
+from ragkv.library.given import check_parts, pairs
 from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
-from ragkv.library.repair import plan_repair, repair
 from ragkv.messages import Question
 from ragkv.methods import Method, RelevantTokens
 from ragkv.methods.words import as_method
@@ -34,7 +34,7 @@ from ragkv.past import Past
 from ragkv.prompt import Encoder, PromptTemplate, Text
 from ragkv.prompting import Prompting
 from ragkv.report import Answer, EngineStats, FusedPrompt
-from ragkv.request import Request, scheduling
+from ragkv.request import Request, Room, scheduling
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.store import TieredStore
 from ragkv.streaming import side_by_side
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Engine:
+class Engine(Adding):
     """Answers over documents that the model has already read.
 
     An engine may be used from several threads; the model runs for one of them at a time, a piece of reading or a question each.
@@ -77,7 +77,6 @@ class Engine:
             chunks; or in another one, or in so many bytes of CPU memory. By default nothing is kept.
 
     Attributes:
-        documents: what the model has read, see :class:`~ragkv.library.documents.Documents`.
         encoder: turns text into ids.
         gate: the gate at work, see :class:`~ragkv.gate.Guard`; ``None`` where there is none.
         scheduler: as given, or one that goes by the order of asking.
@@ -122,7 +121,7 @@ class Engine:
         kept = Paths.of(paths, self.store)  # before the model is probed, which takes a while
         self.runner: Runner = Runner.of(model)
         self.encoder: Encoder = Encoder(self.template, tokenizer, self.runner.decoder(kernels, self.store).vocab_size)
-        self.documents: Documents = Documents(
+        self.documents = Documents(
             self.runner,
             self.encoder,
             self.store,
@@ -152,97 +151,6 @@ class Engine:
     def decoder(self) -> Decoder:
         """The model as fusion sees it."""
         return self.runner.decoder(self.documents.kernels)
-
-    def add(self, passages: Sequence[Text], *, namespace: str | None = None) -> list[Chunk]:
-        """Read unrelated passages, each behind the anchor alone; what is stored already is not read again.
-
-        Args:
-            passages: text or token ids each.
-            namespace: instead of the engine's; :meth:`generate` finds them with the same one.
-
-        Returns:
-            One chunk a passage, in order.
-
-        Raises:
-            PromptError: a passage is empty, or ids are out of the vocabulary.
-            PromptTooLongError: a passage is longer than the model reads at once.
-            StoreFullError: a chunk does not fit into the store; those before it are stored.
-        """
-        documents = self.documents.within(namespace)
-        chunks = [documents.passage(passage) for passage in several(passages, "passages")]
-        documents.add(chunks)
-        return chunks
-
-    def add_document(
-        self,
-        parts: Sequence[Text],
-        *,
-        document_id: str = "",
-        behind: Sequence[Chunk | Text] = (),
-        namespace: str | None = None,
-    ) -> list[Chunk]:
-        """Read one document, given as its consecutive parts; each part becomes a chunk that knows the text before it.
-
-        The document is prefilled as a whole, once, in pieces. Parts in front that are stored already are not read again.
-
-        Args:
-            parts: text or token ids each, in document order.
-            document_id: what it is known by, so that it may change and stay the same document; by default a digest of its ids,
-                and of what it is read behind.
-            behind: passages of other documents that it is read behind, in order: its neighbours, as in FusionRAG
-                (arXiv:2601.12904). They count in ``document_tokens``, and stand in the document's record.
-            namespace: instead of the engine's.
-
-        Returns:
-            One chunk a part, in order.
-
-        Raises:
-            PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
-        """
-        documents = self.documents.within(namespace)
-        document = documents.cut(parts, document_id, behind=behind)
-        documents.record(document)
-        chunks = list(document)
-        documents.add(chunks)
-        return chunks
-
-    def repair_document(self, old: Sequence[Chunk], parts: Sequence[Text], behind_tokens: int = 32) -> list[Chunk]:
-        """Read a changed document by computing only the changed parts and some tokens behind each (arXiv:2609.17983).
-
-        An approximation: what stands further behind a change keeps what it knew of the text before. The chunks carry a mark, so
-        that they are never taken for exact ones. A document of several windows, or one whose old KV are lost, is read as by
-        :meth:`add_document`.
-
-        Args:
-            old: the chunks of the version before.
-            parts: the version now, text or token ids each, in document order.
-            behind_tokens: tokens to compute behind every change.
-
-        Raises:
-            PromptError, PromptTooLongError, StoreFullError: as for :meth:`add`.
-        """
-        whole_number("behind_tokens", behind_tokens)
-        old = several_chunks(old, "old")
-        document = self.documents.cut(parts, old[0].document if old else "")
-        plan = plan_repair(self.documents, old, document, behind_tokens)
-        if plan is not None and repair(self.documents, plan) is not None:
-            document = plan.document
-        self.documents.record(document)
-        self.documents.add(list(document))
-        return list(document)
-
-    def forget(self, chunks: Sequence[Chunk], *, namespace: str | None = None) -> int:
-        """Remove chunks' KV from the store, and the records of their documents; returns how many KV were there.
-
-        A prompt that needs a chunk of such a document computes it, and does not store it, until the document is added again.
-        Passages that stand alone are of no document: the next prompt that needs one stores it again. Documents of a folder are
-        removed by :meth:`RAG.remove`.
-
-        Args:
-            chunks: from :meth:`add` or :meth:`add_document`.
-            namespace: instead of the engine's.
-        """
-        return self.documents.within(namespace).forget(chunks)
 
     def calibrate(self, cases: Iterable[Any], **options: Any) -> Calibration:
         """Find the cheapest method whose loss against full prefill is proved to be under a bound, for ``method="calibrated"``.
@@ -285,11 +193,11 @@ class Engine:
         """
         self.closing.set()
         self.prompting.wait()
-        if self.gate is not None:
-            self.gate.close()
-        if self.paths is not None:
-            self.paths.close()
-        self.store.close()
+        with ExitStack() as rest:  # whatever of it fails, the others are closed
+            rest.callback(self.store.close)
+            for held in (self.paths, self.gate):
+                if held is not None:
+                    rest.callback(held.close)
 
     def __enter__(self) -> Self:
         return self
@@ -332,12 +240,10 @@ class Engine:
                 chat template cannot write; a slot that the template has not.
             PromptTooLongError: the prompt, and the room that was asked for, exceed the model's positions.
         """
-        begin = perf_counter()
-        if room_tokens is not None:
-            whole_number("room_tokens", room_tokens)
+        begin, room = perf_counter(), _room(room_tokens)
         request = Request(chunks, question, self.method_of(method), system, namespace, slots, starts=starts)
         with ExitStack() as stack:
-            return self.prompting.prompt(request, lambda _: room_tokens, begin, stack)
+            return self.prompting.prompt(request, room, begin, stack)
 
     def fuse_many(
         self,
@@ -361,11 +267,9 @@ class Engine:
         Raises:
             As :meth:`fuse`, and OverloadedError where there is no memory for all of them.
         """
-        begin, chosen = perf_counter(), self.method_of(method)
-        if room_tokens is not None:
-            whole_number("room_tokens", room_tokens)
+        begin, room, chosen = perf_counter(), _room(room_tokens), self.method_of(method)
         asked = [Request(*one, chosen, system, namespace, slots) for one in pairs(requests)]
-        return self.prompting.prompts(asked, lambda _: room_tokens, begin)
+        return self.prompting.prompts(asked, room, begin)
 
     def generate(
         self,
@@ -478,3 +382,9 @@ class Engine:
     def method_of(self, method: Method | str | None) -> Method:
         """A method as it is given to a call: by default the engine's."""
         return self.method if method is None else as_method(method)
+
+
+def _room(tokens: int | None) -> Room:
+    if tokens is not None:
+        whole_number("room_tokens", tokens)
+    return lambda _: tokens

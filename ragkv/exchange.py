@@ -122,11 +122,7 @@ def made_with(catalogue: Catalogue) -> dict[str, Any]:
         defaults.get("method") == "calibrated"
     ):  # what was chosen stays with the KV, and is proved for what is read there
         del defaults["method"]
-    return {
-        "embedder": catalogue.settings.get("embedder"),
-        "defaults": defaults,
-        "read_with": catalogue.read_with,
-    }
+    return {"embedder": catalogue.settings.get("embedder"), "defaults": defaults, "read_with": catalogue.read_with}
 
 
 def kv_folder(path: Path) -> Path:

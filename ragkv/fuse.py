@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from time import perf_counter
 
 import torch
-from torch import Tensor
 
-from ragkv.chunk import Attended, Chunk, ChunkKV
-from ragkv.errors import MethodError, ModelChangedError, NonFiniteError, PromptError
-from ragkv.fusion.arriving import Arriving
-from ragkv.fusion.course import Course
+from ragkv.errors import NonFiniteError
+from ragkv.fusing import Fusing
 from ragkv.fusion.layout import Layout
-from ragkv.fusion.looking import Looking
 from ragkv.fusion.narrowing import Narrowing
 from ragkv.fusion.passes import Pass
-from ragkv.fusion.placement import Placement
-from ragkv.fusion.plan import Plan, plan
-from ragkv.fusion.timing import Timer, clock
-from ragkv.fusion.view import Selection, Variant, View
+from ragkv.fusion.plan import plan
+from ragkv.fusion.view import Selection
 from ragkv.kernels import implementation
-from ragkv.lazy import lazy
-from ragkv.library.attention import Seen
 from ragkv.library.documents import Documents
-from ragkv.library.measured import Measured
-from ragkv.library.pieces import Known
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
 from ragkv.model.inspection import non_finite
-from ragkv.model.rows import Rows
 from ragkv.model.steps import Meeting
 from ragkv.past import Past
-from ragkv.places import Places
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
-from ragkv.store import Asking, Batch, Rates
 
 
 @torch.no_grad()
@@ -66,12 +51,12 @@ def fuse(
         NonFiniteError: the logits are NaN or infinite, where they are on the CPU.
     """
     with ExitStack() as stack:
-        one = _Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
+        one = Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
         layout, steps = one.paths.layout, one.reader.steps
         stack.enter_context(steps.driving(one.cache))
-        decoder, timer, layers = one.decoder, one.timer, len(one.decoder.layers)
+        decoder, timer, layers = one.decoder, one.timer, one.layers
         with timer.stage("select"):
-            selection = Selection.of(method.select(View(layout, layers, one)), method)
+            selection = Selection.of(method.select(one), method)
             layout = one.take(selection.variants)
             work = plan(selection, layout, layers)
         if work.first_stored < layers:
@@ -127,210 +112,3 @@ def fuse(
             with timer.stage("keep"):
                 documents.paths.keep(documents, one.reader, one.paths, one.cache, done, seen)
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
-
-
-class _Fusing(Looking, Places):
-    """What one prompt needs, opened when it is first asked for; answers its view's questions."""
-
-    def __init__(
-        self,
-        documents: Documents,
-        layout: Layout,
-        method: Method,
-        room_tokens: int,
-        begin: float,
-        stack: ExitStack,
-        past: Past | None,
-        meeting: Meeting | None,
-    ):
-        self.reader = documents.reader
-        if past is not None and past.fingerprint != self.reader.fingerprint:
-            raise ModelChangedError("the model's weights, adapter or attention have changed since the answer before")
-        paths = documents.paths
-        self.paths = Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
-        Looking.__init__(self, self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
-        self.known = layout.held
-        devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
-        self.timer = Timer(clock(devices), begin)
-        self._stack, self._meeting = stack, meeting
-        self._measured, self._attended = Measured.by(method), method.needs_attended
-        self._begin = begin
-        keys = [documents.key(placed.chunk, self.reader.space) for placed in layout.chunks]
-        Places.__init__(self, documents, self._layout, keys, method.looks)
-        self._asking, self._spared = Asking(), frozenset[int]()
-
-    @property
-    def opened(self) -> bool:
-        """Whether stored chunks were asked for."""
-        return "placement" in vars(self)
-
-    @lazy
-    def placement(self) -> Placement:
-        """The prompt's chunks, open in the store; those that are missing are read now."""
-        stored = [
-            (number, placed.chunk, key)
-            for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True))
-            if not (placed.path and placed.exact)
-        ]
-        chunks = {key: chunk for number, chunk, key in stored if number not in self._spared}
-        with self.timer.stage("place"):
-            store, moved = self._documents.store, moved_for_this()
-            batch = self._stack.enter_context(store.read(list(chunks), moved, self._asking))
-            lost, known = self._lost(chunks, batch), self.paths.kv()
-        items = []
-        if lost:
-            with self.timer.stage("read"):
-                items = list(self._documents.read(self.reader, lost, measured=self._measured))
-                self._documents.keep(self.reader, items, chunks)
-        fresh = {item.key: item.kv for item in items}
-        keys = {chunk: key for _, chunk, key in stored}
-        parts = self.decoder, self.cache, self._layout, batch, keys, fresh, self.timer
-        return Placement(*parts, paths=known, front=self._open(known))
-
-    def _open(self, paths: dict[bytes, ChunkKV]) -> ChunkKV | None:
-        """Put what stands in front of the chunks into the cache: what is known, and what has to be computed.
-
-        Where one known piece is all of it, that is returned, to be placed with the chunks.
-        """
-        layout = self._layout
-        at, front = layout.held, None
-        if not layout.held:
-            with self.timer.stage("place"):
-                front = self.reader.opening(layout.listed(0, layout.opening))
-            at = layout.opening
-        self.known = at
-        if at == layout.chunks_start:
-            return front
-        with self.timer.stage("place"):
-            self.cache.append(front)
-        for start, stop, key in (*layout.earlier, (layout.chunks_start, layout.chunks_start, b"")):
-            with self.timer.stage("compute"):
-                self.reader.run(layout.listed(at, start), self.cache, at)
-            with self.timer.stage("place"):
-                self.cache.append(paths.get(key))
-            self.known += stop - start
-            at = stop
-        return None
-
-    def elapsed_s(self) -> float:
-        """See :meth:`ragkv.fusion.view.Looks.elapsed_s`."""
-        return perf_counter() - self._begin
-
-    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
-        """See :meth:`ragkv.fusion.view.Looks.open`.
-
-        All are opened where the method looks at them all, and where what a path settles is never computed.
-        """
-        if self.opened or not self.lossy():
-            return without
-        at = {key: levels[number] for number, key in enumerate(self._keys) if number in levels}
-        self._asking = Asking(limit_s, levels=at)
-        self._spared = without
-        self.placement.spare(without)
-        late = {number for number, key in enumerate(self._keys) if key in self._asking.late} - without
-        self.placement.spare(late, "late")
-        self._spared |= late
-        return self._spared
-
-    @contextmanager
-    def watching(self) -> Iterator[Callable[[Rows], object]]:
-        """See :meth:`ragkv.fusion.looking.Looking.watching`."""
-        meeting = self._meeting
-        with nullcontext() if meeting is None else meeting.seat(self.reader.steps, last=False) as seat:
-            yield lambda rows: self.reader.forward(rows, seat)
-
-    def sensitivity(self) -> list[Tensor | None]:
-        """See :meth:`ragkv.fusion.view.Looks.sensitivity`."""
-        batch, fresh = self.placement.batch, self.placement.fresh
-        known: dict[bytes, Tensor | None] = dict(zip(batch.keys, batch.sensitivities, strict=True))
-        known |= {key: kv.sensitivity for key, kv in fresh.items()}
-        chunks = zip(self._layout.chunks, self._keys, strict=True)
-        # What is exact under its path is sensitive to nothing; what is computed anyway need not be known.
-        return [
-            torch.zeros(len(placed.chunk), dtype=torch.float32, device="cpu")
-            if (placed.path and placed.exact) or number in self._spared
-            else known[key]
-            for number, (placed, key) in enumerate(chunks)
-        ]
-
-    def variants(self) -> list[list[Variant]]:
-        """See :meth:`ragkv.fusion.view.Looks.variants`."""
-        batch, fresh, paths = self.placement.batch, self.placement.fresh, self._documents.paths
-        known: dict[bytes, Attended | None] = dict(zip(batch.keys, batch.attended, strict=True))
-        known |= {key: kv.attended for key, kv in fresh.items()}
-        kept = [] if paths is None else paths.variants(self._documents, self.reader, self.paths)
-        found = list[list[Variant]]()
-        for number, (placed, key) in enumerate(zip(self._layout.chunks, self._keys, strict=True)):
-            exact = (placed.path and placed.exact) or number in self._spared
-            own = Attended.nothing(len(placed.chunk)) if exact else known[key]
-            if own is None:
-                raise MethodError(
-                    "what some chunks attend to was not measured: set needs_attended = True in the method that asks for it"
-                )
-            found.append([Variant(own), *(kept[number] if kept else ())])
-        return found
-
-    def take(self, variants: Sequence[Variant]) -> Layout:
-        """Place the variants that a method chose; the layout that says so."""
-        paths, opened = self._documents.paths, len(self.paths.batches)
-        if paths is not None and variants:
-            self.paths = paths.take(self.paths, variants, self._stack)
-        if len(self.paths.batches) > opened:
-            self._layout = self.paths.layout
-            self.placement.take(self._layout, self.paths.kv(opened))
-        return self._layout
-
-    def seen(self, work: Plan) -> Seen | None:
-        """Takes what is attended to, where that is kept, or asked for at the checks."""
-        layout = self._layout
-        kept = bool(self.paths.chunks) and len(work.rows) > layout.tokens - layout.suffix_start
-        if not self._attended or not (kept or work.checks):
-            return None
-        chunks = [placed.chunk for placed in layout.chunks]
-        return Seen(self.decoder, chunks, layout.chunks_start, layout.tokens - layout.suffix_start)
-
-    def course(self, work: Plan, rates: Rates | None) -> Course | None:
-        """Where chunks come over a network, the rows in the order in which they can be computed meanwhile.
-
-        Not on an accelerator, where layers are placed one by one while the model computes; and not where others wait for this one.
-        """
-        layout = self._layout
-        if work.first_stored == len(self.decoder.layers) or work.context is not None or not layout.ascending:
-            return None
-        if self._documents.paths is not None or self.placement.by_layer:
-            return None
-        arriving = Arriving(self.placement, self.timer)
-        return Course(layout, work.rows, arriving, rates) if arriving.away() else None
-
-    def check_layer(self) -> int:
-        """See :meth:`ragkv.fusion.view.Looks.check_layer`."""
-        return self.reader.check_layer
-
-    def _lost(self, chunks: dict[bytes, Chunk], batch: Batch) -> list[Chunk]:
-        """The chunks that the store does not hold, or not with the sensitivity that is needed.
-
-        A record that is not what its key promises is dropped, and missing.
-        """
-        missing, broken, again = [], [], Measured.NOTHING
-        anchor = len(self.reader.anchor_ids)
-        found = zip(batch.tiers, batch.bases, batch.lengths, strict=True)
-        for index, ((key, chunk), (tier, base, tokens)) in enumerate(zip(chunks.items(), found, strict=True)):
-            if key in self._asking.late:
-                continue
-            intact = tier is not None and (base, tokens) == (anchor + chunk.offset, len(chunk))
-            if tier is not None and not intact and chunk.lineage() is None:
-                raise PromptError(
-                    f"chunk {chunk.number} of document {chunk.document} says that {chunk.offset} tokens stood in front of it; "
-                    "its KV are of another place"
-                )
-            known = Measured.of(batch, index, self.reader.foreign) if intact else Measured.NOTHING
-            if intact and self._measured in known:
-                continue
-            again |= known
-            if tier is not None and not intact:
-                broken.append(key)
-            missing.append(chunk)
-        if broken:
-            self._documents.store.remove_many(broken)
-        self._measured |= again  # what was known of them is not lost
-        return missing

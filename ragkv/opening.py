@@ -22,7 +22,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 #: What is said once, when a new folder is opened and nobody has named a model; how to name one follows.
 TOY = "no model is named: the bundled one is a toy that knows one made-up world. For texts of your own name a real one"
 
-_OF_ENGINE = ("piece_tokens", "kernels", "graphs", "lifetime_s", "gate", "scheduler", "paths")
+_OF_ENGINE = (
+    *("method", "context", "document_tokens", "piece_tokens", "namespace", "sensitivity"),
+    *("kernels", "graphs", "lifetime_s", "gate", "scheduler", "paths"),
+)
 
 
 class Parts(NamedTuple):
@@ -111,12 +114,7 @@ def open_engine(
         loaded.model,
         loaded.tokenizer,
         store=kept,
-        method=options.get("method"),
         template=options.get("template", loaded.template),
-        context=options.get("context", "document"),
-        document_tokens=options.get("document_tokens"),
-        namespace=options.get("namespace", ""),
-        sensitivity=options.get("sensitivity"),
         foreign=options.get("foreign", loaded.foreign),
         **{name: options[name] for name in _OF_ENGINE if name in options},
     )

@@ -88,20 +88,10 @@ def store_picture(samples: Sequence[Sample]) -> Figure:
     figure = _figure(8.4)
     reads, evicted, entries, sizes = figure.subplots(4, sharex=True, height_ratios=(2, 1, 1, 1))
     figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.07, hspace=0.5)
-    tiers = {
-        tier: [max(new.hits.get(tier, 0) - old.hits.get(tier, 0), 0) for old, new in pairwise(samples)]
-        for tier in _tiers(samples, "hits")
-    }
     missed = [max(new.misses - old.misses, 0) for old, new in pairwise(samples)]
-    series = {_look(tier): values for tier, values in tiers.items() if any(values)}
-    _draw_columns(reads, "chunks read, by where they were found", {**series, ("missed", _MARK): missed})
-    dropped = {
-        tier: [max(new.evictions.get(tier, 0) - old.evictions.get(tier, 0), 0) for old, new in pairwise(samples)]
-        for tier in _tiers(samples, "evictions")
-    }
-    _draw_columns(
-        evicted, "entries evicted, by tier", {_look(tier): values for tier, values in dropped.items() if any(values)}
-    )
+    found = {**_by_tier([sample.hits for sample in samples]), ("missed", _MARK): missed}
+    _draw_columns(reads, "chunks read, by where they were found", found)
+    _draw_columns(evicted, "entries evicted, by tier", _by_tier([sample.evictions for sample in samples]))
     held = samples[1:]
     _draw_columns(entries, "entries on disk", {("", _SOURCES["disk"][1]): [sample.entries for sample in held]})
     _draw_columns(sizes, "size on disk", {("", _SOURCES["disk"][1]): [sample.bytes for sample in held]})
@@ -301,8 +291,11 @@ def _short(name: str, room: int) -> str:
     return name if len(name) <= room else f"{name[: room // 3]}…{name[-(room - room // 3 - 1) :]}"
 
 
-def _tiers(samples: Sequence[Sample], counts: str) -> list[str]:
-    return list(dict.fromkeys(tier for sample in samples for tier in getattr(sample, counts)))
+def _by_tier(counts: Sequence[Mapping[str, int]]) -> dict[tuple[str, str], list[int]]:
+    """How much each tier's counts rise from sample to sample; those that do not are left out."""
+    tiers = dict.fromkeys(tier for count in counts for tier in count)
+    risen = {tier: [max(new.get(tier, 0) - old.get(tier, 0), 0) for old, new in pairwise(counts)] for tier in tiers}
+    return {_look(tier): values for tier, values in risen.items() if any(values)}
 
 
 def _look(source: str) -> tuple[str, str]:

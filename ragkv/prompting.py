@@ -14,13 +14,13 @@ from time import perf_counter
 from ragkv.calibration.kept import resolved
 from ragkv.errors import ModelChangedError, RecordError
 from ragkv.fuse import fuse
+from ragkv.fusing import Places, to_load
 from ragkv.gate import Guard
 from ragkv.library.documents import Documents
 from ragkv.messages import checked_system, opening
 from ragkv.methods import Method
 from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
-from ragkv.places import Places, to_load
 from ragkv.report import FusedPrompt
 from ragkv.request import Plan, Request, Room, documents_behind
 from ragkv.scheduling.scheduler import Scheduler
@@ -159,7 +159,7 @@ class Prompting:
         needs = copies * token_bytes * (layout.tokens + plan.room_tokens)
 
         def stored() -> int:
-            tiers = Places(documents, layout, [documents.key(placed.chunk) for placed in layout.chunks]).tiers()
+            tiers = Places(documents, layout, [documents.key(placed.chunk) for placed in layout.chunks]).tiers
             held = sum(len(placed.chunk) for placed, tier in zip(layout.chunks, tiers, strict=True) if tier is not None)
             return held + (0 if layout.held else layout.opening)
 

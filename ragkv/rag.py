@@ -322,13 +322,9 @@ class RAG(Corpus):
         Those of an event loop are waited for; questions not begun get a RagKVError, and streams that are read on.
         """
         self.engine.closing.set()
-        self.threads.close()
-        self._asking.close()
-        self.finder.close()
-        try:
-            self.retriever.close()
-        finally:
-            self.engine.close()
+        with ExitStack() as rest:  # whatever of it fails, the others are closed
+            for held in (self.engine, self.retriever, self.finder, self._asking, self.threads):
+                rest.callback(held.close)
 
     def __enter__(self) -> RAG:
         return self

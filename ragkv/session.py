@@ -127,9 +127,7 @@ class Session:
             As :meth:`RAG.ask`; ConversationError where another caller asks just now.
         """
         turn = _Next(question)
-        answer = self._answered(turn, **options)
-        self._keep(turn, answer.text, answer.past)
-        return replace(answer, past=None)
+        return self._kept(turn, self._answered(turn, **options))
 
     def stream(self, question: str, **options: Any) -> tuple[list[Hit], AnswerStream]:
         """The next turn, piece by piece: its passages, and its answer. It belongs to the session behind the last piece.
@@ -144,9 +142,7 @@ class Session:
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
         turn = _Next(question)
-        answer = await stoppable(self._threads.pool(), partial(self._answered, turn), **options)
-        self._keep(turn, answer.text, answer.past)
-        return replace(answer, past=None)
+        return self._kept(turn, await stoppable(self._threads.pool(), partial(self._answered, turn), **options))
 
     def astream(self, question: str, **options: Any) -> AsyncAnswerStream[Hit]:
         """:meth:`stream` in an event loop: ``async for piece in session.astream(question)``; see its ``sources``, too."""
@@ -249,6 +245,10 @@ class Session:
 
     def _ended(self, turn: _Next, made: Made | AnswerStream) -> None:
         self._keep(turn, turn.answering.said(made.token_ids), made.past)
+
+    def _kept(self, turn: _Next, answer: SourcedAnswer) -> SourcedAnswer:
+        self._keep(turn, answer.text, answer.past)
+        return replace(answer, past=None)
 
     def _keep(self, turn: _Next, answer: str, past: Past | None) -> None:
         """Make a turn a part of the session."""

@@ -75,9 +75,8 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
         seed: of its weights.
         **overrides: config values that replace the small defaults; ``attn_implementation`` among them.
     """
-    settings = deepcopy(
-        {**SMALL, **ARCHITECTURES.get(architecture, {}), **overrides}
-    )  # configs write into what they get
+    # Configs write into what they get.
+    settings = deepcopy({**SMALL, **ARCHITECTURES.get(architecture, {}), **overrides})
     attention = settings.pop("attn_implementation")
     settings = {name: value for name, value in settings.items() if value is not None}
     config = AutoConfig.for_model(architecture, **settings)

@@ -6,6 +6,7 @@ import pytest
 
 from ragkv import Auto, Engine, PromptTemplate, QuestionAware, RelevantTokens, Reuse, TieredStore, Union
 from ragkv.advice import Advice
+from ragkv.calibration.kept import keep_result, setting
 from ragkv.store import CostProfile, Loading, Rates
 from ragkv.testing import tiny_model
 
@@ -71,6 +72,15 @@ def test_bytes_of_a_token_are_those_that_are_stored(tmp_path):
 def test_whether_the_question_is_run_first(method, runs):
     with Engine(tiny_model(), template=PromptTemplate(prefix=[1]), method=method) as engine:
         assert engine.advise(limit_s=0.1).runs_question == runs
+
+
+def test_of_a_calibration_it_is_what_was_chosen():
+    with Engine(tiny_model(), template=PromptTemplate(prefix=[1]), method="calibrated") as engine:
+        assert engine.advise(limit_s=0.1).method == "Calibrated()", "there is none yet"
+        kept = {"setting": setting(engine.documents), "chosen": "relevant-tokens:ratio=0.3", "made_with": {}}
+        keep_result(engine.store, kept)
+        said = engine.advise(limit_s=0.1)
+    assert (said.budget, said.runs_question, said.method) == (0.3, True, repr(RelevantTokens(0.3)))
 
 
 def test_what_it_asks_of_the_engine():

@@ -3,7 +3,20 @@
 import pytest
 
 import ragkv
-from ragkv import RAG, ArgumentTypeError, CacheBlend, Engine, PromptError, RagKVError, Reuse, TieredStore
+from ragkv import (
+    RAG,
+    ArgumentTypeError,
+    CacheBlend,
+    Engine,
+    LegoLink,
+    MethodError,
+    Oracle,
+    PromptError,
+    QuestionAware,
+    RagKVError,
+    Reuse,
+    TieredStore,
+)
 from ragkv.errors import RetrievalError
 from ragkv.retrieval import Retriever
 
@@ -67,9 +80,24 @@ def test_a_document_has_parts_and_stops_are_texts(model):
 
 
 def test_numbers_are_numbers(tmp_path):
-    refused(CacheBlend, ratio="x", match="ratio must lie in")
+    for method, name, wrong in (
+        (CacheBlend, "ratio", ("x", None)),
+        (CacheBlend, "check_layer", ("1", 1.5, 0)),
+        (CacheBlend, "threshold", ("x", float("nan"), -1)),
+        (CacheBlend, "gradual", (0.5, ("x",))),
+        (LegoLink, "k", ("16", 1.5, None, True)),
+        (Oracle, "layer", ("1", 1.5, 0)),
+        (QuestionAware, "queries", (3, ["all"])),
+    ):
+        for value in wrong:
+            with pytest.raises(MethodError, match=f"{method.__name__}: {name} "):
+                method(**{name: value})
     refused(TieredStore, tmp_path, cpu_bytes="8GiB", match="budgets are bytes, got .* cpu '8GiB'")
     refused(RAG.open, 3, match="path must be the path of a folder")
+
+
+def test_a_chunker_is_one(rag):
+    refused(setattr, rag, "chunker", 96, match=r"chunker must be a ragkv\.retrieval\.TokenChunker, got 96")
 
 
 @pytest.mark.parametrize("name", ["fuse", "generate", "stream"])

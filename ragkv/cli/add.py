@@ -14,7 +14,6 @@ from ragkv.cli.clustered import check, precomputed, tell
 from ragkv.cli.opening import open_rag, open_unwritten, options_of, sent
 from ragkv.cli.reading import reading
 from ragkv.library.done import Added, Planned
-from ragkv.retrieval import Change
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if before is not None:
             tell(before, added, rag.engine.documents.setting)
             summary["precomputed"] = asdict(before)
-    for skipped in added.skipped:
-        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    show.skipped(added.skipped)
     if args.json:
         show.as_json({"path": str(path), **summary})
     else:
@@ -49,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, path: Path) -> int:
     with open_unwritten(path, **options_of(args)) as rag, reading(args) as bar:
         planned = rag.plan_files(args.paths, encoding=args.encoding, progress=bar)
-    for skipped in planned.skipped:
-        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    show.skipped(planned.skipped)
     if args.json:
         show.as_json({"path": str(path), "dry_run": True, **asdict(planned)})
     else:
@@ -76,9 +73,8 @@ def _show_plan(planned: Planned) -> None:
 
 
 def _summary(added: Added, seconds: float) -> dict[str, Any]:
-    kinds = ["moved" if change.document.source in added.moved else _kind(change) for change in added.changes]
     return {
-        "documents": {kind: kinds.count(kind) for kind in ("added", "changed", "moved", "unchanged")},
+        "documents": {kind: len(getattr(added, kind)) for kind in ("added", "changed", "moved", "unchanged")},
         "passages": sum(len(change.document.passage_ids) for change in added.changes),
         "tokens_read": added.tokens_read,
         "kv_bytes": added.kv_bytes,
@@ -93,9 +89,3 @@ def _show(summary: dict[str, Any]) -> None:
     read = f"{show.number(summary['tokens_read'], 'token')} read in {summary['seconds']:.1f} s"
     passages = show.number(summary["passages"], "passage")
     print(f"{show.documents(counts, summary['hidden'])}; {passages}; {read}{show.kv(summary['kv_bytes'])}")
-
-
-def _kind(change: Change) -> str:
-    if not change.replaced:
-        return "added"
-    return "changed" if change.removed or change.first_changed is not None else "unchanged"

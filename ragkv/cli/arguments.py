@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ragkv import __version__
 from ragkv.cli import asking, calibrating, care, evaluating, filters, searching
 from ragkv.cli.pools import add_key_option
-from ragkv.cli.values import FOREIGN_HELP, at_least, parsed, text_of_file
+from ragkv.cli.values import FOREIGN_HELP, count_option, parsed, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--model", default="bundled", metavar="PATH", help="a transformers decoder's (default: bundled)")
     _dtype(demo)
-    demo.add_argument("--questions", type=at_least(1), metavar="N", help="ask only the first N questions")
+    count_option(demo, "--questions", "ask only the first N questions")
 
     reading = (model, _storage(), bar)
     add = command(
@@ -58,12 +58,7 @@ def parser() -> argparse.ArgumentParser:
         method,
         summary="Read files, and folders with all that is in them: text, Markdown, PDF, HTML, Office, mail and others.",
     )
-    add.add_argument(
-        "--chunk-tokens",
-        type=at_least(1),
-        metavar="N",
-        help="the longest passage (default: 256; 96 for the bundled model)",
-    )
+    count_option(add, "--chunk-tokens", "the longest passage (default: 256; 96 for the bundled model)")
     add.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
     add.add_argument(
         "--ray",
@@ -71,9 +66,7 @@ def parser() -> argparse.ArgumentParser:
         help="let the Ray cluster of this machine (auto, or HOST:PORT of its head; local: a new one here) read the files into the "
         "pool of --remote first",
     )
-    add.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="of the cluster (default: as many as it has room for)"
-    )
+    count_option(add, "--workers", "of the cluster (default: as many as it has room for)")
     either = add.add_mutually_exclusive_group()
     either.add_argument("--pin", action="store_true", help="keep the KV of these files from being evicted")
     either.add_argument(
@@ -112,12 +105,8 @@ def parser() -> argparse.ArgumentParser:
         "--only", action="store_true", help="withdraw what is published there of the namespace for other models"
     )
     for command_that_reads in (add, sync, refresh):
-        command_that_reads.add_argument(
-            "--behind",
-            type=at_least(0),
-            metavar="N",
-            help="read each document behind the N passages of others that are nearest to it (default: the folder's, or 0)",
-        )
+        nearest = "read each document behind the N passages of others that are nearest to it"
+        count_option(command_that_reads, "--behind", f"{nearest} (default: the folder's, or 0)", least=0)
 
     asking.add_commands(command, model, method, _storage(), bar, searching.options())
 
@@ -128,9 +117,7 @@ def parser() -> argparse.ArgumentParser:
         method,
         summary="Measure when reuse pays on this machine with this model, and what documents would take.",
     )
-    advise.add_argument(
-        "--tokens", type=at_least(1), default=1_000_000, metavar="N", help="of the documents (default: 1000000)"
-    )
+    count_option(advise, "--tokens", "of the documents (default: 1000000)", default=1_000_000)
     care.duration_option(advise, "--limit", "measure no longer, about (default: 10s)", default=10.0)
     advise.add_argument("--again", action="store_true", help="measure, though what was measured before is kept")
     care.page_option(advise, "--html", "write a page with a picture of it")
@@ -266,7 +253,7 @@ def _storage(pool_required: bool = False) -> argparse.ArgumentParser:
 def _method() -> argparse.ArgumentParser:
     method = argparse.ArgumentParser(add_help=False)
     method.add_argument(
-        "--method", type=_parsed_method, help=f"{_METHOD_HELP} (default: the folder's, or relevant-tokens)"
+        "--method", type=parsed(_method_in_words), help=f"{_METHOD_HELP} (default: the folder's, or relevant-tokens)"
     )
     return method
 
@@ -277,11 +264,7 @@ def _encoding(name: str) -> str | None:
     return checked_encoding(name)
 
 
-def _parsed_method(text: str) -> Method:
-    from ragkv.errors import MethodError
+def _method_in_words(text: str) -> Method:
     from ragkv.methods.words import parse_method
 
-    try:
-        return parse_method(text)
-    except MethodError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return parse_method(text)

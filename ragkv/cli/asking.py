@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ragkv.cli import care
-from ragkv.cli.values import at_least, schema_of_file
+from ragkv.cli.values import at_least, count_option, schema_of_file
 
 _BATCH_HELP = (
     'instead of QUESTION: a file of JSON lines {"question": ...}, with "id", "namespace" and "where" if you like, answered side by '
@@ -36,9 +36,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], *parents: argp
     )
     ask.add_argument("--batch", metavar="FILE", help=_BATCH_HELP)
     ask.add_argument("--out", metavar="FILE", help=_OUT_HELP)
-    ask.add_argument(
-        "--at-once", type=at_least(1), metavar="N", help="of --batch: so many are worked on at a time (default: 8)"
-    )
+    count_option(ask, "--at-once", "of --batch: so many are worked on at a time (default: 8)")
     ask.add_argument(
         "--schema",
         type=schema_of_file,
@@ -62,12 +60,10 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], *parents: argp
         summary="A conversation over the documents: a question a line. /help says what else a line may be.",
     )
     chat.add_argument("--sources", action="store_true", help="show behind each answer where it comes from")
-    chat.add_argument(
-        "--context-tokens",
-        type=at_least(1),
-        metavar="N",
-        help="the longest prompt with its answer; beyond it the oldest turns are dropped (default: the model's positions)",
+    longest = (
+        "the longest prompt with its answer; beyond it the oldest turns are dropped (default: the model's positions)"
     )
+    count_option(chat, "--context-tokens", longest)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -86,19 +82,12 @@ def check(args: argparse.Namespace) -> None:
 
 def _answer() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="the longest answer (default: 128)"
-    )
+    count_option(options, "--max-new-tokens", "the longest answer (default: 128)", default=128)
     options.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
     )
-    options.add_argument(
-        "--lookup",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="compute N tokens that the prompt proposes along with each one: the same answer, sooner where it quotes",
-    )
+    quoted = "compute N tokens that the prompt proposes along with each one: the same answer, sooner where it quotes"
+    count_option(options, "--lookup", quoted, least=0, default=0)
     return options
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ragkv.cli.values import at_least, share
+from ragkv.cli.values import count_option, share
 
 _SUMMARY = "Find the cheapest method that loses no more than a bound against full prefill, on your own questions."
 
@@ -54,4 +54,4 @@ def add_command(command: Callable[..., argparse.ArgumentParser], *parents: argpa
         "0.5 to 0.05, reuse)",
     )
     for name, least, default, what in _COUNTS:
-        made.add_argument(name, type=at_least(least), default=default, metavar="N", help=what)
+        count_option(made, name, what, least, default)

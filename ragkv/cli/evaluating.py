@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ragkv.cli.values import FOREIGN_HELP, at_least, share, text_of_file
+from ragkv.cli.values import FOREIGN_HELP, count_option, share, text_of_file
 
 _SUMMARY = "Measure how well and how fast methods answer, on the bundled model or on your own model and data."
 
@@ -84,6 +84,6 @@ def add_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--foreign", type=text_of_file, metavar="FILE", help=FOREIGN_HELP)
     for name, least, default, what in _COUNTS:
-        command.add_argument(name, type=at_least(least), default=default, metavar="N", help=what)
+        count_option(command, name, what, least, default)
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--debug", action="store_true", help="show the traceback of a failure")

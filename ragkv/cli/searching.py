@@ -8,7 +8,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from ragkv.cli.values import at_least, parsed
+from ragkv.cli.values import at_least, count_option, parsed
 
 if TYPE_CHECKING:
     from ragkv.rag import RAG
@@ -41,7 +41,7 @@ def options(
         default=hybrid,
         help=f"search by words (BM25) besides vectors (default: {'yes' if hybrid else 'no'})",
     )
-    group.add_argument("--max-context-tokens", type=at_least(1), metavar="N", help="the most tokens of all passages")
+    count_option(group, "--max-context-tokens", "the most tokens of all passages")
     group.add_argument("--min-score", type=parsed(_number), metavar="X", help="take no passage of a lower score")
     group.add_argument(
         "--where",

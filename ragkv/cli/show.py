@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ragkv.folder.filesystem import size
+
+if TYPE_CHECKING:
+    from ragkv.retrieval import SkippedFile
 
 Item = TypeVar("Item")
 
@@ -70,6 +73,12 @@ def documents(counts: dict[str, int], hidden: int) -> str:
     """What became of documents, kind by kind, and what was not looked at."""
     said = f"documents: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count) or 'none'}"
     return f"{said} ({number(hidden, 'hidden one')} left out)" if hidden else said
+
+
+def skipped(files: Iterable[SkippedFile]) -> None:
+    """Say which files could not be read, and why."""
+    for file in files:
+        hint(f"skipped {short(file.source)}: {file.reason}")
 
 
 def kv(sizes: dict[str, int]) -> str:

@@ -22,8 +22,7 @@ def run(args: argparse.Namespace) -> int:
             synced = rag.sync(args.folder, dry_run=args.dry_run, encoding=args.encoding, progress=bar)
         seconds = perf_counter() - begin
         sent(rag.engine.store)
-    for skipped in synced.skipped:
-        show.hint(f"skipped {show.short(skipped.source)}: {skipped.reason}")
+    show.skipped(synced.skipped)
     if args.json:
         show.as_json({"path": str(path), "dry_run": args.dry_run, **asdict(synced), "seconds": round(seconds, 3)})
     else:

@@ -20,6 +20,13 @@ def at_least(least: int) -> Callable[[str], int]:
     return parsed
 
 
+def count_option(
+    options: argparse._ActionsContainer, name: str, summary: str, least: int = 1, default: int | None = None
+) -> None:
+    """Registers an option that is a whole number."""
+    options.add_argument(name, type=at_least(least), default=default, metavar="N", help=summary)
+
+
 def parsed(parse: Callable[[str], object]) -> Callable[[str], object]:
     """A parser of one argument whose message argparse shows."""
 

@@ -15,7 +15,7 @@ from ragkv.distributed.desk import DEATHS, Desk
 from ragkv.distributed.outbox import Outbox
 from ragkv.distributed.results import Result
 from ragkv.errors import DocumentError, RagKVError, UploadError
-from ragkv.library.catalogued import cut_text
+from ragkv.library.preparing import cut_text
 from ragkv.opening import open_engine
 from ragkv.retrieval.converter import Converter
 from ragkv.retrieval.loaders import text_of

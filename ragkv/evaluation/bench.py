@@ -243,7 +243,6 @@ def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase, behind: Sequence[in
     """What ends an answer: the end tokens of model and tokenizer, and the token with which a chat template ends a turn."""
     known = getattr(model.generation_config, "eos_token_id", None)
     listed = known if isinstance(known, list) else [known]
-    turn = next(
-        (i for i in behind if i in tokenizer.all_special_ids), None
-    )  # the question's turn ends as the answer's does
+    # The question's turn ends as the answer's does.
+    turn = next((i for i in behind if i in tokenizer.all_special_ids), None)
     return frozenset(int(i) for i in (*listed, tokenizer.eos_token_id, turn) if i is not None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ragkv.errors import whole_number
 from ragkv.evaluation import longbench
 from ragkv.evaluation.cases import Case, Place, everything, spread
 from ragkv.evaluation.errors import EvaluationError
@@ -79,9 +80,14 @@ def read_cases(
         The form's name, and the cases, so ordered that the first few stand for all (:func:`ragkv.evaluation.cases.spread`).
 
     Raises:
+        ArgumentError, ArgumentTypeError: a number is below 1, or no whole one.
         EvaluationError: the file is of no known form, or a record is not of the first one's form.
         MissingPackageError: passages are to be retrieved, and the offline embedder is not installed.
     """
+    whole_number("chunk_words", chunk_words, 1)
+    for name, number in (("top_k", top_k), ("limit", limit)):
+        if number is not None:
+            whole_number(name, number, 1)
     path = Path(path)
     data = path.read_bytes()
     try:

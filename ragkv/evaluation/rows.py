@@ -72,7 +72,7 @@ class Rows:
         data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):  # stopped while a row was being written
-            self._path.write_bytes(whole)
+            os.truncate(self._path, len(whole))
         for number, line in enumerate(whole.splitlines()):
             try:
                 self._keep(json.loads(line))

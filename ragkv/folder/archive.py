@@ -149,9 +149,8 @@ def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Wri
         raise StoreError(f"{file} is a folder: name a file to write")
     if not file.parent.is_dir():
         raise StoreError(f"there is no folder {file.parent} to write {file.name} into: make it first")
-    handle, name = tempfile.mkstemp(
-        ".part", f".{file.name}.", file.parent
-    )  # another export to the same file has its own
+    # Another export to the same file has its own.
+    handle, name = tempfile.mkstemp(".part", f".{file.name}.", file.parent)
     part = Path(name)
     try:
         with open(handle, "wb") as raw:

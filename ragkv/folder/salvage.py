@@ -17,9 +17,8 @@ from ragkv.folder.environment import Environment
 
 # The format of LMDB 0.9, 64 bits: https://github.com/LMDB/lmdb, libraries/liblmdb/mdb.c (MDB_page, MDB_node, MDB_db, MDB_meta).
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
-_META = struct.Struct(
-    "<16xII16x I44x 40xQ QQ"
-)  # magic, version, page size, root of the databases, last page, transaction
+# Magic, version, page size, root of the databases, last page, transaction.
+_META = struct.Struct("<16xII16x I44x 40xQ QQ")
 _PAGE = struct.Struct("<QHHHH")  # number, size of a fixed value, flags, end of the pointers, start of the nodes
 _NODE = struct.Struct("<HHHH")  # size (low, high) or page number, flags, size of the key
 _ROOT = struct.Struct("<40xQ")

@@ -20,6 +20,7 @@ from ragkv.fusion.placement import Placement
 from ragkv.fusion.plan import Plan
 from ragkv.fusion.view import AVERAGED
 from ragkv.kernels import KernelError, deviation, implementation, question_scores
+from ragkv.lazy import lazy
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
@@ -57,7 +58,8 @@ class Looking(ABC):
     def __init__(self, driver: Driver, layout: Layout, room_tokens: int, cache: FusedCache | None = None):
         self.decoder: Decoder = driver.decoder
         self.looked: str = ""
-        self._driver, self._layout = driver, layout
+        self.layout: Layout = layout
+        self._driver, self._seen = driver, dict[str, Tensor]()
         self.cache: FusedCache = driver.decoder.cache(layout.tokens + room_tokens) if cache is None else cache
         if cache is not None:
             cache.reserve(layout.held, layout.tokens + room_tokens)
@@ -71,13 +73,15 @@ class Looking(ABC):
     def watching(self) -> AbstractContextManager[Callable[[Rows], object]]:
         """A block that is given what runs rows of the prompt whose attention is watched, beside whatever else is run."""
 
-    def attention(self, queries: str) -> Tensor:
-        """The suffix's attention ``[L, R]`` to the chunks as they are stored, see :meth:`ragkv.View.attention`.
+    def attention(self, queries: str = "all") -> Tensor:
+        """See :meth:`ragkv.View.attention`.
 
         Where the model's attention is one that :func:`ragkv.kernels.question_scores` computes, no matrix of weights is made. Else
         the model's own eager attention shows its weights; not so where ``kernels`` were asked for by name.
         """
-        decoder, rows = self.decoder, self._layout.suffix
+        if queries in self._seen:
+            return self._seen[queries]
+        decoder, rows = self.decoder, self.layout.suffix
         if not getattr(decoder.model, "_supports_attention_backend", False):
             raise MethodError(
                 "this model's attention is not open to view, so no method that follows the question runs on it"
@@ -90,11 +94,13 @@ class Looking(ABC):
                 f"{len(seen)} of {len(decoder.layers)} layers showed their attention, so no method that follows the question runs "
                 "on this model"
             )
-        return torch.stack(seen)
+        self._seen[queries] = torch.stack(seen)
+        return self._seen[queries]
 
+    @lazy
     def deviation(self) -> Tensor:
-        """``[L, R]`` squared distance of stored keys and values to a full prefill's, each scaled to a mean of 1, added."""
-        decoder, layout, impl = self.decoder, self._layout, self.decoder.kernels
+        """See :attr:`ragkv.View.deviation`."""
+        decoder, layout, impl = self.decoder, self.layout, self.decoder.kernels
         self.placement.ahead()
         full = decoder.cache(layout.tokens)
         everything = torch.arange(layout.tokens, device=layout.ids.device)
@@ -122,7 +128,7 @@ class Looking(ABC):
     def _rules(self) -> list[SpanRule] | None:
         """The attention of every layer as the kernels take it; ``None`` where model or layout do not allow it."""
         decoder = self.decoder
-        if not self._layout.even:
+        if not self.layout.even:
             return None
         if decoder.spans is not None or implementation(decoder.kernels, decoder.device, decoder.dtype) == "triton":
             return decoder.spans  # asked for by name it is there; else the decoder has tried it, and may have refused
@@ -130,7 +136,7 @@ class Looking(ABC):
 
     def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
         """From question scores, which the kernel takes on the way."""
-        seen, sums, layout = list[Tensor](), list[Tensor](), self._layout
+        seen, sums, layout = list[Tensor](), list[Tensor](), self.layout
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
@@ -154,7 +160,7 @@ class Looking(ABC):
 
     def _eager(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
         """From the weights that the model's eager attention returns."""
-        decoder, layout, seen, sums = self.decoder, self._layout, list[Tensor](), list[Tensor]()
+        decoder, layout, seen, sums = self.decoder, self.layout, list[Tensor](), list[Tensor]()
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def keep(module: nn.Module, args: object, output: object) -> None:
@@ -188,7 +194,7 @@ class Looking(ABC):
         """The prompt's last rows, as many as one forward computes; the slot behind them; and of each of ``firsts`` that is not
         behind them the first of them that counts, and how many rows count in all.
         """
-        begin, at = self._layout.suffix_start, 0
+        begin, at = self.layout.suffix_start, 0
         for part in rows.split(self._driver.piece_tokens):
             stop = at + len(part)
             yield part, begin + stop, [(max(0, first - at), len(rows) - first) for first in firsts if first < stop]

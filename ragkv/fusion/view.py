@@ -19,7 +19,6 @@ from ragkv.chunk import Attended
 from ragkv.errors import MethodError
 from ragkv.fusion.layout import Layout
 from ragkv.kernels import Impl, deviation
-from ragkv.kernels.upload import sent
 from ragkv.lazy import lazy
 from ragkv.store import Rates
 
@@ -117,57 +116,20 @@ def check_chosen(chosen: object, method: Narrows) -> None:
     )
 
 
-class Looks(Protocol):
-    """What answers a view's questions."""
-
-    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> frozenset[int]:
-        """See :meth:`View.open`."""
-
-    def elapsed_s(self) -> float:
-        """See :attr:`View.elapsed_s`."""
-
-    def lossy(self) -> bool:
-        """See :attr:`View.lossy`."""
-
-    def sensitivity(self) -> Sequence[Tensor | None]:
-        """Of each chunk's tokens; ``None`` where it was not measured."""
-
-    def variants(self) -> list[list[Variant]]:
-        """See :attr:`View.variants`."""
-
-    def attention(self, queries: str) -> Tensor:
-        """See :meth:`View.attention`."""
-
-    def deviation(self) -> Tensor:
-        """See :attr:`View.deviation`."""
-
-    def check_layer(self) -> int:
-        """See :attr:`View.check_layer`."""
-
-    def rates(self) -> Rates | None:
-        """See :attr:`View.rates`."""
-
-    def tiers(self) -> Sequence[str | None]:
-        """See :attr:`View.tiers`."""
-
-
 class View:
     """A prompt before anything of it is recomputed. What a method does not ask for is not worked out.
 
     Args:
         layout: the prompt.
         layers: L.
-        looks: answers what the layout does not tell.
 
     Attributes:
         spared: numbers of the chunks that are computed whole, whatever is stored of them, which is not shown.
     """
 
-    def __init__(self, layout: Layout, layers: int, looks: Looks):
+    def __init__(self, layout: Layout, layers: int):
         self.layout: Layout = layout
         self.layers: int = layers
-        self._looks = looks
-        self._attention: dict[str, Tensor] = {}
         self.spared: frozenset[int] = frozenset()
 
     def open(
@@ -180,17 +142,17 @@ class View:
             limit_s: as for :class:`~ragkv.store.source.Asking`: those that were not found in time are spared, too.
             levels: lossy levels of a pool at which others are taken, by their numbers.
         """
-        self.spared = self._looks.open(without, limit_s, levels)
+        raise self._unseen
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since the prompt was asked for."""
-        return self._looks.elapsed_s()
+        return 0.0
 
     @property
     def lossy(self) -> bool:
         """Whether chunks may be opened at lossy levels: not where a method looks at them, nor where what is computed is kept."""
-        return self._looks.lossy()
+        return False
 
     @lazy
     def sensitivity(self) -> Tensor:
@@ -199,13 +161,7 @@ class View:
         Raises:
             MethodError: it was not measured for some chunk.
         """
-        found = self._looks.sensitivity()
-        known = [part for part in found if part is not None]
-        if len(known) < len(found):
-            raise MethodError(
-                "the sensitivity of some chunks was not measured: set needs_sensitivity = True in the method that asks for it"
-            )
-        return sent(torch.cat([*known, torch.empty(0, dtype=torch.float32, device="cpu")]), self.layout.ids.device)
+        raise self._unseen
 
     @lazy
     def variants(self) -> list[list[Variant]]:
@@ -216,7 +172,7 @@ class View:
         Raises:
             MethodError: what a chunk attends to was not measured.
         """
-        return self._looks.variants()
+        raise self._unseen
 
     def attention(self, queries: str = "all") -> Tensor:
         """What the suffix looks at, over the chunks as they are stored and at its final position.
@@ -230,9 +186,7 @@ class View:
         Raises:
             MethodError: the model does not show its attention.
         """
-        if queries not in self._attention:
-            self._attention[queries] = self._looks.attention(queries)
-        return self._attention[queries]
+        raise self._unseen
 
     @lazy
     def deviation(self) -> Tensor:
@@ -240,17 +194,17 @@ class View:
 
         Keys and values are each scaled to a mean of 1 in their layer, and added.
         """
-        return self._looks.deviation()
+        raise self._unseen
 
     @lazy
     def check_layer(self) -> int:
         """The layer at which it shows best which tokens depend on the text in front of them, found out once for the model."""
-        return self._looks.check_layer()
+        raise self._unseen
 
     @lazy
     def rates(self) -> Rates | None:
         """What was measured of this machine and this model (``ragkv advise``); ``None`` where nothing was. Measures nothing."""
-        return self._looks.rates()
+        return None
 
     @lazy
     def tiers(self) -> Sequence[str | None]:
@@ -258,7 +212,13 @@ class View:
 
         What is being moved to memory for this very question counts as where it was before.
         """
-        return self._looks.tiers()
+        raise self._unseen
+
+    @property
+    def _unseen(self) -> MethodError:
+        return MethodError(
+            "what is stored can be looked at once a prompt's turn has come: by select, and not by spares"
+        )
 
 
 @dataclass(frozen=True, eq=False)

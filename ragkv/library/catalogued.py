@@ -5,36 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from ragkv.chunk import Chunk, digest
+from ragkv.chunk import Chunk
 from ragkv.errors import DocumentError, RecordError, StoreError
 from ragkv.library.document import ChunkedDocument
 from ragkv.library.documents import Documents
 from ragkv.library.repair import plan_repair, repair
-from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot, TokenChunker
-from ragkv.retrieval.outline import NO_OUTLINE, Outline
-from ragkv.retrieval.records import Document, checked_document, reading_key, source_id
+from ragkv.retrieval import Change, Hit, Reading, Retrieval, Retriever, Snapshot
+from ragkv.retrieval.records import Document, reading_key, source_id
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-
-class Given(NamedTuple):
-    """A text that is to be a document.
-
-    Attributes:
-        source: what it is called.
-        text: all of it.
-        metadata: anything that JSON can hold.
-        outline: where its pages and sections begin.
-        file: see :class:`~ragkv.retrieval.Document`.
-    """
-
-    source: str
-    text: str
-    metadata: dict[str, Any] | None = None
-    outline: Outline = NO_OUTLINE
-    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,9 +26,7 @@ class Prepared:
         source: what it is called.
         passages: its texts in order.
         metadata: what was given with it.
-        spans: where the passages stand in its text.
-        origin: digest of its text, and of how it was cut.
-        pages, headings, file: see :class:`~ragkv.retrieval.Document`.
+        facts: ``spans``, ``origin``, ``pages``, ``headings`` and ``file``, see :class:`~ragkv.retrieval.Document`.
         document: as the model reads it.
         kind: ``"added"``, ``"changed"`` or ``"unchanged"``: what adding it will be.
     """
@@ -55,13 +34,9 @@ class Prepared:
     source: str
     passages: list[str]
     metadata: dict[str, Any] | None
-    spans: Sequence[tuple[int, int]]
-    origin: str
-    pages: Sequence[int]
-    headings: Sequence[str]
+    facts: dict[str, Any]
     document: ChunkedDocument
     kind: str
-    file: str = ""
 
 
 class CataloguedDocuments:
@@ -70,18 +45,22 @@ class CataloguedDocuments:
     Args:
         retriever: its catalogue has the passages, and keeps the records in the same transactions.
         documents: reads them.
+
+    Attributes:
+        retriever, documents: as given.
     """
 
     def __init__(self, retriever: Retriever, documents: Documents):
         self.retriever: Retriever = retriever
-        self._catalogue, self._documents = retriever.catalogue, documents
+        self.documents: Documents = documents
+        self._catalogue = retriever.catalogue
         self._made: list[tuple[Document, Reading]] = []
         documents.records.append(self)
 
     def close(self) -> None:
         """The documents know of the catalogue no more. Closing twice is fine."""
-        if self in self._documents.records:
-            self._documents.records.remove(self)
+        if self in self.documents.records:
+            self.documents.records.remove(self)
 
     def find(self, document_id: str) -> ChunkedDocument | None:
         """See the protocol."""
@@ -94,53 +73,11 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             return {key for key in chunks if view.names(key)}
 
-    def unchanged(self, source: str, file: str) -> Prepared | None:
-        """What adding a file takes that was added before: its passages are known. ``None`` where anything differs.
-
-        Args:
-            source: what it is called.
-            file: see :class:`~ragkv.retrieval.Document`.
-        """
-        listed, document, texts = self._before(source)
-        if listed is None or listed.file != file:
-            return None
-        document = document or self._documents.cut(texts, listed.id, any_length=True)
-        where = listed.spans, listed.origin, listed.pages, listed.headings
-        return Prepared(source, texts, listed.metadata, *where, document, "unchanged", file)
-
-    def prepare(self, given: Given, chunker: TokenChunker) -> Prepared:
-        """What adding a document takes. Nothing is read or stored.
-
-        Args:
-            given: the document.
-            chunker: cuts it, unless the very text was cut in the same way before, perhaps with another model's tokens.
-
-        Raises:
-            DocumentError: the text is blank or cannot be stored as it is.
-        """
-        source, text, metadata, outline, file = given
-        checked_document(source, [text], metadata)
-        origin = digest(text, chunker.settings).hex()
-        listed, before, old = self._before(source)
-        cut = listed is not None and listed.origin == origin
-        spans = listed.spans if listed is not None and cut else chunker.spans(text)
-        passages = cut_text(source, text, spans)
-        document = before if before is not None and old == passages else None
-        document = (
-            self._documents.cut(passages, source_id(source, self._documents.namespace), any_length=cut)
-            if document is None
-            else document
-        )
-        kind = "unchanged" if old == passages else "changed" if listed is not None else "added"
-        pages = [outline.page(start) or 1 for start, _ in spans] if outline.pages else []
-        headings = [outline.heading(start) for start, _ in spans] if outline.sections else []
-        return Prepared(source, passages, metadata, spans, origin, pages, headings, document, kind, file)
-
     def put(self, prepared: Prepared, repair_tokens: int | None, read: bool = True) -> tuple[Change, int]:
         """Add a document, or replace the one of the same source, and read what the store lacks of it.
 
         Args:
-            prepared: from :meth:`prepare`.
+            prepared: from :func:`ragkv.library.preparing.prepare`.
             repair_tokens: see :class:`~ragkv.RAG`.
             read: or leave that for later.
 
@@ -150,18 +87,16 @@ class CataloguedDocuments:
         Raises:
             StoreFullError: document and vectors are stored, but KV do not fit.
         """
-        documents, source, passages = self._documents, prepared.source, prepared.passages
+        documents, source, passages = self.documents, prepared.source, prepared.passages
         documents.look()
-        _, before, old = self._before(source)
+        _, before, old = self.before(source)
         document = before if before is not None and old == passages else prepared.document
         plan = None
         if read and before is not None and document is not before and repair_tokens is not None:
             plan = plan_repair(documents, list(before), document, repair_tokens)
         # The catalogue first: whatever is cut short later is read again, and no KV are left that nobody names.
         reading = self.reading(document if plan is None else plan.document)
-        more: dict[str, Any] = {"spans": prepared.spans, "origin": prepared.origin, "reading": reading}
-        more |= {"pages": prepared.pages, "headings": prepared.headings, "file": prepared.file}
-        more["namespace"] = documents.namespace
+        more = {**prepared.facts, "reading": reading, "namespace": documents.namespace}
         change = self.retriever.add(source, passages, prepared.metadata, **more)
         tokens = None
         try:
@@ -175,15 +110,15 @@ class CataloguedDocuments:
             tokens = documents.add(list(filter(documents.fits, document))) if read else 0
         return change, tokens
 
-    def _before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
+    def before(self, source: str) -> tuple[Document | None, ChunkedDocument | None, list[str]]:
         """The document of a source as it is now, as the model reads it where that is kept, and its passages."""
         with self._catalogue.snapshot() as view:
-            listed = view.get(source, self._documents.namespace)
+            listed = view.get(source, self.documents.namespace)
             return (None, None, []) if listed is None else (listed, self.kept(view, listed), view.texts(listed))
 
     def rename(self, source: str, to: str) -> bool:
         """Call a document by another source: nothing is read or embedded again. Whether it was so called."""
-        namespace = self._documents.namespace
+        namespace = self.documents.namespace
         to_id = source_id(to, namespace)
         return self._catalogue.rename(source, to, lambda reading: _reread(reading, to_id), namespace) is not None
 
@@ -194,9 +129,9 @@ class CataloguedDocuments:
             DocumentError: there is no such document.
             StoreError: it is removed, and its KV cannot be.
         """
-        change = self.retriever.remove(source, self._documents.namespace)
+        change = self.retriever.remove(source, self.documents.namespace)
         try:
-            self._documents.drop(change.unused)
+            self.documents.drop(change.unused)
         except StoreError as error:
             said = (
                 f"{source} is removed, but its KV are still stored: {error}; 'ragkv prune --orphans' removes them later"
@@ -206,12 +141,12 @@ class CataloguedDocuments:
 
     def reading(self, document: ChunkedDocument) -> Reading:
         """What the catalogue keeps of a document."""
-        keys = self._documents.keys_of(document)
-        return Reading(self._documents.setting, keys, document.to_bytes(), document.behind)
+        keys = self.documents.keys_of(document)
+        return Reading(self.documents.setting, keys, document.to_bytes(), document.behind)
 
     def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
-        reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
+        reading = view.reading(reading_key(bytes.fromhex(listed.id), self.documents.setting))
         if reading is None:
             return None
         document = _parsed(reading, listed)
@@ -222,10 +157,10 @@ class CataloguedDocuments:
 
         The latter in a folder that another model has used so far.
         """
-        reading = view.reading(reading_key(bytes.fromhex(listed.id), self._documents.setting))
+        reading = view.reading(reading_key(bytes.fromhex(listed.id), self.documents.setting))
         document = None if reading is None else _parsed(reading, listed)
         if reading is None or document is None:
-            reading = self.reading(self._documents.cut(view.texts(listed), listed.id, any_length=True))
+            reading = self.reading(self.documents.cut(view.texts(listed), listed.id, any_length=True))
         elif document.id != listed.id:
             reading = reading._replace(record=replace(document, id=listed.id).to_bytes())
         else:
@@ -237,7 +172,7 @@ class CataloguedDocuments:
         self, question: str, retrieval: Retrieval, first: Callable[[list[Hit]], object] | None = None
     ) -> list[Hit]:
         """The passages for a question, in the order of the prompt; ``first`` as for :meth:`ragkv.retrieval.Retriever.find`."""
-        given: dict[str, Any] = {"namespace": self._documents.namespace, "readings": self.read, "tokens": _lengths}
+        given: dict[str, Any] = {"namespace": self.documents.namespace, "readings": self.read, "tokens": _lengths}
         return self.retriever.find(question, retrieval, **given, first=first)
 
     def now(self, document_id: str) -> list[Chunk]:
@@ -246,7 +181,7 @@ class CataloguedDocuments:
             listed = view.by_id(document_id)
             record = None if listed is None else self.read(view, listed).record
         self.keep_made()
-        return [] if record is None else list(filter(self._documents.fits, ChunkedDocument.from_bytes(record)))
+        return [] if record is None else list(filter(self.documents.fits, ChunkedDocument.from_bytes(record)))
 
     def read_behind(
         self, document_id: str, fronts: Mapping[int, Sequence[tuple[int, ...]]], behind: tuple[int, ...]
@@ -262,7 +197,7 @@ class CataloguedDocuments:
             if listed is None:
                 return
             document = ChunkedDocument.from_bytes(self.read(view, listed).record).read_behind(fronts, behind)
-        self._documents.drop(self._catalogue.keep([(listed, self.reading(document))]))
+        self.documents.drop(self._catalogue.keep([(listed, self.reading(document))]))
 
     def keep_made(self) -> None:
         """Keeps what had to be found out, in one transaction."""
@@ -300,7 +235,7 @@ class CataloguedDocuments:
         with self._catalogue.snapshot() as view:
             for name, (document_id, number, text) in places.items():
                 listed = view.by_id(document_id)
-                if listed is None or listed.namespace != self._documents.namespace:
+                if listed is None or listed.namespace != self.documents.namespace:
                     continue
                 ids = listed.passage_ids[number : number + 1] if number >= 0 else ()
                 passage = view.passage(ids[0]) if ids else None
@@ -316,17 +251,6 @@ class CataloguedDocuments:
                     f"passage {hit.position} of {hit.source} is not what was found any more: search again"
                 )
             return self.read(view, listed)
-
-
-def cut_text(source: str, text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """The passages of a document.
-
-    Raises:
-        DocumentError: there are none.
-    """
-    if not spans:
-        raise DocumentError(f"{source}: no text in it")
-    return [text[start:stop] for start, stop in spans]
 
 
 def _lengths(reading: Reading) -> list[int]:

@@ -23,20 +23,20 @@ logger: logging.Logger = logging.getLogger(__name__)
 _CACHED, _NEW = 1024, (16, 128, 512, 2048, 8192)
 #: A token of the next column will hardly take more than this many times as long.
 _GROWTH = 1.25
+_LIMIT_S = 2.0
 
 
-def cost_profile(reader: Reader, store: TieredStore, most_tokens: int, limit_s: float = 2.0) -> CostProfile | None:
+def cost_profile(reader: Reader, store: TieredStore, most_tokens: int) -> CostProfile | None:
     """The prefill times of a model on this machine; None where the store's policy does not look at costs.
 
     Args:
         reader: of the model.
         store: keeps the profile beside its entries.
         most_tokens: that are ever read at once.
-        limit_s: the measurement ends when its next step would go beyond this; its first step is always taken.
     """
     if not store.uses_costs:
         return None
-    return known_costs(reader, store) or measured_costs(reader, store, most_tokens, limit_s)
+    return known_costs(reader, store) or measured_costs(reader, store, most_tokens, _LIMIT_S)
 
 
 def known_costs(reader: Reader, store: TieredStore) -> CostProfile | None:
@@ -50,7 +50,7 @@ def known_costs(reader: Reader, store: TieredStore) -> CostProfile | None:
 
 
 def measured_costs(reader: Reader, store: TieredStore, most_tokens: int, limit_s: float) -> CostProfile:
-    """As :func:`cost_profile`, measured now, in the place of what was kept."""
+    """As :func:`cost_profile`, measured now, in the place of what was kept; ``limit_s`` as for :func:`measure`."""
     profile = measure(reader, most_tokens, limit_s)
     try:
         store.meta_put(_name(reader), profile.to_bytes())
@@ -64,9 +64,10 @@ def _name(reader: Reader) -> str:
 
 
 def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:
-    """Measures prefills of some tokens, behind none and behind many, see :func:`cost_profile`.
+    """Measures prefills of some tokens, behind none and behind many, until the next step would go beyond ``limit_s``.
 
-    Nothing of the model is changed. What stands before is made of zeros: attention takes as long over them.
+    The first step is always taken. Nothing of the model is changed. What stands before is made of zeros: attention takes as long
+    over them.
     """
     cached = (0, min(_CACHED, most_tokens // 2)) if most_tokens > 1 else (0,)
     most = min(most_tokens - cached[-1], reader.piece_tokens)

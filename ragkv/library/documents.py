@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import partial
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import (
-    ArgumentError,
-    ModelChangedError,
-    StoreError,
-    StoreFullError,
-    checked_namespace,
-    instance,
-    whole_number,
-)
+from ragkv.errors import ModelChangedError, checked_namespace, whole_number
 from ragkv.kernels import Impl
 from ragkv.lazy import keep_last
 from ragkv.library.costs import cost_profile
 from ragkv.library.cutting import Cutting
 from ragkv.library.document import ChunkedDocument
-from ragkv.library.given import several_chunks
+from ragkv.library.keeping import Keeping
 from ragkv.library.measured import Measured
 from ragkv.library.paths import Paths
 from ragkv.library.reading import Reader, chains, identity
-from ragkv.library.records import Records, StoreRecords, held, lineage_of
+from ragkv.library.records import lineage_of
 from ragkv.library.sensitivity import FOREIGN, foreign_ids
 from ragkv.library.watching import counting
 from ragkv.model.activations import piece_tokens as affordable
@@ -35,9 +26,7 @@ from ragkv.model.runner import Runner
 from ragkv.model.steps import Steps
 from ragkv.prompt import Encoder, Text
 from ragkv.scheduling.memory import free_bytes
-from ragkv.store import CostProfile, Item, TieredStore, chunk_key
-
-logger: logging.Logger = logging.getLogger(__name__)
+from ragkv.store import Item, TieredStore
 
 # KV that wait to be written together: one transaction and one sync for all of them.
 _WRITTEN_TOGETHER_BYTES = 64 << 20
@@ -45,15 +34,11 @@ _WRITTEN_TOGETHER_BYTES = 64 << 20
 _RULES = "1"
 # Anchors, and namespaces with an anchor, of which something is kept: see Documents.within.
 _READERS, _OTHERS = 8, 256
-# Keys that a chunk remembers.
-_KEYS = 4
 # How often reading begins anew because the model was changed meanwhile.
 _TRIES = 3
-# What computing a token takes where nobody measured it.
-_TOKEN_S = 1e-3
 
 
-class Documents(Cutting):
+class Documents(Cutting, Keeping):
     """Reads documents, once, and keeps their KV. Safe for several threads: reading takes the model for one piece at a time.
 
     Args:
@@ -65,10 +50,8 @@ class Documents(Cutting):
         paths: what prompts computed of chunks; ``None`` where that is not kept.
 
     Attributes:
-        anchor: ids that documents are read behind.
         document_tokens, piece_tokens: as given, or as model and device allow.
         steps: the model's forwards.
-        records: where documents are looked up whose chunks come without them; others may be appended.
         sample: the ids of a fixed text, by which tokenizers are told apart.
     """
 
@@ -90,10 +73,8 @@ class Documents(Cutting):
         paths: Paths | None,
     ):
         decoder = runner.decoder(kernels, store)
-        super().__init__(encoder, context, document_tokens, decoder.max_positions)
-        self.runner: Runner = runner
-        self.store: TieredStore = store
-        self.anchor: tuple[int, ...] = encoder.anchor
+        Cutting.__init__(self, encoder, context, document_tokens, decoder.max_positions)
+        Keeping.__init__(self, runner, store, encoder.anchor, lifetime_s)
         if piece_tokens is None:
             # A model in parts runs on the fullest device, too.
             devices = {decoder.device, *(spec.device for spec in decoder.specs)}
@@ -103,23 +84,21 @@ class Documents(Cutting):
         self.kernels: Impl = kernels
         self.steps: Steps = runner.steps(kernels, graphs)
         self.measured: Measured = measured
-        instance("lifetime_s", lifetime_s, int | float, "a number of seconds")
-        if not lifetime_s > 0:
-            raise ArgumentError(f"lifetime_s must be more than 0, got {lifetime_s}")
-        self._lifetime_s = lifetime_s
         self._foreign_ids = foreign_ids(encoder, foreign)
         self._readers = dict[tuple[int, ...], Reader]()
-        self._costs: dict[str, CostProfile | None] = {}
         self.sample: tuple[int, ...] = encoder.chunk(FOREIGN) if encoder.tokenizer is not None else ()
         self._others = dict[tuple[str, tuple[int, ...]], Documents]()
         self.paths: Paths | None = paths
         self._cut_as(checked_namespace(namespace))
 
     def _cut_as(self, namespace: str) -> None:
-        self.namespace = namespace
-        self._cutting = digest(_RULES, namespace, self.context, str(self.document_tokens), self.sample).hex()
-        self._own_records = StoreRecords(self.store, self._cutting)
-        self.records: list[Records] = [self._own_records]
+        cutting = digest(_RULES, namespace, self.context, str(self.document_tokens), self.sample).hex()
+        self._keep_as(namespace, cutting)
+
+    @property
+    def stores(self) -> set[TieredStore]:
+        """That of chunks, and that of what prompts computed."""
+        return {self.store} if self.paths is None else {self.store, self.paths.store}
 
     def within(self, namespace: str | None = None, anchor: Sequence[int] | None = None) -> Documents:
         """Documents of another namespace, or behind another anchor, for the same model and store; these by default.
@@ -171,39 +150,6 @@ class Documents(Cutting):
             keep_last(self._readers, self.anchor, reader, _READERS)
         return reader
 
-    @property
-    def space(self) -> str:
-        """Fingerprint of all that KV depend on besides their chunk: the model as it is now, and the anchor."""
-        return digest(self.runner.fingerprint, self.anchor).hex()
-
-    @property
-    def setting(self) -> str:
-        """What records of documents hold for: the space, and how documents are cut and their texts become ids."""
-        return digest(self.space, self._cutting).hex()
-
-    def key(self, chunk: Chunk, space: str = "") -> bytes:
-        """The key of a chunk's KV in the store: space, namespace, ids and context."""
-        name = space or self.space, self.namespace
-        known = chunk.keys.get(name)
-        if known is None:
-            known = keep_last(chunk.keys, name, chunk_key(name[0], chunk.ids, chunk.context, name[1]), _KEYS)
-        return known
-
-    def keys(self, chunks: Sequence[Chunk]) -> dict[bytes, Chunk]:
-        """Chunks by the keys of their KV, each key once."""
-        space = self.space
-        return {self.key(chunk, space): chunk for chunk in chunks}
-
-    def keys_of(self, document: ChunkedDocument) -> list[bytes]:
-        """The keys of a document's KV, in order."""
-        space = self.space
-        return [self.key(chunk, space) for chunk in document]
-
-    def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Those of the chunks that the store does not hold."""
-        keys = self.keys(chunks)
-        return [keys[key] for key in self.store.missing(list(keys))]
-
     def work(self, missing: Sequence[Chunk]) -> int:
         """Tokens that the model runs to read chunks: of each document from the first one on that is not stored."""
         wanted, tokens = {identity(chunk) for chunk in missing}, 0
@@ -212,10 +158,6 @@ class Documents(Cutting):
             first = next((number for number, chunk in enumerate(chain) if identity(chunk) in absent), len(chain))
             tokens += sum(map(len, chain[first:]))
         return tokens
-
-    def record(self, document: ChunkedDocument) -> None:
-        """Keep a document's record beside the KV; for documents that no other of :attr:`records` has."""
-        self._own_records.put(document)
 
     def add(self, chunks: Sequence[Chunk]) -> int:
         """Read those of the chunks that the store does not hold, each in its context, and store them.
@@ -304,81 +246,8 @@ class Documents(Cutting):
         for chunk, kv, seconds in reader.read(missing, lineage, known, measured | self.measured, ran):
             yield self.item(reader, chunk, kv, seconds)
 
-    def keep(self, reader: Reader, items: Sequence[Item], chunks: Mapping[bytes, Chunk]) -> None:
-        """Store what a prompt had to read, if it fits, and if its documents were not removed meanwhile.
-
-        Args:
-            reader: that read it.
-            items: what was read.
-            chunks: theirs and perhaps others, by key.
-        """
-        stored = held({item.key: chunks[item.key] for item in items}, self.records)
-        try:
-            self.put(reader, [item for item in items if item.key in stored], self.store)
-        except StoreError as error:  # full, or open for reading only
-            logger.warning("%d chunks are used but not all of them are stored: %s", len(stored), str(error))
-        self._settle({key: chunks[key] for key in stored})
-
-    def forget(self, chunks: Sequence[Chunk]) -> int:
-        """Remove chunks' KV, and the records of their documents, from the store; returns how many KV were there."""
-        chunks = several_chunks(chunks, "chunks")
-        names = {self._own_records.name(chunk.document) for chunk in chunks if chunk.document}
-        return self.drop(self.keys(chunks), names)
-
-    def drop(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
-        """Remove KV from the store, what was computed behind them, and small facts; returns how many KV were there."""
-        keys = list(keys)
-        stores = {self.store} if self.paths is None else {self.store, self.paths.store}
-        removed = self.store.remove_many(keys, facts=facts)
-        for store in stores:
-            computed = store.computed_of(keys)
-            if computed:
-                store.remove_many(computed)
-        return removed
-
-    def holds(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether none of the chunks is of a document that was removed."""
-        keys = self.keys(chunks)
-        return len(held(keys, self.records)) == len(keys)
-
-    def costs(self, reader: Reader) -> Callable[[int, int], float]:
-        """Seconds that computing so many tokens takes behind so many; about in proportion where it was not measured."""
-        return self._costs.get(reader.fingerprint) or (lambda behind, tokens: _TOKEN_S * tokens)
-
-    def _settle(self, stored: Mapping[bytes, Chunk]) -> None:
-        """Undo what was stored of documents that were removed meanwhile.
-
-        Whoever removes a document strikes out its record before its KV: what is stored without one he may have missed.
-        """
-        gone = stored.keys() - held(stored, self.records)
-        if gone:
-            self.drop(gone)
-
-    def item(self, reader: Reader, chunk: Chunk, kv: ChunkKV, seconds: float) -> Item:
-        """What is stored of a chunk: what it costs to compute behind its context, and its document's name.
-
-        A namespace's documents are not named: whoever has the text could tell that it is there.
-        """
-        costs = self._costs.get(reader.fingerprint)
-        if costs is not None:
-            seconds = costs(len(self.anchor) + chunk.offset, len(chunk))
-        return Item(self.key(chunk, reader.space), kv, seconds, "" if self.namespace else chunk.document)
-
     def _put(self, reader: Reader, waiting: dict[bytes, Item]) -> None:
         """Store what waits."""
         items = list(waiting.values())
         waiting.clear()
         self.put(reader, items, self.store)
-
-    def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
-        """Store what a reader's model computed, together; one by one where it does not fit together."""
-        put = partial(store.put_many, space=reader.space, namespace=self.namespace)
-        put = partial(put, rotations=reader.decoder.rotations, lifetime_s=self._lifetime_s)
-        try:
-            if items:
-                put(items)
-        except StoreFullError:
-            if len(items) == 1:
-                raise
-            for item in items:
-                put([item])

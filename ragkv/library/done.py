@@ -8,35 +8,44 @@ from ragkv.retrieval import Change, SkippedFile
 
 
 @dataclass
-class Added:
-    """What adding documents did.
+class Files:
+    """Documents by what becomes of them.
+
+    Attributes:
+        added, changed, unchanged: sources of those that are there.
+        moved: by the new source, what the document was called before, where its file was moved.
+        skipped: files that cannot be read, with the reason; documents of theirs stay as they are.
+        hidden: how many hidden files and folders are passed over.
+    """
+
+    added: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    skipped: list[SkippedFile] = field(default_factory=list)
+    hidden: int = 0
+
+
+@dataclass
+class Added(Files):
+    """What adding documents did; and as :class:`Files`, of texts too.
 
     Attributes:
         changes: what changed in the catalogue, a document each, in the order given.
-        skipped: files that could not be read, with the reason.
-        hidden: how many hidden files and folders were passed over in folders.
-        moved: documents that are called otherwise now, because their file was moved: by the new source, what they were called.
         tokens_read: tokens that the model had to read; 0 where everything was known.
         kv_bytes: what the KV of these documents take now, by tier.
     """
 
     changes: list[Change] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
-    hidden: int = 0
     tokens_read: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
-class Planned:
-    """What adding files would do and take.
+class Planned(Files):
+    """What adding files would do and take; and as :class:`Files`.
 
     Attributes:
-        added, changed, unchanged: sources of the files.
-        moved: by the new source, what the document is called now.
-        skipped: files that cannot be read, with the reason.
-        hidden: how many hidden files and folders are passed over.
         passages: of all files.
         tokens: of all passages.
         stored_tokens: of those whose KV are there already.
@@ -46,12 +55,6 @@ class Planned:
         codec: that the store uses.
     """
 
-    added: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    hidden: int = 0
     passages: int = 0
     tokens: int = 0
     stored_tokens: int = 0
@@ -62,25 +65,15 @@ class Planned:
 
 
 @dataclass
-class Synced:
-    """What bringing the documents of a folder in step with the disk did, or would do.
+class Synced(Files):
+    """What bringing the documents of a folder in step with the disk did, or would do; and as :class:`Files`.
 
     Attributes:
-        added, changed, unchanged: sources of the files that are there.
-        moved: by the new source, what the document was called.
         removed: documents whose files are gone.
-        skipped: files that could not be read, with the reason; documents of theirs stay as they are.
-        hidden: how many hidden files and folders were passed over.
         tokens: that were read, or would have to be.
         kv_bytes: what the KV of the files that are there take, by tier.
     """
 
-    added: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    hidden: int = 0
     tokens: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)

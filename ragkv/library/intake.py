@@ -13,10 +13,11 @@ from typing import Any
 
 from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, MissingPackageError, half_a_pair, listable
-from ragkv.library.catalogued import CataloguedDocuments, Given, Prepared
+from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.differing import described
 from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Planned, Synced
+from ragkv.library.preparing import Given, prepare, unchanged
 from ragkv.library.rates import reading_s
 from ragkv.library.refreshing import Due, bring_up, due
 from ragkv.library.sizes import check_room, codec_bytes
@@ -45,6 +46,14 @@ class _Plan:
     @property
     def tokens(self) -> int:
         return sum(tokens for _, tokens in self.documents)
+
+    def files(self) -> dict[str, Any]:
+        """As :class:`~ragkv.library.done.Files` takes them."""
+        kinds: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
+        for prepared, _ in self.documents:
+            if prepared.source not in self.moved:
+                kinds[prepared.kind].append(prepared.source)
+        return {**kinds, "moved": self.moved, "skipped": self.skipped, "hidden": self.hidden}
 
 
 class Intake:
@@ -112,20 +121,19 @@ class Intake:
     def planned(self, paths: Any, encoding: str | None, tell: Tell | None) -> Planned:
         """See :meth:`ragkv.RAG.plan_files`."""
         plan, documents = self._files(paths, encoding, tell), self._documents
-        planned = Planned(moved=plan.moved, skipped=plan.skipped, hidden=plan.hidden, tokens_to_read=plan.tokens)
-        chunks = list[Chunk]()
-        for prepared, _ in plan.documents:
-            if prepared.source not in plan.moved:
-                getattr(planned, prepared.kind).append(prepared.source)
-            chunks += filter(documents.fits, prepared.document)
-        planned.passages = sum(len(prepared.passages) for prepared, _ in plan.documents)
-        planned.tokens = sum(map(len, chunks))
-        planned.stored_tokens = planned.tokens - sum(map(len, documents.missing(chunks)))
-        planned.seconds = reading_s(documents, [tokens for _, tokens in plan.documents])
-        planned.codec = documents.store.codecs[0].name
+        chunks = [chunk for prepared, _ in plan.documents for chunk in prepared.document if documents.fits(chunk)]
+        tokens = sum(map(len, chunks))
         sizes = codec_bytes(documents) if plan.stored_tokens else {}
-        planned.kv_bytes = {codec: round(size * plan.stored_tokens) for codec, size in sizes.items()}
-        return planned
+        return Planned(
+            **plan.files(),
+            passages=sum(len(prepared.passages) for prepared, _ in plan.documents),
+            tokens=tokens,
+            stored_tokens=tokens - sum(map(len, documents.missing(chunks))),
+            tokens_to_read=plan.tokens,
+            seconds=reading_s(documents, [tokens for _, tokens in plan.documents]),
+            kv_bytes={codec: round(size * plan.stored_tokens) for codec, size in sizes.items()},
+            codec=documents.store.codecs[0].name,
+        )
 
     def sync(self, folder: str | os.PathLike[str], dry_run: bool, encoding: str | None, tell: Tell | None) -> Synced:
         """See :meth:`ragkv.RAG.sync`."""
@@ -136,17 +144,13 @@ class Intake:
                 "forget' or RAG.remove() removes documents"
             )
         plan = self._files(path, encoding, tell)
-        kinds = {prepared.source: prepared.kind for prepared, _ in plan.documents}
         lost = [source for source in self._below(path) if gone(source) and source not in plan.moved.values()]
-        if lost and not kinds and not plan.skipped:
+        if lost and not plan.documents and not plan.skipped:
             raise DocumentError(
                 f"no file is left in {path}, and {len(lost)} documents came from there: nothing was changed. Is its disk mounted? "
                 "'ragkv forget' or RAG.remove() removes documents"
             )
-        synced = Synced(moved=plan.moved, removed=lost, skipped=plan.skipped, hidden=plan.hidden, tokens=plan.tokens)
-        for source, kind in kinds.items():
-            if source not in plan.moved:
-                getattr(synced, kind).append(source)
+        synced = Synced(**plan.files(), removed=lost, tokens=plan.tokens)
         if not dry_run:
             first = self._removed(lost) if self.behind else []  # or what is added would be read behind it
             added = self._done(plan, tell)
@@ -210,9 +214,10 @@ class Intake:
             if not document.metadata:  # files have none
                 formers.setdefault(document.origin, []).append(document.source)
         for prepared in new:
-            former = next((source for source in formers.get(prepared.origin, ()) if gone(source)), None)
+            sources = formers.get(prepared.facts["origin"], [])
+            former = next(filter(gone, sources), None)
             if former is not None:
-                formers[prepared.origin].remove(former)
+                sources.remove(former)
                 plan.moved[prepared.source] = former
         return plan
 
@@ -223,7 +228,7 @@ class Intake:
             if half_a_pair(source):
                 raise DocumentError("its name, or that of a folder that it is in, is not valid Unicode: rename it")
             file = digest(fingerprint(Path(path), data, encoding), self.chunker.settings).hex()
-            known = self._catalogued.unchanged(source, file)
+            known = unchanged(self._catalogued, source, file)
             if known is not None:
                 return known
             text, outline = text_of(Path(path), data, converter, encoding)
@@ -250,7 +255,7 @@ class Intake:
                 try:
                     prepared = item
                     if not isinstance(prepared, Prepared):
-                        prepared = self._catalogued.prepare(prepared, chunker or self.chunker)
+                        prepared = prepare(self._catalogued, prepared, chunker or self.chunker)
                     missing = self._missing(prepared, counted)
                     plan.documents.append((prepared, self._documents.work(missing)))
                     plan.stored_tokens += sum(map(len, missing))
@@ -272,7 +277,7 @@ class Intake:
 
     def _done(self, plan: _Plan, tell: Tell | None) -> Added:
         """The plan carried out."""
-        added, done, total = Added(skipped=plan.skipped, hidden=plan.hidden, moved=plan.moved), 0, plan.tokens
+        added, done, total = Added(**plan.files()), 0, plan.tokens
         size = check_room(self._documents, plan.stored_tokens)
         if self.defaults and plan.documents:  # before reading, which may take hours and be cut short
             self._catalogue.keep_defaults(self.defaults)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ragkv.chunk import Chunk, ChunkKV, digest
+from ragkv.chunk import Chunk, digest
 from ragkv.errors import StoreError
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.placement import Placement
+from ragkv.model.cache import random_kv
 from ragkv.store import Item, Loading, TieredStore
 from ragkv.store.rates import PAGE_CACHE
 
@@ -79,13 +80,7 @@ class Sample:
         self.nbytes: int = token_bytes * sum(lengths)
         self.chunks: list[Chunk] = [Chunk((number,) * length) for number, length in enumerate(lengths)]
         self.keys: dict[Chunk, bytes] = {chunk: digest(b"sample", [number]) for number, chunk in enumerate(self.chunks)}
-        draw = torch.Generator().manual_seed(0)
-
-        def side(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.randn(heads, long, dim, generator=draw, dtype=torch.float32, device="cpu").to(dtype)
-
-        keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in decoder.specs]
-        self._kv = ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in decoder.specs], 0)
+        self._kv = random_kv(decoder.specs, long)
 
     def put(self, store: TieredStore, limit_s: float = float("inf")) -> None:
         """Stores the chunks one by one, as long as there is time."""

@@ -23,7 +23,8 @@ from ragkv.chunk import Chunk, ChunkKV
 from ragkv.errors import RecordError, whole_number
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.view import Variant
-from ragkv.library.pieces import Known, Owner, Path, Piece, mark_of, pieces
+from ragkv.library.keeping import Keeping
+from ragkv.library.pieces import Known, Path, Piece, mark_of, pieces
 from ragkv.library.reading import Reader, cut, some
 from ragkv.library.variants import displaced, made_variant, stored_variants
 from ragkv.store import Item, TieredStore
@@ -61,7 +62,7 @@ class Paths:
             return cls(chunks) if given else None
         return cls(given if isinstance(given, TieredStore) else TieredStore(cpu_bytes=whole_number("paths", given, 1)))
 
-    def known(self, documents: Owner, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
+    def known(self, documents: Keeping, reader: Reader, layout: Layout, method: Method, stack: ExitStack) -> Known:
         """What was computed of a prompt before.
 
         Args:
@@ -102,7 +103,7 @@ class Paths:
         layout = replace(layout, chunks=tuple(placed), earlier=earlier, mended=tuple(mended))
         return Known(layout, blocks, chunks, (batch,))
 
-    def variants(self, documents: Owner, reader: Reader, known: Known) -> list[list[Variant]]:
+    def variants(self, documents: Keeping, reader: Reader, known: Known) -> list[list[Variant]]:
         """What is kept of each of a prompt's chunks as it was computed behind others.
 
         Args:
@@ -136,7 +137,7 @@ class Paths:
         return replace(known, layout=layout, batches=(*known.batches, batch), taken=variants)
 
     def keep(
-        self, documents: Owner, reader: Reader, known: Known, cache: FusedCache, done: Pass, seen: Seen | None = None
+        self, documents: Keeping, reader: Reader, known: Known, cache: FusedCache, done: Pass, seen: Seen | None = None
     ) -> None:
         """Store, in a thread of its own, what a prompt computed of its pieces for the first time.
 
@@ -188,7 +189,7 @@ class Paths:
             self._background.add(lambda closing: self._store(documents, reader, items, chunks))
 
     def order(
-        self, documents: Owner, reader: Reader, prefix: Sequence[int], chunks: Sequence[Chunk], method: Method
+        self, documents: Keeping, reader: Reader, prefix: Sequence[int], chunks: Sequence[Chunk], method: Method
     ) -> list[int]:
         """An order of chunks in which as much as possible of what stands in front was computed before.
 
@@ -233,7 +234,7 @@ class Paths:
         self._background.close()
         self.store.close()
 
-    def _store(self, documents: Owner, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
+    def _store(self, documents: Keeping, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:
         too_many = [key for item in items if item.kv.attended is not None for key in displaced(self.store, item.key)]
         if too_many:
             self.store.remove_many(too_many)

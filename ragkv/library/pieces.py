@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ragkv.chunk import Chunk, ChunkKV, digest, marked
 from ragkv.errors import RecordError
 from ragkv.fusion.layout import Layout
 from ragkv.fusion.view import Variant
+from ragkv.library.keeping import Keeping
 from ragkv.library.reading import Reader
 from ragkv.methods import Method
-from ragkv.store import Batch, Item, TieredStore
+from ragkv.store import Batch
 from ragkv.store.keys import path_key
 
 #: Tokens of a block of earlier messages: what two prompts share is found in so many at a time.
 BLOCK_TOKENS = 32
-
-
-class Owner(Protocol):
-    """Whose chunks they are: :class:`~ragkv.library.documents.Documents`."""
-
-    namespace: str
-    anchor: tuple[int, ...]
-    store: TieredStore
-
-    def key(self, chunk: Chunk, space: str = "") -> bytes:
-        """The key of a chunk's own KV."""
-
-    def holds(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether none of the chunks is of a document that was removed."""
-
-    def costs(self, reader: Reader) -> Callable[[int, int], float]:
-        """Seconds that computing so many tokens takes behind so many."""
-
-    def put(self, reader: Reader, items: Sequence[Item], store: TieredStore) -> None:
-        """Store what a reader's model computed."""
 
 
 class Piece(NamedTuple):
@@ -106,7 +87,7 @@ class Path:
         ids: what stands in front.
     """
 
-    def __init__(self, documents: Owner, reader: Reader, ids: Sequence[int]):
+    def __init__(self, documents: Keeping, reader: Reader, ids: Sequence[int]):
         self._space, self._namespace = digest("ragkv paths 1", reader.fingerprint).hex(), documents.namespace
         self._digest: bytes = digest(ids)
         self._read: bytes = digest(documents.anchor)  # behind what the chunks in front were read
@@ -140,7 +121,7 @@ class Path:
         return path_key(self._space, ids, path, self._namespace)
 
 
-def pieces(documents: Owner, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
+def pieces(documents: Keeping, reader: Reader, layout: Layout, method: Method) -> tuple[list[Piece], list[Piece]]:
     """The pieces of a prompt: blocks of earlier messages, and its chunks."""
     ids = layout.listed()
     path, blocks, chunks = Path(documents, reader, ids[: layout.opening]), list[Piece](), list[Piece]()

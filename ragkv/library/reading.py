@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 
 import torch
@@ -11,7 +11,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV, digest
-from ragkv.errors import ModelChangedError
 from ragkv.lazy import keep_last, lazy
 from ragkv.library.attention import Seen
 from ragkv.library.depth import check_layer
@@ -68,23 +67,13 @@ class Reader:
         self._foreign_ids = tuple(foreign)[:room]
         self.foreign: str = digest(self._foreign_ids).hex()[:16]
         self._openings: dict[tuple[int, ...], ChunkKV | None] = {}
-        self._facts, self._model = (
-            facts,
-            None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels),
-        )
+        self._facts = facts
+        self._model = None if facts is None else model_key(decoder.model, fingerprint, decoder.kernels)
         self.anchor: ChunkKV | None = self._kept(self.anchor_ids, "anchor")
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """The model for this thread alone.
-
-        Raises:
-            ModelChangedError: it is not what it was when this reader was made.
-        """
-        with self.steps.turn() as fingerprint:
-            if fingerprint != self.fingerprint:
-                raise ModelChangedError("the model's weights, adapter or attention have changed while it was in use")
-            yield
+    def turn(self) -> AbstractContextManager[None]:
+        """The model for this thread alone, as it was when this reader was made (:meth:`ragkv.model.steps.Steps.turn_of`)."""
+        return self.steps.turn_of(self.fingerprint)
 
     def forward(self, rows: Rows, seat: Seat | None = None) -> Tensor:
         """Run rows of a prompt, with whatever other threads ask for; as :meth:`ragkv.model.steps.Steps.run`."""

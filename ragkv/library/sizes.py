@@ -1,19 +1,14 @@
-"""What documents' KV take, before anything is read.
-
-L layers, H kv heads, T tokens, D head_dim.
-"""
+"""What documents' KV take, before anything is read."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 
-import torch
-
-from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
 from ragkv.folder.filesystem import size
 from ragkv.library.documents import Documents
+from ragkv.model.cache import random_kv
 from ragkv.store.codecs import CODECS
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -27,15 +22,9 @@ def token_bytes(documents: Documents, codec: str | None = None) -> float:
 
     Exact but for headers where a codec's size hangs on shapes alone; ``lossless`` and ``cachegen`` do better on real KV.
     """
-    specs, draw = documents.reader.decoder.specs, torch.Generator().manual_seed(0)
-
-    def side(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(heads, _SAMPLE_TOKENS, dim, generator=draw, dtype=torch.float32, device="cpu").to(dtype)
-
-    keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in specs]
-    kv = ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in specs], 0)
-    size = documents.store.stored_bytes(kv, rotations=documents.reader.decoder.rotations, codec=codec)
-    return size / _SAMPLE_TOKENS
+    decoder = documents.reader.decoder
+    kv = random_kv(decoder.specs, _SAMPLE_TOKENS)
+    return documents.store.stored_bytes(kv, rotations=decoder.rotations, codec=codec) / _SAMPLE_TOKENS
 
 
 def codec_bytes(documents: Documents) -> dict[str, float]:

@@ -49,23 +49,22 @@ class Progress:
 
 
 @contextmanager
-def watched(watch: Watch | None) -> Iterator[None]:
+def _standing(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def watched(watch: Watch | None) -> AbstractContextManager[None]:
     """Tells ``watch`` of whatever is read inside, by this thread."""
-    token = _watch.set(watch)
-    try:
-        yield
-    finally:
-        _watch.reset(token)
+    return _standing(_watch, watch)
 
 
-@contextmanager
-def prefetched(moved: Mapping[bytes, Moved]) -> Iterator[None]:
+def prefetched(moved: Mapping[bytes, Moved]) -> AbstractContextManager[None]:
     """For the questions that are asked inside, these chunks came from where they were moved from."""
-    token = _moved.set(moved)
-    try:
-        yield
-    finally:
-        _moved.reset(token)
+    return _standing(_moved, moved)
 
 
 def moved_for_this() -> Mapping[bytes, Moved]:

@@ -49,24 +49,8 @@ class Auto(Method):
         instance("rates", self.rates, Rates | None, "a ragkv.Rates, as ragkv.Engine.advise(...).rates")
 
     @property
-    def needs_sensitivity(self) -> bool:
-        """Whether the repair does."""
-        return self.repair.needs_sensitivity
-
-    @property
-    def needs_attended(self) -> bool:
-        """Whether the repair does."""
-        return self.repair.needs_attended
-
-    @property
-    def looks(self) -> bool:
-        """Whether the repair does."""
-        return self.repair.looks
-
-    @property
-    def runs_question(self) -> bool:
-        """Whether the repair does."""
-        return self.repair.runs_question
+    def _parts(self) -> tuple[Method, ...]:
+        return (self.repair,)
 
     def expected_budget(self, view: View) -> float:
         """That of the method for this prompt."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -21,25 +23,30 @@ class Method(ABC):
     """
 
     @property
+    def _parts(self) -> tuple[Method, ...]:
+        """The methods that it is made of: what one of them needs, it does."""
+        return ()
+
+    @property
     def needs_sensitivity(self) -> bool:
         """Whether it asks for ``view.sensitivity``, which is then measured when documents are read."""
-        return False
+        return any(part.needs_sensitivity for part in self._parts)
 
     @property
     def needs_attended(self) -> bool:
         """Whether it goes by what chunks attend to in those in front, as :class:`ragkv.CacheCraft` does: that is then measured
         when documents are read and prompts are computed."""
-        return False
+        return any(part.needs_attended for part in self._parts)
 
     @property
     def runs_question(self) -> bool:
         """Whether the question is run over the stored chunks before it chooses, as by ``view.attention``; for reckoning."""
-        return False
+        return any(part.runs_question for part in self._parts)
 
     @property
     def looks(self) -> bool:
         """Whether it looks at stored KV to choose, so that all of them are loaded; not so where the layout and sensitivities do."""
-        return True
+        return not self._parts or any(part.looks for part in self._parts)
 
     def expected_budget(self, view: View) -> float:
         """The budget that it will be charged, about: its ``ratio`` if it has one. What :class:`~ragkv.Auto` reckons with."""
@@ -69,6 +76,16 @@ def check_share(method: Method, name: str, share: float) -> None:
     """
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share!r}")
+
+
+def check_number(method: Method, name: str, value: int, least: int, why: str = "") -> None:
+    """Refuse a whole number that is none, or too small.
+
+    Raises:
+        MethodError: it is; ``why`` says what it counts.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < least:
+        raise MethodError(f"{type(method).__name__}: {name} must be >= {least}{why}, got {value!r}")
 
 
 def highest_of(scores: Tensor, chunks: Mapping[int, Placed], ratio: float, layout: Layout) -> Selection:

@@ -49,28 +49,12 @@ class Chosen(Method):
     void: str = ""
 
     @property
-    def needs_sensitivity(self) -> bool:
-        """Whether what was chosen does."""
-        return self.method.needs_sensitivity
-
-    @property
-    def needs_attended(self) -> bool:
-        """Whether what was chosen does."""
-        return self.method.needs_attended
-
-    @property
-    def looks(self) -> bool:
-        """Whether what was chosen does."""
-        return self.method.looks
+    def _parts(self) -> tuple[Method, ...]:
+        return (self.method,)
 
     def spares(self, view: View) -> frozenset[int]:
         """Those that the chosen method does."""
         return self.method.spares(view)
-
-    @property
-    def runs_question(self) -> bool:
-        """Whether what was chosen does."""
-        return self.method.runs_question
 
     def select(self, view: View) -> Selection:
         """What the chosen method selects; it also decides further."""

@@ -39,7 +39,7 @@ class QuestionAware(Method):
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
         check_share(self, "sees", self.sees)
-        if self.queries not in AVERAGED:
+        if not isinstance(self.queries, str) or self.queries not in AVERAGED:
             raise MethodError(f"QuestionAware: queries must be one of {', '.join(AVERAGED)}, got {self.queries!r}")
 
     def select(self, view: View) -> Selection:

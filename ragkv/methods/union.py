@@ -31,24 +31,8 @@ class Union(Method):
                 raise MethodError(f"Union: joins two methods, got {member!r}")
 
     @property
-    def needs_sensitivity(self) -> bool:
-        """Whether one of them does."""
-        return self.first.needs_sensitivity or self.second.needs_sensitivity
-
-    @property
-    def needs_attended(self) -> bool:
-        """Whether one of them does."""
-        return self.first.needs_attended or self.second.needs_attended
-
-    @property
-    def runs_question(self) -> bool:
-        """Whether one of them does."""
-        return self.first.runs_question or self.second.runs_question
-
-    @property
-    def looks(self) -> bool:
-        """Whether one of them does."""
-        return self.first.looks or self.second.looks
+    def _parts(self) -> tuple[Method, ...]:
+        return self.first, self.second
 
     def expected_budget(self, view: View) -> float:
         """Of both, as if they chose different tokens."""

@@ -38,9 +38,8 @@ def token_bytes(decoder: Decoder) -> int:
     key_dim = max(spec.key_dim for spec in decoder.specs)
     stored = max(spec.token_bytes for spec in decoder.specs)
     residual = hidden * (3 * size + 4)  # with its norm, which is computed in fp32
-    attention = (
-        3 * heads * key_dim * size + 2 * stored
-    )  # queries, turned ones and what comes out; keys and values, and turned
+    # Queries, turned ones and what comes out; keys and values, and turned.
+    attention = 3 * heads * key_dim * size + 2 * stored
     mask = _positions(decoder) * (1 + size)
     weights = heads * _positions(decoder) * (4 + size) if decoder.attention == "eager" else 0
     return residual + attention + 3 * _inner(config) * size + mask + weights

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ragkv.errors import MethodError
-
-_names = count()
+from ragkv.model.attention import switched
 
 
 class Masses:
@@ -107,16 +105,9 @@ def attending(layers: Iterable[nn.Module], config: PreTrainedConfig, masses: Mas
     if masses is None:
         yield
     elif loaded in ALL_ATTENTION_FUNCTIONS:
-        name = f"ragkv_attending_{next(_names)}"  # a name of this turn alone
-        AttentionInterface.register(name, _Twice(ALL_ATTENTION_FUNCTIONS[loaded], masses))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[loaded])
-        config._attn_implementation = name
-        try:
+        twice = _Twice(ALL_ATTENTION_FUNCTIONS[loaded], masses)
+        with switched(config, "attending", twice, ALL_MASK_ATTENTION_FUNCTIONS[loaded]):
             yield
-        finally:
-            config._attn_implementation = loaded
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
     else:
         hooks = [child.register_forward_hook(_weights_to(masses)) for layer in layers for child in layer.children()]
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from ragkv.model.turns import turns
 
 _GROUPED = "ragkv_grouped_sdpa"
+_names = count()
 _FEW = 16  # queries; for more of them the mask's rows are not repeated for every head
 
 
@@ -83,6 +85,29 @@ def grouped(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     # Models that do not go through transformers' attention interface ask for "sdpa" by name.
     interface = getattr(model, "_supports_attention_backend", False)
     return config._attn_implementation == "sdpa" and interface and model.device.type == "cpu"
+
+
+@contextmanager
+def switched(config: PreTrainedConfig, kind: str, attend: Any, mask: Any = None) -> Iterator[None]:
+    """A block in which a model attends by another function, under a name of this block alone; nothing of it is left behind.
+
+    Args:
+        config: its text config.
+        kind: what the name says.
+        attend: as transformers' attention interface takes it.
+        mask: makes the masks for it, as transformers takes it; ``None`` where they are handed in.
+    """
+    loaded, name = config._attn_implementation, f"ragkv_{kind}_{next(_names)}"
+    AttentionInterface.register(name, attend)
+    if mask is not None:
+        AttentionMaskInterface.register(name, mask)
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = loaded
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 @contextmanager

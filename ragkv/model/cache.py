@@ -36,6 +36,17 @@ class LayerSpec(NamedTuple):
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
+def random_kv(specs: Sequence[LayerSpec], tokens: int) -> ChunkKV:
+    """Random numbers of a model's shapes, always the same: to measure what KV take."""
+    draw = torch.Generator().manual_seed(0)
+
+    def side(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(heads, tokens, dim, generator=draw, dtype=torch.float32, device="cpu").to(dtype)
+
+    keys = [side(spec.heads, spec.key_dim, spec.dtype) for spec in specs]
+    return ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in specs], 0)
+
+
 class FusedLayer(CacheLayerMixin):
     """One layer's keys and values, with room to grow in place.
 

@@ -7,28 +7,25 @@ how its keys turn, which keys its layers see.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
-from ragkv.model.attending import Masses, attending
-from ragkv.model.attention import eager_attention, fusion_attention, grouped
+from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache, LayerSpec
+from ragkv.model.driving import Driving
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
-from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention, serves, span_rules
-from ragkv.model.linear import few_rows
-from ragkv.model.masks import MaskBuilder, Rule, for_model, layer_rules
+from ragkv.model.kernel_attention import SpanRule, serves, span_rules
+from ragkv.model.masks import for_model, layer_rules
 from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
-from ragkv.model.rows import Rows
 from ragkv.model.traits import Traits
-from ragkv.model.turns import Turns, turns
+from ragkv.model.turns import turns
 
 _PROBE_TOKENS = 8
 _STORED = torch.float32, torch.bfloat16, torch.float16
@@ -36,7 +33,7 @@ _CHECK_TOKENS = 24
 _SHAKE = 1e-5  # an exact model answers it by errors of its size; one that rounds coarsely, by its rounding
 
 
-class Decoder:
+class Decoder(Driving):
     """A transformers decoder as fusion sees it.
 
     Attributes:
@@ -58,10 +55,10 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, kernels: Impl = "auto", known: Traits | None = None):
-        self.model: PreTrainedModel = unwrapped(model)
+        self.model = unwrapped(model)
         self.kernels = kernels
-        self.config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
-        self.turns: Turns = turns(self.config)
+        self.config = self.model.config.get_text_config(decoder=True)
+        self.turns = turns(self.config)
         self.probes: int = 0
         self.probe(known)
 
@@ -75,21 +72,21 @@ class Decoder:
         refuse_by_config(self.config)
         refuse_state(self.model)
         embeddings = self.model.get_input_embeddings()
-        self.layers: nn.ModuleList = decoder_layers(self.model, self.config.num_hidden_layers)
-        self.vocab_size: int = embeddings.weight.shape[0]
-        self.device: torch.device = _device(embeddings)
-        self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
-        self.keeps_last: bool = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.rules: list[Rule] = layer_rules(self.config, len(self.layers), self.device)
+        self.layers = decoder_layers(self.model, self.config.num_hidden_layers)
+        self.vocab_size = embeddings.weight.shape[0]
+        self.device = _device(embeddings)
+        self.backbone = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.rules = layer_rules(self.config, len(self.layers), self.device)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         if known is None:
             with self.turns:
                 self._try()
         else:
-            self.specs: list[LayerSpec] = known.specs
+            self.specs = known.specs
             self.rotations: list[Rotation | None] = known.rotations
             self.max_positions = known.max_positions
-            self.dtype: torch.dtype = self.specs[0].dtype
+            self.dtype = self.specs[0].dtype
             self.spans = self._span_rules() if known.spans else None
 
     @property
@@ -116,102 +113,6 @@ class Decoder:
         self.spans = self._span_rules()
         self._check_scattered(tolerance)
 
-    @property
-    def attention(self) -> str:
-        """The attention implementation that the model was loaded with."""
-        return self.config._attn_implementation
-
-    def cache(self, capacity: int) -> FusedCache:
-        """An empty cache with room for ``capacity`` tokens."""
-        return FusedCache(self.specs, capacity)
-
-    @torch.no_grad()
-    def read(self, ids: Tensor, cache: FusedCache, start: int) -> Tensor:
-        """Run ``ids [S]`` behind what the cache holds, for their keys and values; no logits are computed.
-
-        Args:
-            ids: token ids on the model's device.
-            cache: appended to.
-            start: position of the first token.
-
-        Returns:
-            The last hidden states ``[S, hidden size]``.
-        """
-        return self.run(ids, self._span(start, len(ids))[0], cache)
-
-    @torch.no_grad()
-    def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
-        """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
-        return self._out(self.backbone, ids, positions, cache, mask)[0][0]
-
-    @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None, rows: int = 1) -> Tensor:
-        """Run ``ids [S]`` at ``positions [S]`` and return the next-token logits ``[rows, V]`` of the last ones."""
-        keep = {"logits_to_keep": rows} if self.keeps_last else {}
-        return self._out(self.model, ids, positions, cache, mask, **keep).logits[0, -rows:]
-
-    def _out(self, module: nn.Module, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any, **more: int) -> Any:
-        with self.turns, few_rows(len(ids), self.device, self.model.dtype):
-            return module(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **more,
-            )
-
-    def forward(self, rows: Rows) -> Tensor:
-        """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""
-        with self._attention_of(rows) as rows.attention:
-            mask = None if rows.masks is None else for_model(rows.masks, self.config)
-            if rows.wanted:
-                return self.step(rows.ids, rows.positions, rows.cache, mask, rows=rows.wanted)
-            return self.run(rows.ids, rows.positions, rows.cache, mask)[:0]
-
-    def _attention_of(self, rows: Rows) -> AbstractContextManager[str]:
-        if rows.watch is not None:
-            return kernel_attention(self.config, self.device, self.dtype, self.kernels, rows.watch)
-        return self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited, masses=rows.masses)
-
-    def masks(
-        self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None
-    ) -> MaskBuilder | SpanBuilder:
-        """Masks for scattered queries at ``positions [S]`` over the keys in N slots, or what stands in their place.
-
-        Args:
-            positions: of the queries.
-            keys: N.
-            key_positions: ``[N]`` position of the key in each slot, where that is not the slot itself; only masks can say so.
-            open_keys: ``[S, N]`` false where a query may not see a key, whatever the model's rule says; only masks can say so.
-        """
-        if self.spans is not None and open_keys is None and key_positions is None:
-            return SpanBuilder(self.spans, positions, keys)
-        if key_positions is None:
-            key_positions = torch.arange(keys, device=positions.device)
-        additive = self.attention != "sdpa" or grouped(self.model, self.config)
-        return MaskBuilder(self.rules, positions, key_positions, self.model.dtype, additive, open_keys)
-
-    @contextmanager
-    def fusion_attention(
-        self, *, scattered: bool, limited: bool = False, masses: Masses | None = None
-    ) -> Iterator[str]:
-        """The attention of one pass, which is one turn; yields its name.
-
-        Selective attention where it can run, else :mod:`ragkv.model.attention`'s.
-
-        Args:
-            scattered: queries do not stand one behind the other at the end.
-            limited: what a query sees is no run of slots: keys are hidden from it, or positions do not run evenly with the slots.
-            masses: takes what is attended to.
-        """
-        if scattered and self.spans is not None and not limited:
-            switched = kernel_attention(self.config, self.device, self.dtype, self.kernels)
-        else:
-            switched = fusion_attention(self.model, self.config, scattered)
-        with switched as name, attending(self.layers, self.config, masses):
-            yield name
-
     def _span_rules(self) -> list[SpanRule] | None:
         ran = implementation(self.kernels, self.device, self.dtype)
         if self.kernels == "auto" and ran == "reference":
@@ -226,17 +127,9 @@ class Decoder:
             )
         return rules
 
-    def _span(self, start: int, tokens: int) -> Tensor:
-        return torch.arange(start, start + tokens, device=self.device)[None]
-
     def tolerance(self) -> Tolerance:
         """At which relative errors two runs of the model count as equal."""
         return Tolerance(self._noise)
-
-    def random_ids(self, tokens: int) -> Tensor:
-        """``[S]`` ids to try the model with, always the same."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.vocab_size, (tokens,), generator=generator, device="cpu").to(self.device)
 
     def _begin(self) -> Probe:
         """The probe's tokens at position 0, over a cache that only looks at what is written."""
@@ -272,7 +165,7 @@ class Decoder:
     def _noise(self) -> float:
         """How far apart passes are that an exact model computes alike: in one piece, in several, and of all but the same input."""
         tokens = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
-        ids, everywhere = self.random_ids(tokens), self._span(0, tokens)[0]
+        ids, everywhere = self.random_ids(tokens), torch.arange(tokens, device=self.device)
         seeded = torch.Generator().manual_seed(0)
 
         def shaken(module: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -307,7 +200,7 @@ class Decoder:
     def _check_scattered(self, tolerance: Tolerance) -> None:
         """Recomputing scattered tokens of an exact cache must change nothing: the rules and the driving are right."""
         tokens = min(_CHECK_TOKENS, self.max_positions or _CHECK_TOKENS)
-        ids, everywhere = self.random_ids(tokens), self._span(0, tokens)[0]
+        ids, everywhere = self.random_ids(tokens), torch.arange(tokens, device=self.device)
         cache = self.cache(tokens)
         want = self.step(ids, everywhere, cache)
         if not want.isfinite().all():

@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import Impl, implementation, key_spans, selective_attention
+from ragkv.model.attention import switched
 from ragkv.model.masks import Rule
 from ragkv.model.turns import turns
 
@@ -32,7 +31,6 @@ from ragkv.model.turns import turns
 Watch = Callable[..., None]
 
 _FAR = 1 << 30  # a position beyond every window
-_names = count()
 
 
 @dataclass(frozen=True)
@@ -189,17 +187,8 @@ def kernel_attention(
         What runs, for the report: ``"selective (triton)"`` or ``"selective (reference)"``.
     """
     ran = implementation(impl, device, dtype)
-    with turns(config):
-        loaded, name = config._attn_implementation, f"ragkv_selective_{next(_names)}"  # a name of this pass alone
-        AttentionInterface.register(name, KernelAttention(ran, watch))
-        AttentionMaskInterface.register(name, _spans_of_model)
-        config._attn_implementation = name
-        try:
-            yield f"selective ({ran})"
-        finally:
-            config._attn_implementation = loaded
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+    with turns(config), switched(config, "selective", KernelAttention(ran, watch), _spans_of_model):
+        yield f"selective ({ran})"
 
 
 def _spans_of_model(

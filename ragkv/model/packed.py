@@ -57,9 +57,8 @@ class Int8Linear(nn.Module):
         self.bias = bias
         scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         with catch_warnings():
-            simplefilter(
-                "ignore"
-            )  # PyTorch means to move its quantised tensors out one day, and has nothing else for these kernels
+            # PyTorch means to move its quantised tensors out one day, and has nothing else for these kernels.
+            simplefilter("ignore")
             rounded = torch.quantize_per_channel(weight, scales.double(), scales.long() * 0, 0, torch.qint8)
         self.register_buffer("digest", _digest(rounded.int_repr(), scales))
         self._packed = torch.ops.quantized.linear_prepack(rounded, None)

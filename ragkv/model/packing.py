@@ -12,17 +12,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ragkv.kernels import implementation
-from ragkv.model.attention import grouped, grouped_sdpa
+from ragkv.model.attention import grouped, grouped_sdpa, switched
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
 from ragkv.model.linear import few_rows
@@ -30,7 +29,6 @@ from ragkv.model.masks import LayerMasks, MaskBuilder, for_model
 from ragkv.model.rope import relative_error
 from ragkv.model.rows import Rows
 
-_names = count()
 _TRIED_TOKENS = 24
 
 
@@ -170,19 +168,13 @@ class _Behind:
 @contextmanager
 def _attention(decoder: Decoder, parts: Sequence[Rows], ends: Sequence[int]) -> Iterator[tuple[_Packed, Any]]:
     """A cache and a mask for the model, while its attention goes prompt by prompt; what was there is put back whatever happens."""
-    name = f"ragkv_packed_{next(_names)}"  # a name of this forward alone
     with decoder.turns:
-        loaded, rules = decoder.attention, span_rules(decoder.rules, decoder.device)
+        rules = span_rules(decoder.rules, decoder.device)
         masks = [part.masks or _Behind(decoder, part, rules) for part in parts]
         cache = _Packed(parts, ends)
         nothing = torch.zeros(1, 1, ends[-1], 1, dtype=decoder.dtype, device=decoder.device)
-        AttentionInterface.register(name, _Attention(decoder, cache, masks))
-        decoder.config._attn_implementation = name
-        try:
+        with switched(decoder.config, "packed", _Attention(decoder, cache, masks)):
             yield cache, for_model(_Same(nothing), decoder.config)
-        finally:
-            decoder.config._attn_implementation = loaded
-            AttentionInterface._global_mapping.pop(name, None)
 
 
 @dataclass(frozen=True)

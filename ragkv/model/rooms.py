@@ -118,9 +118,8 @@ class Rooms:
 
     def __init__(self, drop: Callable[[Room], object], affords: Callable[[int], bool] = lambda size: True):
         self._drop, self._affords = drop, affords
-        self._rooms: tuple[
-            Room, ...
-        ] = ()  # the one used last comes last; replaced as a whole, since others look meanwhile
+        # The one used last comes last; replaced as a whole, since others look meanwhile.
+        self._rooms: tuple[Room, ...] = ()
 
     def find(self, cache: FusedCache) -> Room | None:
         """The room where a cache is."""

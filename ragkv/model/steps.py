@@ -30,6 +30,7 @@ from ragkv.model.turns import look
 _PATIENCE = 0.25
 # Rows of prompts in a step, besides those of answers: more cost what they cost alone, and everybody waits for them.
 _STEP_TOKENS = 512
+_CHANGED = "the model's weights, adapter or attention have changed while it was in use: ask again"
 
 
 @dataclass(eq=False)
@@ -193,6 +194,18 @@ class Steps:
                 self.graphs.leave(cache)
 
     @contextmanager
+    def turn_of(self, fingerprint: str) -> Iterator[None]:
+        """The model for this thread alone, as it was when it had this fingerprint.
+
+        Raises:
+            ModelChangedError: it has another one now.
+        """
+        with self.turn() as found:
+            if found != fingerprint:
+                raise ModelChangedError(_CHANGED)
+            yield
+
+    @contextmanager
     def seat(self) -> Iterator[Seat]:
         """A block in which an answer is decoded: others wait a moment for its next row, so that they go on together."""
         seat = Seat(perf_counter())
@@ -249,9 +262,7 @@ class Steps:
     def _forward(self, batch: list[_Asked], found: str) -> None:
         for one in batch:
             if one.fingerprint != found:
-                one.error = ModelChangedError(
-                    "the model's weights, adapter or attention have changed while it was in use: ask again"
-                )
+                one.error = ModelChangedError(_CHANGED)
         good = [one for one in batch if one.error is None]
         if len(good) == 1:
             good[0].logits = self.forward(good[0].rows)
@@ -285,9 +296,8 @@ class Steps:
         return max(thinking) + self._patience if thinking else 0.0
 
     def _others(self, mine: Seat | None) -> list[Seat]:
-        return [
-            seat for seat in list(self._seats) if seat is not mine
-        ]  # an answer that is garbage leaves its seat anywhere
+        # An answer that is garbage leaves its seat anywhere.
+        return [seat for seat in list(self._seats) if seat is not mine]
 
     def _fitting(self) -> list[_Asked]:
         """Of what waits: each answer's next row, and as many rows of prompts as a step may have; one prompt's in any case."""

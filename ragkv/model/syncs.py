@@ -88,9 +88,7 @@ class _Operations(TorchDispatchMode):
             return any(isinstance(value, Tensor) and value.device == self._device for value in args)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             return any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
-        if (
-            name == "_grouped_mm"
-        ):  # PyTorch has a kernel for bf16; else it reads which rows are whose, within the operation
+        if name == "_grouped_mm":  # of bf16 there is a kernel; else which rows are whose is read within the operation
             return self._device.type != "cpu" and args[0].dtype != torch.bfloat16
         if name == "repeat_interleave":  # how many there will be is what the repeats say
             return isinstance(args[min(1, len(args) - 1)], Tensor) and kwargs.get("output_size") is None

@@ -104,9 +104,8 @@ def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     module._save_to_state_dict(saved, "", True)
     for name, value in saved.items():
         if name not in module._parameters and name not in module._buffers:
-            tensors = (
-                value if isinstance(value, tuple) else (value,)
-            )  # PyTorch's own quantised layers save weight and bias as one
+            # PyTorch's own quantised layers save weight and bias as one.
+            tensors = value if isinstance(value, tuple) else (value,)
             yield from (
                 (f"{name}.{at}" if at else name, part) for at, part in enumerate(tensors) if isinstance(part, Tensor)
             )

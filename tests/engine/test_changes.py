@@ -20,7 +20,7 @@ from ragkv import (
     Reuse,
     TieredStore,
 )
-from ragkv.fuse import _Fusing
+from ragkv.fusing import Fusing
 from ragkv.fusion.placement import Placement
 from ragkv.store import Batch
 from ragkv.testing import random_ids
@@ -43,7 +43,7 @@ def test_a_chunk_forgotten_once_the_batch_is_open_is_placed_all_the_same(stored,
     for method in (Reuse(), LegoLink(4), CacheBlend(0.3, check_layer=2)):
         stored.documents.add(chunks)
         want = stored.fuse(chunks[::-1], QUESTION, method=method)
-        lost = _Fusing._lost
+        lost = Fusing._lost
 
         def and_forgets(*args, lost=lost):
             found = lost(*args)
@@ -51,7 +51,7 @@ def test_a_chunk_forgotten_once_the_batch_is_open_is_placed_all_the_same(stored,
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Fusing, "_lost", and_forgets)
+            patch.setattr(Fusing, "_lost", and_forgets)
             got = stored.fuse(chunks[::-1], QUESTION, method=method)
         assert torch.equal(got.logits, want.logits)
         assert "computed" not in got.report.hits

@@ -28,7 +28,8 @@ from ragkv import (
     Reuse,
     UnknownArgumentError,
 )
-from ragkv.model.generation import BESIDE, HONOURED, REFUSED, Settings
+from ragkv.model.arguments import BESIDE, HONOURED, REFUSED
+from ragkv.model.generation import Settings
 from ragkv.prompting import Prompting
 from ragkv.testing import random_ids, tiny_model
 

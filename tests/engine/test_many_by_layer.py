@@ -31,7 +31,7 @@ def by_layer(monkeypatch):
         place(self, layer)
 
     def begin():
-        monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+        monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))
         monkeypatch.setattr(Placement, "_place_layer", watched)
         return placed
 

@@ -152,7 +152,7 @@ def test_a_method_without_a_name_of_its_own_keeps_nothing():
 
 
 def test_layer_by_layer_as_on_an_accelerator(monkeypatch):
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))
     for method, source in ((FullPrefill(), "path"), (LegoLink(8), "variant")):
         engine = engine_of(method=method)
         chunks, question = engine.add([random_ids(n) for n in (17, 30, 25)]), random_ids(9)

@@ -24,7 +24,7 @@ SLOW = CostProfile((0, 1000), (0, 1000), ((0.0, 1.0), (0.0, 1.5)))
 
 @pytest.fixture(params=[False, True], ids=["chunk by chunk", "layer by layer"])
 def by_layer(request, monkeypatch):
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=request.param))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=request.param))
 
 
 @pytest.fixture

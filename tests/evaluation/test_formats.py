@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from ragkv import RagKVError
 from ragkv.evaluation import Case, EvaluationError, read_cases
 from ragkv.evaluation.cases import usable
 from ragkv.evaluation.formats import FORMS, brief, cut
@@ -243,6 +244,15 @@ def test_long_passages_are_cut_at_sentences():
     text = "One two three. Four five. " + "six " * 9 + "seven."
     assert cut(text, 5) == ("One two three. Four five.", "six six six six six", "six six six six seven.")
     assert cut("", 5) == ("",)
+
+
+@pytest.mark.parametrize("given", [{"chunk_words": 0}, {"chunk_words": 2.5}, {"top_k": 0}, {"limit": 0}])
+def test_numbers_out_of_range_are_refused(tmp_path, given):
+    """Cut after no words a text would be cut for ever; no passages, or no cases, would be taken for as many as there are."""
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"input": "Who?", "context": "She went home.", "answers": ["she"]}]))
+    with pytest.raises(RagKVError, match=next(iter(given))):
+        read_cases(path, **given)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ragkv.evaluation.answering import replies
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.gates import run_gates
 from ragkv.evaluation.report import page, tables
+from ragkv.evaluation.rows import Rows
 from ragkv.evaluation.scoring import Group
 from ragkv.evaluation.summary import METRICS
 from ragkv.evaluation.tokens import look_at
@@ -357,3 +359,18 @@ def test_what_chunks_attend_to_is_measured_when_they_are_read_where_the_model_sh
     else:
         with pytest.raises(MethodError, match="not open to view"):
             engine.fuse(chunks, case.question, method="cache-craft")
+
+
+def test_rows_that_are_whole_are_never_written_again(tmp_path, monkeypatch):
+    """What is killed while it drops a row that was cut short loses nothing else."""
+    row = {"case": "a", "order": 0, "arm": "reuse@alone"}
+    Rows(tmp_path, {}).add(row)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"case": "b", "or')
+
+    def killed(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    assert Rows(tmp_path, {}).all() == [row]
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == row

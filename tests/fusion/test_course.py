@@ -25,13 +25,13 @@ from ragkv import (
     TieredStore,
     Union,
 )
+from ragkv.fusing import to_load
 from ragkv.fusion.arriving import Arriving
 from ragkv.fusion.course import Course
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.methods.base import Method
 from ragkv.model.turns import looking
-from ragkv.places import to_load
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
@@ -303,9 +303,9 @@ def test_what_cannot_go_on_meanwhile_waits(ready, monkeypatch, why):
     _, chunks, make = ready
     two, method = make([(0.0, 1e9)], SLOW, **({"paths": True} if why == "paths" else {}))
     made = list[Layout]()
-    monkeypatch.setattr("ragkv.fuse.Course", lambda layout, *rest: (made.append(layout), Course(layout, *rest))[1])
+    monkeypatch.setattr("ragkv.fusing.Course", lambda layout, *rest: (made.append(layout), Course(layout, *rest))[1])
     if why == "layers":
-        monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+        monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))
     method = {"checks": CacheBlend(0.2, check_layer=1), "context": Apart()}.get(why, method)
     starts = (400, 300, 200, 100) if why == "positions" else None
     if why == "many":

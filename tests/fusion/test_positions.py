@@ -110,7 +110,7 @@ def test_what_lies_behind_the_prompt_in_the_cache_is_never_seen(architecture, ke
             layer.key_room.fill_(torch.nan)
             layer.value_room.fill_(torch.nan)
             layer.key_room[:, :, : layout.tokens], layer.value_room[:, :, : layout.tokens] = held.keys, held.values
-        work = plan(Selection.of(method.select(View(layout, 4, None)), method), layout, 4)
+        work = plan(Selection.of(method.select(View(layout, 4)), method), layout, 4)
         kind = Narrowing if work.checks else Pass
         logits = kind(decoder, cache, layout, work, 16).logits()
         torch.testing.assert_close(logits, prompt.logits, atol=EXACT, rtol=0)

@@ -97,7 +97,7 @@ def test_a_devices_time_is_that_of_its_work():
 def test_a_prompt_waits_for_no_event_until_its_report_is_read(method, monkeypatch):
     """The model's work is given to a device that is slow; launching takes no time on the host."""
     device, model = Device(), tiny_model()
-    monkeypatch.setattr("ragkv.fuse.clock", lambda devices: EventClock(device, [FIRST]))
+    monkeypatch.setattr("ragkv.fusing.clock", lambda devices: EventClock(device, [FIRST]))
     model.register_forward_pre_hook(lambda *_: device.work(FIRST, 50.0))
     engine = Engine(model, template=PromptTemplate(prefix=[1]))
     chunks = engine.add([random_ids(20), random_ids(30)])

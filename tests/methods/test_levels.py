@@ -8,10 +8,10 @@ import torch
 from ragkv import Auto, CacheBlend, Engine, PromptTemplate, SensitiveTokens, TieredStore, gate
 from ragkv.chunk import Chunk
 from ragkv.errors import ArgumentError
+from ragkv.fusing import to_load
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.view import View
 from ragkv.methods.weighing import weighed
-from ragkv.places import to_load
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.rates import LevelRate
 from ragkv.store.remote.levels import LEVELS
@@ -24,22 +24,20 @@ COSTS = CostProfile((0, 1000), (0, 1000), ((0.0, 4.0), (0.0, 4.0)))
 LAYOUT = lay_out((0,), (), [Chunk((number,) * 100) for number in range(4)], (0,) * 20, torch.device("cpu"))
 
 
-class Pooled:
+class Pooled(View):
     """All chunks lie in a pool; asking it takes half a second."""
 
-    asked_s = 0.0
+    elapsed_s = 0.0
 
+    @property
     def tiers(self):
-        self.asked_s = 0.5
+        self.elapsed_s = 0.5
         return ["remote"] * 4
-
-    def elapsed_s(self):
-        return self.asked_s
 
 
 def chosen(limit_s, bytes_per_s, levels=RATES):
     rates = Rates(COSTS, {"remote": Loading(bytes_per_s, TOKEN_BYTES, 0.0, True, levels)})
-    return weighed(SensitiveTokens(), View(LAYOUT, 1, Pooled()), rates, 0.5 + limit_s)
+    return weighed(SensitiveTokens(), Pooled(LAYOUT, 1), rates, 0.5 + limit_s)
 
 
 def test_none_where_something_exact_is_in_time():

@@ -10,6 +10,7 @@ import torch
 from ragkv import (
     Auto,
     CacheBlend,
+    CacheCraft,
     Engine,
     LegoLink,
     PromptTemplate,
@@ -19,8 +20,11 @@ from ragkv import (
     TieredStore,
     Union,
 )
+from ragkv.fusing import to_load
+from ragkv.fusion.layout import lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.view import Selection
+from ragkv.library.reading import Reader
 from ragkv.library.watching import prefetched
 from ragkv.store import CostProfile, Loading, Moved, Rates
 from ragkv.testing import random_ids, tiny_model
@@ -153,13 +157,24 @@ class Narrowing(LegoLink):
         return check.tokens[-1:]
 
 
+@pytest.mark.parametrize("repair", [CacheBlend(0.2), CacheCraft(0.3), LegoLink(4), RelevantTokens(0.2), Reuse()])
+def test_what_a_prompt_would_load_is_known_before_its_turn(engine, monkeypatch, repair):
+    """Who waits has its chunks moved to memory; which these are is reckoned without the model."""
+    monkeypatch.setattr(Reader, "changes", None)
+    chunks, prefix = chunks_of(engine), engine.encoder.prefix
+    layout = lay_out(prefix, prefix, chunks, QUESTION, torch.device("cpu"))
+    keys = [engine.documents.key(chunk) for chunk in chunks]
+    assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1e-7))) == keys
+    assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1.0))) == []
+
+
 @pytest.mark.parametrize("by_layer", [False, True])
 @pytest.mark.parametrize(
     "repair", [SensitiveTokens(0.3), LegoLink(4), Union(LegoLink(4), SensitiveTokens()), Narrowing(4)]
 )
 def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, repair, by_layer):
     """Chunks in memory are taken, those on a slow disk computed whole: what comes out is as if they had been loaded too."""
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=by_layer))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=by_layer))
     chunks = chunks_of(engine)
     chunks.append(chunks[1])
     first = [engine.documents.key(chunk) for chunk in chunks[3:6]]
@@ -178,7 +193,7 @@ def test_what_is_slow_to_load_is_computed_and_not_loaded(engine, monkeypatch, re
     if repair == SensitiveTokens(0.3):
         assert len(computed & set(range(126, 249))) == round(0.3 * 123), "its share is of what is loaded"
     monkeypatch.setattr(Placement, "spare", lambda *_: None)
-    monkeypatch.setattr("ragkv.fuse._Fusing.open", lambda self, without, *_: without)
+    monkeypatch.setattr("ragkv.fusing.Fusing.open", lambda self, without, *_: setattr(self, "spared", without))
     loaded = engine.fuse(chunks, QUESTION, method=method)
     assert loaded.report.bytes_read > 0
     assert torch.equal(loaded.recomputed, prompt.recomputed) and torch.equal(loaded.logits, prompt.logits)
@@ -203,7 +218,7 @@ class Looks(Reuse):
 
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_chunk_that_was_looked_at_was_loaded(engine, monkeypatch, by_layer):
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=by_layer))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=by_layer))
     assert engine.fuse(chunks_of(engine)[::-1], QUESTION, method=Looks()).report.sources == ["disk"] * 9
 
 

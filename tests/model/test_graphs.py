@@ -129,7 +129,7 @@ def test_looks_are_fixed_too():
 def test_what_is_placed_layer_by_layer_is_there_before_a_graph_runs(tier, monkeypatch):
     """As on an accelerator; a graph asks for nothing, and the cache's memory is another once it is in a room."""
     model = tiny_model("qwen3")
-    monkeypatch.setattr("ragkv.fuse.Placement", partial(Placement, by_layer=True))
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))
     with engine(model, False) as plain, engine(model, True, Recorder(), store=TieredStore(**tier)) as one:
         chunks, seen = one.add(PASSAGES), set[str]()
         for method in (Reuse(), LegoLink(3), RelevantTokens(ratio=0.2)) * 3:

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from ragkv import Engine, LegoLink, PromptTemplate, RagKVError, Reuse, Scheduler, StoreError
+from ragkv import Engine, LegoLink, PromptTemplate, RagKVError, Reuse, Scheduler, StoreError, TieredStore
+from ragkv.folder import Environment
 from ragkv.testing import random_ids, tiny_model
 
 from .rags import DOCUMENTS, QUESTION, open_rag
@@ -200,3 +201,17 @@ def test_who_closes_within_its_own_prompt_is_told_so_and_waits_for_nobody():
     Begun(lambda: engine.fuse(chunks, [7], method=Closes(4))).ended()
     assert said
     engine.close()
+
+
+def test_all_else_is_closed_where_something_cannot_be(model, tmp_path, monkeypatch):
+    def fails():
+        raise StoreError("the disk is full")
+
+    opened = open_rag(tmp_path, model=model, paths=TieredStore(cpu_bytes=1 << 20))
+    kept = [opened.retriever.catalogue.path, opened.engine.store.path]
+    assert all(map(Environment.is_open, kept))
+    monkeypatch.setattr(opened.engine.paths.store, "close", fails)
+    monkeypatch.setattr(opened.finder, "close", fails)
+    with pytest.raises(StoreError, match="the disk is full"):
+        opened.close()
+    assert not any(map(Environment.is_open, kept))

@@ -108,7 +108,7 @@ class _Steps:
         """What a retriever found, handed over, and what of it the model is given."""
         found = all_of(documents, object, "a retriever must give a list of documents")
         where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
-        passages = passages_of(found, self._engine, (where or self._engine.documents).namespace)
+        passages = passages_of(found, self._engine, where.namespace)
         handed = hand_over(self._engine, passages, where)
         return handed, [found[number] for number in handed.numbers]
 
