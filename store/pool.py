@@ -102,6 +102,7 @@ class Pooled(Source):
         super().__init__("gpu", kv)
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
+        weakref.finalize(self, pool.release, blocks).atexit = False
         pool.write(blocks, kv)
         self.kept = pool.kept
         self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
@@ -109,16 +110,15 @@ class Pooled(Source):
         self.slots: Tensor | None = (
             torch.tensor(blocks, device="cpu")[:, None] * pool.block_tokens + places
         ).flatten()[: len(kv)]
-        weakref.finalize(self, pool.release, blocks).atexit = False
 
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
-        return self._pool.read(self._blocks, self.tokens, layer), 0
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H, T, D]`` of a layer, on the device."""
+        return self._pool.read(self._blocks, self.tokens, layer)
 
-    def parts(self, layer: int) -> tuple[Parts, int]:
+    def parts(self, layer: int) -> Parts:
         """The layer's whole pool, in which ``slots`` are the chunk's."""
         keys, values = self._pool.layer(layer)
-        return ({"": keys}, {"": values}), 0
+        return {"": keys}, {"": values}
 
 
 def kinds_of(kv: ChunkKV) -> tuple[Kind, ...]:

@@ -71,6 +71,7 @@ class Tiers:
             tier.stand_behind(home)
         self.leases = leases
         self.lock: threading.RLock = lock
+        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self.tally: Tally = Tally()
         # How many removals from home the tiers above know of.
         self._known_removals = home.removed(0)[0]
@@ -126,10 +127,12 @@ class Tiers:
         except BaseException:
             self.release(keys)
             raise
+        batch = Batch(self, keys, sources)
         with self.lock:
+            self._batches.add(batch)
             self.tally.count_reads(keys, sources, moved)
             self.tally.latency["find"].add(perf_counter() - started)
-        return Batch(self, keys, sources)
+        return batch
 
     def release(self, keys: Sequence[bytes]) -> None:
         """Ends a lease."""
@@ -262,6 +265,8 @@ class Tiers:
     def after_fork(self) -> None:
         """In a child: whatever thread held a lock is not in it, and the parent's batches and numbers are not its own."""
         self.lock = threading.RLock()
+        for batch in self._batches:
+            batch.disown()
         self.leases.clear()
         self.tally = Tally()
         self._background = ThreadPoolExecutor(1, "ragkv-prefetch")

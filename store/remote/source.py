@@ -23,7 +23,7 @@ from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.remote.speed import Speed, Watched
 from ragkv.store.rows import Row
-from ragkv.store.source import Parts, Progress, Source
+from ragkv.store.source import Progress, Recorded
 
 _FINISHED = "the batch is finished with this chunk"
 
@@ -83,7 +83,7 @@ class Fetch:
         """How far they are on their way."""
         watched = self._watched
         if watched is None:
-            return Progress(0.0, 0, 0, None)
+            return Progress()
         return Progress(self._speed.now() - watched.begin_s, watched.came, watched.left, self._expected)
 
     def late(self) -> None:
@@ -255,7 +255,7 @@ class Reading:
             return spans[group.segments[-1]][1] - spans[group.segments[0]][0]
 
 
-class RemoteSource(Source):
+class RemoteSource(Recorded):
     """What one user reads of a chunk in a pool.
 
     Args:
@@ -276,17 +276,18 @@ class RemoteSource(Source):
         """See :class:`Source`."""
         return self.reading.whole
 
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """See :class:`Source`."""
-        count, begin = self.load(layer), perf_counter()
-        pair = self.reading.record.layer(self.reading.payload, layer)
-        self.reading.fetch.decoded(self.reading, perf_counter() - begin)
-        return pair, count
+    @property
+    def payload(self) -> Payload:
+        """See :class:`Recorded`."""
+        return self.reading.payload
 
-    def parts(self, layer: int) -> tuple[Parts, int]:
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        count = self.load(layer)
-        return self.reading.record.parts(self.reading.payload, layer), count
+        self.load(layer)
+        begin = perf_counter()
+        pair = super().layer(layer)
+        self.reading.fetch.decoded(self.reading, perf_counter() - begin)
+        return pair
 
     def load(self, layer: int | None = None) -> int:
         """See :class:`Source`."""

@@ -31,7 +31,7 @@ def test_chunks_come_and_go_without_a_hole(kv, device):
         if pool.blocks_for(tokens) <= pool.free_blocks:
             held[step] = Pooled(pool, kv(number, tokens=tokens)), kv(number, tokens=tokens)
         for pooled, want in held.values():
-            (keys, values), _ = pooled.layer(2)
+            keys, values = pooled.layer(2)
             assert torch.equal(keys.cpu(), want.keys[2])
             assert torch.equal(values.cpu(), want.values[2])
     assert pool.free_blocks == 40 - sum(pool.blocks_for(pooled.tokens) for pooled, _ in held.values())
