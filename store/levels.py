@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Raw
-from ragkv.store.encode import encode
+from ragkv.store.encode import encode, recoded
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.rope import Rope
@@ -64,8 +64,7 @@ class Levels:
         codec = self.memory or Raw()
         if record.codec == codec.name and (self._alike or record.codec != self.below.name):
             return record, payload
-        kv = record.decode(payload)
-        return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)
+        return recoded(record, payload, codec)
 
     @property
     def _alike(self) -> bool:

@@ -26,7 +26,7 @@ from ragkv.store.rates import Loading
 from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.source import Asking, Source
-from ragkv.store.stats import Moved, StoreStats
+from ragkv.store.stats import Checks, Moved, StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
@@ -355,7 +355,9 @@ class TieredStore:
             kl: of its first token to the full prefill's, in nats.
             agreed: whether the first token is the same.
         """
-        self._open.count_check(method, kl, agreed)
+        tiers = self._open
+        with tiers.lock:
+            tiers.tally.checks[method].merge(Checks(1, kl, int(agreed)))
 
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""

@@ -11,8 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.codecs import Codec
-from ragkv.store.encode import encode
+from ragkv.store.encode import recoded
 from ragkv.store.notes import DELETE, SEND
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
@@ -85,7 +84,8 @@ class Sender:
         sent = Done.SKIPPED
         for held in (each for each in codecs if each not in there):
             try:
-                record, payload = _at(codecs[held], *whole)
+                codec = codecs[held]
+                record, payload = whole if codec is None else recoded(*whole, codec)
             except StoreError as error:  # as of numbers that are not finite: it never will
                 self._warn(key, f"at a level: {error}")
                 continue
@@ -144,11 +144,3 @@ class Sender:
             if left_s == math.inf or left_s >= lifetime_s / 2:
                 there.add(key)
         return there
-
-
-def _at(codec: Codec | None, record: Record, payload: Payload) -> tuple[Record, Payload]:
-    """A record in another codec; itself without one."""
-    if codec is None:
-        return record, payload
-    kv = record.decode(payload)
-    return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of source.Source
 """Reading from a shared pool: several ranges of several chunks on their way at once, first layers first."""
 
 from __future__ import annotations
@@ -273,16 +274,13 @@ class RemoteSource(Recorded):
 
     @property
     def whole(self) -> tuple[Record, Payload] | None:
-        """See :class:`Source`."""
         return self.reading.whole
 
     @property
     def payload(self) -> Payload:
-        """See :class:`Recorded`."""
         return self.reading.payload
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See :class:`Source`."""
         self.load(layer)
         begin = perf_counter()
         pair = super().layer(layer)
@@ -290,30 +288,24 @@ class RemoteSource(Recorded):
         return pair
 
     def load(self, layer: int | None = None) -> int:
-        """See :class:`Source`."""
         if self._released and self.reading.whole is None:
             raise StoreError(_FINISHED)
         return self.reading.load(layer)
 
     def begin(self) -> None:
-        """See :class:`Source`."""
         self.reading.fetch.start(backwards=True)
 
     def here(self, limit_s: float) -> bool:
-        """See :class:`Source`."""
         return self.reading.whole is not None or self.reading.here(limit_s)
 
     def progress(self) -> Progress:
-        """See :class:`Source`."""
         return self.reading.fetch.progress()
 
     def give_up(self) -> None:
-        """See :class:`Source`."""
         self.reading.fetch.late()
         self.release()
 
     def release(self) -> None:
-        """See :class:`Source`."""
         with self._lock:
             released, self._released = self._released, True
         if not released:

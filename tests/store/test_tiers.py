@@ -324,3 +324,11 @@ def test_uses_of_a_write_that_failed_are_added_to_later_ones(folder, kv, key, mo
             with pytest.raises(StoreError, match="full"):
                 store.flush()
         assert store._disk._touched[key(1)] == 2
+
+
+def test_keys_that_are_none_hold_nothing(folder, kv, key):
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+        for wrong in ([1], "text"):
+            with pytest.raises(TypeError):
+                store.read([key(1), wrong])
