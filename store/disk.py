@@ -6,9 +6,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import compress
@@ -43,7 +42,6 @@ class DiskTier(Tier):
         held: keys that must not be evicted now.
         selective: keep a new entry only where it is worth more than what it would evict.
         readonly: never write.
-        now: the wall clock, in seconds.
 
     Attributes:
         readonly: whether nothing can be written.
@@ -61,9 +59,8 @@ class DiskTier(Tier):
         *,
         selective: bool = False,
         readonly: bool = False,
-        now: Callable[[], float] = time.time,
     ) -> None:
-        super().__init__(now)
+        super().__init__()
         self.path = path
         self.budget_bytes = budget_bytes
         self._policy = policy

@@ -98,15 +98,15 @@ class TieredStore:
             self.remote.readonly |= readonly
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
-        gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
+        gpu = GpuTier(gpu_bytes, device, self._policy, leases, lock) if gpu_bytes else None
         self._gpu: GpuTier | None = gpu
         memory = MemoryTier(
             cpu_bytes,
             self._policy,
             leases,
+            lock,
             form=self._levels.for_memory,
             selective=selective or self.path is not None,
-            lock=lock,
             # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
             gone=(lambda key: gpu.remove([key])) if gpu and self.path is None else (lambda key: None),
         )

@@ -45,9 +45,7 @@ class CacheGen(Codec):
         Raises:
             StoreError: a number is not finite.
         """
-        numbers = tensor.float()
-        if not bool(torch.isfinite(numbers).all()):
-            raise StoreError(f"the codec {self.name!r} needs finite numbers: store them with 'raw' or 'lossless'")
+        numbers = self.finite(tensor.float())
         along = 1 if side == "k" else 2
         center = numbers.mean(along, keepdim=True).bfloat16()
         numbers = numbers - center.float()

@@ -49,6 +49,6 @@ class Arrivals:
                 return
             now = self._home.now()
             self._home.admit(
-                [Offer(one.key, *one.whole, one.row.terms(now)) for one in readings if one.whole is not None],
+                [Offer(one.key, *one.whole, one.opened.row.terms(now)) for one in readings if one.whole is not None],
                 arrived=True,
             )
