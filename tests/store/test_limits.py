@@ -209,3 +209,11 @@ def test_a_quota_is_a_number_of_bytes(make, bad):
     with pytest.raises(StoreError, match="a quota"):
         store.set_quota("of somebody", bad)
     store.set_quota("of somebody", 1e9)
+
+
+def test_what_was_evicted_is_not_the_worst_of_what_is_stored(make, kv, key):
+    with make(policy="lru") as store:
+        fill(store, kv, key, range(40))
+        gone = [number for number in range(40) if store._tiers.home.missing([key(number)])]
+        assert gone and store.worst([key(number) for number in gone]) is None
+        assert store.worst([key(gone[0]), key(38), key(39)]) == key(38)
