@@ -8,7 +8,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -70,7 +70,7 @@ class DiskTier(Tier):
         # Damaged records that could not be deleted, and when each was put.
         self._unreadable: dict[bytes, float | None] = {}
         self._touched: Counter[bytes] = Counter()
-        self._touch_lock = threading.Lock()
+        self._counting = threading.Lock()
         self.environment: Environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
         self.readonly: bool = self.environment.readonly
         try:
@@ -86,8 +86,8 @@ class DiskTier(Tier):
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. A header that proves damaged is dropped."""
         found: dict[bytes, Source] = {}
-        snapshot = self.snapshot()
-        try:
+        with ExitStack() as unused:
+            snapshot = unused.enter_context(closing(self.snapshot()))
             for key in keys:
                 try:
                     there = None if self._known_damaged(key) else snapshot.find(key, self.now())
@@ -98,11 +98,8 @@ class DiskTier(Tier):
                 if there is not None:
                     fits = there[0].payload_bytes <= self.above_bytes
                     found[key] = Loading(snapshot, key, *there, keep=fits)
-        except BaseException:
-            snapshot.close()
-            raise
-        if not found:
-            snapshot.close()
+            if found:
+                unused.pop_all()
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -139,7 +136,9 @@ class DiskTier(Tier):
                 txn.put("facts", name.encode(), value)
         for key in written:
             self._unreadable.pop(key, None)
-        self.written_bytes += sum(entry.record.payload_bytes for entry in compress(entries, kept))
+        size = sum(entry.record.payload_bytes for entry in compress(entries, kept))
+        with self._counting:
+            self.written_bytes += size
         return kept
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
@@ -218,14 +217,15 @@ class DiskTier(Tier):
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""
-        with self._touch_lock:
-            self._touched.update(list(keys))
+        if not self.readonly:
+            with self._counting:
+                self._touched.update(list(keys))
 
     def after_fork(self) -> None:
         self.evictions.clear()
         self.written_bytes: int = 0
         self._touched = Counter()
-        self._touch_lock = threading.Lock()
+        self._counting = threading.Lock()
 
     def counts(self) -> tuple[int, int]:
         with self.environment.transaction() as txn:
@@ -275,7 +275,7 @@ class DiskTier(Tier):
         """A write transaction, with noted uses entered and what has expired dropped."""
         touched: Counter[bytes] = Counter()
         if enter_uses:
-            with self._touch_lock:
+            with self._counting:
                 touched, self._touched = self._touched, touched
         try:
             with self.environment.transaction(write=True, suspicious=suspicious) as txn:
@@ -289,10 +289,11 @@ class DiskTier(Tier):
                 yield planner
                 books.close(now)
         except BaseException:
-            with self._touch_lock:
+            with self._counting:
                 self._touched.update(touched)
             raise
-        self.evictions.update(planner.evicted)
+        with self._counting:
+            self.evictions.update(planner.evicted)
 
     def _delete(self, txn: Transaction, key: bytes) -> bool:
         """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""

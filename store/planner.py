@@ -94,7 +94,7 @@ class Planner(Generic[AnyBooks]):
         passed: Set[bytes] = frozenset(),
         selective: bool = False,
     ) -> Row | None:
-        """Makes room for an entry, writes it down and counts a use of it. What stood under its key is dropped.
+        """Makes room for an entry, writes it down and counts a use of it. It takes the place, and the pin, of what has its key.
 
         Args:
             key: of the entry.
@@ -114,7 +114,9 @@ class Planner(Generic[AnyBooks]):
         row = Row(replace(usage or (old.usage if old else Usage(0))), namespace=namespace_id(terms.namespace))
         row.usage.size_bytes = size_bytes
         row.created_s, row.expires_s = now, now + terms.lifetime_s
-        if old is not None and not old.usage.size_bytes:
+        if old is not None and old.alive(now):
+            row.pinned_from_s, row.pinned_until_s = old.pinned_from_s, old.pinned_until_s
+        elif old is not None and not old.usage.size_bytes:
             self._count_return(old)
         if usage is None:
             row.usage.add_cost(terms.cost_s)

@@ -69,8 +69,11 @@ class Tiers:
             raise StoreError(f"tiers need names of their own, got {[tier.name for tier in self.tiers]}")
         for tier in self.tiers:
             tier.above_bytes = max((upper.budget_bytes for upper in self._over(tier)), default=0)
-        for tier in self.behind:
-            tier.stand_behind(home)
+        with ExitStack() as stood:
+            for tier in self.behind:
+                tier.stand_behind(home)
+                stood.callback(tier.close)
+            stood.pop_all()
         self.leases = leases
         self.lock: threading.RLock = lock
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()

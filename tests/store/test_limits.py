@@ -61,6 +61,19 @@ def test_pinned_is_kept_until_it_is_unpinned(make, kv, key, same):
         assert store.get(key(0)) is None and not store.pin(key(0)), "what was evicted is remembered, and not stored"
 
 
+@pytest.mark.parametrize("tokens", [60, 90])
+def test_what_is_pinned_stays_so_when_it_is_put_again(make, kv, key, tokens):
+    with make() as store:
+        store.put(key(0), kv(0, tokens=60))
+        store.pin(key(0), 10.0)
+        store.put(key(0), kv(0, tokens=tokens))
+        fill(store, kv, key, range(1, 60), cost_s=1e6)
+        assert store.pinned([key(0)]) == [key(0)]
+        pass_time(store, 11)
+        fill(store, kv, key, range(60, 200), cost_s=1e6)
+        assert not store.contains(key(0))
+
+
 def test_pin_with_a_lifetime_ends(make, kv, key):
     with make() as store:
         store.put(key(0), kv(0, tokens=60))
