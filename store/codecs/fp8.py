@@ -25,8 +25,8 @@ class Fp8(Codec):
         Raises:
             StoreError: a number is not finite.
         """
-        numbers = self.finite(tensor.float())
-        scale = numbers.abs().amax(1 if side == "k" else 2, keepdim=True) / _LARGEST
+        numbers = tensor.float()
+        scale = self.finite(numbers.abs().amax(1 if side == "k" else 2, keepdim=True)) / _LARGEST
         scale = torch.where(scale > 0, scale, torch.ones((), device="cpu"))
         return {"": (numbers / scale).to(torch.float8_e4m3fn), "scale": scale}
 

@@ -40,8 +40,8 @@ class Grouped(Codec):
         Raises:
             StoreError: a number is not finite.
         """
-        grouped = _group(self.finite(tensor.float()), side, self.group)  # [H, lines, groups, group]
-        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        grouped = _group(tensor.float(), side, self.group)  # [H, lines, groups, group]
+        low, high = self.finite(grouped.amin(-1, keepdim=True)), self.finite(grouped.amax(-1, keepdim=True))
         low = -_small(-low)
         step = _small((high - low.float()) / (2**self.bits - 1))
         scaled = torch.where(step > 0, (grouped - low.float()) / step.float(), torch.zeros((), device="cpu"))
