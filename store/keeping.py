@@ -52,7 +52,7 @@ class Keeping(ABC):
     def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
         """Pins chunks, on disk in one transaction; how many are stored."""
         home = self._open.home
-        if not lifetime_s > 0:
+        if not isinstance(lifetime_s, int | float) or not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
         return home.pin(list(keys), lifetime_s)
 
@@ -70,7 +70,8 @@ class Keeping(ABC):
         Beyond it, a put evicts entries of its own namespace. It takes effect with the next put.
         """
         home = self._open.home
-        if not namespace or (quota_bytes is not None and not 0 <= quota_bytes < math.inf):
+        known = quota_bytes is None or (isinstance(quota_bytes, int | float) and 0 <= quota_bytes < math.inf)
+        if not isinstance(namespace, str) or not namespace or not known:
             raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
         home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
 

@@ -23,7 +23,7 @@ from ragkv.store.memory import MemoryTier
 from ragkv.store.rows import Row
 from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Moved, StoreStats, Tally
-from ragkv.store.terms import Terms
+from ragkv.store.terms import Terms, check_facts
 from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
@@ -153,7 +153,11 @@ class Tiers:
             offers: what is stored.
             above: the same for the tiers above, in whatever codec.
             facts: stored with them.
+
+        Raises:
+            StoreError: a fact is none, or home cannot keep them all.
         """
+        check_facts(facts)
         started = perf_counter()
         kept = self.home.admit([self.home.prepare(offer) for offer in offers], facts)
         for better, here in zip(above, kept, strict=True):
