@@ -74,4 +74,6 @@ class GpuTier(MemoryTier):
     def _hold(self, entry: Offer) -> Source:
         assert self._pool is not None and entry.kv is not None
         # Blocks of evicted chunks that open batches still hold are not free yet: it is full then.
-        return Pooled(self._pool, entry.kv)
+        held = Pooled(self._pool, entry.kv)
+        held.label = entry.record.label
+        return held

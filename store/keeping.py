@@ -43,7 +43,9 @@ class Keeping(ABC):
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""
-        return self._open.home.computed_of(keys)
+        tiers = self._open
+        # Memory may have what home has evicted.
+        return list({key: None for tier in (tiers.home, *tiers.above) for key in tier.computed_of(keys)})
 
     def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
         """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""

@@ -124,11 +124,7 @@ class MemoryTier(Tier):
         """See :meth:`TieredStore.computed_of`."""
         tags = set(map(tag, keys))
         with self.lock:
-            return [
-                key
-                for key, held in self._held.items()
-                if key.startswith(PATH) and held.whole is not None and labelled(held.whole[0].label, tags)
-            ]
+            return [key for key, held in self._held.items() if key.startswith(PATH) and labelled(held.label, tags)]
 
     def counts(self) -> tuple[int, int]:
         return len(self._held), self._books.counters.used_bytes

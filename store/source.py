@@ -56,6 +56,7 @@ class Source(ABC):
 
     Attributes:
         tier: its tier's name.
+        label: what whoever put it knows it by; empty where nothing was said.
         base: position at which the chunk's first token stood.
         tokens: T.
         layers: L.
@@ -78,6 +79,7 @@ class Source(ABC):
 
     def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
         self.tier: str = tier
+        self.label: str = chunk.label if isinstance(chunk, Record) else ""
         self.base: int = chunk.base
         self.sensitivity: Tensor | None = chunk.sensitivity
         self.foreign: str = chunk.foreign
