@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import compress
@@ -108,18 +108,26 @@ class DiskTier(Tier):
             return [key for key in keys if self._known_damaged(key) or not self._alive(txn, key, now)]
 
     def admit(
-        self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS, *, arrived: bool = False
+        self,
+        entries: Sequence[Offer],
+        facts: Mapping[str, bytes] = NO_FACTS,
+        *,
+        still: Callable[[bytes], bool] | None = None,
     ) -> list[bool]:
         """Stores records and small facts in one transaction, all or none; durable when it returns.
 
-        What arrived from a pool is not noted to be sent there, and is left where it is stored or to be deleted.
+        Args:
+            entries: the records.
+            facts: the facts.
+            still: of what arrived from a pool: whether that still has it. It is not noted to be sent there, and is left where it
+                is stored or to be deleted.
         """
         kept: list[bool] = []
         written: set[bytes] = set()
         with self._planner() as planner:
             txn = planner.books.txn
             for entry in entries:
-                if arrived and not self._welcome(txn, entry.key):
+                if still is not None and not (still(entry.key) and self._welcome(txn, entry.key)):
                     kept.append(False)
                     continue
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
@@ -128,7 +136,7 @@ class DiskTier(Tier):
                     txn.put("entries", entry.key, entry.record.pack(entry.key))
                     for index, (start, stop) in enumerate(entry.record.spans):
                         txn.put("segments", segment_key(entry.key, index), data[start:stop])
-                    if self.notes is not None and not arrived:
+                    if self.notes is not None and still is None:
                         self.notes.send(txn, entry.key)
                 kept.append(row is not None)
                 written.add(entry.key)

@@ -128,7 +128,7 @@ class RemoteTier(Tier):
                 self.readonly = True
                 return
             self._notes = FolderNotes(home.environment)
-            self._arrivals = Arrivals(home)
+            self._arrivals = Arrivals(home, self._heads.seen.__contains__)
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
@@ -214,10 +214,10 @@ class RemoteTier(Tier):
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._heads.seen.keys() & keys)} - self._notes.deleting(keys)
+        for key in keys:  # before it is noted: what arrives is looked for here, then among the notes
+            self._heads.seen.pop(key, None)
         self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
-        for key in keys:
-            self._heads.seen.pop(key, None)
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:
