@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,10 +49,10 @@ def key_of(number: int) -> bytes:
     return chunk_key("bench", [number], b"")
 
 
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def compare(ours: Callable[[], object], limit: Callable[[], object], rounds: int) -> dict[str, float]:
@@ -138,12 +138,7 @@ def copies(source: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[],
 def processor_ms(work: Callable[[], object], rounds: int) -> float:
     """Median time on the processor: what other programs take is not in it."""
     work()
-    times = []
-    for _ in range(rounds):
-        started = time.process_time()
-        work()
-        times.append((time.process_time() - started) * 1e3)
-    return statistics.median(times)
+    return statistics.median(timed(work, time.process_time) for _ in range(rounds)) * 1e3
 
 
 def put_against_file(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
@@ -252,13 +247,18 @@ def made_up_kv() -> Source:
     return [make_kv(1, layers=4)], []
 
 
+def sources() -> Iterator[tuple[str, list[ChunkKV], tuple[Rope | None, ...]]]:
+    """KV in bf16 by where they come from, and how they turn."""
+    for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
+        kvs, rotations = make()
+        halves = [ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in kvs]
+        yield source, halves, ropes_of(rotations)
+
+
 def codecs(kinds: dict[str, Codec]) -> dict[str, dict[str, dict[str, float]]]:
     """Bytes against raw bf16, relative errors, and speed of one thread, by source of the KV and codec."""
     results: dict[str, dict[str, dict[str, float]]] = {}
-    for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
-        kvs, rotations = make()
-        ropes = ropes_of(rotations)
-        chunks = [ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in kvs]
+    for source, chunks, ropes in sources():
         results[source] = {name: coded(chunks, codec, ropes) for name, codec in kinds.items()}
         for name, codec in kinds.items():
             if ropes and codec.before_rotation:
@@ -320,14 +320,10 @@ def at_equal_bytes(chunks: list[ChunkKV], ropes: tuple[Rope | None, ...], share:
 def tenders() -> dict[str, dict[str, dict[str, float]]]:
     """Tender's integers of 4 and 8 bits, and our codecs beside them, by source of the KV."""
     results: dict[str, dict[str, dict[str, float]]] = {}
-    for source, make in (("bundled model", bundled_kv), ("tiny_model", tiny_kv), ("made up", made_up_kv)):
-        kvs, rotations = make()
-        ropes = ropes_of(rotations)
-        chunks = [
-            ChunkKV([k.bfloat16() for k in kv.keys], [v.bfloat16() for v in kv.values], kv.base) for kv in kvs[:8]
-        ]
+    for source, every, ropes in sources():
+        chunks = every[:8]
         found = results[source] = {f"tender, {bits} bits": tender(chunks, ropes, bits) for bits in (4, 8)}
-        found["int4"], found["int8"] = coded(chunks, get_codec("int4"), ropes), coded(chunks, get_codec("int8"), ropes)
+        found |= {name: coded(chunks, get_codec(name), ropes) for name in ("int4", "int8")}
         for bits in (4, 8):
             found[f"cachegen, as many bytes as {bits}"] = at_equal_bytes(
                 chunks, ropes, found[f"tender, {bits} bits"]["bytes"]
@@ -337,13 +333,8 @@ def tenders() -> dict[str, dict[str, dict[str, float]]]:
 
 def error(got: list[list[torch.Tensor]], want: list[list[torch.Tensor]]) -> float:
     """Norm of the difference over the norm, of all numbers together."""
-    pairs = [
-        (a.float(), b.float())
-        for mine, theirs in zip(got, want, strict=True)
-        for a, b in zip(mine, theirs, strict=True)
-    ]
-    wrong = sum(float((a - b).square().sum()) for a, b in pairs)
-    return (wrong / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+    mine, theirs = (torch.cat([tensor.float().flatten() for kv in side for tensor in kv]) for side in (got, want))
+    return float((mine - theirs).norm() / theirs.norm())
 
 
 def main() -> None:

@@ -1,47 +1,26 @@
-"""The durable list of documents, passages and vectors: one LMDB environment, every change one transaction."""
+"""The durable list of documents, passages and vectors: every change is one transaction."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, IncompatibleFolderError, RetrievalError, checked_namespace, instance
-from ragkv.folder import Environment
+from ragkv.errors import DocumentError, checked_namespace, instance
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import checked_vectors, merged, put_readings, renamed, replaced
+from ragkv.retrieval.folder import CatalogueFolder
 from ragkv.retrieval.following import Following, Seen, seen, taken_over
-from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading, misplaced
+from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading
 from ragkv.retrieval.snapshot import Snapshot
-from ragkv.retrieval.upkeep import Embed, bring_up, problems, repaired
-
-# documents: source key -> document. passages: id -> source key and text. vectors: id -> vector.
-# uses: text key -> the ids of its passages. readings: source key, setting -> how a model reads the document.
-# kv: key of KV, or of a passage in front of a document -> the keys of the readings that name it.
-# meta: format, settings, defaults, state, next id, what came from publications.
-DATABASES: dict[bytes, dict[str, Any]] = {
-    b"meta": {},
-    b"documents": {},
-    b"passages": {},
-    b"vectors": {},
-    b"uses": {"dupsort": True, "dupfixed": True},
-    b"readings": {},
-    b"kv": {"dupsort": True, "dupfixed": True},
-}
+from ragkv.retrieval.upkeep import Embed, problems, repaired
 
 
-class Catalogue:
+class Catalogue(CatalogueFolder):
     """Which documents there are, their passages in order, and the passages' vectors.
 
     A change is kept whole or not at all, also when the process is killed in the middle of it, and it is on the disk
@@ -56,50 +35,6 @@ class Catalogue:
         StoreError: the folder cannot be used.
         RecordError: the folder holds something else, is damaged, or was made by a newer version.
     """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, readonly: bool = False) -> None:
-        instance("path", path, str | os.PathLike | None, "a folder's path, or None")
-        self.temporary: bool = path is None
-        self.path: Path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
-        only_reading = readonly and not self.temporary
-        self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary, readonly=only_reading)
-        self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())
-        try:
-            bring_up(self._environment, self.readonly)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def readonly(self) -> bool:
-        """Whether the folder may not be written to."""
-        return self._environment.readonly
-
-    def require(self, what: str, fingerprint: str, name: str = "") -> None:
-        """States what the folder is made with, or checks that it was made with just that.
-
-        While the folder has no documents, the last statement counts.
-
-        Args:
-            what: a word for it: ``"embedder"``.
-            fingerprint: equal exactly when the folder can be used.
-            name: what people call it.
-
-        Raises:
-            IncompatibleFolderError: the folder was made with another one.
-        """
-        given = {"fingerprint": fingerprint, "name": name}
-        if self.settings.get(what, {}).get("fingerprint") == fingerprint:
-            return
-        with self._environment.transaction(write=True) as txn:
-            view = Snapshot(txn)
-            stored = view.settings.get(what)
-            if stored and stored["fingerprint"] != fingerprint and len(view):
-                raise IncompatibleFolderError(
-                    f"{self.path} was made with the {what} {_spoken(stored)}, got {_spoken(given)}: open it with the "
-                    f"former, or add the documents to another folder"
-                )
-            txn.put("meta", b"settings", json.dumps({**view.settings, what: given}).encode())
 
     def put(
         self,
@@ -145,7 +80,7 @@ class Catalogue:
             instance(name, items, list | tuple, "a list, one a passage")
         facts = tuple(spans), origin, namespace, tuple(pages), tuple(headings), file
         given = Document(source, digest(*passages).hex(), (), metadata, *facts)
-        wrong = misplaced(given, len(passages))
+        wrong = records.misplaced(given, len(passages))
         if wrong:
             raise DocumentError(f"{source}: {wrong}")
         readings = [] if reading is None else [reading]
@@ -156,14 +91,11 @@ class Catalogue:
                 if (
                     old is not None
                     and (replace(old, passage_ids=()), old.file) == (given, file)
-                    and (reading is None or view.keeps(old, reading))
+                    and all(view.keeps(old, each) for each in readings)
                 ):
                     return Change(old, kept=old.passage_ids, replaced=True, states=(view.state,) * 2)
-                missing = [
-                    text
-                    for text in dict.fromkeys(passages)
-                    if text not in vectors and not view.has_text(text, namespace)
-                ]
+                known = {*vectors, *(text for text in passages if view.has_text(text, namespace))}
+            missing = [text for text in dict.fromkeys(passages) if text not in known]
             vectors.update(zip(missing, checked_vectors(embed(missing), len(missing)), strict=True) if missing else ())
             with self._environment.transaction(write=True) as txn:
                 view = Snapshot(txn)
@@ -254,53 +186,15 @@ class Catalogue:
             DocumentError: there is no such document.
         """
         with self._environment.transaction(write=True) as txn:
-            document = Snapshot(txn).get(source, namespace)
-            if document is None:
-                raise DocumentError(f"there is no document {source!r}")
+            document = _found(Snapshot(txn), source, namespace)
             change = replaced(txn, replace(document, passage_ids=()), [], {})
             return replace(change, document=document)
-
-    @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
-        """Everything as it is now, whatever is written meanwhile. To be left soon: it keeps deleted pages alive."""
-        with self._environment.transaction() as txn:
-            yield Snapshot(txn)
 
     @property
     def state(self) -> str:
         """Differs between any two states whose passages differ."""
         with self.snapshot() as view:
             return view.state
-
-    @property
-    def settings(self) -> dict[str, dict[str, str]]:
-        """What the folder was made with: ``{what: {"fingerprint": ..., "name": ...}}``."""
-        with self.snapshot() as view:
-            return view.settings
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What the folder is opened with where nothing else is said: whatever :meth:`keep_defaults` was given last."""
-        with self.snapshot() as view:
-            return view.defaults
-
-    def keep_defaults(self, defaults: dict[str, Any]) -> None:
-        """Keeps what JSON can hold, in the place of what was kept before."""
-        if defaults != self.defaults:
-            with self._environment.transaction(write=True) as txn:
-                txn.put("meta", b"defaults", json.dumps(defaults).encode())
-
-    @property
-    def read_with(self) -> dict[str, str]:
-        """What documents were last read with, by name; see :meth:`keep_read_with`."""
-        with self.snapshot() as view:
-            return view.read_with
-
-    def keep_read_with(self, described: dict[str, str]) -> None:
-        """Keeps what documents are read with, to name what differs later; in the place of what was kept before."""
-        if described != self.read_with:
-            with self._environment.transaction(write=True) as txn:
-                txn.put("meta", b"read with", json.dumps(described).encode())
 
     def documents(self, namespace: str | None = None) -> list[Document]:
         """The documents of a namespace, by default of all, by source."""
@@ -319,10 +213,7 @@ class Catalogue:
             DocumentError: there is no such document.
         """
         with self.snapshot() as view:
-            document = view.get(source, namespace)
-            if document is None:
-                raise DocumentError(f"there is no document {source!r}")
-            return view.texts(document)
+            return view.texts(_found(view, source, namespace))
 
     def passage(self, passage_id: int) -> Passage:
         """The passage of an id.
@@ -337,10 +228,6 @@ class Catalogue:
         """Reads every record and says what is wrong, a line each; nothing for a sound catalogue."""
         with self._environment.transaction() as txn:
             return problems(txn)
-
-    def structure(self) -> list[str]:
-        """What is wrong with the file's own pages, a line each; writers wait meanwhile."""
-        return self._environment.problems()
 
     def repair(self, embed: Embed) -> list[str]:
         """Computes damaged vectors again, and deletes documents that cannot be read whole.
@@ -366,29 +253,9 @@ class Catalogue:
     def __contains__(self, source: object) -> bool:
         return isinstance(source, str) and self.get(source) is not None
 
-    def close(self) -> None:
-        """Closes the folder, and deletes it where it is a temporary one. Closing twice is no error."""
-        self._give_back()
 
-    @property
-    def _environment(self) -> Environment:
-        if not self._give_back.alive:
-            raise RetrievalError(f"{self.path} is closed: open it again")
-        return self._opened
-
-    def __enter__(self) -> Catalogue:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _spoken(setting: dict[str, str]) -> str:
-    return " ".join(part for part in (setting["name"], f"({setting['fingerprint']})") if part)
-
-
-def _give_back(environment: Environment, temporary: bool, process: int) -> None:
-    environment.close()
-    # A forked child has its parent's folder, which is not its own to delete.
-    if temporary and os.getpid() == process:
-        shutil.rmtree(environment.path, ignore_errors=True)
+def _found(view: Snapshot, source: str, namespace: str) -> Document:
+    document = view.get(source, namespace)
+    if document is None:
+        raise DocumentError(f"there is no document {source!r}")
+    return document

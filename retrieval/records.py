@@ -280,12 +280,8 @@ def misplaced(document: Document, passages: int) -> str:
 
 
 def _is_span(span: Any) -> bool:
-    return (
-        isinstance(span, tuple | list)
-        and len(span) == 2
-        and all(isinstance(at, int) for at in span)
-        and 0 <= span[0] <= span[1]
-    )
+    pair = isinstance(span, tuple | list) and len(span) == 2 and all(isinstance(at, int) for at in span)
+    return pair and 0 <= span[0] <= span[1]
 
 
 def vector_payload(vector: NDArray[np.float32]) -> bytes:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from ragkv.folder import Environment, rewrite
-from ragkv.retrieval.catalogue import DATABASES
 from ragkv.retrieval.changes import new_state
+from ragkv.retrieval.folder import DATABASES
 from ragkv.retrieval.records import passage_key
 from ragkv.retrieval.upkeep import FORMAT
 

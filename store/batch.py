@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -59,20 +59,22 @@ class Batch:
     def __init__(self, owner: Owner, keys: Sequence[bytes], sources: Mapping[bytes, Source]) -> None:
         self.keys: list[bytes] = list(keys)
         self._found = [sources.get(key) for key in keys]
-        self.tiers: list[str | None] = [None if source is None else source.tier for source in self._found]
-        self.bases: list[int | None] = [None if source is None else source.base for source in self._found]
-        self.lengths: list[int | None] = [None if source is None else source.tokens for source in self._found]
-        self.layers: list[int | None] = [None if source is None else source.layers for source in self._found]
-        self.sensitivities: list[Tensor | None] = [
-            None if source is None else source.sensitivity for source in self._found
-        ]
-        self.foreigns: list[str] = ["" if source is None else source.foreign for source in self._found]
-        self.rows: list[Tensor | None] = [None if source is None else source.rows for source in self._found]
-        self.attended: list[Attended | None] = [None if source is None else source.attended for source in self._found]
-        self.codecs: list[str | None] = [None if source is None else source.codec for source in self._found]
-        self.unrotated: list[bool] = [source is not None and source.unrotated for source in self._found]
-        self.held_at: list[str | None] = [None if source is None else source.level for source in self._found]
-        self.slots: list[Tensor | None] = [None if source is None else source.slots for source in self._found]
+
+        def each(fact: str, missing: Any = None) -> list[Any]:
+            return [missing if source is None else getattr(source, fact) for source in self._found]
+
+        self.tiers: list[str | None] = each("tier")
+        self.bases: list[int | None] = each("base")
+        self.lengths: list[int | None] = each("tokens")
+        self.layers: list[int | None] = each("layers")
+        self.sensitivities: list[Tensor | None] = each("sensitivity")
+        self.foreigns: list[str] = each("foreign", "")
+        self.rows: list[Tensor | None] = each("rows")
+        self.attended: list[Attended | None] = each("attended")
+        self.codecs: list[str | None] = each("codec")
+        self.unrotated: list[bool] = each("unrotated", False)
+        self.held_at: list[str | None] = each("level")
+        self.slots: list[Tensor | None] = each("slots")
         self.bytes_read: int = 0
         self._seconds = 0.0
         self._owner = owner
@@ -92,11 +94,9 @@ class Batch:
             StoreError: the chunk is a miss, or the batch is closed.
             RecordError: the record proved damaged; it was dropped, and the next read of its key is a miss.
         """
-        started = perf_counter()
         with self._reading(index) as source:
-            pair, count = source.layer(layer)
-            self._count(count, started)
-        return pair
+            self._load(source, layer)
+            return source.layer(layer)
 
     def kv(self, index: int) -> ChunkKV:
         """The chunk at ``index``, as tensors of your own.
@@ -119,11 +119,9 @@ class Batch:
         Raises:
             StoreError, RecordError: as :meth:`layer`.
         """
-        started = perf_counter()
         with self._reading(index) as source:
-            parts, count = source.parts(layer)
-            self._count(count, started)
-        return parts
+            self._load(source, layer)
+            return source.parts(layer)
 
     def kept(self, index: int) -> dict[str, Any]:
         """What readers keep with the :meth:`parts` of the chunk at ``index``: as long as these are held, whatever batch is open.
@@ -153,7 +151,7 @@ class Batch:
     def progress(self, index: int) -> Progress:
         """How far the chunk at ``index`` is on its way, with those that were asked for with it."""
         source = self._found[index]
-        return Progress(0.0, 0, 0, None) if source is None else source.progress()
+        return Progress() if source is None else source.progress()
 
     def give_up(self, index: int) -> None:
         """The chunk at ``index`` comes too slowly: it is counted, what is left of it is not waited for, and it is :meth:`done`."""
@@ -227,12 +225,18 @@ class Batch:
             if self._ahead is not None:
                 last_first.callback(self._ahead.join)
 
+    def disown(self) -> None:
+        """In a forked child: it is the parent's, as are threads that hold its locks."""
+        self._lock, self._closed = threading.Lock(), True
+
     @contextmanager
     def _reading(self, index: int) -> Iterator[Source]:
         source = self._found[index]
         if self._closed or source is None:
+            if self._closed:
+                raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
             why = "is a miss: see Batch.tiers" if index not in self._done else "was read, and Batch.done was told so"
-            raise StoreError("the batch is closed" if self._closed else f"chunk {index} {why}")
+            raise StoreError(f"chunk {index} {why}")
         try:
             yield source
         except RecordError as error:
@@ -257,11 +261,12 @@ class Batch:
                 if self._closed:
                     return
                 if layer < source.layers:
-                    started = perf_counter()
-                    try:
-                        self._count(source.load(layer), started)
-                    except StoreError:  # it is damaged, which :meth:`layer` says, or done
-                        continue
+                    with suppress(StoreError):  # it is damaged, which :meth:`layer` says, or done
+                        self._load(source, layer)
+
+    def _load(self, source: Source, layer: int) -> None:
+        started = perf_counter()
+        self._count(source.load(layer), started)
 
     def _count(self, count: int, started: float) -> None:
         if count:

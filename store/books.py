@@ -16,7 +16,9 @@ import heapq
 import logging
 import math
 import struct
+from collections import Counter
 from collections.abc import Generator
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -80,15 +82,13 @@ class MemoryBooks:
     def strike(self, key: bytes) -> None:
         self._rows.pop(key, None)
 
-    def due(self, now: float) -> list[tuple[bytes, bool]]:
+    def due(self, now: float) -> list[bytes]:
         found = []
         while self._alarms and self._alarms[0][0] <= now:
-            item = heapq.heappop(self._alarms)
-            if self._rings(*item):
-                found.append(item[1:])
+            found.append(heapq.heappop(self._alarms)[1])
         return found
 
-    def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
+    def least(self, namespace: bytes | None = None) -> Generator[tuple[bytes, Row], None, None]:
         popped = []
         try:
             while self._order:
@@ -97,7 +97,7 @@ class MemoryBooks:
                 if self._places.get(key) == item[2]:
                     popped.append(item)
                     if namespace is None or self._rows[key].namespace == namespace:
-                        yield key
+                        yield key, self._rows[key]
         finally:
             for item in popped:
                 heapq.heappush(self._order, item)
@@ -132,7 +132,9 @@ class FolderBooks:
         try:
             self.counters: Counters = Counters.unpack(txn.get("state", b"counters"))
         except RecordError:
-            self.counters = self._recount()
+            self.counters = Counters(removals=self._next_removal() + 1)  # one is missing in the log: all look anew
+            self._recount()
+            self.counters.clock = next((row.priority for _, row in self.least()), 0.0)
 
     @property
     def entries(self) -> int:
@@ -145,7 +147,7 @@ class FolderBooks:
             return None if data is None else Row.unpack(key, data)
         except RecordError:
             self.strike(key)
-            self.counters = self._recount()
+            self._recount()
             return None
 
     def place(self, key: bytes, row: Row) -> None:
@@ -160,25 +162,25 @@ class FolderBooks:
     def strike(self, key: bytes) -> None:
         self.txn.delete("usage", key)
 
-    def due(self, now: float) -> list[tuple[bytes, bool]]:
+    def due(self, now: float) -> list[bytes]:
         # The clock was set back: pins from what is now the future are over, though their alarm will not come soon.
-        back, found = now < self.counters.written_s, []
+        back, past, early = now < self.counters.written_s, list[bytes](), list[bytes]()
         for item in self.txn.keys("alarms"):
-            past, unpins = number(item[:8]) <= now, item[8:9] == _UNPINS
-            if past or (back and unpins):
-                found.append((item, past, unpins))
+            if number(item[:8]) <= now:
+                past.append(item)
             elif not back:
                 break
-        for item, past, _ in found:
-            if past:
-                self.txn.delete("alarms", item)
-        return [(item[9:], unpins) for item, _, unpins in found]
+            elif item[8:9] == _UNPINS:
+                early.append(item)
+        for item in past:
+            self.txn.delete("alarms", item)
+        return [item[9:] for item in (*past, *early)]
 
-    def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
+    def least(self, namespace: bytes | None = None) -> Generator[tuple[bytes, Row], None, None]:
         return self._in_order(_EVICTABLE if namespace is None else _SPACES + namespace)
 
     def oldest_ghost(self) -> bytes | None:
-        return next(self._in_order(_GHOSTS), None)
+        return next((key for key, _ in self._in_order(_GHOSTS)), None)
 
     def space(self, namespace: bytes) -> tuple[int, int]:
         data = self.txn.get("state", _SPACES + namespace)
@@ -200,25 +202,32 @@ class FolderBooks:
         self.counters.written_s = now
         self.txn.put("state", b"counters", self.counters.pack())
 
-    def _in_order(self, group: bytes) -> Generator[bytes, None, None]:
+    def _in_order(self, group: bytes) -> Generator[tuple[bytes, Row], None, None]:
+        """What stands there, least first. Where a row was damaged, its place is left: nothing stands there any more."""
         for place in self.txn.keys("order", group):
-            yield place[len(group) + 8 :]
+            key = place[len(group) + 8 :]
+            row = self.row(key)
+            if row is not None and ("order", place) in _places(key, row):
+                yield key, row
 
-    def _recount(self) -> Counters:
-        """The counters from the rows; ticks go on behind the last one. Of removals one is missing in the log: all look anew."""
-        counters = Counters(removals=1)
+    def _recount(self) -> None:
+        """Sums up the rows; ticks go on behind the last one."""
+        counters, spaces = self.counters, Counter[bytes]()
+        counters.ghosts = 0
         for key, data in self.txn.items("usage"):
-            try:
+            with suppress(RecordError):
                 row = Row.unpack(key, data)
-            except RecordError:
-                continue
-            counters.used_bytes += row.usage.size_bytes
-            counters.ghosts += not row.usage.size_bytes
-            counters.tick = max(counters.tick, row.usage.tick)
-        for name in self.txn.keys("state", _REMOVED):
-            if len(name) == len(_REMOVED) + 8:
-                counters.removals = _NUMBER.unpack(name[len(_REMOVED) :])[0] + 2
-        return counters
+                spaces[row.namespace] += row.usage.size_bytes
+                counters.ghosts += not row.usage.size_bytes
+                counters.tick = max(counters.tick, row.usage.tick)
+        counters.used_bytes = spaces.total()
+        for namespace in {*spaces, *(name[len(_SPACES) :] for name in self.txn.keys("state", _SPACES))} - {NOBODY}:
+            self.set_space(namespace, spaces[namespace], self.space(namespace)[1])
+
+    def _next_removal(self) -> int:
+        """The number behind the last one in the log."""
+        names = [name[len(_REMOVED) :] for name in self.txn.keys("state", _REMOVED)]
+        return max((_NUMBER.unpack(name)[0] + 1 for name in names if len(name) == _NUMBER.size), default=0)
 
 
 def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes] | None]:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -43,7 +42,6 @@ class DiskTier(Tier):
         held: keys that must not be evicted now.
         selective: keep a new entry only where it is worth more than what it would evict.
         readonly: never write.
-        now: the wall clock, in seconds.
 
     Attributes:
         readonly: whether nothing can be written.
@@ -61,9 +59,8 @@ class DiskTier(Tier):
         *,
         selective: bool = False,
         readonly: bool = False,
-        now: Callable[[], float] = time.time,
     ) -> None:
-        super().__init__(now)
+        super().__init__()
         self.path = path
         self.budget_bytes = budget_bytes
         self._policy = policy
@@ -73,7 +70,7 @@ class DiskTier(Tier):
         # Damaged records that could not be deleted, and when each was put.
         self._unreadable: dict[bytes, float | None] = {}
         self._touched: Counter[bytes] = Counter()
-        self._touch_lock = threading.Lock()
+        self._counting = threading.Lock()
         self.environment: Environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
         self.readonly: bool = self.environment.readonly
         try:
@@ -89,8 +86,8 @@ class DiskTier(Tier):
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Source]:
         """See :class:`Tier`. A header that proves damaged is dropped."""
         found: dict[bytes, Source] = {}
-        snapshot = self.snapshot()
-        try:
+        with ExitStack() as unused:
+            snapshot = unused.enter_context(closing(self.snapshot()))
             for key in keys:
                 try:
                     there = None if self._known_damaged(key) else snapshot.find(key, self.now())
@@ -101,11 +98,8 @@ class DiskTier(Tier):
                 if there is not None:
                     fits = there[0].payload_bytes <= self.above_bytes
                     found[key] = Loading(snapshot, key, *there, keep=fits)
-        except BaseException:
-            snapshot.close()
-            raise
-        if not found:
-            snapshot.close()
+            if found:
+                unused.pop_all()
         return found
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -114,18 +108,26 @@ class DiskTier(Tier):
             return [key for key in keys if self._known_damaged(key) or not self._alive(txn, key, now)]
 
     def admit(
-        self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS, *, arrived: bool = False
+        self,
+        entries: Sequence[Offer],
+        facts: Mapping[str, bytes] = NO_FACTS,
+        *,
+        still: Callable[[bytes], bool] | None = None,
     ) -> list[bool]:
         """Stores records and small facts in one transaction, all or none; durable when it returns.
 
-        What arrived from a pool is not noted to be sent there, and is left where it is stored or to be deleted.
+        Args:
+            entries: the records.
+            facts: the facts.
+            still: of what arrived from a pool: whether that still has it. It is not noted to be sent there, and is left where it
+                is stored or to be deleted.
         """
         kept: list[bool] = []
         written: set[bytes] = set()
         with self._planner() as planner:
             txn = planner.books.txn
             for entry in entries:
-                if arrived and not self._welcome(txn, entry.key):
+                if still is not None and not (still(entry.key) and self._welcome(txn, entry.key)):
                     kept.append(False)
                     continue
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
@@ -134,7 +136,7 @@ class DiskTier(Tier):
                     txn.put("entries", entry.key, entry.record.pack(entry.key))
                     for index, (start, stop) in enumerate(entry.record.spans):
                         txn.put("segments", segment_key(entry.key, index), data[start:stop])
-                    if self.notes is not None and not arrived:
+                    if self.notes is not None and still is None:
                         self.notes.send(txn, entry.key)
                 kept.append(row is not None)
                 written.add(entry.key)
@@ -142,7 +144,9 @@ class DiskTier(Tier):
                 txn.put("facts", name.encode(), value)
         for key in written:
             self._unreadable.pop(key, None)
-        self.written_bytes += sum(entry.record.payload_bytes for entry in compress(entries, kept))
+        size = sum(entry.record.payload_bytes for entry in compress(entries, kept))
+        with self._counting:
+            self.written_bytes += size
         return kept
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
@@ -221,14 +225,15 @@ class DiskTier(Tier):
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Notes a use of entries; the next write puts it into the books."""
-        with self._touch_lock:
-            self._touched.update(list(keys))
+        if not self.readonly:
+            with self._counting:
+                self._touched.update(list(keys))
 
     def after_fork(self) -> None:
         self.evictions.clear()
         self.written_bytes: int = 0
         self._touched = Counter()
-        self._touch_lock = threading.Lock()
+        self._counting = threading.Lock()
 
     def counts(self) -> tuple[int, int]:
         with self.environment.transaction() as txn:
@@ -278,7 +283,7 @@ class DiskTier(Tier):
         """A write transaction, with noted uses entered and what has expired dropped."""
         touched: Counter[bytes] = Counter()
         if enter_uses:
-            with self._touch_lock:
+            with self._counting:
                 touched, self._touched = self._touched, touched
         try:
             with self.environment.transaction(write=True, suspicious=suspicious) as txn:
@@ -292,10 +297,11 @@ class DiskTier(Tier):
                 yield planner
                 books.close(now)
         except BaseException:
-            with self._touch_lock:
+            with self._counting:
                 self._touched.update(touched)
             raise
-        self.evictions.update(planner.evicted)
+        with self._counting:
+            self.evictions.update(planner.evicted)
 
     def _delete(self, txn: Transaction, key: bytes) -> bool:
         """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""

@@ -79,6 +79,12 @@ def encode(
     return record, payload
 
 
+def recoded(record: Record, payload: Payload, codec: Codec) -> tuple[Record, Payload]:
+    """The same chunk in another codec."""
+    kv = record.decode(payload)
+    return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)
+
+
 def validate(kv: ChunkKV) -> None:
     """Raises StoreError unless ``kv`` is at least one pair of layers ``[H, T, D]`` with one T and known dtypes."""
     if not kv.keys or len(kv.keys) != len(kv.values):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Container
 
 import torch
 
@@ -23,7 +24,7 @@ class GpuTier(MemoryTier):
         budget_bytes: what the pool may take.
         device: where it lies.
         policy: which entries go first.
-        **options: see :class:`MemoryTier`.
+        held, lock: see :class:`MemoryTier`.
 
     Raises:
         StoreError: there is no such device.
@@ -31,10 +32,17 @@ class GpuTier(MemoryTier):
 
     name = "gpu"
 
-    def __init__(self, budget_bytes: int, device: torch.device | str, policy: Policy, **options: Any) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        device: torch.device | str,
+        policy: Policy,
+        held: Container[bytes],
+        lock: threading.RLock,
+    ) -> None:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise StoreError("gpu_bytes needs a GPU that torch can use: set gpu_bytes=0 to do without")
-        super().__init__(budget_bytes, policy, selective=True, **options)
+        super().__init__(budget_bytes, policy, held, lock, selective=True)
         self._device = device
         self._pool: BlockPool | None = None
 
@@ -66,4 +74,6 @@ class GpuTier(MemoryTier):
     def _hold(self, entry: Offer) -> Source:
         assert self._pool is not None and entry.kv is not None
         # Blocks of evicted chunks that open batches still hold are not free yet: it is full then.
-        return Pooled(self._pool, entry.kv)
+        held = Pooled(self._pool, entry.kv)
+        held.label = entry.record.label
+        return held

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ragkv.errors import StoreError
 from ragkv.store.codecs import Codec, Raw
-from ragkv.store.encode import encode
+from ragkv.store.encode import encode, recoded
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.rope import Rope
@@ -15,8 +16,6 @@ from ragkv.store.terms import Item, Terms
 from ragkv.store.tier import Offer
 
 _LONGEST_KEY = 494  # LMDB's 511, less what stands in front of it in the books
-
-Encoded = tuple[Record, Payload]
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,10 @@ class Levels:
     below: Codec
     memory: Codec | None = None
 
-    def encode(self, item: Item, space: str, ropes: tuple[Rope | None, ...]) -> tuple[Encoded, Encoded]:
-        """A chunk for the lowest tier, and for those above."""
-
-        def encoded(codec: Codec) -> Encoded:
-            return encode(item.kv, codec=codec, space=space, label=item.label, ropes=ropes)
-
-        below = encoded(self.below)
-        return below, below if self.memory is None or self._alike else encoded(self.memory)
-
     def offers(
         self, items: Sequence[Item], space: str, ropes: tuple[Rope | None, ...], namespace: str, lifetime_s: float
     ) -> tuple[list[Offer], list[Offer]]:
-        """Chunks for the lowest tier, and for those above, see :meth:`encode`.
+        """Chunks for the lowest tier, and for those above.
 
         Raises:
             StoreError: one is no KV, or its key none.
@@ -53,19 +43,20 @@ class Levels:
         for item in items:
             if not isinstance(item.key, bytes) or not 0 < len(item.key) <= _LONGEST_KEY:
                 raise StoreError(f"a key is 1 to {_LONGEST_KEY} bytes, as chunk_key makes them, got {item.key!r:.80}")
+            encoded = partial(encode, item.kv, space=space, label=item.label, ropes=ropes)
             terms = Terms(namespace, lifetime_s, item.cost_s)
-            lowest, upper = self.encode(item, space, ropes)
+            lowest = encoded(codec=self.below)
+            upper = lowest if self.memory is None or self._alike else encoded(codec=self.memory)
             below.append(Offer(item.key, *lowest, terms))
             above.append(Offer(item.key, *upper, terms, ready=self.memory is not None))
         return below, above
 
-    def for_memory(self, record: Record, payload: Payload) -> Encoded:
+    def for_memory(self, record: Record, payload: Payload) -> tuple[Record, Payload]:
         """A chunk of whatever codec as CPU memory keeps it; itself where it is so already."""
         codec = self.memory or Raw()
         if record.codec == codec.name and (self._alike or record.codec != self.below.name):
             return record, payload
-        kv = record.decode(payload)
-        return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)
+        return recoded(record, payload, codec)
 
     @property
     def _alike(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -165,17 +166,15 @@ def compact(path: str | os.PathLike[str]) -> tuple[int, int]:
     """
     folder = Path(path)
     refuse_open(folder)
-    target = folder / "compacting"
     before = (folder / _DATA).stat().st_size
-    _clear(target)
-    with opened(folder) as tier:
-        tier.environment.copy(target)
-    after = (target / _DATA).stat().st_size
-    with open(target / _DATA, "rb") as file:
-        os.fsync(file.fileno())
-    (folder / _LOCK).unlink(missing_ok=True)
-    os.replace(target / _DATA, folder / _DATA)
-    _clear(target, remove=True)
+    with _scratch(folder / "compacting") as target:
+        with opened(folder) as tier:
+            tier.environment.copy(target)
+        after = (target / _DATA).stat().st_size
+        with open(target / _DATA, "rb") as file:
+            os.fsync(file.fileno())
+        (folder / _LOCK).unlink(missing_ok=True)
+        os.replace(target / _DATA, folder / _DATA)
     return before, after
 
 
@@ -190,20 +189,14 @@ def repair(path: str | os.PathLike[str]) -> int:
     """
     folder = Path(path)
     refuse_open(folder)
-    rescue, repaired = folder / "rescue", folder / "repaired"
-    _clear(rescue)
-    _clear(repaired)
     saved = 0
-    try:
+    with _scratch(folder / "rescue") as rescue, _scratch(folder / "repaired") as repaired:
         with opened(repaired, _NO_BUDGET - 1) as tier, suppress(RecordError):
             salvage(folder / _DATA, rescue, DATABASES)
             with opened(rescue) as old:
                 for key in old.stored():
                     saved += _save(old, tier, key)
         replace_damaged(folder, repaired / _DATA)
-    finally:
-        _clear(rescue, remove=True)
-        _clear(repaired, remove=True)
     return saved
 
 
@@ -278,9 +271,12 @@ def _entry(tier: DiskTier, key: bytes) -> Entry | None:
     )
 
 
-def _clear(folder: Path, *, remove: bool = False) -> None:
-    folder.mkdir(exist_ok=True)
-    for file in folder.iterdir():
-        file.unlink()
-    if remove:
-        folder.rmdir()
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for as long as it is needed, empty whatever a killed process left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

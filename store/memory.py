@@ -28,10 +28,9 @@ class MemoryTier(Tier):
         budget_bytes: what the tensors may take together.
         policy: which entries go first.
         held: keys that must not be evicted now.
+        lock: guards the tier; shared by the tiers of a store that are in memory.
         form: turns a record into one of the codec that is kept here.
         selective: keep a new entry only where it is worth more than what it would evict.
-        lock: guards the tier; shared by the tiers of a store that are in memory.
-        now: a clock that never jumps, in seconds.
         gone: told the key of every entry that leaves.
 
     Attributes:
@@ -45,17 +44,16 @@ class MemoryTier(Tier):
         self,
         budget_bytes: int,
         policy: Policy,
-        held: Container[bytes] = (),
+        held: Container[bytes],
+        lock: threading.RLock,
         *,
         form: Callable[[Record, Payload], tuple[Record, Payload]] = lambda record, payload: (record, payload),
         selective: bool = False,
-        lock: threading.RLock | None = None,
-        now: Callable[[], float] = time.monotonic,
         gone: Callable[[bytes], object] = lambda key: None,
     ) -> None:
-        super().__init__(now)
+        super().__init__(time.monotonic)
         self.facts: dict[str, bytes] = {}
-        self.lock: threading.RLock = lock or threading.RLock()
+        self.lock: threading.RLock = lock
         self._form, self._selective, self._gone = form, selective, gone
         self._held: dict[bytes, Source] = {}
         self._books = MemoryBooks()
@@ -126,11 +124,7 @@ class MemoryTier(Tier):
         """See :meth:`TieredStore.computed_of`."""
         tags = set(map(tag, keys))
         with self.lock:
-            return [
-                key
-                for key, held in self._held.items()
-                if key.startswith(PATH) and held.whole is not None and labelled(held.whole[0].label, tags)
-            ]
+            return [key for key, held in self._held.items() if key.startswith(PATH) and labelled(held.label, tags)]
 
     def counts(self) -> tuple[int, int]:
         return len(self._held), self._books.counters.used_bytes

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of Notes
 """What still has to be done in a shared pool for the chunks of a store: some are to be sent, others deleted there.
 
 In a folder the notes lie beside the entries, and are written with them: what a killed process did not do, the next one does.
@@ -64,7 +65,6 @@ class MemoryNotes(Notes):
         self._lock = threading.Lock()
 
     def add(self, notes: Mapping[bytes, bytes]) -> None:
-        """See :class:`Notes`."""
         with self._lock:
             self._anew.update(notes)
             for key, what in notes.items():
@@ -76,7 +76,6 @@ class MemoryNotes(Notes):
                 self._anew.discard(first)
 
     def strike(self, done: Mapping[bytes, bytes]) -> None:
-        """See :class:`Notes`."""
         with self._lock:
             for key, what in done.items():
                 if self._notes.get(key) == what and key not in self._anew:
@@ -88,7 +87,6 @@ class MemoryNotes(Notes):
             return iter(list(self._notes.items()))
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
-        """See :class:`Notes`."""
         return {key for key in keys if self._notes.get(key, SEND).startswith(DELETE)}
 
     def after_fork(self) -> None:
@@ -132,7 +130,6 @@ class FolderNotes(Notes):
             txn.delete("state", _NOTE + key)
 
     def strike(self, done: Mapping[bytes, bytes]) -> None:
-        """See :class:`Notes`."""
         if done:
             with self._environment.transaction(write=True) as txn:
                 for key, what in done.items():
@@ -140,13 +137,11 @@ class FolderNotes(Notes):
                         txn.delete("state", _NOTE + key)
 
     def each(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """See :class:`Notes`."""
         with self._environment.transaction() as txn:
             for name, what in txn.items("state", _NOTE, start):
                 yield name[len(_NOTE) :], what
 
     def deleting(self, keys: Collection[bytes]) -> set[bytes]:
-        """See :class:`Notes`."""
         with self._environment.transaction() as txn:
             return {key for key in keys if self.deletes(txn, key)}
 

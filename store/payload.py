@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +35,11 @@ class Part:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    strides: tuple[int, ...] = field(init=False, repr=False)
-    stop: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        strides, count = [], 1
-        for size in reversed(self.shape):
-            strides.append(count)
-            count *= size
-        object.__setattr__(self, "strides", tuple(reversed(strides)))
-        object.__setattr__(self, "stop", self.start + count * self.dtype.itemsize)
+    @cached_property
+    def stop(self) -> int:
+        """The byte behind its last."""
+        return self.start + prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,6 @@ class Contents:
     """All parts by name (``k.3``, ``v.3``, ``k.3.scale``), in the order of the payload, without holes."""
 
     parts: Mapping[str, Part]
-    layers: tuple[Layer, ...] = field(init=False)
-    payload_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         end = 0
@@ -75,10 +69,29 @@ class Contents:
             if part.start != end:
                 raise ValueError(f"{name} begins at byte {part.start}, the part before it ends at {end}")
             end = part.stop
-        if not end:
+        if not self.layers or not end:
             raise ValueError("no bytes")
-        object.__setattr__(self, "payload_bytes", end)
-        object.__setattr__(self, "layers", tuple(_layers(self.parts)))
+
+    @cached_property
+    def payload_bytes(self) -> int:
+        """Bytes of all parts."""
+        return max(layer.stop for layer in self.layers)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The parts by layer."""
+        grouped: dict[int, tuple[dict[str, Part], dict[str, Part]]] = {}
+        for name, part in self.parts.items():
+            side, layer, *rest = name.split(".", 2)
+            grouped.setdefault(int(layer), ({}, {}))[("k", "v").index(side)]["".join(rest)] = part
+        layers = []
+        for number in range(len(grouped)):
+            keys, values = grouped[number]
+            if "" not in keys or "" not in values:
+                raise ValueError(f"layer {number} is not complete")
+            both = [*keys.values(), *values.values()]
+            layers.append(Layer(keys, values, min(part.start for part in both), max(part.stop for part in both)))
+        return tuple(layers)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Contents:
@@ -211,18 +224,13 @@ class Payload:
     """
 
     def __init__(self, size: int) -> None:
-        self._buffer = allocate(-(-size // _ALIGNMENT) * _ALIGNMENT)
-        self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self._buffer}
-        self.data: Tensor = self._buffer[:size]
+        self.data: Tensor = allocate(size)
 
     def view(self, part: Part) -> Tensor:
         """A part as the tensor that it is; shares the payload's memory where alignment allows."""
         if part.start % part.dtype.itemsize:
             return self.data[part.start : part.stop].clone().view(part.dtype).view(part.shape)
-        typed = self._typed.get(part.dtype)
-        if typed is None:
-            typed = self._typed[part.dtype] = self._buffer.view(part.dtype)
-        return typed.as_strided(part.shape, part.strides, part.start // part.dtype.itemsize)
+        return self.data[part.start : part.stop].view(part.dtype).view(part.shape)
 
     def fill(self, part: Part, tensor: Tensor) -> None:
         """Copies a tensor to its place."""
@@ -238,18 +246,3 @@ def _part(entry: dict[str, Any]) -> Part:
     if start < 0 or min(part.shape, default=1) < 0 or part.stop != stop:
         raise ValueError(f"a tensor {part.shape} of {part.dtype} cannot lie in bytes {start} to {stop}")
     return part
-
-
-def _layers(parts: Mapping[str, Part]) -> list[Layer]:
-    grouped: dict[int, tuple[dict[str, Part], dict[str, Part]]] = {}
-    for name, part in parts.items():
-        side, layer, *rest = name.split(".", 2)
-        grouped.setdefault(int(layer), ({}, {}))[("k", "v").index(side)]["".join(rest)] = part
-    layers = []
-    for number in range(len(grouped)):
-        keys, values = grouped[number]
-        if "" not in keys or "" not in values:
-            raise ValueError(f"layer {number} is not complete")
-        both = [*keys.values(), *values.values()]
-        layers.append(Layer(keys, values, min(part.start for part in both), max(part.stop for part in both)))
-    return layers

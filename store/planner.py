@@ -43,10 +43,10 @@ class Books(Protocol):
     def strike(self, key: bytes) -> None:
         """Forgets the row of what was lifted."""
 
-    def due(self, now: float) -> list[tuple[bytes, bool]]:
-        """What has expired, and, with True, whose pin may have ended. It is not told again."""
+    def due(self, now: float) -> list[bytes]:
+        """What may have expired, or whose pin may have ended. It is not told again."""
 
-    def least(self, namespace: bytes | None = None) -> Generator[bytes, None, None]:
+    def least(self, namespace: bytes | None = None) -> Generator[tuple[bytes, Row], None, None]:
         """What may be evicted, of all or of one namespace, least priority first. Nothing may be placed meanwhile."""
 
     def oldest_ghost(self) -> bytes | None:
@@ -94,7 +94,7 @@ class Planner(Generic[AnyBooks]):
         passed: Set[bytes] = frozenset(),
         selective: bool = False,
     ) -> Row | None:
-        """Makes room for an entry, writes it down and counts a use of it. What stood under its key is dropped.
+        """Makes room for an entry, writes it down and counts a use of it. It takes the place, and the pin, of what has its key.
 
         Args:
             key: of the entry.
@@ -114,7 +114,9 @@ class Planner(Generic[AnyBooks]):
         row = Row(replace(usage or (old.usage if old else Usage(0))), namespace=namespace_id(terms.namespace))
         row.usage.size_bytes = size_bytes
         row.created_s, row.expires_s = now, now + terms.lifetime_s
-        if old is not None and not old.usage.size_bytes:
+        if old is not None and old.alive(now):
+            row.pinned_from_s, row.pinned_until_s = old.pinned_from_s, old.pinned_until_s
+        elif old is not None and not old.usage.size_bytes:
             self._count_return(old)
         if usage is None:
             row.usage.add_cost(terms.cost_s)
@@ -189,11 +191,11 @@ class Planner(Generic[AnyBooks]):
     def sweep(self) -> None:
         """Drops what has expired, and ends the pins whose time has come."""
         now = self.now()
-        for key, pinned in self.books.due(now):
+        for key in self.books.due(now):
             row = self.books.row(key)
-            if not pinned:
+            if row is None or row.expires_s <= now:
                 self.drop(key, "expired")
-            elif row is not None and not row.pinned(now):
+            elif row.pinned_until_s and not row.pinned(now):
                 self._pin(key, row, 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
@@ -222,9 +224,8 @@ class Planner(Generic[AnyBooks]):
         found: dict[bytes, Row] = {}
         if missing > 0:
             with closing(self.books.least(namespace)) as candidates:
-                for key in candidates:
-                    row = self.books.row(key)
-                    if row is not None and key not in self.held and key not in passed:
+                for key, row in candidates:
+                    if key not in self.held and key not in passed:
                         found[key] = row
                         missing -= row.usage.size_bytes
                     if missing <= 0:
@@ -246,8 +247,7 @@ class Planner(Generic[AnyBooks]):
 
     def _least_priority(self) -> float:
         with closing(self.books.least()) as candidates:
-            row = next(filter(None, map(self.books.row, candidates)), None)
-        return -math.inf if row is None else row.priority
+            return next((row.priority for _, row in candidates), -math.inf)
 
     def _age(self, priority: float) -> None:
         """Sets the clock forward: an entry of this priority was evicted, or not admitted."""

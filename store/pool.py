@@ -19,6 +19,8 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
 from ragkv.store.source import Parts, Source
 
+BLOCK_TOKENS = 16  # P
+
 Kind = tuple[int, int, int, int, torch.dtype]  # heads and dim of K, heads and dim of V, dtype
 
 
@@ -29,20 +31,18 @@ class BlockPool:
         like: KV of whose layers, heads, dims and dtype all others must be.
         budget_bytes: the most that the pool may take.
         device: where.
-        block_tokens: P.
 
     Raises:
         StoreFullError: not one block fits.
     """
 
-    def __init__(self, like: ChunkKV, budget_bytes: int, device: torch.device | str, block_tokens: int = 16) -> None:
-        self.block_tokens = block_tokens
+    def __init__(self, like: ChunkKV, budget_bytes: int, device: torch.device | str) -> None:
         self.kinds: tuple[Kind, ...] = kinds_of(like)
-        self.block_bytes: int = block_tokens * sum((hk * dk + hv * dv) * t.itemsize for hk, dk, hv, dv, t in self.kinds)
+        self.block_bytes: int = BLOCK_TOKENS * sum((hk * dk + hv * dv) * t.itemsize for hk, dk, hv, dv, t in self.kinds)
         self.count: int = budget_bytes // self.block_bytes
         if not self.count:
             raise StoreFullError(f"a block takes {self.block_bytes} bytes, gpu_bytes is {budget_bytes}")
-        shape = (self.count, block_tokens)
+        shape = (self.count, BLOCK_TOKENS)
         self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
         self._values = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds]
         self.kept: dict[str, Any] = {}  # see Source
@@ -57,7 +57,7 @@ class BlockPool:
 
     def blocks_for(self, tokens: int) -> int:
         """How many blocks so many tokens take."""
-        return -(-tokens // self.block_tokens)
+        return -(-tokens // BLOCK_TOKENS)
 
     def allocate(self, count: int) -> list[int]:
         """Takes blocks.
@@ -78,10 +78,10 @@ class BlockPool:
     def write(self, blocks: Sequence[int], kv: ChunkKV) -> None:
         """Copies a chunk's KV into blocks."""
         place = torch.arange(len(kv), device=self._keys[0].device)
-        index = torch.tensor(blocks, device=place.device)[place // self.block_tokens]
+        index = torch.tensor(blocks, device=place.device)[place // BLOCK_TOKENS]
         for layer, (keys, values) in enumerate(kv):
-            self._keys[layer][index, :, place % self.block_tokens] = keys.transpose(0, 1).to(place.device)
-            self._values[layer][index, :, place % self.block_tokens] = values.transpose(0, 1).to(place.device)
+            self._keys[layer][index, :, place % BLOCK_TOKENS] = keys.transpose(0, 1).to(place.device)
+            self._values[layer][index, :, place % BLOCK_TOKENS] = values.transpose(0, 1).to(place.device)
 
     def read(self, blocks: Tensor, tokens: int, layer: int) -> tuple[Tensor, Tensor]:
         """K and V ``[H, T, D]`` of one layer, gathered from its blocks."""
@@ -102,23 +102,23 @@ class Pooled(Source):
         super().__init__("gpu", kv)
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(len(kv)))
+        weakref.finalize(self, pool.release, blocks).atexit = False
         pool.write(blocks, kv)
         self.kept = pool.kept
         self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
-        places = torch.arange(pool.block_tokens, device="cpu")
-        self.slots: Tensor | None = (
-            torch.tensor(blocks, device="cpu")[:, None] * pool.block_tokens + places
-        ).flatten()[: len(kv)]
-        weakref.finalize(self, pool.release, blocks).atexit = False
+        places = torch.arange(BLOCK_TOKENS, device="cpu")
+        self.slots: Tensor | None = (torch.tensor(blocks, device="cpu")[:, None] * BLOCK_TOKENS + places).flatten()[
+            : len(kv)
+        ]
 
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V ``[H, T, D]`` of a layer, on the device; nothing is read from disk."""
-        return self._pool.read(self._blocks, self.tokens, layer), 0
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H, T, D]`` of a layer, on the device."""
+        return self._pool.read(self._blocks, self.tokens, layer)
 
-    def parts(self, layer: int) -> tuple[Parts, int]:
+    def parts(self, layer: int) -> Parts:
         """The layer's whole pool, in which ``slots`` are the chunk's."""
         keys, values = self._pool.layer(layer)
-        return ({"": keys}, {"": values}), 0
+        return {"": keys}, {"": values}
 
 
 def kinds_of(kv: ChunkKV) -> tuple[Kind, ...]:

@@ -16,7 +16,7 @@ from ragkv.folder import Environment, Transaction
 from ragkv.store.payload import Payload, extents
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
-from ragkv.store.source import Parts, Source
+from ragkv.store.source import Recorded
 from ragkv.store.target import Target
 
 _SEGMENT = struct.Struct(">I")
@@ -116,10 +116,10 @@ class DiskSnapshot:
 
     def leave(self) -> None:
         """Counts one reader less; the last one closes it."""
-        with self._lock:
+        with self._environment.gate, self._lock:
             self._users -= 1
-        if self._users == 0:
-            self.close()
+            if not self._users:
+                self._reading.close()
 
     def close(self) -> None:
         """Ends the transaction."""
@@ -140,19 +140,17 @@ class DiskSnapshot:
         return np.frombuffer(data, dtype=np.uint8)
 
 
-class Loading(Source):
+class Loading(Recorded):
     """A record on its way from a snapshot to memory, segment by segment. Safe for several threads.
 
     Attributes:
         key: what it is stored under.
-        record: its header.
         row: what the books said of it.
     """
 
     def __init__(self, snapshot: DiskSnapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         super().__init__("disk", record)
         self.key = key
-        self.record = record
         self.row = row
         self._keep = keep
         self._snapshot = snapshot
@@ -180,18 +178,10 @@ class Loading(Source):
         """Whether layers can be copied straight from the file: they are stored as they are, and memory would not keep them."""
         return not self._keep and self.record.codec == "raw" and len(self._missing) == len(self.record.checksums)
 
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V of a layer, and the bytes that were read for it."""
-        count = self.load(layer) if self._missing else 0
-        return self.record.layer(self.payload, layer), count
-
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """K and V of a layer as they are encoded, and the bytes that were read for it."""
-        count = self.load(layer) if self._missing else 0
-        return self.record.parts(self.payload, layer), count
-
     def load(self, layer: int | None = None) -> int:
         """Reads what is missing of a layer, or of all; how many bytes."""
+        if not self._missing:
+            return 0
         with self._lock:
             if self._released and self._missing:
                 raise StoreError("the batch is finished with this chunk")

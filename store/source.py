@@ -26,10 +26,10 @@ class Progress(NamedTuple):
         bytes_per_s: as fast as the last ones came when these were asked for; None where nobody knew.
     """
 
-    since_s: float
-    came: int
-    left: int
-    bytes_per_s: float | None
+    since_s: float = 0.0
+    came: int = 0
+    left: int = 0
+    bytes_per_s: float | None = None
 
 
 # K's and V's tensors by the names that the codec gave them; in a pool "" is the pool of the layer, [N, H, P, D].
@@ -52,12 +52,11 @@ class Asking:
 
 
 class Source(ABC):
-    """The contract. Nothing that happens to the tier changes what it reads.
-
-    What is read from disk on the way is returned in bytes. Damage is a RecordError.
+    """The contract. Nothing that happens to the tier changes what it reads. Damage is a RecordError.
 
     Attributes:
         tier: its tier's name.
+        label: what whoever put it knows it by; empty where nothing was said.
         base: position at which the chunk's first token stood.
         tokens: T.
         layers: L.
@@ -80,6 +79,7 @@ class Source(ABC):
 
     def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
         self.tier: str = tier
+        self.label: str = chunk.label if isinstance(chunk, Record) else ""
         self.base: int = chunk.base
         self.sensitivity: Tensor | None = chunk.sensitivity
         self.foreign: str = chunk.foreign
@@ -104,25 +104,24 @@ class Source(ABC):
         return None
 
     @abstractmethod
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """K and V of a layer as they are held, and the bytes."""
+    def parts(self, layer: int) -> Parts:
+        """K and V of a layer as they are held."""
 
     @abstractmethod
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """K and V ``[H, T, D]`` of a layer, and the bytes."""
-
-    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
-        """Copies layers into a prompt, each to its target, from token ``start`` on; the bytes."""
-        total = 0
-        for layer, target in zip(layers, targets, strict=True):
-            pair, count = self.layer(layer)
-            target.fill(start, *pair)
-            total += count
-        return total
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H, T, D]`` of a layer."""
 
     def load(self, layer: int | None = None) -> int:
         """Reads a layer, or all, into memory, where that is not yet so; the bytes."""
         return 0
+
+    def place(self, layers: range, targets: Sequence[Target], start: int) -> int:
+        """Copies layers into a prompt, each to its target, from token ``start`` on; the bytes that were read for it."""
+        count = 0
+        for layer, target in zip(layers, targets, strict=True):
+            count += self.load(layer)
+            target.fill(start, *self.layer(layer))
+        return count
 
     def begin(self) -> None:  # noqa: B027
         """Asks for what is away, and for all that was found with it: one chunk after the other, the last one first."""
@@ -133,7 +132,7 @@ class Source(ABC):
 
     def progress(self) -> Progress:
         """How far it is on its way."""
-        return Progress(0.0, 0, 0, None)
+        return Progress()
 
     def give_up(self) -> None:
         """It comes too slowly: what is not here yet is not asked for any more."""
@@ -143,22 +142,46 @@ class Source(ABC):
         """It is not read any more. Doing so twice is fine."""
 
 
-class InMemory(Source):
-    """A chunk in memory, as a record: what tiers in memory hold."""
+class Recorded(Source):
+    """A chunk as a record, of which what is asked for is loaded.
+
+    Attributes:
+        record: its header.
+    """
+
+    def __init__(self, tier: str, record: Record) -> None:
+        super().__init__(tier, record)
+        self.record: Record = record
+
+    @property
+    @abstractmethod
+    def payload(self) -> Payload:
+        """Its bytes, as far as they were loaded."""
+
+    def parts(self, layer: int) -> Parts:
+        """See :class:`Source`."""
+        self.load(layer)
+        return self.record.parts(self.payload, layer)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        self.load(layer)
+        return self.record.layer(self.payload, layer)
+
+
+class InMemory(Recorded):
+    """A chunk in memory: what tiers in memory hold."""
 
     def __init__(self, record: Record, payload: Payload, tier: str = "cpu") -> None:
         super().__init__(tier, record)
-        self._record, self._payload = record, payload
+        self._payload = payload
+
+    @property
+    def payload(self) -> Payload:
+        """All its bytes."""
+        return self._payload
 
     @property
     def whole(self) -> tuple[Record, Payload]:
         """See :class:`Source`."""
-        return self._record, self._payload
-
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """See :class:`Source`."""
-        return self._record.parts(self._payload, layer), 0
-
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """See :class:`Source`."""
-        return self._record.layer(self._payload, layer), 0
+        return self.record, self._payload

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError
+
+_LONGEST_NAME = 511  # of LMDB's keys
 
 
 class Item(NamedTuple):
@@ -40,3 +43,14 @@ class Terms:
             raise StoreError(f"a lifetime is more than 0 seconds, got {self.lifetime_s}")
         if not 0 <= self.cost_s < math.inf:
             raise StoreError(f"a cost is at least 0 seconds and finite, got {self.cost_s}")
+
+
+def check_facts(facts: Mapping[str, bytes]) -> None:
+    """Raises StoreError where small values by name cannot be kept."""
+    for name, value in facts.items():
+        try:
+            fits = isinstance(value, bytes) and 0 < len(name.encode()) <= _LONGEST_NAME
+        except (AttributeError, UnicodeEncodeError):
+            fits = False
+        if not fits:
+            raise StoreError(f"a fact is bytes, its name 1 to {_LONGEST_NAME} bytes, got {name!r:.80}: {value!r:.80}")

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +19,7 @@ from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
 from ragkv.store.gpu import GpuTier
+from ragkv.store.keeping import Keeping
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
@@ -26,13 +27,13 @@ from ragkv.store.rates import Loading
 from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.source import Asking, Source
-from ragkv.store.stats import Moved, StoreStats
+from ragkv.store.stats import Checks, Moved, StoreStats
 from ragkv.store.terms import Item
 from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
 
 
-class TieredStore:
+class TieredStore(Keeping):
     """KV of chunks in CPU memory and, with a path, on disk. Safe for several threads and processes.
 
     What is put is written through to disk at once; memory keeps what the policy holds most valuable. Both tiers keep
@@ -98,15 +99,15 @@ class TieredStore:
             self.remote.readonly |= readonly
         leases: Counter[bytes] = Counter()
         lock = threading.RLock()
-        gpu = GpuTier(gpu_bytes, device, self._policy, held=leases, lock=lock) if gpu_bytes else None
+        gpu = GpuTier(gpu_bytes, device, self._policy, leases, lock) if gpu_bytes else None
         self._gpu: GpuTier | None = gpu
         memory = MemoryTier(
             cpu_bytes,
             self._policy,
             leases,
+            lock,
             form=self._levels.for_memory,
             selective=selective or self.path is not None,
-            lock=lock,
             # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
             gone=(lambda key: gpu.remove([key])) if gpu and self.path is None else (lambda key: None),
         )
@@ -257,11 +258,6 @@ class TieredStore:
         return 0 if self._gpu is None else self._gpu.unclaimed_bytes
 
     @property
-    def budget_bytes(self) -> int:
-        """What all chunks may take where they are kept: on disk, or in memory without one."""
-        return self._tiers.home.budget_bytes
-
-    @property
     def readonly(self) -> bool:
         """Whether its folder is open for reading only."""
         return self._disk is not None and self._disk.readonly
@@ -279,12 +275,6 @@ class TieredStore:
         offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
         return self._tiers.home.size(self._tiers.home.prepare(offers[0])) if codec is None else stored_size(offers[0])
 
-    def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
-        """Those of the chunks that are stored and pinned now, each once and in order."""
-        home, rows = self._open.home, self._tiers.rows
-        found = {key: rows(key).get(home.name) for key in keys}
-        return [key for key, row in found.items() if row is not None and row.pinned(home.now())]
-
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
         return self.remove_many([key]) == 1
@@ -293,55 +283,12 @@ class TieredStore:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
         return self._open.remove_many(keys, facts)
 
-    def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
-        """The keys of what is kept, on disk or in memory without one, by what they begin with."""
-        return self._open.home.beginning(beginnings)
-
     def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
         """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""
         sources = self._open.find(list(keys), used=False)
         for source in sources.values():
             source.release()
         return sources
-
-    def worst(self, keys: Iterable[bytes]) -> bytes | None:
-        """That of the stored chunks which the policy holds least valuable where they are kept; ``None`` where none is stored."""
-        rows = {key: self._tiers.home.row(key) for key in keys}
-        known = {key: row.priority for key, row in rows.items() if row is not None}
-        return min(known, key=lambda key: known[key], default=None)
-
-    def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
-        """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""
-        return self._open.home.computed_of(keys)
-
-    def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
-        """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""
-        return self.pin_many([key], lifetime_s) == 1
-
-    def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
-        """Pins chunks, on disk in one transaction; how many are stored."""
-        home = self._open.home
-        if not lifetime_s > 0:
-            raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return home.pin(list(keys), lifetime_s)
-
-    def unpin(self, key: bytes) -> bool:
-        """Ends a pin; whether the chunk is stored."""
-        return self.unpin_many([key]) == 1
-
-    def unpin_many(self, keys: Iterable[bytes]) -> int:
-        """Ends pins, on disk in one transaction; how many of the chunks are stored."""
-        return self._open.home.pin(list(keys), 0.0)
-
-    def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
-        """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.
-
-        Beyond it, a put evicts entries of its own namespace. It takes effect with the next put.
-        """
-        home = self._open.home
-        if not namespace or (quota_bytes is not None and not 0 <= quota_bytes < math.inf):
-            raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
-        home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did since it was opened."""
@@ -355,15 +302,9 @@ class TieredStore:
             kl: of its first token to the full prefill's, in nats.
             agreed: whether the first token is the same.
         """
-        self._open.count_check(method, kl, agreed)
-
-    def meta_get(self, name: str) -> bytes | None:
-        """A small fact that :meth:`meta_put` stored, or None."""
-        return self._open.home.fact(name)
-
-    def meta_put(self, name: str, value: bytes) -> None:
-        """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""
-        self._open.put_many([], [], {name: value})
+        tiers = self._open
+        with tiers.lock:
+            tiers.tally.checks[method].merge(Checks(1, kl, int(agreed)))
 
     def share(self) -> int:
         """Sends a shared pool what was stored before it was given one, in the background; how many chunks are looked at.
@@ -399,9 +340,6 @@ class TieredStore:
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self.contains(key)
-
-    def __len__(self) -> int:
-        return self._open.home.counts()[0]
 
     def __enter__(self) -> TieredStore:
         return self

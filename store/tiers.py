@@ -11,17 +11,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from time import perf_counter
 
-from ragkv.errors import RecordError, StoreError, StoreFullError
+from ragkv.errors import RecordError, StoreError
 from ragkv.store.batch import Batch
+from ragkv.store.copies import Copies
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
 from ragkv.store.rows import Row
 from ragkv.store.source import Asking, Source
-from ragkv.store.stats import Checks, Moved, StoreStats, Tally
-from ragkv.store.terms import Terms
+from ragkv.store.stats import Moved, StoreStats, Tally
+from ragkv.store.terms import Terms, check_facts
 from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
@@ -67,13 +69,16 @@ class Tiers:
             raise StoreError(f"tiers need names of their own, got {[tier.name for tier in self.tiers]}")
         for tier in self.tiers:
             tier.above_bytes = max((upper.budget_bytes for upper in self._over(tier)), default=0)
-        for tier in self.behind:
-            tier.stand_behind(home)
+        with ExitStack() as stood:
+            for tier in self.behind:
+                tier.stand_behind(home)
+                stood.callback(tier.close)
+            stood.pop_all()
         self.leases = leases
         self.lock: threading.RLock = lock
+        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self.tally: Tally = Tally()
-        # How many removals from home the tiers above know of.
-        self._known_removals = home.removed(0)[0]
+        self.copies: Copies = Copies(self.above, home, lock)
         # Prefetches; its thread begins when it is first needed.
         self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
         _tiers.add(self)
@@ -118,18 +123,20 @@ class Tiers:
 
         ``moved`` is what :meth:`load` was told to fill for it.
         """
-        started = perf_counter()
+        started, leased = perf_counter(), Counter(keys)
         with self.lock:
-            self.leases.update(keys)
+            self.leases.update(leased)
         try:
             sources = self.find(keys, used=True, asking=asking)
         except BaseException:
             self.release(keys)
             raise
+        batch = Batch(self, keys, sources)
         with self.lock:
+            self._batches.add(batch)
             self.tally.count_reads(keys, sources, moved)
             self.tally.latency["find"].add(perf_counter() - started)
-        return Batch(self, keys, sources)
+        return batch
 
     def release(self, keys: Sequence[bytes]) -> None:
         """Ends a lease."""
@@ -146,13 +153,17 @@ class Tiers:
             offers: what is stored.
             above: the same for the tiers above, in whatever codec.
             facts: stored with them.
+
+        Raises:
+            StoreError: a fact is none, or home cannot keep them all.
         """
+        check_facts(facts)
         started = perf_counter()
         kept = self.home.admit([self.home.prepare(offer) for offer in offers], facts)
         for better, here in zip(above, kept, strict=True):
-            self._forget_above([better.key])
+            self.copies.forget([better.key])
             if here:
-                self._raise(better, self.home, self.above)
+                self.copies.offer(better, self.home, self.above)
         stored = list(compress(offers, kept))
         for tier in self.behind if stored else ():
             with self._spared(tier):
@@ -166,22 +177,25 @@ class Tiers:
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Which chunks cannot be read from any tier, each once and in order."""
-        self._catch_up()
-        wanted = list(dict.fromkeys(keys))
-        for tier in self.tiers:
-            with self._spared(tier):
-                wanted = tier.missing(wanted) if wanted else []
-        return wanted
+        keys = list(dict.fromkeys(keys))
+        there = self.where(keys)
+        return [key for key in keys if key not in there]
 
-    def where(self, keys: Iterable[bytes], limit_s: float) -> dict[bytes, str]:
-        """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing."""
-        self._catch_up()
+    def where(self, keys: Iterable[bytes], limit_s: float | None = None) -> dict[bytes, str]:
+        """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing.
+
+        Args:
+            keys: which.
+            limit_s: see :meth:`Tier.missing_away`; without it whatever has to be asked is.
+        """
+        self.copies.catch_up()
         wanted, places = list(dict.fromkeys(keys)), dict[bytes, str]()
         for tier in self.tiers:
             with self._spared(tier):
-                missing = tier.missing_away(wanted, limit_s) if wanted else []
-                places |= dict.fromkeys(set(wanted) - set(missing), tier.name)
-                wanted = missing
+                if wanted:
+                    missing = tier.missing(wanted) if limit_s is None else tier.missing_away(wanted, limit_s)
+                    places |= dict.fromkeys(set(wanted) - set(missing), tier.name)
+                    wanted = missing
         return places
 
     def find(self, keys: Collection[bytes], used: bool, asking: Asking | None = None) -> dict[bytes, Source]:
@@ -192,7 +206,7 @@ class Tiers:
             used: count a use of each.
             asking: how it is asked for what comes over a network.
         """
-        self._catch_up()
+        self.copies.catch_up()
         wanted = list(dict.fromkeys(keys))
         sources: dict[bytes, Source] = {}
         try:
@@ -217,7 +231,7 @@ class Tiers:
         origin = self.named[source.tier]
         above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
-            self._raise(Offer(key, *source.whole, Terms()), origin, above)
+            self.copies.offer(Offer(key, *source.whole, Terms()), origin, above)
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str]) -> int:
         """Forgets chunks in every tier, and facts; how many chunks were stored.
@@ -243,7 +257,7 @@ class Tiers:
         """Forgets a record that could not be read from a tier, so that its next read there is a miss."""
         tier = self.named[source.tier]
         logger.warning("%s in %s cannot be read, and is dropped there: %s", key.hex(), tier.name, str(error))
-        self._forget_above([key])
+        self.copies.forget([key])
         with self._spared(tier):
             tier.damaged(source.key or key)
 
@@ -254,14 +268,11 @@ class Tiers:
                 self.tally.bytes_read += count
                 self.tally.latency["load"].add(seconds)
 
-    def count_check(self, method: str, kl: float, agreed: bool) -> None:
-        """Counts a prompt that was compared with a full prefill."""
-        with self.lock:
-            self.tally.checks[method].merge(Checks(1, kl, int(agreed)))
-
     def after_fork(self) -> None:
         """In a child: whatever thread held a lock is not in it, and the parent's batches and numbers are not its own."""
-        self.lock = threading.RLock()
+        self.lock = self.copies.lock = threading.RLock()
+        for batch in self._batches:
+            batch.disown()
         self.leases.clear()
         self.tally = Tally()
         self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
@@ -320,29 +331,6 @@ class Tiers:
         """The tiers that are offered what is read from this one."""
         return [upper for upper in self.tiers[: self.tiers.index(tier)] if upper.volatile]
 
-    def _raise(self, offer: Offer, origin: Tier, above: Sequence[Tier]) -> None:
-        """Offers what a tier has to some above it. A copy is not needed: whatever fails, a warning is enough."""
-        try:
-            ready = [(tier, tier.prepare(offer)) for tier in above]
-            with self.lock:
-                # Asked under the lock: what is removed from below after this is removed from above after this.
-                row, now = origin.row(offer.key) if ready else None, origin.now()
-                if row is None or not row.alive(now):
-                    return
-                terms = Terms(lifetime_s=max(row.expires_s - now, 1e-9))
-                for tier, prepared in ready:
-                    try:
-                        tier.admit([prepared._replace(terms=terms, usage=row.usage)])
-                    except StoreFullError as error:
-                        logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, str(error))
-        except Exception as error:
-            logger.warning("%s is not kept above %s: %s", offer.key.hex(), origin.name, repr(error))
-
-    def _forget_above(self, keys: Sequence[bytes]) -> None:
-        with self.lock:
-            for tier in self.above:
-                tier.remove(keys)
-
     @contextmanager
     def _spared(self, tier: Tier) -> Iterator[None]:
         """Turns what a tier behind raises into a warning."""
@@ -352,20 +340,6 @@ class Tiers:
             if tier not in self.behind:
                 raise
             logger.warning("the tier %s failed: %s", tier.name, repr(error))
-
-    def _catch_up(self) -> None:
-        """Drops from above what another process has removed from home."""
-        if not any(tier.counts()[0] for tier in self.above):
-            return
-        since = self._known_removals
-        removals, gone = self.home.removed(since)
-        if gone or gone is None:
-            with self.lock:
-                for tier in self.above:
-                    held = tier.stored() if gone is None else tier.find(gone)
-                    # What was put again since is there.
-                    tier.remove(self.home.missing(list(held)) if held else ())
-        self._known_removals = removals
 
 
 _forking = threading.local()  # what a thread has taken to fork: several may fork at once
@@ -378,18 +352,19 @@ def _before_fork() -> None:
         tiers.lock.acquire()
 
 
-def _after_fork_in_parent() -> None:
+def _after_fork(in_child: bool) -> None:
     for tiers in _forking.held:
-        tiers.lock.release()
-    _forking.held.clear()
-
-
-def _after_fork_in_child() -> None:
-    for tiers in _forking.held:
-        tiers.after_fork()
+        if in_child:
+            tiers.after_fork()
+        else:
+            tiers.lock.release()
     _forking.held.clear()
 
 
 if hasattr(os, "register_at_fork"):
     # Before that of the folders, whose locks are taken under this one: the last to be registered goes first.
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=partial(_after_fork, False),
+        after_in_child=partial(_after_fork, True),
+    )

@@ -26,7 +26,7 @@ class Transaction:
 
     def view(self, database: str, key: bytes) -> Any:
         """As :meth:`get`, as a buffer that is not copied: it is valid until the transaction ends."""
-        return self._live.get(key, db=self._db(database))
+        return self._live.get(key, db=self._db(database)) if key else None  # LMDB has no empty keys
 
     def has(self, database: str, key: bytes) -> bool:
         """Whether there is something under a key."""

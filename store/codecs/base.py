@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ragkv.errors import StoreError
+
 Side = Literal["k", "v"]
 
 
@@ -22,6 +24,16 @@ class Codec(ABC):
     before_rotation: ClassVar[bool] = False
     #: Whether decoding gives back the very numbers.
     exact: ClassVar[bool] = False
+
+    def finite(self, numbers: Tensor) -> Tensor:
+        """Numbers of which none is infinite or none at all.
+
+        Raises:
+            StoreError: one is.
+        """
+        if not bool(torch.isfinite(numbers).all()):
+            raise StoreError(f"the codec {self.name!r} needs finite numbers: store them with 'raw' or 'lossless'")
+        return numbers
 
     @abstractmethod
     def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.codecs.base import Codec, Side
-from ragkv.store.codecs.lossless import zstd
+from ragkv.store.codecs.lossless import decompressed, zstd
 
 _LARGEST = 127
-# No record of ours repeats itself more than this: what claims more was made to use up memory.
-_MOST_REPEATED, _SMALL = 1 << 16, 1 << 20
 
 
 class CacheGen(Codec):
@@ -47,9 +45,7 @@ class CacheGen(Codec):
         Raises:
             StoreError: a number is not finite.
         """
-        numbers = tensor.float()
-        if not bool(torch.isfinite(numbers).all()):
-            raise StoreError(f"the codec {self.name!r} needs finite numbers: store them with 'raw' or 'lossless'")
+        numbers = self.finite(tensor.float())
         along = 1 if side == "k" else 2
         center = numbers.mean(along, keepdim=True).bfloat16()
         numbers = numbers - center.float()
@@ -85,7 +81,8 @@ class CacheGen(Codec):
             raise RecordError(f"the parts do not make up {shape} numbers: {error}") from error
         if tuple(center.shape) != wanted or tuple(step.shape) != wanted or group < 1:
             raise RecordError(f"the parts do not make up {shape} numbers")
-        numbers = _counts(parts[""], shape) * step.float()
+        counts = decompressed(parts[""], heads * tokens * dim).view(torch.int8).view(shape)
+        numbers = counts.float() * step.float()
         if group > 1:
             first = _anchors(tokens, group)
             others = torch.arange(tokens, device="cpu") != first
@@ -96,21 +93,3 @@ class CacheGen(Codec):
 def _anchors(tokens: int, group: int) -> Tensor:
     """For every token the first one of its group."""
     return torch.arange(tokens, device="cpu") // group * group
-
-
-def _counts(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The counts as fp32, from their compressed bytes.
-
-    Raises:
-        RecordError: they are not as many as there must be.
-    """
-    count, data = shape[0] * shape[1] * shape[2], packed.numpy().data
-    try:
-        if packed.dtype != torch.uint8 or zstd().frame_content_size(data) != count:
-            raise RecordError(f"the compressed counts are not {count}")
-        if count > _MOST_REPEATED * len(data) + _SMALL:
-            raise RecordError(f"{len(data)} bytes cannot hold {count} counts")
-        raw = zstd().ZstdDecompressor().decompress(data)
-    except zstd().ZstdError as error:
-        raise RecordError(f"the counts cannot be decompressed: {error}") from error
-    return torch.frombuffer(bytearray(raw), dtype=torch.int8).view(shape).float()

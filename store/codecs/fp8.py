@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragkv.errors import RecordError, StoreError
+from ragkv.errors import RecordError
 from ragkv.store.codecs.base import Codec, Side
 
 _LARGEST = 448.0  # of e4m3
@@ -26,9 +26,7 @@ class Fp8(Codec):
             StoreError: a number is not finite.
         """
         numbers = tensor.float()
-        scale = numbers.abs().amax(1 if side == "k" else 2, keepdim=True) / _LARGEST
-        if not bool(torch.isfinite(scale).all()):
-            raise StoreError(f"the codec {self.name!r} needs finite numbers: store them with 'raw' or 'lossless'")
+        scale = self.finite(numbers.abs().amax(1 if side == "k" else 2, keepdim=True)) / _LARGEST
         scale = torch.where(scale > 0, scale, torch.ones((), device="cpu"))
         return {"": (numbers / scale).to(torch.float8_e4m3fn), "scale": scale}
 

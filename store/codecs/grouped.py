@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ragkv.errors import RecordError, StoreError, whole_number
+from ragkv.errors import RecordError, whole_number
 from ragkv.store.codecs.base import Codec, Side
 
 _HALF_MAX = 6e4
@@ -41,9 +41,7 @@ class Grouped(Codec):
             StoreError: a number is not finite.
         """
         grouped = _group(tensor.float(), side, self.group)  # [H, lines, groups, group]
-        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            raise StoreError(f"the codec {self.name!r} needs finite numbers: store them with 'raw' or 'lossless'")
+        low, high = self.finite(grouped.amin(-1, keepdim=True)), self.finite(grouped.amax(-1, keepdim=True))
         low = -_small(-low)
         step = _small((high - low.float()) / (2**self.bits - 1))
         scaled = torch.where(step > 0, (grouped - low.float()) / step.float(), torch.zeros((), device="cpu"))

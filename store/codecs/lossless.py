@@ -10,6 +10,9 @@ from torch import Tensor
 from ragkv.errors import RecordError, StoreError
 from ragkv.store.codecs.base import Codec, Side
 
+# No record of ours repeats itself more than this: what claims more was made to use up memory.
+_MOST_REPEATED, _SMALL = 1 << 16, 1 << 20
+
 
 class Lossless(Codec):
     """Splits every number into its bytes and compresses the plane of the highest with zstd.
@@ -37,19 +40,31 @@ class Lossless(Codec):
         """See the base class."""
         count = shape[0] * shape[1] * shape[2]
         packed, low = parts[""], parts.get("low")
-        if low is None or low.numel() != count * (dtype.itemsize - 1) or {low.dtype, packed.dtype} != {torch.uint8}:
+        if low is None or low.numel() != count * (dtype.itemsize - 1) or low.dtype != torch.uint8:
             raise RecordError(f"the byte planes do not make up {shape} numbers of {dtype}")
-        try:
-            size = zstd().frame_content_size(packed.numpy().data)
-            if size != count:  # before it is decompressed: it may claim more than there is memory
-                raise RecordError(f"a plane has {size} bytes and must have {count}")
-            high = zstd().ZstdDecompressor().decompress(packed.numpy().data)
-        except zstd().ZstdError as error:
-            raise RecordError(f"a plane cannot be decompressed: {error}") from error
+        high = decompressed(packed, count)
         joined = torch.empty(count, dtype.itemsize, dtype=torch.uint8, device="cpu")
         joined[:, :-1] = low.view(dtype.itemsize - 1, count).t()
-        joined[:, -1] = torch.frombuffer(bytearray(high), dtype=torch.uint8)
+        joined[:, -1] = high
         return joined.view(-1).view(dtype).view(shape)
+
+
+def decompressed(packed: Tensor, count: int) -> Tensor:
+    """So many bytes as a uint8 tensor, from what zstd made of them.
+
+    Raises:
+        RecordError: they are not as many, or are damaged.
+    """
+    data = packed.numpy().data
+    try:
+        # Before it is decompressed: it may claim more than there is memory.
+        if packed.dtype != torch.uint8 or zstd().frame_content_size(data) != count:
+            raise RecordError(f"what is compressed is not {count} bytes")
+        if count > _MOST_REPEATED * len(data) + _SMALL:
+            raise RecordError(f"{len(data)} bytes cannot hold {count}")
+        return torch.frombuffer(bytearray(zstd().ZstdDecompressor().decompress(data)), dtype=torch.uint8)
+    except zstd().ZstdError as error:
+        raise RecordError(f"what is compressed is damaged: {error}") from error
 
 
 def zstd() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from threading import Event
 
 from ragkv.background import Background
@@ -19,10 +20,11 @@ class Arrivals:
 
     Args:
         home: the folder.
+        still: whether the pool still has a chunk, as far as is known: what is removed meanwhile does not come.
     """
 
-    def __init__(self, home: DiskTier) -> None:
-        self._home = home
+    def __init__(self, home: DiskTier, still: Callable[[bytes], bool]) -> None:
+        self._home, self._still = home, still
         self._waiting: deque[Reading] = deque()
         self._background = Background("keeping what came from a pool", 1)
 
@@ -49,6 +51,6 @@ class Arrivals:
                 return
             now = self._home.now()
             self._home.admit(
-                [Offer(one.key, *one.whole, one.row.terms(now)) for one in readings if one.whole is not None],
-                arrived=True,
+                [Offer(one.key, *one.whole, one.opened.row.terms(now)) for one in readings if one.whole is not None],
+                still=self._still,
             )

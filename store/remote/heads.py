@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.errors import RecordError
@@ -28,32 +29,27 @@ _LOOKED_INTO = 8
 MOST_ASKED = 1024  # keys that are asked for together
 
 
+@dataclass
 class Heads:
     """The beginnings of objects. A pool that does not answer is left alone for a while. Safe for several threads.
 
-    Args:
+    Attributes:
         records: the pool's.
         speed: is shown how long it takes, also where nobody waits any more.
         manifest: is told what is not there.
         counts: of what is ``unanswered``, ``late`` and ``foreign``.
         drop: told the key of an object that is damaged, its id, and why.
-
-    Attributes:
         breaker: says when to ask again.
         seen: of what was read lately, on what terms it is kept, and its object's id.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        speed: Speed,
-        manifest: Manifest,
-        counts: Counter[str],
-        drop: Callable[[bytes, bytes, str], object],
-    ) -> None:
-        self._records, self._speed, self._manifest, self._counts, self._drop = records, speed, manifest, counts, drop
-        self.breaker: Breaker = Breaker()
-        self.seen: dict[bytes, tuple[Row, bytes]] = {}
+    records: Records
+    speed: Speed
+    manifest: Manifest
+    counts: Counter[str]
+    drop: Callable[[bytes, bytes, str], object]
+    breaker: Breaker = field(default_factory=Breaker)
+    seen: dict[bytes, tuple[Row, bytes]] = field(default_factory=dict)
 
     def after_fork(self) -> None:
         """In a child: it asks for itself."""
@@ -70,7 +66,7 @@ class Heads:
 
     def failed(self, error: PoolError) -> None:
         """The pool did not answer."""
-        self._counts["unanswered"] += 1
+        self.counts["unanswered"] += 1
         level = logging.DEBUG if self.breaker.broken else logging.WARNING
         self.breaker.failed()
         logger.log(level, "the pool is left alone for %.0f s: %s", self.breaker.left_s, str(error))
@@ -81,12 +77,12 @@ class Heads:
             if not may:
                 return ()
             if limit_s == math.inf:
-                there: Collection[bytes] = self._records.which(keys)
+                there: Collection[bytes] = self.records.which(keys)
             else:
                 asked = Future[Collection[bytes]]()
                 threading.Thread(target=self._ask, args=(asked, keys), name="ragkv-pool-ask", daemon=True).start()
                 try:
-                    there = asked.result(_LATE * self._speed.start_s + limit_s)
+                    there = asked.result(_LATE * self.speed.start_s + limit_s)
                 except TimeoutError:
                     self._watch([asked], None)
                     return keys
@@ -96,7 +92,7 @@ class Heads:
 
     def _ask(self, asked: Future[Collection[bytes]], keys: Sequence[bytes]) -> None:
         try:
-            asked.set_result(self._records.which(keys))
+            asked.set_result(self.records.which(keys))
         except BaseException as error:
             asked.set_exception(error)
 
@@ -107,8 +103,8 @@ class Heads:
             if may:
                 heads, late = self._read(keys, limit_s)
                 found = {key: (opened, head) for key, head in heads.items() if (opened := self._open(key, head))}
-                self._manifest.note(set(keys) - heads.keys() - late, False)
-                self._counts["late"] += len(late)
+                self.manifest.note(set(keys) - heads.keys() - late, False)
+                self.counts["late"] += len(late)
         return found, late
 
     def unreadable(self, keys: Sequence[bytes]) -> set[bytes]:
@@ -137,14 +133,14 @@ class Heads:
     def _open(self, key: bytes, head: memoryview) -> Opened | None:
         """The object that begins so; None where it is not for us."""
         try:
-            opened = self._records.open(key, head)
+            opened = self.records.open(key, head)
         except ForeignError as error:
-            self._counts["foreign"] += 1
-            level = logging.WARNING if self._counts["foreign"] == 1 else logging.DEBUG  # there may be thousands of them
+            self.counts["foreign"] += 1
+            level = logging.WARNING if self.counts["foreign"] == 1 else logging.DEBUG  # there may be thousands of them
             logger.log(level, "%s in the pool is not read: %s", key.hex(), str(error))
             return None
         except RecordError as error:
-            self._drop(key, bytes(head[ID]), str(error))
+            self.drop(key, bytes(head[ID]), str(error))
             return None
         if not opened.row.alive(time.time()):
             return None
@@ -157,11 +153,11 @@ class Heads:
         Raises:
             PoolError: the pool does not answer.
         """
-        begin, records, left = self._speed.now(), self._records, dict[bytes, Future[Any]]()
+        begin, records, left = self.speed.now(), self.records, dict[bytes, Future[Any]]()
         if limit_s == math.inf:
             heads = records.heads(keys)
         else:
-            until = begin + _LATE * self._speed.start_s + limit_s
+            until = begin + _LATE * self.speed.start_s + limit_s
             came, left = self._until(until, records.begin_heads(keys))
             heads = {key: memoryview(head) for key, head in came.items() if head is not None}
             rests, more = self._until(until, records.begin_rests(heads))
@@ -171,7 +167,7 @@ class Heads:
                 del heads[key]
             self._watch(left.values(), begin)
         if heads and not left:
-            self._speed.started(self._speed.now() - begin)
+            self.speed.started(self.speed.now() - begin)
         if len(left) < len(keys):
             self.breaker.succeeded()
         return heads, set(left)
@@ -182,11 +178,11 @@ class Heads:
         """What was answered by then, and what was not."""
         left, refused = set(asked.values()), True
         while refused:  # what the pool does not give says nothing of the others
-            done, left = wait(left, max(0.0, until - self._speed.now()), "FIRST_EXCEPTION")
+            done, left = wait(left, max(0.0, until - self.speed.now()), "FIRST_EXCEPTION")
             refused = any(not future.cancelled() and isinstance(future.exception(), GoneError) for future in done)
         try:
             came = {key: future for key, future in asked.items() if future not in left}
-            answers = dict(zip(came, self._records.pool.answers(list(came.values())), strict=True))
+            answers = dict(zip(came, self.records.pool.answers(list(came.values())), strict=True))
         except PoolError:
             for future in left:
                 future.cancel()
@@ -205,7 +201,7 @@ class Heads:
             elif error is None:
                 self.breaker.succeeded()
                 if begin is not None and all(one.done() for one in left):
-                    self._speed.started(self._speed.now() - begin)
+                    self.speed.started(self.speed.now() - begin)
 
         for future in left:
             future.add_done_callback(done)

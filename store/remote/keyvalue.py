@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of pool.Pool
 """A pool in Redis or Valkey, by redis-py."""
 
 from __future__ import annotations
@@ -67,19 +68,16 @@ class RedisPool(Pool):
         return cls(client, name, prefix=prefix, requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
-        """See :class:`Pool`."""
         try:
             return self._threads.submit(self._range, name, start, stop)
         except RuntimeError as error:
             raise ClosedError(f"{self.name} is closed") from error
 
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
-        """See :class:`Pool`."""
         lifetime_ms = None if lifetime_s == math.inf else max(1, int(lifetime_s * 1000))
         self._wait(lambda: self._client.set(self._prefix + name, memoryview(data), px=lifetime_ms))
 
     def delete(self, name: str) -> None:
-        """See :class:`Pool`."""
         self.delete_all([name])
 
     def delete_all(self, names: Sequence[str]) -> None:
@@ -97,7 +95,6 @@ class RedisPool(Pool):
         return {name for name, count in zip(names, there, strict=True) if count}
 
     def names(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """See :class:`Pool`."""
         pattern, cursor = re.sub(r"[*?[\\]", r"\\\g<0>", self._prefix + below), 0
         while True:
             cursor, keys = self._wait(partial(self._client.scan, cursor, match=pattern + "*", count=_SCANNED))
@@ -107,7 +104,6 @@ class RedisPool(Pool):
                 return
 
     def after_fork(self) -> None:
-        """See :class:`Pool`."""
         self._threads = ThreadPoolExecutor(self._requests, "ragkv-pool")
 
     def close(self) -> None:

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of pool.Pool
 """A pool in an object store, by obstore: S3 and what speaks like it, Google Cloud Storage, Azure, a folder, memory."""
 
 from __future__ import annotations
@@ -84,7 +85,6 @@ class ObjectPool(Pool):
         return cls(store, name, writer=writer, quick=scheme in ("memory", "file"), requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
-        """See :class:`Pool`."""
         return self._begin(self._read(name, start, stop))
 
     @contextmanager
@@ -110,7 +110,6 @@ class ObjectPool(Pool):
         self.answer(self._begin(self._ask(self._client.put_async, self._writer, name, data, turns=self._large)))
 
     def delete(self, name: str) -> None:
-        """See :class:`Pool`."""
         with suppress(FileNotFoundError):
             self.answer(self._begin(self._ask(self._client.delete_async, self._writer, name)))
 
@@ -122,7 +121,6 @@ class ObjectPool(Pool):
             super().delete_all(names)
 
     def names(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """See :class:`Pool`."""
         listed = self._client.list(self._store, prefix=below or None, chunk_size=_LISTED)
         while page := self.answer(self._begin(self._page(listed))):
             yield from ((item["path"], item["size"]) for item in page)
@@ -132,7 +130,6 @@ class ObjectPool(Pool):
         self._lock, self._loop, self._closed = threading.Lock(), None, True
 
     def close(self) -> None:
-        """See :class:`Pool`."""
         with self._lock:
             loop, self._loop, self._closed = self._loop, None, True
         if loop is not None:

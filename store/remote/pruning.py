@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ragkv.errors import RecordError
 from ragkv.store.remote.envelope import ForeignError
@@ -35,13 +35,14 @@ class Pruned:
     unreadable: int = 0
 
 
+@dataclass
 class Pruner:
     """Looks for what is to go, and deletes it.
 
     An object's age is counted from when it was sent. What is sent anew meanwhile is another object of the same name, and stays; so
     does what a catalogue names that is published meanwhile: both are looked for once more right before chunks are deleted.
 
-    Args:
+    Attributes:
         records: the pool's chunks.
         publications: what says which of them are needed; ``None``: age alone counts.
         age_s: seconds that a chunk stays at least.
@@ -49,18 +50,13 @@ class Pruner:
         told: called with keys that were deleted, and False.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        publications: Publications | None,
-        age_s: float,
-        threads: int,
-        told: Callable[[Collection[bytes], bool], object],
-    ) -> None:
-        self._records, self._publications, self._age_s, self._threads = records, publications, age_s, threads
-        self._told = told
-        self._ids: set[tuple[str, bytes]] = set()
-        self._needed: set[bytes] = set()
+    records: Records
+    publications: Publications | None
+    age_s: float
+    threads: int
+    told: Callable[[Collection[bytes], bool], object]
+    _ids: set[tuple[str, bytes]] = field(default_factory=set)
+    _needed: set[bytes] = field(default_factory=set)
 
     def run(self, dry_run: bool, progress: Callable[[int], object]) -> Pruned:
         """Deletes what is to go, or only counts it.
@@ -71,17 +67,17 @@ class Pruner:
             PoolError: the pool does not answer. Nothing more is deleted.
         """
         self._look()
-        sizes = {key_of(name): size for name, size in self._records.pool.names()}
+        sizes = {key_of(name): size for name, size in self.records.pool.names()}
         keys = [key for key in sizes if key is not None]
         there = [key for key in keys if key not in self._needed]
         gone, young, unreadable = list[bytes](), 0, 0
-        with ThreadPoolExecutor(self._threads, "ragkv-pool-prune") as threads:
+        with ThreadPoolExecutor(self.threads, "ragkv-pool-prune") as threads:
             for start in range(0, len(there), _AT_ONCE):
                 batch = there[start : start + _AT_ONCE]
                 old, fresh, unread = self._old(batch)
                 young, unreadable = young + fresh, unreadable + unread
                 if not dry_run and old:
-                    if self._publications is not None and self._publications.ids() != self._ids:
+                    if self.publications is not None and self.publications.ids() != self._ids:
                         self._look()
                     deleted = list(threads.map(self._delete, old.keys(), old.values()))
                     old = {key: old[key] for key, done in zip(old, deleted, strict=True) if done}
@@ -91,27 +87,27 @@ class Pruner:
 
     def _look(self) -> None:
         """Finds out what is needed. What is published meanwhile shows in the ids, which are taken before."""
-        if self._publications is not None:
-            self._ids = self._publications.ids()
-            self._needed = with_levels(self._publications.keys())
+        if self.publications is not None:
+            self._ids = self.publications.ids()
+            self._needed = with_levels(self.publications.keys())
 
     def _old(self, keys: Sequence[bytes]) -> tuple[dict[bytes, bytes], int, int]:
         """Those that are old enough, with their objects' ids; how many are not, and how many cannot be read."""
         old, young, unreadable, now = dict[bytes, bytes](), 0, 0, time.time()
-        for key, head in self._records.heads(keys).items():
+        for key, head in self.records.heads(keys).items():
             try:
-                opened = self._records.open(key, head)
+                opened = self.records.open(key, head)
             except (RecordError, ForeignError):
                 unreadable += 1
                 continue
-            if now - opened.row.created_s < self._age_s:
+            if now - opened.row.created_s < self.age_s:
                 young += 1
             else:
                 old[key] = opened.id
         return old, young, unreadable
 
     def _delete(self, key: bytes, number: bytes) -> bool:
-        if key in self._needed or not self._records.delete(key, number):
+        if key in self._needed or not self.records.delete(key, number):
             return False
-        self._told([key], False)
+        self.told([key], False)
         return True

@@ -8,11 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.store.codecs import Codec
-from ragkv.store.encode import encode
+from ragkv.store.encode import recoded
 from ragkv.store.notes import DELETE, SEND
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
@@ -26,10 +25,11 @@ from ragkv.store.tier import Tier
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
 
+@dataclass
 class Sender:
     """Works off one note at a time; several threads may.
 
-    Args:
+    Attributes:
         home: where chunks are stored.
         records: the pool's.
         told: of keys, whether the pool has them now.
@@ -37,16 +37,12 @@ class Sender:
         levels: lossy ones at which chunks are sent besides.
     """
 
-    def __init__(
-        self,
-        home: Tier,
-        records: Records,
-        told: Callable[[Collection[bytes], bool], object],
-        counts: Counter[str],
-        levels: Sequence[str] = (),
-    ) -> None:
-        self._home, self._records, self._told, self._counts, self._levels = home, records, told, counts, levels
-        self._warned = set[str]()
+    home: Tier
+    records: Records
+    told: Callable[[Collection[bytes], bool], object]
+    counts: Counter[str]
+    levels: Sequence[str]
+    _warned: set[str] = field(default_factory=set)
 
     def work(self, key: bytes, what: bytes) -> Done:
         """Does what is noted of a key.
@@ -58,23 +54,23 @@ class Sender:
             return self._send(key)
         number = what[len(DELETE) :]
         if number:
-            gone = self._records.delete(key, number)
-            self._told([key], not gone)
+            gone = self.records.delete(key, number)
+            self.told([key], not gone)
             return Done.DELETED if gone else Done.SKIPPED
         self._delete_all(key)
         return Done.DELETED
 
     def _send(self, key: bytes) -> Done:
-        row, now = self._home.row(key), self._home.now()
+        row, now = self.home.row(key), self.home.now()
         if row is None or not row.alive(now):
             return Done.DROPPED
-        if not self._records.seals(row):
+        if not self.records.seals(row):
             self._warn(key, "there is no key for its namespace")
             return Done.DROPPED
         lifetime_s = row.terms(now).lifetime_s
-        codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self._levels}}
+        codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self.levels}}
         there = self._there(list(codecs), lifetime_s)
-        self._told(there, True)
+        self.told(there, True)
         if len(there) == len(codecs):
             return Done.SKIPPED
         whole = self._read(key)
@@ -85,18 +81,19 @@ class Sender:
         sent = Done.SKIPPED
         for held in (each for each in codecs if each not in there):
             try:
-                record, payload = _at(codecs[held], *whole)
+                codec = codecs[held]
+                record, payload = whole if codec is None else recoded(*whole, codec)
             except StoreError as error:  # as of numbers that are not finite: it never will
                 self._warn(key, f"at a level: {error}")
                 continue
-            size = self._records.write(held, record, payload, here, lifetime_s)
+            size = self.records.write(held, record, payload, here, lifetime_s)
             if not size:
                 self._warn(key, "it is too large for it")
                 return Done.DROPPED
-            self._counts["sent_bytes"] += size
-            self._told([held], True)
+            self.counts["sent_bytes"] += size
+            self.told([held], True)
             sent = Done.SENT
-        if self._home.row(key) is None:  # removed meanwhile, and perhaps deleted there before it came
+        if self.home.row(key) is None:  # removed meanwhile, and perhaps deleted there before it came
             self._delete_all(key)
             return Done.DROPPED
         return sent
@@ -104,12 +101,12 @@ class Sender:
     def _delete_all(self, key: bytes) -> None:
         """Deletes a chunk at all levels that there may be."""
         every = with_levels([key])
-        self._records.delete_all(list(every))
-        self._told(every, False)
+        self.records.delete_all(list(every))
+        self.told(every, False)
 
     def _read(self, key: bytes) -> tuple[Record, Payload] | None:
         """What is stored under a key; None where that is nothing any more, or damaged."""
-        source = self._home.find([key]).get(key)
+        source = self.home.find([key]).get(key)
         if source is None:
             return None
         try:
@@ -117,7 +114,7 @@ class Sender:
             return source.whole
         except RecordError as error:
             logger.warning("%s is damaged and does not come to the pool: %s", key.hex(), str(error))
-            self._home.damaged(key)
+            self.home.damaged(key)
             return None
         finally:
             source.release()
@@ -126,16 +123,16 @@ class Sender:
         """Says why a chunk does not come to the pool, aloud once: all others may not for the same reason."""
         level = logging.DEBUG if why in self._warned else logging.WARNING
         self._warned.add(why)
-        logger.log(level, "%s does not come to %s: %s", key.hex(), self._records.pool.name, why)
+        logger.log(level, "%s does not come to %s: %s", key.hex(), self.records.pool.name, why)
 
     def _there(self, keys: Sequence[bytes], lifetime_s: float) -> set[bytes]:
         """Which objects the pool has for long enough, or in whose place it has some that are not ours to replace."""
         there, heads = set[bytes](), dict[bytes, memoryview]()
         with suppress(GoneError):  # what it does not give is replaced
-            heads = self._records.heads(keys)
+            heads = self.records.heads(keys)
         for key, head in heads.items():
             try:
-                left_s = self._records.open(key, head).row.terms(time.time()).lifetime_s
+                left_s = self.records.open(key, head).row.terms(time.time()).lifetime_s
             except ForeignError as error:
                 self._warn(key, f"what is there stays as it is: {error}")
                 left_s = math.inf
@@ -144,11 +141,3 @@ class Sender:
             if left_s == math.inf or left_s >= lifetime_s / 2:
                 there.add(key)
         return there
-
-
-def _at(codec: Codec | None, record: Record, payload: Payload) -> tuple[Record, Payload]:
-    """A record in another codec; itself without one."""
-    if codec is None:
-        return record, payload
-    kv = record.decode(payload)
-    return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of source.Source
 """Reading from a shared pool: several ranges of several chunks on their way at once, first layers first."""
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -22,32 +23,30 @@ from ragkv.store.remote.envelope import Opened
 from ragkv.store.remote.pool import GoneError, Pool, PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.remote.speed import Speed, Watched
-from ragkv.store.rows import Row
-from ragkv.store.source import Parts, Progress, Source
+from ragkv.store.source import Progress, Recorded
 
 _FINISHED = "the batch is finished with this chunk"
 
 
+@dataclass
 class Fetch:
     """The chunks that one look into a pool found. Once one of them is read, all ranges of all that are not released are asked for.
 
-    Args:
+    Attributes:
         pool: where they are.
         lost: told the key of a chunk that the pool did not give, and why.
         speed: is shown how long it takes.
         counts: of chunks that were given up because they came too slowly: ``late``.
     """
 
-    def __init__(
-        self, pool: Pool, lost: Callable[[bytes, PoolError], None], speed: Speed, counts: Counter[str]
-    ) -> None:
-        self.pool: Pool = pool
-        self.lost: Callable[[bytes, PoolError], None] = lost
-        self._speed, self._counts = speed, counts
-        self._readings: list[Reading] = []
-        self._watched: Watched | None = None
-        self._expected: float | None = None
-        self._lock = threading.Lock()
+    pool: Pool
+    lost: Callable[[bytes, PoolError], None]
+    speed: Speed
+    counts: Counter[str]
+    _readings: list[Reading] = field(default_factory=list)
+    _watched: Watched | None = None
+    _expected: float | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def join(self, reading: Reading) -> None:
         """One more chunk."""
@@ -74,30 +73,30 @@ class Fetch:
         if asked:
             for level in {reading.level for reading in readings}:
                 records = [reading.record for reading in readings if reading.level == level]
-                self._speed.sized(level, sum(one.payload_bytes for one in records) / sum(one.tokens for one in records))
-            known = self._speed.loading
+                self.speed.sized(level, sum(one.payload_bytes for one in records) / sum(one.tokens for one in records))
+            known = self.speed.loading
             self._expected = None if known is None else known.bytes_per_s
-            self._watched = self._speed.watch(asked)
+            self._watched = self.speed.watch(asked)
 
     def progress(self) -> Progress:
         """How far they are on their way."""
         watched = self._watched
         if watched is None:
-            return Progress(0.0, 0, 0, None)
-        return Progress(self._speed.now() - watched.begin_s, watched.came, watched.left, self._expected)
+            return Progress()
+        return Progress(self.speed.now() - watched.begin_s, watched.came, watched.left, self._expected)
 
     def late(self) -> None:
         """Counts a chunk that is given up. The pool is no faster than if all had come just now."""
         found = self.progress()
         size = found.came + found.left
         if size and (self._expected is None or size < found.since_s * self._expected):
-            self._speed.saw(size, found.since_s)
-        self._counts["late"] += 1
+            self.speed.saw(size, found.since_s)
+        self.counts["late"] += 1
 
     def decoded(self, reading: Reading, seconds: float) -> None:
         """It took so long to decode a layer."""
         if reading.level:
-            self._speed.decoded(reading.level, seconds * len(reading.record.shapes) / reading.record.tokens)
+            self.speed.decoded(reading.level, seconds * len(reading.record.shapes) / reading.record.tokens)
 
 
 @dataclass(eq=False)
@@ -117,10 +116,11 @@ class Group:
     asked: Future[Any] | None = None
 
 
+@dataclass(eq=False)
 class Reading:
     """A record on its way from a pool to memory, for all that read it at the time. Safe for several threads.
 
-    Args:
+    Attributes:
         fetch: of all chunks that are read together.
         key: the chunk's.
         opened: its header.
@@ -128,38 +128,31 @@ class Reading:
         range_bytes: of one request, about: segments that follow each other are asked for together.
         arrived: told when it was read to its end.
         level: the lossy one at which the object holds the chunk; empty for none.
-
-    Attributes:
-        key: see above.
-        level: see above.
-        record: its header.
-        row: on what terms it is kept.
-        fetch: see above.
         groups: what is asked for together.
     """
 
-    def __init__(
-        self,
-        fetch: Fetch,
-        key: bytes,
-        opened: Opened,
-        begun: Any,
-        range_bytes: int,
-        arrived: Callable[[Reading], None],
-        level: str = "",
-    ) -> None:
-        self.key: bytes = key
-        self.level: str = level
-        self.record: Record = opened.record
-        self.row: Row = opened.row
-        self.fetch: Fetch = fetch
-        self._opened, self._begun, self._arrived = opened, begun, arrived
-        self.groups: list[Group] = _groups(opened, len(begun), range_bytes)
+    fetch: Fetch
+    key: bytes
+    opened: Opened
+    begun: Any
+    range_bytes: int
+    arrived: Callable[[Reading], None]
+    level: str = ""
+    groups: list[Group] = field(init=False)
+    _payload: Payload | None = None
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _users: int = 0
+    _broken: bool = False
+
+    def __post_init__(self) -> None:
+        self.groups = _groups(self.opened, len(self.begun), self.range_bytes)
         self._left = list(self.groups)
-        self._payload: Payload | None = None
-        self._lock = threading.RLock()
-        self._users, self._broken = 0, False
-        fetch.join(self)
+        self.fetch.join(self)
+
+    @property
+    def record(self) -> Record:
+        """Its header."""
+        return self.opened.record
 
     def join(self) -> bool:
         """Counts one more user; whether it can be read, or some of it could not be."""
@@ -206,7 +199,7 @@ class Reading:
                 if group.segments.start < wanted.stop and wanted.start < group.segments.stop:
                     self.fetch.start()
                     future = self.ask(group)
-                    count += self._take(group, self._begun if future is None else self.fetch.pool.answer(future))
+                    count += self._take(group, self.begun if future is None else self.fetch.pool.answer(future))
         except PoolError as error:
             if not self._users:
                 raise StoreError(_FINISHED) from error
@@ -217,7 +210,7 @@ class Reading:
             self._broken = True
             raise
         if count and not self._left:
-            self._arrived(self)
+            self.arrived(self)
         return count
 
     def ask(self, group: Group) -> Future[Any] | None:
@@ -225,7 +218,7 @@ class Reading:
         with self._lock:
             if group not in self._left:
                 return None
-            if group.asked is None and group.stop > len(self._begun):
+            if group.asked is None and group.stop > len(self.begun):
                 if not self._users:
                     raise StoreError(_FINISHED)
                 group.asked = self.fetch.pool.begin(name_of(self.key), group.start, group.stop)
@@ -242,20 +235,20 @@ class Reading:
         """Puts a group to its place, and verifies it; its bytes, where nobody has done so before."""
         if data is None:
             raise GoneError("it was deleted there meanwhile")
-        view, start = memoryview(data), 0 if data is self._begun else group.start
+        view, start = memoryview(data), 0 if data is self.begun else group.start
         with self._lock:
             if group not in self._left:
                 return 0
             for index in group.segments:
-                first, last = self._opened.place(index)
-                self._opened.take(index, view[first - start : last - start], self.payload)
+                first, last = self.opened.place(index)
+                self.opened.take(index, view[first - start : last - start], self.payload)
             self._left.remove(group)
             group.asked = None  # and its bytes
             spans = self.record.spans
             return spans[group.segments[-1]][1] - spans[group.segments[0]][0]
 
 
-class RemoteSource(Source):
+class RemoteSource(Recorded):
     """What one user reads of a chunk in a pool.
 
     Args:
@@ -273,46 +266,38 @@ class RemoteSource(Source):
 
     @property
     def whole(self) -> tuple[Record, Payload] | None:
-        """See :class:`Source`."""
         return self.reading.whole
 
-    def layer(self, layer: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """See :class:`Source`."""
-        count, begin = self.load(layer), perf_counter()
-        pair = self.reading.record.layer(self.reading.payload, layer)
-        self.reading.fetch.decoded(self.reading, perf_counter() - begin)
-        return pair, count
+    @property
+    def payload(self) -> Payload:
+        return self.reading.payload
 
-    def parts(self, layer: int) -> tuple[Parts, int]:
-        """See :class:`Source`."""
-        count = self.load(layer)
-        return self.reading.record.parts(self.reading.payload, layer), count
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        self.load(layer)
+        begin = perf_counter()
+        pair = super().layer(layer)
+        self.reading.fetch.decoded(self.reading, perf_counter() - begin)
+        return pair
 
     def load(self, layer: int | None = None) -> int:
-        """See :class:`Source`."""
         if self._released and self.reading.whole is None:
             raise StoreError(_FINISHED)
         return self.reading.load(layer)
 
     def begin(self) -> None:
-        """See :class:`Source`."""
         self.reading.fetch.start(backwards=True)
 
     def here(self, limit_s: float) -> bool:
-        """See :class:`Source`."""
         return self.reading.whole is not None or self.reading.here(limit_s)
 
     def progress(self) -> Progress:
-        """See :class:`Source`."""
         return self.reading.fetch.progress()
 
     def give_up(self) -> None:
-        """See :class:`Source`."""
         self.reading.fetch.late()
         self.release()
 
     def release(self) -> None:
-        """See :class:`Source`."""
         with self._lock:
             released, self._released = self._released, True
         if not released:

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of tier.Tier
 """The tier behind all others: a pool that many machines share."""
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class RemoteTier(Tier):
                 self.readonly = True
                 return
             self._notes = FolderNotes(home.environment)
-            self._arrivals = Arrivals(home)
+            self._arrivals = Arrivals(home, self._heads.seen.__contains__)
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
@@ -141,7 +142,6 @@ class RemoteTier(Tier):
         return self.find_away(keys, Asking())
 
     def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
-        """See :class:`Tier`."""
         listed = self._listed
         likely = self._likely(keys, listed)
         fetch = Fetch(self._pool, self._lose, self._speed, self._counts)
@@ -162,7 +162,6 @@ class RemoteTier(Tier):
         return [key for key in keys if key in missing]
 
     def missing_away(self, keys: Sequence[bytes], limit_s: float) -> list[bytes]:
-        """See :class:`Tier`."""
         listed, there = self._listed, set[bytes]()  # once: a listing may come at any moment
         for start in range(0, len(keys), MOST_ASKED):
             likely = self._likely(keys[start : start + MOST_ASKED], listed)
@@ -215,10 +214,10 @@ class RemoteTier(Tier):
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._heads.seen.keys() & keys)} - self._notes.deleting(keys)
+        for key in keys:  # before it is noted: what arrives is looked for here, then among the notes
+            self._heads.seen.pop(key, None)
         self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
-        for key in keys:
-            self._heads.seen.pop(key, None)
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:
@@ -232,7 +231,6 @@ class RemoteTier(Tier):
             self._manifest.avoid(key, _AVOIDED_S)
 
     def loading(self) -> Loading | None:
-        """See :class:`Tier`."""
         return self._speed.loading
 
     def prune(
@@ -270,14 +268,12 @@ class RemoteTier(Tier):
         return self._manifest.counts()
 
     def pool(self) -> PoolStats:
-        """See :class:`Tier`."""
         uploads = self._uploads
         pending = 0 if uploads is None else len(self._notes)
         down = self._heads.breaker.broken or (uploads is not None and uploads.failing)
         return PoolStats(self._pool.name, pending, down=down, **dict(self._counts))
 
     def flush(self, limit_s: float) -> None:
-        """See :class:`Tier`."""
         if self._uploads is not None:
             self._uploads.flush(limit_s)
 

@@ -222,6 +222,21 @@ class StoreContract:
         store.meta_put("model", b"two")
         assert store.meta_get("model") == b"two"
 
+    @pytest.mark.parametrize("unknown", [b"", b"x" * 600])
+    def test_a_key_that_nothing_can_have_is_unknown(self, store, kv, key, unknown):
+        store.put(key(1), kv(1))
+        with store.read([key(1), unknown]) as batch:
+            assert batch.tiers[0] and batch.tiers[1] is None
+        assert store.missing([key(1), unknown]) == [unknown] and store.where([unknown]) == {}
+        assert not store.pin(unknown) and not store.remove(unknown) and store.sizes([unknown]) == {}
+        assert store.meta_get("") is None
+
+    @pytest.mark.parametrize("facts", [{"": b""}, {"n" * 600: b""}, {"\ud800": b""}, {"n": "text"}, {1: b""}])
+    def test_a_fact_that_cannot_be_kept_is_refused_with_all_that_comes_with_it(self, store, kv, key, facts):
+        with pytest.raises(StoreError, match="fact"):
+            store.put_many([(key(1), kv(1), 0.0)], facts={"good": b"", **facts})
+        assert store.meta_get("good") is None and not store.contains(key(1))
+
     def test_closed_is_refused(self, make, key):
         store = make()
         with store.read([]):

@@ -61,6 +61,19 @@ def test_pinned_is_kept_until_it_is_unpinned(make, kv, key, same):
         assert store.get(key(0)) is None and not store.pin(key(0)), "what was evicted is remembered, and not stored"
 
 
+@pytest.mark.parametrize("tokens", [60, 90])
+def test_what_is_pinned_stays_so_when_it_is_put_again(make, kv, key, tokens):
+    with make() as store:
+        store.put(key(0), kv(0, tokens=60))
+        store.pin(key(0), 10.0)
+        store.put(key(0), kv(0, tokens=tokens))
+        fill(store, kv, key, range(1, 60), cost_s=1e6)
+        assert store.pinned([key(0)]) == [key(0)]
+        pass_time(store, 11)
+        fill(store, kv, key, range(60, 200), cost_s=1e6)
+        assert not store.contains(key(0))
+
+
 def test_pin_with_a_lifetime_ends(make, kv, key):
     with make() as store:
         store.put(key(0), kv(0, tokens=60))
@@ -209,3 +222,11 @@ def test_a_quota_is_a_number_of_bytes(make, bad):
     with pytest.raises(StoreError, match="a quota"):
         store.set_quota("of somebody", bad)
     store.set_quota("of somebody", 1e9)
+
+
+def test_what_was_evicted_is_not_the_worst_of_what_is_stored(make, kv, key):
+    with make(policy="lru") as store:
+        fill(store, kv, key, range(40))
+        gone = [number for number in range(40) if store._tiers.home.missing([key(number)])]
+        assert gone and store.worst([key(number) for number in gone]) is None
+        assert store.worst([key(gone[0]), key(38), key(39)]) == key(38)

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from ragkv.errors import StoreError
+from ragkv.errors import StoreError, StoreFullError
+from ragkv.folder import Environment
 from ragkv.store import TieredStore
 from ragkv.store.exchange import export
 from ragkv.store.maintenance import compact, entries, prune, remove, repair, structure, verify
@@ -123,6 +124,27 @@ def test_compact_gives_room_back(folder, kv, key, same):
     with TieredStore(folder) as store:
         same(store.get(key(0)), kv(0, tokens=300))
         assert len(store) == 1
+
+
+def test_a_copy_that_does_not_fit_leaves_the_folder_as_it_was(filled, monkeypatch):
+    """It would take the room that there is too little of."""
+
+    def fail(self, target):
+        (target / "data.mdb").write_bytes(bytes(4096))
+        raise StoreFullError("the disk is full")
+
+    monkeypatch.setattr(Environment, "copy", fail)
+    before = sorted(path.name for path in filled.iterdir())
+    with pytest.raises(StoreFullError):
+        compact(filled)
+    assert sorted(path.name for path in filled.iterdir()) == before
+
+
+@pytest.mark.parametrize("care", [compact, repair, verify])
+def test_care_for_a_folder_that_is_not_there_says_so(tmp_path, care):
+    with pytest.raises(StoreError, match="is not a folder of a store"):
+        care(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("place", ["meta pages", "everywhere"])

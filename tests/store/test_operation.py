@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ragkv.errors import RecordError, StoreError
 from ragkv.store import TieredStore
 from ragkv.store.maintenance import history
 from ragkv.store.metrics import StoreCollector
+from ragkv.store.record import Record
 from ragkv.store.stats import Latency, Tally
 
 
@@ -195,3 +197,23 @@ def test_metrics(folder, kv, key):
         assert registry.get_sample_value("ragkv_store_seconds_bucket", {"stage": "write", "le": "+Inf"}) == 1
         assert registry.get_sample_value("ragkv_store_seconds_bucket", {"stage": "write", "le": "1e-05"}) == 0
         assert registry.get_sample_value("ragkv_store_seconds_sum", {"stage": "write"}) > 0
+
+
+def test_what_threads_write_at_once_is_counted(folder, kv, key, monkeypatch):
+    """Another thread's put ends between the reading of the sum and the writing of it."""
+    size, others = Record.payload_bytes.fget, []
+    with TieredStore(folder, cpu_bytes=0) as store:
+
+        def meanwhile(record):
+            if not others:
+                others.append(threading.Thread(target=store.put, args=(key(2), kv(2))))
+                others[0].start()
+                others[0].join()
+            return size(record)
+
+        store.put(key(0), kv(0))
+        one = store.stats().bytes_written
+        with monkeypatch.context() as patch:
+            patch.setattr(Record, "payload_bytes", property(meanwhile))
+            store.put(key(1), kv(1))
+        assert others and store.stats().bytes_written == 3 * one

@@ -31,7 +31,7 @@ def test_chunks_come_and_go_without_a_hole(kv, device):
         if pool.blocks_for(tokens) <= pool.free_blocks:
             held[step] = Pooled(pool, kv(number, tokens=tokens)), kv(number, tokens=tokens)
         for pooled, want in held.values():
-            (keys, values), _ = pooled.layer(2)
+            keys, values = pooled.layer(2)
             assert torch.equal(keys.cpu(), want.keys[2])
             assert torch.equal(values.cpu(), want.values[2])
     assert pool.free_blocks == 40 - sum(pool.blocks_for(pooled.tokens) for pooled, _ in held.values())
@@ -81,3 +81,16 @@ def test_no_gpu_is_named():
     if not torch.cuda.is_available():
         with pytest.raises(StoreError, match="gpu_bytes"):
             TieredStore(gpu_bytes=1 << 20)
+
+
+def test_a_chunk_that_cannot_be_copied_leaves_no_block_taken(kv, device, monkeypatch):
+    pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
+
+    def fail(blocks, kv):
+        raise torch.OutOfMemoryError("the device is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "write", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            Pooled(pool, kv(0, tokens=20))
+    assert pool.free_blocks == 4

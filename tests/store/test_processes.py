@@ -18,6 +18,7 @@ import torch
 
 from ragkv.errors import RagKVError, StoreError
 from ragkv.store import TieredStore
+from ragkv.store.snapshot import DiskSnapshot
 
 
 def test_import_loads_no_lmdb_and_memory_works_without_it():
@@ -78,6 +79,30 @@ def test_fork_is_survived(folder, kv, key, same, forked):
         assert torch.equal(batch.layer(0, 1)[0], kv(1).keys[1])
         batch.close()
         same(store.get(key(2)), kv(2))
+
+
+def test_a_child_closes_a_batch_that_a_thread_of_its_parent_reads(folder, kv, key, forked, monkeypatch):
+    """The thread holds the chunk's lock, and is not in the child to let go of it."""
+    inside, read = threading.Event(), DiskSnapshot.segment
+
+    def slowly(*args):
+        inside.set()
+        time.sleep(0.3)
+        return read(*args)
+
+    with TieredStore(folder, cpu_bytes=0) as store:
+        store.put(key(1), kv(1))
+        monkeypatch.setattr(DiskSnapshot, "segment", slowly)
+
+        def child():
+            batch.close()
+            return "ok"
+
+        with store.read([key(1)]) as batch:
+            batch.read_ahead()
+            inside.wait(10)
+            assert forked(child, timeout_s=5) == "ok"
+            assert torch.equal(batch.layer(0, 1)[0], kv(1).keys[1])
 
 
 def test_fork_while_threads_read_and_write(folder, kv, key, same, forked):

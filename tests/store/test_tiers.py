@@ -11,6 +11,7 @@ import torch
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store import Policy, Target, TieredStore
 from ragkv.store.books import LOGGED_REMOVALS
+from ragkv.store.keys import label_of, path_key
 
 
 class Same(Policy):
@@ -324,3 +325,27 @@ def test_uses_of_a_write_that_failed_are_added_to_later_ones(folder, kv, key, mo
             with pytest.raises(StoreError, match="full"):
                 store.flush()
         assert store._disk._touched[key(1)] == 2
+
+
+def test_keys_that_are_none_hold_nothing(folder, kv, key):
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+        for wrong in ([1], "text"):
+            with pytest.raises(TypeError):
+                store.read([key(1), wrong])
+
+
+@pytest.mark.parametrize("gpu_bytes", [0, 1 << 20])
+def test_what_was_computed_and_is_in_memory_alone_is_known_too(folder, kv, key, gpu_bytes):
+    """It holds these chunks' text, and disk has evicted it: whoever forgets one of them forgets it, too."""
+    computed = path_key("space", [1], b"path")
+    with TieredStore(folder, disk_bytes=200_000, gpu_bytes=gpu_bytes, device="cpu", policy="lru") as store:
+        store.put(computed, kv(1, tokens=60), label=label_of([key(1)]))
+        for number in range(2, 12):
+            store.put(key(number), kv(number, tokens=60))
+        with store.read([computed]) as batch:
+            assert batch.tiers == ["gpu" if gpu_bytes else "cpu"]
+        assert store._disk.missing([computed])
+        assert store.computed_of([key(1)]) == [computed] and store.computed_of([key(2)]) == []
+        store.remove_many(store.computed_of([key(1)]))
+        assert not store.contains(computed)

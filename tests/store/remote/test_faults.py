@@ -14,6 +14,7 @@ import pytest
 from ragkv.errors import RecordError, UploadError
 from ragkv.store import Asking
 from ragkv.store.remote import RemoteTier
+from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.pool import Breaker, PoolError
 from ragkv.store.remote.records import name_of
 
@@ -269,3 +270,26 @@ def test_who_may_read_nothing_is_told(relay, s3, machine, key, kv, caplog):
     relay.fault = "403"
     store = machine(s3)
     assert store.get(key(1)) is None and store.stats().pools["remote"].down and "left alone" in caplog.text
+
+
+def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp_path, kv, key, monkeypatch):
+    """It was read, waits to be kept, and is deleted in the pool before its turn."""
+    goes_on, keep = threading.Event(), Arrivals._keep
+
+    def slowly(arrivals, closing):
+        goes_on.wait(10)
+        keep(arrivals, closing)
+
+    url = f"file://{tmp_path}/pool"
+    one = machine(url)
+    one.put(key(1), kv(1))
+    one.put(key(2), kv(2))
+    one.flush()
+    two = machine(url)
+    monkeypatch.setattr(Arrivals, "_keep", slowly)
+    assert two.get(key(1)) is not None and two.get(key(2)) is not None
+    two.remove(key(1))
+    two.flush()
+    goes_on.set()
+    assert two.remote._arrivals._background.wait(10)
+    assert two._disk.stored() == [key(2)] and not two.contains(key(1))

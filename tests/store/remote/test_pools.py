@@ -207,6 +207,18 @@ def test_a_tier_belongs_to_one_store(machine, tmp_path):
         TieredStore(remote=tier)
 
 
+def test_a_store_that_cannot_be_made_leaves_nobody_at_work(machine, tmp_path, folder, kv, key):
+    taken, away = RemoteTier(f"file://{tmp_path}/pool"), "redis://127.0.0.1:1"
+    machine(taken)
+    with TieredStore(folder, remote=away) as store:
+        store.put(key(1), kv(1))
+    first = RemoteTier(away, name="first")
+    with pytest.raises(StoreError, match="one store"):
+        TieredStore(folder, tiers=[first], remote=taken)
+    assert not [thread for thread in first._uploads._threads if thread.is_alive()]
+    assert not Environment.is_open(folder)
+
+
 def test_what_is_begun_together_is_asked_for_at_once_at_the_end(url):
     pool = open_pool(url, 3.0, 16)
     for number in range(3):

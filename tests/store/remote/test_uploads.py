@@ -104,7 +104,7 @@ def test_what_comes_from_a_pool_is_left_where_it_is_stored_or_to_be_deleted(fold
         offers = [Offer(key(number), *source.whole, Terms()) for number in (1, 2, 3)]
         source.release()
         store.remove(key(2))
-        assert store._disk.admit(offers, arrived=True) == [False, False, True]
+        assert store._disk.admit(offers, still=lambda key: True) == [False, False, True]
         assert dict(store._disk.notes.each()) == {key(1): SEND, key(2): DELETE}, "what came is not to be sent"
 
 

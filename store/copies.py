@@ -1,0 +1,67 @@
+"""Copies in memory of what is stored below: offered, forgotten, and dropped once another process has removed what they are of."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from ragkv.errors import StoreFullError
+from ragkv.store.disk import DiskTier
+from ragkv.store.memory import MemoryTier
+from ragkv.store.terms import Terms
+from ragkv.store.tier import Offer, Tier
+
+logger: logging.Logger = logging.getLogger("ragkv.store")
+
+
+class Copies:
+    """What the tiers above home hold. None of it is needed.
+
+    Args:
+        above: these tiers.
+        home: where chunks are stored.
+        lock: guards the tiers in memory.
+    """
+
+    def __init__(self, above: Sequence[MemoryTier], home: MemoryTier | DiskTier, lock: threading.RLock) -> None:
+        self._above, self._home = above, home
+        self.lock: threading.RLock = lock
+        self._known_removals = home.removed(0)[0]
+
+    def offer(self, offer: Offer, origin: Tier, above: Sequence[Tier]) -> None:
+        """Offers what a tier has to some above it. Whatever fails, a warning is enough."""
+        try:
+            ready = [(tier, tier.prepare(offer)) for tier in above]
+            with self.lock:
+                # Asked under the lock: what is removed from below after this is removed from above after this.
+                row, now = origin.row(offer.key) if ready else None, origin.now()
+                if row is None or not row.alive(now):
+                    return
+                terms = Terms(lifetime_s=max(row.expires_s - now, 1e-9))
+                for tier, prepared in ready:
+                    try:
+                        tier.admit([prepared._replace(terms=terms, usage=row.usage)])
+                    except StoreFullError as error:
+                        logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, str(error))
+        except Exception as error:
+            logger.warning("%s is not kept above %s: %s", offer.key.hex(), origin.name, repr(error))
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Something else stands under these keys below, or nothing."""
+        with self.lock:
+            for tier in self._above:
+                tier.remove(keys)
+
+    def catch_up(self) -> None:
+        """Drops what another process has removed from home."""
+        if not any(tier.counts()[0] for tier in self._above):
+            return
+        removals, gone = self._home.removed(self._known_removals)
+        if gone or gone is None:
+            with self.lock:
+                for tier in self._above:
+                    held = tier.stored() if gone is None else tier.find(gone)
+                    # What was put again since is there.
+                    tier.remove(self._home.missing(list(held)) if held else ())
+        self._known_removals = removals

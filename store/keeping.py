@@ -1,0 +1,89 @@
+"""What is asked of the tier where chunks are kept, its home: pins, quotas, small facts, and what its books say."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+
+from ragkv.errors import StoreError
+from ragkv.store.tiers import Tiers
+
+
+class Keeping(ABC):
+    """The part of a store that is about its home: the disk, or memory without one."""
+
+    _tiers: Tiers
+
+    @property
+    @abstractmethod
+    def _open(self) -> Tiers:
+        """Its tiers, while it is open."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """What all chunks may take where they are kept: on disk, or in memory without one."""
+        return self._tiers.home.budget_bytes
+
+    def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of the chunks that are stored and pinned now, each once and in order."""
+        home, rows = self._open.home, self._open.rows
+        found = {key: rows(key).get(home.name) for key in keys}
+        return [key for key, row in found.items() if row is not None and row.pinned(home.now())]
+
+    def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
+        """The keys of what is kept, on disk or in memory without one, by what they begin with."""
+        return self._open.home.beginning(beginnings)
+
+    def worst(self, keys: Iterable[bytes]) -> bytes | None:
+        """That of the stored chunks which the policy holds least valuable where they are kept; ``None`` where none is stored."""
+        home = self._open.home
+        rows = [(row.priority, key) for key in keys if (row := home.row(key)) is not None and row.alive(home.now())]
+        return min(rows, default=(0.0, None))[1]
+
+    def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
+        """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""
+        tiers = self._open
+        # Memory may have what home has evicted.
+        return list({key: None for tier in (tiers.home, *tiers.above) for key in tier.computed_of(keys)})
+
+    def pin(self, key: bytes, lifetime_s: float = math.inf) -> bool:
+        """Keeps a chunk from being evicted, from disk or from memory without one, for some seconds; whether it is stored."""
+        return self.pin_many([key], lifetime_s) == 1
+
+    def pin_many(self, keys: Iterable[bytes], lifetime_s: float = math.inf) -> int:
+        """Pins chunks, on disk in one transaction; how many are stored."""
+        home = self._open.home
+        if not isinstance(lifetime_s, int | float) or not lifetime_s > 0:
+            raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
+        return home.pin(list(keys), lifetime_s)
+
+    def unpin(self, key: bytes) -> bool:
+        """Ends a pin; whether the chunk is stored."""
+        return self.unpin_many([key]) == 1
+
+    def unpin_many(self, keys: Iterable[bytes]) -> int:
+        """Ends pins, on disk in one transaction; how many of the chunks are stored."""
+        return self._open.home.pin(list(keys), 0.0)
+
+    def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
+        """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.
+
+        Beyond it, a put evicts entries of its own namespace. It takes effect with the next put.
+        """
+        home = self._open.home
+        known = quota_bytes is None or (isinstance(quota_bytes, int | float) and 0 <= quota_bytes < math.inf)
+        if not isinstance(namespace, str) or not namespace or not known:
+            raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
+        home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
+
+    def meta_get(self, name: str) -> bytes | None:
+        """A small fact that :meth:`meta_put` stored, or None."""
+        return self._open.home.fact(name)
+
+    def meta_put(self, name: str, value: bytes) -> None:
+        """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""
+        self._open.put_many([], [], {name: value})
+
+    def __len__(self) -> int:
+        return self._open.home.counts()[0]
