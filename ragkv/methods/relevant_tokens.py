@@ -23,7 +23,7 @@ class RelevantTokens(SensitiveTokens):
     question over the stored chunks. Of a model that does not show its attention the most sensitive tokens are computed.
 
     Attributes:
-        ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
+        ratio, keep_document: as of :class:`~ragkv.SensitiveTokens`.
     """
 
     looks: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class RelevantTokens(SensitiveTokens):
         try:
             return self._highest(view)
         except MethodError as error:
-            chosen = SensitiveTokens(self.ratio)._highest(view)
+            chosen = SensitiveTokens(self.ratio, self.keep_document)._highest(view)
             return replace(chosen, why=f"chosen by sensitivity alone: {error}")
 
     def scores(self, view: View) -> Tensor:

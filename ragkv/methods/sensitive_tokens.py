@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ragkv.errors import MethodError
 from ragkv.fusion.layout import Placed
 from ragkv.fusion.view import Selection, View
 from ragkv.methods.base import Method, check_share, highest_of
@@ -27,15 +28,20 @@ class SensitiveTokens(Method):
 
     Attributes:
         ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
+        keep_document: whether chunks are spared for what their document told them. With it the answer is nearer to what a full
+            prefill of the whole documents says, without to what one of the passages says; then only exact chunks are spared.
     """
 
     ratio: float = 0.1
+    keep_document: bool = True
 
     needs_sensitivity: ClassVar[bool] = True
     looks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
+        if not isinstance(self.keep_document, bool):
+            raise MethodError(f"{type(self).__name__}: keep_document must be true or false, got {self.keep_document!r}")
 
     def expected_budget(self, view: View) -> float:
         """The ratio, or as much as is not spared."""
@@ -65,5 +71,6 @@ class SensitiveTokens(Method):
         return {
             number: placed
             for number, placed in view.layout.inexact_chunks.items()
-            if number not in view.spared and (self.ratio == 1 or (placed.behind_another and placed.rooted))
+            if number not in view.spared
+            and (self.ratio == 1 or not self.keep_document or (placed.behind_another and placed.rooted))
         }

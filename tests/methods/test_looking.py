@@ -206,6 +206,18 @@ def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spar
     assert chosen(prompt) == want
 
 
+@pytest.mark.parametrize("method", [SensitiveTokens, RelevantTokens])
+def test_what_a_document_told_its_chunks_may_be_given_up(model, method):
+    engine = Engine(model, template=TEMPLATE, method=method(0.99, keep_document=False))
+    document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
+    prompt = engine.fuse([*document[:1], *other, *document[1:]], QUESTION)
+    start, end = 3 + len(document[0]), prompt.input_ids.shape[1] - len(QUESTION)  # only the first is exact
+    assert chosen(prompt) == set(range(start, end))
+    assert len(chosen(engine.fuse(document[::-1], QUESTION, method=method(0.5, keep_document=False)))) > 0
+    with pytest.raises(MethodError, match="keep_document must be true or false, got 1"):
+        method(0.1, keep_document=1)
+
+
 def test_a_chunk_that_another_document_parts_from_its_earlier_text_is_spared(model):
     engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
@@ -293,7 +305,10 @@ def test_where_attention_is_hidden_sensitivity_alone_decides():
     chunks = engine.add([random_ids(n) for n in (40, 31, 30)])
     prompt, plain = engine.fuse(chunks, QUESTION), engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.3))
     assert chosen(prompt) == chosen(plain) != set()
-    assert prompt.report.method == "RelevantTokens(ratio=0.3)" and "not open to view" in prompt.report.why
+    assert (
+        prompt.report.method == "RelevantTokens(ratio=0.3, keep_document=True)"
+        and "not open to view" in prompt.report.why
+    )
 
 
 @pytest.mark.parametrize("make", [SensitiveTokens, RelevantTokens, QuestionAware, Random, Oracle])
