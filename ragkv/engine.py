@@ -17,7 +17,7 @@ from ragkv.advice import Advice, advise
 from ragkv.answering import Answering, AnswerStream
 from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
-from ragkv.errors import instance, whole_number
+from ragkv.errors import OfOneProcess, instance, whole_number
 from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Engine:
+class Engine(
+    OfOneProcess, instead="make one where it is needed, ragkv.Engine(model, tokenizer, store=ragkv.TieredStore(path))"
+):
     """Answers over documents that the model has already read.
 
     An engine may be used from several threads; the model runs for one of them at a time, a piece of reading or a question each.

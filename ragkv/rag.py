@@ -18,7 +18,7 @@ from ragkv.calibration.folder import calibrate_folder
 from ragkv.chunk import Chunk
 from ragkv.corpus import Corpus
 from ragkv.engine import Engine
-from ragkv.errors import RagKVError, instance
+from ragkv.errors import OfOneProcess, RagKVError, instance
 from ragkv.finding import SourcedAnswer
 from ragkv.gate import Gate
 from ragkv.kernels import Impl
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class RAG(Corpus):
+class RAG(Corpus, OfOneProcess, instead="open its folder where it is needed, ragkv.RAG.open(path)"):
     """Answers questions over documents: finds passages, takes their KV from the store, decodes.
 
     Documents, vectors and KV live in one folder and survive a restart. What a crash or an eviction took from the KV is read again

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ragkv.answering import AnswerStream
-from ragkv.errors import CLOSED, RagKVError, whole_number
+from ragkv.errors import CLOSED, OfOneProcess, RagKVError, whole_number
 from ragkv.logprobs import TokenLogprob
 from ragkv.model.generation import Stop
 from ragkv.report import AnswerReport
@@ -39,7 +39,9 @@ class Threads:
         self.pool().shutdown(cancel_futures=True)
 
 
-class AsyncAnswerStream(AsyncIterator[str], Generic[Found]):
+class AsyncAnswerStream(
+    AsyncIterator[str], OfOneProcess, Generic[Found], instead="read it where it was begun, and hand on its text"
+):
     """A generated answer, piece by piece; the pieces joined are its text.
 
     Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, :meth:`aclose`) stops the

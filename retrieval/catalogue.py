@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, IncompatibleFolderError, RetrievalError, checked_namespace, instance
+from ragkv.errors import (
+    DocumentError,
+    IncompatibleFolderError,
+    OfOneProcess,
+    RetrievalError,
+    checked_namespace,
+    instance,
+)
 from ragkv.folder import Environment
 from ragkv.retrieval import records
 from ragkv.retrieval.changes import checked_vectors, merged, put_readings, renamed, replaced
@@ -41,7 +48,7 @@ DATABASES: dict[bytes, dict[str, Any]] = {
 }
 
 
-class Catalogue:
+class Catalogue(OfOneProcess, instead="open its folder where it is needed, Catalogue(path)"):
     """Which documents there are, their passages in order, and the passages' vectors.
 
     A change is kept whole or not at all, also when the process is killed in the middle of it, and it is on the disk

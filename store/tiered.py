@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import RecordError, StoreError, instance
+from ragkv.errors import OfOneProcess, RecordError, StoreError, instance
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
@@ -32,7 +32,7 @@ from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
 
 
-class TieredStore:
+class TieredStore(OfOneProcess, instead="open its folder where it is needed, ragkv.TieredStore(path)"):
     """KV of chunks in CPU memory and, with a path, on disk. Safe for several threads and processes.
 
     What is put is written through to disk at once; memory keeps what the policy holds most valuable. Both tiers keep

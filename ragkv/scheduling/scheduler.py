@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from threading import Event, RLock, get_ident
 from time import perf_counter, sleep
 
@@ -85,6 +87,11 @@ class Scheduler:
         self._number = 0
         self.anew()
         anew_in_forks(self)
+
+    def __reduce__(self) -> tuple[partial[Scheduler], tuple[Policy]]:
+        """What is copied, or goes to another process, is how it was made: nobody stands in line there."""
+        made = partial(type(self), at_once=self.at_once, memory_bytes=self.memory_bytes, wait_s=self.wait_s)
+        return made, (deepcopy(self.policy),)
 
     def anew(self) -> None:
         """In a fork: nobody waits yet."""
