@@ -30,6 +30,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 # How often a prompt begins anew because the model was changed meanwhile.
 _TRIES = 3
+# What transformers' beam search takes for each beam and token of the vocabulary: about four rows of scores in fp32.
+_SCORED_BYTES = 16
 
 
 class Prompting:
@@ -157,6 +159,9 @@ class Prompting:
         decoder, store = documents.reader.decoder, documents.store
         token_bytes = sum(spec.token_bytes for spec in decoder.specs)
         needs = copies * token_bytes * (layout.tokens + plan.room_tokens)
+        if copies > 1:
+            needs += copies * decoder.vocab_size * _SCORED_BYTES
+        begun = request.begun is not None and request.begun.outcome  # "dropped", until it is taken
 
         def stored() -> int:
             tiers = Places(documents, layout, [documents.key(placed.chunk) for placed in layout.chunks]).tiers()
@@ -171,6 +176,7 @@ class Prompting:
             layout.tokens - layout.held,
             needs_bytes=needs,
             answer_bytes=needs - token_bytes * layout.tokens,
+            held_bytes=token_bytes * (layout.tokens if begun else layout.held),
             device=decoder.device,
             priority=request.priority,
             deadline_s=request.deadline_s,
