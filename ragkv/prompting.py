@@ -22,7 +22,7 @@ from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
 from ragkv.places import Places, to_load
 from ragkv.report import FusedPrompt
-from ragkv.request import Plan, Request, Room, documents_behind
+from ragkv.request import Plan, Request, Room, documents_behind, most, room_behind
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.scheduling.ticket import Ticket
 
@@ -63,10 +63,14 @@ class Prompting:
         Raises:
             PromptTooLongError: it is too long by itself.
         """
-        limit = self.documents.reader.decoder.max_positions
-        if limit is not None and isinstance(text, str) and len(text) > limit and request.past is None:
+        limit, _ = most(self.documents, request.most_tokens)
+        if limit is None or not isinstance(text, str) or len(text) <= limit:
+            return
+        if request.past is None:
             with ExitStack() as stack:
                 Plan.of(self.documents, request, room, perf_counter(), stack)
+        else:
+            room_behind(self.documents, len(self.documents.encoder.ids(text)), None, request.most_tokens)
 
     def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack, copies: int = 1) -> FusedPrompt:
         """A prompt whose keys and values are ready.
