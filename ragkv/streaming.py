@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -44,8 +45,8 @@ class AsyncAnswerStream(
 ):
     """A generated answer, piece by piece; the pieces joined are its text.
 
-    Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, :meth:`aclose`) stops the
-    model: before the prompt is begun, or behind the token at hand.
+    Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, an event loop that is
+    closed, :meth:`aclose`) stops the model: before the prompt is begun, or behind the token at hand.
 
     Args:
         start: begins the answer.
@@ -134,13 +135,11 @@ class _Making(Generic[Found]):
 
     async def pieces(self) -> AsyncGenerator[str]:
         """The pieces as they come; ``ended`` is called behind the last one, if somebody listened to the end."""
-        loop = asyncio.get_running_loop()
+        loop = self.stop.loop = asyncio.get_running_loop()
 
         def say(piece: str | None) -> None:
-            try:
+            with suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(self.queue.put_nowait, piece)
-            except RuntimeError:  # the loop was closed meanwhile
-                self.stop.set()
 
         working = _submitted(self._executor, lambda: self._work(say))
         working.add_done_callback(lambda _: say(None))  # also where it is cancelled before it begins
@@ -177,7 +176,7 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         ask: takes ``stopping_criteria``, as ``model.generate`` does.
         **options: for it.
     """
-    stop = Stop()
+    stop = Stop(asyncio.get_running_loop())
     working = _submitted(executor, partial(ask, **stop.among(options)))
     try:
         return await _given(working)

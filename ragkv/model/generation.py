@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from numbers import Real
@@ -41,11 +42,17 @@ class Stop(Event):
 
     Attributes:
         asked_s: ``perf_counter()`` then.
+        loop: the event loop that waits for it, where one does: a closed one does not, and may not have told anybody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loop: AbstractEventLoop | None = None) -> None:
         super().__init__()
         self.asked_s: float = perf_counter()
+        self.loop: AbstractEventLoop | None = loop
+
+    def is_set(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return super().is_set() or (self.loop is not None and self.loop.is_closed())
 
     def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         """Whether each of ``ids [B, N]`` is done."""
