@@ -285,13 +285,19 @@ class Engine(
         Whoever waits for one to begin gets a RagKVError, and so does whoever reads on in a stream; a call of :meth:`generate`
         whose prompt is there goes on. A check of the gate ends at its next piece.
         """
-        self.closing.set()
-        self.prompting.wait()
+        self.settle()
         if self.gate is not None:
             self.gate.close()
         if self.paths is not None:
             self.paths.close()
         self.store.close()
+
+    def settle(self) -> None:
+        """As :meth:`close`, but that store and model stay as they are: no prompt begins, and what was computed is stored."""
+        self.closing.set()
+        self.prompting.wait()
+        if self.paths is not None:
+            self.paths.settle()
 
     def __enter__(self) -> Self:
         return self

@@ -324,6 +324,7 @@ class RAG(Corpus, OfOneProcess, instead="open its folder where it is needed, rag
         self.engine.closing.set()
         self.threads.close()
         self._asking.close()
+        self.engine.settle()  # what is stored now is looked up among the documents
         self.finder.close()
         try:
             self.retriever.close()

@@ -27,7 +27,7 @@ from ragkv.errors import (
 )
 from ragkv.folder import Environment
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import checked_vectors, merged, put_readings, renamed, replaced
+from ragkv.retrieval.changes import checked_vectors, merged, noted_unused, put_readings, renamed, replaced
 from ragkv.retrieval.following import Following, Seen, seen, taken_over
 from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading, misplaced
 from ragkv.retrieval.snapshot import Snapshot
@@ -231,7 +231,20 @@ class Catalogue(OfOneProcess, instead="open its folder where it is needed, Catal
             for document, reading in readings:
                 if view.get(document.source, document.namespace) == document:
                     unused |= put_readings(txn, document.key, [reading])
-            return {key for key in unused if not view.names(key)}
+            return set(noted_unused(txn, unused))
+
+    def unused(self) -> list[bytes]:
+        """Keys of KV that nothing names any more, and that are still stored where somebody did not come to remove them."""
+        with self._environment.transaction() as txn:
+            noted = [name.removeprefix(records.UNUSED) for name in txn.keys("meta", records.UNUSED)]
+            return [key for key in noted if not Snapshot(txn).names(key)]
+
+    def dropped(self, keys: Collection[bytes]) -> None:
+        """Keeps that KV are not stored any more, of those that were noted (:meth:`unused`)."""
+        if keys:
+            with self._environment.transaction(write=True) as txn:
+                for key in keys:
+                    txn.delete("meta", records.UNUSED + key)
 
     def rename(
         self, source: str, to: str, reread: Callable[[Reading], Reading | None], namespace: str = ""
