@@ -32,8 +32,8 @@ class Line:
                 "an answer is being made behind this turn: a conversation is gone on with by one caller at a time. Wait for it, or "
                 "end or close() its stream"
             )
-        self._stop = stop or Event()
         try:
+            self._stop = stop or Event()
             yield
         finally:
             self._lock.release()

@@ -132,8 +132,8 @@ class Scheduler:
     def within(self) -> Iterator[None]:
         """A block of a turn, in one of the threads that it takes."""
         me = get_ident()
-        self._within.add(me)
         try:
+            self._within.add(me)
             yield
         finally:
             self._within.discard(me)

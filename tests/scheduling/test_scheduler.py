@@ -134,6 +134,20 @@ def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
     third.end()
 
 
+def test_an_interrupted_turn_is_nobodys():
+    line = Scheduler()
+
+    class Within(set):
+        def add(self, thread):
+            super().add(thread)
+            raise KeyboardInterrupt
+
+    line._within = Within()
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack, line.turn(Ticket("", 10), stack):
+        pass
+    assert not line.mine and line.idle()
+
+
 def test_nothing_is_begun_ahead_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(module, "free_bytes", lambda device: 100)
     line = Scheduler()
