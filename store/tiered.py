@@ -19,6 +19,7 @@ from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
 from ragkv.store.gpu import GpuTier
+from ragkv.store.keys import checked_keys
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
@@ -83,6 +84,10 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
         budgets = (gpu_bytes, cpu_bytes, disk_bytes)
         if not all(isinstance(budget, int | float) and budget >= 0 for budget in budgets):
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes!r}, cpu {cpu_bytes!r}, disk {disk_bytes!r}")
+        instance("path", path, str | os.PathLike | None, "the path of a folder, or None")
+        if path is not None and "\0" in os.fspath(path):
+            raise StoreError(f"path must be the path of a folder, got {path!r}")
+        instance("tiers", tiers, Sequence, "a list of further tiers")
         self.path: Path | None = None if path is None or not disk_bytes else Path(path)
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
@@ -203,7 +208,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
             moved: what :meth:`prefetch` was given for these chunks: they are counted as hits of where they were.
             asking: how it is asked for what comes over a network; by default whoever reads has time.
         """
-        return self._open.read(keys, moved or {}, asking or Asking())
+        return self._open.read(checked_keys(keys), moved or {}, asking or Asking())
 
     def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
@@ -215,7 +220,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
         Returns:
             A future of the bytes read; nobody needs to wait for it.
         """
-        return self._open.prefetch(list(keys), {} if moved is None else moved)
+        return self._open.prefetch(checked_keys(keys), {} if moved is None else moved)
 
     @property
     def uses_costs(self) -> bool:
@@ -228,7 +233,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored in no tier, each once and in order. Does not count as a use."""
-        return self._open.missing(keys)
+        return self._open.missing(checked_keys(keys))
 
     def where(self, keys: Iterable[bytes], limit_s: float = math.inf) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use.
@@ -237,7 +242,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
             keys: may be unknown.
             limit_s: so much longer than lately is waited for a shared pool: what it has not denied by then counts as there.
         """
-        return self._open.where(keys, limit_s)
+        return self._open.where(checked_keys(keys), limit_s)
 
     def loading(self) -> dict[str, Loading]:
         """How fast chunks came lately from tiers behind, such as a pool, by name."""
@@ -247,7 +252,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
         rows, sizes = self._open.rows, Counter[str]()
-        for key in dict.fromkeys(keys):
+        for key in dict.fromkeys(checked_keys(keys)):
             sizes.update({tier: row.usage.size_bytes for tier, row in rows(key).items()})
         return dict(sizes)
 
@@ -291,7 +296,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
-        return self._open.remove_many(keys, facts)
+        return self._open.remove_many(checked_keys(keys), facts)
 
     def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
         """The keys of what is kept, on disk or in memory without one, by what they begin with."""
@@ -323,7 +328,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
         home = self._open.home
         if not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return home.pin(list(keys), lifetime_s)
+        return home.pin(checked_keys(keys), lifetime_s)
 
     def unpin(self, key: bytes) -> bool:
         """Ends a pin; whether the chunk is stored."""
@@ -331,7 +336,7 @@ class TieredStore(OfOneProcess, instead="open its folder where it is needed, rag
 
     def unpin_many(self, keys: Iterable[bytes]) -> int:
         """Ends pins, on disk in one transaction; how many of the chunks are stored."""
-        return self._open.home.pin(list(keys), 0.0)
+        return self._open.home.pin(checked_keys(keys), 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.

@@ -71,6 +71,16 @@ def check_share(method: Method, name: str, share: float) -> None:
         raise MethodError(f"{type(method).__name__}: {name} must lie in [0, 1], got {share!r}")
 
 
+def check_count(method: Method, name: str, count: int | None, least: int, what: str) -> None:
+    """Refuse a whole number that is none, or too small; ``None`` is left to the method.
+
+    Raises:
+        MethodError: it is.
+    """
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
+        raise MethodError(f"{type(method).__name__}: {name} must be {what}, got {count!r}")
+
+
 def highest_of(scores: Tensor, chunks: Mapping[int, Placed], ratio: float, layout: Layout) -> Selection:
     """As :func:`highest`, among the tokens of some chunks, by their numbers; no device is waited for."""
     tokens = layout.span(*chunks.values())

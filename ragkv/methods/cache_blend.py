@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.view import Check, Selection, View
-from ragkv.methods.base import Method, check_share
+from ragkv.methods.base import Method, check_count, check_share
 
 _SIGNALS = ("key", "value", "both")
 
@@ -42,12 +42,11 @@ class CacheBlend(Method):
             check_share(self, "gradual", share)
         if list(self.gradual) != sorted(self.gradual, reverse=True):
             raise MethodError(f"CacheBlend: gradual shares must not rise, got {self.gradual}")
-        if self.check_layer is not None and self.check_layer < 1:
-            raise MethodError(f"CacheBlend: check_layer must be >= 1 (layer 0 never deviates), got {self.check_layer}")
+        check_count(self, "check_layer", self.check_layer, 1, ">= 1 (layer 0 never deviates)")
         if self.signal not in _SIGNALS:
             raise MethodError(f"CacheBlend: signal must be one of {', '.join(_SIGNALS)}, got {self.signal!r}")
-        if self.threshold is not None and self.threshold < 0:
-            raise MethodError(f"CacheBlend: threshold must be >= 0, got {self.threshold}")
+        if self.threshold is not None and not (isinstance(self.threshold, int | float) and self.threshold >= 0):
+            raise MethodError(f"CacheBlend: threshold must be >= 0, got {self.threshold!r}")
         if self.threshold is not None and self.gradual:
             raise MethodError("CacheBlend: give threshold or gradual, not both")
 

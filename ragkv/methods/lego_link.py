@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ragkv.errors import MethodError
 from ragkv.fusion.view import Selection, View
-from ragkv.methods.base import Method
+from ragkv.methods.base import Method, check_count
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,7 @@ class LegoLink(Method):
     k: int = 16
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise MethodError(f"LegoLink: k must be >= 0 tokens, got {self.k}")
+        check_count(self, "k", self.k, 0, ">= 0 tokens")
 
     looks: ClassVar[bool] = False
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ragkv.errors import MethodError
 from ragkv.fusion.view import View
-from ragkv.methods.base import Method, check_share, highest
+from ragkv.methods.base import Method, check_count, check_share, highest
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Oracle(Method):
 
     def __post_init__(self) -> None:
         check_share(self, "ratio", self.ratio)
-        if self.layer is not None and self.layer < 1:
-            raise MethodError(f"Oracle: layer must be >= 1 (layer 0 never deviates), got {self.layer}")
+        check_count(self, "layer", self.layer, 1, ">= 1 (layer 0 never deviates)")
 
     def select(self, view: View) -> Tensor:
         """Of the tokens that are not exact where they stand, those that deviate most."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from threading import Event
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from ragkv.errors import (
     ArgumentError,
@@ -151,7 +153,13 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "streamer": (_Streams, "a transformers streamer"),
     "negative_prompt_ids": (Tensor, "a tensor [1, N]"),
     "negative_prompt_attention_mask": (Tensor, "a tensor [1, N]"),
+    "watermarking_config": (dict | BaseWatermarkingConfig, "a transformers WatermarkingConfig, or a dict of one"),
 }
+_NUMBERS = _names(
+    "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
+    "length_penalty guidance_scale max_time"
+)
+_IDS = ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias")
 # Values at which an argument of those refused asks for nothing, besides None and False.
 _NEUTRAL = {**GenerationConfig._get_default_generation_params(), "cache_implementation": "dynamic"}
 # What beam search by ``model.generate`` must not take from the model's own generation config.
@@ -220,9 +228,7 @@ class Settings:
         limited = fields.get("max_length") is not None or any(config.max_length is not None for config in configs[1:])
         self._length: int | None = self.config.max_length if limited and self._new_tokens is None else None
         self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
-        seconds: Any = self.config.max_time
-        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
-            raise ArgumentTypeError(f"max_time must be a number of seconds, got {seconds!r:.80}")
+        _check_values(self.config, decoder.vocab_size)
         self.beams: int = 1 if self.config.num_beams is None else whole_number("num_beams", self.config.num_beams, 1)
         ends = self.config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -357,6 +363,33 @@ def _check(decoder: Decoder, arguments: dict[str, Any]) -> None:
         if why is None:
             raise UnknownArgumentError(_unknown(name))
         raise ArgumentError(f"{name}={_short(value)}: {why}")
+
+
+def _check_values(config: GenerationConfig, vocabulary: int) -> None:
+    """Refuse what transformers would find out in the middle of an answer: numbers that are none, ids that the model has not."""
+    for name in _NUMBERS:
+        value: Any = getattr(config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
+            said = "a number of seconds" if name == "max_time" else "a number"
+            raise ArgumentTypeError(f"{name} must be {said}, got {value!r:.80}")
+    for name in _IDS:
+        value = getattr(config, name, None)
+        if name == "sequence_bias":  # what its form is, transformers looks at
+            value = list(value) if isinstance(value, Mapping) else [pair[:1] for pair in _lists(value)]
+        wrong = [token for token in _flat(value) if not 0 <= token < vocabulary]
+        if wrong:
+            raise ArgumentError(f"{name}: {wrong[0]} is none of the model's {vocabulary} ids")
+
+
+def _flat(value: Any) -> list[int]:
+    """The whole numbers in lists of lists."""
+    if isinstance(value, list | tuple):
+        return [token for part in value for token in _flat(part)]
+    return [value] if isinstance(value, int) else []
+
+
+def _lists(value: Any) -> list[Any]:
+    return [part for part in value if isinstance(part, list | tuple)] if isinstance(value, list | tuple) else []
 
 
 def _neutral(name: str, value: Any) -> bool:
