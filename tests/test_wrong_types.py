@@ -100,6 +100,7 @@ def test_a_model_has_a_name_and_a_place(tmp_path):
     refused(RAG.from_pretrained, 3, match="model must be the name or path")
     refused(RAG.from_pretrained, "bundled", device="nope", match="no device 'nope'")
     refused(RAG.from_pretrained, "bundled", dtype="x", match="no dtype 'x'")
+    refused(RAG.from_pretrained, tmp_path, match="there is no config.json in this folder")
     (tmp_path / "config.json").write_text("{}")
     refused(RAG.from_pretrained, tmp_path, match="the model .* cannot be loaded")
 

@@ -226,7 +226,9 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
         ) from error
     except (ValueError, KeyError, NotImplementedError, struct.error) as error:
         if gguf_file is None:
-            raise ModelNotFoundError(_not_found(what, name, _reason(error))) from error
+            bare = what == "model" and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json"))
+            reason = "there is no config.json in this folder" if bare else _reason(error)
+            raise ModelNotFoundError(_not_found(what, name, reason)) from error
         raise UnsupportedModelError(
             f"{gguf_file} in {str(name)!r} cannot be read: {_reason(error)}; give a GGUF file of an architecture that transformers "
             "reads from one, or the model's own folder"
