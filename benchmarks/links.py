@@ -233,7 +233,7 @@ def simulate(
     tiers = (
         dict(rates.tiers) if known is None else {**rates.tiers, "remote": Loading(known, token_bytes, start_s, True)}
     )
-    looks = Looks(layout, replace(rates, tiers=tiers), "remote", link, start_s)
+    looks: Any = Looks(layout, replace(rates, tiers=tiers), "remote", link, start_s)
     view = View(layout, 1, looks)
     selection = Selection.of(method.select(view), method)
     work = plan(selection, layout, 1)
