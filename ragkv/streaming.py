@@ -66,6 +66,9 @@ class AsyncAnswerStream(
         # Nothing but this object holds the pieces, and they do not hold it: where nobody has it any more, asyncio closes them.
         self._pieces, self._awaited = self._making.pieces(), False
 
+    def __del__(self) -> None:
+        self._making.stop.set()  # now: asyncio closes the pieces when it comes to it
+
     @property
     def sources(self) -> list[Found]:
         """The passages in the order of the prompt; empty until the first piece is there."""

@@ -116,6 +116,19 @@ def test_a_loop_that_is_left_stops_the_model(rag):
     assert 0 < rag.engine.stats().line.namespaces[""].output_tokens < LONG["max_new_tokens"]
 
 
+def test_a_stream_that_nobody_holds_stops_the_model_at_once(rag):
+    """Not only when the event loop comes to close its generator: whoever goes on behind it may be there before."""
+
+    async def dropped():
+        stream = rag.astream(QUESTION, **LONG)
+        await anext(stream)
+        stop = stream._making.stop
+        del stream
+        return stop.is_set()
+
+    assert asyncio.run(dropped())
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncio's own, of what waits for ever
 @pytest.mark.parametrize("how", ["aask", "astream", "session"])
 def test_a_loop_that_is_closed_stops_the_model(rag, how):
