@@ -39,7 +39,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 16,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,

@@ -184,7 +184,7 @@ class Linked(View):
     def elapsed_s(self) -> float:
         return self._link.now
 
-    def open(self, without: frozenset[int], limit_s: float, levels: Mapping[int, str]) -> None:
+    def open(self, without: frozenset[int], limit_s: float = math.inf, levels: Mapping[int, str] | None = None) -> None:
         """The headers come first, and are waited for, as :class:`ragkv.store.remote.heads.Heads` does."""
         link, begin, self.opened = self._link, self._link.now, True
         asked = {n: link.ask(HEAD_BYTES) for n in range(len(self.layout.chunks)) if n not in without}

@@ -43,10 +43,11 @@ def asked(args: argparse.Namespace, options: dict[str, Any]) -> tuple[list[tuple
         "foreign": foreign,
     }
     bench = Bench(model, tokenizer, template, **more)
-    answers = []
+    answers: list[tuple[Case, Outcome]] = []
     for case in cases[: args.cases]:
-        prompt = bench.fuse([case.text(place) for place in case.retrieved], case, FullPrefill())
-        answers.append((case, *bench.answers([prompt], case)))
+        texts: Any = [case.text(place) for place in case.retrieved]  # which an engine takes, too
+        prompt = bench.fuse(texts, case, FullPrefill())
+        answers += [(case, outcome) for outcome in bench.answers([prompt], case)]
         print(".", end="", flush=True)
     return answers, conditions(bench.engine, "")
 

@@ -57,14 +57,15 @@ def stream(questions: Sequence[str], count: int, seed: int) -> list[str]:
 def opened(args: argparse.Namespace, documents: Sequence[str], kept_bytes: int, arm: str) -> RAG:
     """All documents, in so many bytes, read for the method of an arm."""
     method, paths, _ = ARMS[arm]
+    more: dict[str, Any] = {"foreign": foreign()} if args.model == BUNDLED else {}
+    more |= {"dtype": args.dtype} if args.dtype else {}
     rag = RAG.from_pretrained(
         args.model,
         store=TieredStore(cpu_bytes=kept_bytes),
         method=method,
         sensitivity=method.needs_sensitivity,
         paths=paths,
-        **({"foreign": foreign()} if args.model == BUNDLED else {}),
-        **({"dtype": args.dtype} if args.dtype else {}),
+        **more,
     )
     rag.add_texts(list(documents))
     return rag

@@ -146,7 +146,7 @@ class KVBoost:
         self.engine.generate(
             self.words.decode(case["ids"]),
             max_new_tokens=tokens,
-            on_token=lambda token: (ids.append(int(token)), times.append(time.perf_counter())),
+            on_token=lambda token: (ids.append(int(token)), times.append(time.perf_counter())),  # type: ignore[func-returns-value]
         )
         return ids, times
 
@@ -185,6 +185,7 @@ class Peer:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
@@ -306,6 +307,7 @@ def main() -> None:
             }
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     for peer in peers.values():
+        assert peer.process.stdin is not None
         peer.process.stdin.close()
         peer.process.wait()
 

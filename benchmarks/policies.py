@@ -292,7 +292,9 @@ def main() -> None:
             compare(list(chain.from_iterable(stream)), SHARES)
             for stream in show.progress(same, desc=name, unit=" streams")
         ]
-        results[name] = {policy: list(zip(*(one[policy] for one in runs), strict=True)) for policy in runs[0]}
+        results[name] = {
+            policy: [list(each) for each in zip(*(one[policy] for one in runs), strict=True)] for policy in runs[0]
+        }
         if any(len(question) > 1 for question in catalogue):
             kept[name] = keep(same, args.repair)
     about = {

@@ -56,7 +56,7 @@ def plain_client(url: str) -> Callable[[str], Any]:
         return lambda name: client.get(prefix + name)
     import obstore.store
 
-    options = {} if url.startswith("file") else {"client_options": {"allow_http": True}}
+    options: dict[str, Any] = {} if url.startswith("file") else {"client_options": {"allow_http": True}}
     store = obstore.store.from_url(url, **options)
     return lambda name: obstore.get(store, name).bytes()
 

@@ -219,10 +219,10 @@ def asked(
     """Rows of one case: who chose, how many, and what came of it; none of a case that calibrates."""
     texts = [case.text(place) for place in case.retrieved]
     chunks = [study.engine.add_document([text])[0] for text in texts]
-    question, seen = f"{INSTRUCTION}\n{case.question}", list[Tensor]()
-    whole = study.engine.fuse(chunks, question, method=Looks(seen=seen))
+    question, attention = f"{INSTRUCTION}\n{case.question}", list[Tensor]()
+    whole = study.engine.fuse(chunks, question, method=Looks(seen=attention))
     ids, sizes = whole.input_ids[0], [len(chunk) for chunk in chunks]
-    reused = seen[0]
+    reused = attention[0]
     start, suffix = len(ids) - whole.report.suffix_tokens - sum(sizes), len(ids) - whole.report.suffix_tokens
     ends = [start + sum(sizes[: index + 1]) for index in range(len(sizes))]
     spans = [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -262,7 +262,12 @@ def asked(
         for name, count in LAYERWISE.items() if layerwise else ():
             logits = study.layerwise(whole, start, suffix, count, sizes, share)
             yield f"groups of each layer: {name}", share, row(logits)
-        for name, tokens in {"retriever": near, **({} if layerwise else {"chance": drawn}), **seen}.items():
+        ranked: dict[str, list[float] | Tensor] = {
+            "retriever": near,
+            **({} if layerwise else {"chance": drawn}),
+            **seen,
+        }
+        for name, tokens in ranked.items():
             each = tokens if isinstance(tokens, list) else [float(part.mean()) for part in tokens.split(sizes)]
             kept = best(each, sizes, share)
             slots = torch.cat([every[:0], *[torch.arange(*spans[index]) for index in kept]])

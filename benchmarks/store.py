@@ -194,12 +194,13 @@ def many_entries(folder: Path, count: int) -> dict[str, float]:
     keys = [key_of(chance.randrange(count)) for _ in range(5000)]
     disk = store._disk
     assert disk is not None
-    noted = timed(lambda: [disk.touch([key]) for key in keys]) / len(keys)
+    noted = timed(lambda: [disk.touch([key]) for key in keys]) / len(keys)  # type: ignore[func-returns-value]
     entered = timed(store.flush) / len(set(keys))
     store.close()
     planner = Planner(MemoryBooks(), get_policy("pgdsf"), 1 << 40)
-    rows = {key_of(number): planner.admit(key_of(number), kv.nbytes, Terms(cost_s=0.1)) for number in range(count)}
-    ranked = timed(lambda: [planner.use(key, rows[key]) for key in keys]) / len(keys)
+    admitted = {key_of(number): planner.admit(key_of(number), kv.nbytes, Terms(cost_s=0.1)) for number in range(count)}
+    rows = {key: row for key, row in admitted.items() if row is not None}
+    ranked = timed(lambda: [planner.use(key, rows[key]) for key in keys]) / len(keys)  # type: ignore[func-returns-value]
     return {
         "entries": count,
         "open_seconds": opened,
@@ -229,7 +230,7 @@ def bundled_kv() -> Source:
     chunks = []
     for text in list(bundled.documents().values())[:12]:
         chunks += engine.add_document(TokenChunker(tokenizer, 96).split(text))
-    return [engine.store.get(engine.documents.key(chunk)) for chunk in chunks], engine.decoder.rotations
+    return [*filter(None, map(engine.store.get, engine.documents.keys(chunks)))], engine.decoder.rotations
 
 
 def tiny_kv() -> Source:
@@ -239,7 +240,7 @@ def tiny_kv() -> Source:
 
     engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1]))
     chunks = engine.add([random_ids(96) for _ in range(8)])
-    return [engine.store.get(engine.documents.key(chunk)) for chunk in chunks], engine.decoder.rotations
+    return [*filter(None, map(engine.store.get, engine.documents.keys(chunks)))], engine.decoder.rotations
 
 
 def made_up_kv() -> Source:

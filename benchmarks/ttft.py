@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from datetime import date
+from typing import Any
 
 import torch
 import transformers
@@ -155,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def _rounds(args, engine, chunks, question, methods) -> dict[str, list[float]]:
-    runs = {}
+    runs: dict[str, Any] = {}
     for name, method in methods.items():
         prompt = engine.fuse(chunks, question, method=method)
         runs.setdefault("full_prefill", lambda ids=prompt.input_ids: _full(engine.model, ids))

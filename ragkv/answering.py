@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ragkv.detokenizer import Detokenizer, cut, stop_texts
-from ragkv.errors import CLOSED, ArgumentError, PromptError, RagKVError
+from ragkv.errors import CLOSED, ArgumentError, OfOneProcess, PromptError, RagKVError
 from ragkv.library.documents import Documents
 from ragkv.logprobs import Logprobs
 from ragkv.model.cache import FusedCache
@@ -43,7 +43,7 @@ class Made:
     past: Past | None = None
 
 
-class AnswerStream(Structured, Iterator[str]):
+class AnswerStream(Structured, Iterator[str], OfOneProcess, instead="read it where it was begun, and hand on its text"):
     """A generated answer, piece by piece; the pieces joined are its text. It ends where nobody holds it any more, and with a
     RagKVError where its engine was closed.
 

@@ -44,6 +44,7 @@ class Corpus:
         self.finder: Finder = Finder(retriever, engine.documents)
         cuts = chunker or TokenChunker(engine.tokenizer)
         catalogued = self.finder.catalogued()
+        catalogued.finish()
         self._intake = Intake(retriever.catalogue, catalogued, engine.documents, cuts, repair_tokens)
         self.behind = behind
         warn_of_differences(retriever.catalogue, engine.documents)

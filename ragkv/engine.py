@@ -18,7 +18,7 @@ from ragkv.advice import Advice, advise
 from ragkv.answering import Answering, AnswerStream
 from ragkv.calibration import Calibration, calibrate
 from ragkv.chunk import Chunk
-from ragkv.errors import instance, whole_number
+from ragkv.errors import OfOneProcess, instance, whole_number
 from ragkv.gate import Gate, Guard
 from ragkv.kernels import Impl
 from ragkv.library.documents import Documents
@@ -43,7 +43,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Engine(Adding):
+class Engine(
+    Adding,
+    OfOneProcess,
+    instead="make one where it is needed, ragkv.Engine(model, tokenizer, store=ragkv.TieredStore(path))",
+):
     """Answers over documents that the model has already read.
 
     An engine may be used from several threads; the model runs for one of them at a time, a piece of reading or a question each.
@@ -191,13 +195,19 @@ class Engine(Adding):
         Whoever waits for one to begin gets a RagKVError, and so does whoever reads on in a stream; a call of :meth:`generate`
         whose prompt is there goes on. A check of the gate ends at its next piece.
         """
-        self.closing.set()
-        self.prompting.wait()
         with ExitStack() as rest:  # whatever of it fails, the others are closed
             rest.callback(self.store.close)
             for held in (self.paths, self.gate):
                 if held is not None:
                     rest.callback(held.close)
+            self.settle()
+
+    def settle(self) -> None:
+        """As :meth:`close`, but that store and model stay as they are: no prompt begins, and what was computed is stored."""
+        self.closing.set()
+        self.prompting.wait()
+        if self.paths is not None:
+            self.paths.settle()
 
     def __enter__(self) -> Self:
         return self

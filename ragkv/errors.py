@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from types import UnionType
-from typing import Any
+from typing import Any, NoReturn, Self
 
 #: What a :class:`RagKVError` says of a question that comes too late.
 CLOSED = "nothing is answered any more: it is closed"
@@ -65,6 +65,9 @@ class IncompleteAnswerError(RagKVError, ValueError):
             f"the answer ended before it was whole JSON: allow more max_new_tokens, and no stop text inside; it is {text!r:.200}"
         )
 
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (self.text,)  # from process to process: an error is made of its message by default
+
 
 class NonFiniteError(RagKVError, ArithmeticError):
     """The model computed NaN or infinite logits: most often it overflows in its dtype."""
@@ -116,6 +119,30 @@ class RetrievalError(RagKVError, ValueError):
 
 class MissingPackageError(RagKVError, ImportError):
     """An optional package is not installed: the message names the command that installs it."""
+
+
+class OfOneProcess:
+    """What holds threads, locks or open files, which no copy and no other process can have.
+
+    Args:
+        instead: of the class: what to do where one is needed elsewhere.
+    """
+
+    _instead = ""
+
+    def __init_subclass__(cls, instead: str = "", **options: Any):
+        super().__init_subclass__(**options)
+        cls._instead = instead or cls._instead
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ArgumentTypeError(
+            f"{type(self).__name__} cannot be pickled or deep-copied, for it holds what belongs to this process: {self._instead}"
+        )
 
 
 def instance(name: str, value: Any, kinds: type | UnionType, must: str) -> None:

@@ -188,6 +188,7 @@ def _take_document(
 ) -> None:
     merged = catalogue.merge(archived, replace_other=replace)
     tier.remove([*merged.unused, *tier.computed_of(merged.unused)])
+    catalogue.dropped(merged.unused)
     if merged.kept:
         done.kept.append(archived.document.source)
     elif merged.there:

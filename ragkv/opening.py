@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentError
+from ragkv.errors import ArgumentError, instance
 from ragkv.folder.filesystem import has_data
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
 from ragkv.publishing import pool_to_follow, published_defaults
@@ -46,6 +47,7 @@ def settled(given: Mapping[str, Any], own: Set[str], kept: Mapping[str, Any]) ->
         own: the names of those that are not the model's.
         kept: what the folder keeps.
     """
+    instance("model", given["model"], str | os.PathLike | None, "the name or path of a model")
     model, rest = gguf_apart(given["model"], dict(given))
     given = {**rest, "model": model}
     options = with_kept(given, kept)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Lock
 
-from ragkv.errors import ConversationError
+from ragkv.errors import ConversationError, OfOneProcess
 from ragkv.model.cache import FusedCache
 
 
@@ -32,15 +32,17 @@ class Line:
                 "an answer is being made behind this turn: a conversation is gone on with by one caller at a time. Wait for it, or "
                 "end or close() its stream"
             )
-        self._stop = stop or Event()
         try:
+            self._stop = stop or Event()
             yield
         finally:
             self._lock.release()
 
 
 @dataclass(frozen=True, eq=False)
-class Past:
+class Past(
+    OfOneProcess, instead="leave it out, dataclasses.replace(answer, past=None), and go on from it where its engine is"
+):
     """A prompt and its answer, to be gone on from. It holds its whole cache in memory as long as it is held.
 
     Attributes:

@@ -22,7 +22,7 @@ from ragkv.methods import Method
 from ragkv.model.steps import Meeting
 from ragkv.past import Line, Past
 from ragkv.report import FusedPrompt
-from ragkv.request import Plan, Request, Room, documents_behind
+from ragkv.request import Plan, Request, Room, documents_behind, most, room_behind
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.scheduling.ticket import Ticket
 
@@ -30,6 +30,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 # How often a prompt begins anew because the model was changed meanwhile.
 _TRIES = 3
+# What transformers' beam search takes for each beam and token of the vocabulary: about four rows of scores in fp32.
+_SCORED_BYTES = 16
 
 
 class Prompting:
@@ -61,10 +63,14 @@ class Prompting:
         Raises:
             PromptTooLongError: it is too long by itself.
         """
-        limit = self.documents.reader.decoder.max_positions
-        if limit is not None and isinstance(text, str) and len(text) > limit and request.past is None:
+        limit, _ = most(self.documents, request.most_tokens)
+        if limit is None or not isinstance(text, str) or len(text) <= limit:
+            return
+        if request.past is None:
             with ExitStack() as stack:
                 Plan.of(self.documents, request, room, perf_counter(), stack)
+        else:
+            room_behind(self.documents, len(self.documents.encoder.ids(text)), None, request.most_tokens)
 
     def prompt(self, request: Request, room: Room, begin: float, stack: ExitStack, copies: int = 1) -> FusedPrompt:
         """A prompt whose keys and values are ready.
@@ -157,6 +163,9 @@ class Prompting:
         decoder, store = documents.reader.decoder, documents.store
         token_bytes = sum(spec.token_bytes for spec in decoder.specs)
         needs = copies * token_bytes * (layout.tokens + plan.room_tokens)
+        if copies > 1:
+            needs += copies * decoder.vocab_size * _SCORED_BYTES
+        begun = request.begun is not None and request.begun.outcome  # "dropped", until it is taken
 
         def stored() -> int:
             tiers = Places(documents, layout, [documents.key(placed.chunk) for placed in layout.chunks]).tiers
@@ -171,6 +180,7 @@ class Prompting:
             layout.tokens - layout.held,
             needs_bytes=needs,
             answer_bytes=needs - token_bytes * layout.tokens,
+            held_bytes=token_bytes * (layout.tokens if begun else layout.held),
             device=decoder.device,
             priority=request.priority,
             deadline_s=request.deadline_s,

@@ -117,6 +117,7 @@ def follow(retriever: Retriever, documents: Documents) -> Followed:
         done = catalogue.follow(namespace, before.id, found.head.id, present, changed)
         if done is not None:
             documents.drop(done.unused)
+            catalogue.dropped(done.unused)
             return Followed(len(present), done.taken, done.removed, done.kept)
     raise PublicationError(f"{catalogue.path} follows in another process at the same time, again and again")
 

@@ -18,7 +18,7 @@ from ragkv.calibration.folder import calibrate_folder
 from ragkv.chunk import Chunk
 from ragkv.corpus import Corpus
 from ragkv.engine import Engine
-from ragkv.errors import RagKVError, instance
+from ragkv.errors import OfOneProcess, RagKVError, instance
 from ragkv.finding import SourcedAnswer
 from ragkv.gate import Gate
 from ragkv.kernels import Impl
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class RAG(Corpus):
+class RAG(Corpus, OfOneProcess, instead="open its folder where it is needed, ragkv.RAG.open(path)"):
     """Answers questions over documents: finds passages, takes their KV from the store, decodes.
 
     Documents, vectors and KV live in one folder and survive a restart. What a crash or an eviction took from the KV is read again
@@ -323,8 +323,11 @@ class RAG(Corpus):
         """
         self.engine.closing.set()
         with ExitStack() as rest:  # whatever of it fails, the others are closed
-            for held in (self.engine, self.retriever, self.finder, self._asking, self.threads):
+            for held in (self.engine, self.retriever, self.finder):
                 rest.callback(held.close)
+            rest.callback(self.engine.settle)  # what is stored now is looked up among the documents
+            rest.callback(self._asking.close)
+            rest.callback(self.threads.close)
 
     def __enter__(self) -> RAG:
         return self

@@ -161,6 +161,10 @@ class FusionReport:
         return {**plain, "chunks": chunks, "recomputed": self.recomputed, "milliseconds": self.milliseconds}
 
 
+def _unheard(tokens: int) -> None:
+    """Nobody counts an answer's tokens."""
+
+
 @dataclass
 class FusedPrompt:
     """A prompt whose keys and values are ready. N tokens, vocabulary V.
@@ -185,7 +189,10 @@ class FusedPrompt:
     next_position: int
     fingerprint: str
     past: Past | None = None
-    spoken: Callable[[int], object] = lambda tokens: None
+    spoken: Callable[[int], object] = _unheard
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"spoken": _unheard}  # no copy stands in a line
 
 
 @dataclass(frozen=True)

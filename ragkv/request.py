@@ -141,7 +141,7 @@ class Plan:
         starts = None if request.starts is None else several(request.starts, "starts")
         device = documents.reader.decoder.device
         layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, begins, held)
-        tokens = _room(documents, layout.end, room(layout.end), request.most_tokens)
+        tokens = room_behind(documents, layout.end, room(layout.end), request.most_tokens)
         turns = () if past is None else stack.enter_context(past.going_on(request.stop))
         return cls(request, documents, layout, tokens, begin, begins, turns)
 
@@ -167,21 +167,28 @@ def _chunks(documents: Documents, given: Sequence[Chunk | Text]) -> list[Chunk]:
     return known
 
 
-def _room(documents: Documents, tokens: int, wanted: int | None, most_tokens: int | None) -> int:
+def most(documents: Documents, most_tokens: int | None) -> tuple[int | None, str]:
+    """The most tokens of a prompt and its answer, and what says so; ``None`` where nothing does."""
+    positions = documents.reader.decoder.max_positions
+    if most_tokens is not None and (positions is None or most_tokens < positions):
+        return most_tokens, f"context_tokens={most_tokens}"
+    return positions, f"the model's {positions} positions"
+
+
+def room_behind(documents: Documents, tokens: int, wanted: int | None, most_tokens: int | None) -> int:
     """Room for an answer; its last token takes no position, for the model never runs it."""
-    limits = [limit for limit in (documents.reader.decoder.max_positions, most_tokens) if limit is not None]
-    limit = min(limits, default=None)
+    limit, whose = most(documents, most_tokens)
     if limit is not None and tokens > limit:
         raise PromptTooLongError(
-            f"the prompt has {tokens} tokens, {tokens - limit} more than the model's {limit} positions: give fewer or shorter "
-            "chunks, or a shorter question"
+            f"the prompt has {tokens} tokens, {tokens - limit} more than {whose}: give fewer or shorter chunks, or a shorter "
+            "question"
         )
     left = None if limit is None else limit + 1 - tokens
     if left is None or (wanted is not None and wanted <= left):
         return DEFAULT_NEW_TOKENS if wanted is None else wanted
     if wanted is not None:
         raise PromptTooLongError(
-            f"the prompt's {tokens} tokens leave room for {left} more in the model's {limit} positions, and {wanted} were asked "
-            "for: give fewer or shorter chunks, or ask for a shorter answer"
+            f"the prompt's {tokens} tokens leave room for {left} more in {whose}, and {wanted} were asked for: give fewer or "
+            "shorter chunks, or ask for a shorter answer"
         )
     return min(DEFAULT_NEW_TOKENS, left)

@@ -13,7 +13,14 @@ from typing import Any
 from ragkv.answering import Answering, AnswerStream, Made
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentTypeError, ConversationError, ModelChangedError, PromptTooLongError, whole_number
+from ragkv.errors import (
+    ArgumentTypeError,
+    ConversationError,
+    ModelChangedError,
+    OfOneProcess,
+    PromptTooLongError,
+    whole_number,
+)
 from ragkv.finding import Finder, Found, SourcedAnswer, streamed
 from ragkv.library.documents import Documents
 from ragkv.library.watching import Progress, told_of_hits
@@ -68,7 +75,7 @@ class _Next:
         self.answering: Answering
 
 
-class Session:
+class Session(OfOneProcess, instead="keep its messages, and ask with RAG.ask(messages=[...]) where it is needed"):
     """A conversation over a :class:`~ragkv.RAG`'s documents, for one caller at a time; made by :meth:`RAG.session`.
 
     Prompt and answers of all turns lie in one cache, which lives as long as the session: its KV are not computed again, and a

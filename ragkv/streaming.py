@@ -6,11 +6,12 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ragkv.answering import AnswerStream
-from ragkv.errors import CLOSED, RagKVError, whole_number
+from ragkv.errors import CLOSED, OfOneProcess, RagKVError, whole_number
 from ragkv.logprobs import TokenLogprob
 from ragkv.model.generation import Stop
 from ragkv.report import AnswerReport
@@ -39,11 +40,13 @@ class Threads:
         self.pool().shutdown(cancel_futures=True)
 
 
-class AsyncAnswerStream(AsyncIterator[str], Generic[Found]):
+class AsyncAnswerStream(
+    AsyncIterator[str], OfOneProcess, Generic[Found], instead="read it where it was begun, and hand on its text"
+):
     """A generated answer, piece by piece; the pieces joined are its text.
 
-    Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, :meth:`aclose`) stops the
-    model: before the prompt is begun, or behind the token at hand.
+    Whoever stops listening (a task that is cancelled, a connection that is closed, a loop that is left, an event loop that is
+    closed, :meth:`aclose`) stops the model: before the prompt is begun, or behind the token at hand.
 
     Args:
         start: begins the answer.
@@ -62,6 +65,9 @@ class AsyncAnswerStream(AsyncIterator[str], Generic[Found]):
         self._making = _Making(start, executor, ended, options)
         # Nothing but this object holds the pieces, and they do not hold it: where nobody has it any more, asyncio closes them.
         self._pieces, self._awaited = self._making.pieces(), False
+
+    def __del__(self) -> None:
+        self._making.stop.set()  # now: asyncio closes the pieces when it comes to it
 
     @property
     def sources(self) -> list[Found]:
@@ -132,13 +138,11 @@ class _Making(Generic[Found]):
 
     async def pieces(self) -> AsyncGenerator[str]:
         """The pieces as they come; ``ended`` is called behind the last one, if somebody listened to the end."""
-        loop = asyncio.get_running_loop()
+        loop = self.stop.loop = asyncio.get_running_loop()
 
         def say(piece: str | None) -> None:
-            try:
+            with suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(self.queue.put_nowait, piece)
-            except RuntimeError:  # the loop was closed meanwhile
-                self.stop.set()
 
         working = _submitted(self._executor, lambda: self._work(say))
         working.add_done_callback(lambda _: say(None))  # also where it is cancelled before it begins
@@ -175,7 +179,7 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         ask: takes ``stopping_criteria``, as ``model.generate`` does.
         **options: for it.
     """
-    stop = Stop()
+    stop = Stop(asyncio.get_running_loop())
     working = _submitted(executor, partial(ask, **stop.among(options)))
     try:
         return await _given(working)

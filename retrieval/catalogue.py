@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, checked_namespace, instance
+from ragkv.errors import DocumentError, OfOneProcess, checked_namespace, instance
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import checked_vectors, merged, put_readings, renamed, replaced
+from ragkv.retrieval.changes import checked_vectors, merged, noted_unused, put_readings, renamed, replaced
 from ragkv.retrieval.folder import CatalogueFolder
 from ragkv.retrieval.following import Following, Seen, seen, taken_over
 from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Passage, Reading
@@ -20,7 +20,7 @@ from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import Embed, problems, repaired
 
 
-class Catalogue(CatalogueFolder):
+class Catalogue(CatalogueFolder, OfOneProcess, instead="open its folder where it is needed, Catalogue(path)"):
     """Which documents there are, their passages in order, and the passages' vectors.
 
     A change is kept whole or not at all, also when the process is killed in the middle of it, and it is on the disk
@@ -156,7 +156,20 @@ class Catalogue(CatalogueFolder):
             for document, reading in readings:
                 if view.get(document.source, document.namespace) == document:
                     unused |= put_readings(txn, document.key, [reading])
-            return {key for key in unused if not view.names(key)}
+            return set(noted_unused(txn, unused))
+
+    def unused(self) -> list[bytes]:
+        """Keys of KV that nothing names any more, and that are still stored where somebody did not come to remove them."""
+        with self._environment.transaction() as txn:
+            noted = [name.removeprefix(records.UNUSED) for name in txn.keys("meta", records.UNUSED)]
+            return [key for key in noted if not Snapshot(txn).names(key)]
+
+    def dropped(self, keys: Collection[bytes]) -> None:
+        """Keeps that KV are not stored any more, of those that were noted (:meth:`unused`)."""
+        if keys:
+            with self._environment.transaction(write=True) as txn:
+                for key in keys:
+                    txn.delete("meta", records.UNUSED + key)
 
     def rename(
         self, source: str, to: str, reread: Callable[[Reading], Reading | None], namespace: str = ""

@@ -94,7 +94,7 @@ def replaced(
         removed=removed,
         replaced=old is not None,
         first_changed=_first_changed(passages, old_texts),
-        unused=tuple(sorted(key for key in unused if not view.names(key))),
+        unused=noted_unused(txn, unused),
         states=(before, view.state),
     )
 
@@ -151,6 +151,15 @@ def put_readings(txn: Transaction, source_key: bytes, readings: Sequence[Reading
             for name in reading.named:
                 txn.put("kv", name, key)
     return before
+
+
+def noted_unused(txn: Transaction, keys: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Those keys of KV that no reading names any more; that they are still to be removed is noted (:meth:`Catalogue.unused`)."""
+    view = Snapshot(txn)
+    left = tuple(sorted(key for key in keys if not view.names(key)))
+    for key in left:
+        txn.put("meta", records.UNUSED + key, b"1")
+    return left
 
 
 def dropped_readings(txn: Transaction, source_key: bytes, settings: Iterable[str]) -> set[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128
 
-from ragkv.errors import MissingPackageError, RetrievalError, half_a_pair, instance
+from ragkv.errors import MissingPackageError, OfOneProcess, RetrievalError, half_a_pair, instance
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -47,7 +47,9 @@ class Embedder(Protocol):
         ...
 
 
-class SentenceTransformerEmbedder:
+class SentenceTransformerEmbedder(
+    OfOneProcess, instead="make one where it is needed, by the name or folder of its model"
+):
     """Any sentence-transformers model, with its own prompts for documents and for queries.
 
     A text longer than the model's positions is never cut off silently: it is halved at a space until its parts fit,

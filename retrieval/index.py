@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_128
 
-from ragkv.errors import MissingPackageError, RecordError, RetrievalError
+from ragkv.errors import MissingPackageError, OfOneProcess, RecordError, RetrievalError
 from ragkv.retrieval.arrays import ArrayFile, write_arrays
 
 _FORMAT = "ragkv.index/1"
@@ -70,7 +70,7 @@ class VectorIndex(Protocol):
         ...
 
 
-class FaissIndex:
+class FaissIndex(OfOneProcess, instead="a retriever fills another one from its catalogue"):
     """Exact search over all vectors (faiss ``IndexFlatIP``): right up to about a million passages.
 
     Args:

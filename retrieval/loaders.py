@@ -170,6 +170,8 @@ def listed_paths(paths: Any) -> list[str | os.PathLike[str]]:
     for path in listed:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise DocumentError(f"paths must be paths of files and folders, each a str or a path; got {path!r:.80}")
+        if "\0" in os.fspath(path):
+            raise DocumentError(f"a path with a zero in it is no name of a file: {path!r:.80}")
     return listed
 
 

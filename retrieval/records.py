@@ -20,6 +20,9 @@ UNDIVIDED = b"undivided"
 #: In ``meta``: before what names a document that came from a publication (:func:`came_key`), and before a publication's namespace.
 CAME, FOLLOWED = b"came ", b"followed "
 
+#: In ``meta``: before the key of KV that no reading names any more, and that may still be stored.
+UNUSED = b"unused "
+
 # In the number of a reading's keys: the passages that it is behind follow them.
 _BEHIND = 1 << 31
 

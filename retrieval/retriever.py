@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ragkv.errors import (
     DocumentError,
+    OfOneProcess,
     RagKVError,
     RetrievalError,
     checked_namespace,
@@ -42,7 +43,7 @@ _LOG = logging.getLogger("ragkv.retrieval")
 _EMBEDDER = "a ragkv.retrieval.Embedder, as SentenceTransformerEmbedder('name or path')"
 
 
-class Retriever:
+class Retriever(OfOneProcess, instead="open its folder where it is needed, Retriever.open(path)"):
     """Finds passages by meaning. The catalogue is the truth; the index is a copy that follows it.
 
     When it is made, the index is read from the file beside the catalogue if that is whole and of the catalogue's

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_64_intdigest
 
-from ragkv.errors import RecordError, RetrievalError
+from ragkv.errors import OfOneProcess, RecordError, RetrievalError
 from ragkv.retrieval.arrays import ArrayFile, write_arrays
 from ragkv.retrieval.index import FaissIndex, faiss_here, read_whole, write_whole
 
@@ -34,7 +34,7 @@ _SMALL: dict[str, type[np.generic]] = {"ids": np.int64, "starts": np.int64, "cen
 _UNUSED_AFTER_S = 3600
 
 
-class SegmentedIndex:
+class SegmentedIndex(OfOneProcess, instead="a retriever fills another one from its catalogue"):
     """Exact up to ``segment`` vectors; whenever there are more, they go to a file, of which a search reads the nearest clusters.
 
     Clusters are k-means cells (an inverted file, IVF, with whole vectors); 1/16 of a file's vectors are compared, so that some of

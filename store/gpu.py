@@ -40,7 +40,13 @@ class GpuTier(MemoryTier):
         held: Container[bytes],
         lock: threading.RLock,
     ) -> None:
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            kind = torch.device(device).type
+        except (RuntimeError, TypeError) as error:
+            raise StoreError(
+                f"there is no device {device!r} for gpu_bytes: {str(error).splitlines()[0]:.80}"
+            ) from error
+        if kind == "cuda" and not torch.cuda.is_available():
             raise StoreError("gpu_bytes needs a GPU that torch can use: set gpu_bytes=0 to do without")
         super().__init__(budget_bytes, policy, held, lock, selective=True)
         self._device = device

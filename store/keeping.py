@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
 from ragkv.errors import StoreError
+from ragkv.store.keys import checked_keys
 from ragkv.store.tiers import Tiers
 
 
@@ -56,7 +57,7 @@ class Keeping(ABC):
         home = self._open.home
         if not isinstance(lifetime_s, int | float) or not lifetime_s > 0:
             raise StoreError(f"a pin lasts more than 0 seconds, got {lifetime_s}")
-        return home.pin(list(keys), lifetime_s)
+        return home.pin(checked_keys(keys), lifetime_s)
 
     def unpin(self, key: bytes) -> bool:
         """Ends a pin; whether the chunk is stored."""
@@ -64,7 +65,7 @@ class Keeping(ABC):
 
     def unpin_many(self, keys: Iterable[bytes]) -> int:
         """Ends pins, on disk in one transaction; how many of the chunks are stored."""
-        return self._open.home.pin(list(keys), 0.0)
+        return self._open.home.pin(checked_keys(keys), 0.0)
 
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's chunks may take on disk (in memory without one); None for no bound. Durable.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from ragkv.chunk import digest
+from ragkv.errors import instance
 
 
 def chunk_key(space: str, ids: Sequence[int], context: bytes, namespace: str = "") -> bytes:
@@ -25,6 +26,18 @@ def chunk_key(space: str, ids: Sequence[int], context: bytes, namespace: str = "
         OverflowError: an id is negative or does not fit into 32 bits.
     """
     return digest("ragkv chunk 1", space, namespace, ids, context)
+
+
+def checked_keys(keys: Iterable[bytes]) -> list[bytes]:
+    """Keys, as a list.
+
+    Raises:
+        ArgumentTypeError: something else is among them.
+    """
+    listed = list(keys)
+    for key in listed:
+        instance("a key", key, bytes, "bytes, as chunk_key makes them")
+    return listed
 
 
 #: What the keys of KV that prompts computed begin with.

@@ -14,12 +14,13 @@ from time import perf_counter
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import RecordError, StoreError, instance
+from ragkv.errors import OfOneProcess, RecordError, StoreError, instance
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
 from ragkv.store.gpu import GpuTier
 from ragkv.store.keeping import Keeping
+from ragkv.store.keys import checked_keys
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
@@ -33,7 +34,7 @@ from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
 
 
-class TieredStore(Keeping):
+class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is needed, ragkv.TieredStore(path)"):
     """KV of chunks in CPU memory and, with a path, on disk. Safe for several threads and processes.
 
     What is put is written through to disk at once; memory keeps what the policy holds most valuable. Both tiers keep
@@ -84,6 +85,10 @@ class TieredStore(Keeping):
         budgets = (gpu_bytes, cpu_bytes, disk_bytes)
         if not all(isinstance(budget, int | float) and budget >= 0 for budget in budgets):
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes!r}, cpu {cpu_bytes!r}, disk {disk_bytes!r}")
+        instance("path", path, str | os.PathLike | None, "the path of a folder, or None")
+        if path is not None and "\0" in os.fspath(path):
+            raise StoreError(f"path must be the path of a folder, got {path!r}")
+        instance("tiers", tiers, Sequence, "a list of further tiers")
         self.path: Path | None = None if path is None or not disk_bytes else Path(path)
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
@@ -204,7 +209,7 @@ class TieredStore(Keeping):
             moved: what :meth:`prefetch` was given for these chunks: they are counted as hits of where they were.
             asking: how it is asked for what comes over a network; by default whoever reads has time.
         """
-        return self._open.read(keys, moved or {}, asking or Asking())
+        return self._open.read(checked_keys(keys), moved or {}, asking or Asking())
 
     def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
@@ -216,7 +221,7 @@ class TieredStore(Keeping):
         Returns:
             A future of the bytes read; nobody needs to wait for it.
         """
-        return self._open.prefetch(list(keys), {} if moved is None else moved)
+        return self._open.prefetch(checked_keys(keys), {} if moved is None else moved)
 
     @property
     def uses_costs(self) -> bool:
@@ -229,7 +234,7 @@ class TieredStore(Keeping):
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored in no tier, each once and in order. Does not count as a use."""
-        return self._open.missing(keys)
+        return self._open.missing(checked_keys(keys))
 
     def where(self, keys: Iterable[bytes], limit_s: float = math.inf) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; missing ones are not named. Does not count as a use.
@@ -238,7 +243,7 @@ class TieredStore(Keeping):
             keys: may be unknown.
             limit_s: so much longer than lately is waited for a shared pool: what it has not denied by then counts as there.
         """
-        return self._open.where(keys, limit_s)
+        return self._open.where(checked_keys(keys), limit_s)
 
     def loading(self) -> dict[str, Loading]:
         """How fast chunks came lately from tiers behind, such as a pool, by name."""
@@ -248,7 +253,7 @@ class TieredStore(Keeping):
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
         rows, sizes = self._open.rows, Counter[str]()
-        for key in dict.fromkeys(keys):
+        for key in dict.fromkeys(checked_keys(keys)):
             sizes.update({tier: row.usage.size_bytes for tier, row in rows(key).items()})
         return dict(sizes)
 
@@ -281,7 +286,7 @@ class TieredStore(Keeping):
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
-        return self._open.remove_many(keys, facts)
+        return self._open.remove_many(checked_keys(keys), facts)
 
     def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
         """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""

@@ -79,6 +79,74 @@ def test_a_document_has_parts_and_stops_are_texts(model):
     refused(engine.generate, ["One passage."], "what?", stop=3, match="stop must be a text")
 
 
+def test_knobs_of_methods_and_policies_are_numbers():
+    for made in (
+        *(lambda k=k: ragkv.LegoLink(k=k) for k in ("x", 1.5, True, -1)),
+        *(lambda layer=layer: CacheBlend(check_layer=layer) for layer in ("x", 1.5, 0)),
+        *(lambda layer=layer: ragkv.Oracle(layer=layer) for layer in ("x", 1.5, 0)),
+        *(lambda threshold=threshold: CacheBlend(threshold=threshold) for threshold in ("x", float("nan"), -1)),
+    ):
+        refused(made, match="must be")
+    refused(ragkv.Fair, 3, match="shares must be")
+    for shares in ({"a": "x"}, {"a": 0}, {"a": float("nan")}):
+        refused(ragkv.Fair, shares, match="shares: that of 'a' must be")
+    for name in ("reused", "computed", "output", "slack"):
+        refused(ragkv.Fair, **{name: "x"}, match=f"{name} must be")
+        refused(ragkv.Fair, **{name: float("nan")}, match=f"{name} must be")
+
+
+def test_a_store_has_a_folder_and_keys(tmp_path):
+    refused(TieredStore, 3, match="path must be the path of a folder")
+    refused(TieredStore, "a\0b", match="path must be the path of a folder")
+    refused(TieredStore, tiers=3, match="tiers must be a list")
+    refused(TieredStore, gpu_bytes=10, device="nope", match="no device 'nope'")
+    with TieredStore(tmp_path) as disk, TieredStore() as memory:
+        for store in (disk, memory):
+            for key in (None, 3, "key"):
+                for name in ("get", "contains", "remove", "pin", "unpin"):
+                    refused(getattr(store, name), key, match="a key must be bytes")
+                for name in ("read", "missing", "where", "sizes", "prefetch", "remove_many", "pin_many", "unpin_many"):
+                    refused(getattr(store, name), [key], match="a key must be bytes")
+
+
+def test_a_model_has_a_name_and_a_place(tmp_path):
+    refused(RAG.from_pretrained, 3, match="model must be the name or path")
+    refused(RAG.from_pretrained, "bundled", device="nope", match="no device 'nope'")
+    refused(RAG.from_pretrained, "bundled", dtype="x", match="no dtype 'x'")
+    refused(RAG.from_pretrained, tmp_path, match="there is no config.json in this folder")
+    (tmp_path / "config.json").write_text("{}")
+    refused(RAG.from_pretrained, tmp_path, match="the model .* cannot be loaded")
+
+
+def test_a_name_with_a_zero_is_no_file(rag):
+    for path in ("a\0b", ["a\0b"]):
+        refused(rag.add_files, path, match="no name of a file")
+    refused(rag.sync, "a\0b", match="no folder that is there")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2, "length_penalty": "x"},
+        {"guidance_scale": "x"},
+        {"repetition_penalty": "x"},
+        {"watermarking_config": 3},
+        {"bad_words_ids": [[10**6]]},
+        {"sequence_bias": {(10**6,): 1.0}},
+        {"sequence_bias": [[[10**6], 1.0]]},
+        {"sequence_bias": 3},
+        {"forced_eos_token_id": 10**6},
+        {"forced_bos_token_id": -1},
+        {"max_time": float("nan")},
+    ],
+    ids=str,
+)
+def test_generation_arguments_are_looked_at_before_the_prompt_is_computed(model, options):
+    engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
+    refused(engine.generate, [[5]], [7], **options, match=list(options)[-1])
+    assert not engine.stats().forwards
+
+
 def test_numbers_are_numbers(tmp_path):
     for method, name, wrong in (
         (CacheBlend, "ratio", ("x", None)),

@@ -24,11 +24,12 @@ def run(bench: Bench) -> None:
         rows = scattered(bench, keys * 15 // 100, keys)
         q, k, v = (bench.random(heads, n, DIM) for heads, n in ((HEADS, len(rows)), (KV_HEADS, keys), (KV_HEADS, keys)))
         flops, spans = 4 * DIM * HEADS * int((rows + 1).sum()), key_spans(rows)
-        row = {"benchmark": "attention", "keys": keys}
+        row: dict[str, Any] = {"benchmark": "attention", "keys": keys}
         call = lambda q=q, k=k, v=v, s=spans: selective_attention(q, k, v, s, impl=bench.impl)  # noqa: E731
         bench.timed(call, flops=flops, what="selective", queries=len(rows), **row)
         mask = (torch.arange(keys, device=bench.device) <= rows[:, None])[None, None]
-        bench.timed(lambda q=q, k=k, v=v, m=mask: _masked(q, k, v, m), flops=flops, what="sdpa with a mask", **row)
+        masked = lambda q=q, k=k, v=v, m=mask: _masked(q, k, v, m)  # noqa: E731
+        bench.timed(masked, flops=flops, what="sdpa with a mask", **row)
         del mask
         _dense(bench, flops, row)
         few = scattered(bench, 32 if not bench.tiny else 8, keys)
@@ -37,9 +38,9 @@ def run(bench: Bench) -> None:
         call = lambda q=q, k=k, v=v, s=spans: selective_attention(q[:, : len(s)], k, v, s, impl=bench.impl)  # noqa: E731
         bench.timed(call, flops=flops, what="selective, few", queries=len(few), **row)
         spans = key_spans(torch.arange(keys - 8, keys, device=bench.device))
-        call = lambda q=q, k=k, s=spans: question_scores(q[:, -8:], k, s, impl=bench.impl)  # noqa: E731
+        scores = lambda q=q, k=k, s=spans: question_scores(q[:, -8:], k, s, impl=bench.impl)  # noqa: E731
         read = 2 * k.numel() * k.element_size()  # keys are read twice
-        bench.timed(call, size=read, benchmark="question_scores", keys=keys, queries=8)
+        bench.timed(scores, size=read, benchmark="question_scores", keys=keys, queries=8)
 
 
 def scattered(bench: Bench, queries: int, keys: int) -> torch.Tensor:
@@ -58,7 +59,7 @@ def _dense(bench: Bench, flops: int, row: dict[str, Any]) -> None:
         bench.timed(call, flops=2 * DIM * HEADS * side * side, what="dense causal", side=side, **row)
 
 
-def _masked(q, k, v, mask):
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """As transformers calls it: keys and values repeated for every query head."""
     k, v = k.repeat_interleave(HEADS // KV_HEADS, 0), v.repeat_interleave(HEADS // KV_HEADS, 0)
     return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)

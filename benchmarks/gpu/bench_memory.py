@@ -6,6 +6,7 @@ Targets: place 0.85 of it for bf16 and int8 at 16K tokens, deviation 0.8.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from measure import Bench
@@ -65,8 +66,8 @@ def _pieces(bench: Bench, kind: str, tokens: int, chunk: int) -> tuple[list[Piec
             for start in range(0, tokens, chunk):
                 stored, taken = _stored(bench, kind, chunk, side)
                 rows = slice(start, start + chunk)
-                tables = tuple(None if table is None else table[rows] for table in turn)
-                pieces.append(Piece(out[:, rows], stored, *tables))
+                of_cos, of_sin = (None if table is None else table[rows] for table in turn)
+                pieces.append(Piece(out[:, rows], stored, of_cos, of_sin))
                 size += taken
     return pieces, size
 
@@ -87,7 +88,7 @@ def _at_once(bench: Bench, tokens: int, chunk: int) -> None:
     _timed(bench, lambda: place_layers(out, runs, impl=bench.impl), "place layers at once", tokens, size)
 
 
-def _stored(bench: Bench, kind: str, tokens: int, side: str) -> tuple[Stored, int]:
+def _stored(bench: Bench, kind: Any, tokens: int, side: Any) -> tuple[Stored, int]:
     numbers = bench.random(HEADS, tokens, DIM)
     if kind == "bf16":
         return Stored.raw(numbers), numbers.numel() * numbers.element_size()

@@ -155,6 +155,6 @@ def _decode(bench: Bench, model: PreTrainedModel, prompt: ragkv.FusedPrompt, tok
     plain = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
     token = torch.tensor([[5]], device=bench.device)
     for name, kept in (("ragkv", cache), ("transformers", plain)):
-        seconds = bench.wall(lambda kept=kept: model(input_ids=token, past_key_values=kept))
+        seconds = bench.wall(lambda kept=kept: model(input_ids=token, past_key_values=kept))  # type: ignore[misc]
         rate = 1 / statistics.median(seconds)
         bench.write(benchmark="decode", cache=name, tokens=tokens, tier=tier, seconds=seconds, tokens_per_s=rate)

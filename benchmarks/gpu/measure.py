@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import ragkv
+from ragkv.kernels import Impl
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Bench:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
-    def impl(self) -> str:
+    def impl(self) -> Impl:
         """What is measured: the Triton version, or under ``tiny`` on a CPU the reference."""
         return "triton" if self.device.type == "cuda" else "reference"
 

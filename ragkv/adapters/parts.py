@@ -15,8 +15,10 @@ from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError
 from ragkv.messages import Question
+from ragkv.model.generation import Settings
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
+from ragkv.request import Request, scheduling
 from ragkv.retrieval import Change, Document, Hit, Retrieval, TokenChunker
 from ragkv.streaming import AsyncAnswerStream, Threads
 
@@ -111,6 +113,28 @@ def remove(rag: RAG, source: str) -> Change | None:
         with suppress(DocumentError):  # somebody else has removed it
             return rag.remove(source)
     return None
+
+
+def check(engine: Engine, question: str, options: Mapping[str, Any]) -> None:
+    """Look at a question and its options before its passages are looked for, as :meth:`ragkv.RAG.ask` does.
+
+    Args:
+        engine: answers.
+        question: with nothing in front of it.
+        options: of :meth:`ragkv.Engine.generate`.
+
+    Raises:
+        As :meth:`ragkv.Engine.generate`, as far as it hangs on no passage; PromptTooLongError: the question is too long by itself.
+    """
+    generation = dict(options)
+    method, _ = generation.pop("method", None), generation.pop("stop", ())
+    named: dict[str, Any] = {
+        name: generation.pop(name) for name in ("system", "namespace", "slots", "past") if name in generation
+    }
+    named |= {"keep": generation.pop("keep_past", False), **scheduling(generation)}
+    request = Request((), question, engine.method_of(method), **named)
+    settings = Settings(engine.documents.steps.decoder, engine.tokenizer, generation)
+    engine.prompting.check(request, question, settings.asked)
 
 
 def streamed(

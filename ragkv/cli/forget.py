@@ -43,16 +43,17 @@ def run(args: argparse.Namespace) -> int:
 
     def forgotten() -> None:
         with Catalogue(path / "documents") as catalogue:
-            unused = [key for name in names for key in catalogue.remove(name, namespace).unused]
-        # Whoever asked in between may have stored some of it again.
-        if has_data(path / "kv"):
-            unused += computed_of(path / "kv", unused)
-        if pool is not None:
-            with TieredStore(path / "kv", cpu_bytes=0, remote=pool) as store:
-                store.remove_many(unused)
-                sent(store)
-        elif has_data(path / "kv"):
-            remove(path / "kv", unused)
+            for name in names:
+                catalogue.remove(name, namespace)
+            unused = catalogue.unused()  # whoever asked in between may have stored some of it again
+            computed = computed_of(path / "kv", unused) if has_data(path / "kv") else []
+            if pool is not None:
+                with TieredStore(path / "kv", cpu_bytes=0, remote=pool) as store:
+                    store.remove_many([*unused, *computed])
+                    sent(store)
+            elif has_data(path / "kv"):
+                remove(path / "kv", [*unused, *computed])
+            catalogue.dropped(unused)
 
     if not args.json:
         docs.table(found[name] for name in names)

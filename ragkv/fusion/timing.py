@@ -95,6 +95,14 @@ class Timer:
             self._read = {**spent, "total": total}
         return dict(self._read)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_clock": HostClock(),
+            "_marks": [],
+            "_read": self.milliseconds(),
+        }  # no event leaves its device
+
     def _enter(self, name: str) -> None:
         self._read = None
         self._marks.append((self._clock.mark(), name))

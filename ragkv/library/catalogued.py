@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,9 +103,9 @@ class CataloguedDocuments:
             if plan is not None:  # from KV of the version before
                 tokens = repair(documents, plan)
                 if tokens is None:
-                    self._catalogue.keep([(change.document, self.reading(document))])
+                    self.drop(self._catalogue.keep([(change.document, self.reading(document))]))
         finally:
-            documents.drop(change.unused)
+            self.drop(change.unused)
         if tokens is None:
             tokens = documents.add(list(filter(documents.fits, document))) if read else 0
         return change, tokens
@@ -131,13 +131,27 @@ class CataloguedDocuments:
         """
         change = self.retriever.remove(source, self.documents.namespace)
         try:
-            self.documents.drop(change.unused)
+            self.drop(change.unused)
         except StoreError as error:
-            said = (
-                f"{source} is removed, but its KV are still stored: {error}; 'ragkv prune --orphans' removes them later"
-            )
+            said = f"{source} is removed, but its KV are still stored: {error}; they go when the folder is opened again"
             raise type(error)(said) from error
         return change
+
+    def drop(self, unused: Iterable[bytes]) -> None:
+        """Remove KV that no document's reading names any more. That they were to go is noted until they are gone."""
+        keys = list(unused)
+        if keys:
+            self.documents.drop(keys)
+            self._catalogue.dropped(keys)
+
+    def finish(self) -> None:
+        """Remove the KV that somebody did not come to remove, who was killed or had no room to."""
+        if self._catalogue.readonly:
+            return
+        try:
+            self.drop(self._catalogue.unused())
+        except StoreError as error:
+            logger.warning("KV of documents that were removed are still stored: %s", str(error))
 
     def reading(self, document: ChunkedDocument) -> Reading:
         """What the catalogue keeps of a document."""
@@ -197,7 +211,7 @@ class CataloguedDocuments:
             if listed is None:
                 return
             document = ChunkedDocument.from_bytes(self.read(view, listed).record).read_behind(fronts, behind)
-        self.documents.drop(self._catalogue.keep([(listed, self.reading(document))]))
+        self.drop(self._catalogue.keep([(listed, self.reading(document))]))
 
     def keep_made(self) -> None:
         """Keeps what had to be found out, in one transaction."""

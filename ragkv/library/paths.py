@@ -228,10 +228,14 @@ class Paths:
         """Wait until all that was computed so far is stored; whether it is."""
         return self._background.wait(timeout_s)
 
-    def close(self) -> None:
-        """Close the store, when what was computed is there; what takes long to store is dropped."""
+    def settle(self) -> None:
+        """Wait until what was computed is stored, and drop what takes long. Nothing is kept any more."""
         self._background.wait(_LEAVE_S)
         self._background.close()
+
+    def close(self) -> None:
+        """Close the store, when what was computed is there; what takes long to store is dropped."""
+        self.settle()
         self.store.close()
 
     def _store(self, documents: Keeping, reader: Reader, items: list[Item], chunks: Sequence[Chunk]) -> None:

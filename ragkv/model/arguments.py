@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from ragkv.errors import ArgumentError, UnknownArgumentError, instance
+from ragkv.errors import ArgumentError, ArgumentTypeError, UnknownArgumentError, instance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +100,13 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "streamer": (_Streams, "a transformers streamer"),
     "negative_prompt_ids": (Tensor, "a tensor [1, N]"),
     "negative_prompt_attention_mask": (Tensor, "a tensor [1, N]"),
+    "watermarking_config": (dict | BaseWatermarkingConfig, "a transformers WatermarkingConfig, or a dict of one"),
 }
+_NUMBERS = _names(
+    "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
+    "length_penalty guidance_scale max_time"
+)
+_IDS = ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias")
 # Values at which an argument of those refused asks for nothing, besides None and False.
 _NEUTRAL = {**GenerationConfig._get_default_generation_params(), "cache_implementation": "dynamic"}
 
@@ -147,6 +156,38 @@ def check_own(config: GenerationConfig) -> None:
     for name in _DECISIVE:
         if not _neutral(name, getattr(config, name, None)):
             raise ArgumentError(f"{name} (the model's generation config sets it): {REFUSED[name]}")
+
+
+def check_values(config: GenerationConfig, vocabulary: int) -> None:
+    """Refuse what transformers would find out in the middle of an answer: numbers that are none, ids that the model has not.
+
+    Raises:
+        ArgumentTypeError: no number.
+        ArgumentError: an id that is none of the vocabulary's.
+    """
+    for name in _NUMBERS:
+        value: Any = getattr(config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
+            said = "a number of seconds" if name == "max_time" else "a number"
+            raise ArgumentTypeError(f"{name} must be {said}, got {value!r:.80}")
+    for name in _IDS:
+        value = getattr(config, name, None)
+        if name == "sequence_bias":  # what its form is, transformers looks at
+            value = list(value) if isinstance(value, Mapping) else [pair[:1] for pair in _lists(value)]
+        wrong = [token for token in _flat(value) if not 0 <= token < vocabulary]
+        if wrong:
+            raise ArgumentError(f"{name}: {wrong[0]} is none of the model's {vocabulary} ids")
+
+
+def _flat(value: Any) -> list[int]:
+    """The whole numbers in lists of lists."""
+    if isinstance(value, list | tuple):
+        return [token for part in value for token in _flat(part)]
+    return [value] if isinstance(value, int) else []
+
+
+def _lists(value: Any) -> list[Any]:
+    return [part for part in value if isinstance(part, list | tuple)] if isinstance(value, list | tuple) else []
 
 
 def _neutral(name: str, value: Any) -> bool:

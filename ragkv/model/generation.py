@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from asyncio import AbstractEventLoop
 from collections.abc import Sequence
-from numbers import Real
 from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ragkv.errors import ArgumentError, ArgumentTypeError, NonFiniteError, PromptTooLongError, whole_number
+from ragkv.errors import ArgumentError, NonFiniteError, PromptTooLongError, whole_number
 from ragkv.logprobs import asked_logprobs
-from ragkv.model.arguments import BESIDE, OWN, check, check_own
+from ragkv.model.arguments import BESIDE, OWN, check, check_own, check_values
 from ragkv.model.decoder import Decoder
 from ragkv.model.inspection import non_finite
 from ragkv.model.proposals import Proposer
@@ -32,11 +32,17 @@ class Stop(Event):
 
     Attributes:
         asked_s: ``perf_counter()`` then.
+        loop: the event loop that waits for it, where one does: a closed one does not, and may not have told anybody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loop: AbstractEventLoop | None = None) -> None:
         super().__init__()
         self.asked_s: float = perf_counter()
+        self.loop: AbstractEventLoop | None = loop
+
+    def is_set(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return super().is_set() or (self.loop is not None and self.loop.is_closed())
 
     def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         """Whether each of ``ids [B, N]`` is done."""
@@ -118,9 +124,7 @@ class Settings:
         limited = fields.get("max_length") is not None or any(config.max_length is not None for config in configs[1:])
         self._length: int | None = self.config.max_length if limited and self._new_tokens is None else None
         self._said = said["max_new_tokens"] is not None or (said["max_length"] is not None and self._length is not None)
-        seconds: Any = self.config.max_time
-        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
-            raise ArgumentTypeError(f"max_time must be a number of seconds, got {seconds!r:.80}")
+        check_values(self.config, decoder.vocab_size)
         self.beams: int = 1 if self.config.num_beams is None else whole_number("num_beams", self.config.num_beams, 1)
         ends = self.config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())

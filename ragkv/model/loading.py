@@ -140,6 +140,7 @@ def load_model(
 
         check_packing(packing, device, options)
         options, device = {name: value for name, value in options.items() if name != "weights"}, "cpu"
+    _check_places(device, options.get("dtype"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model == BUNDLED:
         from ragkv import bundled
@@ -153,6 +154,22 @@ def load_model(
     if packing is not None:
         return own._replace(model=pack(own.model, packing))
     return own if "device_map" in options else own._replace(model=own.model.to(device))
+
+
+def _check_places(device: Any, dtype: Any) -> None:
+    """Refuse a device and a dtype that PyTorch does not know."""
+    import torch
+
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"there is no device {device!r}: {_reason(error):.80}") from error
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise ArgumentError(
+                f"there is no dtype {dtype!r}: give one of PyTorch's, as 'float32' or 'bfloat16', or 'auto'"
+            )
 
 
 def _weights(model: str | os.PathLike[str], options: dict[str, Any]) -> PreTrainedModel:
@@ -209,7 +226,9 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
         ) from error
     except (ValueError, KeyError, NotImplementedError, struct.error) as error:
         if gguf_file is None:
-            raise
+            bare = what == "model" and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json"))
+            reason = "there is no config.json in this folder" if bare else _reason(error)
+            raise ModelNotFoundError(_not_found(what, name, reason)) from error
         raise UnsupportedModelError(
             f"{gguf_file} in {str(name)!r} cannot be read: {_reason(error)}; give a GGUF file of an architecture that transformers "
             "reads from one, or the model's own folder"

@@ -65,20 +65,20 @@ class Turns:
             return
         look()
         gate = Lock()
-        with self._guard:
-            if self._owner is None:
-                self._owner, self.depth = me, 1
-                self.taken += 1
-                return
-            gate.acquire()
-            self._waiting.append((me, gate))
         try:
+            with self._guard:
+                if self._owner is None:
+                    self._owner, self.depth = me, 1
+                    self.taken += 1
+                    return
+                gate.acquire()
+                self._waiting.append((me, gate))
             gate.acquire()
-        except BaseException:  # interrupted while waiting
+        except BaseException:  # interrupted, most likely while waiting
             with self._guard:
                 if (me, gate) in self._waiting:
                     self._waiting.remove((me, gate))
-                else:
+                elif self._owner == me:
                     self._pass_on()
             raise
 
@@ -87,8 +87,15 @@ class Turns:
             raise RuntimeError("a turn must end in the thread that took it")
         self.depth -= 1
         if not self.depth:
-            with self._guard:
-                self._pass_on()
+            me = self._owner
+            try:
+                with self._guard:
+                    self._pass_on()
+            except BaseException:  # interrupted, before that or behind it
+                with self._guard:
+                    if self._owner == me:
+                        self._pass_on()
+                raise
 
     @property
     def free(self) -> bool:

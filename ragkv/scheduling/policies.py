@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from ragkv.errors import ArgumentError, whole_number
+from ragkv.errors import ArgumentError, instance, whole_number
 from ragkv.scheduling.ticket import Ticket
 
 # Namespaces whose counters are kept although they ask for nothing; the one that was served least goes first: it would be lifted.
@@ -100,16 +100,17 @@ class Fair(CachedFirst):
         window: int = 32,
     ):
         super().__init__(window)
+        instance("shares", shares, Mapping | None, "a dict, of a number for each of some namespaces")
         self.shares: dict[str, float] = dict(shares or {})
         self.reused: float = reused
         self.computed: float = computed
         self.output: float = output
         self.slack: float = slack
         for name, value in (("reused", reused), ("computed", computed), ("output", output), ("slack", slack)):
-            if not value >= 0:
+            if not (isinstance(value, int | float) and value >= 0):
                 raise ArgumentError(f"{name} must be at least 0, got {value!r}")
         for name, share in self.shares.items():
-            if not share > 0:
+            if not (isinstance(share, int | float) and share > 0):
                 raise ArgumentError(f"shares: that of {name!r} must be more than 0, got {share!r}")
         self.served: dict[str, float] = {}
         self._level = 0.0  # of the one that began last

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from threading import Event, RLock, get_ident
 from time import perf_counter, sleep
 
@@ -51,7 +53,7 @@ class Scheduler:
             :class:`~ragkv.scheduling.policies.Policy`.
         at_once: how many are answered at a time; by default as many as there is memory for.
         memory_bytes: what all prompts and answers may take together; by default four fifths of what is free, looked at when it is
-            needed. A request waits for what the others give back.
+            needed. A request waits for what the others give back; what would not fit alone either is refused.
         wait_s: how long a request waits before it is refused with an OverloadedError. It would wait for ever for what streams hold
             that its own thread has begun and does not read.
 
@@ -85,6 +87,11 @@ class Scheduler:
         self._number = 0
         self.anew()
         anew_in_forks(self)
+
+    def __reduce__(self) -> tuple[partial[Scheduler], tuple[Policy]]:
+        """What is copied, or goes to another process, is how it was made: nobody stands in line there."""
+        made = partial(type(self), at_once=self.at_once, memory_bytes=self.memory_bytes, wait_s=self.wait_s)
+        return made, (deepcopy(self.policy),)
 
     def anew(self) -> None:
         """In a fork: nobody waits yet."""
@@ -125,8 +132,8 @@ class Scheduler:
     def within(self) -> Iterator[None]:
         """A block of a turn, in one of the threads that it takes."""
         me = get_ident()
-        self._within.add(me)
         try:
+            self._within.add(me)
             yield
         finally:
             self._within.discard(me)
@@ -149,7 +156,7 @@ class Scheduler:
         """Whether nobody waits or is answered, and there would be room for a prompt."""
         with self._line():
             nobody = not self._waiting and not self._running
-            return nobody and (ticket is None or self._room_for(ticket))
+            return nobody and (ticket is None or (self._room_for(ticket) and not self._never(ticket)))
 
     def computed(self, ticket: Ticket, tokens: int) -> None:
         """Count what was computed for a prompt."""
@@ -214,11 +221,9 @@ class Scheduler:
             self.policy.joined(ticket, list(self._waiting))
             self._waiting.append(ticket)
             self._of(ticket).waiting += 1
-        if self.memory_bytes is not None and ticket.needs_bytes > self.memory_bytes:
-            raise OverloadedError(
-                f"prompt and answer take {ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}: give fewer "
-                "chunks, ask for a shorter answer, or allow more"
-            )
+            never = self._never(ticket)
+            if never:
+                raise OverloadedError(f"prompt and answer take {never}: give fewer chunks, or ask for less")
         if ticket.gate.locked():
             ticket.prefetch()
         while not self._came(ticket):
@@ -308,7 +313,18 @@ class Scheduler:
             return True  # nobody would give anything back
         free = free_bytes(ticket.device)
         promised = sum(other.answer_bytes for other in self._running)
-        return free is None or ticket.needs_bytes + promised <= _SHARE * free
+        return free is None or ticket.new_bytes + promised <= _SHARE * free
+
+    def _never(self, ticket: Ticket) -> str:
+        """How much a request takes, and that it is more than there would be, were it alone; empty where it is not."""
+        if self.memory_bytes is not None:
+            more = ticket.needs_bytes > self.memory_bytes
+            return f"{ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}" if more else ""
+        free = free_bytes(ticket.device)
+        if free is None:
+            return ""
+        free += sum(other.needs_bytes for other in self._running if other.device == ticket.device)
+        return f"{ticket.new_bytes:,} bytes, more than the {free:,} there are" if ticket.new_bytes > free else ""
 
     def _of(self, ticket: Ticket) -> Service:
         name = ticket.namespace

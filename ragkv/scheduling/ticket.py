@@ -29,6 +29,7 @@ class Ticket:
         tokens: of the prompt that its cache does not hold yet.
         needs_bytes: what prompt and answer take in memory.
         answer_bytes: what of it is the answer's.
+        held_bytes: what of it is in memory already, in the cache that the prompt goes on in.
         device: where.
         priority: a higher one goes first.
         deadline_s: ``perf_counter()`` behind which nobody wants the answer.
@@ -49,6 +50,7 @@ class Ticket:
     tokens: int
     needs_bytes: int = 0
     answer_bytes: int = 0
+    held_bytes: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     priority: int = 0
     deadline_s: float = math.inf
@@ -63,6 +65,11 @@ class Ticket:
     begun_s: float = 0.0
     gate: Lock = field(default_factory=_shut)
     failed: Exception | None = None
+
+    @property
+    def new_bytes(self) -> int:
+        """What memory must still have for it."""
+        return self.needs_bytes - self.held_bytes
 
     @property
     def computed(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -18,12 +20,16 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 from ragkv.errors import MissingPackageError, StoreError
 from ragkv.store.remote.pool import GoneError, Pool, PoolError, end, shown
 
+logger: logging.Logger = logging.getLogger("ragkv.store")
+
 _RETRIES = 2
 _REQUEST_S = 60.0  # of one that goes on
 _WRITE_S = 30.0  # what is sent may take long before an answer comes
 _END_S, _LET_GO_S = 0.5, 0.05
 _LISTED = 1000
 _SMALL_BYTES = 64 << 10
+# What a server answers that does not know a request; 403 is about who asks.
+_REFUSED = re.compile(r"status code: (400|404|405|501)")
 _PLAIN = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 
@@ -53,6 +59,7 @@ class ObjectPool(Pool):
         super().__init__(name)
         self.quick = quick
         self._client, self._store, self._writer = _obstore(), store, writer or store
+        self._at_once, self._deleter = isinstance(store, self._client.store.S3Store), self._writer
         # What is small does not stand in line behind what is large.
         self._small, self._large = asyncio.Semaphore(requests), asyncio.Semaphore(requests)
         self._lock, self._here = threading.Lock(), threading.local()
@@ -110,15 +117,28 @@ class ObjectPool(Pool):
         self.answer(self._begin(self._ask(self._client.put_async, self._writer, name, data, turns=self._large)))
 
     def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self.answer(self._begin(self._ask(self._client.delete_async, self._writer, name)))
+        self.delete_all([name])
 
     def delete_all(self, names: Sequence[str]) -> None:
-        """See :class:`Pool`. S3 alone deletes several at once, and does not mind those that are not there."""
-        if isinstance(self._store, self._client.store.S3Store):
-            self.answer(self._begin(self._ask(self._client.delete_async, self._writer, list(names))))
-        else:
-            super().delete_all(names)
+        """See :class:`Pool`. S3 alone deletes several at once, and does not mind those that are not there; where what speaks like
+        it refuses that, they go one by one from then on.
+        """
+        if self._at_once:
+            try:
+                self.answer(self._begin(self._ask(self._client.delete_async, self._writer, list(names))))
+                return
+            except (FileNotFoundError, PoolError) as error:
+                # S3 says 404 of no object here: whoever does so does not know the request.
+                if not isinstance(error, FileNotFoundError) and not _REFUSED.search(str(error)):
+                    raise
+                self._deleter = _one_by_one(self._writer)
+        with self.together():
+            begun = [self._begin(self._gone(name)) for name in names]
+        for each in begun:
+            self.answer(each)
+        if self._at_once:
+            self._at_once = False
+            logger.warning("%s: deleting several objects in one request is refused, they go one by one", self.name)
 
     def names(self, below: str = "") -> Iterator[tuple[str, int]]:
         listed = self._client.list(self._store, prefix=below or None, chunk_size=_LISTED)
@@ -169,6 +189,10 @@ class ObjectPool(Pool):
             if size is not None and size > start:
                 raise
             return None if size is None else b""
+
+    async def _gone(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            await self._ask(self._client.delete_async, self._deleter, name)
 
     async def _size(self, name: str) -> int | None:
         try:
@@ -249,6 +273,13 @@ async def _end() -> None:
     if tasks:  # the client's own threads let go of them a moment later, and panic where Python has ended by then
         await asyncio.sleep(_LET_GO_S)
     loop.call_soon(loop.stop)
+
+
+def _one_by_one(store: Any) -> Any:
+    """The same bucket, whose client sends a request for each object that is deleted."""
+    config = {**store.config, "disable_bulk_delete": True}
+    more = {name: getattr(store, name) for name in ("prefix", "client_options", "retry_config", "credential_provider")}
+    return type(store)(config=config, **more)
 
 
 def _patience(limit_s: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import compress
 from weakref import WeakValueDictionary
 
-from ragkv.errors import ArgumentError, StoreError, instance, whole_number
+from ragkv.errors import ArgumentError, OfOneProcess, StoreError, instance, whole_number
 from ragkv.store.disk import DiskTier
 from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, shared
 from ragkv.store.rates import Loading
@@ -39,7 +39,7 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 _AVOIDED_S = 10.0
 
 
-class RemoteTier(Tier):
+class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, RemoteTier(url)"):
     """Chunks in an object store, in Redis or in Mooncake's store, that many machines share. Safe for several threads and processes.
 
     What is put is sent in the background, from the store's folder or memory. What is read is verified like any record; what is

@@ -10,7 +10,7 @@ from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 
-from ragkv import ArgumentTypeError, PromptError, UnknownArgumentError
+from ragkv import ArgumentTypeError, PromptError, PromptTooLongError, UnknownArgumentError
 from ragkv.adapters.langchain import RagKVRetriever, RagKVVectorStore, create_ragkv_chain
 from tests.rag.rags import QUESTION
 
@@ -39,6 +39,16 @@ def test_documents_of_ours_are_stored_chunks(rag, reads):
     assert result["answer"] == want.text and not seen
     assert result["report"]["fusion"]["hits"] == want.report.fusion.hits == {"cpu": 4}
     assert json.dumps(result["report"])
+
+
+def test_a_question_that_is_too_long_is_refused_before_it_is_looked_for(rag, monkeypatch):
+    question = "word " * rag.engine.decoder.max_positions
+    monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: pytest.fail("it was looked for"))
+    chain = create_ragkv_chain(RagKVRetriever(rag=rag), rag, stop="x", method="reuse", k=2, top_k=4)
+    with pytest.raises(PromptTooLongError, match="or a shorter question"):
+        chain.invoke(question)
+    with pytest.raises(PromptTooLongError, match="or a shorter question"):
+        asyncio.run(chain.ainvoke(question))
 
 
 def test_documents_of_the_vector_store_are_stored_chunks(rag, reads):

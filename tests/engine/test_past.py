@@ -99,6 +99,20 @@ def test_an_answer_keeps_nothing_unasked():
     assert engine.fuse([], random_ids(9)).past is None
 
 
+def test_an_interrupted_turn_leaves_its_past(monkeypatch):
+    engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1]))
+    past = engine.generate([random_ids(9)], random_ids(5), max_new_tokens=2, keep_past=True).past
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ragkv.past.Event", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([], random_ids(5), past=past, max_new_tokens=2)
+    assert engine.generate([], random_ids(5), past=past, max_new_tokens=2).past
+
+
 def test_streams_and_whole_answers_go_on_alike(words):
     engine = Engine(tiny_model(vocab_size=1792), words, template=WORDS, method=Reuse())
     stream = engine.stream(["Mira Lund runs the mill."], "Who?", keep_past=True, **NO_END)

@@ -355,6 +355,30 @@ def test_what_never_fits_is_refused(engine):
         Engine(engine.model, scheduler="fair")
 
 
+def test_what_takes_all_memory_is_refused(monkeypatch):
+    """Without a bound of one's own, too, and before anything is computed."""
+    monkeypatch.setattr(module, "free_bytes", lambda device: 1 << 20)
+    engine = engine_with()
+    chunks = engine.add([random_ids(20)])
+    with engine.runner.turn():  # nothing would be computed now
+        for options in ({"num_beams": 10_000}, {"max_new_tokens": 1900}):
+            with pytest.raises(OverloadedError, match="more than the 1,048,576 there are"):
+                in_thread(lambda options=options: engine.generate(chunks, QUESTION, **options))
+        with pytest.raises(OverloadedError, match="there are"):
+            in_thread(lambda: engine.fuse(chunks, QUESTION, room_tokens=1900))
+    assert engine.generate(chunks, QUESTION, **NO_END).token_ids
+    assert engine.scheduler.stats().waiting == engine.scheduler.stats().running == 0
+
+
+def test_a_past_is_in_memory_already(monkeypatch):
+    engine = engine_with()
+    past = engine.generate([random_ids(200)], QUESTION, keep_past=True, **NO_END).past
+    monkeypatch.setattr(module, "free_bytes", lambda device: 100 * TOKEN_BYTES)
+    assert engine.generate([], QUESTION, past=past, **NO_END).token_ids
+    with pytest.raises(OverloadedError, match="there are"):
+        engine.generate([random_ids(200)], QUESTION, **NO_END)
+
+
 def test_figures(engine):
     client = pytest.importorskip("prometheus_client")
     registry = client.CollectorRegistry()

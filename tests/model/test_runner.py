@@ -55,6 +55,43 @@ def test_turns_are_reentrant_and_in_order():
         taken.__exit__()
 
 
+class Interrupted:
+    """A lock on which Ctrl-C comes once: where it has been taken, or right behind the block that it holds."""
+
+    def __init__(self, behind):
+        self._lock, self._left, self._behind = threading.Lock(), 1, behind
+
+    def __enter__(self):
+        if self._left and not self._behind:
+            self._left = 0
+            raise KeyboardInterrupt
+        self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+        if self._left:
+            self._left = 0
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_an_interrupted_turn_is_given_back(behind):
+    taken = turns(tiny_model().config)
+    taken._guard = Interrupted(behind)
+    with pytest.raises(KeyboardInterrupt):
+        taken.__enter__()
+    assert taken.free
+    with taken:
+        taken._guard = Interrupted(behind)
+        taken.__enter__()
+        taken.__exit__()
+        with pytest.raises(KeyboardInterrupt):
+            taken.__exit__()
+        assert taken.free
+        taken.__enter__()
+    assert taken.free
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_threads_leave_the_attention_as_it_was(kernels):
     model = tiny_model()

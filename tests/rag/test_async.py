@@ -116,6 +116,40 @@ def test_a_loop_that_is_left_stops_the_model(rag):
     assert 0 < rag.engine.stats().line.namespaces[""].output_tokens < LONG["max_new_tokens"]
 
 
+def test_a_stream_that_nobody_holds_stops_the_model_at_once(rag):
+    """Not only when the event loop comes to close its generator: whoever goes on behind it may be there before."""
+
+    async def dropped():
+        stream = rag.astream(QUESTION, **LONG)
+        await anext(stream)
+        stop = stream._making.stop
+        del stream
+        return stop.is_set()
+
+    assert asyncio.run(dropped())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncio's own, of what waits for ever
+@pytest.mark.parametrize("how", ["aask", "astream", "session"])
+def test_a_loop_that_is_closed_stops_the_model(rag, how):
+    """Without a task that is cancelled, or a generator that is closed; by tokens that have no text, so that no piece is said."""
+    silent = {"stopping_criteria": [lambda *_, **__: begun.set() or False], "suppress_tokens": list(range(3, 1792))}
+    loop, begun = asyncio.new_event_loop(), threading.Event()
+
+    async def begin():
+        asks = {"aask": rag.aask, "astream": lambda *given, **options: anext(rag.astream(*given, **options))}
+        asked = asyncio.ensure_future(asks.get(how, rag.session().aask)(QUESTION, **LONG, **silent))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        return asked
+
+    asked = loop.run_until_complete(begin())
+    loop.close()
+    rag.threads.close()  # waits for whatever still runs
+    assert 0 < rag.engine.stats().line.namespaces[""].output_tokens < LONG["max_new_tokens"]
+    asked._log_destroy_pending = False
+
+
 def test_an_answer_that_nobody_waits_for_is_given_up(rag, monkeypatch):
     found, ask = [], rag.ask
 

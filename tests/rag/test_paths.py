@@ -1,5 +1,7 @@
 """A folder's questions over what was computed before: in an order that is known, and never of what was removed."""
 
+import time
+
 import torch
 from transformers import DynamicCache
 
@@ -54,6 +56,16 @@ def test_an_order_by_what_is_kept_is_that_of_documents_where_nothing_is(rag):
     assert [hit.passage_id for hit in rag.ask(QUESTION, top_k=4, order="cache", **OPTIONS).sources] == [
         hit.passage_id for hit in plain.sources
     ]
+
+
+def test_what_was_computed_right_before_closing_is_kept(model, tmp_path, monkeypatch):
+    with open_rag(tmp_path, model, paths=True) as rag:
+        rag.add_texts(list(DOCUMENTS.values()), list(DOCUMENTS))
+        put = rag.engine.documents.put
+        for documents in rag.engine.documents.everywhere():
+            monkeypatch.setattr(documents, "put", lambda *given: (time.sleep(0.2), put(*given))[1])
+        rag.ask(QUESTION, **OPTIONS)
+    assert any(entry.key.startswith(PATH) for entry in entries(tmp_path / "kv"))
 
 
 def test_a_document_that_changes_or_goes_leaves_no_path(model, tmp_path):

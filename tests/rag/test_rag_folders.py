@@ -161,6 +161,16 @@ def test_killed_while_adding(model, tmp_path):
         assert "computed" not in got.report.fusion.hits
 
 
+def test_killed_while_removing(tmp_path):
+    """Behind whichever write: the document is gone, and what is left of its KV goes when the folder is opened next."""
+    child = [sys.executable, PROGRAM.with_name("rag_cut_short.py"), tmp_path]
+    run = subprocess.run(child, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    *killed, calm = map(json.loads, run.stdout.splitlines())
+    assert [one.pop("killed") for one in killed] == [True] * 4 and not calm.pop("killed")
+    assert calm["there"] and not calm["wrong"] and killed == [calm] * 4
+
+
 def test_one_process_changes_a_folder_one_asks_and_one_looks_after_it(tmp_path):
     """Every answer is of one state; what is just being written is neither damaged nor an orphan; compact waits for both."""
     child = [sys.executable, PROGRAM.with_name("rag_three.py"), tmp_path, "3"]

@@ -93,3 +93,13 @@ def test_a_question_that_is_too_long_is_refused_before_it_is_looked_for(rag, mon
     ):
         with pytest.raises(PromptTooLongError, match="or a shorter question"):
             asked()
+
+
+def test_so_is_one_behind_a_past_and_one_too_long_for_its_session(rag, monkeypatch):
+    past = rag.ask("harbour", top_k=1, max_new_tokens=1, keep_past=True).past
+    session, question = rag.session(context_tokens=60), "harbour " * 50
+    monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: pytest.fail("it was looked for"))
+    with pytest.raises(PromptTooLongError, match=r"more than context_tokens=60: give"):
+        session.ask(question)
+    with pytest.raises(PromptTooLongError, match=r"more than the model's 160 positions: give"):
+        rag.ask("word " * rag.engine.decoder.max_positions, past=past)

@@ -151,8 +151,13 @@ def test_beyond_the_limit_the_oldest_turns_go(rag):
     want = rag.engine.generate(chunks, said, max_new_tokens=4, eos_token_id=None)
     if answers[-1] in rebuilt:
         assert answers[-1].token_ids == want.token_ids
-    with pytest.raises(PromptTooLongError):
+    with pytest.raises(PromptTooLongError, match="leave room for 3 more in context_tokens=20, and 4 were asked for"):
         rag.session(context_tokens=20).ask(QUESTION, **SHORT)
+    said = f"leave room for 91 more in context_tokens={limit}, and 99 were asked for"
+    with pytest.raises(PromptTooLongError, match=said):
+        rag.session(context_tokens=limit).ask(QUESTION, **{**SHORT, "max_new_tokens": 99})
+    with pytest.raises(PromptTooLongError, match="in the model's 2048 positions"):
+        rag.session(context_tokens=9999).ask(QUESTION, **{**SHORT, "max_new_tokens": 3000})
 
 
 def test_the_models_positions_are_a_limit_too():

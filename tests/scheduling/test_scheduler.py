@@ -114,15 +114,44 @@ def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
     free = [100]
     monkeypatch.setattr(module, "free_bytes", lambda device: free[0])
     line = Scheduler()
-    first = Asking(line, Ticket("", 10, needs_bytes=1000, answer_bytes=30))  # nobody would give anything back
+    first = Asking(line, Ticket("", 10, needs_bytes=99, answer_bytes=30))  # nobody would give anything back
     assert first.began.wait(10)
     first.computed.set()
     second = Asking(line, Ticket("", 10, needs_bytes=60, answer_bytes=10))
     assert not second.began.wait(0.05)  # 30 are promised to the first one's answer, a fifth is kept
     free[0] = 113
     assert second.began.wait(10)
+    second.computed.set()
+    fits = 113 + 99 + 60  # when the others have given back what they take
+    third = Asking(line, Ticket("", 10, needs_bytes=fits))
+    for ticket in (Ticket("", 10, needs_bytes=fits + 1), Ticket("", 10, needs_bytes=fits + 9, held_bytes=8)):
+        with pytest.raises(OverloadedError, match=f"{fits + 1:,} bytes, more than the {fits:,} there are"):
+            line.turn(ticket, ExitStack()).__enter__()
+    assert line.stats().namespaces[""].refused == 2 and not third.began.is_set()
     first.end()
     second.end()
+    assert third.began.wait(10)
+    third.end()
+
+
+def test_an_interrupted_turn_is_nobodys():
+    line = Scheduler()
+
+    class Within(set):
+        def add(self, thread):
+            super().add(thread)
+            raise KeyboardInterrupt
+
+    line._within = Within()
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack, line.turn(Ticket("", 10), stack):
+        pass
+    assert not line.mine and line.idle()
+
+
+def test_nothing_is_begun_ahead_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(module, "free_bytes", lambda device: 100)
+    line = Scheduler()
+    assert line.idle(Ticket("", 10, needs_bytes=100)) and not line.idle(Ticket("", 10, needs_bytes=101))
 
 
 def test_deadline_stop_and_time_limit_end_waiting():

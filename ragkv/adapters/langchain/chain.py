@@ -13,7 +13,7 @@ from langchain_core.runnables.utils import AddableDict
 
 from ragkv.adapters.langchain.documents import passages_of
 from ragkv.adapters.langchain.retriever import RagKVRetriever
-from ragkv.adapters.parts import split, streamed, threads_of
+from ragkv.adapters.parts import check, split, streamed, threads_of
 from ragkv.adapters.passages import HandedOver, all_of, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, ArgumentTypeError, instance, no_question
@@ -70,6 +70,7 @@ class _Steps:
         question = _question(list(inputs))
         yield AddableDict(question=question)
         retrieval, options = self._both({**self._options, **call})
+        check(self._engine, question, options)
         handed, given = self._handed(self._retriever.invoke(question, config, **retrieval), options)
         yield AddableDict(context=given)
         with closing(self._engine.stream(handed.chunks, question, **options)) as pieces:
@@ -84,7 +85,9 @@ class _Steps:
         question = _question([part async for part in inputs])
         yield AddableDict(question=question)
         retrieval, options = self._both({**self._options, **call})
-        documents, pool = await self._retriever.ainvoke(question, config, **retrieval), self._threads.pool()
+        pool = self._threads.pool()
+        await in_thread(pool, partial(check, self._engine, question, options))
+        documents = await self._retriever.ainvoke(question, config, **retrieval)
         handed, given = await in_thread(pool, partial(self._handed, documents, options))
         yield AddableDict(context=given)
         async with aclosing(streamed(self._engine, handed.chunks, question, pool, options)) as pieces:

@@ -14,12 +14,12 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.query_engine.retriever_query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
-from llama_index.core.schema import NodeWithScore
+from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from ragkv.adapters.llamaindex.llm import RagKVLLM
 from ragkv.adapters.llamaindex.nodes import passage_of
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
-from ragkv.adapters.parts import split, streamed, threads_of
+from ragkv.adapters.parts import check, split, streamed, threads_of
 from ragkv.adapters.passages import REFERENCE, Passage, all_of, engine_of, hand_over
 from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
@@ -172,12 +172,23 @@ class RagKVQueryEngine(RetrieverQueryEngine):
         **options: Any,
     ):
         retrieval, generation = split(options)
+        answers = RagKVSynthesizer(rag, streaming=streaming, callback_manager=callback_manager, **generation)
         super().__init__(
             RagKVRetriever(rag, top_k, neighbours, callback_manager=callback_manager, **retrieval),
-            RagKVSynthesizer(rag, streaming=streaming, callback_manager=callback_manager, **generation),
+            answers,
             node_postprocessors,
             callback_manager,
         )
+        self._rag, self._answers = rag, answers
+
+    def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
+        check(self._rag.engine, query_bundle.query_str, self._answers.generation)
+        return super()._query(query_bundle)
+
+    async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
+        look = partial(check, self._rag.engine, query_bundle.query_str, self._answers.generation)
+        await in_thread(self._rag.threads.pool(), look)
+        return await super()._aquery(query_bundle)
 
 
 def _tokens(engine: Engine, text: str) -> list[int]:

@@ -11,7 +11,7 @@ from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 
-from ragkv import ArgumentError, ArgumentTypeError, Engine, PromptError, RagKVError
+from ragkv import ArgumentError, ArgumentTypeError, Engine, PromptError, PromptTooLongError, RagKVError
 from ragkv.adapters.llamaindex import RagKVQueryEngine, RagKVRetriever, RagKVSynthesizer
 from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER, open_rag
 
@@ -36,6 +36,17 @@ def texts(*given, **fields):
 
 def others(rag, nodes, **options):
     return RetrieverQueryEngine(Found(nodes), RagKVSynthesizer(rag, **options))
+
+
+def test_a_question_that_is_too_long_is_refused_before_it_is_looked_for(rag, monkeypatch):
+    question = "word " * rag.engine.decoder.max_positions
+    monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: pytest.fail("it was looked for"))
+    for streaming in (False, True):
+        ask = RagKVQueryEngine(rag, streaming=streaming, stop="x", method="reuse")
+        with pytest.raises(PromptTooLongError, match="or a shorter question"):
+            ask.query(question)
+        with pytest.raises(PromptTooLongError, match="or a shorter question"):
+            asyncio.run(ask.aquery(question))
 
 
 def test_it_answers_as_rag_does(rag, reads):

@@ -105,6 +105,16 @@ def test_forget_what_people_mean(run, many, documents, tmp_path, targets, left):
     assert run("verify")[0] == 0
 
 
+def test_forget_ends_what_was_cut_short(run, left, folder, tmp_path):
+    with Catalogue(folder / "documents") as catalogue:
+        gone = catalogue.remove(str(tmp_path / "a.md")).unused  # and killed, before their KV go
+        assert catalogue.unused() == list(gone) and left() == [0, 1, 2, 3, 4, 9]
+    assert run("forget", "b.md", "--yes")[0] == 0
+    assert left() == [4, 9]
+    with Catalogue(folder / "documents") as catalogue:
+        assert catalogue.unused() == []
+
+
 def test_forget_names_what_is_near(run, many, documents, tmp_path):
     before = documents()
     code, out, err = run("forget", "a.md", "two.txt", "--yes")

@@ -54,6 +54,33 @@ def test_one_answer_that_fails_is_asked_for_again(stored, relay, s3, machine, ke
     same(machine(s3).get(key(1)), kv(1, tokens=900))
 
 
+@pytest.mark.parametrize("answer", ["501", "405", "400", "404"])
+def test_a_store_that_does_not_delete_several_at_once(relay, s3, machine, kv, key, answer):
+    """S3's DeleteObjects, by which its client deletes a single one, too, is not everywhere; 404 said that they were gone."""
+    relay.fault, relay.when = answer, lambda method, path: method == "POST" and "delete" in path
+    store = machine(s3)
+    for number in range(3):
+        store.put(key(number), kv(number))
+    store.flush()
+    for number in range(2):
+        store.remove(key(number))
+        store.flush()
+    store.remote._pool.delete("what is not there")
+    assert [name for name, _ in store.remote._pool.names()] == [name_of(key(2))]
+    tried = [path for method, path in relay.asked if relay.when(method, path)]
+    assert len(tried) == (3 if answer == "501" else 1), "it is asked again and again"
+
+
+def test_a_server_that_fails_is_not_taken_for_one_that_cannot(relay, s3, machine):
+    relay.fault, relay.when = "503", lambda method, path: method == "POST" and "delete" in path
+    pool = machine(s3).remote._pool
+    with pytest.raises(PoolError, match="503"):
+        pool.delete_all(["a", "b"])
+    relay.fault = ""
+    pool.delete_all(["a", "b"])
+    assert not [method for method, _ in relay.asked if method == "DELETE"]
+
+
 def test_a_server_that_dies_in_the_middle_of_reading(stored, relay, s3, machine, key, kv, same):
     store = machine(s3, limit_s=0.3, range_bytes=100_000, requests=1)
     with store.read([key(1), key(1)]) as batch:
