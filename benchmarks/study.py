@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
             near = NEAR if everything and len(contexts) == 1 else []
             arms = [*FULL, *[f"{word}@{context}" for word in words for context in contexts]]
             arms += [f"{word}@neighbours" for word in near]
+            arms += [f"{DEFAULT},keep_document=false@document"] if len(contexts) > 1 else []
             out = args.out / f"{name}-{folder}"
             command = [
                 "eval",
