@@ -150,17 +150,21 @@ class DiskTier(Tier):
         return kept
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
-        """Forgets entries and facts in one transaction; none where there is nothing to forget."""
-        keys, names = list(dict.fromkeys(keys)), [name.encode() for name in facts]
+        """Forgets entries and facts in one transaction; none where there is nothing to forget.
+
+        What is removed on purpose may also be elsewhere: in memory, of whatever process, or on its way from a pool.
+        """
+        keys, names = [key for key in dict.fromkeys(keys) if key], [name.encode() for name in facts]
         with self.environment.transaction() as txn:
-            keys = [key for key in keys if txn.has("entries", key)]
+            if reason is not None or self.readonly:
+                keys = [key for key in keys if txn.has("entries", key)]
             names = [name for name in names if txn.has("facts", name)]
         if not keys and not names:
             return []
         # On a full disk there may be room to remove an entry, and none to rewrite many rows.
         with self._planner(enter_uses=False, suspicious=reason == "damaged") as planner:
             gone = [key for key in keys if planner.drop(key, reason)]
-            for key in gone:
+            for key in keys:
                 planner.books.log_removal(key)
             for name in names:
                 planner.books.txn.delete("facts", name)
@@ -179,7 +183,7 @@ class DiskTier(Tier):
         except StoreError as failure:
             logger.warning("the damaged record %s could not be deleted: %s", key.hex(), failure)
 
-    def removed(self, since: int) -> tuple[int, list[bytes] | None]:
+    def removed(self, since: int | None = None) -> tuple[int, list[bytes] | None]:
         return removed_since(self.environment, since)
 
     def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:

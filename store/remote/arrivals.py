@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from threading import Event
 
 from ragkv.background import Background
@@ -20,11 +19,10 @@ class Arrivals:
 
     Args:
         home: the folder.
-        still: whether the pool still has a chunk, as far as is known: what is removed meanwhile does not come.
     """
 
-    def __init__(self, home: DiskTier, still: Callable[[bytes], bool]) -> None:
-        self._home, self._still = home, still
+    def __init__(self, home: DiskTier) -> None:
+        self._home = home
         self._waiting: deque[Reading] = deque()
         self._background = Background("keeping what came from a pool", 1)
 
@@ -49,8 +47,13 @@ class Arrivals:
                 readings = [self._waiting.popleft() for _ in range(min(len(self._waiting), _AT_ONCE))]
             if not readings:
                 return
-            now = self._home.now()
+            now, begun = self._home.now(), {one.key: one.fetch.removals for one in readings}
             self._home.admit(
                 [Offer(one.key, *one.whole, one.opened.row.terms(now)) for one in readings if one.whole is not None],
-                still=self._still,
+                still=lambda key, begun=begun: self._stays(key, begun[key]),
             )
+
+    def _stays(self, key: bytes, since: int) -> bool:
+        """Whether nobody removed a chunk since it was looked for."""
+        _, gone = self._home.removed(since)
+        return gone is not None and key not in gone

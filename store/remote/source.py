@@ -37,12 +37,14 @@ class Fetch:
         lost: told the key of a chunk that the pool did not give, and why.
         speed: is shown how long it takes.
         counts: of chunks that were given up because they came too slowly: ``late``.
+        removals: how many the store's home had seen before the pool was looked into.
     """
 
     pool: Pool
     lost: Callable[[bytes, PoolError], None]
     speed: Speed
     counts: Counter[str]
+    removals: int = 0
     _readings: list[Reading] = field(default_factory=list)
     _watched: Watched | None = None
     _expected: float | None = None

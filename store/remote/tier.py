@@ -128,7 +128,7 @@ class RemoteTier(Tier):
                 self.readonly = True
                 return
             self._notes = FolderNotes(home.environment)
-            self._arrivals = Arrivals(home, self._heads.seen.__contains__)
+            self._arrivals = Arrivals(home)
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
@@ -142,9 +142,10 @@ class RemoteTier(Tier):
         return self.find_away(keys, Asking())
 
     def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
+        removals = 0 if self._home is None else self._home.removed()[0]
+        fetch = Fetch(self._pool, self._lose, self._speed, self._counts, removals)
         listed = self._listed
         likely = self._likely(keys, listed)
-        fetch = Fetch(self._pool, self._lose, self._speed, self._counts)
         levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
         at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
         found = {levels[key]: source for key, source in at_levels.items()}
@@ -214,10 +215,10 @@ class RemoteTier(Tier):
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._heads.seen.keys() & keys)} - self._notes.deleting(keys)
-        for key in keys:  # before it is noted: what arrives is looked for here, then among the notes
-            self._heads.seen.pop(key, None)
         self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
+        for key in keys:
+            self._heads.seen.pop(key, None)
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:

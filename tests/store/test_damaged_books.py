@@ -88,3 +88,15 @@ def test_the_clock_goes_on(folder, kv, key, damage, damaged):
         assert after.clock >= before.clock and after.tick > before.tick
         rows = [store._disk.row(each) for each in store._disk.stored() if damaged != "a row" or each != name]
         assert after.used_bytes == sum(row.usage.size_bytes for row in rows)
+
+
+def test_a_row_that_is_met_while_another_is_written_down_leaves_that_counted(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0, policy="lrfu") as store:
+        for number in range(3):
+            store.put(key(number), kv(number, tokens=60))
+        used = store._disk.counters().used_bytes
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=used, policy="lrfu") as store:
+        forget(store, key(1))
+        store.put(key(3), kv(3, tokens=60))  # in the place of the first: the second is the least then
+        rows = [store._disk.row(key(number)) for number in range(4)]
+        assert store._disk.counters().used_bytes == sum(row.usage.size_bytes for row in rows if row) == used * 2 // 3

@@ -272,7 +272,8 @@ def test_who_may_read_nothing_is_told(relay, s3, machine, key, kv, caplog):
     assert store.get(key(1)) is None and store.stats().pools["remote"].down and "left alone" in caplog.text
 
 
-def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp_path, kv, key, monkeypatch):
+@pytest.mark.parametrize("process", ["this", "another"])
+def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp_path, kv, key, monkeypatch, process):
     """It was read, waits to be kept, and is deleted in the pool before its turn."""
     goes_on, keep = threading.Event(), Arrivals._keep
 
@@ -288,8 +289,9 @@ def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp
     two = machine(url)
     monkeypatch.setattr(Arrivals, "_keep", slowly)
     assert two.get(key(1)) is not None and two.get(key(2)) is not None
-    two.remove(key(1))
-    two.flush()
+    remover = two if process == "this" else machine(url, two.path.name)
+    remover.remove(key(1))
+    remover.flush()
     goes_on.set()
     assert two.remote._arrivals._background.wait(10)
     assert two._disk.stored() == [key(2)] and not two.contains(key(1))
