@@ -168,10 +168,10 @@ class FolderBooks:
         for item in self.txn.keys("alarms"):
             if number(item[:8]) <= now:
                 past.append(item)
-            elif not back:
-                break
-            elif item[8:9] == _UNPINS:
+            elif back:
                 early.append(item)
+            else:
+                break
         for item in past:
             self.txn.delete("alarms", item)
         return [item[9:] for item in (*past, *early)]

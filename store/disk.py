@@ -119,7 +119,7 @@ class DiskTier(Tier):
         Args:
             entries: the records.
             facts: the facts.
-            still: of what arrived from a pool: whether that still has it. It is not noted to be sent there, and is left where it
+            still: of what arrived from a pool: whether it is wanted still. It is not noted to be sent there, and is left where it
                 is stored or to be deleted.
         """
         kept: list[bool] = []

@@ -275,7 +275,6 @@ class RemoteSource(Recorded):
         return self.reading.payload
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        self.load(layer)
         begin = perf_counter()
         pair = super().layer(layer)
         self.reading.fetch.decoded(self.reading, perf_counter() - begin)

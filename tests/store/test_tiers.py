@@ -385,3 +385,11 @@ def test_a_damaged_log_is_met_once(folder, kv, key, harm):
         assert store.contains(key(0))
         known = store._tiers.copies._known_removals
         assert store._disk.removed(known)[1] == []
+
+
+def test_what_only_reads_notes_no_uses(folder, kv, key):
+    """Nobody would ever write them down."""
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+    with TieredStore(folder, cpu_bytes=0, readonly=True) as store:
+        assert store.get(key(1)) is not None and not store._disk._touched
