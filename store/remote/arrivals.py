@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from threading import Event
 
 from ragkv.background import Background
@@ -19,10 +20,11 @@ class Arrivals:
 
     Args:
         home: the folder.
+        removed: whether somebody removed a chunk since it was looked for: then it does not come.
     """
 
-    def __init__(self, home: DiskTier) -> None:
-        self._home = home
+    def __init__(self, home: DiskTier, removed: Callable[[Reading], bool]) -> None:
+        self._home, self._removed = home, removed
         self._waiting: deque[Reading] = deque()
         self._background = Background("keeping what came from a pool", 1)
 
@@ -47,13 +49,8 @@ class Arrivals:
                 readings = [self._waiting.popleft() for _ in range(min(len(self._waiting), _AT_ONCE))]
             if not readings:
                 return
-            now, begun = self._home.now(), {one.key: one.fetch.removals for one in readings}
+            now, arrived = self._home.now(), {one.key: one for one in readings}
             self._home.admit(
                 [Offer(one.key, *one.whole, one.opened.row.terms(now)) for one in readings if one.whole is not None],
-                still=lambda key, begun=begun: self._stays(key, begun[key]),
+                still=lambda key, arrived=arrived: not self._removed(arrived[key]),
             )
-
-    def _stays(self, key: bytes, since: int) -> bool:
-        """Whether nobody removed a chunk since it was looked for."""
-        _, gone = self._home.removed(since)
-        return gone is not None and key not in gone

@@ -295,3 +295,20 @@ def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp
     goes_on.set()
     assert two.remote._arrivals._background.wait(10)
     assert two._disk.stored() == [key(2)] and not two.contains(key(1))
+
+
+def test_what_is_removed_while_it_is_read_does_not_come_to_memory(machine, tmp_path, kv, key):
+    """Another process removes it, and memory has caught up before the batch is done with it."""
+    url = f"file://{tmp_path}/pool"
+    one = machine(url)
+    one.put(key(1), kv(1))
+    one.flush()
+    two = machine(url, cpu_bytes=1 << 20)
+    two.put(key(2), kv(2))
+    with two.read([key(1)]) as batch:
+        batch.kv(0)
+        remover = machine(url, two.path.name)
+        remover.remove(key(1))
+        remover.flush()
+        assert two.contains(key(2))
+    assert not two.contains(key(1)) and two.contains(key(2))
