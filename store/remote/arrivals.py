@@ -20,11 +20,11 @@ class Arrivals:
 
     Args:
         home: the folder.
-        removed: whether somebody removed a chunk since it was looked for: then it does not come.
+        still: whether nobody removed a chunk since it was looked for: what is removed meanwhile does not come.
     """
 
-    def __init__(self, home: DiskTier, removed: Callable[[Reading], bool]) -> None:
-        self._home, self._removed = home, removed
+    def __init__(self, home: DiskTier, still: Callable[[bytes], bool]) -> None:
+        self._home, self._still = home, still
         self._waiting: deque[Reading] = deque()
         self._background = Background("keeping what came from a pool", 1)
 
@@ -49,8 +49,8 @@ class Arrivals:
                 readings = [self._waiting.popleft() for _ in range(min(len(self._waiting), _AT_ONCE))]
             if not readings:
                 return
-            now, arrived = self._home.now(), {one.key: one for one in readings}
+            now = self._home.now()
             self._home.admit(
                 [Offer(one.key, *one.whole, one.opened.row.terms(now)) for one in readings if one.whole is not None],
-                still=lambda key, arrived=arrived: not self._removed(arrived[key]),
+                still=self._still,
             )

@@ -128,7 +128,7 @@ class RemoteTier(Tier):
                 self.readonly = True
                 return
             self._notes = FolderNotes(home.environment)
-            self._arrivals = Arrivals(home, self._removed)
+            self._arrivals = Arrivals(home, self._still)
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
@@ -172,9 +172,7 @@ class RemoteTier(Tier):
     def row(self, key: bytes) -> Row | None:
         """See :class:`Tier`; known of what was read lately."""
         row, _ = self._heads.seen.get(key, (None, b""))
-        reading = self._readings.get(key)
-        gone = self._notes.deleting([key]) or (reading is not None and self._removed(reading))
-        return None if gone else row
+        return None if row is None or self._notes.deleting([key]) or not self._still(key) else row
 
     def admit(self, entries: Sequence[Offer]) -> list[bool]:
         """See :class:`Tier`. It is sent in the background."""
@@ -348,12 +346,13 @@ class RemoteTier(Tier):
             self._heads.failed(error)
         self._manifest.avoid(key, _AVOIDED_S)
 
-    def _removed(self, reading: Reading) -> bool:
-        """Whether somebody removed a chunk since it was looked for."""
-        if self._home is None:
-            return False
+    def _still(self, key: bytes) -> bool:
+        """Whether nobody removed a chunk that is being read since it was looked for."""
+        reading = self._readings.get(key)
+        if reading is None or self._home is None:
+            return True
         _, gone = self._home.removed(reading.fetch.removals)
-        return gone is None or reading.key in gone
+        return gone is not None and key not in gone
 
     def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None and not reading.level:
