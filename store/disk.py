@@ -16,7 +16,7 @@ from pathlib import Path
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, Transaction, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
-from ragkv.store.keys import PATH, labelled, tag
+from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.notes import FolderNotes
 from ragkv.store.planner import Planner
@@ -215,7 +215,8 @@ class DiskTier(Tier):
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`. What cannot be read is among them."""
-        tags, computed = set(map(tag, keys)), self.stored(PATH) if keys else []
+        tags = tags_of(keys)
+        computed = self.stored(PATH) if tags else []
 
         def named(key: bytes) -> bool:
             try:

@@ -11,7 +11,7 @@ import torch
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store import Policy, Target, TieredStore
 from ragkv.store.books import LOGGED_REMOVALS
-from ragkv.store.keys import label_of, path_key
+from ragkv.store.keys import ANY, label_of, path_key
 
 
 class Same(Policy):
@@ -368,6 +368,20 @@ def test_what_one_forgets_another_has_not_in_memory_either(folder, kv, key, gpu_
         assert store._disk.missing([key(0), *gone]) == [key(0), *gone] and store.missing([key(0), *gone]) == []
         assert other.computed_of([key(1)]) == [] and other.remove_many([key(1)]) == 0
         assert store.missing([key(0), *gone]) == gone
+
+
+def test_of_nothing_and_of_what_was_computed_nothing_is_computed(folder, kv, key):
+    """Not even what may be of any chunk: whoever forgets these leaves it alone, in memory too."""
+    of_any, other = (path_key("space", [number], b"path") for number in (1, 2))
+    with TieredStore(folder, disk_bytes=200_000, policy="lru") as store:
+        store.put(of_any, kv(1, tokens=60), label=ANY)
+        assert store.computed_of([]) == store.computed_of([other]) == [] and store.computed_of([key(1)]) == [of_any]
+        for number in range(2, 12):
+            store.put(key(number), kv(number, tokens=60))
+        assert store._disk.missing([of_any])
+        assert store.computed_of([]) == store.computed_of([other]) == [] and store.computed_of([key(1)]) == [of_any]
+        store.remove(other)
+        assert store.contains(of_any)
 
 
 @pytest.mark.parametrize("harm", ["log", "counters"])
