@@ -190,7 +190,7 @@ class FolderBooks:
         self.txn.put("state", _SPACES + namespace, _SPACE.pack(used_bytes, quota_bytes))
 
     def log_removal(self, key: bytes) -> None:
-        """Notes that a key was removed on purpose, for those who hold it in memory: see :func:`removed_since`."""
+        """Notes that a key was removed, for those who hold it in memory: see :func:`removed_since`."""
         name = _REMOVED + _NUMBER.pack(self.counters.removals)
         self.txn.put("state", name, seal(name, key))
         if self.counters.removals >= LOGGED_REMOVALS:
@@ -231,7 +231,7 @@ class FolderBooks:
 
 
 def removed_since(environment: Environment, since: int | None) -> tuple[int, list[bytes] | None]:
-    """How many removals on purpose a folder ever saw, and which keys after the first ``since``; without it none of them.
+    """How many removals a folder ever saw, evictions not among them, and which keys after the first ``since``; without it none of them.
 
     None instead of these where the log does not reach back so far, or is damaged.
     """

@@ -150,13 +150,13 @@ class DiskTier(Tier):
         return kept
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
-        """Forgets entries and facts in one transaction; none where there is nothing to forget.
+        """Forgets entries and facts in one transaction; none where nothing is named.
 
-        What is removed on purpose may also be elsewhere: in memory, of whatever process, or on its way from a pool.
+        It is noted of what is not here, too: that may be in memory, of whatever process, or on its way from a pool.
         """
         keys, names = [key for key in dict.fromkeys(keys) if key], [name.encode() for name in facts]
         with self.environment.transaction() as txn:
-            if reason is not None or self.readonly:
+            if self.readonly:
                 keys = [key for key in keys if txn.has("entries", key)]
             names = [name for name in names if txn.has("facts", name)]
         if not keys and not names:

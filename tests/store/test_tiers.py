@@ -401,9 +401,12 @@ def test_a_damaged_log_is_met_once(folder, kv, key, harm):
         assert store._disk.removed(known)[1] == []
 
 
-def test_what_only_reads_notes_no_uses(folder, kv, key):
+def test_what_only_reads_notes_neither_uses_nor_removals(folder, kv, key):
     """Nobody would ever write them down."""
     with TieredStore(folder) as store:
         store.put(key(1), kv(1))
     with TieredStore(folder, cpu_bytes=0, readonly=True) as store:
         assert store.get(key(1)) is not None and not store._disk._touched
+        assert not store.remove(key(2))
+        with pytest.raises(StoreError, match="reading only"):
+            store.remove(key(1))
