@@ -231,9 +231,9 @@ class FolderBooks:
 
 
 def removed_since(environment: Environment, since: int | None) -> tuple[int, list[bytes] | None]:
-    """How many removals a folder ever saw, evictions not among them, and which keys after the first ``since``; without it none of them.
+    """How many removals a folder ever saw, evictions not among them, and which keys after the first ``since``; None for none.
 
-    None instead of these where the log does not reach back so far, or is damaged.
+    None instead of the keys where the log does not reach back so far, or is damaged.
     """
     removals, keys = since or 0, list[bytes]()
     with environment.transaction() as txn:

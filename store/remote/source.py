@@ -44,7 +44,7 @@ class Fetch:
     lost: Callable[[bytes, PoolError], None]
     speed: Speed
     counts: Counter[str]
-    removals: int = 0
+    removals: int
     _readings: list[Reading] = field(default_factory=list)
     _watched: Watched | None = None
     _expected: float | None = None
