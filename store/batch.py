@@ -231,10 +231,10 @@ class Batch:
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[Source]:
+        if self._closed:
+            raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
         source = self._found[index]
-        if self._closed or source is None:
-            if self._closed:
-                raise StoreError("the batch is closed, or belongs to the process that this one was forked from")
+        if source is None:
             why = "is a miss: see Batch.tiers" if index not in self._done else "was read, and Batch.done was told so"
             raise StoreError(f"chunk {index} {why}")
         try:

@@ -168,10 +168,10 @@ class FolderBooks:
         for item in self.txn.keys("alarms"):
             if number(item[:8]) <= now:
                 past.append(item)
-            elif not back:
-                break
-            elif item[8:9] == _UNPINS:
+            elif back:
                 early.append(item)
+            else:
+                break
         for item in past:
             self.txn.delete("alarms", item)
         return [item[9:] for item in (*past, *early)]
@@ -190,7 +190,7 @@ class FolderBooks:
         self.txn.put("state", _SPACES + namespace, _SPACE.pack(used_bytes, quota_bytes))
 
     def log_removal(self, key: bytes) -> None:
-        """Notes that an entry was removed on purpose, for those who hold it in memory: see :func:`removed_since`."""
+        """Notes that a key was removed, for those who hold it in memory: see :func:`removed_since`."""
         name = _REMOVED + _NUMBER.pack(self.counters.removals)
         self.txn.put("state", name, seal(name, key))
         if self.counters.removals >= LOGGED_REMOVALS:
@@ -230,21 +230,23 @@ class FolderBooks:
         return max((_NUMBER.unpack(name)[0] + 1 for name in names if len(name) == _NUMBER.size), default=0)
 
 
-def removed_since(environment: Environment, since: int) -> tuple[int, list[bytes] | None]:
-    """How many entries of a folder were ever removed on purpose, and which of them after the first ``since``.
+def removed_since(environment: Environment, since: int | None) -> tuple[int, list[bytes] | None]:
+    """How many removals a folder ever saw, evictions not among them, and which keys after the first ``since``; None for none.
 
-    None instead of these where the log does not reach back so far, or is damaged.
+    None instead of the keys where the log does not reach back so far, or is damaged.
     """
+    removals, keys = since or 0, list[bytes]()
     with environment.transaction() as txn:
         try:
-            removals, keys = Counters.unpack(txn.get("state", b"counters")).removals, []
+            removals = Counters.unpack(txn.get("state", b"counters")).removals
+            since = removals if since is None else since
             if not 0 <= removals - since <= LOGGED_REMOVALS:
                 return removals, None
             for place in range(since, removals):
                 name = _REMOVED + _NUMBER.pack(place)
                 keys.append(unseal(name, txn.get("state", name) or b""))
         except RecordError:
-            return since, None
+            return removals, None
         return removals, keys
 
 

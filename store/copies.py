@@ -27,7 +27,7 @@ class Copies:
     def __init__(self, above: Sequence[MemoryTier], home: MemoryTier | DiskTier, lock: threading.RLock) -> None:
         self._above, self._home = above, home
         self.lock: threading.RLock = lock
-        self._known_removals = home.removed(0)[0]
+        self._known_removals = home.removed()[0]
 
     def offer(self, offer: Offer, origin: Tier, above: Sequence[Tier]) -> None:
         """Offers what a tier has to some above it. Whatever fails, a warning is enough."""
@@ -54,14 +54,14 @@ class Copies:
                 tier.remove(keys)
 
     def catch_up(self) -> None:
-        """Drops what another process has removed from home."""
+        """Drops what another process has removed, and what was computed of it; what home has stays."""
         if not any(tier.counts()[0] for tier in self._above):
             return
         removals, gone = self._home.removed(self._known_removals)
         if gone or gone is None:
             with self.lock:
                 for tier in self._above:
-                    held = tier.stored() if gone is None else tier.find(gone)
+                    held = tier.stored() if gone is None else [*tier.find(gone), *tier.computed_of(gone)]
                     # What was put again since is there.
-                    tier.remove(self._home.missing(list(held)) if held else ())
+                    tier.remove(self._home.missing(held) if held else ())
         self._known_removals = removals

@@ -16,7 +16,7 @@ from pathlib import Path
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, Transaction, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
-from ragkv.store.keys import PATH, labelled, tag
+from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.notes import FolderNotes
 from ragkv.store.planner import Planner
@@ -119,7 +119,7 @@ class DiskTier(Tier):
         Args:
             entries: the records.
             facts: the facts.
-            still: of what arrived from a pool: whether that still has it. It is not noted to be sent there, and is left where it
+            still: of what arrived from a pool: whether it is wanted still. It is not noted to be sent there, and is left where it
                 is stored or to be deleted.
         """
         kept: list[bool] = []
@@ -150,17 +150,21 @@ class DiskTier(Tier):
         return kept
 
     def remove(self, keys: Iterable[bytes], reason: str | None = None, facts: Iterable[str] = ()) -> list[bytes]:
-        """Forgets entries and facts in one transaction; none where there is nothing to forget."""
-        keys, names = list(dict.fromkeys(keys)), [name.encode() for name in facts]
+        """Forgets entries and facts in one transaction; none where nothing is named.
+
+        It is noted of what is not here, too: that may be in memory, of whatever process, or on its way from a pool.
+        """
+        keys, names = [key for key in dict.fromkeys(keys) if key], [name.encode() for name in facts]
         with self.environment.transaction() as txn:
-            keys = [key for key in keys if txn.has("entries", key)]
+            if self.readonly:
+                keys = [key for key in keys if txn.has("entries", key)]
             names = [name for name in names if txn.has("facts", name)]
         if not keys and not names:
             return []
         # On a full disk there may be room to remove an entry, and none to rewrite many rows.
         with self._planner(enter_uses=False, suspicious=reason == "damaged") as planner:
             gone = [key for key in keys if planner.drop(key, reason)]
-            for key in gone:
+            for key in keys:
                 planner.books.log_removal(key)
             for name in names:
                 planner.books.txn.delete("facts", name)
@@ -179,7 +183,7 @@ class DiskTier(Tier):
         except StoreError as failure:
             logger.warning("the damaged record %s could not be deleted: %s", key.hex(), failure)
 
-    def removed(self, since: int) -> tuple[int, list[bytes] | None]:
+    def removed(self, since: int | None = None) -> tuple[int, list[bytes] | None]:
         return removed_since(self.environment, since)
 
     def pin(self, keys: Sequence[bytes], lifetime_s: float) -> int:
@@ -211,7 +215,8 @@ class DiskTier(Tier):
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`. What cannot be read is among them."""
-        tags, computed = set(map(tag, keys)), self.stored(PATH) if keys else []
+        tags = tags_of(keys)
+        computed = self.stored(PATH) if tags else []
 
         def named(key: bytes) -> bool:
             try:

@@ -6,7 +6,7 @@ chunks' keys.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 
 from ragkv.chunk import digest
 from ragkv.errors import instance
@@ -71,11 +71,16 @@ def tag(key: bytes) -> str:
     return key[:_TAG_BYTES].hex()
 
 
+def tags_of(keys: Iterable[bytes]) -> set[str]:
+    """What labels call chunks. Behind what was computed nothing is named."""
+    return {tag(key) for key in keys if not key.startswith(PATH)}
+
+
 def label_of(keys: Collection[bytes]) -> str:
     """The label of what was computed of chunks, and behind them."""
     return " ".join(map(tag, keys)) if len(keys) <= _MOST_TAGS else ANY
 
 
-def labelled(label: str, tags: Iterable[str]) -> bool:
+def labelled(label: str, tags: Set[str]) -> bool:
     """Whether a label names one of the chunks, or might."""
-    return label == ANY or not set(label.split()).isdisjoint(tags)
+    return bool(tags) and (label == ANY or not tags.isdisjoint(label.split()))

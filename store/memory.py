@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from itertools import product
 
 from ragkv.store.books import MemoryBooks
-from ragkv.store.keys import PATH, labelled, tag
+from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.payload import Payload
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
@@ -122,7 +122,7 @@ class MemoryTier(Tier):
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """See :meth:`TieredStore.computed_of`."""
-        tags = set(map(tag, keys))
+        tags = tags_of(keys)
         with self.lock:
             return [key for key, held in self._held.items() if key.startswith(PATH) and labelled(held.label, tags)]
 

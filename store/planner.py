@@ -102,7 +102,7 @@ class Planner(Generic[AnyBooks]):
             terms: on which it is kept.
             usage: how it was used so far, where another tier knows that.
             passed: entries that must stay.
-            selective: keep it only where it is worth more than what it would evict.
+            selective: keep it only where it is pinned, or worth more than what it would evict.
 
         Returns:
             Its row; None where it was not worth that, and is remembered as a ghost.
@@ -127,15 +127,15 @@ class Planner(Generic[AnyBooks]):
         victims = self._room_for(key, row, old, passed)
         self.drop(key)
         worth = self._worth(key, row)
-        if selective and any(victim.priority > worth for victim, _ in victims.values()):
+        if selective and not row.pinned_until_s and any(victim.priority > worth for victim, _ in victims.values()):
             self._age(worth)
             self._haunt(key, row, uses=1)
             return None
         for victim, (gone, reason) in victims.items():
             self._age(gone.priority)
             self.drop(victim, reason)
-        self._count(row.namespace, size_bytes)
         self.use(key, row)
+        self._count(row.namespace, size_bytes)
         return row
 
     def use(self, key: bytes, row: Row, times: int = 1) -> None:

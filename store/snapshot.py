@@ -180,12 +180,12 @@ class Loading(Recorded):
 
     def load(self, layer: int | None = None) -> int:
         """Reads what is missing of a layer, or of all; how many bytes."""
-        if not self._missing:
+        wanted = range(len(self.record.checksums)) if layer is None else self.record.segments_of(layer)
+        if self._missing.isdisjoint(wanted):  # whoever reads ahead may hold the lock
             return 0
         with self._lock:
-            if self._released and self._missing:
+            if self._released:
                 raise StoreError("the batch is finished with this chunk")
-            wanted = range(len(self.record.checksums)) if layer is None else self.record.segments_of(layer)
             count = 0
             for index in self._missing.intersection(wanted):
                 count += self._snapshot.segment(self.key, self.record, index, self.payload.data)

@@ -105,11 +105,11 @@ class Source(ABC):
 
     @abstractmethod
     def parts(self, layer: int) -> Parts:
-        """K and V of a layer as they are held."""
+        """K and V of a layer as they are held; :meth:`load` it before."""
 
     @abstractmethod
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V ``[H, T, D]`` of a layer."""
+        """K and V ``[H, T, D]`` of a layer; :meth:`load` it before."""
 
     def load(self, layer: int | None = None) -> int:
         """Reads a layer, or all, into memory, where that is not yet so; the bytes."""
@@ -143,7 +143,7 @@ class Source(ABC):
 
 
 class Recorded(Source):
-    """A chunk as a record, of which what is asked for is loaded.
+    """A chunk as a record.
 
     Attributes:
         record: its header.
@@ -160,12 +160,10 @@ class Recorded(Source):
 
     def parts(self, layer: int) -> Parts:
         """See :class:`Source`."""
-        self.load(layer)
         return self.record.parts(self.payload, layer)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        self.load(layer)
         return self.record.layer(self.payload, layer)
 
 

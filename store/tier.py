@@ -144,9 +144,9 @@ class Tier(ABC):
             UploadError: that took longer than so many seconds.
         """
 
-    def removed(self, since: int) -> tuple[int, list[bytes] | None]:
+    def removed(self, since: int | None = None) -> tuple[int, list[bytes] | None]:
         """How many removals there were ever, by whatever process, and which keys after the first ``since``: None for unknown."""
-        return since, []
+        return 0, []
 
     def after_fork(self) -> None:  # noqa: B027
         """In a child: what threads of the parent held is free."""

@@ -55,10 +55,12 @@ def decompressed(packed: Tensor, count: int) -> Tensor:
     Raises:
         RecordError: they are not as many, or are damaged.
     """
+    if packed.dtype != torch.uint8:
+        raise RecordError(f"what is compressed is bytes, got {packed.dtype}")
     data = packed.numpy().data
     try:
         # Before it is decompressed: it may claim more than there is memory.
-        if packed.dtype != torch.uint8 or zstd().frame_content_size(data) != count:
+        if zstd().frame_content_size(data) != count:
             raise RecordError(f"what is compressed is not {count} bytes")
         if count > _MOST_REPEATED * len(data) + _SMALL:
             raise RecordError(f"{len(data)} bytes cannot hold {count}")

@@ -20,7 +20,7 @@ class Arrivals:
 
     Args:
         home: the folder.
-        still: whether the pool still has a chunk, as far as is known: what is removed meanwhile does not come.
+        still: whether nobody removed a chunk since it was looked for: what is removed meanwhile does not come.
     """
 
     def __init__(self, home: DiskTier, still: Callable[[bytes], bool]) -> None:

@@ -37,12 +37,14 @@ class Fetch:
         lost: told the key of a chunk that the pool did not give, and why.
         speed: is shown how long it takes.
         counts: of chunks that were given up because they came too slowly: ``late``.
+        removals: how many the store's home had seen before the pool was looked into.
     """
 
     pool: Pool
     lost: Callable[[bytes, PoolError], None]
     speed: Speed
     counts: Counter[str]
+    removals: int
     _readings: list[Reading] = field(default_factory=list)
     _watched: Watched | None = None
     _expected: float | None = None
@@ -273,7 +275,6 @@ class RemoteSource(Recorded):
         return self.reading.payload
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        self.load(layer)
         begin = perf_counter()
         pair = super().layer(layer)
         self.reading.fetch.decoded(self.reading, perf_counter() - begin)

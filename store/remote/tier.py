@@ -128,7 +128,7 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
                 self.readonly = True
                 return
             self._notes = FolderNotes(home.environment)
-            self._arrivals = Arrivals(home, self._heads.seen.__contains__)
+            self._arrivals = Arrivals(home, self._still)
             home.notes = None if self.readonly else self._notes
         if self.readonly:
             return
@@ -142,9 +142,10 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         return self.find_away(keys, Asking())
 
     def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
+        removals = 0 if self._home is None else self._home.removed()[0]
+        fetch = Fetch(self._pool, self._lose, self._speed, self._counts, removals)
         listed = self._listed
         likely = self._likely(keys, listed)
-        fetch = Fetch(self._pool, self._lose, self._speed, self._counts)
         levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
         at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
         found = {levels[key]: source for key, source in at_levels.items()}
@@ -171,7 +172,7 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
     def row(self, key: bytes) -> Row | None:
         """See :class:`Tier`; known of what was read lately."""
         row, _ = self._heads.seen.get(key, (None, b""))
-        return None if row is None or self._notes.deleting([key]) else row
+        return None if row is None or self._notes.deleting([key]) or not self._still(key) else row
 
     def admit(self, entries: Sequence[Offer]) -> list[bool]:
         """See :class:`Tier`. It is sent in the background."""
@@ -214,10 +215,10 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
             return []
         keys = [key for key in dict.fromkeys(keys) if shared(key)]
         known = {*self._manifest.holds(keys), *(self._heads.seen.keys() & keys)} - self._notes.deleting(keys)
-        for key in keys:  # before it is noted: what arrives is looked for here, then among the notes
-            self._heads.seen.pop(key, None)
         self._uploads.note(dict.fromkeys(keys, DELETE))
         self._manifest.note(keys, False)
+        for key in keys:
+            self._heads.seen.pop(key, None)
         return [key for key in keys if key in known]
 
     def damaged(self, key: bytes) -> None:
@@ -344,6 +345,14 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         else:
             self._heads.failed(error)
         self._manifest.avoid(key, _AVOIDED_S)
+
+    def _still(self, key: bytes) -> bool:
+        """Whether nobody removed a chunk that is being read since it was looked for."""
+        reading = self._readings.get(key)
+        if reading is None or self._home is None:
+            return True
+        _, gone = self._home.removed(reading.fetch.removals)
+        return gone is not None and key not in gone
 
     def _arrived(self, reading: Reading) -> None:
         if self._arrivals is not None and not reading.level:

@@ -37,6 +37,16 @@ def test_what_was_changed_survives_a_power_cut(tmp_path, monkeypatch):
     )
 
 
+def test_a_child_does_not_delete_its_parents_temporary_one(forked):
+    def child():
+        catalogue.close()
+        return "ok"
+
+    with Catalogue() as catalogue:
+        assert forked(child) == "ok"
+        assert catalogue.path.exists() and put(catalogue, "a", ["one"]).new
+
+
 def test_a_temporary_one_leaves_nothing():
     catalogue = Catalogue()
     path = catalogue.path

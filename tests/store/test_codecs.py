@@ -207,3 +207,12 @@ def test_lossless_refuses_what_claims_another_size_before_it_is_decompressed(siz
     monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("it was decompressed"))
     with pytest.raises(RecordError, match="not 64 bytes"):
         codec.decode(parts, (2, 8, 4), torch.bfloat16, "k")
+
+
+@pytest.mark.parametrize("name", ["lossless", "cachegen"])
+def test_what_is_compressed_is_bytes(name):
+    codec, tensor = get_codec(name), numbers((2, 8, 4), torch.bfloat16)
+    parts = codec.encode(tensor, "k")
+    parts[""] = torch.zeros(8, dtype=torch.bfloat16)
+    with pytest.raises(RecordError, match="bytes, got"):
+        codec.decode(parts, (2, 8, 4), torch.bfloat16, "k")

@@ -58,6 +58,18 @@ def test_what_has_no_lifetime_any_more_does_not_expire(folder, kv, key):
         assert store.contains(key(0))
 
 
+def test_what_expires_goes_without_its_row(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0, policy="lrfu") as store:
+        store.put(key(0), kv(0), lifetime_s=100.0)
+        store.put(key(1), kv(1))
+        forget(store, key(0))
+        store.put(key(2), kv(2))  # finds the row damaged
+        now = store._disk.now()
+        store._disk.now = lambda: now + 200.0
+        store.put(key(3), kv(3))
+        assert store._disk.stored() == sorted([key(1), key(2), key(3)])
+
+
 def test_a_namespace_has_its_quota_again(folder, kv, key):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(0), kv(0, tokens=100), namespace="a")
@@ -87,4 +99,19 @@ def test_the_clock_goes_on(folder, kv, key, damage, damaged):
         after = store._disk.counters()
         assert after.clock >= before.clock and after.tick > before.tick
         rows = [store._disk.row(each) for each in store._disk.stored() if damaged != "a row" or each != name]
+        with store._disk.environment.transaction() as txn:
+            known = list(txn.keys("usage"))
+        assert after.ghosts == len(known) - len(rows) > 0
         assert after.used_bytes == sum(row.usage.size_bytes for row in rows)
+
+
+def test_a_row_that_is_met_while_another_is_written_down_leaves_that_counted(folder, kv, key):
+    with TieredStore(folder, cpu_bytes=0, policy="lrfu") as store:
+        for number in range(3):
+            store.put(key(number), kv(number, tokens=60))
+        used = store._disk.counters().used_bytes
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=used, policy="lrfu") as store:
+        forget(store, key(1))
+        store.put(key(3), kv(3, tokens=60))  # in the place of the first: the second is the least then
+        rows = [store._disk.row(key(number)) for number in range(4)]
+        assert store._disk.counters().used_bytes == sum(row.usage.size_bytes for row in rows if row) == used * 2 // 3

@@ -74,6 +74,14 @@ def test_what_is_pinned_stays_so_when_it_is_put_again(make, kv, key, tokens):
         assert not store.contains(key(0))
 
 
+def test_what_is_pinned_is_put_again_whatever_it_is_worth(make, kv, key):
+    with make(selective=True) as store:
+        store.put(key(0), kv(0, tokens=60))
+        store.pin(key(0))
+        fill(store, kv, key, range(1, 6), cost_s=1e6)
+        assert store.put(key(0), kv(0, tokens=240)) and store.pinned([key(0)]) == [key(0)]
+
+
 def test_pin_with_a_lifetime_ends(make, kv, key):
     with make() as store:
         store.put(key(0), kv(0, tokens=60))

@@ -140,6 +140,15 @@ def test_a_copy_that_does_not_fit_leaves_the_folder_as_it_was(filled, monkeypatc
     assert sorted(path.name for path in filled.iterdir()) == before
 
 
+@pytest.mark.parametrize(("care", "scratch"), [(compact, "compacting"), (repair, "rescue"), (repair, "repaired")])
+def test_what_a_killed_process_left_is_no_hindrance(filled, care, scratch):
+    (filled / scratch / "deep").mkdir(parents=True)
+    (filled / scratch / "data.mdb").write_bytes(b"half a file")
+    keys = [entry.key for entry in entries(filled)]
+    care(filled)
+    assert keys and [entry.key for entry in entries(filled)] == keys and not (filled / scratch).exists()
+
+
 @pytest.mark.parametrize("care", [compact, repair, verify])
 def test_care_for_a_folder_that_is_not_there_says_so(tmp_path, care):
     with pytest.raises(StoreError, match="is not a folder of a store"):

@@ -11,7 +11,7 @@ import torch
 from ragkv.errors import RecordError, StoreError, StoreFullError
 from ragkv.store import Policy, Target, TieredStore
 from ragkv.store.books import LOGGED_REMOVALS
-from ragkv.store.keys import label_of, path_key
+from ragkv.store.keys import ANY, label_of, path_key
 
 
 class Same(Policy):
@@ -75,7 +75,7 @@ def test_many_are_removed_in_one_transaction(folder, kv, key):
         before = store._disk.environment._live.env.info()["last_txnid"]
         assert store.remove_many([key(number) for number in range(50)] * 2, facts=["a"]) == 40
         assert store._disk.environment._live.env.info()["last_txnid"] == before + 1
-        assert store.remove_many([key(number) for number in range(50)]) == 0
+        assert store.remove_many([], facts=["a"]) == 0
         assert store._disk.environment._live.env.info()["last_txnid"] == before + 1, (
             "nothing to remove, nothing written"
         )
@@ -349,3 +349,64 @@ def test_what_was_computed_and_is_in_memory_alone_is_known_too(folder, kv, key, 
         assert store.computed_of([key(1)]) == [computed] and store.computed_of([key(2)]) == []
         store.remove_many(store.computed_of([key(1)]))
         assert not store.contains(computed)
+
+
+@pytest.mark.parametrize("gpu_bytes", [0, 1 << 20])
+def test_what_one_forgets_another_has_not_in_memory_either(folder, kv, key, gpu_bytes):
+    """Disk has evicted it, and what was computed of it, so that whoever forgets it finds neither."""
+    computed = path_key("space", [1], b"path")
+    with (
+        TieredStore(folder, disk_bytes=200_000, gpu_bytes=gpu_bytes, device="cpu", policy="lru") as store,
+        TieredStore(folder, disk_bytes=200_000, cpu_bytes=0) as other,
+    ):
+        store.put(key(0), kv(0, tokens=60))
+        store.put(key(1), kv(1, tokens=60))
+        store.put(computed, kv(1, tokens=60), label=label_of([key(1)]))
+        for number in range(2, 12):
+            store.put(key(number), kv(number, tokens=60))
+        gone = [key(1), computed]
+        assert store._disk.missing([key(0), *gone]) == [key(0), *gone] and store.missing([key(0), *gone]) == []
+        assert other.computed_of([key(1)]) == [] and other.remove_many([key(1)]) == 0
+        assert store.missing([key(0), *gone]) == gone
+
+
+def test_of_nothing_and_of_what_was_computed_nothing_is_computed(folder, kv, key):
+    """Not even what may be of any chunk: whoever forgets these leaves it alone, in memory too."""
+    of_any, other = (path_key("space", [number], b"path") for number in (1, 2))
+    with TieredStore(folder, disk_bytes=200_000, policy="lru") as store:
+        store.put(of_any, kv(1, tokens=60), label=ANY)
+        assert store.computed_of([]) == store.computed_of([other]) == [] and store.computed_of([key(1)]) == [of_any]
+        for number in range(2, 12):
+            store.put(key(number), kv(number, tokens=60))
+        assert store._disk.missing([of_any])
+        assert store.computed_of([]) == store.computed_of([other]) == [] and store.computed_of([key(1)]) == [of_any]
+        store.remove(other)
+        assert store.contains(of_any)
+
+
+@pytest.mark.parametrize("harm", ["log", "counters"])
+def test_a_damaged_log_is_met_once(folder, kv, key, harm):
+    with TieredStore(folder) as store, TieredStore(folder, cpu_bytes=0) as other:
+        store.put(key(0), kv(0))
+        other.remove_many([key(1), key(2)])
+        with other._disk.environment.transaction(write=True) as txn:
+            names = list(txn.keys("state", b"removed")) if harm == "log" else [b"counters"]
+            txn.put("state", names[0], b"x" * 40)
+        if harm == "counters":
+            other.put(key(3), kv(3))
+        known = store._tiers.copies._known_removals
+        assert store._disk.removed(known)[1] is None
+        assert store.contains(key(0))
+        known = store._tiers.copies._known_removals
+        assert store._disk.removed(known)[1] == []
+
+
+def test_what_only_reads_notes_neither_uses_nor_removals(folder, kv, key):
+    """Nobody would ever write them down."""
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+    with TieredStore(folder, cpu_bytes=0, readonly=True) as store:
+        assert store.get(key(1)) is not None and not store._disk._touched
+        assert not store.remove(key(2))
+        with pytest.raises(StoreError, match="reading only"):
+            store.remove(key(1))

@@ -299,7 +299,8 @@ def test_who_may_read_nothing_is_told(relay, s3, machine, key, kv, caplog):
     assert store.get(key(1)) is None and store.stats().pools["remote"].down and "left alone" in caplog.text
 
 
-def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp_path, kv, key, monkeypatch):
+@pytest.mark.parametrize("process", ["this", "another", "another, and much else"])
+def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp_path, kv, key, monkeypatch, process):
     """It was read, waits to be kept, and is deleted in the pool before its turn."""
     goes_on, keep = threading.Event(), Arrivals._keep
 
@@ -315,8 +316,30 @@ def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp
     two = machine(url)
     monkeypatch.setattr(Arrivals, "_keep", slowly)
     assert two.get(key(1)) is not None and two.get(key(2)) is not None
-    two.remove(key(1))
-    two.flush()
+    remover = two if process == "this" else machine(url, two.path.name)
+    if "much else" in process:
+        monkeypatch.setattr("ragkv.store.books.LOGGED_REMOVALS", 1)
+        remover.remove_many([key(3), key(4)])
+    remover.remove(key(1))
+    remover.flush()
     goes_on.set()
     assert two.remote._arrivals._background.wait(10)
-    assert two._disk.stored() == [key(2)] and not two.contains(key(1))
+    kept = [] if "much else" in process else [key(2)]  # nobody knows
+    assert two._disk.stored() == kept and not two.contains(key(1))
+
+
+def test_what_is_removed_while_it_is_read_does_not_come_to_memory(machine, tmp_path, kv, key):
+    """Another process removes it, and memory has caught up before the batch is done with it."""
+    url = f"file://{tmp_path}/pool"
+    one = machine(url)
+    one.put(key(1), kv(1))
+    one.flush()
+    two = machine(url, cpu_bytes=1 << 20)
+    two.put(key(2), kv(2))
+    with two.read([key(1)]) as batch:
+        batch.kv(0)
+        remover = machine(url, two.path.name)
+        remover.remove(key(1))
+        remover.flush()
+        assert two.contains(key(2))
+    assert not two.contains(key(1)) and two.contains(key(2))
