@@ -24,6 +24,7 @@ from ragkv.fusing import to_load
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.view import Selection
+from ragkv.library.documents import Documents
 from ragkv.library.reading import Reader
 from ragkv.library.watching import prefetched
 from ragkv.store import CostProfile, Loading, Moved, Rates
@@ -166,6 +167,8 @@ def test_what_a_prompt_would_load_is_known_before_its_turn(engine, monkeypatch, 
     keys = [engine.documents.key(chunk) for chunk in chunks]
     assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1e-7))) == keys
     assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1.0))) == []
+    monkeypatch.setattr(Documents, "reader", None)  # it may have to be made first, which runs the model
+    assert to_load(engine.documents, layout, repair) == keys
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
