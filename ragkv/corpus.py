@@ -43,8 +43,7 @@ class Corpus:
         self.retriever: Retriever = retriever
         self.finder: Finder = Finder(retriever, engine.documents)
         cuts = chunker or TokenChunker(engine.tokenizer)
-        catalogued = self.finder.catalogued()
-        self._intake = Intake(retriever.catalogue, catalogued, engine.documents, cuts, repair_tokens)
+        self._intake = Intake(self.finder.catalogued(), cuts, repair_tokens)
         self.behind = behind
         warn_of_differences(retriever.catalogue, engine.documents)
 
@@ -255,8 +254,7 @@ class Corpus:
         return follow(self.retriever, self.engine.documents.within(namespace))
 
     def _taking_in(self, namespace: str | None) -> Intake:
-        documents = self.engine.documents.within(namespace)
-        return self._intake.within(self.finder.catalogued(documents), documents)
+        return self._intake.within(self.finder.catalogued(self.engine.documents.within(namespace)))
 
     def _source(self, given: str | os.PathLike[str], namespace: str) -> str:
         catalogue = self.retriever.catalogue
