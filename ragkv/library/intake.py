@@ -48,11 +48,9 @@ class _Plan:
 
     def files(self) -> dict[str, Any]:
         """As :class:`~ragkv.library.done.Files` takes them."""
-        kinds: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
-        for prepared, _ in self.documents:
-            if prepared.source not in self.moved:
-                kinds[prepared.kind].append(prepared.source)
-        return {**kinds, "moved": self.moved, "skipped": self.skipped, "hidden": self.hidden}
+        kinds = {prepared.source: prepared.kind for prepared, _ in self.documents if prepared.source not in self.moved}
+        sources = {kind: [source for source, of in kinds.items() if of == kind] for kind in _REASONS}
+        return {**sources, "moved": self.moved, "skipped": self.skipped, "hidden": self.hidden}
 
 
 class Intake:
