@@ -100,6 +100,7 @@ class Case:
 
 
 def _name(of: object) -> str:
+    """Equal for what is written alike."""
     return digest(repr(of)).hex()[:16]
 
 

@@ -38,7 +38,7 @@ class Resampling:
         self._size = len(numbers)
         even = np.full(self._size, 1 / max(1, self._size))
         self._weights = np.random.default_rng(seed).multinomial(self._size, even, size=RESAMPLES)  # [R, documents]
-        self._of_cases = Resampling(cases, seed) if documents else self
+        self._of_cases = Resampling(cases, seed) if documents else None
 
     def estimate(self, values: Mapping[str, Sequence[float]]) -> Estimate | None:
         """The mean over all rows, and its interval; ``None`` where there are none.
@@ -52,7 +52,7 @@ class Resampling:
             counts[self._index[case]] += len(rows)
         if not counts.any():
             return None
-        if np.count_nonzero(counts) == 1 and self._of_cases is not self:
+        if self._of_cases is not None and np.count_nonzero(counts) == 1:
             return self._of_cases.estimate(values)
         drawn = self._weights @ counts
         means = (self._weights @ sums)[drawn > 0] / drawn[drawn > 0]
