@@ -45,7 +45,7 @@ class Corpus:
         cuts = chunker or TokenChunker(engine.tokenizer)
         catalogued = self.finder.catalogued()
         catalogued.finish()
-        self._intake = Intake(retriever.catalogue, catalogued, engine.documents, cuts, repair_tokens)
+        self._intake = Intake(catalogued, cuts, repair_tokens)
         self.behind = behind
         warn_of_differences(retriever.catalogue, engine.documents)
 
@@ -256,8 +256,7 @@ class Corpus:
         return follow(self.retriever, self.engine.documents.within(namespace))
 
     def _taking_in(self, namespace: str | None) -> Intake:
-        documents = self.engine.documents.within(namespace)
-        return self._intake.within(self.finder.catalogued(documents), documents)
+        return self._intake.within(self.finder.catalogued(self.engine.documents.within(namespace)))
 
     def _source(self, given: str | os.PathLike[str], namespace: str) -> str:
         catalogue = self.retriever.catalogue

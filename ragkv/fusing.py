@@ -48,7 +48,7 @@ class Places(View):
     """
 
     def __init__(self, documents: Documents, layout: Layout, keys: Sequence[bytes], looks: bool = False):
-        super().__init__(layout, len(documents.reader.decoder.layers))
+        super().__init__(layout, len(documents.runner.decoder(documents.kernels).layers))
         self._documents, self._keys, self._looks = documents, keys, looks
 
     @lazy

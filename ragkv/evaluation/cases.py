@@ -32,6 +32,7 @@ class Case:
         language: of the answers, one of :data:`ragkv.evaluation.metrics.LANGUAGES`.
         classes: of which the answer is one, where the data is for classifying.
         behind: passages that each document is read behind for the arms ``@neighbours`` (:mod:`ragkv.evaluation.neighbours`).
+        subject: what it was :attr:`about` when it had all of its documents, where some were left out.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Case:
     # No part of what is asked, nor of the fingerprint.
     classes: tuple[str, ...] = field(default=(), repr=False)
     behind: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    subject: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if self.language not in LANGUAGES:
@@ -65,14 +67,14 @@ class Case:
         return tuple((document, chunk) for document in documents for chunk in range(len(self.documents[document])))
 
     @property
-    def about(self) -> tuple[object, ...]:
-        """The document that it is answered from, the first of several; where the data does not say, all of its documents."""
-        return self.documents[self.gold[0][0]] if self.gold else self.documents
+    def about(self) -> str:
+        """Equal where cases are answered from the same document, the first of several; where the data does not say, from all."""
+        return self.subject or _name(self.documents[self.gold[0][0]] if self.gold else self.documents)
 
     @property
     def fingerprint(self) -> str:
         """Equal for equal cases."""
-        return digest(repr(self)).hex()[:16]
+        return _name(self)
 
     def text(self, place: Place) -> str:
         """A chunk's text."""
@@ -97,6 +99,11 @@ class Case:
             yield order, replace(self, retrieved=tuple(retrieved))
 
 
+def _name(of: object) -> str:
+    """Equal for what is written alike."""
+    return digest(repr(of)).hex()[:16]
+
+
 def narrowed(case: Case, places: Sequence[Place]) -> Case:
     """The case with these chunks retrieved, in their order, and without the documents that none of them is of."""
     kept = {document: number for number, document in enumerate(dict.fromkeys(document for document, _ in places))}
@@ -105,6 +112,7 @@ def narrowed(case: Case, places: Sequence[Place]) -> Case:
         documents=tuple(case.documents[document] for document in kept),
         retrieved=tuple((kept[document], chunk) for document, chunk in places),
         gold=tuple((kept[document], chunk) for document, chunk in case.gold if document in kept),
+        subject=case.about,
     )
 
 
@@ -123,7 +131,7 @@ def spread(cases: Iterable[Case]) -> list[Case]:
     Returns:
         All cases. Where no two share a document, those of one kind are in the same order.
     """
-    documents: dict[tuple[object, ...], dict[tuple[Place, ...], list[Case]]] = {}
+    documents: dict[str, dict[tuple[Place, ...], list[Case]]] = {}
     for case in cases:
         documents.setdefault(case.about, {}).setdefault(case.gold[:1], []).append(case)
     turns = _turns(_turns(_from(number, [*chunks.values()])) for number, chunks in enumerate(documents.values()))

@@ -51,7 +51,7 @@ class Group:
         self._about: Row = {
             "case": case.id,
             "fingerprint": case.fingerprint,
-            "document": digest(repr(case.about)).hex()[:16],
+            "document": case.about,
             "kind": case.kind,
             "order": order,
         }

@@ -22,7 +22,8 @@ class Estimate(NamedTuple):
 class Resampling:
     """Draws of cases with replacement, the same for every arm, so that differences are paired.
 
-    What is not independent is drawn together: rows of one case (its orders of chunks), and cases about one document.
+    What is not independent is drawn together: rows of one case (its orders of chunks), and cases about one document. Where all are
+    about one, cases are drawn: the interval then says nothing of other documents.
 
     Args:
         cases: ids of all cases.
@@ -37,6 +38,7 @@ class Resampling:
         self._size = len(numbers)
         even = np.full(self._size, 1 / max(1, self._size))
         self._weights = np.random.default_rng(seed).multinomial(self._size, even, size=RESAMPLES)  # [R, documents]
+        self._of_cases = Resampling(cases, seed) if documents else None
 
     def estimate(self, values: Mapping[str, Sequence[float]]) -> Estimate | None:
         """The mean over all rows, and its interval; ``None`` where there are none.
@@ -50,6 +52,8 @@ class Resampling:
             counts[self._index[case]] += len(rows)
         if not counts.any():
             return None
+        if self._of_cases is not None and np.count_nonzero(counts) == 1:
+            return self._of_cases.estimate(values)
         drawn = self._weights @ counts
         means = (self._weights @ sums)[drawn > 0] / drawn[drawn > 0]
         low, high = np.quantile(means, [0.025, 0.975])

@@ -15,14 +15,13 @@ from ragkv.chunk import Chunk, digest
 from ragkv.errors import DocumentError, MissingPackageError, half_a_pair, listable
 from ragkv.library.catalogued import CataloguedDocuments, Prepared
 from ragkv.library.differing import described
-from ragkv.library.documents import Documents
 from ragkv.library.done import Added, Planned, Synced
 from ragkv.library.preparing import Given, prepare, unchanged
 from ragkv.library.rates import reading_s
 from ragkv.library.refreshing import Due, bring_up, due
 from ragkv.library.sizes import check_room, codec_bytes
 from ragkv.library.watching import Progress, Tell, check_told, told
-from ragkv.retrieval import Catalogue, SkippedFile, TokenChunker
+from ragkv.retrieval import SkippedFile, TokenChunker
 from ragkv.retrieval.converter import Converter, fingerprint
 from ragkv.retrieval.encodings import checked_encoding
 from ragkv.retrieval.loaders import file_bytes, found_files, hidden_files, listed_paths, text_of
@@ -49,20 +48,16 @@ class _Plan:
 
     def files(self) -> dict[str, Any]:
         """As :class:`~ragkv.library.done.Files` takes them."""
-        kinds: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
-        for prepared, _ in self.documents:
-            if prepared.source not in self.moved:
-                kinds[prepared.kind].append(prepared.source)
-        return {**kinds, "moved": self.moved, "skipped": self.skipped, "hidden": self.hidden}
+        kinds = {prepared.source: prepared.kind for prepared, _ in self.documents if prepared.source not in self.moved}
+        sources = {kind: [source for source, of in kinds.items() if of == kind] for kind in _REASONS}
+        return {**sources, "moved": self.moved, "skipped": self.skipped, "hidden": self.hidden}
 
 
 class Intake:
     """Adds documents to a catalogue and lets the model read them.
 
     Args:
-        catalogue: knows what there is.
-        catalogued: puts documents into it.
-        documents: reads them.
+        catalogued: puts documents into its catalogue.
         chunker: cuts texts into passages; may be replaced.
         repair_tokens: see :class:`~ragkv.RAG`; may be changed.
 
@@ -71,26 +66,23 @@ class Intake:
         behind: see :class:`~ragkv.RAG`.
     """
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        catalogued: CataloguedDocuments,
-        documents: Documents,
-        chunker: TokenChunker,
-        repair_tokens: int | None,
-    ):
-        self._catalogue, self._catalogued, self._documents = catalogue, catalogued, documents
+    def __init__(self, catalogued: CataloguedDocuments, chunker: TokenChunker, repair_tokens: int | None):
+        self._take_into(catalogued)
         self.chunker: TokenChunker = chunker
         self.repair_tokens: int | None = repair_tokens
         self.behind: int = 0
         self.defaults: dict[str, Any] = {}
 
-    def within(self, catalogued: CataloguedDocuments, documents: Documents) -> Intake:
+    def _take_into(self, catalogued: CataloguedDocuments) -> None:
+        self._catalogued, self._documents = catalogued, catalogued.documents
+        self._catalogue = catalogued.retriever.catalogue
+
+    def within(self, catalogued: CataloguedDocuments) -> Intake:
         """The same for other documents of the model: those of a namespace."""
-        if documents is self._documents:
+        if catalogued.documents is self._documents:
             return self
         other = copy(self)
-        other._catalogued, other._documents = catalogued, documents
+        other._take_into(catalogued)
         return other
 
     def add_texts(
@@ -172,7 +164,7 @@ class Intake:
         """See :meth:`ragkv.RAG.refresh`."""
         check_told(tell)
         self._keep_behind()
-        return bring_up(self._catalogued, self._documents, self._due(tell), tell)
+        return bring_up(self._catalogued, self._due(tell), tell)
 
     def stale(self) -> list[str]:
         """See :meth:`ragkv.RAG.stale`."""
@@ -182,7 +174,7 @@ class Intake:
         """What documents need, by default all."""
         self._documents.look()
         listed = self._catalogue.documents(self._documents.namespace) if listed is None else listed
-        return due(self._catalogued, self._documents, listed, self.behind, tell)
+        return due(self._catalogued, listed, self.behind, tell)
 
     def _keep_behind(self) -> None:
         kept = self._catalogue.defaults
@@ -298,7 +290,7 @@ class Intake:
             plans = [prepared for prepared, _ in plan.documents if prepared.kind != "unchanged"]
             reasons = {prepared.source: _REASONS[prepared.kind] for prepared in plans}
             work = self._due(tell, [change.document for change in added.changes])
-            added.tokens_read = bring_up(self._catalogued, self._documents, work, tell, reasons)
+            added.tokens_read = bring_up(self._catalogued, work, tell, reasons)
         added.kv_bytes = self._kv_bytes(added)
         return added
 

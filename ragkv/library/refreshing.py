@@ -8,7 +8,6 @@ from typing import NamedTuple
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.library.differing import described
 from ragkv.library.document import ChunkedDocument
-from ragkv.library.documents import Documents
 from ragkv.library.neighbours import Neighbours
 from ragkv.library.sizes import check_room
 from ragkv.library.watching import Progress, Tell, told
@@ -31,20 +30,17 @@ class Due(NamedTuple):
     behind: tuple[Mapping[int, Sequence[tuple[int, ...]]], tuple[int, ...]] | None
 
 
-def due(
-    catalogued: CataloguedDocuments, documents: Documents, listed: Sequence[Document], most: int, tell: Tell | None
-) -> list[Due]:
+def due(catalogued: CataloguedDocuments, listed: Sequence[Document], most: int, tell: Tell | None) -> list[Due]:
     """What documents need; nothing is read, and only records that had to be made are kept.
 
     Args:
         catalogued: has them.
-        documents: reads them.
         listed: which.
         most: passages that each is to be read behind, of those nearest to it.
         tell: told of each.
     """
     found, total = list[Due](), 0
-    retriever = catalogued.retriever
+    documents, retriever = catalogued.documents, catalogued.retriever
     for each in listed:
         with retriever.catalogue.snapshot() as view:
             document = ChunkedDocument.from_bytes(catalogued.read(view, each).record)
@@ -61,7 +57,6 @@ def due(
 
 def bring_up(
     catalogued: CataloguedDocuments,
-    documents: Documents,
     work: Sequence[Due],
     tell: Tell | None,
     reasons: Mapping[str, str] | None = None,
@@ -69,13 +64,13 @@ def bring_up(
     """Do what :func:`due` found; returns the tokens that were read.
 
     Args:
-        catalogued, documents, work, tell: as there.
+        catalogued, work, tell: as there.
         reasons: why documents are read, by source, where not because KV are missing or neighbours are others.
 
     Raises:
         StoreFullError: as for :meth:`ragkv.RAG.add_texts`.
     """
-    total = sum(each.tokens for each in work)
+    documents, total = catalogued.documents, sum(each.tokens for each in work)
     size = check_room(documents, sum(each.stored_tokens for each in work))
     if work:
         catalogued.retriever.catalogue.keep_read_with(described(documents))

@@ -1,5 +1,7 @@
 """Reading: what is read when, in which context, and what an edit costs."""
 
+import copy
+
 import torch
 from transformers import DynamicCache
 
@@ -61,6 +63,24 @@ def test_a_chunk_of_a_document_is_what_the_whole_pass_computed(engine):
     for layer, (keys, values) in zip(cache.layers, kv, strict=True):
         torch.testing.assert_close(keys, layer.keys[0, :, kv.base : kv.base + 16], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(values, layer.values[0, :, kv.base : kv.base + 16], atol=1e-5, rtol=1e-4)
+
+
+def test_a_document_is_read_by_one_model(shared_model):
+    """Weights that change between two pieces: it is read anew, and nothing of the new model's is kept as the old one's."""
+    model = copy.deepcopy(shared_model)
+    engine = Engine(model, template=TEMPLATE, piece_tokens=16)
+
+    def changes(*_):
+        hook.remove()
+        with torch.no_grad():
+            model.model.layers[1].self_attn.v_proj.weight.mul_(-1)
+
+    hook = model.model.register_forward_hook(changes)
+    document = engine.add_document([random_ids(n) for n in (12, 14, 13)])
+    other = Engine(copy.deepcopy(model), template=TEMPLATE, piece_tokens=16)
+    for chunk, want in zip(document, other.add_document([random_ids(n) for n in (12, 14, 13)]), strict=True):
+        got = engine.store.get(engine.documents.key(chunk))
+        torch.testing.assert_close(got.values, other.store.get(other.documents.key(want)).values)
 
 
 def test_long_documents_are_read_in_windows(shared_model, monkeypatch):

@@ -152,9 +152,13 @@ def test_passages_are_retrieved_from_all_articles(tmp_path, monkeypatch):
     assert one.gold == one.retrieved == ((0, 2),) and len(one.whole) == 4
     assert [other.text(place) for place in other.retrieved] == ["The cedar is cedar."]
     assert other.gold == ()  # it stands in a document that was not found
+    assert other.about == one.about  # but is what it is about
     assert len(read(tmp_path, *articles)[1][0].retrieved) == 5
     articles[0]["paragraphs"][0]["qas"].insert(0, {**asked, "id": "d", "answers": [], "is_impossible": True})
     assert [case.id for case in read(tmp_path, *articles, limit=2)[1]] == ["d", "a", "c"]  # searched for no more
+
+    _, (case,) = read(tmp_path, {**RECORDS["ragkv"], "question": "harp"}, top_k=1)
+    assert [case.text(place) for place in case.retrieved] == ["She plays the harp."] and case.gold == ((0, 1),)
 
 
 def test_the_first_questions_are_of_as_many_articles_and_paragraphs_as_can_be(tmp_path, monkeypatch):
@@ -181,9 +185,8 @@ def test_the_first_questions_are_of_as_many_articles_and_paragraphs_as_can_be(tm
 
 def test_among_the_first_questions_every_kind_has_its_share(tmp_path):
     text = json.dumps(RECORDS["MuSiQue"])
-    ids = [
-        f"{hops}hop__{number}" for hops, count in ((2, 6), (3, 3)) for number in range(count)
-    ]  # as in the published file
+    # As in the published file.
+    ids = [f"{hops}hop__{number}" for hops, count in ((2, 6), (3, 3)) for number in range(count)]
     records = [json.loads(text.replace("plays", f"plays {i}").replace("2hop__1_2", i)) for i in ids]
     kinds = [case.kind for case in read(tmp_path, *records)[1]]
     assert [kinds[first : first + 3].count("3hop") for first in (0, 3, 6)] == [1, 1, 1]
@@ -197,9 +200,6 @@ def test_questions_of_documents_of_their_own_stay_in_the_order_of_the_file(tmp_p
         return json.loads(text) | {"_id" if "Hotpot" in form else "id": str(number)}
 
     assert [case.id for case in read(tmp_path, *map(record, range(5)))[1]] == list("01234")
-
-    _, (case,) = read(tmp_path, {**RECORDS["ragkv"], "question": "harp"}, top_k=1)
-    assert [case.text(place) for place in case.retrieved] == ["She plays the harp."] and case.gold == ((0, 1),)
 
 
 @pytest.mark.parametrize(

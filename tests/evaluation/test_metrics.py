@@ -92,6 +92,16 @@ def test_cases_of_one_document_are_no_independent_cases():
     assert of_cases.n == 200
 
 
+def test_where_all_are_of_one_document_cases_are_drawn():
+    """Of one document drawn again and again nothing would seem uncertain."""
+    cases = [str(number) for number in range(40)]
+    documents = dict.fromkeys(cases[:20], "one") | {case: case for case in cases[20:]}
+    values = {case: [float(number % 2)] for number, case in enumerate(cases[:20])}
+    assert Resampling(cases, 1, documents).estimate(values) == Resampling(cases, 1).estimate(values)
+    both = Resampling(cases, 1, documents).estimate({**values, "30": [1.0]})
+    assert (both.low, both.high) == (0.5, 1.0), "the document is drawn, or the other, or both"
+
+
 def test_differences_are_paired():
     cases = ["a", "b", "c"]
     arm, other = {"a": [1.0, 0.0], "b": [1.0], "c": [1.0]}, {"a": [1.0, 1.0], "b": [0.0], "d": [1.0]}

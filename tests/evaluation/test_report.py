@@ -176,9 +176,8 @@ def test_the_figures_in_markdown(result):
     for table in found:
         assert len({line.count("|") for line in table}) == 1
         assert [line.split("`")[1] for line in table[2:]] == [arm["name"] for arm in ran]
-    assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases about 1 documents, ") and written.endswith(
-        " |\n"
-    )
+    assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases about 1 document, ")
+    assert written.endswith(" |\n")
 
 
 MEASURE = """<script>

@@ -5,11 +5,13 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ragkv import Engine, PromptTemplate, TieredStore
 from ragkv.errors import ArgumentError, StoreError
 from ragkv.library.loading import Sample
 from ragkv.library.rates import known_rates, measured_rates
+from ragkv.model.cache import LayerSpec, random_kv
 from ragkv.model.decoder import Decoder
 from ragkv.store import CostProfile, Loading, Rates
 from ragkv.store.rates import PAGE_CACHE
@@ -178,3 +180,9 @@ def test_what_follows_from_figures():
             Rates(COSTS, {"disk": wrong})
     with pytest.raises(StoreError, match="piece_tokens"):
         Rates(COSTS, {}, piece_tokens=0)
+
+
+def test_what_is_measured_with_has_the_models_shapes():
+    """Keys and values need not be of one width."""
+    kv = random_kv([LayerSpec(2, 6, 4, torch.bfloat16, torch.device("cpu"))] * 3, 5)
+    assert [(k.shape, v.shape, k.dtype) for k, v in kv] == [((2, 5, 6), (2, 5, 4), torch.bfloat16)] * 3

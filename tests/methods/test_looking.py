@@ -1,5 +1,8 @@
 """Methods that look at the prompt before they choose, and what they look at."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -78,6 +81,16 @@ def test_attention_is_the_models_own(engine, model):
         torch.testing.assert_close(
             see(engine, document, lambda s, q=queries: s.attention(q)), want, atol=1e-6, rtol=1e-4
         )
+
+
+def test_a_prompt_in_the_making_is_gone_once_it_is_made(engine):
+    """It is the view, and holds all that was loaded: that does not wait for the garbage collector."""
+    chunks = engine.add(PARTS)[::-1]
+    gc.disable()
+    try:
+        assert see(engine, chunks, lambda v: (v.attention(), v.deviation, v.tiers, weakref.ref(v))[-1])() is None
+    finally:
+        gc.enable()
 
 
 def test_question_aware_takes_what_the_question_looks_at(engine):

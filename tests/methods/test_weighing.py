@@ -24,6 +24,7 @@ from ragkv.fusing import to_load
 from ragkv.fusion.layout import lay_out
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.view import Selection
+from ragkv.library.documents import Documents
 from ragkv.library.reading import Reader
 from ragkv.library.watching import prefetched
 from ragkv.store import CostProfile, Loading, Moved, Rates
@@ -146,6 +147,19 @@ def test_both_reasons_are_given():
     assert "are loaded in" in why and why.endswith("; so it is")
 
 
+def test_what_a_path_settles_is_loaded_and_never_computed(model, folder):
+    """The first document stands where it was read, on a slow disk."""
+    figures = {"cpu": 1e-6, "disk": 1e-2}
+    for paths, source in ((False, "unused"), (1 << 28, "disk")):
+        store = TieredStore(folder, cpu_bytes=1 << 30)
+        with Engine(model, template=TEMPLATE, store=store, paths=paths) as engine:
+            chunks = chunks_of(engine)
+            engine.store.prefetch([engine.documents.key(chunk) for chunk in chunks[3:6]]).result()
+            prompt = engine.fuse(chunks, QUESTION, method=Auto(LegoLink(4), rates(engine, **figures)))
+            assert prompt.report.sources[:3] == [source] * 3
+            assert (3 in prompt.recomputed) is not bool(paths)
+
+
 @dataclass(frozen=True)
 class Narrowing(LegoLink):
     """Goes on with the last token alone."""
@@ -166,6 +180,8 @@ def test_what_a_prompt_would_load_is_known_before_its_turn(engine, monkeypatch, 
     keys = [engine.documents.key(chunk) for chunk in chunks]
     assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1e-7))) == keys
     assert to_load(engine.documents, layout, Auto(repair, rates(engine, disk=1.0))) == []
+    monkeypatch.setattr(Documents, "reader", None)  # it may have to be made first, which runs the model
+    assert to_load(engine.documents, layout, repair) == keys
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ragkv import Engine, LegoLink, PromptTemplate, RagKVError, Reuse, Scheduler, StoreError, TieredStore
+from ragkv import Engine, Gate, LegoLink, PromptTemplate, RagKVError, Reuse, Scheduler, StoreError, TieredStore
 from ragkv.folder import Environment
 from ragkv.testing import random_ids, tiny_model
 
@@ -207,11 +207,12 @@ def test_all_else_is_closed_where_something_cannot_be(model, tmp_path, monkeypat
     def fails():
         raise StoreError("the disk is full")
 
-    opened = open_rag(tmp_path, model=model, paths=TieredStore(cpu_bytes=1 << 20))
+    opened, ended = open_rag(tmp_path, model=model, paths=TieredStore(cpu_bytes=1 << 20), gate=Gate()), []
     kept = [opened.retriever.catalogue.path, opened.engine.store.path]
     assert all(map(Environment.is_open, kept))
+    monkeypatch.setattr(opened.engine.gate, "close", lambda: ended.append("gate"))
     monkeypatch.setattr(opened.engine.paths.store, "close", fails)
     monkeypatch.setattr(opened.finder, "close", fails)
     with pytest.raises(StoreError, match="the disk is full"):
         opened.close()
-    assert not any(map(Environment.is_open, kept))
+    assert ended == ["gate"] and not any(map(Environment.is_open, kept))

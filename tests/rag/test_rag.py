@@ -66,6 +66,12 @@ def test_adding_again_reads_nothing(rag, reads):
     assert copy.changes[0].embedded == 0
 
 
+def test_a_source_that_is_given_twice_is_one_document(rag):
+    for kind in ("added", "changed"):
+        added = rag.add_texts(["The first text.", f"The {kind} text."], sources=["a", "a"])
+        assert getattr(added, kind) == ["a"] and len(added.changes) == 2
+
+
 def test_a_changed_file_is_read_from_the_change_on(model, tmp_path, reads):
     file = tmp_path / "notes.md"
     file.write_text("\n\n".join(DOCUMENTS.values()))

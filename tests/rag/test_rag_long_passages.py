@@ -74,7 +74,7 @@ def test_the_folder_can_be_used_otherwise(folder, model):
         rag.refresh()
         assert rag.refresh() == 0
         assert 0 < rag.pin("long") < len(rag.retriever.catalogue.texts("long"))
-        rag.chunker = rag._intake._chunker = TokenChunker(TOKENIZER, 250)
+        rag.chunker = TokenChunker(TOKENIZER, 250)
         assert rag.add_texts([LONG], ["long"]).tokens_read == 0, "it is not cut again, and what fits is read already"
         with pytest.raises(PromptTooLongError, match="split it into smaller parts"):
             rag.add_texts([LONG + " More."], ["new"])
