@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from types import UnionType
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 #: What a :class:`RagKVError` says of a question that comes too late.
 CLOSED = "nothing is answered any more: it is closed"
@@ -128,9 +128,9 @@ class OfOneProcess:
         instead: of the class: what to do where one is needed elsewhere.
     """
 
-    _instead = ""
+    _instead: ClassVar[str] = ""
 
-    def __init_subclass__(cls, instead: str = "", **options: Any):
+    def __init_subclass__(cls, instead: str = "", **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._instead = instead or cls._instead
 

@@ -82,7 +82,8 @@ def write_cases(cases: Iterable[Case], file: Path) -> None:
 
 def _written(case: Case) -> dict[str, Any]:
     """The fields of a line; not the language, which is the one that is taken where none is named."""
-    return {name: value for name, value in asdict(case).items() if name not in ("language", "classes", "behind")}
+    unwritten = ("language", "classes", "behind", "subject")
+    return {name: value for name, value in asdict(case).items() if name not in unwritten}
 
 
 def main() -> None:
