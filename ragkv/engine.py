@@ -125,7 +125,7 @@ class Engine(
         kept = Paths.of(paths, self.store)  # before the model is probed, which takes a while
         self.runner: Runner = Runner.of(model)
         self.encoder: Encoder = Encoder(self.template, tokenizer, self.runner.decoder(kernels, self.store).vocab_size)
-        self.documents = Documents(
+        self.documents: Documents = Documents(
             self.runner,
             self.encoder,
             self.store,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import WIDEST_HEAD, Impl, implementation
@@ -22,10 +22,10 @@ from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.driving import Driving
 from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.kernel_attention import SpanRule, serves, span_rules
-from ragkv.model.masks import for_model, layer_rules
+from ragkv.model.masks import Rule, for_model, layer_rules
 from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
 from ragkv.model.traits import Traits
-from ragkv.model.turns import turns
+from ragkv.model.turns import Turns, turns
 
 _PROBE_TOKENS = 8
 _STORED = torch.float32, torch.bfloat16, torch.float16
@@ -55,10 +55,10 @@ class Decoder(Driving):
     """
 
     def __init__(self, model: PreTrainedModel, kernels: Impl = "auto", known: Traits | None = None):
-        self.model = unwrapped(model)
-        self.kernels = kernels
-        self.config = self.model.config.get_text_config(decoder=True)
-        self.turns = turns(self.config)
+        self.model: PreTrainedModel = unwrapped(model)
+        self.kernels: Impl = kernels
+        self.config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
+        self.turns: Turns = turns(self.config)
         self.probes: int = 0
         self.probe(known)
 
@@ -72,21 +72,21 @@ class Decoder(Driving):
         refuse_by_config(self.config)
         refuse_state(self.model)
         embeddings = self.model.get_input_embeddings()
-        self.layers = decoder_layers(self.model, self.config.num_hidden_layers)
-        self.vocab_size = embeddings.weight.shape[0]
-        self.device = _device(embeddings)
-        self.backbone = getattr(self.model, self.model.base_model_prefix, self.model)
-        self.keeps_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.rules = layer_rules(self.config, len(self.layers), self.device)
+        self.layers: nn.ModuleList = decoder_layers(self.model, self.config.num_hidden_layers)
+        self.vocab_size: int = embeddings.weight.shape[0]
+        self.device: torch.device = _device(embeddings)
+        self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.keeps_last: bool = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.rules: list[Rule] = layer_rules(self.config, len(self.layers), self.device)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         if known is None:
             with self.turns:
                 self._try()
         else:
-            self.specs = known.specs
+            self.specs: list[LayerSpec] = known.specs
             self.rotations: list[Rotation | None] = known.rotations
             self.max_positions = known.max_positions
-            self.dtype = self.specs[0].dtype
+            self.dtype: torch.dtype = self.specs[0].dtype
             self.spans = self._span_rules() if known.spans else None
 
     @property

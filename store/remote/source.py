@@ -262,7 +262,9 @@ class RemoteSource(Recorded):
 
     def __init__(self, tier: str, reading: Reading) -> None:
         super().__init__(tier, reading.record)
-        self.reading, self.level, self.key = reading, reading.level, reading.key
+        self.reading: Reading = reading
+        self.level: str = reading.level
+        self.key: bytes = reading.key
         self._lock = threading.Lock()
         self._released = False
 
