@@ -88,6 +88,29 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
     )
 
 
+def test_intervals_of_a_study_draw_documents(tmp_path):
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"data": "d", "instruction": "i", "max_new_tokens": 0, "device": "cpu", "versions": {}})
+    )
+    rows = [{"case": str(n), "arm": "full-prefill", "f1": float(n < 10), "budget": 1.0} for n in range(20)]
+    lines = [json.dumps(row | {"document": str(int(row["case"]) // 10)}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    assert tuple(study.summed(tmp_path)["arms"]["full-prefill"]["f1"]) == (0.5, 0, 1, 20)
+
+
+def test_where_there_are_two_contexts_what_documents_told_is_given_up_once(tmp_path, monkeypatch):
+    for name in ("xquad.en.json", "hotpotqa_dev_120.jsonl"):
+        (tmp_path / name).write_text("")
+    asked = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, check: asked.append(command))
+    study.main(["--model", "m", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    given_up = "relevant-tokens:ratio=0.1,keep_document=false@document"
+    assert {(str(tmp_path / "xquad.en.json") in command, command.count(given_up)) for command in asked} == {
+        (True, 1),
+        (False, 0),
+    }
+
+
 def test_sets_that_are_there_are_asked_in_order(tmp_path):
     for name in ("xquad.en.json", "hotpotqa_dev_120.jsonl", "other.json"):
         (tmp_path / name).write_text("")

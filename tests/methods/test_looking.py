@@ -318,6 +318,9 @@ def test_where_attention_is_hidden_sensitivity_alone_decides():
     chunks = engine.add([random_ids(n) for n in (40, 31, 30)])
     prompt, plain = engine.fuse(chunks, QUESTION), engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.3))
     assert chosen(prompt) == chosen(plain) != set()
+    parts = [*chunks[:1], *engine.add_document(PARTS)[:0:-1]]  # without their document's first part
+    assert not chosen(engine.fuse(parts, QUESTION))
+    assert chosen(engine.fuse(parts, QUESTION, method=RelevantTokens(0.3, keep_document=False)))
     assert (
         prompt.report.method == "RelevantTokens(ratio=0.3, keep_document=True)"
         and "not open to view" in prompt.report.why
