@@ -58,11 +58,12 @@ def soak(model, path, seconds, askers=2, **options):
         for thread in threads:
             thread.join()
         assert rag.retriever.catalogue.check() == []
+        if rag.engine.paths is not None:  # what is kept late of a document removed by then goes again
+            rag.engine.paths.wait()
         kept = {key for document in rag.retriever.catalogue for key in named(rag, document)}
         with rag.retriever.catalogue.snapshot():
             stored = {key for tier in (rag.engine.store,) for key in stored_keys(tier)}
         if rag.engine.paths is not None:
-            rag.engine.paths.wait()
             labels = {entry.key: entry.label.split() for entry in entries(path / "kv") if entry.key.startswith(b"path")}
             there = {key[:4].hex() for key in kept}
             assert all(set(tags) <= there for tags in labels.values()), "nor what was computed of it"
