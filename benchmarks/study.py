@@ -1,11 +1,12 @@
 """The study of quality on real questions: `ragkv eval` on several sets of data, the most telling first, and its tables.
 
     python -P benchmarks/study.py --model PATH --data FOLDER [--out FOLDER] [--dtype float32] [--time-limit S] [--sets NAME ...]
-    python -P benchmarks/study.py --tables [--out FOLDER] [--json FILE]
+    python -P benchmarks/study.py --tables [--out FOLDER ...] [--json FILE]
 
 DATA holds `hotpotqa_dev*`, `2wikimultihopqa_dev*`, `musique_dev*`, `xquad.en*` and `unnamed*` (made by benchmarks/unnamed.py);
 sets that are not there are left out. Stop and start it at will: it goes on where it was, and `--tables` sums up what there is,
-also while it runs. A set is asked in stages: KL of all arms for 10 cases, answers and KL of the main arms for 20, then for all
+also while it runs; sets that are read both in documents and alone are also summed up together, and so are several folders (of
+several models). A set is asked in stages: KL of all arms for 10 cases, answers and KL of the main arms for 20, then for all
 cases, at last KL of all arms for all.
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             arms = [*FULL, *[f"{word}@{context}" for word in words for context in contexts]]
             arms += [f"{word}@neighbours" for word in near]
             arms += [f"{DEFAULT},keep_document=false@document"] if len(contexts) > 1 else []
-            out = args.out / f"{name}-{folder}"
+            out = args.out[0] / f"{name}-{folder}"
             command = [
                 "eval",
                 "--model",
@@ -104,10 +106,22 @@ def found(data: Path, sets: Sequence[str]) -> Iterator[tuple[str, Path]]:
             yield name, paths[0]
 
 
-def summed(folder: Path) -> dict[str, Any]:
-    """What a run's rows say so far, of each arm over the cases that it was asked."""
-    data = (folder / "rows.jsonl").read_bytes()
-    rows = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]  # the last may be half written
+def runs(outs: Sequence[Path]) -> dict[str, list[Path]]:
+    """Folders with rows by what is summed up: each set, and those that are read in both contexts together."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for name, kind, out in product(SETS, ("kl", "answers"), outs):
+        if (out / f"{name}-{kind}" / "rows.jsonl").exists():
+            found[f"{name}-{kind}"].append(out / f"{name}-{kind}")
+    for kind in ("kl", "answers"):
+        both = [f"{name}-{kind}" for name, (_, _, contexts) in SETS.items() if len(contexts) > 1]
+        if all(name in found for name in both):
+            found[f"both contexts-{kind}"] = [folder for name in both for folder in found[name]]
+    return dict(found)
+
+
+def summed(*folders: Path) -> dict[str, Any]:
+    """What the rows of one or more runs say so far, of each arm over the cases that it was asked."""
+    rows = [row for folder in folders for row in read_rows(folder)]
     by_arm: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         by_arm[row["arm"]][row["case"]] = row
@@ -121,17 +135,26 @@ def summed(folder: Path) -> dict[str, Any]:
     metrics = ("kl_chunks", "kl_documents", "top1_chunks", "gold_nll", "f1", "em", "contained", "budget")
     for arm in sorted(by_arm):
         result[arm] = {metric: e for metric in metrics if (e := resampling.estimate(values(arm, metric))) is not None}
+        # by the same method; alone, every chunk's own document stands in front of it
+        alone = arm.replace(",keep_document=false", "").replace("@document", "@alone")
         for metric in ("kl_chunks", "f1"):
-            alone = arm.replace("@document", "@alone")  # by the same method
             for what, other in (("default", f"{DEFAULT}@document"), ("full", FULL[0]), ("alone", alone)):
                 if other in by_arm and other != arm:
                     less = resampling.estimate(difference(values(arm, metric), values(other, metric)))
                     if less is not None:
                         result[arm][f"{metric} less {what}"] = less
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    about = {name: settings[name] for name in ("data", "instruction", "max_new_tokens", "device", "versions")}
+    settings = [json.loads((folder / "settings.json").read_text(encoding="utf-8")) for folder in folders]
+    about = {name: settings[0][name] for name in ("data", "instruction", "max_new_tokens", "device", "versions")}
+    about["data"] = ", ".join(dict.fromkeys(one["data"] for one in settings))
     ran = [(arm, figures) for arm, figures in result.items() if "budget" in figures]  # others were refused by the model
     return {"about": about, "cases": len(cases), "arms": dict(sorted(ran, key=lambda arm: arm[1]["budget"]))}
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """A run's rows so far; cases of another run are others, even of the same questions."""
+    data = (folder / "rows.jsonl").read_bytes()
+    rows = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]  # the last may be half written
+    return [row | {"case": f"{folder}/{row['case']}"} for row in rows]
 
 
 def figure(held: Estimate | Sequence[float] | None, scale: float, digits: int, sign: str = "") -> str:
@@ -145,7 +168,8 @@ def figure(held: Estimate | Sequence[float] | None, scale: float, digits: int, s
 def table(name: str, held: dict[str, Any]) -> str:
     """One run as Markdown."""
     compared = ["KL to the chunks' full prefill", "less or more than the default", "KL to the documents'", "top-1"]
-    answered = ["F1", "less or more than `full-prefill`", "EM", "contained"] if held["about"]["max_new_tokens"] else []
+    answered = ["F1", "less or more than `full-prefill`", "than the default", "than alone", "EM", "contained"]
+    answered = answered if held["about"]["max_new_tokens"] else []
     heads = ["arm", "n", "charged", *compared, *answered]
     lines = [f"{name}, {held['cases']} cases", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for arm, figures in held["arms"].items():
@@ -157,7 +181,8 @@ def table(name: str, held: dict[str, Any]) -> str:
             share(get("top1_chunks")),
         ]
         if answered:
-            cells += [figure(get("f1"), 100, 1), figure(get("f1 less full"), 100, 1, "+")]
+            cells += [figure(get("f1"), 100, 1)]
+            cells += [figure(get(f"f1 less {what}"), 100, 1, "+") for what in ("full", "default", "alone")]
             cells += [share(get("em")), share(get("contained"))]
         charged: Estimate = figures["budget"]
         lines.append(f"| `{arm}` | {charged[3]} | {100 * charged[0]:.1f}% | {' | '.join(cells)} |")
@@ -173,7 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Quality on real questions.")
     parser.add_argument("--model", help="name or path of a transformers decoder with a chat template")
     parser.add_argument("--data", type=Path, help="a folder")
-    parser.add_argument("--out", type=Path, default=Path("build/study"), help="rows and reports (default: build/study)")
+    parser.add_argument(
+        "--out", type=Path, nargs="+", default=[Path("build/study")], help="rows and reports (default: build/study)"
+    )
     parser.add_argument("--dtype", help="as for ragkv eval")
     parser.add_argument("--jobs", type=int, default=1, help="as for ragkv eval")
     parser.add_argument("--time-limit", type=int, metavar="S", help="seconds after which it stops")
@@ -182,12 +209,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --tables: write the figures here")
     args = parser.parse_args(argv)
     if not args.tables:
-        if args.model is None or args.data is None:
-            parser.error("give --model and --data, or --tables")
+        if args.model is None or args.data is None or len(args.out) > 1:
+            parser.error("give --model, --data and one --out, or --tables")
         run(args)
         return
-    folders = [args.out / f"{name}-{kind}" for name in SETS for kind in ("kl", "answers")]
-    results = {folder.name: summed(folder) for folder in folders if (folder / "rows.jsonl").exists()}
+    results = {name: summed(*folders) for name, folders in runs(args.out).items()}
     for name, held in results.items():
         print(table(name, held), end="\n\n")
     if args.json:

@@ -98,6 +98,35 @@ def test_intervals_of_a_study_draw_documents(tmp_path):
     assert tuple(study.summed(tmp_path)["arms"]["full-prefill"]["f1"]) == (0.5, 0, 1, 20)
 
 
+def test_sets_of_two_contexts_and_studies_of_several_models_are_summed_up_together(tmp_path, capsys):
+    """A question that two runs asked is two cases, about one document."""
+    given_up = "relevant-tokens:ratio=0.1,keep_document=false@document"
+    scores = {"full-prefill": 1.0, given_up: 0.5, "relevant-tokens:ratio=0.1@alone": 0.75}
+    for model, name in (("small", "xquad-answers"), ("small", "unnamed-answers"), ("large", "xquad-answers")):
+        folder = tmp_path / model / name
+        folder.mkdir(parents=True)
+        about = {"data": name[:5], "instruction": "i", "max_new_tokens": 24, "device": "cpu", "versions": {}}
+        (folder / "settings.json").write_text(json.dumps(about))
+        lines = [
+            json.dumps({"case": case, "document": case, "arm": arm, "f1": score * (1 + int(case)), "budget": 0.1})
+            for case in ("0", "1")
+            for arm, score in scores.items()
+        ]
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    out = [str(tmp_path / "small"), str(tmp_path / "large")]
+    study.main(["--tables", "--out", *out, "--json", str(tmp_path / "study.json")])
+    assert "both contexts-answers, 6 cases" in capsys.readouterr().out
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert written.keys() == {"xquad-answers", "unnamed-answers", "both contexts-answers"}
+    together = written["both contexts-answers"]
+    assert (written["xquad-answers"]["cases"], together["about"]["data"]) == (4, "xquad, unnam")
+    figures = together["arms"][given_up]
+    assert figures["f1"] == pytest.approx([0.75, 0.5, 1.0, 6])
+    assert figures["f1 less alone"] == pytest.approx([-0.375, -0.5, -0.25, 6])
+    with pytest.raises(SystemExit):
+        study.main(["--model", "m", "--data", str(tmp_path), "--out", *out])
+
+
 def test_where_there_are_two_contexts_what_documents_told_is_given_up_once(tmp_path, monkeypatch):
     for name in ("xquad.en.json", "hotpotqa_dev_120.jsonl"):
         (tmp_path / name).write_text("")
