@@ -51,13 +51,13 @@ class Task:
 
 def ask(bench: Bench, task: Task) -> Iterator[Row]:
     """The rows of a task's prompts."""
-    reading = bench.read(task.case)
+    reading = bench.read(task.case, {arm.context for prompt in task.prompts for arm in prompt.arms})
     try:
         for prompt in task.prompts:
             group = Group(bench, prompt.case, prompt.order, reading, prompt.charged)
             yield from group.rows(prompt.arms, task.seed)
     finally:
-        bench.forget(reading)
+        bench.spare(reading)
 
 
 def ask_all(tasks: Sequence[Task], bench: Bench, jobs: int, make_bench: MakeBench | None) -> Iterator[Iterator[Row]]:

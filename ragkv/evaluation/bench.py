@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -16,7 +16,7 @@ from ragkv.detokenizer import cut, stop_texts
 from ragkv.engine import Engine
 from ragkv.errors import MethodError, PromptError, PromptTooLongError, UnsupportedModelError
 from ragkv.evaluation.answering import Reply, replies
-from ragkv.evaluation.arms import NEIGHBOURS, Arm
+from ragkv.evaluation.arms import CONTEXTS, NEIGHBOURS, Arm
 from ragkv.evaluation.cases import Case, Place
 from ragkv.evaluation.errors import EvaluationError
 from ragkv.library.attention import shows
@@ -34,12 +34,17 @@ if TYPE_CHECKING:
 REFUSALS = (MethodError, UnsupportedModelError, PromptTooLongError)
 
 
+#: Documents that are read for a case stay for others until so much is kept.
+_KEPT_BYTES = 2 << 30
+
+
 @dataclass(frozen=True)
 class CaseChunks:
     """A case's chunks as the model has read them.
 
     Attributes:
-        chunks: for each of ``arms.CONTEXTS``, and for neighbours where the case has them, the chunk at each place.
+        chunks: for each of ``arms.CONTEXTS``, and for neighbours where the case has them, the chunk at each place; alone those that
+            were retrieved.
     """
 
     chunks: dict[str, dict[Place, Chunk]]
@@ -135,11 +140,18 @@ class Bench:
         options = {"max_new_tokens": self.max_new_tokens, "foreign": self.foreign, **changes}
         return Bench(engine.model, self.tokenizer, engine.template, **options)
 
-    def read(self, case: Case) -> CaseChunks:
-        """Let the model read a case's documents: each chunk alone, in its document, and there behind the document's neighbours."""
-        alone = dict(zip(case.whole, self.engine.add([case.text(place) for place in case.whole]), strict=True))
-        read = {"alone": alone, "document": self._documents(case, {})}
-        if case.behind:
+    def read(self, case: Case, contexts: Collection[str] = (*CONTEXTS, NEIGHBOURS)) -> CaseChunks:
+        """Let the model read a case's documents: its retrieved chunks alone, all of them in their document, and there behind the document's neighbours.
+
+        Args:
+            case: what is kept of documents that were read before, for another case perhaps, is not read again.
+            contexts: those that are needed; in their document they are read in any case.
+        """
+        read = {"document": self._documents(case, {})}
+        if "alone" in contexts:
+            places = list(dict.fromkeys(case.retrieved))
+            read["alone"] = dict(zip(places, self.engine.add(list(map(case.text, places))), strict=True))
+        if NEIGHBOURS in contexts and case.behind:
             read[NEIGHBOURS] = self._documents(case, dict(enumerate(case.behind)))
         return CaseChunks(read)
 
@@ -152,8 +164,13 @@ class Bench:
                 read[document, number] = chunk
         return read
 
+    def spare(self, reading: CaseChunks) -> None:
+        """Drop what was read where much is kept by now: cases that share documents are asked of what was read once."""
+        if sum(self.engine.store.stats().bytes.values()) > _KEPT_BYTES:
+            self.forget(reading)
+
     def forget(self, reading: CaseChunks) -> None:
-        """Drop what was read, so that memory holds one case at a time."""
+        """Drop what was read."""
         self.engine.forget([chunk for held in reading.chunks.values() for chunk in held.values()])
 
     def tokens(self, case: Case, places: Sequence[Place]) -> int:

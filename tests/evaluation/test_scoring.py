@@ -5,6 +5,7 @@ import torch
 
 from ragkv import FullPrefill, PromptTemplate, Reuse, bundled
 from ragkv.evaluation import Bench, metrics, parse_arms
+from ragkv.evaluation.asking import Prompt, Task, ask
 from ragkv.evaluation.scoring import Group
 from ragkv.model.packing import run_packed
 from ragkv.testing import tiny_model
@@ -137,3 +138,21 @@ def test_the_text_to_measure_sensitivity_with(bench, loaded, case):
         chunk = made.read(case).at(RETRIEVED, "document")[2]
         found.append(made.engine.store.get(made.engine.documents.key(chunk)).sensitivity)
     assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+def test_documents_are_read_once_for_all_cases_that_share_them(tiny_bench, small_case, monkeypatch):
+    """Alone what was retrieved, where an arm asks for it; until much is kept, then each case's are dropped."""
+    cases = [small_case("a", retrieved=((0, 1), (1, 1))), small_case("b", retrieved=((1, 1), (1, 2)))]
+
+    def asked(*words):
+        read, arms = list[int](), parse_arms(words, [0.1])
+        for case in cases:
+            before = tiny_bench.engine.store.stats().puts
+            assert len(list(ask(tiny_bench, Task(case, [Prompt(0, case, arms, {})], 0)))) == len(arms)
+            read.append(tiny_bench.engine.store.stats().puts - before)
+        return read
+
+    assert asked("full-prefill", "reuse@document") == [5, 0]
+    assert asked("reuse@alone") == [2, 1]
+    monkeypatch.setattr("ragkv.evaluation.bench._KEPT_BYTES", 0)
+    assert asked("reuse@alone") == [0, 4] and not len(tiny_bench.engine.store)
