@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="cases in front of those")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args()
-    model, tokenizer, template, foreign = load_model(args.model, None, {"dtype": args.dtype})
+    model, tokenizer, template, foreign, *_ = load_model(args.model, None, {"dtype": args.dtype})
     bench = Bench(model, tokenizer, template, max_new_tokens=0, instruction=INSTRUCTION, foreign=foreign)
     kept = [case for case in usable(read_cases(args.data)[1])[0] if bench.fits(case, case.retrieved)]
     by_case: dict[str, dict[str, float]] = {}

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer, template, _ = load_model(args.model, None, {"dtype": args.dtype} if args.dtype else {})
+    model, tokenizer, template, *_ = load_model(args.model, None, {"dtype": args.dtype} if args.dtype else {})
     codecs = {"as computed": Raw(), **{name: level.codec for name, level in LEVELS.items()}}
     form, cases = read_cases(args.data, limit=args.limit)
     cases, method = cases[: args.limit], parse_method(args.method)

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loading = {name: value for name in ("dtype", "weights") if (value := getattr(args, name)) is not None}
-    model, tokenizer, template, _ = load_model(args.model, None, loading)
+    model, tokenizer, template, *_ = load_model(args.model, None, loading)
     engine, rng = Engine(model, tokenizer, template=template, method=LegoLink(16)), random.Random(0)
     vocab = min(engine.decoder.vocab_size, len(tokenizer)) - 1
     asked = [

@@ -35,7 +35,7 @@ LOADED: dict[str, dict[str, Any]] = {
 def asked(args: argparse.Namespace, options: dict[str, Any]) -> tuple[list[tuple[Case, Outcome]], dict[str, Any]]:
     """Every case's answer by the model as it is loaded with these options, and under which conditions."""
     form, cases = read_cases(args.data, top_k=args.retrieve, limit=args.cases)
-    model, tokenizer, template, foreign = load_model(args.model, "cpu", options)
+    model, tokenizer, template, foreign, *_ = load_model(args.model, "cpu", options)
     more = {
         "max_new_tokens": args.new_tokens,
         "instruction": brief(form, cases),

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             near = NEAR if everything and len(contexts) == 1 else []
             arms = [*FULL, *[f"{word}@{context}" for word in words for context in contexts]]
             arms += [f"{word}@neighbours" for word in near]
-            arms += [f"{DEFAULT},keep_document=false@document"] if len(contexts) > 1 else []
+            arms += [f"{DEFAULT},keep_document=true@document"] if len(contexts) > 1 else []
             out = args.out[0] / f"{name}-{folder}"
             command = [
                 "eval",
@@ -136,7 +136,7 @@ def summed(*folders: Path) -> dict[str, Any]:
     for arm in sorted(by_arm):
         result[arm] = {metric: e for metric in metrics if (e := resampling.estimate(values(arm, metric))) is not None}
         # by the same method; alone, every chunk's own document stands in front of it
-        alone = arm.replace(",keep_document=false", "").replace("@document", "@alone")
+        alone = arm.replace(",keep_document=true", "").replace("@document", "@alone")
         for metric in ("kl_chunks", "f1"):
             for what, other in (("default", f"{DEFAULT}@document"), ("full", FULL[0]), ("alone", alone)):
                 if other in by_arm and other != arm:

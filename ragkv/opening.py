@@ -24,7 +24,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 TOY = "no model is named: the bundled one is a toy that knows one made-up world. For texts of your own name a real one"
 
 _OF_ENGINE = (
-    *("method", "context", "document_tokens", "piece_tokens", "namespace", "sensitivity"),
+    *("context", "document_tokens", "piece_tokens", "namespace", "sensitivity"),
     *("kernels", "graphs", "lifetime_s", "gate", "scheduler", "paths"),
 )
 
@@ -118,6 +118,7 @@ def open_engine(
         store=kept,
         template=options.get("template", loaded.template),
         foreign=options.get("foreign", loaded.foreign),
+        method=options.get("method", loaded.method),
         **{name: options[name] for name in _OF_ENGINE if name in options},
     )
     tokens = options.get("chunk_tokens", 96 if name == BUNDLED else 256)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["CASES_PATH", "MODEL_PATH", "TEMPLATE", "documents", "foreign", "load", "questions"]
+__all__ = ["CASES_PATH", "METHOD", "MODEL_PATH", "TEMPLATE", "documents", "foreign", "load", "questions"]
 
 _HERE = Path(__file__).parent
 
@@ -32,6 +32,9 @@ TEMPLATE: dict[str, Any] = {
     "after_answer": "\n",
 }
 """The arguments of ``ragkv.PromptTemplate`` for this model; the tokenizer's BOS goes before the prefix, once."""
+
+METHOD = "relevant-tokens:keep_document=true"
+"""How prompts of this model are put together unless told otherwise: it was trained to know of a passage what its document says."""
 
 
 def load(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -34,7 +34,7 @@ _NEW_TOKENS = 24
 def run(args: argparse.Namespace) -> int:
     """Read, answer, compare."""
     path = folder(args, default="demo" if args.model == BUNDLED else f"demo-{Path(args.model).resolve().name}")
-    with open_rag(path, model=args.model, dtype=args.dtype, method=args.method or RelevantTokens()) as rag:
+    with open_rag(path, model=args.model, dtype=args.dtype, method=args.method or _own_method(args.model)) as rag:
         decoder = rag.engine.decoder
         how = f"{str(decoder.dtype).removeprefix('torch.')} on {machine(decoder.device)}"
         if decoder.device.type == "cpu" and decoder.dtype.itemsize == 2 and args.dtype is None:
@@ -63,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show_summary(summary, read, method, how)
     return 0
+
+
+def _own_method(model: str) -> str | Method:
+    """The default, whatever the folder was made with."""
+    return bundled.METHOD if model == BUNDLED else RelevantTokens()
 
 
 @dataclass(frozen=True)

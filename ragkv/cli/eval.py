@@ -99,7 +99,7 @@ def _bench(args: argparse.Namespace) -> Bench:
     if args.model == BUNDLED or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
     options = {} if args.dtype is None else {"dtype": args.dtype}
-    model, tokenizer, template, foreign = load_model(args.model, None, options)
+    model, tokenizer, template, foreign, *_ = load_model(args.model, None, options)
     foreign = foreign if args.foreign is None else args.foreign
     methods = [arm.method for arm in parse_arms(args.arms, args.budgets) if arm.method is not None]
     options = {"max_new_tokens": args.max_new_tokens, "instruction": args.instruction, "foreign": foreign}

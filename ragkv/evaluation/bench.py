@@ -141,7 +141,7 @@ class Bench:
         return Bench(engine.model, self.tokenizer, engine.template, **options)
 
     def read(self, case: Case, contexts: Collection[str] = (*CONTEXTS, NEIGHBOURS)) -> CaseChunks:
-        """Let the model read a case's documents: its retrieved chunks alone, all of them in their document, and there behind the document's neighbours.
+        """Let the model read a case's documents: the retrieved chunks alone; all in their document, also behind its neighbours.
 
         Args:
             case: what is kept of documents that were read before, for another case perhaps, is not read again.

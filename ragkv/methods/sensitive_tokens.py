@@ -22,18 +22,18 @@ class SensitiveTokens(Method):
     is run to choose, so that the budget charged is the ratio. CacheBlend (arXiv:2405.16444) measures what deviates at query
     time, in layers that it has to run on all tokens for it.
 
-    Spared are chunks that are exact where they stand, chunks without text of another document in front of them, and chunks whose
-    own document's earlier text does not stand right in front of them in this prompt: computed afresh, they would lose what it told
-    them, or take it from the text that came between.
+    Spared are chunks that are exact where they stand; with ``keep_document`` also those without text of another document in front
+    of them, and those whose own document's earlier text does not stand right in front of them in this prompt: computed afresh,
+    they would lose what it told them, or take it from the text that came between.
 
     Attributes:
         ratio: the most that is computed, as a share of the reusable tokens, 0 to 1. At 1 nothing is spared: exact.
-        keep_document: whether chunks are spared for what their document told them. With it the answer is nearer to what a full
-            prefill of the whole documents says, without to what one of the passages says; then only exact chunks are spared.
+        keep_document: whether chunks are spared for what their document told them. Without it the prompt comes nearer to its own
+            full prefill, with it nearer to one of the whole documents.
     """
 
     ratio: float = 0.1
-    keep_document: bool = True
+    keep_document: bool = False
 
     needs_sensitivity: ClassVar[bool] = True
     looks: ClassVar[bool] = False

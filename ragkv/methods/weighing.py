@@ -180,7 +180,7 @@ def _way(
             decode_s += tokens * level.token_s if level else 0.0
             share = level.token_bytes / rates.tiers[tier].token_bytes if level else 1.0
             loaded[tier] = loaded.get(tier, 0.0) + tokens * share
-        open_to_repair[there] += len(placed.chunk) if placed.behind_another and not placed.exact else 0
+        open_to_repair[there] += 0 if placed.exact else len(placed.chunk)
     share = open_to_repair[True] / open_to_repair.total() if open_to_repair.total() else kept / reusable
     rows = round(reusable - kept + min(budget * reusable * share, kept)) + layout.tokens - reusable - known
     # In front of the first chunk that is on its way: while it comes.

@@ -72,12 +72,13 @@ def gguf_apart(model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode on its device, its tokenizer, and what it brings along: a template and a foreign text, if any."""
+    """A model in eval mode on its device, its tokenizer, and what it brings along, if anything: template, foreign text, method."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate | None = None
     foreign: str | None = None
+    method: str | None = None
 
 
 def check_options(model: str | os.PathLike[str], options: Iterable[str], others: Iterable[str] = ()) -> None:
@@ -146,7 +147,7 @@ def load_model(
         from ragkv import bundled
 
         loaded, words = bundled.load(**options)
-        own = Loaded(loaded, words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign())
+        own = Loaded(loaded, words, PromptTemplate(**bundled.TEMPLATE), bundled.foreign(), bundled.METHOD)
     else:
         words = _tokenizer(model, options, tokenizer)
         template = PromptTemplate.from_chat_template(words, system=system) if system else None

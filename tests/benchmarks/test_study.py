@@ -100,8 +100,8 @@ def test_intervals_of_a_study_draw_documents(tmp_path):
 
 def test_sets_of_two_contexts_and_studies_of_several_models_are_summed_up_together(tmp_path, capsys):
     """A question that two runs asked is two cases, about one document."""
-    given_up = "relevant-tokens:ratio=0.1,keep_document=false@document"
-    scores = {"full-prefill": 1.0, given_up: 0.5, "relevant-tokens:ratio=0.1@alone": 0.75}
+    kept = "relevant-tokens:ratio=0.1,keep_document=true@document"
+    scores = {"full-prefill": 1.0, kept: 0.5, "relevant-tokens:ratio=0.1@alone": 0.75}
     for model, name in (("small", "xquad-answers"), ("small", "unnamed-answers"), ("large", "xquad-answers")):
         folder = tmp_path / model / name
         folder.mkdir(parents=True)
@@ -120,21 +120,21 @@ def test_sets_of_two_contexts_and_studies_of_several_models_are_summed_up_togeth
     assert written.keys() == {"xquad-answers", "unnamed-answers", "both contexts-answers"}
     together = written["both contexts-answers"]
     assert (written["xquad-answers"]["cases"], together["about"]["data"]) == (4, "xquad, unnam")
-    figures = together["arms"][given_up]
+    figures = together["arms"][kept]
     assert figures["f1"] == pytest.approx([0.75, 0.5, 1.0, 6])
     assert figures["f1 less alone"] == pytest.approx([-0.375, -0.5, -0.25, 6])
     with pytest.raises(SystemExit):
         study.main(["--model", "m", "--data", str(tmp_path), "--out", *out])
 
 
-def test_where_there_are_two_contexts_what_documents_told_is_given_up_once(tmp_path, monkeypatch):
+def test_where_there_are_two_contexts_what_documents_told_is_kept_once(tmp_path, monkeypatch):
     for name in ("xquad.en.json", "hotpotqa_dev_120.jsonl"):
         (tmp_path / name).write_text("")
     asked = []
     monkeypatch.setattr(study.subprocess, "run", lambda command, check: asked.append(command))
     study.main(["--model", "m", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
-    given_up = "relevant-tokens:ratio=0.1,keep_document=false@document"
-    assert {(str(tmp_path / "xquad.en.json") in command, command.count(given_up)) for command in asked} == {
+    kept = "relevant-tokens:ratio=0.1,keep_document=true@document"
+    assert {(str(tmp_path / "xquad.en.json") in command, command.count(kept)) for command in asked} == {
         (True, 1),
         (False, 0),
     }

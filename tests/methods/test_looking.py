@@ -195,7 +195,7 @@ def test_a_repaired_document_keeps_what_was_measured(model):
 
 
 def test_only_what_stands_behind_another_document_is_recomputed(model):
-    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99, keep_document=True))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
     assert not chosen(engine.fuse(document[::-1], QUESTION))
     prompt = engine.fuse([document[2], *other, *document[:2]], QUESTION)
@@ -208,7 +208,7 @@ def test_only_what_stands_behind_another_document_is_recomputed(model):
     [((1, 2), {0, 1}), ((2, 0, 1), {0}), ((1, 0, 2), {0, 2}), ((0, 2, 1), {1, 2}), ((0, 1, 2), set())],
 )
 def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spared):
-    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99, keep_document=True))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
     chunks = [*other, *(document[number] for number in order)]
     prompt = engine.fuse(chunks, QUESTION)
@@ -220,19 +220,19 @@ def test_a_chunk_without_its_documents_earlier_text_is_spared(model, order, spar
 
 
 @pytest.mark.parametrize("method", [SensitiveTokens, RelevantTokens])
-def test_what_a_document_told_its_chunks_may_be_given_up(model, method):
-    engine = Engine(model, template=TEMPLATE, method=method(0.99, keep_document=False))
+def test_what_a_document_told_its_chunks_is_given_up_unless_it_is_to_be_kept(model, method):
+    engine = Engine(model, template=TEMPLATE, method=method(0.99))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
     prompt = engine.fuse([*document[:1], *other, *document[1:]], QUESTION)
     start, end = 3 + len(document[0]), prompt.input_ids.shape[1] - len(QUESTION)  # only the first is exact
     assert chosen(prompt) == set(range(start, end))
-    assert len(chosen(engine.fuse(document[::-1], QUESTION, method=method(0.5, keep_document=False)))) > 0
+    assert len(chosen(engine.fuse(document[::-1], QUESTION, method=method(0.5)))) > 0
     with pytest.raises(MethodError, match="keep_document must be true or false, got 1"):
         method(0.1, keep_document=1)
 
 
 def test_a_chunk_that_another_document_parts_from_its_earlier_text_is_spared(model):
-    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99))
+    engine = Engine(model, template=TEMPLATE, method=SensitiveTokens(0.99, keep_document=True))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
     prompt = engine.fuse([document[0], *other, *document[1:]], QUESTION)
     start = 3 + len(document[0])
@@ -292,7 +292,7 @@ def test_auto_says_what_it_picked(model):
 
 def test_relevant_is_what_is_looked_at_and_changes(model):
     """Attention times the change of values; never what SensitiveTokens spares."""
-    engine = Engine(model, template=TEMPLATE, method=RelevantTokens(0.3))
+    engine = Engine(model, template=TEMPLATE, method=RelevantTokens(0.3, keep_document=True))
     document, other = engine.add_document(PARTS), engine.add([random_ids(25)])
     chunks, views = [*document[1:], *other], []
 
@@ -301,7 +301,7 @@ def test_relevant_is_what_is_looked_at_and_changes(model):
             views.append(view)
             return super().scores(view)
 
-    prompt = engine.fuse(chunks, QUESTION, method=Seeing(0.3))
+    prompt = engine.fuse(chunks, QUESTION, method=Seeing(0.3, keep_document=True))
     (view,) = views
     assert len(view.sensitivity) == len(view.layout.reusable) and view.sensitivity.min() >= 0
     want = view.attention("both").mean(0) * view.sensitivity.sqrt()
@@ -319,12 +319,9 @@ def test_where_attention_is_hidden_sensitivity_alone_decides():
     prompt, plain = engine.fuse(chunks, QUESTION), engine.fuse(chunks, QUESTION, method=SensitiveTokens(0.3))
     assert chosen(prompt) == chosen(plain) != set()
     parts = [*chunks[:1], *engine.add_document(PARTS)[:0:-1]]  # without their document's first part
-    assert not chosen(engine.fuse(parts, QUESTION))
-    assert chosen(engine.fuse(parts, QUESTION, method=RelevantTokens(0.3, keep_document=False)))
-    assert (
-        prompt.report.method == "RelevantTokens(ratio=0.3, keep_document=True)"
-        and "not open to view" in prompt.report.why
-    )
+    assert chosen(engine.fuse(parts, QUESTION))
+    assert not chosen(engine.fuse(parts, QUESTION, method=RelevantTokens(0.3, keep_document=True)))
+    assert prompt.report.method == repr(RelevantTokens(0.3)) and "not open to view" in prompt.report.why
 
 
 @pytest.mark.parametrize("make", [SensitiveTokens, RelevantTokens, QuestionAware, Random, Oracle])

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ragkv import RAG, ArgumentError, LegoLink, ModelNotFoundError, PromptTemplate, RagKVError, Reuse
+from ragkv import RAG, ArgumentError, LegoLink, ModelNotFoundError, PromptTemplate, RagKVError, RelevantTokens, Reuse
 from ragkv.defaults import KEPT, kept_in, to_keep, with_kept
 from ragkv.library.measured import Measured
 from ragkv.retrieval import Catalogue
@@ -40,6 +40,12 @@ def test_an_embedder_of_local_files_beside_the_bundled_model(monkeypatch):
     )
     with RAG.from_pretrained(embedder="mine/words", local_files_only=True, cpu_bytes=1 << 26) as rag:
         assert made == [("mine/words", True)] and rag.add_texts([TEXT]).tokens_read > 0
+
+
+def test_the_bundled_model_brings_its_method(repository):
+    with opened() as rag, opened(method=LegoLink()) as told, opened(repository / "chat") as other:
+        assert rag.engine.method == RelevantTokens(keep_document=True)
+        assert (told.engine.method, other.engine.method) == (LegoLink(), RelevantTokens())
 
 
 def test_every_option_arrives(repository):

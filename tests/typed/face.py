@@ -55,7 +55,7 @@ METHODS: Sequence[ragkv.Method] = (
     ragkv.Oracle(),
     ragkv.QuestionAware(ratio=0.2),
     ragkv.Random(),
-    ragkv.RelevantTokens(ratio=0.1, keep_document=False),
+    ragkv.RelevantTokens(ratio=0.1, keep_document=True),
     ragkv.Reuse(),
     ragkv.SensitiveTokens(ratio=0.1),
     ragkv.Union(ragkv.LegoLink(8), ragkv.SensitiveTokens(0.05)),
