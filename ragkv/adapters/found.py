@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,7 +25,6 @@ class FoundPassages:
     """The last passages that retrievers over an engine have found. Safe for several threads."""
 
     _of: WeakKeyDictionary[Engine, FoundPassages] = WeakKeyDictionary()
-    _lock = threading.Lock()
 
     def __init__(self) -> None:
         self._passages: dict[str, Passage] = {}
@@ -34,17 +32,15 @@ class FoundPassages:
     @classmethod
     def of(cls, engine: Engine) -> FoundPassages:
         """Those of an engine."""
-        with cls._lock:
-            return cls._of.setdefault(engine, cls())
+        return cls._of.setdefault(engine, cls())
 
     def leave(self, passages: Iterable[Passage]) -> None:
         """Remember passages that were found, and forget the oldest."""
-        with self._lock:
-            for passage in passages:
-                self._passages.pop(passage.text, None)
-                self._passages[passage.text] = passage
-            for text in list(self._passages)[:-_REMEMBERED]:
-                del self._passages[text]
+        for passage in passages:
+            self._passages.pop(passage.text, None)
+            self._passages[passage.text] = passage
+        for text in list(self._passages)[:-_REMEMBERED]:
+            self._passages.pop(text, None)
 
     def split(self, text: str) -> tuple[list[Passage], str]:
         """The passages that stand in front of a question, and the text without them.
@@ -70,8 +66,7 @@ class FoundPassages:
 
     def _matches(self, text: str) -> list[_Match]:
         """Where passages stand as lines of their own, from the left, the longest first."""
-        with self._lock:
-            known = [passage for name, passage in self._passages.items() if name in text]
+        known = [passage for passage in list(self._passages.values()) if passage.text in text]
         found = [
             _Match(at.start(), at.end(), passage)
             for passage in known

@@ -1,5 +1,7 @@
 """Going on from an answer: what was said stays where it is, and is what one full prefill of the conversation computes."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +15,7 @@ from ragkv import (
     PromptTemplate,
     PromptTooLongError,
     Reuse,
+    prompting,
 )
 from ragkv.bundled import MODEL_PATH
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -136,6 +139,14 @@ def test_one_caller_at_a_time(words):
     assert stream.past is None and list(stream) == []
     answer = engine.generate([], "When?", past=past, **NO_END)
     assert answer.token_ids == want
+
+
+def test_a_fork_beside_somebody_who_goes_on(forked_amid):
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    answer, question = partial(engine.generate, past=past, **NO_END), random_ids(6)
+    said = forked_amid(lambda: answer([], random_ids(4)), prompting, "fuse", lambda: answer([], question).token_ids)
+    assert said == str(answer([], question).token_ids)
 
 
 def test_a_turn_in_the_place_of_another(words):
