@@ -307,6 +307,9 @@ class DiskTier(Tier):
             raise
         with self._counting:
             self.evictions.update(planner.evicted)
+        for key in books.damaged:
+            if self.row(key) is None:  # nobody has put it again
+                self.damaged(key)
 
     def _delete(self, txn: Transaction, key: bytes) -> bool:
         """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""
