@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from ragkv.adapters.passages import Passage
 from ragkv.engine import Engine
+from ragkv.forks import ForkedLock
 
 # Passages that are remembered for each engine: those of the last questions.
 _REMEMBERED = 1024
@@ -25,6 +26,7 @@ class FoundPassages:
     """The last passages that retrievers over an engine have found. Safe for several threads."""
 
     _of: WeakKeyDictionary[Engine, FoundPassages] = WeakKeyDictionary()
+    _lock = ForkedLock()  # what is left anew is not gone for a moment
 
     def __init__(self) -> None:
         self._passages: dict[str, Passage] = {}
@@ -36,11 +38,12 @@ class FoundPassages:
 
     def leave(self, passages: Iterable[Passage]) -> None:
         """Remember passages that were found, and forget the oldest."""
-        for passage in passages:
-            self._passages.pop(passage.text, None)
-            self._passages[passage.text] = passage
-        for text in list(self._passages)[:-_REMEMBERED]:
-            self._passages.pop(text, None)
+        with self._lock.held:
+            for passage in passages:
+                self._passages.pop(passage.text, None)
+                self._passages[passage.text] = passage
+            for text in list(self._passages)[:-_REMEMBERED]:
+                del self._passages[text]
 
     def split(self, text: str) -> tuple[list[Passage], str]:
         """The passages that stand in front of a question, and the text without them.
@@ -66,7 +69,8 @@ class FoundPassages:
 
     def _matches(self, text: str) -> list[_Match]:
         """Where passages stand as lines of their own, from the left, the longest first."""
-        known = [passage for passage in list(self._passages.values()) if passage.text in text]
+        with self._lock.held:
+            known = [passage for name, passage in self._passages.items() if name in text]
         found = [
             _Match(at.start(), at.end(), passage)
             for passage in known
