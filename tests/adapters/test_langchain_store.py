@@ -1,6 +1,8 @@
 """The retriever, the vector store and embeddings: what LangChain's own tests do not ask."""
 
+import gc
 import json
+import weakref
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -332,6 +334,15 @@ def test_what_another_process_adds_meanwhile_is_seen(store, monkeypatch):
     monkeypatch.setattr(store.rag, "add_texts", late)
     store.add_documents(parts())
     assert ids(store.get_by_ids(["other.md 1", "port.md 1"])) == ["other.md 1", "port.md 1"]
+
+
+def test_a_folder_that_nobody_has_any_more_is_forgotten(model):
+    with open_rag(model=model) as rag:
+        RagKVVectorStore(rag).add_documents(parts())
+        gone = weakref.ref(rag.retriever.catalogue)
+    del rag
+    gc.collect()
+    assert gone() is None
 
 
 def test_nobody_waits_for_members_in_a_snapshot(store, monkeypatch):

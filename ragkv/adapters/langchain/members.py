@@ -51,14 +51,13 @@ class Members:
     Whoever changes several holds :attr:`lock` from looking to :meth:`follow`.
 
     Args:
-        catalogue: has the documents.
-        namespace: whose.
+        namespace: whose documents these are.
     """
 
     _all: WeakKeyDictionary[Catalogue, dict[str, Members]] = WeakKeyDictionary()
 
-    def __init__(self, catalogue: Catalogue, namespace: str):
-        self._catalogue, self._namespace = catalogue, namespace
+    def __init__(self, namespace: str):
+        self._namespace = namespace
         self._places: dict[str, tuple[str, int]] = {}
         self._names: dict[str, list[str]] = {}
         self._state: str | None = None
@@ -72,12 +71,16 @@ class Members:
     @classmethod
     def of(cls, catalogue: Catalogue, namespace: str) -> Members:
         """Those of a namespace."""
-        return cls._all.setdefault(catalogue, {}).setdefault(namespace, cls(catalogue, namespace))
+        return cls._all.setdefault(catalogue, {}).setdefault(namespace, cls(namespace))
 
     @contextmanager
-    def view(self) -> Iterator[Snapshot]:
-        """The folder as it is now. :attr:`lock` comes first: whoever waited for it in a snapshot would hold up a fork."""
-        with self.lock, self._catalogue.snapshot() as view:
+    def view(self, catalogue: Catalogue) -> Iterator[Snapshot]:
+        """The catalogue as it is now. :attr:`lock` comes first: whoever waited for it in a snapshot would hold up a fork.
+
+        Args:
+            catalogue: whose documents' members these are.
+        """
+        with self.lock, catalogue.snapshot() as view:
             yield view
 
     def find(self, view: Snapshot, names: Iterable[str]) -> dict[str, tuple[Listed, int]]:
@@ -162,8 +165,9 @@ def references(engine: Engine, namespace: str, names: Iterable[str]) -> dict[str
     names = list(names)
     for folder in engine.documents.records:
         if isinstance(folder, CataloguedDocuments) and names:
-            members = Members.of(folder.retriever.catalogue, namespace)
-            with members.view() as view:
+            catalogue = folder.retriever.catalogue
+            members = Members.of(catalogue, namespace)
+            with members.view(catalogue) as view:
                 at = members.find(view, names)
             found |= {name: {"document": listed.id, "passage": place} for name, (listed, place) in at.items()}
     return found
