@@ -116,6 +116,29 @@ def test_an_interrupted_turn_leaves_its_past(monkeypatch):
     assert engine.generate([], random_ids(5), past=past, max_new_tokens=2).past
 
 
+@pytest.mark.parametrize("refused", range(1, 5))
+def test_a_turn_for_which_there_is_no_memory_leaves_its_past(monkeypatch, refused):
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    want = engine.generate([], random_ids(90), past=past, keep_past=True, **NO_END)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    asked, new_empty = [], torch.Tensor.new_empty
+
+    def once(self, *size, **options):
+        asked.append(size)
+        if len(asked) == refused:
+            raise torch.OutOfMemoryError("no memory")
+        return new_empty(self, *size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", once)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.generate([], random_ids(90), past=past, **NO_END)
+    engine.generate([], random_ids(3), past=past, **NO_END)
+    assert len({layer.key_room.shape[2] for layer in past.cache.layers}) == 1  # kernels take all layers as one
+    assert engine.generate([], random_ids(90), past=past, **NO_END).token_ids == want.token_ids
+
+
 def test_streams_and_whole_answers_go_on_alike(words):
     engine = Engine(tiny_model(vocab_size=1792), words, template=WORDS, method=Reuse())
     stream = engine.stream(["Mira Lund runs the mill."], "Who?", keep_past=True, **NO_END)
