@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from threading import RLock
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
@@ -23,6 +24,22 @@ def anew_in_forks(held: Held) -> Held:
     """Have something begun anew in each child that is forked while it lives. Returns it."""
     _all.add(held)
     return held
+
+
+class ForkedLock:
+    """A reentrant lock that is free in each child, whoever holds it in the parent.
+
+    Attributes:
+        held: to be held; this process's.
+    """
+
+    def __init__(self) -> None:
+        self.anew()
+        anew_in_forks(self)
+
+    def anew(self) -> None:
+        """Another one."""
+        self.held: RLock = RLock()
 
 
 def _after_fork_in_child() -> None:

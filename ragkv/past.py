@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from threading import Event, Lock
 
 from ragkv.errors import ConversationError, OfOneProcess
+from ragkv.forks import anew_in_forks
 from ragkv.model.cache import FusedCache
 
 
@@ -22,12 +23,18 @@ class Line:
     def __init__(self, cache: FusedCache):
         self.cache: FusedCache = cache
         self.turns: list[object] = list[object]()
+        self.anew()
+        anew_in_forks(self)
+
+    def anew(self) -> None:
+        """In a fork: nobody answers yet."""
         self._lock, self._stop = Lock(), Event()
 
     @contextmanager
     def alone(self, stop: Event | None) -> Iterator[None]:
         """The cache for one caller. One that is being stopped is waited for: it ends behind the token at hand."""
-        if not self._lock.acquire(blocking=self._stop.is_set()):
+        lock = self._lock
+        if not lock.acquire(blocking=self._stop.is_set()):
             raise ConversationError(
                 "an answer is being made behind this turn: a conversation is gone on with by one caller at a time. Wait for it, or "
                 "end or close() its stream"
@@ -36,7 +43,7 @@ class Line:
             self._stop = stop or Event()
             yield
         finally:
-            self._lock.release()
+            lock.release()
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,9 +39,10 @@ class Indexes:
         self.vectors: VectorIndex = vectors
         self._catalogue, self._kept = catalogue, not (catalogue.temporary or catalogue.readonly)
         self.words: WordIndex = WordIndex(catalogue.path / WORDS_FILE if self._kept else None)
+        # Taken in a snapshot and nowhere else: a fork, or whoever closes the folder, waits for those and lets no other begin.
         self._lock = threading.RLock()
         self._saved = self._state = self._restored()
-        with self._lock, catalogue.snapshot() as view:
+        with catalogue.snapshot() as view, self._lock:
             self._follow(view)
 
     def search(
@@ -72,7 +73,7 @@ class Indexes:
     def apply(self, change: Change) -> Change:
         """The change, made in the index too where nothing else has happened in between."""
         before, after = change.states
-        with self._lock, self._catalogue.snapshot() as view:
+        with self._catalogue.snapshot() as view, self._lock:
             if before == self._state and after == view.state:
                 self._state = ""
                 self.vectors.remove(change.removed)
@@ -83,7 +84,7 @@ class Indexes:
 
     def save(self) -> None:
         """Write the index of vectors to its file, where that is of another state and the folder is kept."""
-        with self._lock, self._catalogue.snapshot() as view:
+        with self._catalogue.snapshot() as view, self._lock:
             self._follow(view)
             if self._saved != self._state and self._kept:
                 self.vectors.save(self._catalogue.path / INDEX_FILE, self._state)

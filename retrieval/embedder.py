@@ -6,7 +6,6 @@ n texts, d dimensions.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128
 
 from ragkv.errors import MissingPackageError, OfOneProcess, RetrievalError, half_a_pair, instance
+from ragkv.forks import ForkedLock
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -88,7 +88,7 @@ class SentenceTransformerEmbedder(
         self._model = model
         self._batch_size = batch_size
         # Fast tokenizers keep their truncation as state, so two threads must not tokenise at once.
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     def encode_documents(self, texts: list[str]) -> NDArray[np.float32]:
         """The vectors of passages, float32 ``[n, d]``, each of length one."""
@@ -103,7 +103,7 @@ class SentenceTransformerEmbedder(
             instance("each text", text, str, "a str")
             if half_a_pair(text):
                 raise RetrievalError(f"a text must be valid Unicode, got half a surrogate pair: {text!a:.80}")
-        with self._lock:
+        with self._lock.held:
             windows = [self._windows(text) for text in texts]
             flat = [window for parts in windows for window in parts]
             if not flat:

@@ -125,10 +125,15 @@ class MemoryBooks:
 
 
 class FolderBooks:
-    """The books of a folder, open in a write transaction; :meth:`close` must be called before it is committed."""
+    """The books of a folder, open in a write transaction; :meth:`close` must be called before it is committed.
+
+    Attributes:
+        damaged: keys whose rows proved damaged: what was stored under them can neither be evicted nor found.
+    """
 
     def __init__(self, txn: Transaction) -> None:
         self.txn = txn
+        self.damaged: list[bytes] = []
         try:
             self.counters: Counters = Counters.unpack(txn.get("state", b"counters"))
         except RecordError:
@@ -146,6 +151,7 @@ class FolderBooks:
         try:
             return None if data is None else Row.unpack(key, data)
         except RecordError:
+            self.damaged.append(key)
             self.strike(key)
             self._recount()
             return None

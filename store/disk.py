@@ -307,6 +307,8 @@ class DiskTier(Tier):
             raise
         with self._counting:
             self.evictions.update(planner.evicted)
+        for key in filter(self._stray, books.damaged):
+            self.damaged(key)
 
     def _delete(self, txn: Transaction, key: bytes) -> bool:
         """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""
@@ -328,6 +330,11 @@ class DiskTier(Tier):
             return row is not None and Row.unpack(key, row).alive(now) and txn.has("entries", key)
         except RecordError:
             return False
+
+    def _stray(self, key: bytes) -> bool:
+        """Whether there is a record that the books do not know."""
+        with self.environment.transaction() as txn:
+            return txn.has("entries", key) and not txn.has("usage", key)
 
     def _known_damaged(self, key: bytes) -> bool:
         """Whether it was found damaged, and nobody put it again since."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -97,3 +98,32 @@ def run_forked(work: Callable[[], object], *, kill_after_s: float | None = None,
 @pytest.fixture
 def forked() -> Callable[..., str]:
     return run_forked
+
+
+@pytest.fixture
+def forked_amid(monkeypatch) -> Callable[..., str]:
+    """Forks while another thread is in a function, which goes on when the child is done; what the child's work returned, as text.
+
+    The function is named by what it belongs to and its name there.
+    """
+
+    def fork(work: Callable[[], object], owner: object, name: str, child: Callable[[], object]) -> str:
+        there, go_on, inside = threading.Event(), threading.Event(), getattr(owner, name)
+        thread = threading.Thread(target=work)
+
+        def slow(*args, **options):
+            if threading.current_thread() is thread:
+                there.set()
+                go_on.wait(60)
+            return inside(*args, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+        thread.start()
+        try:
+            assert there.wait(60)
+            return run_forked(child, timeout_s=20)
+        finally:
+            go_on.set()
+            thread.join()
+
+    return fork

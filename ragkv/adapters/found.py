@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from ragkv.adapters.passages import Passage
 from ragkv.engine import Engine
+from ragkv.forks import ForkedLock
 
 # Passages that are remembered for each engine: those of the last questions.
 _REMEMBERED = 1024
@@ -26,7 +26,7 @@ class FoundPassages:
     """The last passages that retrievers over an engine have found. Safe for several threads."""
 
     _of: WeakKeyDictionary[Engine, FoundPassages] = WeakKeyDictionary()
-    _lock = threading.Lock()
+    _lock = ForkedLock()  # what is left anew is not gone for a moment
 
     def __init__(self) -> None:
         self._passages: dict[str, Passage] = {}
@@ -34,12 +34,11 @@ class FoundPassages:
     @classmethod
     def of(cls, engine: Engine) -> FoundPassages:
         """Those of an engine."""
-        with cls._lock:
-            return cls._of.setdefault(engine, cls())
+        return cls._of.setdefault(engine, cls())
 
     def leave(self, passages: Iterable[Passage]) -> None:
         """Remember passages that were found, and forget the oldest."""
-        with self._lock:
+        with self._lock.held:
             for passage in passages:
                 self._passages.pop(passage.text, None)
                 self._passages[passage.text] = passage
@@ -70,7 +69,7 @@ class FoundPassages:
 
     def _matches(self, text: str) -> list[_Match]:
         """Where passages stand as lines of their own, from the left, the longest first."""
-        with self._lock:
+        with self._lock.held:
             known = [passage for name, passage in self._passages.items() if name in text]
         found = [
             _Match(at.start(), at.end(), passage)

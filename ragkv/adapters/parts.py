@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -23,7 +22,6 @@ from ragkv.retrieval import Change, Document, Hit, Retrieval, TokenChunker
 from ragkv.streaming import AsyncAnswerStream, Threads
 
 _of_engines: WeakKeyDictionary[Engine, Threads] = WeakKeyDictionary()
-_lock = threading.Lock()
 _BETWEEN = "\n\n"
 
 
@@ -31,8 +29,7 @@ def threads_of(rag: RAG | Engine) -> Threads:
     """Threads to answer in: those of a RAG, which waits for them when it is closed; one set for all adapters over an engine."""
     if isinstance(rag, RAG):
         return rag.threads
-    with _lock:
-        return _of_engines.setdefault(rag, Threads())
+    return _of_engines.setdefault(rag, Threads())
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -161,11 +161,16 @@ class Keeping:
         return self.drop(self.keys(chunks), names)
 
     def drop(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
-        """Remove KV from the store, what was computed behind them, and small facts; returns how many KV were there."""
-        keys = list(keys)
-        removed = self.store.remove_many(keys, facts=facts)
+        """Remove KV from the store, what was computed behind them, and small facts; returns how many KV were there.
+
+        Facts go first, for by them whoever stores later sees that it must not; what was computed goes before what it is found by.
+        So whatever is cut short is done when it is asked for again, and no sooner than then are the KV gone.
+        """
+        keys, facts = list(keys), list(facts)
+        if facts:
+            self.store.remove_many((), facts=facts)
         for store in self.stores:
             computed = store.computed_of(keys)
             if computed:
                 store.remove_many(computed)
-        return removed
+        return self.store.remove_many(keys)

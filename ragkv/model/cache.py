@@ -93,11 +93,12 @@ class FusedLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _grow(self, capacity: int) -> None:
-        for name in ("key_room", "value_room"):
-            old = getattr(self, name)
+        def larger(old: Tensor) -> Tensor:
             room = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             room[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, room)
+            return room
+
+        self._map(larger)  # both or, where there is no memory, none
 
     def get_seq_length(self) -> int:
         """The position of the next token: N, unless something in front was dropped."""
@@ -216,8 +217,11 @@ class FusedCache(Cache):
             layer.value_room.index_fill_(2, here, 0)
 
     def reserve(self, held: int, capacity: int) -> None:
-        """Declare the first ``held`` slots as held, forget what is behind them, and have room for ``capacity`` in all."""
+        """Declare the first ``held`` slots as held, forget what is behind them, and have room for ``capacity`` in all, or for more:
+        as much in every layer.
+        """
         self.set_length(held)
+        capacity = max(capacity, *(layer.key_room.shape[2] for layer in self.layers))
         for layer in self.layers:
             if capacity > layer.key_room.shape[2]:
                 layer._grow(capacity)

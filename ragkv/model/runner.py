@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Event, Lock
+from threading import Event
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ragkv.chunk import digest
 from ragkv.errors import RecordError
+from ragkv.forks import ForkedLock
 from ragkv.kernels import Impl
 from ragkv.model.decoder import Decoder
 from ragkv.model.fingerprint import Weights, settings
@@ -48,7 +49,7 @@ class Runner:
             UnsupportedModelError: there is no transformers model inside, or its adapter adds tokens.
         """
         model = unwrapped(model)
-        with _making:
+        with _making.held:
             found = _runners.get(id(model))
             if found is None:
                 found = _runners[id(model)] = cls(model)
@@ -166,4 +167,4 @@ class Runner:
 
 
 _runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()
-_making = Lock()
+_making = ForkedLock()

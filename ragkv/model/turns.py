@@ -12,6 +12,8 @@ from weakref import WeakValueDictionary
 
 from transformers import PreTrainedConfig
 
+from ragkv.forks import ForkedLock
+
 
 class _Own(local):
     """A thread's."""
@@ -124,7 +126,7 @@ class Turns:
 
 
 _made: WeakValueDictionary[int, Turns] = WeakValueDictionary()
-_making = Lock()
+_making = ForkedLock()
 
 
 def turns(config: PreTrainedConfig) -> Turns:
@@ -134,7 +136,7 @@ def turns(config: PreTrainedConfig) -> Turns:
         config: the text config of a decoder.
     """
     _watch_forks()
-    with _making:
+    with _making.held:
         found = _made.get(id(config))
         if found is None:
             found = _made[id(config)] = Turns(config)
@@ -152,7 +154,7 @@ _forking = _Forking()
 
 def _before_fork() -> None:
     """Wait until nobody runs a model: in the child whoever did is not there to give it back, or to undo a switched attention."""
-    with _making:
+    with _making.held:
         _forking.held = list(_made.values())
     for each in _forking.held:
         each.__enter__()
@@ -165,8 +167,6 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _making
-    _making = Lock()
     for each in _forking.held:
         each.alone()
     _forking.held = ()

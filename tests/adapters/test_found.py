@@ -1,6 +1,7 @@
 """Passages found again in a user's message: only where taking them out leaves the message what it was."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -74,6 +75,15 @@ def test_the_oldest_are_forgotten(found):
 def test_the_last_reference_counts(found):
     found.leave([Passage(A, reference="other")])
     assert found.split(f"{A}\n{QUESTION}")[0][0].reference == "other"
+
+
+def test_a_fork_beside_somebody_who_leaves_some(found, forked):
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(FoundPassages._lock.held.acquire).result()
+        try:
+            assert forked(lambda: split(found, f"{A}\n\n{QUESTION}")[0], timeout_s=20) == str([A])
+        finally:
+            thread.submit(FoundPassages._lock.held.release).result()
 
 
 def test_each_engine_has_its_own():

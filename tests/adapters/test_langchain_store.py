@@ -1,6 +1,9 @@
 """The retriever, the vector store and embeddings: what LangChain's own tests do not ask."""
 
+import gc
 import json
+import weakref
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,9 +25,9 @@ from ragkv import (
 )
 from ragkv.adapters.langchain import LangChainEmbedder, RagKVEmbeddings, RagKVRetriever, RagKVVectorStore
 from ragkv.adapters.langchain.documents import passages_of
-from ragkv.adapters.langchain.members import Members
+from ragkv.adapters.langchain.members import Members, references
 from ragkv.adapters.passages import REFERENCE, hand_over
-from ragkv.retrieval import Snapshot
+from ragkv.retrieval import Catalogue, Snapshot
 from tests.rag.rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag
 
 TEXTS = ["Clearport lies on the river Exe.", "Mira Lund runs the mill.", "The mill stands in Clearport."]
@@ -331,6 +334,34 @@ def test_what_another_process_adds_meanwhile_is_seen(store, monkeypatch):
     monkeypatch.setattr(store.rag, "add_texts", late)
     store.add_documents(parts())
     assert ids(store.get_by_ids(["other.md 1", "port.md 1"])) == ["other.md 1", "port.md 1"]
+
+
+def test_a_folder_that_nobody_has_any_more_is_forgotten(model):
+    with open_rag(model=model) as rag:
+        RagKVVectorStore(rag).add_documents(parts())
+        gone = weakref.ref(rag.retriever.catalogue)
+    del rag
+    gc.collect()
+    assert gone() is None
+
+
+def test_nobody_waits_for_members_in_a_snapshot(store, monkeypatch):
+    """That would keep a fork, and whoever closes the folder, from ever coming to an end."""
+    store.add_documents(parts())
+    lock, opened, snapshot = Members.of(store.rag.retriever.catalogue, "").lock, [], Catalogue.snapshot
+
+    def seen(catalogue):
+        opened.append(lock._is_owned())
+        return snapshot(catalogue)
+
+    monkeypatch.setattr(Catalogue, "snapshot", seen)
+    assert len(store.get_by_ids(["a", "port.md 1"])) == 2 and opened == [True]
+    assert len(references(store.rag.engine, "", ["a", "port.md 1"])) == 2 and opened == [True] * 2
+
+
+def test_a_fork_beside_somebody_who_adds(store, forked_amid):
+    add = partial(store.add_documents, parts())
+    assert forked_amid(add, store.rag, "add_texts", add) == str([document.id for document in parts()])
 
 
 def test_adding_one_by_one_looks_through_the_folder_once(store, monkeypatch):

@@ -181,7 +181,7 @@ def test_time_to_first_token_counts_every_stage(monkeypatch):
 
         return timed
 
-    for module in ("engine", "answering", "fusion.timing"):
+    for module in ("generating", "answering", "fusion.timing"):
         monkeypatch.setattr(f"ragkv.{module}.perf_counter", lambda: now[0])
     placed = Placement._place_chunks
     monkeypatch.setattr(

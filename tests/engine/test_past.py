@@ -1,5 +1,7 @@
 """Going on from an answer: what was said stays where it is, and is what one full prefill of the conversation computes."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +15,7 @@ from ragkv import (
     PromptTemplate,
     PromptTooLongError,
     Reuse,
+    prompting,
 )
 from ragkv.bundled import MODEL_PATH
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -113,6 +116,29 @@ def test_an_interrupted_turn_leaves_its_past(monkeypatch):
     assert engine.generate([], random_ids(5), past=past, max_new_tokens=2).past
 
 
+@pytest.mark.parametrize("refused", range(1, 5))
+def test_a_turn_for_which_there_is_no_memory_leaves_its_past(monkeypatch, refused):
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    want = engine.generate([], random_ids(90), past=past, keep_past=True, **NO_END)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    asked, new_empty = [], torch.Tensor.new_empty
+
+    def once(self, *size, **options):
+        asked.append(size)
+        if len(asked) == refused:
+            raise torch.OutOfMemoryError("no memory")
+        return new_empty(self, *size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", once)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.generate([], random_ids(90), past=past, **NO_END)
+    engine.generate([], random_ids(3), past=past, **NO_END)
+    assert len({layer.key_room.shape[2] for layer in past.cache.layers}) == 1  # kernels take all layers as one
+    assert engine.generate([], random_ids(90), past=past, **NO_END).token_ids == want.token_ids
+
+
 def test_streams_and_whole_answers_go_on_alike(words):
     engine = Engine(tiny_model(vocab_size=1792), words, template=WORDS, method=Reuse())
     stream = engine.stream(["Mira Lund runs the mill."], "Who?", keep_past=True, **NO_END)
@@ -136,6 +162,14 @@ def test_one_caller_at_a_time(words):
     assert stream.past is None and list(stream) == []
     answer = engine.generate([], "When?", past=past, **NO_END)
     assert answer.token_ids == want
+
+
+def test_a_fork_beside_somebody_who_goes_on(forked_amid):
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    answer, question = partial(engine.generate, past=past, **NO_END), random_ids(6)
+    said = forked_amid(lambda: answer([], random_ids(4)), prompting, "fuse", lambda: answer([], question).token_ids)
+    assert said == str(answer([], question).token_ids)
 
 
 def test_a_turn_in_the_place_of_another(words):

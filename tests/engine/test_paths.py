@@ -1,5 +1,6 @@
 """What was computed is used wherever a prompt begins the same: exact where it says so, and never anywhere else."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -300,6 +301,33 @@ def test_what_is_removed_leaves_nothing_that_was_computed_of_it_or_behind_it(rea
     assert len(store) == 1  # that of the other prompt
     prompt = asked(engine, chunks)  # computed, and not kept: its document is gone
     assert far(engine, prompt) < EXACT and len(store) == 1
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["another-store", "one-store"])
+def test_forgetting_that_is_cut_short_leaves_nothing_behind_chunks_that_are_gone(monkeypatch, apart):
+    """Whatever call of a store is the last one before the process is killed."""
+    for last in range(5):
+        store = TieredStore()
+        engine = engine_of(store=store, paths=MEMORY if apart else True, method=FullPrefill())
+        chunks = engine.add_document([random_ids(n) for n in (17, 30, 25)])
+        asked(engine, [chunks[1], chunks[0]])
+        calls, remove = [], TieredStore.remove_many
+
+        def removes(*args, calls=calls, last=last, remove=remove, **more):
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            calls.append(remove(*args, **more))
+            return calls[-1]
+
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(TieredStore, "remove_many", removes)
+            engine.forget(chunks)
+        computed = engine.paths.store.computed_of([engine.documents.key(chunk) for chunk in chunks])
+        assert not computed or not engine.documents.missing(chunks)
+        asked(engine, [chunks[2], chunks[1]])  # of a document that is being forgotten nothing is stored any more
+        engine.forget(chunks)
+        assert len(store) == len(engine.paths.store) == 0
+    assert len(calls) < last
 
 
 def test_paths_on_disk_outlive_the_process_and_are_removed_by_another(tmp_path):

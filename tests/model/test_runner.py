@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ragkv import ArgumentError, Engine, LegoLink, PromptTemplate, PromptTooLongError, UnsupportedModelError
+from ragkv.model import runner
 from ragkv.model.runner import Runner
 from ragkv.model.turns import _after_fork_in_parent, _before_fork, _made, turns
 from ragkv.testing import random_ids, tiny_model
@@ -200,6 +201,12 @@ def _fork_beside_a_reader():
         os._exit(0)
     thread.join()
     return said[0]
+
+
+def test_a_fork_beside_somebody_who_makes_a_runner(forked_amid):
+    model, other = tiny_model(), tiny_model()
+    made = forked_amid(lambda: Engine(model), runner, "Weights", lambda: len(Engine(other).runner.fingerprint))
+    assert made == str(len(Runner.of(other).fingerprint))
 
 
 def test_forks_of_two_threads():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -95,6 +97,35 @@ def test_fork_while_threads_read_and_write(tmp_path, forked):
                 thread.join()
         assert {f"c{number}" for number in range(5)} <= {document.source for document in catalogue}
         assert catalogue.check() == []
+
+
+def test_a_fork_beside_a_search_and_a_change(tmp_path, forked):
+    """The fork waits for the search, and the change for the fork: the search must not wait for the change."""
+    assert forked(lambda: fork_beside(tmp_path), timeout_s=20) == "0"
+
+
+def fork_beside(folder):
+    with Retriever.open(folder, HashEmbedder()) as retriever, ThreadPoolExecutor(3) as threads:
+        made = retriever.add("a", ["one"])
+        inside, change, search = threading.Event(), threading.Event(), retriever._indexes.search
+        gate = retriever.catalogue._environment.gate
+
+        def slow(*asked):
+            inside.set()
+            assert change.wait(10)
+            return search(*asked)
+
+        retriever._indexes.search = slow
+        found = threads.submit(retriever.search, "one")
+        assert inside.wait(10)
+        child = threads.submit(lambda: os.fork() or os._exit(0))
+        while not gate._shut:  # until the fork waits
+            time.sleep(0.001)
+        applied = threads.submit(retriever._indexes.apply, made)
+        time.sleep(0.1)
+        change.set()
+        assert [hit.source for hit in found.result()] == ["a"] and applied.result() is made
+        return os.waitpid(child.result(), 0)[1]
 
 
 def test_a_temporary_one_outlives_the_children_of_its_process(forked):

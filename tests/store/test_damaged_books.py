@@ -70,6 +70,24 @@ def test_what_expires_goes_without_its_row(folder, kv, key):
         assert store._disk.stored() == sorted([key(1), key(2), key(3)])
 
 
+def test_what_nobody_could_evict_any_more_goes(folder, kv, key):
+    """With the write that finds the row damaged: without one nothing counts what lies there."""
+    with TieredStore(folder, cpu_bytes=0, policy="lru") as store:
+        store.put(key(0), kv(0))
+        size = store.stats().bytes["disk"]
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=3 * size, policy="lru") as store:
+        store.put(key(1), kv(1))
+        store.put(key(2), kv(2))
+        forget(store, key(0))
+        store.put(key(3), kv(3))  # looks for the least
+        stored = store._disk.stored()
+        assert key(0) not in stored and store._disk.counters().used_bytes == len(stored) * size
+        assert store.stats().evictions["disk"]["damaged"] == 1
+        forget(store, key(3))
+        store.put(key(3), kv(3))  # what is put again stays
+        assert store._disk.stored() == stored and store.get(key(3)) is not None
+
+
 def test_a_namespace_has_its_quota_again(folder, kv, key):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(0), kv(0, tokens=100), namespace="a")

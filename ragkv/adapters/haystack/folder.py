@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, instance
+from ragkv.forks import ForkedLock
 from ragkv.rag import RAG
 
 _Key = tuple[str, str]
@@ -27,7 +27,7 @@ class _Shared:
 
 
 _opened: dict[_Key, _Shared] = {}
-_lock = threading.RLock()
+_lock = ForkedLock()
 
 
 class Folder:
@@ -65,7 +65,7 @@ class Folder:
         Raises:
             As :meth:`ragkv.RAG.from_pretrained`.
         """
-        with _lock:
+        with _lock.held:
             if self._held is None:
                 if self._key not in _opened:
                     _opened[self._key] = _Shared(RAG.from_pretrained(path=self._key[0], **self._options))
@@ -77,7 +77,7 @@ class Folder:
 
     def close(self) -> None:
         """Let go of it: closed when nobody else holds it. A later :meth:`open` opens it again."""
-        with _lock:
+        with _lock.held:
             if self._release is not None:
                 self._release()
                 self._release = self._held = None
@@ -123,7 +123,7 @@ def json_can_hold(value: Any) -> bool:
 
 
 def _let_go(key: _Key) -> None:
-    with _lock:
+    with _lock.held:
         shared = _opened[key]
         shared.holders -= 1
         if not shared.holders:

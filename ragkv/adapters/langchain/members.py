@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from langchain_core.documents import Document
 
 from ragkv.engine import Engine
+from ragkv.forks import anew_in_forks
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.retrieval import Catalogue, Change, Snapshot
 from ragkv.retrieval import Document as Listed
@@ -49,39 +51,49 @@ class Members:
     Whoever changes several holds :attr:`lock` from looking to :meth:`follow`.
 
     Args:
-        catalogue: has the documents.
-        namespace: whose.
+        namespace: whose documents these are.
     """
 
     _all: WeakKeyDictionary[Catalogue, dict[str, Members]] = WeakKeyDictionary()
-    _all_lock = threading.Lock()
 
-    def __init__(self, catalogue: Catalogue, namespace: str):
-        self._catalogue, self._namespace = catalogue, namespace
+    def __init__(self, namespace: str):
+        self._namespace = namespace
         self._places: dict[str, tuple[str, int]] = {}
         self._names: dict[str, list[str]] = {}
         self._state: str | None = None
-        self.lock = threading.RLock()
+        self.anew()
+        anew_in_forks(self)
+
+    def anew(self) -> None:
+        """In a fork: nobody looks or changes yet."""
+        self.lock: threading.RLock = threading.RLock()
 
     @classmethod
     def of(cls, catalogue: Catalogue, namespace: str) -> Members:
         """Those of a namespace."""
-        with cls._all_lock:
-            namespaces = cls._all.setdefault(catalogue, {})
-            return namespaces.setdefault(namespace, cls(catalogue, namespace))
+        return cls._all.setdefault(catalogue, {}).setdefault(namespace, cls(namespace))
+
+    @contextmanager
+    def view(self, catalogue: Catalogue) -> Iterator[Snapshot]:
+        """The catalogue as it is now. :attr:`lock` comes first: whoever waited for it in a snapshot would hold up a fork.
+
+        Args:
+            catalogue: whose documents' members these are.
+        """
+        with self.lock, catalogue.snapshot() as view:
+            yield view
 
     def find(self, view: Snapshot, names: Iterable[str]) -> dict[str, tuple[Listed, int]]:
-        """The document and the place in it of those ids that are there."""
+        """The document and the place in it of those ids that are there, in a :meth:`view`."""
         found: dict[str, tuple[Listed, int]] = {}
-        with self.lock:
-            self._look(view)
-            for name in names:
-                listed, place = view.get(f"{ADDED}{name}", self._namespace), 0
-                if listed is None and name in self._places:
-                    source, place = self._places[name]
-                    listed = view.get(source, self._namespace)
-                if listed is not None:
-                    found[name] = listed, place
+        self._look(view)
+        for name in names:
+            listed, place = view.get(f"{ADDED}{name}", self._namespace), 0
+            if listed is None and name in self._places:
+                source, place = self._places[name]
+                listed = view.get(source, self._namespace)
+            if listed is not None:
+                found[name] = listed, place
         return found
 
     def read(self, view: Snapshot, source: str) -> dict[str, Member]:
@@ -154,8 +166,9 @@ def references(engine: Engine, namespace: str, names: Iterable[str]) -> dict[str
     for folder in engine.documents.records:
         if isinstance(folder, CataloguedDocuments) and names:
             catalogue = folder.retriever.catalogue
-            with catalogue.snapshot() as view:
-                at = Members.of(catalogue, namespace).find(view, names)
+            members = Members.of(catalogue, namespace)
+            with members.view(catalogue) as view:
+                at = members.find(view, names)
             found |= {name: {"document": listed.id, "passage": place} for name, (listed, place) in at.items()}
     return found
 

@@ -162,7 +162,7 @@ class RagKVVectorStore(VectorStore):
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents of ids that are there, each once, in the order of the ids."""
         ids = all_of(ids, str, "ids must be a list of str")
-        with self.rag.retriever.catalogue.snapshot() as view:
+        with self._members.view(self.rag.retriever.catalogue) as view:
             found = self._members.find(view, ids).values()
             return [
                 as_added(made.source, made.metadata, place, view.passage_text(made.passage_ids[place]))
@@ -212,7 +212,7 @@ class RagKVVectorStore(VectorStore):
         for name, member in new.items():
             homes[member.source(name)][name] = member
         with self._members.lock:
-            with self.rag.retriever.catalogue.snapshot() as view:
+            with self._members.view(self.rag.retriever.catalogue) as view:
                 there = {made.source for made, _ in self._members.find(view, gone).values()}
                 before = {source: self._members.read(view, source) for source in [*homes, *there]}
             now: dict[str, dict[str, Member]] = {}

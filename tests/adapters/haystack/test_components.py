@@ -15,7 +15,7 @@ from haystack.errors import FilterError
 
 from ragkv import RAG, ArgumentError, ArgumentTypeError, Engine, PromptError, RagKVError, RetrievalError
 from ragkv.adapters.haystack import RagKVGenerator, RagKVRetriever
-from ragkv.adapters.haystack.folder import _opened
+from ragkv.adapters.haystack.folder import Folder, _opened
 from tests.rag.rags import DOCUMENTS, QUESTION, TEMPLATE, TOKENIZER, WordEmbedder, open_rag
 
 FOREIGN = ["Clearport lies on the river Exe.", "Tar is sold in Clearport by the barrel."]
@@ -333,6 +333,14 @@ async def test_a_folder_is_opened_beside_the_loop(folder):
     assert said["generator"]["replies"] == [want] and len(_opened) == 1
     await pipeline.close_async()
     assert not _opened
+
+
+def test_a_fork_beside_somebody_who_opens_a_folder(tmp_path, monkeypatch, forked_amid):
+    monkeypatch.setattr(RAG, "from_pretrained", lambda **_: open_rag(tmp_path, None, WordEmbedder()))
+    folders = [Folder("one"), Folder("other")]
+    opened = forked_amid(folders[0].open, RAG, "from_pretrained", lambda: type(folders[1].open()).__name__)
+    assert opened == "RAG" and len(_opened) == 1
+    folders[0].close()
 
 
 def test_what_cannot_be_written(rag):
