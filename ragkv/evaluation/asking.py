@@ -57,7 +57,7 @@ def ask(bench: Bench, task: Task) -> Iterator[Row]:
             group = Group(bench, prompt.case, prompt.order, reading, prompt.charged)
             yield from group.rows(prompt.arms, task.seed)
     finally:
-        bench.spare(reading)
+        bench.release(reading)
 
 
 def ask_all(tasks: Sequence[Task], bench: Bench, jobs: int, make_bench: MakeBench | None) -> Iterator[Iterator[Row]]:

@@ -164,7 +164,7 @@ class Bench:
                 read[document, number] = chunk
         return read
 
-    def spare(self, reading: CaseChunks) -> None:
+    def release(self, reading: CaseChunks) -> None:
         """Drop what was read where much is kept by now: cases that share documents are asked of what was read once."""
         if sum(self.engine.store.stats().bytes.values()) > _KEPT_BYTES:
             self.forget(reading)
