@@ -117,6 +117,9 @@ def named(target: Any) -> str:
 
 
 def _paths(name: str) -> tuple[str, str]:
-    """The absolute path, and the one behind all links."""
-    path = os.path.abspath(os.path.expanduser(name))
-    return path, os.path.realpath(path)
+    """The absolute path, and the one behind all links; the name itself where no file can be called so."""
+    try:
+        path = os.path.abspath(os.path.expanduser(name))
+        return path, os.path.realpath(path)
+    except ValueError:  # a zero in it, or half a surrogate pair
+        return name, name
