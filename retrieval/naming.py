@@ -89,7 +89,7 @@ def below(source: str, folder: str) -> bool:
 
 
 def gone(source: str) -> bool:
-    """Whether a document was a file and no file is there any more: it is deleted or moved, or a link stands in its place.
+    """Whether the file that a document was read from is not there any more: it is deleted or moved, or a link stands in its place.
 
     A file that cannot be looked at, on a disk that fails say, is not gone. A name like ``/wiki/Tar``, of which nothing is on the
     disk, was no file.
