@@ -81,9 +81,7 @@ class Request:
         object.__setattr__(self, "keep", self.keep or self.past is not None)
         given = is_chat(self.question) or self.system is not None or self.namespace is not None
         if self.past is not None and given:
-            raise ArgumentError(
-                "the past has its system message, namespace and messages: give the next question alone"
-            )
+            raise ArgumentError("the past has its system message, namespace and messages: give the next question alone")
 
 
 def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
