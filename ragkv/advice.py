@@ -9,6 +9,8 @@ from typing import Any
 
 from ragkv.calibration.kept import resolved
 from ragkv.errors import ArgumentError, CalibrationError
+from ragkv.fusing import Places
+from ragkv.fusion.layout import lay_out
 from ragkv.library.documents import Documents
 from ragkv.library.rates import measured_rates
 from ragkv.library.sizes import codec_bytes
@@ -20,6 +22,8 @@ from ragkv.store import Rates
 _LENGTHS = (256, 1024, 4096, 16384, 65536)
 _FAR = 1 << 20
 _DOCUMENT, _QUESTION = 2048, 32
+# Passages of a prompt that methods are asked about, and the tokens of each.
+_PASSAGES, _PASSAGE = 8, 256
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class Advice:
         codec_bytes: that a token's KV take where they are kept, by codec; what packages are missing for is left out.
         codec: that the store uses.
         method: by which prompts are put together; in the place of :class:`~ragkv.Calibrated` what was chosen.
-        budget: share of the chunk tokens that it recomputes, at most: its ``ratio``, 0 where it has none.
+        budget: share of the chunk tokens that it recomputes, about, of passages of several documents
+            (:meth:`ragkv.Method.expected_budget`). What is computed whole is not loaded: a full prefill's prompts take the same
+            time from every tier.
         runs_question: the question is run over the stored chunks first, to choose what is recomputed.
         passes: how often a document is read when it is added: twice where sensitivities are measured.
         lengths: chunk tokens of a prompt, for the table.
@@ -60,6 +66,8 @@ class Advice:
 
     def reuse_s(self, tier: str, tokens: int) -> float:
         """Seconds until the first token, with all chunks from one tier and the budget recomputed."""
+        if self.budget == 1 and not self.runs_question:
+            return self.full_s(tokens)
         rows = round(self.budget * tokens) + self.question_tokens
         compute_s = self.rates.compute_s(rows, tokens + self.question_tokens - rows)
         if self.runs_question:
@@ -154,10 +162,20 @@ def advise(documents: Documents, method: Method, limit_s: float = 10.0, again: b
         codec_bytes(documents),
         documents.store.codecs[0].name,
         repr(method),
-        float(getattr(getattr(method, "repair", method), "ratio", 0.0)),
+        _budget(method, documents, most),
         method.runs_question,
         documents.passes,
         lengths,
         most,
         documents.document_tokens,
     )
+
+
+def _budget(method: Method, documents: Documents, most: int) -> float:
+    """What a method is charged in a prompt of passages that stand apart from each other."""
+    length = max(1, min(_PASSAGE, most // _PASSAGES))
+    chunks = [documents.passage([number] * length) for number in range(_PASSAGES)]
+    anchor, suffix = documents.anchor, [0] * min(_QUESTION, length)
+    layout = lay_out(anchor, anchor, chunks, suffix, documents.reader.decoder.device)
+    keys = [documents.key(chunk) for chunk in chunks]
+    return min(1.0, method.expected_budget(Places(documents, layout, keys, method.looks)))

@@ -76,7 +76,6 @@ class Asking:
         if messages is not None:
             within, said = conversation(messages, system)
             text = last_turns(said)
-        documents = self._engine.prompting.documents_for(within, namespace)
         request = Request(
             chunks=(),
             question=cast(Question, question if messages is None else list(messages)),
@@ -88,6 +87,7 @@ class Asking:
             slots=options.pop("slots", None),
             **scheduling(options),
         )
+        documents = self._engine.prompting.documents_for(within, namespace, request.past)
         asked = _Asked(self._engine, request, documents)
         stop, closing = options.pop("stop", ()), self._engine.closing
         answering = Answering(self._engine.documents, asked.prompt, stop, options, closing, pieces, request.keep)

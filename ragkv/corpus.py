@@ -145,7 +145,7 @@ class Corpus:
     ) -> Synced:
         """Bring the documents of a folder in step with the disk: as :meth:`add_files`, and what is gone from the folder goes.
 
-        Documents whose files lay elsewhere stay.
+        Documents whose files lay elsewhere stay, and texts, whatever they are called.
 
         Args:
             folder: with all that is in it.

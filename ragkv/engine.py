@@ -109,6 +109,7 @@ class Engine(
         check_parts(model, tokenizer, store, template)
         instance("gate", gate, Gate | None, "a ragkv.Gate, as ragkv.Gate(share=0.01, kl=0.2)")
         instance("scheduler", scheduler, Scheduler | None, "a ragkv.Scheduler")
+        instance("kernels", kernels, str, "one of auto, reference, triton")
         instance("graphs", graphs, bool | None, "True, False or None")
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase | None = tokenizer

@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ragkv.defaults import kept_in, to_keep, with_kept
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, instance
-from ragkv.folder.filesystem import has_data
+from ragkv.folder.filesystem import folder_path, has_data
+from ragkv.library.given import check_store
 from ragkv.model.loading import BUNDLED, OPTIONS, check_options, gguf_apart, load_embedder, load_model
 from ragkv.publishing import pool_to_follow, published_defaults
 from ragkv.retrieval import Retriever, TokenChunker
@@ -67,7 +67,10 @@ def open_parts(given: Mapping[str, Any], own: Set[str], opened: ExitStack) -> Pa
         given, own: as for :func:`settled`.
         opened: what is to be closed is entered here.
     """
-    path = None if given["path"] is None else Path(given["path"])
+    path = None if given["path"] is None else folder_path(given["path"])
+    check_store(given["store"])
+    for name in ("readonly", "follow"):
+        instance(name, given[name], bool, "True or False")
     pool = _followed(given, opened) if given["follow"] else given["remote"]
     kept = kept_in(path)
     if given["follow"] and not kept:

@@ -48,8 +48,10 @@ class Prompting:
         self.documents: Documents = documents
         self._scheduler, self._gate, self._closing = scheduler, gate, closing
 
-    def documents_for(self, system: str | None, namespace: str | None) -> Documents:
-        """Where passages stand with a system message and in a namespace; ``None``: the engine's own."""
+    def documents_for(self, system: str | None, namespace: str | None, past: Past | None = None) -> Documents:
+        """Where passages stand with a system message and in a namespace, ``None``: the engine's own; or behind a past."""
+        if past is not None:
+            return self.documents.within(past.namespace, past.anchor)
         return documents_behind(self.documents, opening(self.documents.encoder, checked_system(system)), namespace)
 
     def check(self, request: Request, text: str, room: Room) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkv.answering import AnswerStream
@@ -20,6 +19,7 @@ from ragkv.corpus import Corpus
 from ragkv.engine import Engine
 from ragkv.errors import OfOneProcess, RagKVError, instance
 from ragkv.finding import SourcedAnswer
+from ragkv.folder.filesystem import folder_path
 from ragkv.gate import Gate
 from ragkv.kernels import Impl
 from ragkv.library.intake import listed
@@ -179,8 +179,7 @@ class RAG(Corpus, OfOneProcess, instead="open its folder where it is needed, rag
         Raises:
             RagKVError: nothing was ever added there; and as :meth:`from_pretrained`.
         """
-        instance("path", path, str | os.PathLike, "the path of a folder")
-        if not (Path(path) / "documents").is_dir():
+        if not (folder_path(path) / "documents").is_dir():
             raise RagKVError(
                 f"no documents in {path}: RAG.from_pretrained(path=...) makes a folder, and add_files() fills it"
             )

@@ -79,6 +79,9 @@ class Request:
             "past", self.past, Past | None, "answer.past of an earlier answer that was asked for with keep_past=True"
         )
         object.__setattr__(self, "keep", self.keep or self.past is not None)
+        given = is_chat(self.question) or self.system is not None or self.namespace is not None
+        if self.past is not None and given:
+            raise ArgumentError("the past has its system message, namespace and messages: give the next question alone")
 
 
 def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
@@ -128,10 +131,6 @@ class Plan:
             prefix, suffix, begins = asked(encoder, request.question, request.system, slots)
             documents = documents_behind(documents, begins, request.namespace)
         else:
-            if is_chat(request.question) or request.system is not None or request.namespace is not None:
-                raise ArgumentError(
-                    "the past has its system message, namespace and messages: give the next question alone"
-                )
             documents = documents.within(past.namespace, past.anchor)
             between, suffix = going_on(encoder, cast(Text, request.question), slots)
             prefix, held = (*past.ids, *between), past.held

@@ -19,6 +19,7 @@ from ragkv.errors import (
     ModelChangedError,
     OfOneProcess,
     PromptTooLongError,
+    RetrievalError,
     whole_number,
 )
 from ragkv.finding import Finder, Found, SourcedAnswer, streamed
@@ -202,7 +203,10 @@ class Session(OfOneProcess, instead="keep its messages, and ask with RAG.ask(mes
 
     def _look_for(self, messages: list[dict[str, str]]) -> str:
         if self._rewrite is not None:
-            return self._rewrite(messages)
+            text = self._rewrite(messages)
+            if not isinstance(text, str) or not text.strip():
+                raise RetrievalError(f"rewrite must give a text to look for that is not blank, got {text!r:.80}")
+            return text
         return last_turns([Message(**message) for message in messages if message["role"] != "system"])
 
     def _prompt(

@@ -77,6 +77,8 @@ class SentenceTransformerEmbedder(
         local_files_only: bool = False,
     ) -> None:
         if isinstance(model, str | Path):
+            if not str(model).strip():
+                raise RetrievalError(f"embedder must be a model's name or path, got {model!r}")
             name = name or str(model)
             model = _load(str(model), device, local_files_only)
         self.name: str = name or model.model_card_data.base_model or type(model).__name__

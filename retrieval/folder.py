@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from ragkv.errors import IncompatibleFolderError, RetrievalError, instance
+from ragkv.errors import IncompatibleFolderError, RetrievalError
 from ragkv.folder import Environment
+from ragkv.folder.filesystem import folder_path
 from ragkv.retrieval.snapshot import Snapshot
 from ragkv.retrieval.upkeep import bring_up
 
@@ -36,9 +37,8 @@ class CatalogueFolder:
     """Opened, closed, and held to what it was made with. See :class:`~ragkv.retrieval.Catalogue`."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, readonly: bool = False) -> None:
-        instance("path", path, str | os.PathLike | None, "a folder's path, or None")
         self.temporary: bool = path is None
-        self.path: Path = Path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
+        self.path: Path = folder_path(tempfile.mkdtemp(prefix="ragkv-") if path is None else path)
         only_reading = readonly and not self.temporary
         self._opened = Environment.open(self.path, DATABASES, durable=not self.temporary, readonly=only_reading)
         self._give_back = weakref.finalize(self, _give_back, self._opened, self.temporary, os.getpid())

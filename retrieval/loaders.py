@@ -97,7 +97,7 @@ def load_files(
 
 def found_files(paths: Any) -> list[str | SkippedFile]:
     """The files that :func:`load_files` reads, as they are reached, each once; and folders that cannot be listed."""
-    entries = (entry for path in listed_paths(paths) for entry in _walk(os.path.abspath(os.fspath(path))))
+    entries = (entry for path in listed_paths(paths) for entry in _walk(os.path.abspath(path)))
     found: dict[str, str | SkippedFile] = {}
     for entry in entries:
         found.setdefault(os.path.realpath(entry if isinstance(entry, str) else entry.source), entry)
@@ -160,8 +160,8 @@ def text_of(path: Path, data: bytes, converter: Converter, encoding: str | None)
     return text, Outline(pages, sections(text) if markdown else ())
 
 
-def listed_paths(paths: Any) -> list[str | os.PathLike[str]]:
-    """A path, or paths, as a list.
+def listed_paths(paths: Any) -> list[str]:
+    """A path, or paths, as a list; ``~`` is the home folder.
 
     Raises:
         DocumentError: something else was given.
@@ -170,9 +170,13 @@ def listed_paths(paths: Any) -> list[str | os.PathLike[str]]:
     for path in listed:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise DocumentError(f"paths must be paths of files and folders, each a str or a path; got {path!r:.80}")
-        if "\0" in os.fspath(path):
-            raise DocumentError(f"a path with a zero in it is no name of a file: {path!r:.80}")
-    return listed
+        try:
+            wrong = b"\0" in os.fsencode(path)
+        except UnicodeEncodeError:
+            wrong = True
+        if wrong:
+            raise DocumentError(f"a path with a zero or half a surrogate pair in it is no name of a file: {path!r:.80}")
+    return [os.path.expanduser(os.fspath(path)) for path in listed]
 
 
 def _walk(path: str) -> Iterator[str | SkippedFile]:

@@ -89,7 +89,7 @@ def below(source: str, folder: str) -> bool:
 
 
 def gone(source: str) -> bool:
-    """Whether a document was a file and no file is there any more: it is deleted or moved, or a link stands in its place.
+    """Whether the file that a document was read from is not there any more: it is deleted or moved, or a link stands in its place.
 
     A file that cannot be looked at, on a disk that fails say, is not gone. A name like ``/wiki/Tar``, of which nothing is on the
     disk, was no file.
@@ -117,6 +117,9 @@ def named(target: Any) -> str:
 
 
 def _paths(name: str) -> tuple[str, str]:
-    """The absolute path, and the one behind all links."""
-    path = os.path.abspath(os.path.expanduser(name))
-    return path, os.path.realpath(path)
+    """The absolute path, and the one behind all links; the name itself where no file can be called so."""
+    try:
+        path = os.path.abspath(os.path.expanduser(name))
+        return path, os.path.realpath(path)
+    except ValueError:  # a zero in it, or half a surrogate pair
+        return name, name

@@ -77,7 +77,10 @@ class Retrieval:
             raise ArgumentTypeError(f"min_score must be a number, got {score!r:.80}")
         if self.where is not None:
             condition(self.where)
-        if not (self.rerank is None or isinstance(self.rerank, str | os.PathLike | Reranker) or callable(self.rerank)):
+        unnamed = isinstance(self.rerank, str) and not self.rerank.strip()
+        if unnamed or not (
+            self.rerank is None or isinstance(self.rerank, str | os.PathLike | Reranker) or callable(self.rerank)
+        ):
             raise ArgumentTypeError(
                 "rerank must be a cross-encoder's name or path, an object with predict() or rank(), or a function of the "
                 f"question and a list of texts, got {self.rerank!r:.80}"

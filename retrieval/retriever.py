@@ -87,7 +87,7 @@ class Retriever(OfOneProcess, instead="open its folder where it is needed, Retri
             embedder: turns texts into vectors.
             readonly: open the folder for reading only; it must be there.
         """
-        embedder = embedder or offline_embedder()
+        embedder = offline_embedder() if embedder is None else embedder
         instance("embedder", embedder, Embedder, _EMBEDDER)
         catalogue = Catalogue(path, readonly=readonly)
         try:

@@ -15,6 +15,7 @@ import torch
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import OfOneProcess, RecordError, StoreError, instance
+from ragkv.folder.filesystem import folder_path
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.disk import DiskTier, stored_size
@@ -85,11 +86,9 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         budgets = (gpu_bytes, cpu_bytes, disk_bytes)
         if not all(isinstance(budget, int | float) and budget >= 0 for budget in budgets):
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes!r}, cpu {cpu_bytes!r}, disk {disk_bytes!r}")
-        instance("path", path, str | os.PathLike | None, "the path of a folder, or None")
-        if path is not None and "\0" in os.fspath(path):
-            raise StoreError(f"path must be the path of a folder, got {path!r}")
+        folder = None if path is None else folder_path(path)
         instance("tiers", tiers, Sequence, "a list of further tiers")
-        self.path: Path | None = None if path is None or not disk_bytes else Path(path)
+        self.path: Path | None = folder if disk_bytes else None
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
         in_memory = None if cpu_codec is None else get_codec(cpu_codec)

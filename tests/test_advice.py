@@ -4,7 +4,19 @@ import json
 
 import pytest
 
-from ragkv import Auto, Engine, PromptTemplate, QuestionAware, RelevantTokens, Reuse, TieredStore, Union
+from ragkv import (
+    Auto,
+    CacheBlend,
+    Engine,
+    FullPrefill,
+    LegoLink,
+    PromptTemplate,
+    QuestionAware,
+    RelevantTokens,
+    Reuse,
+    TieredStore,
+    Union,
+)
 from ragkv.advice import Advice
 from ragkv.calibration.kept import keep_result, setting
 from ragkv.store import CostProfile, Loading, Rates
@@ -81,6 +93,29 @@ def test_of_a_calibration_it_is_what_was_chosen():
         keep_result(engine.store, kept)
         said = engine.advise(limit_s=0.1)
     assert (said.budget, said.runs_question, said.method) == (0.3, True, repr(RelevantTokens(0.3)))
+
+
+def test_where_that_is_void_prompts_are_prefilled_in_full():
+    with Engine(tiny_model(), template=PromptTemplate(prefix=[1]), method="calibrated") as engine:
+        keep_result(engine.store, {"setting": "another", "chosen": "reuse", "made_with": {}})
+        said = engine.advise(limit_s=0.1)
+    assert (said.budget, said.method) == (1.0, repr(FullPrefill()))
+    assert said.reuse_s("cpu", 256) == said.full_s(256) and said.pays_from("cpu") is None, "nothing is loaded"
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "most"),
+    [
+        (LegoLink(16), 0.05, 0.07),  # of passages of about 250 tokens
+        (CacheBlend(0.5), 0.7, 0.8),  # all tokens of two layers of four, half of the others'
+        (Union(Reuse(), QuestionAware(0.2)), 0.2, 0.2),
+        (Auto(RelevantTokens(0.3)), 0.3, 0.3),
+        (Reuse(), 0, 0),
+    ],
+)
+def test_the_budget_is_what_the_method_is_charged(method, least, most):
+    with Engine(tiny_model(), template=PromptTemplate(prefix=[1]), method=method) as engine:
+        assert least <= engine.advise(limit_s=0.1).budget <= most
 
 
 def test_what_it_asks_of_the_engine():

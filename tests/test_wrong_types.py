@@ -18,7 +18,7 @@ from ragkv import (
     TieredStore,
 )
 from ragkv.errors import RetrievalError
-from ragkv.retrieval import Retriever
+from ragkv.retrieval import Catalogue, Retriever
 
 from .rag.rags import TEMPLATE, TOKENIZER, WordEmbedder, open_rag, small_model
 
@@ -97,7 +97,9 @@ def test_knobs_of_methods_and_policies_are_numbers():
 
 def test_a_store_has_a_folder_and_keys(tmp_path):
     refused(TieredStore, 3, match="path must be the path of a folder")
-    refused(TieredStore, "a\0b", match="path must be the path of a folder")
+    for path in ("a\0b", "", "\ud800"):
+        for opened in (TieredStore, Catalogue, RAG.open, lambda path: RAG.from_pretrained(path=path)):
+            refused(opened, path, match="path must be the path of a folder")
     refused(TieredStore, tiers=3, match="tiers must be a list")
     refused(TieredStore, gpu_bytes=10, device="nope", match="no device 'nope'")
     with TieredStore(tmp_path) as disk, TieredStore() as memory:
@@ -118,10 +120,59 @@ def test_a_model_has_a_name_and_a_place(tmp_path):
     refused(RAG.from_pretrained, tmp_path, match="the model .* cannot be loaded")
 
 
-def test_a_name_with_a_zero_is_no_file(rag):
-    for path in ("a\0b", ["a\0b"]):
+def test_options_of_a_folder_are_looked_at_first(monkeypatch):
+    """Before an embedder or a model is loaded."""
+    monkeypatch.setattr("ragkv.opening.load_embedder", lambda *args: pytest.fail("it was loaded"))
+    for wrong in (3, b"kv", ["kv"], {}):
+        refused(RAG.from_pretrained, path=wrong, match="path must be the path of a folder")
+        refused(RAG.from_pretrained, store=wrong, match=r"store must be a ragkv\.TieredStore")
+    for name in ("readonly", "follow"):
+        for wrong in (None, 1, "no"):
+            refused(RAG.from_pretrained, **{name: wrong}, match=f"{name} must be True or False")
+
+
+@pytest.mark.parametrize("embedder", ["", " ", 0, [], {}])
+def test_an_embedder_is_one(embedder):
+    refused(RAG.from_pretrained, embedder=embedder, match="embedder must be")
+    refused(Retriever.open, embedder=embedder or {}, match="embedder must be")
+
+
+@pytest.mark.parametrize("kernels", ["", -1, None, float("nan"), [], {}, "cuda"])
+def test_kernels_are_known(model, kernels):
+    refused(
+        Engine,
+        model,
+        TOKENIZER,
+        template=TEMPLATE,
+        kernels=kernels,
+        match="must be one of auto, reference, triton",
+    )
+
+
+def test_whether_sensitivities_are_measured_is_true_or_false(model):
+    for wrong in (0, "no", []):
+        refused(
+            Engine,
+            model,
+            TOKENIZER,
+            template=TEMPLATE,
+            sensitivity=wrong,
+            match="sensitivity must be True, False or None",
+        )
+
+
+def test_a_reranker_has_a_name(rag):
+    for wrong in ("", " "):
+        refused(rag.retrieve, "river?", rerank=wrong, match="rerank must be a cross-encoder's name")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_no_file_can_be_called_is_no_file(rag, name):
+    for path in (name, [name]):
         refused(rag.add_files, path, match="no name of a file")
-    refused(rag.sync, "a\0b", match="no folder that is there")
+    refused(rag.sync, name, match="no folder that is there")
+    for ask in (rag.remove, rag.pin, rag.unpin):
+        refused(ask, name, match="no document is called")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +189,9 @@ def test_a_name_with_a_zero_is_no_file(rag):
         {"forced_eos_token_id": 10**6},
         {"forced_bos_token_id": -1},
         {"max_time": float("nan")},
+        *({name: wrong} for name in ("min_new_tokens", "no_repeat_ngram_size") for wrong in ("", [], 1.5, True)),
+        *({"eos_token_id": wrong} for wrong in (1.5, [1.5], object(), "</s>")),
+        *({name: float("nan")} for name in ("pad_token_id", "bos_token_id")),
     ],
     ids=str,
 )
@@ -263,7 +317,7 @@ def test_a_retriever_takes_documents():
         refused(retriever.search, ["first?", "second?"], match="one by one")
         assert not len(retriever.catalogue)
     for path, embedder in ((3, WordEmbedder()), (None, "all-MiniLM-L6-v2"), (None, 3)):
-        refused(Retriever.open, path, embedder, match="must be a")
+        refused(Retriever.open, path, embedder, match="must be (the path|a)")
     refused(Retriever, None, None, None, match="embedder must be")
 
 

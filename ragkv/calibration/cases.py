@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import ArgumentTypeError, CalibrationError
+from ragkv.errors import ArgumentTypeError, CalibrationError, listable
 from ragkv.library.documents import Documents
 from ragkv.library.measured import Measured
 from ragkv.methods import Method
@@ -59,7 +59,12 @@ class Trial:
         self.engine: Asks = engine
         self.question: Any = question
         self.answers: tuple[str, ...] = tuple(answers)
-        self._chunks = chunks
+        self._chunks = cache(chunks)  # they are asked for to know it by, and to be placed
+
+    @property
+    def about(self) -> object:
+        """Equal where cases are no draws of their own, since they bring the same document along."""
+        return self
 
     def key(self) -> str:
         """What is measured is known by this: question, answers and passages in their context."""
@@ -77,6 +82,10 @@ class _CaseTrial(Trial):
     def __init__(self, engine: Asks, case: Any):
         super().__init__(engine, case.question, case.answers, list)
         self._case = case
+
+    @property
+    def about(self) -> object:
+        return self._case.about
 
     def key(self) -> str:
         return str(self._case.fingerprint)
@@ -115,11 +124,19 @@ def trials_of(engine: Asks, cases: Iterable[Any], ladder: Sequence[Method], find
             made.append(_CaseTrial(apart, case))
         elif find is not None and isinstance(case, str | Mapping):
             made.append(_found(engine, case, find))
-        elif isinstance(case, tuple) and len(case) in (2, 3) and isinstance(case[0], Sequence):
-            made.append(Trial(engine, case[1], _answers(case[2:]), partial(_chunks, engine, case[0])))
+        elif isinstance(case, tuple) and len(case) in (2, 3) and listable(case[0]) and not isinstance(case[0], Chunk):
+            made.append(Trial(engine, case[1], _answers(case[2:]), partial(_chunks, engine, list(case[0]))))
         else:
             raise ArgumentTypeError(f"{_MUST}; got {case!r:.80}")
     return made
+
+
+def one_each(trials: Iterable[Trial]) -> list[Trial]:
+    """Of the cases about one document the first: what a method loses on them hangs on it, so they are one draw and not several."""
+    first: dict[object, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.about, trial)
+    return list(first.values())
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]] | None:
@@ -165,4 +182,6 @@ def _chunks(engine: Asks, given: Sequence[Any]) -> list[Chunk]:
 def _answers(given: Sequence[Any]) -> tuple[str, ...]:
     """One answer, or several."""
     answers = given[0] if given else ()
+    if not isinstance(answers, str) and not listable(answers):
+        raise ArgumentTypeError(f"{_MUST}; got the answers {answers!r:.80}")
     return (answers,) if isinstance(answers, str) else tuple(map(str, answers))

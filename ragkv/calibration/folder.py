@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ragkv.calibration.run import Calibration, calibrate
@@ -13,6 +13,7 @@ from ragkv.finding import Finder
 from ragkv.library.intake import Intake
 from ragkv.methods import Calibrated, FullPrefill
 from ragkv.methods.words import words_of
+from ragkv.request import Request
 from ragkv.retrieval import Catalogue, Retrieval
 
 
@@ -33,10 +34,11 @@ def calibrate_folder(
         RetrievalError: an option of retrieval is out of range.
     """
     retrieval, options = Retrieval.split(options)
-    if any(isinstance(case, str | dict) for case in cases) and not catalogue.documents(engine.documents.namespace):
+    if any(isinstance(case, str | Mapping) for case in cases) and not catalogue.documents(engine.documents.namespace):
         raise RetrievalError("questions are asked over the folder's documents, and there are none: add some first")
 
     def find(question: str) -> Sequence[Chunk]:
+        engine.prompting.check(Request((), question, FullPrefill()), question, lambda tokens: None)
         return finder.found(question, retrieval).chunks
 
     result = calibrate(engine, cases, find=find, **options)

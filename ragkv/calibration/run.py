@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ragkv.calibration import kept
-from ragkv.calibration.cases import Asks, Find, Trial, trials_of
+from ragkv.calibration.cases import Asks, Find, Trial, one_each, trials_of
 from ragkv.calibration.goal import Goal
 from ragkv.calibration.ladder import Ladder, RungReport
 from ragkv.closeness import divergence, same_top
@@ -31,6 +31,9 @@ from ragkv.methods import FullPrefill, Method
 from ragkv.methods.calibrated import LADDER
 from ragkv.methods.words import parse_method, words_of
 from ragkv.streaming import side_by_side
+
+#: Why cases are left out of which another one about the same document is asked.
+_SAME = "about the document of another case"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def calibrate(
     """Find the cheapest method whose mean loss against a full prefill of the same prompts is under a bound.
 
     The cases stand for the questions to come: they should be drawn from the same. They are asked in random order, and no longer
-    than is needed. What was measured is kept with every case: a call that was stopped, or one with more cases, goes on from there.
+    than is needed; of those that bring the same document along one is drawn. What was measured is kept with every case: a call
+    that was stopped, or one with more cases, goes on from there.
 
     Args:
         engine: of the model.
@@ -131,7 +135,7 @@ def calibrate(
     ungated.gate = None
     trials = trials_of(ungated, cases, [rung.method for rung in rungs.rungs], find)
     random.Random(seed).shuffle(trials)
-    run = _Run(ungated, goal, rungs, trials[:limit], max_new_tokens, progress)
+    run = _Run(ungated, goal, rungs, trials, limit, max_new_tokens, progress)
     result = run.result()
     kept.keep_result(
         engine.store, {**result.as_dict(), "setting": run.setting, "at_s": round(time.time()), "seed": seed}
@@ -146,12 +150,17 @@ class _Run:
         goal: Goal,
         ladder: Ladder,
         trials: Sequence[Trial],
+        limit: int | None,
         max_new_tokens: int,
         progress: Callable[[Calibration], object] | None,
     ):
-        self._engine, self._goal, self._ladder, self._trials = engine, goal, ladder, trials
+        answered = [trial for trial in trials if goal.metric != "f1" or any(map(str.strip, trial.answers))]
+        drawn = one_each(answered)
+        self._engine, self._goal, self._ladder, self._trials = engine, goal, ladder, drawn[:limit]
         self._max_new_tokens, self._progress = max_new_tokens, progress
-        self._left_out, self._asked = Counter[str](), 0
+        beforehand = {"no answer": len(trials) - len(answered), _SAME: len(answered) - len(drawn)}
+        self._left_out, self._asked = +Counter(beforehand), 0
+        self._given = len(self._trials) + self._left_out.total()
         engine.documents.look()
         self.setting, self._made_with = kept.setting(engine.documents), kept.made_with(engine.documents)
         self._of = f"{self.setting} {max_new_tokens}"
@@ -161,9 +170,10 @@ class _Run:
     def result(self) -> Calibration:
         """Asks as long as something is open."""
         if not self._ladder.open(len(self._trials)):
+            besides = f"; left out were {dict(self._left_out)}" if self._left_out else ""
             raise CalibrationError(
                 f"{len(self._trials)} cases cannot prove it, whatever they show ({self._goal.said}): give at least "
-                f"{self._fewest()}, or a wider bound"
+                f"{self._fewest()}, or a wider bound{besides}"
             )
         for number, trial in enumerate(self._trials):
             wanted = self._ladder.open(len(self._trials) - number)
@@ -195,7 +205,7 @@ class _Run:
             *(words_of(self._ladder.chosen) or "", goal.said, goal.metric, goal.bound, goal.confidence, goal.cap),
             rungs=self._ladder.reports(),
             cases=self._asked,
-            given=len(self._trials),
+            given=self._given,
             left_out=dict(self._left_out),
             made_with=self._made_with,
         )
@@ -208,9 +218,6 @@ class _Run:
 
     def _row(self, trial: Trial, wanted: Sequence[str]) -> dict[str, Any] | None:
         """What was measured of a case, by candidate; ``None`` where it cannot be asked."""
-        if self._goal.metric == "f1" and not any(answer.strip() for answer in trial.answers):
-            self._left_out["no answer"] += 1
-            return None
         try:
             key = trial.key()
             row = self._rows.get(key, {})

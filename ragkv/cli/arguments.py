@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ragkv import __version__
 from ragkv.cli import asking, calibrating, care, evaluating, filters, searching
 from ragkv.cli.pools import add_key_option
-from ragkv.cli.values import FOREIGN_HELP, count_option, parsed, text_of_file
+from ragkv.cli.values import FOREIGN_HELP, count_option, folder_name, parsed, text_of_file
 
 if TYPE_CHECKING:
     from ragkv.methods import Method
@@ -164,7 +164,8 @@ def folder(args: argparse.Namespace, default: str = "default") -> Path:
 
 def _shared() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--path", metavar="FOLDER", help="documents, vectors and KV (default: a folder in $RAGKV_HOME)")
+    where = "documents, vectors and KV (default: a folder in $RAGKV_HOME)"
+    shared.add_argument("--path", type=folder_name, metavar="FOLDER", help=where)
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     shared.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return shared

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         shown.callback(bar.close)
 
         def tell(so_far: Calibration) -> None:
+            bar.total = so_far.given
             bar.n = so_far.cases + sum(so_far.left_out.values())
             bar.set_postfix_str(so_far.chosen, refresh=True)
 

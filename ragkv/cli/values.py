@@ -50,6 +50,13 @@ def share(text: str) -> float:
     return value
 
 
+def folder_name(text: str) -> str:
+    """What a folder is called: an empty one, of a variable that is not set say, is not the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}; the working folder is .")
+    return text
+
+
 def text_of_file(path: str) -> str:
     """What stands in a text file; not nothing."""
     try:

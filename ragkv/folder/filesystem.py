@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from ragkv.errors import StoreError
+from ragkv.errors import StoreError, instance
 
 MOUNTS = Path("/proc/mounts")
 NETWORK = frozenset(
@@ -16,6 +16,24 @@ NETWORK = frozenset(
         *("ocfs2", "orangefs", "pvfs2", "smb3", "smbfs", "vboxsf"),
     )
 )
+
+
+def folder_path(path: str | os.PathLike[str]) -> Path:
+    """A folder's path, which may not be there yet. No path is not the working folder's.
+
+    Raises:
+        ArgumentTypeError: it is no path.
+        StoreError: no folder can be called so.
+    """
+    instance("path", path, str | os.PathLike, "the path of a folder")
+    name = os.fspath(path)
+    try:
+        wrong = not name or b"\0" in os.fsencode(name)
+    except UnicodeEncodeError:
+        wrong = True
+    if wrong:
+        raise StoreError(f"path must be the path of a folder, got {name!r:.80}")
+    return Path(path)
 
 
 def prepare(path: Path, *, readonly: bool) -> bool:

@@ -52,7 +52,16 @@ def check_parts(model: Any, tokenizer: Any, store: Any, template: Any) -> None:
             f"tokenizer must be a transformers tokenizer, got {tokenizer!r:.80}: load it first with "
             "AutoTokenizer.from_pretrained(...)"
         )
-    instance("store", store, TieredStore | None, "a ragkv.TieredStore, as ragkv.TieredStore('kv/')")
+    check_store(store)
     instance(
         "template", template, PromptTemplate | None, "a ragkv.PromptTemplate, as ragkv.PromptTemplate(prefix='...')"
     )
+
+
+def check_store(store: Any) -> None:
+    """Check where KV are to be kept.
+
+    Raises:
+        ArgumentTypeError: it is no store.
+    """
+    instance("store", store, TieredStore | None, "a ragkv.TieredStore, as ragkv.TieredStore('kv/')")

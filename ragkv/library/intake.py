@@ -203,7 +203,7 @@ class Intake:
         new = [prepared for prepared, _ in plan.documents if prepared.kind == "added"]
         formers: dict[str, list[str]] = {}
         for document in self._catalogue.documents(self._documents.namespace) if new else ():
-            if not document.metadata:  # files have none
+            if document.file:
                 formers.setdefault(document.origin, []).append(document.source)
         for prepared in new:
             sources = formers.get(prepared.facts["origin"], [])
@@ -305,7 +305,8 @@ class Intake:
 
     def _below(self, path: str) -> list[str]:
         real = os.path.realpath(path)
-        sources = [document.source for document in self._catalogue.documents(self._documents.namespace)]
+        listed = self._catalogue.documents(self._documents.namespace)
+        sources = [document.source for document in listed if document.file]
         return [source for source in sources if below(source, path) or below(source, real)]
 
 

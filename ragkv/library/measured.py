@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Flag, auto
 from typing import TYPE_CHECKING
 
+from ragkv.errors import instance
+
 if TYPE_CHECKING:
     from ragkv.methods import Method
     from ragkv.store import Batch
@@ -24,7 +26,12 @@ class Measured(Flag):
 
     @classmethod
     def by(cls, *methods: Method, sensitivity: bool | None = None) -> Measured:
-        """What methods need; ``sensitivity`` where something else is said of it."""
+        """What methods need; ``sensitivity`` where something else is said of it.
+
+        Raises:
+            ArgumentTypeError: that is neither true nor false.
+        """
+        instance("sensitivity", sensitivity, bool | None, "True, False or None")
         needed = cls.NOTHING
         for method in methods:
             needed |= cls.SENSITIVITY if method.needs_sensitivity else cls.NOTHING

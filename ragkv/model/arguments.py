@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from ragkv.errors import ArgumentError, ArgumentTypeError, UnknownArgumentError, instance
+from ragkv.errors import ArgumentError, ArgumentTypeError, UnknownArgumentError, instance, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,6 +106,7 @@ _NUMBERS = _names(
     "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
     "length_penalty guidance_scale max_time"
 )
+_WHOLE = _names("min_length min_new_tokens no_repeat_ngram_size encoder_no_repeat_ngram_size")
 _IDS = ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias")
 # Values at which an argument of those refused asks for nothing, besides None and False.
 _NEUTRAL = {**GenerationConfig._get_default_generation_params(), "cache_implementation": "dynamic"}
@@ -170,6 +171,15 @@ def check_values(config: GenerationConfig, vocabulary: int) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
             said = "a number of seconds" if name == "max_time" else "a number"
             raise ArgumentTypeError(f"{name} must be {said}, got {value!r:.80}")
+    for name in _WHOLE:
+        value = getattr(config, name, None)
+        if value is not None:
+            whole_number(name, value)
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list | tuple) and name[0] == "e" else [value]
+        if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            raise ArgumentTypeError(f"{name} must be a token's id, got {value!r:.80}")
     for name in _IDS:
         value = getattr(config, name, None)
         if name == "sequence_bias":  # what its form is, transformers looks at

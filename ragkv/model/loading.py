@@ -15,6 +15,7 @@ from ragkv.errors import (
     ModelNotFoundError,
     UnknownArgumentError,
     UnsupportedModelError,
+    instance,
 )
 from ragkv.prompt import PromptTemplate
 from ragkv.retrieval import Embedder, SentenceTransformerEmbedder
@@ -57,7 +58,17 @@ _NOT_BUNDLED = frozenset((*PLACE, *_FETCHING, "tokenizer", "system", "config", "
 def load_embedder(
     embedder: str | os.PathLike[str] | Embedder | None, local_files_only: bool = False
 ) -> Embedder | None:
-    """A sentence-transformers model by name or path; an embedder, or none, is passed through."""
+    """A sentence-transformers model by name or path; an embedder, or none, is passed through.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    instance(
+        "embedder",
+        embedder,
+        str | os.PathLike | Embedder | None,
+        "a model's name or path, or a ragkv.retrieval.Embedder",
+    )
     if isinstance(embedder, str | os.PathLike):
         return SentenceTransformerEmbedder(os.fspath(embedder), local_files_only=local_files_only)
     return embedder

@@ -440,6 +440,20 @@ def test_no_argument_is_ignored(store):
             call()
 
 
+@pytest.mark.parametrize("wrong", ["x", 5, object()])
+def test_what_is_no_filter_number_or_list_is_refused(store, wrong):
+    store.add_texts(["Draycliff is a town."])
+    for ask in (
+        lambda: store.similarity_search("town", filter=wrong),
+        lambda: store.max_marginal_relevance_search("town", k="x"),
+        lambda: store.max_marginal_relevance_search("town", lambda_mult="x"),
+        lambda: store.add_texts(["Clearport"], wrong),
+        lambda: RagKVRetriever(rag=store.rag, retrieval=wrong),
+    ):
+        with pytest.raises(ArgumentTypeError, match="must be"):
+            ask()
+
+
 def test_langchains_indexing(store):
     manager = InMemoryRecordManager("test")
     documents = [Document(page_content=text, metadata={"source": "a"}) for text in TEXTS]

@@ -53,6 +53,26 @@ def test_what_cannot_be_calibrated(model):
             rag.calibrate(QUESTIONS[:9], kl=0.5, min_score=2.0)
 
 
+def test_a_question_is_looked_for_once_and_where_it_is_too_long_not_at_all(model, monkeypatch):
+    looked = []
+    with open_rag(model=model) as rag:
+        rag.add_texts(["Draycliff is a town.", "Clearport lies on the Tees."])
+        encode = rag.retriever.embedder.encode_query
+        monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: (looked.append(text), encode(text))[1])
+        long = "word " * rag.engine.decoder.max_positions
+        found = rag.calibrate([*QUESTIONS[:9], *[long] * 9], kl=0.5, ladder=["reuse"], top_k=1)
+    assert found.left_out["longer than the model's positions"] and long not in looked
+    assert sorted(looked) == sorted(set(looked)) and len(looked) == found.cases
+
+
+@pytest.mark.parametrize("answers", [5, {"text": ["Tees"]}])
+def test_answers_that_are_none_are_refused(model, answers):
+    with open_rag(model=model) as rag:
+        rag.add_texts(["Draycliff is a town."])
+        with pytest.raises(ArgumentTypeError, match="got the answers"):
+            rag.calibrate([{"question": "Where is it?", "answers": answers}] * 50)
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch, model):
     embedder = offline_embedder()
@@ -104,10 +124,10 @@ def test_on_the_command_line(home, capsys):
 
 
 def test_data_that_brings_its_documents(home, capsys):
-    record = {"documents": [["Draycliff is a town."], ["It lies on the Tees."]], "retrieved": [[1, 0], [0, 0]]}
+    record = {"question": "Where is it?", "answers": ["Tees"], "retrieved": [[1, 0], [0, 0]]}
     data = lines(
         home / "cases.jsonl",
-        *({**record, "question": f"Where is {n}?", "answers": ["Tees"], "id": f"{n}"} for n in range(9)),
+        *({**record, "documents": [[f"Draycliff {n} is a town."], ["It lies on the Tees."]]} for n in range(9)),
     )
     code, out, err = run(
         capsys, *("calibrate", "--data", data, "--f1", 0.4, "--ladder", "reuse", "--max-new-tokens", 2, "--json")

@@ -22,7 +22,7 @@ from ragkv import (
     bundled,
 )
 from ragkv.calibration import kept
-from ragkv.calibration.cases import trials_of
+from ragkv.calibration.cases import Trial, one_each, trials_of
 from ragkv.calibration.goal import Goal
 from ragkv.calibration.ladder import Ladder
 from ragkv.evaluation import Case
@@ -160,6 +160,31 @@ def test_cases_bring_their_documents_along(tokenizer, monkeypatch):
     assert trial.engine.store.stats().entries["cpu"] == 0
 
 
+def test_cases_about_one_document_are_one_draw(tokenizer):
+    """The document decides what they lose, so that many of them prove no more than one; documents apart are draws of their own."""
+    engine = Engine(tiny_model(vocab_size=1792), tokenizer, template=PromptTemplate(**bundled.TEMPLATE))
+    alike = [case(5, id=f"same {number}", question=f"What is {number}?") for number in range(40)]
+    with pytest.raises(
+        CalibrationError, match=r"^1 cases cannot.*left out were \{'about the document of another case': 39\}"
+    ):
+        engine.calibrate(alike, kl=0.5, ladder=["reuse"])
+    unanswered = [case(number, id=f"no {number}", answers=("",)) for number in range(8)]
+    found = engine.calibrate(
+        [*unanswered, *(case(n) for n in range(8)), *alike], f1=0.4, ladder=["reuse"], limit=7, max_new_tokens=1
+    )
+    assert found.left_out == {"no answer": 8, "about the document of another case": 40} and found.given == 7 + 48
+    assert 0 < found.cases <= 7
+
+
+def test_which_of_a_documents_cases_is_drawn_is_chance():
+    class About(Trial):
+        about = property(lambda self: self.question // 2)
+
+    trials = [About(None, number, (), list) for number in range(6)]
+    assert [trial.question for trial in one_each(trials)] == [0, 2, 4]
+    assert [trial.question for trial in one_each(reversed(trials))] == [5, 3, 1]
+
+
 def test_answers_of_one_case_are_decoded_side_by_side(tokenizer, monkeypatch):
     """What they say is what they say one by one, refusals included."""
     model = tiny_model(vocab_size=1792, initializer_range=0.2)
@@ -264,7 +289,20 @@ def test_what_makes_no_sense_is_refused(engine, options, kind, said):
         engine.calibrate([([[5, 6]], [7])] * 50, **options)
 
 
-@pytest.mark.parametrize("cases", ["a question", ["a question"], [{"question": "a?"}], [([[5, 6]],)], [(5, [7])], {}])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        "a question",
+        ["a question"],
+        [{"question": "a?"}],
+        [([[5, 6]],)],
+        [(5, [7])],
+        {},
+        [("a passage", [7])],
+        [([[5, 6]], [7], 5)],
+        [([[5, 6]], [7], {"text": "a"})],
+    ],
+)
 def test_what_is_no_case_is_refused(engine, cases):
     with pytest.raises(ArgumentTypeError, match="each of cases must be"):
         engine.calibrate(cases)

@@ -37,6 +37,7 @@ def home(tmp_path, monkeypatch):
         (["demo", "--questions", "x"], "got 'x'"),
         (["stats", "--model", "bundled"], "unrecognized arguments"),
         (["stats", "--js"], "unrecognized arguments"),
+        (["add", "docs", "--path", ""], "argument --path: must be a folder, got ''; the working folder is ."),
     ],
 )
 def test_usage_errors_exit_with_2(argv, reason, capsys):

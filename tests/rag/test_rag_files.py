@@ -196,6 +196,20 @@ def test_a_name_that_nothing_on_the_disk_is_like_is_no_file(rag, docs):
     assert "/no-such-folder/page" in rag.retriever.catalogue
 
 
+def test_a_text_that_is_called_as_a_file_would_be_is_none(rag, docs):
+    """Its name lies in the folder, and nothing is there: no file of it was deleted, and none was moved."""
+    named = [str(docs / "page 1 of report"), str(docs / "deep" / "note")]
+    rag.add_texts(["The harbour is old.", "The quay is new."], named)
+    (docs / "copy.md").write_text("The harbour is old.")
+    rag.add_files(docs)
+    synced = rag.sync(docs)
+    assert not synced.removed and not synced.moved and set(named) < set(sources(rag))
+    rag.add_texts(["The bridge is new."], [str(docs / NAMES[0])])  # no file's any more
+    (docs / NAMES[0]).unlink()
+    assert not rag.sync(docs).removed
+    assert rag.add_files(docs / "copy.md").unchanged and rag.remove(named[0])
+
+
 def test_a_file_that_is_back_is_not_removed(rag, docs, monkeypatch):
     """It was away for a moment while others were read, as an editor saves."""
     rag.add_files(docs)

@@ -325,6 +325,30 @@ def test_namespace_and_system_message(rag):
             rag.session(**wrong)
 
 
+@pytest.mark.parametrize("text", ["", " ", None, 3])
+def test_a_rewrite_that_says_nothing_is_named(rag, text):
+    session = rag.session(rewrite=lambda messages: text)
+    session.ask(QUESTION, **SHORT)
+    with pytest.raises(RetrievalError, match=r"rewrite must give a text .* got"):
+        session.ask(NEXT, **SHORT)
+    assert len(session.messages) == 2
+
+
+def test_whoever_goes_on_from_an_answer_stays_in_its_namespace_and_behind_its_system_message(rag, monkeypatch):
+    for namespace, name in (("a", "of a"), ("", "own")):
+        rag.add_texts(["The harbour master of Clearport is old."], [name], namespace=namespace)
+    past = rag.ask(QUESTION, namespace="a", system="Be brief.", keep_past=True, **SHORT).past
+    answer, (_, pieces) = rag.ask(NEXT, past=past, **SHORT), rag.stream(NEXT, past=past, **SHORT)
+    assert "".join(pieces) == answer.text
+    for one in (answer, pieces):
+        assert [hit.source for hit in one.sources] == ["of a"]
+        assert one.report.fusion.sources == ["cpu"], "it was read behind this system message"
+    monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: pytest.fail("it was looked for"))
+    for more in ({"namespace": "a"}, {"system": "Be brief."}):
+        with pytest.raises(ArgumentError, match="the past has its system message, namespace"):
+            rag.ask(NEXT, past=past, **more)
+
+
 def test_namespaces_of_a_folder(model, tmp_path):
     """Documents of each are found and read in it alone."""
     with open_rag(tmp_path, model=model) as rag:

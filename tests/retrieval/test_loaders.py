@@ -133,6 +133,15 @@ def test_paths_are_read_in_order_and_once(tmp_path, monkeypatch):
     assert found == ["b.txt", "a.txt", ".hidden.txt"]
 
 
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("text")
+    (tmp_path / "docs" / ".hidden").write_text("text")
+    assert [file.source for file in load_files("~/docs")] == [str(tmp_path / "docs" / "a.md")]
+    assert hidden_files(Path("~/docs")) == 1
+
+
 def test_missing_and_unreadable_are_skipped(tmp_path, monkeypatch):
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_text("bad")

@@ -10,7 +10,7 @@ from haystack import Document
 from haystack.utils.filters import document_matches_filter
 
 from ragkv.adapters.passages import REFERENCE, Passage, metadata_of, reference
-from ragkv.errors import ArgumentError
+from ragkv.errors import ArgumentError, instance
 from ragkv.retrieval import Document as Listed
 from ragkv.retrieval import Hit
 
@@ -33,7 +33,9 @@ def fitting(filters: dict[str, Any]) -> Callable[[Listed], bool]:
 
     Raises:
         ArgumentError: they are on something else, a passage's text say.
+        ArgumentTypeError: they are no dict.
     """
+    instance("filters", filters, Mapping, "a dict, as Haystack has it")
     wrong = sorted({name for name in _names(filters) if name.partition(".")[0] in _NOT_META})
     if wrong:
         raise ArgumentError(f"filters must be on meta, as 'meta.source', got {', '.join(wrong)}")

@@ -94,6 +94,7 @@ class RagKVRetriever(OverFolder):
             FilterError: filters that Haystack does not know.
             ArgumentError: filters that are not on ``meta``.
         """
+        instance("retrieval", retrieval, dict | None, "a dict of options of ragkv.Retrieval")
         asked = {**self.retrieval, **(retrieval or {}), **({} if top_k is None else {"top_k": top_k})}
         chosen = self.filters if filters is None else filters
         if chosen:

@@ -11,6 +11,7 @@ from langchain_core.runnables import run_in_executor
 from pydantic import Field
 
 from ragkv.adapters.langchain.documents import document_of, remember
+from ragkv.errors import instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Retrieval
 
@@ -43,6 +44,7 @@ class RagKVRetriever(BaseRetriever):
         self, *, rag: RAG, k: int | None = None, retrieval: dict[str, Any] | None = None, **options: Any
     ) -> None:
         fields: dict[str, Any] = {name: options.pop(name) for name in BaseRetriever.model_fields if name in options}
+        instance("retrieval", retrieval, dict | None, "a dict of options of ragkv.Retrieval")
         options = {**(retrieval or {}), **options}
         Retrieval.of(top_k=k, **options)
         fields |= {"rag": rag, "k": k, "retrieval": options}

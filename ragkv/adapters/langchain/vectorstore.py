@@ -18,7 +18,7 @@ from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
 from ragkv.adapters.langchain.members import TOGETHER, Member, Members, added_here, as_added, in_order, kept
 from ragkv.adapters.parts import Cut, listed, remove, search
 from ragkv.adapters.passages import all_of
-from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance
+from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance, whole_number
 from ragkv.rag import RAG
 from ragkv.retrieval import Hit
 from ragkv.retrieval.records import checked_document
@@ -123,7 +123,9 @@ class RagKVVectorStore(VectorStore):
         if ids is not None:
             ids = all_of(ids, object, "ids must be a list of str")
         names = [str(uuid.uuid4()) if name is None else name for name in ([None] * len(given) if ids is None else ids)]
-        extras = [{}] * len(given) if metadatas is None else list(metadatas)
+        extras = (
+            [{}] * len(given) if metadatas is None else all_of(metadatas, object, "metadatas must be a list of dict")
+        )
         if not len(given) == len(names) == len(extras):
             raise DocumentError(f"got {len(given)} texts, {len(names)} ids and {len(extras)} metadatas: one each")
         for name in names:
@@ -199,6 +201,8 @@ class RagKVVectorStore(VectorStore):
     ) -> list[Document]:
         """Of the ``fetch_k`` documents nearest to a text, ``k`` that differ among each other (maximal marginal relevance)."""
         _no_more(options)
+        whole_number("k", k)
+        instance("lambda_mult", lambda_mult, int | float, "a number, 0 to 1")
         hits = self._nearest(query, fetch_k, filter)
         with self.rag.retriever.catalogue.snapshot() as view:
             vectors = list(view.vectors(hit.passage_id for hit in hits))
@@ -249,6 +253,7 @@ class RagKVVectorStore(VectorStore):
 
     def _nearest(self, query: str, k: int, wanted: Filter | None) -> list[Hit]:
         """The nearest passages that are wanted."""
+        instance("filter", wanted, Mapping | Callable | None, "a dict of metadata, or a function of a document")
         kept = search(self.rag, query, k, None if wanted is None else partial(_wanted, wanted=wanted))
         remember(self.rag, kept)
         return kept

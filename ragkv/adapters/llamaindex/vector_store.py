@@ -172,6 +172,7 @@ def _wanted(
         node_ids = all_of(node_ids, str, "node_ids must be a list of str")
     if doc_ids is not None:
         doc_ids = all_of(doc_ids, str, "doc_ids must be a list of str")
+    instance("filters", filters, MetadataFilters | None, "LlamaIndex's MetadataFilters")
     metadata: dict[str, Any] = {}
     matches = build_metadata_filter_fn(lambda _: metadata, filters)
 

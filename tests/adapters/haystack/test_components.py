@@ -360,6 +360,17 @@ def test_what_they_cannot_be_made_of(rag):
         RagKVGenerator("kv/", options={"store": object()})
 
 
+@pytest.mark.parametrize("wrong", ["x", 5])
+def test_filters_and_options_of_another_type(rag, wrong):
+    for found in (
+        lambda: RagKVRetriever(rag, filters=wrong).run(QUESTION),
+        lambda: RagKVRetriever(rag).run(QUESTION, filters=wrong),
+        lambda: RagKVRetriever(rag).run(QUESTION, retrieval=wrong),
+    ):
+        with pytest.raises(ArgumentTypeError, match="must be a dict"):
+            found()
+
+
 def test_closing_leaves_a_rag_that_was_given(rag):
     pipeline = joined(RagKVRetriever(rag), RagKVGenerator(rag, ANSWER))
     pipeline.close()

@@ -221,6 +221,8 @@ def test_what_cannot_be_asked(store):
     later = MetadataFilters(filters=[MetadataFilter(key="year", operator=FilterOperator.GT, value=1)])
     with pytest.raises(ArgumentError, match="filters cannot be applied to node u"):
         store.query(asked(filters=later))
+    with pytest.raises(ArgumentTypeError, match="filters must be LlamaIndex's MetadataFilters"):
+        store.query(VectorStoreQuery(query_str="Anna", filters={"a": 1}))
     with pytest.raises(ArgumentTypeError, match=r"rag must be a ragkv.RAG"):
         RagKVVectorStore("kv/")
 
