@@ -93,6 +93,16 @@ def all_of(given: Any, kind: type, must: str) -> list[Any]:
     return items
 
 
+def documents_of(engine: Engine, options: Mapping[str, Any]) -> Documents:
+    """Where the passages of an answer stand.
+
+    Args:
+        engine: answers.
+        options: of :meth:`ragkv.Engine.generate`, ``system``, ``namespace`` and ``past`` among them.
+    """
+    return engine.prompting.documents_for(options.get("system"), options.get("namespace"), options.get("past"))
+
+
 def hand_over(engine: Engine, passages: Iterable[Passage], documents: Documents | None = None) -> HandedOver:
     """Passages as chunks; nothing is read yet.
 
@@ -103,8 +113,7 @@ def hand_over(engine: Engine, passages: Iterable[Passage], documents: Documents 
     Args:
         engine: whose chunks they become.
         passages: in the order of the prompt. One that is no text, or blank, or too long for the model, is left out with a warning.
-        documents: where they are read, with a system message or in a namespace (``engine.prompting.documents_for``); the engine's
-            own by default.
+        documents: where they are read, with a system message or in a namespace (:func:`documents_of`); the engine's own by default.
 
     Raises:
         PromptError: there are passages, and all of them had to be left out.

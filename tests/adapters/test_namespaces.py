@@ -8,9 +8,9 @@ from llama_index.core.vector_stores import VectorStoreQuery
 from ragkv.adapters import haystack, langchain, llamaindex
 from ragkv.adapters.langchain.documents import passages_of
 from ragkv.adapters.langchain.members import ADDED
-from ragkv.adapters.passages import Passage, hand_over, known_chunks, reference
+from ragkv.adapters.passages import REFERENCE, Passage, hand_over, known_chunks, reference
 from ragkv.retrieval.records import source_id
-from tests.rag.rags import QUESTION, open_rag
+from tests.rag.rags import DOCUMENTS, QUESTION, open_rag
 
 TEXTS = ["She runs the harbour.", "Clearport lies on the river Exe."]
 
@@ -93,3 +93,16 @@ def test_what_a_vector_store_gives_is_known_in_its_own_namespace(two):
     other = known_chunks(ours.engine, passages_of(found, ours.engine, ours.engine.documents.namespace))
     assert list(other) == [0, 1] and not {chunk.document for chunk in other.values()} & set(want)
     assert theirs.engine.documents.missing(hand_over(theirs.engine, given).chunks) == []
+
+
+def test_passages_stand_where_the_answer_is_asked_for(two):
+    """An engine that answers in another namespace takes that one's KV, whichever framework names it."""
+    ours, theirs = two
+    theirs.add_texts([DOCUMENTS["clearport.md"]], ["clearport.md"])
+    options = {"max_new_tokens": 2, "namespace": "b"}
+    found = haystack.RagKVRetriever(theirs, 9).run(TEXTS[0])["documents"]
+    said = haystack.RagKVGenerator(ours, options).run(QUESTION, found)["meta"][0]
+    assert said["report"]["fusion"]["hits"] == {"disk": len(found)} and len(found) > 3
+    nodes = llamaindex.RagKVRetriever(theirs, 9).retrieve(TEXTS[0])
+    answer = llamaindex.RagKVSynthesizer(ours, max_new_tokens=2).synthesize(QUESTION, nodes, namespace="b")
+    assert answer.metadata[REFERENCE]["report"]["fusion"]["hits"] == {"cpu": len(nodes)}

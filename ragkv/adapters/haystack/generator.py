@@ -17,7 +17,7 @@ from haystack.utils import deserialize_callable, serialize_callable
 from ragkv.adapters.haystack.documents import passage_of
 from ragkv.adapters.haystack.folder import Folder, OverFolder
 from ragkv.adapters.parts import model_name, streamed, threads_of, usage
-from ragkv.adapters.passages import HandedOver, all_of, engine_of, hand_over
+from ragkv.adapters.passages import HandedOver, all_of, documents_of, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError, no_question
 from ragkv.rag import RAG
@@ -102,7 +102,7 @@ class RagKVGenerator(OverFolder):
         if not documents:
             return _nothing()
         engine, options = engine_of(self._folder.open()), {**self.generation_kwargs, **(generation_kwargs or {})}
-        handed = hand_over(engine, map(passage_of, documents))
+        handed = hand_over(engine, map(passage_of, documents), documents_of(engine, options))
         if callback is None:
             answer = engine.generate(handed.chunks, query, **options)
             return _said(engine, answer.text, answer.report, documents, handed)
@@ -129,7 +129,9 @@ class RagKVGenerator(OverFolder):
         opened = await asyncio.to_thread(self._folder.open)
         engine, options = engine_of(opened), {**self.generation_kwargs, **(generation_kwargs or {})}
         pool = threads_of(opened).pool()
-        handed = await in_thread(pool, lambda: hand_over(engine, map(passage_of, documents)))
+        handed = await in_thread(
+            pool, lambda: hand_over(engine, map(passage_of, documents), documents_of(engine, options))
+        )
         if callback is None:
             answer = await stoppable(pool, partial(engine.generate, handed.chunks, query), **options)
             return _said(engine, answer.text, answer.report, documents, handed)

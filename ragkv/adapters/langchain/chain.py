@@ -14,7 +14,7 @@ from langchain_core.runnables.utils import AddableDict
 from ragkv.adapters.langchain.documents import passages_of
 from ragkv.adapters.langchain.retriever import RagKVRetriever
 from ragkv.adapters.parts import check, split, streamed, threads_of
-from ragkv.adapters.passages import HandedOver, all_of, engine_of, hand_over
+from ragkv.adapters.passages import HandedOver, all_of, documents_of, engine_of, hand_over
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, ArgumentTypeError, instance, no_question
 from ragkv.rag import RAG
@@ -110,7 +110,7 @@ class _Steps:
     def _handed(self, documents: Any, options: Mapping[str, Any]) -> tuple[HandedOver, list[Document]]:
         """What a retriever found, handed over, and what of it the model is given."""
         found = all_of(documents, object, "a retriever must give a list of documents")
-        where = self._engine.prompting.documents_for(options.get("system"), options.get("namespace"))
+        where = documents_of(self._engine, options)
         passages = passages_of(found, self._engine, where.namespace)
         handed = hand_over(self._engine, passages, where)
         return handed, [found[number] for number in handed.numbers]

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from ragkv.adapters.found import FoundPassages
 from ragkv.adapters.parts import model_name, prompt_tokens, threads_of
-from ragkv.adapters.passages import engine_of, known_chunks
+from ragkv.adapters.passages import documents_of, engine_of, known_chunks
 from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -155,7 +155,7 @@ class ChatRagKV(BaseChatModel):
         if turns and turns[-1]["role"] == "user":
             passages, rest = FoundPassages.of(self._engine).split(turns[-1]["content"])
             system = turns[0]["content"] if turns[0]["role"] == "system" else options.get("system")
-            documents = self._engine.prompting.documents_for(system, options.get("namespace"))
+            documents = documents_of(self._engine, {**options, "system": system})
             known = known_chunks(self._engine, passages, documents)
             if len(known) == len(passages):  # else a document has changed since: all is text
                 chunks, turns[-1]["content"] = [known[number] for number in range(len(passages))], rest

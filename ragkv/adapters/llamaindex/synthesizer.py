@@ -20,7 +20,7 @@ from ragkv.adapters.llamaindex.llm import RagKVLLM
 from ragkv.adapters.llamaindex.nodes import passage_of
 from ragkv.adapters.llamaindex.retriever import RagKVRetriever
 from ragkv.adapters.parts import check, split, streamed, threads_of
-from ragkv.adapters.passages import REFERENCE, Passage, all_of, engine_of, hand_over
+from ragkv.adapters.passages import REFERENCE, Passage, all_of, documents_of, engine_of, hand_over
 from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
@@ -80,7 +80,7 @@ class RagKVSynthesizer(BaseSynthesizer):
         **generation: Any,
     ) -> RESPONSE_TYPE:
         """The answer to a question over nodes, in their order."""
-        used, given = self._given(nodes)
+        used, given = self._given(nodes, generation)
         return _said(super().synthesize(query, used, additional_source_nodes, **given, **generation), given)
 
     async def asynthesize(
@@ -91,7 +91,7 @@ class RagKVSynthesizer(BaseSynthesizer):
         **generation: Any,
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` in an event loop, which goes on meanwhile."""
-        used, given = await in_thread(self._threads.pool(), partial(self._given, nodes))
+        used, given = await in_thread(self._threads.pool(), partial(self._given, nodes, generation))
         return _said(await super().asynthesize(query, used, additional_source_nodes, **given, **generation), given)
 
     def get_response(
@@ -132,10 +132,13 @@ class RagKVSynthesizer(BaseSynthesizer):
         said["report"] = answer.report.as_dict()
         return answer.text
 
-    def _given(self, nodes: list[NodeWithScore]) -> tuple[list[NodeWithScore], dict[str, Any]]:
+    def _given(
+        self, nodes: list[NodeWithScore], generation: dict[str, Any]
+    ) -> tuple[list[NodeWithScore], dict[str, Any]]:
         """The nodes that the model is given, and their chunks; with room for what there is to say of the answer."""
         nodes = all_of(nodes, NodeWithScore, "nodes must be a list of NodeWithScore")
-        handed = hand_over(self._engine, map(passage_of, nodes))
+        where = documents_of(self._engine, {**self.generation, **generation})
+        handed = hand_over(self._engine, map(passage_of, nodes), where)
         left_out = {nodes[number].node.node_id: reason for number, reason in handed.left_out.items()}
         used = [nodes[number] for number in handed.numbers]
         return used, {"chunks": handed.chunks, "facts": {"left_out": left_out, "report": None}}
