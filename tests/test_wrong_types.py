@@ -190,7 +190,7 @@ def test_what_no_file_can_be_called_is_no_file(rag, name):
         {"forced_bos_token_id": -1},
         {"max_time": float("nan")},
         *({name: wrong} for name in ("min_new_tokens", "no_repeat_ngram_size") for wrong in ("", [], 1.5, True)),
-        *({"eos_token_id": wrong} for wrong in (1.5, [1.5], object(), "</s>")),
+        *({"eos_token_id": wrong} for wrong in (1.5, [1.5], {}, "</s>")),
         *({name: float("nan")} for name in ("pad_token_id", "bos_token_id")),
     ],
     ids=str,
