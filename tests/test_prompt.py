@@ -127,11 +127,12 @@ def test_an_anchor_lets_the_prefix_change(small):
         template=PromptTemplate(prefix="<bos>Answer in one word, please.", anchor="<bos>"),
     )
     assert second.documents.missing([chunk]) == []
-    prompt = second.fuse([chunk], "where?")
+    prompt = second.fuse([chunk], "where?", method=Reuse())
     assert prompt.report.hits == {"cpu": 1}
     assert prompt.report.budget == 0
-    linked = second.fuse([chunk], "where?", method=LegoLink(k=4))
-    assert linked.report.budget > 0  # behind another prefix a chunk is not exact, even the first one
+    for method in (LegoLink(k=4), None):
+        repaired = second.fuse([chunk], "where?", method=method)
+        assert repaired.report.budget > 0  # behind another prefix a chunk is not exact, even the first one
     other = Engine(model, tokenizer, store=first.store, template=PromptTemplate(prefix="<bos>Another."))
     assert other.documents.missing([chunk]) == [chunk]
 

@@ -186,7 +186,7 @@ def test_answers_of_other_questions_or_settings_are_refused(batch, tmp_path, mon
     assert "another question" in refused({"id": "a", "question": RIVER})
     assert "another question" in refused({**same, "where": "source=clearport.md"})
     assert "other settings (top_k: 2 there, 3 now)" in refused(same, "--top-k", 3)
-    assert "method: 'relevant-tokens' there, 'reuse' now" in refused(same, "--method", "reuse")
+    assert "method: 'relevant-tokens:keep_document=True' there, 'reuse' now" in refused(same, "--method", "reuse")
     assert "max_new_tokens: 6 there, 7 now; stop: [] there" in refused(same, "--stop", "x", "--max-new-tokens", 7)
     monkeypatch.setattr("ragkv.calibration.kept.setting", lambda documents: "other")
     assert "model and template: '" in refused(same) and batch([same], "--out", "more.jsonl")[0] == 0

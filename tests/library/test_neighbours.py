@@ -106,9 +106,9 @@ def test_what_leaves_no_room_is_refused(engine):
     assert len(engine.store) == 0
 
 
-def test_the_default_method_repairs_it_in_front_of_others(model):
+def test_a_method_that_keeps_what_documents_told_repairs_it_in_front_of_others(model):
     """Its own document's text stands in front of it, be it none: neighbours that are not there are no reason to spare it."""
-    with Engine(model, template=TEMPLATE, method=SensitiveTokens(0.2)) as engine:
+    with Engine(model, template=TEMPLATE, method=SensitiveTokens(0.2, keep_document=True)) as engine:
         (other,) = engine.add([B])
         x, y = engine.add_document([X, Y], behind=[A])
         assert engine.fuse([other, x, y], QUESTION).report.budget > 0.1

@@ -37,5 +37,13 @@ def test_nothing_heavy_is_needed_before_it_is_used():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # One way only: no engine, no store, no kernels.
-    rooms = ("ragkv.retrieval", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.lazy", "ragkv.tokenizer")
+    rooms = (
+        "ragkv.retrieval",
+        "ragkv.folder",
+        "ragkv.chunk",
+        "ragkv.errors",
+        "ragkv.forks",
+        "ragkv.lazy",
+        "ragkv.tokenizer",
+    )
     assert all(name.startswith(rooms) for name in done.stdout.split()), done.stdout

@@ -80,7 +80,7 @@ class RagKVSynthesizer(BaseSynthesizer):
         **generation: Any,
     ) -> RESPONSE_TYPE:
         """The answer to a question over nodes, in their order."""
-        used, given = self._given(nodes, generation)
+        used, given = self._given(nodes, **generation)
         return _said(super().synthesize(query, used, additional_source_nodes, **given, **generation), given)
 
     async def asynthesize(
@@ -91,7 +91,7 @@ class RagKVSynthesizer(BaseSynthesizer):
         **generation: Any,
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` in an event loop, which goes on meanwhile."""
-        used, given = await in_thread(self._threads.pool(), partial(self._given, nodes, generation))
+        used, given = await in_thread(self._threads.pool(), partial(self._given, nodes, **generation))
         return _said(await super().asynthesize(query, used, additional_source_nodes, **given, **generation), given)
 
     def get_response(
@@ -132,9 +132,7 @@ class RagKVSynthesizer(BaseSynthesizer):
         said["report"] = answer.report.as_dict()
         return answer.text
 
-    def _given(
-        self, nodes: list[NodeWithScore], generation: dict[str, Any]
-    ) -> tuple[list[NodeWithScore], dict[str, Any]]:
+    def _given(self, nodes: list[NodeWithScore], **generation: Any) -> tuple[list[NodeWithScore], dict[str, Any]]:
         """The nodes that the model is given, and their chunks; with room for what there is to say of the answer."""
         nodes = all_of(nodes, NodeWithScore, "nodes must be a list of NodeWithScore")
         where = documents_of(self._engine, {**self.generation, **generation})
