@@ -72,6 +72,12 @@ def test_no_worse_than_it_must_be():
         assert took + 100 * (seconds[ranks[ranks.index(level) - 1]] - seconds[level]) > 0.55
 
 
+def test_a_chunk_that_is_computed_takes_its_share_of_the_recompute_along():
+    """Also the first one, in front of which no other stands: its 100 tokens, a tenth of 300 others, and the question's 20."""
+    found = chosen(0.6, 4e5)
+    assert found.computed == {0} and found.reckoned["chosen"] == pytest.approx(4.0 * 150)
+
+
 def test_computing_where_that_is_faster_than_the_coarsest():
     found = chosen(0.1, 1e3)
     assert found.method is None and not found.levels and len(found.computed) == 4
