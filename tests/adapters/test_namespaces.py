@@ -106,3 +106,13 @@ def test_passages_stand_where_the_answer_is_asked_for(two):
     nodes = llamaindex.RagKVRetriever(theirs, 9).retrieve(TEXTS[0])
     answer = llamaindex.RagKVSynthesizer(ours, max_new_tokens=2).synthesize(QUESTION, nodes, namespace="b")
     assert answer.metadata[REFERENCE]["report"]["fusion"]["hits"] == {"cpu": len(nodes)}
+
+
+def test_passages_stand_where_the_past_does(two):
+    """Whoever goes on from an answer takes KV of its namespace."""
+    ours, theirs = two
+    theirs.add_texts([DOCUMENTS["clearport.md"]], ["clearport.md"])
+    found = haystack.RagKVRetriever(theirs, 9).run(TEXTS[0])["documents"]
+    past = ours.ask(QUESTION, top_k=1, namespace="b", max_new_tokens=2, keep_past=True).past
+    said = haystack.RagKVGenerator(ours, {"max_new_tokens": 2, "past": past}).run(QUESTION, found)["meta"][0]
+    assert "computed" not in said["report"]["fusion"]["hits"] and len(found) > 3
