@@ -6,8 +6,8 @@
 DATA holds `hotpotqa_dev*`, `2wikimultihopqa_dev*`, `musique_dev*`, `xquad.en*` and `unnamed*` (made by benchmarks/unnamed.py);
 sets that are not there are left out. Stop and start it at will: it goes on where it was, and `--tables` sums up what there is,
 also while it runs; sets that are read both in documents and alone are also summed up together, and so are several folders (of
-several models). A set is asked in stages: KL of all arms for 10 cases, answers and KL of the main arms for 20, then for all
-cases, at last KL of all arms for all.
+several models). A set is asked in stages: KL of all methods at equal charges for 10 cases, answers and KL of the main arms for
+20, then for all cases, at last KL at equal charges for 40.
 """
 
 from __future__ import annotations
@@ -44,20 +44,22 @@ MAIN = [
     "cache-blend:ratio=0.15,check_layer=1",
     "question-aware:ratio=0.1",
 ]
-MORE = [
+#: Every method at charges of about 5, 10, 15 and 20 %: `cache-blend` computes its first two layers whole, and starts at 10 %.
+EQUAL = [
+    "reuse",
     *[
         f"{method}:ratio={ratio}"
-        for method in ("sensitive-tokens", "relevant-tokens", "question-aware")
-        for ratio in (0.05, 0.2)
+        for method in ("relevant-tokens", "sensitive-tokens", "question-aware", "random")
+        for ratio in (0.05, 0.1, 0.15, 0.2)
     ],
-    "question-aware:ratio=0.1,queries=both",
-    "random:ratio=0.1",
+    *[f"lego-link:k={k}" for k in (6, 13, 19, 26)],
+    *[f"cache-blend:ratio={ratio},check_layer=1" for ratio in (0.018, 0.073, 0.127)],
 ]
 #: Of documents that were read behind the passages nearest to them, which takes as long as all else: not asked with the main arms.
 NEAR = ["reuse", DEFAULT, "relevant-tokens:ratio=0.05", "sensitive-tokens:ratio=0.1"]
 FULL = ["full-prefill", "full-documents"]
-#: Folder, cases, whether all arms are asked, tokens of an answer.
-STAGES = [("kl", 10, True, 0), ("answers", 20, False, 24), ("answers", 10_000, False, 24), ("kl", 10_000, True, 0)]
+#: Folder, cases, methods, tokens of an answer.
+STAGES = [("kl", 10, EQUAL, 0), ("answers", 20, MAIN, 24), ("answers", 10_000, MAIN, 24), ("kl", 40, EQUAL, 0)]
 #: Asks for what LongBench asks for; here so that sets of ragkv's own form are asked alike.
 INSTRUCTION = "Only give me the answer and do not output any other words."
 
@@ -65,15 +67,13 @@ INSTRUCTION = "Only give me the answer and do not output any other words."
 def run(args: argparse.Namespace) -> None:
     """All stages of all sets, one stage after the other."""
     end = monotonic() + args.time_limit if args.time_limit else None
-    for folder, limit, everything, tokens in STAGES:
+    for folder, limit, words, tokens in STAGES:
         for name, path in found(args.data, args.sets):
             _, how, contexts = SETS[name]
-            words = [*MAIN, *(MORE if everything else [])]
-            near = NEAR if everything and len(contexts) == 1 else []
+            near = NEAR if words is EQUAL and len(contexts) == 1 else []
             arms = [*FULL, *[f"{word}@{context}" for word in words for context in contexts]]
             arms += [f"{word}@neighbours" for word in near]
             arms += [f"{DEFAULT},keep_document=true@document"] if len(contexts) > 1 else []
-            out = args.out[0] / f"{name}-{folder}"
             command = [
                 "eval",
                 "--model",
@@ -81,13 +81,11 @@ def run(args: argparse.Namespace) -> None:
                 "--data",
                 str(path),
                 "--out",
-                str(out),
-                "--limit",
-                str(limit),
-                *how,
+                str(args.out[0] / f"{name}-{folder}"),
             ]
-            command += ["--arms", *arms, "--budgets", "0.1", "--orders", "1", "--timed", "0", "--jobs", str(args.jobs)]
-            command += ["--max-new-tokens", str(tokens), "--instruction", INSTRUCTION]
+            command += ["--limit", str(limit), *how, "--arms", *arms, "--instruction", INSTRUCTION]
+            command += ["--budgets", "0.1", "--orders", "1", "--timed", "0", "--jobs", str(args.jobs)]
+            command += ["--max-new-tokens", str(tokens)]
             command += ["--dtype", args.dtype] if args.dtype else []
             if end is not None:
                 left = int(end - monotonic())
