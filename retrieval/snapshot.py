@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,10 @@ class Snapshot:
     def read_with(self) -> dict[str, str]:
         """What documents were last read with, by name."""
         return json.loads(self._txn.get("meta", b"read with") or b"{}")
+
+    def outside(self) -> AbstractContextManager[None]:
+        """A block for work of others that takes long, or waits: whoever forks or closes the folder need not wait for it."""
+        return self._txn.outside()
 
     def __len__(self) -> int:
         return self._txn.count("documents")
