@@ -27,13 +27,17 @@ def folder_path(path: str | os.PathLike[str]) -> Path:
     """
     instance("path", path, str | os.PathLike, "the path of a folder")
     name = os.fspath(path)
-    try:
-        wrong = not name or b"\0" in os.fsencode(name)
-    except UnicodeEncodeError:
-        wrong = True
-    if wrong:
+    if not name or impossible(name):
         raise StoreError(f"path must be the path of a folder, got {name!r:.80}")
     return Path(path)
+
+
+def impossible(path: str | os.PathLike[str]) -> bool:
+    """Whether nothing on a disk can be called so: there is a zero in it, or half a surrogate pair that stands for no byte."""
+    try:
+        return b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
 
 
 def prepare(path: Path, *, readonly: bool) -> bool:

@@ -216,6 +216,10 @@ def test_bad_embedders(embedder):
         embedder.encode_documents = lambda texts: np.zeros((len(texts), 3))
         with pytest.raises(RetrievalError, match=r"must give vectors of shape \[1, 64\], got \(1, 3\)"):
             retriever.add("a", ["one"])
+        for wrong in ("text", None, [[1.0], [1.0, 2.0]]):
+            embedder.encode_documents = lambda texts, wrong=wrong: wrong
+            with pytest.raises(RetrievalError, match="the embedder (must give|gives)"):
+                retriever.add("a", ["one"])
         embedder.encode_query = lambda text: np.zeros(3)
         with pytest.raises(RetrievalError, match=r"got \(3,\)"):
             retriever.search("a question")
