@@ -123,16 +123,9 @@ class Retriever(OfOneProcess, instead="open its folder where it is needed, Retri
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        more: dict[str, Any] = {
-            "spans": spans,
-            "origin": origin,
-            "pages": pages,
-            "headings": headings,
-            "file": file,
-            "reading": reading,
-            "namespace": namespace,
-        }
-        return self._indexes.apply(self.catalogue.put(source, passages, self._embed, metadata, **more))
+        stands: dict[str, Any] = {"spans": spans, "pages": pages, "headings": headings}
+        more: dict[str, Any] = {"origin": origin, "file": file, "reading": reading, "namespace": namespace}
+        return self._indexes.apply(self.catalogue.put(source, passages, self._embed, metadata, **stands, **more))
 
     def add_many(
         self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]], namespace: str = ""

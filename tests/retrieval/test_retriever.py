@@ -1,5 +1,7 @@
+import gc
 import logging
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -116,6 +118,17 @@ def test_an_index_that_does_not_fit_is_filled_again(tmp_path, embedder, harm, ca
     assert embedder.embedded == []
     with Retriever.open(tmp_path, embedder) as retriever:
         assert FaissIndex(64).load(path) == retriever.catalogue.state
+
+
+def test_no_file_is_left_open(tmp_path, embedder):
+    """Whoever takes warnings for errors, as many tests do, would be told of one."""
+    with Retriever.open(tmp_path, embedder) as retriever:
+        retriever.add("a", ["one"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Retriever.open(tmp_path, embedder).close()
+        gc.collect()
+    assert not said
 
 
 def test_another_embedder_is_refused(tmp_path, embedder):
