@@ -33,7 +33,9 @@ def checked_vectors(vectors: Any, count: int, dimension: int | None = None) -> N
     """
     array = as_numbers("what the embedder gives", vectors)
     if array.ndim != 2 or len(array) != count or not array.shape[1] or dimension not in (None, array.shape[1]):
-        raise RetrievalError(f"the embedder must give vectors of shape [{count}, {dimension or 'd'}], got {array.shape}")
+        raise RetrievalError(
+            f"the embedder must give vectors of shape [{count}, {dimension or 'd'}], got {array.shape}"
+        )
     if not np.isfinite(array).all():
         raise RetrievalError("the embedder gave a vector with a number that is not finite")
     return array

@@ -45,7 +45,9 @@ class BlockPool:
         shape = (self.count, BLOCK_TOKENS)
         with torch.inference_mode(False):  # whoever is first in may be in it, and others not
             self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
-            self._values = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds]
+            self._values = [
+                torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds
+            ]
         self.kept: dict[str, Any] = {}  # see Source
         self._free = list(range(self.count))
         # Reentrant: blocks are given back when their chunk is collected, which may be here.

@@ -199,7 +199,9 @@ def test_an_archive_has_a_place(rag, tmp_path):
         retriever.add("a", ["text"])
     for name in ("a\0b", "\ud800", "x" * 300):
         refused(export_folder, tmp_path, tmp_path / name, match="cannot be written")
-        refused(import_folder, tmp_path / "other", tmp_path / name, disk_bytes=1, match="there is no file|cannot be read")
+        refused(
+            import_folder, tmp_path / "other", tmp_path / name, disk_bytes=1, match="there is no file|cannot be read"
+        )
 
 
 def test_a_reranker_has_a_name(rag):

@@ -47,7 +47,8 @@ def listed_documents(
         setting: of the model whose tokens are counted; by default any.
         namespace: whose documents; by default all.
     """
-    with catalogue.snapshot() as view:  # who is in one folder waits for no other, or a fork never ends: the store is asked later
+    # The store is asked behind it: who waited in one folder for another would hold up a fork for ever.
+    with catalogue.snapshot() as view:
         read = [(document, view.readings(document)) for document in view.documents(namespace)]
     found = []
     for document, readings in sorted(read, key=lambda each: (each[0].source, each[0].namespace)):

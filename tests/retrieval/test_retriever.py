@@ -231,7 +231,7 @@ def test_bad_embedders(embedder):
             retriever.add("a", ["one"])
         for wrong in ("text", None, [[1.0], [1.0, 2.0]]):
             embedder.encode_documents = lambda texts, wrong=wrong: wrong
-            with pytest.raises(RetrievalError, match="the embedder (must give|gives)"):
+            with pytest.raises(RetrievalError, match=r"the embedder (must give|gives)"):
                 retriever.add("a", ["one"])
         embedder.encode_query = lambda text: np.zeros(3)
         with pytest.raises(RetrievalError, match=r"got \(3,\)"):

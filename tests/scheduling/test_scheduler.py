@@ -267,9 +267,9 @@ def test_a_policy_that_fails_otherwise_is_named_to_whoever_asks(what):
     setattr(policy, what, lambda *given, **more: [][0])
     line = Scheduler(policy)
     for counted in (line.computed, line.spoken):
-        with pytest.raises(RagKVError, match="the scheduler's policy failed: IndexError"), ExitStack() as stack:
-            with line.turn(Ticket("", 10), stack):
-                counted(*line._running, 3)
+        failed = pytest.raises(RagKVError, match="the scheduler's policy failed: IndexError")
+        with failed, ExitStack() as stack, line.turn(Ticket("", 10), stack):
+            counted(*line._running, 3)
         assert (line.stats().running, line.stats().waiting) == (0, 0)
 
 
