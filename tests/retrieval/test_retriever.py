@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
 from ragkv.retrieval import Catalogue, FaissIndex, Retriever
@@ -229,7 +230,7 @@ def test_bad_embedders(embedder):
         embedder.encode_documents = lambda texts: np.zeros((len(texts), 3))
         with pytest.raises(RetrievalError, match=r"must give vectors of shape \[1, 64\], got \(1, 3\)"):
             retriever.add("a", ["one"])
-        for wrong in ("text", None, [[1.0], [1.0, 2.0]]):
+        for wrong in ("text", None, [[1.0], [1.0, 2.0]], torch.ones(1, 64, requires_grad=True)):
             embedder.encode_documents = lambda texts, wrong=wrong: wrong
             with pytest.raises(RetrievalError, match=r"the embedder (must give|gives)"):
                 retriever.add("a", ["one"])
