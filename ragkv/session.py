@@ -31,7 +31,7 @@ from ragkv.model.generation import DEFAULT_NEW_TOKENS
 from ragkv.past import Past
 from ragkv.prompt import Text
 from ragkv.report import FusedPrompt
-from ragkv.request import Request, Room, scheduling
+from ragkv.request import Request, Room, most, scheduling
 from ragkv.retrieval import Hit, Retrieval
 from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
 
@@ -206,6 +206,10 @@ class Session(OfOneProcess, instead="keep its messages, and ask with RAG.ask(mes
             text = self._rewrite(messages)
             if not isinstance(text, str) or not text.strip():
                 raise RetrievalError(f"rewrite must give a text to look for that is not blank, got {text!r:.80}")
+            limit, whose = most(self._engine.documents, None)
+            tokens = len(self._engine.encoder.ids(text)) if limit is not None and len(text) > limit else 0
+            if limit is not None and tokens > limit:  # or the embedder would read all of it
+                raise RetrievalError(f"rewrite gave {tokens} tokens to look for, more than {whose}: let it give fewer")
             return text
         return last_turns([Message(**message) for message in messages if message["role"] != "system"])
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class ArrayFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
             self._stamp = self._stamped()
             size = self._stamp[0]
             begin = 8 + int.from_bytes(self._read(np.empty(min(8, size), np.uint8), 0).tobytes(), "little")
@@ -78,14 +80,14 @@ class ArrayFile:
             raise RecordError(f"{self.path}: nothing can be read from it: {error}") from error
 
     def _stamped(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(self._file)
         return status.st_size, status.st_mtime_ns
 
     def _read(self, array: NDArray[Any], at: int) -> NDArray[Any]:
         """Fills an array; at a place of its own, because a forked child shares the file's."""
         left = memoryview(array.reshape(-1).view(np.uint8).data)
         while left:
-            count = os.preadv(self._file.fileno(), [left], at)
+            count = os.preadv(self._file, [left], at)
             if not count:
                 raise OSError("it was cut short")
             left, at = left[count:], at + count

@@ -74,7 +74,6 @@ class Catalogue(CatalogueFolder, OfOneProcess, instead="open its folder where it
         source, passages, metadata = records.checked_document(source, passages, metadata)
         instance("origin", origin, str, "a str")
         instance("file", file, str, "a str")
-        checked_namespace(namespace)
         instance("reading", reading, Reading | None, "a ragkv.retrieval.Reading")
         for name, items in (("spans", spans), ("pages", pages), ("headings", headings)):
             instance(name, items, list | tuple, "a list, one a passage")
@@ -211,6 +210,8 @@ class Catalogue(CatalogueFolder, OfOneProcess, instead="open its folder where it
 
     def documents(self, namespace: str | None = None) -> list[Document]:
         """The documents of a namespace, by default of all, by source."""
+        if namespace is not None:
+            checked_namespace(namespace)
         with self.snapshot() as view:
             return sorted(view.documents(namespace), key=lambda document: (document.source, document.namespace))
 
@@ -234,6 +235,7 @@ class Catalogue(CatalogueFolder, OfOneProcess, instead="open its folder where it
         Raises:
             RetrievalError: there is no such passage.
         """
+        instance("passage_id", passage_id, int, "the id of a passage, a whole number")
         with self.snapshot() as view:
             return view.passage(passage_id)
 

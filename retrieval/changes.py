@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ragkv.errors import RetrievalError
 from ragkv.folder import Transaction, seal
 from ragkv.retrieval import records
+from ragkv.retrieval.index import as_numbers
 from ragkv.retrieval.records import ArchivedDocument, Change, Document, Merged, Reading
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -24,15 +25,17 @@ def new_state() -> bytes:
     return uuid.uuid4().hex.encode()
 
 
-def checked_vectors(vectors: Any, count: int) -> NDArray[np.float32]:
+def checked_vectors(vectors: Any, count: int, dimension: int | None = None) -> NDArray[np.float32]:
     """What an embedder gave for so many texts, float32 ``[n, d]``.
 
     Raises:
         RetrievalError: it is something else.
     """
-    array = np.asarray(vectors, np.float32)
-    if array.ndim != 2 or len(array) != count or not array.shape[1]:
-        raise RetrievalError(f"the embedder must give vectors of shape [{count}, d], got {array.shape}")
+    array = as_numbers("what the embedder gives", vectors)
+    if array.ndim != 2 or len(array) != count or not array.shape[1] or dimension not in (None, array.shape[1]):
+        raise RetrievalError(
+            f"the embedder must give vectors of shape [{count}, {dimension or 'd'}], got {array.shape}"
+        )
     if not np.isfinite(array).all():
         raise RetrievalError("the embedder gave a vector with a number that is not finite")
     return array

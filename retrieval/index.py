@@ -209,7 +209,7 @@ class FaissIndex(OfOneProcess, instead="a retriever fills another one from its c
         return state
 
     def _checked_vectors(self, vectors: ArrayLike, rank: int) -> NDArray[np.float32]:
-        array = np.ascontiguousarray(vectors, np.float32)
+        array = as_numbers("vectors", vectors)
         if array.ndim != rank or array.shape[-1] != self.dimension:
             wanted = [self.dimension] if rank == 1 else ["n", self.dimension]
             raise RetrievalError(
@@ -218,6 +218,18 @@ class FaissIndex(OfOneProcess, instead="a retriever fills another one from its c
         if not np.isfinite(array).all():
             raise RetrievalError("a vector has a number that is not finite")
         return array
+
+
+def as_numbers(what: str, given: Any) -> NDArray[np.float32]:
+    """An array of float32, one piece of memory.
+
+    Raises:
+        RetrievalError: something is no number, or rows are of different lengths.
+    """
+    try:
+        return np.ascontiguousarray(given, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of a tensor that takes part in a gradient
+        raise RetrievalError(f"{what} must be numbers, as many in each row: {error!s:.80}") from error
 
 
 @cache

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ragkv.errors import DocumentError, MissingPackageError
+from ragkv.errors import DocumentError, MissingPackageError, whole_number
+from ragkv.folder.filesystem import impossible
 from ragkv.retrieval.converter import Converter, converts
 from ragkv.retrieval.encodings import checked_encoding, decoded
 from ragkv.retrieval.outline import NO_OUTLINE, Outline, joined, sections
@@ -90,6 +91,7 @@ def load_files(
         ArgumentError: Python knows no encoding of this name.
     """
     checked_encoding(encoding)
+    whole_number("max_bytes", max_bytes)
     with Converter() as converter:
         for found in found_files(paths):
             yield found if isinstance(found, SkippedFile) else load(found, converter, encoding, max_bytes)
@@ -139,8 +141,10 @@ def read_file(path: str | os.PathLike[str], *, encoding: str | None = None, max_
         ArgumentError: Python knows no encoding of this name.
     """
     checked_encoding(encoding)
+    whole_number("max_bytes", max_bytes)
+    (name,) = listed_paths([path])
     with Converter() as converter:
-        return text_of(Path(path), file_bytes(path, max_bytes), converter, encoding)[0]
+        return text_of(Path(name), file_bytes(name, max_bytes), converter, encoding)[0]
 
 
 def text_of(path: Path, data: bytes, converter: Converter, encoding: str | None) -> tuple[str, Outline]:
@@ -170,11 +174,7 @@ def listed_paths(paths: Any) -> list[str]:
     for path in listed:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise DocumentError(f"paths must be paths of files and folders, each a str or a path; got {path!r:.80}")
-        try:
-            wrong = b"\0" in os.fsencode(path)
-        except UnicodeEncodeError:
-            wrong = True
-        if wrong:
+        if impossible(path):
             raise DocumentError(f"a path with a zero or half a surrogate pair in it is no name of a file: {path!r:.80}")
     return [os.path.expanduser(os.fspath(path)) for path in listed]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragkv.chunk import digest
-from ragkv.errors import DocumentError, RecordError
+from ragkv.errors import DocumentError, RecordError, checked_namespace, half_a_pair
 from ragkv.folder import unseal
 
 #: In ``meta`` as long as all documents are of the empty namespace; where it is lost each document is looked at.
@@ -175,9 +175,11 @@ def source_key(source: str, namespace: str = "") -> bytes:
 
     Raises:
         DocumentError: the source is no text.
+        ArgumentError, ArgumentTypeError: the namespace is none.
     """
     if not isinstance(source, str):
         raise DocumentError(f"a document is named by a str, got {source!r:.80}")
+    checked_namespace(namespace)
     key = digest("source", source)
     return namespace_prefix(namespace) + key[:16] if namespace else key
 
@@ -279,7 +281,8 @@ def misplaced(document: Document, passages: int) -> str:
             return f"got {len(given)} {name} for {passages} passages"
         if not all(map(holds, given)):
             return f"each of {name} must be {one}, got {given!r:.80}"
-    return ""
+    said = "".join((document.origin, document.file, *document.headings))
+    return f"not valid Unicode: half a surrogate pair in {said!a:.80}" if half_a_pair(said) else ""
 
 
 def _is_span(span: Any) -> bool:

@@ -22,6 +22,7 @@ from ragkv.errors import (
     no_question,
 )
 from ragkv.retrieval.catalogue import Catalogue
+from ragkv.retrieval.changes import checked_vectors
 from ragkv.retrieval.copies import Indexes
 from ragkv.retrieval.embedder import Embedder, offline_embedder
 from ragkv.retrieval.found import Hits, Readings
@@ -122,16 +123,9 @@ class Retriever(OfOneProcess, instead="open its folder where it is needed, Retri
             RetrievalError: the embedder gave something else than a vector a text.
             StoreFullError: the disk is full; nothing was changed.
         """
-        more: dict[str, Any] = {
-            "spans": spans,
-            "origin": origin,
-            "pages": pages,
-            "headings": headings,
-            "file": file,
-            "reading": reading,
-            "namespace": namespace,
-        }
-        return self._indexes.apply(self.catalogue.put(source, passages, self._embed, metadata, **more))
+        stands: dict[str, Any] = {"spans": spans, "pages": pages, "headings": headings}
+        more: dict[str, Any] = {"origin": origin, "file": file, "reading": reading, "namespace": namespace}
+        return self._indexes.apply(self.catalogue.put(source, passages, self._embed, metadata, **stands, **more))
 
     def add_many(
         self, documents: Iterable[tuple[str, list[str], dict[str, Any] | None]], namespace: str = ""
@@ -141,6 +135,7 @@ class Retriever(OfOneProcess, instead="open its folder where it is needed, Retri
         Each document is one transaction, and none is begun where one of them cannot be stored as it is.
         """
         checked = [checked_document(*document) for document in _triples(documents)]
+        checked_namespace(namespace)
         texts = dict.fromkeys(text for _, passages, _ in checked for text in passages)
         with self.catalogue.snapshot() as view:
             missing = [text for text in texts if not view.has_text(text, namespace)]
@@ -268,13 +263,7 @@ class Retriever(OfOneProcess, instead="open its folder where it is needed, Retri
     def _embed(self, texts: list[str]) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.embedder.dimension), np.float32)
-        vectors = np.asarray(self.embedder.encode_documents(texts), np.float32)
-        if vectors.shape != (len(texts), self.embedder.dimension):
-            raise RetrievalError(
-                f"the embedder {self.embedder.name!r} must give vectors of shape "
-                f"[{len(texts)}, {self.embedder.dimension}], got {vectors.shape}"
-            )
-        return vectors
+        return checked_vectors(self.embedder.encode_documents(texts), len(texts), self.embedder.dimension)
 
 
 def _triples(documents: Any) -> list[tuple[Any, Any, Any]]:

@@ -66,7 +66,9 @@ class Search:
             query = self._next(view, question, hop)
             if query is None:
                 break
-            hop = self._hop(view, query, self._embedder.encode_query(query), among, self._spread(view, found))
+            with view.outside():
+                vector = self._embedder.encode_query(query)
+            hop = self._hop(view, query, vector, among, self._spread(view, found))
             found = {**found, **hop}
         return self._spread(view, found)
 
@@ -107,7 +109,8 @@ class Search:
             alone._taken, alone.copies = dict(zip(texts, found, strict=False)), defaultdict(set)
             self._first(alone._spread(view, found))
         begin = perf_counter()
-        said = rerank.scores(self._retrieval.rerank, query, texts)
+        with view.outside():  # it may ask the engine, which may wait for whoever waits for this snapshot
+            said = rerank.scores(self._retrieval.rerank, query, texts)
         self.second_s += perf_counter() - begin
         return said
 

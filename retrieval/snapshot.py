@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ class Snapshot:
         """What documents were last read with, by name."""
         return json.loads(self._txn.get("meta", b"read with") or b"{}")
 
+    def outside(self) -> AbstractContextManager[None]:
+        """A block for work of others that takes long, or waits: whoever forks or closes the folder need not wait for it."""
+        return self._txn.outside()
+
     def __len__(self) -> int:
         return self._txn.count("documents")
 
@@ -78,7 +83,7 @@ class Snapshot:
     def all_within(self, namespace: str) -> bool:
         """Whether it is known, without looking at each, that all documents are of a namespace."""
         if not namespace:
-            return self._txn.get("meta", records.UNDIVIDED) is not None
+            return self._txn.has("meta", records.UNDIVIDED)
         return sum(1 for _ in self._txn.keys("documents", records.namespace_prefix(namespace))) == len(self)
 
     def passages_within(self, namespace: str) -> list[int] | None:
@@ -130,7 +135,7 @@ class Snapshot:
 
     def has_passage(self, passage_id: int) -> bool:
         """Whether there is a passage of an id."""
-        return 0 <= passage_id < 2**63 and self._txn.get("passages", records.passage_key(passage_id)) is not None
+        return 0 <= passage_id < 2**63 and self._txn.has("passages", records.passage_key(passage_id))
 
     def passage_text(self, passage_id: int) -> str:
         """The text of a passage.
@@ -178,7 +183,7 @@ class Snapshot:
 
     def used(self, key: bytes) -> bool:
         """Whether any passage stands under a text key."""
-        return self._txn.get("uses", key) is not None
+        return self._txn.has("uses", key)
 
     def read_for(self, source_key: bytes) -> list[str]:
         """The settings for which it is kept how a model reads a document."""
@@ -211,7 +216,7 @@ class Snapshot:
 
     def names(self, kv: bytes) -> bool:
         """Whether any document's reading names the KV of a key."""
-        return self._txn.get("kv", kv) is not None
+        return self._txn.has("kv", kv)
 
     def _document(self, key: bytes) -> Document | None:
         if key not in self._documents:

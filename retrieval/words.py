@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -173,19 +173,15 @@ def _follow(db: sqlite3.Connection, view: Snapshot) -> None:
     Texts are compared, not ids alone: an older catalogue may have been put back, whose ids are of another history.
     """
     wanted, known = dict(view.text_digests()), dict(db.execute("SELECT id, digest FROM known"))
-    gone = [passage_id for passage_id, text in known.items() if wanted.get(passage_id) != text]
+    gone = [(passage_id,) for passage_id, text in known.items() if wanted.get(passage_id) != text]
     new = [passage_id for passage_id, text in wanted.items() if known.get(passage_id) != text]
-    db.executemany("DELETE FROM passages WHERE rowid = ?", _rows(gone))
-    db.executemany("DELETE FROM known WHERE id = ?", _rows(gone))
+    db.executemany("DELETE FROM passages WHERE rowid = ?", gone)
+    db.executemany("DELETE FROM known WHERE id = ?", gone)
     db.executemany(
         "INSERT INTO passages(rowid, text) VALUES (?, ?)", ((each, _spaced(view.passage_text(each))) for each in new)
     )
     db.executemany("INSERT INTO known VALUES (?, ?)", ((each, wanted[each]) for each in new))
     db.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (view.state,))
-
-
-def _rows(ids: Iterable[int]) -> Iterable[tuple[int]]:
-    return ((each,) for each in ids)
 
 
 def _spaced(text: str) -> str:

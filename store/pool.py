@@ -43,8 +43,11 @@ class BlockPool:
         if not self.count:
             raise StoreFullError(f"a block takes {self.block_bytes} bytes, gpu_bytes is {budget_bytes}")
         shape = (self.count, BLOCK_TOKENS)
-        self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
-        self._values = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds]
+        with torch.inference_mode(False):  # whoever is first in may be in it, and others not
+            self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
+            self._values = [
+                torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds
+            ]
         self.kept: dict[str, Any] = {}  # see Source
         self._free = list(range(self.count))
         # Reentrant: blocks are given back when their chunk is collected, which may be here.

@@ -18,7 +18,8 @@ from ragkv import (
     TieredStore,
 )
 from ragkv.errors import RetrievalError
-from ragkv.retrieval import Catalogue, Retriever
+from ragkv.exchange import export_folder, import_folder
+from ragkv.retrieval import Catalogue, FaissIndex, Retriever, load_files, read_file
 
 from .rag.rags import TEMPLATE, TOKENIZER, WordEmbedder, open_rag, small_model
 
@@ -158,6 +159,48 @@ def test_whether_sensitivities_are_measured_is_true_or_false(model):
             template=TEMPLATE,
             sensitivity=wrong,
             match="sensitivity must be True, False or None",
+        )
+
+
+@pytest.mark.parametrize("namespace", [3, 0, b"a", [], "\ud800"])
+def test_a_namespace_is_a_text(rag, namespace):
+    retriever, catalogue = rag.retriever, rag.retriever.catalogue
+    for ask in (catalogue.get, catalogue.texts, catalogue.remove, retriever.remove):
+        refused(ask, "a", namespace, match="namespace must be")
+    refused(catalogue.documents, namespace, match="namespace must be")
+    refused(catalogue.rename, "a", "b", lambda reading: reading, namespace, match="namespace must be")
+    refused(retriever.add_many, [("b", ["text"], None)], namespace, match="namespace must be")
+    refused(retriever.add, "b", ["text"], namespace=namespace, match="namespace must be")
+    refused(retriever.search, "river?", namespace=namespace, match="namespace must be")
+
+
+def test_what_a_catalogue_and_an_index_are_asked_for(rag):
+    for wrong in (None, "1", 1.5):
+        refused(rag.retriever.catalogue.passage, wrong, match="passage_id must be")
+    for fact in ({"headings": ["\ud800"]}, {"origin": "\ud800"}, {"file": "\ud800"}):
+        refused(rag.retriever.add, "b", ["text"], **fact, match="half a surrogate pair")
+    for wrong in ("one", ["one"], [[1.0], [1.0, 2.0]], {}):
+        refused(FaissIndex(2).add, [1], wrong, match="vectors must be numbers")
+        refused(FaissIndex(2).search, wrong, 1, match="vectors must be numbers")
+    refused(rag.engine.add_document, [[5]], document_id="\ud800", match="document_id must be")
+
+
+def test_files_to_read_are_paths_and_their_limit_a_number():
+    for wrong in (None, 3, b"a", ["a"]):
+        refused(read_file, wrong, match="paths must be")
+    refused(read_file, "a\0b", match="no name of a file")
+    for wrong in (None, "1", 1.5, -1):
+        for read in (read_file, load_files):
+            refused(read, __file__, max_bytes=wrong, match="max_bytes must be")
+
+
+def test_an_archive_has_a_place(rag, tmp_path):
+    with Retriever.open(tmp_path / "documents", rag.retriever.embedder) as retriever:
+        retriever.add("a", ["text"])
+    for name in ("a\0b", "\ud800", "x" * 300):
+        refused(export_folder, tmp_path, tmp_path / name, match="cannot be written")
+        refused(
+            import_folder, tmp_path / "other", tmp_path / name, disk_bytes=1, match="there is no file|cannot be read"
         )
 
 

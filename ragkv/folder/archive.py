@@ -145,12 +145,15 @@ def written(target: str | os.PathLike[str], archive_format: str) -> Iterator[Wri
         StoreError: nothing was added, or there is no place for the file.
     """
     file = Path(target)
-    if file.is_dir():
-        raise StoreError(f"{file} is a folder: name a file to write")
-    if not file.parent.is_dir():
-        raise StoreError(f"there is no folder {file.parent} to write {file.name} into: make it first")
-    # Another export to the same file has its own.
-    handle, name = tempfile.mkstemp(".part", f".{file.name}.", file.parent)
+    try:
+        if file.is_dir():
+            raise StoreError(f"{file} is a folder: name a file to write")
+        if not file.parent.is_dir():
+            raise StoreError(f"there is no folder {file.parent} to write {file.name} into: make it first")
+        # Another export to the same file has its own.
+        handle, name = tempfile.mkstemp(".part", f".{file.name}.", file.parent)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{str(file)!r:.200} cannot be written: {error!s:.200}") from error
     part = Path(name)
     try:
         with open(handle, "wb") as raw:
@@ -207,10 +210,13 @@ def recognise(source: str | os.PathLike[str]) -> None:
         RecordError: it is another kind of file; the message says which, as far as its beginning shows it.
     """
     file = Path(source)
-    if not file.is_file():
-        raise StoreError(f"{file} is a folder, no file" if file.is_dir() else f"there is no file {file}")
-    with open(file, "rb") as raw:
-        begin = raw.read(tarfile.BLOCKSIZE)
+    try:
+        if not file.is_file():
+            raise StoreError(f"{file} is a folder, no file" if file.is_dir() else f"there is no file {file}")
+        with open(file, "rb") as raw:
+            begin = raw.read(tarfile.BLOCKSIZE)
+    except OSError as error:
+        raise StoreError(f"{str(file)!r:.200} cannot be read: {error.strerror}") from error
     what = "" if begin[257:262] == b"ustar" else what_it_is(begin)
     try:
         with tarfile.open(file, "r:") as archive:

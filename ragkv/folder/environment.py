@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,7 +134,7 @@ class Environment:
                 # Slots of killed processes stay taken until somebody looks.
                 connection.env.reader_check()
                 txn = connection.env.begin(buffers=True)
-        reading = Transaction(txn, connection.databases)
+        reading = Transaction(txn, connection.databases, self._outside)
         self._readings.add(reading)
         return reading
 
@@ -144,6 +144,15 @@ class Environment:
         with self.gate, translated(self.path):
             self._live.ensure_length()
             yield
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """See :meth:`Transaction.outside`."""
+        with self.gate.left():
+            yield
+        if not self._users:
+            raise StoreError(f"{self.path} was closed meanwhile")
+        self._live.ensure_length()
 
     def transaction(self, *, write: bool = False, suspicious: bool = False) -> AbstractContextManager[Transaction]:
         """A state to read, or the one transaction that may write now: committed, and on disk, when the block ends.
@@ -175,7 +184,7 @@ class Environment:
                     self._problems = problems(self.path)
                 if self._problems:
                     raise RecordError(f"{self.path} is damaged ({self._problems[0]}): {HOW_TO_REPAIR}")
-                writing = Transaction(txn, connection.databases)
+                writing = Transaction(txn, connection.databases, nullcontext)
                 try:
                     yield writing
                 finally:
@@ -204,7 +213,7 @@ class Environment:
 
     def copy(self, target: Path) -> None:
         """Writes a copy without free pages into an empty folder."""
-        with translated(self.path):
+        with self.gate, translated(self.path):
             env: Any = self._live.env  # its types know of no bytes, as a name needs that is no Unicode
             env.copy(os.fsencode(target), compact=True)
 
@@ -249,7 +258,7 @@ class Environment:
         self._readings = weakref.WeakSet()
         self._inherited, self._connection = self._connection or self._inherited, None
         self.write_lock = threading.RLock()
-        self.gate = SharedLock()
+        self.gate.anew()
 
 
 _forking = threading.local()  # what a thread has taken to fork: several may fork at once
@@ -257,12 +266,16 @@ _forking = threading.local()  # what a thread has taken to fork: several may for
 
 def _before_fork() -> None:
     """No thread may be reading, writing, opening or closing while the process is forked."""
-    _forking.held = list(Environment._open.values())
-    for environment in _forking.held:
-        environment.write_lock.acquire()
-    for environment in _forking.held:
-        environment.gate.shut()
-    Environment._registry_lock.acquire()
+    while True:
+        held = _forking.held = list(Environment._open.values())
+        for environment in held:
+            environment.write_lock.acquire()
+        for environment in held:
+            environment.gate.shut()
+        Environment._registry_lock.acquire()
+        if held == list(Environment._open.values()):  # none was opened meanwhile
+            return
+        _after_fork_in_parent()
 
 
 def _after_fork_in_parent() -> None:

@@ -19,7 +19,9 @@ NETWORK = frozenset(
 
 
 def folder_path(path: str | os.PathLike[str]) -> Path:
-    """A folder's path, which may not be there yet. No path is not the working folder's.
+    """A folder's path, which may not be there yet, and stays the same wherever the process goes (``os.chdir``).
+
+    No path is not the working folder's.
 
     Raises:
         ArgumentTypeError: it is no path.
@@ -27,13 +29,20 @@ def folder_path(path: str | os.PathLike[str]) -> Path:
     """
     instance("path", path, str | os.PathLike, "the path of a folder")
     name = os.fspath(path)
-    try:
-        wrong = not name or b"\0" in os.fsencode(name)
-    except UnicodeEncodeError:
-        wrong = True
-    if wrong:
+    if not name or impossible(name):
         raise StoreError(f"path must be the path of a folder, got {name!r:.80}")
-    return Path(path)
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError as error:
+        raise StoreError(f"{name!r:.80} lies in the working folder, which is deleted: {error}") from error
+
+
+def impossible(path: str | os.PathLike[str]) -> bool:
+    """Whether nothing on a disk can be called so: there is a zero in it, or half a surrogate pair that stands for no byte."""
+    try:
+        return b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
 
 
 def prepare(path: Path, *, readonly: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SharedLock:
@@ -12,9 +14,14 @@ class SharedLock:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
         self._inside: dict[int, int] = {}
-        self._shut = 0
+        self.anew()
+
+    def anew(self) -> None:
+        """In a fork: nobody shuts it, and no other thread is inside."""
+        self._changed, self._shut = threading.Condition(), 0
+        me = threading.get_ident()
+        self._inside = {thread: count for thread, count in self._inside.items() if thread == me}
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
@@ -30,6 +37,24 @@ class SharedLock:
             if not self._inside[thread]:
                 del self._inside[thread]
                 self._changed.notify_all()
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """A block in which this thread is outside, however often it came in."""
+        thread = threading.get_ident()
+        with self._changed:
+            count = self._inside.pop(thread, 0)
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                try:
+                    while self._shut:
+                        self._changed.wait()
+                finally:
+                    if count:
+                        self._inside[thread] = count
 
     def shut(self) -> None:
         """Waits until no other thread is inside, and keeps all out."""

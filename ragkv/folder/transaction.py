@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ragkv.errors import StoreError
@@ -13,10 +14,15 @@ class Transaction:
 
     Attributes:
         txn: LMDB's own transaction; None once it is over, and in a forked child.
+        outside: gives a block in which nothing is looked at: whoever forks or closes the folder need not wait for it. The state
+            stays what it is; behind the block a StoreError says where the folder was closed meanwhile.
     """
 
-    def __init__(self, txn: Any, databases: Mapping[bytes, Any]) -> None:
+    def __init__(
+        self, txn: Any, databases: Mapping[bytes, Any], outside: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self.txn: Any = txn
+        self.outside: Callable[[], AbstractContextManager[None]] = outside
         self._databases = databases
 
     def get(self, database: str, key: bytes) -> bytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ragkv.chunk import Chunk, digest
-from ragkv.errors import ArgumentError, PromptError, PromptTooLongError, whole_number
+from ragkv.errors import ArgumentError, PromptError, PromptTooLongError, half_a_pair, whole_number
 from ragkv.library.document import ChunkedDocument, windows
 from ragkv.library.given import several
 from ragkv.prompt import Encoder, Text
@@ -55,8 +55,9 @@ class Cutting:
         Raises:
             PromptError, PromptTooLongError: as for :meth:`ragkv.Engine.add`.
         """
-        if not isinstance(document_id, str) or len(document_id) > _LONGEST_ID:
-            raise PromptError(f"document_id must be a str of at most {_LONGEST_ID} characters, got {document_id!r}")
+        if not isinstance(document_id, str) or len(document_id) > _LONGEST_ID or half_a_pair(document_id):
+            said = f"a str of at most {_LONGEST_ID} characters, none of them half a surrogate pair"
+            raise PromptError(f"document_id must be {said}; got {document_id!a:.80}")
         encode = self.encoder.chunk if any_length else self._ids
         ids = [encode(part) for part in several(parts, "parts")]
         if not ids:

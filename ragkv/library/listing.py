@@ -47,29 +47,32 @@ def listed_documents(
         setting: of the model whose tokens are counted; by default any.
         namespace: whose documents; by default all.
     """
-    found = []
+    # The store is asked behind it: who waited in one folder for another would hold up a fork for ever.
     with catalogue.snapshot() as view:
-        for document in sorted(view.documents(namespace), key=lambda document: (document.source, document.namespace)):
-            readings = sorted(view.readings(document), key=lambda reading: reading.setting != setting)
-            keys = [key for reading in readings for key in reading.keys]
-            found.append(
-                ListedDocument(
-                    source=document.source,
-                    passages=len(document.passage_ids),
-                    tokens=_tokens(readings),
-                    kv_bytes={} if store is None else store.sizes(keys),
-                    pinned=store is not None and bool(store.pinned(keys)),
-                    metadata=document.metadata,
-                    namespace=document.namespace,
-                )
+        read = [(document, view.readings(document)) for document in view.documents(namespace)]
+    found = []
+    for document, readings in sorted(read, key=lambda each: (each[0].source, each[0].namespace)):
+        readings.sort(key=lambda reading: reading.setting != setting)
+        keys = [key for reading in readings for key in reading.keys]
+        found.append(
+            ListedDocument(
+                source=document.source,
+                passages=len(document.passage_ids),
+                tokens=_tokens(readings),
+                kv_bytes={} if store is None else store.sizes(keys),
+                pinned=store is not None and bool(store.pinned(keys)),
+                metadata=document.metadata,
+                namespace=document.namespace,
             )
+        )
     return found
 
 
 def kept_bytes(catalogue: Catalogue, store: TieredStore) -> dict[str, int]:
     """What the KV of all documents take together, by tier; what several of them share counts once."""
     with catalogue.snapshot() as view:
-        return store.sizes(view.named())
+        named = view.named()
+    return store.sizes(named)
 
 
 def _tokens(readings: Sequence[Reading]) -> int | None:

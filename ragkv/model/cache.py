@@ -47,6 +47,12 @@ def random_kv(specs: Sequence[LayerSpec], tokens: int) -> ChunkKV:
     return ChunkKV(keys, [side(spec.heads, spec.value_dim, spec.dtype) for spec in specs], 0)
 
 
+def empty_like(room: Tensor, capacity: int) -> Tensor:
+    """Another room ``[B, H, C, D]``; it may be written to in inference mode and outside, whoever makes it where."""
+    with torch.inference_mode(False):
+        return room.new_empty(*room.shape[:2], capacity, room.shape[3])
+
+
 class FusedLayer(CacheLayerMixin):
     """One layer's keys and values, with room to grow in place.
 
@@ -94,7 +100,7 @@ class FusedLayer(CacheLayerMixin):
 
     def _grow(self, capacity: int) -> None:
         def larger(old: Tensor) -> Tensor:
-            room = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            room = empty_like(old, capacity)
             room[:, :, : self.length] = old[:, :, : self.length]
             return room
 
@@ -154,7 +160,8 @@ class FusedCache(Cache):
     layers: list[FusedLayer]
 
     def __init__(self, specs: Sequence[LayerSpec], capacity: int):
-        super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
+        with torch.inference_mode(False):  # as of empty_like
+            super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
         self.writer: Writer | None = None
         self.before: Callable[[int], object] | None = None
         self._assisted = False

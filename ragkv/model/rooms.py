@@ -11,7 +11,7 @@ from weakref import ReferenceType, ref
 
 import torch
 
-from ragkv.model.cache import FusedCache, FusedLayer, LayerSpec
+from ragkv.model.cache import FusedCache, FusedLayer, LayerSpec, empty_like
 
 _SMALLEST = 256  # slots
 _MOST = 2  # rooms: answers of so many threads go on without moving
@@ -39,8 +39,7 @@ class Room:
     def __init__(self, specs: Sequence[LayerSpec], slots: int):
         self.slots: int = slots
         self.used: int = slots
-        with torch.inference_mode(False):  # whoever is first in may be in it, and others not
-            self.cache: FusedCache = FusedCache(specs, slots)
+        self.cache: FusedCache = FusedCache(specs, slots)
         self._guest: ReferenceType[FusedCache] | None = None
         self._own: int = 0  # slots that the guest had
         self._clear(0)
@@ -102,8 +101,7 @@ def _move_out(layer: FusedLayer, shared: FusedLayer, slots: int, least: int) -> 
     for name in ("key_room", "value_room"):
         here = getattr(layer, name)
         if here is getattr(shared, name):
-            size = *here.shape[:2], max(least, slots), here.shape[3]
-            room = torch.empty(size, dtype=here.dtype, device=here.device)
+            room = empty_like(here, max(least, slots))
             room[:, :, :slots] = here[:, :, :slots]
             setattr(layer, name, room)
 

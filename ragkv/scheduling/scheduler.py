@@ -165,7 +165,8 @@ class Scheduler:
             service.computed_tokens += tokens
             service.reused_tokens += max(0, ticket.tokens - tokens)
             if ticket in self._running:
-                self.policy.spent(ticket, computed=tokens - ticket.computed)
+                with _named():
+                    self.policy.spent(ticket, computed=tokens - ticket.computed)
 
     def spoken(self, ticket: Ticket, tokens: int) -> None:
         """Count more tokens of an answer.
@@ -176,7 +177,8 @@ class Scheduler:
         with self._line(lets_in=False):
             self._of(ticket).output_tokens += tokens
             if ticket in self._running:
-                self.policy.spent(ticket, output=tokens)
+                with _named():
+                    self.policy.spent(ticket, output=tokens)
         if perf_counter() > ticket.deadline_s:
             raise DeadlineError("the answer was not done at its deadline: ask for a shorter one, or later")
 
@@ -218,7 +220,8 @@ class Scheduler:
         with self._line():
             self._number += 1
             ticket.number = self._number
-            self.policy.joined(ticket, list(self._waiting))
+            with _named():
+                self.policy.joined(ticket, list(self._waiting))
             self._waiting.append(ticket)
             self._of(ticket).waiting += 1
             never = self._never(ticket)
@@ -237,7 +240,8 @@ class Scheduler:
         came = ticket.gate.acquire(timeout=max(0.0, min(_LOOK_S, left)))
         waited = perf_counter() - ticket.asked_s
         if ticket.failed is not None:
-            raise RagKVError(f"the scheduler's policy failed: {ticket.failed!r}") from ticket.failed
+            with _named():
+                raise ticket.failed
         if ticket.closing is not None and ticket.closing.is_set():
             raise RagKVError(CLOSED)
         if ticket.stop is not None and ticket.stop.is_set():
@@ -335,3 +339,12 @@ class Scheduler:
             if idle is not None:
                 del self._figures[idle]
         return service
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """A block whose errors are those of a policy."""
+    try:
+        yield
+    except Exception as error:
+        raise RagKVError(f"the scheduler's policy failed: {error!r}") from error

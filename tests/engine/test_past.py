@@ -248,3 +248,20 @@ def test_what_a_past_does_not_go_with(words):
         engine.generate([], [{"role": "user", "content": "When?"}], past=past)
     with pytest.raises(ArgumentError, match="beams leave no cache"):
         engine.generate([], "When?", past=past, num_beams=2)
+
+
+def test_inference_mode_may_begin_and_end_within_a_conversation_and_an_answer(words):
+    """Its tensors may be written to in it alone: one caller's handler may be in it, and another's not."""
+    engine = Engine(tiny_model(vocab_size=len(words)), words, template=WORDS, method=FullPrefill())
+    plain = engine.generate(["a passage"], "what?", keep_past=True, **NO_END)
+    want = engine.generate(["another passage"], "why?", past=plain.past, **NO_END)
+    with torch.inference_mode():
+        first = engine.generate(["a passage"], "what?", keep_past=True, **NO_END)
+        pieces = engine.stream(["a passage"], "what?", **NO_END)
+        begun = next(pieces)
+    assert begun + "".join(pieces) == first.text == plain.text
+    second = engine.generate(["another passage"], "why?", past=first.past, keep_past=True, **NO_END)
+    assert second.token_ids == want.token_ids
+    with torch.inference_mode():
+        third = engine.generate([], "when?", past=second.past, **NO_END)
+    engine.generate([], "and then?", past=third.past, **NO_END)

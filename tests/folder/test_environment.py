@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import lmdb
 import pytest
@@ -145,6 +146,34 @@ def test_threads_and_forks(environment, forked):
         for thread in threads:
             thread.join()
     assert {b"1", b"2", b"3"} <= set(keys(environment)) and environment.problems() == []
+
+
+def test_a_fork_waits_for_who_reads_in_a_folder_that_was_opened_meanwhile(tmp_path, environment, forked, monkeypatch):
+    def work():
+        inside, out, shut = threading.Event(), threading.Event(), SharedLock.shut
+
+        def read():
+            with other.transaction():
+                inside.set()
+                time.sleep(0.2)
+                out.set()
+
+        def opening(gate):
+            nonlocal other
+            shut(gate)
+            if other is None:
+                other = Environment.open(tmp_path / "other", DATABASES)
+                threading.Thread(target=read).start()
+                inside.wait()
+
+        other = None
+        monkeypatch.setattr(SharedLock, "shut", opening)
+        child = os.fork()
+        if not child:
+            os._exit(0 if out.is_set() else 1)
+        return os.waitpid(child, 0)[1]
+
+    assert forked(work, timeout_s=20) == "0"
 
 
 def test_a_full_map_changes_nothing(folder, monkeypatch):

@@ -5,12 +5,16 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from enum import Enum
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from ragkv import Engine, PromptTemplate, Reuse, SensitiveTokens, TieredStore
 from ragkv.library.documents import Documents
+from ragkv.library.listing import kept_bytes, listed_documents
+from ragkv.retrieval import Catalogue
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
@@ -172,3 +176,17 @@ def test_a_namespace_is_one_object_however_many_begin_it_at_once(model, monkeypa
         thread.join(60)
     assert len(got) == 2 and got[0] is got[1] is engine.documents.within("a")
     assert engine.documents.within(Enum("Team", {"A": "a"}, type=str).A) is got[0]
+
+
+@pytest.mark.parametrize("listing", [listed_documents, kept_bytes])
+def test_whoever_lists_documents_waits_for_no_store_in_their_catalogue(listing):
+    """A fork locks one folder after the other: it waited for the catalogue, and the list for the store, for ever."""
+    with Catalogue() as catalogue:
+        catalogue.put("a", ["one"], lambda texts: np.ones((len(texts), 2), np.float32))
+        inside = catalogue._environment.gate._inside
+        store = SimpleNamespace(sizes=lambda keys: {"inside": len(inside)}, pinned=lambda keys: list(inside))
+        found = listing(catalogue, store)
+        if listing is listed_documents:
+            assert [(each.source, each.kv_bytes, each.pinned) for each in found] == [("a", {"inside": 0}, False)]
+        else:
+            assert found == {"inside": 0}

@@ -83,7 +83,7 @@ def test_who_finds_no_memory_stays(monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", full)
+        patched.setattr(torch.Tensor, "new_empty", full)
         found.leave(cache)
     assert room.guest is cache
     other = found.enter(cache, 0, 40, decoder.specs)

@@ -325,11 +325,12 @@ def test_namespace_and_system_message(rag):
             rag.session(**wrong)
 
 
-@pytest.mark.parametrize("text", ["", " ", None, 3])
-def test_a_rewrite_that_says_nothing_is_named(rag, text):
+@pytest.mark.parametrize("text", ["", " ", None, 3, "harbour " * 9999])
+def test_a_rewrite_that_says_nothing_or_far_too_much_is_named(rag, monkeypatch, text):
     session = rag.session(rewrite=lambda messages: text)
     session.ask(QUESTION, **SHORT)
-    with pytest.raises(RetrievalError, match=r"rewrite must give a text .* got"):
+    monkeypatch.setattr(rag.retriever.embedder, "encode_query", lambda text: pytest.fail("it was looked for"))
+    with pytest.raises(RetrievalError, match=r"rewrite (must give a text .* got|gave \d+ tokens to look for)"):
         session.ask(NEXT, **SHORT)
     assert len(session.messages) == 2
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from ragkv.errors import IncompatibleFolderError, RecordError, RetrievalError, StoreError, StoreFullError
-from ragkv.retrieval import Catalogue, Reading
+from ragkv.retrieval import Catalogue, Reading, Retriever
 from ragkv.retrieval.records import reading_key, source_key
+from ragkv.store import TieredStore
 
-from .conftest import damaged, emptied, put
+from .conftest import HashEmbedder, damaged, emptied, put
 
 
 def test_it_is_there_after_a_restart(tmp_path):
@@ -182,3 +183,26 @@ def test_a_folder_of_the_former_format_is_migrated(folder, embedder):
         assert catalogue.check() == [] and "model" not in catalogue.settings
         put(catalogue, "c", ["one"], embedder=embedder)
         assert embedder.embedded == [], "its text has a vector"
+
+
+def test_a_folder_stays_where_it_is_wherever_the_process_goes(tmp_path, monkeypatch):
+    """A service that goes to another working folder once it has begun writes to the one that it opened."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with TieredStore("kv") as store, Retriever.open("documents", HashEmbedder()) as retriever:
+        monkeypatch.chdir("elsewhere")
+        store.put_many([], facts={"name": b"fact"})
+        retriever.add("a", ["one"])
+        assert [hit.source for hit in retriever.search("one", hybrid=True)] == ["a"]
+    assert {file.name for file in (tmp_path / "documents").iterdir()} >= {"index.safetensors", "words.sqlite"}
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_path_from_a_working_folder_that_is_deleted(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for opened in (Catalogue, TieredStore):
+        with pytest.raises(StoreError, match="working folder, which is deleted"):
+            opened("kv")
+    Catalogue(tmp_path / "there").close()

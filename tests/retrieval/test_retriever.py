@@ -1,8 +1,11 @@
+import gc
 import logging
 import threading
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from ragkv.errors import DocumentError, IncompatibleFolderError, RecordError, RetrievalError
 from ragkv.retrieval import Catalogue, FaissIndex, Retriever
@@ -118,6 +121,17 @@ def test_an_index_that_does_not_fit_is_filled_again(tmp_path, embedder, harm, ca
         assert FaissIndex(64).load(path) == retriever.catalogue.state
 
 
+def test_no_file_is_left_open(tmp_path, embedder):
+    """Whoever takes warnings for errors, as many tests do, would be told of one."""
+    with Retriever.open(tmp_path, embedder) as retriever:
+        retriever.add("a", ["one"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Retriever.open(tmp_path, embedder).close()
+        gc.collect()
+    assert not said
+
+
 def test_another_embedder_is_refused(tmp_path, embedder):
     with Retriever.open(tmp_path, embedder) as retriever:
         retriever.add("a", ["one"])
@@ -216,6 +230,10 @@ def test_bad_embedders(embedder):
         embedder.encode_documents = lambda texts: np.zeros((len(texts), 3))
         with pytest.raises(RetrievalError, match=r"must give vectors of shape \[1, 64\], got \(1, 3\)"):
             retriever.add("a", ["one"])
+        for wrong in ("text", None, [[1.0], [1.0, 2.0]], torch.ones(1, 64, requires_grad=True)):
+            embedder.encode_documents = lambda texts, wrong=wrong: wrong
+            with pytest.raises(RetrievalError, match=r"the embedder (must give|gives)"):
+                retriever.add("a", ["one"])
         embedder.encode_query = lambda text: np.zeros(3)
         with pytest.raises(RetrievalError, match=r"got \(3,\)"):
             retriever.search("a question")

@@ -128,6 +128,64 @@ def fork_beside(folder):
         return os.waitpid(child.result(), 0)[1]
 
 
+@pytest.mark.parametrize("where", ["reranker", "embedder"])
+def test_a_fork_does_not_wait_for_a_reranker_or_a_second_hop(tmp_path, forked, where):
+    """Which may wait for it in turn: they may ask an engine, whose store is locked while the process is forked."""
+    assert forked(lambda: fork_within(tmp_path, where), timeout_s=20) == "{0}"
+
+
+def fork_within(folder, where):
+    with Retriever.open(folder, HashEmbedder()) as retriever, ThreadPoolExecutor(1) as threads:
+        retriever.add("a", ["one saw Ada Lovelace"])
+        children, encode = [], retriever.embedder.encode_query
+
+        def fork():
+            children.append(threads.submit(lambda: os.fork() or os._exit(0)).result())
+
+        def rerank(question, texts):
+            fork()
+            return [1.0 for _ in texts]
+
+        def encoded(text):
+            fork()
+            return encode(text)
+
+        if where == "embedder":
+            retriever.embedder.encode_query = encoded
+        hits = retriever.search("one", hops=2, rerank=rerank if where == "reranker" else None)
+        assert [hit.source for hit in hits] == ["a"]
+        return {os.waitpid(child, 0)[1] for child in children}
+
+
+def test_closing_does_not_wait_for_a_reranker(tmp_path, forked):
+    def work():
+        retriever = Retriever.open(tmp_path, HashEmbedder())
+        retriever.add("a", ["one"])
+        with ThreadPoolExecutor(1) as threads, pytest.raises(StoreError, match="was closed meanwhile"):
+            retriever.search("one", rerank=lambda question, texts: threads.submit(retriever.close).result() or [1.0])
+        with Retriever.open(tmp_path, HashEmbedder()) as again:
+            return [hit.source for hit in again.search("one")]
+
+    assert forked(work, timeout_s=20) == "['a']"
+
+
+def test_a_reranker_that_forks_in_its_own_thread(tmp_path, forked):
+    """The child has no state of its parent's to go on with, and can search anew."""
+
+    def work():
+        with Retriever.open(tmp_path, HashEmbedder()) as retriever:
+            retriever.add("a", ["one"])
+            child = []
+            try:
+                retriever.search("one", rerank=lambda question, texts: child.append(os.fork()) or [1.0])
+            except StoreError as error:
+                assert child == [0] and "forked" in str(error)
+                os._exit(7 if [hit.source for hit in retriever.search("one")] == ["a"] else 8)
+            return os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1])
+
+    assert forked(work, timeout_s=20) == "7"
+
+
 def test_a_temporary_one_outlives_the_children_of_its_process(forked):
     with Catalogue() as catalogue:
         put(catalogue, "a", ["one"])

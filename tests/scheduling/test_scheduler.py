@@ -155,7 +155,7 @@ def test_nothing_is_begun_ahead_that_does_not_fit(monkeypatch):
 
 
 def test_deadline_stop_and_time_limit_end_waiting():
-    line = Scheduler(wait_s=0.1)
+    line = Scheduler(wait_s=60)
     first = Asking(line, Ticket("a", 10))
     assert first.began.wait(10)
     stopped = threading.Event()
@@ -163,8 +163,10 @@ def test_deadline_stop_and_time_limit_end_waiting():
     unwanted = Asking(line, Ticket("b", 10, stop=stopped))
     patient = Asking(line, Ticket("b", 10))
     stopped.set()
-    for one in (late, unwanted, patient):
+    for one in (late, unwanted):
         one.join(10)
+    line.wait_s = 0.1
+    patient.join(10)
     assert isinstance(late.error, DeadlineError) and isinstance(late.error, TimeoutError)
     assert type(unwanted.error) is RagKVError and "stopped" in str(unwanted.error)
     assert isinstance(patient.error, OverloadedError) and "after 0.1 s" in str(patient.error)
@@ -257,6 +259,18 @@ def test_a_policy_that_fails_is_named_to_those_who_wait(what):
     policy.what = ""
     through(line, Ticket("", 10))
     assert line.stats().namespaces[""].refused == 3
+
+
+@pytest.mark.parametrize("what", ["joined", "spent"])
+def test_a_policy_that_fails_otherwise_is_named_to_whoever_asks(what):
+    policy = FirstComeFirstServed()
+    setattr(policy, what, lambda *given, **more: [][0])
+    line = Scheduler(policy)
+    for counted in (line.computed, line.spoken):
+        failed = pytest.raises(RagKVError, match="the scheduler's policy failed: IndexError")
+        with failed, ExitStack() as stack, line.turn(Ticket("", 10), stack):
+            counted(*line._running, 3)
+        assert (line.stats().running, line.stats().waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("why", ["deadline", "stopped"])

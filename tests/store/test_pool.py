@@ -41,6 +41,12 @@ def test_chunks_come_and_go_without_a_hole(kv, device):
     assert Pooled(pool, kv(1, tokens=640)).tokens == 640
 
 
+def test_a_pool_that_was_made_in_inference_mode_is_filled_outside(kv, device):
+    with torch.inference_mode():
+        pool = BlockPool(kv(0), 40 * 16 * 2 * 8 * 4 * 6, device)
+    assert torch.equal(Pooled(pool, kv(1, tokens=20)).layer(0)[0].cpu(), kv(1, tokens=20).keys[0])
+
+
 def test_a_pool_that_is_full_takes_nothing(kv, device):
     pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
     with pytest.raises(StoreFullError):
