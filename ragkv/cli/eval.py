@@ -21,7 +21,7 @@ from ragkv.evaluation.formats import brief
 from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.longbench import data_set
 from ragkv.evaluation.report import page, tables, templates
-from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
+from ragkv.evaluation.summary import ALL, METRICS, Metric, metric, of_fewer
 from ragkv.library.measured import Measured
 from ragkv.model.loading import BUNDLED, load_model
 
@@ -121,7 +121,7 @@ def _show(summary: dict[str, Any], upwards: Metric) -> None:
     print(f"\n{show.paint(f'{upwards.label} by kind of question and order of chunks', 'bold')}\n")
     names = list(summary["slices"])
     heads = [("arm", *names), ("cases", *[f"{summary['slices'][name]}" for name in names])]
-    show.table([*heads, *[(arm["name"], *[_mean(arm, name, upwards) for name in names]) for arm in _ran(summary)]])
+    show.table([*heads, *[(arm["name"], *[_mean(arm, name, upwards, count) for name, count in summary["slices"].items()]) for arm in _ran(summary)]])
     if summary["stopped"]:
         asked = show.number(summary["slices"][ALL], "case")
         print(f"\nstopped after {asked} of {summary['cases']}; the same command goes on from there")
@@ -157,10 +157,10 @@ def _row(arm: dict[str, Any]) -> tuple[str, ...]:
     return (
         arm["name"],
         str(arm["n"]),
-        _mean(arm, ALL, METRICS["em"]),
+        _mean(arm, ALL, METRICS["em"], arm["n"]),
         f"{100 * scores['em'][1]:.0f}-{100 * scores['em'][2]:.0f}" if "em" in scores else "",
         *[
-            _mean(arm, ALL, METRICS[name])
+            _mean(arm, ALL, METRICS[name], arm["n"])
             for name in ("f1", "perplexity", "kl_chunks", "kl_documents", "same_documents")
         ],
         f"{cost['budget']:.1%}",
@@ -169,6 +169,6 @@ def _row(arm: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _mean(arm: dict[str, Any], slice_: str, wanted: Metric) -> str:
+def _mean(arm: dict[str, Any], slice_: str, wanted: Metric, cases: int) -> str:
     held = arm["scores"].get(slice_, {}).get(wanted.name)
-    return "" if held is None else wanted.figure(held[0])
+    return "" if held is None else wanted.figure(held[0]) + of_fewer(held, cases)

@@ -140,7 +140,13 @@ def evaluate(
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "conditions": {**conditions(bench.engine, plan.command), "jobs": jobs},
-        **summarise(rows.all(), _timed(folder, cases[: plan.timed]), names, [case.id for case in cases], plan.seed),
+        **summarise(
+            (row for row in rows.all() if row["order"] < plan.orders),
+            _timed(folder, cases[: plan.timed]),
+            names,
+            [case.id for case in cases],
+            plan.seed,
+        ),
         "families": {arm.name: (arm.family, arm.context) for arm in plan.arms},
     }
     write_json(folder / "summary.json", summary)

@@ -67,11 +67,17 @@ def by_series(arms: Iterable[Arm], looks: dict[str, Look]) -> dict[tuple[str, st
     return series
 
 
+def comparable(arms: Iterable[Arm], metric: Metric, slice_: str = ALL) -> list[Arm]:
+    """The arms that have a score of as many cases as any: others may have been refused just the hard ones."""
+    scored = [arm for arm in arms if metric.name in arm["scores"][slice_]]
+    most = max((arm["scores"][slice_][metric.name][3] for arm in scored), default=0)
+    return [arm for arm in scored if arm["scores"][slice_][metric.name][3] == most]
+
+
 def best(arms: Iterable[Arm], metric: Metric) -> Arm | None:
     """The arm that is best at a metric, the fastest of equals; ``None`` where none has a score."""
-    scored = [arm for arm in arms if metric.name in arm["scores"][ALL]]
     return max(
-        scored,
+        comparable(arms, metric),
         key=lambda arm: (metric.merit(arm["scores"][ALL][metric.name][0]), -arm["cost"]["ttft_ms"]),
         default=None,
     )
