@@ -112,6 +112,8 @@ def read_cases(
                 cases.append(_case(len(cases), chunk_words, **form.parse(asked)))
         except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
+    if not cases:
+        raise EvaluationError(f"{path} holds no question")
     cases = spread(cases)
     if top_k is None and not form.pooled:
         return form.name, cases

@@ -337,6 +337,9 @@ def test_what_is_no_text_is_not_taken_for_one(tmp_path, form, changes):
 
 def test_what_is_missing_is_no_text(tmp_path):
     file = tmp_path / "data.json"
+    file.write_text(json.dumps({"data": [{"title": "Anna", "paragraphs": []}]}))
+    with pytest.raises(EvaluationError, match=r"data\.json holds no question"):
+        read_cases(file)
     passages = [{"title": None, "text": ANNA}, {"title": "Bell", "text": None}]
     file.write_text(json.dumps(RECORDS["CacheBlend"] | {"ctxs": passages, "question": None, "answers": [None, " ", 7]}))
     (case,) = read_cases(file)[1]

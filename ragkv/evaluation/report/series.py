@@ -68,10 +68,9 @@ def by_series(arms: Iterable[Arm], looks: dict[str, Look]) -> dict[tuple[str, st
 
 
 def comparable(arms: Iterable[Arm], metric: Metric, slice_: str = ALL) -> list[Arm]:
-    """The arms that have a score of as many cases as any: others may have been refused just the hard ones."""
+    """The arms with a score that were refused nothing: others may have been spared just the hard cases. All, where each was."""
     scored = [arm for arm in arms if metric.name in arm["scores"][slice_]]
-    most = max((arm["scores"][slice_][metric.name][3] for arm in scored), default=0)
-    return [arm for arm in scored if arm["scores"][slice_][metric.name][3] == most]
+    return [arm for arm in scored if not arm["refused"]] or scored
 
 
 def best(arms: Iterable[Arm], metric: Metric) -> Arm | None:
