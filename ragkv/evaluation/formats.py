@@ -205,8 +205,7 @@ def cut_lines(text: str, words: int) -> tuple[str, ...]:
 
 
 def _titled(title: Any, text: Any) -> str:
-    title, text = text_of(title).strip(), text_of(text)
-    return f"{title}\n{text}" if title and text else text
+    return "\n".join(filter(None, (text_of(title).strip(), text_of(text))))
 
 
 def _case(

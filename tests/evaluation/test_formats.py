@@ -343,7 +343,7 @@ def test_what_is_missing_is_no_text(tmp_path):
     passages = [{"title": None, "text": ANNA}, {"title": "Bell", "text": None}]
     file.write_text(json.dumps(RECORDS["CacheBlend"] | {"ctxs": passages, "question": None, "answers": [None, " ", 7]}))
     (case,) = read_cases(file)[1]
-    assert (case.documents, case.question, case.answers) == (((ANNA,), ("",)), "", ("7",))
+    assert (case.documents, case.question, case.answers) == (((ANNA,), ("Bell",)), "", ("7",))
 
 
 def test_a_paragraph_of_hotpot_that_is_not_cut_into_sentences(tmp_path):
