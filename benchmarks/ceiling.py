@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, template, foreign, *_ = load_model(args.model, None, {"dtype": args.dtype})
     bench = Bench(model, tokenizer, template, max_new_tokens=0, instruction=INSTRUCTION, foreign=foreign)
-    kept = [case for case in usable(read_cases(args.data)[1])[0] if bench.fits(case, case.retrieved)]
+    kept = [case for case in usable(read_cases(args.data)[1])[0] if not bench.unfit(case)]
     by_case: dict[str, dict[str, float]] = {}
     for case in kept[args.skip : args.skip + args.cases]:
         by_case[case.id] = asked(bench, case)

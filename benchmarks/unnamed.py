@@ -74,6 +74,8 @@ def _asked(asked: Record, documents: list[list[str]], gold: tuple[int, int], ret
 def of_musique(records: Sequence[Record]) -> Iterator[Record]:
     """Cases of a MuSiQue file's records."""
     for record in records:
+        if not record.get("answerable", True):
+            continue
         passages = record["paragraphs"]
         gold = [number for number, passage in enumerate(passages) if passage.get("is_supporting")]
         if any(unnamed(passages[number]["title"], passages[number]["paragraph_text"]) for number in gold):
@@ -81,7 +83,7 @@ def of_musique(records: Sequence[Record]) -> Iterator[Record]:
                 "id": record["id"],
                 "kind": "musique",
                 "question": record["question"],
-                "answers": [record["answer"], *record.get("answer_aliases", [])],
+                "answers": [record["answer"], *(record.get("answer_aliases") or [])],
                 "documents": [[passage["title"], passage["paragraph_text"]] for passage in passages],
                 "retrieved": [[number, 1] for number in range(len(passages))],
                 "gold": [[number, 1] for number in gold],
@@ -90,7 +92,7 @@ def of_musique(records: Sequence[Record]) -> Iterator[Record]:
 
 def cases_of(path: Path) -> Iterator[Record]:
     """Cases of a file of either form."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith('{"data"') or (text.lstrip().startswith("{") and '"qas"' in text[:10_000]):
         return of_squad(json.loads(text)["data"])
     return of_musique(

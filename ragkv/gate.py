@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ragkv.background import Background
 from ragkv.closeness import divergence, same_top
-from ragkv.errors import ArgumentError, ArgumentTypeError, instance, whole_number
+from ragkv.errors import ArgumentError, ArgumentTypeError, MethodError, instance, whole_number
 from ragkv.fusion.layout import Layout
 from ragkv.lazy import keep_last
 from ragkv.library.documents import Documents
 from ragkv.methods import FullPrefill, Method
-from ragkv.methods.calibrated import LADDER, Chosen
+from ragkv.methods.calibrated import LADDER, Calibrated, Chosen
 from ragkv.methods.words import as_method
 from ragkv.report import FusedPrompt
 
@@ -61,7 +61,7 @@ class Gate:
             stand there, the next step is full prefill.
 
     Raises:
-        ArgumentError, ArgumentTypeError: a value is out of range, or of another type.
+        ArgumentError, ArgumentTypeError, MethodError: a value is out of range, or of another type.
     """
 
     share: float = 0.01
@@ -92,6 +92,10 @@ class Gate:
             whole_number("Gate: seed", self.seed)
         instance("Gate: ladder", self.ladder, list | tuple, "a list of methods, from the dearest to the cheapest")
         object.__setattr__(self, "ladder", tuple(map(as_method, self.ladder)))
+        if any(isinstance(method, Calibrated) for method in self.ladder):
+            raise MethodError(
+                "Gate: calibrated is no step of a ladder: it is what one of its steps stands in the place of"
+            )
 
 
 @dataclass

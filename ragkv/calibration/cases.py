@@ -25,6 +25,9 @@ _MUST = (
     "is asked for; for a RAG also a question, or {'question': ..., 'answers': [...]}"
 )
 
+#: Letters of a key that name question and answers.
+ASKED = 16
+
 #: Finds the passages for a question.
 Find = Callable[[str], Sequence[Chunk]]
 
@@ -66,10 +69,15 @@ class Trial:
         """Equal where cases are no draws of their own, since they bring the same document along."""
         return self
 
+    @property
+    def asked(self) -> str:
+        """Its question and answers, before the passages are known; :meth:`key` begins so."""
+        return digest(repr(self.question), repr(self.answers)).hex()[:ASKED]
+
     def key(self) -> str:
         """What is measured is known by this: question, answers and passages in their context."""
         placed = [part for chunk in self._chunks() for part in (chunk.ids, chunk.context)]
-        return digest(repr(self.question), repr(self.answers), *placed).hex()[:32]
+        return self.asked + digest(*placed).hex()[:32]
 
     def chunks(self) -> AbstractContextManager[Sequence[Chunk]]:
         """A block in which the passages may be asked about."""
@@ -80,12 +88,16 @@ class _CaseTrial(Trial):
     """A case that brings its documents along: they are read for it alone, in memory, and forgotten behind it."""
 
     def __init__(self, engine: Asks, case: Any):
-        super().__init__(engine, case.question, case.answers, list)
+        super().__init__(engine, case.question, _answers(case.answers), list)
         self._case = case
 
     @property
     def about(self) -> object:
         return self._case.about
+
+    @property
+    def asked(self) -> str:
+        return self.key()[:ASKED]
 
     def key(self) -> str:
         return str(self._case.fingerprint)
@@ -125,7 +137,9 @@ def trials_of(engine: Asks, cases: Iterable[Any], ladder: Sequence[Method], find
         elif find is not None and isinstance(case, str | Mapping):
             made.append(_found(engine, case, find))
         elif isinstance(case, tuple) and len(case) in (2, 3) and listable(case[0]) and not isinstance(case[0], Chunk):
-            made.append(Trial(engine, case[1], _answers(case[2:]), partial(_chunks, engine, list(case[0]))))
+            made.append(
+                Trial(engine, case[1], _answers(case[2] if case[2:] else None), partial(_chunks, engine, list(case[0])))
+            )
         else:
             raise ArgumentTypeError(f"{_MUST}; got {case!r:.80}")
     return made
@@ -163,25 +177,27 @@ def read_questions(path: str | Path) -> list[dict[str, Any]] | None:
             raise CalibrationError(
                 f'{path}, line {number} must be {{"question": "...", "answers": [...]}}: {line[:160]!r}'
             )
-        found.append({"question": asked, "answers": record.get("answers") or record.get("answer") or []})
+        found.append({name: record[name] for name in ("question", "answers", "answer") if name in record})
     return found
 
 
 def _found(engine: Asks, case: str | Mapping[str, Any], find: Find) -> Trial:
     said = {"question": case} if isinstance(case, str) else case
     question = said.get("question")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str) or not question.strip() or any(field in said for field in _PASSAGES):
         raise ArgumentTypeError(f"{_MUST}; got {case!r:.80}")
-    return Trial(engine, question, _answers([said.get("answers") or ()]), lambda: find(question))
+    return Trial(engine, question, _answers(said.get("answers") or said.get("answer")), lambda: find(question))
 
 
 def _chunks(engine: Asks, given: Sequence[Any]) -> list[Chunk]:
     return [chunk if isinstance(chunk, Chunk) else engine.documents.passage(chunk) for chunk in given]
 
 
-def _answers(given: Sequence[Any]) -> tuple[str, ...]:
+def _answers(given: Any) -> tuple[str, ...]:
     """One answer, or several."""
-    answers = given[0] if given else ()
-    if not isinstance(answers, str) and not listable(answers):
-        raise ArgumentTypeError(f"{_MUST}; got the answers {answers!r:.80}")
-    return (answers,) if isinstance(answers, str) else tuple(map(str, answers))
+    from ragkv.evaluation.formats import texts_of
+
+    try:
+        return texts_of(list(given) if listable(given) else given)
+    except TypeError as error:
+        raise ArgumentTypeError(f"{_MUST}; got the answers {given!r:.80}") from error

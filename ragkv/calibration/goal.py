@@ -15,6 +15,8 @@ _SAID = {
     "f1": "F1 that answers lose against those of a full prefill",
 }
 _DEFAULT_KL = 0.1
+#: What a bet on one case wins at least, of what it may lose: less is lost in rounding.
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Goal:
         if not 0 < bound < goal.worst:
             most = f"the cap of {cap:g} nats" if metric == "kl" else "1"
             raise ArgumentError(f"{metric} must be more than 0 and less than {most}, got {bound:g}")
+        if goal.bound - goal.least < _LEAST * goal.worst:
+            raise ArgumentError(
+                f"no number of cases proves a mean under {bound:g} of what may be {goal.worst:g}: give a wider bound, or a smaller "
+                "cap"
+            )
         return goal
 
     @property
@@ -73,7 +80,7 @@ class Goal:
     def said(self) -> str:
         """In words."""
         each = f", each counted as {self.cap:g} at most" if self.metric == "kl" else ""
-        return f"mean {_SAID[self.metric]}{each}: under {self.bound:g} with {self.confidence:.0%} confidence"
+        return f"mean {_SAID[self.metric]}{each}: under {self.bound:g} with {100 * self.confidence:.6g}% confidence"
 
     def test(self) -> MeanTest:
         """A test of it."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ragkv.calibration import kept
-from ragkv.calibration.cases import Asks, Find, Trial, one_each, trials_of
+from ragkv.calibration.cases import ASKED, Asks, Find, Trial, one_each, trials_of
 from ragkv.calibration.goal import Goal
 from ragkv.calibration.ladder import Ladder, RungReport
 from ragkv.closeness import divergence, same_top
@@ -22,6 +22,7 @@ from ragkv.errors import (
     CalibrationError,
     MethodError,
     ModelChangedError,
+    PromptError,
     PromptTooLongError,
     RetrievalError,
     UnsupportedModelError,
@@ -108,7 +109,7 @@ def calibrate(
         confidence: of the statement, however many methods are tried.
         cap: the most that one prompt's KL counts, in nats; see :class:`~ragkv.calibration.goal.Goal`.
         limit: at most so many cases.
-        seed: of their order.
+        seed: of the order of those that were not asked before.
         max_new_tokens: of answers, where F1 is asked for.
         progress: called behind every case with what was found so far.
         find: finds the passages for questions that come without; see :meth:`ragkv.RAG.calibrate`.
@@ -154,18 +155,20 @@ class _Run:
         max_new_tokens: int,
         progress: Callable[[Calibration], object] | None,
     ):
-        answered = [trial for trial in trials if goal.metric != "f1" or any(map(str.strip, trial.answers))]
-        drawn = one_each(answered)
-        self._engine, self._goal, self._ladder, self._trials = engine, goal, ladder, drawn[:limit]
-        self._max_new_tokens, self._progress = max_new_tokens, progress
-        beforehand = {"no answer": len(trials) - len(answered), _SAME: len(answered) - len(drawn)}
-        self._left_out, self._asked = +Counter(beforehand), 0
-        self._given = len(self._trials) + self._left_out.total()
         engine.documents.look()
         self.setting, self._made_with = kept.setting(engine.documents), kept.made_with(engine.documents)
         self._of = f"{self.setting} {max_new_tokens}"
         self._rows = kept.rows(engine.store, self._of)
         kept.keep_rows(engine.store, self._of, self._rows)  # fails now, where it would fail after hours
+        # Those that were asked before come first, in their order: a test that is looked at once more, and not another one.
+        before = {key[:ASKED]: number for number, key in enumerate(self._rows)}
+        answered = [trial for trial in trials if goal.metric != "f1" or trial.answers]
+        drawn = one_each(sorted(answered, key=lambda trial: before.get(trial.asked, len(before))))
+        self._engine, self._goal, self._ladder, self._trials = engine, goal, ladder, drawn[:limit]
+        self._max_new_tokens, self._progress = max_new_tokens, progress
+        beforehand = {"no answer": len(trials) - len(answered), _SAME: len(answered) - len(drawn)}
+        self._left_out, self._asked = +Counter(beforehand), 0
+        self._given = len(self._trials) + self._left_out.total()
 
     def result(self) -> Calibration:
         """Asks as long as something is open."""
@@ -227,8 +230,9 @@ class _Run:
                     made = self._measured(trial, chunks, missing)
                 row = self._rows[key] = {**row, **{words: {**row.get(words, {}), **made[words]} for words in missing}}
                 kept.keep_rows(self._engine.store, self._of, self._rows)
-        except PromptTooLongError:
-            self._left_out["longer than the model's positions"] += 1
+        except PromptError as error:
+            long = isinstance(error, PromptTooLongError)
+            self._left_out["longer than the model's positions" if long else " ".join(str(error).split())] += 1
             return None
         except RetrievalError:
             self._left_out["no passage was found"] += 1

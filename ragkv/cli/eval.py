@@ -15,13 +15,13 @@ from typing import Any
 
 from ragkv.bundled import CASES_PATH
 from ragkv.cli import show
-from ragkv.evaluation import Bench, Case, Plan, evaluate, parse_arms, read_cases, with_neighbours
+from ragkv.evaluation import Bench, Case, EvaluationError, Plan, evaluate, parse_arms, read_cases, with_neighbours
 from ragkv.evaluation.arms import NEIGHBOURS
 from ragkv.evaluation.formats import brief
 from ragkv.evaluation.gates import Gate
 from ragkv.evaluation.longbench import data_set
 from ragkv.evaluation.report import page, tables, templates
-from ragkv.evaluation.summary import ALL, METRICS, Metric, metric
+from ragkv.evaluation.summary import ALL, METRICS, Metric, metric, of_fewer
 from ragkv.library.measured import Measured
 from ragkv.model.loading import BUNDLED, load_model
 
@@ -36,8 +36,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if any(arm.context == NEIGHBOURS for arm in arms):
         cases = with_neighbours(cases)
+    counted = _counted(form, cases)
     if args.metric is None:
-        upwards = metric(_counted(form, cases) if args.max_new_tokens else "kl_chunks")
+        upwards = metric(counted if args.max_new_tokens else "kl_chunks")
+    elif not args.max_new_tokens and not upwards.name.startswith(("perplexity", "kl_", "top1_")):
+        raise EvaluationError(f"{upwards.name} is counted of answers, and --max-new-tokens 0 asks for none")
+    elif upwards.name == "longbench" != counted:
+        raise EvaluationError("longbench is counted of LongBench's data sets alone")
     if args.instruction is None:
         args.instruction = brief(form, cases)
     plan = Plan(
@@ -119,9 +124,12 @@ def _show(summary: dict[str, Any], upwards: Metric) -> None:
     print(f"\n{show.paint('Against gold and full prefill, and what it costs', 'bold')}\n")
     show.table([_HEAD, *[_row(arm) for arm in _ran(summary)]])
     print(f"\n{show.paint(f'{upwards.label} by kind of question and order of chunks', 'bold')}\n")
-    names = list(summary["slices"])
-    heads = [("arm", *names), ("cases", *[f"{summary['slices'][name]}" for name in names])]
-    show.table([*heads, *[(arm["name"], *[_mean(arm, name, upwards) for name in names]) for arm in _ran(summary)]])
+    slices = summary["slices"]
+    heads = [("arm", *slices), ("cases", *map(str, slices.values()))]
+    rows = [
+        (arm["name"], *(_mean(arm, name, cases, upwards) for name, cases in slices.items())) for arm in _ran(summary)
+    ]
+    show.table([*heads, *rows])
     if summary["stopped"]:
         asked = show.number(summary["slices"][ALL], "case")
         print(f"\nstopped after {asked} of {summary['cases']}; the same command goes on from there")
@@ -157,10 +165,10 @@ def _row(arm: dict[str, Any]) -> tuple[str, ...]:
     return (
         arm["name"],
         str(arm["n"]),
-        _mean(arm, ALL, METRICS["em"]),
+        _mean(arm, ALL, arm["n"], METRICS["em"]),
         f"{100 * scores['em'][1]:.0f}-{100 * scores['em'][2]:.0f}" if "em" in scores else "",
         *[
-            _mean(arm, ALL, METRICS[name])
+            _mean(arm, ALL, arm["n"], METRICS[name])
             for name in ("f1", "perplexity", "kl_chunks", "kl_documents", "same_documents")
         ],
         f"{cost['budget']:.1%}",
@@ -169,6 +177,6 @@ def _row(arm: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _mean(arm: dict[str, Any], slice_: str, wanted: Metric) -> str:
+def _mean(arm: dict[str, Any], slice_: str, cases: int, wanted: Metric) -> str:
     held = arm["scores"].get(slice_, {}).get(wanted.name)
-    return "" if held is None else wanted.figure(held[0])
+    return "" if held is None else wanted.figure(held[0]) + of_fewer(held, cases)

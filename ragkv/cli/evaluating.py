@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ragkv.cli.values import FOREIGN_HELP, count_option, share, text_of_file
+from ragkv.cli.values import FOREIGN_HELP, count_option, folder_name, share, text_of_file
 
 _SUMMARY = "Measure how well and how fast methods answer, on the bundled model or on your own model and data."
 
@@ -59,7 +59,8 @@ def add_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     command = add_parser("eval", help=_SUMMARY, description=_SUMMARY, allow_abbrev=False)
     command.add_argument("--model", default="bundled", help="name or path of a transformers decoder (default: bundled)")
     command.add_argument("--data", default="bundled", metavar="FILE", help=_DATA_HELP)
-    command.add_argument("--out", default="ragkv-eval", metavar="FOLDER", help="rows and report (default: ragkv-eval)")
+    rows = "rows and report (default: ragkv-eval)"
+    command.add_argument("--out", type=folder_name, default="ragkv-eval", metavar="FOLDER", help=rows)
     command.add_argument("--arms", nargs="+", default=["default"], metavar="ARM", help=_ARMS_HELP)
     command.add_argument(
         "--budgets",

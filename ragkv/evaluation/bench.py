@@ -183,7 +183,15 @@ class Bench:
         """Tokens that the cache keeps for the answer."""
         return max(self.max_new_tokens, len(self.gold_ids(case))) + 1
 
-    def readable(self, case: Case) -> bool:
+    def unfit(self, case: Case) -> str:
+        """Why a case cannot be asked; empty where it can be."""
+        try:
+            fitting = self._readable(case) and self.fits(case, case.retrieved)
+        except PromptError:
+            return "a text of which the tokenizer leaves nothing"
+        return "" if fitting else "longer than the model's positions"
+
+    def _readable(self, case: Case) -> bool:
         """Whether every chunk is short enough to be read."""
         encoder, most = self.engine.encoder, self.engine.documents.document_tokens
         front = [sum(len(encoder.chunk(text)) for text in behind) for behind in case.behind] or [0] * len(

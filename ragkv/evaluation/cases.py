@@ -68,8 +68,10 @@ class Case:
 
     @property
     def about(self) -> str:
-        """Equal where cases are answered from the same document, the first of several; where the data does not say, from all."""
-        return self.subject or _name(self.documents[self.gold[0][0]] if self.gold else self.documents)
+        """Equal where cases are answered from the same document, the first of several; where the data does not say, from all, in
+        whatever order.
+        """
+        return self.subject or _name(self.documents[self.gold[0][0]] if self.gold else tuple(sorted(self.documents)))
 
     @property
     def fingerprint(self) -> str:

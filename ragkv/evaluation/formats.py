@@ -112,6 +112,8 @@ def read_cases(
                 cases.append(_case(len(cases), chunk_words, **form.parse(asked)))
         except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise EvaluationError(f"{path}: record {number + 1} is not a good {form.name} record: {error!r}") from error
+    if not cases:
+        raise EvaluationError(f"{path} holds no question")
     cases = spread(cases)
     if top_k is None and not form.pooled:
         return form.name, cases
@@ -146,11 +148,26 @@ def _fits(record: Any, form: Form) -> bool:
     return isinstance(record, dict) and all(field in record for field in form.fields)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    """One answer, several, or several lists of them."""
+def text_of(value: Any) -> str:
+    """A text, or a number as one; blank where there is none.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise TypeError(f"{value!r:.80} stands where a text must")
+    return "" if value is None else str(value)
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """One answer, several, or several lists of them; blank ones, which an empty reply would match, are none.
+
+    Raises:
+        TypeError: one is neither text nor number.
+    """
     if isinstance(value, list | tuple):
-        return tuple(text for item in value for text in _texts(item))
-    return () if value is None else (str(value),)
+        return tuple(text for item in value for text in texts_of(item))
+    return tuple(filter(str.strip, [text_of(value)]))
 
 
 def cut(text: str, words: int) -> tuple[str, ...]:
@@ -187,9 +204,8 @@ def cut_lines(text: str, words: int) -> tuple[str, ...]:
     return tuple(chunk for chunk in (*chunks, "\n".join(held)) if chunk.strip()) or ("",)
 
 
-def _titled(title: Any, text: str) -> str:
-    title = str(title or "").strip()
-    return f"{title}\n{text}" if title else text
+def _titled(title: Any, text: Any) -> str:
+    return "\n".join(filter(None, (text_of(title).strip(), text_of(text))))
 
 
 def _case(
@@ -206,8 +222,9 @@ def _case(
     documents = tuple(parts(text, words) if isinstance(text, str) else tuple(text) for text in documents)
     places = everything(documents)
     return Case(
-        id=str(rest.pop("id") or number),
-        answers=_texts(rest.pop("answers")),
+        id=text_of(rest.pop("id")) or str(number),
+        question=text_of(rest.pop("question")),
+        answers=texts_of(rest.pop("answers")),
         documents=documents,
         retrieved=places if retrieved is None else tuple((int(d), int(c)) for d, c in retrieved),
         gold=(*((int(d), int(c)) for d, c in gold), *(place for place in places if place[0] in supporting)),
@@ -222,10 +239,10 @@ def _chunks(text: str, words: int) -> tuple[str, ...]:
 
 def _cacheblend(record: Record) -> dict[str, Any]:
     return {
-        "documents": [_titled(passage.get("title"), str(passage["text"])) for passage in record["ctxs"]],
+        "documents": [_titled(passage.get("title"), passage["text"]) for passage in record["ctxs"]],
         "id": record.get("id"),
         "kind": "cacheblend",
-        "question": str(record["question"]),
+        "question": record["question"],
         "answers": record["answers"],
     }
 
@@ -237,13 +254,18 @@ def _hotpot(record: Record) -> dict[str, Any]:
         context = list(zip(context["title"], context.get("sentences") or context["content"], strict=True))
     supporting = facts["title"] if isinstance(facts, dict) else [title for title, _ in facts]
     return {
-        "documents": [_titled(title, " ".join(sentence.strip() for sentence in text)) for title, text in context],
+        "documents": [_titled(title, _joined(text)) for title, text in context],
         "supporting": [index for index, (title, _) in enumerate(context) if title in supporting],
-        "id": record.get("_id") or record.get("id"),
+        "id": text_of(record.get("_id")) or record.get("id"),
         "kind": str(record.get("type") or "multi-hop"),
-        "question": str(record["question"]),
+        "question": record["question"],
         "answers": record["answer"],
     }
+
+
+def _joined(text: str | list[str]) -> str:
+    """A paragraph: of sentences, or as it is."""
+    return text if isinstance(text, str) else " ".join(sentence.strip() for sentence in text)
 
 
 def _musique(record: Record) -> dict[str, Any]:
@@ -252,8 +274,8 @@ def _musique(record: Record) -> dict[str, Any]:
         "documents": [_titled(passage.get("title"), passage["paragraph_text"]) for passage in passages],
         "supporting": [index for index, passage in enumerate(passages) if passage.get("is_supporting")],
         "id": record.get("id"),
-        "kind": str(record.get("id") or "musique").split("__")[0],
-        "question": str(record["question"]),
+        "kind": (text_of(record.get("id")) or "musique").split("__")[0],
+        "question": record["question"],
         "answers": [record["answer"], record.get("answer_aliases")] if record.get("answerable", True) else [],
     }
 
@@ -273,16 +295,23 @@ def _ruler(record: Record) -> dict[str, Any]:
 
 def _native(record: Record) -> dict[str, Any]:
     return {
-        "documents": [(text,) if isinstance(text, str) else text for text in record["documents"]],
+        "documents": _documents(record["documents"]),
         "retrieved": record.get("retrieved"),
-        "gold": record.get("gold", ()),
-        "id": str(record.get("id", "")),
-        "kind": str(record.get("kind", "all")),
+        "gold": record.get("gold") or (),
+        "id": record.get("id"),
+        "kind": text_of(record.get("kind")) or "all",
         "question": record["question"],
         "answers": record["answers"],
-        "ordered": bool(record.get("ordered", False)),
-        "language": str(record.get("language", "en")),
+        "ordered": bool(record.get("ordered")),
+        "language": text_of(record.get("language")) or "en",
     }
+
+
+def _documents(listed: Any) -> list[tuple[str, ...]]:
+    """Documents as lists of chunks; a text is one of a single chunk."""
+    if not isinstance(listed, list):
+        raise TypeError(f"documents must be a list, got {listed!r:.80}")
+    return [tuple(map(text_of, chunks if isinstance(chunks, list) else [chunks])) for chunks in listed]
 
 
 def _asked(article: Record) -> list[Record]:
@@ -302,7 +331,7 @@ def _squad(record: Record) -> dict[str, Any]:
         "gold": [(0, record["at"])],
         "id": record.get("id"),
         "kind": "squad",
-        "question": str(record["question"]),
+        "question": record["question"],
         "answers": [] if record.get("is_impossible") else list(dict.fromkeys(a["text"] for a in record["answers"])),
         "language": language_of(" ".join(chunks)),
     }

@@ -131,7 +131,7 @@ def score(
 def parse(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a :class:`~ragkv.evaluation.Case`, as forms of data give them."""
     name = str(record.get("dataset") or "longbench")
-    known, context, asked = data_set(name) or _QUESTIONS, record["context"], str(record["input"])
+    known, context, asked = data_set(name) or _QUESTIONS, record["context"], str(record["input"] or "")
     if known.ordered and not asked.strip():  # the code to go on with is the end of the context
         lines = context.strip("\n").split("\n")
         cut = max(len(lines) // 2, len(lines) - _LAST_LINES)

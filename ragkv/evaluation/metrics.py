@@ -24,17 +24,19 @@ _CJK = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff])")
 def words(text: str, language: str = "en") -> list[str]:
     """Words in lower case, without punctuation and articles, as SQuAD counts them; outside English as MLQA does.
 
+    Of a text that is nothing else, as the answer "A", they stay: it would be equal to an empty one.
+
     Args:
         text: an answer.
         language: one of :data:`LANGUAGES`. In Chinese every character is a word.
     """
     text = text.lower()
     if language == "en":
-        text = text.translate(_NO_PUNCTUATION)
+        plain = text.translate(_NO_PUNCTUATION)
     else:
-        text = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
-    text = _CJK.sub(r" \1 ", text) if language == "zh" else _ARTICLES[language].sub(" ", text)
-    return text.split()
+        plain = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
+    parted = _CJK.sub(r" \1 ", plain) if language == "zh" else _ARTICLES[language].sub(" ", plain)
+    return parted.split() or plain.split() or text.split()
 
 
 def language_of(text: str) -> str:

@@ -140,7 +140,13 @@ def evaluate(
         "left_out": dict(left_out),
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "conditions": {**conditions(bench.engine, plan.command), "jobs": jobs},
-        **summarise(rows.all(), _timed(folder, cases[: plan.timed]), names, [case.id for case in cases], plan.seed),
+        **summarise(
+            (row for row in rows.all() if row["order"] < plan.orders),
+            _timed(folder, cases[: plan.timed]),
+            names,
+            [case.id for case in cases],
+            plan.seed,
+        ),
         "families": {arm.name: (arm.family, arm.context) for arm in plan.arms},
     }
     write_json(folder / "summary.json", summary)
@@ -151,15 +157,16 @@ def _cases(bench: Bench, plan: Plan) -> tuple[list[Case], Counter[str]]:
     kept, left_out = usable(plan.cases)
     fitting: list[Case] = []
     for case in kept:
-        if bench.readable(case) and bench.fits(case, case.retrieved):
-            fitting.append(case)
+        why = bench.unfit(case)
+        if why:
+            left_out[why] += 1
         else:
-            left_out["longer than the model's positions"] += 1
+            fitting.append(case)
         if len(fitting) == plan.limit:
             break
     if not fitting:
         raise EvaluationError(
-            f"no case fits into the model's {bench.engine.decoder.max_positions} positions; left out: {dict(left_out)}"
+            f"no case can be asked of a model of {bench.engine.decoder.max_positions} positions; left out: {dict(left_out)}"
         )
     return fitting, left_out
 

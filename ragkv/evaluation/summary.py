@@ -73,6 +73,12 @@ METRICS = {
 }
 """What is counted for each arm, by name."""
 
+
+def of_fewer(held: Sequence[float], cases: int) -> str:
+    """Behind an estimate that is not of all cases that it stands beside: of how many."""
+    return f" n = {held[3]}" if held[3] != cases else ""
+
+
 #: Slices of the rows besides the kinds of question.
 ALL, GIVEN, SHUFFLED = "all", "order as given", "order shuffled"
 

@@ -14,6 +14,9 @@ from ragkv import methods
 from ragkv.errors import ArgumentTypeError, MethodError
 from ragkv.methods import Method
 
+#: How a setting that holds or does not is written.
+_TRUTH = {**dict.fromkeys(("1", "true", "yes"), True), **dict.fromkeys(("0", "false", "no"), False)}
+
 
 def parse_method(text: str) -> Method:
     """The method that a text names.
@@ -35,6 +38,8 @@ def parse_method(text: str) -> Method:
         knob, equals, value = item.partition("=")
         if not equals or knob not in knobs_of(kind):
             raise MethodError(f"{name} has no setting {item!r}; it is spelled {_spelled(name, kind)}")
+        if knob in given:
+            raise MethodError(f"{name}: {knob} is given twice")
         given[knob] = _value(f"{name}: {knob}", value, hints[knob])
     return kind(**given)
 
@@ -104,6 +109,6 @@ def _value(what: str, text: str, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return tuple(_value(what, part, get_args(hint)[0]) for part in text.split("/") if part)
     try:
-        return text.lower() in ("1", "true", "yes") if hint is bool else hint(text)
-    except (TypeError, ValueError):
+        return _TRUTH[text.lower()] if hint is bool else hint(text)
+    except (TypeError, ValueError, KeyError):
         raise MethodError(f"{what} must be of type {getattr(hint, '__name__', hint)}, got {text!r}") from None

@@ -54,6 +54,7 @@ def test_musique_paragraphs_are_parted_from_their_titles():
     (case,) = unnamed.of_musique([record])
     assert case["documents"][1] == ["Anna Berg", "She plays the harp."]
     assert (case["retrieved"], case["gold"]) == ([[0, 1], [1, 1]], [[1, 1]]) and case["answers"] == ["Anna", "Anna B."]
+    assert not list(unnamed.of_musique([record | {"answerable": False}]))
     record["paragraphs"][1]["paragraph_text"] = "Anna plays the harp."
     assert not list(unnamed.of_musique([record]))
 

@@ -65,12 +65,15 @@ def test_a_question_is_looked_for_once_and_where_it_is_too_long_not_at_all(model
     assert sorted(looked) == sorted(set(looked)) and len(looked) == found.cases
 
 
-@pytest.mark.parametrize("answers", [5, {"text": ["Tees"]}])
-def test_answers_that_are_none_are_refused(model, answers):
+@pytest.mark.parametrize(
+    "more", [{"answers": True}, {"answers": {"text": ["Tees"]}}, {"documents": [["It lies there."]]}]
+)
+def test_what_is_no_question_over_a_folder_is_refused(model, more):
+    """Nor are documents that a record brings passed over."""
     with open_rag(model=model) as rag:
         rag.add_texts(["Draycliff is a town."])
-        with pytest.raises(ArgumentTypeError, match="got the answers"):
-            rag.calibrate([{"question": "Where is it?", "answers": answers}] * 50)
+        with pytest.raises(ArgumentTypeError, match="each of cases must be"):
+            rag.calibrate([{"question": "Where is it?", **more}] * 50)
 
 
 @pytest.fixture

@@ -118,8 +118,26 @@ def test_a_call_that_was_stopped_goes_on(engine, monkeypatch):
 
 def test_the_same_seed_asks_in_the_same_order(engine):
     cases = cases_of(engine, 14)
-    one, two, other = (engine.calibrate(cases, kl=0.3, ladder=[Reuse()], seed=seed) for seed in (1, 1, 2))
+    anew = [Engine(engine.model, template=TEMPLATE, method=Reuse()) for _ in range(3)]
+    options = {"kl": 0.3, "ladder": [Reuse()]}
+    one, two, other = (each.calibrate(cases, **options, seed=seed) for each, seed in zip(anew, (1, 1, 2), strict=True))
     assert one == two and one.rungs[0].mean != other.rungs[0].mean
+    assert anew[0].calibrate(cases, **options, seed=2) == one  # luck is tried once
+
+
+def test_more_cases_come_behind_those_that_were_asked(engine):
+    """In another order their losses would be a second test, and whoever adds cases until one is passed had as many chances."""
+    seen, again, options = [], [], {"kl": 0.2, "ladder": [Reuse()]}
+
+    def stop(so_far):
+        seen.append(so_far.rungs)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.calibrate(cases_of(engine, 22), **options, progress=stop)
+    engine.calibrate(cases_of(engine, 44), **options, seed=3, progress=lambda so_far: again.append(so_far.rungs))
+    assert again[:8] == seen and len(again) > 8
 
 
 @pytest.mark.parametrize("bound", [{"top1": 0.3}, {"kl": 0.3}])
@@ -209,6 +227,19 @@ def test_the_same_passage_in_another_context_is_another_case(engine):
     assert behind.ids == alone.ids and one == again != other
 
 
+def test_what_is_no_answer_is_none(engine):
+    """Neither is the word None one, nor a blank that an empty reply would match."""
+    given = [["harp", None, " "], 7, None, [["harp"], ["the harp"]]]
+    asked = [([[5, 6]], [7], answers) for answers in given]
+    asked.append({"question": "How many?", "answer": 0})
+    answers = [trial.answers for trial in trials_of(engine, asked, [], find=list)]
+    assert answers == [("harp",), ("7",), (), ("harp", "the harp"), ("0",)]
+
+
+def test_confidence_is_said_as_it_is():
+    assert Goal("kl", 0.1, 0.999).said.endswith("under 0.1 with 99.9% confidence")
+
+
 def test_an_answer_may_gain():
     test = Goal("f1", 0.02).test()
     test.add(-1.0)
@@ -233,6 +264,8 @@ def test_what_cannot_be_asked_is_counted(engine):
     assert found.left_out["longer than the model's positions"] > 0
     with pytest.raises(CalibrationError, match=r"none of the 30 cases could be asked.*longer than"):
         engine.calibrate(cases[12:], kl=0.5, ladder=[Reuse()])
+    with pytest.raises(CalibrationError, match=r"none of the 30 cases could be asked.*the question is empty"):
+        engine.calibrate([([[5, 6]], [])] * 30, kl=0.5, ladder=[Reuse()])
 
 
 def test_what_a_model_cannot_run_is_left_out(engine, monkeypatch):
@@ -274,6 +307,8 @@ def test_what_could_not_be_kept_is_not_begun(model, tmp_path, monkeypatch):
         ({"f1": "0.1"}, ArgumentTypeError, "f1 must be a number"),
         ({"confidence": 1.0}, ArgumentError, "confidence must be between 0 and 1"),
         ({"cap": 0}, ArgumentError, "cap must be more than 0"),
+        ({"cap": float("inf")}, ArgumentError, "no number of cases proves a mean under 0.1 of what may be inf"),
+        ({"kl": 1e-17}, ArgumentError, "no number of cases proves"),
         ({"limit": 0}, ArgumentError, "limit must be >= 1"),
         ({"ladder": []}, ArgumentError, "at least one method"),
         ({"ladder": ["reuse", Reuse()]}, ArgumentError, "none twice"),
@@ -299,7 +334,7 @@ def test_what_makes_no_sense_is_refused(engine, options, kind, said):
         [(5, [7])],
         {},
         [("a passage", [7])],
-        [([[5, 6]], [7], 5)],
+        [([[5, 6]], [7], True)],
         [([[5, 6]], [7], {"text": "a"})],
     ],
 )

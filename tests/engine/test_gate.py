@@ -407,6 +407,7 @@ def test_a_rag_has_one_too():
         ({"checks": 30, "window": 20}, ArgumentError, "window must be >= 30"),
         ({"seed": 0.5}, ArgumentTypeError, "seed must be a whole number"),
         ({"ladder": ["nonsense"]}, MethodError, "no method 'nonsense'"),
+        ({"ladder": ["calibrated"]}, MethodError, "is no step of a ladder"),
         ({"ladder": "reuse"}, ArgumentTypeError, "ladder must be a list"),
     ],
 )

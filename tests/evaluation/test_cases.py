@@ -28,6 +28,13 @@ def test_orders_are_shuffled_by_seed():
         assert sorted(arranged.retrieved) == sorted(case().retrieved)
 
 
+def test_where_the_data_does_not_say_cases_of_the_same_documents_are_about_the_same():
+    """In whatever order a retriever gave them."""
+    other = case(documents=DOCUMENTS[::-1], retrieved=((0, 0), (1, 0)))
+    assert case().about == other.about != case(documents=DOCUMENTS[:1], retrieved=((0, 0),)).about
+    assert case(gold=((0, 1),)).about == case(documents=DOCUMENTS[::-1], retrieved=((1, 0),), gold=((1, 2),)).about
+
+
 @pytest.mark.parametrize("fixed", [case(ordered=True), case(retrieved=((1, 0),))], ids=["ordered", "one chunk"])
 def test_what_is_never_shuffled(fixed):
     assert list(fixed.arranged(3, 0)) == [(0, fixed)]

@@ -138,6 +138,8 @@ def test_the_bundled_data(tmp_path, capsys):
     [
         (("--arms", "magic"), "no arm 'magic'. Besides methods there are: full-prefill,"),
         (("--metric", "beauty"), "no metric 'beauty'; there are: em, f1,"),
+        (("--metric", "same_chunks", "--max-new-tokens", "0"), "same_chunks is counted of answers"),
+        (("--metric", "longbench"), "longbench is counted of LongBench's data sets alone"),
         (("--data", "/nowhere/x.jsonl"), "/nowhere/x.jsonl"),
         (("--model", "/nowhere/model"), "/nowhere/model"),
     ],
@@ -189,6 +191,7 @@ def test_three_orders_and_several_budgets_unless_others_are_asked_for():
         (("--jobs", "0"), "at least 1, got '0'"),
         (("--budgets", "15"), "a share from 0 to 1, got '15'"),
         (("--seed", "-1"), "at least 0"),
+        (("--out", ""), "must be a folder, got ''"),
         (("--foreign", "/nowhere/text"), "'/nowhere/text' is no text file in UTF-8: "),
         (("--foreign", "/dev/null"), "'/dev/null' holds no text"),
     ],

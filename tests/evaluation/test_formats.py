@@ -301,6 +301,57 @@ def test_a_bad_record_is_named(tmp_path, second):
         read(tmp_path, RECORDS["ragkv"], second)
 
 
+def test_whatever_stands_in_the_place_of_an_id_cases_are_told_apart(tmp_path):
+    """What was shuffled begins with a number other than 0, whose 0 is no missing id."""
+    asked = [RECORDS["RULER"] | {"index": index} for index in (5, 0, 1)]
+    file = tmp_path / "ruler.jsonl"
+    file.write_text("\n".join(map(json.dumps, asked)))
+    assert sorted(case.id for case in read_cases(file)[1]) == ["0", "1", "5"]
+    nothing = dict.fromkeys(("id", "kind", "language", "ordered", "gold", "retrieved"))
+    file.write_text("\n".join([json.dumps(RECORDS["ragkv"] | nothing)] * 2))
+    cases = read_cases(file)[1]
+    assert [(case.id, case.kind, case.language, case.gold) for case in cases] == [
+        ("0", "all", "en", ()),
+        ("1", "all", "en", ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("ragkv", {"answers": {"text": ["harp"], "answer_start": [3]}}),
+        ("ragkv", {"answers": [True]}),
+        ("ragkv", {"documents": [{"text": "Anna plays."}]}),
+        ("ragkv", {"documents": "Anna plays."}),
+        ("ragkv", {"question": ["Who?"]}),
+        ("CacheBlend", {"ctxs": [{"title": "Anna", "text": ["She plays."]}]}),
+        ("HotpotQA or 2WikiMultihopQA", {"answer": {"value": "harp", "aliases": []}}),
+    ],
+)
+def test_what_is_no_text_is_not_taken_for_one(tmp_path, form, changes):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(RECORDS[form] | changes))
+    with pytest.raises(EvaluationError, match="record 1 is not a good"):
+        read_cases(file)
+
+
+def test_what_is_missing_is_no_text(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps({"data": [{"title": "Anna", "paragraphs": []}]}))
+    with pytest.raises(EvaluationError, match=r"data\.json holds no question"):
+        read_cases(file)
+    passages = [{"title": None, "text": ANNA}, {"title": "Bell", "text": None}]
+    file.write_text(json.dumps(RECORDS["CacheBlend"] | {"ctxs": passages, "question": None, "answers": [None, " ", 7]}))
+    (case,) = read_cases(file)[1]
+    assert (case.documents, case.question, case.answers) == (((ANNA,), ("Bell",)), "", ("7",))
+
+
+def test_a_paragraph_of_hotpot_that_is_not_cut_into_sentences(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(RECORDS["HotpotQA or 2WikiMultihopQA"] | {"context": [["Anna", ANNA]]}))
+    assert read_cases(file)[1][0].documents == ((f"Anna\n{ANNA}",),)
+
+
 def test_cases_that_cannot_be_scored_are_counted(tmp_path):
     good = RECORDS["ragkv"]
     records = [

@@ -19,7 +19,10 @@ from ragkv.evaluation.statistics import Resampling, difference, pareto
         ("green red", ["red green"], 0, 1, 0.5, 0),
         ("sharp", ["harp"], 0, 0, 0, 0),
         ("", ["harp"], 0, 0, 0, 0),
-        ("the", ["a"], 1, 1, 1, 0),
+        ("the", ["a"], 0, 0, 0, 0),
+        ("", ["A"], 0, 0, 0, 0),
+        ("A.", ["B", "A"], 1, 1, 1, 1),
+        ("", ["?!"], 0, 0, 0, 0),
         ("one two three four", ["one three five"], 0, 4 / 7, 4 / 7, 0),
     ],
 )

@@ -177,7 +177,26 @@ def test_the_figures_in_markdown(result):
         assert len({line.count("|") for line in table}) == 1
         assert [line.split("`")[1] for line in table[2:]] == [arm["name"] for arm in ran]
     assert written.startswith("`ragkv eval --model 'tiny <model>'`, 2 cases about 1 document, ")
-    assert written.endswith(" |\n")
+    assert "\n\ncases left out: no answer: 1\n\ncache-blend:check_layer=9@alone refused (4 prompts): " in written
+
+
+def test_a_mean_over_fewer_cases_says_so_and_is_the_best_of_nothing(result):
+    """Whoever was refused the hard cases alone is right more often."""
+    summary = copy.deepcopy(result.summary)
+    arms = {arm["name"]: arm for arm in summary["arms"]}
+    refused = arms["reuse@document"]
+    refused["n"], refused["refused"] = 1, {"too long": 2}
+    refused["scores"]["all"]["em"] = (1.0, 1.0, 1.0, 1)
+    written = tables(summary, METRICS["em"])
+    mine = [line for line in written.splitlines() if line.startswith("| `reuse@document` ")]
+    assert "| 1 | 100.0 (100.0 to 100.0) |" in mine[0] and "| 100.0 (100.0 to 100.0) n = 1 |" in mine[1]
+    assert "reuse@document refused (2 prompts): too long" in written
+    drawn = plot(summary["arms"], looks(summary), METRICS["em"], "all", BUDGET)
+    assert "reuse@document" in {point.arm["name"] for point in drawn["points"]} - {
+        point.arm["name"] for point in drawn["front"]
+    }
+    (tile,) = re.findall(r"best within a budget of 10%.*?</div>", page(summary, {}, METRICS["em"]), re.DOTALL)
+    assert "reuse@document" not in tile
 
 
 MEASURE = """<script>

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ragkv import MethodError, PromptTemplate, bundled
 from ragkv.evaluation import Bench, EvaluationError, GateError, Plan, evaluate, parse_arms, read_cases
@@ -266,7 +268,7 @@ def test_cases_longer_than_the_model_are_counted(loaded, tmp_path, plan, small_c
     long = small_case("long", documents=(("word " * 200,),), retrieved=((0, 0),), gold=())
     found = evaluate(short, plan(cases=[long, small_case("a"), small_case("b")], limit=1, timed=0), tmp_path).summary
     assert found["left_out"] == {"longer than the model's positions": 1} and found["cases"] == 1
-    with pytest.raises(EvaluationError, match="no case fits into the model's 160 positions"):
+    with pytest.raises(EvaluationError, match="no case can be asked of a model of 160 positions"):
         evaluate(short, plan(cases=[long]), tmp_path / "none")
 
 
@@ -277,6 +279,27 @@ def test_documents_longer_than_the_model_are_refused_but_their_chunks_are_not(lo
     assert "positions" in next(iter(found["full-documents"]["refused"]))
     assert "kl_documents" not in found["reuse@alone"]["scores"]["all"]
     assert found["reuse@alone"]["n"] == 1
+
+
+def test_what_the_tokenizer_leaves_nothing_of_is_left_out(tmp_path, plan, small_case):
+    """And fewer orders than were asked before are what is added up."""
+    letters = ["<unk>", *" \nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?:"]
+    backend = Tokenizer(
+        models.BPE({letter: at for at, letter in enumerate(letters)}, [])
+    )  # what it does not know is gone
+    bench = Bench(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=backend), max_new_tokens=1)
+    strange = (("東京",), ("Oslo lies on a river.",))
+    cases = [
+        small_case("a"),
+        small_case("b", question="東京"),
+        small_case("c", documents=strange, retrieved=((0, 0), (1, 0)), gold=()),
+    ]
+    arms = parse_arms(["full-prefill", "reuse@document"], [])
+    found = evaluate(bench, plan(cases=cases, arms=arms, timed=0), tmp_path).summary
+    assert found["left_out"] == {"a text of which the tokenizer leaves nothing": 2}
+    assert [arm["prompts"] for arm in found["arms"]] == [2, 2]
+    found = evaluate(bench, plan(cases=cases, arms=arms, timed=0, orders=1), tmp_path).summary
+    assert [arm["prompts"] for arm in found["arms"]] == [1, 1] and found["slices"] == {"all": 1}
 
 
 @pytest.mark.parametrize("name", ["limit", "orders"])

@@ -24,6 +24,18 @@ def test_settings_are_a_dataclass_fields():
     assert knobs_of(Reuse) == knobs_of(Plain) == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("relevant-tokens:keep_document=ture", "keep_document must be of type bool, got 'ture'"),
+        ("relevant-tokens:ratio=0.1,ratio=0.2", "ratio is given twice"),
+    ],
+)
+def test_a_setting_that_is_misspelt_is_not_another(text, said):
+    with pytest.raises(MethodError, match=said):
+        parse_method(text)
+
+
 def test_methods_give_their_words():
     for method, text in (
         (Reuse(), "reuse"),

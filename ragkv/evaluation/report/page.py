@@ -9,7 +9,7 @@ from ragkv.errors import MissingPackageError
 from ragkv.evaluation.arms import FULL, FULL_DOCUMENTS
 from ragkv.evaluation.report import heatmap, scatter
 from ragkv.evaluation.report.series import CONTROLS, LINES, Arm, best, by_series, looks
-from ragkv.evaluation.summary import ALL, METRICS, Metric
+from ragkv.evaluation.summary import ALL, METRICS, Metric, of_fewer
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -71,19 +71,6 @@ def page(summary: dict[str, Any], tokens: dict[str, Any], metric: Metric) -> str
         heats=list(heatmap.heats(tokens)) if tokens else [],
         strips=heatmap.strips(tokens) if tokens else [],
         read=heatmap.text(tokens) if tokens else (),
-        left_out=[
-            *(
-                [("stopped early", f"{summary['slices'][ALL]} of {summary['cases']} cases asked")]
-                if summary["stopped"]
-                else []
-            ),
-            *((f"cases left out: {why}", count) for why, count in summary["left_out"].items()),
-        ],
-        refused=[
-            (f"{arm['name']} refused ({count} prompts)", why)
-            for arm in summary["arms"]
-            for why, count in arm["refused"].items()
-        ],
     )
 
 
@@ -93,7 +80,17 @@ def tables(summary: dict[str, Any], metric: Metric) -> str:
 
 
 def _render(name: str, summary: dict[str, Any], metric: Metric, **values: Any) -> str:
-    values |= {"summary": summary, "metric": metric, "ALL": ALL, "METRICS": METRICS}
+    values |= {"summary": summary, "metric": metric, "ALL": ALL, "METRICS": METRICS, "of_fewer": of_fewer}
+    stopped = f"{summary['slices'][ALL]} of {summary['cases']} cases asked"
+    values["left_out"] = [
+        *([("stopped early", stopped)] if summary["stopped"] else []),
+        *((f"cases left out: {why}", count) for why, count in summary["left_out"].items()),
+    ]
+    values["refused"] = [
+        (f"{arm['name']} refused ({count} prompts)", why)
+        for arm in summary["arms"]
+        for why, count in arm["refused"].items()
+    ]
     values["slices"] = [f"{name} ({count})" for name, count in summary["slices"].items()]
     values["ran"] = [arm for arm in summary["arms"] if arm["cost"]]
     return templates().get_template(name).render(values).strip() + "\n"

@@ -8,7 +8,7 @@ from math import ceil, floor, log10, sqrt
 from types import SimpleNamespace
 from typing import Any
 
-from ragkv.evaluation.report.series import CONTROLS, LINES, Look, by_series
+from ragkv.evaluation.report.series import CONTROLS, LINES, Look, by_series, comparable
 from ragkv.evaluation.statistics import pareto
 from ragkv.evaluation.summary import Metric
 
@@ -108,7 +108,9 @@ def plot(
         return Point(arm, looks[arm["name"]], cost, mean, x(cost), y(mean), y(least), y(most))
 
     points = {arm["name"]: point(arm) for arm in drawn}
-    real = [point for point in points.values() if point.look.family not in CONTROLS]
+    real = [
+        points[arm["name"]] for arm in comparable(drawn, metric, slice_) if looks[arm["name"]].family not in CONTROLS
+    ]
     front = [real[index] for index in pareto([(point.cost, metric.merit(point.score)) for point in real])]
     sweeps = [[points[arm["name"]] for arm in series] for series in by_series(drawn, looks).values()]
     lines = [(name, held[0]) for name, held in scores.items() if name in LINES]

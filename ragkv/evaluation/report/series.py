@@ -67,11 +67,16 @@ def by_series(arms: Iterable[Arm], looks: dict[str, Look]) -> dict[tuple[str, st
     return series
 
 
+def comparable(arms: Iterable[Arm], metric: Metric, slice_: str = ALL) -> list[Arm]:
+    """The arms with a score that were refused nothing: others may have been spared just the hard cases. All, where each was."""
+    scored = [arm for arm in arms if metric.name in arm["scores"][slice_]]
+    return [arm for arm in scored if not arm["refused"]] or scored
+
+
 def best(arms: Iterable[Arm], metric: Metric) -> Arm | None:
     """The arm that is best at a metric, the fastest of equals; ``None`` where none has a score."""
-    scored = [arm for arm in arms if metric.name in arm["scores"][ALL]]
     return max(
-        scored,
+        comparable(arms, metric),
         key=lambda arm: (metric.merit(arm["scores"][ALL][metric.name][0]), -arm["cost"]["ttft_ms"]),
         default=None,
     )
