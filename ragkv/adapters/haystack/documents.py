@@ -32,14 +32,23 @@ def fitting(filters: dict[str, Any]) -> Callable[[Listed], bool]:
     """Haystack's filters as a condition on the folder's documents: on their metadata, and ``source``.
 
     Raises:
-        ArgumentError: they are on something else, a passage's text say.
+        ArgumentError: they are on something else, a passage's text say; when it is asked: on the passages' pages or headings.
         ArgumentTypeError: they are no dict.
     """
     instance("filters", filters, Mapping, "a dict, as Haystack has it")
+    names = {name.removeprefix("meta.") for name in _names(filters)}
     wrong = sorted({name for name in _names(filters) if name.partition(".")[0] in _NOT_META})
     if wrong:
         raise ArgumentError(f"filters must be on meta, as 'meta.source', got {', '.join(wrong)}")
-    return lambda listed: document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
+
+    def fits(listed: Listed) -> bool:
+        each = {"page": listed.pages, "heading": listed.headings}
+        if of_passages := [name for name in each if name in names and each[name] and name not in listed.metadata]:
+            said = f"filters say which documents may be found: {', '.join(of_passages)} is a passage's, as in {listed.source}"
+            raise ArgumentError(said)
+        return document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
+
+    return fits
 
 
 def _names(filters: Any) -> list[str]:

@@ -81,7 +81,9 @@ class ChatRagKV(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {"model": self.model, "setting": self._engine.documents.setting, **self._options(None, {})}
+        engine = self._engine
+        own = {"model": self.model, "setting": engine.documents.setting, "method": str(engine.method)}
+        return {**own, **self._options(None, {})}
 
     def get_token_ids(self, text: str) -> list[int]:
         """The ids of a text, by the model's own tokenizer."""
@@ -247,7 +249,7 @@ def _role(message: BaseMessage) -> str:
 def _content(message: BaseMessage) -> str:
     parts = [message.content] if isinstance(message.content, str) else message.content
     texts = [part if isinstance(part, str) else part.get("text") for part in parts]
-    kinds = [part["type"] for part in parts if isinstance(part, dict) and part.get("type") != "text"]
+    kinds = [part["type"] for part in parts if isinstance(part, dict) and part.get("type", "text") != "text"]
     if kinds or not all(isinstance(text, str) for text in texts):
         raise ArgumentTypeError(f"a message must be text, got {(kinds or parts)!r:.80}")
     if getattr(message, "tool_calls", None):

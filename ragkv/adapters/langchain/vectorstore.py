@@ -16,7 +16,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from ragkv.adapters.langchain.documents import document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
 from ragkv.adapters.langchain.members import TOGETHER, Member, Members, added_here, as_added, in_order, kept
-from ragkv.adapters.parts import Cut, listed, remove, search
+from ragkv.adapters.parts import Cut, changing, listed, remove, search
 from ragkv.adapters.passages import all_of
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance, whole_number
 from ragkv.rag import RAG
@@ -155,7 +155,7 @@ class RagKVVectorStore(VectorStore):
         if ids is not None:
             self._put(all_of(ids, str, "ids must be a list of str"), {})
             return True
-        with self._members.lock:
+        with changing(self.rag.retriever.catalogue):
             for made in listed(self.rag):
                 if added_here(made.source):
                     self._remove(made.source)
@@ -203,6 +203,8 @@ class RagKVVectorStore(VectorStore):
         _no_more(options)
         whole_number("k", k)
         instance("lambda_mult", lambda_mult, int | float, "a number, 0 to 1")
+        if not 0 <= lambda_mult <= 1:
+            raise ArgumentError(f"lambda_mult must be a number, 0 to 1, got {lambda_mult}")
         hits = self._nearest(query, fetch_k, filter)
         with self.rag.retriever.catalogue.snapshot() as view:
             vectors = list(view.vectors(hit.passage_id for hit in hits))
@@ -215,7 +217,7 @@ class RagKVVectorStore(VectorStore):
         gone, homes = set(gone), defaultdict[str, dict[str, Member]](dict)
         for name, member in new.items():
             homes[member.source(name)][name] = member
-        with self._members.lock:
+        with changing(self.rag.retriever.catalogue):
             with self._members.view(self.rag.retriever.catalogue) as view:
                 there = {made.source for made, _ in self._members.find(view, gone).values()}
                 before = {source: self._members.read(view, source) for source in [*homes, *there]}

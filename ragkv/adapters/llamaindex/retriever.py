@@ -56,7 +56,8 @@ class RagKVRetriever(BaseRetriever):
         self._rag = rag
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return scored(self._rag.retrieve(query_bundle.query_str, **self.retrieval))
+        wanted = "\n".join(query_bundle.embedding_strs)  # the question; or what a transform says to look for instead
+        return scored(self._rag.retrieve(wanted, **self.retrieval))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await in_thread(self._rag.threads.pool(), partial(self._retrieve, query_bundle))
