@@ -36,16 +36,18 @@ def fitting(filters: dict[str, Any]) -> Callable[[Listed], bool]:
         ArgumentTypeError: they are no dict.
     """
     instance("filters", filters, Mapping, "a dict, as Haystack has it")
-    names = {name.removeprefix("meta.") for name in _names(filters)}
-    wrong = sorted({name for name in _names(filters) if name.partition(".")[0] in _NOT_META})
+    names = _names(filters)
+    wrong = sorted({name for name in names if name.partition(".")[0] in _NOT_META})
     if wrong:
         raise ArgumentError(f"filters must be on meta, as 'meta.source', got {', '.join(wrong)}")
+    asked = {name.removeprefix("meta.") for name in names}
 
     def fits(listed: Listed) -> bool:
-        each = {"page": listed.pages, "heading": listed.headings}
-        if of_passages := [name for name in each if name in names and each[name] and name not in listed.metadata]:
-            said = f"filters say which documents may be found: {', '.join(of_passages)} is a passage's, as in {listed.source}"
-            raise ArgumentError(said)
+        for name, shown in (("page", listed.pages), ("heading", listed.headings)):
+            if shown and name in asked and name not in listed.metadata:
+                raise ArgumentError(
+                    f"filters say which documents may be found: {name} is a passage's, as in {listed.source}"
+                )
         return document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
 
     return fits

@@ -180,8 +180,7 @@ class RagKVVectorStore(VectorStore):
             filter: metadata that a document must have, or a function that is given the document and says whether it is wanted.
             **options: none.
         """
-        _no_more(options)
-        return [found for found, _ in self.similarity_search_with_score(query, k, filter)]
+        return [found for found, _ in self.similarity_search_with_score(query, k, filter, **options)]
 
     def similarity_search_with_score(
         self, query: str, k: int = 4, filter: Filter | None = None, **options: Any

@@ -5,7 +5,7 @@ import gc
 import pytest
 from haystack import Pipeline
 
-from ragkv import RAG, ArgumentError, ArgumentTypeError
+from ragkv import RAG, ArgumentError, ArgumentTypeError, StoreError
 from ragkv.adapters.haystack import RagKVGenerator, RagKVRetriever
 from ragkv.adapters.haystack.folder import Folder, _opened
 from tests.rag.rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag
@@ -89,6 +89,11 @@ def test_what_they_cannot_be_made_of(rag):
         RagKVGenerator(rag, options={"device": "cpu"})
     with pytest.raises(ArgumentError, match="options must be what JSON can hold"):
         RagKVGenerator("kv/", options={"store": object()})
+    with pytest.raises(ArgumentError, match="the path of the folder is rag"):
+        RagKVGenerator("kv/", options={"path": "other/"})
+    for nowhere in ("", "k\0v"):
+        with pytest.raises(StoreError, match="path must be the path of a folder, got"):
+            RagKVRetriever(nowhere)
 
 
 def test_closing_leaves_a_rag_that_was_given(rag):

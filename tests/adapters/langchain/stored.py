@@ -21,11 +21,6 @@ def ids(documents):
     return [document.id for document in documents]
 
 
-def state(store):
-    rag = store.rag
-    return sorted((d.source, d.content_hash, str(d.metadata)) for d in rag.retriever.catalogue.documents())
-
-
 def contexts(store, documents):
     """What answers with these documents takes: ids and contexts of stored chunks."""
     engine = store.rag.engine

@@ -9,14 +9,13 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 
-from ragkv import DocumentError
 from ragkv.adapters.langchain import RagKVRetriever, RagKVVectorStore
 from ragkv.adapters.langchain.members import Members, references
 from ragkv.adapters.parts import changing
 from ragkv.retrieval import Catalogue, Snapshot
 from tests.rag.rags import open_rag
 
-from .stored import PARTS, TEXTS, contexts, ids, parts, state
+from .stored import PARTS, TEXTS, contexts, ids, parts
 
 
 def texts_of(store, source="langchain-source:port.md"):
@@ -173,16 +172,6 @@ def test_adding_one_by_one_looks_through_the_folder_once(store, monkeypatch):
     assert len(looked) <= 1
 
 
-def test_parts_that_cannot_be_added_add_nothing(store):
-    store.add_documents(parts())
-    before = state(store)
-    for text, said in ((" ", "blank"), ("\ud800", "not valid Unicode")):
-        bad = Document(id="bad", page_content=text, metadata={"source": "port.md", "page": 9})
-        with pytest.raises(DocumentError, match=said):
-            store.add_documents([Document(id="fine", page_content="fine"), bad])
-        assert state(store) == before
-
-
 def test_langchains_indexing_of_parts(store):
     documents = parts()
     manager = InMemoryRecordManager("test")
@@ -193,3 +182,5 @@ def test_langchains_indexing_of_parts(store):
     done = index(changed, manager, store, **options)
     assert (done["num_added"], done["num_deleted"]) == (1, 1)
     assert texts_of(store) == [document.page_content for document in changed]
+    done = index(changed[1:], manager, store, **options | {"cleanup": "full"})
+    assert (done["num_skipped"], done["num_deleted"], len(store.rag.documents())) == (2, 1, 4)

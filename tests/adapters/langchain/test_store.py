@@ -5,7 +5,6 @@ import math
 import pytest
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from langchain_core.indexing import InMemoryRecordManager, index
 
 from ragkv import (
     RAG,
@@ -20,7 +19,12 @@ from ragkv.adapters.langchain import LangChainEmbedder, RagKVEmbeddings, RagKVRe
 from ragkv.adapters.langchain.documents import passages_of
 from tests.rag.rags import DOCUMENTS, QUESTION, WordEmbedder, open_rag
 
-from .stored import PARTS, TEXTS, WHERE, contexts, ids, parts, state
+from .stored import PARTS, TEXTS, WHERE, contexts, ids, parts
+
+
+def state(store):
+    rag = store.rag
+    return sorted((d.source, d.content_hash, str(d.metadata)) for d in rag.retriever.catalogue.documents())
 
 
 def test_kv_are_made_when_documents_are_added(store, reads):
@@ -212,20 +216,6 @@ def test_what_is_no_filter_number_or_list_is_refused(store, wrong):
     ):
         with pytest.raises(ArgumentTypeError, match="must be"):
             ask()
-
-
-def test_langchains_indexing(store):
-    manager = InMemoryRecordManager("test")
-    documents = [Document(page_content=text, metadata={"source": "a"}) for text in TEXTS]
-    options = {"cleanup": "full", "source_id_key": "source", "key_encoder": "sha256"}
-    assert index(documents, manager, store, **options)["num_added"] == 3
-    assert index(documents[:2], manager, store, **options) == {
-        "num_added": 0,
-        "num_updated": 0,
-        "num_skipped": 2,
-        "num_deleted": 1,
-    }
-    assert len(store.rag.documents()) == 5
 
 
 def test_from_texts_in_a_folder(tmp_path):

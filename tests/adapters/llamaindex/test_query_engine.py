@@ -229,12 +229,6 @@ def test_postprocessors(rag):
     assert str(engine.query(QUESTION)) == "Empty Response"
 
 
-def test_neighbours(rag):
-    found = RagKVRetriever(rag, top_k=1, neighbours=1).retrieve(QUESTION)
-    assert [node.node.text for node in found] == [hit.text for hit in rag.retrieve(QUESTION, 1, 1)]
-    assert len(found) > 1
-
-
 def test_generation_arguments_of_a_call(rag):
     synthesizer, nodes = RagKVSynthesizer(rag, max_new_tokens=9), Found(texts(*FOREIGN)).retrieve(QUESTION)
     response = synthesizer.synthesize(QUESTION, nodes, max_new_tokens=2)
