@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -75,20 +76,17 @@ class RagKVVectorStore(VectorStore):
             DocumentError: as :meth:`add_texts`.
         """
         embedder = embedder_of(embedding)
-        if rag is None:
-            made = RAG.from_pretrained(embedder=embedder, **options)
-            try:
-                store = cls(made)
-                store.add_texts(texts, metadatas, ids=ids)
-            except BaseException:
-                made.close()
-                raise
-            return store
-        if options or (embedder is not None and embedder.fingerprint != rag.retriever.embedder.fingerprint):
-            said = f"with the embedder {rag.retriever.embedder.name!r}"
-            raise ArgumentError(f"rag is there already, {said}: leave out embedding and {sorted(options) or 'options'}")
-        store = cls(rag)
-        store.add_texts(texts, metadatas, ids=ids)
+        with ExitStack() as undone:
+            if rag is None:
+                rag = undone.enter_context(RAG.from_pretrained(embedder=embedder, **options))
+            elif options or (embedder is not None and embedder.fingerprint != rag.retriever.embedder.fingerprint):
+                said = f"with the embedder {rag.retriever.embedder.name!r}"
+                raise ArgumentError(
+                    f"rag is there already, {said}: leave out embedding and {sorted(options) or 'options'}"
+                )
+            store = cls(rag)
+            store.add_texts(texts, metadatas, ids=ids)
+            undone.pop_all()
         return store
 
     def add_texts(

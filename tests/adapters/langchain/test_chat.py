@@ -16,7 +16,7 @@ from ragkv import ArgumentTypeError, Engine, PromptError, UnknownArgumentError
 from ragkv.adapters.langchain import ChatRagKV, RagKVRetriever, RagKVVectorStore
 from ragkv.adapters.langchain.chat import _ROLES
 from ragkv.bundled import MODEL_PATH
-from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER
+from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER, open_rag
 
 
 def joined(documents):
@@ -98,6 +98,12 @@ async def test_in_an_event_loop(rag):
     assert (got.text, got.usage_metadata) == (want.text, want.usage_metadata)
     assert "".join(part.text for part in parts) == want.text and len(parts) > 3
     assert parts[-1].usage_metadata == want.usage_metadata
+
+
+async def test_a_copy_over_another_rag(rag, model):
+    with open_rag(model=model) as closed:
+        copy = ChatRagKV(rag=closed, max_tokens=2).model_copy(update={"rag": rag})
+    assert (await copy.ainvoke(QUESTION)).text == copy.invoke(QUESTION).text
 
 
 @pytest.mark.parametrize("how", ["ainvoke", "astream"])

@@ -5,7 +5,7 @@ import json
 import pytest
 from langchain_core.runnables import ConfigurableField
 
-from ragkv import RetrievalError, UnknownArgumentError
+from ragkv import UnknownArgumentError
 from ragkv.adapters.langchain import RagKVRetriever
 from ragkv.adapters.passages import REFERENCE
 from tests.rag.rags import QUESTION, open_rag
@@ -42,10 +42,3 @@ def test_a_retriever_whose_fields_a_call_may_say(rag):
     }
     with pytest.raises(UnknownArgumentError, match="retrieval has no option neighbors"):
         by_call.invoke(QUESTION, {"configurable": {"options": {"neighbors": 0}}})
-
-
-def test_a_retriever_is_told_what_is_wrong(rag):
-    with pytest.raises(RetrievalError, match="question must be"):
-        RagKVRetriever(rag=rag).invoke(" ")
-    with pytest.raises(RetrievalError, match="0"):
-        RagKVRetriever(rag=rag).invoke(QUESTION, k=0)
