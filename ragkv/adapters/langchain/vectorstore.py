@@ -253,6 +253,11 @@ class RagKVVectorStore(VectorStore):
     def _nearest(self, query: str, k: int, wanted: Filter | None) -> list[Hit]:
         """The nearest passages that are wanted."""
         instance("filter", wanted, Mapping | Callable | None, "a dict of metadata, or a function of a document")
+        parts = [wanted, *wanted.values()] if isinstance(wanted, Mapping) else []
+        signs = [name for part in parts if isinstance(part, Mapping) for name in part if str(name).startswith("$")]
+        if signs:
+            said = "filter takes values that are equal, or a function, and no"
+            raise ArgumentError(f"{said} {signs[0]}: a RagKVRetriever has it, as where=")
         kept = search(self.rag, query, k, None if wanted is None else partial(_wanted, wanted=wanted))
         remember(self.rag, kept)
         return kept

@@ -62,6 +62,9 @@ def test_filters(store):
     assert found({"kind": "mill", "page": 2}) == ["b"]
     assert found({"tags": ["old"]}) == ["c"]
     assert found({"nothing": None}) == []
+    for other in ({"page": {"$gt": 1}}, {"$and": [{"page": 1}]}):  # as other stores write it
+        with pytest.raises(ArgumentError, match=r"filter takes values that are equal, or a function, and no \$"):
+            found(other)
     assert found(lambda document: document.metadata["page"] < 2) == ["a"]
     with_score = store.similarity_search_with_score("Clearport", k=1, filter={"page": 2})
     assert ids(document for document, _ in with_score) == ["b"]
