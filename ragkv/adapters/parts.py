@@ -98,8 +98,10 @@ class Cut(TokenChunker):
 
 
 def changing(catalogue: Catalogue) -> RLock:
-    """What all adapters over a folder hold from looking at its documents to changing them. It comes before any snapshot:
-    whoever waited for it in one would hold up a fork."""
+    """What all adapters over a folder hold from looking at its documents to changing them.
+
+    It comes before any snapshot: whoever waited for it in one would hold up a fork.
+    """
     return _changing.setdefault(catalogue, ForkedLock()).held
 
 
