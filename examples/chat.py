@@ -17,7 +17,9 @@ from ragkv import bundled
 def main() -> None:
     """Add files, then answer line by line."""
     parser = argparse.ArgumentParser(description="A conversation over documents.")
-    parser.add_argument("files", nargs="*", help="files and folders; the bundled documents by default")
+    parser.add_argument(
+        "files", nargs="*", help="files and folders; by default what the folder has, or the bundled documents"
+    )
     parser.add_argument(
         "--model", help="name or path of a transformers decoder; by default the folder's own, or bundled"
     )
@@ -28,7 +30,7 @@ def main() -> None:
     with ragkv.RAG.from_pretrained(args.model, path=args.path) as rag:
         if args.files:
             rag.add_files(args.files)
-        else:
+        elif not rag.documents():
             documents = bundled.documents()
             rag.add_texts(list(documents.values()), list(documents))
         session = rag.session(system=args.system)

@@ -40,7 +40,9 @@ def main() -> None:
     """Add files, ask a question by two pipelines."""
     parser = argparse.ArgumentParser(description="Haystack over ragkv.")
     parser.add_argument("question", nargs="?", default="On which river does Clearport lie?")
-    parser.add_argument("--files", nargs="*", help="files and folders; some bundled documents by default")
+    parser.add_argument(
+        "--files", nargs="*", help="files and folders; by default what the folder has, or some bundled documents"
+    )
     parser.add_argument("--model", help="name or path of a transformers decoder")
     parser.add_argument(
         "--path", help="folder that keeps documents, vectors and KV; by default one that goes at the end"
@@ -52,7 +54,7 @@ def main() -> None:
         with RAG.from_pretrained(args.model, path=path) as rag:
             if args.files:
                 rag.add_files(args.files)
-            else:
+            elif not rag.documents():
                 documents = dict(list(bundled.documents().items())[:6])
                 rag.add_texts(list(documents.values()), list(documents))
 

@@ -17,7 +17,9 @@ def main() -> None:
     """Add files, ask a question twice: in one piece, and as a stream."""
     parser = argparse.ArgumentParser(description="LangChain over ragkv.")
     parser.add_argument("question", nargs="?", default="On which river does Clearport lie?")
-    parser.add_argument("--files", nargs="*", help="files and folders; the bundled documents by default")
+    parser.add_argument(
+        "--files", nargs="*", help="files and folders; by default what the folder has, or the bundled documents"
+    )
     parser.add_argument("--model", help="name or path of a transformers decoder")
     parser.add_argument("--path", help="folder that keeps documents, vectors and KV")
     args = parser.parse_args()
@@ -25,7 +27,7 @@ def main() -> None:
     with RAG.from_pretrained(args.model, path=args.path) as rag:
         if args.files:
             rag.add_files(args.files)
-        else:
+        elif not rag.documents():
             documents = bundled.documents()
             rag.add_texts(list(documents.values()), list(documents))
 

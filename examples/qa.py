@@ -17,7 +17,9 @@ from ragkv import bundled
 def main() -> None:
     """Add files, ask questions."""
     parser = argparse.ArgumentParser(description="Files in, questions answered.")
-    parser.add_argument("files", nargs="*", help="files and folders; the bundled documents by default")
+    parser.add_argument(
+        "files", nargs="*", help="files and folders; by default what the folder has, or the bundled documents"
+    )
     parser.add_argument("--question", action="append", help="may be given several times")
     parser.add_argument(
         "--model", help="name or path of a transformers decoder; by default the folder's own, or bundled"
@@ -30,7 +32,7 @@ def main() -> None:
         if args.files:
             added = rag.add_files(args.files)
         else:
-            documents = bundled.documents()
+            documents = {} if rag.documents() else bundled.documents()
             added = rag.add_texts(list(documents.values()), list(documents))
         print(f"{len(added.changes)} document(s), {added.tokens_read} tokens read")
         for skipped in added.skipped:

@@ -45,15 +45,19 @@ def web(rag: ragkv.RAG, max_new_tokens: int = 64) -> FastAPI:
 def main() -> None:
     """Add files, serve."""
     parser = argparse.ArgumentParser(description="Questions in, answers out as server-sent events.")
-    parser.add_argument("files", nargs="*", help="files and folders; the bundled documents by default")
-    parser.add_argument("--model", default="bundled", help="name or path of a transformers decoder")
+    parser.add_argument(
+        "files", nargs="*", help="files and folders; by default what the folder has, or the bundled documents"
+    )
+    parser.add_argument(
+        "--model", help="name or path of a transformers decoder; by default the folder's own, or bundled"
+    )
     parser.add_argument("--path", help="folder that keeps documents, vectors and KV")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     with ragkv.RAG.from_pretrained(args.model, path=args.path) as rag:
         if args.files:
             rag.add_files(args.files)
-        else:
+        elif not rag.documents():
             documents = bundled.documents()
             rag.add_texts(list(documents.values()), list(documents))
         uvicorn.run(web(rag), port=args.port)

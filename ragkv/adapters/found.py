@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ragkv.adapters.passages import Passage
@@ -44,6 +44,11 @@ class FoundPassages:
                 self._passages[passage.text] = passage
             for text in list(self._passages)[:-_REMEMBERED]:
                 del self._passages[text]
+
+    def reference(self, text: Any) -> Any:
+        """That of the last passage that was found with a text; None where none was."""
+        with self._lock.held:
+            return self._passages[text].reference if isinstance(text, str) and text in self._passages else None
 
     def split(self, text: str) -> tuple[list[Passage], str]:
         """The passages that stand in front of a question, and the text without them.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from itertools import accumulate
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,15 +14,17 @@ from ragkv.answering import AnswerStream
 from ragkv.chunk import Chunk
 from ragkv.engine import Engine
 from ragkv.errors import DocumentError
+from ragkv.forks import ForkedLock
 from ragkv.messages import Question
 from ragkv.model.generation import Settings
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
 from ragkv.request import Request, scheduling
-from ragkv.retrieval import Change, Document, Hit, Retrieval, TokenChunker
+from ragkv.retrieval import Catalogue, Change, Document, Hit, Retrieval, TokenChunker
 from ragkv.streaming import AsyncAnswerStream, Threads
 
 _of_engines: WeakKeyDictionary[Engine, Threads] = WeakKeyDictionary()
+_changing: WeakKeyDictionary[Catalogue, ForkedLock] = WeakKeyDictionary()
 _BETWEEN = "\n\n"
 
 
@@ -92,6 +95,14 @@ class Cut(TokenChunker):
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where the passages of a text stand."""
         return self._spans.get(text, [(0, len(text))])
+
+
+def changing(catalogue: Catalogue) -> RLock:
+    """What all adapters over a folder hold from looking at its documents to changing them.
+
+    It comes before any snapshot: whoever waited for it in one would hold up a fork.
+    """
+    return _changing.setdefault(catalogue, ForkedLock()).held
 
 
 def listed(rag: RAG) -> list[Document]:

@@ -39,7 +39,8 @@ def printed(tmp_path_factory):
     (folder / "broken.pdf").write_bytes(b"\0")
     arguments = {
         "qa.py": [str(folder), "--question", QUESTION, "--path", str(folder / "qa")],
-        "langchain_qa.py": [QUESTION],
+        "chat.py": [str(folder), "--path", str(folder / "talked")],
+        "langchain_qa.py": [QUESTION, "--path", str(folder / "talked")],  # which has documents
         "your_own_retriever.py": [QUESTION],
     }
     programs = [
@@ -100,8 +101,10 @@ def test_other_frameworks(printed, program, found):
 
 def test_langchain_qa(printed):
     out = printed["langchain_qa.py"]
-    assert out.startswith(f"{QUESTION}\n  Exe\n") and "  - clearport.md, " in out
-    assert "chunks by where their KV came from: {'cpu': 4}" in out and out.endswith("\nExe|\n")
+    sources = re.findall("^  - (.*?), ", out, re.MULTILINE)
+    assert out.startswith(f"{QUESTION}\n  Exe\n")
+    assert [Path(source).name for source in sources] == ["clearport.md"] * 2, "the folder's own, and no others"
+    assert "chunks by where their KV came from: {'disk': 2}" in out and out.endswith("\nExe|\n")
 
 
 def test_a_program_of_langchain_changes_in_few_lines(printed):

@@ -32,14 +32,25 @@ def fitting(filters: dict[str, Any]) -> Callable[[Listed], bool]:
     """Haystack's filters as a condition on the folder's documents: on their metadata, and ``source``.
 
     Raises:
-        ArgumentError: they are on something else, a passage's text say.
+        ArgumentError: they are on something else, a passage's text say; when it is asked: on the passages' pages or headings.
         ArgumentTypeError: they are no dict.
     """
     instance("filters", filters, Mapping, "a dict, as Haystack has it")
-    wrong = sorted({name for name in _names(filters) if name.partition(".")[0] in _NOT_META})
+    names = _names(filters)
+    wrong = sorted({name for name in names if name.partition(".")[0] in _NOT_META})
     if wrong:
         raise ArgumentError(f"filters must be on meta, as 'meta.source', got {', '.join(wrong)}")
-    return lambda listed: document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
+    asked = {name.removeprefix("meta.") for name in names}
+
+    def fits(listed: Listed) -> bool:
+        for name, shown in (("page", listed.pages), ("heading", listed.headings)):
+            if shown and name in asked and name not in listed.metadata:
+                raise ArgumentError(
+                    f"filters say which documents may be found: {name} is a passage's, as in {listed.source}"
+                )
+        return document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
+
+    return fits
 
 
 def _names(filters: Any) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ragkv.engine import Engine
 from ragkv.errors import ArgumentError, instance
+from ragkv.folder.filesystem import folder_path
 from ragkv.forks import ForkedLock
 from ragkv.rag import RAG
 
@@ -39,7 +40,8 @@ class Folder:
 
     Raises:
         ArgumentTypeError: it is none of these.
-        ArgumentError: options for what is open already, or that JSON cannot hold.
+        ArgumentError: options for what is open already, or that JSON cannot hold, or the path among them.
+        StoreError: no folder can be called so.
     """
 
     def __init__(self, rag: RAG | Engine | str | os.PathLike[str], options: dict[str, Any] | None = None):
@@ -54,8 +56,11 @@ class Folder:
                 raise ArgumentError(f"options {sorted(options)} are for a folder that is given by its path")
             self._held = rag
             return
+        if "path" in self._options:
+            raise ArgumentError("the path of the folder is rag, and no option")
+        path = os.path.realpath(folder_path(rag))
         try:
-            self._key = (os.path.realpath(rag), json.dumps(self._options, sort_keys=True))
+            self._key = (path, json.dumps(self._options, sort_keys=True))
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"options must be what JSON can hold: {error}; or give a ragkv.RAG") from error
 

@@ -19,7 +19,7 @@ from ragkv.adapters.haystack.folder import Folder, OverFolder
 from ragkv.adapters.parts import model_name, streamed, threads_of, usage
 from ragkv.adapters.passages import HandedOver, all_of, documents_of, engine_of, hand_over
 from ragkv.engine import Engine
-from ragkv.errors import ArgumentTypeError, no_question
+from ragkv.errors import ArgumentTypeError, instance, no_question
 from ragkv.rag import RAG
 from ragkv.report import AnswerReport
 from ragkv.streaming import in_thread, stoppable
@@ -51,7 +51,7 @@ class RagKVGenerator(OverFolder):
             streaming_callback: called with each piece of the answer.
             options: of :meth:`ragkv.RAG.from_pretrained`, for a path.
         """
-        self.generation_kwargs: dict[str, Any] = generation_kwargs or {}
+        self.generation_kwargs: dict[str, Any] = _options(generation_kwargs)
         self.streaming_callback: StreamingCallbackT | None = streaming_callback
         self._folder = Folder(rag, options)
 
@@ -101,7 +101,8 @@ class RagKVGenerator(OverFolder):
         documents = _asked(query, documents)
         if not documents:
             return _nothing()
-        engine, options = engine_of(self._folder.open()), {**self.generation_kwargs, **(generation_kwargs or {})}
+        options = {**self.generation_kwargs, **_options(generation_kwargs)}
+        engine = engine_of(self._folder.open())
         handed = hand_over(engine, map(passage_of, documents), documents_of(engine, options))
         if callback is None:
             answer = engine.generate(handed.chunks, query, **options)
@@ -126,9 +127,9 @@ class RagKVGenerator(OverFolder):
         documents = _asked(query, documents)
         if not documents:
             return _nothing()
+        options = {**self.generation_kwargs, **_options(generation_kwargs)}
         opened = await asyncio.to_thread(self._folder.open)
-        engine, options = engine_of(opened), {**self.generation_kwargs, **(generation_kwargs or {})}
-        pool = threads_of(opened).pool()
+        engine, pool = engine_of(opened), threads_of(opened).pool()
         handed = await in_thread(
             pool, lambda: hand_over(engine, map(passage_of, documents), documents_of(engine, options))
         )
@@ -146,6 +147,11 @@ class RagKVGenerator(OverFolder):
 
     def _piece(self, text: str, start: bool) -> StreamingChunk:
         return StreamingChunk(content=text, index=0, start=start, component_info=ComponentInfo.from_component(self))
+
+
+def _options(generation_kwargs: Any) -> dict[str, Any]:
+    instance("generation_kwargs", generation_kwargs, dict | None, "a dict of what model.generate takes")
+    return dict(generation_kwargs or {})
 
 
 def _asked(query: Any, documents: Any) -> list[Document]:

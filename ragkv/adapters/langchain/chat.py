@@ -12,7 +12,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
+from pydantic import ConfigDict, Field, SecretStr
 
 from ragkv.adapters.found import FoundPassages
 from ragkv.adapters.parts import model_name, prompt_tokens, threads_of
@@ -23,7 +23,7 @@ from ragkv.engine import Engine
 from ragkv.errors import ArgumentTypeError
 from ragkv.rag import RAG
 from ragkv.report import Answer, AnswerReport
-from ragkv.streaming import AsyncAnswerStream, Threads, stoppable
+from ragkv.streaming import AsyncAnswerStream, stoppable
 
 _ROLES = {HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system"}
 
@@ -63,13 +63,11 @@ class ChatRagKV(BaseChatModel):
     max_retries: int | None = None
     api_key: SecretStr | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
-    _threads: Threads = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
-        """The model's name, and the threads of the RAG, where there is one."""
+        """The model's name."""
         super().model_post_init(context)
         self.model = self.model or model_name(self._engine)
-        self._threads = threads_of(self.rag)
 
     @property
     def _engine(self) -> Engine:
@@ -81,7 +79,9 @@ class ChatRagKV(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {"model": self.model, "setting": self._engine.documents.setting, **self._options(None, {})}
+        engine = self._engine
+        own = {"model": self.model, "setting": engine.documents.setting, "method": str(engine.method)}
+        return {**own, **self._options(None, {})}
 
     def get_token_ids(self, text: str) -> list[int]:
         """The ids of a text, by the model's own tokenizer."""
@@ -104,7 +104,7 @@ class ChatRagKV(BaseChatModel):
         **generation: Any,
     ) -> ChatResult:
         whole = partial(self._whole, messages)
-        return self._result(*await stoppable(self._threads.pool(), whole, **self._options(stop, generation)))
+        return self._result(*await stoppable(threads_of(self.rag).pool(), whole, **self._options(stop, generation)))
 
     def _stream(
         self,
@@ -131,7 +131,7 @@ class ChatRagKV(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         start = partial(self._pieces, messages)
         async with aclosing(
-            AsyncAnswerStream(start, self._threads.pool(), **self._options(stop, generation))
+            AsyncAnswerStream(start, threads_of(self.rag).pool(), **self._options(stop, generation))
         ) as pieces:
             async for piece in pieces:
                 part = _part(piece)
@@ -247,7 +247,7 @@ def _role(message: BaseMessage) -> str:
 def _content(message: BaseMessage) -> str:
     parts = [message.content] if isinstance(message.content, str) else message.content
     texts = [part if isinstance(part, str) else part.get("text") for part in parts]
-    kinds = [part["type"] for part in parts if isinstance(part, dict) and part.get("type") != "text"]
+    kinds = [part["type"] for part in parts if isinstance(part, dict) and part.get("type", "text") != "text"]
     if kinds or not all(isinstance(text, str) for text in texts):
         raise ArgumentTypeError(f"a message must be text, got {(kinds or parts)!r:.80}")
     if getattr(message, "tool_calls", None):

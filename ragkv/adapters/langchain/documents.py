@@ -36,13 +36,15 @@ def passages_of(documents: Sequence[Any], engine: Engine, namespace: str) -> lis
         (getattr(one, "page_content", None), getattr(one, "metadata", None) or {}, getattr(one, "id", None))
         for one in documents
     ]
-    # The vector store's documents come back as they went in: their ids say where they are.
+    # The vector store's documents come back as they went in: their ids say where they are, and their texts where a compressor
+    # of LangChain's has lost the ids.
     places = references(engine, namespace, [name for _, said, name in found if name and REFERENCE not in said])
+    lately = FoundPassages.of(engine)
     return [
         Passage(
             text,
             f"document {number} ({name or said.get('source') or 'without id'})",
-            said.get(REFERENCE, places.get(str(name))),
+            said.get(REFERENCE, places.get(str(name)) if name else lately.reference(text)),
         )
         for number, (text, said, name) in enumerate(found, 1)
     ]

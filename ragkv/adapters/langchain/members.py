@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,8 +9,8 @@ from weakref import WeakKeyDictionary
 
 from langchain_core.documents import Document
 
+from ragkv.adapters.parts import changing
 from ragkv.engine import Engine
-from ragkv.forks import anew_in_forks
 from ragkv.library.catalogued import CataloguedDocuments
 from ragkv.retrieval import Catalogue, Change, Snapshot
 from ragkv.retrieval import Document as Listed
@@ -46,9 +45,9 @@ class Member(NamedTuple):
 
 
 class Members:
-    """Where the members of a catalogue's documents stand. Safe for several threads.
+    """Where the members of a catalogue's documents stand.
 
-    Whoever changes several holds :attr:`lock` from looking to :meth:`follow`.
+    Whoever changes several holds the catalogue's lock (:func:`~ragkv.adapters.parts.changing`) from looking to :meth:`follow`.
 
     Args:
         namespace: whose documents these are.
@@ -61,12 +60,6 @@ class Members:
         self._places: dict[str, tuple[str, int]] = {}
         self._names: dict[str, list[str]] = {}
         self._state: str | None = None
-        self.anew()
-        anew_in_forks(self)
-
-    def anew(self) -> None:
-        """In a fork: nobody looks or changes yet."""
-        self.lock: threading.RLock = threading.RLock()
 
     @classmethod
     def of(cls, catalogue: Catalogue, namespace: str) -> Members:
@@ -75,12 +68,12 @@ class Members:
 
     @contextmanager
     def view(self, catalogue: Catalogue) -> Iterator[Snapshot]:
-        """The catalogue as it is now. :attr:`lock` comes first: whoever waited for it in a snapshot would hold up a fork.
+        """The catalogue as it is now, and its lock.
 
         Args:
             catalogue: whose documents' members these are.
         """
-        with self.lock, catalogue.snapshot() as view:
+        with changing(catalogue), catalogue.snapshot() as view:
             yield view
 
     def find(self, view: Snapshot, names: Iterable[str]) -> dict[str, tuple[Listed, int]]:
@@ -108,10 +101,9 @@ class Members:
 
     def follow(self, change: Change, names: Iterable[str]) -> None:
         """A document has changed, and has these members now."""
-        with self.lock:
-            if self._state == change.states[0]:
-                self._put(change.document.source, names)
-                self._state = change.states[1]
+        if self._state == change.states[0]:
+            self._put(change.document.source, names)
+            self._state = change.states[1]
 
     def _look(self, view: Snapshot) -> None:
         """Learns what there is, unless nothing has changed but what :meth:`follow` was told."""
@@ -150,8 +142,14 @@ def as_added(source: str, metadata: dict[str, Any], position: int, text: str) ->
 
 
 def in_order(members: dict[str, Member]) -> dict[str, Member]:
-    """Members of one source by where they stand in it."""
-    return dict(sorted(members.items(), key=lambda item: item[1].place))
+    """Members of one source by where they stand in it.
+
+    Where two say the same ``start_index``, on the same page, it was counted from something smaller than that, a section say:
+    then it orders nothing, and they stay as they were added.
+    """
+    places = [member.place for member in members.values() if member.place[-1] >= 0]
+    known = slice(None if len(set(places)) == len(places) else -1)
+    return dict(sorted(members.items(), key=lambda item: item[1].place[known]))
 
 
 def added_here(source: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from ragkv.adapters.langchain.documents import document_of, remember
 from ragkv.adapters.langchain.embeddings import RagKVEmbeddings, embedder_of
 from ragkv.adapters.langchain.members import TOGETHER, Member, Members, added_here, as_added, in_order, kept
-from ragkv.adapters.parts import Cut, listed, remove, search
+from ragkv.adapters.parts import Cut, changing, listed, remove, search
 from ragkv.adapters.passages import all_of
 from ragkv.errors import ArgumentError, DocumentError, UnknownArgumentError, instance, whole_number
 from ragkv.rag import RAG
@@ -75,20 +76,17 @@ class RagKVVectorStore(VectorStore):
             DocumentError: as :meth:`add_texts`.
         """
         embedder = embedder_of(embedding)
-        if rag is None:
-            made = RAG.from_pretrained(embedder=embedder, **options)
-            try:
-                store = cls(made)
-                store.add_texts(texts, metadatas, ids=ids)
-            except BaseException:
-                made.close()
-                raise
-            return store
-        if options or (embedder is not None and embedder.fingerprint != rag.retriever.embedder.fingerprint):
-            said = f"with the embedder {rag.retriever.embedder.name!r}"
-            raise ArgumentError(f"rag is there already, {said}: leave out embedding and {sorted(options) or 'options'}")
-        store = cls(rag)
-        store.add_texts(texts, metadatas, ids=ids)
+        with ExitStack() as undone:
+            if rag is None:
+                rag = undone.enter_context(RAG.from_pretrained(embedder=embedder, **options))
+            elif options or (embedder is not None and embedder.fingerprint != rag.retriever.embedder.fingerprint):
+                said = f"with the embedder {rag.retriever.embedder.name!r}"
+                raise ArgumentError(
+                    f"rag is there already, {said}: leave out embedding and {sorted(options) or 'options'}"
+                )
+            store = cls(rag)
+            store.add_texts(texts, metadatas, ids=ids)
+            undone.pop_all()
         return store
 
     def add_texts(
@@ -155,7 +153,7 @@ class RagKVVectorStore(VectorStore):
         if ids is not None:
             self._put(all_of(ids, str, "ids must be a list of str"), {})
             return True
-        with self._members.lock:
+        with changing(self.rag.retriever.catalogue):
             for made in listed(self.rag):
                 if added_here(made.source):
                     self._remove(made.source)
@@ -180,8 +178,7 @@ class RagKVVectorStore(VectorStore):
             filter: metadata that a document must have, or a function that is given the document and says whether it is wanted.
             **options: none.
         """
-        _no_more(options)
-        return [found for found, _ in self.similarity_search_with_score(query, k, filter)]
+        return [found for found, _ in self.similarity_search_with_score(query, k, filter, **options)]
 
     def similarity_search_with_score(
         self, query: str, k: int = 4, filter: Filter | None = None, **options: Any
@@ -203,6 +200,8 @@ class RagKVVectorStore(VectorStore):
         _no_more(options)
         whole_number("k", k)
         instance("lambda_mult", lambda_mult, int | float, "a number, 0 to 1")
+        if not 0 <= lambda_mult <= 1:
+            raise ArgumentError(f"lambda_mult must be a number, 0 to 1, got {lambda_mult}")
         hits = self._nearest(query, fetch_k, filter)
         with self.rag.retriever.catalogue.snapshot() as view:
             vectors = list(view.vectors(hit.passage_id for hit in hits))
@@ -215,7 +214,7 @@ class RagKVVectorStore(VectorStore):
         gone, homes = set(gone), defaultdict[str, dict[str, Member]](dict)
         for name, member in new.items():
             homes[member.source(name)][name] = member
-        with self._members.lock:
+        with changing(self.rag.retriever.catalogue):
             with self._members.view(self.rag.retriever.catalogue) as view:
                 there = {made.source for made, _ in self._members.find(view, gone).values()}
                 before = {source: self._members.read(view, source) for source in [*homes, *there]}
@@ -254,6 +253,11 @@ class RagKVVectorStore(VectorStore):
     def _nearest(self, query: str, k: int, wanted: Filter | None) -> list[Hit]:
         """The nearest passages that are wanted."""
         instance("filter", wanted, Mapping | Callable | None, "a dict of metadata, or a function of a document")
+        parts = [wanted, *wanted.values()] if isinstance(wanted, Mapping) else []
+        signs = [name for part in parts if isinstance(part, Mapping) for name in part if str(name).startswith("$")]
+        if signs:
+            said = "filter takes values that are equal, or a function, and no"
+            raise ArgumentError(f"{said} {signs[0]}: a RagKVRetriever has it, as where=")
         kept = search(self.rag, query, k, None if wanted is None else partial(_wanted, wanted=wanted))
         remember(self.rag, kept)
         return kept

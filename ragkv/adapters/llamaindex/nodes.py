@@ -48,11 +48,6 @@ def node_of(hit: Hit) -> BaseNode:
     return _referring(node, reference(hit))
 
 
-def scored(hits: list[Hit]) -> list[NodeWithScore]:
-    """Passages as nodes with their scores."""
-    return [NodeWithScore(node=node_of(hit), score=hit.score) for hit in hits]
-
-
 def shown(node: BaseNode) -> str:
     """What a model is shown of a node."""
     return node.get_content(metadata_mode=MetadataMode.LLM)

@@ -9,7 +9,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import IndexNode, NodeWithScore, QueryBundle
 
-from ragkv.adapters.llamaindex.nodes import scored
+from ragkv.adapters.llamaindex.nodes import node_of
 from ragkv.errors import instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Retrieval
@@ -56,7 +56,10 @@ class RagKVRetriever(BaseRetriever):
         self._rag = rag
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return scored(self._rag.retrieve(query_bundle.query_str, **self.retrieval))
+        wanted = "\n".join(query_bundle.embedding_strs)  # the question; or what a transform says to look for instead
+        return [
+            NodeWithScore(node=node_of(hit), score=hit.score) for hit in self._rag.retrieve(wanted, **self.retrieval)
+        ]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await in_thread(self._rag.threads.pool(), partial(self._retrieve, query_bundle))

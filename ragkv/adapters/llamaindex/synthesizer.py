@@ -61,13 +61,12 @@ class RagKVSynthesizer(BaseSynthesizer):
     ):
         self.generation: dict[str, Any] = generation
         self._engine, self._threads = engine_of(rag), threads_of(rag)
-        llm = RagKVLLM(rag, generation)
-        count = partial(_tokens, self._engine)
+        llm, ids = RagKVLLM(rag, generation), self._engine.encoder.ids
         super().__init__(
             llm=llm,
             callback_manager=callback_manager,
-            prompt_helper=PromptHelper.from_llm_metadata(llm.metadata, tokenizer=count),
-            chat_prompt_helper=ChatPromptHelper.from_llm_metadata(llm.metadata, tokenizer=count),
+            prompt_helper=PromptHelper.from_llm_metadata(llm.metadata, tokenizer=lambda text: list(ids(text))),
+            chat_prompt_helper=ChatPromptHelper.from_llm_metadata(llm.metadata, tokenizer=lambda text: list(ids(text))),
             streaming=streaming,
             empty_response=empty_response,
         )
@@ -190,10 +189,6 @@ class RagKVQueryEngine(RetrieverQueryEngine):
         look = partial(check, self._rag.engine, query_bundle.query_str, self._answers.generation)
         await in_thread(self._rag.threads.pool(), look)
         return await super()._aquery(query_bundle)
-
-
-def _tokens(engine: Engine, text: str) -> list[int]:
-    return list(engine.encoder.ids(text))
 
 
 def _pieces(stream: AnswerStream, facts: dict[str, Any]) -> Generator[str, None, None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from llama_index.core.vector_stores.types import (
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from ragkv.adapters.llamaindex.nodes import ADDED, NODES, kept, node_of, nodes_of, ordered, shown
-from ragkv.adapters.parts import Cut, document, listed, remove, search
+from ragkv.adapters.parts import Cut, changing, document, listed, remove, search
 from ragkv.adapters.passages import all_of
 from ragkv.errors import ArgumentError, DocumentError, instance
 from ragkv.rag import RAG
@@ -44,7 +43,6 @@ class RagKVVectorStore(BasePydanticVectorStore):
     stores_text: bool = True
     is_embedding_query: bool = False
     _rag: RAG = PrivateAttr()
-    _lock: Any = PrivateAttr(default_factory=threading.RLock)
 
     def __init__(self, rag: RAG):
         instance("rag", rag, RAG, "a ragkv.RAG, as ragkv.RAG.open('kv/')")
@@ -80,13 +78,13 @@ class RagKVVectorStore(BasePydanticVectorStore):
             if fields.setdefault(node.node_id, said := kept(node)) != said:
                 raise DocumentError(f"two nodes have the id {node.node_id!r}: nothing was added")
             new.setdefault(_source(node), {})[node.node_id] = node
-        with self._lock:
+        with changing(self._rag.retriever.catalogue):
             self._put({source: {**self._nodes(source), **added} for source, added in new.items()})
         return [node.node_id for node in nodes]
 
     def delete(self, ref_doc_id: str, **_: Any) -> None:
         """Remove the nodes of a document, and the KV that nobody else needs. One that is not there is fine."""
-        with self._lock:
+        with changing(self._rag.retriever.catalogue):
             remove(self._rag, f"{ADDED}{ref_doc_id}")
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
@@ -97,7 +95,7 @@ class RagKVVectorStore(BasePydanticVectorStore):
     def delete_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **_: Any) -> None:
         """Remove nodes by id or by metadata; those behind them in their document are read again."""
         wanted = _wanted(filters, node_ids)
-        with self._lock:
+        with changing(self._rag.retriever.catalogue):
             for source, nodes in self._all().items():
                 left = {name: node for name, node in nodes.items() if not wanted(node)}
                 if not left:
@@ -124,23 +122,37 @@ class RagKVVectorStore(BasePydanticVectorStore):
         nodes = [node_of(hit) for hit in hits]
         return VectorStoreQueryResult(nodes, [hit.score for hit in hits], [node.node_id for node in nodes])
 
-    async def async_add(self, nodes: Sequence[BaseNode], **options: Any) -> list[str]:
+    async def async_add(self, nodes: Sequence[BaseNode], **_: Any) -> list[str]:
         """:meth:`add` in an event loop, which goes on meanwhile."""
-        return await in_thread(self._rag.threads.pool(), partial(self.add, nodes, **options))
+        return await self._beside(self.add, nodes)
 
-    async def adelete(self, ref_doc_id: str, **options: Any) -> None:
+    async def adelete(self, ref_doc_id: str, **_: Any) -> None:
         """:meth:`delete` in an event loop, which goes on meanwhile."""
-        await in_thread(self._rag.threads.pool(), partial(self.delete, ref_doc_id, **options))
+        await self._beside(self.delete, ref_doc_id)
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        """:meth:`get_nodes` in an event loop, which goes on meanwhile."""
+        return await self._beside(self.get_nodes, node_ids, filters)
 
     async def adelete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **options: Any
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **_: Any
     ) -> None:
         """:meth:`delete_nodes` in an event loop, which goes on meanwhile."""
-        await in_thread(self._rag.threads.pool(), partial(self.delete_nodes, node_ids, filters, **options))
+        await self._beside(self.delete_nodes, node_ids, filters)
 
-    async def aquery(self, query: VectorStoreQuery, **options: Any) -> VectorStoreQueryResult:
+    async def aclear(self) -> None:
+        """:meth:`clear` in an event loop, which goes on meanwhile."""
+        await self._beside(self.clear)
+
+    async def aquery(self, query: VectorStoreQuery, **_: Any) -> VectorStoreQueryResult:
         """:meth:`query` in an event loop, which goes on meanwhile."""
-        return await in_thread(self._rag.threads.pool(), partial(self.query, query, **options))
+        return await self._beside(self.query, query)
+
+    async def _beside(self, work: Callable[..., Any], *given: Any) -> Any:
+        """What ``work`` gives, in a thread of the RAG's."""
+        return await in_thread(self._rag.threads.pool(), partial(work, *given))
 
     def _put(self, documents: dict[str, dict[str, BaseNode]]) -> None:
         """Documents as they are now, each the passages of its nodes."""

@@ -9,11 +9,11 @@ from llama_index.core import Settings
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 
 from ragkv import ArgumentError, ArgumentTypeError, Engine, PromptError, PromptTooLongError, RagKVError
 from ragkv.adapters.llamaindex import RagKVQueryEngine, RagKVRetriever, RagKVSynthesizer
-from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER, open_rag
+from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER
 
 FOREIGN = ["Clearport lies on the river Exe.", "Tar is sold in Clearport by the barrel."]
 LONG = {"max_new_tokens": 400, "min_new_tokens": 400}  # it ends by being stopped
@@ -102,13 +102,10 @@ def test_a_changed_node_is_what_it_says_now(rag):
     assert [chunk.to_dict() for chunk in given["chunks"]] == [rag.engine.documents.passage(FOREIGN[0]).to_dict()]
 
 
-def test_a_node_of_another_folder_and_model_is_its_text(rag, model):
-    with open_rag(model=model) as other:
-        other.add_texts(["Clearport has a harbour.\n\nIt lies on the river Exe."], ["clearport.md"])
-        found = RagKVRetriever(other, top_k=2).retrieve(QUESTION)
-    _, given = RagKVSynthesizer(rag)._given(found)
-    own = [rag.engine.documents.passage(node.node.text).to_dict() for node in found]
-    assert [chunk.to_dict() for chunk in given["chunks"]] == own
+def test_what_a_transform_says_is_looked_for(rag):
+    """As HyDE does, which asks a model for an answer, to look for its like."""
+    found = RagKVRetriever(rag, 3).retrieve(QueryBundle("What?", custom_embedding_strs=[QUESTION]))
+    assert [hit.node.text for hit in found] == [hit.text for hit in rag.retrieve(QUESTION, 3)]
 
 
 def test_streaming(rag):
@@ -230,12 +227,6 @@ def test_postprocessors(rag):
         rag, 4, max_new_tokens=2, node_postprocessors=[SimilarityPostprocessor(similarity_cutoff=2.0)]
     )
     assert str(engine.query(QUESTION)) == "Empty Response"
-
-
-def test_neighbours(rag):
-    found = RagKVRetriever(rag, top_k=1, neighbours=1).retrieve(QUESTION)
-    assert [node.node.text for node in found] == [hit.text for hit in rag.retrieve(QUESTION, 1, 1)]
-    assert len(found) > 1
 
 
 def test_generation_arguments_of_a_call(rag):

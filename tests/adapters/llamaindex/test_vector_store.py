@@ -264,9 +264,18 @@ def test_equal_documents(store):
     assert [found.text for found in store.get_nodes() if found.ref_doc_id == "z"] == ["a b", "c d"]
 
 
-def test_adding_from_threads_loses_nothing(store):
+def test_a_fork_beside_somebody_who_adds(store, forked_amid):
+    assert (
+        forked_amid(lambda: store.add(three()), store.client, "add_texts", lambda: store.add(three()[:1]))
+        == "['port 0']"
+    )
+
+
+def test_adding_from_threads_loses_nothing(empty, store):
+    """Each through a store of its own: they are the same folder's."""
+
     def add(number):
-        store.add([node(f"Number {number}.", f"{number}", "shared")])
+        RagKVVectorStore(empty).add([node(f"Number {number}.", f"{number}", "shared")])
 
     threads = [threading.Thread(target=add, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -312,11 +321,24 @@ def test_an_index_over_it(empty, reads, use_async):
     assert "clearport.md" in {hit.node.ref_doc_id for hit in again.as_retriever().retrieve("Clearport again.")}
 
 
-async def test_in_an_event_loop(store):
+async def test_in_an_event_loop(store, monkeypatch):
+    worked = []
+
+    def noted(name, work):
+        def work_noted(*given):
+            worked.append((name, threading.current_thread() is threading.main_thread()))
+            return work(*given)
+
+        monkeypatch.setattr(RagKVVectorStore, name, work_noted)
+
+    for name in (names := ["add", "query", "delete_nodes", "get_nodes", "delete", "clear"]):
+        noted(name, getattr(RagKVVectorStore, name))
     await store.async_add(three())
     assert len((await store.aquery(asked())).nodes) == 3
     await store.adelete_nodes(["port 0"])
     assert len(await store.aget_nodes()) == 2
     await store.adelete("port")
+    await store.async_add(three())
     await store.aclear()
     assert store.get_nodes() == []
+    assert {name for name, _ in worked} == set(names) and [name for name, main in worked if main] == ["get_nodes"]

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -15,7 +16,7 @@ from ragkv import ArgumentTypeError, Engine, PromptError, UnknownArgumentError
 from ragkv.adapters.langchain import ChatRagKV, RagKVRetriever, RagKVVectorStore
 from ragkv.adapters.langchain.chat import _ROLES
 from ragkv.bundled import MODEL_PATH
-from tests.rag.rags import QUESTION
+from tests.rag.rags import QUESTION, TEMPLATE, TOKENIZER, open_rag
 
 
 def joined(documents):
@@ -99,6 +100,12 @@ async def test_in_an_event_loop(rag):
     assert parts[-1].usage_metadata == want.usage_metadata
 
 
+async def test_a_copy_over_another_rag(rag, model):
+    with open_rag(model=model) as closed:
+        copy = ChatRagKV(rag=closed, max_tokens=2).model_copy(update={"rag": rag})
+    assert (await copy.ainvoke(QUESTION)).text == copy.invoke(QUESTION).text
+
+
 @pytest.mark.parametrize("how", ["ainvoke", "astream"])
 async def test_a_task_that_is_cancelled_stops_the_model(rag, how):
     steps, begun = [], asyncio.Event()
@@ -150,6 +157,14 @@ def test_settings_reach_the_engine(rag):
     }
 
 
+def test_langchains_cache_tells_methods_apart(rag, model):
+    cache, full = InMemoryCache(), Engine(model, TOKENIZER, template=TEMPLATE, method="full-prefill")
+    for _ in range(2):
+        for answers in (rag, full):
+            ChatRagKV(rag=answers, max_tokens=2, cache=cache).invoke(QUESTION)
+    assert len(cache._cache) == 2
+
+
 def test_a_call_comes_first_whichever_name_it_says(rag):
     model = ChatRagKV(rag=rag, max_tokens=12, timeout=60, temperature=0.5, generation={"min_new_tokens": 2})
     own = {"max_new_tokens": 12, "max_time": 60, "do_sample": True, "temperature": 0.5, "min_new_tokens": 2}
@@ -189,6 +204,7 @@ def test_what_is_no_text_is_refused(rag):
     call = {"name": "f", "args": {}, "id": "1"}
     for message, said in (
         (HumanMessage([{"type": "text", "text": "hello"}, image]), r"must be text, got \['image_url'\]"),
+        (HumanMessage([{"picture": "x"}]), "must be text, got"),
         (ToolMessage("done", tool_call_id="1"), "got a ToolMessage"),
         (AIMessage("", tool_calls=[call]), "knows no tools"),
     ):
@@ -202,7 +218,8 @@ def test_what_is_no_text_is_refused(rag):
         ChatRagKV(rag="folder")
     with pytest.raises(ValidationError, match="max_token\n"):
         ChatRagKV(rag=rag, max_token=5)
-    assert chat.invoke([HumanMessage(["hel", {"type": "text", "text": "lo"}])]).text == chat.invoke("hello").text
+    parts = ["he", {"type": "text", "text": "l"}, {"text": "lo"}]
+    assert chat.invoke([HumanMessage(parts)]).text == chat.invoke("hello").text
 
 
 def test_a_conversation(rag):
