@@ -130,6 +130,8 @@ class DiskTier(Tier):
                 if still is not None and not (still(entry.key) and self._welcome(txn, entry.key)):
                     kept.append(False)
                     continue
+                if txn.has("entries", entry.key):  # others may have it in memory
+                    planner.books.log_removal(entry.key)
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
                     data = entry.payload.data.numpy()

@@ -30,6 +30,7 @@ class Offer(NamedTuple):
         usage: how it was used so far, where another tier knows that.
         kv: its numbers, where the tier wants them.
         ready: it is encoded as CPU memory keeps it.
+        put_s: see :class:`~ragkv.store.source.Source`.
     """
 
     key: bytes
@@ -39,6 +40,7 @@ class Offer(NamedTuple):
     usage: Usage | None = None
     kv: ChunkKV | None = None
     ready: bool = False
+    put_s: float | None = None
 
 
 class Tier(ABC):

@@ -231,7 +231,7 @@ class Tiers:
         origin = self.named[source.tier]
         above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
-            self.copies.offer(Offer(key, *source.whole, Terms()), origin, above)
+            self.copies.offer(Offer(key, *source.whole, Terms(), put_s=source.put_s), origin, above)
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str]) -> int:
         """Forgets chunks in every tier, and facts; how many chunks were stored.
