@@ -121,6 +121,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         home = self._disk or memory
         above = [tier for tier in (gpu, memory) if tier and tier is not home and tier.budget_bytes]
         try:
+            if self._disk is not None:
+                self._disk.rank()
             self._tiers = Tiers(above, home, [*tiers, *filter(None, [self.remote])], leases, lock)
         except BaseException:
             home.close()
