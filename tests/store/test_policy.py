@@ -15,7 +15,7 @@ from ragkv.folder import seal, unseal
 from ragkv.store import TieredStore
 from ragkv.store.books import MemoryBooks
 from ragkv.store.planner import Planner
-from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF, Usage, get_policy
+from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF, Policy, Usage, get_policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.terms import Terms
 
@@ -245,11 +245,8 @@ def test_what_lrfu_goes_by_survives_a_restart_and_an_eviction(folder, kv, key):
         assert 1 < store._disk.row(key(2)).usage.heat < 2
 
 
-class Last(PGDSF):
+class Last(Policy):
     """With as little as one's own must have."""
-
-    name = None
-    del name
 
     def priority(self, key, usage, clock):
         return clock + usage.tick
