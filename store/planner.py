@@ -212,7 +212,9 @@ class Planner(Generic[AnyBooks]):
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next entry."""
         name = namespace_id(namespace)
-        self.books.set_space(name, self.books.space(name)[0], NO_QUOTA if quota_bytes is None else quota_bytes)
+        self.books.set_space(
+            name, self.books.space(name)[0], NO_QUOTA if quota_bytes is None else min(quota_bytes, NO_QUOTA)
+        )
 
     def _room_for(self, key: bytes, row: Row, old: Row | None, passed: Set[bytes]) -> dict[bytes, tuple[Row, str]]:
         """The entries to evict for a new one, with the reason."""

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import OfOneProcess, RecordError, StoreError, instance
+from ragkv.errors import ArgumentTypeError, OfOneProcess, RecordError, StoreError, instance
 from ragkv.folder.filesystem import folder_path
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
@@ -30,7 +30,7 @@ from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Checks, Moved, StoreStats
-from ragkv.store.terms import Item
+from ragkv.store.terms import Item, checked_names
 from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
 
@@ -186,7 +186,10 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             StoreFullError, StoreError: see :meth:`put`. On disk nothing was changed.
         """
         tiers, started = self._open, perf_counter()
-        given = [Item(*item) for item in items]
+        try:
+            given = [Item(*item) for item in items]
+        except TypeError as error:
+            raise ArgumentTypeError(f"items must be a list of (key, KV, seconds, label), got {items!r:.80}") from error
         offers, above = self._levels.offers(given, space, ropes_of(rotations), namespace, lifetime_s)
         with tiers.lock:
             tiers.tally.latency["encode"].add(perf_counter() - started)
@@ -287,11 +290,11 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
-        return self._open.remove_many(checked_keys(keys), facts)
+        return self._open.remove_many(checked_keys(keys), checked_names(facts))
 
     def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
         """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""
-        sources = self._open.find(list(keys), used=False)
+        sources = self._open.find(checked_keys(keys), used=False)
         for source in sources.values():
             source.release()
         return sources
@@ -325,6 +328,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         Raises:
             UploadError: the pool did not have it after so many seconds. It is noted, and sent later.
         """
+        instance("limit_s", limit_s, int | float, "a number of seconds")
         self._open.flush(limit_s)
 
     def close(self) -> None:

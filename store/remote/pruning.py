@@ -27,7 +27,8 @@ class Pruned:
         size_bytes: theirs.
         needed: those that stay because a published catalogue names them; 0 where none was asked.
         young: those that stay because they are not old enough.
-        unreadable: those that stay because nobody can tell how old they are: damaged, encrypted with another key, or refused, as in an archive.
+        unreadable: those that stay because nobody can tell how old they are: damaged, encrypted with another key, or
+            refused (in an archive).
     """
 
     objects: int = 0
