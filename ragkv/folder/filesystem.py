@@ -19,7 +19,7 @@ NETWORK = frozenset(
 
 
 def folder_path(path: str | os.PathLike[str]) -> Path:
-    """A folder's path, which may not be there yet. No path is not the working folder's.
+    """A folder's path, which may not be there yet, as it holds from whatever working folder. No path is not that one's.
 
     Raises:
         ArgumentTypeError: it is no path.
@@ -33,7 +33,7 @@ def folder_path(path: str | os.PathLike[str]) -> Path:
         wrong = True
     if wrong:
         raise StoreError(f"path must be the path of a folder, got {name!r:.80}")
-    return Path(path)
+    return Path(path).absolute()
 
 
 def prepare(path: Path, *, readonly: bool) -> bool:
