@@ -88,6 +88,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes!r}, cpu {cpu_bytes!r}, disk {disk_bytes!r}")
         folder = None if path is None else folder_path(path)
         instance("tiers", tiers, Sequence, "a list of further tiers")
+        for name, value in {"selective": selective, "readonly": readonly}.items():
+            instance(name, value, bool, "True or False")
         self.path: Path | None = folder if disk_bytes else None
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
