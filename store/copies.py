@@ -35,11 +35,10 @@ class Copies:
             ready = [(tier, tier.prepare(offer)) for tier in above]
             with self.lock:
                 # Asked under the lock: what is removed from below after this is removed from above after this.
-                row, now = origin.row(offer.key) if ready else None, origin.now()
-                put_s = self._put_s(offer.key)
-                if row is None or not row.alive(now) or (put_s and offer.put_s and put_s != offer.put_s):
+                row, put_s = origin.known(offer.key) if ready else None, self._put_s(offer.key)
+                if row is None or (put_s and offer.put_s and put_s != offer.put_s):
                     return  # it is gone, or something else was put in its place
-                terms = Terms(lifetime_s=max(row.expires_s - now, 1e-9))
+                terms = Terms(lifetime_s=row.terms(origin.now()).lifetime_s)
                 for tier, prepared in ready:
                     try:
                         tier.admit([prepared._replace(terms=terms, usage=row.usage, put_s=put_s)])
@@ -68,5 +67,5 @@ class Copies:
 
     def _put_s(self, key: bytes) -> float | None:
         """When what home has under a key was put; None where there is nothing."""
-        row = self._home.row(key)
-        return row.created_s if row is not None and row.alive(self._home.now()) else None
+        row = self._home.known(key)
+        return None if row is None else row.created_s

@@ -30,12 +30,8 @@ class Keeping(ABC):
     def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored and pinned now, each once and in order."""
         home = self._open.home
-        now = home.now()
-        return [
-            key
-            for key in dict.fromkeys(checked_keys(keys))
-            if (row := home.row(key)) is not None and row.alive(now) and row.pinned(now)
-        ]
+        found = {key: home.known(key) for key in checked_keys(keys)}
+        return [key for key, row in found.items() if row is not None and row.pinned(home.now())]
 
     def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
         """The keys of what is kept, on disk or in memory without one, by what they begin with."""
@@ -44,11 +40,7 @@ class Keeping(ABC):
     def worst(self, keys: Iterable[bytes]) -> bytes | None:
         """That of the stored chunks which the policy holds least valuable where they are kept; ``None`` where none is stored."""
         home = self._open.home
-        rows = [
-            (row.priority, key)
-            for key in checked_keys(keys)
-            if (row := home.row(key)) is not None and row.alive(home.now())
-        ]
+        rows = [(row.priority, key) for key in checked_keys(keys) if (row := home.known(key)) is not None]
         return min(rows, default=(0.0, None))[1]
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:

@@ -86,6 +86,11 @@ class Tier(ABC):
     def row(self, key: bytes) -> Row | None:
         """What is known of a chunk; None, or a row that is not alive, where it is not here. Changes nothing; quick."""
 
+    def known(self, key: bytes) -> Row | None:
+        """The row of a chunk that can be read now."""
+        row = self.row(key)
+        return row if row is not None and row.alive(self.now()) else None
+
     @abstractmethod
     def admit(self, entries: Sequence[Offer]) -> list[bool]:
         """Keeps chunks, in place of what has their keys; whether each is kept.

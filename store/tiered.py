@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -258,9 +259,10 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
-        rows, sizes = self._open.rows, Counter[str]()
-        for key in dict.fromkeys(checked_keys(keys)):
-            sizes.update({tier: row.usage.size_bytes for tier, row in rows(key).items()})
+        sizes = Counter[str]()
+        for key, tier in product(set(checked_keys(keys)), self._open.tiers):
+            if row := tier.known(key):
+                sizes[tier.name] += row.usage.size_bytes
         return dict(sizes)
 
     @property

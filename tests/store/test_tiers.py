@@ -91,8 +91,8 @@ def test_missing_counts_no_use(store, kv, key):
 
 def probes(store, monkeypatch):
     """Counts the keys that home is asked for."""
-    asked, ask = [], store._tiers.home.row
-    monkeypatch.setattr(store._tiers.home, "row", lambda key: asked.append(key) or ask(key))
+    asked, ask = [], store._tiers.home.known
+    monkeypatch.setattr(store._tiers.home, "known", lambda key: asked.append(key) or ask(key))
     return asked
 
 

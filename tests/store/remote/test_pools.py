@@ -91,7 +91,7 @@ def test_lifetimes_end_in_the_pool_too(url, machine, kv, key):
     one.flush()
     two = machine(url)
     assert two.get(key(1)) is not None
-    left_s = two._tiers.rows(key(1))["remote"].terms(time.time()).lifetime_s
+    left_s = two.remote.row(key(1)).terms(time.time()).lifetime_s
     assert 0 < left_s <= 0.5, "in memory and in the folder it lives no longer than there"
     time.sleep(0.5)
     three = machine(url)
@@ -211,13 +211,6 @@ def test_metrics_tell_of_the_pool(machine, tmp_path, kv, key):
         return registry.get_sample_value(f"ragkv_store_pool_{name}", {"tier": "remote"})
 
     assert (value("sent_total"), value("pending"), value("down")) == (1, 0, 0) and value("sent_bytes_total") > 0
-
-
-def test_a_tier_belongs_to_one_store(machine, tmp_path):
-    tier = RemoteTier(f"file://{tmp_path}/pool")
-    machine(tier)
-    with pytest.raises(StoreError, match="one store"):
-        TieredStore(remote=tier)
 
 
 def test_a_store_that_cannot_be_made_leaves_nobody_at_work(machine, tmp_path, folder, kv, key):
