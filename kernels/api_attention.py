@@ -34,7 +34,10 @@ def key_spans(positions: Tensor, *, window: int | None = None, chunk: int | None
     """
     check_index("positions", positions, None, "[S]")
     require(window is None or chunk is None, "window and chunk exclude each other")
-    require((window or 1) > 0 and (chunk or 1) > 0, f"window and chunk must be positive, got {window} and {chunk}")
+    require(
+        all(run is None or run > 0 for run in (window, chunk)),
+        f"window and chunk must be positive, got {window} and {chunk}",
+    )
     last = positions.to(torch.int32)
     if window is not None:
         first = (last - (window - 1)).clamp_(min=0)

@@ -44,8 +44,8 @@ def place(out: Tensor, keys: Tensor, cos: Tensor | None, sin: Tensor | None, *, 
     x, y = keys[..., even], keys[..., odd]
     if keys.dtype != torch.float32:
         x, y = x.float(), y.float()
-    out[..., even] = torch.mul(x, cos).addcmul_(y, sin, value=-1)
-    out[..., odd] = torch.mul(y, cos).addcmul_(x, sin)
+    # Both before either is written: ``keys`` may be ``out``.
+    out[..., even], out[..., odd] = torch.mul(x, cos).addcmul_(y, sin, value=-1), torch.mul(y, cos).addcmul_(x, sin)
     if dim < keys.shape[-1]:
         out[..., dim:] = keys[..., dim:]
 
@@ -80,5 +80,5 @@ def deviation(fresh: Tensor, stored: Tensor, rows: Tensor | None) -> Tensor:
 
 def scatter(fresh_keys: Tensor, fresh_values: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
     """See :func:`ragkv.kernels.scatter`."""
-    keys.index_copy_(1, rows, fresh_keys)
-    values.index_copy_(1, rows, fresh_values)
+    keys.index_copy_(1, rows.long(), fresh_keys)
+    values.index_copy_(1, rows.long(), fresh_values)

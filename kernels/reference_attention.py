@@ -40,13 +40,13 @@ def _weights(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Ite
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, at = key.to(wide), torch.arange(key.shape[1], device=key.device)
     for block, seen in zip(query.split(_QUERIES, 1), spans.split(_QUERIES), strict=True):
-        scores = torch.einsum("kgsd,knd->kgsn", block.to(wide).unflatten(0, (-1, groups)), keys) * scale
+        scores = torch.einsum("kgsd,knd->kgsn", block.to(wide).unflatten(0, (key.shape[0], groups)), keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         outside = (at < seen[:, :1]) | (at > seen[:, 1:])  # [queries, N]
         scores = scores.masked_fill(outside, -torch.inf)
         if sinks is not None:
-            sink = sinks.to(wide).view(-1, groups, 1, 1).expand(*scores.shape[:3], 1)
+            sink = sinks.to(wide).view(key.shape[0], groups, 1, 1).expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sink], -1)
         weights = scores.softmax(-1)[..., : key.shape[1]]
         yield weights.masked_fill(outside, 0.0)  # a query that sees nothing gets nothing

@@ -91,11 +91,11 @@ def check_stored(stored: Stored) -> None:
     """
     heads, tokens, dim = stored.shape
     if stored.codec == "raw":
-        require(stored.numbers.dtype in _RAW, f"raw numbers must be floating point, got {stored.numbers.dtype}")
         if stored.slots is None:
+            require(stored.numbers.dtype in _RAW, f"raw numbers must be floating point, got {stored.numbers.dtype}")
             check_shape("numbers", stored.numbers, stored.shape, "[H, T, D]")
             return
-        check_shape("numbers", stored.numbers, [None, heads, None, dim], "a pool [blocks, H, P, D]")
+        check_pool(stored)
         check_shape("slots", stored.slots, [tokens], "[T]")
         require(stored.slots.dtype == torch.int64, f"slots must be int64, got {stored.slots.dtype}")
         return

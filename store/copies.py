@@ -35,13 +35,13 @@ class Copies:
             ready = [(tier, tier.prepare(offer)) for tier in above]
             with self.lock:
                 # Asked under the lock: what is removed from below after this is removed from above after this.
-                row, now = origin.row(offer.key) if ready else None, origin.now()
-                if row is None or not row.alive(now):
-                    return
-                terms = Terms(lifetime_s=max(row.expires_s - now, 1e-9))
+                row, put_s = origin.known(offer.key) if ready else None, self._put_s(offer.key)
+                if row is None or (put_s and offer.put_s and put_s != offer.put_s):
+                    return  # it is gone, or something else was put in its place
+                terms = Terms(lifetime_s=row.terms(origin.now()).lifetime_s)
                 for tier, prepared in ready:
                     try:
-                        tier.admit([prepared._replace(terms=terms, usage=row.usage)])
+                        tier.admit([prepared._replace(terms=terms, usage=row.usage, put_s=put_s)])
                     except StoreFullError as error:
                         logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, str(error))
         except Exception as error:
@@ -54,14 +54,18 @@ class Copies:
                 tier.remove(keys)
 
     def catch_up(self) -> None:
-        """Drops what another process has removed, and what was computed of it; what home has stays."""
+        """Drops what another process has removed or replaced, and what was computed of it; what home has as it is here stays."""
         if not any(tier.counts()[0] for tier in self._above):
             return
         removals, gone = self._home.removed(self._known_removals)
         if gone or gone is None:
             with self.lock:
                 for tier in self._above:
-                    held = tier.stored() if gone is None else [*tier.find(gone), *tier.computed_of(gone)]
-                    # What was put again since is there.
-                    tier.remove(self._home.missing(held) if held else ())
+                    held = tier.find(tier.stored() if gone is None else [*gone, *tier.computed_of(gone)])
+                    tier.remove([key for key, copy in held.items() if not copy.put_s or copy.put_s != self._put_s(key)])
         self._known_removals = removals
+
+    def _put_s(self, key: bytes) -> float | None:
+        """When what home has under a key was put; None where there is nothing."""
+        row = self._home.known(key)
+        return None if row is None else row.created_s

@@ -20,7 +20,7 @@ from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.notes import FolderNotes
 from ragkv.store.planner import Planner
-from ragkv.store.policy import Policy
+from ragkv.store.policy import PGDSF, Policy
 from ragkv.store.rows import Counters, Row
 from ragkv.store.snapshot import DiskSnapshot, Loading, segment_key
 from ragkv.store.source import Source
@@ -130,6 +130,8 @@ class DiskTier(Tier):
                 if still is not None and not (still(entry.key) and self._welcome(txn, entry.key)):
                     kept.append(False)
                     continue
+                if txn.has("entries", entry.key):  # others may have it in memory
+                    planner.books.log_removal(entry.key)
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
                     data = entry.payload.data.numpy()
@@ -203,6 +205,18 @@ class DiskTier(Tier):
             return None if data is None else Row.unpack(key, data)
         except RecordError:
             return None
+
+    def rank(self) -> None:
+        """Has entries stand in the order of the policy, where another one kept the folder before."""
+        name = getattr(self._policy, "name", type(self._policy).__name__).encode()
+        if self.readonly or (self._get("state", b"policy") or PGDSF.name.encode()) == name:
+            return
+        try:
+            with self._planner(enter_uses=False) as planner:
+                planner.rank(list(planner.books.txn.keys("usage")))
+                planner.books.txn.put("state", b"policy", name)
+        except StoreError as error:  # the disk is full, or pages are damaged: what is there can be read all the same
+            logger.warning("%s stays in the order of the policy before: %s", self.path, str(error))
 
     def stored(self, beginning: bytes = b"") -> list[bytes]:
         """All records whose keys begin so, also those that have expired or that the books do not know."""

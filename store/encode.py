@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import StoreError
+from ragkv.errors import StoreError, instance
 from ragkv.store.attending import stored
 from ragkv.store.codecs import Codec, Side
 from ragkv.store.payload import Contents, Payload, Segments
@@ -41,6 +41,7 @@ def encode(
             the rotations are not those of the layers.
     """
     validate(kv)
+    instance("label", label, str, "a str")
     if ropes and not fit(ropes, [key.shape[2] for key in kv.keys]):
         raise StoreError(f"{len(ropes)} rotations are not those of {len(kv.keys)} layers")
     if len(label) > _LONGEST_LABEL:
@@ -87,6 +88,7 @@ def recoded(record: Record, payload: Payload, codec: Codec) -> tuple[Record, Pay
 
 def validate(kv: ChunkKV) -> None:
     """Raises StoreError unless ``kv`` is at least one pair of layers ``[H, T, D]`` with one T and known dtypes."""
+    instance("kv", kv, ChunkKV, "a ChunkKV")
     if not kv.keys or len(kv.keys) != len(kv.values):
         raise StoreError(f"KV needs as many values as keys and at least one, got {len(kv.keys)} and {len(kv.values)}")
     if kv.base < 0:

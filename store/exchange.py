@@ -143,7 +143,7 @@ def _packed(tier: DiskTier, key: bytes) -> Member | None:
 
 
 def _parsed(member: Member) -> Offer:
-    key, data = bytes.fromhex(member.name[:64]), member.data
+    key, data = bytes.fromhex(member.name.partition(".")[0]), member.data
     (length,) = struct.unpack_from("<Q", data)
     header = data[: 8 + length]
     if member.checksum != _checksum(key, member.about, header):

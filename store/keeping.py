@@ -6,8 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
-from ragkv.errors import StoreError
+from ragkv.errors import StoreError, checked_namespace
 from ragkv.store.keys import checked_keys
+from ragkv.store.terms import checked_names
 from ragkv.store.tiers import Tiers
 
 
@@ -28,23 +29,23 @@ class Keeping(ABC):
 
     def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored and pinned now, each once and in order."""
-        home, rows = self._open.home, self._open.rows
-        found = {key: rows(key).get(home.name) for key in keys}
+        home = self._open.home
+        found = {key: home.known(key) for key in checked_keys(keys)}
         return [key for key, row in found.items() if row is not None and row.pinned(home.now())]
 
     def beginning(self, beginnings: Collection[bytes]) -> dict[bytes, list[bytes]]:
         """The keys of what is kept, on disk or in memory without one, by what they begin with."""
-        return self._open.home.beginning(beginnings)
+        return self._open.home.beginning(checked_keys(beginnings))
 
     def worst(self, keys: Iterable[bytes]) -> bytes | None:
         """That of the stored chunks which the policy holds least valuable where they are kept; ``None`` where none is stored."""
         home = self._open.home
-        rows = [(row.priority, key) for key in keys if (row := home.row(key)) is not None and row.alive(home.now())]
+        rows = [(row.priority, key) for key in checked_keys(keys) if (row := home.known(key)) is not None]
         return min(rows, default=(0.0, None))[1]
 
     def computed_of(self, keys: Collection[bytes]) -> list[bytes]:
         """The keys of what prompts computed of chunks with these keys, and behind them (:mod:`ragkv.store.keys`)."""
-        tiers = self._open
+        tiers, keys = self._open, checked_keys(keys)
         # Memory may have what home has evicted.
         return list({key: None for tier in (tiers.home, *tiers.above) for key in tier.computed_of(keys)})
 
@@ -76,11 +77,11 @@ class Keeping(ABC):
         known = quota_bytes is None or (isinstance(quota_bytes, int | float) and 0 <= quota_bytes < math.inf)
         if not isinstance(namespace, str) or not namespace or not known:
             raise StoreError(f"a quota needs a namespace and at least 0 bytes, got {namespace!r} and {quota_bytes}")
-        home.set_quota(namespace, None if quota_bytes is None else int(quota_bytes))
+        home.set_quota(checked_namespace(namespace), None if quota_bytes is None else int(quota_bytes))
 
     def meta_get(self, name: str) -> bytes | None:
         """A small fact that :meth:`meta_put` stored, or None."""
-        return self._open.home.fact(name)
+        return self._open.home.fact(*checked_names([name]))
 
     def meta_put(self, name: str, value: bytes) -> None:
         """Keeps a small fact beside the entries, durably where there is a path. It is never evicted."""

@@ -34,6 +34,7 @@ def checked_keys(keys: Iterable[bytes]) -> list[bytes]:
     Raises:
         ArgumentTypeError: something else is among them.
     """
+    instance("keys", keys, Iterable, "a list of them")
     listed = list(keys)
     for key in listed:
         instance("a key", key, bytes, "bytes, as chunk_key makes them")

@@ -153,7 +153,8 @@ class MemoryTier(Tier):
         )
         if row is not None:
             try:
-                self._held[entry.key] = self._hold(entry)
+                held = self._held[entry.key] = self._hold(entry)
+                held.put_s = row.created_s if entry.put_s is None else entry.put_s
             except BaseException:
                 self._planner.drop(entry.key)
                 raise

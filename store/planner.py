@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Sequence, Set
+from collections.abc import Callable, Container, Generator, Iterable, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -152,6 +152,17 @@ class Planner(Generic[AnyBooks]):
         if row is not None and row.usage.size_bytes:
             self.use(key, row, times)
 
+    def rank(self, keys: Iterable[bytes]) -> None:
+        """Gives entries the priorities that they have by this policy: so far they stood in the order of another one."""
+        self.books.counters.clock = 0.0
+        for key in keys:
+            row = self.books.row(key)
+            if row is not None and row.usage.size_bytes:
+                self.books.lift(key, row)
+                since = (row.usage.tick - self.books.counters.tick) / self._half_life()
+                row.priority = self.policy.priority(key, row.usage, since)
+                self.books.place(key, row)
+
     def drop(self, key: bytes, reason: str | None = None) -> bool:
         """Deletes an entry; whether there was one, be it without a row.
 
@@ -201,7 +212,9 @@ class Planner(Generic[AnyBooks]):
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next entry."""
         name = namespace_id(namespace)
-        self.books.set_space(name, self.books.space(name)[0], NO_QUOTA if quota_bytes is None else quota_bytes)
+        self.books.set_space(
+            name, self.books.space(name)[0], NO_QUOTA if quota_bytes is None else min(quota_bytes, NO_QUOTA)
+        )
 
     def _room_for(self, key: bytes, row: Row, old: Row | None, passed: Set[bytes]) -> dict[bytes, tuple[Row, str]]:
         """The entries to evict for a new one, with the reason."""

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ragkv.errors import ArgumentTypeError
+
 
 class RotationLike(Protocol):
     """What a caller says of one layer, as :class:`ragkv.kernels.Rotation` does."""
@@ -84,7 +86,12 @@ def _tables(rope: Rope, base: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 def ropes_of(rotations: Sequence[RotationLike | None]) -> tuple[Rope | None, ...]:
     """The same, as values; empty where no layer turns its keys."""
-    ropes = tuple(None if rotation is None else Rope.of(rotation) for rotation in rotations)
+    try:
+        ropes = tuple(None if rotation is None else Rope.of(rotation) for rotation in rotations)
+    except (TypeError, AttributeError) as error:
+        raise ArgumentTypeError(
+            f"rotations must be a Rotation or None for each layer, got {rotations!r:.80}"
+        ) from error
     return ropes if any(ropes) else ()
 
 

@@ -87,7 +87,7 @@ class Counters:
         clock: the policy's clock.
         tick: how many uses there were.
         ghosts: rows of entries that are no longer there.
-        removals: how many entries were removed on purpose.
+        removals: how many entries were removed on purpose, or replaced.
         written_s: the wall clock when the books were last written.
         returns: see :meth:`~ragkv.store.policy.Policy.window`.
     """

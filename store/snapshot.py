@@ -152,6 +152,7 @@ class Loading(Recorded):
         super().__init__("disk", record)
         self.key = key
         self.row = row
+        self.put_s = row.created_s
         self._keep = keep
         self._snapshot = snapshot
         self._missing = set(range(len(record.checksums)))

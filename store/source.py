@@ -68,6 +68,7 @@ class Source(ABC):
         away: it comes over a network, once :meth:`begin` was called, whatever the caller does meanwhile.
         level: the lossy level at which it is held; empty for what was stored.
         key: under which its tier holds it, where that is not the chunk's own.
+        put_s: when it was put where the store keeps it, by that tier's clock; None where nobody knows, as of what came from a pool.
     """
 
     codec: str = "raw"
@@ -76,6 +77,7 @@ class Source(ABC):
     away: bool = False
     level: str = ""
     key: bytes = b""
+    put_s: float | None = None
 
     def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
         self.tier: str = tier

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import StoreError
+from ragkv.errors import StoreError, checked_namespace, half_a_pair, instance
 
 _LONGEST_NAME = 511  # of LMDB's keys
 
@@ -39,6 +39,10 @@ class Terms:
     uses: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.namespace, bytes):
+            checked_namespace(self.namespace)
+        for name, seconds in {"lifetime_s": self.lifetime_s, "cost_s": self.cost_s}.items():
+            instance(name, seconds, int | float, "a number of seconds")
         if not self.lifetime_s > 0:
             raise StoreError(f"a lifetime is more than 0 seconds, got {self.lifetime_s}")
         if not 0 <= self.cost_s < math.inf:
@@ -47,10 +51,21 @@ class Terms:
 
 def check_facts(facts: Mapping[str, bytes]) -> None:
     """Raises StoreError where small values by name cannot be kept."""
+    instance("facts", facts, Mapping, "small values by name")
     for name, value in facts.items():
-        try:
-            fits = isinstance(value, bytes) and 0 < len(name.encode()) <= _LONGEST_NAME
-        except (AttributeError, UnicodeEncodeError):
-            fits = False
-        if not fits:
+        checked_names([name])
+        if not isinstance(value, bytes) or not 0 < len(name.encode()) <= _LONGEST_NAME:
             raise StoreError(f"a fact is bytes, its name 1 to {_LONGEST_NAME} bytes, got {name!r:.80}: {value!r:.80}")
+
+
+def checked_names(names: Iterable[str]) -> list[str]:
+    """Names of facts, as a list.
+
+    Raises:
+        StoreError: something else is among them, or it is one text.
+    """
+    listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    for name in listed:
+        if name is names or not isinstance(name, str) or half_a_pair(name):
+            raise StoreError(f"facts are named by text, in a list where several are, got {name!r:.80}")
+    return listed

@@ -30,6 +30,7 @@ class Offer(NamedTuple):
         usage: how it was used so far, where another tier knows that.
         kv: its numbers, where the tier wants them.
         ready: it is encoded as CPU memory keeps it.
+        put_s: see :class:`~ragkv.store.source.Source`.
     """
 
     key: bytes
@@ -39,6 +40,7 @@ class Offer(NamedTuple):
     usage: Usage | None = None
     kv: ChunkKV | None = None
     ready: bool = False
+    put_s: float | None = None
 
 
 class Tier(ABC):
@@ -83,6 +85,11 @@ class Tier(ABC):
     @abstractmethod
     def row(self, key: bytes) -> Row | None:
         """What is known of a chunk; None, or a row that is not alive, where it is not here. Changes nothing; quick."""
+
+    def known(self, key: bytes) -> Row | None:
+        """The row of a chunk that can be read now."""
+        row = self.row(key)
+        return row if row is not None and row.alive(self.now()) else None
 
     @abstractmethod
     def admit(self, entries: Sequence[Offer]) -> list[bool]:

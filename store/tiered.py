@@ -8,13 +8,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from ragkv.chunk import ChunkKV
-from ragkv.errors import OfOneProcess, RecordError, StoreError, instance
+from ragkv.errors import ArgumentTypeError, OfOneProcess, RecordError, StoreError, instance
 from ragkv.folder.filesystem import folder_path
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
@@ -30,7 +31,7 @@ from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Checks, Moved, StoreStats
-from ragkv.store.terms import Item
+from ragkv.store.terms import Item, checked_names
 from ragkv.store.tier import Tier
 from ragkv.store.tiers import Tiers
 
@@ -88,6 +89,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             raise StoreError(f"budgets are bytes, got gpu {gpu_bytes!r}, cpu {cpu_bytes!r}, disk {disk_bytes!r}")
         folder = None if path is None else folder_path(path)
         instance("tiers", tiers, Sequence, "a list of further tiers")
+        for name, value in {"selective": selective, "readonly": readonly}.items():
+            instance(name, value, bool, "True or False")
         self.path: Path | None = folder if disk_bytes else None
         if not cpu_bytes and self.path is None:
             raise StoreError("a store needs memory or disk: give cpu_bytes, or a path and disk_bytes")
@@ -121,6 +124,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         home = self._disk or memory
         above = [tier for tier in (gpu, memory) if tier and tier is not home and tier.budget_bytes]
         try:
+            if self._disk is not None:
+                self._disk.rank()
             self._tiers = Tiers(above, home, [*tiers, *filter(None, [self.remote])], leases, lock)
         except BaseException:
             home.close()
@@ -184,7 +189,10 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             StoreFullError, StoreError: see :meth:`put`. On disk nothing was changed.
         """
         tiers, started = self._open, perf_counter()
-        given = [Item(*item) for item in items]
+        try:
+            given = [Item(*item) for item in items]
+        except TypeError as error:
+            raise ArgumentTypeError(f"items must be a list of (key, KV, seconds, label), got {items!r:.80}") from error
         offers, above = self._levels.offers(given, space, ropes_of(rotations), namespace, lifetime_s)
         with tiers.lock:
             tiers.tally.latency["encode"].add(perf_counter() - started)
@@ -251,9 +259,10 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     def sizes(self, keys: Iterable[bytes]) -> dict[str, int]:
         """Bytes that chunks take, by tier; a tier that holds none of them is not named. Does not count as a use."""
-        rows, sizes = self._open.rows, Counter[str]()
-        for key in dict.fromkeys(checked_keys(keys)):
-            sizes.update({tier: row.usage.size_bytes for tier, row in rows(key).items()})
+        sizes = Counter[str]()
+        for key, tier in product(set(checked_keys(keys)), self._open.tiers):
+            if row := tier.known(key):
+                sizes[tier.name] += row.usage.size_bytes
         return dict(sizes)
 
     @property
@@ -285,11 +294,11 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str] = ()) -> int:
         """Forgets chunks in every tier, and small facts, on disk in one transaction; how many chunks were stored."""
-        return self._open.remove_many(checked_keys(keys), facts)
+        return self._open.remove_many(checked_keys(keys), checked_names(facts))
 
     def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
         """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""
-        sources = self._open.find(list(keys), used=False)
+        sources = self._open.find(checked_keys(keys), used=False)
         for source in sources.values():
             source.release()
         return sources
@@ -323,6 +332,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         Raises:
             UploadError: the pool did not have it after so many seconds. It is noted, and sent later.
         """
+        instance("limit_s", limit_s, int | float, "a number of seconds")
         self._open.flush(limit_s)
 
     def close(self) -> None:

@@ -20,7 +20,6 @@ from ragkv.store.batch import Batch
 from ragkv.store.copies import Copies
 from ragkv.store.disk import DiskTier
 from ragkv.store.memory import MemoryTier
-from ragkv.store.rows import Row
 from ragkv.store.source import Asking, Source
 from ragkv.store.stats import Moved, StoreStats, Tally
 from ragkv.store.terms import Terms, check_facts
@@ -231,7 +230,7 @@ class Tiers:
         origin = self.named[source.tier]
         above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
-            self.copies.offer(Offer(key, *source.whole, Terms()), origin, above)
+            self.copies.offer(Offer(key, *source.whole, Terms(), put_s=source.put_s), origin, above)
 
     def remove_many(self, keys: Iterable[bytes], facts: Iterable[str]) -> int:
         """Forgets chunks in every tier, and facts; how many chunks were stored.
@@ -280,11 +279,6 @@ class Tiers:
             if isinstance(tier, MemoryTier):
                 tier.lock = self.lock
             tier.after_fork()
-
-    def rows(self, key: bytes) -> dict[str, Row]:
-        """What the tiers know of a chunk that they hold, by tier. No use is counted."""
-        found = {tier.name: (tier, tier.row(key)) for tier in self.tiers}
-        return {name: row for name, (tier, row) in found.items() if row is not None and row.alive(tier.now())}
 
     def stats(self) -> StoreStats:
         """What the tiers hold, and what was done so far."""

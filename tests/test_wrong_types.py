@@ -1,12 +1,14 @@
 """Whatever is given in place of what a public method takes: an error of ours that says what it must be."""
 
 import pytest
+import torch
 
 import ragkv
 from ragkv import (
     RAG,
     ArgumentTypeError,
     CacheBlend,
+    ChunkKV,
     Engine,
     LegoLink,
     MethodError,
@@ -108,8 +110,44 @@ def test_a_store_has_a_folder_and_keys(tmp_path):
             for key in (None, 3, "key"):
                 for name in ("get", "contains", "remove", "pin", "unpin"):
                     refused(getattr(store, name), key, match="a key must be bytes")
-                for name in ("read", "missing", "where", "sizes", "prefetch", "remove_many", "pin_many", "unpin_many"):
+                for name in (
+                    *("read", "missing", "where", "sizes", "prefetch", "remove_many", "pin_many", "unpin_many"),
+                    *("pinned", "worst", "computed_of", "beginning", "headers"),
+                ):
                     refused(getattr(store, name), [key], match="a key must be bytes")
+                    refused(getattr(store, name), 3, match="keys must be a list")
+
+
+WRONG_PUTS = {
+    "cost_s": ("1", None),
+    "lifetime_s": ("3", None),
+    "namespace": (5, None, "\ud800"),
+    "label": (5, None),
+    "rotations": (5, [3]),
+}
+
+
+def test_a_store_is_given_kv_and_facts(tmp_path):
+    kv = ChunkKV([torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 4)], 0)
+    with TieredStore(tmp_path) as disk, TieredStore() as memory:
+        for store in (disk, memory):
+            for wrong in (None, torch.zeros(1, 2, 4)):
+                refused(store.put, b"a", wrong, match="kv must be a ChunkKV")
+            for name, values in WRONG_PUTS.items():
+                for value in values:
+                    refused(store.put, b"a", kv, **{name: value}, match=name)
+            for items in (None, [5], [()]):
+                refused(store.put_many, items, match="items must be a list")
+            for facts in (None, ["a"]):
+                refused(store.put_many, [], facts=facts, match="fact")
+            for name in (None, 5, b"a", "\ud800"):
+                refused(store.meta_get, name, match="named by text")
+                refused(store.remove_many, [], [name], match="named by text")
+            refused(store.remove_many, [], "name", match="in a list")
+            refused(store.set_quota, "\ud800", 5, match="namespace")
+            refused(store.flush, "3", match="limit_s")
+            store.set_quota("a", 1 << 70)
+            assert len(store) == 0
 
 
 def test_a_model_has_a_name_and_a_place(tmp_path):

@@ -73,7 +73,7 @@ def _prune_pool(args: argparse.Namespace, pool: RemoteTier) -> int:
     )
     if done.unreadable:
         show.hint(
-            f"{show.number(done.unreadable, 'object')} left that cannot be read: damaged, or encrypted with another key"
+            f"{show.number(done.unreadable, 'object')} left that cannot be read: damaged, encrypted with another key, or refused"
         )
     return 0
 

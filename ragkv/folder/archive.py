@@ -35,7 +35,7 @@ BEGIN = "begin.json"
 
 _END = "end.json"
 _KINDS = {
-    "records": re.compile(r"[0-9a-f]{64}\.safetensors"),
+    "records": re.compile(r"(?:[0-9a-f]{2}){1,494}\.safetensors"),
     "documents": re.compile(r"documents/[0-9a-f]{64}\.safetensors"),
 }
 _ABOUT, _SUM = "RAGKV.terms", "RAGKV.xxh3_64"
@@ -83,7 +83,7 @@ class Member(NamedTuple):
     """One file of an archive.
 
     Attributes:
-        name: ``KEY.safetensors`` of a record, ``documents/ID.safetensors`` of a document, 64 hex digits each; :data:`BEGIN`.
+        name: ``KEY.safetensors`` of a record, ``documents/ID.safetensors`` of a document, in hex digits; :data:`BEGIN`.
         data: its bytes.
         about: what is said of it beside, as text.
         checksum: what whoever wrote it made of it.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
 _RETRIES = 2
 _MOST_VALUE = 512 << 20  # Redis' own limit
 _SCANNED = 1000
+_LONGEST_S = 1e12  # of lifetimes; Redis counts milliseconds in 63 bits, and refuses longer ones
 
 Answer = TypeVar("Answer")
 
@@ -49,23 +49,25 @@ class RedisPool(Pool):
                 raise ValueError("the client would leave that out, and take the database 0")
             query = parse_qs(parts.query)
             prefix = query.pop("prefix", ["ragkv:"])[-1]
+            query.pop("decode_responses", None)  # KV are no text
             rest = urlencode(query, doseq=True)
             scheme = parts.scheme.lower().replace("valkey", "redis")
-            client = redis.Redis.from_url(
+            connections = redis.BlockingConnectionPool.from_url(  # where there are few, requests wait for one
                 urlunsplit(parts._replace(scheme=scheme, query=rest)),
                 socket_timeout=limit_s,
                 socket_connect_timeout=limit_s,
+                timeout=limit_s,
                 retry=redis.retry.Retry(
                     redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), _RETRIES, (redis.exceptions.ConnectionError,)
                 ),
             )
-            client.connection_pool.make_connection()  # connects to nothing: it says what settings there are
+            connections.make_connection()  # connects to nothing: it says what settings there are
         except (ValueError, TypeError):
             raise StoreError(
                 f"{name} cannot be opened: a pool in Redis is redis://HOST:PORT/NUMBER of its database, and behind a question mark "
                 "prefix=TEXT or what redis-py takes"
             ) from None  # the text may tell the URL
-        return cls(client, name, prefix=prefix, requests=requests)
+        return cls(redis.Redis.from_pool(connections), name, prefix=prefix, requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
         try:
@@ -74,7 +76,7 @@ class RedisPool(Pool):
             raise ClosedError(f"{self.name} is closed") from error
 
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
-        lifetime_ms = None if lifetime_s == math.inf else max(1, int(lifetime_s * 1000))
+        lifetime_ms = None if lifetime_s > _LONGEST_S else max(1, int(lifetime_s * 1000))
         self._wait(lambda: self._client.set(self._prefix + name, memoryview(data), px=lifetime_ms))
 
     def delete(self, name: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ragkv.chunk import digest
-from ragkv.errors import ArgumentError
+from ragkv.errors import ArgumentError, listable
 from ragkv.store.codecs import CacheGen, Codec, Int8
 from ragkv.store.codecs.lossless import zstd
 
@@ -39,7 +39,7 @@ def ordered(names: Sequence[str]) -> tuple[str, ...]:
         ArgumentError: one is not known, or there are none of them but a text.
         StoreError: what encodes one is not installed.
     """
-    if isinstance(names, str) or not set(names) <= LEVELS.keys():
+    if not listable(names) or not all(name in list(LEVELS) for name in names):
         raise ArgumentError(
             f"levels are some of {', '.join(map(repr, LEVELS))}, as levels=('fine', 'coarse'); got {names!r}"
         )

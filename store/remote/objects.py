@@ -76,6 +76,10 @@ class ObjectPool(Pool):
             raise StoreError(
                 f"{name} cannot be opened: its URL must have neither '?' nor '#'; a folder's may have %3F and %23"
             )
+        if scheme == "file" and not url.partition("://")[2].strip("/"):
+            raise StoreError(
+                f"{name} cannot be opened: it names no folder, and the root of the file system is none for a pool"
+            )
         writer = None
         try:
             if scheme == "memory":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ragkv.errors import RecordError
 from ragkv.store.remote.envelope import ForeignError
 from ragkv.store.remote.levels import with_levels
+from ragkv.store.remote.pool import GoneError
 from ragkv.store.remote.publications import Publications
 from ragkv.store.remote.records import Records, key_of
 
@@ -25,7 +27,8 @@ class Pruned:
         size_bytes: theirs.
         needed: those that stay because a published catalogue names them; 0 where none was asked.
         young: those that stay because they are not old enough.
-        unreadable: those that stay because nobody can tell how old they are: damaged, or encrypted with another key.
+        unreadable: those that stay because nobody can tell how old they are: damaged, encrypted with another key, or
+            refused (in an archive).
     """
 
     objects: int = 0
@@ -93,8 +96,11 @@ class Pruner:
 
     def _old(self, keys: Sequence[bytes]) -> tuple[dict[bytes, bytes], int, int]:
         """Those that are old enough, with their objects' ids; how many are not, and how many cannot be read."""
-        old, young, unreadable, now = dict[bytes, bytes](), 0, 0, time.time()
-        for key, head in self.records.heads(keys).items():
+        old, young, now, heads = dict[bytes, bytes](), 0, time.time(), dict[bytes, memoryview]()
+        with suppress(GoneError):  # all are refused
+            heads = self.records.heads(keys)
+        unreadable = len(keys) - len(heads)
+        for key, head in heads.items():
             try:
                 opened = self.records.open(key, head)
             except (RecordError, ForeignError):

@@ -61,13 +61,13 @@ class Sender:
         return Done.DELETED
 
     def _send(self, key: bytes) -> Done:
-        row, now = self.home.row(key), self.home.now()
-        if row is None or not row.alive(now):
+        row = self.home.known(key)
+        if row is None:
             return Done.DROPPED
         if not self.records.seals(row):
             self._warn(key, "there is no key for its namespace")
             return Done.DROPPED
-        lifetime_s = row.terms(now).lifetime_s
+        lifetime_s = row.terms(self.home.now()).lifetime_s
         codecs = {key: None, **{level_key(key, level): LEVELS[level].codec for level in self.levels}}
         there = self._there(list(codecs), lifetime_s)
         self.told(there, True)

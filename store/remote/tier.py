@@ -37,6 +37,7 @@ from ragkv.store.tier import Offer, Tier
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
 _AVOIDED_S = 10.0
+_LONGEST_S = 86_400  # clients take no more than their own count of milliseconds
 
 
 class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, RemoteTier(url)"):
@@ -53,7 +54,7 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         encryption_key: 32 bytes: what is sent is encrypted and authenticated (AES-GCM; ``ragkv[encryption]``), and nothing else is
             read. A mapping from namespaces to such keys (``""`` for what is of none) gives each its own: what is of a namespace
             that is not in it is neither sent nor read. Keys of chunks, sizes and times of access are not hidden.
-        limit_s: seconds without any answer after which the pool counts as down, where something is read.
+        limit_s: seconds without any answer, at most a day, after which the pool counts as down, where something is read.
         requests: how many reads are on their way at once.
         uploads: how many chunks are sent at once, and held in memory for that.
         range_bytes: of one read, about.
@@ -94,8 +95,10 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
             whole_number(what, count, 1)
         for what, seconds in {"limit_s": limit_s, "refresh_s": refresh_s}.items():
             instance(what, seconds, int | float, "a number of seconds")
-            if not seconds > 0:
-                raise ArgumentError(f"{what} must be more than 0, got {seconds}")
+            if not seconds > 0 or (what == "limit_s" and seconds > _LONGEST_S):
+                raise ArgumentError(f"{what} must be more than 0, and limit_s at most {_LONGEST_S}, got {seconds}")
+        instance("name", name, str, "a str")
+        instance("readonly", readonly, bool, "True or False")
         self.name = name
         self.budget_bytes = 1 << 62
         envelope = Envelope(encryption_key)

@@ -136,7 +136,8 @@ REFUSED = {
     "sinks": (lambda: question_scores(Q, KV, SPANS, sinks=torch.ones(3)), "sinks"),
     "softcap": (lambda: question_scores(Q, KV, SPANS, softcap=0.0), "softcap must be positive"),
     "both-rules": (lambda: key_spans(torch.arange(3), window=2, chunk=2), "exclude"),
-    "window": (lambda: key_spans(torch.arange(3), window=-1), "positive"),
+    "window": (lambda: key_spans(torch.arange(3), window=0), "positive"),
+    "chunk": (lambda: key_spans(torch.arange(3), chunk=0), "positive"),
     "wide-heads": (
         lambda: selective_attention(*[torch.ones(1, 1, 320)] * 3, SPANS[:1], impl="triton"),
         "256 dimensions, got 320",
@@ -177,10 +178,19 @@ def test_the_reference_reads_pools():
     assert torch.equal(out, torch.cat([pool[5], pool[0], pool[3, :, :2]], 1))
 
 
-def test_the_reference_scatters():
+def test_the_reference_turns_keys_where_they_are():
+    keys, angles = torch.randn(2, 9, 16), torch.rand(9, 8)
+    want = torch.empty_like(keys)
+    place(want, keys, angles.cos(), angles.sin())
+    place(keys, keys, angles.cos(), angles.sin())
+    assert torch.equal(keys, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_reference_scatters(dtype):
     keys, values = torch.randn(2, 9, 16), torch.randn(2, 9, 8)
     before = keys.clone(), values.clone()
-    rows, fresh_keys, fresh_values = torch.tensor([7, 2]), torch.randn(2, 2, 16), torch.randn(2, 2, 8)
+    rows, fresh_keys, fresh_values = torch.tensor([7, 2], dtype=dtype), torch.randn(2, 2, 16), torch.randn(2, 2, 8)
     scatter(fresh_keys, fresh_values, rows, keys, values)
     assert torch.equal(keys[:, rows], fresh_keys) and torch.equal(values[:, rows], fresh_values)
     assert torch.equal(keys[:, :2], before[0][:, :2])

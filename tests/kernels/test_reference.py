@@ -54,13 +54,6 @@ def test_moving_back_and_forth_changes_nothing():
     assert float((moved - keys).abs().max()) > 0.5
 
 
-def test_without_tables_it_copies():
-    keys = torch.randn(2, 5, 8)
-    out = torch.full_like(keys, torch.nan)
-    place(out, keys)
-    assert torch.equal(out, keys)
-
-
 def test_deviation():
     generator = torch.Generator().manual_seed(0)
     fresh = torch.randn(3, 41, 80, generator=generator).to(torch.bfloat16)

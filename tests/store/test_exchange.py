@@ -86,6 +86,16 @@ def test_some_keys_lifetimes_and_quotas(folder, tmp_path, kv, key):
         assert not store.contains(key(1)), "it counts in its namespace's quota"
 
 
+@pytest.mark.parametrize("name", [b"a", b"one's own", b"x" * 494], ids=len)
+def test_a_key_of_ones_own_goes_with_its_record(folder, tmp_path, kv, same, name):
+    with TieredStore(folder) as store:
+        store.put(name, kv(1))
+    assert export(folder, tmp_path / "kv.tar").records == 1
+    assert import_records(tmp_path / "there", tmp_path / "kv.tar", disk_bytes=1 << 30).records == 1
+    with TieredStore(tmp_path / "there") as store:
+        same(store.get(name), kv(1))
+
+
 def test_what_was_there_is_not_counted_as_new(archive, tmp_path, key, kv):
     with TieredStore(tmp_path / "other", cpu_bytes=0) as store:
         store.put(key(0), kv(0))

@@ -88,6 +88,16 @@ def test_too_many_readers(folder, kv, key, monkeypatch):
         assert store.get(key(1)) is not None
 
 
+def test_a_folder_stays_where_it_is_whatever_folder_the_process_works_in(folder, kv, key, same, monkeypatch):
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with TieredStore("kv", cpu_bytes=0) as store:
+        monkeypatch.chdir("/")
+        store.put(key(1), kv(1))
+        same(store.get(key(1)), kv(1))
+        assert store.path == folder / "kv" and store.stats().file_bytes
+
+
 def test_deleted_folder_under_a_running_process(folder, kv, key, same):
     with TieredStore(folder, cpu_bytes=0) as store:
         store.put(key(1), kv(1))

@@ -98,16 +98,6 @@ def test_what_a_tier_behind_has_comes_to_memory(pooled, kv, key, same):
         assert batch.tiers == ["cpu"]
 
 
-def test_a_tier_behind_that_fails_loses_nothing(pooled, kv, key, same, monkeypatch, caplog):
-    def fail(entries):
-        raise StoreError("the network is down")
-
-    monkeypatch.setattr(pooled._tiers.behind[0], "admit", fail)
-    assert pooled.put(key(1), kv(1))
-    same(pooled.get(key(1)), kv(1))
-    assert "network is down" in caplog.text
-
-
 def test_names_of_tiers_differ(tmp_path):
     with pytest.raises(StoreError, match="names"):
         TieredStore(tiers=[FolderTier(tmp_path / name) for name in "ab"])

@@ -15,7 +15,7 @@ from ragkv.folder import seal, unseal
 from ragkv.store import TieredStore
 from ragkv.store.books import MemoryBooks
 from ragkv.store.planner import Planner
-from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF, Usage, get_policy
+from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF, Policy, Usage, get_policy
 from ragkv.store.profile import CostProfile
 from ragkv.store.terms import Terms
 
@@ -243,6 +243,29 @@ def test_what_lrfu_goes_by_survives_a_restart_and_an_eviction(folder, kv, key):
         assert store.contains(key(1)), "six uses more are worth more than being new"
         store.put(key(2), kv(2, tokens=60), cost_s=1.0)
         assert 1 < store._disk.row(key(2)).usage.heat < 2
+
+
+class Last(Policy):
+    """With as little as one's own must have."""
+
+    def priority(self, key, usage, clock):
+        return clock + usage.tick
+
+
+@pytest.mark.parametrize(("first", "then"), [("lru", "pgdsf"), ("lfu", "lrfu"), (Last(), "lfu")])
+def test_a_folder_of_another_policy_is_put_in_order(folder, kv, key, first, then):
+    """Else what is put evicts what was put before, for ever: priorities of two policies say nothing of each other."""
+    with TieredStore(folder, cpu_bytes=0, policy=first) as store:
+        store.put_many([(key(number), kv(number, layers=1), 0.01) for number in range(4)])
+        store.pin_many([key(0), key(1)])
+        size = store.stats().bytes["disk"] // 4
+    with TieredStore(folder, cpu_bytes=0, disk_bytes=4 * size, policy=then) as store:
+        store.unpin(key(0))
+        for number in range(10, 18):
+            store.put(key(number), kv(number, layers=1), cost_s=0.01)
+            for _ in range(3):
+                assert store.get(key(number)) is not None
+        assert store.missing(map(key, range(4))) == [key(0), key(2), key(3)]
 
 
 def test_counters_of_a_folder_from_before(folder, kv, key):

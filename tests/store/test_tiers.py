@@ -91,8 +91,8 @@ def test_missing_counts_no_use(store, kv, key):
 
 def probes(store, monkeypatch):
     """Counts the keys that home is asked for."""
-    asked, ask = [], store._tiers.home.missing
-    monkeypatch.setattr(store._tiers.home, "missing", lambda keys: asked.extend(keys) or ask(keys))
+    asked, ask = [], store._tiers.home.known
+    monkeypatch.setattr(store._tiers.home, "known", lambda key: asked.append(key) or ask(key))
     return asked
 
 
@@ -153,6 +153,25 @@ def test_what_is_put_again_after_a_removal_stays_in_memory(folder, kv, key):
         store.put(key(1), kv(2))
         with store.read([key(1)]) as batch:
             assert batch.tiers == ["cpu"] and torch.equal(batch.layer(0, 0)[0], kv(2).keys[0])
+
+
+@pytest.mark.parametrize("gpu_bytes", [0, 1 << 24])
+def test_what_was_replaced_is_not_in_memory(folder, kv, key, same, gpu_bytes):
+    """Be it by another process, after a removal, or while a batch has the former open that memory would rather keep."""
+    old, new = kv(1), kv(2, tokens=500)
+    room = {"cpu_bytes": 2 * old.nbytes, "gpu_bytes": gpu_bytes, "device": "cpu"}
+    with TieredStore(folder, **room) as store, TieredStore(folder, cpu_bytes=0) as other:
+        for between in (lambda: None, lambda: other.remove(key(1))):
+            store.put(key(1), old)
+            assert store.where([key(1)]) == {key(1): "gpu" if gpu_bytes else "cpu"}
+            between()
+            other.put(key(1), new)
+            same(store.get(key(1)), new)
+        other.put(key(1), old)
+        with store.read([key(1)]) as batch:
+            same(batch.kv(0), old)
+            store.put(key(1), new)
+        same(store.get(key(1)), new)
 
 
 def disturb(store, kv, key):

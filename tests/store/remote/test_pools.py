@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from concurrent.futures import wait
 
@@ -90,11 +91,23 @@ def test_lifetimes_end_in_the_pool_too(url, machine, kv, key):
     one.flush()
     two = machine(url)
     assert two.get(key(1)) is not None
-    left_s = two._tiers.rows(key(1))["remote"].terms(time.time()).lifetime_s
+    left_s = two.remote.row(key(1)).terms(time.time()).lifetime_s
     assert 0 < left_s <= 0.5, "in memory and in the folder it lives no longer than there"
     time.sleep(0.5)
     three = machine(url)
     assert three.get(key(1)) is None and three.get(key(2)) is not None
+
+
+@pytest.mark.parametrize("query", ["decode_responses=True", "max_connections=1"])
+def test_redis_takes_whatever_its_client_is_told_and_lifetimes_without_an_end(valkey_server, machine, kv, key, query):
+    """What is refused would be tried again for ever, and nothing be read; where there are few connections, they are waited for."""
+    url = f"redis://127.0.0.1:{valkey_server.port}/0?prefix={query}:&{query}"
+    store, other = machine(url), machine(url)
+    for number in range(8):
+        store.put(key(number), kv(number, tokens=300, heads=4, dim=64), lifetime_s=float(sys.maxsize))
+    store.flush(10)
+    assert other.missing(map(key, range(8))) == [] and other.get(key(7)) is not None
+    assert (store.stats().pools["remote"].failed, other.stats().pools["remote"].unanswered) == (0, 0)
 
 
 def test_redis_drops_what_has_expired_by_itself(valkey_server, machine, kv, key, soon):
@@ -198,13 +211,6 @@ def test_metrics_tell_of_the_pool(machine, tmp_path, kv, key):
         return registry.get_sample_value(f"ragkv_store_pool_{name}", {"tier": "remote"})
 
     assert (value("sent_total"), value("pending"), value("down")) == (1, 0, 0) and value("sent_bytes_total") > 0
-
-
-def test_a_tier_belongs_to_one_store(machine, tmp_path):
-    tier = RemoteTier(f"file://{tmp_path}/pool")
-    machine(tier)
-    with pytest.raises(StoreError, match="one store"):
-        TieredStore(remote=tier)
 
 
 def test_a_store_that_cannot_be_made_leaves_nobody_at_work(machine, tmp_path, folder, kv, key):

@@ -142,6 +142,17 @@ def test_what_cannot_be_read_stays_and_is_counted(tmp_path, machine, kv, key, mo
     assert left(store, key) == [0, 1, 2, 8]
 
 
+@pytest.mark.parametrize("refused", [1, 4])
+def test_what_the_pool_refuses_stays_and_is_counted(refused, relay, s3, machine, kv, key, monkeypatch):
+    """A rule has moved it to an archive: one of them, or all that nobody needs."""
+    store = fill(machine(s3), kv, key, monkeypatch)
+    moved = [name_of(key(number)) for number in range(2, 2 + refused)]
+    relay.fault, relay.when = "403", lambda method, path: method == "GET" and any(map(path.endswith, moved))
+    done = store.remote.prune(0)
+    assert (done.objects, done.needed, done.young, done.unreadable) == (4 - refused, 2, 0, refused)
+    assert left(store, key) == [0, 1, *range(2, 2 + refused)]
+
+
 def test_an_encrypted_pool_is_pruned_with_its_key(tmp_path, machine, kv, key, monkeypatch):
     url = f"file://{tmp_path}/pool"
     store = fill(machine(url, encryption_key=SECRET), kv, key, monkeypatch)

@@ -186,15 +186,17 @@ def test_no_two_pieces_are_encrypted_alike(url, machine, key, object_of):
 
 
 @pytest.mark.parametrize("secret", [b"short", "x" * 32, bytes(33)])
-def test_keys_that_are_none(url, secret):
+def test_keys_that_are_none(secret):
     with pytest.raises(StoreError, match="32 bytes"):
-        RemoteTier(url, encryption_key=secret)
+        RemoteTier("memory://none", encryption_key=secret)
 
 
 @pytest.mark.parametrize(
     "url",
     [
         *("bucket", "ftp://host/x", "s3://", "http://host/x", "redis://host:port/x"),
+        # The root of the file system.
+        *("file://", "file:///"),
         # The client would take the database 0, or fail when it is used.
         *("redis://host/team", "redis://host/0?wrong=1"),
         # Or leave out what is behind.
@@ -214,11 +216,21 @@ def test_a_password_with_a_letter_that_parts_urls_is_not_told(letter):
 
 
 @pytest.mark.parametrize("option", ["limit_s", "requests", "uploads", "range_bytes", "refresh_s"])
-def test_settings_that_are_none(url, option):
+def test_settings_that_are_none(option):
     with pytest.raises(ArgumentError, match=option):
-        RemoteTier(url, **{option: 0})
+        RemoteTier("memory://none", **{option: 0})
     with pytest.raises(ArgumentTypeError, match=option):
-        RemoteTier(url, **{option: "1"})
+        RemoteTier("memory://none", **{option: "1"})
+
+
+@pytest.mark.parametrize("option", [{"limit_s": float("inf")}, {"readonly": "no"}, {"name": 5}, {"levels": 5}], ids=str)
+def test_settings_that_no_client_takes(option):
+    (name,) = option
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=name):
+        RemoteTier("s3://bucket/prefix", **option)
+    if name == "readonly":
+        with pytest.raises(ArgumentTypeError, match=name):
+            TieredStore(**option)
 
 
 @pytest.mark.parametrize("remote", [5, b"s3://bucket", ["s3://bucket"]])
