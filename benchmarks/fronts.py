@@ -42,7 +42,7 @@ Malham is a village in Yorkshire with some 150 people. It is known for its limes
 Carla Stein is a chemist and lives in Hull. She was born in Ghent in 1961 and wrote her first book in 1984.
 
 Question: In which county does the river rise that flows through Leeds?
-Answer: Yorkshire
+Answer: It rises at Malham, which is in Yorkshire.
 
 Now the passages for the question that you are to answer."""
 
