@@ -92,8 +92,11 @@ def summed(rows: dict[str, dict[str, Row]], documents: dict[str, str]) -> dict[s
     for front, names in first.items():
         for name in names:
             figures[f"{front} {name}"] = {"mean": resampling.estimate(values(front, name))}
-            for what, other in (("more than plain", ("plain", name)), ("more than full", (front, f"f1 {FULL}"))):
-                if other != (front, name) and (name.startswith("f1") or what == "more than plain"):
+            others = {"more than plain": ("plain", name)}
+            if name.startswith("f1"):
+                others["more than full"] = (front, f"f1 {FULL}")
+            for what, other in others.items():
+                if other != (front, name):
                     more = difference(values(front, name), values(*other))
                     figures[f"{front} {name}"][what] = resampling.estimate(more)
     return figures
@@ -106,15 +109,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=24, help="of an answer; with 0 nothing is answered")
-    parser.add_argument("--fronts", nargs="+", default=["plain", "example", "neutral"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args()
     model, tokenizer, _, foreign, *_ = load_model(args.model, None, {"dtype": args.dtype})
     form, cases = read_cases(args.data, limit=args.cases)
     asking = {"max_new_tokens": args.max_new_tokens, "instruction": brief(form, cases), "foreign": foreign}
-    templates = {name: template for name, template in fronts(tokenizer).items() if name in args.fronts}
-    benches = {name: Bench(model, tokenizer, template, **asking) for name, template in templates.items()}
-    fit = [case for case in usable(cases)[0] if all(bench.fits(case, case.retrieved) for bench in benches.values())]
+    benches = {name: Bench(model, tokenizer, template, **asking) for name, template in fronts(tokenizer).items()}
+    fit = [case for case in usable(cases)[0] if not any(bench.unfit(case) for bench in benches.values())]
     rows: dict[str, dict[str, Row]] = {}
     try:
         for case in fit[: args.cases]:
