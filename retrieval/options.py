@@ -31,7 +31,7 @@ class Retrieval:
         max_context_tokens: the most tokens of all passages together. The best come first; one that does not fit is passed over.
         min_score: passages of a lower score are not taken.
         hybrid: search by words (BM25) too, and join both orders by reciprocal rank fusion.
-        where: which documents may be found: a dict over metadata and ``source`` (see
+        where: which passages may be found: a dict over metadata, ``source``, ``page`` and ``heading`` (see
             :func:`ragkv.retrieval.where.condition`), or a function that takes a
             :class:`~ragkv.retrieval.Document`.
         rerank: a cross-encoder's name or path, an object with ``predict`` or ``rank`` as sentence-transformers' ``CrossEncoder``

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
-from itertools import islice
+from itertools import chain, islice
 from time import perf_counter
 
 import numpy as np
@@ -18,7 +18,7 @@ from ragkv.retrieval.embedder import Embedder
 from ragkv.retrieval.options import Retrieval
 from ragkv.retrieval.ranking import fused, names
 from ragkv.retrieval.snapshot import Snapshot
-from ragkv.retrieval.where import condition
+from ragkv.retrieval.where import admitted
 
 # Where an order is made of others, it is made of more passages than are taken.
 _CANDIDATES = 50
@@ -77,8 +77,7 @@ class Search:
         where, namespace = self._retrieval.where, self._namespace
         if where is None:
             return view.passages_within(namespace)
-        found = filter(condition(where), view.documents(namespace))
-        return [passage_id for document in found for passage_id in document.passage_ids]
+        return list(chain.from_iterable(map(admitted(where), view.documents(namespace))))
 
     def _hop(
         self,

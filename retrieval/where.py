@@ -1,9 +1,10 @@
-"""Conditions on documents: a small language of dicts over metadata and source."""
+"""Conditions on documents and passages: a small language of dicts over metadata, source, page and heading."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ragkv.errors import RetrievalError
@@ -15,6 +16,7 @@ Condition = Callable[[Document], bool]
 _RANGES = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": operator.le}
 _SIGNS = ("$eq", "$ne", "$in", *_RANGES)
 _JOINS = ("$and", "$or", "$not")
+_OF_PASSAGES = {"page", "heading"}
 _MISSING = object()
 _DEEPEST = 32
 
@@ -22,7 +24,7 @@ _DEEPEST = 32
 def condition(where: Mapping[str, Any] | Condition, depth: int = 0) -> Condition:
     """The condition that a dict writes; a function is one already.
 
-    Names are those of the metadata, and ``source``.
+    Names are those of the metadata, and ``source``; of passages (:func:`admitted`) ``page`` and ``heading``, too.
 
     - ``{"kind": "manual"}``: is equal; ``{"kind": ["manual", "faq"]}``: is one of these
     - ``{"year": {"$gte": 2020, "$lt": 2024}}``: a range; also ``$gt``, ``$lte``, and ``$eq``, ``$ne``, ``$in``
@@ -48,6 +50,37 @@ def condition(where: Mapping[str, Any] | Condition, depth: int = 0) -> Condition
         raise RetrievalError(f"where: $and, $or and $not may stand {_DEEPEST} deep in each other, got more")
     parts = [_part(name, wanted, depth + 1) for name, wanted in where.items()]
     return lambda document: all(part(document) for part in parts)
+
+
+def admitted(where: Mapping[str, Any] | Condition) -> Callable[[Document], Sequence[int]]:
+    """The ids of a document's passages that may be found.
+
+    A dict may name a passage's ``page`` (from 1) and ``heading``; where the document's metadata have such a name, theirs counts.
+
+    Args:
+        where: as for :func:`condition`.
+    """
+    holds = condition(where)
+    if not _names(where) & _OF_PASSAGES:
+        return lambda document: document.passage_ids if holds(document) else ()
+    return lambda document: [
+        passage_id for at, passage_id in enumerate(document.passage_ids) if holds(_with_place(document, at))
+    ]
+
+
+def _names(where: Mapping[str, Any] | Condition) -> set[str]:
+    """What a condition names, however deep."""
+    if callable(where):
+        return set()
+    inner = [*where.get("$and", ()), *where.get("$or", ()), *([where["$not"]] if "$not" in where else ())]
+    return set(where).union(*map(_names, inner))
+
+
+def _with_place(document: Document, at: int) -> Document:
+    """A document with the page and the heading of one of its passages among its metadata."""
+    places = (("page", document.pages), ("heading", document.headings))
+    place = {name: of[at] for name, of in places if of}
+    return replace(document, metadata={**place, **document.metadata})
 
 
 def _part(name: str, wanted: Any, depth: int) -> Condition:

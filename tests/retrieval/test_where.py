@@ -139,3 +139,38 @@ def test_how_deep_it_may_be(join):
     for deep in (where, cycle):
         with pytest.raises(RetrievalError, match="32 deep"):
             condition(deep)
+
+
+PARTS = ["Pumps lift water.", "Pumps need oil.", "Valves stop water."]
+
+
+@pytest.mark.parametrize(
+    ("where", "positions"),
+    [
+        ({"page": 2}, [1, 2]),
+        ({"page": {"$lt": 2}}, [0]),
+        ({"heading": "Valves"}, [2]),
+        ({"page": 2, "kind": "manual", "heading": {"$ne": "Valves"}}, [1]),
+        ({"$or": [{"page": 1}, {"$and": [{"heading": "Valves"}]}]}, [0, 2]),
+        ({"$not": {"page": 1}}, [1, 2]),
+        ({"kind": "manual"}, [0, 1, 2]),
+        ({"kind": "manual", "page": 3}, []),
+    ],
+    ids=str,
+)
+def test_passages_are_found_by_their_page_and_heading(embedder, where, positions):
+    with Retriever.open(None, embedder) as retriever:
+        stands = {"pages": [1, 2, 2], "headings": ["Pumps", "Pumps", "Valves"]}
+        retriever.add("a.pdf", PARTS, {"kind": "manual"}, **stands)
+        retriever.add("b.pdf", [f"{part} Boats!" for part in PARTS], {"kind": "faq"}, **stands)
+        mine = {"$and": [{"source": "a.pdf"}, where]}
+        assert [hit.position for hit in retriever.search("water", 9, where=mine, order="document")] == positions
+
+
+def test_metadata_come_before_a_passages_page(embedder):
+    with Retriever.open(None, embedder) as retriever:
+        retriever.add("a.pdf", PARTS, {"page": "xii"}, pages=[1, 2, 2])
+        retriever.add("b.md", ["Boats float."])
+        assert retriever.search("water", 9, where={"page": 1}) == []
+        assert len(retriever.search("water", 9, where={"page": "xii"})) == 3
+        assert {hit.source for hit in retriever.search("water", 9, where={"page": {"$ne": "xii"}})} == {"b.md"}

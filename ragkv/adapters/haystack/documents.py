@@ -46,7 +46,8 @@ def fitting(filters: dict[str, Any]) -> Callable[[Listed], bool]:
         for name, shown in (("page", listed.pages), ("heading", listed.headings)):
             if shown and name in asked and name not in listed.metadata:
                 raise ArgumentError(
-                    f"filters say which documents may be found: {name} is a passage's, as in {listed.source}"
+                    f"filters say which documents may be found: {name} is a passage's, as in {listed.source} "
+                    f"(retrieval={{'where': {{'{name}': ...}}}} may name it)"
                 )
         return document_matches_filter(filters, Document(meta={"source": listed.source, **listed.metadata}))
 

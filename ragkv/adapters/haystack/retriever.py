@@ -14,7 +14,6 @@ from ragkv.adapters.haystack.folder import Folder, OverFolder, json_can_hold
 from ragkv.errors import ArgumentError, instance
 from ragkv.rag import RAG
 from ragkv.retrieval import Retrieval
-from ragkv.retrieval.where import condition
 from ragkv.streaming import in_thread
 
 
@@ -98,8 +97,7 @@ class RagKVRetriever(OverFolder):
         asked = {**self.retrieval, **(retrieval or {}), **({} if top_k is None else {"top_k": top_k})}
         chosen = self.filters if filters is None else filters
         if chosen:
-            fits, where = fitting(chosen), condition(asked.get("where") or {})
-            asked["where"] = lambda listed: fits(listed) and where(listed)
+            asked["where"] = {"$and": [fitting(chosen), asked.get("where") or {}]}
         return {"documents": list(map(document_of, self._rag().retrieve(query, **asked)))}
 
     @component.output_types(documents=list[Document])
