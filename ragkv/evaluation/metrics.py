@@ -18,7 +18,8 @@ _ARTICLES = {
 }
 LANGUAGES = (*_ARTICLES, "zh")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CJK = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff])")
+# Han, kana, Thai, Lao, Burmese, Khmer: written without blanks between words.
+_UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])")
 
 
 def words(text: str, language: str = "en") -> list[str]:
@@ -28,20 +29,22 @@ def words(text: str, language: str = "en") -> list[str]:
 
     Args:
         text: an answer.
-        language: one of :data:`LANGUAGES`. In Chinese every character is a word.
+        language: one of :data:`LANGUAGES`; ``"zh"`` is for all that are written without blanks. Of such scripts every character is
+            a word, whatever the language.
     """
     text = text.lower()
     if language == "en":
         plain = text.translate(_NO_PUNCTUATION)
     else:
         plain = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
-    parted = _CJK.sub(r" \1 ", plain) if language == "zh" else _ARTICLES[language].sub(" ", plain)
+    parted = _ARTICLES[language].sub(" ", plain) if language in _ARTICLES else plain
+    parted = _UNSPACED.sub(r" \1 ", parted)
     return parted.split() or plain.split() or text.split()
 
 
 def language_of(text: str) -> str:
-    """The language of :data:`LANGUAGES` that a text is most likely in: Chinese by its characters, else by the articles in it."""
-    if len(_CJK.findall(text)) > len(text) / 10:
+    """The language of :data:`LANGUAGES` that a text is most likely in: ``"zh"`` by its characters, else by the articles in it."""
+    if len(_UNSPACED.findall(text)) > len(text) / 10:
         return "zh"
     return max(_ARTICLES, key=lambda language: len(_ARTICLES[language].findall(text.lower())))
 
