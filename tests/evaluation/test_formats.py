@@ -208,6 +208,7 @@ def test_questions_of_documents_of_their_own_stay_in_the_order_of_the_file(tmp_p
         ("The harp is in the hall of a house.", "Only give me the answer"),
         ("Die Harfe steht in der Halle an einem Fenster.", "Gib mir nur die Antwort"),
         ("竖琴在大厅里。", "只给我答案"),
+        ("พิณอยู่ในห้องโถง", "Only give me the answer"),
     ],
 )
 def test_short_answers_are_asked_for_in_the_language_of_the_data(tmp_path, texts, asks):

@@ -43,6 +43,8 @@ def test_answers(answer, gold, em, f1, rouge_l, contained):
         ("zh", "NBA 总冠军", "nba总冠军", 1, 1),
         ("zh", "カタカナ。", "カタナ", 0, 6 / 7),
         ("en", "กรุง", "กรุงเทพ", 0, 8 / 11),
+        ("en", "မန္တ", "မန္တလေး", 0, 8 / 11),
+        ("en", "ភ្នំ", "ភ្នំពេញ", 0, 8 / 11),
     ],
 )
 def test_answers_of_other_languages(language, answer, gold, em, f1):

@@ -46,6 +46,10 @@ def test_filters_do_not_look_at_passages(model):
             one = {"field": name, "operator": "==", "value": "Goods"}
             with pytest.raises(ArgumentError, match=r"heading is a passage's, as in a\.md"):
                 retriever.run(QUESTION, {"operator": "OR", "conditions": [one]})
+        of_a = {"field": "meta.source", "operator": "==", "value": "a.md"}
+        for heading, count in (("Harbours", 1), ("Goods", 0)):
+            found = retriever.run(QUESTION, of_a, retrieval={"where": {"heading": heading}})
+            assert len(found["documents"]) == count
         rag.remove("a.md")
         (found,) = retriever.run(QUESTION, one)["documents"]
         assert found.meta["source"] == "b.md"
