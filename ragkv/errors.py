@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from types import UnionType
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, get_args
 
 #: What a :class:`RagKVError` says of a question that comes too late.
 CLOSED = "nothing is answered any more: it is closed"
@@ -146,12 +146,12 @@ class OfOneProcess:
 
 
 def instance(name: str, value: Any, kinds: type | UnionType, must: str) -> None:
-    """Check that an argument is of some type.
+    """Check that an argument is of some type; ``True`` and ``False`` are no numbers.
 
     Raises:
         ArgumentTypeError: it is not; the message says what it must be.
     """
-    if not isinstance(value, kinds):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in (get_args(kinds) or (kinds,))):
         raise ArgumentTypeError(f"{name} must be {must}, got {value!r:.80}")
 
 

@@ -109,7 +109,7 @@ class Fusing(Looking, Places):
         self.paths: Known = (
             Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
         )
-        Looking.__init__(self, self.reader, self.paths.layout, room_tokens, None if past is None else past.cache)
+        Looking.__init__(self, self.reader, self.paths.layout, room_tokens, None if past is None else past.taken())
         self.known: int = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer: Timer = Timer(clock(devices), begin)

@@ -18,11 +18,13 @@ class Line:
     Attributes:
         cache: of the prompt and whatever came behind it.
         turns: those whose tokens stand there, one behind the other.
+        begun: those that stand there once the turn that is begun has the cache.
     """
 
     def __init__(self, cache: FusedCache):
         self.cache: FusedCache = cache
-        self.turns: list[object] = list[object]()
+        self.turns: tuple[object, ...] = ()
+        self.begun: tuple[object, ...] = ()
         self.anew()
         anew_in_forks(self)
 
@@ -73,11 +75,14 @@ class Past(
         """A transformers ``Cache``; of the first ``held`` tokens, and perhaps of turns that came later."""
         return self.line.cache
 
+    @property
+    def stands(self) -> bool:
+        """Whether its KV are there: no other answer went on from an earlier turn in its place."""
+        return self.line.turns[: len(self.turns)] == self.turns
+
     @contextmanager
     def going_on(self, stop: Event | None = None) -> Iterator[tuple[object, ...]]:
         """A block in which the next turn is computed in the same cache; yields the turns that stand there then.
-
-        Another turn that went on from here before is overwritten: whoever tries to go on behind that one is told so.
 
         Args:
             stop: stops the answer when it is set.
@@ -86,9 +91,17 @@ class Past(
             ConversationError: another caller goes on from here just now, or went on from an earlier turn in its place.
         """
         with self.line.alone(stop):
-            if tuple(self.line.turns[: len(self.turns)]) != self.turns:
+            if not self.stands:
                 raise ConversationError(
                     "this turn's KV are not there any more: another answer went on from an earlier turn in its place"
                 )
-            self.line.turns = [*self.turns, object()]
-            yield tuple(self.line.turns)
+            self.line.begun = (*self.turns, object())
+            yield self.line.begun
+
+    def taken(self) -> FusedCache:
+        """The cache, for the turn that is begun to be written behind this one.
+
+        Another turn that went on from here before is overwritten: whoever tries to go on behind that one is told so.
+        """
+        self.line.turns = self.line.begun
+        return self.line.cache

@@ -78,6 +78,7 @@ class Request:
         instance(
             "past", self.past, Past | None, "answer.past of an earlier answer that was asked for with keep_past=True"
         )
+        instance("keep_past", self.keep, bool, "True or False")
         object.__setattr__(self, "keep", self.keep or self.past is not None)
         given = is_chat(self.question) or self.system is not None or self.namespace is not None
         if self.past is not None and given:
@@ -88,7 +89,7 @@ def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
     """What of a call's generation arguments says when it is answered, as a :class:`Request` has it; it is taken out of them."""
     priority, deadline_s = generation.pop("priority", 0), generation.pop("deadline_s", math.inf)
     instance("priority", priority, int, "a whole number: those of a higher one go first")
-    if not isinstance(deadline_s, int | float) or not deadline_s > 0:
+    if not isinstance(deadline_s, int | float) or isinstance(deadline_s, bool) or not deadline_s > 0:
         raise ArgumentError(f"deadline_s must be seconds, more than 0, got {deadline_s!r}")
     stop = stopping(generation)
     asked_s = perf_counter() if stop is None else stop.asked_s

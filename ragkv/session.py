@@ -145,7 +145,7 @@ class Session(OfOneProcess, instead="keep its messages, and ask with RAG.ask(mes
             **options: as for :meth:`ask`.
         """
         turn = _Next(question)
-        return self._streamed(turn, partial(self._ended, turn), **options)
+        return self._streamed(turn, partial(self._said, turn), **options)
 
     async def aask(self, question: str, **options: Any) -> SourcedAnswer:
         """:meth:`ask` in an event loop, which goes on meanwhile. When the task is cancelled, the model stops."""
@@ -224,7 +224,7 @@ class Session(OfOneProcess, instead="keep its messages, and ask with RAG.ask(mes
             asked = room(tokens)
             return DEFAULT_NEW_TOKENS if asked is None else asked
 
-        if state.past is not None:
+        if state.past is not None and state.past.stands:  # or a copy of this session was asked
             there = {chunk.ids for earlier in state.turns for chunk in earlier.chunks}
             chunks = [chunk for chunk in turn.found.chunks if chunk.ids not in there]
             try:
@@ -260,6 +260,10 @@ class Session(OfOneProcess, instead="keep its messages, and ask with RAG.ask(mes
 
     def _ended(self, turn: _Next, made: Made | AnswerStream) -> None:
         self._keep(turn, turn.answering.said(made.token_ids), made.past)
+
+    def _said(self, turn: _Next, made: Made) -> None:
+        self._ended(turn, made)
+        made.past = None  # the session goes on from it
 
     def _kept(self, turn: _Next, answer: SourcedAnswer) -> SourcedAnswer:
         self._keep(turn, answer.text, answer.past)

@@ -64,7 +64,7 @@ class AsyncAnswerStream(
     ):
         self._making = _Making(start, executor, ended, options)
         # Nothing but this object holds the pieces, and they do not hold it: where nobody has it any more, asyncio closes them.
-        self._pieces, self._awaited = self._making.pieces(), False
+        self._pieces, self._awaited = self._making.pieces(), 0
 
     def __del__(self) -> None:
         self._making.stop.set()  # now: asyncio closes the pieces when it comes to it
@@ -104,11 +104,11 @@ class AsyncAnswerStream(
         return self._making.stream
 
     async def __anext__(self) -> str:
-        self._awaited = True
+        self._awaited += 1
         try:
             return await self._pieces.__anext__()
         finally:
-            self._awaited = False
+            self._awaited -= 1
 
     async def aclose(self) -> None:
         """Stop the model, be a piece awaited or not. Closing twice, or behind the last piece, is fine."""

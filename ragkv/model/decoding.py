@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from ragkv.errors import NonFiniteError
+from ragkv.errors import ArgumentTypeError, NonFiniteError
 from ragkv.model.cache import FusedCache
 from ragkv.model.capture import capturing
 from ragkv.model.decoder import Decoder
@@ -61,6 +61,7 @@ def decode(
 
     Raises:
         NonFiniteError: the logits are NaN or infinite.
+        ArgumentTypeError: a logits processor gives something else than scores.
     """
     decoder, cache, streamer = settings.decoder, prompt.past_key_values, settings.streamer
     assert isinstance(cache, FusedCache)
@@ -81,6 +82,9 @@ def decode(
         while True:
             with torch.no_grad(), scoring():
                 scores = processors(ids, logits.to(ids.device, torch.float32, copy=True))
+            if not isinstance(scores, Tensor) or scores.shape != logits.shape:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else scores
+                raise ArgumentTypeError(f"logits_processor must give scores {[*logits.shape]}, as it takes them, got {got!r:.80}")
             choice = _Choice(scores, settings.config.do_sample)
             if early and ids.shape[1] + 1 < room:
                 first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1]

@@ -108,7 +108,8 @@ class Proposer:
     """
 
     def __init__(self, config: GenerationConfig, assistant: Any, vocabulary: int):
-        tokens, longest = config.prompt_lookup_num_tokens or 0, config.max_matching_ngram_size or 3
+        tokens, longest = config.prompt_lookup_num_tokens or 0, config.max_matching_ngram_size
+        longest = 3 if longest is None else longest
         whole_number("prompt_lookup_num_tokens", tokens)
         whole_number("max_matching_ngram_size", longest, 1)
         name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"

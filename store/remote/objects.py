@@ -157,8 +157,8 @@ class ObjectPool(Pool):
         with self._lock:
             loop, self._loop, self._closed = self._loop, None, True
         if loop is not None:
-            with suppress(Exception):
-                asyncio.run_coroutine_threadsafe(_end(), loop).result(_END_S)
+            asyncio.run_coroutine_threadsafe(_end(), loop)
+            self._thread.join(_END_S)
 
     def _begin(self, request: Coroutine[Any, Any, Answer]) -> Future[Answer]:
         future = Future[Answer]()
@@ -174,7 +174,8 @@ class ObjectPool(Pool):
         with self._lock:
             if not self._closed and self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="ragkv-pool-loop", daemon=True).start()
+                self._thread = threading.Thread(target=_run_loop, args=[self._loop], name="ragkv-pool-loop", daemon=True)
+                self._thread.start()
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(_run, self._loop, begun)
                 return
@@ -265,6 +266,14 @@ def _end_unwanted(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], futu
     if future.cancelled() and not task.done():
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(task.cancel)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is ended; with it go its sockets."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 async def _end() -> None:

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ragkv import (
     ArgumentError,
+    ArgumentTypeError,
     Engine,
     FullPrefill,
     MethodError,
@@ -250,6 +251,7 @@ def test_arguments_of_the_forward_are_refused(engine):
         {"generation_config": {"max_new_tokens": 3}},
         {"max_new_tokens": 0},
         {"max_length": 0},
+        {"max_matching_ngram_size": 0},
         {"num_beams": 2, "streamer": BaseStreamer()},
     ],
     ids=lambda arguments: next(iter(arguments)),
@@ -275,6 +277,9 @@ def test_wrong_values_are_refused_before_anything_is_computed(engine, monkeypatc
         {"max_time": "2"},
         {"max_time": True},
         {"past": 5},
+        {"keep_past": "no"},
+        {"priority": True},
+        {"deadline_s": True},
     ],
     ids=str,
 )
@@ -282,6 +287,12 @@ def test_wrong_types_are_refused_before_anything_is_computed(engine, monkeypatch
     monkeypatch.setattr(Prompting, "prompt", lambda *_: pytest.fail("the prompt was made"))
     with pytest.raises(RagKVError, match=rf"{next(iter(arguments))} must be "):
         got(engine, **arguments)
+
+
+@pytest.mark.parametrize("processor", [lambda ids, scores: None, lambda ids, scores: scores[:, 1:]], ids=["none", "few"])
+def test_what_a_processor_gives_is_looked_at(engine, processor):
+    with pytest.raises(ArgumentTypeError, match=r"logits_processor must give scores \[1, \d+\], as it takes them, got "):
+        got(engine, logits_processor=[processor])
 
 
 def test_max_length_counts_the_prompt(engine):

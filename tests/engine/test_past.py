@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ragkv import (
     ArgumentError,
     ConversationError,
+    DeadlineError,
     Engine,
     FullPrefill,
     ModelChangedError,
@@ -137,6 +138,15 @@ def test_a_turn_for_which_there_is_no_memory_leaves_its_past(monkeypatch, refuse
     engine.generate([], random_ids(3), past=past, **NO_END)
     assert len({layer.key_room.shape[2] for layer in past.cache.layers}) == 1  # kernels take all layers as one
     assert engine.generate([], random_ids(90), past=past, **NO_END).token_ids == want.token_ids
+
+
+def test_a_turn_that_never_began_takes_nothing_from_another():
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    past = engine.generate([random_ids(9)], random_ids(5), keep_past=True, **NO_END).past
+    one = engine.generate([], random_ids(3), past=past, keep_past=True, **NO_END)
+    with pytest.raises(DeadlineError):
+        engine.generate([], random_ids(4), past=past, deadline_s=1e-9, **NO_END)
+    assert engine.generate([], random_ids(4), past=one.past, **NO_END).token_ids
 
 
 def test_streams_and_whole_answers_go_on_alike(words):

@@ -191,6 +191,24 @@ def test_a_piece_that_is_awaited_ends_with_the_stream(rag, held):
     asyncio.run(closed())
 
 
+def test_a_second_reader_of_a_stream_changes_nothing_for_the_first(rag, held):
+    begun, go = held
+
+    async def closed():
+        stream = rag.astream(QUESTION, **LONG)
+        waiting = asyncio.ensure_future(anext(stream))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        with pytest.raises(RuntimeError, match="already running"):
+            await anext(stream)
+        await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(waiting, 60)
+        go.set()
+
+    asyncio.run(closed())
+
+
 def test_questions_not_begun_are_told_of_the_end(rag, held):
     """Be they in the line, or not even that; the two that are computed are answered."""
     _, go = held

@@ -1,6 +1,7 @@
 """Sessions: earlier turns stay where they are, the next one knows of them, and whatever goes wrong changes nothing."""
 
 import asyncio
+import copy
 import threading
 
 import pytest
@@ -221,6 +222,18 @@ def test_a_turn_that_fails_leaves_the_session_as_it_was(rag):
     assert session.ask(NEXT, **SHORT).token_ids == twin.ask(NEXT, **SHORT).token_ids
 
 
+def test_a_copy_goes_its_own_way(rag):
+    session, twin = rag.session(), rag.session()
+    for one in (session, twin):
+        one.ask(QUESTION, **SHORT)
+    other = copy.copy(session)
+    for question in (NEXT, THIRD):
+        assert other.ask(THIRD, **SHORT).text
+        session.ask(question, **SHORT), twin.ask(question, **SHORT)
+    assert session.messages == twin.messages
+    assert [message["content"] for message in other.messages[2::2]] == [THIRD, THIRD]
+
+
 def test_streams_are_turns(rag):
     session, twin = rag.session(), rag.session()
     for question in (QUESTION, NEXT):
@@ -228,6 +241,7 @@ def test_streams_are_turns(rag):
         sources, pieces = session.stream(question, **SHORT)
         assert not session.messages or session.messages[-2]["content"] != question
         assert "".join(pieces) == want.text and sources == want.sources
+        assert pieces.past is None, "it is the session's"
     assert session.messages == twin.messages
     assert state(session).past.ids == state(twin).past.ids
 

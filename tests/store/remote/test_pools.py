@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
+import warnings
 from concurrent.futures import wait
 
 import pytest
@@ -223,6 +225,19 @@ def test_a_store_that_cannot_be_made_leaves_nobody_at_work(machine, tmp_path, fo
         TieredStore(folder, tiers=[first], remote=taken)
     assert not [thread for thread in first._uploads._threads if thread.is_alive()]
     assert not Environment.is_open(folder)
+
+
+def test_a_closed_pool_leaves_nothing_open(url):
+    """Whoever takes warnings for errors, as many tests do, would be told of it."""
+    gc.collect()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pool = open_pool(url, 3.0, 16)
+        pool.write("ab/1", b"1", 60.0)
+        pool.close()
+        del pool
+        gc.collect()
+    assert [str(warning.message) for warning in said] == []
 
 
 def test_what_is_begun_together_is_asked_for_at_once_at_the_end(url):
