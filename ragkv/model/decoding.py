@@ -84,7 +84,9 @@ def decode(
                 scores = processors(ids, logits.to(ids.device, torch.float32, copy=True))
             if not isinstance(scores, Tensor) or scores.shape != logits.shape:
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else scores
-                raise ArgumentTypeError(f"logits_processor must give scores {[*logits.shape]}, as it takes them, got {got!r:.80}")
+                raise ArgumentTypeError(
+                    f"logits_processor must give scores {[*logits.shape]}, as it takes them, got {got!r:.80}"
+                )
             choice = _Choice(scores, settings.config.do_sample)
             if early and ids.shape[1] + 1 < room:
                 first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1]

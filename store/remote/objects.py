@@ -174,7 +174,9 @@ class ObjectPool(Pool):
         with self._lock:
             if not self._closed and self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=_run_loop, args=[self._loop], name="ragkv-pool-loop", daemon=True)
+                self._thread = threading.Thread(
+                    target=_run_loop, args=[self._loop], name="ragkv-pool-loop", daemon=True
+                )
                 self._thread.start()
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(_run, self._loop, begun)

@@ -289,9 +289,13 @@ def test_wrong_types_are_refused_before_anything_is_computed(engine, monkeypatch
         got(engine, **arguments)
 
 
-@pytest.mark.parametrize("processor", [lambda ids, scores: None, lambda ids, scores: scores[:, 1:]], ids=["none", "few"])
+@pytest.mark.parametrize(
+    "processor", [lambda ids, scores: None, lambda ids, scores: scores[:, 1:]], ids=["none", "few"]
+)
 def test_what_a_processor_gives_is_looked_at(engine, processor):
-    with pytest.raises(ArgumentTypeError, match=r"logits_processor must give scores \[1, \d+\], as it takes them, got "):
+    with pytest.raises(
+        ArgumentTypeError, match=r"logits_processor must give scores \[1, \d+\], as it takes them, got "
+    ):
         got(engine, logits_processor=[processor])
 
 
