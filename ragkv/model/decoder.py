@@ -20,9 +20,9 @@ from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.driving import Driving
-from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
-from ragkv.model.kernel_attention import SpanRule, serves, span_rules
-from ragkv.model.masks import Rule, for_model, layer_rules
+from ragkv.model.inspection import decoder_layers, most_positions, non_finite, refuse_by_config, refuse_state, unwrapped
+from ragkv.model.kernel_attention import SpanRule, hands_on, serves, span_rules
+from ragkv.model.masks import Rule, SameMask, for_model, layer_rules
 from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
 from ragkv.model.traits import Traits
 from ragkv.model.turns import Turns, turns
@@ -45,6 +45,7 @@ class Decoder(Driving):
         rules: which keys every layer's queries may see.
         kernels: which implementation of ``ragkv.kernels`` was asked for.
         spans: the rules as selective attention takes them; ``None`` where scattered queries get masks instead.
+        hands_on: layers attend with the very masks that the model is given, so that something else may stand in their place.
         max_positions: positions of the longest prompt, or ``None``.
         vocab_size: ids are below it.
         keeps_last: logits may be asked for of the last row alone.
@@ -78,7 +79,7 @@ class Decoder(Driving):
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
         self.keeps_last: bool = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.rules: list[Rule] = layer_rules(self.config, len(self.layers), self.device)
-        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.max_positions: int | None = most_positions(self.config)
         if known is None:
             with self.turns:
                 self._try()
@@ -86,13 +87,14 @@ class Decoder(Driving):
             self.specs: list[LayerSpec] = known.specs
             self.rotations: list[Rotation | None] = known.rotations
             self.max_positions = known.max_positions
+            self.hands_on = known.hands_on
             self.dtype: torch.dtype = self.specs[0].dtype
             self.spans = self._span_rules() if known.spans else None
 
     @property
     def traits(self) -> Traits:
         """What was found."""
-        return Traits(self.specs, self.rotations, self.max_positions, self.spans is not None)
+        return Traits(self.specs, self.rotations, self.max_positions, self.spans is not None, self.hands_on)
 
     def _try(self) -> None:
         start = self._begin()
@@ -110,6 +112,7 @@ class Decoder(Driving):
         tolerance = self.tolerance()
         self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
         self.max_positions = movable or self.max_positions
+        self.hands_on = self._hands_on()
         self.spans = self._span_rules()
         self._check_scattered(tolerance)
 
@@ -119,13 +122,27 @@ class Decoder(Driving):
             return None  # sdpa with masks is faster than selective attention's reference
         if self.kernels == "auto" and max(max(spec.key_dim, spec.value_dim) for spec in self.specs) > WIDEST_HEAD:
             return None
-        rules = span_rules(self.rules, self.device) if serves(self.model, self.config) else None
+        rules = self.rules_as_spans()
         if rules is None and self.kernels != "auto":
             raise UnsupportedModelError(
-                f"kernels={self.kernels!r} was asked for, and this model's attention is none that the kernel computes: use "
-                "kernels='auto'"
+                f"kernels={self.kernels!r} was asked for, and this model's attention is none that the kernel computes (it goes "
+                "past transformers' attention interface, or changes the masks that it is given): use kernels='auto'"
             )
         return rules
+
+    def rules_as_spans(self) -> list[SpanRule] | None:
+        """Every layer's rule as selective attention takes it; ``None`` where the model's attention is none that it computes."""
+        serving = self.hands_on and serves(self.model, self.config)
+        return span_rules(self.rules, self.device) if serving else None
+
+    @torch.no_grad()
+    def _hands_on(self) -> bool:
+        def run(mask: Tensor) -> None:
+            ids = self.random_ids(2)
+            self.run(ids, torch.arange(2, device=self.device), self.cache(2), for_model(SameMask(mask), self.config))
+
+        interface = bool(getattr(self.model, "_supports_attention_backend", False))
+        return interface and hands_on(run, self.config, len(self.layers), self.device)
 
     def tolerance(self) -> Tolerance:
         """At which relative errors two runs of the model count as equal."""

@@ -46,6 +46,14 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
 
 
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """The positions that a config says a model has, as far as it is exact; ``None``: no limit."""
+    names = "max_position_embeddings", "keep_window_size"
+    # Beyond so many keys (Doge) each query keeps those of the largest scores, and of equal tokens' rounding chooses one.
+    limits = [limit for limit in (getattr(config, name, None) for name in names) if limit is not None]
+    return min(limits, default=None)
+
+
 def non_finite(dtype: torch.dtype) -> str:
     """Why a model computes NaN or infinities, and what to do."""
     if dtype == torch.float16:

@@ -244,7 +244,7 @@ def test_the_space_tells_models_apart():
 
 
 def test_nothing_hangs_on_names():
-    for architecture in ("arcee", "seed_oss", "helium", "olmo", "olmoe", "apertus", "persimmon"):
+    for architecture in ("arcee", "seed_oss", "helium", "olmo", "olmoe", "apertus", "persimmon", "nanochat"):
         engine = Engine(tiny_model(architecture), template=TEMPLATE)
         lone = engine.add([random_ids(30), random_ids(40)])
         assert exactness(engine, LegoLink(k=1000), lone[::-1], random_ids(7)) < 1e-4, architecture
