@@ -28,6 +28,7 @@ from ragkv.model.traits import Traits
 from ragkv.model.turns import Turns, turns
 
 _PROBE_TOKENS = 8
+_MISFITS = TypeError, ValueError, RuntimeError, IndexError  # what models raise on being given what they do not know
 _STORED = torch.float32, torch.bfloat16, torch.float16
 _CHECK_TOKENS = 24
 _SHAKE = 1e-5  # an exact model answers it by errors of its size; one that rounds coarsely, by its rounding
@@ -153,12 +154,24 @@ class Decoder(Driving):
         recorder = _Recorder()
         try:
             hidden = self.read(self.random_ids(_PROBE_TOKENS), recorder, 0)
-        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            raise UnsupportedModelError(f"the model does not run over a plain key-value cache: {error}") from error
-        if sorted(recorder.seen) != list(range(len(self.layers))):
+        except torch.OutOfMemoryError:
+            raise
+        except (*_MISFITS, AttributeError, KeyError, NotImplementedError, AssertionError) as error:
             raise UnsupportedModelError(
-                f"the model wrote keys and values for layers {sorted(recorder.seen)} of {len(self.layers)}: recurrent layers, or "
-                "layers that share another's cache, are not supported"
+                f"the model does not run on token ids over a plain key-value cache ({type(error).__name__}: {error}): it asks for "
+                "a cache, a state or inputs of its own. ragkv needs a decoder that runs over any transformers Cache"
+            ) from error
+        without = sorted(set(range(len(self.layers))) - set(recorder.seen))
+        if len(without) == len(self.layers):
+            raise UnsupportedModelError(
+                "the model writes nothing into the key-value cache that it is given: it has none, or keeps a state of its own. "
+                "There is nothing to reuse; ragkv needs a decoder whose layers all keep keys and values"
+            )
+        if without:
+            raise UnsupportedModelError(
+                f"layers {', '.join(map(str, without))} of the model's {len(self.layers)} keep no keys and values of their own: "
+                "they share another layer's, keep a state, or attend to something else than the text. ragkv needs a decoder whose "
+                "layers all keep them"
             )
         pairs = [recorder.seen[layer] for layer in range(len(self.layers))]
         return Probe([keys[0] for keys, _ in pairs], [values[0] for _, values in pairs], hidden)
@@ -174,7 +187,8 @@ class Decoder(Driving):
                 hidden = self.read(self.random_ids(_PROBE_TOKENS), cache, offset)
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
-                f"the model cannot run at position {offset}: positions from a table, or ALiBi ({error})"
+                f"the model cannot run at position {offset}: it takes positions from a table of its own, or from the number of "
+                f"keys (ALiBi), and ragkv needs a decoder with rotary positions ({error})"
             ) from error
         return Probe([layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers], hidden)
 
@@ -232,7 +246,8 @@ class Decoder(Driving):
         if not tolerance.holds(error, self.dtype):
             raise UnsupportedModelError(
                 f"recomputing scattered tokens changes the model's logits (relative difference {error:.2g}, of which its own noise "
-                f"explains {tolerance.noisy:.2g}): its attention does not follow the masks that transformers builds for it"
+                f"explains {tolerance.noisy:.2g}): its attention does not follow the masks that transformers builds for it, so "
+                "that it cannot be told which keys a token sees; ragkv needs a decoder that attends by the masks it is given"
             )
 
 

@@ -42,7 +42,11 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not lists:
-        raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not keep its decoder layers in one list of {count}, as many as its config says it has "
+            "(num_hidden_layers): it runs some of them several times, or has several stacks. ragkv steps in between layers, and "
+            "needs a decoder that runs one list of them from the first to the last"
+        )
     return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
 
 
@@ -121,7 +125,8 @@ def refuse_by_config(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it"
+            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it. Use a decoder that keeps keys "
+            "and values of heads"
         )
     foreign = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
     if foreign:

@@ -145,8 +145,8 @@ def _rotations(
 ) -> list[Rotation | None]:
     if not _same_content(start, moved, tolerance):
         raise UnsupportedModelError(
-            "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved. ragkv "
-            "needs a decoder with rotary positions."
+            "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved, nor "
+            "keys that a norm with weights changes behind their rotation. ragkv needs a decoder with rotary positions."
         )
     pairs = zip(start.keys, moved.keys, strict=True)
     rotations = [_explain(layer, a, b, offset, possible, tolerance) for layer, (a, b) in enumerate(pairs)]

@@ -107,6 +107,12 @@ REFUSED = {
     "qwen3_next": ("linear_attention", {}),
     "bloom": ("ALiBi|plain key-value cache", {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"}),
     "falcon": ("ALiBi", {"alibi": True, "head_dim": None, "new_decoder_architecture": False}),
+    "openai-gpt": ("nothing to reuse", {"n_positions": 512, "n_embd": 64, "attn_implementation": "eager"}),
+    "gemma3n_text": (
+        "layers 5 of the model's 6 keep no keys and values of their own",
+        {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "intermediate_size": None, "layer_types": None},
+    ),
+    "hrm_text": ("does not keep its decoder layers in one list", {"attn_implementation": "eager"}),
     "deepseek_v3": ("MLA", {"kv_lora_rank": 16, "q_lora_rank": 16}),
     "llama": (
         "rope type 'dynamic'",
