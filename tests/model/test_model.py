@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ragkv
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, UnsupportedModelError
+from ragkv.model.activations import _inner
 from ragkv.model.decoder import Decoder
+from ragkv.model.inspection import refuse_by_config
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5])
@@ -141,6 +143,18 @@ def test_refused_by_name(architecture):
     model = tiny_model(architecture, **settings)
     with pytest.raises(UnsupportedModelError, match=reason):
         Engine(model)
+
+
+def test_layers_that_differ():
+    """In transformers such a config raises when it is asked for the setting of all."""
+    wide = AutoConfig.for_model("llama", num_hidden_layers=2, per_layer_config={1: {"intermediate_size": 16000}})
+    refuse_by_config(wide)
+    assert _inner(wide) == 16000
+    with pytest.raises(UnsupportedModelError, match="differ in their sliding_window"):
+        refuse_by_config(AutoConfig.for_model("mistral", per_layer_config={1: {"sliding_window": 8}}))
+    latent = AutoConfig.for_model("deepseek_v3", per_layer_config={1: {"kv_lora_rank": 8}})
+    with pytest.raises(UnsupportedModelError, match="MLA"):
+        refuse_by_config(latent)
 
 
 def test_refuses_encoder_decoders():
