@@ -188,7 +188,7 @@ def alone(name: str, seconds: float) -> Found:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=120, help="that a model may take")
+    parser.add_argument("--seconds", type=float, default=45, help="that a model may take")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.set_verbosity_error()
