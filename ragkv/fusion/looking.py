@@ -24,7 +24,7 @@ from ragkv.lazy import lazy
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
-from ragkv.model.kernel_attention import SpanBuilder, SpanRule, serves, span_rules
+from ragkv.model.kernel_attention import SpanBuilder, SpanRule
 from ragkv.model.masks import for_model
 from ragkv.model.rows import Rows
 
@@ -132,7 +132,7 @@ class Looking(ABC):
             return None
         if decoder.spans is not None or implementation(decoder.kernels, decoder.device, decoder.dtype) == "triton":
             return decoder.spans  # asked for by name it is there; else the decoder has tried it, and may have refused
-        return span_rules(decoder.rules, decoder.device) if serves(decoder.model, decoder.config) else None
+        return decoder.rules_as_spans()
 
     def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
         """From question scores, which the kernel takes on the way."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ragkv.model.decoder import Decoder
+from ragkv.model.inspection import each_layers
 
 #: Tokens of a forward, at least and at most: fewer keep a GPU waiting for Python, more bring nothing.
 LEAST, MOST = 512, 8192
@@ -58,7 +59,7 @@ def _positions(decoder: Decoder) -> int:
 def _inner(config: Any) -> int:
     """The width between a layer's last two matrices; of a mixture, of the experts that a token goes to."""
     names = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "intermediate_size_mlp")
-    widths = [width for width in (getattr(config, name, None) for name in names) if isinstance(width, int)]
+    widths = [width for name in names for width in each_layers(config, name) if isinstance(width, int)]
     inner = max(widths, default=4 * config.hidden_size)
     experts = getattr(config, "num_experts_per_tok", None) or getattr(config, "num_experts_per_token", None) or 0
     return max(inner, experts * (getattr(config, "moe_intermediate_size", None) or inner))

@@ -45,7 +45,8 @@ def grouped_sdpa(
         query: ``[B, H, S, D]``.
         key: ``[B, K, N, D]``.
         value: ``[B, K, N, D]``.
-        attention_mask: float ``[B, 1, S, N]``, or ``None``: causal, which for a single query is no mask at all.
+        attention_mask: float ``[B, 1, S, N]``, or ``[B, H, S, N]`` where a model makes one for each head; ``None``: causal, which
+            for a single query is no mask at all.
         dropout: passed on.
         scaling: of the scores.
         **kwargs: passed on where transformers' own function runs.
@@ -59,7 +60,9 @@ def grouped_sdpa(
     shared = heads // groups
     if queries <= _FEW and shared > 1:
         query = query.reshape(batch, groups, shared * queries, width)
-        if attention_mask is not None and queries > 1:
+        if attention_mask is not None and attention_mask.shape[1] == heads:
+            attention_mask = attention_mask.reshape(len(attention_mask), groups, shared * queries, -1)
+        elif attention_mask is not None and queries > 1:
             attention_mask = attention_mask.repeat(1, 1, shared, 1)
     out = torch.nn.functional.scaled_dot_product_attention(
         query,

@@ -20,14 +20,15 @@ from ragkv.kernels import WIDEST_HEAD, Impl, implementation
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.driving import Driving
-from ragkv.model.inspection import decoder_layers, non_finite, refuse_by_config, refuse_state, unwrapped
-from ragkv.model.kernel_attention import SpanRule, serves, span_rules
-from ragkv.model.masks import Rule, for_model, layer_rules
+from ragkv.model.inspection import decoder_layers, most_positions, non_finite, refuse_by_config, refuse_state, unwrapped
+from ragkv.model.kernel_attention import SpanRule, hands_on, serves, span_rules
+from ragkv.model.masks import Rule, SameMask, for_model, layer_rules
 from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
 from ragkv.model.traits import Traits
 from ragkv.model.turns import Turns, turns
 
 _PROBE_TOKENS = 8
+_MISFITS = TypeError, ValueError, RuntimeError, IndexError  # what models raise on being given what they do not know
 _STORED = torch.float32, torch.bfloat16, torch.float16
 _CHECK_TOKENS = 24
 _SHAKE = 1e-5  # an exact model answers it by errors of its size; one that rounds coarsely, by its rounding
@@ -45,6 +46,7 @@ class Decoder(Driving):
         rules: which keys every layer's queries may see.
         kernels: which implementation of ``ragkv.kernels`` was asked for.
         spans: the rules as selective attention takes them; ``None`` where scattered queries get masks instead.
+        hands_on: layers attend with the very masks that the model is given, so that something else may stand in their place.
         max_positions: positions of the longest prompt, or ``None``.
         vocab_size: ids are below it.
         keeps_last: logits may be asked for of the last row alone.
@@ -78,7 +80,7 @@ class Decoder(Driving):
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
         self.keeps_last: bool = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.rules: list[Rule] = layer_rules(self.config, len(self.layers), self.device)
-        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.max_positions: int | None = most_positions(self.config)
         if known is None:
             with self.turns:
                 self._try()
@@ -86,13 +88,14 @@ class Decoder(Driving):
             self.specs: list[LayerSpec] = known.specs
             self.rotations: list[Rotation | None] = known.rotations
             self.max_positions = known.max_positions
+            self.hands_on = known.hands_on
             self.dtype: torch.dtype = self.specs[0].dtype
             self.spans = self._span_rules() if known.spans else None
 
     @property
     def traits(self) -> Traits:
         """What was found."""
-        return Traits(self.specs, self.rotations, self.max_positions, self.spans is not None)
+        return Traits(self.specs, self.rotations, self.max_positions, self.spans is not None, self.hands_on)
 
     def _try(self) -> None:
         start = self._begin()
@@ -110,6 +113,7 @@ class Decoder(Driving):
         tolerance = self.tolerance()
         self.rotations, movable = probe_rotations(self.model, start, self._run_at, self.max_positions, tolerance)
         self.max_positions = movable or self.max_positions
+        self.hands_on = self._hands_on()
         self.spans = self._span_rules()
         self._check_scattered(tolerance)
 
@@ -119,13 +123,27 @@ class Decoder(Driving):
             return None  # sdpa with masks is faster than selective attention's reference
         if self.kernels == "auto" and max(max(spec.key_dim, spec.value_dim) for spec in self.specs) > WIDEST_HEAD:
             return None
-        rules = span_rules(self.rules, self.device) if serves(self.model, self.config) else None
+        rules = self.rules_as_spans()
         if rules is None and self.kernels != "auto":
             raise UnsupportedModelError(
-                f"kernels={self.kernels!r} was asked for, and this model's attention is none that the kernel computes: use "
-                "kernels='auto'"
+                f"kernels={self.kernels!r} was asked for, and this model's attention is none that the kernel computes (it goes "
+                "past transformers' attention interface, or changes the masks that it is given): use kernels='auto'"
             )
         return rules
+
+    def rules_as_spans(self) -> list[SpanRule] | None:
+        """Every layer's rule as selective attention takes it; ``None`` where the model's attention is none that it computes."""
+        serving = self.hands_on and serves(self.model, self.config)
+        return span_rules(self.rules, self.device) if serving else None
+
+    @torch.no_grad()
+    def _hands_on(self) -> bool:
+        def run(mask: Tensor) -> None:
+            ids = self.random_ids(2)
+            self.run(ids, torch.arange(2, device=self.device), self.cache(2), for_model(SameMask(mask), self.config))
+
+        interface = bool(getattr(self.model, "_supports_attention_backend", False))
+        return interface and hands_on(run, self.config, len(self.layers), self.device)
 
     def tolerance(self) -> Tolerance:
         """At which relative errors two runs of the model count as equal."""
@@ -136,12 +154,24 @@ class Decoder(Driving):
         recorder = _Recorder()
         try:
             hidden = self.read(self.random_ids(_PROBE_TOKENS), recorder, 0)
-        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            raise UnsupportedModelError(f"the model does not run over a plain key-value cache: {error}") from error
-        if sorted(recorder.seen) != list(range(len(self.layers))):
+        except torch.OutOfMemoryError:
+            raise
+        except (*_MISFITS, AttributeError, KeyError, NotImplementedError, AssertionError) as error:
             raise UnsupportedModelError(
-                f"the model wrote keys and values for layers {sorted(recorder.seen)} of {len(self.layers)}: recurrent layers, or "
-                "layers that share another's cache, are not supported"
+                f"the model does not run on token ids over a plain key-value cache ({type(error).__name__}: {error}): it asks for "
+                "a cache, a state or inputs of its own. ragkv needs a decoder that runs over any transformers Cache"
+            ) from error
+        without = sorted(set(range(len(self.layers))) - set(recorder.seen))
+        if len(without) == len(self.layers):
+            raise UnsupportedModelError(
+                "the model writes nothing into the key-value cache that it is given: it has none, or keeps a state of its own. "
+                "There is nothing to reuse; ragkv needs a decoder whose layers all keep keys and values"
+            )
+        if without:
+            raise UnsupportedModelError(
+                f"layers {', '.join(map(str, without))} of the model's {len(self.layers)} keep no keys and values of their own: "
+                "they share another layer's, keep a state, or attend to something else than the text. ragkv needs a decoder whose "
+                "layers all keep them"
             )
         pairs = [recorder.seen[layer] for layer in range(len(self.layers))]
         return Probe([keys[0] for keys, _ in pairs], [values[0] for _, values in pairs], hidden)
@@ -157,7 +187,8 @@ class Decoder(Driving):
                 hidden = self.read(self.random_ids(_PROBE_TOKENS), cache, offset)
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
-                f"the model cannot run at position {offset}: positions from a table, or ALiBi ({error})"
+                f"the model cannot run at position {offset}: it takes positions from a table of its own, or from the number of "
+                f"keys (ALiBi), and ragkv needs a decoder with rotary positions ({error})"
             ) from error
         return Probe([layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers], hidden)
 
@@ -215,7 +246,8 @@ class Decoder(Driving):
         if not tolerance.holds(error, self.dtype):
             raise UnsupportedModelError(
                 f"recomputing scattered tokens changes the model's logits (relative difference {error:.2g}, of which its own noise "
-                f"explains {tolerance.noisy:.2g}): its attention does not follow the masks that transformers builds for it"
+                f"explains {tolerance.noisy:.2g}): its attention does not follow the masks that transformers builds for it, so "
+                "that it cannot be told which keys a token sees; ragkv needs a decoder that attends by the masks it is given"
             )
 
 

@@ -42,8 +42,20 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not lists:
-        raise UnsupportedModelError(f"found no list of {count} decoder layers in {type(model).__name__}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not keep its decoder layers in one list of {count}, as many as its config says it has "
+            "(num_hidden_layers): it runs some of them several times, or has several stacks. ragkv steps in between layers, and "
+            "needs a decoder that runs one list of them from the first to the last"
+        )
     return lists[0]  # a mixture's experts may be as many, but they stand inside the layers and come later
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """The positions that a config says a model has, as far as it is exact; ``None``: no limit."""
+    names = "max_position_embeddings", "keep_window_size"
+    # Beyond so many keys (Doge) each query keeps those of the largest scores, and of equal tokens' rounding chooses one.
+    limits = [limit for limit in (getattr(config, name, None) for name in names) if limit is not None]
+    return min(limits, default=None)
 
 
 def non_finite(dtype: torch.dtype) -> str:
@@ -98,6 +110,13 @@ def _compiled(module: nn.Module) -> bool:
     )
 
 
+def each_layers(config: PreTrainedConfig, name: str) -> list[Any]:
+    """A config's setting: one value, or one a layer where its layers differ in it; ``None`` where it is not set."""
+    if name not in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(config, name, None)]
+    return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
 def refuse_by_config(config: PreTrainedConfig) -> None:
     """Refuse by name what a config says that ragkv cannot drive exactly.
 
@@ -107,14 +126,21 @@ def refuse_by_config(config: PreTrainedConfig) -> None:
     name = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder: ragkv drives decoders only")
-    if getattr(config, "alibi", False):
+    if any(each_layers(config, "alibi")):
         raise UnsupportedModelError(
             f"{name} uses ALiBi: its attention depends on absolute key positions, which ragkv does not move"
         )
-    if getattr(config, "kv_lora_rank", None):
+    if any(each_layers(config, "kv_lora_rank")):
         raise UnsupportedModelError(
-            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it"
+            f"{name} keeps a latent (MLA) cache: its rotated part is not where ragkv looks for it. Use a decoder that keeps keys "
+            "and values of heads"
         )
+    for window in ("sliding_window", "attention_chunk_size"):
+        if len(set(each_layers(config, window))) > 1:
+            raise UnsupportedModelError(
+                f"{name} has layers that differ in their {window}, and ragkv takes one for all layers of a kind. Use a config "
+                "that says it once, and by layer_types which layers have it"
+            )
     foreign = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
     if foreign:
         raise UnsupportedModelError(

@@ -211,6 +211,37 @@ def _spans_of_model(
     return SpanBuilder(rules, torch.arange(q_length, device=device) + q_offset, kv_length).layer(0)
 
 
+def hands_on(run: Callable[[Tensor], object], config: PreTrainedConfig, layers: int, device: torch.device) -> bool:
+    """Whether every layer's attention is given what the model is given as a mask, so that something else may stand in its place.
+
+    Not so where a layer works on the mask itself: hides more keys, or adds to it head by head.
+
+    Args:
+        run: runs two tokens over an empty cache with what it is given as the mask.
+        config: the model's text config.
+        layers: L.
+        device: of the model.
+    """
+    given = torch.tensor(
+        [[[[3, 1 << 20], [5, 1 << 30]]]], dtype=torch.int32, device=device
+    )  # two tokens' masks have this shape
+    got = list[Tensor | None]()
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        got.append(attention_mask)
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    try:
+        with turns(config), switched(config, "handed", attend):
+            run(given)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False  # what it does to masks cannot be done to this
+    same = (mask is not None and mask.dtype == given.dtype and torch.equal(mask.to(device), given) for mask in got)
+    return len(got) == layers and all(same)
+
+
 @lru_cache(maxsize=64)
 def _closed_form(rule: Rule, device: torch.device | str) -> SpanRule | None:
     first = _bisect(lambda key: _sees(rule, _FAR, key, device), 0, _FAR)

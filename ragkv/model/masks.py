@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -118,6 +119,17 @@ class MaskBuilder:
             return mask
         hidden = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
         return hidden.masked_fill_(~mask, torch.finfo(self.dtype).min)
+
+
+@dataclass(frozen=True)
+class SameMask:
+    """One mask for all layers."""
+
+    mask: Tensor
+
+    def layer(self, layer: int) -> Tensor:
+        """It."""
+        return self.mask
 
 
 def for_model(masks: LayerMasks, config: PreTrainedConfig) -> Tensor | dict[str, Tensor | None] | None:

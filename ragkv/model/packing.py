@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -25,7 +24,7 @@ from ragkv.model.attention import grouped, grouped_sdpa, switched
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
 from ragkv.model.linear import few_rows
-from ragkv.model.masks import LayerMasks, MaskBuilder, for_model
+from ragkv.model.masks import LayerMasks, MaskBuilder, SameMask, for_model
 from ragkv.model.rope import relative_error
 from ragkv.model.rows import Rows
 
@@ -35,8 +34,10 @@ _TRIED_TOKENS = 24
 @torch.no_grad()
 def packs(decoder: Decoder) -> bool:
     """Whether rows of several prompts go through one forward of a model: tried, beside running them one by one."""
-    if not getattr(decoder.model, "_supports_attention_backend", False):
-        return False  # its attention is not called as transformers' attention interface calls one
+    if not decoder.hands_on:
+        return (
+            False  # its attention is not called as transformers' attention interface calls one, or not with our masks
+        )
     with decoder.turns:
         want, got = [decoder.forward(rows) for rows in _samples(decoder)], run_packed(decoder, _samples(decoder))
     errors = [relative_error(b, a) for a, b in zip(want, got, strict=True)]
@@ -174,15 +175,4 @@ def _attention(decoder: Decoder, parts: Sequence[Rows], ends: Sequence[int]) -> 
         cache = _Packed(parts, ends)
         nothing = torch.zeros(1, 1, ends[-1], 1, dtype=decoder.dtype, device=decoder.device)
         with switched(decoder.config, "packed", _Attention(decoder, cache, masks)):
-            yield cache, for_model(_Same(nothing), decoder.config)
-
-
-@dataclass(frozen=True)
-class _Same:
-    """One mask for all layers."""
-
-    mask: Tensor
-
-    def layer(self, layer: int) -> Tensor:
-        """It."""
-        return self.mask
+            yield cache, for_model(SameMask(nothing), decoder.config)

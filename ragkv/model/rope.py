@@ -131,25 +131,25 @@ def probe_rotations(
     furthest = None if max_positions is None else max_positions - start.keys[0].shape[1]
     if furthest is not None and furthest < 1:
         raise UnsupportedModelError(f"the model has {max_positions} positions: too few to place a chunk")
-    candidates = _candidates(rope_frequencies(model))
+    possible = candidates(rope_frequencies(model))
     if furthest is not None:
         with suppress(UnsupportedModelError):  # one run is enough for most models
-            return _rotations(start, run(furthest), furthest, candidates, tolerance), None
+            return _rotations(start, run(furthest), furthest, possible, tolerance), None
     offset = _FIRST_OFFSET if furthest is None else min(_FIRST_OFFSET, furthest)
-    rotations = _rotations(start, run(offset), offset, candidates, tolerance)
+    rotations = _rotations(start, run(offset), offset, possible, tolerance)
     return rotations, _movable(run, start, rotations, offset, furthest, tolerance)
 
 
 def _rotations(
-    start: Probe, moved: Probe, offset: int, candidates: list[Rotation | None], tolerance: Tolerance
+    start: Probe, moved: Probe, offset: int, possible: list[Rotation | None], tolerance: Tolerance
 ) -> list[Rotation | None]:
     if not _same_content(start, moved, tolerance):
         raise UnsupportedModelError(
-            "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved. ragkv "
-            "needs a decoder with rotary positions."
+            "the model's values change with the absolute position: learned or absolute position embeddings cannot be moved, nor "
+            "keys that a norm with weights changes behind their rotation. ragkv needs a decoder with rotary positions."
         )
     pairs = zip(start.keys, moved.keys, strict=True)
-    rotations = [_explain(layer, a, b, offset, candidates, tolerance) for layer, (a, b) in enumerate(pairs)]
+    rotations = [_explain(layer, a, b, offset, possible, tolerance) for layer, (a, b) in enumerate(pairs)]
     if all(rotation is None for rotation in rotations):
         raise UnsupportedModelError(
             "no layer's keys turn with their position (ALiBi, or no positions at all): moving a chunk could not be told from "
@@ -158,8 +158,17 @@ def _rotations(
     return rotations
 
 
-def _candidates(tables: Sequence[Tensor]) -> list[Rotation | None]:
-    return [None] + [Rotation(table, interleaved) for table in tables for interleaved in (False, True)]
+def candidates(tables: Sequence[Tensor]) -> list[Rotation | None]:
+    """How keys may turn by these frequencies: not at all, or either way round, in halves or pairs."""
+    ways = [*tables] + [-table for table in tables]
+    return [None] + [Rotation(table, interleaved) for table in ways for interleaved in (False, True)]
+
+
+def same_rotation(one: Rotation | None, other: Rotation | None) -> bool:
+    """Whether two layers' keys turn alike."""
+    if one is None or other is None:
+        return one is other
+    return one.interleaved == other.interleaved and torch.equal(one.inv_freq, other.inv_freq)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -188,17 +197,17 @@ def _explain(
     at_zero: Tensor,
     at_offset: Tensor,
     offset: int,
-    candidates: list[Rotation | None],
+    possible: list[Rotation | None],
     tolerance: Tolerance,
 ) -> Rotation | None:
-    fitting = [c for c in candidates if c is None or c.rotary_dim <= at_zero.shape[-1]]
+    fitting = [c for c in possible if c is None or c.rotary_dim <= at_zero.shape[-1]]
     errors = [relative_error(turned(at_zero, c, 0, offset), at_offset) for c in fitting]
     best = min(range(len(fitting)), key=errors.__getitem__)
     if not tolerance.holds(errors[best], at_zero.dtype):
         raise UnsupportedModelError(
             f"layer {layer}: no known rotation explains how its keys change with the position (tried {len(fitting)}, best "
             f"relative error {errors[best]:.2g}). ragkv knows rotary embedding of halves and of interleaved pairs, on all or "
-            "the first dimensions of a head."
+            "the first dimensions of a head, by the frequencies that the model's rotary modules hold."
         )
     return fitting[best]
 

@@ -20,7 +20,7 @@ from ragkv.errors import RecordError, StoreError
 from ragkv.folder import seal, unseal
 from ragkv.kernels import Impl, Rotation
 from ragkv.model.cache import LayerSpec
-from ragkv.model.rope import rope_frequencies
+from ragkv.model.rope import candidates, rope_frequencies, same_rotation
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -46,26 +46,30 @@ class Traits:
         rotations: how every layer's keys turn with their position; ``None`` where they carry none.
         max_positions: within which moved keys are those that the model would compute; ``None``: no limit.
         spans: selective attention computes its attention, where it can run.
+        hands_on: its layers attend with the very masks that it is given.
     """
 
     specs: list[LayerSpec]
     rotations: list[Rotation | None]
     max_positions: int | None
     spans: bool
+    hands_on: bool
 
     def to_bytes(self, model: nn.Module) -> bytes:
-        """As JSON; of rotations, which of the model's frequencies they are."""
-        tables = rope_frequencies(model)
+        """As JSON; of rotations, which of the model's they are."""
+        possible = candidates(rope_frequencies(model))
 
-        def named(rotation: Rotation | None) -> list | None:
-            if rotation is None:
-                return None
-            same = (table.shape == rotation.inv_freq.shape and table.equal(rotation.inv_freq) for table in tables)
-            return [list(same).index(True), rotation.interleaved]
+        def number(rotation: Rotation | None) -> int:
+            return next(at for at, other in enumerate(possible) if same_rotation(rotation, other))
 
-        specs = [[*spec[:3], str(spec.dtype).removeprefix("torch."), str(spec.device)] for spec in self.specs]
-        said = {"specs": specs, "rotations": list(map(named, self.rotations))}
-        return json.dumps({**said, "max_positions": self.max_positions, "spans": self.spans}).encode()
+        said = {
+            "specs": [[*spec[:3], str(spec.dtype).removeprefix("torch."), str(spec.device)] for spec in self.specs],
+            "rotations": list(map(number, self.rotations)),
+            "max_positions": self.max_positions,
+            "spans": self.spans,
+            "hands_on": self.hands_on,
+        }
+        return json.dumps(said).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, model: nn.Module) -> Traits:
@@ -75,15 +79,16 @@ class Traits:
             RecordError: it gave others.
         """
         try:
-            said, tables = json.loads(data), rope_frequencies(model)
+            said, possible = json.loads(data), candidates(rope_frequencies(model))
             return cls(
                 [
                     LayerSpec(heads, key_dim, value_dim, getattr(torch, dtype), torch.device(where))
                     for heads, key_dim, value_dim, dtype, where in said["specs"]
                 ],
-                [None if of is None else Rotation(tables[of[0]], of[1]) for of in said["rotations"]],
+                [possible[number] for number in said["rotations"]],
                 said["max_positions"],
                 said["spans"],
+                said["hands_on"],
             )
         except _UNREADABLE as error:
             raise RecordError(f"a model's traits cannot be read: {type(error).__name__}: {error}") from error

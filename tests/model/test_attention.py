@@ -27,6 +27,18 @@ def test_grouped_is_transformers_own(heads, groups, queries):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 5, 20])
+def test_grouped_takes_a_mask_for_each_head(queries):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, queries, 16, generator=generator)
+    key, value = torch.randn(2, 2, 3, 33, 16, generator=generator).unbind(0)
+    mask = torch.randn(2, 6, queries, 33, generator=generator)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
+    got, _ = attention.grouped_sdpa(module, query, key, value, mask)
+    want, _ = sdpa_attention_forward(module, query, key, value, mask)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("architecture", "used"), [("llama", True), ("falcon", False)])
 def test_it_runs_for_the_pass_only(architecture, used, monkeypatch):
     model = tiny_model(architecture)

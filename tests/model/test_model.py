@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ragkv
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, UnsupportedModelError
+from ragkv.model.activations import _inner
 from ragkv.model.decoder import Decoder
+from ragkv.model.inspection import refuse_by_config
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5])
@@ -107,6 +109,12 @@ REFUSED = {
     "qwen3_next": ("linear_attention", {}),
     "bloom": ("ALiBi|plain key-value cache", {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"}),
     "falcon": ("ALiBi", {"alibi": True, "head_dim": None, "new_decoder_architecture": False}),
+    "openai-gpt": ("nothing to reuse", {"n_positions": 512, "n_embd": 64, "attn_implementation": "eager"}),
+    "gemma3n_text": (
+        "layers 5 of the model's 6 keep no keys and values of their own",
+        {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "intermediate_size": None, "layer_types": None},
+    ),
+    "hrm_text": ("does not keep its decoder layers in one list", {"attn_implementation": "eager"}),
     "deepseek_v3": ("MLA", {"kv_lora_rank": 16, "q_lora_rank": 16}),
     "llama": (
         "rope type 'dynamic'",
@@ -135,6 +143,18 @@ def test_refused_by_name(architecture):
     model = tiny_model(architecture, **settings)
     with pytest.raises(UnsupportedModelError, match=reason):
         Engine(model)
+
+
+def test_layers_that_differ():
+    """In transformers such a config raises when it is asked for the setting of all."""
+    wide = AutoConfig.for_model("llama", num_hidden_layers=2, per_layer_config={1: {"intermediate_size": 16000}})
+    refuse_by_config(wide)
+    assert _inner(wide) == 16000
+    with pytest.raises(UnsupportedModelError, match="differ in their sliding_window"):
+        refuse_by_config(AutoConfig.for_model("mistral", per_layer_config={1: {"sliding_window": 8}}))
+    latent = AutoConfig.for_model("deepseek_v3", per_layer_config={1: {"kv_lora_rank": 8}})
+    with pytest.raises(UnsupportedModelError, match="MLA"):
+        refuse_by_config(latent)
 
 
 def test_refuses_encoder_decoders():
@@ -244,7 +264,7 @@ def test_the_space_tells_models_apart():
 
 
 def test_nothing_hangs_on_names():
-    for architecture in ("arcee", "seed_oss", "helium", "olmo", "olmoe", "apertus", "persimmon"):
+    for architecture in ("arcee", "seed_oss", "helium", "olmo", "olmoe", "apertus", "persimmon", "nanochat"):
         engine = Engine(tiny_model(architecture), template=TEMPLATE)
         lone = engine.add([random_ids(30), random_ids(40)])
         assert exactness(engine, LegoLink(k=1000), lone[::-1], random_ids(7)) < 1e-4, architecture
