@@ -204,7 +204,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--time-limit", type=int, metavar="S", help="seconds after which it stops")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=[], help="only these")
     parser.add_argument("--tables", action="store_true", help="print tables of what there is, and run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --tables: write the figures here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="with --tables: write the figures here, beside those of other sets"
+    )
     args = parser.parse_args(argv)
     if not args.tables:
         if args.model is None or args.data is None or len(args.out) > 1:
@@ -215,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, held in results.items():
         print(table(name, held), end="\n\n")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        before = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+        args.json.write_text(json.dumps(before | results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

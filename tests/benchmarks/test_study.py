@@ -76,12 +76,14 @@ def test_tables_of_a_study_that_is_not_done(tmp_path, capsys):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     lines[-1] = lines[-1][:20]  # it is just being written
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "study.json").write_text('{"xquad-kl": "as it was", "hotpotqa-kl": "before"}')
     study.main(["--tables", "--out", str(tmp_path), "--json", str(tmp_path / "study.json")])
     shown = capsys.readouterr().out
     assert "hotpotqa-kl, 4 cases" in shown and "oracle" not in shown
     row = "| `question-aware:ratio=0.1@document` | 3 | 10.0% | 0.200 (0.100 to 0.300) | -0.200 (-0.300 to -0.100) |"
     assert row in shown and "| `full-prefill` | 4 |" in shown
     written = json.loads((tmp_path / "study.json").read_text())
+    assert written["xquad-kl"] == "as it was"
     both = written["hotpotqa-kl"]["arms"]["question-aware:ratio=0.1@document"]
     assert both["kl_chunks less alone"] == pytest.approx([0.1, 0.05, 0.15, 3])
     assert written["hotpotqa-kl"]["arms"]["full-prefill"]["kl_chunks less default"][:] == pytest.approx(
@@ -118,6 +120,7 @@ def test_sets_of_two_contexts_and_studies_of_several_models_are_summed_up_togeth
     study.main(["--tables", "--out", *out, "--json", str(tmp_path / "study.json")])
     assert "both contexts-answers, 6 cases" in capsys.readouterr().out
     written = json.loads((tmp_path / "study.json").read_text())
+    assert written["xquad-kl"] == "as it was"
     assert written.keys() == {"xquad-answers", "unnamed-answers", "both contexts-answers"}
     together = written["both contexts-answers"]
     assert (written["xquad-answers"]["cases"], together["about"]["data"]) == (4, "xquad, unnam")
