@@ -97,7 +97,11 @@ class PromptTemplate:
             PromptError: no chat template, or one that fails or does not carry the user's message through whole; what should be
                 a text is none.
         """
-        for name, text in (("system", system or ""), ("instruction", instruction), ("before_question", before_question)):
+        for name, text in (
+            ("system", system or ""),
+            ("instruction", instruction),
+            ("before_question", before_question),
+        ):
             if not isinstance(text, str):
                 raise PromptError(f"{name} stands in a chat template's message and must be a text, got {text!r:.80}")
         if not getattr(tokenizer, "chat_template", None):
