@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Event
+from threading import Event, Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class AnswerStream(Structured, Iterator[str], OfOneProcess, instead="read it whe
         self.logprobs: Logprobs | None = logprobs
         self.schema: Schema | None = schema
         self.text: str = ""
+        self._reading = Lock()
         self._context = copy_context()  # who watches when it is made is told what is read later
 
     @property
@@ -103,13 +104,30 @@ class AnswerStream(Structured, Iterator[str], OfOneProcess, instead="read it whe
                 yield self._next()
 
     def _next(self) -> str:
-        piece = self._context.run(next, self._pieces)
-        self.text += piece
+        with self._alone():
+            piece = self._context.run(next, self._pieces)
+            self.text += piece
         return piece
 
     def close(self) -> None:
-        """End it here. Closing twice, or behind the last piece, is fine."""
-        self._pieces.close()
+        """End it here. Closing twice, or behind the last piece, is fine.
+
+        Raises:
+            RagKVError: another thread makes a piece just now.
+        """
+        with self._alone():
+            self._pieces.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._reading.acquire(blocking=False):
+            raise RagKVError(
+                "a stream is for one thread at a time, and another one reads it: let that one read or close it"
+            )
+        try:
+            yield
+        finally:
+            self._reading.release()
 
 
 class Answering:

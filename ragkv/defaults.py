@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -74,6 +75,8 @@ def _as_json(name: str, value: Any) -> Any:
     if isinstance(value, Method):
         return words_of(value)
     if isinstance(value, PromptTemplate):
+        if not _is_json(value.chat):  # tools given as functions, say
+            return None
         parts = {part: text for part, text in asdict(value).items() if part not in ("stop", "chat", "slots")}
         kept = {
             **_texts(parts),
@@ -86,6 +89,14 @@ def _as_json(name: str, value: Any) -> Any:
     if name in ("model", "embedder", "tokenizer"):
         return _name(value) if isinstance(value, str | os.PathLike) else None
     return value if isinstance(value, str | int) else None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(None if value is None else dict(value))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _texts(parts: Mapping[str, Any]) -> dict[str, Any]:

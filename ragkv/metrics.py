@@ -12,15 +12,15 @@ _PROMPTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class EngineCollector(Collector):
-    """Reads an engine's :meth:`~ragkv.Engine.stats` whenever Prometheus asks; those of its store are
+    """Reads an engine's figures whenever Prometheus asks, also when it is closed; those of its store are
     :class:`~ragkv.store.metrics.StoreCollector`'s.
 
     Args:
         engine: whose numbers.
-        registry: a ``prometheus_client.CollectorRegistry`` to register with; None to do that yourself.
+        registry: as of :class:`~ragkv.store.metrics.Collector`.
 
     Raises:
-        StoreError: ``prometheus-client`` is not installed.
+        As :class:`~ragkv.store.metrics.Collector`.
     """
 
     def __init__(self, engine: Engine, registry: Any = None) -> None:
@@ -29,8 +29,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Any]:
         """The metrics now."""
-        stats = self._engine.stats()
-        services = stats.line.namespaces
+        line, sizes = self._engine.scheduler.stats(), dict(self._engine.documents.steps.sizes)
         for kind, name, field, text in (
             ("Gauge", "requests_waiting", "waiting", "Requests that wait for their turn."),
             ("Gauge", "requests_running", "running", "Requests that are computed or answered."),
@@ -42,13 +41,11 @@ class EngineCollector(Collector):
             ("Counter", "computed_tokens", "computed_tokens", "Tokens of prompts that were computed."),
             ("Counter", "output_tokens", "output_tokens", "Tokens of answers."),
         ):
-            values = {namespace: getattr(service, field) for namespace, service in services.items()}
+            values = {namespace: getattr(service, field) for namespace, service in line.namespaces.items()}
             yield self._family(kind, f"ragkv_{name}", text, values, "namespace")
-        yield self._core.GaugeMetricFamily(
-            "ragkv_prompts_bytes", "Bytes that prompts and answers take.", stats.line.bytes
-        )
+        yield self._core.GaugeMetricFamily("ragkv_prompts_bytes", "Bytes that prompts and answers take.", line.bytes)
         forwards = self._core.HistogramMetricFamily("ragkv_forward_prompts", "Prompts in one forward of the model.")
-        held = [(str(most), sum(n for size, n in stats.forwards.items() if size <= most)) for most in _PROMPTS]
-        total = sum(size * count for size, count in stats.forwards.items())
-        forwards.add_metric([], [*held, ("+Inf", sum(stats.forwards.values()))], total)
+        held = [(str(most), sum(n for size, n in sizes.items() if size <= most)) for most in _PROMPTS]
+        total = sum(size * count for size, count in sizes.items())
+        forwards.add_metric([], [*held, ("+Inf", sum(sizes.values()))], total)
         yield forwards

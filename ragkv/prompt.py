@@ -94,8 +94,16 @@ class PromptTemplate:
             **chat_options: for ``apply_chat_template``, ``enable_thinking=False`` say.
 
         Raises:
-            PromptError: no chat template, or one that fails or does not carry the user's message through whole.
+            PromptError: no chat template, or one that fails or does not carry the user's message through whole; what should be
+                a text is none.
         """
+        for name, text in (
+            ("system", system or ""),
+            ("instruction", instruction),
+            ("before_question", before_question),
+        ):
+            if not isinstance(text, str):
+                raise PromptError(f"{name} stands in a chat template's message and must be a text, got {text!r:.80}")
         if not getattr(tokenizer, "chat_template", None):
             asked = " for a system message" if system else ""
             raise PromptError(
@@ -159,16 +167,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], o
     """Messages as the tokenizer's chat template writes them, the assistant's header behind them.
 
     Raises:
-        PromptError: the template fails.
+        PromptError: the template fails, or takes no such options.
     """
-    from jinja2 import TemplateError  # what transformers renders with
-
+    written = {"tokenize": False, "add_generation_prompt": True}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    except TemplateError as error:
-        raise PromptError(
-            f"the tokenizer's chat template fails: {error} (has it no place for a system message?)"
-        ) from error
+        return tokenizer.apply_chat_template(messages, **written, **options)
+    except Exception as error:  # a template is a program
+        own = sorted(written.keys() & options.keys())
+        hint = f"leave out {own[0]}=" if own else "has it no place for a system message?"
+        raise PromptError(f"the tokenizer's chat template fails: {error} ({hint})") from error
 
 
 def _long_ago(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
+from numbers import Real
 
 from ragkv.chunk import Chunk
-from ragkv.errors import ArgumentError, ArgumentTypeError
+from ragkv.errors import ArgumentError, ArgumentTypeError, listable
 
 
 def route(
@@ -37,15 +38,24 @@ def route(
         A name.
 
     Raises:
-        ArgumentError: no replica, a load below 0, a bound below 1.
+        ArgumentError: no replica, a load below 0, a bound below 1, or one that is not finite.
         ArgumentTypeError: what is not of these types.
     """
     if not isinstance(replicas, Mapping):
         raise ArgumentTypeError(f"replicas must map names to loads, as {{'a': 3, 'b': 0}}, got {replicas!r:.80}")
-    if not replicas or not all(load >= 0 for load in replicas.values()) or not bound >= 1:
+    figures = [*replicas.values(), bound]
+    if not all(isinstance(figure, Real) for figure in figures):
+        raise ArgumentTypeError(f"loads and bound must be numbers, got {replicas!r:.80}, {bound!r:.80}")
+    if not replicas or not all(map(math.isfinite, figures)) or min(figures[:-1]) < 0 or bound < 1:
         raise ArgumentError(
-            f"route needs replicas, loads of at least 0 and a bound of at least 1, got {replicas!r:.80}, {bound}"
+            "route needs replicas, finite loads of at least 0 and a finite bound of at least 1, "
+            f"got {replicas!r:.80}, {bound}: leave out a replica that is down"
         )
+    held = {} if held is None else held
+    if not isinstance(held, Mapping) or not all(isinstance(names, Collection) for names in held.values()):
+        raise ArgumentTypeError(f"held must map replicas' names to what they hold, got {held!r:.80}")
+    if not listable(chunks):
+        raise ArgumentTypeError(f"chunks must be several ragkv.Chunk or names, got {chunks!r:.80}")
     most = math.ceil(bound * (sum(replicas.values()) + 1) / len(replicas))
     free = [name for name, load in replicas.items() if load + 1 <= most] or [
         min(replicas, key=lambda name: replicas[name])
@@ -57,7 +67,7 @@ def route(
         own, tokens = (chunk.id, len(chunk)) if isinstance(chunk, Chunk) else (chunk, 1)
         name = (chunk.document or own) if isinstance(chunk, Chunk) else own
         whole.append(name)
-        holders = [replica for replica in free if own in (held or {}).get(replica, ())]
+        holders = [replica for replica in free if own in held.get(replica, ())]
         for replica in holders or [_first(name, free)]:
             votes[replica] += tokens
     best = max(votes.values(), default=0)
@@ -66,4 +76,10 @@ def route(
 
 def _first(name: str, replicas: Sequence[str]) -> str:
     """The first of the replicas in the order of a document, or of several together."""
-    return max(replicas, key=lambda replica: blake2b(f"{len(name)}:{name}{replica}".encode(), digest_size=16).digest())
+
+    def rank(replica: str) -> bytes:
+        # Names of files may hold half a surrogate pair.
+        named = f"{len(name)}:{name}{replica}".encode("utf-8", "surrogatepass")
+        return blake2b(named, digest_size=16).digest()
+
+    return max(replicas, key=rank)

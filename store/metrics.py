@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ragkv.errors import StoreError
+from ragkv.errors import ArgumentError, StoreError
 from ragkv.store.tiered import TieredStore
 
 _POOLS = (
@@ -20,7 +21,7 @@ _POOLS = (
 _BUCKETS_S = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 
 
-class Collector:
+class Collector(ABC):
     """Gives numbers to Prometheus.
 
     Args:
@@ -28,6 +29,7 @@ class Collector:
 
     Raises:
         StoreError: ``prometheus-client`` is not installed.
+        ArgumentError: the registry has such numbers, of another store or engine.
     """
 
     def __init__(self, registry: Any = None) -> None:
@@ -38,12 +40,20 @@ class Collector:
                 "metrics need prometheus-client. Install it with: pip install prometheus-client"
             ) from error
         self._core: Any = core
-        if registry is not None:
+        if registry is None:
+            return
+        try:
             registry.register(self)
+        except ValueError as error:
+            raise ArgumentError(f"each engine and each store needs a registry of its own: {error}") from error
+
+    @abstractmethod
+    def collect(self) -> Iterator[Any]:
+        """The metrics now."""
 
     def describe(self) -> list[Any]:
-        """Nothing, so that registering reads nothing."""
-        return []
+        """Their names, of which a registry takes each once."""
+        return list(self.collect())
 
     def _family(self, kind: str, name: str, text: str, values: Mapping[str, float], label: str) -> Any:
         family = getattr(self._core, f"{kind}MetricFamily")(name, text, labels=[label])
@@ -53,14 +63,14 @@ class Collector:
 
 
 class StoreCollector(Collector):
-    """Reads a store's :meth:`TieredStore.stats` whenever Prometheus asks.
+    """Reads a store's :meth:`TieredStore.stats` whenever Prometheus asks; a closed store has none.
 
     Args:
         store: whose numbers.
-        registry: a ``prometheus_client.CollectorRegistry`` to register with; None to do that yourself.
+        registry: as of :class:`Collector`.
 
     Raises:
-        StoreError: ``prometheus-client`` is not installed.
+        As :class:`Collector`.
     """
 
     def __init__(self, store: TieredStore, registry: Any = None) -> None:
@@ -69,6 +79,8 @@ class StoreCollector(Collector):
 
     def collect(self) -> Iterator[Any]:
         """The metrics now."""
+        if self._store.closed:
+            return
         stats = self._store.stats()
         yield self._family("Gauge", "ragkv_store_entries", "Chunks stored.", stats.entries, "tier")
         yield self._family("Gauge", "ragkv_store_bytes", "Bytes of the chunks stored.", stats.bytes, "tier")

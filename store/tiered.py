@@ -346,6 +346,11 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         self._tiers.close()
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
     def _open(self) -> Tiers:
         """Its tiers, while it is open."""
         if self._closed:

@@ -191,6 +191,18 @@ def test_a_folder_keeps_how_messages_are_written(chatting):
     assert asked(encoder(chatting, again), TALK) == asked(encoder(chatting, template), TALK)
 
 
+def test_a_template_with_options_that_no_file_can_hold_has_to_be_given_again(chatting):
+    def look(mill: str):
+        """Looks.
+
+        Args:
+            mill: at which
+        """
+
+    template = PromptTemplate.from_chat_template(chatting, tools=[look])
+    assert to_keep({"template": template, "dtype": "float32"}) == {"dtype": "float32"}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_conversation_is_exact_at_100_percent(chatting, architecture):
     engine = Engine(tiny_model(architecture, vocab_size=1792), chatting, method=FullPrefill(), piece_tokens=32)

@@ -79,6 +79,27 @@ def test_a_chat_template_that_fails(tokenizer):
         PromptTemplate.from_chat_template(tokenizer, system="Be brief.")
 
 
+@pytest.mark.parametrize(
+    ("template", "options", "what"),
+    [
+        ("{{ 'a' + tools }}", {}, "can only concatenate str"),
+        ("{{ 1 / 0 }}", {}, "division by zero"),
+        ({"a": CHAT, "b": CHAT}, {}, "multiple chat templates"),
+        (CHAT, {"tokenize": True}, "leave out tokenize="),
+        (CHAT, {"add_generation_prompt": False}, "leave out add_generation_prompt="),
+        (CHAT, {"continue_final_message": True}, "not compatible"),
+        (CHAT, {"tools": [5]}, "Tools should"),
+        (CHAT, {"system": 5}, "system stands in .* must be a text, got 5"),
+        (CHAT, {"instruction": [5]}, r"instruction stands in .* must be a text, got \[5\]"),
+        (CHAT, {"before_question": None}, "before_question stands in .* must be a text, got None"),
+    ],
+)
+def test_chat_templates_and_options_that_fail_in_other_ways(tokenizer, template, options, what):
+    tokenizer.chat_template = template
+    with pytest.raises(PromptError, match=what):
+        PromptTemplate.from_chat_template(tokenizer, **options)
+
+
 def test_chat_templates_that_cannot_be_cut(tokenizer):
     with pytest.raises(PromptError, match="no chat template"):
         PromptTemplate.from_chat_template(tokenizer)

@@ -1,5 +1,6 @@
 """Routing: questions over the same chunks meet, load is bounded, and little moves when a replica comes or goes."""
 
+import math
 import random
 from collections import Counter
 
@@ -80,3 +81,26 @@ def test_wrong_types():
         route(["x"], ["a", "b"])
     with pytest.raises(ArgumentTypeError, match=r"must be ragkv\.Chunk or names"):
         route([5], {"a": 0})
+
+
+@pytest.mark.parametrize(
+    ("chunks", "replicas", "more", "error", "what"),
+    [
+        (["x"], {"a": math.inf, "b": 0}, {}, ArgumentError, "finite loads"),
+        (["x"], {"a": 0}, {"bound": math.inf}, ArgumentError, "finite bound"),
+        (["x"], {"a": "1"}, {}, ArgumentTypeError, "must be numbers"),
+        (["x"], {"a": None}, {}, ArgumentTypeError, "must be numbers"),
+        (["x"], {"a": 0}, {"bound": "2"}, ArgumentTypeError, "must be numbers"),
+        (["x"], {"a": 0}, {"held": ["a"]}, ArgumentTypeError, "held must map"),
+        (["x"], {"a": 0}, {"held": {"a": None}}, ArgumentTypeError, "held must map"),
+        ("document", {"a": 0}, {}, ArgumentTypeError, "chunks must be several"),
+        (None, {"a": 0}, {}, ArgumentTypeError, "chunks must be several"),
+    ],
+)
+def test_what_is_no_load_and_no_name(chunks, replicas, more, error, what):
+    with pytest.raises(error, match=what):
+        route(chunks, replicas, **more)
+
+
+def test_names_of_files_that_are_not_valid_unicode():
+    assert route(["\udcff.txt"], {"a": 0, "b": 0}) in ("a", "b")

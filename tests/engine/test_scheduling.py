@@ -26,6 +26,7 @@ from ragkv.metrics import EngineCollector
 from ragkv.scheduling import scheduler as module
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
+from ragkv.store.metrics import StoreCollector
 from ragkv.streaming import stoppable
 from ragkv.testing import random_ids, tiny_model
 
@@ -398,3 +399,23 @@ def test_figures(engine):
     assert value("ragkv_forward_prompts_count") == sum(stats.forwards.values())
     assert value("ragkv_forward_prompts_bucket", {"le": "1"}) == stats.forwards[1]
     assert value("ragkv_forward_prompts_sum") == sum(size * n for size, n in stats.forwards.items())
+
+
+def test_a_registry_takes_one_engine_and_one_store_and_outlives_both(engine):
+    client = pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    registry, names = client.CollectorRegistry(), ('a"b', "a\nb\\", "é{}", "")
+    EngineCollector(engine, registry)
+    StoreCollector(engine.store, registry)
+    for namespace in names:
+        engine.generate(engine.add([random_ids(9)], namespace=namespace), QUESTION, namespace=namespace, **NO_END)
+    other = engine_with()
+    for collector, its in ((EngineCollector, other), (StoreCollector, other.store)):
+        with pytest.raises(ArgumentError, match="needs a registry of its own"):
+            collector(its, registry)
+    engine.close()
+    text = client.generate_latest(registry).decode()
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {one.labels["namespace"] for one in found["ragkv_requests_done"].samples} >= set(names)
+    assert not any("store" in name for name in found)

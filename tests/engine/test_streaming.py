@@ -1,12 +1,13 @@
 """Streams: pieces joined are the text, characters come whole, and an answer ends before a stop text."""
 
 import random
+import threading
 
 import pytest
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from ragkv import ArgumentError, Engine, NonFiniteError, PromptTemplate, Reuse, bundled
+from ragkv import ArgumentError, Engine, NonFiniteError, PromptTemplate, RagKVError, Reuse, bundled
 from ragkv.detokenizer import Detokenizer, cut
 from ragkv.prompt import Encoder
 from ragkv.testing import random_ids, tiny_model
@@ -233,3 +234,26 @@ def test_a_model_that_overflows_gives_no_answer():
     for ask in (engine.fuse, engine.generate):
         with pytest.raises(NonFiniteError, match=r"next-token logits are not finite.*dtype=torch\.float32"):
             ask(chunks, QUESTION)
+
+
+def test_a_stream_is_for_one_thread_at_a_time(base):
+    """Who reads it, or closes it, while another makes a piece is told so; the one that reads goes on."""
+    failures = list[Exception]()
+
+    def meddling(ids, scores):
+        def meddle(what):
+            with pytest.raises(RagKVError, match="one thread at a time") as failure:
+                what()
+            failures.append(failure.value)
+
+        for what in (lambda: next(stream), stream.close):
+            thread = threading.Thread(target=meddle, args=(what,))
+            thread.start()
+            thread.join()
+        return scores
+
+    want = base.generate([], "Who?", max_new_tokens=3).text
+    stream = base.stream([], "Who?", max_new_tokens=3, logits_processor=[meddling])
+    assert "".join(stream) == stream.text == want
+    assert len(failures) == 6
+    stream.close()
