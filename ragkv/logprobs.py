@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ragkv.errors import whole_number
+from ragkv.tokenizer import text_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,5 @@ class Logprobs(list[TokenLogprob]):
         self.append(self._one(token, float(logprobs[token]), top))
 
     def _one(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        return TokenLogprob(
-            token, "" if self._tokenizer is None else str(self._tokenizer.decode([token])), logprob, top
-        )
+        text = "" if self._tokenizer is None else text_of(self._tokenizer, [token])
+        return TokenLogprob(token, text, logprob, top)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragkv.errors import PromptError, no_question
 from ragkv.slots import check_slots, filled, pieces
-from ragkv.tokenizer import PrivateTokenizer, never_shown, plain_ids
+from ragkv.tokenizer import PrivateTokenizer, never_shown, plain_ids, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,8 +293,8 @@ class Encoder:
             return ""
         hidden = self._hidden
         if hidden is None:
-            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        return str(self.tokenizer.decode([i for i in ids if i not in hidden]))
+            return text_of(self.tokenizer, ids, skip_special_tokens=True)
+        return text_of(self.tokenizer, [i for i in ids if i not in hidden])
 
     def _cut(self, text: Text) -> list[Any]:
         """The ids of the template's own text and the names of its slots by turns, each piece encoded on its own."""

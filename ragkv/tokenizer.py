@@ -194,3 +194,20 @@ def _whole(value: Any) -> int:
     if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
         raise PromptError(f"token ids must be whole numbers, got {plain!r}")
     return index(plain)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
+    """The text of ids; those that a tokenizer has no token for are left out, as models have that know more ids than it.
+
+    Args:
+        tokenizer: a transformers tokenizer, or anything that decodes as one does.
+        ids: any number.
+        **options: for its ``decode``.
+    """
+    try:
+        return str(tokenizer.decode(list(ids), **options))
+    except Exception:  # those written in Python end with whatever they come upon
+        known = [i for i in ids if i < len(tokenizer)]
+        if len(known) == len(ids):
+            raise
+        return str(tokenizer.decode(known, **options))

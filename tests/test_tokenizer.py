@@ -1,12 +1,14 @@
 """Law 13: text cannot become a special token, whatever other threads do with the tokenizer, and the tokenizer is left alone."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ragkv import PromptError, PromptTemplate, bundled
+from ragkv.logprobs import Logprobs
 from ragkv.prompt import Encoder
 from ragkv.tokenizer import PrivateTokenizer
 
@@ -251,3 +253,14 @@ def test_bytes_are_shown_though_they_are_marked_as_special():
     encoder = Encoder(PromptTemplate(), tokenizer, len(tokenizer))
     ids = encoder.ids('say {"ä"}')
     assert encoder.decode([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]) == 'say {"ä"}'
+
+
+def test_ids_that_a_tokenizer_has_no_token_for_are_left_out():
+    """Models have rows for more ids than their tokenizers, and may choose one."""
+    tokenizer = ByT5Tokenizer()
+    encoder = Encoder(PromptTemplate(), tokenizer, 404)
+    (a,) = encoder.ids("a")
+    assert encoder.decode([a, 400, a]) == "aa" and encoder.decode([400]) == ""
+    noted = Logprobs(tokenizer, 2)
+    noted.note(torch.arange(404.0)[None], 403)
+    assert [noted[0].text, *(one.text for one in noted[0].top)] == ["", "", ""]
