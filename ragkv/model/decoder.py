@@ -88,7 +88,7 @@ class Decoder(Driving):
             self.specs: list[LayerSpec] = known.specs
             self.rotations: list[Rotation | None] = known.rotations
             self.max_positions = known.max_positions
-            self.hands_on = known.hands_on
+            self.hands_on: bool = known.hands_on
             self.dtype: torch.dtype = self.specs[0].dtype
             self.spans = self._span_rules() if known.spans else None
 
