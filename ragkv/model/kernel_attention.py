@@ -222,9 +222,8 @@ def hands_on(run: Callable[[Tensor], object], config: PreTrainedConfig, layers: 
         layers: L.
         device: of the model.
     """
-    given = torch.tensor(
-        [[[[3, 1 << 20], [5, 1 << 30]]]], dtype=torch.int32, device=device
-    )  # two tokens' masks have this shape
+    spans = [[3, 1 << 20], [5, 1 << 30]]  # of two tokens, whose masks have this shape too
+    given = torch.tensor(spans, dtype=torch.int32, device=device)[None, None]
     got = list[Tensor | None]()
 
     def attend(

@@ -35,9 +35,7 @@ _TRIED_TOKENS = 24
 def packs(decoder: Decoder) -> bool:
     """Whether rows of several prompts go through one forward of a model: tried, beside running them one by one."""
     if not decoder.hands_on:
-        return (
-            False  # its attention is not called as transformers' attention interface calls one, or not with our masks
-        )
+        return False  # its attention is not called by transformers' attention interface, or not with our masks
     with decoder.turns:
         want, got = [decoder.forward(rows) for rows in _samples(decoder)], run_packed(decoder, _samples(decoder))
     errors = [relative_error(b, a) for a, b in zip(want, got, strict=True)]
