@@ -13,8 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+#: Asked by a body before it goes on to a layer that others fill: its graph ends there, and another begins.
+Cut = Callable[[int], object]
 #: Runs on fixed tensors alone; returns one that the next run writes anew.
-Body = Callable[[], Tensor]
+Body = Callable[[Cut], Tensor]
+#: Runs a body's graphs; between two of them it says at which layer the body was cut.
+Replay = Callable[[Cut], Tensor]
 
 #: PyTorch: one capture at a time in a process; and, in some versions, no random numbers of the device beside it.
 capturing = Lock()
@@ -25,7 +29,7 @@ _failed: list[Any] = []
 class Capture(Protocol):
     """Makes graphs of bodies."""
 
-    def __call__(self, body: Body) -> Body:
+    def __call__(self, body: Body) -> Replay:
         """Record a body without running it; what is returned replays it. Raises whatever goes wrong."""
 
     def usable(self) -> bool:
@@ -51,35 +55,47 @@ class CudaCapture:
             self._pool: Any = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, body: Body) -> Body:
+    def __call__(self, body: Body) -> Replay:
         """See :class:`Capture`. The body runs once on the stream where it is captured, as PyTorch asks for."""
-        stream = self._stream
+        stream, cuts, graphs = self._stream, list[int](), [torch.cuda.CUDAGraph()]
+        # Other threads load, store and allocate meanwhile.
+        how: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
+
+        def cut(layer: int) -> None:
+            graphs[-1].capture_end()
+            cuts.append(layer)
+            graphs.append(torch.cuda.CUDAGraph())
+            recording.cuda_graph = graphs[-1]  # which it ends
+            graphs[-1].capture_begin(**how)
+
         # What is left by a capture that fails is the outer block's to undo: the inner one then leaves its stream in place.
         with capturing, torch.cuda.device(self._device), torch.cuda.stream(stream):
-            graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.default_stream(self._device))
-            body()
+            body(lambda layer: None)
+            recording = torch.cuda.graph(graphs[0], stream=stream, **how)
             try:
-                # Other threads load, store and allocate meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                    out = body()
+                with recording:
+                    out = body(cut)
             except BaseException:
-                self._recover(graph)
+                self._recover(graphs)
                 raise
         torch.cuda.default_stream(self._device).wait_stream(stream)
 
-        def replay() -> Tensor:
-            graph.replay()
+        def replay(between: Cut) -> Tensor:
+            graphs[0].replay()
+            for layer, graph in zip(cuts, graphs[1:], strict=True):
+                between(layer)
+                graph.replay()
             return out
 
         return replay
 
-    def _recover(self, failed: Any) -> None:
+    def _recover(self, failed: list[Any]) -> None:
         """A capture that failed leaves PyTorch's random numbers, and its allocator, as if it went on.
 
         One that goes well ends that for the numbers; the allocator keeps the graph, and takes its pool for one in use.
         """
-        _failed.append(failed)
+        _failed.extend(failed)
         self._pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
         with suppress(RuntimeError), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import implementation
 from ragkv.model.cache import FusedCache
-from ragkv.model.capture import Body, Capture, CudaCapture
+from ragkv.model.capture import Capture, CudaCapture, Cut, Replay
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import SpanBuilder, Watch, kernel_attention
 from ragkv.model.masks import for_model
@@ -30,6 +30,7 @@ from ragkv.model.syncs import HostSyncError, no_syncs
 _MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
 _MOST_WATCHED = 256  # whose queries are kept until the next run
 _MOST_GRAPHS = 32
+_LAYERS = 2  # of one graph, where layers are placed while others compute
 
 
 def row_bucket(rows: int) -> int:
@@ -58,7 +59,7 @@ class Graphs:
         self._decoder, self._capture, self._mark = decoder, capture, mark
         self._marked: object = None
         self._modules: list[nn.Module] = []
-        self._fixed: OrderedDict[tuple[Room, int, int, bool], _Fixed] = OrderedDict()
+        self._fixed: OrderedDict[tuple[Room, int, int, bool, bool], _Fixed] = OrderedDict()
         self._rooms = Rooms(self._drop, self._affords)
 
     @classmethod
@@ -96,11 +97,11 @@ class Graphs:
             why = why or self.why or ("" if shown is None else "no room is free, nor memory for one")
             rows.ran = f"eager: {why}" if why else "eager"
             return self._decoder.forward(rows)
-        if rows.cache.before is not None:  # it would be in the graph
-            rows.cache.before(len(self._decoder.layers) - 1)
         fixed = self._step(room, rows)
         try:
             rows.ran, logits = fixed.run(rows, self._capture)
+        except _PlacingError as error:
+            raise error.error from None
         except Exception as error:
             why = _reason(error)
         if why:  # behind the error, which holds what was computed
@@ -166,7 +167,8 @@ class Graphs:
 
     def _step(self, room: Room, rows: Rows) -> _Fixed:
         bucket = min(row_bucket(len(rows)), _MOST_ROWS)
-        key = room, bucket, rows.wanted if rows.wanted < 2 else bucket, rows.watch is not None
+        keep = rows.wanted if rows.wanted < 2 else bucket
+        key = room, bucket, keep, rows.watch is not None, rows.cache.before is not None
         if key not in self._fixed:
             self._fixed[key] = _Fixed(self._decoder, *key)
         self._fixed.move_to_end(key)
@@ -213,6 +215,18 @@ class Graphs:
             self._capture.settle()
 
 
+def _go_on(layer: int) -> None:
+    """Nothing is placed in between."""
+
+
+class _PlacingError(Exception):
+    """A layer could not be placed, for which no graph is to blame."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
 class _CaptureError(Exception):
     """A step could not be captured."""
 
@@ -237,30 +251,42 @@ class _Fixed:
         rows: S.
         keep: rows at the end whose logits are wanted.
         watched: what layers attend with is kept until the next run.
+        parted: layers are placed while those in front of them compute, so that a few at a time are a graph.
     """
 
-    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, watched: bool):
-        self._decoder, self._room, self._keep, self._watched = decoder, room, keep, watched
+    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, watched: bool, parted: bool):
+        self._decoder, self._room, self._keep, self._watched, self._parted = decoder, room, keep, watched, parted
         self._seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []  # query, spans and more of each layer
         with torch.inference_mode(False):
             self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
         self.attention: str = ""
-        self._replay: Body | None = None
+        self._replay: Replay | None = None
         self._tried = False
 
     def run(self, rows: Rows, capture: Capture | None) -> tuple[str, Tensor]:
         """How it ran, and the logits ``[W, V]`` that are wanted."""
         self._fill(rows)
+
+        def place(layer: int) -> None:
+            if rows.cache.before is None:
+                return
+            try:
+                rows.cache.before(min(layer + _LAYERS, len(self._decoder.layers)) - 1)
+            except Exception as error:
+                raise _PlacingError(error) from None
+
+        if self._replay is None:
+            place(len(self._decoder.layers))  # all of them: what brings them may wait, and must not be captured
         if not self._tried:
             with no_syncs(self._decoder.device):
-                out = self._body()
+                out = self._body(_go_on)
             self._tried = True
         elif capture is None:
-            out = self._body()
+            out = self._body(_go_on)
         else:
             if self._replay is None:
                 self._replay = self._captured(capture)
-            out = self._replay()
+            out = self._replay(place)
             return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
         return "fixed", out[len(out) - rows.wanted :]
 
@@ -269,7 +295,7 @@ class _Fixed:
         for (query, spans, more), layer in zip(self._seen, self._room.cache.layers, strict=True):
             watch(query[:, query.shape[1] - rows :], layer.key_room[0, :, :slots], spans[len(spans) - rows :], **more)
 
-    def _captured(self, capture: Capture) -> Body:
+    def _captured(self, capture: Capture) -> Replay:
         try:
             return capture(self._body)
         except Exception as error:
@@ -283,12 +309,17 @@ class _Fixed:
 
     @torch.inference_mode(False)  # in it operations come whole, and what they do within is not seen
     @torch.no_grad()
-    def _body(self) -> Tensor:
+    def _body(self, cut: Cut) -> Tensor:
         decoder, room = self._decoder, self._room
         ids, positions, slots = self._given
         assert decoder.spans is not None
+        placed = 0 if self._parted else len(decoder.layers)
 
         def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal placed
+            if layer >= placed:
+                cut(layer)
+                placed = layer + _LAYERS
             return room.cache.scatter(layer, keys, values, slots, room.slots, decoder.kernels)
 
         def keep(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:

@@ -46,11 +46,11 @@ class Recorder:
             raise self.error
         self.captured += 1
         with torch.inference_mode(False):  # a graph writes whatever it is
-            out = torch.empty_like(body())
+            out = torch.empty_like(body(lambda layer: None))
 
-        def replay():
+        def replay(between):
             self.replayed += 1
-            return out.copy_(body())
+            return out.copy_(body(between))
 
         return replay
 
@@ -126,9 +126,9 @@ def test_looks_are_fixed_too():
 
 
 @pytest.mark.parametrize("tier", [{}, {"gpu_bytes": 1 << 20, "device": "cpu"}], ids=["cpu", "gpu"])
-def test_what_is_placed_layer_by_layer_is_there_before_a_graph_runs(tier, monkeypatch):
+def test_what_is_placed_layer_by_layer_is_there_when_a_graph_runs(tier, monkeypatch):
     """As on an accelerator; a graph asks for nothing, and the cache's memory is another once it is in a room."""
-    model = tiny_model("qwen3")
+    model = tiny_model("qwen3", num_hidden_layers=5)
     monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))
     with engine(model, False) as plain, engine(model, True, Recorder(), store=TieredStore(**tier)) as one:
         chunks, seen = one.add(PASSAGES), set[str]()
@@ -137,6 +137,36 @@ def test_what_is_placed_layer_by_layer_is_there_before_a_graph_runs(tier, monkey
             same(got, fused(plain, method))
             seen |= {got.report.ran, *got.report.sources}
     assert seen > {"graph", "fixed"} and len(seen) <= 4 and "eager" not in seen
+
+
+def test_layers_are_placed_while_others_compute(monkeypatch):
+    """What is replayed is a few layers at a time, and those behind them come meanwhile; what cannot be placed is no graph's fault."""
+    log, place = [], Placement._place_layer
+    model = tiny_model(num_hidden_layers=5)
+    monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))
+    monkeypatch.setattr(Placement, "_place_layer", lambda self, layer: log.append(layer) or place(self, layer))
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_hook(lambda *_, number=number: log.append(f"computed {number}"))
+    monkeypatch.setattr(Graphs, "_hindrance", lambda self: "")  # these hooks are the test's
+    with engine(model, False) as plain, engine(model, True, Recorder()) as made:
+        want = fused(plain)
+        made.add(PASSAGES)
+        for ran, split in (("fixed", False), ("graph", False), ("graph", True), ("graph", True)):
+            log.clear()
+            got = fused(made)
+            same(got, want)
+            assert got.report.ran == ran
+            first = log.index("computed 0")
+            assert [one for one in log[:first] if isinstance(one, int)] == ([0, 1] if split else [0, 1, 2, 3, 4])
+        assert log == [0, 1, "computed 0", "computed 1", 2, 3, "computed 2", "computed 3", 4, "computed 4"]
+        monkeypatch.setattr(
+            Placement, "_place_layer", lambda self, layer: int("damaged") if layer == 3 else place(self, layer)
+        )
+        with pytest.raises(ValueError, match="damaged"):
+            fused(made)
+        monkeypatch.setattr(Placement, "_place_layer", place)
+        same(got := fused(made), want)
+        assert got.report.ran == "graph"
 
 
 def test_masks_are_no_fixed_shapes():
@@ -207,7 +237,7 @@ def test_a_step_that_fails_where_the_model_does_not_runs_as_before(monkeypatch):
     """Whatever goes wrong in fixed shapes alone: the answer is there, and the report says why."""
     model = tiny_model()
     want, made = said(engine(model, False)), engine(model, True, Recorder())
-    monkeypatch.setattr(module._Fixed, "_body", lambda self: int("none"))
+    monkeypatch.setattr(module._Fixed, "_body", lambda self, cut: int("none"))
     answer = said(made)
     assert answer.token_ids == want.token_ids
     assert answer.report.ran.startswith("eager: its step in fixed shapes failed: invalid literal")
@@ -218,7 +248,7 @@ def test_what_runs_instead_has_the_memory_of_what_failed(monkeypatch):
     made = engine(model, True, Recorder())
     forward = made.documents.steps.decoder.forward
 
-    def full(step):
+    def full(step, cut):
         computed = torch.ones(1)
         held.append(ref(computed))
         raise torch.OutOfMemoryError
