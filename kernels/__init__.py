@@ -4,7 +4,7 @@ Each has a readable reference in torch and a fused version in Triton; triton is 
 """
 
 from ragkv.kernels.api import deviation, place, place_layers, place_pieces, scatter
-from ragkv.kernels.api_attention import WIDEST_HEAD, key_spans, question_scores, selective_attention
+from ragkv.kernels.api_attention import WIDEST_HEAD, key_spans, scored_attention, selective_attention
 from ragkv.kernels.dispatch import Impl, KernelError, implementation
 from ragkv.kernels.layers import Layers, Run, Turn
 from ragkv.kernels.rotation import Rotation, rotation_tables
@@ -26,9 +26,9 @@ __all__ = [
     "place",
     "place_layers",
     "place_pieces",
-    "question_scores",
     "rotation_tables",
     "scatter",
+    "scored_attention",
     "selective_attention",
     "slots_of",
 ]

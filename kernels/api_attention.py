@@ -81,9 +81,7 @@ def selective_attention(
         KernelError: shapes, dtypes or devices do not fit together, or ``impl`` cannot run here.
         MissingPackageError: ``impl`` names triton and it is not installed.
     """
-    scoring = _scoring(query, key, spans, scale, softcap, sinks)
-    check_shape("value", value, [key.shape[0], key.shape[1], None], "[K, N, Dv]")
-    check_same("query, key and value", query=query, key=key, value=value)
+    scoring = _scoring(query, key, value, spans, scale, softcap, sinks)
     if _implementation(impl, query, value) == "reference":
         return reference.selective_attention(query, key, value, spans, scoring)
     from ragkv.kernels.triton_impl.attention import selective_attention as fused
@@ -91,49 +89,64 @@ def selective_attention(
     return fused(query, key, value, spans, scoring)
 
 
-def question_scores(
+def scored_attention(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     spans: Tensor,
+    weights: Tensor,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     impl: Impl = "auto",
-) -> Tensor:
-    """The attention mass that the queries put on every key, summed over heads and queries; no ``[S, N]`` matrix is made.
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_attention`, and how much of it every key gets; no ``[S, N]`` matrix is made, and keys are read once more.
 
     Args:
         query: ``[H, S, D]``, a few: a question's tokens.
         key: ``[K, N, D]``.
+        value: ``[K, N, Dv]``.
         spans: ``[S, 2]`` int32, see :func:`selective_attention`; so are the rest.
+        weights: ``[S]`` fp32, by which the queries' attention is summed.
         scale: of the scores.
         softcap: of the scores.
         sinks: ``[H]``.
         impl: which implementation runs.
 
     Returns:
-        ``[N]`` fp32; the sum is H S, less what the sinks take.
+        ``[S, H, Dv]`` as of :func:`selective_attention`, and ``[N]`` fp32, the mean over heads: in all the weights' sum, less what
+        the sinks take.
 
     Raises:
         KernelError, MissingPackageError: as :func:`selective_attention`.
     """
-    scoring = _scoring(query, key, spans, scale, softcap, sinks)
-    check_same("query and key", query=query, key=key)
-    if _implementation(impl, query, key) == "reference":
-        return reference.question_scores(query, key, spans, scoring)
-    from ragkv.kernels.triton_impl.scores import question_scores as fused
+    scoring = _scoring(query, key, value, spans, scale, softcap, sinks)
+    check_shape("weights", weights, [query.shape[1]], "[S]")
+    require(weights.dtype == torch.float32, f"weights must be float32, got {weights.dtype}")
+    require(weights.device == query.device, f"weights must be on {query.device}, got {weights.device}")
+    if _implementation(impl, query, value) == "reference":
+        return reference.scored_attention(query, key, value, spans, weights, scoring)
+    from ragkv.kernels.triton_impl.scores import scored_attention as fused
 
-    return fused(query, key, spans, scoring)
+    return fused(query, key, value, spans, weights, scoring)
 
 
 def _scoring(
-    query: Tensor, key: Tensor, spans: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Scoring:
     """What both operations take by name, once everything was checked that they share."""
     check_shape("query", query, [None, None, None], "[H, S, D]")
     heads, tokens, dim = query.shape
     check_shape("key", key, [None, None, dim], "[K, N, D]")
+    check_shape("value", value, [key.shape[0], key.shape[1], None], "[K, N, Dv]")
+    check_same("query, key and value", query=query, key=key, value=value)
     shared = key.shape[0] > 0 and heads % key.shape[0] == 0
     require(shared, f"query heads must be a multiple of kv heads, got {heads} and {key.shape[0]}")
     check_shape("spans", spans, [tokens, 2], "[S, 2]")

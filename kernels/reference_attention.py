@@ -17,20 +17,26 @@ _QUERIES = 256  # at once, so that scores [H, queries, N] stay small
 
 def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
     """See :func:`ragkv.kernels.selective_attention`."""
-    pieces = [
-        torch.einsum("kgsn,knd->skgd", weights, value.to(weights.dtype)).flatten(1, 2)
-        for weights in _weights(query, key, spans, scoring)
-    ]
-    heads = query.shape[0]
-    return torch.cat(pieces).to(query.dtype) if pieces else query.new_empty(0, heads, value.shape[2])
+    return _out(query, value, [_attended(weights, value) for weights in _weights(query, key, spans, scoring)])
 
 
-def question_scores(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
-    """See :func:`ragkv.kernels.question_scores`."""
-    mass = torch.zeros(key.shape[1], dtype=torch.float32, device=key.device)
-    for weights in _weights(query, key, spans, scoring):
-        mass += weights.sum((0, 1, 2))
-    return mass
+def scored_attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, weights: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """See :func:`ragkv.kernels.scored_attention`."""
+    scores, pieces = torch.zeros(key.shape[1], dtype=torch.float32, device=key.device), []
+    for shares, counts in zip(_weights(query, key, spans, scoring), weights.split(_QUERIES), strict=True):
+        pieces.append(_attended(shares, value))
+        scores += counts @ shares.mean((0, 1)).to(counts.dtype)
+    return _out(query, value, pieces), scores
+
+
+def _attended(weights: Tensor, value: Tensor) -> Tensor:
+    return torch.einsum("kgsn,knd->skgd", weights, value.to(weights.dtype)).flatten(1, 2)
+
+
+def _out(query: Tensor, value: Tensor, pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces).to(query.dtype) if pieces else query.new_empty(0, query.shape[0], value.shape[2])
 
 
 def _weights(query: Tensor, key: Tensor, spans: Tensor, scoring: Scoring) -> Iterator[Tensor]:

@@ -73,8 +73,8 @@ class FusionReport:
         read_tokens: of chunks that were not stored, each read once.
         ran: how the model ran over what was placed (docs/kernels.md): ``"eager"``, as transformers runs it; ``"fixed"``, in fixed
             shapes; ``"graph"``, replayed as a CUDA graph. ``"eager: WHY"`` where a graph was wanted and cannot be had.
-        looked: what a method that follows the question read its attention from: ``"question_scores (triton)"``,
-            ``"question_scores (reference)"`` or ``"eager"``; empty for others.
+        looked: what a method that follows the question read its attention from: ``"scored (triton)"``,
+            ``"scored (reference)"`` or ``"eager"``; empty for others.
         gate: why the engine's gate (:class:`ragkv.Gate`) has acted, and what it put in the method's place; empty where it has not.
         speculated: ``"used"``: the prompt was begun while a reranker worked, with the passages that were found first, and these
             stayed; the times of its stages passed, in part, before that was known. ``"dropped"``: it was begun, and made anew.

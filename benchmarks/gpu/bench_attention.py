@@ -1,4 +1,4 @@
-"""(c) selective attention beside PyTorch's flash attention on equal FLOPs, and beside SDPA with a mask.
+"""(c) selective attention beside PyTorch's flash attention on equal FLOPs, and beside SDPA with a mask and FlexAttention.
 
 Targets at S = 0.15 N: 0.7 of the dense causal kernel's FLOP rate, and faster than SDPA with a mask.
 """
@@ -6,14 +6,16 @@ Targets at S = 0.15 N: 0.7 of the dense causal kernel's FLOP rate, and faster th
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from measure import Bench
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from ragkv.kernels import key_spans, question_scores, selective_attention
+from ragkv.kernels import key_spans, scored_attention, selective_attention
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -31,22 +33,38 @@ def run(bench: Bench) -> None:
         masked = lambda q=q, k=k, v=v, m=mask: _masked(q, k, v, m)  # noqa: E731
         bench.timed(masked, flops=flops, what="sdpa with a mask", **row)
         del mask
+        _flex(bench, (q, k, v), rows, flops, row)
         _dense(bench, flops, row)
         few = scattered(bench, 32 if not bench.tiny else 8, keys)
         spans = key_spans(few)
         flops = 4 * DIM * HEADS * int((few + 1).sum())
         call = lambda q=q, k=k, v=v, s=spans: selective_attention(q[:, : len(s)], k, v, s, impl=bench.impl)  # noqa: E731
         bench.timed(call, flops=flops, what="selective, few", queries=len(few), **row)
-        spans = key_spans(torch.arange(keys - 8, keys, device=bench.device))
-        scores = lambda q=q, k=k, s=spans: question_scores(q[:, -8:], k, s, impl=bench.impl)  # noqa: E731
-        read = 2 * k.numel() * k.element_size()  # keys are read twice
-        bench.timed(scores, size=read, benchmark="question_scores", keys=keys, queries=8)
+        asked = min(32, q.shape[1])
+        spans = key_spans(torch.arange(keys - asked, keys, device=bench.device))
+        weights = torch.full((asked,), 1 / asked, device=bench.device)
+        scored = partial(scored_attention, q[:, -asked:], k, v, spans, weights, impl=bench.impl)
+        read = 3 * k.numel() * k.element_size()  # keys twice
+        bench.timed(scored, size=read, benchmark="scored_attention", keys=keys, queries=asked)
 
 
 def scattered(bench: Bench, queries: int, keys: int) -> torch.Tensor:
     """Sorted positions, the last eight of them a question's at the end."""
     rows = torch.randperm(keys - 32, device=bench.device)[: queries - 8].sort().values
     return torch.cat([rows, torch.arange(keys - 8, keys, device=bench.device)])
+
+
+def _flex(bench: Bench, given: tuple[torch.Tensor, ...], rows: torch.Tensor, flops: int, row: dict[str, Any]) -> None:
+    """What PyTorch compiles for the same keys; which blocks of them each row sees is found before."""
+    q, k, v = (one[None] for one in given)
+    blocks = create_block_mask(
+        lambda batch, head, query, key: key <= rows[query], None, None, len(rows), k.shape[2], device=bench.device
+    )
+    run: Any = torch.compile(flex_attention, dynamic=False) if bench.device.type == "cuda" else flex_attention
+    try:
+        bench.timed(lambda: run(q, k, v, block_mask=blocks, enable_gqa=True), flops=flops, what="FlexAttention", **row)
+    except Exception as error:  # a compiler that is missing, say: the rest is measured all the same
+        bench.write(what="FlexAttention", error=str(error).partition("\n")[0], **row)
 
 
 def _dense(bench: Bench, flops: int, row: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """(d) Time to first token of a random model of a known one's shape, by method and tier, beside its limit; (e) decode speed.
 
 Targets of the 8B shape at 16K tokens, faster than full prefill: from the GPU tier Reuse 45 times, LegoLink(16) 20,
-SensitiveTokens(0.1) 10, CacheBlend(0.15) 5; from int8 in CPU memory Reuse and LegoLink(16) 14. The limit is the forward of as
-many tokens as the method computes, alone, plus the placed bytes over the copy bandwidth and, from CPU memory, over the bus.
+SensitiveTokens(0.1) 10, CacheBlend(0.15) 5; from int8 in CPU memory Reuse and LegoLink(16) 14. The limit is what the device takes
+for as many tokens as the method computes: their forward alone, their attention over the prompt, the placed bytes over the copy
+bandwidth; or, from CPU memory, for the bytes over the bus, where that is longer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from measure import Bench
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
+from ragkv.kernels import key_spans, selective_attention
 
 _NAMES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 #: By the name that ``--shape`` takes: what makes the model, the sizes of these names, and its vocabulary.
@@ -136,16 +139,29 @@ def _stages(bench: Bench, call: Callable[[], ragkv.FusedPrompt]) -> tuple[ragkv.
 
 @torch.no_grad()
 def _limit(bench: Bench, model: PreTrainedModel, prompt: ragkv.FusedPrompt, tier: str) -> float:
-    """Seconds that the method's own work takes at least: its tokens' forward, and the placed bytes read, written, and brought."""
+    """Seconds that the device takes at least for the method's own work, where all else goes beside it."""
     fresh = prompt.report.fresh_by_layer
     count = max(1, round(sum(fresh) / len(fresh)) + prompt.report.suffix_tokens)
     ids = prompt.input_ids[:, :count]
-    forward = statistics.median(bench.wall(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)))
+    forward = statistics.median(bench.seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), 3))
+    forward += _attention(bench, model, count, prompt.input_ids.shape[1])
     layers: Any = prompt.past_key_values.layers
     stored = 0.5 if TIERS[tier] == "int8" else 1.0  # of the bytes that are placed
     size = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
     placing = (1 + stored) * size / bench.copy_bandwidth
-    return forward + placing + (stored * size / bench.bus_bandwidth if tier != "gpu" else 0.0)
+    return max(forward + placing, stored * size / bench.bus_bandwidth if tier != "gpu" else 0.0)
+
+
+def _attention(bench: Bench, model: PreTrainedModel, queries: int, keys: int) -> float:
+    """Seconds of all layers' attention of so many tokens, spread over a prompt."""
+    config, rows = model.config, torch.linspace(0, keys - 1, queries, device=bench.device).long()
+    size = config.hidden_size // config.num_attention_heads
+    query, key = (
+        bench.random(*shape, size)
+        for shape in ((config.num_attention_heads, queries), (config.num_key_value_heads, keys))
+    )
+    call = partial(selective_attention, query, key, key, key_spans(rows), impl=bench.impl)
+    return config.num_hidden_layers * statistics.median(bench.seconds(call, 3))
 
 
 @torch.no_grad()

@@ -182,11 +182,23 @@ def attention_cases() -> Iterator[Case]:
     types |= {name: "i32" for name in attention_kernel.arg_names if name.endswith("_stride")}
 
     def case(
-        dim: int, dtype: torch.dtype, groups: int = 4, capped: bool = False, sunk: bool = False, split: bool = False
+        dim: int,
+        dtype: torch.dtype,
+        groups: int = 4,
+        capped: bool = False,
+        sunk: bool = False,
+        split: bool = False,
+        kept: bool = False,
     ) -> Case:
-        fixed = constants(groups, dim, dim, dtype, capped=capped, sunk=sunk, split=split)
+        fixed = constants(groups, dim, dim, dtype, capped=capped, sunk=sunk, split=split, kept=kept)
         name = TRITON_NAMES[dtype]
-        more = " capped" * capped + " sinks" * sunk + f" {groups} heads" * (groups == 7) + " split" * split
+        more = (
+            " capped" * capped
+            + " sinks" * sunk
+            + f" {groups} heads" * (groups == 7)
+            + " split" * split
+            + " kept" * kept
+        )
         own = {key: kind or f"*{name}" for key, kind in types.items()}
         own |= {"out": "*fp32"} if split else {}
         return Case(
@@ -210,13 +222,15 @@ def attention_cases() -> Iterator[Case]:
     yield case(256, BF16, capped=True, groups=2, split=True)
     yield case(64, BF16, sunk=True, groups=8, split=True)
     yield case(128, FP32, split=True)
-    own = dict.fromkeys(("partial", "greatest_of", "total_of"), "*fp32") | {
+    yield case(128, BF16, kept=True)
+    yield case(128, BF16, split=True, kept=True)
+    own = dict.fromkeys(("partial", "greatest_of", "total_of", "normaliser"), "*fp32") | {
         "out": "*bf16",
         "rows": "i32",
         "parts": "i32",
     }
     for dim in (128, 256):
-        sizes = {"VALUE_DIM": dim, "BLOCK": combined_rows(dim), "BLOCK_V": dim}
+        sizes = {"KEPT": False, "VALUE_DIM": dim, "BLOCK": combined_rows(dim), "BLOCK_V": dim}
         yield Case("combine", f"bf16 D={dim}", combine_kernel, own, sizes, wide=True)
 
 
@@ -237,34 +251,32 @@ def scatter_cases() -> Iterator[Case]:
 
 
 def scores_cases() -> Iterator[Case]:
-    from ragkv.kernels.triton_impl.scores import PIECE, constants, mass_kernel, normaliser_kernel
+    from ragkv.kernels.triton_impl.scores import constants, scores_kernel
 
-    for function, more in ((normaliser_kernel, {"PIECE": PIECE}), (mass_kernel, {})):
-        for dtype, dim in ((BF16, 128), (BF16, 256), (FP32, 128), (FP32, 256)):
-            number = f"*{TRITON_NAMES[dtype]}"
-            types = {
-                "query": number,
-                "key": number,
-                "spans": "*i32",
-                "length": "i32",
-                "keys": "i32",
-                "scale": "fp32",
-                "softcap": "fp32",
-            }
-            types |= dict.fromkeys(("greatest_of", "total_of", "normaliser", "out"), "*fp32") | {"kv_heads": "i32"}
-            types |= {name: "i32" for name in function.arg_names if name.endswith("_stride")}
-            own = {name: kind for name, kind in types.items() if name in function.arg_names}
-            fixed = {**constants(4, dim, dtype, capped=False), **more}
-            label = f"{function.__name__.removesuffix('_kernel')} {TRITON_NAMES[dtype]} D={dim}"
-            stages = fixed.pop("num_stages")
-            yield Case("question_scores", label, function, own, fixed, stages=stages, matrix=dtype != FP32)
+    types = {
+        "query": "",
+        "key": "",
+        "spans": "*i32",
+        "length": "i32",
+        "keys": "i32",
+        "scale": "fp32",
+        "softcap": "fp32",
+    }
+    types |= dict.fromkeys(("weights", "normaliser", "out"), "*fp32")
+    types |= {name: "i32" for name in scores_kernel.arg_names if name.endswith("_stride")}
+    for dtype, dim in ((BF16, 128), (BF16, 256), (FP32, 128), (FP32, 256)):
+        own = {name: kind or f"*{TRITON_NAMES[dtype]}" for name, kind in types.items()}
+        fixed = constants(4, dim, dtype, capped=False)
+        stages = fixed.pop("num_stages")
+        label = f"{TRITON_NAMES[dtype]} D={dim}"
+        yield Case("scores", label, scores_kernel, own, fixed, stages=stages, matrix=dtype != FP32)
 
 
 FAMILIES = {
     "place": place_cases,
     "selective_attention": attention_cases,
     "scatter": scatter_cases,
-    "question_scores": scores_cases,
+    "scores": scores_cases,
 }
 
 

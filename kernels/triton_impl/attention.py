@@ -44,7 +44,15 @@ def tuning(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[st
 
 
 def constants(
-    groups: int, dim: int, value_dim: int, dtype: torch.dtype, *, capped: bool, sunk: bool, split: bool = False
+    groups: int,
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    *,
+    capped: bool,
+    sunk: bool,
+    split: bool = False,
+    kept: bool = False,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, tile sizes apart."""
     # fp32 as three tf32 products is nearly exact and uses the matrix units; the widest heads do not fit into registers so.
@@ -54,6 +62,7 @@ def constants(
         "CAPPED": capped,
         "SUNK": sunk,
         "SPLIT": split,
+        "KEPT": kept,
         "PRECISION": "widened" if interpreting() else exact if dtype == torch.float32 else "tf32",
         "DIM": dim,
         "VALUE_DIM": value_dim,
@@ -90,8 +99,13 @@ def in_log2(scoring: Scoring) -> tuple[float, float]:
     return scoring.scale, scoring.softcap
 
 
-def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scoring: Scoring) -> Tensor:
-    """See :func:`ragkv.kernels.selective_attention`."""
+def selective_attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scoring: Scoring, normaliser: Tensor | None = None
+) -> Tensor:
+    """See :func:`ragkv.kernels.selective_attention`.
+
+    ``normaliser`` ``[S, H]`` fp32 is written: log2 of each row's sum of exponentials.
+    """
     query, key, value, spans = in_rows(query), in_rows(key), in_rows(value), spans.contiguous()
     heads, length, dim = query.shape
     kv_heads, keys, value_dim = value.shape
@@ -101,14 +115,16 @@ def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor
     sizes = tuning(max(dim, value_dim), query.dtype, capability(query.device))
     tiles = triton.cdiv(length * heads // kv_heads, sizes["BLOCK_M"])
     parts = parts_of(tiles * kv_heads, keys, processors(query.device))
-    sinks, split = scoring.sinks, parts > 1
+    sinks, split, kept = scoring.sinks, parts > 1, normaliser is not None
     fixed = constants(
         *(heads // kv_heads, dim, value_dim, query.dtype),
         capped=scoring.softcap is not None,
         sunk=sinks is not None,
         split=split,
+        kept=kept,
     )
-    partial, greatest, total = _workspace(out, parts) if split else (out, out, out)
+    normaliser = out if normaliser is None else normaliser
+    partial, greatest, total = _workspace(out, parts) if split else (out, normaliser, out)
     launch(
         *(attention_kernel, (tiles, kv_heads, parts), out.device),
         *(query, key, value, partial, greatest, total, spans, spans if sinks is None else sinks.contiguous()),
@@ -122,7 +138,8 @@ def selective_attention(query: Tensor, key: Tensor, value: Tensor, spans: Tensor
         at_once = combined_rows(width)
         launch(
             *(combine_kernel, (triton.cdiv(rows, at_once),), out.device),
-            *(partial, greatest, total, out, rows, parts),
+            *(partial, greatest, total, out, normaliser, rows, parts),
+            KEPT=kept,
             VALUE_DIM=value_dim,
             BLOCK=at_once,
             BLOCK_V=width,

@@ -115,6 +115,7 @@ def attention_kernel(
     CAPPED: tl.constexpr,
     SUNK: tl.constexpr,
     SPLIT: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -126,7 +127,8 @@ def attention_kernel(
     """One program: BLOCK_M rows of one kv head over a part of their keys. Grid: tiles of rows, K, P.
 
     The last tiles, which see most keys, come first. With SPLIT it writes what :func:`combine_kernel` puts together: ``out``
-    ``[P, S, H, Dv]`` fp32 not yet divided, maxima and sums ``[P, S, H]``.
+    ``[P, S, H, Dv]`` fp32 not yet divided, maxima and sums ``[P, S, H]``. With KEPT and without SPLIT, each row's normaliser
+    ``[S, H]`` in the maxima's place: log2 of its sum of exponentials.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -174,14 +176,16 @@ def attention_kernel(
         tl.store(greatest_of + place, greatest, mask=held)
         tl.store(total_of + place, total, mask=held)
     else:
+        if KEPT:
+            tl.store(greatest_of + place, greatest + tl.log2(total), mask=held)
         output = output / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + place[:, None] * VALUE_DIM + value_dim[None, :], output.to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def combine_kernel(
-    partial, greatest_of, total_of, out, rows, parts,
-    VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    partial, greatest_of, total_of, out, normaliser, rows, parts,
+    KEPT: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """BLOCK of the S H rows out of their parts (Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -201,5 +205,7 @@ def combine_kernel(
         read = tl.load(partial + at[:, None] * VALUE_DIM + dim[None, :], mask=filled, other=0.0)
         output = output * shrink[:, None] + read * weight[:, None]
         greatest = higher
+    if KEPT:
+        tl.store(normaliser + row, greatest + tl.log2(total), mask=inside)
     output = output / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + row[:, None] * VALUE_DIM + dim[None, :], output.to(out.dtype.element_ty), mask=filled)

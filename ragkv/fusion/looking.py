@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from ragkv.fusion.passes import Pass
 from ragkv.fusion.placement import Placement
 from ragkv.fusion.plan import Plan
 from ragkv.fusion.view import AVERAGED
-from ragkv.kernels import KernelError, deviation, implementation, question_scores
+from ragkv.kernels import KernelError, deviation, implementation
 from ragkv.lazy import lazy
 from ragkv.model.attention import eager_attention
 from ragkv.model.cache import FusedCache
 from ragkv.model.decoder import Decoder
-from ragkv.model.kernel_attention import SpanBuilder, SpanRule
+from ragkv.model.kernel_attention import Scores, SpanBuilder, SpanRule
 from ragkv.model.masks import for_model
 from ragkv.model.rows import Rows
 
@@ -51,8 +51,8 @@ class Looking(ABC):
     Attributes:
         decoder: the model.
         cache: of the prompt.
-        looked: what the suffix's attention was read from: ``"question_scores (triton)"``, ``"question_scores (reference)"`` or
-            ``"eager"``; empty before :meth:`attention` was asked for.
+        looked: what the suffix's attention was read from: ``"scored (triton)"``, ``"scored (reference)"`` or ``"eager"``; empty
+            before :meth:`attention` was asked for.
     """
 
     def __init__(self, driver: Driver, layout: Layout, room_tokens: int, cache: FusedCache | None = None):
@@ -76,7 +76,7 @@ class Looking(ABC):
     def attention(self, queries: str = "all") -> Tensor:
         """See :meth:`ragkv.View.attention`.
 
-        Where the model's attention is one that :func:`ragkv.kernels.question_scores` computes, no matrix of weights is made. Else
+        Where the model's attention is one that :func:`ragkv.kernels.scored_attention` computes, no matrix of weights is made. Else
         the model's own eager attention shows its weights; not so where ``kernels`` were asked for by name.
         """
         if queries in self._seen:
@@ -135,27 +135,19 @@ class Looking(ABC):
         return decoder.rules_as_spans()
 
     def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
-        """From question scores, which the kernel takes on the way."""
-        seen, sums, layout = list[Tensor](), list[Tensor](), self.layout
+        """From what the kernel takes on its way."""
+        sums, layout = list[Tensor](), self.layout
         chunks = slice(layout.chunks_start, layout.suffix_start)
-
-        def watch(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
-            mass = torch.zeros(chunks.stop - chunks.start, dtype=torch.float32, device=query.device)
-            for first, many in wanted:
-                mass += question_scores(query[:, first:], key, spans[first:], **more)[chunks] / many
-            seen.append(mass.to(rows.device) / (len(firsts) * query.shape[0]))
-
         self.cache.set_length(layout.suffix_start)
         with self.watching() as run:
-            for part, stop, counted in self._parts(rows, firsts):
-                wanted = counted
-                seen.clear()
-                spans = SpanBuilder(rules, part, stop)
-                asked = Rows(layout.ids[part], part, self.cache, spans, wanted=0, watch=watch)
+            for part, stop, weights in self._parts(rows, firsts):
+                scores, spans = Scores(weights), SpanBuilder(rules, part, stop)
+                asked = Rows(layout.ids[part], part, self.cache, spans, wanted=0, scores=scores)
                 run(asked)
                 # Where a forward failed beside others' rows, it was run again.
-                sums = _added(sums, seen[-len(self.decoder.layers) :])
-                self.looked = asked.attention.replace("selective", "question_scores")
+                seen = scores.layers[-len(self.decoder.layers) :]
+                sums = _added(sums, [one[chunks].to(rows.device) for one in seen])
+                self.looked = asked.attention.replace("selective", "scored")
         return sums
 
     def _eager(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
@@ -167,14 +159,11 @@ class Looking(ABC):
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-1] == stop:
                 shown = weights[0, :, :, chunks].float().mean(0)
-                mass = torch.zeros_like(shown[0])
-                for first, many in wanted:
-                    mass += shown[first:].sum(0) / many
-                seen.append(mass.to(rows.device) / len(firsts))
+                seen.append((counts.to(shown.device) @ shown).to(rows.device))
 
         self.cache.set_length(layout.suffix_start)
-        for part, stop, counted in self._parts(rows, firsts):
-            wanted = counted
+        for part, stop, weights in self._parts(rows, firsts):
+            counts = weights
             seen.clear()
             with self._driver.turn(), eager_attention(decoder.model, decoder.config):
                 hooks = [child.register_forward_hook(keep) for layer in decoder.layers for child in layer.children()]
@@ -190,14 +179,15 @@ class Looking(ABC):
         self.looked = "eager"
         return sums
 
-    def _parts(self, rows: Tensor, firsts: Sequence[int]) -> Iterator[tuple[Tensor, int, list[tuple[int, int]]]]:
-        """The prompt's last rows, as many as one forward computes; the slot behind them; and of each of ``firsts`` that is not
-        behind them the first of them that counts, and how many rows count in all.
-        """
+    def _parts(self, rows: Tensor, firsts: Sequence[int]) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """The prompt's last rows, as many as one forward computes; the slot behind them; and how much each of them counts."""
         begin, at = self.layout.suffix_start, 0
         for part in rows.split(self._driver.piece_tokens):
             stop = at + len(part)
-            yield part, begin + stop, [(max(0, first - at), len(rows) - first) for first in firsts if first < stop]
+            weights = torch.zeros(len(part), dtype=torch.float32, device=rows.device)
+            for first in firsts:
+                weights[max(0, first - at) :] += 1 / ((len(rows) - first) * len(firsts))
+            yield part, begin + stop, weights
             at = stop
 
 

@@ -16,7 +16,7 @@ class QuestionAware(Method):
 
     The attention is the model's own, over keys at their places in this prompt and from the question's final position
     (InfoFlow KV, arXiv:2603.05353), averaged over heads, layers and the suffix's tokens; no matrix of it is made where
-    :func:`ragkv.kernels.question_scores` computes it. Weak, so the paper, for chunks of
+    :func:`ragkv.kernels.scored_attention` computes it. Weak, so the paper, for chunks of
     less than 256 tokens. The budget counts the tokens recomputed; the look itself is in the report's ``select`` time.
 
     With ``sees`` below 1, what a recomputed token attends to is limited too, to what the question attends to most, beside the

@@ -92,8 +92,8 @@ class Driving:
             return self.run(rows.ids, rows.positions, rows.cache, mask)[:0]
 
     def _attention_of(self, rows: Rows) -> AbstractContextManager[str]:
-        if rows.watch is not None:
-            return kernel_attention(self.config, self.device, self.dtype, self.kernels, rows.watch)
+        if rows.scores is not None:
+            return kernel_attention(self.config, self.device, self.dtype, self.kernels, rows.scores)
         return self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited, masses=rows.masses)
 
     def masks(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +20,13 @@ from ragkv.kernels import implementation
 from ragkv.model.cache import FusedCache
 from ragkv.model.capture import Capture, CudaCapture, Cut, Replay
 from ragkv.model.decoder import Decoder
-from ragkv.model.kernel_attention import SpanBuilder, Watch, kernel_attention
+from ragkv.model.kernel_attention import Scores, SpanBuilder, kernel_attention
 from ragkv.model.masks import for_model
 from ragkv.model.rooms import Room, Rooms
 from ragkv.model.rows import Rows
 from ragkv.model.syncs import HostSyncError, no_syncs
 
 _MOST_ROWS = 2048  # from here on a GPU works longer than Python launches
-_MOST_WATCHED = 256  # whose queries are kept until the next run
 _MOST_GRAPHS = 32
 _LAYERS = 2  # of one graph, where layers are placed while others compute
 
@@ -109,8 +107,8 @@ class Graphs:
         rows.attention = fixed.attention
         if rows.cache.writer is None:
             rows.cache.set_length(shown[1])
-        if rows.watch is not None:
-            fixed.show(rows.watch, shown[1], len(rows))
+        if rows.scores is not None:
+            rows.scores.layers.extend(fixed.scores(shown[1]))
         return logits
 
     def _instead(self, rows: Rows, why: str) -> Tensor:
@@ -134,7 +132,7 @@ class Graphs:
         if isinstance(rows.masks, SpanBuilder) and not rows.masks.everything:
             if rows.cache.writer is not None:
                 return rows.masks.keys, rows.masks.keys
-            return behind if rows.masks.keys == behind[1] and len(rows) <= _MOST_WATCHED else None  # a look
+            return behind if rows.masks.keys == behind[1] else None  # a look
         return behind if rows.masks is None and rows.first == rows.held else None
 
     def _hindrance(self) -> str:
@@ -168,7 +166,7 @@ class Graphs:
     def _step(self, room: Room, rows: Rows) -> _Fixed:
         bucket = min(row_bucket(len(rows)), _MOST_ROWS)
         keep = rows.wanted if rows.wanted < 2 else bucket
-        key = room, bucket, keep, rows.watch is not None, rows.cache.before is not None
+        key = room, bucket, keep, rows.scores is not None, rows.cache.before is not None
         if key not in self._fixed:
             self._fixed[key] = _Fixed(self._decoder, *key)
         self._fixed.move_to_end(key)
@@ -250,15 +248,16 @@ class _Fixed:
         room: where the cache is.
         rows: S.
         keep: rows at the end whose logits are wanted.
-        watched: what layers attend with is kept until the next run.
+        scored: what layers attend to is summed, and kept until the next run.
         parted: layers are placed while those in front of them compute, so that a few at a time are a graph.
     """
 
-    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, watched: bool, parted: bool):
-        self._decoder, self._room, self._keep, self._watched, self._parted = decoder, room, keep, watched, parted
-        self._seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []  # query, spans and more of each layer
+    def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, scored: bool, parted: bool):
+        self._decoder, self._room, self._keep, self._parted = decoder, room, keep, parted
         with torch.inference_mode(False):
             self._given = torch.zeros(3, rows, dtype=torch.long, device=decoder.device)  # ids, positions and slots
+            weights = torch.zeros(rows, dtype=torch.float32, device=decoder.device)
+        self._scores: Scores | None = Scores(weights) if scored else None
         self.attention: str = ""
         self._replay: Replay | None = None
         self._tried = False
@@ -290,10 +289,10 @@ class _Fixed:
             return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
         return "fixed", out[len(out) - rows.wanted :]
 
-    def show(self, watch: Watch, slots: int, rows: int) -> None:
-        """Tell of every layer of the last run what its last ``rows`` rows attended with, over so many slots."""
-        for (query, spans, more), layer in zip(self._seen, self._room.cache.layers, strict=True):
-            watch(query[:, query.shape[1] - rows :], layer.key_room[0, :, :slots], spans[len(spans) - rows :], **more)
+    def scores(self, slots: int) -> list[Tensor]:
+        """What the last run's rows attended to, layer by layer, of so many slots."""
+        assert self._scores is not None
+        return list(torch.stack(self._scores.layers)[:, :slots])
 
     def _captured(self, capture: Capture) -> Replay:
         try:
@@ -306,6 +305,9 @@ class _Fixed:
         given[:, front:] = torch.stack([rows.ids, rows.positions, rows.positions])
         given[:, :front] = given[:, front : front + 1].clone()
         given[2, :front] = self._room.spare
+        if self._scores is not None and rows.scores is not None:
+            self._scores.weights[:front] = 0.0
+            self._scores.weights[front:] = rows.scores.weights
 
     @torch.inference_mode(False)  # in it operations come whole, and what they do within is not seen
     @torch.no_grad()
@@ -322,13 +324,10 @@ class _Fixed:
                 placed = layer + _LAYERS
             return room.cache.scatter(layer, keys, values, slots, room.slots, decoder.kernels)
 
-        def keep(query: Tensor, key: Tensor, spans: Tensor, **more: Any) -> None:
-            self._seen.append((query, spans, more))
-
-        self._seen.clear()
-        watch = keep if self._watched else None
+        if self._scores is not None:
+            self._scores.layers.clear()
         spans = SpanBuilder(decoder.spans, positions, 0)  # never all there are, so never without spans
-        attention = kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, watch)
+        attention = kernel_attention(decoder.config, decoder.device, decoder.dtype, decoder.kernels, self._scores)
         with attention as self.attention, room.cache.writing(write):
             mask = for_model(spans, decoder.config)
             if self._keep:

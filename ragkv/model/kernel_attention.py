@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,14 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ragkv.errors import UnsupportedModelError
-from ragkv.kernels import Impl, implementation, key_spans, selective_attention
+from ragkv.kernels import Impl, implementation, key_spans, scored_attention, selective_attention
 from ragkv.model.attention import switched
 from ragkv.model.masks import Rule
 from ragkv.model.turns import turns
-
-#: Shown what every layer attends with: query ``[H, S, D]``, key ``[K, N, D]``, spans ``[S, 2]`` and, by name, what
-#: :func:`ragkv.kernels.question_scores` takes besides.
-Watch = Callable[..., None]
 
 _FAR = 1 << 30  # a position beyond every window
 
@@ -93,17 +89,30 @@ class SpanBuilder:
         return self._made[rule]
 
 
+@dataclass(eq=False)
+class Scores:
+    """What some queries attend to, taken while they are computed.
+
+    Attributes:
+        weights: ``[S]`` fp32, by which their attention is summed.
+        layers: ``[N]`` fp32 of every layer that has run, the mean over heads.
+    """
+
+    weights: Tensor
+    layers: list[Tensor] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class KernelAttention:
     """The attention function of one pass.
 
     Attributes:
         impl: what selective attention is asked to run as.
-        watch: told of every layer before it is computed.
+        scores: takes what is attended to.
     """
 
     impl: Impl
-    watch: Watch | None = None
+    scores: Scores | None = None
 
     def __call__(
         self,
@@ -144,12 +153,14 @@ class KernelAttention:
                 f"selective attention knows no {', '.join(foreign or ['dropout'])}: use sdpa or eager"
             )
         more: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "impl": self.impl}
-        if attention_mask is None and softcap is None and s_aux is None and self.watch is None:
+        if attention_mask is None and softcap is None and s_aux is None and self.scores is None:
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
         spans = _spans_of(attention_mask, query, key)
-        if self.watch is not None:
-            self.watch(query[0], key[0], spans, **more)
-        return selective_attention(query[0], key[0], value[0], spans, **more)[None], None
+        if self.scores is None:
+            return selective_attention(query[0], key[0], value[0], spans, **more)[None], None
+        out, scores = scored_attention(query[0], key[0], value[0], spans, self.scores.weights.to(query.device), **more)
+        self.scores.layers.append(scores)
+        return out[None], None
 
 
 def _spans_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -170,7 +181,7 @@ def kernel_attention(
     device: torch.device,
     dtype: torch.dtype,
     impl: Impl = "auto",
-    watch: Watch | None = None,
+    scores: Scores | None = None,
 ) -> Iterator[str]:
     """Selective attention in all layers of a model, for one turn; what it was loaded with is put back whatever happens.
 
@@ -181,13 +192,13 @@ def kernel_attention(
         device: of the model.
         dtype: of the model's activations.
         impl: which implementation of the kernel runs.
-        watch: told of every layer before it is computed.
+        scores: takes what is attended to.
 
     Yields:
         What runs, for the report: ``"selective (triton)"`` or ``"selective (reference)"``.
     """
     ran = implementation(impl, device, dtype)
-    with turns(config), switched(config, "selective", KernelAttention(ran, watch), _spans_of_model):
+    with turns(config), switched(config, "selective", KernelAttention(ran, scores), _spans_of_model):
         yield f"selective ({ran})"
 
 

@@ -126,8 +126,8 @@ class _Attention:
             "sdpa" if self.loaded == "sdpa" else "eager",
         )
         self.kernels = [
-            KernelAttention(impl, part.watch)
-            if part.watch is not None or (decoder.spans is not None and not part.limited)
+            KernelAttention(impl, part.scores)
+            if part.scores is not None or (decoder.spans is not None and not part.limited)
             else None
             for part in cache.parts
         ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ragkv.model.attending import Masses
 from ragkv.model.cache import FusedCache
-from ragkv.model.kernel_attention import Watch
+from ragkv.model.kernel_attention import Scores
 from ragkv.model.masks import LayerMasks
 
 
@@ -24,7 +24,7 @@ class Rows:
         wanted: how many of the last rows' logits are wanted.
         limited: as for :meth:`ragkv.model.decoder.Decoder.fusion_attention`.
         masses: takes what they attend to; its ``slots`` are theirs.
-        watch: shown what they attend with; ``masks`` are spans then.
+        scores: takes what they attend to, summed; ``masks`` are spans then.
         first: position of the first of rows that follow each other, where the host knows it.
         attention: the attention implementation that ran.
         ran: how: ``"graph"``, ``"fixed"`` or ``"eager"``, see :class:`ragkv.model.graphs.Graphs`; and why, where something failed.
@@ -37,7 +37,7 @@ class Rows:
     wanted: int = 1
     limited: bool = False
     masses: Masses | None = None
-    watch: Watch | None = None
+    scores: Scores | None = None
     first: int | None = None
     attention: str = ""
     ran: str = "eager"

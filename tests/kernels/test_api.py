@@ -21,8 +21,8 @@ from ragkv.kernels import (
     place,
     place_layers,
     place_pieces,
-    question_scores,
     scatter,
+    scored_attention,
     selective_attention,
     slots_of,
 )
@@ -42,6 +42,7 @@ def turned(start, length, turns={}):  # noqa: B006
 
 
 Q, KV, SPANS = torch.randn(4, 3, 16), torch.randn(2, 9, 16), key_spans(torch.tensor([2, 5, 8]))
+WEIGHTS = torch.tensor([0.5, 1.0, 0.25])
 
 
 def test_triton_is_loaded_when_asked_for():
@@ -133,8 +134,11 @@ REFUSED = {
     "spans": (lambda: selective_attention(Q, KV, KV, SPANS[:2]), r"spans must be \[S, 2\] = \[3, 2\], got \[2, 2\]"),
     "spans-dtype": (lambda: selective_attention(Q, KV, KV, SPANS.long()), "int32"),
     "value": (lambda: selective_attention(Q, KV, KV[:, :8], SPANS), "value"),
-    "sinks": (lambda: question_scores(Q, KV, SPANS, sinks=torch.ones(3)), "sinks"),
-    "softcap": (lambda: question_scores(Q, KV, SPANS, softcap=0.0), "softcap must be positive"),
+    "sinks": (lambda: scored_attention(Q, KV, KV, SPANS, WEIGHTS, sinks=torch.ones(3)), "sinks"),
+    "softcap": (lambda: scored_attention(Q, KV, KV, SPANS, WEIGHTS, softcap=0.0), "softcap must be positive"),
+    "weights": (lambda: scored_attention(Q, KV, KV, SPANS, WEIGHTS[:2]), r"weights must be \[S\] = \[3\], got \[2\]"),
+    "weights-dtype": (lambda: scored_attention(Q, KV, KV, SPANS, WEIGHTS.double()), "float32"),
+    "weights-device": (lambda: scored_attention(Q, KV, KV, SPANS, WEIGHTS.to("meta")), "must be on cpu"),
     "both-rules": (lambda: key_spans(torch.arange(3), window=2, chunk=2), "exclude"),
     "window": (lambda: key_spans(torch.arange(3), window=0), "positive"),
     "chunk": (lambda: key_spans(torch.arange(3), chunk=0), "positive"),
@@ -206,7 +210,11 @@ def test_the_reference_scatters(dtype):
 def test_the_attention_reference(more):
     """Row by row, by the definition, in fp64."""
     spans = torch.tensor([[0, 2], [3, 5], [4, 3]], dtype=torch.int32)
-    got, mass = selective_attention(Q, KV, KV, spans, **more), question_scores(Q, KV, spans, **more)
+    (got, scores_of), alone = (
+        scored_attention(Q, KV, KV, spans, WEIGHTS, **more),
+        selective_attention(Q, KV, KV, spans, **more),
+    )
+    assert torch.equal(got, alone)
     want, total = torch.zeros(3, 4, 16, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
     for head in range(4):
         for query, (first, last) in enumerate(spans.tolist()):
@@ -215,9 +223,10 @@ def test_the_attention_reference(more):
             scores = more["softcap"] * torch.tanh(scores / more["softcap"]) if "softcap" in more else scores
             sink = more["sinks"][head].double().exp() if "sinks" in more else 0.0
             weights = scores.exp() / (scores.exp().sum() + sink)
-            want[query, head], total[first : last + 1] = weights @ keys, total[first : last + 1] + weights
+            want[query, head], share = weights @ keys, weights * WEIGHTS[query].double() / 4
+            total[first : last + 1] += share
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mass.double(), total, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores_of.double(), total, rtol=1e-5, atol=1e-6)
 
 
 def test_the_fused_versions_never_import_the_reference():

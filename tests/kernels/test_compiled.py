@@ -31,11 +31,11 @@ def inspect(tmp_path, *arguments):
 def test_what_runs_most(tmp_path):
     """bf16, head_dim 128: in `make test`; the rest in `make test-long`."""
     rows = inspect(tmp_path, "--arch", "80", "90", "--label", "bf16 D=128", "--quick")
-    operations = {"place", "selective_attention", "scatter", "deviation", "question_scores"}
+    operations = {"place", "selective_attention", "scatter", "deviation", "scores"}
     assert {row["kernel"] for row in rows} == operations | {"combine"}
     assert all(row["registers"] > 0 and row["instructions"] > 50 for row in rows)
     assert all(row["loads_16"] and not row["spilled_bytes"] for row in rows)
-    assert all(row["matrix"] for row in rows if row["kernel"] in ("selective_attention", "question_scores"))
+    assert all(row["matrix"] for row in rows if row["kernel"] in ("selective_attention", "scores"))
 
 
 @pytest.mark.long

@@ -27,7 +27,7 @@ def test_tiny(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    kinds = {"copy", "bus", "memory", "attention", "question_scores", "ttft", "decode", "graphs", "decode graphs"}
+    kinds = {"copy", "bus", "memory", "attention", "scored_attention", "ttft", "decode", "graphs", "decode graphs"}
     assert {row["benchmark"] for row in rows} == kinds
     assert all(row["tiny"] and row["date"] and row["torch"] and "device" in row for row in rows)
     methods = {row["method"]: row for row in rows if row["benchmark"] == "ttft"}
@@ -48,7 +48,7 @@ def test_tiny(tmp_path):
     assert places == {f"place {kind}" for kind in ("bf16", "pool", "int8", "fp8", "int4", "layers at once")}
     assert all(row["bytes"] > 0 and row["of_copy"] > 0 and min(row["seconds"]) > 0 for row in memory)
     attention = {row["what"]: row for row in rows if row["benchmark"] == "attention"}
-    assert set(attention) == {"selective", "selective, few", "sdpa with a mask", "dense causal"}
+    assert set(attention) == {"selective", "selective, few", "sdpa with a mask", "FlexAttention", "dense causal"}
     assert all(row["flops_per_s"] > 0 for row in attention.values())
 
 

@@ -241,7 +241,7 @@ def test_a_chunk_that_another_document_parts_from_its_earlier_text_is_spared(mod
 
 def test_the_report_says_what_was_looked_with(engine):
     chunks = engine.add(PARTS)[::-1]
-    assert engine.fuse(chunks, QUESTION, method=QuestionAware(0.2)).report.looked == "question_scores (reference)"
+    assert engine.fuse(chunks, QUESTION, method=QuestionAware(0.2)).report.looked == "scored (reference)"
     assert engine.fuse(chunks, QUESTION, method=Oracle(0.2)).report.looked == ""
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ragkv import Engine
-from ragkv.kernels import question_scores
+from ragkv.kernels import scored_attention
 from ragkv.library.sensitivity import sensitivity
 from ragkv.model.masks import MaskBuilder, layer_rules
 from ragkv.testing import tiny_model
@@ -35,9 +35,9 @@ def test_sensitivities_are_the_same(under):
     assert torch.equal(got, want)
 
 
-def test_question_scores_are_the_same(under):
-    spans = torch.tensor([[0, 39]] * 400, dtype=torch.int32)
-    want, got = under(lambda: question_scores(drawn(2, 400, 16), drawn(2, 40, 16, seed=1), spans))
+def test_what_is_attended_to_is_the_same(under):
+    spans, held = torch.tensor([[0, 39]] * 400, dtype=torch.int32), drawn(2, 40, 16, seed=1)
+    want, got = under(lambda: scored_attention(drawn(2, 400, 16), held, held, spans, drawn(400))[1])
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
 

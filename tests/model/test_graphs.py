@@ -110,16 +110,16 @@ def test_fixed_shapes_change_nothing(architecture):
 
 
 def test_looks_are_fixed_too():
-    """What layers attend with is shown behind the pass, of the rows that there are alone."""
+    """What the question attends to is of the rows that there are alone, and not the next run's."""
     model, ran = tiny_model("gpt_oss"), []
     plain, made = engine(model, False), engine(model, True, Recorder())
     graphs = made.documents.steps.graphs
     forward = graphs.forward
-    graphs.forward = lambda rows: (forward(rows), ran.append((rows.ran, rows.watch is not None)))[0]
+    graphs.forward = lambda rows: (forward(rows), ran.append((rows.ran, rows.scores is not None)))[0]
     for method in (QuestionAware(0.3), RelevantTokens(0.2)):
         for question in (QUESTION, random_ids(5), random_ids(4)):  # two of them fill up the same step
             want, got = (fused(each, method, question) for each in (plain, made))
-            assert got.report.looked == want.report.looked == "question_scores (reference)"
+            assert got.report.looked == want.report.looked == "scored (reference)"
             assert torch.equal(got.recomputed, want.recomputed)
             same(got, want)
     assert [how for how, watched in ran if watched] == ["fixed", "graph", "fixed", "graph", "graph", "graph"]
@@ -140,7 +140,7 @@ def test_what_is_placed_layer_by_layer_is_there_when_a_graph_runs(tier, monkeypa
 
 
 def test_layers_are_placed_while_others_compute(monkeypatch):
-    """What is replayed is a few layers at a time, and those behind them come meanwhile; what cannot be placed is no graph's fault."""
+    """A few layers at a time are replayed, and those behind them come meanwhile; what cannot be placed is no graph's fault."""
     log, place = [], Placement._place_layer
     model = tiny_model(num_hidden_layers=5)
     monkeypatch.setattr("ragkv.fusing.Placement", partial(Placement, by_layer=True))

@@ -1,14 +1,11 @@
 """Rows of several prompts in one forward are what each gives alone, on every architecture."""
 
-from functools import partial
-
 import pytest
 import torch
 from transformers import AttentionInterface
 
-from ragkv.kernels import question_scores
 from ragkv.model.decoder import Decoder
-from ragkv.model.kernel_attention import SpanBuilder, span_rules
+from ragkv.model.kernel_attention import Scores, SpanBuilder, span_rules
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
@@ -63,25 +60,22 @@ def test_who_watches_sees_its_own_rows(architecture):
     decoder = Decoder(tiny_model(architecture))
     rules = span_rules(decoder.rules)
 
-    def watched():
-        seen = []
+    def scored():
         some = prompts(decoder)[1:3]
         for rows in some:
-            spans = SpanBuilder(rules, rows.positions, rows.held + len(rows))
-            watch = partial(
-                lambda *shown, who, **more: seen.append((who, question_scores(*shown, **more))), who=len(rows)
-            )
-            rows.masks, rows.watch, rows.wanted = spans, watch, 0
-        return some, seen
+            rows.masks = SpanBuilder(rules, rows.positions, rows.held + len(rows))
+            rows.scores, rows.wanted = Scores(torch.rand(len(rows), generator=torch.Generator().manual_seed(0))), 0
+        return some
 
-    (some, want), (others, got) = watched(), watched()
+    some, others = scored(), scored()
     for rows in some:
         decoder.forward(rows)
     run_packed(decoder, [*others, *prompts(decoder)])
     assert {rows.attention for rows in (*some, *others)} == {"selective (reference)"}
-    assert len(got) == len(want) == 2 * len(decoder.layers)
-    for who in (1, 9):
-        for (_, a), (_, b) in zip(*([one for one in seen if one[0] == who] for seen in (want, got)), strict=True):
+    for mine, its in zip(some, others, strict=True):
+        assert len(mine.scores.layers) == len(its.scores.layers) == len(decoder.layers)
+        for a, b in zip(mine.scores.layers, its.scores.layers, strict=True):
+            assert len(a) == mine.held and a.sum() > 0
             torch.testing.assert_close(a, b, atol=EXACT, rtol=EXACT)
 
 

@@ -71,7 +71,7 @@ def test_the_question_looks_at_what_eager_attention_shows(architecture, monkeypa
     monkeypatch.setattr(Looking, "_rules", lambda self: None)
     for scored, queries in zip(got, ("last", "both"), strict=True):
         eager = look(engine, chunks, queries)
-        assert (scored.looked, eager.looked) == ("question_scores (reference)", "eager")
+        assert (scored.looked, eager.looked) == ("scored (reference)", "eager")
         assert eager.seen.shape == (len(engine.decoder.layers), 91) and eager.seen.sum() > 0.5
         torch.testing.assert_close(scored.seen, eager.seen, atol=1e-6, rtol=1e-4)
 
@@ -85,7 +85,7 @@ def test_only_auto_looks_another_way(monkeypatch):
     passages = [random_ids(n) for n in (12, 9)]
     auto, named = (Engine(tiny_model(), template=TEMPLATE, kernels=kernels) for kernels in ("auto", "reference"))
     want = look(auto, auto.add(passages)).seen
-    monkeypatch.setattr("ragkv.fusion.looking.question_scores", refuse)
+    monkeypatch.setattr("ragkv.model.kernel_attention.scored_attention", refuse)
     got = look(auto, auto.add(passages))
     assert got.looked == "eager"
     torch.testing.assert_close(got.seen, want, atol=1e-6, rtol=1e-4)

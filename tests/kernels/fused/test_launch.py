@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ragkv.kernels import deviation, key_spans, place, question_scores, scatter, selective_attention
+from ragkv.kernels import deviation, key_spans, place, scatter, scored_attention, selective_attention
 from ragkv.kernels.triton_impl import launch
 
 
@@ -36,7 +36,7 @@ def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     assert seen == [1, 0, 0] and current == [0]
 
 
-@pytest.mark.parametrize("operation", ["place", "scatter", "deviation", "selective_attention", "question_scores"])
+@pytest.mark.parametrize("operation", ["place", "scatter", "deviation", "selective_attention", "scored_attention"])
 def test_every_operation_launches_so(operation, random, device, monkeypatch):
     keys, query, rows = random(2, 40, 64), random(4, 5, 64), torch.arange(5, device=device)
     spans = key_spans(rows + 30)
@@ -45,7 +45,9 @@ def test_every_operation_launches_so(operation, random, device, monkeypatch):
         "scatter": lambda: scatter(random(2, 5, 64), random(2, 5, 64), rows, keys, keys.clone(), impl="triton"),
         "deviation": lambda: deviation(random(2, 40, 64), keys, impl="triton"),
         "selective_attention": lambda: selective_attention(query, keys, keys, spans, impl="triton"),
-        "question_scores": lambda: question_scores(query, keys, spans, impl="triton"),
+        "scored_attention": lambda: scored_attention(
+            query, keys, keys, spans, torch.ones(5, device=device), impl="triton"
+        ),
     }[operation]
     devices = []
     for module in ("attention", "place", "scatter", "scores"):
