@@ -199,7 +199,10 @@ def _check_run(out: Layers, run: Run) -> None:
     )
     require(source.paged == (run.slots is not None), "slots must be given of pools, and of nothing else")
     if run.slots is None:
-        require(tokens == source.tokens, f"all {source.tokens} tokens of a chunk are placed, got {tokens}")
+        fits = tokens == source.tokens or (0 <= tokens < source.tokens and not source.encoded)
+        require(
+            fits, f"of {source.tokens} tokens of a chunk all are placed, or the first ones of numbers, got {tokens}"
+        )
     else:
         check_shape("slots", run.slots, [tokens], "[T]")
         cpu = run.slots.dtype == torch.int64 and run.slots.is_cpu

@@ -31,6 +31,7 @@ class Layers:
         tokens: T, or those for which a pool has room.
         kinds: heads and dimensions of K and V in each layer.
         dtypes: of what is held as numbers.
+        encoded: some of it is not held as numbers.
         described: what an implementation has found out of it.
 
     Raises:
@@ -52,6 +53,7 @@ class Layers:
         self.dtypes: frozenset[torch.dtype] = frozenset(
             stored.numbers.dtype for stored in every if stored.codec == "raw"
         )
+        self.encoded: bool = any(stored.codec != "raw" for stored in every)
         self.described: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class Run:
     """Tokens that lie side by side in the prompt, in all layers, and come from one place.
 
     Attributes:
-        source: a chunk, of which all tokens are placed, or a pool.
+        source: a chunk, or a pool; of numbers it may be the first tokens that are placed, of encoded ones all are.
         start: slot of the first token in the prompt.
         tokens: T.
         slots: ``[T]`` int64 on the CPU, where each token lies in the pool, see :func:`~ragkv.kernels.slots_of`.

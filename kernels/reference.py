@@ -30,7 +30,12 @@ def place_layers(out: Layers, runs: Sequence[Run], layers: range) -> None:
                 rows = slice(run.start, run.start + run.tokens)
                 stored = held if slots is None else Stored.paged(held.numbers, slots)
                 turned = (None, None) if turn is None or side else (turn.cos[rows], turn.sin[rows])
-                place(room.numbers[:, rows], decode(stored), *turned, interleaved=turn is not None and turn.interleaved)
+                place(
+                    room.numbers[:, rows],
+                    decode(stored)[:, : run.tokens],
+                    *turned,
+                    interleaved=turn is not None and turn.interleaved,
+                )
 
 
 def place(out: Tensor, keys: Tensor, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool) -> None:

@@ -84,7 +84,7 @@ class Placement:
         self._bus = bus(decoder.device) if self.by_layer and len({spec.device for spec in decoder.specs}) == 1 else None
         self._spared: dict[int, str] = {}  # slots at which chunks begin that are not placed, and why not
         self._front = 0  # chunks that begin below this slot are placed in all layers, or spared
-        self._opening = front if self.by_layer and front is not None and self._supply.beside_rooms(front) else None
+        self._opening = front if self.by_layer and front is not None and self._supply.beside(front) else None
         if self._opening is None:
             with self._timer.stage("place"):
                 cache.append(front)
@@ -216,9 +216,8 @@ class Placement:
             return
         self._begun, (runs, stretches) = True, self._sorted
         if runs:
-            assert self._supply.rooms is not None
             layers = range(first, len(self._decoder.layers))
-            place_layers(self._supply.rooms, runs, layers=layers, impl=self._decoder.kernels)
+            place_layers(self._cache.laid, runs, layers=layers, impl=self._decoder.kernels)
         if not stretches:
             self.upto(len(self._decoder.layers) - 1, first)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ragkv.chunk import ChunkKV
@@ -61,16 +62,13 @@ class Supply:
         self._cache, self._batch, self._index, self._given = cache, batch, index, given
 
     @lazy
-    def rooms(self) -> Layers | None:
-        """The prompt's cache, where all of it lies on one device."""
-        layers = self._cache.layers
-        if len({layer.key_room.device for layer in layers}) > 1:
-            return None
-        return Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in layers])
+    def device(self) -> torch.device | None:
+        """Where the prompt's cache lies; ``None`` where that is on several devices."""
+        return self._cache.device
 
-    def beside_rooms(self, kv: ChunkKV) -> bool:
+    def beside(self, kv: ChunkKV) -> bool:
         """Whether KV lie on the device where the whole prompt does."""
-        return self.rooms is not None and all(held.device == self.rooms.device for pair in kv for held in pair)
+        return self.device is not None and all(held.device == self.device for pair in kv for held in pair)
 
     def at_hand(self, key: bytes) -> bool:
         """Whether KV are in memory, so that nobody waits for them."""
@@ -78,10 +76,10 @@ class Supply:
 
     def layers(self, key: bytes) -> Layers | None:
         """All layers of a chunk, or of the pool that it lies in, where they are on the prompt's device."""
-        if self.rooms is None:
+        if self.device is None:
             return None
         if key in self._given:
-            return layers_of(self._given[key]) if self.beside_rooms(self._given[key]) else None
+            return layers_of(self._given[key]) if self.beside(self._given[key]) else None
         index = self._index[key]
         if self._batch.slots[index] is None:
             return None
@@ -90,7 +88,7 @@ class Supply:
         if pool is None:
             parts = (self._batch.parts(index, layer) for layer in range(len(self._cache.layers)))
             pool = kept["layers"] = Layers.pool([(keys[""], values[""]) for keys, values in parts])
-        return pool if pool.device == self.rooms.device else None
+        return pool if pool.device == self.device else None
 
     def stretch(self, placed: Placed, key: bytes) -> Stretch:
         """A chunk of the prompt, with what its tier says of how it is held."""

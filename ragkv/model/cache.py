@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import ArgumentError
-from ragkv.kernels import Impl, scatter
+from ragkv.kernels import Impl, Layers, scatter
 
 #: Called with the layer, fresh keys and fresh values ``[B, H, S, D]``; returns what attention shall see.
 Writer = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -165,6 +166,7 @@ class FusedCache(Cache):
         self.writer: Writer | None = None
         self.before: Callable[[int], object] | None = None
         self._assisted = False
+        self._laid: tuple[list[Tensor], Layers] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -178,6 +180,7 @@ class FusedCache(Cache):
             self.before(layer_idx)
         if self.writer is not None:
             return self.writer(layer_idx, key_states, value_states)
+        self._laid = None  # a layer may grow, and nobody shall hold what it had
         assisted, self._assisted = self._assisted, False
         if assisted and key_states.shape[2] > self.layers[layer_idx].length > 0:
             raise ArgumentError(
@@ -208,6 +211,43 @@ class FusedCache(Cache):
         held = self.layers[layer]
         scatter(keys[0], values[0], slots.to(keys.device), held.key_room[0], held.value_room[0], impl=impl)
         return held.key_room[:, :, :shown], held.value_room[:, :, :shown]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where all layers lie; ``None`` where that is on several devices."""
+        found = {layer.key_room.device for layer in self.layers}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def laid(self) -> Layers:
+        """K and V ``[H, C, D]`` of all layers as placing takes them, on one device; looked at once, as long as they stay there."""
+        rooms = [room for layer in self.layers for room in (layer.key_room, layer.value_room)]
+        if self._laid is None or not all(map(is_, rooms, self._laid[0])):
+            self._laid = rooms, Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in self.layers])
+        return self._laid[1]
+
+    def stand_in(self, other: FusedCache, shared: FusedCache | None = None) -> None:
+        """Have the memory of another cache for one's own; or for that alone which is a third one's."""
+        for number, (layer, there) in enumerate(zip(self.layers, other.layers, strict=True)):
+            for name in ("key_room", "value_room"):
+                if shared is None or getattr(layer, name) is getattr(shared.layers[number], name):
+                    setattr(layer, name, getattr(there, name))
+        self._laid = other._laid if shared is None else None
+
+    @classmethod
+    def in_blocks(cls, specs: Sequence[LayerSpec], capacity: int) -> tuple[FusedCache, list[Tensor]]:
+        """One whose layers lie side by side; and the blocks ``[count, 1, H, C, D]``, one for all keys and values of a shape."""
+        cache, kinds = cls(specs, 0), dict[tuple[int, int, torch.dtype, torch.device], list[tuple[FusedLayer, str]]]()
+        for layer, (heads, key_dim, value_dim, dtype, device) in zip(cache.layers, specs, strict=True):
+            for name, dim in (("key_room", key_dim), ("value_room", value_dim)):
+                kinds.setdefault((heads, dim, dtype, device), []).append((layer, name))
+        blocks = []
+        with torch.inference_mode(False):  # as of empty_like
+            for (heads, dim, dtype, device), places in kinds.items():
+                blocks.append(torch.empty(len(places), 1, heads, capacity, dim, dtype=dtype, device=device))
+                for (layer, name), room in zip(places, blocks[-1].unbind(0), strict=True):
+                    setattr(layer, name, room)
+        return cache, blocks
 
     def append(self, kv: ChunkKV | None) -> None:
         """Put KV behind what is held; ``None`` for no tokens."""

@@ -58,7 +58,7 @@ class Graphs:
         self._marked: object = None
         self._modules: list[nn.Module] = []
         self._fixed: OrderedDict[tuple[Room, int, int, bool, bool], _Fixed] = OrderedDict()
-        self._rooms = Rooms(self._drop, self._affords)
+        self._rooms = Rooms(self._drop, self._affords, decoder.kernels)
 
     @classmethod
     def of(cls, decoder: Decoder, wanted: bool | None, mark: Callable[[], object]) -> Graphs | None:

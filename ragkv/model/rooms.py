@@ -11,7 +11,8 @@ from weakref import ReferenceType, ref
 
 import torch
 
-from ragkv.model.cache import FusedCache, FusedLayer, LayerSpec, empty_like
+from ragkv.kernels import Impl, Run, place_layers
+from ragkv.model.cache import FusedCache, LayerSpec
 
 _SMALLEST = 256  # slots
 _MOST = 2  # rooms: answers of so many threads go on without moving
@@ -29,6 +30,7 @@ class Room:
     Args:
         specs: what the layers' keys and values look like.
         slots: C.
+        impl: what moves them in and out.
 
     Attributes:
         cache: writes into the room. It holds nothing; fixed steps are its only users.
@@ -36,10 +38,12 @@ class Room:
         used: slots that may hold something.
     """
 
-    def __init__(self, specs: Sequence[LayerSpec], slots: int):
+    def __init__(self, specs: Sequence[LayerSpec], slots: int, impl: Impl = "auto"):
         self.slots: int = slots
         self.used: int = slots
-        self.cache: FusedCache = FusedCache(specs, slots)
+        self.cache: FusedCache
+        self.cache, self._blocks = FusedCache.in_blocks(specs, slots)
+        self._specs, self._impl = specs, impl
         self._guest: ReferenceType[FusedCache] | None = None
         self._own: int = 0  # slots that the guest had
         self._clear(0)
@@ -56,18 +60,13 @@ class Room:
 
     def hosts(self, cache: FusedCache) -> bool:
         """Whether a cache's keys and values are here, all of them: it may have grown out of the room meanwhile."""
-        return self.guest is cache and all(
-            layer.key_room is own.key_room and layer.value_room is own.value_room
-            for layer, own in zip(cache.layers, self.cache.layers, strict=True)
-        )
+        return self.guest is cache and self._shared(cache) == 2 * len(cache.layers)
 
     def enter(self, cache: FusedCache, slots: int) -> None:
         """Move in a cache's first ``slots`` slots. Those behind are zero: attention reads blocks, and weighs what it hides by 0."""
         self._guest, self._own = ref(cache), cache.layers[0].key_room.shape[2]
-        for layer, own in zip(cache.layers, self.cache.layers, strict=True):
-            own.key_room[:, :, :slots] = layer.key_room[:, :, :slots]
-            own.value_room[:, :, :slots] = layer.value_room[:, :, :slots]
-            layer.key_room, layer.value_room = own.key_room, own.value_room
+        place_layers(self.cache.laid, [Run(cache.laid, 0, slots)], impl=self._impl)
+        cache.stand_in(self.cache)
         self._clear(slots)
 
     def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
@@ -79,31 +78,31 @@ class Room:
             cache: the guest.
             settle: called before somebody else may enter.
         """
-        try:
-            for layer, own in zip(cache.layers, self.cache.layers, strict=True):
-                _move_out(layer, own, max(layer.length, self.used), self._own)
-        except torch.OutOfMemoryError:
-            return
-        self.used = max(self.used, *(layer.length for layer in cache.layers))  # of passes that ran as they are
+        longest = max(layer.length for layer in cache.layers)
+        slots, shared = max(longest, self.used), self._shared(cache)
+        if shared:
+            try:
+                own, _ = FusedCache.in_blocks(self._specs, max(self._own, slots))
+            except torch.OutOfMemoryError:
+                return
+            place_layers(own.laid, [Run(self.cache.laid, 0, min(slots, self.slots))], impl=self._impl)
+            # Some may have grown out of the room already, where a pass failed.
+            cache.stand_in(own, None if shared == 2 * len(cache.layers) else self.cache)
+        self.used = max(self.used, longest)  # of passes that ran as they are
         settle()
         self._guest = None
 
+    def _shared(self, cache: FusedCache) -> int:
+        """How many of a cache's keys and values are here."""
+        pairs = zip(cache.layers, self.cache.layers, strict=True)
+        return sum((one.key_room is own.key_room) + (one.value_room is own.value_room) for one, own in pairs)
+
     def _clear(self, begin: int) -> None:
-        for layer in self.cache.layers:
-            for room in (layer.key_room, layer.value_room):
-                room[:, :, begin : self.used].zero_()
-                room[:, :, self.spare :].zero_()
+        for block in self._blocks:
+            block[:, :, :, self.spare :].zero_()
+            if begin < self.used:
+                block[:, :, :, begin : self.used].zero_()
         self.used = begin
-
-
-def _move_out(layer: FusedLayer, shared: FusedLayer, slots: int, least: int) -> None:
-    """Give a layer memory of its own for what it shares: some may have grown out of the room already, where a pass failed."""
-    for name in ("key_room", "value_room"):
-        here = getattr(layer, name)
-        if here is getattr(shared, name):
-            room = empty_like(here, max(least, slots))
-            room[:, :, :slots] = here[:, :, :slots]
-            setattr(layer, name, room)
 
 
 class Rooms:
@@ -112,10 +111,13 @@ class Rooms:
     Args:
         drop: told of a room that is given up, before another takes its memory.
         affords: says whether a room may take so many bytes.
+        impl: what moves caches in and out.
     """
 
-    def __init__(self, drop: Callable[[Room], object], affords: Callable[[int], bool] = lambda size: True):
-        self._drop, self._affords = drop, affords
+    def __init__(
+        self, drop: Callable[[Room], object], affords: Callable[[int], bool] = lambda size: True, impl: Impl = "auto"
+    ):
+        self._drop, self._affords, self._impl = drop, affords, impl
         # The one used last comes last; replaced as a whole, since others look meanwhile.
         self._rooms: tuple[Room, ...] = ()
 
@@ -148,7 +150,7 @@ class Rooms:
                 self._rooms = tuple(other for other in self._rooms if other is not gone)
                 self._drop(gone)
                 del gone
-            room = Room(specs, size)
+            room = Room(specs, size, self._impl)
         self._rooms = (*(other for other in self._rooms if other is not room), room)
         room.enter(cache, slots)
         return room

@@ -179,7 +179,7 @@ def test_what_was_computed_elsewhere_is_placed_by_itself(place, decoder, monkeyp
     front = random_kv(decoder, len(PREFIX))
     want, counts, _ = place(LENGTHS, ["pool"] * 5, fresh=[2], front=front)
     assert counts == ([5], [])
-    monkeypatch.setattr(Supply, "beside_rooms", lambda *_: False)
+    monkeypatch.setattr(Supply, "beside", lambda *_: False)
     got, counts, _ = place(LENGTHS, ["pool"] * 5, fresh=[2], front=front)
     assert counts == ([3], [2] * 4)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

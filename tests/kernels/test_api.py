@@ -106,8 +106,8 @@ REFUSED = {
     "layers-slots": (lambda: place_layers(layers(9), [Run(layers(4), 6, 4)]), "slots 6 to 10 of 9"),
     "layers-front": (lambda: place_layers(layers(9), [Run(layers(4), -1, 4)]), "slots -1 to 3 of 9"),
     "layers-part": (
-        lambda: place_layers(layers(9), [Run(layers(4), 0, 3)]),
-        "all 4 tokens of a chunk are placed, got 3",
+        lambda: place_layers(layers(9), [Run(layers(4), 0, 5)]),
+        "of 4 tokens of a chunk all are placed, or the first ones of numbers, got 5",
     ),
     "layers-no-pool": (lambda: place_layers(layers(9), [Run(layers(4), 0, 4, torch.arange(4))]), "given of pools"),
     "layers-pool": (

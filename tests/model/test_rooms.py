@@ -1,8 +1,13 @@
 """Rooms of fixed shapes: one prompt at a time has one, and leaves nothing of itself to the next."""
 
+from functools import partialmethod
+from weakref import ref
+
 import pytest
 import torch
 
+from ragkv import TieredStore
+from ragkv.fusion import placement
 from ragkv.model import rooms
 from ragkv.model.graphs import row_bucket
 from ragkv.model.rooms import Room, Rooms, room_bucket
@@ -83,7 +88,7 @@ def test_who_finds_no_memory_stays(monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "new_empty", full)
+        patched.setattr(rooms.FusedCache, "in_blocks", full)
         found.leave(cache)
     assert room.guest is cache
     other = found.enter(cache, 0, 40, decoder.specs)
@@ -91,6 +96,31 @@ def test_who_finds_no_memory_stays(monkeypatch):
     found.leave(cache)
     assert room.guest is None and other.guest is None
     assert cache.layers[-1].key_room is not other.cache.layers[-1].key_room
+
+
+def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
+    """What a cache had before it entered, and what the room has once it left, is held by nobody."""
+    calls, place, placing = [], rooms.place_layers, placement.place_layers
+    monkeypatch.setattr(rooms, "place_layers", lambda *args, **more: calls.append(1) or place(*args, **more))
+    monkeypatch.setattr(placement.Placement, "__init__", partialmethod(placement.Placement.__init__, by_layer=True))
+    with engine(tiny_model(), True, Recorder(), store=TieredStore(gpu_bytes=1 << 20, device="cpu")) as made:
+        chunks, own = made.add([random_ids(30)]), []
+        made.fuse(chunks, random_ids(5))
+
+        def noted(out, *args, **more):
+            own.extend(ref(stored.numbers._base) for pair in out.pairs for stored in pair)
+            return placing(out, *args, **more)
+
+        def run(rows, forward=made.documents.steps.graphs.forward):
+            logits = forward(rows)
+            assert own and all(one() is None for one in own)
+            return logits
+
+        monkeypatch.setattr(placement, "place_layers", noted)
+        monkeypatch.setattr(made.documents.steps.graphs, "forward", run)
+        calls.clear()
+        made.fuse(chunks, random_ids(5))
+    assert len(calls) == 2
 
 
 def test_the_spare_slot_is_nobodys(small):
