@@ -5,7 +5,8 @@ H kv heads, T tokens, S fresh tokens, N tokens of the prompt, D head_dim, R rota
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -91,10 +92,25 @@ def place_layers(out: Layers, runs: Sequence[Run], *, layers: range | None = Non
     Raises:
         KernelError, MissingPackageError: as :func:`place`.
     """
-    layers = range(len(out)) if layers is None else layers
-    require(
-        layers.start >= 0 and layers.stop <= len(out) and layers.step == 1, f"there are {len(out)} layers, got {layers}"
-    )
+    placing(out, runs, [range(len(out)) if layers is None else layers], impl=impl)(0)
+
+
+def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range], *, impl: Impl = "auto") -> Callable[[int], None]:
+    """:func:`place_layers` in several steps, prepared at once: what is returned places the layers of a group, by its number.
+
+    Args:
+        out: as of :func:`place_layers`, like the rest.
+        runs: what goes where. It need not be there before its group is placed.
+        groups: layers that are placed together, one after the other.
+        impl: which implementation runs.
+
+    Raises:
+        KernelError, MissingPackageError: as :func:`place`.
+    """
+    layers = range(groups[0].start, groups[-1].stop)
+    follow = all(before.stop == after.start for before, after in pairwise(groups))
+    good = layers.start >= 0 and layers.stop <= len(out) and all(group.step == 1 for group in groups)
+    require(good and follow, f"there are {len(out)} layers, got {', '.join(map(str, groups))}")
     require(
         not out.paged and all(stored.codec == "raw" for pair in out.pairs for stored in pair), "out must be numbers"
     )
@@ -108,15 +124,14 @@ def place_layers(out: Layers, runs: Sequence[Run], *, layers: range | None = Non
             _check_turns(out, last.turns, last.start + last.tokens)
     runs = [run for run in runs if run.tokens]
     if not runs or not layers:
-        return
+        return lambda number: None
     dtypes = out.dtypes.union(*(run.source.dtypes for run in runs))
     odd = next((dtype for dtype in dtypes if dtype not in DTYPES), torch.float32)
     if implementation(impl, out.device, odd) == "reference":
-        reference.place_layers(out, runs, layers)
-        return
-    from ragkv.kernels.triton_impl.place_layers import place_layers as fused
+        return lambda number: reference.place_layers(out, runs, groups[number])
+    from ragkv.kernels.triton_impl.place_layers import placing as fused
 
-    fused(out, runs, layers)
+    return fused(out, runs, groups)
 
 
 def deviation(fresh: Tensor, stored: Tensor, *, rows: Tensor | None = None, impl: Impl = "auto") -> Tensor:

@@ -56,6 +56,10 @@ class Layers:
         self.encoded: bool = any(stored.codec != "raw" for stored in every)
         self.described: Any = None
 
+    def pair(self, layer: int) -> tuple[Stored, Stored]:
+        """K and V of a layer, where they are read."""
+        return self.pairs[layer]
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies lie elsewhere: addresses that were found stay behind."""
         return {**vars(self), "described": None}
@@ -72,6 +76,40 @@ class Layers:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+
+class Brought(Layers):
+    """The same layers as others, whose bytes are copied elsewhere; its ``pairs`` are theirs.
+
+    Args:
+        source: those that are copied, in the memory of the CPU; no pool.
+        to: uint8, dense, where they are copied to.
+        shifts: ``[L]``, by how many bytes each layer's addresses there are greater; multiples of 16.
+    """
+
+    def __init__(self, source: Layers, to: Tensor, shifts: Sequence[int]):
+        self.__dict__ |= vars(source)
+        self.source: Layers = source
+        self.to: Tensor = to
+        self.shifts: Sequence[int] = shifts
+        self.device: torch.device = to.device
+        self.described: Any = None
+
+    def pair(self, layer: int) -> tuple[Stored, Stored]:
+        """See :class:`Layers`."""
+        (keys, values), shift = self.pairs[layer], self.shifts[layer]
+        return self._there(keys, shift), self._there(values, shift)
+
+    def _there(self, stored: Stored, shift: int) -> Stored:
+        def moved(part: Tensor | None) -> Tensor | None:
+            if part is None:
+                return None
+            start = part.data_ptr() + shift - self.to.data_ptr()
+            return self.to.view(-1)[start : start + part.nbytes].view(part.dtype).view(part.shape)
+
+        numbers = moved(stored.numbers)
+        assert numbers is not None
+        return replace(stored, numbers=numbers, scale=moved(stored.scale), low=moved(stored.low))
 
 
 class Turn(NamedTuple):

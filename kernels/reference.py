@@ -26,7 +26,7 @@ def place_layers(out: Layers, runs: Sequence[Run], layers: range) -> None:
         slots = None if run.slots is None else run.slots.to(out.device)
         for layer in layers:
             turn = None if run.turns is None else run.turns[layer]
-            for side, (held, room) in enumerate(zip(run.source.pairs[layer], out.pairs[layer], strict=True)):
+            for side, (held, room) in enumerate(zip(run.source.pair(layer), out.pair(layer), strict=True)):
                 rows = slice(run.start, run.start + run.tokens)
                 stored = held if slots is None else Stored.paged(held.numbers, slots)
                 turned = (None, None) if turn is None or side else (turn.cos[rows], turn.sin[rows])

@@ -60,6 +60,11 @@ class Stored:
         return cls(parts[""], shape, codec, side, scale, parts.get("low"))
 
     @property
+    def parts(self) -> list[Tensor]:
+        """The tensors that it consists of, slots apart."""
+        return [part for part in (self.numbers, self.scale, self.low) if part is not None]
+
+    @property
     def lines(self) -> tuple[int, int]:
         """``int8`` and ``int4``: how many lines a head has and how many numbers one holds, without those that fill it up."""
         _, tokens, dim = self.shape

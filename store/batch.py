@@ -123,6 +123,20 @@ class Batch:
             self._load(source, layer)
             return source.parts(layer)
 
+    def payload(self, index: int) -> tuple[Tensor, list[tuple[int, int]]] | None:
+        """The bytes of the chunk at ``index`` as they are held, uint8, and between which of them each layer of :meth:`parts` lies;
+        ``None`` where they do not lie in CPU memory, all of them.
+
+        Raises:
+            StoreError: as :meth:`layer`.
+        """
+        with self._reading(index) as source:
+            whole = source.whole if source.tier == "cpu" else None
+            if whole is None:
+                return None
+            record, payload = whole
+            return payload.data, [(layer.start, layer.stop) for layer in record.contents.layers]
+
     def kept(self, index: int) -> dict[str, Any]:
         """What readers keep with the :meth:`parts` of the chunk at ``index``: as long as these are held, whatever batch is open.
 

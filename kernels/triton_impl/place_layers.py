@@ -6,7 +6,7 @@ L layers, T tokens, N tokens of the prompt.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ragkv.kernels.layers import Layers, Run, Turn
+from ragkv.kernels.layers import Brought, Layers, Run, Turn
 from ragkv.kernels.stored import Stored
 from ragkv.kernels.triton_impl.place import Held, Kind, described, launch_kind
 from ragkv.kernels.upload import arrive, beside
@@ -22,9 +22,10 @@ from ragkv.kernels.validation import require
 
 _FIELDS = 16  # of a row, see place_kernel.py
 _TOKENS, _SLOTS, _COS, _SIN, _OUT = 0, 2, 5, 6, 7
+_ADDRESSES = (1, 3, 4)  # of numbers, scales and lowest numbers
 _ADDRESS, _READ_STRIDES, _WRITTEN_STRIDES = 1, slice(8, 10), slice(11, 13)
 
-Numbers = NDArray[np.int64]
+Numbers = NDArray[np.int64 | np.bool_]
 
 
 class _Described(NamedTuple):
@@ -36,6 +37,7 @@ class _Described(NamedTuple):
         kind: ``[L, 2]`` which of them each is.
         token_bytes: ``[L, 2]`` from one token to the next.
         copies: what the rows point to besides.
+        points: ``[L, 2, 16]`` 1 where a row holds an address of what is read.
     """
 
     rows: Numbers
@@ -43,6 +45,7 @@ class _Described(NamedTuple):
     kind: Numbers
     token_bytes: Numbers
     copies: list[Tensor]
+    points: Numbers
 
 
 class _Turned(NamedTuple):
@@ -59,13 +62,15 @@ class _Turned(NamedTuple):
     kinds: list[tuple[int, bool]]
 
 
-def place_layers(out: Layers, runs: Sequence[Run], layers: range) -> None:
-    """See :func:`ragkv.kernels.place_layers`; one launch for all that is of a kind."""
+def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range]) -> Callable[[int], None]:
+    """See :func:`ragkv.kernels.placing`; one launch for all of a group that is of a kind."""
+    layers = range(groups[0].start, groups[-1].stop)
     room, span = _of(out), slice(layers.start, layers.stop)
     sources: dict[int, list[Run]] = defaultdict(list)
     for run in runs:
         sources[id(run.source)].append(run)
-    turning = {id(turns): _turned(turns) for turns in (run.turns for run in runs) if turns is not None}
+    distinct = {id(run.turns): run.turns for run in runs if run.turns is not None}
+    turning = {key: _turned(turns) for key, turns in distinct.items()}
     turned = dict.fromkeys(kind for each in turning.values() for kind in each.kinds[span] if kind[0])
     # What turns in one way and what does not share a launch.
     ways = list(turned) if len(turned) == 1 else [(0, False), *turned]
@@ -95,38 +100,48 @@ def place_layers(out: Layers, runs: Sequence[Run], layers: range) -> None:
                 rows[number, :, 0, _COS : _SIN + 1] = turns.addresses[span] + first
                 codes[number, :, 0] += [ways.index(kind) if kind[0] else 0 for kind in turns.kinds[span]]
         at += len(mine)
-    _launch(rows.reshape(-1, _FIELDS), codes.ravel(), host, table, list(held), room.kinds, ways)
+    kinds = len(held) * len(room.kinds) * len(ways)
+    codes += kinds * np.repeat(range(len(groups)), [len(group) for group in groups])[:, None]
+    launches = _launches(rows.reshape(-1, _FIELDS), codes.ravel(), kinds, list(held), room.kinds, ways)
+    arrive(host, table)
+    every = table[: rows.size].view(-1, _FIELDS)
+
+    def place(number: int, alive: object = (out, runs)) -> None:  # whose addresses are in the table
+        for kind, first, stop, longest in launches.get(number, ()):
+            launch_kind(kind, every[first:stop], longest)
+
+    return place
 
 
-def _launch(
-    rows: Numbers,
-    codes: Numbers,
-    host: Tensor,
-    table: Tensor,
-    held: list[Held],
-    rooms: list[Held],
-    ways: list[tuple[int, bool]],
-) -> None:
-    """Rows of one kind side by side, all of them to the device, and a launch for each kind."""
+def _launches(
+    rows: Numbers, codes: Numbers, kinds: int, held: list[Held], rooms: list[Held], ways: list[tuple[int, bool]]
+) -> dict[int, list[tuple[Kind, int, int, int]]]:
+    """Brings rows of one kind side by side, group by group; by group the launches: kind, rows from and to, longest."""
     if (codes != codes[0]).any():
         order = np.argsort(codes, kind="stable")
         rows[:], codes = rows[order], codes[order]
-    firsts = [0, *(np.flatnonzero(np.diff(codes)) + 1), len(rows)]
-    arrive(host, table)
-    every = table[: rows.size].view(-1, _FIELDS)
-    for first, stop in pairwise(firsts):
-        both, way = divmod(int(codes[first]), len(ways))
+    launches: dict[int, list[tuple[Kind, int, int, int]]] = defaultdict(list)
+    for first, stop in pairwise([0, *(np.flatnonzero(np.diff(codes)) + 1), len(rows)]):
+        group, code = divmod(int(codes[first]), kinds)
+        both, way = divmod(code, len(ways))
         read, written = divmod(both, len(rooms))
         room = rooms[written]
         kind = Kind.of(held[read], room.dtypes[0], room.dense, *ways[way])
-        launch_kind(kind, every[first:stop], int(rows[first:stop, _TOKENS].max()))
+        launches[group].append((kind, int(first), int(stop), int(rows[first:stop, _TOKENS].max())))
+    return launches
 
 
 def _of(layers: Layers) -> _Described:
     """What the table says of some layers, looked up once."""
     if layers.described is None:
-        layers.described = _describe(layers)
+        layers.described = _moved(layers) if isinstance(layers, Brought) else _describe(layers)
     return layers.described
+
+
+def _moved(layers: Brought) -> _Described:
+    source = _of(layers.source)
+    require(not source.copies, "what is brought elsewhere must lie there as it is read")
+    return source._replace(rows=source.rows + np.array(layers.shifts, np.int64)[:, None, None] * source.points)
 
 
 def _describe(layers: Layers) -> _Described:
@@ -135,7 +150,8 @@ def _describe(layers: Layers) -> _Described:
     kind = np.array([[kinds.setdefault(what, len(kinds)) for what, _ in pair] for pair in found])
     rows = np.array([[row for _, row in pair] for pair in found], dtype=np.int64)
     sizes = [[stored.numbers.itemsize for stored in pair] for pair in layers.pairs]
-    return _Described(rows, list(kinds), kind, rows[..., _READ_STRIDES.stop - 1] * np.array(sizes), copies)
+    points = np.isin(np.arange(_FIELDS), _ADDRESSES) & (rows != 0)
+    return _Described(rows, list(kinds), kind, rows[..., _READ_STRIDES.stop - 1] * np.array(sizes), copies, points)
 
 
 def _dense(stored: Stored) -> Stored:

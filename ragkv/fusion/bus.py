@@ -5,17 +5,12 @@ Copies in the stream that computes are done between its kernels: loading and com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ragkv.kernels import Stored
-
-#: K and V as their tier holds them, on the device, by number.
-Load = Mapping[int, Sequence[Stored]]
 
 
 class Bus:
@@ -30,31 +25,40 @@ class Bus:
     def __init__(self, module: Any, device: torch.device, stream: Any):
         self._module, self._device, self._stream = module, device, stream
 
-    def send(self, load: Callable[[], Load]) -> Callable[[], Load]:
-        """Begin to bring something; returns what gives it to the stream that is the current one by then.
+    def room(self, *size: int) -> Tensor:
+        """uint8 for what is brought; the stream of copies alone may write to it."""
+        with self._module.stream(self._stream):
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def send(self, load: Callable[[], Sequence[Tensor]], free: Any = None) -> Callable[[], None]:
+        """Begin to bring something; returns what has the stream wait for it that is the current one by then.
 
         Args:
-            load: copies it, into memory of its own, and waits for nothing that the device does. What it copies from must not be
-                freed or changed before the device has come so far.
+            load: copies it; returns the memory that it copies to, and waits for nothing that the device does. What it copies from
+                must not be freed or changed before the device has come so far.
+            free: of :meth:`mark`, behind which that memory may be written to.
         """
         with self._module.stream(self._stream):
+            if free is not None:
+                self._stream.wait_event(free)
             brought = load()
             there = self._stream.record_event()
 
-        def arrived() -> Load:
+        def arrived() -> None:
             stream = self._module.current_stream(self._device)
             stream.wait_event(there)
-            for stored in (one for pair in brought.values() for one in pair):
-                for part in (stored.numbers, stored.scale, stored.low):
-                    if part is not None:
-                        self._used(part, stream)
-            return brought
+            for tensor in brought:
+                self._used(tensor, stream)
 
         return arrived
 
-    def _used(self, part: Tensor, stream: Any) -> None:
+    def mark(self) -> Any:
+        """When the current stream has done what it was given."""
+        return self._module.current_stream(self._device).record_event()
+
+    def _used(self, tensor: Tensor, stream: Any) -> None:
         """Its memory is given to nobody else before a stream has done what it is given now."""
-        part.record_stream(stream)
+        tensor.record_stream(stream)
 
 
 def bus(device: torch.device) -> Bus | None:

@@ -6,16 +6,17 @@ N tokens of the prompt, H kv heads, T tokens of a chunk, D head_dim, R rotated d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Chunk, ChunkKV
-from ragkv.fusion.bus import Load, bus
+from ragkv.fusion.bus import bus
+from ragkv.fusion.convoy import Convoy, Freight
 from ragkv.fusion.layout import Layout, Placed
 from ragkv.fusion.supply import Stretch, Supply, at_room, layers_of
 from ragkv.fusion.timing import Timer
@@ -29,6 +30,22 @@ from ragkv.store import Target
 if TYPE_CHECKING:
     from ragkv.model.decoder import Decoder
     from ragkv.store import Batch, Moved
+
+
+class _Sorted(NamedTuple):
+    """A prompt's chunks.
+
+    Attributes:
+        runs: what lies on the device.
+        carried: what lies in CPU memory, as keys and where they go.
+        freight: what these are, by key.
+        stretches: the rest, placed layer by layer.
+    """
+
+    runs: list[Run]
+    carried: list[tuple[bytes, Run]]
+    freight: dict[bytes, Freight]
+    stretches: list[Stretch]
 
 
 class Placement:
@@ -76,7 +93,7 @@ class Placement:
         self._timer = Timer() if timer is None else timer
         self._done = 0  # layers below are placed, or were not asked for
         self._begun = False  # what lies on the device is placed
-        self._sent: dict[int, Callable[[], Load]] = {}  # layers that are brought
+        self._convoy: Convoy | None = None  # of what is brought from CPU memory
         self._paths: Mapping[bytes, ChunkKV] = {}
         self._index = {key: number for number, key in enumerate(batch.keys)}
         self.take(layout, {} if paths is None else paths)
@@ -171,7 +188,6 @@ class Placement:
             self.batch.read_ahead()
             with self._timer.stage("place"):
                 self._begin(first)
-                self._send(first)
         else:
             self.upto(len(self._decoder.layers) - 1, first)
 
@@ -211,37 +227,30 @@ class Placement:
                 self._done = number + 1
 
     def _begin(self, first: int) -> None:
-        """Place all that lies on the device, from a layer on; where nothing else is left, that was all."""
+        """Place all that lies on the device, from a layer on, and begin to bring what is in CPU memory."""
         if self._begun:
             return
-        self._begun, (runs, stretches) = True, self._sorted
-        if runs:
-            layers = range(first, len(self._decoder.layers))
-            place_layers(self._cache.laid, runs, layers=layers, impl=self._decoder.kernels)
-        if not stretches:
-            self.upto(len(self._decoder.layers) - 1, first)
+        self._begun, layers, impl = True, range(first, len(self._decoder.layers)), self._decoder.kernels
+        sorted_ = self._sorted
+        if sorted_.carried:
+            assert self._bus is not None
+            device, freight = self._decoder.device, sorted_.freight
+            self._convoy = Convoy(self._bus, device, freight, sorted_.carried, self._cache, layers, impl)
+        if sorted_.runs:
+            place_layers(self._cache.laid, sorted_.runs, layers=layers, impl=impl)
+        if not sorted_.carried and not sorted_.stretches:  # that was all
+            self.upto(layers.stop - 1, first)
 
     def _place_layer(self, layer: int) -> None:
-        stretches = self._sorted[1]
+        if self._convoy is not None:
+            self._convoy.upto(layer)
+            if self._convoy.done == len(self._decoder.layers):
+                self._convoy = None  # its memory is free
+        stretches = self._sorted.stretches
         if stretches:
-            sent = self._sent.pop(layer, None)
-            here = {} if sent is None else sent()
-            held = [here.get(number) or self._supply.held(stretch, layer) for number, stretch in enumerate(stretches)]
-            pieces = [self._pieces(stretch, layer, *pair) for stretch, pair in zip(stretches, held, strict=True)]
+            pieces = (self._pieces(stretch, layer, *self._supply.held(stretch, layer)) for stretch in stretches)
             place_pieces([piece for pair in pieces for piece in pair], impl=self._decoder.kernels)
-            self._send(layer + 1)
         self._mend(layer)
-
-    def _send(self, layer: int) -> None:
-        """Begin to bring a layer of what is in memory beside what the device computes."""
-        if self._bus is None or layer in self._sent or not self._done <= layer < len(self._decoder.layers):
-            return
-        supply = self._supply
-        near = {number: stretch for number, stretch in enumerate(self._sorted[1]) if supply.at_hand(stretch.key)}
-        if near:
-            self._sent[layer] = self._bus.send(
-                lambda: {number: supply.held(stretch, layer) for number, stretch in near.items()}
-            )
 
     def _mend(self, layer: int) -> None:
         """Put the tokens that a prompt computed before in the place of those that were stored."""
@@ -295,19 +304,26 @@ class Placement:
         place_pieces(self._pieces(Stretch(placed), layer, *stored), impl=self._decoder.kernels)
 
     @lazy
-    def _sorted(self) -> tuple[list[Run], list[Stretch]]:
-        """What lies on the device, neighbours in the prompt as one run where a pool holds them; and the rest. In prompt order."""
+    def _sorted(self) -> _Sorted:
+        """The chunks by where they lie, in prompt order; neighbours in the prompt as one run where a pool holds them."""
         runs = [] if self._opening is None else [Run(layers_of(self._opening), 0, len(self._opening))]
-        stretches: list[Stretch] = []
+        stretches, carried, freight = list[Stretch](), list[tuple[bytes, Run]](), dict[bytes, Freight]()
         for placed, key in self._to_place:
             source = self._supply.layers(key)
             if source is None:
-                stretches.append(self._supply.stretch(placed, key))
+                brought = None if self._bus is None else self._supply.freight(key, len(placed.chunk))
+                if brought is None:
+                    stretches.append(self._supply.stretch(placed, key))
+                    continue
+                turned = self._turning.layers if placed.position != placed.base else None
+                turns = self._turning.unrotated if self.batch.unrotated[self._index[key]] else turned
+                freight[key] = brought
+                carried.append((key, Run(brought.layers, placed.start, len(placed.chunk), turns=turns)))
                 continue
             slots = self.batch.slots[self._index[key]] if source.paged else None
             turns = self._turning.layers if placed.position != placed.base else None
             runs.append(Run(source, placed.start, len(placed.chunk), slots, turns))
-        return joined(runs), stretches
+        return _Sorted(joined(runs), carried, freight, stretches)
 
     def _pieces(self, stretch: Stretch, layer: int, keys: Stored, values: Stored) -> list[Piece]:
         room, tokens = self._cache.layers[layer], slice(stretch.placed.start, stretch.placed.stop)

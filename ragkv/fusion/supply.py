@@ -5,7 +5,7 @@ H kv heads, T tokens of a chunk, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ragkv.chunk import ChunkKV
+from ragkv.fusion.convoy import Freight
 from ragkv.fusion.layout import Placed
 from ragkv.kernels import Layers, Stored
 from ragkv.kernels.stored import CodecName, Side
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ragkv.store import Batch
 
 _DECODED: tuple[CodecName, ...] = ("int8", "int4", "fp8")  # by the kernel that places
+_READ: tuple[CodecName, ...] = ("raw", *_DECODED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +72,6 @@ class Supply:
         """Whether KV lie on the device where the whole prompt does."""
         return self.device is not None and all(held.device == self.device for pair in kv for held in pair)
 
-    def at_hand(self, key: bytes) -> bool:
-        """Whether KV are in memory, so that nobody waits for them."""
-        return key in self._given or self._batch.tiers[self._index[key]] == "cpu"
-
     def layers(self, key: bytes) -> Layers | None:
         """All layers of a chunk, or of the pool that it lies in, where they are on the prompt's device."""
         if self.device is None:
@@ -89,6 +87,22 @@ class Supply:
             parts = (self._batch.parts(index, layer) for layer in range(len(self._cache.layers)))
             pool = kept["layers"] = Layers.pool([(keys[""], values[""]) for keys, values in parts])
         return pool if pool.device == self.device else None
+
+    def freight(self, key: bytes, tokens: int) -> Freight | None:
+        """A chunk of so many tokens in CPU memory, where kernels can read it as it is held once its bytes are on the device."""
+        if key in self._given:
+            return None
+        index = self._index[key]
+        codec = next((name for name in _READ if name == self._batch.codecs[index]), None)
+        held = None if codec is None else self._batch.payload(index)
+        if codec is None or held is None:
+            return None
+        kept = self._batch.kept(index)
+        if "freight" not in kept:
+            layers = Layers([self._stored(index, layer, codec, tokens) for layer in range(len(self._cache.layers))])
+            kept["freight"] = Freight.of(*held, layers)
+        freight: Freight | None = kept["freight"]
+        return freight
 
     def stretch(self, placed: Placed, key: bytes) -> Stretch:
         """A chunk of the prompt, with what its tier says of how it is held."""
@@ -111,14 +125,26 @@ class Supply:
         index = self._index[stretch.key]
         if stretch.codec is None:
             return [Stored.raw(at_room(tensor, room)) for tensor in self._batch.layer(index, layer)]
-        sides: list[tuple[Side, int]] = [("k", room.key_room.shape[3]), ("v", room.value_room.shape[3])]
-        heads, tokens = room.key_room.shape[1], len(stretch.placed.chunk)
-        return [
-            Stored.encoded(
-                stretch.codec, {name: at_room(part, room) for name, part in parts.items()}, (heads, tokens, dim), side
-            )
-            for parts, (side, dim) in zip(self._batch.parts(index, layer), sides, strict=True)
-        ]
+        tokens = len(stretch.placed.chunk)
+        return list(self._stored(index, layer, stretch.codec, tokens, lambda part: at_room(part, room)))
+
+    def _stored(
+        self,
+        index: int,
+        layer: int,
+        codec: CodecName,
+        tokens: int,
+        moved: Callable[[Tensor], Tensor] = lambda part: part,
+    ) -> tuple[Stored, Stored]:
+        """K and V of a layer of the batch as they are held."""
+        room = self._cache.layers[layer]
+        heads = room.key_room.shape[1]
+
+        def side(parts: Mapping[str, Tensor], name: Side, dim: int) -> Stored:
+            return Stored.encoded(codec, {key: moved(part) for key, part in parts.items()}, (heads, tokens, dim), name)
+
+        keys, values = self._batch.parts(index, layer)
+        return side(keys, "k", room.key_room.shape[3]), side(values, "v", room.value_room.shape[3])
 
 
 def layers_of(kv: ChunkKV) -> Layers:

@@ -31,7 +31,15 @@ class Turning:
     @lazy
     def layers(self) -> list[Turn | None]:
         """Of every layer, on the prompt's device."""
-        return [self.layer(number, self._layout.ids.device) for number in range(len(self._rotations))]
+        return self._of_layers(False)
+
+    @lazy
+    def unrotated(self) -> list[Turn | None]:
+        """The same of keys that are as they were before rotary embedding."""
+        return self._of_layers(True)
+
+    def _of_layers(self, unrotated: bool) -> list[Turn | None]:
+        return [self.layer(number, self._layout.ids.device, unrotated) for number in range(len(self._rotations))]
 
     def layer(self, layer: int, device: torch.device, unrotated: bool = False) -> Turn | None:
         """Of one layer's keys; ``None`` where they do not turn.

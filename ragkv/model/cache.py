@@ -180,7 +180,6 @@ class FusedCache(Cache):
             self.before(layer_idx)
         if self.writer is not None:
             return self.writer(layer_idx, key_states, value_states)
-        self._laid = None  # a layer may grow, and nobody shall hold what it had
         assisted, self._assisted = self._assisted, False
         if assisted and key_states.shape[2] > self.layers[layer_idx].length > 0:
             raise ArgumentError(
@@ -188,7 +187,12 @@ class FusedCache(Cache):
                 "prompt_lookup_num_tokens): it computes the prompt again behind itself. Give engine.generate these arguments, "
                 "or leave them out"
             )
-        return self.layers[layer_idx].update(key_states, value_states)
+        held = self.layers[layer_idx]
+        room = held.key_room
+        shown = held.update(key_states, value_states)
+        if held.key_room is not room:  # nobody shall hold what it had
+            self._laid = None
+        return shown
 
     def activate_past_recording(self) -> None:
         """Called by transformers where it will crop, as before assisted decoding; whatever is held can be cropped."""

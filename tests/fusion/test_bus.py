@@ -1,106 +1,165 @@
-"""What is in CPU memory is brought to a device one layer ahead, in a stream of its own that the work waits for."""
+"""What is in CPU memory is brought to a device a few layers ahead, in a stream of its own that the work waits for.
 
-from contextlib import contextmanager
-from types import SimpleNamespace
+That stream is a queue here: nothing in it is done before somebody waits for it, and as late as that allows.
+"""
 
 import pytest
 import torch
 
-from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore
-from ragkv.fusion import placement, supply
+from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, RelevantTokens, Reuse, TieredStore
+from ragkv.fusion import convoy, placement
 from ragkv.fusion.bus import Bus
 from ragkv.testing import random_ids, tiny_model
 
-LAYERS = 4
+LAYERS = 9
+TEMPLATE = PromptTemplate(prefix=[1, 5])
 
 
-class Streams:
-    """A device's module that writes down what is given to it, on the CPU."""
+class Late(Bus):
+    """Does what it is given when it is waited for; what it copies to is rubbish until then, and again when it may be written to."""
 
     def __init__(self):
-        self.log, self.now, self.events = [], "main", 0
+        self.log, self.queue, self.placed = [], [], 0
 
-    @contextmanager
-    def stream(self, stream):
-        self.now = "side"
-        yield
-        self.now = "main"
+    def room(self, *size):
+        self.ring = torch.full(size, 0xFF, dtype=torch.uint8)
+        return self.ring
 
-    def current_stream(self, device):
-        return SimpleNamespace(wait_event=lambda event: self.log.append(("wait", event)))
+    def send(self, load, free=None):
+        number = len([what for what in self.log if what == "send"])
+        self.log.append("send")
 
-    def record(self):
-        self.events += 1
-        return self.events
+        def run():
+            assert free is None or free <= self.placed  # nobody reads any more what is written over
+            self.ring[number % len(self.ring)] = 0xFF
+            load()
+            self.log.append(f"brought {number}")
 
+        self.queue.append(run)
 
-class Watched(Bus):
-    """Torch says of no tensor of the CPU which stream uses it."""
+        def arrived():
+            while run in self.queue:
+                self.queue.pop(0)()
 
-    def _used(self, part, stream):
-        self._module.log.append(("used", part.data_ptr()))
+        return arrived
+
+    def mark(self):
+        self.placed += 1
+        self.log.append(f"placed {self.placed - 1}")
+        return self.placed
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    seen, init = Streams(), placement.Placement.__init__
-    copied, placed = supply.at_room, placement.place_pieces
-
-    def copy(tensor, room):
-        out = tensor.clone()
-        assert copied(tensor, room) is tensor  # of the same device
-        seen.log.append((seen.now, out.data_ptr()))
-        return out
-
-    def place(pieces, impl):
-        seen.log.append(("place", {part for p in pieces for part in parts(p.stored)}))
-        placed(pieces, impl=impl)
-
+def late(monkeypatch):
+    """Placing as on an accelerator, whose bus this is."""
+    buses, init = [], placement.Placement.__init__
     monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
-    monkeypatch.setattr(
-        placement, "bus", lambda device: Watched(seen, device, SimpleNamespace(record_event=seen.record))
-    )
-    monkeypatch.setattr(supply, "at_room", copy)
-    monkeypatch.setattr(placement, "place_pieces", place)
-    return seen
+    monkeypatch.setattr(placement, "bus", lambda device: buses.append(Late()) or buses[-1])
+    return buses
 
 
-def parts(stored):
-    return {part.data_ptr() for part in (stored.numbers, stored.scale, stored.low) if part is not None}
+def made(model=None, **store):
+    return Engine(model or tiny_model(num_hidden_layers=LAYERS), template=TEMPLATE, store=TieredStore(**store))
 
 
-@pytest.mark.parametrize("codec", [None, "int8", "fp8"])
-@pytest.mark.parametrize("method", [Reuse(), LegoLink(2)], ids=["reuse", "lego-link"])
-def test_one_layer_ahead(codec, method, streams):
-    store = TieredStore(cpu_codec=codec)
-    with Engine(tiny_model(num_hidden_layers=LAYERS), template=PromptTemplate(prefix=[1, 5]), store=store) as engine:
-        chunks = engine.add([random_ids(n) for n in (20, 31)])
-        streams.log.clear()
+METHODS = [Reuse(), LegoLink(2), RelevantTokens(0.2), CacheBlend(0.3)]
+
+
+@pytest.mark.parametrize("codec", [None, "int8", "int4", "fp8", "lossless"])
+@pytest.mark.parametrize("method", METHODS, ids=["reuse", "lego-link", "relevant", "cache-blend"])
+def test_the_prompt_is_the_same(codec, method, late):
+    """Also where a chunk stands in it twice, or where it was made."""
+    with made(cpu_codec=codec) as engine:
+        chunks = engine.add([random_ids(n) for n in (20, 31, 33)])
+        asked = [chunks[0], chunks[2], chunks[1], chunks[2]]
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(placement, "bus", lambda device: None)
-            want = engine.fuse(chunks[::-1], random_ids(5), method=method)
-            assert {what for what, _ in streams.log} == {"main", "place"}
-        streams.log.clear()
-        got = engine.fuse(chunks[::-1], random_ids(5), method=method)
-    assert torch.equal(got.logits, want.logits) and got.report.hits == {"cpu": 2}
-    log = [(what, which) for what, which in streams.log if what != "main"]
-    assert len(log) == len(streams.log)  # nothing is copied between the kernels
-    places = [number for number, (what, _) in enumerate(log) if what == "place"]
-    assert len(places) == LAYERS
-    for layer, at in enumerate(places):
-        begin = places[layer - 1] if layer else -1
-        before, read = log[begin + 1 : at], log[at][1]
-        assert ("wait", layer + 1) in before  # for its own copies, which came before those of the next
-        waited = before.index(("wait", layer + 1))
-        assert {part for what, part in before[waited:] if what == "used"} == read
-        assert {part for what, part in before[:waited] if what == "side"} == read
-    assert log[-1][0] == "place"
+            want = engine.fuse(asked, random_ids(5), method=method)
+        got = engine.fuse(asked, random_ids(5), method=method)
+        assert got.report.hits == {"cpu": 4}
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+    for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
+    assert (late[-1].log != []) == (codec != "lossless")  # which the host decodes
 
 
-def test_what_has_to_be_read_from_disk_is_not_waited_for_ahead(streams, tmp_path):
-    store = TieredStore(tmp_path, cpu_bytes=0)
-    with Engine(tiny_model(num_hidden_layers=LAYERS), template=PromptTemplate(prefix=[1, 5]), store=store) as engine:
+def test_groups_are_ahead_of_the_work(late):
+    """Three are on their way; the fourth comes where the first one stood, once that is placed."""
+    with made() as engine:
+        chunks, log = engine.add([random_ids(20), random_ids(31)]), []
+        for number, layer in enumerate(engine.model.model.layers):
+            layer.self_attn.o_proj.register_forward_hook(lambda *_, number=number: log.append(f"layer {number}"))
+        late.clear()
+        placement_bus = Late()
+        placement_bus.log = log
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(placement, "bus", lambda device: placement_bus)
+            patched.setattr(convoy, "_AHEAD", 2)
+            log.clear()
+            engine.fuse(chunks[::-1], random_ids(5), method=Reuse())
+    assert log == [
+        *("send", "send", "brought 0", "placed 0", "send", *(f"layer {number}" for number in range(4))),
+        *("brought 1", "placed 1", *(f"layer {number}" for number in range(4, 8)), "brought 2", "placed 2", "layer 8"),
+    ]
+
+
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_layers_in_front_are_left_alone(first, late):
+    """A method that computes all tokens of the first layers needs nothing placed there."""
+    with made() as engine:
+        chunks = engine.add([random_ids(20), random_ids(31)])
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(placement, "bus", lambda device: None)
+            want = engine.fuse(chunks[::-1], random_ids(5), method=CacheBlend(0.3, check_layer=first or 1))
+        got = engine.fuse(chunks[::-1], random_ids(5), method=CacheBlend(0.3, check_layer=first or 1))
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_has_to_be_read_from_disk_comes_layer_by_layer(late, tmp_path):
+    with made(path=tmp_path, cpu_bytes=0) as engine:
         chunks = engine.add([random_ids(20)])
-        streams.log.clear()
         engine.fuse(chunks, random_ids(5), method=Reuse())
-    assert {what for what, _ in streams.log} == {"main", "place"}
+    assert late and not any(bus.log for bus in late)
+
+
+class Stream:
+    """Writes down what it is given."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
+
+    def record_event(self):
+        self.events += 1
+        self.log.append(f"{self.name} records {self.events}")
+        return f"{self.name} {self.events}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_streams_wait_for_each_other():
+    """The stream that is the current one by then waits for what is brought, whose memory lives as long as that reads it."""
+    log = []
+    side, main, now = Stream("side", log), Stream("main", log), []
+
+    class Module:
+        @staticmethod
+        def stream(stream):
+            return torch.autograd.profiler.record_function(stream.name)
+
+        @staticmethod
+        def current_stream(device):
+            return main
+
+    class Noted(Bus):
+        def _used(self, tensor, stream):
+            now.append((tensor, stream.name))
+
+    bus, memory = Noted(Module, torch.device("cpu"), side), torch.zeros(2)
+    arrived = bus.send(lambda: log.append("load") or [memory], free=bus.mark())
+    assert log == ["main records 1", "side waits for main 1", "load", "side records 1"] and not now
+    arrived()
+    assert log[-1] == "main waits for side 1"
+    assert [(tensor is memory, name) for tensor, name in now] == [(True, "main")]
+    assert bus.room(2, 8).shape == (2, 8)

@@ -5,6 +5,7 @@ import torch
 
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, QuestionAware, Reuse, TieredStore
 from ragkv.fusion import placement
+from ragkv.fusion.bus import Bus
 from ragkv.kernels.triton_impl import place as launching
 from ragkv.kernels.triton_impl import place_layers
 from ragkv.testing import random_ids, tiny_model
@@ -69,3 +70,45 @@ def test_from_the_pool_at_once(device, monkeypatch, architecture):
     for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
+
+
+class AtOnce(Bus):
+    """A bus without streams."""
+
+    def __init__(self):
+        pass
+
+    def room(self, *size):
+        return torch.full(size, 0xFF, dtype=torch.uint8)
+
+    def send(self, load, free=None):
+        load()
+        return lambda: None
+
+    def mark(self):
+        return None
+
+
+@pytest.mark.parametrize("codec", [None, "int8", "int4", "fp8"])
+def test_from_cpu_memory_by_groups_of_layers(device, monkeypatch, codec):
+    """As on a GPU: what comes over the bus is placed by a launch for all that is of a kind, a few layers at a time."""
+    init, launched, launch = placement.Placement.__init__, [], launching.launch_kind
+    model = tiny_model("cohere2", num_hidden_layers=6).to(device)  # windows, and layers whose keys do not turn
+    with Engine(
+        model, template=PromptTemplate(prefix=[1, 5]), kernels="triton", store=TieredStore(cpu_codec=codec)
+    ) as engine:
+        chunks = engine.add([random_ids(n) for n in (19, 14, 33)])
+        asked = [chunks[2], chunks[0], chunks[1], chunks[0]]
+        with monkeypatch.context() as patched:
+            patched.setattr(placement, "bus", lambda device: None)
+            want = engine.fuse(asked, random_ids(3), method=Reuse())
+        monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
+        monkeypatch.setattr(place_layers, "launch_kind", lambda *args: (launched.append(len(args[1])), launch(*args)))
+        if device.type == "cpu":
+            monkeypatch.setattr(placement, "bus", lambda device: AtOnce())
+        got = engine.fuse(asked, random_ids(3), method=Reuse())
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    assert launched and sum(launched) >= 2 * 6 * 4  # K and V of all layers of four chunks
+    for layer, other in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values, other.values, atol=1e-4, rtol=1e-4)
