@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -18,8 +19,9 @@ from ragkv.kernels import implementation
 from ragkv.library.documents import Documents
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
+from ragkv.model.cache import FusedCache
 from ragkv.model.inspection import non_finite
-from ragkv.model.steps import Meeting
+from ragkv.model.steps import Meeting, Steps
 from ragkv.past import Past
 from ragkv.report import ChunkReport, FusedPrompt, FusionReport
 
@@ -33,6 +35,7 @@ def fuse(
     begin: float,
     past: Past | None = None,
     meeting: Meeting | None = None,
+    behind: ExitStack | None = None,
 ) -> FusedPrompt:
     """Compute what a method asks for over the stored rest.
 
@@ -44,6 +47,7 @@ def fuse(
         begin: ``perf_counter()`` at which the prompt was asked for.
         past: what the layout says is held; its cache is grown in place.
         meeting: of prompts that are computed together.
+        behind: until this is closed the cache may stay where fixed steps find it: it is the answer's. By default it leaves at once.
 
     Raises:
         RecordError: a record proved damaged; the store has dropped it.
@@ -53,7 +57,7 @@ def fuse(
     with ExitStack() as stack:
         one = Fusing(documents, layout, method, room_tokens, begin, stack, past, meeting)
         layout, steps = one.paths.layout, one.reader.steps
-        stack.enter_context(steps.driving(one.cache))
+        (stack if behind is None else behind).callback(_leave, steps, ref(one.cache))
         decoder, timer, layers = one.decoder, one.timer, one.layers
         with timer.stage("select"):
             selection = Selection.of(method.select(one), method)
@@ -112,3 +116,10 @@ def fuse(
             with timer.stage("keep"):
                 documents.paths.keep(documents, one.reader, one.paths, one.cache, done, seen)
         return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
+
+
+def _leave(steps: Steps, cache: ReferenceType[FusedCache]) -> None:
+    """A cache that is still of use has memory of its own again."""
+    alive = cache()
+    if steps.graphs is not None and alive is not None:
+        steps.graphs.leave(alive)

@@ -198,7 +198,7 @@ class Prompting:
 
         def once() -> FusedPrompt:
             def make(method: Method) -> FusedPrompt:
-                return fuse(plan.documents, layout, method, plan.room_tokens, plan.begin, past, meeting)
+                return fuse(plan.documents, layout, method, plan.room_tokens, plan.begin, past, meeting, plan.stack)
 
             asked = resolved(plan.request.method, plan.documents, plan.begins)
             return make(asked) if self._gate is None else self._gate.fused(asked, layout, make)

@@ -108,6 +108,7 @@ class Plan:
         begin: ``perf_counter()`` at which it was asked for.
         begins: what the prompt begins with; ``None`` where it goes on from a past.
         turns: whose turns stand there.
+        stack: closed behind the answer.
     """
 
     request: Request
@@ -117,6 +118,7 @@ class Plan:
     begin: float
     begins: tuple[int, ...] | None
     turns: tuple[object, ...]
+    stack: ExitStack
 
     @classmethod
     def of(cls, documents: Documents, request: Request, room: Room, begin: float, stack: ExitStack) -> Plan:
@@ -143,7 +145,7 @@ class Plan:
         layout = lay_out(prefix, documents.anchor, chunks, suffix, device, starts, begins, held)
         tokens = room_behind(documents, layout.end, room(layout.end), request.most_tokens)
         turns = () if past is None else stack.enter_context(past.going_on(request.stop))
-        return cls(request, documents, layout, tokens, begin, begins, turns)
+        return cls(request, documents, layout, tokens, begin, begins, turns, stack)
 
 
 def documents_behind(documents: Documents, begins: tuple[int, ...], namespace: str | None) -> Documents:

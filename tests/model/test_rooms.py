@@ -123,6 +123,21 @@ def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
     assert len(calls) == 2
 
 
+def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
+    calls, place = [], rooms.place_layers
+    monkeypatch.setattr(rooms, "place_layers", lambda *args, **more: calls.append(1) or place(*args, **more))
+    with engine(tiny_model(), True, Recorder()) as made:
+        want, graphs = said(made).token_ids, made.documents.steps.graphs
+        for _ in range(3):
+            calls.clear()
+            assert said(made).token_ids == want
+            assert len(calls) == 2  # in, and out again
+        for room in graphs._rooms._rooms:
+            assert room.guest is None
+        prompt = fused(made)
+        assert graphs._rooms.find(prompt.past_key_values) is None
+
+
 def test_the_spare_slot_is_nobodys(small):
     """Rows that would fill a room to its last slot go to a larger one: what is filled up writes there."""
     steps = steps_of()
