@@ -31,6 +31,7 @@ from ragkv.library.rates import known_rates
 from ragkv.library.reading import Reader
 from ragkv.library.watching import moved_for_this
 from ragkv.methods import Method
+from ragkv.model.cache import FusedCache
 from ragkv.model.rows import Rows
 from ragkv.model.steps import Meeting
 from ragkv.past import Past
@@ -109,7 +110,14 @@ class Fusing(Looking, Places):
         self.paths: Known = (
             Known(layout) if paths is None else paths.known(documents, self.reader, layout, method, stack)
         )
-        Looking.__init__(self, self.reader, self.paths.layout, room_tokens, None if past is None else past.taken())
+        graphs, layout = self.reader.steps.graphs, self.paths.layout
+        if past is not None:
+            cache: FusedCache | None = past.taken()
+        elif graphs is not None and meeting is None:
+            cache = graphs.cache(layout.tokens, layout.tokens + room_tokens)
+        else:
+            cache = None
+        Looking.__init__(self, self.reader, layout, room_tokens, cache)
         self.known: int = layout.held
         devices = [self.decoder.device, *(spec.device for spec in self.decoder.specs)]
         self.timer: Timer = Timer(clock(devices), begin)

@@ -118,6 +118,14 @@ class Graphs:
         self.why, rows.ran = why, f"eager: {why}"
         return logits
 
+    def cache(self, slots: int, capacity: int) -> FusedCache | None:
+        """A new cache where fixed steps find it, of which so many slots will be written before they run; ``None`` where there is no
+        place for one just now.
+        """
+        if self.why or (self._capture is not None and not self._capture.usable()):
+            return None
+        return self._rooms.born(slots, capacity, self._decoder.specs)
+
     def leave(self, cache: FusedCache) -> None:
         """Give a cache memory of its own again; what runs over it next moves it in anew."""
         self._rooms.leave(cache, self._settle_apart)

@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 
 import torch
 
+from ragkv.forks import ForkedLock
 from ragkv.kernels import Impl, Run, place_layers
 from ragkv.model.cache import FusedCache, LayerSpec
 
@@ -64,8 +65,23 @@ class Room:
 
     def enter(self, cache: FusedCache, slots: int) -> None:
         """Move in a cache's first ``slots`` slots. Those behind are zero: attention reads blocks, and weighs what it hides by 0."""
-        self._guest, self._own = ref(cache), cache.layers[0].key_room.shape[2]
         place_layers(self.cache.laid, [Run(cache.laid, 0, slots)], impl=self._impl)
+        self.host(cache, slots, cache.layers[0].key_room.shape[2])
+
+    def claim(self, cache: FusedCache) -> None:
+        """Be a cache's before anything is moved."""
+        self._guest = ref(cache)
+
+    def host(self, cache: FusedCache, slots: int, own: int) -> None:
+        """Be a cache's, whose first ``slots`` slots are written, or will be before anybody reads them.
+
+        Args:
+            cache: the guest.
+            slots: as above.
+            own: slots that it shall have at least when it leaves.
+        """
+        self.claim(cache)
+        self._own = own
         cache.stand_in(self.cache)
         self._clear(slots)
 
@@ -106,7 +122,7 @@ class Room:
 
 
 class Rooms:
-    """The rooms of one model: a few, that become as large as they have to be. One thread at a time enters; any may leave.
+    """The rooms of one model: a few, that become as large as they have to be. One thread at a time enters; any is born in one, or leaves.
 
     Args:
         drop: told of a room that is given up, before another takes its memory.
@@ -120,6 +136,24 @@ class Rooms:
         self._drop, self._affords, self._impl = drop, affords, impl
         # The one used last comes last; replaced as a whole, since others look meanwhile.
         self._rooms: tuple[Room, ...] = ()
+        self._lock = ForkedLock()  # whose a free room is
+
+    def born(self, slots: int, capacity: int, specs: Sequence[LayerSpec]) -> FusedCache | None:
+        """A new cache that is in a room from the beginning; ``None`` where none is free that it fits into.
+
+        Args:
+            slots: that will be written before anybody reads them.
+            capacity: slots that it needs, the spare one not counted.
+            specs: of its layers.
+        """
+        cache = FusedCache(specs, 0)
+        with self._lock.held:
+            room = self._free(capacity)
+            if room is None:
+                return None
+            room.claim(cache)
+        room.host(cache, slots, capacity)
+        return cache
 
     def find(self, cache: FusedCache) -> Room | None:
         """The room where a cache is."""
@@ -137,23 +171,34 @@ class Rooms:
         Returns:
             The room; ``None`` where others are in all of them, or there is no memory for one.
         """
-        free = [room for room in self._rooms if room.guest is None]
-        fitting = [room for room in free if room.slots > room_for]
-        if fitting:
-            room = min(fitting, key=lambda room: room.slots)
-        else:
-            size, full = room_bucket(room_for + 1), len(self._rooms) >= _MOST
-            if (full and not free) or not self._affords(size * sum(spec.token_bytes for spec in specs)):
+        with self._lock.held:
+            room = self._free(room_for)
+            if room is None:
+                room = self._new(room_for, specs)
+            if room is None:
                 return None
-            if full:
-                gone = free.pop(0)
-                self._rooms = tuple(other for other in self._rooms if other is not gone)
-                self._drop(gone)
-                del gone
-            room = Room(specs, size, self._impl)
-        self._rooms = (*(other for other in self._rooms if other is not room), room)
+            room.claim(cache)
+            self._rooms = (*(other for other in self._rooms if other is not room), room)
         room.enter(cache, slots)
         return room
+
+    def _free(self, room_for: int) -> Room | None:
+        """The smallest that nobody is in and so many slots fit into, besides the spare one."""
+        fitting = [room for room in self._rooms if room.guest is None and room.slots > room_for]
+        return min(fitting, key=lambda room: room.slots, default=None)
+
+    def _new(self, room_for: int, specs: Sequence[LayerSpec]) -> Room | None:
+        """Another one, for which one that is free goes where there are too many."""
+        free = [room for room in self._rooms if room.guest is None]
+        size, full = room_bucket(room_for + 1), len(self._rooms) >= _MOST
+        if (full and not free) or not self._affords(size * sum(spec.token_bytes for spec in specs)):
+            return None
+        if full:
+            gone = free.pop(0)
+            self._rooms = tuple(other for other in self._rooms if other is not gone)
+            self._drop(gone)
+            del gone
+        return Room(specs, size, self._impl)
 
     def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
         """Move a cache out of whatever room it is in; ``settle`` as for :meth:`Room.leave`."""

@@ -1,5 +1,6 @@
 """Rooms of fixed shapes: one prompt at a time has one, and leaves nothing of itself to the next."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from weakref import ref
 
@@ -116,6 +117,7 @@ def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
             assert own and all(one() is None for one in own)
             return logits
 
+        monkeypatch.setattr(made.documents.steps.graphs, "cache", lambda *slots: None)  # not born in a room
         monkeypatch.setattr(placement, "place_layers", noted)
         monkeypatch.setattr(made.documents.steps.graphs, "forward", run)
         calls.clear()
@@ -131,11 +133,41 @@ def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
         for _ in range(3):
             calls.clear()
             assert said(made).token_ids == want
-            assert len(calls) == 2  # in, and out again
+            assert len(calls) == 1  # out again
         for room in graphs._rooms._rooms:
             assert room.guest is None
         prompt = fused(made)
         assert graphs._rooms.find(prompt.past_key_values) is None
+
+
+def test_who_is_born_in_a_room_finds_what_others_left(monkeypatch):
+    """Two at a time, and none where a room is too small; a guest that is gone leaves nothing."""
+    found, cache, room, decoder = entered()
+    assert found.born(5, 30, decoder.specs) is None  # somebody is in it
+    found.leave(cache)
+    assert found.born(5, 256, decoder.specs) is None  # the last slot is spare
+    for layer in room.cache.layers:
+        layer.key_room.fill_(torch.nan)
+        layer.value_room.fill_(torch.nan)
+    room.used = room.slots
+    born = found.born(5, 30, decoder.specs)
+    assert room.hosts(born) and born.laid is room.cache.laid
+    assert all(layer.key_room[:, :, 5:].isfinite().all() and not layer.length for layer in born.layers)
+    assert found.born(5, 30, decoder.specs) is None
+    found.leave(born)
+    assert born.layers[0].key_room.shape[2] == 30 and not room.hosts(born)
+    gone = found.born(5, 30, decoder.specs)
+    assert room.guest is gone
+    del gone
+    assert room.guest is None
+
+
+def test_many_are_born_at_once():
+    found, cache, room, decoder = entered()
+    found.leave(cache)
+    with ThreadPoolExecutor(8) as pool:
+        born = list(pool.map(lambda _: found.born(5, 30, decoder.specs), range(64)))
+    assert [one for one in born if one is not None] == [room.guest]
 
 
 def test_the_spare_slot_is_nobodys(small):
