@@ -122,7 +122,7 @@ class Room:
 
 
 class Rooms:
-    """The rooms of one model: a few, that become as large as they have to be. One thread at a time enters; any is born in one, or leaves.
+    """The rooms of one model: a few, as large as they had to be. One thread at a time enters; in any caches are born, and leave.
 
     Args:
         drop: told of a room that is given up, before another takes its memory.

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that need not be there: nothing spills, and the instructions that matter are used."""
+"""Every kernel compiled for GPUs that need not be there: no tile spills, and the instructions that matter are used."""
 
 import json
 import os
@@ -49,6 +49,6 @@ def test_faults_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from inspect_kernels import Resources
 
-    row = Resources("k", "l", 90, 255, 0, 8, 100, 0, 4, 0, 0, True, True)
-    assert row.fault == "spills 8 bytes, no 16-byte loads, no matrix instructions"
+    row = Resources("k", "l", 90, 255, 0, 16, 100, 0, 4, 0, 0, True, True)
+    assert row.fault == "spills 16 bytes, no 16-byte loads, no matrix instructions"
     assert Resources("k", "l", 90, 255, 0, 0, 100, 4, 4, 0, 8, True, True).fault == ""
