@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from threading import Event
@@ -82,8 +81,7 @@ class Generating:
         """
         begin, room = perf_counter(), _room(room_tokens)
         request = Request(chunks, question, self.method_of(method), system, namespace, slots, starts=starts)
-        with ExitStack() as stack:
-            return self.prompting.prompt(request, room, begin, stack)
+        return self.prompting.alone(request, room, begin)
 
     def fuse_many(
         self,

@@ -118,9 +118,9 @@ class Prompting:
         Args:
             requests, room, begin: as for :meth:`prompt`; nothing is kept of them.
         """
+        if self._mine or not requests:
+            return [self.alone(request, room, begin) for request in requests]
         with ExitStack() as stack:
-            if self._mine or not requests:
-                return [self.prompt(request, room, begin, stack) for request in requests]
             plans = [Plan.of(self.documents, request, room, begin, stack) for request in requests]
             tickets = [self._ticket(plan) for plan in plans]
             all_of_them = replace(
@@ -148,6 +148,11 @@ class Prompting:
                 prompts = [one.result() for one in making]
                 self._scheduler.computed(all_of_them, sum(prompt.report.computed_tokens for prompt in prompts))
             return prompts
+
+    def alone(self, request: Request, room: Room, begin: float) -> FusedPrompt:
+        """A prompt that nobody answers."""
+        with ExitStack() as stack:
+            return self.prompt(request, room, begin, stack)
 
     def wait(self) -> None:
         """Wait until no prompt is computed any more, where none begins; those that wait for this thread apart."""
@@ -195,10 +200,11 @@ class Prompting:
     def _fused(self, plan: Plan, meeting: Meeting | None = None) -> FusedPrompt:
         """One prompt; begun anew when a record proves damaged, which the store has dropped then, or the model has changed."""
         damaged, layout, past = set[str](), plan.layout, plan.request.past
+        behind = plan.stack if meeting is None else None  # the others need the place
 
         def once() -> FusedPrompt:
             def make(method: Method) -> FusedPrompt:
-                return fuse(plan.documents, layout, method, plan.room_tokens, plan.begin, past, meeting, plan.stack)
+                return fuse(plan.documents, layout, method, plan.room_tokens, plan.begin, past, meeting, behind)
 
             asked = resolved(plan.request.method, plan.documents, plan.begins)
             return make(asked) if self._gate is None else self._gate.fused(asked, layout, make)
