@@ -25,7 +25,7 @@ class MemoryTier(Tier):
     """Entries in memory; it may be where a store keeps its chunks, or above that.
 
     Args:
-        budget_bytes: what the tensors may take together.
+        budget_bytes: what the tensors' memory may take together.
         policy: which entries go first.
         held: keys that must not be evicted now.
         lock: guards the tier; shared by the tiers of a store that are in memory.
@@ -162,7 +162,7 @@ class MemoryTier(Tier):
 
     def size(self, entry: Offer) -> int:
         """Bytes that an entry takes here."""
-        return entry.record.payload_bytes
+        return entry.payload.taken_bytes
 
     def _hold(self, entry: Offer) -> Source:
         """The entry as it is kept here."""

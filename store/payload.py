@@ -226,10 +226,13 @@ class Payload:
 
     Attributes:
         data: uint8 ``[payload_bytes]``.
+        taken_bytes: what its memory takes: more than it has where that is pinned.
     """
 
     def __init__(self, size: int) -> None:
-        self.data: Tensor = allocate(size)
+        self.data: Tensor
+        self.taken_bytes: int
+        self.data, self.taken_bytes = allocate(size)
         self._typed: dict[torch.dtype, Tensor] = {}
 
     def view(self, part: Part) -> Tensor:
