@@ -66,8 +66,8 @@ if hasattr(os, "register_at_fork"):
 def allocate(size: int) -> tuple[Tensor, int]:
     """uint8 ``[size]``, not cleared, and the bytes that its memory takes; pinned where this process computes on a GPU.
 
-    The memory is used again once no tensor refers to it, be it a view of a view, and no copy into or out of it is under way: of pinned
-    memory PyTorch knows that by the block, which is why each has one of its own.
+    The memory is used again once no tensor refers to it, be it a view of a view, and no copy from or to it is under way: of what is
+    pinned PyTorch knows that by the block, which is why each has one of its own.
     """
     if _pins():
         try:

@@ -247,11 +247,12 @@ class Payload:
         return typed.as_strided(part.shape, part.strides, part.start // size)
 
     def fill(self, part: Part, tensor: Tensor) -> None:
-        """Copies a tensor to its place."""
+        """Copies a tensor to its place. From a GPU it is there once that has come so far: nothing waits."""
         if part.start % part.dtype.itemsize:
-            self.data[part.start : part.stop] = tensor.contiguous().view(-1).view(torch.uint8)
+            place, tensor = self.data[part.start : part.stop], tensor.contiguous().view(-1).view(torch.uint8)
         else:
-            self.view(part).copy_(tensor)
+            place = self.view(part)
+        place.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def _part(entry: dict[str, Any]) -> Part:
