@@ -194,3 +194,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", mode.current_stream)
     return mode
+
+
+@pytest.fixture
+def on_gpu() -> type[OnGpu]:
+    """Has a tensor lie on it."""
+    return OnGpu

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from ragkv.store import TieredStore
+from ragkv.kernels import Rotation
+from ragkv.store import Target, TieredStore
 from ragkv.store.codecs import Int8, get_codec
 from ragkv.store.encode import encode
 from ragkv.store.record import Record
@@ -79,6 +80,27 @@ def test_several_codecs_take_it_from_there_once(gpu, folder, kv, key):
     with gpu, TieredStore(folder, codec="int8", cpu_codec=Int8(8)) as store:
         store.put(key(1), gpu.put(kv(1, tokens=70)))
         assert gpu.waits == ["synchronize"]
+
+
+def test_rotations_that_layers_share_come_from_there_once(gpu, on_gpu, folder, kv, key):
+    turns = Rotation(on_gpu(torch.ones(4)), False)
+    with gpu, TieredStore(folder) as store:
+        store.put(key(1), kv(1, layers=12), rotations=[turns, None] * 6)
+        assert len(gpu.waits) == 1
+
+
+@pytest.mark.parametrize("cpu_bytes", [0, 1 << 22])
+def test_what_is_copied_into_a_prompt_there_is_not_waited_for(gpu, on_gpu, folder, kv, key, cpu_bytes):
+    with gpu, TieredStore(folder, cpu_bytes=cpu_bytes) as store:
+        store.put(key(1), kv(1))
+        room = torch.zeros(2, 2, 9, 8)
+        with store.read([key(1)]) as batch:
+            batch.place(0, range(2, 3), [Target(on_gpu(room[0]), on_gpu(room[1]))], 3)
+    assert (
+        gpu.waits == []
+        and torch.equal(room[0, :, 3:8], kv(1).keys[2])
+        and torch.equal(room[1, :, 3:8], kv(1).values[2])
+    )
 
 
 @pytest.fixture
