@@ -104,7 +104,7 @@ class BlockPool:
         brought = [room.new_empty(len(room), room.shape[2], len(kv), room.shape[4]) for room in self._rooms.values()]
         given = (side for pair in kv for side in pair)
         for place, side in zip(self._in_order(brought), given, strict=True):
-            place.copy_(side, non_blocking=True)
+            place.copy_(side, non_blocking=place.is_cuda)
         return brought
 
     @torch.no_grad()
