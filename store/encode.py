@@ -124,7 +124,7 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[Contents, Payload]:
         payload.fill(contents.parts[name], tensor)
     for device in {tensor.device for tensor in tensors.values()}:
         if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # of the device: not while a graph is captured
+            torch.cuda.current_stream(device).record_event().synchronize()
     return contents, payload
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 
+from ragkv.errors import StoreFullError
 from ragkv.store.books import MemoryBooks
 from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.payload import Payload
@@ -93,12 +95,12 @@ class MemoryTier(Tier):
         with self.lock:
             self._planner.sweep()
             size = self.expected(entry)
-            if entry.key in self._held:  # another thread was faster
-                return False
-            if size is None or not self._selective:
+            # What is here takes another's place, whatever it is worth; and without a size nothing can be said.
+            if not self._selective or size is None or entry.key in self._held:
                 return True
-            if self._planner.wants(entry.key, size, entry.terms, usage=entry.usage):
-                return True
+            with suppress(StoreFullError):  # which it then says again
+                if self._planner.wants(entry.key, size, entry.terms, usage=entry.usage):
+                    return True
             self._planner.admit(entry.key, size, entry.terms, usage=entry.usage, selective=True)
             return False
 

@@ -44,7 +44,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     Args:
         path: folder of the disk tier, made with its parents if it is not there; None for memory only.
-        gpu_bytes, cpu_bytes, disk_bytes: budgets of the tiers, on disk in whole pages of the file; 0 switches one off.
+        gpu_bytes, cpu_bytes, disk_bytes: budgets of the tiers, on disk in whole pages of the file, in memory that is pinned for a
+            GPU in powers of two; 0 switches one off.
         policy: name of the eviction policy, or one of your own. Each tier keeps its own clock.
         codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, ``cachegen``, or one of these
             with other settings.

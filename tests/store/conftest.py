@@ -123,7 +123,8 @@ class Gpu(TorchFunctionMode):
         return replace(kv, keys=keys, values=values)
 
     def current_stream(self, device: Any) -> Any:
-        return SimpleNamespace(synchronize=lambda: self.waits.append("synchronize"))
+        event = SimpleNamespace(synchronize=lambda: self.waits.append("event"))
+        return SimpleNamespace(record_event=lambda: event)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """What PyTorch refuses before it comes to an operation, where there is no GPU."""

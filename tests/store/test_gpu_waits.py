@@ -41,7 +41,7 @@ def test_the_gpu_tier_is_filled_without_waiting(gpu, folder, kv, key, same, disk
         held(store, key(0), want[0])
         assert gpu.waits == []
         store.put(key(1), gpu.put(kvs[1]))
-        assert gpu.waits == ["synchronize"], "for what is stored below"
+        assert gpu.waits == ["event"], "for what is stored below"
         held(store, key(1), want[1])
     if disk:
         with gpu, TieredStore(folder, codec=codec, gpu_bytes=1 << 20, cpu_bytes=1 << 20) as store:
@@ -71,7 +71,7 @@ def test_a_chunk_comes_from_the_gpu_with_one_wait(gpu, kv, name):
     record, payload = encode(kv, codec=get_codec(name))
     with gpu:
         again, same = encode(gpu.put(kv), codec=get_codec(name))
-    assert gpu.waits == ["synchronize"]
+    assert gpu.waits == ["event"]
     assert again.pack(b"key") == record.pack(b"key") and torch.equal(same.data, payload.data)
     assert len(gpu.pinned) == (1 if name == "raw" else 2)
 
@@ -79,7 +79,7 @@ def test_a_chunk_comes_from_the_gpu_with_one_wait(gpu, kv, name):
 def test_several_codecs_take_it_from_there_once(gpu, folder, kv, key):
     with gpu, TieredStore(folder, codec="int8", cpu_codec=Int8(8)) as store:
         store.put(key(1), gpu.put(kv(1, tokens=70)))
-        assert gpu.waits == ["synchronize"]
+        assert gpu.waits == ["event"]
 
 
 def test_rotations_that_layers_share_come_from_there_once(gpu, on_gpu, folder, kv, key):
