@@ -44,20 +44,13 @@ class BlockPool:
         self.count: int = budget_bytes // self.block_bytes
         if not self.count:
             raise StoreFullError(f"a block takes {self.block_bytes} bytes, gpu_bytes is {budget_bytes}")
+        # What is of one kind lies in one tensor [sides of this kind, N, H, P, D]: a chunk is written to all of it at once.
+        self._rooms: dict[Kind, Tensor] = {}
         with torch.inference_mode(False):  # whoever is first in may be in it, and others not
-            # What is of one kind lies in one tensor [sides of this kind, N, H, P, D]: a chunk is written to all of it at once.
-            self._rooms = {
-                (heads, dim, dtype): torch.empty(
-                    self.kinds.count((heads, dim, dtype)),
-                    self.count,
-                    heads,
-                    BLOCK_TOKENS,
-                    dim,
-                    dtype=dtype,
-                    device=device,
-                )
-                for heads, dim, dtype in dict.fromkeys(self.kinds)
-            }
+            for kind in dict.fromkeys(self.kinds):
+                heads, dim, dtype = kind
+                shape = (self.kinds.count(kind), self.count, heads, BLOCK_TOKENS, dim)
+                self._rooms[kind] = torch.empty(shape, dtype=dtype, device=device)
             self._sides = self._in_order(self._rooms.values())
         self.device: torch.device = self._sides[0].device
         self.kept: dict[str, Any] = {}  # see Source
