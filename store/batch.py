@@ -106,8 +106,9 @@ class Batch:
         """
         with self._reading(index) as source:
             layers = range(source.layers)
+            held = source.codec == "raw"  # what is decoded is nobody else's
         pairs = [self.layer(index, layer) for layer in layers]
-        keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
+        keys, values = ([side.clone() if held else side for side in sides] for sides in zip(*pairs, strict=True))
         return ChunkKV(keys, values, source.base, source.sensitivity, source.foreign, source.rows, source.attended)
 
     def parts(self, index: int, layer: int) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+logger: logging.Logger = logging.getLogger("ragkv.store")
 
 # Smaller ones are left to the allocator, which recycles them itself.
 _LARGE_BYTES = 1 << 20
@@ -60,20 +63,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def allocate(size: int) -> Tensor:
-    """uint8 ``[size]``, not cleared; pinned where there is a GPU.
+def allocate(size: int) -> tuple[Tensor, int]:
+    """uint8 ``[size]``, not cleared, and the bytes that its memory takes; pinned where this process computes on a GPU.
 
-    The memory is used again once no tensor refers to it, be it a view of a view.
+    The memory is used again once no tensor refers to it, be it a view of a view, and no copy from or to it is under way: of what is
+    pinned PyTorch knows that by the block, which is why each has one of its own.
     """
-    if torch.cuda.is_available():
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
+    if _pins():
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu"), taken(size)
+        except RuntimeError as error:  # a host has less of it than memory
+            logger.warning("%d bytes are not pinned, copies to the GPU will wait: %s", size, str(error))
     if size < _LARGE_BYTES:
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
+        return torch.empty(size, dtype=torch.uint8, device="cpu"), size
     region = _spares.take(size) or _map(size)
     array: Any = np.frombuffer(region, dtype=np.uint8, count=size)
     # The tensor's storage holds the array: this runs when the last view has gone.
     weakref.finalize(array, _spares.give, region).atexit = False
-    return torch.from_numpy(array)
+    return torch.from_numpy(array), size
+
+
+def taken(size: int) -> int:
+    """Bytes that the memory of so many takes: PyTorch rounds blocks of pinned memory up to powers of two."""
+    return 1 << (size - 1).bit_length() if size > 0 and _pins() else size
+
+
+def _pins() -> bool:
+    """Whether it is of use. Else pinning would make a context on a GPU that nobody uses, or raise, as it does in a forked child."""
+    return torch.cuda.is_initialized()
 
 
 def _map(size: int) -> mmap.mmap:

@@ -31,21 +31,33 @@ class Copies:
 
     def offer(self, offer: Offer, origin: Tier, above: Sequence[Tier]) -> None:
         """Offers what a tier has to some above it. Whatever fails, a warning is enough."""
-        try:
-            ready = [(tier, tier.prepare(offer)) for tier in above]
-            with self.lock:
-                # Asked under the lock: what is removed from below after this is removed from above after this.
-                row, put_s = origin.known(offer.key) if ready else None, self._put_s(offer.key)
-                if row is None or (put_s and offer.put_s and put_s != offer.put_s):
-                    return  # it is gone, or something else was put in its place
-                terms = Terms(lifetime_s=row.terms(origin.now()).lifetime_s)
-                for tier, prepared in ready:
-                    try:
-                        tier.admit([prepared._replace(terms=terms, usage=row.usage, put_s=put_s)])
-                    except StoreFullError as error:
-                        logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, str(error))
-        except Exception as error:
-            logger.warning("%s is not kept above %s: %s", offer.key.hex(), origin.name, repr(error))
+        for tier in above:
+            try:
+                self._offer(offer, origin, tier)
+            except StoreFullError as error:
+                logger.debug("%s is not kept in %s: %s", offer.key.hex(), tier.name, str(error))
+            except Exception as error:
+                logger.warning("%s is not kept in %s: %s", offer.key.hex(), tier.name, repr(error))
+
+    def _offer(self, offer: Offer, origin: Tier, tier: Tier) -> None:
+        with self.lock:
+            there = self._there(offer, origin)
+            if there is None or not tier.wants(there):
+                return
+        # What takes long is done of what is wanted alone, and not under the lock.
+        prepared = tier.prepare(there)
+        with self.lock:
+            # Asked again: what is removed from below after this is removed from above after this.
+            there = self._there(offer, origin)
+            if there is not None:
+                tier.admit([prepared._replace(terms=there.terms, usage=there.usage, put_s=there.put_s)])
+
+    def _there(self, offer: Offer, origin: Tier) -> Offer | None:
+        """The offer with what is known of it; None where it is gone, or something else was put in its place."""
+        row, put_s = origin.known(offer.key), self._put_s(offer.key)
+        if row is None or (put_s and offer.put_s and put_s != offer.put_s):
+            return None
+        return offer._replace(terms=Terms(lifetime_s=row.terms(origin.now()).lifetime_s), usage=row.usage, put_s=put_s)
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """Something else stands under these keys below, or nothing."""

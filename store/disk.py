@@ -16,6 +16,7 @@ from pathlib import Path
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, Transaction, seal
 from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
+from ragkv.store.buffers import taken
 from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.notes import FolderNotes
@@ -96,7 +97,7 @@ class DiskTier(Tier):
                     self.damaged(key)
                     continue
                 if there is not None:
-                    fits = there[0].payload_bytes <= self.above_bytes
+                    fits = taken(there[0].payload_bytes) <= self.above_bytes
                     found[key] = Loading(snapshot, key, *there, keep=fits)
             if found:
                 unused.pop_all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -40,25 +43,16 @@ def encode(
         StoreError: the tensors are not L pairs ``[H, T, D]`` of one T in fp32, bf16 or fp16; a label is too long;
             the rotations are not those of the layers.
     """
-    validate(kv)
+    if codec.anywhere:
+        validate(kv)
+    else:
+        kv = on_cpu(kv)
     instance("label", label, str, "a str")
     if ropes and not fit(ropes, [key.shape[2] for key in kv.keys]):
         raise StoreError(f"{len(ropes)} rotations are not those of {len(kv.keys)} layers")
     if len(label) > _LONGEST_LABEL:
         raise StoreError(f"a label has at most {_LONGEST_LABEL} characters, got {len(label)}")
-    tensors: dict[str, Tensor] = {}
-    for layer, (key, value) in enumerate(kv):
-        key, value = key.detach().cpu(), value.detach().cpu()
-        if codec.before_rotation and ropes and (rope := ropes[layer]) is not None:
-            key = rope.turned(key, kv.base, back=True)
-        sides: tuple[tuple[Side, Tensor], ...] = (("k", key), ("v", value))
-        for side, tensor in sides:
-            for suffix, part in codec.encode(tensor, side, layer / len(kv.keys)).items():
-                tensors[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
-    contents = Contents.of(tensors)
-    payload = Payload(contents.payload_bytes)
-    for name, tensor in tensors.items():
-        payload.fill(contents.parts[name], tensor)
+    contents, payload = _laid_out(_parts(kv, codec, ropes))
     spans = Segments.cut(contents, segment_bytes).spans
     record = Record(
         contents=contents,
@@ -84,6 +78,54 @@ def recoded(record: Record, payload: Payload, codec: Codec) -> tuple[Record, Pay
     """The same chunk in another codec."""
     kv = record.decode(payload)
     return encode(kv, codec=codec, space=record.space, label=record.label, ropes=record.ropes)
+
+
+def on_cpu(kv: ChunkKV) -> ChunkKV:
+    """The same numbers on the CPU: where they are not, all are waited for at once.
+
+    Raises:
+        StoreError: as :func:`validate`.
+    """
+    validate(kv)
+    return kv if all(side.is_cpu for pair in kv for side in pair) else gathered(kv)
+
+
+def gathered(kv: ChunkKV) -> ChunkKV:
+    """A copy in memory like that of payloads, which a GPU copies from, and to, while nobody waits."""
+    names = [(f"k.{layer}", f"v.{layer}") for layer in range(len(kv.keys))]
+    sides = (
+        (name, side) for named, pair in zip(names, kv, strict=True) for name, side in zip(named, pair, strict=True)
+    )
+    contents, payload = _laid_out(dict(sides))
+    keys, values = ([payload.view(contents.parts[pair[side]]) for pair in names] for side in (0, 1))
+    return replace(kv, keys=keys, values=values)
+
+
+@torch.no_grad()
+def _parts(kv: ChunkKV, codec: Codec, ropes: tuple[Rope | None, ...]) -> dict[str, Tensor]:
+    """What a codec makes of each layer, by the names that a record has for it."""
+    tensors: dict[str, Tensor] = {}
+    for layer, (key, value) in enumerate(kv):
+        if codec.before_rotation and ropes and (rope := ropes[layer]) is not None:
+            key = rope.turned(key, kv.base, back=True)
+        sides: tuple[tuple[Side, Tensor], ...] = (("k", key), ("v", value))
+        for side, tensor in sides:
+            for suffix, part in codec.encode(tensor, side, layer / len(kv.keys)).items():
+                tensors[f"{side}.{layer}.{suffix}" if suffix else f"{side}.{layer}"] = part
+    return tensors
+
+
+@torch.no_grad()
+def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[Contents, Payload]:
+    """Tensors one after the other in one payload, wherever they lie: a copy each, and one wait a device."""
+    contents = Contents.of(tensors)
+    payload = Payload(contents.payload_bytes)
+    for name, tensor in tensors.items():
+        payload.fill(contents.parts[name], tensor)
+    for device in {tensor.device for tensor in tensors.values()}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).record_event().synchronize()
+    return contents, payload
 
 
 def validate(kv: ChunkKV) -> None:

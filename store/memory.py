@@ -6,8 +6,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 
+from ragkv.errors import StoreFullError
 from ragkv.store.books import MemoryBooks
 from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.payload import Payload
@@ -25,11 +27,12 @@ class MemoryTier(Tier):
     """Entries in memory; it may be where a store keeps its chunks, or above that.
 
     Args:
-        budget_bytes: what the tensors may take together.
+        budget_bytes: what the tensors' memory may take together.
         policy: which entries go first.
         held: keys that must not be evicted now.
         lock: guards the tier; shared by the tiers of a store that are in memory.
         form: turns a record into one of the codec that is kept here.
+        formed_bytes: what that will take; None where only doing so tells.
         selective: keep a new entry only where it is worth more than what it would evict.
         gone: told the key of every entry that leaves.
 
@@ -48,13 +51,14 @@ class MemoryTier(Tier):
         lock: threading.RLock,
         *,
         form: Callable[[Record, Payload], tuple[Record, Payload]] = lambda record, payload: (record, payload),
+        formed_bytes: Callable[[Record, Payload], int | None] = lambda record, payload: payload.taken_bytes,
         selective: bool = False,
         gone: Callable[[bytes], object] = lambda key: None,
     ) -> None:
         super().__init__(time.monotonic)
         self.facts: dict[str, bytes] = {}
         self.lock: threading.RLock = lock
-        self._form, self._selective, self._gone = form, selective, gone
+        self._form, self._formed_bytes, self._selective, self._gone = form, formed_bytes, selective, gone
         self._held: dict[bytes, Source] = {}
         self._books = MemoryBooks()
         self._planner = Planner(
@@ -86,6 +90,19 @@ class MemoryTier(Tier):
         """All that is here."""
         with self.lock:
             return list(self._held)
+
+    def wants(self, entry: Offer) -> bool:
+        with self.lock:
+            self._planner.sweep()
+            size = self.expected(entry)
+            # What is here takes another's place, whatever it is worth; and without a size nothing can be said.
+            if not self._selective or size is None or entry.key in self._held:
+                return True
+            with suppress(StoreFullError):  # which it then says again
+                if self._planner.wants(entry.key, size, entry.terms, usage=entry.usage):
+                    return True
+            self._planner.admit(entry.key, size, entry.terms, usage=entry.usage, selective=True)
+            return False
 
     def prepare(self, entry: Offer) -> Offer:
         if entry.ready:
@@ -160,9 +177,13 @@ class MemoryTier(Tier):
                 raise
         return row is not None
 
+    def expected(self, entry: Offer) -> int | None:
+        """What :meth:`size` will be of an entry that is not prepared; None where that is not known."""
+        return self.size(entry) if entry.ready else self._formed_bytes(entry.record, entry.payload)
+
     def size(self, entry: Offer) -> int:
         """Bytes that an entry takes here."""
-        return entry.record.payload_bytes
+        return entry.payload.taken_bytes
 
     def _hold(self, entry: Offer) -> Source:
         """The entry as it is kept here."""

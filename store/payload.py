@@ -226,10 +226,13 @@ class Payload:
 
     Attributes:
         data: uint8 ``[payload_bytes]``.
+        taken_bytes: what its memory takes: more than it has where that is pinned.
     """
 
     def __init__(self, size: int) -> None:
-        self.data: Tensor = allocate(size)
+        self.data: Tensor
+        self.taken_bytes: int
+        self.data, self.taken_bytes = allocate(size)
         self._typed: dict[torch.dtype, Tensor] = {}
 
     def view(self, part: Part) -> Tensor:
@@ -244,11 +247,12 @@ class Payload:
         return typed.as_strided(part.shape, part.strides, part.start // size)
 
     def fill(self, part: Part, tensor: Tensor) -> None:
-        """Copies a tensor to its place."""
+        """Copies a tensor to its place. From a GPU it is there once that has come so far: nothing waits."""
         if part.start % part.dtype.itemsize:
-            self.data[part.start : part.stop] = tensor.contiguous().view(-1).view(torch.uint8)
+            place, tensor = self.data[part.start : part.stop], tensor.contiguous().view(-1).view(torch.uint8)
         else:
-            self.view(part).copy_(tensor)
+            place = self.view(part)
+        place.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def _part(entry: dict[str, Any]) -> Part:

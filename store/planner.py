@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Sequence, Set
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -110,24 +110,12 @@ class Planner(Generic[AnyBooks]):
         Raises:
             StoreFullError: it cannot fit beside what is pinned or in use; nothing was changed.
         """
-        old, now = self.books.row(key), self.now()
-        row = Row(replace(usage or (old.usage if old else Usage(0))), namespace=namespace_id(terms.namespace))
-        row.usage.size_bytes = size_bytes
-        row.created_s, row.expires_s = now, now + terms.lifetime_s
-        if old is not None and old.alive(now):
-            row.pinned_from_s, row.pinned_until_s = old.pinned_from_s, old.pinned_until_s
-        elif old is not None and not old.usage.size_bytes:
-            self._count_return(old)
-        if usage is None:
-            row.usage.add_cost(terms.cost_s)
-            if terms.uses:
-                self._add_uses(row.usage, terms.uses)
-        else:
-            row.usage.tick = self.books.counters.tick  # each tier has its own
+        row, old = self._arriving(key, size_bytes, terms, usage)
+        self._note_return(old)
         victims = self._room_for(key, row, old, passed)
         self.drop(key)
         worth = self._worth(key, row)
-        if selective and not row.pinned_until_s and any(victim.priority > worth for victim, _ in victims.values()):
+        if selective and not _worthy(row, worth, victims):
             self._age(worth)
             self._haunt(key, row, uses=1)
             return None
@@ -137,6 +125,38 @@ class Planner(Generic[AnyBooks]):
         self.use(key, row)
         self._count(row.namespace, size_bytes)
         return row
+
+    def wants(self, key: bytes, size_bytes: int, terms: Terms, *, usage: Usage | None = None) -> bool:
+        """Whether :meth:`admit` would keep an entry that is not here, if selective. Changes nothing.
+
+        Raises:
+            StoreFullError: as there.
+        """
+        counters = self.books.counters
+        row, old = self._arriving(key, size_bytes, terms, usage)
+        returns = counters.returns
+        try:
+            self._note_return(old)
+            victims = self._room_for(key, row, old, frozenset())
+            return _worthy(row, self._worth(key, row), victims)
+        finally:
+            counters.returns = returns
+
+    def _arriving(self, key: bytes, size_bytes: int, terms: Terms, usage: Usage | None) -> tuple[Row, Row | None]:
+        """The row of an entry that comes, its use not counted, and what is known under its key."""
+        old, now = self.books.row(key), self.now()
+        row = Row(replace(usage or (old.usage if old else Usage(0))), namespace=namespace_id(terms.namespace))
+        row.usage.size_bytes = size_bytes
+        row.created_s, row.expires_s = now, now + terms.lifetime_s
+        if old is not None and old.alive(now):
+            row.pinned_from_s, row.pinned_until_s = old.pinned_from_s, old.pinned_until_s
+        if usage is None:
+            row.usage.add_cost(terms.cost_s)
+            if terms.uses:
+                self._add_uses(row.usage, terms.uses)
+        else:
+            row.usage.tick = self.books.counters.tick  # each tier has its own
+        return row, old
 
     def use(self, key: bytes, row: Row, times: int = 1) -> None:
         """Counts uses of an entry and moves it to its new place in the order."""
@@ -267,11 +287,12 @@ class Planner(Generic[AnyBooks]):
         if not self.policy.half_life:
             self.books.counters.clock = max(self.books.counters.clock, priority)
 
-    def _count_return(self, ghost: Row) -> None:
-        """Notes whether an entry that was evicted is asked for soon."""
-        counters, entries = self.books.counters, self.books.entries
-        soon = counters.tick - ghost.usage.tick < entries
-        counters.returns += (soon - counters.returns) / (_SLOW + entries)
+    def _note_return(self, old: Row | None) -> None:
+        """Notes, of an entry that was evicted, whether it is asked for soon."""
+        if old is not None and not old.usage.size_bytes:
+            counters, entries = self.books.counters, self.books.entries
+            soon = counters.tick - old.usage.tick < entries
+            counters.returns += (soon - counters.returns) / (_SLOW + entries)
 
     def _half_life(self) -> float:
         """Uses after which a use counts half."""
@@ -310,3 +331,8 @@ class Planner(Generic[AnyBooks]):
         if any(namespace):
             used, quota = self.books.space(namespace)
             self.books.set_space(namespace, max(used + size_bytes, 0), quota)
+
+
+def _worthy(row: Row, worth: float, victims: Mapping[bytes, tuple[Row, str]]) -> bool:
+    """Whether an entry is pinned, or worth no less than each of those that it would evict."""
+    return bool(row.pinned_until_s) or not any(victim.priority > worth for victim, _ in victims.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, StoreFullError
+from ragkv.store.buffers import allocate
+from ragkv.store.record import Record
 from ragkv.store.source import Parts, Source
 
 BLOCK_TOKENS = 16  # P
 
-Kind = tuple[int, int, int, int, torch.dtype]  # heads and dim of K, heads and dim of V, dtype
+Kind = tuple[int, int, torch.dtype]  # heads, dim and dtype of one layer's K or V
 
 
 class BlockPool:
@@ -36,18 +38,21 @@ class BlockPool:
         StoreFullError: not one block fits.
     """
 
-    def __init__(self, like: ChunkKV, budget_bytes: int, device: torch.device | str) -> None:
+    def __init__(self, like: ChunkKV | Record, budget_bytes: int, device: torch.device | str) -> None:
         self.kinds: tuple[Kind, ...] = kinds_of(like)
-        self.block_bytes: int = BLOCK_TOKENS * sum((hk * dk + hv * dv) * t.itemsize for hk, dk, hv, dv, t in self.kinds)
+        self.block_bytes: int = BLOCK_TOKENS * sum(heads * dim * dtype.itemsize for heads, dim, dtype in self.kinds)
         self.count: int = budget_bytes // self.block_bytes
         if not self.count:
             raise StoreFullError(f"a block takes {self.block_bytes} bytes, gpu_bytes is {budget_bytes}")
-        shape = (self.count, BLOCK_TOKENS)
+        # What is of one kind lies in one tensor [sides of this kind, N, H, P, D]: a chunk is written to all of it at once.
+        self._rooms: dict[Kind, Tensor] = {}
         with torch.inference_mode(False):  # whoever is first in may be in it, and others not
-            self._keys = [torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for h, d, _, _, t in self.kinds]
-            self._values = [
-                torch.empty(shape[0], h, shape[1], d, dtype=t, device=device) for _, _, h, d, t in self.kinds
-            ]
+            for kind in dict.fromkeys(self.kinds):
+                heads, dim, dtype = kind
+                shape = (self.kinds.count(kind), self.count, heads, BLOCK_TOKENS, dim)
+                self._rooms[kind] = torch.empty(shape, dtype=dtype, device=device)
+            self._sides = self._in_order(self._rooms.values())
+        self.device: torch.device = self._sides[0].device
         self.kept: dict[str, Any] = {}  # see Source
         self._free = list(range(self.count))
         # Reentrant: blocks are given back when their chunk is collected, which may be here.
@@ -78,41 +83,72 @@ class BlockPool:
         with self._lock:
             self._free += blocks
 
-    def write(self, blocks: Sequence[int], kv: ChunkKV) -> None:
-        """Copies a chunk's KV into blocks."""
-        place = torch.arange(len(kv), device=self._keys[0].device)
-        index = torch.tensor(blocks, device=place.device)[place // BLOCK_TOKENS]
-        for layer, (keys, values) in enumerate(kv):
-            self._keys[layer][index, :, place % BLOCK_TOKENS] = keys.transpose(0, 1).to(place.device)
-            self._values[layer][index, :, place % BLOCK_TOKENS] = values.transpose(0, 1).to(place.device)
+    @torch.no_grad()
+    def bring(self, kv: ChunkKV) -> list[Tensor]:
+        """A chunk's numbers on the device, as :meth:`write` takes them: ``[sides, H, T, D]`` a kind.
+
+        Nothing is waited for where they lie in pinned memory, or are there already.
+
+        Raises:
+            StoreError: they do not fit in here.
+        """
+        if kinds_of(kv) != self.kinds:
+            raise StoreError("the chunk has other layers, heads or dtypes than the pool")
+        brought = [room.new_empty(len(room), room.shape[2], len(kv), room.shape[4]) for room in self._rooms.values()]
+        given = (side for pair in kv for side in pair)
+        for place, side in zip(self._in_order(brought), given, strict=True):
+            place.copy_(side, non_blocking=place.is_cuda)
+        return brought
+
+    @torch.no_grad()
+    def write(self, slots: Tensor, brought: Sequence[Tensor]) -> None:
+        """Copies a chunk's numbers to where its tokens lie, a launch a kind. ``slots`` are on the device."""
+        blocks, places = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
+        for room, numbers in zip(self._rooms.values(), brought, strict=True):
+            room[:, blocks, :, places] = numbers.permute(2, 0, 1, 3)
 
     def read(self, blocks: Tensor, tokens: int, layer: int) -> tuple[Tensor, Tensor]:
         """K and V ``[H, T, D]`` of one layer, gathered from its blocks."""
-        keys, values = (store[layer].index_select(0, blocks).transpose(0, 1) for store in (self._keys, self._values))
+        keys, values = (side.index_select(0, blocks).transpose(0, 1) for side in self.layer(layer))
         return keys.flatten(1, 2)[:, :tokens], values.flatten(1, 2)[:, :tokens]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """All blocks' K and V of a layer, ``[N, H, P, D]`` each."""
-        return self._keys[layer], self._values[layer]
+        return self._sides[2 * layer], self._sides[2 * layer + 1]
+
+    def _in_order(self, by_kind: Iterable[Tensor]) -> list[Tensor]:
+        """Layer 0's K and V, layer 1's, and so on, of tensors whose first dimension is the sides of a kind."""
+        rows = {kind: iter(sides) for kind, sides in zip(self._rooms, by_kind, strict=True)}
+        return [next(rows[kind]) for kind in self.kinds]
 
 
 class Pooled(Source):
-    """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch."""
+    """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch.
 
-    def __init__(self, pool: BlockPool, kv: ChunkKV) -> None:
-        if kinds_of(kv) != pool.kinds:
-            raise StoreError("the chunk has other layers, heads or dtypes than the pool")
-        super().__init__("gpu", kv)
+    Args:
+        pool: which.
+        chunk: what is known of it.
+        brought: its numbers, see :meth:`BlockPool.bring`.
+
+    Raises:
+        StoreFullError: so many blocks are not free.
+    """
+
+    def __init__(self, pool: BlockPool, chunk: Record | ChunkKV, brought: Sequence[Tensor]) -> None:
+        super().__init__("gpu", chunk)
+        self.codec, self.unrotated = "raw", False  # whatever the record's was
         self._pool = pool
-        blocks = pool.allocate(pool.blocks_for(len(kv)))
+        blocks = pool.allocate(pool.blocks_for(self.tokens))
         weakref.finalize(self, pool.release, blocks).atexit = False
-        pool.write(blocks, kv)
         self.kept = pool.kept
-        self._blocks = torch.tensor(blocks, device=pool._keys[0].device)
-        places = torch.arange(BLOCK_TOKENS, device="cpu")
-        self.slots: Tensor | None = (torch.tensor(blocks, device="cpu")[:, None] * BLOCK_TOKENS + places).flatten()[
-            : len(kv)
-        ]
+        # In memory that a device copies from without anybody waiting.
+        slots = allocate(8 * len(blocks) * BLOCK_TOKENS)[0].view(torch.int64).view(-1, BLOCK_TOKENS)
+        starts = torch.tensor(blocks, device="cpu")[:, None] * BLOCK_TOKENS
+        torch.add(starts, torch.arange(BLOCK_TOKENS, device="cpu"), out=slots)
+        self.slots: Tensor | None = slots.flatten()[: self.tokens]
+        there = self.slots.to(pool.device, non_blocking=True)
+        self._blocks = there[::BLOCK_TOKENS] // BLOCK_TOKENS
+        pool.write(there, brought)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V ``[H, T, D]`` of a layer, on the device."""
@@ -124,6 +160,9 @@ class Pooled(Source):
         return {"": keys}, {"": values}
 
 
-def kinds_of(kv: ChunkKV) -> tuple[Kind, ...]:
-    """What must be equal in all chunks of a pool."""
-    return tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2], k.dtype) for k, v in kv)
+def kinds_of(chunk: ChunkKV | Record) -> tuple[Kind, ...]:
+    """What must be equal in all chunks of a pool: of layer 0's K and V, layer 1's, and so on."""
+    if isinstance(chunk, ChunkKV):
+        return tuple((side.shape[0], side.shape[2], side.dtype) for pair in chunk for side in pair)
+    pairs = zip(chunk.shapes, chunk.dtypes, strict=True)
+    return tuple((heads, dim, dtype) for pair, dtype in pairs for heads, _, dim in pair)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,13 @@ class Record:
         return self.contents.payload_bytes
 
     @property
+    def plain_bytes(self) -> int:
+        """Bytes of its numbers, decoded."""
+        return sum(
+            prod(side) * dtype.itemsize for pair, dtype in zip(self.shapes, self.dtypes, strict=True) for side in pair
+        )
+
+    @property
     def segments(self) -> Segments:
         """How the payload is cut."""
         return Segments.cut(self.contents, self.segment_bytes)
@@ -144,7 +152,10 @@ class Record:
     def decode(self, payload: Payload) -> ChunkKV:
         """All layers of a whole payload."""
         pairs = [self.layer(payload, layer) for layer in range(len(self.shapes))]
-        keys, values = [key for key, _ in pairs], [value for _, value in pairs]
+        return self.chunk([key for key, _ in pairs], [value for _, value in pairs])
+
+    def chunk(self, keys: list[Tensor], values: list[Tensor]) -> ChunkKV:
+        """The chunk whose K and V these are."""
         return ChunkKV(keys, values, self.base, self.sensitivity, self.foreign, self.rows, self.attended)
 
     def safetensors_header(self) -> bytes:

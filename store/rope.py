@@ -87,7 +87,11 @@ def _tables(rope: Rope, base: int, tokens: int) -> tuple[Tensor, Tensor]:
 def ropes_of(rotations: Sequence[RotationLike | None]) -> tuple[Rope | None, ...]:
     """The same, as values; empty where no layer turns its keys."""
     try:
-        ropes = tuple(None if rotation is None else Rope.of(rotation) for rotation in rotations)
+        # Layers share them, and each that lies on a GPU is waited for.
+        each = list(rotations)
+        distinct = {id(one): one for one in each if one is not None}
+        known = {number: Rope.of(one) for number, one in distinct.items()}
+        ropes = tuple(known.get(id(one)) for one in each)
     except (TypeError, AttributeError) as error:
         raise ArgumentTypeError(
             f"rotations must be a Rotation or None for each layer, got {rotations!r:.80}"

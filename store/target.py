@@ -29,8 +29,8 @@ class Target:
         """Copies a chunk's layer to the tokens from ``start`` on."""
         self.check((_kind(keys), _kind(values)), start)
         stop = start + keys.shape[1]
-        self._keys[:, start:stop].copy_(keys)
-        self._values[:, start:stop].copy_(values)
+        self._keys[:, start:stop].copy_(keys, non_blocking=self._keys.is_cuda)
+        self._values[:, start:stop].copy_(values, non_blocking=self._values.is_cuda)
 
     def check(self, kinds: tuple[Kind, Kind], start: int) -> None:
         """Raises StoreError where K and V ``[H, T, D]`` of these kinds do not fit in from token ``start`` on."""

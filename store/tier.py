@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ragkv.chunk import ChunkKV
 from ragkv.store.payload import Payload
 from ragkv.store.policy import Usage
@@ -28,7 +30,8 @@ class Offer(NamedTuple):
         payload: its bytes.
         terms: on which it is kept.
         usage: how it was used so far, where another tier knows that.
-        kv: its numbers, where the tier wants them.
+        kv: its numbers, where whoever puts it has them and decoding would give the same.
+        brought: these on the tier's device, see :meth:`~ragkv.store.pool.BlockPool.bring`.
         ready: it is encoded as CPU memory keeps it.
         put_s: see :class:`~ragkv.store.source.Source`.
     """
@@ -39,6 +42,7 @@ class Offer(NamedTuple):
     terms: Terms
     usage: Usage | None = None
     kv: ChunkKV | None = None
+    brought: Sequence[Tensor] = ()
     ready: bool = False
     put_s: float | None = None
 
@@ -121,6 +125,14 @@ class Tier(ABC):
     def loading(self) -> Loading | None:
         """How fast chunks came from here lately; None where nobody knows, or it is measured beforehand."""
         return None
+
+    def wants(self, entry: Offer) -> bool:
+        """Asked before :meth:`prepare` where an entry need not be kept. What is not wanted counts as if it had been offered.
+
+        Raises:
+            StoreFullError: as :meth:`admit`.
+        """
+        return True
 
     def prepare(self, entry: Offer) -> Offer:
         """The entry as :meth:`admit` wants it: what takes long, such as encoding, is done here. Changes nothing."""

@@ -44,7 +44,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     Args:
         path: folder of the disk tier, made with its parents if it is not there; None for memory only.
-        gpu_bytes, cpu_bytes, disk_bytes: budgets of the tiers, on disk in whole pages of the file; 0 switches one off.
+        gpu_bytes, cpu_bytes, disk_bytes: budgets of the tiers, on disk in whole pages of the file, in memory that is pinned for a
+            GPU in powers of two; 0 switches one off.
         policy: name of the eviction policy, or one of your own. Each tier keeps its own clock.
         codec: how KV is encoded on disk: ``raw``, ``lossless``, ``int8``, ``fp8``, ``int4``, ``cachegen``, or one of these
             with other settings.
@@ -114,6 +115,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             leases,
             lock,
             form=self._levels.for_memory,
+            formed_bytes=self._levels.bytes_in_memory,
             selective=selective or self.path is not None,
             # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
             gone=(lambda key: gpu.remove([key])) if gpu and self.path is None else (lambda key: None),

@@ -46,15 +46,15 @@ def sensitivity(alone: Sequence[Tensor], behind: Sequence[Tensor], foreign: Sequ
         foreign: L values ``[H, F, D]`` of the foreign text: a yardstick that is the same for all documents.
 
     Returns:
-        ``[T]`` fp32, on the CPU; 0 everywhere where there was no room for a foreign text.
+        ``[T]`` fp32, on the CPU; 0 everywhere where there was no room for a foreign text. Waited for once, not for each layer.
     """
-    total = torch.zeros(alone[0].shape[1], dtype=torch.float32, device="cpu")
     if not foreign[0].shape[1]:
-        return total
+        return torch.zeros(alone[0].shape[1], dtype=torch.float32, device="cpu")
+    total = torch.zeros(alone[0].shape[1], dtype=torch.float32, device=alone[0].device)
     for own, other, unit in zip(alone[1:], behind[1:], foreign[1:], strict=True):
         size = unit.float().square().sum((0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        total += ((own.float() - other.float()).square().sum((0, 2)) / size).cpu()
-    return total / max(1, len(alone) - 1)
+        total += ((own.float() - other.float()).square().sum((0, 2)) / size).to(total.device)
+    return (total / max(1, len(alone) - 1)).cpu()
 
 
 def foreign_ids(encoder: Encoder, given: Text | None) -> tuple[int, ...]:

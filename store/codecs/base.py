@@ -22,6 +22,8 @@ class Codec(ABC):
     name: ClassVar[str]
     #: Whether K is better encoded as it was before rotary embedding, which mixes its channels.
     before_rotation: ClassVar[bool] = False
+    #: Whether it encodes what lies on a GPU as well, without waiting.
+    anywhere: ClassVar[bool] = False
     #: Whether decoding gives back the very numbers.
     exact: ClassVar[bool] = False
 
@@ -37,7 +39,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:
-        """The parts of ``tensor`` ``[H, T, D]`` on CPU.
+        """The parts of ``tensor`` ``[H, T, D]``, which lies on the CPU unless :attr:`anywhere`.
 
         Args:
             tensor: one layer's K or V.

@@ -13,6 +13,7 @@ class Raw(Codec):
     """Stores the tensor's own bytes; decoding is a view."""
 
     name = "raw"
+    anywhere = True
     exact = True
 
     def encode(self, tensor: Tensor, side: Side, depth: float = 0.0) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def test_a_copy_above_that_cannot_be_made_fails_no_question(folder, kv, key, for
             os.truncate(folder / "data.mdb", 8192)
             for index in range(3 if done else 0):
                 batch.done(index)
-        assert "not kept above disk" in caplog.text and not store._tiers.leases
+        assert "not kept in cpu" in caplog.text and not store._tiers.leases
         assert all(reading.txn is None for reading in store._disk.environment._readings)
         store.close()
         return "ok"

@@ -11,7 +11,7 @@ from ragkv.chunk import ChunkKV
 from ragkv.errors import RecordError, StoreError
 from ragkv.kernels import Rotation, place, rotation_tables
 from ragkv.store import Target, TieredStore
-from ragkv.store.codecs import Int8, get_codec
+from ragkv.store.codecs import CODECS, Int8, get_codec
 from ragkv.store.encode import encode
 from ragkv.store.record import Record
 from ragkv.store.rope import Rope, ropes_of
@@ -266,3 +266,23 @@ def test_a_codec_with_other_settings_is_another(folder, kv, key):
     with TieredStore(cpu_codec=Int8(8)) as store:
         store.put(key(1), want)
         assert error(store.get(key(1)).keys, want.keys) == put
+
+
+@pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_what_one_gets_is_ones_own_and_copied_once(folder, kv, key, name, tier, monkeypatch):
+    copied, clone = [], torch.Tensor.clone
+    bytes_of = {"gpu_bytes": (tier == "gpu") << 20, "cpu_bytes": (tier != "disk") << 20}
+    with TieredStore(folder, codec=name, cpu_codec=name, device="cpu", **bytes_of) as store:
+        store.put(key(1), kv(1, tokens=70))
+        with store.read([key(1)]) as batch:
+            assert batch.tiers == [tier]
+        want = store.get(key(1))
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "clone", lambda one: copied.append(tuple(one.shape)) or clone(one))
+            got = store.get(key(1))
+        for side in (*got.keys, *got.values):
+            side.zero_()
+        again = store.get(key(1))
+    assert all(torch.equal(a, b) for pair in zip(want, again, strict=True) for a, b in zip(*pair, strict=True))
+    assert copied.count((2, 70, 8)) == (6 if name == "raw" or tier == "gpu" else 0)

@@ -36,6 +36,32 @@ def test_priorities():
     assert LRFU().priority(b"", replace(usage, heat=8.0), 10.0) == 10.0 + math.log2(8 * 2.0 / 4)
 
 
+@pytest.mark.parametrize("policy", [PGDSF, LRFU, LRU, LFU, GDSF])
+def test_to_ask_first_changes_nothing(policy):
+    """What a tier keeps, its clock and its ghosts are those of one that is just given everything."""
+    chance = random.Random(3)
+    asked, given = Room(1000, policy()), Room(1000, policy())
+    wanted = 0
+    for _ in range(3000):
+        key, size, cost = name(chance.randrange(60)), chance.randrange(20, 300), chance.choice((0.0, 0.1, 5.0))
+        terms = Terms(cost_s=cost)
+        if key in given.held_keys:
+            for room in (asked, given):
+                room.touch(key)
+        else:
+            usage = Usage(size, cost, 2.0, 1, 3, 17) if chance.random() < 0.3 else None
+            want = asked.wants(key, size, terms, usage=usage)
+            rows = [room.admit(key, size, terms, usage=usage, selective=True) for room in (asked, given)]
+            assert want == (rows[0] is not None) and rows[0] == rows[1]
+            wanted += want
+            if want:
+                for room in (asked, given):
+                    room.held_keys.add(key)
+        assert asked.held_keys == given.held_keys and asked.books.counters == given.books.counters
+        assert asked.books._rows == given.books._rows
+    assert 100 < wanted < 2900 or policy in (LRU,)
+
+
 def test_unknown_policy():
     with pytest.raises(StoreError, match="gdsf, lfu, lrfu, lru, pgdsf"):
         get_policy("arc")

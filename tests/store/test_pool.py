@@ -19,6 +19,10 @@ def device(request):
     return request.param
 
 
+def pooled(pool, kv):
+    return Pooled(pool, kv, pool.bring(kv))
+
+
 def test_chunks_come_and_go_without_a_hole(kv, device):
     """After any order of puts and releases every block is usable, whatever the sizes were."""
     pool = BlockPool(kv(0), 40 * 16 * 2 * 8 * 4 * 6, device)
@@ -29,22 +33,22 @@ def test_chunks_come_and_go_without_a_hole(kv, device):
         tokens = chance.choice((1, 15, 16, 17, 100))
         held.pop(chance.choice(list(held)), None) if held and chance.random() < 0.5 else None
         if pool.blocks_for(tokens) <= pool.free_blocks:
-            held[step] = Pooled(pool, kv(number, tokens=tokens)), kv(number, tokens=tokens)
-        for pooled, want in held.values():
-            keys, values = pooled.layer(2)
+            held[step] = pooled(pool, kv(number, tokens=tokens)), kv(number, tokens=tokens)
+        for chunk, want in held.values():
+            keys, values = chunk.layer(2)
             assert torch.equal(keys.cpu(), want.keys[2])
             assert torch.equal(values.cpu(), want.values[2])
-    assert pool.free_blocks == 40 - sum(pool.blocks_for(pooled.tokens) for pooled, _ in held.values())
-    del pooled
+    assert pool.free_blocks == 40 - sum(pool.blocks_for(chunk.tokens) for chunk, _ in held.values())
+    del chunk
     held.clear()
     assert pool.free_blocks == 40
-    assert Pooled(pool, kv(1, tokens=640)).tokens == 640
+    assert pooled(pool, kv(1, tokens=640)).tokens == 640
 
 
 def test_a_pool_that_was_made_in_inference_mode_is_filled_outside(kv, device):
     with torch.inference_mode():
         pool = BlockPool(kv(0), 40 * 16 * 2 * 8 * 4 * 6, device)
-    assert torch.equal(Pooled(pool, kv(1, tokens=20)).layer(0)[0].cpu(), kv(1, tokens=20).keys[0])
+    assert torch.equal(pooled(pool, kv(1, tokens=20)).layer(0)[0].cpu(), kv(1, tokens=20).keys[0])
 
 
 def test_a_pool_that_is_full_takes_nothing(kv, device):
@@ -55,7 +59,7 @@ def test_a_pool_that_is_full_takes_nothing(kv, device):
     with pytest.raises(StoreFullError):
         BlockPool(kv(0), 1000, device)
     with pytest.raises(StoreError, match="other layers"):
-        Pooled(pool, kv(1, heads=4))
+        pool.bring(kv(1, heads=4))
 
 
 def test_second_read_comes_from_the_device(folder, kv, key, device):
@@ -92,11 +96,11 @@ def test_no_gpu_is_named():
 def test_a_chunk_that_cannot_be_copied_leaves_no_block_taken(kv, device, monkeypatch):
     pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
 
-    def fail(blocks, kv):
+    def fail(slots, brought):
         raise torch.OutOfMemoryError("the device is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "write", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            Pooled(pool, kv(0, tokens=20))
+            pooled(pool, kv(0, tokens=20))
     assert pool.free_blocks == 4
