@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ragkv import Engine, LegoLink, PromptTemplate, Reuse, TieredStore, chunk
 from ragkv.chunk import Chunk, digest
 from ragkv.fusion import placement
+from ragkv.fusion.bus import Bus
 from ragkv.fusion.layout import lay_out
 from ragkv.testing import SMALL, random_ids, tiny_model
 
@@ -88,6 +89,42 @@ def test_neither_layers_nor_chunks_are_taken_one_by_one(method, warm):
     launched, hashed = warm(2, 12, method)
     assert (launched, hashed) == warm(5, 12, method) == warm(2, 24, method)
     assert sum(launched.values()) < 70 and hashed < 1000
+
+
+class Copies(Bus):
+    """A bus that counts, and does nothing."""
+
+    def __init__(self):
+        self.copies, self.places = 0, 0
+
+    def room(self, *size):
+        return torch.empty(size, dtype=torch.uint8)
+
+    def send(self, load, free=None):
+        with Launches() as launches:
+            load()
+        assert {name for name in launches.seen if name not in VIEWS} == {"copy_"}
+        self.copies += launches.seen["copy_"]
+        return lambda: None
+
+    def mark(self):
+        self.places += 1
+
+
+@pytest.mark.parametrize("codec", [None, "int8"])
+@pytest.mark.parametrize(("layers", "count"), [(4, 5), (8, 5), (8, 10), (9, 5)])
+def test_what_is_in_cpu_memory_is_a_copy_a_chunk_for_four_layers(layers, count, codec, monkeypatch):
+    """Whatever it consists of; and nothing of it is placed piece by piece."""
+    init, bus = placement.Placement.__init__, Copies()
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
+    monkeypatch.setattr(placement, "bus", lambda device: bus)
+    monkeypatch.setattr(placement, "place_pieces", lambda pieces, impl: pytest.fail("piece by piece"))
+    model, store = tiny_model(num_hidden_layers=layers), TieredStore(cpu_codec=codec)
+    with Engine(model, template=PromptTemplate(prefix=[1, 5]), store=store, method=Reuse()) as engine:
+        chunks = engine.add([random_ids(8, number) for number in range(count)])
+        engine.fuse([*chunks, chunks[0]], random_ids(3))  # the first one twice
+    groups = -(-layers // 4)
+    assert (bus.copies, bus.places) == (groups * count, groups)
 
 
 def test_a_layout_looks_no_further_than_it_has_to():
