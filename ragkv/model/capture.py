@@ -2,8 +2,8 @@
 
 All that touches CUDA graphs is here. It has not run on a GPU yet.
 
-``torch.cuda.graph`` is not used: it waits for the device as a whole, which another thread's capture forbids, and gives the driver all
-memory that PyTorch keeps, of the host too, so that everybody pays for it anew behind each capture.
+``torch.cuda.graph`` is not used: it waits for the device as a whole, which another thread's capture forbids, and gives back what
+PyTorch keeps of memory, of the host's too, so that everybody pays for it anew behind each capture.
 """
 
 from __future__ import annotations
