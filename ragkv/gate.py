@@ -23,6 +23,7 @@ from ragkv.library.documents import Documents
 from ragkv.methods import FullPrefill, Method
 from ragkv.methods.calibrated import LADDER, Calibrated, Chosen
 from ragkv.methods.words import as_method
+from ragkv.model.rows import Rows
 from ragkv.report import FusedPrompt
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ class Guard:
                 if at + len(piece) < len(ids):
                     decoder.read(piece, cache, at)
                     continue
-                return decoder.step(piece, torch.arange(at, len(ids), device=ids.device), cache)
+                return decoder.forward(Rows(piece, torch.arange(at, len(ids), device=ids.device), cache))
         return None
 
 

@@ -56,8 +56,10 @@ def _prompts(
     engine.fuse(chunks, question)  # the first use moves chunks to their tier
     for name, method in METHODS.items():
         call = lambda m=method: engine.fuse(chunks, question, method=m)  # noqa: E731
+        bench.peak()  # of those before it
         first = [_wall(bench, call) for _ in range(WARM)]
         seconds, prompt = bench.wall(call), call()
+        peak = bench.peak()  # before what measures takes some
         row = {"method": name, "tokens": tokens, "graphs": graphs, "ran": prompt.report.ran, "seconds": seconds}
         if name in logits:
             row["logits_apart"] = float((prompt.logits.float().cpu() - logits[name]).abs().max())
@@ -69,7 +71,7 @@ def _prompts(
             device_seconds=bench.seconds(call, min(2, bench.rounds)),
             first_seconds=first,
             attention=prompt.report.attention,
-            peak_bytes=torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 0,
+            peak_bytes=peak,
         )
         del prompt
     _answers(bench, engine, chunks, question, tokens, graphs, said)

@@ -137,6 +137,14 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def peak(self) -> int:
+        """The most bytes of the GPU that tensors took since this was asked for last; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normal numbers."""
         return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype)

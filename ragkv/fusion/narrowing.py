@@ -69,12 +69,15 @@ class Narrowing(Pass):
         states of all.
         """
         layer, keys, values, first = self.checks[0], [], [], self.layout.held
-        with self._attention(scattered=False), self.cache.writing(self._until(layer)):
+        with self.cache.writing(self._until(layer)):
             for piece in self._pieces():
                 self.cache.set_length(first)
                 first += len(piece)
+                masks = self.decoder.behind(self.cache, len(piece))
+                mask = None if masks is None else for_model(masks, self.decoder.config)
                 try:
-                    self.decoder.run(self.layout.ids[piece], piece, self.cache)
+                    with self._attention(scattered=masks is not None):
+                        self.decoder.run(self.layout.ids[piece], piece, self.cache, mask)
                 except _Reached as reached:
                     keys.append(reached.keys)
                     values.append(reached.values)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Forward = Callable[[Rows], Tensor]
 
 
-# Rows at the end of a prompt that run in fixed shapes where there are any; for more the model's own attention is as good.
+# Rows at the end of a prompt that run in fixed shapes where there are any.
 _FEW = 256
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ragkv.chunk import Attended, Chunk
-from ragkv.model.attending import Masses, attending
+from ragkv.model.attending import Masses
 from ragkv.model.decoder import Decoder
 
 
@@ -34,12 +33,10 @@ class Seen:
         self._decoder, self._chunks = decoder, chunks
         self._starts = lengths.cumsum(0).tolist()
 
-    @contextmanager
-    def watching(self, start: int, tokens: int) -> Iterator[None]:
-        """A block in which the model runs so many tokens from a slot on, for this thread alone."""
+    def by(self, start: int, tokens: int) -> Masses:
+        """What takes what so many tokens from a slot on attend to: those that the model runs next."""
         self.masses.slots = torch.arange(start, start + tokens, device=self._decoder.device)
-        with attending(self._decoder.layers, self._decoder.config, self.masses):
-            yield
+        return self.masses
 
     def attended(self, number: int, rows: Tensor | None = None, before: Attended | None = None) -> Attended:
         """What a chunk attends to.
@@ -71,8 +68,7 @@ def shows(decoder: Decoder) -> bool:
     """Whether a model shows what it attends to."""
     masses, cache = Masses(torch.zeros(2, dtype=torch.long, device=decoder.device), 1), decoder.cache(2)
     masses.slots = torch.arange(2, device=decoder.device)
-    with decoder.turns, attending(decoder.layers, decoder.config, masses):
-        decoder.read(decoder.random_ids(2), cache, 0)
+    decoder.read(decoder.random_ids(2), cache, 0, masses)
     return masses.seen == len(decoder.layers)
 
 

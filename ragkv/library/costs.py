@@ -97,6 +97,6 @@ def _prefill(reader: Reader, cached: int, new: int) -> float:
     positions = torch.arange(cached, cached + new, device=decoder.device)
     with reader.turn():
         begin = perf_counter()
-        hidden = decoder.run(positions % decoder.vocab_size, positions, cache)
+        hidden = decoder.read(positions % decoder.vocab_size, cache, cached)
         int(hidden[-1].argmax())  # waits for the device
         return perf_counter() - begin

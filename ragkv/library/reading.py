@@ -241,8 +241,8 @@ class Reader:
         tensor = torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
         for at in range(0, len(ids), self.piece_tokens):
             piece = tensor[at : at + self.piece_tokens]
-            with self.turn(), nullcontext() if seen is None else seen.watching(start + at, len(piece)):
-                self.decoder.read(piece, cache, start + at)
+            with self.turn():
+                self.decoder.read(piece, cache, start + at, None if seen is None else seen.by(start + at, len(piece)))
 
 
 def _pieces(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:

@@ -153,7 +153,7 @@ class Decoder(Driving):
         """The probe's tokens at position 0, over a cache that only looks at what is written."""
         recorder = _Recorder()
         try:
-            hidden = self.read(self.random_ids(_PROBE_TOKENS), recorder, 0)
+            hidden = self.run(self.random_ids(_PROBE_TOKENS), torch.arange(_PROBE_TOKENS, device=self.device), recorder)
         except torch.OutOfMemoryError:
             raise
         except (*_MISFITS, AttributeError, KeyError, NotImplementedError, AssertionError) as error:
@@ -184,7 +184,8 @@ class Decoder(Driving):
         plain = nullcontext() if self.attention in ("eager", "sdpa") else eager_attention(self.model, self.config)
         try:
             with plain:
-                hidden = self.read(self.random_ids(_PROBE_TOKENS), cache, offset)
+                at = torch.arange(offset, offset + _PROBE_TOKENS, device=self.device)
+                hidden = self.run(self.random_ids(_PROBE_TOKENS), at, cache)
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"the model cannot run at position {offset}: it takes positions from a table of its own, or from the number of "

@@ -48,18 +48,24 @@ class Driving:
         return FusedCache(self.specs, capacity)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, cache: FusedCache, start: int) -> Tensor:
+    def read(self, ids: Tensor, cache: FusedCache, start: int, masses: Masses | None = None) -> Tensor:
         """Run ``ids [S]`` behind what the cache holds, for their keys and values; no logits are computed.
 
         Args:
             ids: token ids on the model's device.
             cache: appended to.
             start: position of the first token.
+            masses: takes what they attend to; its ``slots`` are theirs.
 
         Returns:
             The last hidden states ``[S, hidden size]``.
         """
-        return self.run(ids, torch.arange(start, start + len(ids), device=self.device), cache)
+        positions, masks = torch.arange(start, start + len(ids), device=self.device), self.behind(cache, len(ids))
+        if masks is None:
+            with self.turns, attending(self.layers, self.config, masses):
+                return self.run(ids, positions, cache)
+        with self.fusion_attention(scattered=True, masses=masses):
+            return self.run(ids, positions, cache, for_model(masks, self.config))
 
     @torch.no_grad()
     def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
@@ -85,16 +91,32 @@ class Driving:
 
     def forward(self, rows: Rows) -> Tensor:
         """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""
-        with self._attention_of(rows) as rows.attention:
-            mask = None if rows.masks is None else for_model(rows.masks, self.config)
+        masks = rows.masks
+        if masks is None and not rows.limited:
+            masks = self.behind(rows.cache, len(rows))
+        with self._attention_of(rows, scattered=masks is not None) as rows.attention:
+            mask = None if masks is None else for_model(masks, self.config)
             if rows.wanted:
                 return self.step(rows.ids, rows.positions, rows.cache, mask, rows=rows.wanted)
             return self.run(rows.ids, rows.positions, rows.cache, mask)[:0]
 
-    def _attention_of(self, rows: Rows) -> AbstractContextManager[str]:
+    def _attention_of(self, rows: Rows, scattered: bool) -> AbstractContextManager[str]:
         if rows.scores is not None:
             return kernel_attention(self.config, self.device, self.dtype, self.kernels, rows.scores)
-        return self.fusion_attention(scattered=rows.masks is not None, limited=rows.limited, masses=rows.masses)
+        return self.fusion_attention(scattered=scattered, limited=rows.limited, masses=rows.masses)
+
+    def behind(self, cache: FusedCache, tokens: int) -> SpanBuilder | None:
+        """Spans for so many rows right behind what a cache holds; ``None``: the model's own attention is as good, or all there is.
+
+        Left to itself transformers makes a mask ``[S, N]`` for such rows, and for any rows of a layer with a window, and sdpa then
+        repeats keys and values for every query head. A single row, and rows with nothing in front, take neither.
+        """
+        held = cache.layers[0].length
+        if self.spans is None or self.attention not in ("eager", "sdpa"):
+            return None
+        if (tokens == 1 or not held) and all(rule.whole(held + tokens) for rule in self.spans):
+            return None
+        return SpanBuilder(self.spans, torch.arange(held, held + tokens, device=self.device), held + tokens)
 
     def masks(
         self, positions: Tensor, keys: int, key_positions: Tensor | None = None, open_keys: Tensor | None = None

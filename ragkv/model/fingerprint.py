@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
-from operator import attrgetter, is_
 from typing import Any
 from weakref import ref
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ragkv.chunk import digest
-from ragkv.model.weights import OnDisk, Part, contents, part_digest, parts
+from ragkv.model.weights import OnDisk, Part, part_digest, parts
 
 # What says how a model is saved, trained, or decoded from, but not what its layers compute in eval mode.
 _IDLE = {
@@ -40,18 +38,13 @@ class Weights:
         model: the bare model.
 
     Attributes:
-        changes: rises with every look that finds modules or tensors replaced, moved or written.
+        changes: rises with every look that finds tensors replaced, moved or written.
     """
 
     def __init__(self, model: nn.Module):
         self.changes: int = 0
         self._model = model
         self._seen: list[tuple] = []
-        self._shape: list[tuple[dict, tuple]] | None = None  # every module's tensors and children, where that tells all
-        self._sizes: list[int] = []
-        self._inside: list[Any] = []
-        self._tensors: list[Tensor] = []
-        self._marks: list[Any] = []
         self._held: dict[Any, tuple[Any, tuple, bytes]] = {}  # by tensor: weak reference, mark, digest
         self._digest = b""
 
@@ -65,10 +58,6 @@ class Weights:
         Raises:
             UnsupportedModelError: some weights cannot be read.
         """
-        if self._shape is not None:
-            if self._as_before(self._shape):
-                return self._digest
-            self.changes += 1
         now = list(parts(self._model))
         seen = [(name, _key(part), _mark(part)) for name, part in now]
         alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())
@@ -81,27 +70,11 @@ class Weights:
                     held[key] = self._fresh(key, part, mark)
             named = [item for name, part in now for item in (name, held[_key(part)][2])]
             self._held, self._seen, self._digest = held, seen, digest(*named)
-        self._shape = contents(self._model)
-        self._sizes = [len(values) for _, values in self._shape or ()]
-        self._inside = [value for _, values in self._shape or () for value in values]
-        self._tensors = [value for value in self._inside if isinstance(value, Tensor)]
-        self._marks = _marks(self._tensors)
         return self._digest
-
-    def _as_before(self, shape: list[tuple[dict, tuple]]) -> bool:
-        """A quick look: every module has just the tensors and children that it had, and none was written.
-
-        It is taken at every turn, of some hundred modules: no step of it is a loop of Python's.
-        """
-        held = [part for part, _ in shape]
-        if list(map(len, held)) != self._sizes:
-            return False
-        inside = chain.from_iterable(map(dict.values, held))
-        return all(map(is_, inside, self._inside)) and _marks(self._tensors) == self._marks
 
     def forget(self) -> None:
         """Take every digest anew at the next look."""
-        self._seen, self._held, self._shape = [], {}, None
+        self._seen, self._held = [], {}
 
     def _fresh(self, key: Any, part: Part, mark: tuple) -> tuple[Any, tuple, bytes]:
         reference, old, known = self._held.get(key, (None, None, b""))
@@ -113,13 +86,6 @@ class Weights:
 
 def _key(part: Part) -> Any:
     return id(part) if isinstance(part, Tensor) else part if isinstance(part, str) else part.mark
-
-
-def _marks(tensors: list[Tensor]) -> list[Any]:
-    """What :func:`_mark` says of plain tensors, in other order."""
-    if any(map(Tensor.is_inference, tensors)):
-        return list(map(_mark, tensors))
-    return [*map(Tensor.data_ptr, tensors), *map(attrgetter("_version", "dtype", "device"), tensors)]
 
 
 def _mark(part: Part) -> tuple:

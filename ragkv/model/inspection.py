@@ -86,7 +86,7 @@ def refuse_state(model: nn.Module) -> None:
     """
     dropout, random = nn.modules.dropout._DropoutNd, model.training
     modules, seen = [model], set[int]()
-    for module in modules:  # once for both, and without Module.modules(): it is done at every turn
+    for module in modules:  # once for both
         if id(module) in seen:
             continue
         seen.add(id(module))

@@ -40,6 +40,10 @@ class SpanRule:
         """``[1, 1, S, 2]`` int32 first and last key that queries at ``positions [S]`` see: what takes the mask's place."""
         return key_spans(positions, window=self.window, chunk=self.chunk)[None, None]
 
+    def whole(self, keys: int) -> bool:
+        """Whether so many keys are all within window or attention chunk."""
+        return all(size is None or keys < size for size in (self.window, self.chunk))
+
 
 def span_rules(rules: Sequence[Rule], device: torch.device | str = "cpu") -> list[SpanRule] | None:
     """The closed form of every layer's rule, found by trying; ``None`` where one has none that ragkv knows.

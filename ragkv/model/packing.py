@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ragkv.kernels import implementation
+from ragkv.kernels.upload import sent
 from ragkv.model.attention import grouped, grouped_sdpa, switched
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
@@ -67,13 +68,14 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
         For each the next-token logits ``[W, V]`` of its last rows, as many as are wanted.
     """
     ends = list(accumulate(map(len, parts)))
-    wanted = [at for end, part in zip(ends, parts, strict=True) for at in range(end - part.wanted, end)]
+    last = [at for end, part in zip(ends, parts, strict=True) for at in range(end - part.wanted, end)]
+    wanted = torch.tensor(last, dtype=torch.long, device="cpu")  # sent from there, for which nobody waits
     fast = few_rows(ends[-1], decoder.device, decoder.model.dtype)
     with _attention(decoder, parts, ends) as (cache, mask), fast:
         ids = torch.cat([part.ids for part in parts])[None]
         positions = torch.cat([part.positions for part in parts])[None]
-        keep = {"logits_to_keep": torch.tensor(wanted, device=ids.device)} if wanted and decoder.keeps_last else {}
-        out = (decoder.model if wanted else decoder.backbone)(
+        keep = {"logits_to_keep": sent(wanted, ids.device)} if last and decoder.keeps_last else {}
+        out = (decoder.model if last else decoder.backbone)(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
@@ -81,9 +83,9 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
             use_cache=True,
             **keep,
         )
-    if not wanted:
+    if not last:
         return [out[0][0, :0] for _ in parts]
-    logits = out.logits[0] if keep else out.logits[0, wanted]
+    logits = out.logits[0] if keep else out.logits[0].index_select(0, sent(wanted, out.logits.device))
     return list(logits.split([part.wanted for part in parts]))
 
 
@@ -155,11 +157,13 @@ class _Behind:
 
     def __init__(self, decoder: Decoder, rows: Rows, rules: Sequence[SpanRule] | None):
         self._rows, self._rules = rows, rules if decoder.attention == "sdpa" else None
-        self._masks: MaskBuilder | SpanBuilder = decoder.masks(rows.positions, rows.held + len(rows))
+        self._end = rows.held + len(rows)
+        slots = torch.arange(rows.held, self._end, device=decoder.device)  # chunks may stand apart, at other positions
+        self._masks: MaskBuilder | SpanBuilder = decoder.masks(slots, self._end)
 
     def layer(self, layer: int) -> Tensor | None:
         """One layer's."""
-        if len(self._rows) == 1 and self._rules is not None and self._rules[layer] == SpanRule():
+        if len(self._rows) == 1 and self._rules is not None and self._rules[layer].whole(self._end):
             return None
         return self._masks.layer(layer)
 

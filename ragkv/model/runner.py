@@ -16,6 +16,7 @@ from ragkv.forks import ForkedLock
 from ragkv.kernels import Impl
 from ragkv.model.decoder import Decoder
 from ragkv.model.fingerprint import Weights, settings
+from ragkv.model.glance import Glance
 from ragkv.model.graphs import Graphs
 from ragkv.model.inspection import refuse_autocast, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.rope import rope_frequencies
@@ -40,6 +41,8 @@ class Runner:
         self._steps: WeakValueDictionary[tuple[Impl, bool | None], Steps] = WeakValueDictionary()  # they hold this
         self._probed = self._fingerprint = ""
         self._described = "", ""
+        self._glance: Glance | None = None
+        self._replaced = 0  # how often modules were, or tensors
 
     @classmethod
     def of(cls, model: Any) -> Runner:
@@ -59,7 +62,8 @@ class Runner:
     def turn(self) -> Iterator[str]:
         """The model for this thread alone, in the order of asking; reentrant. All models that share a config share the turns.
 
-        The outermost turn looks whether the model is still what it was, so the fingerprint stands until the turn ends.
+        The outermost turn looks whether the model is still what it was, so the fingerprint stands until the turn ends. Each token
+        of an answer is such a turn, and looked at as a prompt is (:class:`~ragkv.model.glance.Glance`).
 
         Yields:
             The fingerprint.
@@ -96,6 +100,7 @@ class Runner:
         """Take the fingerprint anew from every weight: for writes that PyTorch does not count, as those through ``.data``."""
         with self._turns:
             self._weights.forget()
+            self._glance = None
             self._look()
 
     def decoder(self, kernels: Impl = "auto", facts: Facts | None = None) -> Decoder:
@@ -135,7 +140,7 @@ class Runner:
 
     def _mark(self) -> object:
         """What changes with the model, and with where its weights are."""
-        return self._weights.changes, self._fingerprint
+        return self._weights.changes, self._replaced, self._fingerprint
 
     def _made(self, kernels: Impl, facts: Facts | None) -> Decoder:
         refuse_by_config(self._config)  # before weights are read
@@ -152,18 +157,30 @@ class Runner:
         return decoder
 
     def _look(self) -> None:
-        refuse_state(self.model)
         refuse_autocast(self.model.device)
-        described, weights = settings(self._config), self._weights.digest()
+        described = settings(self._config)
+        if self._glance is not None:
+            if described == self._described[1] and self._glance.same():
+                return
+            self._replaced += not self._glance.stands()
+        refuse_state(self.model)
+        glance, weights = (
+            Glance.of(self.model),
+            self._weights.digest(),
+        )  # what is written in between is found at the next look
         fingerprint = digest(weights, described).hex()
-        if fingerprint == self._fingerprint:
-            return
+        if fingerprint != self._fingerprint:
+            self._changed(described)
+        self._fingerprint, self._described, self._glance = fingerprint, (weights.hex(), described), glance
+
+    def _changed(self, described: str) -> None:
+        """Probe anew where more than weights did."""
         embedding, turning = self.model.get_input_embeddings().weight, rope_frequencies(self.model)
         probed = f"{described} {embedding.device} {embedding.dtype} {[table.tolist() for table in turning]}"
         if self._probed and probed != self._probed:
             for decoder in self._decoders.values():
                 decoder.probe()
-        self._fingerprint, self._probed, self._described = fingerprint, probed, (weights.hex(), described)
+        self._probed = probed
 
 
 _runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()

@@ -76,19 +76,14 @@ def _walk(module: Any, path: str, offloaded: tuple[tuple[str, Mapping], ...]) ->
             yield from _walk(child, path if name in ("base_layer", "original_module") else f"{path}{name}.", offloaded)
 
 
-def contents(module: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]] | None:
-    """Every module's parameters, buffers and children, to look later whether they are the same objects.
-
-    ``None`` where something else has a say: adapters, offloading, packed weights.
-    """
-    found: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+def contained(module: nn.Module) -> bool:
+    """Whether parameters and buffers are all that runs: not so with offloading, packed weights, or tensors within tensors."""
     for child in module.modules():
         tensors = (*child._parameters.values(), *child._buffers.values())
         plain = all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        if _adapters(child) is not None or _hooks(child) or next(_packed(child), None) is not None or not plain:
-            return None
-        found += [(held, tuple(held.values())) for held in (child._parameters, child._buffers, child._modules)]
-    return found
+        if _hooks(child) or next(_packed(child), None) is not None or not plain:
+            return False
+    return True
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from ragkv.errors import (
 )
 from ragkv.forks import anew_in_forks
 from ragkv.scheduling.figures import SchedulerStats, Service
-from ragkv.scheduling.memory import free_bytes
+from ragkv.scheduling.memory import Free
 from ragkv.scheduling.policies import POLICIES, Policy
 from ragkv.scheduling.ticket import Ticket
 
@@ -98,7 +98,7 @@ class Scheduler:
         self._lock, self._busy = RLock(), False
         self._waiting, self._running, self._gone = list[Ticket](), set[Ticket](), deque[Ticket]()
         self._computing, self._first = set[Ticket](), None
-        self._within = set[int]()
+        self._within, self._free = set[int](), Free()
         for service in self._figures.values():
             service.waiting = service.running = 0
 
@@ -297,6 +297,7 @@ class Scheduler:
 
     def _over(self, ticket: Ticket) -> None:
         service = self._of(ticket)
+        self._free.forget()
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             service.waiting -= 1
@@ -315,7 +316,7 @@ class Scheduler:
             return ticket.needs_bytes + sum(other.needs_bytes for other in self._running) <= self.memory_bytes
         if not self._running:
             return True  # nobody would give anything back
-        free = free_bytes(ticket.device)
+        free = self._free.bytes(ticket.device)
         promised = sum(other.answer_bytes for other in self._running)
         return free is None or ticket.new_bytes + promised <= _SHARE * free
 
@@ -324,7 +325,7 @@ class Scheduler:
         if self.memory_bytes is not None:
             more = ticket.needs_bytes > self.memory_bytes
             return f"{ticket.needs_bytes:,} bytes, more than memory_bytes={self.memory_bytes:,}" if more else ""
-        free = free_bytes(ticket.device)
+        free = self._free.bytes(ticket.device)
         if free is None:
             return ""
         free += sum(other.needs_bytes for other in self._running if other.device == ticket.device)

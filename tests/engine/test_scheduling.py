@@ -23,6 +23,7 @@ from ragkv import (
 )
 from ragkv.library.watching import watched
 from ragkv.metrics import EngineCollector
+from ragkv.scheduling import memory
 from ragkv.scheduling import scheduler as module
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
@@ -358,7 +359,7 @@ def test_what_never_fits_is_refused(engine):
 
 def test_what_takes_all_memory_is_refused(monkeypatch):
     """Without a bound of one's own, too, and before anything is computed."""
-    monkeypatch.setattr(module, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 20)
     engine = engine_with()
     chunks = engine.add([random_ids(20)])
     with engine.runner.turn():  # nothing would be computed now
@@ -374,7 +375,7 @@ def test_what_takes_all_memory_is_refused(monkeypatch):
 def test_a_past_is_in_memory_already(monkeypatch):
     engine = engine_with()
     past = engine.generate([random_ids(200)], QUESTION, keep_past=True, **NO_END).past
-    monkeypatch.setattr(module, "free_bytes", lambda device: 100 * TOKEN_BYTES)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100 * TOKEN_BYTES)
     assert engine.generate([], QUESTION, past=past, **NO_END).token_ids
     with pytest.raises(OverloadedError, match="there are"):
         engine.generate([random_ids(200)], QUESTION, **NO_END)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 PARTS = ("memory", "attention", "ttft", "graphs", "tiles")  # tiles only on a GPU
@@ -50,6 +53,15 @@ def test_tiny(tmp_path):
     attention = {row["what"]: row for row in rows if row["benchmark"] == "attention"}
     assert set(attention) == {"selective", "selective, few", "sdpa with a mask", "FlexAttention", "dense causal"}
     assert all(row["flops_per_s"] > 0 for row in attention.values())
+
+
+def test_each_row_has_its_own_peak(monkeypatch):
+    """Not that of whatever ran before it in the process."""
+    bench = runpy.run_path(str(FOLDER / "measure.py"))["Bench"](torch.device("cuda", 0), True, 1, None)
+    peaks = {0: 700}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[device.index])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update({device.index: 20}))
+    assert (bench.peak(), bench.peak()) == (700, 20)
 
 
 def test_without_a_gpu_it_says_so():

@@ -1,13 +1,15 @@
 """How CUDA is asked for a graph, with what PyTorch calls so in its place: which stream, which pool, and what a failure leaves."""
 
+import gc
 import inspect
+import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from ragkv.model import capture as module
-from ragkv.model.capture import CudaCapture
+from ragkv.model.capture import CudaCapture, capturing
 
 GPU = torch.device("cuda", 0)
 
@@ -16,13 +18,18 @@ class Cuda:
     """The calls that were made, in order; streams are names."""
 
     def __init__(self, monkeypatch):
-        self.calls, self.current = [], Stream("default", self)
-        self._signature = inspect.signature(torch.cuda.graph.__init__)
-        for name in ("device", "stream", "Stream", "CUDAGraph", "graph", "current_stream", "default_stream"):
+        self.calls, self.current, self.free, self.broken = [], Stream("default", self), 500, False
+        self.begins = inspect.signature(torch.cuda.CUDAGraph.capture_begin)
+        for name in ("device", "stream", "Stream", "CUDAGraph", "current_stream", "default_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         pools = iter(["pool", "another pool"])
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("not while others capture"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: pytest.fail("not while others capture"))
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: pytest.fail("others pay for it"), raising=False)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.calls.append("what is kept goes"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 1000))
+        ended = lambda device, pool: self.calls.append(f"{pool} of device {device} takes no more")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
 
     @contextmanager
     def device(self, device):
@@ -49,27 +56,6 @@ class Cuda:
     def default_stream(self, device):
         return Stream("default", self)
 
-    def graph(self, *args, **kwargs):
-        bound = self._signature.bind(None, *args, **kwargs).arguments  # it is called as this PyTorch has it
-        assert bound["stream"].name == "side" and bound["capture_error_mode"] == "thread_local"
-        return Recording(self, bound["cuda_graph"], bound["stream"], bound.get("pool"))
-
-
-class Recording:
-    """As PyTorch's: it ends the graph that it has by then, and where a capture fails its stream stays."""
-
-    def __init__(self, cuda, graph, stream, pool):
-        self.cuda, self.cuda_graph, self.stream, self.pool = cuda, graph, stream, pool
-
-    def __enter__(self):
-        self.before, self.cuda.current = self.cuda.current, self.stream
-        self.cuda_graph.capture_begin(self.pool)
-
-    def __exit__(self, *error):
-        if error == (None, None, None):
-            self.cuda_graph.capture_end()
-            self.cuda.current = self.before
-
 
 class Stream(str):
     def __new__(cls, name, cuda):
@@ -90,19 +76,23 @@ class Graph:
     def __init__(self, cuda):
         self.cuda, self.state = cuda, "new"
 
-    def capture_begin(self, pool=None, capture_error_mode="thread_local"):
-        assert (self.state, self.cuda.current, capture_error_mode) == ("new", "side", "thread_local")
+    def capture_begin(self, *args, **kwargs):
+        how = self.cuda.begins.bind(None, *args, **kwargs).arguments  # it is called as this PyTorch has it
+        assert (self.state, self.cuda.current, how["capture_error_mode"]) == ("new", "side", "thread_local")
+        assert capturing.locked()
         self.state = "begun"
-        self.cuda.calls.append(("begin", pool))
+        self.cuda.calls.append(("begin", how.get("pool")))
         self.since = len(self.cuda.calls)
 
     def capture_end(self):
-        assert self.state == "begun"
+        if self.state != "begun" or self.cuda.broken:
+            self.cuda.broken, self.state = False, "failed"
+            raise RuntimeError("operation failed due to a previous error during capture")
         self.state, self.recorded = "made", self.cuda.calls[self.since :]
         self.cuda.calls.append("end")
 
     def replay(self):
-        assert self.state == "made"
+        assert self.state == "made" and capturing.locked()
         self.cuda.calls.append("replay")
 
 
@@ -172,7 +162,11 @@ def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
 
     with pytest.raises(RuntimeError, match="not permitted"):
         capture(body)
-    assert cuda.calls[-3:] == [("begin", None), "zeros on cuda:0", "end"]  # a capture that goes well ends the other
+    assert cuda.calls[1:] == [
+        *(("begin", "pool"), "end", "pool of device 0 takes no more"),
+        *(("begin", None), "zeros on cuda:0", "end"),  # a capture that goes well ends the other
+        "default waits for side",
+    ]
     assert cuda.current == "default"
     assert len(module._failed) == 1  # it lives on
     assert capture(lambda cut: torch.ones(1))(pytest.fail) is not None  # the lock is not held
@@ -188,11 +182,13 @@ def test_a_failure_behind_a_cut_is_undone_too(cuda, monkeypatch):
         cut(0)
         ran.append(1)
         if len(ran) > 1:
+            cuda.broken = True  # it cannot be ended either
             raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="not permitted"):
         capture(body)
-    assert cuda.current == "default" and len(module._failed) == 2
+    assert cuda.current == "default" and [graph.state for graph in module._failed] == ["made", "failed"]
+    assert cuda.calls[-3:] == [("begin", None), "end", "default waits for side"] and not capturing.locked()
 
 
 def test_an_interrupt_is_undone_too(cuda, monkeypatch):
@@ -207,7 +203,43 @@ def test_an_interrupt_is_undone_too(cuda, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         capture(body)
-    assert cuda.calls[-2:] == [("begin", None), "end"] and len(module._failed) == 1
+    assert cuda.calls[-3:] == [("begin", None), "end", "default waits for side"] and len(module._failed) == 1
+
+
+def test_a_body_that_fails_before_its_capture_is_waited_for(cuda):
+    """What it reads may be let go behind it, on the default stream."""
+    with pytest.raises(ZeroDivisionError):
+        CudaCapture(GPU)(lambda cut: 1 / 0)
+    assert cuda.calls == ["side waits for default", "default waits for side"]
+
+
+def test_what_pytorch_keeps_is_given_back_where_little_is_free(cuda):
+    capture = CudaCapture(GPU)
+    capture(lambda cut: torch.ones(1))
+    assert "what is kept goes" not in cuda.calls
+    cuda.free = 10
+    capture(lambda cut: torch.ones(1))
+    assert cuda.calls[-4:] == ["what is kept goes", ("begin", "pool"), "end", "default waits for side"]
+
+
+def test_others_wait_while_launches_are_recorded_alone(cuda):
+    """Not while the body runs; and a replay waits for another model's capture."""
+    locked, collects = [], []
+
+    def body(cut):
+        locked.append(capturing.locked())
+        collects.append(gc.isenabled())
+        return torch.ones(1)
+
+    replay = CudaCapture(GPU)(body)
+    assert locked == [False, True] and collects == [True, False] and gc.isenabled()
+    replays = threading.Thread(target=replay, args=(pytest.fail,))
+    with capturing:
+        replays.start()
+        replays.join(0.05)
+        assert replays.is_alive() and "replay" not in cuda.calls
+    replays.join(10)
+    assert cuda.calls[-1] == "replay"
 
 
 def test_another_stream_has_no_graphs(cuda):

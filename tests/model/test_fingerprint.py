@@ -1,11 +1,13 @@
 """The fingerprint is of what runs: whatever changes the numbers changes it, and stored KV of before are not used."""
 
 import copy
+import importlib
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from ragkv import Engine, PromptTemplate, Reuse, UnsupportedModelError
+from ragkv import Engine, ModelChangedError, PromptTemplate, Reuse, UnsupportedModelError
 from ragkv.model.runner import Runner
 from ragkv.model.weights import device_digest, part_digest
 from ragkv.testing import random_ids, tiny_model
@@ -97,6 +99,113 @@ def test_what_modules_are_given_besides_is_noticed_wherever_it_is():
         with runner.turn() as fingerprint:
             seen.add(fingerprint)
     assert len(seen) == len(modules)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How often all modules of a model were walked through."""
+    seen = []
+    for name in ("ragkv.model.runner.refuse_state", "ragkv.model.fingerprint.parts"):
+        plain = getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
+        monkeypatch.setattr(name, lambda model, plain=plain: seen.append(plain.__name__) or plain(model))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["bare", "adapted"])
+def test_a_look_at_a_model_that_did_not_change_is_a_glance(kind, walks):
+    model = adapted()[1] if kind == "adapted" else tiny_model()
+    engine = Engine(model, template=TEMPLATE)
+    chunks = engine.add([random_ids(20)])
+    engine.fuse(chunks, QUESTION)
+    walks.clear()
+    assert engine.generate(chunks, QUESTION, max_new_tokens=5, eos_token_id=None).token_ids
+    assert walks == []
+
+
+def amid(engine, change):
+    """An answer during which something is changed, behind its second token."""
+    said = []
+
+    def processor(ids, scores):
+        said.append(ids)
+        if len(said) == 2:
+            change()
+        return scores
+
+    more = {"max_new_tokens": 5, "eos_token_id": None, "logits_processor": [processor]}
+    return engine.generate([random_ids(20)], QUESTION, **more).token_ids
+
+
+def compiled(model):
+    model.model.layers[2].mlp._compiled_call_impl = lambda *_: None
+
+
+def compiled_forward(model):
+    module = model.model.layers[2].mlp
+    module.forward = lambda *_: None
+    module.forward._torchdynamo_orig_callable = None
+
+
+def moved(model):
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data * 2  # in other memory, which PyTorch counts as no write
+
+
+def wrapped_in(model):
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = torch.nn.Sequential(mlp.down_proj, torch.nn.Dropout(0.1)).eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda model: model.model.layers[1].mlp.up_proj.weight.data.__setitem__(0, 0.0), None),  # not counted
+        (lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.Identity()), None),  # nor a weight
+        (lambda model: model.model.layers[1].mlp.up_proj.weight.detach().mul_(2), ModelChangedError),
+        (moved, ModelChangedError),
+        (lambda model: setattr(model.config, "rms_norm_eps", 0.5), ModelChangedError),
+        (wrapped_in, ModelChangedError),
+        (lambda model: model.train(), UnsupportedModelError),
+        (compiled, UnsupportedModelError),
+        (compiled_forward, UnsupportedModelError),
+    ],
+    ids=["data", "module", "in place", "moved", "config", "replaced", "training", "compiled", "compiled forward"],
+)
+def test_what_changes_amid_an_answer_is_noticed_at_its_next_token(change, error):
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    with pytest.raises(error) if error else nullcontext():
+        amid(engine, lambda: change(engine.model))
+
+
+def test_adapters_that_change_amid_an_answer_are_noticed():
+    model, wrapped, config = adapted()
+    wrapped.add_adapter("two", config)
+    wrapped.eval()
+    engine = Engine(wrapped, template=TEMPLATE)
+    layer = model.model.layers[0].self_attn.k_proj
+    changes = [
+        lambda: wrapped.set_adapter("two"),
+        lambda: layer.scaling.update(two=7.0),
+        lambda: wrapped.base_model.disable_adapter_layers(),
+        lambda: wrapped.base_model.enable_adapter_layers(),
+        lambda: wrapped.merge_adapter(),
+    ]
+    for change in changes:
+        with pytest.raises(ModelChangedError):
+            amid(engine, change)
+
+
+def test_graphs_go_with_the_modules_that_they_ran():
+    """Though no weight changed."""
+    engine = Engine(tiny_model(), template=TEMPLATE)
+    before = engine.runner._mark()
+    engine.model.model.layers[1].mlp.act_fn = torch.nn.Identity()
+    with engine.runner.turn():
+        assert engine.runner._mark() != before
+    before = engine.runner._mark()
+    engine.model.note = "of somebody"
+    with engine.runner.turn():
+        assert engine.runner._mark() == before
 
 
 def test_a_model_that_changes_in_more_than_weights_is_probed_again():

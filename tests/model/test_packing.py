@@ -8,6 +8,7 @@ from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import Scores, SpanBuilder, span_rules
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
+from ragkv.model.syncs import no_syncs
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 EXACT = 1e-4
@@ -55,6 +56,23 @@ def test_packed_is_alone(architecture):
             assert float((mine.value_room[:, :, :held] - other.value_room[:, :, :held]).abs().max()) < EXACT
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_rows_behind_chunks_that_stand_apart(architecture, kernels):
+    """Positions that do not run evenly with the slots, beyond them or shared: alone too a row sees what stands in front of it."""
+    decoder = Decoder(tiny_model(architecture), kernels)
+
+    def apart():
+        made = prompts(decoder)[:3]
+        for rows, shift in zip(made, (11, -9, -3), strict=True):
+            rows.positions = rows.positions + shift
+        return made
+
+    want, got = [decoder.forward(rows) for rows in apart()], run_packed(decoder, apart())
+    for before, after in zip(want, got, strict=True):
+        assert float((before - after).abs().max()) < EXACT
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 def test_who_watches_sees_its_own_rows(architecture):
     decoder = Decoder(tiny_model(architecture))
@@ -91,6 +109,20 @@ def test_logits_are_given_where_they_are_wanted():
     for rows in some:
         rows.wanted = 0
     assert [len(logits) for logits in run_packed(decoder, some)] == [0] * 5
+
+
+@pytest.mark.parametrize("keeps_last", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_nothing_is_waited_for(kernels, keeps_last):
+    """A step of all answers is launched as a whole, which rows' logits are wanted among it."""
+    decoder = Decoder(tiny_model(), kernels)
+    decoder.keeps_last = keeps_last
+    assert packs(decoder)  # its first steps
+    some, same = prompts(decoder), prompts(decoder)
+    with no_syncs(torch.device("cpu")):
+        got = run_packed(decoder, some)
+    for before, after in zip(map(decoder.forward, same), got, strict=True):
+        assert float((before - after).abs().max()) < EXACT
 
 
 def test_a_model_that_fails_leaves_its_attention_as_it_was(monkeypatch):

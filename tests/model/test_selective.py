@@ -1,21 +1,29 @@
 """Fusion with selective attention in the place of masks: the same prompts, on every architecture that allows it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from ragkv import (
     CacheBlend,
+    CacheCraft,
     Engine,
+    FullPrefill,
     LegoLink,
     Method,
     MethodError,
     PromptTemplate,
     QuestionAware,
+    Reuse,
     SensitiveTokens,
     UnsupportedModelError,
 )
 from ragkv.fusion.looking import Looking
 from ragkv.kernels import KernelError
+from ragkv.model.decoder import Decoder
+from ragkv.model.rows import Rows
+from ragkv.model.syncs import no_syncs
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
@@ -41,6 +49,75 @@ def test_spans_give_what_masks_give(architecture):
         for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
             torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
     assert model.config._attn_implementation == loaded
+
+
+@pytest.fixture
+def masked(monkeypatch):
+    """Shapes of the masks ``[S, N]`` of rows behind others, as attention is given them."""
+    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*args, attn_mask=None, **more):
+        if attn_mask is not None and attn_mask.shape[-1] > attn_mask.shape[-2]:
+            seen.append(attn_mask.shape)
+        return plain(*args, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr("ragkv.model.kernel_attention._spans_of_model", lambda **_: pytest.fail("made by the model"))
+    return seen
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gemma2", "gpt_oss", "llama4_text"])
+def test_rows_behind_others_see_by_spans(architecture, masked):
+    """No mask of rows and keys is made, and no keys and values are copied for it: of a document behind an anchor, of later pieces,
+    of the last rows of a prompt; and nothing is waited for.
+    """
+    model = tiny_model(architecture)
+    own, spans = (Decoder(model, kernels) for kernels in ("auto", "reference"))
+    ids, caches = torch.tensor(random_ids(70)), []
+    masked.clear()
+    for decoder, wait in ((own, nullcontext()), (spans, no_syncs(torch.device("cpu")))):
+        caches.append(cache := decoder.cache(80))
+        with wait:
+            hidden = [decoder.read(ids[a:b], cache, a) for a, b in ((0, 30), (30, 50), (50, 51))]
+            rows = [Rows(ids[a:b], torch.arange(a, b), cache, wanted=1) for a, b in ((51, 69), (69, 70))]
+            hidden += [decoder.forward(one) for one in rows]
+        caches.append(hidden)
+        if decoder is own:
+            assert masked or architecture in ("gemma2", "gpt_oss")  # loaded with eager attention
+            masked.clear()
+    assert not masked
+    assert rows[0].attention == "selective (reference)"
+    for a, b in zip(caches[1], caches[3], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for a, b in zip(caches[0].layers, caches[2].layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Reuse(), FullPrefill(), CacheBlend(0.3), CacheCraft()], ids=repr)
+def test_no_prompt_makes_masks(method, masked):
+    """Documents are read, and methods that measure read them, behind an anchor and in pieces; and 300 rows end the prompt."""
+    own, spans = (
+        Engine(tiny_model(), template=TEMPLATE, kernels=kernels, piece_tokens=40, method=method)
+        for kernels in ("auto", "reference")
+    )
+    masked.clear()
+    passages, question = [random_ids(n) for n in (60, 17, 41)], random_ids(300)
+    got = spans.fuse(spans.add(passages)[::-1], question)
+    assert not masked
+    want = own.fuse(own.add(passages)[::-1], question)
+    assert masked
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.recomputed, want.recomputed)
+
+
+def test_a_prompt_alone_is_the_models_own():
+    """Nothing in front: causal attention needs no mask, and has kernels of its own; a window that all fits into is none."""
+    for architecture, tokens in (("llama", 70), ("mistral", 8)):
+        decoder = Decoder(tiny_model(architecture), "reference")
+        ids, cache = torch.tensor(random_ids(tokens)), decoder.cache(tokens)
+        rows = Rows(ids, torch.arange(tokens), cache)
+        decoder.forward(rows)
+        assert rows.attention == "sdpa"
 
 
 class Looks(Method):

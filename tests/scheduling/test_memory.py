@@ -30,8 +30,40 @@ def test_a_control_group_limits_it(tmp_path, monkeypatch, limit, left, own):
     assert found == left if left is not None else (found is None) == (before is None)
 
 
+class Gpu:
+    """Counts how often it is asked."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        for name in ("mem_get_info", "memory_stats_as_nested_dict"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("memory_stats", "memory_reserved", "memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: pytest.fail("flattens all statistics"))
+
+    def mem_get_info(self, device):
+        self.asked.append("driver")
+        return 1000, 5000
+
+    def memory_stats_as_nested_dict(self, device):
+        self.asked.append("allocator")
+        kinds = {"reserved_bytes": 700, "allocated_bytes": 200}
+        return {name: {"all": {"current": count}, "small_pool": {"current": 1}} for name, count in kinds.items()}
+
+
 def test_a_gpu_gives_what_pytorch_does_not_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    gpu = Gpu(monkeypatch)
     assert memory.free_bytes(torch.device("cuda", 0)) == 1500
+    assert sorted(gpu.asked) == ["allocator", "driver"]
+
+
+def test_an_answer_stands_for_some_milliseconds(monkeypatch):
+    gpu, now, there = Gpu(monkeypatch), [0.0], torch.device("cuda", 0)
+    monkeypatch.setattr(memory, "perf_counter", lambda: now[0])
+    free = memory.Free()
+    assert [free.bytes(there) for _ in range(3)] == [1500] * 3 and len(gpu.asked) == 2
+    free.bytes(torch.device("cuda", 1))
+    assert len(gpu.asked) == 4
+    now[0] = 0.006
+    assert free.bytes(there) == 1500 and len(gpu.asked) == 6
+    free.forget()
+    assert free.bytes(there) == 1500 and len(gpu.asked) == 8

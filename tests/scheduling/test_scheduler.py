@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from ragkv import ArgumentError, ArgumentTypeError, DeadlineError, Fair, OverloadedError, RagKVError, Scheduler
+from ragkv.scheduling import memory
 from ragkv.scheduling import scheduler as module
 from ragkv.scheduling.policies import FirstComeFirstServed
 from ragkv.scheduling.ticket import Ticket
@@ -112,7 +113,7 @@ def test_memory_is_never_promised_twice():
 
 def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
     free = [100]
-    monkeypatch.setattr(module, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
     line = Scheduler()
     first = Asking(line, Ticket("", 10, needs_bytes=99, answer_bytes=30))  # nobody would give anything back
     assert first.began.wait(10)
@@ -134,6 +135,22 @@ def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
     third.end()
 
 
+def test_a_prompt_looks_once_at_free_memory(monkeypatch):
+    """Not once for whether it would ever fit, and once for whether it does now, and again for whoever joins with it."""
+    looked, now = [], [0.0]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: looked.append(device) or 1000)
+    monkeypatch.setattr(memory, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "_COMPUTED", 9)
+    line = Scheduler()
+    asked = [Asking(line, Ticket("", 10, needs_bytes=10)) for _ in range(4)]
+    assert all(one.began.wait(10) for one in asked) and len(looked) == 1
+    asked[0].end()  # gives some back
+    last = Asking(line, Ticket("", 10, needs_bytes=10))
+    assert last.began.wait(10) and len(looked) == 2
+    for one in (*asked[1:], last):
+        one.end()
+
+
 def test_an_interrupted_turn_is_nobodys():
     line = Scheduler()
 
@@ -149,7 +166,7 @@ def test_an_interrupted_turn_is_nobodys():
 
 
 def test_nothing_is_begun_ahead_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(module, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
     line = Scheduler()
     assert line.idle(Ticket("", 10, needs_bytes=100)) and not line.idle(Ticket("", 10, needs_bytes=101))
 
