@@ -35,6 +35,12 @@ def reads(monkeypatch):
 
 
 @pytest.fixture
+def unmeasured(monkeypatch):
+    """As in a process that has measured no model's prefills."""
+    monkeypatch.setattr("ragkv.library.costs._measured", {})
+
+
+@pytest.fixture
 def interruptible():
     """Ctrl-C is heard, also where the tests were started in the background; and by programs that are started."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
