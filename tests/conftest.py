@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -15,6 +16,17 @@ import torch
 
 # Tiny models gain nothing from threads and lose much where cores are shared.
 torch.set_num_threads(1)
+
+
+def pytest_collection(session):
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    """What imports left stays for good: the collector need not look through a million objects again and again."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(config, val, argname):
