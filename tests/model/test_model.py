@@ -106,16 +106,19 @@ REFUSED = {
     "gpt2": ("values change with the absolute position", {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}),
     "opt": ("values change with the absolute position", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
     "mamba": ("linear_attention", {"state_size": 8, "attn_implementation": "eager"}),
-    "qwen3_next": ("linear_attention", {}),
+    "qwen3_next": ("linear_attention", {"num_experts": 4, "moe_intermediate_size": 32}),
     "bloom": ("ALiBi|plain key-value cache", {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"}),
     "falcon": ("ALiBi", {"alibi": True, "head_dim": None, "new_decoder_architecture": False}),
     "openai-gpt": ("nothing to reuse", {"n_positions": 512, "n_embd": 64, "attn_implementation": "eager"}),
     "gemma3n_text": (
         "layers 5 of the model's 6 keep no keys and values of their own",
-        {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "intermediate_size": None, "layer_types": None},
+        {
+            **{"num_hidden_layers": 6, "num_kv_shared_layers": 1, "vocab_size_per_layer_input": 128},
+            **{"intermediate_size": 96, "layer_types": None},
+        },
     ),
     "hrm_text": ("does not keep its decoder layers in one list", {"attn_implementation": "eager"}),
-    "deepseek_v3": ("MLA", {"kv_lora_rank": 16, "q_lora_rank": 16}),
+    "deepseek_v3": ("MLA", {"kv_lora_rank": 16, "q_lora_rank": 16, "moe_intermediate_size": 32}),
     "llama": (
         "rope type 'dynamic'",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
