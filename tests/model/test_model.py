@@ -113,8 +113,11 @@ REFUSED = {
     "gemma3n_text": (
         "layers 5 of the model's 6 keep no keys and values of their own",
         {
-            **{"num_hidden_layers": 6, "num_kv_shared_layers": 1, "vocab_size_per_layer_input": 128},
-            **{"intermediate_size": 96, "layer_types": None},
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 1,
+            "vocab_size_per_layer_input": 128,
+            "intermediate_size": 96,
+            "layer_types": None,
         },
     ),
     "hrm_text": ("does not keep its decoder layers in one list", {"attn_implementation": "eager"}),
