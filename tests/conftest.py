@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
@@ -17,9 +22,35 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection(session):
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    """What imports left stays for good: the collector need not look through a million objects again and again."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_make_parametrize_id(config, val, argname):
     """Bytes name no test: an archive has its second in them, and processes that collect have to agree on names."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """What stands for ``sys.executable`` where a program may find PyTorch and transformers loaded."""
+    program = Path(__file__).with_name("warm.py")
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/socket"
+        serve = [sys.executable, "-P", program, "serve", path]
+        with subprocess.Popen(serve, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as server:
+            while not os.path.exists(path):
+                assert server.poll() is None
+                time.sleep(0.01)
+            yield [sys.executable, "-IS", program, path]
+            server.stdin.close()
 
 
 @pytest.fixture
@@ -32,6 +63,12 @@ def reads(monkeypatch):
         return seen
 
     return watch
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """As in a process that has measured no model's prefills."""
+    monkeypatch.setattr("ragkv.library.costs._measured", {})
 
 
 @pytest.fixture

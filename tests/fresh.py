@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 
-def fresh(code: str, *args: object, **env: str) -> str:
+def fresh(code: str, *args: object, python: Sequence[object] = (sys.executable,), **env: str) -> str:
     """What a program prints that sees the installed ragkv and nothing of this process."""
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code, *map(str, args)],
+        [*map(str, python), "-P", "-c", code, *map(str, args)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},

@@ -18,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"triton", "faiss", "lmdb", "sentence_transformers", "pypdf"}
 
 
-def test_import_is_light():
+def test_import_is_light(warm):
     code = (
         "import torch, transformers, sys; before = set(sys.modules); import ragkv; "
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
-    loaded = set(ast.literal_eval(fresh(code)))
+    loaded = set(ast.literal_eval(fresh(code, python=warm)))
     assert not loaded & HEAVY
     assert loaded <= {"ragkv"}
 

@@ -1,4 +1,5 @@
-"""What prefilling costs: a small grid of times, measured once per model and kept in the store (RAGCache, arXiv:2404.12457).
+"""What prefilling costs: a small grid of times, measured once per model, kept in the store and for other stores of the process
+(RAGCache, arXiv:2404.12457).
 
 The eviction policy weighs chunks by it. The time that reading a document took would do too, but it is noisy, and the same
 for all chunks of a piece, however much text stood before them.
@@ -13,6 +14,7 @@ import torch
 
 from ragkv.chunk import digest
 from ragkv.errors import RecordError, StoreError
+from ragkv.lazy import keep_last
 from ragkv.library.reading import Reader
 from ragkv.machine import machine
 from ragkv.store import CostProfile, TieredStore
@@ -24,6 +26,9 @@ _CACHED, _NEW = 1024, (16, 128, 512, 2048, 8192)
 #: A token of the next column will hardly take more than this many times as long.
 _GROWTH = 1.25
 _LIMIT_S = 2.0
+#: What this process measured, by model and machine, and the lengths that a reader needs.
+_measured: dict[tuple[str, tuple[int, ...]], CostProfile] = {}
+_MODELS = 64
 
 
 def cost_profile(reader: Reader, store: TieredStore, most_tokens: int) -> CostProfile | None:
@@ -36,7 +41,13 @@ def cost_profile(reader: Reader, store: TieredStore, most_tokens: int) -> CostPr
     """
     if not store.uses_costs:
         return None
-    return known_costs(reader, store) or measured_costs(reader, store, most_tokens, _LIMIT_S)
+    known = known_costs(reader, store)
+    if known is None:
+        known = _measured.get(_wanted(reader, most_tokens))
+        if known is None:
+            return measured_costs(reader, store, most_tokens, _LIMIT_S)
+        _keep(reader, store, known)
+    return known
 
 
 def known_costs(reader: Reader, store: TieredStore) -> CostProfile | None:
@@ -51,12 +62,20 @@ def known_costs(reader: Reader, store: TieredStore) -> CostProfile | None:
 
 def measured_costs(reader: Reader, store: TieredStore, most_tokens: int, limit_s: float) -> CostProfile:
     """As :func:`cost_profile`, measured now, in the place of what was kept; ``limit_s`` as for :func:`measure`."""
-    profile = measure(reader, most_tokens, limit_s)
+    profile = keep_last(_measured, _wanted(reader, most_tokens), measure(reader, most_tokens, limit_s), _MODELS)
+    _keep(reader, store, profile)
+    return profile
+
+
+def _keep(reader: Reader, store: TieredStore, profile: CostProfile) -> None:
     try:
         store.meta_put(_name(reader), profile.to_bytes())
     except StoreError as error:  # full, or open for reading only
         logger.warning("prefill times are used but not stored: %s", str(error))
-    return profile
+
+
+def _wanted(reader: Reader, most_tokens: int) -> tuple[str, tuple[int, ...]]:
+    return _name(reader), _lengths(reader, most_tokens)[1]
 
 
 def _name(reader: Reader) -> str:
@@ -69,9 +88,7 @@ def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:
     The first step is always taken. Nothing of the model is changed. What stands before is made of zeros: attention takes as long
     over them.
     """
-    cached = (0, min(_CACHED, most_tokens // 2)) if most_tokens > 1 else (0,)
-    most = min(most_tokens - cached[-1], reader.piece_tokens)
-    sizes = [count for count in _NEW if count <= most] or [most]
+    cached, sizes = _lengths(reader, most_tokens)
     _prefill(reader, 0, sizes[0])  # the first pass of a process is slow
     begin = perf_counter()
     columns, token_s = [[0.0] * len(cached)], 0.0
@@ -84,6 +101,13 @@ def measure(reader: Reader, most_tokens: int, limit_s: float) -> CostProfile:
         token_s = (perf_counter() - started) / new
     new_tokens = (0, *sizes[: len(columns) - 1])
     return CostProfile(cached, new_tokens, tuple(zip(*columns, strict=True)))
+
+
+def _lengths(reader: Reader, most_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens that stand before, and tokens of a prefill."""
+    cached = (0, min(_CACHED, most_tokens // 2)) if most_tokens > 1 else (0,)
+    most = min(most_tokens - cached[-1], reader.piece_tokens)
+    return cached, tuple(count for count in _NEW if count <= most) or (most,)
 
 
 def _prefill(reader: Reader, cached: int, new: int) -> float:

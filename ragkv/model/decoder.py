@@ -22,6 +22,7 @@ from ragkv.model.cache import FusedCache, LayerSpec
 from ragkv.model.driving import Driving
 from ragkv.model.inspection import decoder_layers, most_positions, non_finite, refuse_by_config, refuse_state, unwrapped
 from ragkv.model.kernel_attention import SpanRule, hands_on, serves, span_rules
+from ragkv.model.linear import wide
 from ragkv.model.masks import Rule, SameMask, for_model, layer_rules
 from ragkv.model.rope import Probe, Rotation, Tolerance, probe_rotations, relative_error
 from ragkv.model.traits import Traits
@@ -50,6 +51,7 @@ class Decoder(Driving):
         max_positions: positions of the longest prompt, or ``None``.
         vocab_size: ids are below it.
         keeps_last: logits may be asked for of the last row alone.
+        wide: passes of few rows may be faster in another order.
         probes: how often it was found out what the model does.
 
     Raises:
@@ -75,6 +77,7 @@ class Decoder(Driving):
         refuse_state(self.model)
         embeddings = self.model.get_input_embeddings()
         self.layers: nn.ModuleList = decoder_layers(self.model, self.config.num_hidden_layers)
+        self.wide: bool = wide(self.layers)
         self.vocab_size: int = embeddings.weight.shape[0]
         self.device: torch.device = _device(embeddings)
         self.backbone: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Driving:
     backbone: nn.Module
     vocab_size: int
     keeps_last: bool
+    wide: bool
 
     @property
     def attention(self) -> str:
@@ -79,7 +80,7 @@ class Driving:
         return self._out(self.model, ids, positions, cache, mask, **keep).logits[0, -rows:]
 
     def _out(self, module: nn.Module, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any, **more: int) -> Any:
-        with self.turns, few_rows(len(ids), self.device, self.model.dtype):
+        with self.turns, self.few_rows(len(ids)):
             return module(
                 input_ids=ids[None],
                 position_ids=positions[None],
@@ -88,6 +89,10 @@ class Driving:
                 use_cache=True,
                 **more,
             )
+
+    def few_rows(self, rows: int) -> AbstractContextManager[object]:
+        """A block in which a pass of so many rows is computed in the order that is faster for few."""
+        return few_rows(rows, self.device, self.model.dtype) if self.wide else nullcontext()
 
     def forward(self, rows: Rows) -> Tensor:
         """Run rows of one prompt; returns the next-token logits ``[W, V]`` of the last ones, as many as are wanted."""

@@ -33,6 +33,11 @@ def few_rows(rows: int, device: torch.device, dtype: torch.dtype) -> AbstractCon
     return nullcontext()
 
 
+def wide(layers: nn.Module) -> bool:
+    """Whether any of their weights is so large that the order makes a difference: watching for it slows smaller ones down."""
+    return any(weight.dim() > 1 and weight.shape[-2:].numel() >= _SMALL for weight in layers.parameters())
+
+
 @cache
 def pays(threads: int) -> bool:
     """Whether the other order is faster here: tried once, in some ten milliseconds."""

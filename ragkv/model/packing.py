@@ -24,7 +24,6 @@ from ragkv.kernels.upload import sent
 from ragkv.model.attention import grouped, grouped_sdpa, switched
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
-from ragkv.model.linear import few_rows
 from ragkv.model.masks import LayerMasks, MaskBuilder, SameMask, for_model
 from ragkv.model.rope import relative_error
 from ragkv.model.rows import Rows
@@ -70,8 +69,7 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
     ends = list(accumulate(map(len, parts)))
     last = [at for end, part in zip(ends, parts, strict=True) for at in range(end - part.wanted, end)]
     wanted = torch.tensor(last, dtype=torch.long, device="cpu")  # sent from there, for which nobody waits
-    fast = few_rows(ends[-1], decoder.device, decoder.model.dtype)
-    with _attention(decoder, parts, ends) as (cache, mask), fast:
+    with _attention(decoder, parts, ends) as (cache, mask), decoder.few_rows(ends[-1]):
         ids = torch.cat([part.ids for part in parts])[None]
         positions = torch.cat([part.positions for part in parts])[None]
         keep = {"logits_to_keep": sent(wanted, ids.device)} if last and decoder.keeps_last else {}

@@ -37,6 +37,7 @@ def test_advice_as_table_and_as_json(capsys, monkeypatch):
     assert any(line.startswith("reading 2,000,000 tokens of documents, each twice: about") for line in lines)
     assert any(line.startswith("raw (in use)") for line in lines) and any(line.startswith("int8") for line in lines)
     monkeypatch.setattr("ragkv.library.costs.measure", None)  # it is kept
+    monkeypatch.setattr("ragkv.library.costs._measured", {})
     code, out, _ = run(capsys, "advise", "--json")
     said = json.loads(out)
     assert code == 0 and list(said["tiers"]) == ["cpu", "disk", "page cache"] and said["corpus"]["tokens"] == 1_000_000

@@ -165,10 +165,10 @@ def test_an_interrupted_add_says_how_to_go_on(files, capsys, monkeypatch):
     assert err == "ragkv: interrupted: what was read is kept, and the same command goes on from there\n"
 
 
-def test_a_real_interrupt_keeps_what_was_read(interruptible, tmp_path):
+def test_a_real_interrupt_keeps_what_was_read(interruptible, warm, tmp_path):
     """SIGINT in the middle of one long document; the second time only the rest of it is read."""
     (tmp_path / "long.md").write_text("\n\n".join(list(bundled.documents().values())[:24]))
-    argv = [sys.executable, "-m", "ragkv.cli", "add", "long.md", "--method", "reuse", "--progress"]
+    argv = [*warm, "-m", "ragkv.cli", "add", "long.md", "--method", "reuse", "--progress"]
     first = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     said = b""
     while not re.search(rb"reading: +[1-9]\d?%", said):  # a first piece is read, and there are more

@@ -344,7 +344,7 @@ def test_a_fork_begins_with_no_checks(opened, forked):
     assert engine.gate.wait(30) and checks(engine) == {"Reuse()": 1}
 
 
-def test_an_ending_process_does_not_wait():
+def test_an_ending_process_does_not_wait(warm):
     """Its check would never have its turn, and the program ends in good order."""
     code = (
         "import ragkv; from ragkv.testing import tiny_model, random_ids\n"
@@ -353,7 +353,7 @@ def test_an_ending_process_does_not_wait():
         "turn = engine.runner.turn(); turn.__enter__()\n"
         "engine.fuse(chunks, [4]); print(engine.gate.wait(0.2))"
     )
-    assert fresh(code) == "False"
+    assert fresh(code, python=warm) == "False"
 
 
 def test_figures_are_kept_with_the_store(tmp_path, shared_model, capsys):

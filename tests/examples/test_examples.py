@@ -7,7 +7,6 @@ import difflib
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ print(json.dumps(printed))
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory):
+def printed(warm, tmp_path_factory):
     """What each example prints."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "clearport.md").write_text(bundled.documents()["clearport.md"])
@@ -47,7 +46,7 @@ def printed(tmp_path_factory):
         [str(path), *arguments.get(path.name, [])] for path in sorted(EXAMPLES.glob("*.py")) if path.name != "web.py"
     ]
     done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, json.dumps(programs)],
+        [*warm, "-c", RUN_ALL, json.dumps(programs)],
         input=TALK,
         capture_output=True,
         text=True,

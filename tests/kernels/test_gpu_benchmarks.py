@@ -20,10 +20,10 @@ runpy.run_path(sys.argv[0], {}, "__main__")
 """
 
 
-def test_tiny(tmp_path):
+def test_tiny(warm, tmp_path):
     out = tmp_path / "rows.jsonl"
     run = subprocess.run(
-        [sys.executable, "-P", "-c", WITHOUT, str(FOLDER / "run.py"), *PARTS, "--tiny", "--out", str(out)],
+        [*warm, "-P", "-c", WITHOUT, str(FOLDER / "run.py"), *PARTS, "--tiny", "--out", str(out)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER), "HF_HUB_OFFLINE": "1"},

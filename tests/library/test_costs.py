@@ -21,7 +21,7 @@ def model():
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch, unmeasured):
     """How often a profile was measured; the measured one says a millisecond a token, and a microsecond for each before it."""
     calls = []
 
@@ -55,6 +55,22 @@ def test_another_model_has_another_profile(model, tmp_path, measured):
     assert len(measured) == 2
 
 
+def test_what_a_process_measured_holds_for_its_other_stores(model, tmp_path, measured, facts):
+    """They keep it, too. Not where documents that are read in shorter windows need fewer lengths."""
+    with Engine(model, template=TEMPLATE) as engine:
+        engine.add([random_ids(9)])
+    for prefix in ([1, 5, 6], [1, 7]):
+        path, template = tmp_path / f"kv{len(prefix)}", PromptTemplate(prefix=prefix)
+        with Engine(model, template=template, store=TieredStore(path, cpu_bytes=0)) as engine:
+            (chunk,) = engine.add([random_ids(20)])
+            assert costs(engine, [chunk]) == [pytest.approx(20 * (1e-3 + len(prefix) * 1e-6))]
+            assert [name for name in facts(engine.store) if name.startswith("prefill seconds:")]
+    assert len(measured) == 1
+    with Engine(model, template=TEMPLATE, document_tokens=100) as engine:
+        engine.add([random_ids(9)])
+    assert len(measured) == 2
+
+
 def test_not_measured_where_nobody_asks(model, tmp_path, measured):
     """Neither for policies that do not look at costs, nor before something is read."""
     for policy in ("lru", "lfu", "gdsf"):
@@ -65,12 +81,13 @@ def test_not_measured_where_nobody_asks(model, tmp_path, measured):
     assert measured == []
 
 
-def test_damaged_profile_is_measured_again(model, tmp_path, measured, facts):
+def test_damaged_profile_is_measured_again(model, tmp_path, measured, monkeypatch, facts):
     reader = reader_of(model, "model")
     with TieredStore(tmp_path, cpu_bytes=0) as store:
         assert cost_profile(reader, store, 1000) is not None
         (name,) = [name for name in facts(store) if name.startswith("prefill seconds:")]
         store.meta_put(name, b"{}")
+        monkeypatch.setattr("ragkv.library.costs._measured", {})  # another process
         profile = cost_profile(reader, store, 1000)
         assert profile == cost_profile(reader, store, 1000)
     assert len(measured) == 2

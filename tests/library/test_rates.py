@@ -23,6 +23,9 @@ COSTS = CostProfile((0, 1000), (0, 1000), ((0.0, 1.0), (0.0, 1.5)))
 GRID = CostProfile((0, 1000), (0, 16, 64, 256), ((0.0, 0.1, 0.2, 0.3), (0.0, 0.2, 0.3, 0.4)))
 
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
@@ -58,6 +61,7 @@ def test_measured_once_for_a_folder(model, tmp_path, monkeypatch):
         advice = engine.advise()
         assert known_rates(engine.documents) is advice.rates
     monkeypatch.setattr("ragkv.library.costs.measure", forbidden)
+    monkeypatch.setattr("ragkv.library.costs._measured", {})
     monkeypatch.setattr("ragkv.library.rates.measure_loading", forbidden)
     with open_engine(model, tmp_path) as engine:
         assert engine.advise().rates == advice.rates == known_rates(engine.documents)

@@ -1,11 +1,14 @@
 """Linear layers of a few rows: the same numbers in another order, where that is faster, and the model stays as it is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from ragkv import Engine, LegoLink, PromptTemplate
 from ragkv.model import linear as module
+from ragkv.model.decoder import Decoder
 from ragkv.testing import random_ids, tiny_model
 
 
@@ -62,6 +65,20 @@ def test_only_few_rows_of_plain_fp32_weights(ran):
     assert not ran  # and nothing is left behind the block
 
 
+def test_models_of_small_weights_are_not_watched(monkeypatch):
+    """It costs every operation some microseconds, and they have nothing to win."""
+    monkeypatch.setattr(module, "pays", lambda threads: True)
+    small = Decoder(tiny_model())
+    assert not small.wide and isinstance(small.few_rows(8), nullcontext)
+    assert not Decoder(tiny_model(vocab_size=8192)).wide, "few rows get logits"
+    for architecture, sizes in (
+        ("llama", {"intermediate_size": 4096}),
+        ("mixtral", {"hidden_size": 512, "intermediate_size": 512}),
+    ):
+        large = Decoder(tiny_model(architecture, num_hidden_layers=1, **sizes))
+        assert large.wide and not isinstance(large.few_rows(8), nullcontext)
+
+
 def test_it_is_tried_once(monkeypatch):
     tried = []
     monkeypatch.setattr(module, "turned", lambda given, weight: tried.append(1))
@@ -74,8 +91,9 @@ def test_it_is_tried_once(monkeypatch):
     module.pays.cache_clear()
 
 
-def test_nothing_is_drawn_from_anybodys_generator():
+def test_nothing_is_drawn_from_anybodys_generator(monkeypatch):
     """A seeded answer is the same whether an engine was made before or not."""
+    monkeypatch.setattr(module, "_SMALL", 0)
     module.pays.cache_clear()
     before = torch.get_rng_state()
     engine = Engine(tiny_model(), template=PromptTemplate(prefix=[1, 5]))

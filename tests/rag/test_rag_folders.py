@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -142,9 +141,9 @@ def test_text_that_did_not_change_is_not_cut_again(model, tmp_path):
         ] == before
 
 
-def test_killed_while_adding(model, tmp_path):
+def test_killed_while_adding(warm, model, tmp_path):
     """After every kill the folder opens and answers; in the end it holds what a folder holds that was never killed."""
-    child = [sys.executable, PROGRAM, tmp_path]
+    child = [*warm, PROGRAM, tmp_path]
     run = subprocess.run(child, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     rounds = json.loads(run.stdout.splitlines()[-1])
@@ -161,9 +160,9 @@ def test_killed_while_adding(model, tmp_path):
         assert "computed" not in got.report.fusion.hits
 
 
-def test_killed_while_removing(tmp_path):
+def test_killed_while_removing(warm, tmp_path):
     """Behind whichever write: the document is gone, and what is left of its KV goes when the folder is opened next."""
-    child = [sys.executable, PROGRAM.with_name("rag_cut_short.py"), tmp_path]
+    child = [*warm, PROGRAM.with_name("rag_cut_short.py"), tmp_path]
     run = subprocess.run(child, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     *killed, calm = map(json.loads, run.stdout.splitlines())
@@ -171,9 +170,9 @@ def test_killed_while_removing(tmp_path):
     assert calm["there"] and not calm["wrong"] and killed == [calm] * 4
 
 
-def test_one_process_changes_a_folder_one_asks_and_one_looks_after_it(tmp_path):
+def test_one_process_changes_a_folder_one_asks_and_one_looks_after_it(warm, tmp_path):
     """Every answer is of one state; what is just being written is neither damaged nor an orphan; compact waits for both."""
-    child = [sys.executable, PROGRAM.with_name("rag_three.py"), tmp_path, "3"]
+    child = [*warm, PROGRAM.with_name("rag_three.py"), tmp_path, "3"]
     run = subprocess.run(child, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     done = json.loads(run.stdout.splitlines()[-1])

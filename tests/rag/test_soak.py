@@ -1,5 +1,6 @@
 """Documents come and go while questions are asked: every answer is that of some state of the folder."""
 
+import math
 import threading
 import time
 
@@ -18,8 +19,8 @@ def version(name, number):
     return "\n\n".join(f"{part} This is version {number}." for part in DOCUMENTS[name].split(". ") if part.strip())
 
 
-def soak(model, path, seconds, askers=2, **options):
-    """Writers, removers and askers together; returns the answers and what went wrong."""
+def soak(model, path, seconds, enough=math.inf, askers=2, **options):
+    """Writers, removers and askers together, for a time or until there are enough answers; these, and what went wrong."""
     failures, answers, over = [], [], threading.Event()
     with open_rag(path, model, **options) as rag:
         rag.add_texts([version(name, 0) for name in NAMES], NAMES)
@@ -52,7 +53,7 @@ def soak(model, path, seconds, askers=2, **options):
         for thread in threads:
             thread.start()
         begin = time.monotonic()
-        while time.monotonic() - begin < seconds and not over.is_set():
+        while time.monotonic() - begin < seconds and len(answers) < enough and not over.is_set():
             time.sleep(0.05)
         over.set()
         for thread in threads:
@@ -90,19 +91,23 @@ def consistent(answer):
     return all(len(found) <= 1 for found in versions.values())
 
 
-@pytest.mark.parametrize(
+each_way = pytest.mark.parametrize(
     "options",
     [{}, {"context": "chunk"}, {"paths": True, "method": FullPrefill()}],
     ids=["in documents", "alone", "with paths"],
 )
+
+
+@each_way
 def test_questions_while_documents_change(model, tmp_path, options):
-    answers, failures = soak(model, tmp_path, 8, **options)
+    answers, failures = soak(model, tmp_path, 8, 60, **options)
     assert not failures, failures[0]
     assert len(answers) > 5 and all(map(consistent, answers))
 
 
 @pytest.mark.long
-def test_a_minute_of_it(model, tmp_path):
-    answers, failures = soak(model, tmp_path, 60, askers=3)
+@each_way
+def test_a_minute_of_it(model, tmp_path, options):
+    answers, failures = soak(model, tmp_path, 60, askers=3, **options)
     assert not failures, failures[0]
     assert len(answers) > 30 and all(map(consistent, answers))

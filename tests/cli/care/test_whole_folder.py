@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 
 import lmdb
 import numpy as np
@@ -305,11 +304,11 @@ def test_a_folder_of_kv_alone(run, tmp_path, key, kv):
     assert run("ls", "-q", "--path", "alone")[1] == ""
 
 
-def test_a_real_folder_in_real_processes(tmp_path):
+def test_a_real_folder_in_real_processes(warm, tmp_path):
     """add with the bundled model, then what its folder shows, each in a process of its own."""
 
     def ragkv(*argv):
-        done = subprocess.run([sys.executable, "-m", "ragkv.cli", *argv], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([*warm, "-m", "ragkv.cli", *argv], capture_output=True, text=True, cwd=tmp_path)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout
 
