@@ -4,7 +4,7 @@
 
 Chunks lie in the GPU tier, which stands on the CPU, or in the CPU tier, as they are or as int8. Everything up to the launches of
 Triton's kernels runs as on a GPU; they are left out, and so are what a graph replays and the copies over the bus, whose number is
-printed. Attention is left out from the beginning: the CPU would take minutes for it. Milliseconds of this thread's processor time, least and median. What a GPU would compute
+printed. Milliseconds of this thread's processor time, least and median. What a GPU would compute
 (the tables by which keys turn) is counted as this CPU takes it, and the driver's part of a launch is not counted.
 """
 
@@ -69,11 +69,12 @@ def prompts(given: argparse.Namespace, tier: str) -> None:
         graphs._capture = Recorded()
         chunks = engine.add([random_ids(given.chunk, seed) for seed in range(given.tokens // given.chunk)])
         ask = partial(engine.fuse, chunks, random_ids(32))
-        for method in METHODS * 3:  # chunks move up; each step runs as it is, and is captured
-            ask(method=method)
-        with left_out(copies):
-            for method in METHODS:
-                measure(partial(ask, method=method), method, given.rounds, copies)
+        with without_attention():
+            for method in METHODS * 3:  # chunks move up; each step runs as it is, and is captured
+                ask(method=method)
+            with left_out(copies):
+                for method in METHODS:
+                    measure(partial(ask, method=method), method, given.rounds, copies)
 
 
 class Recorded:
@@ -127,19 +128,25 @@ def on_a_gpu() -> Iterator[Copies]:
     def by_layer(*args: Any, **more: Any) -> None:
         init(*args, **{**more, "by_layer": True})
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    with patch.object(Placement, "__init__", by_layer), patch.object(placement, "bus", lambda device: copies):
+        yield copies
+
+
+@contextmanager
+def without_attention() -> Iterator[None]:
+    """A block in which rows attend to nothing, for which a CPU would take minutes."""
+
+    def attend(query: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         return query.transpose(0, 1) * 0
 
     def score(query: torch.Tensor, key: torch.Tensor, *rest: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return query.transpose(0, 1) * 0, key[0, :, 0]
 
     with (
-        patch.object(Placement, "__init__", by_layer),
-        patch.object(placement, "bus", lambda device: copies),
         patch.object(kernel_attention, "selective_attention", attend),
         patch.object(kernel_attention, "scored_attention", score),
     ):
-        yield copies
+        yield
 
 
 @contextmanager

@@ -54,6 +54,25 @@ def empty_like(room: Tensor, capacity: int) -> Tensor:
         return room.new_empty(*room.shape[:2], capacity, room.shape[3])
 
 
+#: K and V ``[B, H, C, D]`` of each layer.
+Rooms = Sequence[tuple[Tensor, Tensor]]
+
+
+def in_blocks(specs: Sequence[LayerSpec], capacity: int) -> tuple[list[Tensor], Rooms]:
+    """Blocks ``[count, 1, H, C, D]``, one for all keys and values of a shape; and the rooms side by side in them."""
+    kinds: dict[tuple[int, int, torch.dtype, torch.device], list[tuple[int, int]]] = {}
+    for number, (heads, key_dim, value_dim, dtype, device) in enumerate(specs):
+        for side, dim in enumerate((key_dim, value_dim)):
+            kinds.setdefault((heads, dim, dtype, device), []).append((number, side))
+    blocks, rooms = list[Tensor](), [[Tensor(), Tensor()] for _ in specs]
+    with torch.inference_mode(False):  # as of empty_like
+        for (heads, dim, dtype, device), places in kinds.items():
+            blocks.append(torch.empty(len(places), 1, heads, capacity, dim, dtype=dtype, device=device))
+            for (number, side), room in zip(places, blocks[-1].unbind(0), strict=True):
+                rooms[number][side] = room
+    return blocks, [(keys, values) for keys, values in rooms]
+
+
 class FusedLayer(CacheLayerMixin):
     """One layer's keys and values, with room to grow in place.
 
@@ -65,16 +84,14 @@ class FusedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, spec: LayerSpec, capacity: int):
+    def __init__(self, spec: LayerSpec, keys: Tensor, values: Tensor):
         self.dtype: torch.dtype = spec.dtype
         self.device: torch.device = spec.device
         self.length: int = 0
         self.dropped: int = 0
         self.is_initialized = True
-        self.key_room: Tensor = torch.empty(1, spec.heads, capacity, spec.key_dim, dtype=spec.dtype, device=spec.device)
-        self.value_room: Tensor = torch.empty(
-            1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device
-        )
+        self.key_room: Tensor = keys
+        self.value_room: Tensor = values
 
     @property
     def keys(self) -> Tensor:
@@ -148,10 +165,23 @@ class FusedLayer(CacheLayerMixin):
         self._map(lambda room: room[indices.to(room.device)])
 
 
+def _rooms(spec: LayerSpec, capacity: int) -> tuple[Tensor, Tensor]:
+    keys, values = (
+        torch.empty(1, spec.heads, capacity, dim, dtype=spec.dtype, device=spec.device)
+        for dim in (spec.key_dim, spec.value_dim)
+    )
+    return keys, values
+
+
 class FusedCache(Cache):
     """A :class:`transformers.Cache` of :class:`FusedLayer`.
 
     It appends, as any other, but while :meth:`writing`: then a writer takes the fresh keys and values.
+
+    Args:
+        specs: of the layers.
+        capacity: C.
+        rooms: their memory, of so many slots; new by default.
 
     Attributes:
         writer: takes them, where there is one.
@@ -160,9 +190,10 @@ class FusedCache(Cache):
 
     layers: list[FusedLayer]
 
-    def __init__(self, specs: Sequence[LayerSpec], capacity: int):
+    def __init__(self, specs: Sequence[LayerSpec], capacity: int, rooms: Rooms | None = None):
         with torch.inference_mode(False):  # as of empty_like
-            super().__init__(layers=[FusedLayer(spec, capacity) for spec in specs])
+            rooms = [_rooms(spec, capacity) for spec in specs] if rooms is None else rooms
+            super().__init__(layers=[FusedLayer(spec, *pair) for spec, pair in zip(specs, rooms, strict=True)])
         self.writer: Writer | None = None
         self.before: Callable[[int], object] | None = None
         self._assisted = False
@@ -230,28 +261,20 @@ class FusedCache(Cache):
             self._laid = rooms, Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in self.layers])
         return self._laid[1]
 
-    def stand_in(self, other: FusedCache, shared: FusedCache | None = None) -> None:
-        """Have the memory of another cache for one's own; or for that alone which is a third one's."""
-        for number, (layer, there) in enumerate(zip(self.layers, other.layers, strict=True)):
-            for name in ("key_room", "value_room"):
-                if shared is None or getattr(layer, name) is getattr(shared.layers[number], name):
-                    setattr(layer, name, getattr(there, name))
-        self._laid = other._laid if shared is None else None
+    def share(self, other: FusedCache) -> None:
+        """Have the memory of another cache for one's own."""
+        for layer, there in zip(self.layers, other.layers, strict=True):
+            layer.key_room, layer.value_room = there.key_room, there.value_room
+        self._laid = other._laid
 
-    @classmethod
-    def in_blocks(cls, specs: Sequence[LayerSpec], capacity: int) -> tuple[FusedCache, list[Tensor]]:
-        """One whose layers lie side by side; and the blocks ``[count, 1, H, C, D]``, one for all keys and values of a shape."""
-        cache, kinds = cls(specs, 0), dict[tuple[int, int, torch.dtype, torch.device], list[tuple[FusedLayer, str]]]()
-        for layer, (heads, key_dim, value_dim, dtype, device) in zip(cache.layers, specs, strict=True):
-            for name, dim in (("key_room", key_dim), ("value_room", value_dim)):
-                kinds.setdefault((heads, dim, dtype, device), []).append((layer, name))
-        blocks = []
-        with torch.inference_mode(False):  # as of empty_like
-            for (heads, dim, dtype, device), places in kinds.items():
-                blocks.append(torch.empty(len(places), 1, heads, capacity, dim, dtype=dtype, device=device))
-                for (layer, name), room in zip(places, blocks[-1].unbind(0), strict=True):
-                    setattr(layer, name, room)
-        return cache, blocks
+    def leave(self, other: FusedCache, rooms: Rooms) -> None:
+        """Have other memory for what is another cache's; some may have grown out of it already, where a pass failed."""
+        for layer, there, (keys, values) in zip(self.layers, other.layers, rooms, strict=True):
+            if layer.key_room is there.key_room:
+                layer.key_room = keys
+            if layer.value_room is there.value_room:
+                layer.value_room = values
+        self._laid = None
 
     def append(self, kv: ChunkKV | None) -> None:
         """Put KV behind what is held; ``None`` for no tokens."""

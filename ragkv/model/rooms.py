@@ -13,7 +13,7 @@ import torch
 
 from ragkv.forks import ForkedLock
 from ragkv.kernels import Impl, Run, place_layers
-from ragkv.model.cache import FusedCache, LayerSpec
+from ragkv.model.cache import FusedCache, LayerSpec, in_blocks
 
 _SMALLEST = 256  # slots
 _MOST = 2  # rooms: answers of so many threads go on without moving
@@ -42,9 +42,9 @@ class Room:
     def __init__(self, specs: Sequence[LayerSpec], slots: int, impl: Impl = "auto"):
         self.slots: int = slots
         self.used: int = slots
-        self.cache: FusedCache
-        self.cache, self._blocks = FusedCache.in_blocks(specs, slots)
         self._specs, self._impl = specs, impl
+        self._blocks, self._rooms = in_blocks(specs, slots)
+        self.cache: FusedCache = FusedCache(specs, slots, self._rooms)
         self._guest: ReferenceType[FusedCache] | None = None
         self._own: int = 0  # slots that the guest had
         self._clear(0)
@@ -72,6 +72,12 @@ class Room:
         """Be a cache's before anything is moved."""
         self._guest = ref(cache)
 
+    def born(self, specs: Sequence[LayerSpec]) -> FusedCache:
+        """A cache whose room this is from the beginning."""
+        cache = FusedCache(specs, self.slots, self._rooms)
+        self.claim(cache)
+        return cache
+
     def host(self, cache: FusedCache, slots: int, own: int) -> None:
         """Be a cache's, whose first ``slots`` slots are written, or will be before anybody reads them.
 
@@ -82,7 +88,7 @@ class Room:
         """
         self.claim(cache)
         self._own = own
-        cache.stand_in(self.cache)
+        cache.share(self.cache)
         self._clear(slots)
 
     def leave(self, cache: FusedCache, settle: Callable[[], object] = lambda: None) -> None:
@@ -95,15 +101,15 @@ class Room:
             settle: called before somebody else may enter.
         """
         longest = max(layer.length for layer in cache.layers)
-        slots, shared = max(longest, self.used), self._shared(cache)
-        if shared:
+        slots = max(longest, self.used)
+        if self._shared(cache):
             try:
-                own, _ = FusedCache.in_blocks(self._specs, max(self._own, slots))
+                blocks, rooms = in_blocks(self._specs, max(self._own, slots))
             except torch.OutOfMemoryError:
                 return
-            place_layers(own.laid, [Run(self.cache.laid, 0, min(slots, self.slots))], impl=self._impl)
-            # Some may have grown out of the room already, where a pass failed.
-            cache.stand_in(own, None if shared == 2 * len(cache.layers) else self.cache)
+            for block, here in zip(blocks, self._blocks, strict=True):
+                block[:, :, :, : min(slots, self.slots)] = here[:, :, :, :slots]
+            cache.leave(self.cache, rooms)
         self.used = max(self.used, longest)  # of passes that ran as they are
         settle()
         self._guest = None
@@ -146,12 +152,11 @@ class Rooms:
             capacity: slots that it needs, the spare one not counted.
             specs: of its layers.
         """
-        cache = FusedCache(specs, 0)
         with self._lock.held:
             room = self._free(capacity)
             if room is None:
                 return None
-            room.claim(cache)
+            cache = room.born(specs)
         room.host(cache, slots, capacity)
         return cache
 

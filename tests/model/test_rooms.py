@@ -89,7 +89,7 @@ def test_who_finds_no_memory_stays(monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(rooms.FusedCache, "in_blocks", full)
+        patched.setattr(rooms, "in_blocks", full)
         found.leave(cache)
     assert room.guest is cache
     other = found.enter(cache, 0, 40, decoder.specs)
@@ -99,10 +99,17 @@ def test_who_finds_no_memory_stays(monkeypatch):
     assert cache.layers[-1].key_room is not other.cache.layers[-1].key_room
 
 
+def counted(monkeypatch):
+    """The moves of caches, in and out."""
+    calls, place, blocks = [], rooms.place_layers, rooms.in_blocks
+    monkeypatch.setattr(rooms, "place_layers", lambda *args, **more: calls.append("in") or place(*args, **more))
+    monkeypatch.setattr(rooms, "in_blocks", lambda *args: calls.append("out") or blocks(*args))
+    return calls
+
+
 def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
-    """What a cache had before it entered, and what the room has once it left, is held by nobody."""
-    calls, place, placing = [], rooms.place_layers, placement.place_layers
-    monkeypatch.setattr(rooms, "place_layers", lambda *args, **more: calls.append(1) or place(*args, **more))
+    """What a cache had before it entered is held by nobody; and the memory that it leaves with is made at once."""
+    calls, placing = counted(monkeypatch), placement.place_layers
     monkeypatch.setattr(placement.Placement, "__init__", partialmethod(placement.Placement.__init__, by_layer=True))
     with engine(tiny_model(), True, Recorder(), store=TieredStore(gpu_bytes=1 << 20, device="cpu")) as made:
         chunks, own = made.add([random_ids(30)]), []
@@ -122,18 +129,17 @@ def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
         monkeypatch.setattr(made.documents.steps.graphs, "forward", run)
         calls.clear()
         made.fuse(chunks, random_ids(5))
-    assert len(calls) == 2
+    assert calls == ["in", "out"]
 
 
 def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
-    calls, place = [], rooms.place_layers
-    monkeypatch.setattr(rooms, "place_layers", lambda *args, **more: calls.append(1) or place(*args, **more))
+    calls = counted(monkeypatch)
     with engine(tiny_model(), True, Recorder()) as made:
         want, graphs = said(made).token_ids, made.documents.steps.graphs
         for _ in range(3):
             calls.clear()
             assert said(made).token_ids == want
-            assert len(calls) == 1  # out again
+            assert calls == ["out"]
         for room in graphs._rooms._rooms:
             assert room.guest is None
         prompt = fused(made)
