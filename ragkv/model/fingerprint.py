@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ragkv.chunk import digest
-from ragkv.model.weights import OnDisk, Part, part_digest, parts
+from ragkv.model.weights import Bare, OnDisk, Saved, part_digest, parts
 
 # What says how a model is saved, trained, or decoded from, but not what its layers compute in eval mode.
 _IDLE = {
@@ -45,6 +45,7 @@ class Weights:
         self.changes: int = 0
         self._model = model
         self._seen: list[tuple] = []
+        self._lasting: list[Any] = []  # weak references
         self._held: dict[Any, tuple[Any, tuple, bytes]] = {}  # by tensor: weak reference, mark, digest
         self._digest = b""
 
@@ -58,25 +59,31 @@ class Weights:
         Raises:
             UnsupportedModelError: some weights cannot be read.
         """
-        now = list(parts(self._model))
-        seen = [(name, _key(part), _mark(part)) for name, part in now]
-        alive = all(reference is None or reference() is not None for reference, *_ in self._held.values())
-        if not (alive and seen == self._seen):
+        now, held = list(parts(self._model)), dict[Any, tuple[Any, tuple, bytes]]()
+        named, seen, lasting = list[Any](), list[tuple](), list[Any]()
+        for name, part in now:
+            own = part.tensor if isinstance(part, Saved) else part
+            key, mark = _key(own), _mark(own)
+            if key not in held:
+                held[key] = self._fresh(key, own, mark)
+            reference, _, known = held[key]
+            named += [name, known]
+            if isinstance(part, Saved):  # by its numbers: where it is means nothing where it is made anew for each look
+                seen.append((name, known))
+            else:
+                seen.append((name, key, mark))
+                lasting += [reference] * (reference is not None)
+        if seen != self._seen or any(reference() is None for reference in self._lasting):
             self.changes += 1
-            held: dict[Any, tuple[Any, tuple, bytes]] = {}
-            for _, part in now:
-                key, mark = _key(part), _mark(part)
-                if key not in held:
-                    held[key] = self._fresh(key, part, mark)
-            named = [item for name, part in now for item in (name, held[_key(part)][2])]
-            self._held, self._seen, self._digest = held, seen, digest(*named)
+            self._digest = digest(*named)
+        self._held, self._seen, self._lasting = held, seen, lasting
         return self._digest
 
     def forget(self) -> None:
         """Take every digest anew at the next look."""
         self._seen, self._held = [], {}
 
-    def _fresh(self, key: Any, part: Part, mark: tuple) -> tuple[Any, tuple, bytes]:
+    def _fresh(self, key: Any, part: Bare, mark: tuple) -> tuple[Any, tuple, bytes]:
         reference, old, known = self._held.get(key, (None, None, b""))
         same = mark == old and (reference is None or reference() is part)
         if known and same:
@@ -84,11 +91,11 @@ class Weights:
         return ref(part) if isinstance(part, Tensor) else None, mark, part_digest(part)
 
 
-def _key(part: Part) -> Any:
+def _key(part: Bare) -> Any:
     return id(part) if isinstance(part, Tensor) else part if isinstance(part, str) else part.mark
 
 
-def _mark(part: Part) -> tuple:
+def _mark(part: Bare) -> tuple:
     """What changes when a tensor is written in place, or its storage is replaced."""
     if isinstance(part, OnDisk):
         return part.mark

@@ -37,8 +37,19 @@ class OnDisk(NamedTuple):
     mark: tuple[object, ...]
 
 
+class Saved(NamedTuple):
+    """A tensor that stands for what a module of quantised weights keeps; many are made anew whenever they are asked for.
+
+    Attributes:
+        tensor: its numbers.
+    """
+
+    tensor: Tensor
+
+
 #: A tensor that runs, or what else decides what is computed, in words.
-Part = Tensor | OnDisk | str
+Bare = Tensor | OnDisk | str
+Part = Bare | Saved
 
 
 def parts(module: nn.Module) -> Iterator[tuple[str, Part]]:
@@ -54,9 +65,12 @@ def _walk(module: Any, path: str, offloaded: tuple[tuple[str, Mapping], ...]) ->
     for hook in _hooks(module):
         if getattr(hook, "weights_map", None) is not None:
             offloaded = (*offloaded, (path, hook.weights_map))
-    for name, tensor in chain(module._parameters.items(), module._buffers.items(), _packed(module)):
+    for name, tensor in chain(module._parameters.items(), module._buffers.items()):
         if tensor is not None:
             yield from _resolved(tensor, path + name, offloaded)
+    for name, tensor in _packed(module):
+        for inner, part in _resolved(tensor, path + name, offloaded):
+            yield inner, Saved(part) if isinstance(part, Tensor) else part
     adapters = _adapters(module)
     if adapters:
         yield path, _adapter_state(module, adapters)
@@ -126,7 +140,7 @@ def _adapter_state(module: Any, adapters: list[str]) -> str:
     return f"{len(module.merged_adapters)} merged, disabled {module.disable_adapters}, {numbers}"
 
 
-def _resolved(tensor: Tensor, name: str, offloaded: tuple[tuple[str, Mapping], ...]) -> Iterator[tuple[str, Part]]:
+def _resolved(tensor: Tensor, name: str, offloaded: tuple[tuple[str, Mapping], ...]) -> Iterator[tuple[str, Bare]]:
     if type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor):
         inner, context = tensor.__tensor_flatten__()
         yield name, f"{type(tensor).__name__} {context}"
@@ -156,7 +170,7 @@ def _kept(name: str, offloaded: tuple[tuple[str, Mapping], ...]) -> Tensor | OnD
     )
 
 
-def part_digest(part: Part) -> bytes:
+def part_digest(part: Bare) -> bytes:
     """A digest that changes when any element, the order of elements, the shape or the dtype changes.
 
     Not cryptographic: it guards against mistakes, not against an adversary.

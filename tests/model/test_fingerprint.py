@@ -208,6 +208,32 @@ def test_graphs_go_with_the_modules_that_they_ran():
         assert engine.runner._mark() == before
 
 
+class Scaled(torch.nn.Linear):
+    """Saves what it keeps besides as tensors made for that, as bitsandbytes does."""
+
+    scale = 2.0
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scale"] = torch.tensor([self.scale])
+
+
+def test_what_is_saved_anew_each_time_is_no_change():
+    """Graphs would be let go before every token."""
+    model = tiny_model()
+    layer = Scaled(64, 64, bias=False)
+    model.model.layers[1].self_attn.o_proj = layer
+    engine = Engine(model.eval(), template=TEMPLATE)
+    engine.fuse(engine.add([random_ids(20)]), QUESTION)
+    before, other = engine.runner._mark(), torch.ones(1)
+    engine.fuse(engine.add([random_ids(20)]), QUESTION)
+    assert engine.runner._mark() == before
+    layer.scale = 3.0
+    with engine.runner.turn() as fingerprint:
+        assert engine.runner._mark() != before and fingerprint not in before
+    del other
+
+
 def test_a_model_that_changes_in_more_than_weights_is_probed_again():
     model = tiny_model()
     engine = Engine(model, template=TEMPLATE)
