@@ -90,6 +90,7 @@ def test_a_model_that_changes_between_two_pieces(monkeypatch):
     model = tiny_model()
     engine = Engine(model, template=TEMPLATE, method=Reuse(), piece_tokens=16)
     read, pieces = engine.decoder.read, []
+    monkeypatch.setattr("ragkv.library.costs._prefill", lambda reader, cached, new: 1e-3)  # it reads, too
 
     def writes(*args):
         pieces.append(read(*args))
