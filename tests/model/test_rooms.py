@@ -7,7 +7,7 @@ from weakref import ref
 import pytest
 import torch
 
-from ragkv import TieredStore
+from ragkv import LegoLink, QuestionAware, Reuse, TieredStore
 from ragkv.fusion import placement
 from ragkv.model import rooms
 from ragkv.model.graphs import row_bucket
@@ -241,9 +241,11 @@ def test_a_room_that_is_given_up_is_waited_for():
     assert capture.settled == 1 and not graphs._fixed
 
 
-def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
-    """A room holds what the prompt before left there; hidden or not, NaN would show."""
-    made, leave = engine(tiny_model(), True), Room.leave
+@pytest.mark.parametrize("piece_tokens", [4, 8192])
+@pytest.mark.parametrize("method", [Reuse(), LegoLink(3), QuestionAware(0.3)], ids=["reuse", "lego-link", "look"])
+def test_numbers_that_are_none_do_not_reach_the_next_prompt(method, piece_tokens, monkeypatch):
+    """A room holds what the prompt before left there; hidden or not, NaN would show. Also where a part comes after the other."""
+    made, leave = engine(tiny_model(), True, method=method, piece_tokens=piece_tokens), Room.leave
     want = fused(made)
 
     def poisoned(room, cache, *more):
