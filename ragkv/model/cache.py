@@ -60,6 +60,7 @@ class FusedLayer(CacheLayerMixin):
     Attributes:
         length: N.
         dropped: positions in front that are claimed to have been read and forgotten, as by a sliding window; 0 but in probes.
+        laid: what is known of the memory of this layer and those behind it, see :attr:`FusedCache.laid`; let go with the memory.
     """
 
     is_sliding = False
@@ -71,6 +72,7 @@ class FusedLayer(CacheLayerMixin):
         self.length: int = 0
         self.dropped: int = 0
         self.is_initialized = True
+        self.laid: tuple[list[Tensor], Layers] | None = None
         self.key_room: Tensor = torch.empty(1, spec.heads, capacity, spec.key_dim, dtype=spec.dtype, device=spec.device)
         self.value_room: Tensor = torch.empty(
             1, spec.heads, capacity, spec.value_dim, dtype=spec.dtype, device=spec.device
@@ -134,6 +136,7 @@ class FusedLayer(CacheLayerMixin):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.key_room, self.value_room = change(self.key_room), change(self.value_room)
+        self.laid = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick sequences, for beam search."""
@@ -166,7 +169,6 @@ class FusedCache(Cache):
         self.writer: Writer | None = None
         self.before: Callable[[int], object] | None = None
         self._assisted = False
-        self._laid: tuple[list[Tensor], Layers] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -187,12 +189,7 @@ class FusedCache(Cache):
                 "prompt_lookup_num_tokens): it computes the prompt again behind itself. Give engine.generate these arguments, "
                 "or leave them out"
             )
-        held = self.layers[layer_idx]
-        room = held.key_room
-        shown = held.update(key_states, value_states)
-        if held.key_room is not room:  # nobody shall hold what it had
-            self._laid = None
-        return shown
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def activate_past_recording(self) -> None:
         """Called by transformers where it will crop, as before assisted decoding; whatever is held can be cropped."""
@@ -226,9 +223,11 @@ class FusedCache(Cache):
     def laid(self) -> Layers:
         """K and V ``[H, C, D]`` of all layers as placing takes them, on one device; looked at once, as long as they stay there."""
         rooms = [room for layer in self.layers for room in (layer.key_room, layer.value_room)]
-        if self._laid is None or not all(map(is_, rooms, self._laid[0])):
-            self._laid = rooms, Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in self.layers])
-        return self._laid[1]
+        known = self.layers[0].laid
+        if known is None or not all(map(is_, rooms, known[0])):
+            known = rooms, Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in self.layers])
+            self.layers[0].laid = known
+        return known[1]
 
     def stand_in(self, other: FusedCache, shared: FusedCache | None = None) -> None:
         """Have the memory of another cache for one's own; or for that alone which is a third one's."""
@@ -236,7 +235,7 @@ class FusedCache(Cache):
             for name in ("key_room", "value_room"):
                 if shared is None or getattr(layer, name) is getattr(shared.layers[number], name):
                     setattr(layer, name, getattr(there, name))
-        self._laid = other._laid if shared is None else None
+        self.layers[0].laid = other.layers[0].laid if shared is None else None
 
     @classmethod
     def in_blocks(cls, specs: Sequence[LayerSpec], capacity: int) -> tuple[FusedCache, list[Tensor]]:

@@ -125,6 +125,26 @@ def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reserve(5, 90),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reorder_cache(torch.zeros(1, dtype=torch.long)),
+        lambda cache: cache.batch_select_indices(torch.zeros(1, dtype=torch.long)),
+    ],
+    ids=["reserve", "repeat", "reorder", "select"],
+)
+def test_nobody_holds_what_a_cache_had_before_it_grew(change):
+    """Beams, and turns that go on from a past, make other memory in its place."""
+    cache = engine(tiny_model(), False).decoder.cache(40)
+    assert cache.laid is cache.laid
+    had = [ref(layer.key_room) for layer in cache.layers]
+    change(cache)
+    assert all(one() is None for one in had)
+    assert cache.laid.tokens == cache.layers[-1].key_room.shape[2]
+
+
 def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
     calls, place = [], rooms.place_layers
     monkeypatch.setattr(rooms, "place_layers", lambda *args, **more: calls.append(1) or place(*args, **more))
