@@ -10,6 +10,7 @@ import torch
 from ragkv import LegoLink, QuestionAware, Reuse, TieredStore
 from ragkv.fusion import placement
 from ragkv.model import rooms
+from ragkv.model.cache import FusedCache
 from ragkv.model.graphs import row_bucket
 from ragkv.model.rooms import Room, Rooms, room_bucket
 from ragkv.model.rows import Rows
@@ -158,6 +159,23 @@ def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
             assert room.guest is None
         prompt = fused(made)
         assert graphs._rooms.find(prompt.past_key_values) is None
+
+
+def test_beams_take_no_more_than_the_prompt_needs(monkeypatch):
+    """A room is as large as some prompt before, and of no use to them."""
+    took, repeat = [], FusedCache.batch_repeat_interleave
+
+    def noted(cache, beams):
+        took.append((cache.layers[0].key_room.shape[2], made.documents.steps.graphs._rooms.find(cache)))
+        repeat(cache, beams)
+
+    monkeypatch.setattr(FusedCache, "batch_repeat_interleave", noted)
+    plain = engine(tiny_model(), False)
+    with engine(tiny_model(), True, Recorder()) as made:
+        want = said(plain, num_beams=2).token_ids
+        assert said(made, num_beams=2).token_ids == want
+        assert made.documents.steps.graphs._rooms._rooms[0].slots == 256
+    assert took[0] == took[1] and took[1][1] is None
 
 
 def test_who_is_born_in_a_room_finds_what_others_left(monkeypatch):
