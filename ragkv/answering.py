@@ -248,6 +248,8 @@ class Answering:
         with ExitStack() as stack:
             prompt = self._prompt(self._settings.asked, begin, stack, self._settings.beams)
             fused_ms = _ms(begin)
+            assert isinstance(prompt.past_key_values, FusedCache)
+            self._steps.leave(prompt.past_key_values)  # each beam takes as much as the cache has
             with self._steps.turn_of(prompt.fingerprint):
                 ids = beam_search(self._settings, prompt, begin)
             prompt.spoken(len(ids))

@@ -121,5 +121,5 @@ def fuse(
 def _leave(steps: Steps, cache: ReferenceType[FusedCache]) -> None:
     """A cache that is still of use has memory of its own again."""
     alive = cache()
-    if steps.graphs is not None and alive is not None:
-        steps.graphs.leave(alive)
+    if alive is not None:
+        steps.leave(alive)

@@ -139,6 +139,8 @@ class Looking(ABC):
         sums, layout = list[Tensor](), self.layout
         chunks = slice(layout.chunks_start, layout.suffix_start)
         self.cache.set_length(layout.suffix_start)
+        if len(rows) > self._driver.piece_tokens:
+            self.cache.clear(rows)  # fixed shapes look at the slots of later parts too
         with self.watching() as run:
             for part, stop, weights in self._parts(rows, firsts):
                 scores, spans = Scores(weights), SpanBuilder(rules, part, stop)

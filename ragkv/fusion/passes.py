@@ -124,6 +124,8 @@ class Pass:
     def _behind(self) -> Tensor:
         """The last rows of the prompt: an ordinary forward behind a filled cache, by whatever attention the model has."""
         first = self.layout.tokens - len(self.rows)
+        if self._few:
+            self._clear()
         for piece in self._pieces():
             out = self._on(piece, first)
             first += len(piece)
@@ -132,7 +134,7 @@ class Pass:
     def _on(self, piece: Tensor, first: int) -> Tensor:
         """Rows that follow each other, all in front of them in the cache; what is behind them there is overwritten or unseen."""
         self.cache.set_length(first)
-        return self._run(piece, first=first if len(self.rows) <= _FEW else None)
+        return self._run(piece, first=first if self._few else None)
 
     def scattered(self) -> Tensor:
         """Scattered rows: fresh KV go to their slots, and attention sees the whole prompt through masks."""
@@ -180,6 +182,11 @@ class Pass:
         switched = self.decoder.fusion_attention(scattered=scattered, limited=self._limited, masses=masses)
         with switched as self.attention:
             yield
+
+    @property
+    def _few(self) -> bool:
+        """Whether they may run in fixed shapes, which look at all that the cache has memory for."""
+        return len(self.rows) <= _FEW
 
     @property
     def _limited(self) -> bool:

@@ -79,6 +79,7 @@ class FusedLayer(CacheLayerMixin):
     Attributes:
         length: N.
         dropped: positions in front that are claimed to have been read and forgotten, as by a sliding window; 0 but in probes.
+        laid: what is known of the memory of this layer and those behind it, see :attr:`FusedCache.laid`; let go with the memory.
     """
 
     is_sliding = False
@@ -90,6 +91,7 @@ class FusedLayer(CacheLayerMixin):
         self.length: int = 0
         self.dropped: int = 0
         self.is_initialized = True
+        self.laid: tuple[list[Tensor], Layers] | None = None
         self.key_room: Tensor = keys
         self.value_room: Tensor = values
 
@@ -151,6 +153,7 @@ class FusedLayer(CacheLayerMixin):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.key_room, self.value_room = change(self.key_room), change(self.value_room)
+        self.laid = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick sequences, for beam search."""
@@ -197,7 +200,6 @@ class FusedCache(Cache):
         self.writer: Writer | None = None
         self.before: Callable[[int], object] | None = None
         self._assisted = False
-        self._laid: tuple[list[Tensor], Layers] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -218,12 +220,7 @@ class FusedCache(Cache):
                 "prompt_lookup_num_tokens): it computes the prompt again behind itself. Give engine.generate these arguments, "
                 "or leave them out"
             )
-        held = self.layers[layer_idx]
-        room = held.key_room
-        shown = held.update(key_states, value_states)
-        if held.key_room is not room:  # nobody shall hold what it had
-            self._laid = None
-        return shown
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def activate_past_recording(self) -> None:
         """Called by transformers where it will crop, as before assisted decoding; whatever is held can be cropped."""
@@ -257,15 +254,17 @@ class FusedCache(Cache):
     def laid(self) -> Layers:
         """K and V ``[H, C, D]`` of all layers as placing takes them, on one device; looked at once, as long as they stay there."""
         rooms = [room for layer in self.layers for room in (layer.key_room, layer.value_room)]
-        if self._laid is None or not all(map(is_, rooms, self._laid[0])):
-            self._laid = rooms, Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in self.layers])
-        return self._laid[1]
+        known = self.layers[0].laid
+        if known is None or not all(map(is_, rooms, known[0])):
+            known = rooms, Layers.raw([(layer.key_room[0], layer.value_room[0]) for layer in self.layers])
+            self.layers[0].laid = known
+        return known[1]
 
     def share(self, other: FusedCache) -> None:
         """Have the memory of another cache for one's own."""
         for layer, there in zip(self.layers, other.layers, strict=True):
             layer.key_room, layer.value_room = there.key_room, there.value_room
-        self._laid = other._laid
+        self.layers[0].laid = other.layers[0].laid
 
     def leave(self, other: FusedCache, rooms: Rooms) -> None:
         """Have other memory for what is another cache's; some may have grown out of it already, where a pass failed."""
@@ -274,7 +273,7 @@ class FusedCache(Cache):
                 layer.key_room = keys
             if layer.value_room is there.value_room:
                 layer.value_room = values
-        self._laid = None
+        self.layers[0].laid = None
 
     def append(self, kv: ChunkKV | None) -> None:
         """Put KV behind what is held; ``None`` for no tokens."""

@@ -122,7 +122,8 @@ class Graphs:
         """A new cache where fixed steps find it, of which so many slots will be written before they run; ``None`` where there is no
         place for one just now.
         """
-        if self.why or (self._capture is not None and not self._capture.usable()):
+        changed = self._mark() != self._marked  # rooms are of the model as it was
+        if changed or self.why or (self._capture is not None and not self._capture.usable()):
             return None
         return self._rooms.born(slots, capacity, self._decoder.specs)
 

@@ -190,8 +190,12 @@ class Steps:
         try:
             yield
         finally:
-            if self.graphs is not None:
-                self.graphs.leave(cache)
+            self.leave(cache)
+
+    def leave(self, cache: FusedCache) -> None:
+        """Give a cache memory of its own again, as much as it needs, wherever fixed steps had it."""
+        if self.graphs is not None:
+            self.graphs.leave(cache)
 
     @contextmanager
     def turn_of(self, fingerprint: str) -> Iterator[None]:

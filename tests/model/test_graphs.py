@@ -344,6 +344,23 @@ def test_what_has_no_fixed_shape():
     assert shown(Rows(one, one, cache)) is None
 
 
+@pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3)], ids=["lego-link", "cache-blend"])
+def test_no_prompt_is_made_in_a_room_of_another_model(method):
+    """Its numbers may be narrower ones, and a forward as it is takes no others than its own."""
+    model = tiny_model()
+
+    def change(dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.to(dtype)
+        made.documents.runner.refresh()
+
+    made = engine(model, True, method=method)
+    change(torch.bfloat16)
+    fused(made), said(made)
+    change(torch.float32)
+    same(fused(made), fused(engine(model, False, method=method)))
+
+
 def test_inference_mode_leaves_no_trace():
     """Rooms are made by whoever is first, and used by all."""
     model = tiny_model()

@@ -7,9 +7,10 @@ from weakref import ref
 import pytest
 import torch
 
-from ragkv import TieredStore
+from ragkv import LegoLink, QuestionAware, Reuse, TieredStore
 from ragkv.fusion import placement
 from ragkv.model import rooms
+from ragkv.model.cache import FusedCache
 from ragkv.model.graphs import row_bucket
 from ragkv.model.rooms import Room, Rooms, room_bucket
 from ragkv.model.rows import Rows
@@ -132,6 +133,26 @@ def test_a_move_is_one_call_and_leaves_nothing_behind(monkeypatch):
     assert calls == ["in", "out"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reserve(5, 90),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reorder_cache(torch.zeros(1, dtype=torch.long)),
+        lambda cache: cache.batch_select_indices(torch.zeros(1, dtype=torch.long)),
+    ],
+    ids=["reserve", "repeat", "reorder", "select"],
+)
+def test_nobody_holds_what_a_cache_had_before_it_grew(change):
+    """Beams, and turns that go on from a past, make other memory in its place."""
+    cache = engine(tiny_model(), False).decoder.cache(40)
+    assert cache.laid is cache.laid
+    had = [ref(layer.key_room) for layer in cache.layers]
+    change(cache)
+    assert all(one() is None for one in had)
+    assert cache.laid.tokens == cache.layers[-1].key_room.shape[2]
+
+
 def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
     calls = counted(monkeypatch)
     with engine(tiny_model(), True, Recorder()) as made:
@@ -144,6 +165,23 @@ def test_an_answer_stays_where_its_prompt_was_made(monkeypatch):
             assert room.guest is None
         prompt = fused(made)
         assert graphs._rooms.find(prompt.past_key_values) is None
+
+
+def test_beams_take_no_more_than_the_prompt_needs(monkeypatch):
+    """A room is as large as some prompt before, and of no use to them."""
+    took, repeat = [], FusedCache.batch_repeat_interleave
+
+    def noted(cache, beams):
+        took.append((cache.layers[0].key_room.shape[2], made.documents.steps.graphs._rooms.find(cache)))
+        repeat(cache, beams)
+
+    monkeypatch.setattr(FusedCache, "batch_repeat_interleave", noted)
+    plain = engine(tiny_model(), False)
+    with engine(tiny_model(), True, Recorder()) as made:
+        want = said(plain, num_beams=2).token_ids
+        assert said(made, num_beams=2).token_ids == want
+        assert made.documents.steps.graphs._rooms._rooms[0].slots == 256
+    assert took[0] == took[1] and took[1][1] is None
 
 
 def test_who_is_born_in_a_room_finds_what_others_left(monkeypatch):
@@ -247,9 +285,11 @@ def test_a_room_that_is_given_up_is_waited_for():
     assert capture.settled == 1 and not graphs._fixed
 
 
-def test_numbers_that_are_none_do_not_reach_the_next_prompt(monkeypatch):
-    """A room holds what the prompt before left there; hidden or not, NaN would show."""
-    made, leave = engine(tiny_model(), True), Room.leave
+@pytest.mark.parametrize("piece_tokens", [4, 8192])
+@pytest.mark.parametrize("method", [Reuse(), LegoLink(3), QuestionAware(0.3)], ids=["reuse", "lego-link", "look"])
+def test_numbers_that_are_none_do_not_reach_the_next_prompt(method, piece_tokens, monkeypatch):
+    """A room holds what the prompt before left there; hidden or not, NaN would show. Also where a part comes after the other."""
+    made, leave = engine(tiny_model(), True, method=method, piece_tokens=piece_tokens), Room.leave
     want = fused(made)
 
     def poisoned(room, cache, *more):
