@@ -27,7 +27,7 @@ from ragkv.fusion.bus import Bus
 from ragkv.fusion.placement import Placement
 from ragkv.kernels import api
 from ragkv.kernels.triton_impl import place
-from ragkv.model import kernel_attention
+from ragkv.model import kernel_attention, rooms
 from ragkv.model.capture import Body, Cut, Replay
 from ragkv.testing import random_ids, tiny_model
 
@@ -156,6 +156,7 @@ def left_out(copies: Copies) -> Iterator[None]:
     with (
         patch.object(api, "implementation", lambda *args: "triton"),
         patch.object(place, "launch", lambda *args, **more: None),
+        patch.object(rooms, "_copy", lambda *args: None),
     ):
         yield
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from weakref import ReferenceType, ref
 
 import torch
+from torch import Tensor
 
 from ragkv.forks import ForkedLock
 from ragkv.kernels import Impl, Run, place_layers
@@ -107,8 +108,7 @@ class Room:
                 blocks, rooms = in_blocks(self._specs, max(self._own, slots))
             except torch.OutOfMemoryError:
                 return
-            for block, here in zip(blocks, self._blocks, strict=True):
-                block[:, :, :, : min(slots, self.slots)] = here[:, :, :, :slots]
+            _copy(blocks, self._blocks, min(slots, self.slots))
             cache.leave(self.cache, rooms)
         self.used = max(self.used, longest)  # of passes that ran as they are
         settle()
@@ -125,6 +125,11 @@ class Room:
             if begin < self.used:
                 block[:, :, :, begin : self.used].zero_()
         self.used = begin
+
+
+def _copy(blocks: Sequence[Tensor], here: Sequence[Tensor], slots: int) -> None:
+    for block, other in zip(blocks, here, strict=True):
+        block[:, :, :, :slots] = other[:, :, :, :slots]
 
 
 class Rooms:
