@@ -164,10 +164,8 @@ class Runner:
                 return
             self._replaced += not self._glance.stands()
         refuse_state(self.model)
-        glance, weights = (
-            Glance.of(self.model),
-            self._weights.digest(),
-        )  # what is written in between is found at the next look
+        glance = Glance.of(self.model)  # first: what is written in between is found at the next look
+        weights = self._weights.digest()
         fingerprint = digest(weights, described).hex()
         if fingerprint != self._fingerprint:
             self._changed(described)
