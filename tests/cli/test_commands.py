@@ -186,7 +186,8 @@ def test_a_real_interrupt_keeps_what_was_read(interruptible, warm, tmp_path):
     assert all(found), (said.decode(), second.stderr)
     before, now = (int(one[1].replace(",", "")) for one in found)
     assert 200 < before - now < before
-    assert f" {now:,} tokens read in " in second.stdout
+    read = int(re.search(r"([\d,]+) tokens read in ", second.stdout)[1].replace(",", ""))
+    assert now - before // 5 < read <= now  # what is said counts text in front that need not be read in the end
 
 
 def test_numbers_and_budgets(files, tmp_path, capsys, monkeypatch):
