@@ -187,7 +187,7 @@ def test_a_real_interrupt_keeps_what_was_read(interruptible, warm, tmp_path):
     before, now = (int(one[1].replace(",", "")) for one in found)
     assert 200 < before - now < before
     read = int(re.search(r"([\d,]+) tokens read in ", second.stdout)[1].replace(",", ""))
-    assert now - before // 5 < read <= now  # what is said counts text in front that need not be read in the end
+    assert now - before // 5 < read <= now  # what is said is what the model runs, some of which is stored already
 
 
 def test_numbers_and_budgets(files, tmp_path, capsys, monkeypatch):
