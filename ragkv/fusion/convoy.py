@@ -7,6 +7,7 @@ is placed by one launch for all that is of a kind, out of a table that is made o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Convoy:
         bus: of the device.
         device: where the prompt is.
         freight: the chunks, by key.
-        runs: where they go, and the keys of what; the source is theirs.
+        runs: where they go, by key, from where they are now.
         cache: of the prompt, written.
         layers: those that are placed.
         impl: what places.
@@ -86,8 +87,8 @@ class Convoy:
         self._placed = 0  # groups
         packed, size = self._packed()
         self._ring = bus.room(len(self._groups[:_AHEAD]), size)
-        self._copies, self._there = self._brought(packed)
-        self._runs = [Run(self._there[key], run.start, run.tokens, turns=run.turns) for key, run in runs]
+        self._copies, there = self._brought(packed)
+        self._runs = [replace(run, source=there[key]) for key, run in runs]
         self._sent = list[Callable[[], object]]()
         self._free = list[Any]()  # when what a group stood in may be written to
         self._placing: tuple[Layers, Callable[[int], None]] | None = None
@@ -96,7 +97,7 @@ class Convoy:
 
     def upto(self, layer: int) -> None:
         """Have all layers placed up to this one, and those that it came with."""
-        while self.done <= layer and self._placed < len(self._groups):
+        while self.done <= layer:
             self._sent[self._placed]()
             if self._placing is None or self._placing[0] is not self._cache.laid:  # it is in a room by now
                 laid = self._cache.laid
