@@ -3,12 +3,16 @@
 That stream is a queue here: nothing in it is done before somebody waits for it, and as late as that allows.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, RelevantTokens, Reuse, TieredStore
 from ragkv.fusion import convoy, placement
 from ragkv.fusion.bus import Bus
+from ragkv.fusion.convoy import Convoy, Freight
+from ragkv.kernels import Layers, Run
 from ragkv.testing import random_ids, tiny_model
 
 LAYERS = 9
@@ -19,7 +23,7 @@ class Late(Bus):
     """Does what it is given when it is waited for; what it copies to is rubbish until then, and again when it may be written to."""
 
     def __init__(self):
-        self.log, self.queue, self.placed = [], [], 0
+        self.log, self.queue, self.placed, self.frees = [], [], 0, []
 
     def room(self, *size):
         self.ring = torch.full(size, 0xFF, dtype=torch.uint8)
@@ -28,6 +32,7 @@ class Late(Bus):
     def send(self, load, free=None):
         number = len([what for what in self.log if what == "send"])
         self.log.append("send")
+        self.frees.append(free)
 
         def run():
             assert free is None or free <= self.placed  # nobody reads any more what is written over
@@ -102,6 +107,44 @@ def test_groups_are_ahead_of_the_work(late):
         *("send", "send", "brought 0", "placed 0", "send", *(f"layer {number}" for number in range(4))),
         *("brought 1", "placed 1", *(f"layer {number}" for number in range(4, 8)), "brought 2", "placed 2", "layer 8"),
     ]
+
+
+def test_a_group_waits_for_the_one_whose_place_it_takes(late, monkeypatch):
+    monkeypatch.setattr(convoy, "GROUP", 1)
+    with made() as engine:
+        engine.fuse(engine.add([random_ids(20)]), random_ids(5), method=Reuse())
+    assert late[-1].frees == [None, None, None, *range(1, LAYERS - 2)]
+
+
+def test_what_lies_elsewhere_is_no_freight():
+    """A part that had to be copied to be read, and one whose numbers do not follow each other."""
+    data = torch.zeros(4 * 64, dtype=torch.uint8)
+    numbers = data.view(torch.float32).view(2, 4, 8)
+    assert Freight.of(data, [(0, 256)], Layers.raw([(numbers[:1], numbers[1:])])) is not None
+    for other in (numbers[1:].clone(), numbers[1:, :, ::2].repeat_interleave(2, 2), numbers.transpose(0, 1)[:1, :4]):
+        pair = (other, other)
+        assert Freight.of(data, [(0, 256)], Layers.raw([pair])) is None
+
+
+@pytest.mark.parametrize("begin", [0, 4, 8, 20])
+def test_what_is_brought_keeps_its_alignment(begin):
+    """Kernels read 16 bytes at a time where a chunk's own memory allows it."""
+    freight = {}
+    for name, tokens in (("a", 3), ("b", 5)):
+        data = torch.zeros(begin + 4 * 2 * tokens * 8, dtype=torch.uint8)
+        spans = [(begin + layer * 8 * tokens * 2, begin + (layer + 1) * 8 * tokens * 2) for layer in range(4)]
+        pairs = [
+            tuple(
+                data[a + half * 8 * tokens : a + (half + 1) * 8 * tokens].view(torch.float32).view(1, tokens, 2)
+                for half in (0, 1)
+            )
+            for a, _ in spans
+        ]
+        freight[name.encode()] = Freight.of(data, spans, Layers.raw(pairs))
+    cache = SimpleNamespace(layers=range(4))
+    runs = [(key, Run(held.layers, 0, held.layers.tokens)) for key, held in freight.items()]
+    made = Convoy(Late(), torch.device("cpu"), freight, runs, cache, range(4), "reference")
+    assert all(shift % 16 == 0 for run in made._runs for shift in run.source.shifts)
 
 
 @pytest.mark.parametrize("first", [0, 1, 5])

@@ -24,7 +24,7 @@ from ragkv import (
 from ragkv.fusion.placement import Placement
 from ragkv.model import graphs as module
 from ragkv.model.graphs import Graphs
-from ragkv.model.kernel_attention import SpanBuilder
+from ragkv.model.kernel_attention import Scores, SpanBuilder
 from ragkv.model.rows import Rows
 from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
 
@@ -123,6 +123,23 @@ def test_looks_are_fixed_too():
             assert torch.equal(got.recomputed, want.recomputed)
             same(got, want)
     assert [how for how, watched in ran if watched] == ["fixed", "graph", "fixed", "graph", "graph", "graph"]
+
+
+def test_rows_that_fill_up_count_nothing():
+    """Not even where those of the run before counted."""
+    steps = engine(tiny_model(), True, Recorder()).documents.steps
+    decoder, ids = steps.decoder, steps.decoder.random_ids(40)
+    for count in (8, 6, 5, 6):
+        found = []
+        for forward in (steps.graphs.forward, decoder.forward):
+            cache, at = decoder.cache(40), torch.arange(30, 30 + count)
+            decoder.read(ids[:30], cache, 0)
+            scores = Scores(torch.arange(1.0, count + 1))
+            rows = Rows(ids[at], at, cache, SpanBuilder(decoder.spans, at, 30 + count), wanted=0, scores=scores)
+            forward(rows)
+            found.append((rows.ran, torch.stack(scores.layers)))
+        assert [ran for ran, _ in found] in (["fixed", "eager"], ["graph", "eager"])
+        close(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("tier", [{}, {"gpu_bytes": 1 << 20, "device": "cpu"}], ids=["cpu", "gpu"])

@@ -2,12 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
+from time import sleep
 from weakref import ref
 
 import pytest
 import torch
 
-from ragkv import LegoLink, QuestionAware, Reuse, TieredStore
+from ragkv import CacheBlend, LegoLink, QuestionAware, Reuse, TieredStore
 from ragkv.fusion import placement
 from ragkv.model import rooms
 from ragkv.model.cache import FusedCache
@@ -184,6 +185,15 @@ def test_beams_take_no_more_than_the_prompt_needs(monkeypatch):
     assert took[0] == took[1] and took[1][1] is None
 
 
+def test_prompts_that_are_made_together_leave_at_once():
+    """More of them than rooms, each of which is computed alone."""
+    with engine(tiny_model(), True, Recorder(), method=CacheBlend(0.3)) as made:
+        chunks = made.add([random_ids(30), random_ids(17)])
+        prompts = made.fuse_many([(chunks, random_ids(5, seed)) for seed in range(5)])
+        assert not [prompt.report.ran for prompt in prompts if "no room" in prompt.report.ran]
+        assert all(room.guest is None for room in made.documents.steps.graphs._rooms._rooms)
+
+
 def test_who_is_born_in_a_room_finds_what_others_left(monkeypatch):
     """Two at a time, and none where a room is too small; a guest that is gone leaves nothing."""
     found, cache, room, decoder = entered()
@@ -206,9 +216,17 @@ def test_who_is_born_in_a_room_finds_what_others_left(monkeypatch):
     assert room.guest is None
 
 
-def test_many_are_born_at_once():
+def test_many_are_born_at_once(monkeypatch):
     found, cache, room, decoder = entered()
     found.leave(cache)
+    free = found._free
+
+    def slow(slots):
+        there = free(slots)
+        sleep(1e-3)  # time for another one to find it, too
+        return there
+
+    monkeypatch.setattr(found, "_free", slow)
     with ThreadPoolExecutor(8) as pool:
         born = list(pool.map(lambda _: found.born(5, 30, decoder.specs), range(64)))
     assert [one for one in born if one is not None] == [room.guest]
