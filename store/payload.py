@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ragkv.lazy import lazy
 from ragkv.store.buffers import allocate
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,12 +37,12 @@ class Part:
     shape: tuple[int, ...]
     start: int
 
-    @cached_property
+    @lazy
     def stop(self) -> int:
         """The byte behind its last."""
         return self.start + prod(self.shape) * self.dtype.itemsize
 
-    @cached_property
+    @lazy
     def strides(self) -> tuple[int, ...]:
         """Numbers from one to the next along each dimension."""
         return tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
@@ -56,7 +57,7 @@ class Layer:
     start: int
     stop: int
 
-    @cached_property
+    @lazy
     def kinds(self) -> tuple[Kind, Kind]:
         """Shape and dtype of the main parts of K and V."""
         return (self.keys[""].shape, self.keys[""].dtype), (self.values[""].shape, self.values[""].dtype)
@@ -77,12 +78,12 @@ class Contents:
         if not self.layers or not end:
             raise ValueError("no bytes")
 
-    @cached_property
+    @lazy
     def payload_bytes(self) -> int:
         """Bytes of all parts."""
         return max(layer.stop for layer in self.layers)
 
-    @cached_property
+    @lazy
     def layers(self) -> tuple[Layer, ...]:
         """The parts by layer."""
         grouped: dict[int, tuple[dict[str, Part], dict[str, Part]]] = {}

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from ragkv.errors import RagKVError, StoreError
-from ragkv.store import TieredStore
+from ragkv.store import TieredStore, payload
+from ragkv.store.codecs import get_codec
+from ragkv.store.encode import encode
 from ragkv.store.snapshot import DiskSnapshot
 
 
@@ -103,6 +105,16 @@ def test_a_child_closes_a_batch_that_a_thread_of_its_parent_reads(folder, kv, ke
             inside.wait(10)
             assert forked(child, timeout_s=5) == "ok"
             assert torch.equal(batch.layer(0, 1)[0], kv(1).keys[1])
+
+
+def test_fork_while_a_thread_looks_where_a_tensor_lies(kv, forked_amid):
+    """What is worked out once has no lock that a child would wait for."""
+
+    def sizes():
+        return encode(kv(1), codec=get_codec("raw"))[0].payload_bytes
+
+    want = str(sizes())
+    assert forked_amid(sizes, payload, "prod", sizes) == want
 
 
 def test_fork_while_threads_read_and_write(folder, kv, key, same, forked):
