@@ -73,7 +73,11 @@ def imports(path: Path) -> set[str]:
         ("kernels", {"ragkv.kernels", "ragkv.errors"}),
         ("ragkv/folder", {"ragkv.folder", "ragkv.errors"}),
         ("ragkv/background.py", {"ragkv.forks"}),
-        ("store", {"ragkv.store", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.background"}),
+        ("ragkv/lazy.py", set()),
+        (
+            "store",
+            {"ragkv.store", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.background", "ragkv.lazy"},
+        ),
         (
             "retrieval",
             {"ragkv.retrieval", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.forks", "ragkv.tokenizer"},
