@@ -6,6 +6,7 @@ Targets: place 0.85 of it for bf16 and int8 at 16K tokens, deviation 0.8.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,10 +36,8 @@ def run(bench: Bench) -> None:
     for tokens in bench.lengths(64, 4096, 16384, 65536):
         chunk = 32 if bench.tiny else 512
         for kind in ("bf16", "pool", "int8", "fp8", "int4"):
-            pieces, stored_bytes = _pieces(bench, kind, tokens, chunk)
-            written = sum(piece.out.numel() * piece.out.element_size() for piece in pieces)
-            call = lambda p=pieces: place_pieces(p, impl=bench.impl)  # noqa: E731
-            _timed(bench, call, f"place {kind}", tokens, stored_bytes + written)
+            pieces, size = pieces_of(bench, kind, tokens, chunk)
+            _timed(bench, partial(place_pieces, pieces, impl=bench.impl), f"place {kind}", tokens, size)
         _at_once(bench, tokens, chunk)
         _compare(bench, tokens)
 
@@ -47,14 +46,14 @@ def _timed(bench: Bench, call: Callable[[], object], operation: str, tokens: int
     bench.timed(call, size=size, benchmark="memory", operation=operation, tokens=tokens)
 
 
-def _pieces(bench: Bench, kind: str, tokens: int, chunk: int) -> tuple[list[Piece], int]:
-    """K and V of every chunk and layer, and the bytes that they take where they are stored."""
+def pieces_of(bench: Bench, kind: str, tokens: int, chunk: int, sides: str = "kv") -> tuple[list[Piece], int]:
+    """K, V or both of every chunk and layer, and the bytes that placing them reads and writes."""
     rotation = Rotation(10000.0 ** -(torch.arange(0, DIM, 2, device=bench.device) / DIM), False)
     new = torch.arange(tokens, device=bench.device)
     cos, sin = rotation_tables(rotation, new % chunk, new)
     pieces, size = [], 0
     for _ in range(LAYERS):
-        for side in ("k", "v"):
+        for side in sides:
             out = torch.empty(HEADS, tokens, DIM, device=bench.device, dtype=bench.dtype)
             turn = (cos, sin) if side == "k" else (None, None)
             if kind == "pool":
@@ -69,7 +68,7 @@ def _pieces(bench: Bench, kind: str, tokens: int, chunk: int) -> tuple[list[Piec
                 of_cos, of_sin = (None if table is None else table[rows] for table in turn)
                 pieces.append(Piece(out[:, rows], stored, of_cos, of_sin))
                 size += taken
-    return pieces, size
+    return pieces, size + sum(piece.out.nbytes for piece in pieces)
 
 
 def _at_once(bench: Bench, tokens: int, chunk: int) -> None:

@@ -1,21 +1,53 @@
-"""Which tile sizes make selective attention fastest: the ones that it uses were chosen so that nothing spills, not by timing."""
+"""Which tile sizes make selective attention and placing fastest: those in use were chosen by what the compiler makes of them."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
+from typing import Any
 
 from bench_attention import DIM, HEADS, KV_HEADS, scattered
+from bench_memory import pieces_of
 from measure import Bench
 
-from ragkv.kernels import key_spans, selective_attention
+from ragkv.kernels import key_spans, place_pieces, selective_attention
 
 SIZES = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+PLACING = {"BLOCK": (16, 32, 64), "HEADS": (2, 4, 8), "num_warps": (4, 8)}
 
 
 def run(bench: Bench) -> None:
-    """Every combination, S = 0.15 N and a few queries; what does not fit the GPU says so."""
-    if bench.device.type != "cuda":
-        return
+    """Every combination; what does not fit the GPU says so. On a CPU nothing is measured."""
+    if bench.device.type == "cuda":
+        _placing(bench)
+        _attention(bench)
+
+
+def _placing(bench: Bench) -> None:
+    """Keys and values by themselves, as they are stored, beside the sizes in use."""
+    from triton.errors import TritonError
+
+    from ragkv.kernels.triton_impl import place
+
+    plain = place.constants
+    for tokens in bench.lengths(64, 16384):
+        for kind in ("bf16", "pool", "int8", "fp8", "int4"):
+            for side in ("k", "v"):
+                pieces, size = pieces_of(bench, kind, tokens, 512, side)
+                for sizes in ({}, *(dict(zip(PLACING, values, strict=True)) for values in product(*PLACING.values()))):
+                    row: dict[str, Any] = {"benchmark": "tiles", "operation": f"place {kind} {side}", "tokens": tokens}
+                    row["sizes"] = sizes
+                    place.constants = lambda s=sizes, **fixed: {**plain(**fixed), **s}
+                    try:
+                        bench.timed(partial(place_pieces, pieces, impl=bench.impl), size=size, **row)
+                    except TritonError as error:
+                        bench.write(**row, error=str(error)[:200])
+                    finally:
+                        place.constants = plain
+
+
+def _attention(bench: Bench) -> None:
+    """S = 0.15 N and a few queries."""
     from triton.errors import TritonError
 
     from ragkv.kernels.triton_impl import attention

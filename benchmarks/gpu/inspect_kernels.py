@@ -71,6 +71,7 @@ class Resources:
     spilled_bytes: int
     instructions: int
     loads_16: int
+    loads_1: int
     loads: int
     stores_16: int
     matrix: int
@@ -82,6 +83,7 @@ class Resources:
         """What is wrong with it; empty where nothing is."""
         faults = [f"spills {self.spilled_bytes} bytes"] if self.spilled_bytes > _ADDRESS_BYTES else []
         faults += ["no 16-byte loads"] if self.wide_expected and not self.loads_16 else []
+        faults += ["loads of single bytes"] if self.loads_1 else []
         faults += ["no matrix instructions"] if self.matrix_expected and not self.matrix else []
         return ", ".join(faults)
 
@@ -121,6 +123,7 @@ def compiled(case: Case, arch: int) -> Resources:
         spilled_bytes=int(used["LOCAL"]) + int(used["STACK"]) or 4 * count(r"(LDL|STL)\b"),
         instructions=len(operations),
         loads_16=count(r"(LDG|LDGSTS|UBLKCP)\b.*(128|BYPASS)|UTMALDG"),
+        loads_1=count(r"LDG\b.*\.[US]8"),
         loads=count(r"LDG|UTMALDG|UBLKCP"),
         stores_16=count(r"STG\b.*128"),
         matrix=count(r"HMMA|HGMMA|UTC\w*MMA"),
@@ -151,7 +154,8 @@ def place_cases() -> Iterator[Case]:
         dtypes = (number, FP32 if codec == "fp8" else FP16, FP16, BF16)
         turn = more.pop("interleaved", False)
         fixed = constants(dim, half, turn, codec, side, group, page=page, dtypes=dtypes, dense=True, heads=8)
-        return Case("place", label, place_kernel, {"table": "*i64"}, fixed, wide=codec != "int4")
+        warps = fixed.pop("num_warps")
+        return Case("place", label, place_kernel, {"table": "*i64"}, fixed, warps, wide=codec == "raw")
 
     yield case("bf16 D=128 halves", 128, 64, "raw", "v", 0, BF16)
     yield case("bf16 D=128 halves, pool", 128, 64, "raw", "v", 0, BF16, page=16)

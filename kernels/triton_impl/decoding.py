@@ -12,20 +12,19 @@ def from_e4m3(byte):
     """fp32 of e4m3 bytes: their exponent and fraction read as fp32 bits are the number times 2^-120. Infinity and NaN, which the
     codec never writes, are read as 480.
     """
-    bits = byte.to(tl.uint32)
-    magnitude = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
-    return magnitude.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    bits = byte.to(tl.int8, bitcast=True).to(tl.int32) << 20  # the sign is in all bits above
+    return (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 @triton.jit
 def unpacked(number, first, stop, LENGTH: tl.constexpr, INT4: tl.constexpr, PAIRS: tl.constexpr):
     """Integers ``first .. first + LENGTH - 1`` of the lines at ``number [L, 1]``, as fp32 ``[L, LENGTH]``; 0 from ``stop`` on.
 
-    int4 holds two a byte. With PAIRS ``first`` is even: every byte is read once.
+    int4 holds two a byte. With PAIRS ``first`` and ``stop`` are even: every byte is read once.
     """
     if INT4 and PAIRS:
         at = first // 2 + tl.arange(0, LENGTH // 2)
-        byte = tl.load(number + at[None, :], mask=(2 * at < stop)[None, :], other=0)
+        byte = tl.load(number + at[None, :], mask=(at < stop // 2)[None, :], other=0)
         integer = tl.reshape(tl.join(byte & 15, byte >> 4), (byte.shape[0], LENGTH))
     elif INT4:
         at = first + tl.arange(0, LENGTH)

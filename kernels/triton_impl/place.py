@@ -82,7 +82,8 @@ def launch_kind(kind: Kind, table: Tensor, longest: int) -> None:
         table: ``[pieces, 16]`` int64 on the device, as :mod:`ragkv.kernels.triton_impl.place_kernel` reads it.
         longest: tokens of the longest piece.
     """
-    blocks, fixed = triton.cdiv(longest, _BLOCK), constants(**kind._asdict())
+    fixed = constants(**kind._asdict())
+    blocks = triton.cdiv(longest, fixed["BLOCK"])
     for first in range(0, len(table), _MOST_PIECES):
         rows = table[first : first + _MOST_PIECES]
         launch(place_kernel, (kind.heads // fixed["HEADS"], blocks, len(rows)), rows.device, rows, **fixed)
@@ -150,7 +151,7 @@ def constants(
     dense: bool,
     heads: int,
 ) -> dict[str, Any]:
-    """The kernel's compile-time arguments.
+    """The kernel's compile-time arguments, and how many warps a program has.
 
     Args:
         dim: D.
@@ -164,6 +165,11 @@ def constants(
         dense: rows begin at multiples of 16 bytes.
         heads: H.
     """
+    turned = side == "k" and codec in ("int8", "int4")  # lines run along the tokens: they are turned in shared memory
+    # Else a thread reads the numbers that it writes 16 bytes of, and nothing moves between threads.
+    read = 16 if codec == "raw" or turned else 16 // dtypes[3].itemsize // (2 if codec == "int4" else 1)
+    # Keys that are decoded take more registers a number: a thread has fewer of them, so that a processor holds as many programs.
+    share = 16 if side == "k" and codec != "raw" else 32
     names = zip(("NUMBER", "SCALE", "LOW", "OUT"), dtypes, strict=True)
     return {
         "DIM": dim,
@@ -175,11 +181,13 @@ def constants(
         "PAGE": page,
         **{name: LANGUAGE_DTYPES[dtype] for name, dtype in names},
         "ALIGNED": dense,
+        "READ": read,
         "HEADS": heads_at_once(heads),
         "BLOCK": _BLOCK,
         "DIM_BLOCK": block(dim),
         "HALF_BLOCK": block(half) if half else 0,
         "REST_BLOCK": block(dim - 2 * half) if dim > 2 * half else 0,
+        "num_warps": min(max(4, _BLOCK * block(dim) // (32 * share)), 16),
     }
 
 

@@ -73,7 +73,8 @@ def _grouped(
     else:
         ALONG: tl.constexpr = GROUP > 0 and FIRST % GROUP == 0 and (GROUP % WIDTH == 0 or WIDTH % GROUP == 0)
         line = tl.minimum(start + tl.arange(0, BLOCK), tokens - 1)[:, None]
-        integer = unpacked(number + line * line_stride, FIRST, STOP, WIDTH, INT4, FIRST % 2 == 0 and WIDTH > 1)
+        EVEN: tl.constexpr = FIRST % 2 == 0 and WIDTH > 1
+        integer = unpacked(number + line * line_stride, FIRST, STOP + STOP % 2 * EVEN, WIDTH, INT4, EVEN)
         line = (head * tokens + line) * groups
         step = per_number(scale + line, FIRST, STOP, group, WIDTH, GROUP, ALONG)
         tile = integer * step + per_number(low + line, FIRST, STOP, group, WIDTH, GROUP, ALONG)
@@ -119,6 +120,7 @@ def place_kernel(
     LOW: tl.constexpr,
     OUT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    READ: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
@@ -129,8 +131,6 @@ def place_kernel(
     row = table + tl.program_id(2).to(tl.int64) * _FIELDS
     tokens = tl.load(row)
     start = tl.program_id(1).to(tl.int64) * BLOCK
-    if start >= tokens:
-        return
     number = tl.load(row + 1).to(tl.pointer_type(NUMBER))
     slots = tl.load(row + 2).to(tl.pointer_type(tl.int64))
     scale = tl.load(row + 3).to(tl.pointer_type(SCALE))
@@ -144,15 +144,17 @@ def place_kernel(
     out_head_stride = tl.load(row + 11)
     out_token_stride = tl.load(row + 12)
     if ALIGNED:  # rows begin at multiples of 16 bytes
-        number = tl.multiple_of(number, 16)
+        number = tl.multiple_of(number, READ)
         out = tl.multiple_of(out, 16)
-        head_stride = tl.multiple_of(head_stride, 128 // NUMBER.primitive_bitwidth)
-        line_stride = tl.multiple_of(line_stride, 128 // NUMBER.primitive_bitwidth)
-        block_stride = tl.multiple_of(block_stride, 128 // NUMBER.primitive_bitwidth)
+        head_stride = tl.multiple_of(head_stride, 8 * READ // NUMBER.primitive_bitwidth)
+        line_stride = tl.multiple_of(line_stride, 8 * READ // NUMBER.primitive_bitwidth)
+        block_stride = tl.multiple_of(block_stride, 8 * READ // NUMBER.primitive_bitwidth)
         out_head_stride = tl.multiple_of(out_head_stride, 128 // OUT.primitive_bitwidth)
         out_token_stride = tl.multiple_of(out_token_stride, 128 // OUT.primitive_bitwidth)
     groups = tl.load(row + 13)
     group = tl.load(row + 14)
+    if start >= tokens:  # asked once all of the row is on its way
+        return
     length = groups * group  # of a line with what fills it up, so that whole groups can be read
     if ALIGNED:
         length = tl.multiple_of(length, 16)

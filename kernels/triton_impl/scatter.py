@@ -29,27 +29,33 @@ def _one_side(
     held_head_stride,
     held_stride,
     HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     DIM: tl.constexpr,
     COMPARE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """K or V of a tile's tokens, in HEADS heads: compared, or written."""
+    """K or V of a tile's tokens, in HEADS heads: compared, or written. AT_ONCE of them are asked for before the first is used."""
     dim = tl.arange(0, BLOCK_D)
     filled = inside[:, None] & (dim < DIM)[None, :]
     source = fresh + token[:, None] * fresh_stride + dim[None, :]
     target = held + at[:, None] * held_stride + dim[None, :]
-    distance = tl.zeros([BLOCK], tl.float32)
-    for number in range(HEADS):
-        head = (first_head + number).to(tl.int64)
-        new = tl.load(source + head * fresh_head_stride, mask=filled, other=0.0)
-        if COMPARE:
-            gap = new.to(tl.float32) - tl.load(target + head * held_head_stride, mask=filled, other=0.0).to(tl.float32)
-            distance += tl.sum(gap * gap, 1)
-        else:
-            tl.store(target + head * held_head_stride, new, mask=filled)
+    squares = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for first in tl.static_range(0, HEADS, AT_ONCE):
+        read = ()
+        for number in tl.static_range(AT_ONCE):
+            head = (first_head + first + number).to(tl.int64)
+            read = read + (tl.load(source + head * fresh_head_stride, mask=filled, other=0.0),)
+        for number in tl.static_range(AT_ONCE):
+            head = (first_head + first + number).to(tl.int64)
+            if COMPARE:
+                gap = tl.load(target + head * held_head_stride, mask=filled, other=0.0).to(tl.float32)
+                gap -= read[number].to(tl.float32)
+                squares += gap * gap
+            else:
+                tl.store(target + head * held_head_stride, read[number], mask=filled)
     if COMPARE:
-        tl.store(moved + token, distance, mask=inside)
+        tl.store(moved + token, tl.sum(squares, 1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -70,6 +76,7 @@ def scatter_kernel(
     value_head_stride,
     value_stride,
     HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -87,21 +94,23 @@ def scatter_kernel(
         _one_side(
             fresh_keys, keys, moved, at, token, inside, first_head,
             fresh_key_head_stride, fresh_key_stride, key_head_stride, key_stride,
-            HEADS, DIM, COMPARE, BLOCK, BLOCK_D,
+            HEADS, AT_ONCE, DIM, COMPARE, BLOCK, BLOCK_D,
         )  # fmt: skip
     else:
         _one_side(
             fresh_values, values, moved, at, token, inside, first_head,
             fresh_value_head_stride, fresh_value_stride, value_head_stride, value_stride,
-            HEADS, VALUE_DIM, COMPARE, BLOCK, BLOCK_V,
+            HEADS, AT_ONCE, VALUE_DIM, COMPARE, BLOCK, BLOCK_V,
         )  # fmt: skip
 
 
 def constants(heads: int, dim: int, value_dim: int, *, indexed: bool, compare: bool) -> dict[str, int | bool]:
     """The kernel's compile-time arguments. Distances sum over heads, so there one program takes all of them."""
     width = block(max(dim, value_dim))
+    at_once = heads_at_once(heads)
     return {
-        "HEADS": heads if compare else heads_at_once(heads),
+        "HEADS": heads if compare else at_once,
+        "AT_ONCE": at_once,
         "DIM": dim,
         "VALUE_DIM": value_dim,
         "INDEXED": indexed,
@@ -136,9 +145,9 @@ def _launch(
     fresh_values = fresh_keys if fresh_values is None else in_rows(fresh_values)
     values = keys if values is None else values
     heads, length, dim = fresh_keys.shape
-    moved = torch.zeros(length if compare else 0, dtype=torch.float32, device=keys.device)
     if not length or not heads:
-        return moved
+        return torch.zeros(length if compare else 0, dtype=torch.float32, device=keys.device)
+    moved = torch.empty(length if compare else 0, dtype=torch.float32, device=keys.device)
     fixed = constants(heads, dim, fresh_values.shape[2], indexed=rows is not None, compare=compare)
     grid = (triton.cdiv(length, fixed["BLOCK"]), heads // fixed["HEADS"], sides)
     launch(

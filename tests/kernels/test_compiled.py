@@ -38,6 +38,14 @@ def test_what_runs_most(tmp_path):
     assert all(row["matrix"] for row in rows if row["kernel"] in ("selective_attention", "scores"))
 
 
+def test_what_is_decoded(tmp_path):
+    """No number is read byte by byte, and values stay with the threads that read them."""
+    rows = {row["label"]: row for row in inspect(tmp_path, "--arch", "90", "--kernel", "place", "--label", "int")}
+    assert {label[:6] for label in rows} >= {"int8 K", "int8 V", "int4 K", "int4 V"}
+    assert all(row["loads_1"] == 0 for row in rows.values())
+    assert rows["int8 V D=128"]["shared_bytes"] == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_everything(arch, tmp_path):
@@ -49,6 +57,6 @@ def test_faults_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from inspect_kernels import Resources
 
-    row = Resources("k", "l", 90, 255, 0, 16, 100, 0, 4, 0, 0, True, True)
-    assert row.fault == "spills 16 bytes, no 16-byte loads, no matrix instructions"
-    assert Resources("k", "l", 90, 255, 0, 0, 100, 4, 4, 0, 8, True, True).fault == ""
+    row = Resources("k", "l", 90, 255, 0, 16, 100, 0, 1, 4, 0, 0, True, True)
+    assert row.fault == "spills 16 bytes, no 16-byte loads, loads of single bytes, no matrix instructions"
+    assert Resources("k", "l", 90, 255, 0, 0, 100, 4, 0, 4, 0, 8, True, True).fault == ""

@@ -6,7 +6,14 @@ import torch
 from ragkv.kernels import deviation, scatter
 
 EPS = torch.finfo(torch.float32).eps
-SHAPES = [(1, 1, 64, 5), (2, 63, 80, 200), (3, 257, 64, 300), (1, 17, 128, 17), (2, 0, 64, 9)]  # H, S, D, N
+SHAPES = [
+    (1, 1, 64, 5),
+    (2, 63, 80, 200),
+    (3, 257, 64, 300),
+    (1, 17, 128, 17),
+    (12, 9, 64, 20),
+    (2, 0, 64, 9),
+]  # H, S, D, N
 
 
 def name(value):
