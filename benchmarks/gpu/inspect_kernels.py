@@ -27,7 +27,8 @@ import torch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-_ADDRESS_BYTES = 8  # on a stack: one number that is read once, and costs nothing
+# Of a processor, by architecture: bytes of shared memory. Every one of these has 64 Ki registers and 64 warps.
+_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Case:
         tuned: width and dtype by which the launch chooses tile sizes, warps and stages, if it does.
         wide: 16-byte loads are expected.
         matrix: matrix instructions are expected.
+        asked_bytes: of memory, that a program asks for before it uses the first; 0: not counted.
     """
 
     kernel: str
@@ -57,11 +59,17 @@ class Case:
     tuned: tuple[int, torch.dtype] | None = None
     wide: bool = False
     matrix: bool = False
+    asked_bytes: int = 0
 
 
 @dataclass
 class Resources:
-    """What one compiled kernel takes."""
+    """What one compiled kernel takes.
+
+    Attributes:
+        programs: as many as a processor holds at once.
+        asked_bytes: of memory, that these ask for before they use the first.
+    """
 
     kernel: str
     label: str
@@ -75,13 +83,15 @@ class Resources:
     loads: int
     stores_16: int
     matrix: int
+    programs: int
+    asked_bytes: int
     wide_expected: bool = field(repr=False)
     matrix_expected: bool = field(repr=False)
 
     @property
     def fault(self) -> str:
         """What is wrong with it; empty where nothing is."""
-        faults = [f"spills {self.spilled_bytes} bytes"] if self.spilled_bytes > _ADDRESS_BYTES else []
+        faults = [f"spills {self.spilled_bytes} bytes"] if self.spilled_bytes else []
         faults += ["no 16-byte loads"] if self.wide_expected and not self.loads_16 else []
         faults += ["loads of single bytes"] if self.loads_1 else []
         faults += ["no matrix instructions"] if self.matrix_expected and not self.matrix else []
@@ -117,9 +127,12 @@ def compiled(case: Case, arch: int) -> Resources:
         usage, code = _cuobjdump("--dump-resource-usage", file.name), _cuobjdump("--dump-sass", file.name)
     used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    registers, shared = int(used["REG"]), binary.metadata.shared
+    warps = options["num_warps"]
+    programs = (65536 // (-(-registers // 8) * 256 * warps), 64 // warps, _SHARED[arch] // (shared + 1024))
     count = lambda pattern: sum(bool(re.match(pattern, operation)) for operation in operations)  # noqa: E731
     return Resources(
-        *(case.kernel, case.label, arch, int(used["REG"]), binary.metadata.shared),
+        *(case.kernel, case.label, arch, registers, shared),
         spilled_bytes=int(used["LOCAL"]) + int(used["STACK"]) or 4 * count(r"(LDL|STL)\b"),
         instructions=len(operations),
         loads_16=count(r"(LDG|LDGSTS|UBLKCP)\b.*(128|BYPASS)|UTMALDG"),
@@ -127,6 +140,8 @@ def compiled(case: Case, arch: int) -> Resources:
         loads=count(r"LDG|UTMALDG|UBLKCP"),
         stores_16=count(r"STG\b.*128"),
         matrix=count(r"HMMA|HGMMA|UTC\w*MMA"),
+        programs=min(programs),
+        asked_bytes=min(programs) * case.asked_bytes,
         wide_expected=case.wide,
         matrix_expected=case.matrix,
     )
@@ -155,7 +170,9 @@ def place_cases() -> Iterator[Case]:
         turn = more.pop("interleaved", False)
         fixed = constants(dim, half, turn, codec, side, group, page=page, dtypes=dtypes, dense=True, heads=8)
         warps = fixed.pop("num_warps")
-        return Case("place", label, place_kernel, {"table": "*i64"}, fixed, warps, wide=codec == "raw")
+        asked = fixed["AT_ONCE"] * fixed["BLOCK"] * dim * number.itemsize // (2 if codec == "int4" else 1)
+        wide = codec == "raw"
+        return Case("place", label, place_kernel, {"table": "*i64"}, fixed, warps, wide=wide, asked_bytes=asked)
 
     yield case("bf16 D=128 halves", 128, 64, "raw", "v", 0, BF16)
     yield case("bf16 D=128 halves, pool", 128, 64, "raw", "v", 0, BF16, page=16)
@@ -253,7 +270,9 @@ def scatter_cases() -> Iterator[Case]:
             }
             types |= {name: "i32" for name in scatter_kernel.arg_names if name.endswith("_stride")}
             fixed = constants(8, dim, dim, indexed=True, compare=compare)
-            yield Case(label, f"{TRITON_NAMES[dtype]} D={dim}", scatter_kernel, types, fixed, wide=True)
+            asked = 0 if compare else fixed["AT_ONCE"] * fixed["BLOCK"] * dim * dtype.itemsize
+            label_of = f"{TRITON_NAMES[dtype]} D={dim}"
+            yield Case(label, label_of, scatter_kernel, types, fixed, wide=True, asked_bytes=asked)
 
 
 def scores_cases() -> Iterator[Case]:
@@ -288,11 +307,11 @@ FAMILIES = {
 
 def table(rows: list[Resources]) -> str:
     """As Markdown."""
-    heads = "| kernel | for | sm | registers | shared bytes | spilled bytes | 16-byte loads / loads | 16-byte stores | matrix |"
+    heads = "| kernel | for | sm | registers | shared bytes | programs | KB | 16-byte loads / loads | 16-byte stores | matrix |"
     lines = [heads, "|---" * heads.count(" | ") + "|---|"]
     lines += [
-        f"| {r.kernel} | {r.label} | {r.arch} | {r.registers} | {r.shared_bytes} | {r.spilled_bytes} | {r.loads_16} / {r.loads} "
-        f"| {r.stores_16} | {r.matrix} |"
+        f"| {r.kernel} | {r.label} | {r.arch} | {r.registers} | {r.shared_bytes} | {r.programs} | {r.asked_bytes / 1024:.0f} "
+        f"| {r.loads_16} / {r.loads} | {r.stores_16} | {r.matrix} |"
         for r in rows
     ]
     return "\n".join(lines)

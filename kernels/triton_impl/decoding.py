@@ -1,4 +1,4 @@
-"""Jit primitives that read stored numbers as fp32 tiles.
+"""Jit primitives that read stored numbers, and those that make fp32 tiles of them.
 
 A line is what is quantised together: a channel of K, a token of V. L lines of a tile.
 """
@@ -17,39 +17,58 @@ def from_e4m3(byte):
 
 
 @triton.jit
-def unpacked(number, first, stop, LENGTH: tl.constexpr, INT4: tl.constexpr, PAIRS: tl.constexpr):
-    """Integers ``first .. first + LENGTH - 1`` of the lines at ``number [L, 1]``, as fp32 ``[L, LENGTH]``; 0 from ``stop`` on.
+def read_line(number, first, stop, LENGTH: tl.constexpr, PAIRS: tl.constexpr, INT4: tl.constexpr):
+    """Bytes of integers ``first .. first + LENGTH - 1`` of the lines at ``number [L, 1]``; 0 from ``stop`` on.
 
-    int4 holds two a byte. With PAIRS ``first`` and ``stop`` are even: every byte is read once.
+    int4 holds two a byte. With PAIRS ``first`` and ``stop`` are even, every byte is read once: ``[L, LENGTH / 2]``. Else
+    ``[L, LENGTH]``.
     """
-    if INT4 and PAIRS:
+    if PAIRS:
         at = first // 2 + tl.arange(0, LENGTH // 2)
-        byte = tl.load(number + at[None, :], mask=(at < stop // 2)[None, :], other=0)
+        inside = at < stop // 2
+    else:
+        at = first + tl.arange(0, LENGTH)
+        inside = at < stop
+        if INT4:
+            at = at // 2
+    return tl.load(number + at[None, :], mask=inside[None, :], other=0)
+
+
+@triton.jit
+def unpacked(byte, first, LENGTH: tl.constexpr, PAIRS: tl.constexpr, INT4: tl.constexpr):
+    """The integers, as fp32 ``[L, LENGTH]``."""
+    integer = byte
+    if PAIRS:
         integer = tl.reshape(tl.join(byte & 15, byte >> 4), (byte.shape[0], LENGTH))
     elif INT4:
         at = first + tl.arange(0, LENGTH)
-        byte = tl.load(number + (at // 2)[None, :], mask=(at < stop)[None, :], other=0)
         integer = (byte >> ((at % 2) * 4).to(tl.uint8)[None, :]) & 15
-    else:
-        at = first + tl.arange(0, LENGTH)
-        integer = tl.load(number + at[None, :], mask=(at < stop)[None, :], other=0)
     return integer.to(tl.float32)
 
 
 @triton.jit
-def per_number(scale, first, stop, group, LENGTH: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):
-    """The scale of integers ``first .. first + LENGTH - 1`` of the lines at ``scale [L, 1]``, fp32 ``[L, LENGTH]`` or ``[L, 1]``.
+def read_scale(scale, first, stop, group, LENGTH: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """The scales of integers ``first .. first + LENGTH - 1`` of the lines at ``scale [L, 1]``.
 
-    With WHOLE a tile holds whole groups of GROUP numbers, or lies within one: each scale is read once.
+    With WHOLE a tile holds whole groups of GROUP numbers, or lies within one: each scale is read once, ``[L, LENGTH / GROUP]`` or
+    ``[L, 1]``. Else one a number, ``[L, LENGTH]``.
     """
     if WHOLE and GROUP >= LENGTH:
-        read = tl.load(scale + first // GROUP).to(tl.float32)
+        read = tl.load(scale + first // GROUP)
     elif WHOLE:
         at = first // GROUP + tl.arange(0, LENGTH // GROUP)
-        read = tl.load(scale + at[None, :], mask=(at * GROUP < stop)[None, :], other=0).to(tl.float32)
-        spread = tl.broadcast_to(read[:, :, None], (read.shape[0], LENGTH // GROUP, GROUP))
-        read = tl.reshape(spread, (spread.shape[0], LENGTH))
+        read = tl.load(scale + at[None, :], mask=(at * GROUP < stop)[None, :], other=0)
     else:
         at = first + tl.arange(0, LENGTH)
-        read = tl.load(scale + (at // group)[None, :], mask=(at < stop)[None, :], other=0).to(tl.float32)
+        read = tl.load(scale + (at // group)[None, :], mask=(at < stop)[None, :], other=0)
     return read
+
+
+@triton.jit
+def per_number(scale, LENGTH: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """The same as fp32 ``[L, LENGTH]`` or ``[L, 1]``."""
+    scale = scale.to(tl.float32)
+    if WHOLE and GROUP < LENGTH:
+        spread = tl.broadcast_to(scale[:, :, None], (scale.shape[0], LENGTH // GROUP, GROUP))
+        scale = tl.reshape(spread, (scale.shape[0], LENGTH))
+    return scale

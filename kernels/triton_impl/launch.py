@@ -32,9 +32,9 @@ def block(size: int, least: int = 1) -> int:
     return max(triton.next_power_of_2(size), least)
 
 
-def heads_at_once(heads: int) -> int:
-    """How many heads one program takes: a divisor of ``heads``, at most 4."""
-    return next(count for count in range(min(4, heads), 0, -1) if heads % count == 0)
+def heads_at_once(heads: int, most: int = 4) -> int:
+    """How many heads one program takes: the largest divisor of ``heads`` that is no more than ``most``."""
+    return next(count for count in range(min(most, heads), 0, -1) if heads % count == 0)
 
 
 def in_rows(tensor: Tensor) -> Tensor:

@@ -20,6 +20,17 @@ from ragkv.kernels.triton_impl.place_kernel import place_kernel
 from ragkv.kernels.upload import sent
 
 _BLOCK = 32  # tokens of a tile
+# Heads that are read before the first is used, and how many numbers of each a thread takes: so that a processor has as many bytes
+# under way as its registers allow (benchmarks/gpu/inspect_kernels.py).
+_SHARES = {
+    "raw": (2, 32),
+    "int8 k": (4, 16),
+    "int8 v": (4, 16),
+    "int4 k": (4, 16),
+    "int4 v": (4, 32),
+    "fp8 k": (2, 16),
+    "fp8 v": (4, 32),
+}
 _GROUPS = (32, 64, 128)  # sizes of groups that a kernel is compiled for
 _MOST_PIECES = 65535  # of a launch: CUDA's limit on the grid's third axis
 
@@ -165,11 +176,13 @@ def constants(
         dense: rows begin at multiples of 16 bytes.
         heads: H.
     """
-    turned = side == "k" and codec in ("int8", "int4")  # lines run along the tokens: they are turned in shared memory
+    at_once, share = _SHARES["raw" if codec == "raw" else f"{codec} {side}"]
+    lines = side == "k" and codec in (
+        "int8",
+        "int4",
+    )  # they run along the tokens, and are turned around in shared memory
     # Else a thread reads the numbers that it writes 16 bytes of, and nothing moves between threads.
-    read = 16 if codec == "raw" or turned else 16 // dtypes[3].itemsize // (2 if codec == "int4" else 1)
-    # Keys that are decoded take more registers a number: a thread has fewer of them, so that a processor holds as many programs.
-    share = 16 if side == "k" and codec != "raw" else 32
+    read = 16 if codec == "raw" or lines else 16 // dtypes[3].itemsize // (2 if codec == "int4" else 1)
     names = zip(("NUMBER", "SCALE", "LOW", "OUT"), dtypes, strict=True)
     return {
         "DIM": dim,
@@ -183,6 +196,7 @@ def constants(
         "ALIGNED": dense,
         "READ": read,
         "HEADS": heads_at_once(heads),
+        "AT_ONCE": heads_at_once(heads_at_once(heads), at_once),
         "BLOCK": _BLOCK,
         "DIM_BLOCK": block(dim),
         "HALF_BLOCK": block(half) if half else 0,

@@ -6,83 +6,65 @@ D head_dim, P tokens of a pool's block, G groups of a line, E numbers of a group
 import triton
 import triton.language as tl
 
-from ragkv.kernels.triton_impl.decoding import from_e4m3, per_number, unpacked
+from ragkv.kernels.triton_impl.decoding import from_e4m3, per_number, read_line, read_scale, unpacked
 
 # A launch reads a table [pieces, 16] int64: lengths, addresses, and strides in numbers.
 _FIELDS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
-def _plain(
+def _read(
     source,
     head,
     start,
-    dim,
-    stop,
+    FIRST: tl.constexpr,
+    STOP: tl.constexpr,
+    WIDTH: tl.constexpr,
     DIM: tl.constexpr,
     CODEC: tl.constexpr,
     SIDE: tl.constexpr,
+    GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Raw or e4m3 numbers: dimensions ``dim`` below ``stop`` of tokens ``start .. start + BLOCK - 1``, fp32 ``[BLOCK, dims]``."""
-    number, slots, scale, _, tokens, head_stride, line_stride, block_stride, _, _, _ = source
+    """Dimensions FIRST .. STOP - 1 of BLOCK tokens as they are stored, and scale and lowest number of each group, if any."""
+    number, slots, scale, low, tokens, head_stride, line_stride, block_stride, groups, group, length = source
+    number += head * head_stride
+    dim = FIRST + tl.arange(0, WIDTH)
     token = start + tl.arange(0, BLOCK)
     inside = token < tokens
-    if PAGE > 0:
-        slot = tl.load(slots + token, mask=inside, other=0)
-        at = (slot // PAGE) * block_stride + (slot % PAGE) * line_stride
-    else:
-        at = token * line_stride
-    at = number + head * head_stride + at[:, None] + dim[None, :]
-    read = tl.load(at, mask=inside[:, None] & (dim < stop)[None, :], other=0.0)
-    if CODEC == "raw":
-        tile = read.to(tl.float32)
-    elif SIDE == "k":
-        tile = from_e4m3(read) * tl.load(scale + head * DIM + dim, mask=dim < stop, other=0.0)[None, :]
-    else:
-        tile = from_e4m3(read) * tl.load(scale + head * tokens + token, mask=inside, other=0.0)[:, None]
-    return tile
-
-
-@triton.jit
-def _grouped(
-    source,
-    head,
-    start,
-    dim,
-    FIRST: tl.constexpr,
-    STOP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIM: tl.constexpr,
-    INT4: tl.constexpr,
-    SIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The same of integers with a step and a lowest number a group. K's lines are channels: they are read along the tokens."""
-    number, _, scale, low, tokens, head_stride, line_stride, _, groups, group, length = source
-    number += head * head_stride
-    if SIDE == "k":
+    step, lowest = 1.0, 0.0
+    if (CODEC == "int8" or CODEC == "int4") and SIDE == "k":  # a line is a channel
         WHOLE: tl.constexpr = GROUP > 0 and (GROUP % BLOCK == 0 or BLOCK % GROUP == 0)
         line = tl.minimum(dim, STOP - 1)[:, None].to(tl.int64)
-        integer = unpacked(number + line * line_stride, start, length, BLOCK, INT4, True)
+        read = read_line(number + line * line_stride, start, length, BLOCK, CODEC == "int4", CODEC == "int4")
         line = (head * DIM + line) * groups
-        step = per_number(scale + line, start, tokens, group, BLOCK, GROUP, WHOLE)
-        tile = tl.trans(integer * step + per_number(low + line, start, tokens, group, BLOCK, GROUP, WHOLE))
-    else:
+        step = read_scale(scale + line, start, tokens, group, BLOCK, GROUP, WHOLE)
+        lowest = read_scale(low + line, start, tokens, group, BLOCK, GROUP, WHOLE)
+    elif CODEC == "int8" or CODEC == "int4":
         ALONG: tl.constexpr = GROUP > 0 and FIRST % GROUP == 0 and (GROUP % WIDTH == 0 or WIDTH % GROUP == 0)
-        line = tl.minimum(start + tl.arange(0, BLOCK), tokens - 1)[:, None]
-        EVEN: tl.constexpr = FIRST % 2 == 0 and WIDTH > 1
-        integer = unpacked(number + line * line_stride, FIRST, STOP + STOP % 2 * EVEN, WIDTH, INT4, EVEN)
+        PAIRS: tl.constexpr = CODEC == "int4" and FIRST % 2 == 0 and WIDTH > 1
+        line = tl.minimum(token, tokens - 1)[:, None]
+        read = read_line(number + line * line_stride, FIRST, STOP + STOP % 2 * PAIRS, WIDTH, PAIRS, CODEC == "int4")
         line = (head * tokens + line) * groups
-        step = per_number(scale + line, FIRST, STOP, group, WIDTH, GROUP, ALONG)
-        tile = integer * step + per_number(low + line, FIRST, STOP, group, WIDTH, GROUP, ALONG)
-    return tile
+        step = read_scale(scale + line, FIRST, STOP, group, WIDTH, GROUP, ALONG)
+        lowest = read_scale(low + line, FIRST, STOP, group, WIDTH, GROUP, ALONG)
+    else:
+        if PAGE > 0:
+            slot = tl.load(slots + token, mask=inside, other=0)
+            at = (slot // PAGE) * block_stride + (slot % PAGE) * line_stride
+        else:
+            at = token * line_stride
+        read = tl.load(number + at[:, None] + dim[None, :], mask=inside[:, None] & (dim < STOP)[None, :], other=0.0)
+        if CODEC == "fp8" and SIDE == "k":
+            step = tl.load(scale + head * DIM + dim, mask=dim < STOP, other=0.0)[None, :]
+        elif CODEC == "fp8":
+            step = tl.load(scale + head * tokens + token, mask=inside, other=0.0)[:, None]
+    return read, step, lowest
 
 
 @triton.jit
-def _tile(
+def _read_heads(
     source,
     head,
     start,
@@ -95,13 +77,42 @@ def _tile(
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Dimensions FIRST .. STOP - 1 of BLOCK tokens as fp32 ``[BLOCK, WIDTH]``."""
-    dim = FIRST + tl.arange(0, WIDTH)
-    if CODEC == "int8" or CODEC == "int4":
-        tile = _grouped(source, head, start, dim, FIRST, STOP, WIDTH, DIM, CODEC == "int4", SIDE, GROUP, BLOCK)
+    """The same of AT_ONCE heads."""
+    tiles = ()
+    for number in tl.static_range(AT_ONCE):
+        tiles += (_read(source, head + number, start, FIRST, STOP, WIDTH, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK),)
+    return tiles
+
+
+@triton.jit
+def _decoded(
+    read,
+    start,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CODEC: tl.constexpr,
+    SIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What :func:`_read` read as fp32 ``[BLOCK, WIDTH]``."""
+    numbers, step, lowest = read
+    if CODEC == "fp8":
+        tile = from_e4m3(numbers) * step
+    elif CODEC == "raw":
+        tile = numbers.to(tl.float32)
+    elif SIDE == "k":
+        WHOLE: tl.constexpr = GROUP > 0 and (GROUP % BLOCK == 0 or BLOCK % GROUP == 0)
+        integer = unpacked(numbers, start, BLOCK, CODEC == "int4", CODEC == "int4")
+        tile = integer * per_number(step, BLOCK, GROUP, WHOLE) + per_number(lowest, BLOCK, GROUP, WHOLE)
+        tile = tl.trans(tile)
     else:
-        tile = _plain(source, head, start, dim, STOP, DIM, CODEC, SIDE, PAGE, BLOCK)
+        ALONG: tl.constexpr = GROUP > 0 and FIRST % GROUP == 0 and (GROUP % WIDTH == 0 or WIDTH % GROUP == 0)
+        PAIRS: tl.constexpr = CODEC == "int4" and FIRST % 2 == 0 and WIDTH > 1
+        integer = unpacked(numbers, FIRST, WIDTH, PAIRS, CODEC == "int4")
+        tile = integer * per_number(step, WIDTH, GROUP, ALONG) + per_number(lowest, WIDTH, GROUP, ALONG)
     return tile
 
 
@@ -122,6 +133,7 @@ def place_kernel(
     ALIGNED: tl.constexpr,
     READ: tl.constexpr,
     HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
@@ -165,31 +177,46 @@ def place_kernel(
     first_head = tl.program_id(0).to(tl.int64) * HEADS
     if cosines == 0:
         dim = tl.arange(0, DIM_BLOCK)
-        for number_of_head in range(HEADS):
-            head = first_head + number_of_head
-            tile = _tile(source, head, start, 0, DIM, DIM_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK)
-            tl.store(out + head * out_head_stride + dim[None, :], tile.to(OUT), mask=inside & (dim < DIM)[None, :])
+        for first in range(0, HEADS, AT_ONCE):
+            head = first_head + first
+            tiles = _read_heads(source, head, start, 0, DIM, DIM_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK, AT_ONCE)
+            for nth in tl.static_range(AT_ONCE):
+                tile = _decoded(tiles[nth], start, 0, DIM_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                to = out + (head + nth) * out_head_stride + dim[None, :]
+                tl.store(to, tile.to(OUT), mask=inside & (dim < DIM)[None, :])
     elif HALF > 0:
         pair = tl.arange(0, HALF_BLOCK)
         turned = inside & (pair < HALF)[None, :]
         angle = token[:, None] * HALF + pair[None, :]
         cos = tl.load(tl.multiple_of(cosines.to(tl.pointer_type(tl.float32)), 16) + angle, mask=turned, other=0.0)
         sin = tl.load(tl.multiple_of(sines.to(tl.pointer_type(tl.float32)), 16) + angle, mask=turned, other=0.0)
-        for number_of_head in range(HEADS):
-            head = first_head + number_of_head
-            to = out + head * out_head_stride
-            if INTERLEAVED:
-                both = _tile(source, head, start, 0, 2 * HALF, 2 * HALF_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK)
-                x, y = tl.split(tl.reshape(both, (BLOCK, HALF_BLOCK, 2)))
-                both = tl.reshape(tl.join(x * cos - y * sin, y * cos + x * sin), (BLOCK, 2 * HALF_BLOCK))
-                dim = tl.arange(0, 2 * HALF_BLOCK)
-                tl.store(to + dim[None, :], both.to(OUT), mask=inside & (dim < 2 * HALF)[None, :])
-            else:
-                x = _tile(source, head, start, 0, HALF, HALF_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK)
-                y = _tile(source, head, start, HALF, 2 * HALF, HALF_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK)
-                tl.store(to + pair[None, :], (x * cos - y * sin).to(OUT), mask=turned)
-                tl.store(to + HALF + pair[None, :], (y * cos + x * sin).to(OUT), mask=turned)
+        FIRST: tl.constexpr = 2 * HALF if INTERLEAVED else HALF  # what x is read with, and so many more
+        FIRST_BLOCK: tl.constexpr = 2 * HALF_BLOCK if INTERLEAVED else HALF_BLOCK
+        for first in range(0, HEADS, AT_ONCE):
+            head = first_head + first
+            xs = _read_heads(source, head, start, 0, FIRST, FIRST_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK, AT_ONCE)
+            ys, rests = xs, xs
+            if not INTERLEAVED:
+                ys = _read_heads(
+                    source, head, start, HALF, 2 * HALF, HALF_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK, AT_ONCE
+                )
             if REST_BLOCK > 0:
-                rest = 2 * HALF + tl.arange(0, REST_BLOCK)
-                tile = _tile(source, head, start, 2 * HALF, DIM, REST_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK)
-                tl.store(to + rest[None, :], tile.to(OUT), mask=inside & (rest < DIM)[None, :])
+                rests = _read_heads(
+                    source, head, start, 2 * HALF, DIM, REST_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK, AT_ONCE
+                )
+            for nth in tl.static_range(AT_ONCE):
+                to = out + (head + nth) * out_head_stride
+                x = _decoded(xs[nth], start, 0, FIRST_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                if INTERLEAVED:
+                    even, odd = tl.split(tl.reshape(x, (BLOCK, HALF_BLOCK, 2)))
+                    both = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BLOCK, FIRST_BLOCK))
+                    dim = tl.arange(0, FIRST_BLOCK)
+                    tl.store(to + dim[None, :], both.to(OUT), mask=inside & (dim < FIRST)[None, :])
+                else:
+                    y = _decoded(ys[nth], start, HALF, HALF_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                    tl.store(to + pair[None, :], (x * cos - y * sin).to(OUT), mask=turned)
+                    tl.store(to + HALF + pair[None, :], (y * cos + x * sin).to(OUT), mask=turned)
+                if REST_BLOCK > 0:
+                    rest = 2 * HALF + tl.arange(0, REST_BLOCK)
+                    tile = _decoded(rests[nth], start, 2 * HALF, REST_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                    tl.store(to + rest[None, :], tile.to(OUT), mask=inside & (rest < DIM)[None, :])

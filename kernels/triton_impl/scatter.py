@@ -45,7 +45,7 @@ def _one_side(
         read = ()
         for number in tl.static_range(AT_ONCE):
             head = (first_head + first + number).to(tl.int64)
-            read = read + (tl.load(source + head * fresh_head_stride, mask=filled, other=0.0),)
+            read += (tl.load(source + head * fresh_head_stride, mask=filled, other=0.0),)
         for number in tl.static_range(AT_ONCE):
             head = (first_head + first + number).to(tl.int64)
             if COMPARE:

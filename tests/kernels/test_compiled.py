@@ -39,11 +39,17 @@ def test_what_runs_most(tmp_path):
 
 
 def test_what_is_decoded(tmp_path):
-    """No number is read byte by byte, and values stay with the threads that read them."""
-    rows = {row["label"]: row for row in inspect(tmp_path, "--arch", "90", "--kernel", "place", "--label", "int")}
-    assert {label[:6] for label in rows} >= {"int8 K", "int8 V", "int4 K", "int4 V"}
+    """No number is read byte by byte, values stay with the threads that read them, and enough is under way for what memory gives.
+
+    4.8 TB/s, of which int4 reads a fifth and int8 a third, are 7 and 12 KB in a microsecond for each of 132 processors.
+    """
+    rows = inspect(tmp_path, "--arch", "90", "--kernel", "place", "--label", "int")
+    rows = {row["label"]: row for row in rows if row["label"].startswith(("int4", "int8"))}
+    assert {label[:6] for label in rows} == {"int8 K", "int8 V", "int4 K", "int4 V"}
     assert all(row["loads_1"] == 0 for row in rows.values())
     assert rows["int8 V D=128"]["shared_bytes"] == 0
+    least = {"int4": 20 << 10, "int8": 48 << 10}
+    assert all(row["asked_bytes"] >= least[label[:4]] for label, row in rows.items())
 
 
 @pytest.mark.long
@@ -57,6 +63,6 @@ def test_faults_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from inspect_kernels import Resources
 
-    row = Resources("k", "l", 90, 255, 0, 16, 100, 0, 1, 4, 0, 0, True, True)
+    row = Resources("k", "l", 90, 255, 0, 16, 100, 0, 1, 4, 0, 0, 2, 0, True, True)
     assert row.fault == "spills 16 bytes, no 16-byte loads, loads of single bytes, no matrix instructions"
-    assert Resources("k", "l", 90, 255, 0, 0, 100, 4, 0, 4, 0, 8, True, True).fault == ""
+    assert Resources("k", "l", 90, 255, 0, 0, 100, 4, 0, 4, 0, 8, 2, 0, True, True).fault == ""

@@ -28,6 +28,8 @@ RAW = [  # (H, T, D, R), dtype, interleaved
     ((1, 33, 80, 80), F32, False),
     ((1, 33, 80, 80), BF16, True),
     ((2, 70, 96, 48), BF16, False),
+    ((6, 9, 64, 32), BF16, False),
+    ((8, 40, 64, 48), BF16, True),
 ]
 EPS = torch.finfo(torch.float32).eps
 
@@ -79,7 +81,7 @@ def test_raw(shape, dtype, interleaved, device, random, poisoned, close):
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("shape", [(2, 63, 80, 80), (1, 1, 64, 64), (1, 130, 128, 128)], ids=name)
+@pytest.mark.parametrize("shape", [(2, 63, 80, 80), (1, 1, 64, 64), (1, 130, 128, 128), (8, 40, 64, 32)], ids=name)
 def test_encoded(shape, codec, side, device, random, poisoned, close):
     heads, tokens, dim, rotary = shape
     original = random(heads, tokens, dim).cpu()
