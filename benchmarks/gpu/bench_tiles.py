@@ -12,7 +12,7 @@ from measure import Bench
 
 from ragkv.kernels import key_spans, place_pieces, selective_attention
 
-SIZES = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+SIZES = {"BLOCK_M": (16, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 PLACING = {"BLOCK": (32, 64), "AT_ONCE": (1, 2, 4), "num_warps": (4, 8)}
 
 
@@ -47,19 +47,19 @@ def _placing(bench: Bench) -> None:
 
 
 def _attention(bench: Bench) -> None:
-    """S = 0.15 N and a few queries."""
+    """One query, a question of 32, and S = 0.15 N."""
     from triton.errors import TritonError
 
     from ragkv.kernels.triton_impl import attention
 
     plain = attention.tuning
     for keys in bench.lengths(64, 16384):
-        for queries in (32, keys * 15 // 100):
+        for queries in (1, 32, keys * 15 // 100):
             rows = scattered(bench, queries, keys)
             shapes = ((HEADS, queries), (KV_HEADS, keys), (KV_HEADS, keys))
             q, k, v = (bench.random(heads, tokens, DIM) for heads, tokens in shapes)
             spans, flops = key_spans(rows), 4 * DIM * HEADS * int((rows + 1).sum())
-            own = plain(DIM, q.dtype, attention.capability(q.device))
+            own = plain(DIM, q.dtype, attention.capability(q.device), queries * HEADS // KV_HEADS)
             choices = [own, *(dict(zip(SIZES, sizes, strict=True)) for sizes in product(*SIZES.values()))]
             for sizes in choices:
                 attention.tuning = lambda *_, s=sizes: s

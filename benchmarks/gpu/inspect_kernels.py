@@ -43,7 +43,7 @@ class Case:
         constants: compile-time arguments, by name.
         warps: of a program.
         stages: of software pipelines.
-        tuned: width and dtype by which the launch chooses tile sizes, warps and stages, if it does.
+        tuned: width, dtype and rows by which the launch chooses tile sizes, warps and stages, if it does.
         wide: 16-byte loads are expected.
         matrix: matrix instructions are expected.
         asked_bytes: of memory, that a program asks for before it uses the first; 0: not counted.
@@ -56,7 +56,7 @@ class Case:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
-    tuned: tuple[int, torch.dtype] | None = None
+    tuned: tuple[int, torch.dtype, int] | None = None
     wide: bool = False
     matrix: bool = False
     asked_bytes: int = 0
@@ -117,7 +117,8 @@ def compiled(case: Case, arch: int) -> Resources:
     if case.tuned:
         from ragkv.kernels.triton_impl.attention import tuning
 
-        fixed |= tuning(*case.tuned, (arch // 10, arch % 10))
+        dim, dtype, rows = case.tuned
+        fixed |= tuning(dim, dtype, (arch // 10, arch % 10), rows)
         options = {name: fixed.pop(name) for name in options}
     source = ASTSource(case.function, signature, {at[name]: value for name, value in fixed.items()}, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -212,6 +213,7 @@ def attention_cases() -> Iterator[Case]:
         sunk: bool = False,
         split: bool = False,
         kept: bool = False,
+        queries: int = 512,
     ) -> Case:
         fixed = constants(groups, dim, dim, dtype, capped=capped, sunk=sunk, split=split, kept=kept)
         name = TRITON_NAMES[dtype]
@@ -221,7 +223,8 @@ def attention_cases() -> Iterator[Case]:
             + f" {groups} heads" * (groups == 7)
             + " split" * split
             + " kept" * kept
-        )
+            + f" {queries} queries" * (queries < 512)
+        ).replace(" 1 queries", " 1 query")
         own = {key: kind or f"*{name}" for key, kind in types.items()}
         own |= {"out": "*fp32"} if split else {}
         return Case(
@@ -231,7 +234,7 @@ def attention_cases() -> Iterator[Case]:
             own,
             fixed,
             matrix=dtype != FP32,
-            tuned=(dim, dtype),
+            tuned=(dim, dtype, queries * groups),
         )
 
     for dtype in (BF16, FP16, FP32):
@@ -247,6 +250,11 @@ def attention_cases() -> Iterator[Case]:
     yield case(128, FP32, split=True)
     yield case(128, BF16, kept=True)
     yield case(128, BF16, split=True, kept=True)
+    for queries in (1, 8):
+        for dtype, dim in ((BF16, 64), (BF16, 128), (BF16, 256), (FP32, 128)):
+            yield case(dim, dtype, split=True, queries=queries)
+    yield case(256, BF16, capped=True, groups=2, split=True, queries=1)
+    yield case(64, BF16, sunk=True, groups=8, split=True, queries=1)
     own = dict.fromkeys(("partial", "greatest_of", "total_of", "normaliser"), "*fp32") | {
         "out": "*bf16",
         "rows": "i32",

@@ -19,15 +19,18 @@ from ragkv.kernels.triton_impl.launch import block, in_rows, launch
 _LOG2E = 1.4426950408889634
 _PART = 512  # keys that are worth a program of their own
 _COMBINED = 1024  # numbers that one program puts together
+_BESIDE = 64  # rows of a tile, up to which a multiprocessor's registers and shared memory hold two programs
 
 
-def tuning(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+def tuning(dim: int, dtype: torch.dtype, capability: tuple[int, int], asked: int) -> dict[str, int]:
     """Tile sizes, warps and stages: the largest tiles that spill no registers and fit into shared memory.
 
     Args:
         dim: the wider of D and Dv.
         dtype: of query, key and value.
         capability: of the GPU.
+        asked: S H / K, rows of a kv head. Where they are few, a large tile is mostly multiplied for nothing: one token of 4 heads
+            to a kv head fills 4 rows of 128, and would wait for products instead of for keys.
     """
     wide = block(dim, 16)
     # Hopper's and Blackwell's matrix units take operands from shared memory, of which they have 227 KB; the others from registers.
@@ -40,6 +43,8 @@ def tuning(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[st
         rows, columns, warps, stages = 128, 64 if roomy else 32, 8, 3
     else:
         rows, columns, warps, stages = 64, 32, 8, 2
+    if asked < rows:
+        rows, warps = block(asked, 16), 4  # 16 is the least that is multiplied at once
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
 
 
@@ -77,7 +82,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs run side by side: one on each multiprocessor, whose shared memory it fills; one under the interpreter."""
+    """How many programs of large tiles run side by side: one on each multiprocessor; one under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -87,7 +92,7 @@ def parts_of(programs: int, keys: int, processors: int) -> int:
     Args:
         programs: there are without.
         keys: N.
-        processors: see :func:`processors`.
+        processors: how many programs run side by side.
     """
     return max(1, min(processors // programs, keys // _PART))
 
@@ -112,9 +117,11 @@ def selective_attention(
     out = query.new_empty(length, heads, value_dim)
     if not out.numel():
         return out
-    sizes = tuning(max(dim, value_dim), query.dtype, capability(query.device))
-    tiles = triton.cdiv(length * heads // kv_heads, sizes["BLOCK_M"])
-    parts = parts_of(tiles * kv_heads, keys, processors(query.device))
+    rows = length * heads // kv_heads
+    sizes = tuning(max(dim, value_dim), query.dtype, capability(query.device), rows)
+    tiles = triton.cdiv(rows, sizes["BLOCK_M"])
+    beside = 2 if sizes["BLOCK_M"] <= _BESIDE else 1
+    parts = parts_of(tiles * kv_heads, keys, processors(query.device) * beside)
     sinks, split, kept = scoring.sinks, parts > 1, normaliser is not None
     fixed = constants(
         *(heads // kv_heads, dim, value_dim, query.dtype),
@@ -134,11 +141,11 @@ def selective_attention(
         **sizes,
     )
     if split:
-        rows, width = length * heads, fixed["BLOCK_V"]
+        width = fixed["BLOCK_V"]
         at_once = combined_rows(width)
         launch(
-            *(combine_kernel, (triton.cdiv(rows, at_once),), out.device),
-            *(partial, greatest, total, out, normaliser, rows, parts),
+            *(combine_kernel, (triton.cdiv(length * heads, at_once),), out.device),
+            *(partial, greatest, total, out, normaliser, length * heads, parts),
             KEPT=kept,
             VALUE_DIM=value_dim,
             BLOCK=at_once,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ragkv.kernels import key_spans, selective_attention
+from ragkv.kernels.scoring import Scoring
 from ragkv.kernels.triton_impl import attention
 
 EPS = torch.finfo(torch.float32).eps
@@ -111,6 +112,24 @@ def test_keys_are_split_where_processors_would_idle():
     assert attention.parts_of(67, 16384, 132) == attention.parts_of(500, 16384, 132) == 1
     assert attention.parts_of(8, 2000, 132) == 3  # parts are worth their while
     assert attention.parts_of(8, 100, 132) == 1
+
+
+def test_few_rows_have_small_tiles():
+    """What a tile holds beyond its rows is multiplied for nothing."""
+    rows = [attention.tuning(128, torch.bfloat16, (9, 0), asked)["BLOCK_M"] for asked in (1, 16, 17, 64, 100, 500)]
+    assert rows == [16, 16, 32, 64, 128, 128]
+    assert attention.tuning(256, torch.float32, (9, 0), 3)["BLOCK_M"] == 16
+
+
+def test_two_small_tiles_run_side_by_side(device, random, monkeypatch):
+    splits = []
+    monkeypatch.setattr(attention, "parts_of", lambda *counts: splits.append(counts) or 1)
+    for queries in (1, 64):
+        query = random(4, queries, 64, dtype=torch.bfloat16)
+        key, value = random(2, 2, 80, 64, dtype=torch.bfloat16)
+        attention.selective_attention(query, key, value, key_spans(scattered(queries, 80, device)), Scoring(0.1))
+    own = attention.processors(device)
+    assert splits == [(2, 80, 2 * own), (2, 80, own)]
 
 
 def test_fp16(device, random, compare):
