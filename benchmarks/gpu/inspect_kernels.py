@@ -27,7 +27,7 @@ import torch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Of a processor, by architecture: bytes of shared memory. Every one of these has 64 Ki registers and 64 warps.
+# Of a processor, by architecture: bytes of shared memory. Every one of these has 64 Ki registers, 64 warps and 32 programs.
 _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
@@ -130,7 +130,7 @@ def compiled(case: Case, arch: int) -> Resources:
     operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
     registers, shared = int(used["REG"]), binary.metadata.shared
     warps = options["num_warps"]
-    programs = (65536 // (-(-registers // 8) * 256 * warps), 64 // warps, _SHARED[arch] // (shared + 1024))
+    programs = (65536 // (-(-registers // 8) * 256 * warps), 64 // warps, 32, _SHARED[arch] // (shared + 1024))
     count = lambda pattern: sum(bool(re.match(pattern, operation)) for operation in operations)  # noqa: E731
     return Resources(
         *(case.kernel, case.label, arch, registers, shared),
@@ -192,7 +192,7 @@ def place_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    from ragkv.kernels.triton_impl.attention import attention_kernel, combine_kernel, combined_rows, constants
+    from ragkv.kernels.triton_impl.attention import attention_kernel, combine_kernel, combining, constants
 
     types = dict.fromkeys(("query", "key", "value", "out"), "") | {
         "greatest_of": "*fp32",
@@ -260,9 +260,12 @@ def attention_cases() -> Iterator[Case]:
         "rows": "i32",
         "parts": "i32",
     }
-    for dim in (128, 256):
-        sizes = {"KEPT": False, "VALUE_DIM": dim, "BLOCK": combined_rows(dim), "BLOCK_V": dim}
-        yield Case("combine", f"bf16 D={dim}", combine_kernel, own, sizes, wide=True)
+    for dim, parts in ((128, 4), (128, 32), (256, 32)):
+        sizes = {"KEPT": False, "VALUE_DIM": dim, "BLOCK_V": dim, **combining(parts, dim)}
+        warps = sizes.pop("num_warps")
+        asked = sizes["AT_ONCE"] * dim * 4
+        label = f"bf16 D={dim} {parts} parts"
+        yield Case("combine", label, combine_kernel, own, sizes, warps, wide=True, asked_bytes=asked)
 
 
 def scatter_cases() -> Iterator[Case]:

@@ -18,7 +18,7 @@ from ragkv.kernels.triton_impl.launch import block, in_rows, launch
 
 _LOG2E = 1.4426950408889634
 _PART = 512  # keys that are worth a program of their own
-_COMBINED = 1024  # numbers that one program puts together
+_COMBINED = 4096  # numbers of a row's parts that one program reads at once
 _BESIDE = 64  # rows of a tile, up to which a multiprocessor's registers and shared memory hold two programs
 
 
@@ -141,22 +141,21 @@ def selective_attention(
         **sizes,
     )
     if split:
-        width = fixed["BLOCK_V"]
-        at_once = combined_rows(width)
         launch(
-            *(combine_kernel, (triton.cdiv(length * heads, at_once),), out.device),
+            *(combine_kernel, (length * heads,), out.device),
             *(partial, greatest, total, out, normaliser, length * heads, parts),
             KEPT=kept,
             VALUE_DIM=value_dim,
-            BLOCK=at_once,
-            BLOCK_V=width,
+            BLOCK_V=fixed["BLOCK_V"],
+            **combining(parts, fixed["BLOCK_V"]),
         )
     return out
 
 
-def combined_rows(width: int) -> int:
-    """How many rows of this width one program puts together."""
-    return max(1, _COMBINED // width)
+def combining(parts: int, width: int) -> dict[str, int]:
+    """How many parts of a row are read at once, and by how many warps: so many that a thread reads 32 numbers."""
+    at_once = min(block(parts), max(1, _COMBINED // width))
+    return {"AT_ONCE": at_once, "num_warps": max(1, at_once * width // 1024)}
 
 
 def _workspace(out: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -185,27 +185,30 @@ def attention_kernel(
 @triton.jit(do_not_specialize=["rows", "parts"])
 def combine_kernel(
     partial, greatest_of, total_of, out, normaliser, rows, parts,
-    KEPT: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    KEPT: tl.constexpr, VALUE_DIM: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK of the S H rows out of their parts (Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """One of the S H rows out of its parts (Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding), AT_ONCE at a time."""
+    row = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, BLOCK_V)
-    inside = row < rows
-    filled = inside[:, None] & (dim < VALUE_DIM)[None, :]
-    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    output = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    for part in range(parts):
-        at = tl.cast(part, tl.int64) * rows + row
-        own = tl.load(greatest_of + at, mask=inside, other=float("-inf"))
-        higher = tl.maximum(greatest, own)
+    filled = dim < VALUE_DIM
+    greatest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    output = tl.zeros([BLOCK_V], tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        at, held = part.to(tl.int64) * rows + row, part < parts
+        own = tl.load(greatest_of + at, mask=held, other=float("-inf"))
+        totals = tl.load(total_of + at, mask=held, other=0.0)
+        read = tl.load(
+            partial + at[:, None] * VALUE_DIM + dim[None, :], mask=held[:, None] & filled[None, :], other=0.0
+        )
+        higher = tl.maximum(greatest, tl.max(own, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, weight = tl.exp2(greatest - base), tl.exp2(own - base)
-        total = total * shrink + tl.load(total_of + at, mask=inside, other=0.0) * weight
-        read = tl.load(partial + at[:, None] * VALUE_DIM + dim[None, :], mask=filled, other=0.0)
-        output = output * shrink[:, None] + read * weight[:, None]
+        shrink, weights = tl.exp2(greatest - base), tl.exp2(own - base)
+        total = total * shrink + tl.sum(totals * weights, 0)
+        output = output * shrink + tl.sum(read * weights[:, None], 0)
         greatest = higher
     if KEPT:
-        tl.store(normaliser + row, greatest + tl.log2(total), mask=inside)
-    output = output / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + row[:, None] * VALUE_DIM + dim[None, :], output.to(out.dtype.element_ty), mask=filled)
+        tl.store(normaliser + row + tl.arange(0, 1), greatest + tl.log2(total))
+    output = output / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * VALUE_DIM + dim, output.to(out.dtype.element_ty), mask=filled)

@@ -93,11 +93,13 @@ def test_against_the_oracle(case, dtype, device, random, compare):
     [(case, torch.float32) for case in ("63-of-257", "chunks", "sinks-window-softcap")] + [("dim-80", torch.bfloat16)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_keys_split_over_programs(case, dtype, device, random, compare, monkeypatch):
-    """Parts that see nothing among them: windows leave most of the keys out."""
+@pytest.mark.parametrize("numbers", [128, 4096])
+def test_keys_split_over_programs(numbers, case, dtype, device, random, compare, monkeypatch):
+    """Parts that see nothing among them: windows leave most keys out. They are put together a few at a time, or all at once."""
     splits, plain = [], attention.parts_of
     monkeypatch.setattr(attention, "processors", lambda device: 10_000)
     monkeypatch.setattr(attention, "_PART", 60)
+    monkeypatch.setattr(attention, "_COMBINED", numbers)
     monkeypatch.setattr(attention, "parts_of", lambda *counts: (splits.append(plain(*counts)), splits[-1])[1])
     heads, kv_heads, queries, keys, dim, more = CASES[case]
     query, (key, value) = random(heads, queries, dim, dtype=dtype), random(2, kv_heads, keys, dim, dtype=dtype)
