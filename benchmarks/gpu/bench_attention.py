@@ -35,11 +35,11 @@ def run(bench: Bench) -> None:
         del mask
         _flex(bench, (q, k, v), rows, flops, row)
         _dense(bench, flops, row)
-        few = scattered(bench, 32 if not bench.tiny else 8, keys)
-        spans = key_spans(few)
-        flops = 4 * DIM * HEADS * int((few + 1).sum())
-        call = lambda q=q, k=k, v=v, s=spans: selective_attention(q[:, : len(s)], k, v, s, impl=bench.impl)  # noqa: E731
-        bench.timed(call, flops=flops, what="selective, few", queries=len(few), **row)
+        for queries in (1, 8 if bench.tiny else 32):  # a token, a question
+            few = scattered(bench, queries, keys)
+            flops, size = 4 * DIM * HEADS * int((few + 1).sum()), 2 * k.nbytes
+            call = partial(selective_attention, q[:, :queries], k, v, key_spans(few), impl=bench.impl)
+            bench.timed(call, flops=flops, size=size, what="selective, few", queries=queries, **row)
         asked = min(32, q.shape[1])
         spans = key_spans(torch.arange(keys - asked, keys, device=bench.device))
         weights = torch.full((asked,), 1 / asked, device=bench.device)
@@ -50,8 +50,9 @@ def run(bench: Bench) -> None:
 
 def scattered(bench: Bench, queries: int, keys: int) -> torch.Tensor:
     """Sorted positions, the last eight of them a question's at the end."""
-    rows = torch.randperm(keys - 32, device=bench.device)[: queries - 8].sort().values
-    return torch.cat([rows, torch.arange(keys - 8, keys, device=bench.device)])
+    question = min(8, queries)
+    rows = torch.randperm(keys - 32, device=bench.device)[: queries - question].sort().values
+    return torch.cat([rows, torch.arange(keys - question, keys, device=bench.device)])
 
 
 def _flex(bench: Bench, given: tuple[torch.Tensor, ...], rows: torch.Tensor, flops: int, row: dict[str, Any]) -> None:
