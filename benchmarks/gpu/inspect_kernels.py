@@ -202,7 +202,7 @@ def attention_cases() -> Iterator[Case]:
         "length": "i32",
         "keys": "i32",
     }
-    types |= {"scale": "fp32", "softcap": "fp32"}
+    types |= {"scale": "fp32", "softcap": "fp32"} | dict.fromkeys(("tiles", "parts", "kv_heads", "beside"), "i32")
     types |= {name: "i32" for name in attention_kernel.arg_names if name.endswith("_stride")}
 
     def case(

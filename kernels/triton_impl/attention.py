@@ -14,12 +14,13 @@ from torch import Tensor
 from ragkv.kernels.dispatch import interpreting
 from ragkv.kernels.scoring import Scoring
 from ragkv.kernels.triton_impl.attention_kernel import attention_kernel, combine_kernel
-from ragkv.kernels.triton_impl.launch import block, in_rows, launch
+from ragkv.kernels.triton_impl.launch import block, heads_at_once, in_rows, launch
 
 _LOG2E = 1.4426950408889634
 _PART = 512  # keys that are worth a program of their own
 _COMBINED = 4096  # numbers of a row's parts that one program reads at once
-_BESIDE = 64  # rows of a tile, up to which a multiprocessor's registers and shared memory hold two programs
+_CACHED = 32 << 20  # bytes of keys and values that stay in a GPU's cache
+_SMALL = 64  # rows of a tile, up to which a multiprocessor's registers and shared memory hold two programs
 
 
 def tuning(dim: int, dtype: torch.dtype, capability: tuple[int, int], asked: int) -> dict[str, int]:
@@ -86,15 +87,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def parts_of(programs: int, keys: int, processors: int) -> int:
-    """Into how many parts the keys are split, so that few queries keep all processors busy at once.
+def parts_of(tiles: int, kv_heads: int, keys: int, processors: int) -> int:
+    """Into how many parts the keys are split, so that few queries keep all processors busy.
+
+    A single tile sees as many keys in every head: processors are filled once. Several tiles do not, so there are more than two
+    programs a processor, of which the short ones fill the gaps that the long ones leave.
 
     Args:
-        programs: there are without.
+        tiles: of rows.
+        kv_heads: K.
         keys: N.
         processors: how many programs run side by side.
     """
-    return max(1, min(processors // programs, keys // _PART))
+    programs = tiles * kv_heads
+    filled = processors // programs if tiles == 1 else 2 * processors // programs + 1
+    return max(1, min(filled, keys // _PART))
 
 
 def in_log2(scoring: Scoring) -> tuple[float, float]:
@@ -120,8 +127,9 @@ def selective_attention(
     rows = length * heads // kv_heads
     sizes = tuning(max(dim, value_dim), query.dtype, capability(query.device), rows)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
-    beside = 2 if sizes["BLOCK_M"] <= _BESIDE else 1
-    parts = parts_of(tiles * kv_heads, keys, processors(query.device) * beside)
+    places = processors(query.device) * (2 if sizes["BLOCK_M"] <= _SMALL else 1)
+    parts = parts_of(tiles, kv_heads, keys, places)
+    cached = _CACHED // max(1, keys * (dim + value_dim) * key.element_size())
     sinks, split, kept = scoring.sinks, parts > 1, normaliser is not None
     fixed = constants(
         *(heads // kv_heads, dim, value_dim, query.dtype),
@@ -133,9 +141,9 @@ def selective_attention(
     normaliser = out if normaliser is None else normaliser
     partial, greatest, total = _workspace(out, parts) if split else (out, normaliser, out)
     launch(
-        *(attention_kernel, (tiles, kv_heads, parts), out.device),
+        *(attention_kernel, (kv_heads * tiles * parts,), out.device),
         *(query, key, value, partial, greatest, total, spans, spans if sinks is None else sinks.contiguous()),
-        *(length, keys, *in_log2(scoring)),
+        *(length, keys, tiles, parts, kv_heads, heads_at_once(kv_heads, max(1, cached)), *in_log2(scoring)),
         *(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
         **fixed,
         **sizes,

@@ -91,7 +91,7 @@ def _attend(
     return greatest, total, output
 
 
-@triton.jit(do_not_specialize=["length", "keys"])
+@triton.jit(do_not_specialize=["length", "keys", "tiles", "parts", "kv_heads", "beside"])
 def attention_kernel(
     query,
     key,
@@ -103,6 +103,10 @@ def attention_kernel(
     sinks,
     length,
     keys,
+    tiles,
+    parts,
+    kv_heads,
+    beside,
     scale,
     softcap,
     query_head_stride,
@@ -124,14 +128,17 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of one kv head over a part of their keys. Grid: tiles of rows, K, P.
+    """One program: BLOCK_M rows of one kv head over a part of their keys. Grid: K x tiles of rows x P.
 
-    The last tiles, which see most keys, come first. With SPLIT it writes what :func:`combine_kernel` puts together: ``out``
-    ``[P, S, H, Dv]`` fp32 not yet divided, maxima and sums ``[P, S, H]``. With KEPT and without SPLIT, each row's normaliser
-    ``[S, H]`` in the maxima's place: log2 of its sum of exponentials.
+    The last tiles, which see most keys, come first: short ones are left to fill gaps (Graham 1969, longest processing time first).
+    ``beside`` heads, whose keys and values the GPU's cache holds, take turns. With SPLIT it writes what :func:`combine_kernel` puts
+    together: ``out`` ``[P, S, H, Dv]`` fp32 not yet divided, maxima and sums ``[P, S, H]``. With KEPT and without SPLIT, each row's
+    normaliser ``[S, H]`` in the maxima's place: log2 of its sum of exponentials.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    number = tl.program_id(0)
+    part = number // beside % parts
+    tile = tiles - 1 - number // (beside * parts) % tiles
+    kv_head = number // (beside * parts * tiles) * beside + number % beside
     row, at, member, first, last = rows_of(tile, spans, length, keys, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
     dim = tl.arange(0, BLOCK_D)
@@ -141,7 +148,6 @@ def attention_kernel(
     value += kv_head.to(tl.int64) * value_head_stride
 
     # Blocks of keys: all rows see those from `open` to `shut`, which need no mask; before and behind, only some rows do.
-    part, parts = tl.program_id(2), tl.num_programs(2)
     begin = tl.min(first, 0) // BLOCK_N
     blocks = tl.maximum(tl.cdiv(tl.max(last, 0) + 1, BLOCK_N) - begin, 0)
     end = begin + blocks * (part + 1) // parts
@@ -167,7 +173,7 @@ def attention_kernel(
     )  # fmt: skip
     greatest, total, output = state
     value_dim = tl.arange(0, BLOCK_V)
-    heads = tl.num_programs(1) * GROUPS
+    heads = kv_heads * GROUPS
     held = row < length * GROUPS
     written = held[:, None] & (value_dim < VALUE_DIM)[None, :]
     place = at.to(tl.int64) * heads + head

@@ -110,10 +110,16 @@ def test_keys_split_over_programs(numbers, case, dtype, device, random, compare,
 
 
 def test_keys_are_split_where_processors_would_idle():
-    assert attention.parts_of(16, 16384, 132) == 8
-    assert attention.parts_of(67, 16384, 132) == attention.parts_of(500, 16384, 132) == 1
-    assert attention.parts_of(8, 2000, 132) == 3  # parts are worth their while
-    assert attention.parts_of(8, 100, 132) == 1
+    assert attention.parts_of(1, 16, 16384, 132) == 8
+    assert attention.parts_of(1, 67, 16384, 132) == attention.parts_of(1, 500, 16384, 132) == 1
+    assert attention.parts_of(1, 8, 2000, 132) == 3  # parts are worth their while
+    assert attention.parts_of(1, 8, 100, 132) == 1
+
+
+def test_rows_that_see_unlike_many_keys_are_split_further():
+    """The longest of few programs would run while most processors had finished."""
+    assert [attention.parts_of(tiles, 8, 16384, 132) for tiles in (2, 17, 33, 34, 77)] == [17, 2, 2, 1, 1]
+    assert attention.parts_of(5, 8, 2000, 132) == 3
 
 
 def test_few_rows_have_small_tiles():
@@ -131,7 +137,7 @@ def test_two_small_tiles_run_side_by_side(device, random, monkeypatch):
         key, value = random(2, 2, 80, 64, dtype=torch.bfloat16)
         attention.selective_attention(query, key, value, key_spans(scattered(queries, 80, device)), Scoring(0.1))
     own = attention.processors(device)
-    assert splits == [(2, 80, 2 * own), (2, 80, own)]
+    assert splits == [(1, 2, 80, 2 * own), (1, 2, 80, own)]
 
 
 def test_fp16(device, random, compare):
