@@ -122,6 +122,18 @@ def test_rows_that_see_unlike_many_keys_are_split_further():
     assert attention.parts_of(5, 8, 2000, 132) == 3
 
 
+@pytest.mark.parametrize("held", [0, 2, 4])
+def test_heads_take_turns_as_far_as_the_cache_holds_them(held, device, random, compare, monkeypatch):
+    beside, plain = [], attention.launch
+    monkeypatch.setattr(attention, "_CACHED", held * 300 * 2 * 64 * 4)
+    monkeypatch.setattr(
+        attention, "launch", lambda *given, **more: (beside.append(given[16]), plain(*given, **more))[1]
+    )
+    query, (key, value) = random(8, 60, 64), random(2, 4, 300, 64)
+    compare(query, key, value, key_spans(scattered(60, 300, device)))
+    assert beside == [max(1, held)]
+
+
 def test_few_rows_have_small_tiles():
     """What a tile holds beyond its rows is multiplied for nothing."""
     rows = [attention.tuning(128, torch.bfloat16, (9, 0), asked)["BLOCK_M"] for asked in (1, 16, 17, 64, 100, 500)]
