@@ -156,6 +156,7 @@ class _Making(Generic[Found]):
         finally:
             self.stop.set()
             working.cancel()
+            del working  # as in results
 
     def _work(self, say: Callable[[str], None]) -> None:
         if not self.stop.is_set():
@@ -180,9 +181,8 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         **options: for it.
     """
     stop = Stop(asyncio.get_running_loop())
-    working = _submitted(executor, partial(ask, **stop.among(options)))
     try:
-        return await _given(working)
+        return await _given(_submitted(executor, partial(ask, **stop.among(options))))
     finally:
         stop.set()
 
@@ -242,3 +242,5 @@ async def _given(working: Future[Result]) -> Result:
         if working.cancelled() and not (task and task.cancelling()):
             raise RagKVError(CLOSED) from None
         raise
+    finally:
+        del working  # as in results

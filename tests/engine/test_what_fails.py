@@ -1,6 +1,8 @@
 """An error does not hold what computed it: the memory of a prompt that failed is free for the next one, no collection needed."""
 
+import asyncio
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from weakref import ref
 
@@ -9,7 +11,7 @@ import pytest
 from ragkv import Engine, LegoLink, PromptTemplate, QuestionAware, RecordError
 from ragkv.fusion.placement import Placement
 from ragkv.model.cache import FusedCache
-from ragkv.streaming import side_by_side
+from ragkv.streaming import AsyncAnswerStream, in_thread, side_by_side, stoppable
 from ragkv.testing import random_ids, tiny_model
 from tests.model.test_graphs import Recorder
 
@@ -121,14 +123,39 @@ class Held:
     pass
 
 
-def test_who_waits_for_several_holds_no_error(uncollected):
+@pytest.fixture
+def fails():
+    """What raises, and whether what it had is gone."""
     seen = []
 
-    def fails(item, **options):
+    def fail(*items, **options):
         held = Held()
         seen.append(ref(held))
         raise BrokenError
 
+    fail.gone = lambda: seen and all(one() is None for one in seen)
+    return fail
+
+
+def test_who_waits_for_several_holds_no_error(fails, uncollected):
     with pytest.raises(BrokenError):
         side_by_side(fails, [1, 2, 3], 2)
-    assert seen and all(one() is None for one in seen)
+    assert fails.gone()
+
+
+async def read(pool, start):
+    async for _ in AsyncAnswerStream(start, pool):
+        pass
+
+
+@pytest.mark.parametrize("wait_for", [in_thread, stoppable, read])
+def test_who_waits_in_an_event_loop_holds_no_error(wait_for, fails, uncollected):
+    async def wait(pool):
+        with pytest.raises(BrokenError):
+            await wait_for(pool, fails)
+        pool.submit(int).result()  # whoever worked has let go,
+        await asyncio.sleep(0)  # and so has the loop
+        assert fails.gone()
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(wait(pool))
