@@ -25,6 +25,7 @@ from ragkv.report import FusedPrompt
 from ragkv.request import Plan, Request, Room, documents_behind, most, room_behind
 from ragkv.scheduling.scheduler import Scheduler
 from ragkv.scheduling.ticket import Ticket
+from ragkv.streaming import results
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class Prompting:
                 except BaseException:  # no more threads, or interrupted
                     meeting.end()
                     raise
-                prompts = [one.result() for one in making]
+                prompts = results(making)
                 self._scheduler.computed(all_of_them, sum(prompt.report.computed_tokens for prompt in prompts))
             return prompts
 

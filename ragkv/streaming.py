@@ -156,6 +156,7 @@ class _Making(Generic[Found]):
         finally:
             self.stop.set()
             working.cancel()
+            del working  # as in results
 
     def _work(self, say: Callable[[str], None]) -> None:
         if not self.stop.is_set():
@@ -180,9 +181,8 @@ async def stoppable(executor: Executor, ask: Callable[..., Result], **options: A
         **options: for it.
     """
     stop = Stop(asyncio.get_running_loop())
-    working = _submitted(executor, partial(ask, **stop.among(options)))
     try:
-        return await _given(working)
+        return await _given(_submitted(executor, partial(ask, **stop.among(options))))
     finally:
         stop.set()
 
@@ -205,13 +205,25 @@ def side_by_side(ask: Callable[..., Result], items: Sequence[Any], at_once: int 
     with ThreadPoolExecutor(at_once, "ragkv-answer") as pool:
         working = [pool.submit(ask, item, **options) for item in items]
         try:
-            done, _ = wait(working, return_when=FIRST_EXCEPTION)
-            failed = next((one for one in working if one in done and one.exception() is not None), None)
-            return [one.result() for one in (working if failed is None else [failed])]
+            wait(working, return_when=FIRST_EXCEPTION)
+            working.sort(key=lambda one: not one.done() or one.exception() is None)  # who failed is asked first
+            return results(working)
         finally:  # behind an interruption too
             stop.set()
             for one in working:
                 one.cancel()
+
+
+def results(working: list[Future[Result]]) -> list[Result]:
+    """What each of them gives, taken out of the list one by one.
+
+    Whoever waits is in the traceback of the first that fails: holding its error too would keep all that is in there in memory until
+    Python collects garbage.
+    """
+    given = list[Result]()
+    while working:
+        given.append(working.pop(0).result())
+    return given
 
 
 def _submitted(executor: Executor, work: Callable[[], Result]) -> Future[Result]:
@@ -230,3 +242,5 @@ async def _given(working: Future[Result]) -> Result:
         if working.cancelled() and not (task and task.cancelling()):
             raise RagKVError(CLOSED) from None
         raise
+    finally:
+        del working  # as in results

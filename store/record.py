@@ -144,6 +144,12 @@ class Record:
         place = self.contents.layers[layer]
         return _views(payload, place.keys), _views(payload, place.values)
 
+    def check(self, layer: int, keys: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Raises RecordError where a layer's parts are not what its codec makes for its shapes."""
+        codec, dtype, shapes = decoder(self.codec), self.dtypes[layer], self.shapes[layer]
+        codec.check(keys, shapes[0], dtype, "k")
+        codec.check(values, shapes[1], dtype, "v")
+
     @property
     def turned_back(self) -> bool:
         """Whether keys are stored as they were before rotary embedding."""

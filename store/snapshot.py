@@ -235,11 +235,12 @@ class Loading(Recorded):
         for layer, target in zip(layers, targets, strict=True):
             if target.rows is None:
                 return None
-            stored = self.record.contents.layers[layer].kinds
-            if fitting != (stored, self.record.shapes[layer], target.kinds):
-                fitting = stored, self.record.shapes[layer], target.kinds
-                if tuple(shape for shape, _ in stored) != self.record.shapes[layer]:
-                    raise RecordError(f"layer {layer} must be {self.record.shapes[layer]}, the record has {stored}")
+            stored, dtype = self.record.contents.layers[layer].kinds, self.record.dtypes[layer]
+            if fitting != (stored, dtype, self.record.shapes[layer], target.kinds):
+                fitting = stored, dtype, self.record.shapes[layer], target.kinds
+                said = tuple((shape, dtype) for shape in self.record.shapes[layer])
+                if stored != said:
+                    raise RecordError(f"layer {layer} must be {said}, the record has {stored}")
                 target.check(stored, start)
             rows[layer] = target.rows
         return rows

@@ -162,7 +162,9 @@ class Recorded(Source):
 
     def parts(self, layer: int) -> Parts:
         """See :class:`Source`."""
-        return self.record.parts(self.payload, layer)
+        parts = self.record.parts(self.payload, layer)
+        self.record.check(layer, *parts)
+        return parts
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""

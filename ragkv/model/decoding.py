@@ -91,7 +91,11 @@ def decode(
             if early and ids.shape[1] + 1 < room:
                 first = prompt.next_position + ids.shape[1] - prompt.input_ids.shape[1]
                 at = torch.arange(first, first + 1, device=ids.device)
-                coming = _begun(forward, Rows(choice.ids, at, cache, first=first))
+                coming = Future()
+                try:
+                    coming.set_result(forward(Rows(choice.ids, at, cache, first=first)))
+                except Exception as error:
+                    coming.set_exception(error)  # asked for later, as what comes of it is
             token = choice.read(decoder)
             if note is not None:
                 note(scores, token)
@@ -164,16 +168,6 @@ def _reading(numbers: Tensor) -> Callable[[], list[float]]:
         return here.tolist()
 
     return read
-
-
-def _begun(forward: Callable[[Rows], Tensor], rows: Rows) -> Future[Tensor]:
-    """A forward that is run now; what comes of it, an error too, is asked for later."""
-    coming: Future[Tensor] = Future()
-    try:
-        coming.set_result(forward(rows))
-    except Exception as error:
-        coming.set_exception(error)
-    return coming
 
 
 def _ends(criteria: StoppingCriteriaList, ids: Tensor) -> bool:

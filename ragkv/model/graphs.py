@@ -98,9 +98,9 @@ class Graphs:
         fixed = self._step(room, rows)
         try:
             rows.ran, logits = fixed.run(rows, self._capture)
-        except _PlacingError as error:
-            raise error.error from None
         except Exception as error:
+            if fixed.placing:
+                raise  # a layer could not be placed, for which no graph is to blame
             why = _reason(error)
         if why:  # behind the error, which holds what was computed
             return self._instead(rows, why)
@@ -226,14 +226,6 @@ def _go_on(layer: int) -> None:
     """Nothing is placed in between."""
 
 
-class _PlacingError(Exception):
-    """A layer could not be placed, for which no graph is to blame."""
-
-    def __init__(self, error: Exception):
-        super().__init__(str(error))
-        self.error = error
-
-
 class _CaptureError(Exception):
     """A step could not be captured."""
 
@@ -259,6 +251,10 @@ class _Fixed:
         keep: rows at the end whose logits are wanted.
         scored: what layers attend to is summed, and kept until the next run.
         parted: layers are placed while those in front of them compute, so that a few at a time are a graph.
+
+    Attributes:
+        attention: the attention implementation that ran.
+        placing: layers are placed just now.
     """
 
     def __init__(self, decoder: Decoder, room: Room, rows: int, keep: int, scored: bool, parted: bool):
@@ -268,20 +264,20 @@ class _Fixed:
             weights = torch.zeros(rows, dtype=torch.float32, device=decoder.device)
         self._scores: Scores | None = Scores(weights) if scored else None
         self.attention: str = ""
+        self.placing: bool = False
         self._replay: Replay | None = None
         self._tried = False
 
     def run(self, rows: Rows, capture: Capture | None) -> tuple[str, Tensor]:
         """How it ran, and the logits ``[W, V]`` that are wanted."""
+        self.placing = False
         self._fill(rows)
 
         def place(layer: int) -> None:
-            if rows.cache.before is None:
-                return
-            try:
+            if rows.cache.before is not None:
+                self.placing = True
                 rows.cache.before(min(layer + _LAYERS, len(self._decoder.layers)) - 1)
-            except Exception as error:
-                raise _PlacingError(error) from None
+                self.placing = False
 
         if self._replay is None:
             place(len(self._decoder.layers))  # all of them: what brings them may wait, and must not be captured

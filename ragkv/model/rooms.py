@@ -7,12 +7,13 @@ written to. C slots of a room, N tokens held.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import RLock
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
-from ragkv.forks import ForkedLock
+from ragkv.forks import anew_in_forks
 from ragkv.kernels import Impl, Run, place_layers
 from ragkv.model.cache import FusedCache, LayerSpec, in_blocks
 
@@ -145,9 +146,14 @@ class Rooms:
         self, drop: Callable[[Room], object], affords: Callable[[int], bool] = lambda size: True, impl: Impl = "auto"
     ):
         self._drop, self._affords, self._impl = drop, affords, impl
+        self.anew()
+        anew_in_forks(self)
+
+    def anew(self) -> None:
+        """In a fork: answers of threads that are not there would be in their rooms for ever."""
         # The one used last comes last; replaced as a whole, since others look meanwhile.
         self._rooms: tuple[Room, ...] = ()
-        self._lock = ForkedLock()  # whose a free room is
+        self._lock: RLock = RLock()  # whose a free room is
 
     def born(self, slots: int, capacity: int, specs: Sequence[LayerSpec]) -> FusedCache | None:
         """A new cache that is in a room from the beginning; ``None`` where none is free that it fits into.
@@ -157,7 +163,7 @@ class Rooms:
             capacity: slots that it needs, the spare one not counted.
             specs: of its layers.
         """
-        with self._lock.held:
+        with self._lock:
             room = self._free(capacity)
             if room is None:
                 return None
@@ -181,7 +187,7 @@ class Rooms:
         Returns:
             The room; ``None`` where others are in all of them, or there is no memory for one.
         """
-        with self._lock.held:
+        with self._lock:
             room = self._free(room_for)
             if room is None:
                 room = self._new(room_for, specs)

@@ -176,7 +176,10 @@ class Steps:
             self._withdraw(asked)
             raise
         if asked.error is not None:
-            raise asked.error
+            try:
+                raise asked.error
+            finally:
+                asked.error = None  # it holds this frame, and so the cache
         assert asked.logits is not None
         return asked.logits
 

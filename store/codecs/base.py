@@ -47,6 +47,13 @@ class Codec(ABC):
             depth: where the layer stands, from 0 for the first to less than 1: early ones may be kept better.
         """
 
+    def check(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> None:  # noqa: B027
+        """Looks at parts that kernels read as they are; arguments as of :meth:`decode`.
+
+        Raises:
+            RecordError: they are not what :meth:`encode` makes for this shape.
+        """
+
     @abstractmethod
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
         """The tensor ``[H, T, D]`` of ``dtype``; it may share memory with the parts.

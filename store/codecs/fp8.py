@@ -30,10 +30,16 @@ class Fp8(Codec):
         scale = torch.where(scale > 0, scale, torch.ones((), device="cpu"))
         return {"": (numbers / scale).to(torch.float8_e4m3fn), "scale": scale}
 
-    def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
+    def check(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> None:
         """See the base class."""
         numbers, scale = parts[""], parts.get("scale")
         wanted = (shape[0], 1, shape[2]) if side == "k" else (shape[0], shape[1], 1)
         if scale is None or tuple(numbers.shape) != tuple(shape) or tuple(scale.shape) != wanted:
             raise RecordError(f"the parts do not make up {shape} numbers")
-        return (numbers.float() * scale.float()).to(dtype)
+        if numbers.dtype != torch.float8_e4m3fn or scale.dtype != torch.float32:
+            raise RecordError(f"e4m3 and float32 were stored, the record has {numbers.dtype} and {scale.dtype}")
+
+    def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
+        """See the base class."""
+        self.check(parts, shape, dtype, side)
+        return (parts[""].float() * parts["scale"]).to(dtype)

@@ -11,6 +11,7 @@ from ragkv.errors import RecordError, whole_number
 from ragkv.store.codecs.base import Codec, Side
 
 _HALF_MAX = 6e4
+_DTYPES = {torch.float16, torch.float32}  # of steps and lowest numbers
 
 
 class Grouped(Codec):
@@ -48,19 +49,27 @@ class Grouped(Codec):
         integers = scaled.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
         return {"": self.pack(integers.flatten(2)), "step": step.squeeze(-1), "low": low.squeeze(-1)}
 
+    def check(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> None:
+        """See the base class."""
+        (heads, _, _), (lines, length) = shape, _lines(shape, side)
+        try:
+            packed, step, low = parts[""], parts["step"], parts["low"]
+            groups, held = step.shape[2], packed.shape[2] * 8 // self.bits
+            if packed.dtype != torch.uint8 or not {step.dtype, low.dtype} <= _DTYPES or step.shape != low.shape:
+                raise ValueError(f"{packed.dtype}, {step.dtype} {tuple(step.shape)}, {low.dtype} {tuple(low.shape)}")
+            if not packed.shape[:2] == step.shape[:2] == (heads, lines):
+                raise ValueError(f"lines {tuple(packed.shape[:2])} and {tuple(step.shape[:2])}, not {(heads, lines)}")
+            if held % groups or not (groups - 1) * (held // groups) < length <= held:
+                raise ValueError(f"{groups} groups in {held} for {length} numbers")
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise RecordError(f"the parts do not make up {shape} numbers: {error}") from error
+
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
         """See the base class."""
-        heads, tokens, dim = shape
-        lines, length = (dim, tokens) if side == "k" else (tokens, dim)
-        try:
-            step, low = parts["step"], parts["low"]
-            groups = step.shape[2]
-            integers = self.unpack(parts[""]).view(heads, lines, groups, -1)
-            if (groups - 1) * integers.shape[3] >= length or groups * integers.shape[3] < length:
-                raise ValueError(f"{groups} groups of {integers.shape[3]} for {length} numbers")
-            line = (integers.float() * step.float().unsqueeze(-1) + low.float().unsqueeze(-1)).flatten(2)[..., :length]
-        except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
-            raise RecordError(f"the parts do not make up {shape} numbers: {error}") from error
+        self.check(parts, shape, dtype, side)
+        (lines, length), step, low = _lines(shape, side), parts["step"], parts["low"]
+        integers = self.unpack(parts[""]).view(shape[0], lines, step.shape[2], -1)
+        line = (integers.float() * step.float().unsqueeze(-1) + low.float().unsqueeze(-1)).flatten(2)[..., :length]
         return (line.transpose(1, 2) if side == "k" else line).contiguous().to(dtype)
 
     def pack(self, integers: Tensor) -> Tensor:
@@ -70,6 +79,12 @@ class Grouped(Codec):
     def unpack(self, packed: Tensor) -> Tensor:
         """The integers of :meth:`pack`."""
         return packed
+
+
+def _lines(shape: tuple[int, int, int], side: Side) -> tuple[int, int]:
+    """How many lines a head has, and how many numbers each."""
+    _, tokens, dim = shape
+    return (dim, tokens) if side == "k" else (tokens, dim)
 
 
 def _group(tensor: Tensor, side: Side, group: int) -> Tensor:

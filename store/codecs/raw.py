@@ -20,11 +20,15 @@ class Raw(Codec):
         """See the base class."""
         return {"": tensor}
 
-    def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
+    def check(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> None:
         """See the base class."""
         tensor = parts[""]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise RecordError(
                 f"a raw part must be {dtype} {tuple(shape)}, the record has {tensor.dtype} {tuple(tensor.shape)}"
             )
-        return tensor
+
+    def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
+        """See the base class."""
+        self.check(parts, shape, dtype, side)
+        return parts[""]

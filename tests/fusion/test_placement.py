@@ -16,6 +16,8 @@ from ragkv.model.decoder import Decoder
 from ragkv.store.codecs import get_codec
 from ragkv.testing import random_ids, tiny_model
 
+from .test_bus import Late
+
 PREFIX, PAGE = (1, 5, 6), 4  # tokens of a block
 
 
@@ -249,6 +251,38 @@ def test_what_a_store_holds(settings, held, tmp_path, monkeypatch):
     assert set(seen) == {held}
     assert got.report.hits == want.report.hits and got.report.bytes_read == want.report.bytes_read
     torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by_layer", [False, True], ids=["chunk by chunk", "by layer"])
+@pytest.mark.parametrize("cpu_bytes", [0, 1 << 20], ids=["disk", "cpu"])
+@pytest.mark.parametrize("codec", ["raw", "int8", "fp8"])
+def test_a_record_that_contradicts_itself_is_read_again(codec, cpu_bytes, by_layer, tmp_path, monkeypatch):
+    """Whoever wrote it: its checksums hold. Also where kernels, not the store, decode it; and it is not tried again and again."""
+    model, template, kind = tiny_model(), PromptTemplate(prefix=[*PREFIX]), type(get_codec(codec))
+    encode, ids, question = kind.encode, [random_ids(20)], random_ids(5)
+
+    def spoiled(self, tensor, side, depth=0.0):
+        parts = encode(self, tensor, side, depth)
+        return {**parts, "": parts[""].narrow(-1, 0, parts[""].shape[-1] - 1).contiguous()} if side == "v" else parts
+
+    with Engine(model, template=template, method=Reuse()) as engine:
+        want = engine.fuse(engine.add(ids), question)
+    with (
+        monkeypatch.context() as patched,
+        Engine(model, template=template, store=TieredStore(tmp_path, codec=codec, cpu_bytes=0)) as engine,
+    ):
+        patched.setattr(kind, "encode", spoiled)
+        engine.add(ids)
+    init = placement.Placement.__init__
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=by_layer))
+    monkeypatch.setattr(placement, "bus", lambda device: Late())
+    store = TieredStore(tmp_path, codec=codec, cpu_bytes=cpu_bytes)
+    with Engine(model, template=template, method=Reuse(), store=store) as engine:
+        chunks = engine.add(ids)
+        store.prefetch(engine.documents.keys(chunks)).result()
+        first, again = (engine.fuse(chunks, question) for _ in range(2))
+    torch.testing.assert_close(first.logits, want.logits, atol=1e-5, rtol=1e-5)
+    assert first.report.hits == {"computed": 1} and "computed" not in again.report.hits
 
 
 def test_what_was_found_of_tensors_goes_with_them():

@@ -232,6 +232,28 @@ def test_many_are_born_at_once(monkeypatch):
     assert [one for one in born if one is not None] == [room.guest]
 
 
+def test_a_fork_has_room_for_its_own(forked):
+    """Answers that threads of its parent were making never come to an end there; what it goes on with keeps what it has."""
+    with engine(tiny_model(), True, Recorder()) as made:
+        steps, want = made.documents.steps, said(made).token_ids
+        ids = steps.decoder.random_ids(9)
+        caches = [steps.decoder.cache(9) for _ in range(rooms._MOST)]
+        for cache in caches:
+            run(steps, cache, ids[:8], 0)
+        logits, plain = run(steps, caches[0], ids, 8)[0], steps.decoder.cache(9)
+        run(steps, plain, ids, 0, steps.decoder.forward)
+        caches[0].crop(-1)
+
+        def child():
+            answer = said(made)
+            assert answer.token_ids == want
+            close(run(steps, caches[0], ids, 8)[0], logits)
+            alike(caches[0], plain)
+            return answer.report.ran
+
+        assert forked(child) == "graph" and said(made).report.ran.startswith("eager: no room is free")
+
+
 def test_the_spare_slot_is_nobodys(small):
     """Rows that would fill a room to its last slot go to a larger one: what is filled up writes there."""
     steps = steps_of()

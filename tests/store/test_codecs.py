@@ -90,6 +90,38 @@ def test_parts_of_another_shape_are_refused(name):
             codec.decode(parts, (2, 64, 16), torch.bfloat16, "k")
 
 
+SPOILED = {
+    "groups": lambda parts: {**parts, "step": torch.cat([parts["step"], parts["step"]], -1)},
+    "lowest": lambda parts: {**parts, "low": parts["low"][:1]},
+    "shorter": lambda parts: {**parts, "": parts[""][..., :-1].contiguous()},
+    "heads": lambda parts: {**parts, "": parts[""][:1]},
+    "dtype": lambda parts: {**parts, "": parts[""].float().half()},
+    "steps": lambda parts: {**parts, "step": parts["step"].int()},
+    "scales": lambda parts: {**parts, "scale": parts["scale"].half()},
+}
+GROUPED = ("groups", "lowest", "shorter", "heads", "dtype", "steps")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(("int8", how) for how in GROUPED),
+        *(("int4", how) for how in GROUPED),
+        *(("fp8", how) for how in ("shorter", "heads", "dtype", "scales")),
+        *(("raw", how) for how in ("shorter", "heads", "dtype")),
+    ],
+)
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_parts_that_contradict_each_other_are_refused(name, how, side):
+    """Before a kernel is given them as they are, too."""
+    codec, shape = get_codec(name), (2, 70, 32)
+    parts = codec.encode(numbers(shape, torch.float32), side)
+    codec.check(parts, shape, torch.float32, side)
+    for look in (codec.check, codec.decode):
+        with pytest.raises(RecordError):
+            look(SPOILED[how](parts), shape, torch.float32, side)
+
+
 @pytest.mark.parametrize(
     ("name", "at_most"), [("lossless", 0.85), ("int8", 0.56), ("fp8", 0.56), ("int4", 0.36), ("cachegen", 0.30)]
 )
