@@ -207,17 +207,16 @@ def _check_run(out: Layers, run: Run) -> None:
     source, tokens = run.source, run.tokens
     if source.kinds != out.kinds:
         raise KernelError(f"out has heads and dimensions {out.kinds} in its layers, the source has {source.kinds}")
-    require(source.device == out.device, f"out is on {out.device}, the source on {source.device}")
-    require(
-        run.start >= 0 and run.start + tokens <= out.tokens,
-        f"slots {run.start} to {run.start + tokens} of {out.tokens}",
-    )
+    if source.device != out.device:
+        raise KernelError(f"out is on {out.device}, the source on {source.device}")
+    if run.start < 0 or run.start + tokens > out.tokens:
+        raise KernelError(f"slots {run.start} to {run.start + tokens} of {out.tokens}")
     require(source.paged == (run.slots is not None), "slots must be given of pools, and of nothing else")
     if run.slots is None:
-        fits = tokens == source.tokens or (0 <= tokens < source.tokens and not source.encoded)
-        require(
-            fits, f"of {source.tokens} tokens of a chunk all are placed, or the first ones of numbers, got {tokens}"
-        )
+        if tokens != source.tokens and (source.encoded or not 0 <= tokens < source.tokens):
+            raise KernelError(
+                f"of {source.tokens} tokens of a chunk all are placed, or the first ones of numbers, got {tokens}"
+            )
     else:
         check_shape("slots", run.slots, [tokens], "[T]")
         cpu = run.slots.dtype == torch.int64 and run.slots.is_cpu
