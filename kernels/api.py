@@ -110,10 +110,9 @@ def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range], *, impl: 
     layers = range(groups[0].start, groups[-1].stop)
     follow = all(before.stop == after.start for before, after in pairwise(groups))
     good = layers.start >= 0 and layers.stop <= len(out) and all(group.step == 1 for group in groups)
-    require(good and follow, f"there are {len(out)} layers, got {', '.join(map(str, groups))}")
-    require(
-        not out.paged and all(stored.codec == "raw" for pair in out.pairs for stored in pair), "out must be numbers"
-    )
+    if not good or not follow:
+        raise KernelError(f"there are {len(out)} layers, got {', '.join(map(str, groups))}")
+    require(not out.paged and not out.encoded, "out must be numbers")
     turns: dict[int, Run] = {}  # the last one of each
     for run in runs:
         _check_run(out, run)

@@ -106,7 +106,8 @@ def _move(rows: Numbers, runs: Sequence[Run], span: slice) -> None:
         shifts = np.zeros((rows.shape[0], 1, len(runs)), np.int64)
         shifts[:, 0, brought] = np.stack([runs[number].source.shifts for number in brought], axis=1)[span]
         for column in _ADDRESSES:
-            rows[..., column] += shifts * (rows[..., column] != 0)
+            addresses = rows[..., column]
+            np.add(addresses, shifts, out=addresses, where=addresses != 0)
 
 
 def _turn(keys: Numbers, runs: Sequence[Run], starts: Numbers, span: slice) -> tuple[Numbers, list[_Way]]:

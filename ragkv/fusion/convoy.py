@@ -104,7 +104,7 @@ class Convoy:
         cuts = [each.cut(self._groups) for each in freight.values()]
         self._here = list(zip(*(cut.parts for cut in cuts), strict=True))  # group by group
         self._there = list[Sequence[Tensor]]()
-        self._ring, self._edges, shifts = self._packed(np.stack([cut.spans for cut in cuts], axis=1))
+        self._ring, self._sizes, shifts = self._packed(np.stack([cut.spans for cut in cuts], axis=1))
         brought = zip(freight.items(), shifts.T, strict=True)
         there = {key: Brought(each.layers, self._ring, shift) for (key, each), shift in brought}
         self._runs = [Run(there[key], run.start, run.tokens, turns=run.turns) for key, run in runs]
@@ -143,10 +143,10 @@ class Convoy:
 
     def _split(self, number: int) -> Sequence[Tensor]:
         """Where the parts of a group go: as a rule where those went whose place it takes."""
-        before, edges = number - len(self._ring), self._edges[number]
-        if before >= 0 and edges == self._edges[before]:
+        before, sizes = number - len(self._ring), self._sizes[number]
+        if before >= 0 and sizes == self._sizes[before]:
             return self._there[before]
-        return self._ring[number % len(self._ring)].tensor_split(edges)[1::2]
+        return self._ring[number % len(self._ring)].split_with_sizes(sizes)[1::2]
 
     def _packed(self, spans: NDArray[np.int64]) -> tuple[Tensor, list[list[int]], NDArray[np.int64]]:
         """Where groups stand on the device: one chunk behind the other, each aligned as it is here.
@@ -155,8 +155,8 @@ class Convoy:
             spans: ``[groups, chunks, 2]`` the addresses between which they lie.
 
         Returns:
-            Room for some groups at once; for each group where in it a chunk begins, ends, the next begins ...; and ``[L, chunks]``
-            by how many bytes each layer's addresses are greater there.
+            Room for some groups at once; for each group how it fills that: bytes of a gap, a chunk, a gap ... to the end; and
+            ``[L, chunks]`` by how many bytes each layer's addresses are greater there.
         """
         begins, sizes = spans[..., 0], spans[..., 1] - spans[..., 0]
         taken = _up(begins % _ALIGNED + sizes, _ALIGNED)
@@ -164,10 +164,11 @@ class Convoy:
         at = ends - taken + begins % _ALIGNED
         ring = self._bus.room(len(self._groups[:_AHEAD]), _up(int(ends.max()), _BLOCK))
         rooms = ring.data_ptr() + np.arange(len(spans)) % len(ring) * ring.shape[1]
-        edges = np.stack([at, at + sizes], axis=2).reshape(len(spans), -1).tolist()
+        edges = np.stack([at, at + sizes], axis=2).reshape(len(spans), -1)
+        filled = np.diff(edges, prepend=0, append=ring.shape[1]).tolist()
         # Nothing is asked of the layers in front.
         lengths = [self._groups[0].stop, *(len(group) for group in self._groups[1:])]
-        return ring, edges, np.repeat(rooms[:, None] + at - begins, lengths, axis=0)
+        return ring, filled, np.repeat(rooms[:, None] + at - begins, lengths, axis=0)
 
 
 def _up(size: Any, step: int) -> Any:
