@@ -6,7 +6,7 @@ L layers, H kv heads, T tokens, N tokens of the prompt, D head_dim, P tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,8 +127,7 @@ class Turn(NamedTuple):
     interleaved: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Tokens that lie side by side in the prompt, in all layers, and come from one place.
 
     Attributes:
@@ -163,7 +162,7 @@ def joined(runs: Sequence[Run]) -> list[Run]:
 
 def _one(group: list[Run]) -> Run:
     slots = torch.cat([run.slots for run in group if run.slots is not None])
-    return replace(group[0], tokens=len(slots), slots=slots)
+    return group[0]._replace(tokens=len(slots), slots=slots)
 
 
 def _pooled(numbers: Tensor) -> Stored:

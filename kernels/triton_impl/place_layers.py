@@ -101,10 +101,10 @@ def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range]) -> Callab
 
 def _move(rows: Numbers, runs: Sequence[Run], span: slice) -> None:
     """Have rows ``[L, 2, G, 16]`` of what is brought elsewhere say where that is."""
-    brought = [number for number, run in enumerate(runs) if isinstance(run.source, Brought)]
+    brought = {number: run.source.shifts for number, run in enumerate(runs) if isinstance(run.source, Brought)}
     if brought:
         shifts = np.zeros((rows.shape[0], 1, len(runs)), np.int64)
-        shifts[:, 0, brought] = np.stack([runs[number].source.shifts for number in brought], axis=1)[span]
+        shifts[:, 0, list(brought)] = np.stack(list(brought.values()), axis=1)[span]
         for column in _ADDRESSES:
             addresses = rows[..., column]
             np.add(addresses, shifts, out=addresses, where=addresses != 0)
@@ -144,13 +144,15 @@ def _launches(
         order = np.argsort(codes, kind="stable")
         rows[:], codes = rows[order], codes[order]
     launches: dict[int, list[tuple[Kind, int, int, int]]] = defaultdict(list)
-    for first, stop in pairwise([0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(rows)]):
+    edges = [0, *(np.flatnonzero(codes[1:] != codes[:-1]) + 1).tolist(), len(rows)]
+    longest = np.maximum.reduceat(rows[:, _TOKENS], edges[:-1]).tolist()
+    for (first, stop), tokens in zip(pairwise(edges), longest, strict=True):
         both, way = divmod(int(codes[first]), len(ways))
         before, written = divmod(both, len(rooms))
         group, read = divmod(before, len(held))
         room = rooms[written]
         kind = Kind.of(held[read], room.dtypes[0], room.dense, *ways[way])
-        launches[group].append((kind, first, stop, int(rows[first:stop, _TOKENS].max())))
+        launches[group].append((kind, first, stop, tokens))
     return launches
 
 

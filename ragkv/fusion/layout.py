@@ -94,7 +94,7 @@ class Layout:
         """The ids in some slots, as numbers. Where they came from the CPU nothing waits for the device."""
         return (self.ids if self.said is None else self.said)[start:stop].tolist()
 
-    @property
+    @lazy
     def tokens(self) -> int:
         """N."""
         return len(self.ids)

@@ -109,7 +109,7 @@ class Graphs:
         if rows.cache.writer is None:
             rows.cache.set_length(shown[1])
         if rows.scores is not None:
-            rows.scores.layers.extend(fixed.scores(shown[1]))
+            rows.scores.every = fixed.scores(shown[1])
         return logits
 
     def _instead(self, rows: Rows, why: str) -> Tensor:
@@ -300,10 +300,10 @@ class _Fixed:
             return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
         return "fixed", out[len(out) - rows.wanted :]
 
-    def scores(self, slots: int) -> list[Tensor]:
-        """What the last run's rows attended to, layer by layer, of so many slots."""
+    def scores(self, slots: int) -> Tensor:
+        """What the last run's rows attended to ``[L, N]``, of so many slots."""
         assert self._scores is not None
-        return list(torch.stack(self._scores.layers)[:, :slots])
+        return torch.stack(self._scores.layers)[:, :slots]  # a copy: the next run writes anew
 
     def _captured(self, capture: Capture) -> Replay:
         try:
