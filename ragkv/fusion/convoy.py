@@ -164,8 +164,9 @@ class Convoy:
         at = ends - taken + begins % _ALIGNED
         ring = self._bus.room(len(self._groups[:_AHEAD]), _up(int(ends.max()), _BLOCK))
         rooms = ring.data_ptr() + np.arange(len(spans)) % len(ring) * ring.shape[1]
-        edges = np.stack([at, at + sizes], axis=2).reshape(len(spans), -1)
-        filled = np.diff(edges, prepend=0, append=ring.shape[1]).tolist()
+        edges = np.full((len(spans), 2 * at.shape[1] + 2), ring.shape[1])
+        edges[:, 0], edges[:, 1:-1:2], edges[:, 2:-1:2] = 0, at, at + sizes
+        filled = (edges[:, 1:] - edges[:, :-1]).tolist()
         # Nothing is asked of the layers in front.
         lengths = [self._groups[0].stop, *(len(group) for group in self._groups[1:])]
         return ring, filled, np.repeat(rooms[:, None] + at - begins, lengths, axis=0)
