@@ -124,7 +124,7 @@ def _turn(keys: Numbers, runs: Sequence[Run], starts: Numbers, span: slice) -> t
         mine = [number for number, run in enumerate(runs) if id(run.turns) == key]
         first = starts[mine] * each.token_bytes[span, None]
         keys[:, mine, _COS : _SIN + 1] = each.addresses[span, None] + first[..., None]
-        way[:, mine] = np.array([ways.index(way) if way[0] else 0 for way in each.ways[span]])[:, None]
+        way[:, mine] = np.array([ways.index(own) if own[0] else 0 for own in each.ways[span]])[:, None]
     return way, ways
 
 
