@@ -110,10 +110,9 @@ def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range], *, impl: 
     layers = range(groups[0].start, groups[-1].stop)
     follow = all(before.stop == after.start for before, after in pairwise(groups))
     good = layers.start >= 0 and layers.stop <= len(out) and all(group.step == 1 for group in groups)
-    require(good and follow, f"there are {len(out)} layers, got {', '.join(map(str, groups))}")
-    require(
-        not out.paged and all(stored.codec == "raw" for pair in out.pairs for stored in pair), "out must be numbers"
-    )
+    if not good or not follow:
+        raise KernelError(f"there are {len(out)} layers, got {', '.join(map(str, groups))}")
+    require(not out.paged and not out.encoded, "out must be numbers")
     turns: dict[int, Run] = {}  # the last one of each
     for run in runs:
         _check_run(out, run)
@@ -207,17 +206,16 @@ def _check_run(out: Layers, run: Run) -> None:
     source, tokens = run.source, run.tokens
     if source.kinds != out.kinds:
         raise KernelError(f"out has heads and dimensions {out.kinds} in its layers, the source has {source.kinds}")
-    require(source.device == out.device, f"out is on {out.device}, the source on {source.device}")
-    require(
-        run.start >= 0 and run.start + tokens <= out.tokens,
-        f"slots {run.start} to {run.start + tokens} of {out.tokens}",
-    )
+    if source.device != out.device:
+        raise KernelError(f"out is on {out.device}, the source on {source.device}")
+    if run.start < 0 or run.start + tokens > out.tokens:
+        raise KernelError(f"slots {run.start} to {run.start + tokens} of {out.tokens}")
     require(source.paged == (run.slots is not None), "slots must be given of pools, and of nothing else")
     if run.slots is None:
-        fits = tokens == source.tokens or (0 <= tokens < source.tokens and not source.encoded)
-        require(
-            fits, f"of {source.tokens} tokens of a chunk all are placed, or the first ones of numbers, got {tokens}"
-        )
+        if tokens != source.tokens and (source.encoded or not 0 <= tokens < source.tokens):
+            raise KernelError(
+                f"of {source.tokens} tokens of a chunk all are placed, or the first ones of numbers, got {tokens}"
+            )
     else:
         check_shape("slots", run.slots, [tokens], "[T]")
         cpu = run.slots.dtype == torch.int64 and run.slots.is_cpu

@@ -6,10 +6,12 @@ L layers, H kv heads, T tokens, N tokens of the prompt, D head_dim, P tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ragkv.kernels.stored import Stored
@@ -84,20 +86,19 @@ class Brought(Layers):
     Args:
         source: those that are copied, in the memory of the CPU; no pool.
         to: uint8, dense, where they are copied to.
-        shifts: ``[L]``, by how many bytes each layer's addresses there are greater; multiples of 16.
+        shifts: ``[L]`` by how many bytes each layer's addresses there are greater; multiples of 16.
     """
 
-    def __init__(self, source: Layers, to: Tensor, shifts: Sequence[int]):
+    def __init__(self, source: Layers, to: Tensor, shifts: NDArray[np.int64]):
         self.__dict__ |= vars(source)
         self.source: Layers = source
         self.to: Tensor = to
-        self.shifts: Sequence[int] = shifts
+        self.shifts: NDArray[np.int64] = shifts
         self.device: torch.device = to.device
-        self.described: Any = None
 
     def pair(self, layer: int) -> tuple[Stored, Stored]:
         """See :class:`Layers`."""
-        (keys, values), shift = self.pairs[layer], self.shifts[layer]
+        (keys, values), shift = self.pairs[layer], int(self.shifts[layer])
         return self._there(keys, shift), self._there(values, shift)
 
     def _there(self, stored: Stored, shift: int) -> Stored:
@@ -126,8 +127,7 @@ class Turn(NamedTuple):
     interleaved: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Tokens that lie side by side in the prompt, in all layers, and come from one place.
 
     Attributes:
@@ -162,7 +162,7 @@ def joined(runs: Sequence[Run]) -> list[Run]:
 
 def _one(group: list[Run]) -> Run:
     slots = torch.cat([run.slots for run in group if run.slots is not None])
-    return replace(group[0], tokens=len(slots), slots=slots)
+    return group[0]._replace(tokens=len(slots), slots=slots)
 
 
 def _pooled(numbers: Tensor) -> Stored:

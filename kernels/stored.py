@@ -56,6 +56,8 @@ class Stored:
     @classmethod
     def encoded(cls, codec: CodecName, parts: Mapping[str, Tensor], shape: tuple[int, int, int], side: Side) -> Stored:
         """The named parts that a codec of ``ragkv.store.codecs`` makes of a tensor ``[H, T, D]``."""
+        if codec == "raw":  # K and V are of a kind then
+            return cls.raw(parts[""])
         scale = parts.get("scale") if codec == "fp8" else parts.get("step")
         return cls(parts[""], shape, codec, side, scale, parts.get("low"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -29,7 +28,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *argumen
 
 def block(size: int, least: int = 1) -> int:
     """The power of two that holds ``size``, and is no smaller than ``least``."""
-    return max(triton.next_power_of_2(size), least)
+    return max(1 << max(size - 1, 0).bit_length(), least)
 
 
 def heads_at_once(heads: int, most: int = 4) -> int:

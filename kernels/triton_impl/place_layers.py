@@ -1,6 +1,6 @@
 """Placing all layers of a prompt: one table for all that goes there, put together from what is known of each source.
 
-L layers, T tokens, N tokens of the prompt.
+L layers, G runs, T tokens, N tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ _TOKENS, _SLOTS, _COS, _SIN, _OUT = 0, 2, 5, 6, 7
 _ADDRESSES = (1, 3, 4)  # of numbers, scales and lowest numbers
 _ADDRESS, _READ_STRIDES, _WRITTEN_STRIDES = 1, slice(8, 10), slice(11, 13)
 
-Numbers = NDArray[np.int64 | np.bool_]
+Numbers = NDArray[np.int64]
+_Way = tuple[int, bool]  # half of the dimensions that turn, and how they pair
 
 
 class _Described(NamedTuple):
@@ -37,7 +39,6 @@ class _Described(NamedTuple):
         kind: ``[L, 2]`` which of them each is.
         token_bytes: ``[L, 2]`` from one token to the next.
         copies: what the rows point to besides.
-        points: ``[L, 2, 16]`` 1 where a row holds an address of what is read.
     """
 
     rows: Numbers
@@ -45,7 +46,6 @@ class _Described(NamedTuple):
     kind: Numbers
     token_bytes: Numbers
     copies: list[Tensor]
-    points: Numbers
 
 
 class _Turned(NamedTuple):
@@ -54,55 +54,41 @@ class _Turned(NamedTuple):
     Attributes:
         addresses: ``[L, 2]`` of cosines and sines; 0 where a layer's keys do not turn.
         token_bytes: ``[L]`` from one token to the next; 0 there too.
-        kinds: ``[L]`` half of the rotated dimensions and how they pair.
+        ways: ``[L]`` in which they turn.
     """
 
     addresses: Numbers
     token_bytes: Numbers
-    kinds: list[tuple[int, bool]]
+    ways: list[_Way]
 
 
 def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range]) -> Callable[[int], None]:
-    """See :func:`ragkv.kernels.placing`; one launch for all of a group that is of a kind."""
-    layers = range(groups[0].start, groups[-1].stop)
-    room, span = _of(out), slice(layers.start, layers.stop)
-    sources: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        sources[id(run.source)].append(run)
-    distinct = {id(run.turns): run.turns for run in runs if run.turns is not None}
-    turning = {key: _turned(turns) for key, turns in distinct.items()}
-    turned = dict.fromkeys(kind for each in turning.values() for kind in each.kinds[span] if kind[0])
-    # What turns in one way and what does not share a launch.
-    ways = list(turned) if len(turned) == 1 else [(0, False), *turned]
-    host, table = beside(
-        len(runs) * len(layers) * 2 * _FIELDS + sum(run.tokens for run in runs if run.source.paged), out.device
-    )
-    rows = host.numpy()[: len(runs) * len(layers) * 2 * _FIELDS].reshape(len(runs), len(layers), 2, _FIELDS)
-    codes = np.empty(rows.shape[:3], dtype=np.int64)
-    at, behind, held = 0, rows.size, dict[Held, int]()
-    for mine in sources.values():
-        source, here = _of(mine[0].source), slice(at, at + len(mine))
-        rows[here] = source.rows[span]
-        rows[here, ..., _OUT] = room.rows[span, :, _ADDRESS]
-        rows[here, ..., _WRITTEN_STRIDES] = room.rows[span, :, _READ_STRIDES]
-        known = np.array([held.setdefault(kind, len(held)) for kind in source.kinds])[source.kind[span]]
-        codes[here] = (known * len(room.kinds) + room.kind[span]) * len(ways)
-        for number, run in enumerate(mine, at):
-            rows[number, ..., _TOKENS] = run.tokens
-            rows[number, ..., _OUT] += run.start * room.token_bytes[span]
-            if run.slots is not None:
-                host[behind : behind + run.tokens] = run.slots
-                rows[number, ..., _SLOTS] = table.data_ptr() + behind * host.itemsize
-                behind += run.tokens
-            if run.turns is not None:
-                turns = turning[id(run.turns)]
-                first = (run.start * turns.token_bytes[span])[:, None]
-                rows[number, :, 0, _COS : _SIN + 1] = turns.addresses[span] + first
-                codes[number, :, 0] += [ways.index(kind) if kind[0] else 0 for kind in turns.kinds[span]]
-        at += len(mine)
-    kinds = len(held) * len(room.kinds) * len(ways)
-    codes += kinds * np.repeat(range(len(groups)), [len(group) for group in groups])[:, None]
-    launches = _launches(rows.reshape(-1, _FIELDS), codes.ravel(), kinds, list(held), room.kinds, ways)
+    """See :func:`ragkv.kernels.placing`; one launch for all of a group that is of a kind.
+
+    Of runs there may be hundreds, so what is said of all of them is written at once.
+    """
+    span = slice(groups[0].start, groups[-1].stop)
+    room, sources = _of(out), [_of(run.source) for run in runs]
+    shape = span.stop - span.start, 2, len(runs), _FIELDS
+    size = prod(shape)
+    host, table = beside(size + sum(run.tokens for run in runs if run.slots is not None), out.device)
+    rows, starts = host.numpy()[:size].reshape(shape), np.array([run.start for run in runs])
+    np.stack([source.rows[span] for source in sources], axis=2, out=rows)
+    _move(rows, runs, span)
+    rows[..., _TOKENS] = [run.tokens for run in runs]
+    rows[..., _OUT] = room.rows[span, :, None, _ADDRESS] + starts * room.token_bytes[span, :, None]
+    rows[..., _WRITTEN_STRIDES] = room.rows[span, :, None, _READ_STRIDES]
+    for number, run in enumerate(runs):
+        if run.slots is not None:
+            host[size : size + run.tokens] = run.slots
+            rows[:, :, number, _SLOTS] = table.data_ptr() + size * host.itemsize
+            size += run.tokens
+    way, ways = _turn(rows[:, 0], runs, starts, span)
+    read, held = _kinds(sources, span)
+    group = np.repeat(range(len(groups)), [len(group) for group in groups])[:, None, None]
+    codes = ((group * len(held) + read) * len(room.kinds) + room.kind[span, :, None]) * len(ways)
+    codes[:, 0] += way
+    launches = _launches(rows.reshape(-1, _FIELDS), codes.ravel(), held, room.kinds, ways)
     arrive(host, table)
     every = table[: rows.size].view(-1, _FIELDS)
 
@@ -113,35 +99,71 @@ def placing(out: Layers, runs: Sequence[Run], groups: Sequence[range]) -> Callab
     return place
 
 
+def _move(rows: Numbers, runs: Sequence[Run], span: slice) -> None:
+    """Have rows ``[L, 2, G, 16]`` of what is brought elsewhere say where that is."""
+    brought = {number: run.source.shifts for number, run in enumerate(runs) if isinstance(run.source, Brought)}
+    if brought:
+        shifts = np.zeros((rows.shape[0], 1, len(runs)), np.int64)
+        shifts[:, 0, list(brought)] = np.stack(list(brought.values()), axis=1)[span]
+        for column in _ADDRESSES:
+            addresses = rows[..., column]
+            np.add(addresses, shifts, out=addresses, where=addresses != 0)
+
+
+def _turn(keys: Numbers, runs: Sequence[Run], starts: Numbers, span: slice) -> tuple[Numbers, list[_Way]]:
+    """Have the keys' rows ``[L, G, 16]`` say how they turn; returns in which way ``[L, G]``, of those in the list.
+
+    What turns in one way and what does not share a launch.
+    """
+    distinct = {id(run.turns): run.turns for run in runs if run.turns is not None}
+    turning = {key: _turned(turns) for key, turns in distinct.items()}
+    turned = dict.fromkeys(way for each in turning.values() for way in each.ways[span] if way[0])
+    ways = list(turned) if len(turned) == 1 else [(0, False), *turned]
+    way = np.zeros(keys.shape[:2], np.int64)
+    for key, each in turning.items():
+        mine = [number for number, run in enumerate(runs) if id(run.turns) == key]
+        first = starts[mine] * each.token_bytes[span, None]
+        keys[:, mine, _COS : _SIN + 1] = each.addresses[span, None] + first[..., None]
+        way[:, mine] = np.array([ways.index(own) if own[0] else 0 for own in each.ways[span]])[:, None]
+    return way, ways
+
+
+def _kinds(sources: Sequence[_Described], span: slice) -> tuple[Numbers, list[Held]]:
+    """Of which kind all that is read is ``[L, 2, G]``, of those in the list."""
+    held = dict[Held, int]()
+    known = [np.array([held.setdefault(kind, len(held)) for kind in source.kinds]) for source in sources]
+    read = np.stack([here[source.kind[span]] for here, source in zip(known, sources, strict=True)], axis=2)
+    return read, list(held)
+
+
 def _launches(
-    rows: Numbers, codes: Numbers, kinds: int, held: list[Held], rooms: list[Held], ways: list[tuple[int, bool]]
+    rows: Numbers, codes: Numbers, held: list[Held], rooms: list[Held], ways: list[_Way]
 ) -> dict[int, list[tuple[Kind, int, int, int]]]:
     """Brings rows of one kind side by side, group by group; by group the launches: kind, rows from and to, longest."""
-    if (codes != codes[0]).any():
+    if (codes[1:] < codes[:-1]).any():
         order = np.argsort(codes, kind="stable")
         rows[:], codes = rows[order], codes[order]
     launches: dict[int, list[tuple[Kind, int, int, int]]] = defaultdict(list)
-    for first, stop in pairwise([0, *(np.flatnonzero(np.diff(codes)) + 1), len(rows)]):
-        group, code = divmod(int(codes[first]), kinds)
-        both, way = divmod(code, len(ways))
-        read, written = divmod(both, len(rooms))
+    edges = [0, *(np.flatnonzero(codes[1:] != codes[:-1]) + 1).tolist(), len(rows)]
+    longest = np.maximum.reduceat(rows[:, _TOKENS], edges[:-1]).tolist()
+    for (first, stop), tokens in zip(pairwise(edges), longest, strict=True):
+        both, way = divmod(int(codes[first]), len(ways))
+        before, written = divmod(both, len(rooms))
+        group, read = divmod(before, len(held))
         room = rooms[written]
         kind = Kind.of(held[read], room.dtypes[0], room.dense, *ways[way])
-        launches[group].append((kind, int(first), int(stop), int(rows[first:stop, _TOKENS].max())))
+        launches[group].append((kind, first, stop, tokens))
     return launches
 
 
 def _of(layers: Layers) -> _Described:
-    """What the table says of some layers, looked up once."""
+    """What the table says of some layers, looked up once; of what is brought elsewhere, where it comes from."""
+    if isinstance(layers, Brought):
+        require(not _of(layers.source).copies, "what is brought elsewhere must lie there as it is read")
+        return _of(layers.source)
     if layers.described is None:
-        layers.described = _moved(layers) if isinstance(layers, Brought) else _describe(layers)
+        layers.described = _describe(layers)
     return layers.described
-
-
-def _moved(layers: Brought) -> _Described:
-    source = _of(layers.source)
-    require(not source.copies, "what is brought elsewhere must lie there as it is read")
-    return source._replace(rows=source.rows + np.array(layers.shifts, np.int64)[:, None, None] * source.points)
 
 
 def _describe(layers: Layers) -> _Described:
@@ -150,8 +172,7 @@ def _describe(layers: Layers) -> _Described:
     kind = np.array([[kinds.setdefault(what, len(kinds)) for what, _ in pair] for pair in found])
     rows = np.array([[row for _, row in pair] for pair in found], dtype=np.int64)
     sizes = [[stored.numbers.itemsize for stored in pair] for pair in layers.pairs]
-    points = np.isin(np.arange(_FIELDS), _ADDRESSES) & (rows != 0)
-    return _Described(rows, list(kinds), kind, rows[..., _READ_STRIDES.stop - 1] * np.array(sizes), copies, points)
+    return _Described(rows, list(kinds), kind, rows[..., _READ_STRIDES.stop - 1] * np.array(sizes), copies)
 
 
 def _dense(stored: Stored) -> Stored:
@@ -164,11 +185,16 @@ def _dense(stored: Stored) -> Stored:
 
 
 def _turned(turns: Sequence[Turn | None]) -> _Turned:
-    addresses = [[0, 0] if turn is None else [_address(turn.cos), _address(turn.sin)] for turn in turns]
-    kinds = [(0, False) if turn is None else (turn.cos.shape[1], turn.interleaved) for turn in turns]
-    return _Turned(np.array(addresses, dtype=np.int64), 4 * np.array([half for half, _ in kinds]), kinds)
+    """Most layers turn alike: each table is looked at once."""
+    tables = {key: _table(turn) for key, turn in {id(turn): turn for turn in turns}.items()}
+    every = [tables[id(turn)] for turn in turns]
+    ways = [way for _, way in every]
+    return _Turned(np.array([at for at, _ in every]), 4 * np.array([half for half, _ in ways]), ways)
 
 
-def _address(table: Tensor) -> int:
-    require(table.is_contiguous(), "cos and sin must be contiguous")
-    return table.data_ptr()
+def _table(turn: Turn | None) -> tuple[tuple[int, int], _Way]:
+    """Where cosines and sines lie, and in which way they turn."""
+    if turn is None:
+        return (0, 0), (0, False)
+    require(turn.cos.is_contiguous() and turn.sin.is_contiguous(), "cos and sin must be contiguous")
+    return (turn.cos.data_ptr(), turn.sin.data_ptr()), (turn.cos.shape[1], turn.interleaved)

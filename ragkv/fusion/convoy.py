@@ -7,10 +7,11 @@ is placed by one launch for all that is of a kind, out of a table that is made o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ragkv.fusion.bus import Bus
@@ -24,18 +25,33 @@ _ALIGNED = 16  # bytes that kernels read at once
 _BLOCK = 512  # bytes, where memory of a device begins
 
 
-class Freight(NamedTuple):
-    """A chunk in CPU memory.
+class Cut(NamedTuple):
+    """A chunk by groups of layers that follow each other.
 
     Attributes:
+        parts: the bytes of each.
+        spans: ``[groups, 2]`` the addresses between which they lie.
+    """
+
+    parts: list[Tensor]
+    spans: NDArray[np.int64]
+
+
+class Freight:
+    """A chunk in CPU memory, looked at once for all prompts that it comes to.
+
+    Args:
         data: uint8, as it is held.
         spans: between which bytes of it each layer lies.
         layers: all of them, in that memory.
+
+    Attributes:
+        layers: as given.
     """
 
-    data: Tensor
-    spans: Sequence[tuple[int, int]]
-    layers: Layers
+    def __init__(self, data: Tensor, spans: Sequence[tuple[int, int]], layers: Layers):
+        self.layers: Layers = layers
+        self._data, self._spans, self._cuts = data, spans, dict[tuple[range, ...], Cut]()
 
     @classmethod
     def of(cls, data: Tensor, spans: Sequence[tuple[int, int]], layers: Layers) -> Freight | None:
@@ -45,14 +61,14 @@ class Freight(NamedTuple):
         there = all(first <= part.data_ptr() < last and part.is_contiguous() for part in every)
         return cls(data, spans, layers) if there else None
 
-    def between(self, group: range) -> tuple[int, int]:
-        """The bytes of some layers that follow each other."""
-        return self.spans[group.start][0], self.spans[group.stop - 1][1]
-
-    def part(self, group: range) -> Tensor:
-        """Some layers that follow each other."""
-        begin, end = self.between(group)
-        return self.data[begin:end]
+    def cut(self, groups: tuple[range, ...]) -> Cut:
+        """Its bytes by groups of layers."""
+        cut = self._cuts.get(groups)
+        if cut is None:
+            spans = [(self._spans[group.start][0], self._spans[group.stop - 1][1]) for group in groups]
+            parts = [self._data[begin:end] for begin, end in spans]
+            cut = self._cuts[groups] = Cut(parts, np.array(spans, dtype=np.int64) + self._data.data_ptr())
+        return cut
 
 
 class Convoy:
@@ -81,14 +97,17 @@ class Convoy:
         layers: range,
         impl: Impl,
     ):
-        self._bus, self._freight, self._cache, self._impl = bus, freight, cache, impl
-        self._groups = [range(first, min(first + GROUP, layers.stop)) for first in layers[::GROUP]]
+        self._bus, self._cache, self._impl = bus, cache, impl
+        self._groups = tuple(range(first, min(first + GROUP, layers.stop)) for first in layers[::GROUP])
         self.done: int = layers.start
         self._placed = 0  # groups
-        packed, size = self._packed()
-        self._ring = bus.room(len(self._groups[:_AHEAD]), size)
-        self._copies, there = self._brought(packed)
-        self._runs = [replace(run, source=there[key]) for key, run in runs]
+        cuts = [each.cut(self._groups) for each in freight.values()]
+        self._here = list(zip(*(cut.parts for cut in cuts), strict=True))  # group by group
+        self._there = list[Sequence[Tensor]]()
+        self._ring, self._sizes, shifts = self._packed(np.stack([cut.spans for cut in cuts], axis=1))
+        brought = zip(freight.items(), shifts.T, strict=True)
+        there = {key: Brought(each.layers, self._ring, shift) for (key, each), shift in brought}
+        self._runs = [Run(there[key], run.start, run.tokens, turns=run.turns) for key, run in runs]
         self._sent = list[Callable[[], object]]()
         self._free = list[Any]()  # when what a group stood in may be written to
         self._placing: tuple[Layers, Callable[[int], None]] | None = None
@@ -111,41 +130,48 @@ class Convoy:
 
     def _send(self) -> None:
         number = len(self._sent)
-        copies, free = self._copies[number], self._free[number - _AHEAD] if number >= _AHEAD else None
+        here, there = self._here[number], self._split(number)
+        free = self._free[number - _AHEAD] if number >= _AHEAD else None
+        self._there.append(there)
 
         def load() -> list[Tensor]:
-            for there, here in copies:
-                there.copy_(here, non_blocking=True)
+            for part, place in zip(here, there, strict=True):
+                place.copy_(part, non_blocking=True)
             return [self._ring]
 
         self._sent.append(self._bus.send(load, free))
 
-    def _packed(self) -> tuple[list[list[int]], int]:
-        """For each group the sizes of a gap, a chunk's bytes, a gap ... in what it stands in; and how much the largest takes."""
-        packed, most = [], 0
-        for group in self._groups:
-            at, sizes = 0, list[int]()
-            for freight in self._freight.values():
-                begin, end = freight.between(group)
-                gap = (freight.data.data_ptr() + begin - at) % _ALIGNED
-                sizes += [gap, end - begin]
-                at += gap + end - begin
-            packed.append(sizes)
-            most = max(most, at)
-        return packed, -(-most // _BLOCK) * _BLOCK
+    def _split(self, number: int) -> Sequence[Tensor]:
+        """Where the parts of a group go: as a rule where those went whose place it takes."""
+        before, sizes = number - len(self._ring), self._sizes[number]
+        if before >= 0 and sizes == self._sizes[before]:
+            return self._there[before]
+        return self._ring[number % len(self._ring)].split_with_sizes(sizes)[1::2]
 
-    def _brought(self, packed: list[list[int]]) -> tuple[list[list[tuple[Tensor, Tensor]]], dict[bytes, Brought]]:
-        """What is copied, and to where, group by group; and what the chunks are there."""
-        copies = list[list[tuple[Tensor, Tensor]]]()
-        shifts = {key: [0] * len(freight.spans) for key, freight in self._freight.items()}
-        for number, (group, sizes) in enumerate(zip(self._groups, packed, strict=True)):
-            room = self._ring[number % len(self._ring)]
-            at, to = room.data_ptr(), room[: sum(sizes)].split_with_sizes(sizes)[1::2]
-            copies.append(list(zip(to, (freight.part(group) for freight in self._freight.values()), strict=True)))
-            for place, (key, freight) in enumerate(self._freight.items()):
-                at += sizes[2 * place]
-                moved = at - freight.data.data_ptr() - freight.between(group)[0]
-                shifts[key][group.start : group.stop] = [moved] * len(group)
-                at += sizes[2 * place + 1]
-        there = {key: Brought(freight.layers, self._ring, shifts[key]) for key, freight in self._freight.items()}
-        return copies, there
+    def _packed(self, spans: NDArray[np.int64]) -> tuple[Tensor, list[list[int]], NDArray[np.int64]]:
+        """Where groups stand on the device: one chunk behind the other, each aligned as it is here.
+
+        Args:
+            spans: ``[groups, chunks, 2]`` the addresses between which they lie.
+
+        Returns:
+            Room for some groups at once; for each group how it fills that: bytes of a gap, a chunk, a gap ... to the end; and
+            ``[L, chunks]`` by how many bytes each layer's addresses are greater there.
+        """
+        begins, sizes = spans[..., 0], spans[..., 1] - spans[..., 0]
+        taken = _up(begins % _ALIGNED + sizes, _ALIGNED)
+        ends = taken.cumsum(axis=1)
+        at = ends - taken + begins % _ALIGNED
+        ring = self._bus.room(len(self._groups[:_AHEAD]), _up(int(ends.max()), _BLOCK))
+        rooms = ring.data_ptr() + np.arange(len(spans)) % len(ring) * ring.shape[1]
+        edges = np.full((len(spans), 2 * at.shape[1] + 2), ring.shape[1])
+        edges[:, 0], edges[:, 1:-1:2], edges[:, 2:-1:2] = 0, at, at + sizes
+        filled = (edges[:, 1:] - edges[:, :-1]).tolist()
+        # Nothing is asked of the layers in front.
+        lengths = [self._groups[0].stop, *(len(group) for group in self._groups[1:])]
+        return ring, filled, np.repeat(rooms[:, None] + at - begins, lengths, axis=0)
+
+
+def _up(size: Any, step: int) -> Any:
+    """The next multiple."""
+    return -(-size // step) * step

@@ -94,7 +94,7 @@ class Layout:
         """The ids in some slots, as numbers. Where they came from the CPU nothing waits for the device."""
         return (self.ids if self.said is None else self.said)[start:stop].tolist()
 
-    @property
+    @lazy
     def tokens(self) -> int:
         """N."""
         return len(self.ids)
@@ -110,7 +110,7 @@ class Layout:
         shifts = [0, *(placed.shift for placed in self.chunks)]
         return shifts == sorted(shifts)
 
-    @property
+    @lazy
     def end(self) -> int:
         """The position behind its last token."""
         return self._suffix_position + self.tokens - self.suffix_start
@@ -237,7 +237,7 @@ def lay_out(
                 context = before.context_after if same else digest(context, before.numbers)
             hashed, exact = number, chunk.context == context
         document = chunk.document or chunk.id  # a passage that stands alone is a document of its own
-        behind_another = bool(documents - {document})
+        behind_another = len(documents) > (document in documents)
         continues = number > 0 and _continues(chunk, chunks[number - 1])
         placed.append(Placed(chunk, at, base, exact, continues, behind_another, _rooted(chunk, placed), shift))
         documents.add(document)

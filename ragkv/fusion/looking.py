@@ -94,8 +94,8 @@ class Looking(ABC):
                 f"{len(seen)} of {len(decoder.layers)} layers showed their attention, so no method that follows the question runs "
                 "on this model"
             )
-        self._seen[queries] = torch.stack(seen)
-        return self._seen[queries]
+        self._seen[queries] = seen
+        return seen
 
     @lazy
     def deviation(self) -> Tensor:
@@ -114,8 +114,8 @@ class Looking(ABC):
             scores.append((_scaled(keys) + _scaled(values)).to(layout.ids.device))
         return torch.stack(scores)
 
-    def _look(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
-        """Every layer's attention ``[R]``: the mean of that of the rows from each of ``firsts`` on."""
+    def _look(self, rows: Tensor, firsts: Sequence[int]) -> Tensor:
+        """Every layer's attention ``[L, R]``: the mean of that of the rows from each of ``firsts`` on."""
         rules = self._rules()
         if rules is not None:
             try:
@@ -134,9 +134,9 @@ class Looking(ABC):
             return decoder.spans  # asked for by name it is there; else the decoder has tried it, and may have refused
         return decoder.rules_as_spans()
 
-    def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> list[Tensor]:
+    def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> Tensor:
         """From what the kernel takes on its way."""
-        sums, layout = list[Tensor](), self.layout
+        parts, layout = list[Tensor](), self.layout
         chunks = slice(layout.chunks_start, layout.suffix_start)
         self.cache.set_length(layout.suffix_start)
         if len(rows) > self._driver.piece_tokens:
@@ -147,14 +147,13 @@ class Looking(ABC):
                 asked = Rows(layout.ids[part], part, self.cache, spans, wanted=0, scores=scores)
                 run(asked)
                 # Where a forward failed beside others' rows, it was run again.
-                seen = scores.layers[-len(self.decoder.layers) :]
-                sums = _added(sums, [one[chunks].to(rows.device) for one in seen])
+                parts.append(scores.last(len(self.decoder.layers))[:, chunks])
                 self.looked = asked.attention.replace("selective", "scored")
-        return sums
+        return sum(parts[1:], parts[0])
 
-    def _eager(self, rows: Tensor, firsts: Sequence[int]) -> list[Tensor]:
+    def _eager(self, rows: Tensor, firsts: Sequence[int]) -> Tensor:
         """From the weights that the model's eager attention returns."""
-        decoder, layout, seen, sums = self.decoder, self.layout, list[Tensor](), list[Tensor]()
+        decoder, layout, seen, parts = self.decoder, self.layout, list[Tensor](), list[Tensor]()
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def keep(module: nn.Module, args: object, output: object) -> None:
@@ -177,9 +176,9 @@ class Looking(ABC):
                 finally:
                     for hook in hooks:
                         hook.remove()
-            sums = _added(sums, seen)
+            parts.append(torch.stack(seen) if seen else rows.new_empty(0))
         self.looked = "eager"
-        return sums
+        return sum(parts[1:], parts[0])
 
     def _parts(self, rows: Tensor, firsts: Sequence[int]) -> Iterator[tuple[Tensor, int, Tensor]]:
         """The prompt's last rows, as many as one forward computes; the slot behind them; and how much each of them counts."""
@@ -191,11 +190,6 @@ class Looking(ABC):
                 weights[max(0, first - at) :] += 1 / ((len(rows) - first) * len(firsts))
             yield part, begin + stop, weights
             at = stop
-
-
-def _added(sums: list[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
-    """Layer by layer."""
-    return [one + other for one, other in zip(sums, more, strict=True)] if sums else list(more)
 
 
 def _scaled(score: Tensor) -> Tensor:

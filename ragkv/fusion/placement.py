@@ -222,6 +222,14 @@ class Placement:
                 self._done = layers.stop
                 return
             self._begin(layers.start)
+            done = layers.stop
+            if self._convoy is not None:
+                self._convoy.upto(layer)
+                done = self._convoy.done
+                if done == len(self._decoder.layers):
+                    self._convoy = None  # its memory is free
+            if not self._sorted.stretches and not self._mended:
+                self._done = max(self._done, done)
             for number in range(max(layers.start, self._done), layers.stop):
                 self._place_layer(number)
                 self._done = number + 1
@@ -242,10 +250,7 @@ class Placement:
             self.upto(layers.stop - 1, first)
 
     def _place_layer(self, layer: int) -> None:
-        if self._convoy is not None:
-            self._convoy.upto(layer)
-            if self._convoy.done == len(self._decoder.layers):
-                self._convoy = None  # its memory is free
+        """Place what of a layer is placed by itself."""
         stretches = self._sorted.stretches
         if stretches:
             pieces = (self._pieces(stretch, layer, *self._supply.held(stretch, layer)) for stretch in stretches)

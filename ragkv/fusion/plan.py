@@ -61,9 +61,9 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     """
     method = selection.method
     assert method is not None
-    known = selection.whole
-    checked = partial(_subset, method=method, known=known is not None)
-    chosen = checked(selection.tokens, layout.reusable)
+    known, reusable = selection.whole, layout.reusable
+    checked = partial(_subset, allowed=reusable, method=method, known=known is not None)
+    chosen = checked(selection.tokens)
     if known is not None:
         _check_whole(known, len(chosen), layout, method)
     active, saved = chosen, (0,) * len(layout.chunks)
@@ -76,19 +76,19 @@ def plan(selection: Selection, layout: Layout, layers: int) -> Plan:
     checks = tuple(sorted(set(selection.checks))) if len(active) else ()
     if not all(isinstance(layer, SupportsIndex) and layer in range(layers) for layer in checks):
         raise MethodError(f"{method!r} asked to check layers {checks} of a model with {layers}")
-    context = None if selection.context is None else checked(selection.context, layout.reusable)
+    context = None if selection.context is None else checked(selection.context)
 
     narrows = partial(_subset, method=method, known=selection.whole is not None and _of_one_class(method))
 
     def narrow(check: Check) -> Tensor:
         chosen = method.narrow(check)
         check_chosen(chosen, method)
-        kept = narrows(chosen, check.tokens)
+        kept = narrows(chosen, allowed=check.tokens)
         if selection.keep is None:
             return kept
         return check.tokens[torch.isin(check.tokens, torch.cat([kept, selection.keep.to(kept.device)]))]
 
-    if len(active) == len(layout.reusable) > 0 and context is None and not layout.earlier:
+    if len(active) == len(reusable) > 0 and context is None and not layout.earlier:
         # With the prefix computed too, though it is exact already, the model runs its ordinary causal path without a mask.
         rows = torch.arange(layout.held, layout.tokens, device=layout.ids.device)
         first = checks[0] if checks else layers
@@ -130,7 +130,7 @@ def _of_one_class(method: Narrows) -> bool:
     return select is not None and narrow is not None and issubclass(select, narrow)
 
 
-def _subset(chosen: Tensor, allowed: Tensor, *, method: Narrows, known: bool) -> Tensor:
+def _subset(chosen: Tensor, *, allowed: Tensor, method: Narrows, known: bool) -> Tensor:
     """The chosen ones, ascending; where they are not known to be distinct and allowed, a device is waited for."""
     chosen = chosen.to(allowed.device, torch.long)
     if known or not len(chosen):

@@ -93,16 +93,19 @@ class Supply:
         if key in self._given:
             return None
         index = self._index[key]
+        kept = self._batch.kept(index)
+        if "freight" not in kept:
+            kept["freight"] = self._freight(index, tokens)
+        freight: Freight | None = kept["freight"]
+        return freight
+
+    def _freight(self, index: int, tokens: int) -> Freight | None:
         codec = next((name for name in _READ if name == self._batch.codecs[index]), None)
         held = None if codec is None else self._batch.payload(index)
         if codec is None or held is None:
             return None
-        kept = self._batch.kept(index)
-        if "freight" not in kept:
-            layers = Layers([self._stored(index, layer, codec, tokens) for layer in range(len(self._cache.layers))])
-            kept["freight"] = Freight.of(*held, layers)
-        freight: Freight | None = kept["freight"]
-        return freight
+        layers = Layers([self._stored(index, layer, codec, tokens) for layer in range(len(self._cache.layers))])
+        return Freight.of(*held, layers)
 
     def stretch(self, placed: Placed, key: bytes) -> Stretch:
         """A chunk of the prompt, with what its tier says of how it is held."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,5 @@ class Turning:
             layout.tokens - layout.suffix_start,
         ]
         back = [0, *(placed.base - placed.position for placed in layout.chunks), 0]
-        moved = torch.repeat_interleave(
-            torch.tensor(back, device="cpu"), torch.tensor(lengths, device="cpu"), output_size=layout.tokens
-        )
+        moved = torch.from_numpy(np.repeat(np.array(back, dtype=np.int64), lengths))
         return layout.positions + sent(moved, layout.ids.device), layout.positions

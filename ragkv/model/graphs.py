@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ragkv.errors import UnsupportedModelError
 from ragkv.kernels import implementation
@@ -56,7 +57,7 @@ class Graphs:
         self.early: bool = capture is not None
         self._decoder, self._capture, self._mark = decoder, capture, mark
         self._marked: object = None
-        self._modules: list[nn.Module] = []
+        self._hooks: list[dict[int, Any]] = []  # of all modules
         self._fixed: OrderedDict[tuple[Room, int, int, bool, bool], _Fixed] = OrderedDict()
         self._rooms = Rooms(self._drop, self._affords, decoder.kernels)
 
@@ -108,7 +109,7 @@ class Graphs:
         if rows.cache.writer is None:
             rows.cache.set_length(shown[1])
         if rows.scores is not None:
-            rows.scores.layers.extend(fixed.scores(shown[1]))
+            rows.scores.every = fixed.scores(shown[1])
         return logits
 
     def _instead(self, rows: Rows, why: str) -> Tensor:
@@ -148,7 +149,7 @@ class Graphs:
         """Why nothing runs in fixed shapes just now; empty if it may."""
         if self.why:
             return self.why
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+        if any(self._hooks):
             return "hooks are in the model, and a graph would not call them"
         if self._capture is not None and not self._capture.usable():
             return "its thread is on another stream than the default one"
@@ -191,11 +192,12 @@ class Graphs:
             return
         self._forget()
         self.why, self._marked = "", mark
-        self._modules = list(self._decoder.model.modules())
+        modules = list(self._decoder.model.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         devices = {self._decoder.device, *(spec.device for spec in self._decoder.specs)}
         if self._decoder.spans is None:
             self.why = "its attention runs with masks"
-        elif len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in self._modules):
+        elif len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in modules):
             self.why = "its weights are on several devices, or are brought there when they are needed"
 
     def _forget(self) -> None:
@@ -294,10 +296,10 @@ class _Fixed:
             return "graph", out[len(out) - rows.wanted :].clone()  # the next graph may write there
         return "fixed", out[len(out) - rows.wanted :]
 
-    def scores(self, slots: int) -> list[Tensor]:
-        """What the last run's rows attended to, layer by layer, of so many slots."""
+    def scores(self, slots: int) -> Tensor:
+        """What the last run's rows attended to ``[L, N]``, of so many slots."""
         assert self._scores is not None
-        return list(torch.stack(self._scores.layers)[:, :slots])
+        return torch.stack(self._scores.layers)[:, :slots]  # a copy: the next run writes anew
 
     def _captured(self, capture: Capture) -> Replay:
         try:

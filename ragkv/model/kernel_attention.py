@@ -100,10 +100,19 @@ class Scores:
     Attributes:
         weights: ``[S]`` fp32, by which their attention is summed.
         layers: ``[N]`` fp32 of every layer that has run, the mean over heads.
+        every: ``[L, N]`` the same of all layers in one, where a step in fixed shapes has run.
     """
 
     weights: Tensor
     layers: list[Tensor] = field(default_factory=list)
+    every: Tensor | None = None
+
+    def last(self, layers: int) -> Tensor:
+        """``[L, N]`` of the last so many layers that have run, or of all there are, where the weights are."""
+        if self.every is not None:
+            return self.every
+        seen = [one.to(self.weights.device) for one in self.layers[-layers:]]
+        return torch.stack(seen) if seen else self.weights.new_empty(0, 0)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
 """What a warm prompt takes of the host: nothing that grows with layers times chunks, nor with tokens one by one."""
 
+import sys
 from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,7 @@ from ragkv.chunk import Chunk, digest
 from ragkv.fusion import placement
 from ragkv.fusion.bus import Bus
 from ragkv.fusion.layout import lay_out
+from ragkv.kernels import api
 from ragkv.testing import SMALL, random_ids, tiny_model
 
 VIEWS = {"select", "slice", "unsqueeze", "view", "detach", "split", "lift_fresh", "empty", "_reshape_alias"}
@@ -125,6 +130,69 @@ def test_what_is_in_cpu_memory_is_a_copy_a_chunk_for_four_layers(layers, count, 
         engine.fuse([*chunks, chunks[0]], random_ids(3))  # the first one twice
     groups = -(-layers // 4)
     assert (bus.copies, bus.places) == (groups * count, groups)
+
+
+class Nothing(Bus):
+    """A bus that brings nothing."""
+
+    def __init__(self):
+        pass
+
+    def room(self, *size):
+        return torch.empty(size, dtype=torch.uint8)
+
+    def send(self, load, free=None):
+        return lambda: None
+
+    def mark(self):
+        return None
+
+
+@contextmanager
+def calls():
+    """A block in which calls of Python's functions are counted."""
+    seen, before = Counter(), sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: seen.update([event]))
+    try:
+        yield seen
+    finally:
+        sys.setprofile(before)
+
+
+@pytest.mark.parametrize("codec", [None, "int8"])
+def test_what_is_brought_is_not_taken_layer_by_layer_of_each_chunk(codec, monkeypatch):
+    """A chunk is a few calls of Python, however many layers there are, and none of torch; what is of a kind shares a launch."""
+    place, init = pytest.importorskip("ragkv.kernels.triton_impl.place"), placement.Placement.__init__
+    monkeypatch.setattr(placement.Placement, "__init__", lambda *args, **more: init(*args, **more, by_layer=True))
+    monkeypatch.setattr(placement, "bus", lambda device: Nothing())
+    launched, called, ran = [], {}, {}
+    for layers, count in product((8, 24), (5, 10)):
+        model, store = tiny_model(num_hidden_layers=layers), TieredStore(cpu_codec=codec)
+        out = SimpleNamespace(logits=torch.zeros(1, 1, SMALL["vocab_size"]))
+
+        def forward(past_key_values, *, layers=layers, out=out, **given):
+            past_key_values.before(layers - 1)
+            return out
+
+        with Engine(model, template=PromptTemplate(prefix=[1, 5]), store=store, method=Reuse()) as engine:
+            chunks = engine.add([random_ids(64, number) for number in range(count)])
+            ask = partial(engine.fuse, [*chunks[::-1], chunks[0]], random_ids(3))
+            with monkeypatch.context() as patched:
+                patched.setattr(model, "forward", forward)
+                patched.setattr(api, "implementation", lambda *args: "triton")
+                patched.setattr(place, "launch", lambda *args, **more: launched.append(args))
+                for _ in range(2):  # what is found the first time is remembered
+                    launched.clear()
+                    with calls() as counted:
+                        ask()
+                with Launches() as launches:
+                    ask()
+        called[layers, count], ran[layers, count] = counted["call"], launches.seen
+        # What stands in front, and of every other group K and V, which int8 holds in different ways.
+        assert len(launched) == 2 * (1 + layers // 4 * (2 if codec else 1))
+    five, of_many_layers = called[8, 10] - called[8, 5], called[24, 10] - called[24, 5]
+    assert five < 5 * 90 and abs(of_many_layers - five) < 10  # there are 4 groups more of them
+    assert ran[24, 10] == ran[24, 5] and ran[8, 10] == ran[8, 5]
 
 
 def test_a_layout_looks_no_further_than_it_has_to():
