@@ -37,7 +37,7 @@ def _placing(bench: Bench) -> None:
                 for sizes in ({}, *(dict(zip(PLACING, values, strict=True)) for values in product(*PLACING.values()))):
                     row: dict[str, Any] = {"benchmark": "tiles", "operation": f"place {kind} {side}", "tokens": tokens}
                     row["sizes"] = sizes
-                    place.constants = lambda s=sizes, **fixed: {**plain(**fixed), **s}
+                    place.constants = lambda *kind, s=sizes: {**plain(*kind), **s}  # type: ignore[assignment]
                     try:
                         bench.timed(partial(place_pieces, pieces, impl=bench.impl), size=size, **row)
                     except TritonError as error:

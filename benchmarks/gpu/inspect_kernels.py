@@ -169,7 +169,7 @@ def place_cases() -> Iterator[Case]:
     ) -> Case:
         dtypes = (number, FP32 if codec == "fp8" else FP16, FP16, BF16)
         turn = more.pop("interleaved", False)
-        fixed = constants(dim, half, turn, codec, side, group, page=page, dtypes=dtypes, dense=True, heads=8)
+        fixed = {**constants(dim, half, turn, codec, side, group, page=page, dtypes=dtypes, dense=True, heads=8)}
         warps = fixed.pop("num_warps")
         asked = fixed["AT_ONCE"] * fixed["BLOCK"] * dim * number.itemsize // (2 if codec == "int4" else 1)
         wide = codec == "raw"

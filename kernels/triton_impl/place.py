@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ def launch_kind(kind: Kind, table: Tensor, longest: int) -> None:
         table: ``[pieces, 16]`` int64 on the device, as :mod:`ragkv.kernels.triton_impl.place_kernel` reads it.
         longest: tokens of the longest piece.
     """
-    fixed = constants(**kind._asdict())
+    fixed = constants(*kind)
     blocks = triton.cdiv(longest, fixed["BLOCK"])
     for first in range(0, len(table), _MOST_PIECES):
         rows = table[first : first + _MOST_PIECES]
@@ -150,6 +151,7 @@ def _dense(part: Tensor | None, held: list[Tensor]) -> int:
     return part.data_ptr()
 
 
+@cache
 def constants(
     dim: int,
     half: int,
