@@ -57,6 +57,7 @@ def selective_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Attention of S queries, each over its own span of the N keys; memory O(S + N).
@@ -72,6 +73,7 @@ def selective_attention(
         scale: of the scores; ``D ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
         sinks: ``[H]``, a score a head that takes part in the softmax and has no value (gpt-oss).
+        window: most keys that a query sees, where the caller knows it: a hint by which work is shared out. What is seen, spans say.
         impl: which implementation runs.
 
     Returns:
@@ -86,7 +88,7 @@ def selective_attention(
         return reference.selective_attention(query, key, value, spans, scoring)
     from ragkv.kernels.triton_impl.attention import selective_attention as fused
 
-    return fused(query, key, value, spans, scoring)
+    return fused(query, key, value, spans, scoring, window=window)
 
 
 def scored_attention(

@@ -12,7 +12,7 @@ from measure import Bench
 
 from ragkv.kernels import key_spans, place_pieces, selective_attention
 
-SIZES = {"BLOCK_M": (16, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+SIZES = {"BLOCK_M": (16, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
 PLACING = {"BLOCK": (32, 64), "AT_ONCE": (1, 2, 4), "num_warps": (4, 8)}
 
 

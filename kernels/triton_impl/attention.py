@@ -87,20 +87,22 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def parts_of(tiles: int, kv_heads: int, keys: int, processors: int) -> int:
+def parts_of(tiles: int, kv_heads: int, keys: int, processors: int, window: int | None = None) -> int:
     """Into how many parts the keys are split, so that few queries keep all processors busy.
 
-    A single tile sees as many keys in every head: processors are filled once. Several tiles do not, so there are more than two
-    programs a processor, of which the short ones fill the gaps that the long ones leave.
+    A single tile sees as many keys in every head, and so do tiles with a window: processors are filled once. Others do not: there
+    are more than two programs a processor, of which the short ones fill the gaps that the long ones leave.
 
     Args:
         tiles: of rows.
         kv_heads: K.
         keys: N.
         processors: how many programs run side by side.
+        window: most keys that a query sees, if there is one.
     """
     programs = tiles * kv_heads
-    filled = processors // programs if tiles == 1 else 2 * processors // programs + 1
+    alike = tiles == 1 or (window is not None and window < keys)
+    filled = processors // programs if alike else 2 * processors // programs + 1
     return max(1, min(filled, keys // _PART))
 
 
@@ -112,7 +114,13 @@ def in_log2(scoring: Scoring) -> tuple[float, float]:
 
 
 def selective_attention(
-    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scoring: Scoring, normaliser: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scoring: Scoring,
+    normaliser: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """See :func:`ragkv.kernels.selective_attention`.
 
@@ -128,7 +136,7 @@ def selective_attention(
     sizes = tuning(max(dim, value_dim), query.dtype, capability(query.device), rows)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     places = processors(query.device) * (2 if sizes["BLOCK_M"] <= _SMALL else 1)
-    parts = parts_of(tiles, kv_heads, keys, places)
+    parts = parts_of(tiles, kv_heads, keys, places, window)
     cached = _CACHED // max(1, keys * (dim + value_dim) * key.element_size())
     sinks, split, kept = scoring.sinks, parts > 1, normaliser is not None
     fixed = constants(

@@ -138,6 +138,7 @@ class KernelAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention over spans; without them causal, as sdpa computes it.
@@ -152,7 +153,8 @@ class KernelAttention:
             scaling: of the scores.
             softcap: of the scores.
             s_aux: ``[H]`` attention sinks.
-            **kwargs: what transformers passes besides; windows among them are in the spans already.
+            sliding_window: the layer's, which is in the spans already.
+            **kwargs: what transformers passes besides.
 
         Returns:
             ``[1, S, H, Dv]``, and no weights.
@@ -170,7 +172,7 @@ class KernelAttention:
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
         spans = _spans_of(attention_mask, query, key)
         if self.scores is None:
-            return selective_attention(query[0], key[0], value[0], spans, **more)[None], None
+            return selective_attention(query[0], key[0], value[0], spans, window=sliding_window, **more)[None], None
         out, scores = scored_attention(query[0], key[0], value[0], spans, self.scores.weights.to(query.device), **more)
         self.scores.layers.append(scores)
         return out[None], None

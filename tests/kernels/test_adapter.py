@@ -6,6 +6,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ragkv.errors import UnsupportedModelError
+from ragkv.model import kernel_attention as adapter
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, kernel_attention, serves, span_rules
 from ragkv.model.masks import for_model, layer_rules
@@ -92,6 +93,18 @@ def test_rules_of_large_windows_and_others():
 def test_models_that_hide_their_attention_are_not_served():
     model = tiny_model("falcon")
     assert not serves(model, model.config)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "starcoder2", "gemma2", "gpt_oss"])
+def test_a_layers_window_is_handed_on(architecture, monkeypatch):
+    """By it the kernel shares out its work."""
+    windows, plain = [], adapter.selective_attention
+    handed = lambda *given, window, **more: (windows.append(window), plain(*given, window=window, **more))[1]  # noqa: E731
+    monkeypatch.setattr(adapter, "selective_attention", handed)
+    decoder = Decoder(tiny_model(architecture))
+    rules = span_rules(decoder.rules)
+    scattered(decoder, rules, torch.tensor(random_ids(40)), torch.arange(0, 40, 2))
+    assert windows == [rule.window for rule in rules]
 
 
 def test_what_it_does_not_know_is_refused():

@@ -120,6 +120,8 @@ def test_rows_that_see_unlike_many_keys_are_split_further():
     """The longest of few programs would run while most processors had finished."""
     assert [attention.parts_of(tiles, 8, 16384, 132) for tiles in (2, 17, 33, 34, 77)] == [17, 2, 2, 1, 1]
     assert attention.parts_of(5, 8, 2000, 132) == 3
+    assert attention.parts_of(17, 8, 16384, 132, 1024) == 1  # a window: all see alike
+    assert attention.parts_of(17, 8, 16384, 132, 16384) == 2
 
 
 @pytest.mark.parametrize("held", [0, 2, 4])
@@ -149,7 +151,7 @@ def test_two_small_tiles_run_side_by_side(device, random, monkeypatch):
         key, value = random(2, 2, 80, 64, dtype=torch.bfloat16)
         attention.selective_attention(query, key, value, key_spans(scattered(queries, 80, device)), Scoring(0.1))
     own = attention.processors(device)
-    assert splits == [(1, 2, 80, 2 * own), (1, 2, 80, own)]
+    assert splits == [(1, 2, 80, 2 * own, None), (1, 2, 80, own, None)]
 
 
 def test_fp16(device, random, compare):
