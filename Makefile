@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/ragkv demo $(if $(MODEL),--model "$(MODEL)") $(if $(DTYPE),--dtype $(DTYPE))
 
 test: $(READY)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # A cluster is heavy: only long tests start one, and type checkers look at its types. Mooncake's store also needs libibverbs1.
 $(VENV)/.long: $(READY)

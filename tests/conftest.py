@@ -26,6 +26,11 @@ def pytest_collection(session):
     gc.disable()
 
 
+def pytest_collection_modifyitems(items):
+    """Files of few tests that take minutes come first: who begins one last is alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_interpreter.py", "test_compiled.py"))
+
+
 def pytest_collection_finish(session):
     """What imports left stays for good: the collector need not look through a million objects again and again."""
     gc.enable()
