@@ -15,7 +15,7 @@ def inspect(tmp_path, *arguments):
     pytest.importorskip("triton")
     out, home = tmp_path / "rows.json", tmp_path / "home"
     run = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), "--json", str(out), *arguments],
+        [sys.executable, str(SCRIPT), "--json", str(out), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_HOME": str(home), "TRITON_INTERPRET": "0"},
