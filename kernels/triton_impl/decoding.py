@@ -35,10 +35,10 @@ def read_line(number, first, stop, LENGTH: tl.constexpr, PAIRS: tl.constexpr, IN
 
 
 @triton.jit
-def unpacked(byte, first, LENGTH: tl.constexpr, PAIRS: tl.constexpr, INT4: tl.constexpr):
-    """The integers, as fp32 ``[L, LENGTH]``."""
+def unpacked(byte, first, LENGTH: tl.constexpr, INT4: tl.constexpr):
+    """The integers of :func:`read_line`, as fp32 ``[L, LENGTH]``."""
     integer = byte
-    if PAIRS:
+    if byte.shape[1] < LENGTH:
         integer = tl.reshape(tl.join(byte & 15, byte >> 4), (byte.shape[0], LENGTH))
     elif INT4:
         at = first + tl.arange(0, LENGTH)
@@ -65,10 +65,11 @@ def read_scale(scale, first, stop, group, LENGTH: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
-def per_number(scale, LENGTH: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):
-    """The same as fp32 ``[L, LENGTH]`` or ``[L, 1]``."""
+def per_number(scale, LENGTH: tl.constexpr):
+    """The scales of :func:`read_scale`, as fp32 ``[L, LENGTH]`` or ``[L, 1]``."""
     scale = scale.to(tl.float32)
-    if WHOLE and GROUP < LENGTH:
-        spread = tl.broadcast_to(scale[:, :, None], (scale.shape[0], LENGTH // GROUP, GROUP))
+    GROUPS: tl.constexpr = scale.shape[1]
+    if GROUPS > 1 and GROUPS < LENGTH:
+        spread = tl.broadcast_to(scale[:, :, None], (scale.shape[0], GROUPS, LENGTH // GROUPS))
         scale = tl.reshape(spread, (scale.shape[0], LENGTH))
     return scale

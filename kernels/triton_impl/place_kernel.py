@@ -94,7 +94,6 @@ def _decoded(
     WIDTH: tl.constexpr,
     CODEC: tl.constexpr,
     SIDE: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What :func:`_read` read as fp32 ``[BLOCK, WIDTH]``."""
@@ -103,16 +102,12 @@ def _decoded(
         tile = from_e4m3(numbers) * step
     elif CODEC == "raw":
         tile = numbers.to(tl.float32)
-    elif SIDE == "k":
-        WHOLE: tl.constexpr = GROUP > 0 and (GROUP % BLOCK == 0 or BLOCK % GROUP == 0)
-        integer = unpacked(numbers, start, BLOCK, CODEC == "int4", CODEC == "int4")
-        tile = integer * per_number(step, BLOCK, GROUP, WHOLE) + per_number(lowest, BLOCK, GROUP, WHOLE)
-        tile = tl.trans(tile)
     else:
-        ALONG: tl.constexpr = GROUP > 0 and FIRST % GROUP == 0 and (GROUP % WIDTH == 0 or WIDTH % GROUP == 0)
-        PAIRS: tl.constexpr = CODEC == "int4" and FIRST % 2 == 0 and WIDTH > 1
-        integer = unpacked(numbers, FIRST, WIDTH, PAIRS, CODEC == "int4")
-        tile = integer * per_number(step, WIDTH, GROUP, ALONG) + per_number(lowest, WIDTH, GROUP, ALONG)
+        LENGTH: tl.constexpr = BLOCK if SIDE == "k" else WIDTH
+        integer = unpacked(numbers, start if SIDE == "k" else FIRST, LENGTH, CODEC == "int4")
+        tile = integer * per_number(step, LENGTH) + per_number(lowest, LENGTH)
+        if SIDE == "k":
+            tile = tl.trans(tile)
     return tile
 
 
@@ -181,7 +176,7 @@ def place_kernel(
             head = first_head + first
             tiles = _read_heads(source, head, start, 0, DIM, DIM_BLOCK, DIM, CODEC, SIDE, GROUP, PAGE, BLOCK, AT_ONCE)
             for nth in tl.static_range(AT_ONCE):
-                tile = _decoded(tiles[nth], start, 0, DIM_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                tile = _decoded(tiles[nth], start, 0, DIM_BLOCK, CODEC, SIDE, BLOCK)
                 to = out + (head + nth) * out_head_stride + dim[None, :]
                 tl.store(to, tile.to(OUT), mask=inside & (dim < DIM)[None, :])
     elif HALF > 0:
@@ -206,17 +201,17 @@ def place_kernel(
                 )
             for nth in tl.static_range(AT_ONCE):
                 to = out + (head + nth) * out_head_stride
-                x = _decoded(xs[nth], start, 0, FIRST_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                x = _decoded(xs[nth], start, 0, FIRST_BLOCK, CODEC, SIDE, BLOCK)
                 if INTERLEAVED:
                     even, odd = tl.split(tl.reshape(x, (BLOCK, HALF_BLOCK, 2)))
                     both = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BLOCK, FIRST_BLOCK))
                     dim = tl.arange(0, FIRST_BLOCK)
                     tl.store(to + dim[None, :], both.to(OUT), mask=inside & (dim < FIRST)[None, :])
                 else:
-                    y = _decoded(ys[nth], start, HALF, HALF_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                    y = _decoded(ys[nth], start, HALF, HALF_BLOCK, CODEC, SIDE, BLOCK)
                     tl.store(to + pair[None, :], (x * cos - y * sin).to(OUT), mask=turned)
                     tl.store(to + HALF + pair[None, :], (y * cos + x * sin).to(OUT), mask=turned)
                 if REST_BLOCK > 0:
                     rest = 2 * HALF + tl.arange(0, REST_BLOCK)
-                    tile = _decoded(rests[nth], start, 2 * HALF, REST_BLOCK, CODEC, SIDE, GROUP, BLOCK)
+                    tile = _decoded(rests[nth], start, 2 * HALF, REST_BLOCK, CODEC, SIDE, BLOCK)
                     tl.store(to + rest[None, :], tile.to(OUT), mask=inside & (rest < DIM)[None, :])
