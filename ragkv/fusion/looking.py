@@ -136,7 +136,7 @@ class Looking(ABC):
 
     def _scored(self, rows: Tensor, firsts: Sequence[int], rules: list[SpanRule]) -> Tensor:
         """From what the kernel takes on its way."""
-        parts, layout = list[Tensor](), self.layout
+        total, layout = torch.zeros((), dtype=torch.float32, device=rows.device), self.layout
         chunks = slice(layout.chunks_start, layout.suffix_start)
         self.cache.set_length(layout.suffix_start)
         if len(rows) > self._driver.piece_tokens:
@@ -147,13 +147,14 @@ class Looking(ABC):
                 asked = Rows(layout.ids[part], part, self.cache, spans, wanted=0, scores=scores)
                 run(asked)
                 # Where a forward failed beside others' rows, it was run again.
-                parts.append(scores.last(len(self.decoder.layers))[:, chunks])
+                total = total + scores.last(len(self.decoder.layers))[:, chunks]
                 self.looked = asked.attention.replace("selective", "scored")
-        return sum(parts[1:], parts[0])
+        return total
 
     def _eager(self, rows: Tensor, firsts: Sequence[int]) -> Tensor:
         """From the weights that the model's eager attention returns."""
-        decoder, layout, seen, parts = self.decoder, self.layout, list[Tensor](), list[Tensor]()
+        decoder, layout, seen = self.decoder, self.layout, list[Tensor]()
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
         chunks = slice(layout.chunks_start, layout.suffix_start)
 
         def keep(module: nn.Module, args: object, output: object) -> None:
@@ -176,9 +177,9 @@ class Looking(ABC):
                 finally:
                     for hook in hooks:
                         hook.remove()
-            parts.append(torch.stack(seen) if seen else rows.new_empty(0))
+            total = total + (torch.stack(seen) if seen else rows.new_empty(0))
         self.looked = "eager"
-        return sum(parts[1:], parts[0])
+        return total
 
     def _parts(self, rows: Tensor, firsts: Sequence[int]) -> Iterator[tuple[Tensor, int, Tensor]]:
         """The prompt's last rows, as many as one forward computes; the slot behind them; and how much each of them counts."""
