@@ -18,6 +18,8 @@ os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 import pytest
 import torch
 
+from ragkv.library import costs
+
 # Tiny models gain nothing from threads and lose much where cores are shared.
 torch.set_num_threads(1)
 
@@ -60,10 +62,21 @@ def warm():
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Watches an engine: a list that grows by the number of tokens of every forward pass that reads documents."""
+    """Watches an engine: a list that grows by the number of tokens of every forward pass that reads documents.
+
+    What a store measures of a model that is new to the process is no reading.
+    """
 
     def watch(engine):
-        seen, read = [], engine.decoder.read
+        seen, read, prefill = [], engine.decoder.read, costs._prefill
+
+        def measured(*given):
+            before = len(seen)
+            took = prefill(*given)
+            del seen[before:]
+            return took
+
+        monkeypatch.setattr(costs, "_prefill", measured)
         monkeypatch.setattr(engine.decoder, "read", lambda ids, *rest: (seen.append(len(ids)), read(ids, *rest))[1])
         return seen
 
@@ -73,7 +86,7 @@ def reads(monkeypatch):
 @pytest.fixture
 def unmeasured(monkeypatch):
     """As in a process that has measured no model's prefills."""
-    monkeypatch.setattr("ragkv.library.costs._measured", {})
+    monkeypatch.setattr(costs, "_measured", {})
 
 
 @pytest.fixture

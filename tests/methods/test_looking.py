@@ -331,13 +331,10 @@ def test_ratios_are_checked(make):
             make(ratio=ratio)
 
 
-def test_reading_for_sensitivity_reads_twice(model, monkeypatch):
+def test_reading_for_sensitivity_reads_twice(model, reads):
     for method, times in ((Reuse(), 1), (SensitiveTokens(), 2)):
         engine = Engine(model, template=TEMPLATE, method=method, foreign=random_ids(9))
-        seen, read = [], engine.decoder.read
-        monkeypatch.setattr(
-            engine.decoder, "read", lambda ids, *rest, s=seen, r=read: (s.append(len(ids)), r(ids, *rest))[1]
-        )
+        seen = reads(engine)
         document = engine.add_document(PARTS)
         own = sum(map(len, document))
         front = len(TEMPLATE.prefix) + 9 + 1  # read once, however many documents follow
