@@ -69,6 +69,8 @@ def compiled(case: Case, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from ragkv.kernels.triton_impl.launch import OPTIONS
+
     names = case.function.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     at = {name: (names.index(name),) for name in names}
@@ -86,7 +88,7 @@ def compiled(case: Case, arch: int) -> Resources:
         fixed |= tuning(dim, dtype, (arch // 10, arch % 10), rows)
         options = {name: fixed.pop(name) for name in options}
     source = ASTSource(case.function, signature, {at[name]: value for name, value in fixed.items()}, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | OPTIONS)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

@@ -19,7 +19,7 @@ from ragkv.evaluation.cases import Case
 from ragkv.evaluation.metrics import divergence
 from ragkv.fusion.passes import recompute
 from ragkv.methods import CacheBlend, FullPrefill, Method, Reuse
-from ragkv.model.cache import FusedCache
+from ragkv.model.cache import FusedCache, cache_argument
 from ragkv.model.decoder import Decoder
 from ragkv.report import FusedPrompt
 
@@ -112,7 +112,7 @@ def _one_document(bench: Bench, case: Case, reading: CaseChunks) -> list[Chunk]:
 def _own_prefill(engine: Engine, ids: Tensor) -> list[Tensor]:
     """The model's own prefill, without anything of ragkv: logits ``[1, V]``, keys and values of every layer."""
     cache = DynamicCache()  # made without a configuration it keeps what a window hides
-    out = engine.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    out = engine.model(input_ids=ids[None], use_cache=True, **{cache_argument(type(engine.model).forward): cache})
     return _tensors(out.logits[:, -1], cache)
 
 

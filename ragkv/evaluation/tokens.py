@@ -18,6 +18,7 @@ from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks
 from ragkv.evaluation.cases import Case
 from ragkv.methods import FullPrefill, Reuse
 from ragkv.model.attention import eager_attention
+from ragkv.model.cache import cache_argument
 from ragkv.report import FusedPrompt
 
 #: Of each family and context, the arm is looked at that recomputes most within this share of the tokens.
@@ -82,8 +83,8 @@ def question_attention(engine: Engine, prompt: FusedPrompt) -> Tensor | None:
             out = engine.model(
                 input_ids=ids[None, start:],
                 position_ids=positions[None],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(type(engine.model).forward): cache},
                 output_attentions=True,
             )
     except (ValueError, NotImplementedError):

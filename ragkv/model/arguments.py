@@ -64,7 +64,8 @@ _COMPILED = "the model is not compiled here: leave it out"
 REFUSED: dict[str, str] = {
     name: why
     for why, names in {
-        _PROMPT: "inputs input_ids inputs_embeds attention_mask position_ids past_key_values custom_generate trust_remote_code",
+        _PROMPT: "inputs input_ids inputs_embeds attention_mask position_ids cache past_key_values custom_generate "
+        "trust_remote_code",
         _STRATEGY: "penalty_alpha dola_layers num_beam_groups diversity_penalty constraints force_words_ids low_memory",
         _ASSISTED: "assistant_tokenizer is_assistant use_mtp speculation_type assistant_early_exit assistant_lookbehind "
         "target_lookbehind assistant_ensemble_weight",

@@ -5,6 +5,8 @@ L layers, B sequences, H kv heads, N tokens held, C tokens allocated, D head_dim
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from ragkv.chunk import ChunkKV
 from ragkv.errors import ArgumentError
@@ -20,6 +23,18 @@ from ragkv.kernels import Impl, Layers, scatter
 
 #: Called with the layer, fresh keys and fresh values ``[B, H, S, D]``; returns what attention shall see.
 Writer = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@functools.cache
+def cache_argument(function: Callable[..., Any]) -> str:
+    """By which name a function of transformers, or a model's ``forward``, takes the cache.
+
+    transformers 5.24 calls ``cache`` what was ``past_key_values``; a model that brings its own code may not have followed. One that
+    hands all on takes what transformers' own functions do.
+    """
+    names = ("cache", "past_key_values")
+    taken = inspect.signature(function).parameters
+    return next((name for name in names if name in taken), None) or cache_argument(create_causal_mask)
 
 
 class LayerSpec(NamedTuple):

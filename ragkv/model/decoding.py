@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from ragkv.errors import ArgumentTypeError, NonFiniteError
-from ragkv.model.cache import FusedCache
+from ragkv.model.cache import FusedCache, cache_argument
 from ragkv.model.capture import capturing
 from ragkv.model.decoder import Decoder
 from ragkv.model.generation import Settings, Stop
@@ -189,5 +189,7 @@ def beam_search(settings: Settings, prompt: FusedPrompt, begin: float) -> list[i
         return scores
 
     arguments["logits_processor"].append(wanted)
-    out = settings.decoder.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
+    model = settings.decoder.model
+    arguments[cache_argument(type(model).prepare_inputs_for_generation)] = cache
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     return out[0, ids.shape[1] :].tolist()

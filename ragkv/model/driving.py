@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ragkv.kernels import Impl
 from ragkv.model.attending import Masses, attending
 from ragkv.model.attention import fusion_attention, grouped
-from ragkv.model.cache import FusedCache, LayerSpec
+from ragkv.model.cache import FusedCache, LayerSpec, cache_argument
 from ragkv.model.kernel_attention import SpanBuilder, SpanRule, kernel_attention
 from ragkv.model.linear import few_rows
 from ragkv.model.masks import MaskBuilder, Rule, for_model
@@ -85,8 +85,8 @@ class Driving:
                 input_ids=ids[None],
                 position_ids=positions[None],
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(type(module).forward): cache},
                 **more,
             )
 

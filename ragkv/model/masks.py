@@ -22,6 +22,8 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from ragkv.model.cache import cache_argument
+
 #: (batch, head, query position, key position) -> may the query see the key; broadcasts over tensors.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -50,8 +52,9 @@ def layer_rules(config: PreTrainedConfig, layers: int, device: torch.device) -> 
     one = torch.empty(1, 1, 1, device=device)
     try:
         rules = {
-            kind: _BUILDERS[kind](config=probe, inputs_embeds=one, attention_mask=None, past_key_values=None)
-            for kind in set(kinds)
+            kind: build(config=probe, inputs_embeds=one, attention_mask=None, **{cache_argument(build): None})
+            for kind, build in _BUILDERS.items()
+            if kind in kinds
         }
     finally:
         registry.pop(_RECORDER, None)

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ragkv.kernels import implementation
 from ragkv.kernels.upload import sent
 from ragkv.model.attention import grouped, grouped_sdpa, switched
+from ragkv.model.cache import cache_argument
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
 from ragkv.model.masks import LayerMasks, MaskBuilder, SameMask, for_model
@@ -73,12 +74,13 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
         ids = torch.cat([part.ids for part in parts])[None]
         positions = torch.cat([part.positions for part in parts])[None]
         keep = {"logits_to_keep": sent(wanted, ids.device)} if last and decoder.keeps_last else {}
-        out = (decoder.model if last else decoder.backbone)(
+        module = decoder.model if last else decoder.backbone
+        out = module(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(module).forward): cache},
             **keep,
         )
     if not last:

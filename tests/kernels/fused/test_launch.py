@@ -1,4 +1,4 @@
-"""Every kernel is launched on the device of its tensors, whichever is the current one."""
+"""Every kernel is launched on the device of its tensors, whichever is the current one, and with the same options."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from ragkv.kernels.triton_impl import launch
 
 
 class Guarded:
-    """A kernel that tells on which device it would run."""
+    """A kernel that tells on which device it would run, and with what."""
 
     def __init__(self, seen, current):
         self.seen, self.current = seen, current
 
     def __getitem__(self, grid):
-        return lambda *args, **fixed: self.seen.append(self.current[-1])
+        return lambda *args, **fixed: self.seen.append((self.current[-1], fixed))
 
 
 def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
@@ -33,7 +33,8 @@ def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     for device in (torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")):
         launch.launch(Guarded(seen, current), (1,), device, 1, NAME=2)
-    assert seen == [1, 0, 0] and current == [0]
+    assert [device for device, _ in seen] == [1, 0, 0] and current == [0]
+    assert all(fixed == {"NAME": 2, "enable_fp_fusion": True} for _, fixed in seen)  # whatever this Triton's default is
 
 
 @pytest.mark.parametrize("operation", ["place", "scatter", "deviation", "selective_attention", "scored_attention"])
