@@ -115,7 +115,9 @@ def fuse(
         if documents.paths is not None:
             with timer.stage("keep"):
                 documents.paths.keep(documents, one.reader, one.paths, one.cache, done, seen)
-        return FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
+        prompt = FusedPrompt(layout.ids[None], logits, one.cache, done.rows, report, layout.end, one.reader.fingerprint)
+        prompt.said = None if layout.said is None else layout.said[None]
+        return prompt
 
 
 def _leave(steps: Steps, cache: ReferenceType[FusedCache]) -> None:

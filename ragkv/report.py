@@ -179,6 +179,7 @@ class FusedPrompt:
         fingerprint: of the model that computed it; another one cannot go on behind it.
         past: what the next turn goes on from; ``None`` where that was not asked for.
         spoken: told how many more tokens of the answer there are; raises DeadlineError where nobody wants it any more.
+        said: ``input_ids`` once more, on the CPU, where they came from there: to look at them waits for no device.
     """
 
     input_ids: Tensor
@@ -190,6 +191,7 @@ class FusedPrompt:
     fingerprint: str
     past: Past | None = None
     spoken: Callable[[int], object] = _unheard
+    said: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"spoken": _unheard}  # no copy stands in a line

@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 #: Small sizes that nearly every decoder config takes.
 SMALL: dict[str, Any] = {
@@ -92,6 +92,11 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
             if isinstance(parameter, torch.nn.Parameter):
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def shows_attention(architecture: str) -> bool:
+    """Whether a model's attention goes through transformers' interface, where it is seen and exchanged; gptj's does since 5.24."""
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[architecture]]._supports_attention_backend)
 
 
 def random_ids(count: int, seed: int | None = None) -> list[int]:

@@ -66,18 +66,19 @@ def decode(
     decoder, cache, streamer = settings.decoder, prompt.past_key_values, settings.streamer
     assert isinstance(cache, FusedCache)
     ids, logits = prompt.input_ids, prompt.logits
-    processors, criteria = settings.resolve(ids, begin)
+    here = ids.cpu() if prompt.said is None else prompt.said
+    processors, criteria = settings.resolve(ids, here, begin)
     scoring = turn if settings.runs_model else nullcontext
     room = ids.shape[1] + settings.new_tokens(ids.shape[1])  # for prompt and answer
     proposals = settings.proposer.begin(room, settings.ends)
     early = early and not settings.proposer.proposes
-    said = ids.cpu() if early and all(type(one) in _ANYWHERE for one in criteria) else None
+    said = here if early and all(type(one) in _ANYWHERE for one in criteria) else None
     coming: Future[Tensor] | None = None  # the logits behind the token at hand
     proposed: list[int] = []
     ahead: list[int] = []  # those of them that are computed and not used yet,
     behind: list[Tensor] = []  # and the logits behind each
     if streamer is not None:
-        streamer.put(ids.cpu())
+        streamer.put(here)
     try:
         while True:
             with torch.no_grad(), scoring():

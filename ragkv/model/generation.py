@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ragkv.errors import ArgumentError, NonFiniteError, PromptTooLongError, whole_number
+from ragkv.kernels.upload import sent
 from ragkv.logprobs import asked_logprobs
 from ragkv.model.arguments import BESIDE, OWN, check, check_own, check_values
 from ragkv.model.decoder import Decoder
@@ -142,7 +143,8 @@ class Settings:
                 "streamer: beam search knows its tokens only at the end: leave out streamer, or num_beams"
             )
         # Whatever transformers refuses, before the prompt is paid for.
-        self._resolve(torch.zeros(1, 1, dtype=torch.long, device="cpu"), 1)
+        ids = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        self._resolve(ids, ids, 1)
 
     def asked(self, prompt_tokens: int) -> int | None:
         """Tokens to generate behind a prompt, where the call says how many.
@@ -171,16 +173,17 @@ class Settings:
         limit = self.decoder.max_positions
         return wanted if self._said or limit is None else min(wanted, limit + 1 - prompt_tokens)
 
-    def resolve(self, ids: Tensor, begin: float) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
-        """Logits processors and stopping criteria for a prompt ``[1, N]``.
+    def resolve(self, ids: Tensor, said: Tensor, begin: float) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """Logits processors and stopping criteria for a prompt ``[1, N]``. Nothing waits for the device, which computes it.
 
         Args:
             ids: the prompt.
+            said: the same on the CPU.
             begin: ``perf_counter()`` from which ``max_time`` counts.
         """
         if self.config.max_time is not None:
             self.config.max_time -= perf_counter() - begin
-        return self._resolve(ids, self.new_tokens(ids.shape[1]))
+        return self._resolve(ids, said, self.new_tokens(ids.shape[1]))
 
     def for_generate(self, prompt_tokens: int, begin: float) -> dict[str, Any]:
         """The arguments as ``model.generate`` takes them, for one sequence; ``max_time`` counts from ``begin``."""
@@ -200,7 +203,7 @@ class Settings:
             raise NonFiniteError(f"a beam's scores are NaN or infinite: {non_finite(self.decoder.dtype)}")
         return scores
 
-    def _resolve(self, ids: Tensor, new_tokens: int) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+    def _resolve(self, ids: Tensor, said: Tensor, new_tokens: int) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
         model, config, beside = self.decoder.model, self.config, self._beside
         tokens = ids.shape[1]
         config.max_length = tokens + new_tokens
@@ -209,20 +212,23 @@ class Settings:
         names = ("negative_prompt_ids", "negative_prompt_attention_mask")
         negative = {name: beside[name].to(ids.device) for name in names if beside[name] is not None}
         try:
-            model._prepare_special_tokens(config, True, device=ids.device)
-            processors = model._get_logits_processor(
-                generation_config=config,
-                input_ids_seq_length=tokens,
-                encoder_input_ids=ids,
-                prefix_allowed_tokens_fn=beside["prefix_allowed_tokens_fn"],
-                logits_processor=beside["logits_processor"],
-                device=ids.device,
-                **negative,
-            )
+            model._prepare_special_tokens(config, True, device="cpu")  # looks at their values
             criteria = model._get_stopping_criteria(
                 generation_config=config,
                 stopping_criteria=beside["stopping_criteria"] or [],
                 tokenizer=beside["tokenizer"],
+            )
+            for name, special in vars(config).items():
+                if name.endswith("_token_tensor") and special is not None:
+                    setattr(config, name, sent(special, ids.device))
+            processors = model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=tokens,
+                encoder_input_ids=said if config.encoder_repetition_penalty in (None, 1.0) else ids,  # looked at, too
+                prefix_allowed_tokens_fn=beside["prefix_allowed_tokens_fn"],
+                logits_processor=beside["logits_processor"],
+                device=ids.device,
+                **negative,
             )
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"transformers refuses the generation arguments: {error}") from error

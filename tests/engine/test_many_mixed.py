@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ragkv import Engine, PromptTemplate, Scheduler, TieredStore
 from ragkv.bundled import MODEL_PATH
 from ragkv.store.batch import Batch
-from ragkv.testing import random_ids, tiny_model
+from ragkv.testing import random_ids, shows_attention, tiny_model
 
 from .test_many_soak import damaged_now_and_then
 
@@ -79,9 +79,9 @@ def check_together(engine, groups, asked, prompts, answers):
     assert line.namespaces[""].refused == 0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_oss", "gptj"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss", "stablelm"])
 def test_each_is_what_it_is_alone(architecture, tokenizer):
-    engine, packs = engine_of(architecture, tokenizer), architecture != "gptj"
+    engine, packs = engine_of(architecture, tokenizer), shows_attention(architecture)
     check_together(
         engine, *mixed(engine, 0, METHODS if packs else METHODS[:3])
     )  # GPT-J's attention is not open to view

@@ -27,10 +27,10 @@ from ragkv.model import graphs as module
 from ragkv.model.graphs import Graphs, _Fixed
 from ragkv.model.kernel_attention import Scores, SpanBuilder
 from ragkv.model.rows import Rows
-from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
+from ragkv.testing import ARCHITECTURES, random_ids, shows_attention, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
-CLOSED = ("falcon", "gptj", "stablelm")  # past transformers' attention interface
+CLOSED = [name for name in ARCHITECTURES if not shows_attention(name)]
 PASSAGES, QUESTION = [random_ids(n) for n in (30, 17, 41)], random_ids(6)
 NO_END = {"max_new_tokens": 9, "eos_token_id": None}
 

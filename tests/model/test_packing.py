@@ -9,10 +9,10 @@ from ragkv.model.kernel_attention import Scores, SpanBuilder, span_rules
 from ragkv.model.packing import packs, run_packed
 from ragkv.model.rows import Rows
 from ragkv.model.syncs import no_syncs
-from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
+from ragkv.testing import ARCHITECTURES, random_ids, shows_attention, tiny_model
 
 EXACT = 1e-4
-NOT_PACKED = ("stablelm", "gptj", "falcon")  # their attention is not open to view
+NOT_PACKED = [name for name in ARCHITECTURES if not shows_attention(name)]
 
 
 def prompts(decoder):
