@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -54,15 +55,18 @@ class Capture(Protocol):
 class CudaCapture:
     """Captures on one GPU; its graphs share a memory pool, so what one leaves in it the next may overwrite.
 
+    PyTorch ends a pool with its last graph, and captures nothing more in it: the next graph behind that begins another.
+
     Args:
         device: where all tensors are.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._pool: Any = None
         with torch.cuda.device(device):
-            self._pool: Any = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
+        self._used = WeakSet[Replay]()  # graphs of the pool
 
     def __call__(self, body: Body) -> Replay:
         """See :class:`Capture`. The body runs once on the stream where it is captured, as PyTorch asks for."""
@@ -72,6 +76,8 @@ class CudaCapture:
             try:
                 body(lambda layer: None)
                 with capturing, _no_garbage():
+                    if not self._used:
+                        self._pool = torch.cuda.graph_pool_handle()
                     out, cuts, graphs = self._record(body)
             finally:
                 default.wait_stream(stream)  # what the body read and wrote may be let go behind this
@@ -83,6 +89,7 @@ class CudaCapture:
                 _replay(graph)
             return out
 
+        self._used.add(replay)
         return replay
 
     def _record(self, body: Body) -> tuple[Tensor, list[int], list[Any]]:
@@ -122,7 +129,8 @@ class CudaCapture:
         with suppress(RuntimeError, AttributeError):  # else no memory is taken back that another stream used
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
         _failed.extend(failed)
-        self._pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self._used.clear()
+        graph = torch.cuda.CUDAGraph()
         with suppress(RuntimeError):
             graph.capture_begin(capture_error_mode="thread_local")
             try:

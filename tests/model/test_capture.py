@@ -4,6 +4,7 @@ import gc
 import inspect
 import threading
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ class Cuda:
         self.begins = inspect.signature(torch.cuda.CUDAGraph.capture_begin)
         for name in ("device", "stream", "Stream", "CUDAGraph", "current_stream", "default_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        self.pools = dict[str, WeakSet[Graph]]()
         pools = iter(["pool", "another pool"])
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: pytest.fail("not while others capture"))
@@ -80,8 +82,11 @@ class Graph:
         how = self.cuda.begins.bind(None, *args, **kwargs).arguments  # it is called as this PyTorch has it
         assert (self.state, self.cuda.current, how["capture_error_mode"]) == ("new", "side", "thread_local")
         assert capturing.locked()
-        self.state = "begun"
-        self.cuda.calls.append(("begin", how.get("pool")))
+        self.state, pool = "begun", how.get("pool")
+        if pool and not self.cuda.pools.setdefault(pool, WeakSet([self])):
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")  # as PyTorch's allocators do
+        self.cuda.pools.get(pool, WeakSet()).add(self)
+        self.cuda.calls.append(("begin", pool))
         self.since = len(self.cuda.calls)
 
     def capture_end(self):
@@ -150,6 +155,18 @@ def test_a_body_that_is_cut_is_several_graphs_of_one_pool(cuda):
     assert cuda.calls == ["replay", "place from 0", "replay", "place from 2", "replay"]
 
 
+def test_a_pool_whose_graphs_have_all_gone_is_not_used_again(cuda):
+    """PyTorch ends a pool with its last graph, and refuses it from then on: where other weights came, or a longer prompt's room."""
+    capture = CudaCapture(GPU)
+    first, second = (capture(lambda cut: torch.ones(1)) for _ in range(2))
+    del first
+    third = capture(lambda cut: torch.ones(1))
+    assert cuda.pools.keys() == {"pool"}
+    del second, third
+    assert capture(lambda cut: torch.ones(1))(pytest.fail) is not None
+    assert cuda.pools.keys() == {"pool", "another pool"}
+
+
 def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
     monkeypatch.setattr(module, "_failed", [])
     capture, ran = CudaCapture(GPU), []
@@ -215,8 +232,8 @@ def test_a_body_that_fails_before_its_capture_is_waited_for(cuda):
 
 def test_what_pytorch_keeps_is_given_back_where_little_is_free(cuda):
     capture = CudaCapture(GPU)
-    capture(lambda cut: torch.ones(1))
-    assert "what is kept goes" not in cuda.calls
+    replay = capture(lambda cut: torch.ones(1))
+    assert replay(pytest.fail) is not None and "what is kept goes" not in cuda.calls
     cuda.free = 10
     capture(lambda cut: torch.ones(1))
     assert cuda.calls[-4:] == ["what is kept goes", ("begin", "pool"), "end", "default waits for side"]

@@ -62,6 +62,18 @@ def test_a_model_that_waits_runs_as_before(device, monkeypatch):
     assert torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
+def test_graphs_come_again_where_all_had_gone(device):
+    """Behind other weights, and a prompt that fits no room there was."""
+    model = tiny_model(max_position_embeddings=8192).to(device)
+    engine = Engine(model, template=TEMPLATE, kernels="triton")
+    longer = [*PASSAGES, random_ids(2000)]
+    for passages in (PASSAGES, PASSAGES, longer, longer, PASSAGES):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.01)
+        ran = [engine.fuse(engine.add(passages), QUESTION, method=LegoLink(3)).report.ran for _ in range(4)]
+        assert ran[-1] == "graph", ran
+
+
 def test_what_was_run_too_much_is_dropped(device):
     """The step behind an end token was launched before the token was read."""
     model = tiny_model().to(device)
