@@ -11,6 +11,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAKE = "FAKE_CUDA" in os.environ  # benchmarks/gpu/fake: the interpreter, on what torch takes for a GPU
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 collect_ignore = [] if torch.cuda.is_available() else ["test_graphs.py"]  # no interpreter stands for CUDA's graphs
 
@@ -31,7 +32,7 @@ def one_by_one(monkeypatch):
 
 @pytest.fixture
 def device():
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cpu" if INTERPRETED and not FAKE else "cuda")
 
 
 @pytest.fixture
