@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,16 +26,20 @@ def build() -> Path:
         sys.exit(f"no PyTorch made for CUDA 13 beside {packages}: on Linux PyPI's is (pip install torch)")
     mark = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(HERE.glob("*.*"))) + str(real).encode())
     folder = Path(tempfile.gettempdir()) / f"fake-cuda-{os.getuid()}-{mark.hexdigest()[:16]}"
-    if (folder / DRIVER).exists():
+    if folder.exists():
         return folder
-    folder.mkdir(exist_ok=True)
+    making = Path(tempfile.mkdtemp())
     for name, source in LIBRARIES.items():
-        _library(folder, name, HERE / source, headers, _exported(real / name))
+        _library(making, name, HERE / source, headers, _exported(real / name))
     _compile(
-        *("-shared", f"-I{headers}", HERE / "driver.cpp", folder / "libcudart.so.13"),
-        *(f"-Wl,-soname,{DRIVER}", "-o", folder / DRIVER),
+        *("-shared", f"-I{headers}", HERE / "driver.cpp", making / "libcudart.so.13"),
+        *(f"-Wl,-soname,{DRIVER}", "-o", making / DRIVER),
     )
-    (folder / "libcuda.so").symlink_to(DRIVER)
+    (making / "libcuda.so").symlink_to(DRIVER)
+    try:
+        making.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(making)
     return folder
 
 
