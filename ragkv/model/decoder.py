@@ -189,6 +189,8 @@ class Decoder(Driving):
             with plain:
                 at = torch.arange(offset, offset + _PROBE_TOKENS, device=self.device)
                 hidden = self.run(self.random_ids(_PROBE_TOKENS), at, cache)
+            if any(layer.length != _PROBE_TOKENS for layer in cache.layers):
+                raise RuntimeError("it did not compute the tokens that it was given")
         except (IndexError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"the model cannot run at position {offset}: it takes positions from a table of its own, or from the number of "

@@ -105,6 +105,10 @@ def test_half_precision(dtype, tmp_path):
 REFUSED = {
     "gpt2": ("values change with the absolute position", {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}),
     "opt": ("values change with the absolute position", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+    "xlm": (
+        "it did not compute the tokens|nothing to reuse",
+        {"emb_dim": 64, "n_layers": 2, "n_heads": 4, "attn_implementation": "eager"},
+    ),
     "mamba": ("linear_attention", {"state_size": 8, "attn_implementation": "eager"}),
     "qwen3_next": ("linear_attention", {"num_experts": 4, "moe_intermediate_size": 32}),
     "bloom": ("ALiBi|plain key-value cache", {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"}),
