@@ -29,6 +29,7 @@ from ragkv.fusion.view import View
 from ragkv.machine import machine
 from ragkv.methods.base import highest
 from ragkv.model.loading import load_model
+from ragkv.testing import as_cache
 
 INSTRUCTION = "Only give me the answer and do not output any other words."
 RATIOS = (0.05, 0.1, 0.2)
@@ -71,7 +72,7 @@ def attention(model: PreTrainedModel, prompt: FusedPrompt, layout: Layout) -> Te
     try:
         out = model(
             prompt.input_ids[:, layout.suffix_start :],
-            past_key_values=cache,
+            **as_cache(cache),
             position_ids=layout.suffix[None],
             output_attentions=True,
         )

@@ -25,6 +25,7 @@ from ragkv import RAG, FullPrefill
 from ragkv.bundled import documents
 from ragkv.evaluation.conditions import processor, versions
 from ragkv.model.loading import BUNDLED
+from ragkv.testing import as_cache
 
 QUESTIONS = (
     "Where are the offices of Dexvia Labs?",
@@ -56,9 +57,9 @@ def limit(model: Any, ids: torch.Tensor, fresh: int) -> tuple[float, torch.Tenso
     for _ in range(3):
         cache = DynamicCache()
         if ids.shape[1] > fresh:
-            model(input_ids=ids[:, :-fresh], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=ids[:, :-fresh], **as_cache(cache), logits_to_keep=1)
         begin = perf_counter()
-        logits = model(input_ids=ids[:, -fresh:], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids[:, -fresh:], **as_cache(cache), logits_to_keep=1).logits[:, -1]
         times.append((perf_counter() - begin) * 1e3)
     return min(times), logits
 

@@ -37,6 +37,7 @@ from ragkv.evaluation.formats import read_cases
 from ragkv.evaluation.statistics import Resampling, difference
 from ragkv.fusion.view import Selection, View
 from ragkv.retrieval import offline_embedder
+from ragkv.testing import as_cache
 
 INSTRUCTION = "Only give me the answer and do not output any other words."
 SHARES = (0.75, 0.5, 0.3)
@@ -168,7 +169,7 @@ class Study:
                 input_ids=ids[None, suffix:],
                 position_ids=torch.arange(suffix, len(ids))[None],
                 cache_position=torch.arange(len(held), len(held) + len(ids) - suffix),
-                past_key_values=cache,
+                **as_cache(cache),
                 logits_to_keep=1,
             )
         return answer.logits[0, -1]

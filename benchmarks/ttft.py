@@ -31,6 +31,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import ragkv
 from ragkv.machine import processor
+from ragkv.testing import as_cache
 
 SHAPE = {
     "num_hidden_layers": 24,
@@ -94,7 +95,7 @@ class Limit:
                 hidden,
                 attention_mask=mask,
                 position_embeddings=rope,
-                past_key_values=_Ready(self.kv[number], rows, len(ids)),
+                **as_cache(_Ready(self.kv[number], rows, len(ids))),
             )
         self.model.lm_head(model.norm(hidden[:, -1:]))
 
@@ -174,7 +175,7 @@ def _rounds(args, engine, chunks, question, methods) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def _full(model, ids) -> None:
-    model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
+    model(input_ids=ids, use_cache=True, **as_cache(DynamicCache()), logits_to_keep=1)
 
 
 class _Peak:
@@ -233,7 +234,7 @@ def _decode(engine, chunks, question, rounds: int, steps: int = 8) -> dict[str, 
     times: dict[str, list[float]] = {"ragkv": [], "transformers": []}
     for number in range(rounds * steps):
         for name, cache in (("ragkv", prompt.past_key_values), ("transformers", plain)):
-            seconds = timed(lambda cache=cache: model(input_ids=token, past_key_values=cache))
+            seconds = timed(lambda cache=cache: model(input_ids=token, **as_cache(cache)))
             if number >= 2:
                 times[name].append(seconds)
     return times

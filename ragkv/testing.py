@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from ragkv.model.cache import cache_argument
 
 #: Small sizes that nearly every decoder config takes.
 SMALL: dict[str, Any] = {
@@ -92,6 +96,11 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
             if isinstance(parameter, torch.nn.Parameter):
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def as_cache(cache: Cache) -> dict[str, Cache]:
+    """A cache as the argument of a model's call, by the name that the installed transformers gives it."""
+    return {cache_argument(create_causal_mask): cache}
 
 
 def shows_attention(architecture: str) -> bool:

@@ -18,7 +18,7 @@ from ragkv import (
     Selection,
     SensitiveTokens,
 )
-from ragkv.testing import ARCHITECTURES, random_ids, tiny_model
+from ragkv.testing import ARCHITECTURES, as_cache, random_ids, tiny_model
 
 EXACT = 1e-4  # on fp32 logits; the models' noise is 5e-6 at most, and leaving one token out shows as 1e-2 or more
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], before_chunk=[9], after_chunk=[10, 11], after_question=[12])
@@ -47,7 +47,7 @@ class Some(Method):
 def reference(model, prompt):
     """Logits, keys and values of the model's own prefill of the prompt's ids."""
     with torch.no_grad():
-        out = model(input_ids=prompt.input_ids, use_cache=True, past_key_values=_full_cache())
+        out = model(input_ids=prompt.input_ids, use_cache=True, **as_cache(_full_cache()))
     return out.logits[:, -1], [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 

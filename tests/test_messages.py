@@ -12,7 +12,7 @@ from ragkv.bundled import MODEL_PATH
 from ragkv.defaults import to_keep, with_kept
 from ragkv.messages import asked, conversation, going_on
 from ragkv.prompt import Encoder
-from ragkv.testing import tiny_model
+from ragkv.testing import as_cache, tiny_model
 from tests.engine.conftest import full
 
 CHAT = (
@@ -220,7 +220,7 @@ def test_what_was_said_earlier_is_exact_by_every_method(model, chatting):
     prompt = engine.fuse(engine.add(["Mira Lund runs the mill."]), [SYSTEM, *TALK])
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=prompt.input_ids, past_key_values=cache)
+        model(input_ids=prompt.input_ids, **as_cache(cache))
     front = prompt.report.prefix_tokens
     for held, true in zip(prompt.past_key_values.layers, cache.layers, strict=True):
         torch.testing.assert_close(held.values[:, :, :front], true.values[:, :, :front], atol=1e-4, rtol=0)

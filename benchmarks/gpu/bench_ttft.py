@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import ragkv
 from ragkv.kernels import key_spans, selective_attention
+from ragkv.testing import as_cache
 
 _NAMES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 #: By the name that ``--shape`` takes: what makes the model, the sizes of these names, and its vocabulary.
@@ -171,6 +172,6 @@ def _decode(bench: Bench, model: PreTrainedModel, prompt: ragkv.FusedPrompt, tok
     plain = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
     token = torch.tensor([[5]], device=bench.device)
     for name, kept in (("ragkv", cache), ("transformers", plain)):
-        seconds = bench.wall(lambda kept=kept: model(input_ids=token, past_key_values=kept))  # type: ignore[misc]
+        seconds = bench.wall(lambda kept=kept: model(input_ids=token, **as_cache(kept)))  # type: ignore[misc]
         rate = 1 / statistics.median(seconds)
         bench.write(benchmark="decode", cache=name, tokens=tokens, tier=tier, seconds=seconds, tokens_per_s=rate)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from ragkv import Engine, PromptTemplate, Reuse
-from ragkv.testing import random_ids, tiny_model
+from ragkv.testing import as_cache, random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
 QUESTION = random_ids(6)
@@ -23,7 +23,7 @@ def engine(shared_model):
 
 def full(model, ids):
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=DynamicCache()).logits[:, -1]
+        return model(input_ids=ids, **as_cache(DynamicCache())).logits[:, -1]
 
 
 class Seen:

@@ -12,7 +12,7 @@ from ragkv.model.cache import FusedCache
 from ragkv.model.decoding import decode
 from ragkv.model.generation import Settings
 from ragkv.model.proposals import Lookup
-from ragkv.testing import random_ids, tiny_model
+from ragkv.testing import as_cache, random_ids, tiny_model
 
 from .conftest import QUESTION, full
 
@@ -122,7 +122,7 @@ def test_the_cache_grows_beyond_its_room(engine):
     cache, ids = prompt.past_key_values, prompt.input_ids
     token = prompt.logits.argmax(-1, keepdim=True)
     with torch.no_grad():
-        step = engine.model(input_ids=token, past_key_values=cache).logits[:, -1]
+        step = engine.model(input_ids=token, **as_cache(cache)).logits[:, -1]
     want = full(engine.model, torch.cat([ids, token], dim=1))
     torch.testing.assert_close(step, want, atol=1e-4, rtol=1e-4)
 
@@ -134,7 +134,7 @@ def test_plain_generate_over_the_fused_cache(engine):
     ids = torch.cat([prompt.input_ids, first], dim=1)
     out = engine.model.generate(
         ids,
-        past_key_values=prompt.past_key_values,
+        **as_cache(prompt.past_key_values),
         attention_mask=torch.ones_like(ids),
         max_new_tokens=9,
         do_sample=False,
@@ -165,7 +165,7 @@ def test_a_cache_that_transformers_crops_goes_on_from_what_it_holds(engine):
     cache, token = prompt.past_key_values, prompt.logits.argmax(-1, keepdim=True)
     cache.activate_past_recording()
     with torch.no_grad():
-        step = engine.model(input_ids=token, past_key_values=cache).logits[:, -1]
+        step = engine.model(input_ids=token, **as_cache(cache)).logits[:, -1]
     want = full(engine.model, torch.cat([prompt.input_ids, token], dim=1))
     torch.testing.assert_close(step, want, atol=1e-4, rtol=1e-4)
 

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from ragkv import Engine, LegoLink, Reuse
 from ragkv.library.document import ChunkedDocument, windows
-from ragkv.testing import random_ids
+from ragkv.testing import as_cache, random_ids
 
 from .conftest import QUESTION, TEMPLATE, full
 
@@ -57,7 +57,7 @@ def test_a_chunk_of_a_document_is_what_the_whole_pass_computed(engine):
     ids = torch.tensor([[1, 5, 6, *(i for chunk in document for i in chunk.ids)]])
     cache = DynamicCache()
     with torch.no_grad():
-        engine.model(input_ids=ids, past_key_values=cache)
+        engine.model(input_ids=ids, **as_cache(cache))
     kv = engine.store.get(engine.documents.key(document[2]))
     assert kv.base == 3 + 13 + 21
     for layer, (keys, values) in zip(cache.layers, kv, strict=True):

@@ -13,7 +13,7 @@ from ragkv.fusion.narrowing import Narrowing
 from ragkv.fusion.passes import Pass
 from ragkv.fusion.plan import plan
 from ragkv.fusion.view import View
-from ragkv.testing import random_ids, tiny_model
+from ragkv.testing import as_cache, random_ids, tiny_model
 
 EXACT = 1e-4
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6, 7], after_chunk=[10])
@@ -54,9 +54,7 @@ def reference(model, layout):
     only = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     mask = {kind: own_mask(config, at, kind) for kind in set(kinds)} if kinds else own_mask(config, at, only)
     with torch.no_grad():
-        out = model(
-            input_ids=layout.ids[None], position_ids=at[None], attention_mask=mask, past_key_values=DynamicCache()
-        )
+        out = model(input_ids=layout.ids[None], position_ids=at[None], attention_mask=mask, **as_cache(DynamicCache()))
     return out.logits[:, -1], out.past_key_values.layers
 
 

@@ -11,7 +11,7 @@ from ragkv import CacheBlend, Engine, LegoLink, PromptTemplate, Reuse, Unsupport
 from ragkv.model.activations import _inner
 from ragkv.model.decoder import Decoder
 from ragkv.model.inspection import refuse_by_config
-from ragkv.testing import random_ids, tiny_model
+from ragkv.testing import as_cache, random_ids, tiny_model
 
 TEMPLATE = PromptTemplate(prefix=[1, 5])
 ROPES = {
@@ -37,7 +37,7 @@ ROPES = {
 def exactness(engine, method, chunks, question):
     prompt = engine.fuse(chunks, question, method=method)
     with torch.no_grad():
-        want = engine.model(input_ids=prompt.input_ids, past_key_values=DynamicCache()).logits[:, -1]
+        want = engine.model(input_ids=prompt.input_ids, **as_cache(DynamicCache())).logits[:, -1]
     return float((prompt.logits - want).abs().max())
 
 
@@ -45,7 +45,7 @@ def layer_zero_error(engine, chunks, question):
     prompt = engine.fuse(chunks, question, method=Reuse())
     cache = DynamicCache()
     with torch.no_grad():
-        engine.model(input_ids=prompt.input_ids, past_key_values=cache)
+        engine.model(input_ids=prompt.input_ids, **as_cache(cache))
     return float((prompt.past_key_values.layers[0].keys - cache.layers[0].keys).abs().max())
 
 

@@ -10,6 +10,7 @@ from ragkv.exchange import export_folder, import_folder
 from ragkv.retrieval import Retrieval
 from ragkv.store.keys import PATH
 from ragkv.store.maintenance import entries
+from ragkv.testing import as_cache
 
 from .rags import DOCUMENTS, QUESTION, open_rag
 
@@ -110,5 +111,5 @@ def exact(rag, answer):
     chunks = rag.finder.catalogued().chunks(answer.sources)
     prompt = rag.engine.fuse(chunks, QUESTION, method=FullPrefill())
     with torch.no_grad():
-        there = rag.engine.model(input_ids=prompt.input_ids, past_key_values=DynamicCache()).logits[:, -1]
+        there = rag.engine.model(input_ids=prompt.input_ids, **as_cache(DynamicCache())).logits[:, -1]
     return float((there - prompt.logits).abs().max()) < 1e-4
