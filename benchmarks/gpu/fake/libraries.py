@@ -14,7 +14,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # What each stands for, and what it is made of; what else such a library exports returns 0.
-LIBRARIES = {"libcudart.so.13": "runtime.cpp", "libcublas.so.13": "blas.cpp", "libcublasLt.so.13": "blas.cpp"}
+LIBRARIES = {
+    "libcudart.so.13": ("runtime.cpp", "device.cpp"),
+    "libcublas.so.13": ("blas.cpp",),
+    "libcublasLt.so.13": ("blas.cpp",),
+}
 DRIVER = "libcuda.so.1"
 
 
@@ -29,8 +33,8 @@ def build() -> Path:
     if folder.exists():
         return folder
     making = Path(tempfile.mkdtemp())
-    for name, source in LIBRARIES.items():
-        _library(making, name, HERE / source, headers, _exported(real / name))
+    for name, sources in LIBRARIES.items():
+        _library(making, name, [HERE / source for source in sources], headers, _exported(real / name))
     _compile(
         *("-shared", f"-I{headers}", HERE / "driver.cpp", making / "libcudart.so.13"),
         *(f"-Wl,-soname,{DRIVER}", "-o", making / DRIVER),
@@ -43,11 +47,11 @@ def build() -> Path:
     return folder
 
 
-def _library(folder: Path, name: str, source: Path, headers: Path, exported: set[str]) -> None:
+def _library(folder: Path, name: str, sources: list[Path], headers: Path, exported: set[str]) -> None:
     """One library with the version that torch asks for, and stubs for what is not written here."""
     stem = name.partition(".")[0]
     stubs, versions, written = folder / f"{stem}.c", folder / f"{stem}.map", folder / f"{stem}.o"
-    _compile("-c", f"-I{headers}", source, "-o", written)
+    _compile("-r", f"-I{headers}", *sources, "-o", written)
     missing = sorted(exported - _exported(written))
     stubs.write_text("".join(f"int {each}(void) {{ return 0; }}\n" for each in missing))
     versions.write_text(f"{name} {{ global: *; }};\n")

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr size_t TOTAL = size_t(139) << 30, RESERVED = size_t(1) << 29;
+constexpr size_t RESERVED = size_t(1) << 29;  // as a driver takes some
 
 struct Capture;
 using Clock = std::map<struct Stream *, long>;  // how much of each stream's captured work comes before
@@ -136,7 +136,7 @@ void *take(size_t size, int of_kind) {
 cudaError_t allocate(void **out, size_t size, int of_kind, const char *what) {
   Lock lock;
   if (cudaError_t error = wait(what)) return error;
-  bool room = of_kind != 2 || used + size + RESERVED <= TOTAL;
+  bool room = of_kind != 2 || used + size + RESERVED <= DEVICE_BYTES;
   *out = room ? take(size, of_kind) : nullptr;
   return *out ? cudaSuccess : fail(cudaErrorMemoryAllocation, what);
 }
@@ -198,65 +198,7 @@ const char *fake_counts() {
   return lines.c_str();
 }
 
-// The device.
-cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
-cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device ? fail(cudaErrorInvalidDevice, "cudaSetDevice") : cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-cudaError_t cudaDeviceCanAccessPeer(int *can, int, int) { *can = 0; return cudaSuccess; }
-cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return cudaSuccess; }
-cudaError_t cudaDeviceGetPCIBusId(char *out, int size, int) { snprintf(out, size, "0000:01:00.0"); return cudaSuccess; }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
-  cudaDeviceProp made{};
-  strcpy(made.name, "no GPU, as an H200");
-  made.totalGlobalMem = TOTAL;
-  made.major = 9, made.minor = 0;
-  made.multiProcessorCount = 132;
-  made.warpSize = 32;
-  made.maxThreadsPerBlock = 1024, made.maxThreadsPerMultiProcessor = 2048, made.maxBlocksPerMultiProcessor = 32;
-  made.maxThreadsDim[0] = made.maxThreadsDim[1] = 1024, made.maxThreadsDim[2] = 64;
-  made.maxGridSize[0] = 2147483647, made.maxGridSize[1] = made.maxGridSize[2] = 65535;
-  made.regsPerBlock = made.regsPerMultiprocessor = 65536;
-  made.sharedMemPerBlock = 49152, made.sharedMemPerBlockOptin = MOST_SHARED, made.sharedMemPerMultiprocessor = 233472;
-  made.reservedSharedMemPerBlock = 1024;
-  made.l2CacheSize = 60 << 20;
-  made.memoryBusWidth = 6144;
-  made.asyncEngineCount = 3;
-  made.unifiedAddressing = made.canMapHostMemory = made.concurrentKernels = made.cooperativeLaunch = made.hostRegisterSupported = 1;
-  *out = made;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int *out, cudaDeviceAttr attribute, int device) {
-  cudaDeviceProp all;
-  cudaGetDeviceProperties(&all, device);
-  switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *out = all.maxThreadsPerBlock; break;
-    case cudaDevAttrMaxBlockDimX: case cudaDevAttrMaxBlockDimY: *out = 1024; break;
-    case cudaDevAttrMaxBlockDimZ: *out = 64; break;
-    case cudaDevAttrMaxGridDimX: *out = all.maxGridSize[0]; break;
-    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *out = 65535; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *out = all.sharedMemPerBlock; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *out = all.sharedMemPerBlockOptin; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *out = all.sharedMemPerMultiprocessor; break;
-    case cudaDevAttrReservedSharedMemoryPerBlock: *out = 1024; break;
-    case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *out = 65536; break;
-    case cudaDevAttrWarpSize: *out = 32; break;
-    case cudaDevAttrClockRate: *out = 1980000; break;
-    case cudaDevAttrMemoryClockRate: *out = 3201000; break;
-    case cudaDevAttrGlobalMemoryBusWidth: *out = all.memoryBusWidth; break;
-    case cudaDevAttrMultiProcessorCount: *out = all.multiProcessorCount; break;
-    case cudaDevAttrL2CacheSize: *out = all.l2CacheSize; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *out = all.maxThreadsPerMultiProcessor; break;
-    case cudaDevAttrMaxBlocksPerMultiprocessor: *out = 32; break;
-    case cudaDevAttrComputeCapabilityMajor: *out = all.major; break;
-    case cudaDevAttrAsyncEngineCount: *out = 3; break;
-    case cudaDevAttrConcurrentKernels: case cudaDevAttrUnifiedAddressing: case cudaDevAttrCooperativeLaunch:
-    case cudaDevAttrStreamPrioritiesSupported: *out = 1; break;
-    default: *out = 0;
-  }
-  return cudaSuccess;
-}
+// Errors.
 const char *cudaGetErrorName(cudaError_t error) {
   static thread_local char name[32];
   snprintf(name, sizeof name, error ? "cudaError %d" : "cudaSuccess", error);
@@ -285,7 +227,7 @@ cudaError_t cudaHostUnregister(void *address) {
   memory.erase(uintptr_t(address));
   return cudaSuccess;
 }
-cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { Lock lock; *free = TOTAL - RESERVED - used; *total = TOTAL; return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { Lock lock; *free = DEVICE_BYTES - RESERVED - used; *total = DEVICE_BYTES; return cudaSuccess; }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *address) {
   int found = fake_kind(address);
   *out = {};
@@ -454,18 +396,4 @@ cudaError_t cudaLaunchCooperativeKernel(const void *, dim3 grid, dim3 block, voi
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *, void **) { return launch_sized(how->gridDim, how->blockDim, how->dynamicSmemBytes, how->stream, "kernel"); }
 cudaError_t __cudaGetKernel(cudaKernel_t *out, const void *function) { *out = reinterpret_cast<cudaKernel_t>(const_cast<void *>(function)); return cudaSuccess; }
 void **__cudaRegisterFatBinary(void *) { return reinterpret_cast<void **>(&begun); }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *) {
-  *out = {};
-  out->maxThreadsPerBlock = 1024, out->numRegs = 32, out->ptxVersion = out->binaryVersion = 90, out->maxDynamicSharedSizeBytes = 49152;
-  return cudaSuccess;
-}
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *out, const void *, int, size_t, unsigned) { *out = 2; return cudaSuccess; }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *out, const void *, int, size_t) { *out = 2; return cudaSuccess; }
-cudaError_t cudaLibraryLoadData(cudaLibrary_t *out, const void *, cudaJitOption *, void **, unsigned, cudaLibraryOption *, void **, unsigned) { *out = reinterpret_cast<cudaLibrary_t>(&begun); return cudaSuccess; }
-cudaError_t cudaLibraryGetKernel(cudaKernel_t *out, cudaLibrary_t, const char *) { *out = reinterpret_cast<cudaKernel_t>(&begun); return cudaSuccess; }
-cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **out, unsigned, unsigned long long, cudaDriverEntryPointQueryResult *found) {
-  *out = nullptr;
-  if (found) *found = cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
-}
 }

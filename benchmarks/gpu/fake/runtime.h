@@ -10,4 +10,5 @@ cudaError_t fake_wait(const char *what);                        // what may wait
 int fake_kind(const void *address);                             // 0: the host's own, 1: pinned, 2: the device's
 }
 
+constexpr size_t DEVICE_BYTES = size_t(139) << 30;
 constexpr size_t MOST_SHARED = 232448;  // bytes of shared memory that a block of an H200 may take
