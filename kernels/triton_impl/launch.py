@@ -16,9 +16,8 @@ LANGUAGE_DTYPES = {
     torch.float8_e4m3fn: tl.uint8,  # read as bytes: not every GPU converts e4m3
 }
 
-OPTIONS = {
-    "enable_fp_fusion": True
-}  # one instruction multiplies and adds; Triton 3.9 warns that 3.10 will not do so unasked
+# One instruction multiplies and adds: Triton 3.9 warns that 3.10 will not do so unasked.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *arguments: Any, **constants: Any) -> None:
