@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ragkv.bundled import MODEL_PATH
+from ragkv.testing import as_cache
 from training.data import Encoder
 from training.train import RESULTS
 from training.world.generator import Question, possible_kinds, questions
@@ -35,7 +36,7 @@ KV = list[tuple[Tensor, Tensor]]
 def prefill(model: LlamaForCausalLM, ids: list[int], positions: Tensor | None = None) -> KV:
     """Keys and values ``[1, G, T, D]`` of every layer, at ``positions`` ``[1, T]`` or from 0 on."""
     cache = DynamicCache()
-    model.model(torch.tensor([ids]), past_key_values=cache, position_ids=positions, use_cache=True)
+    model.model(torch.tensor([ids]), **as_cache(cache), position_ids=positions, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -90,7 +91,7 @@ def right(model: LlamaForCausalLM, encoder: Encoder, kv: KV, asked: list[Questio
         cache.update(k.expand(len(asked), -1, -1, -1), v.expand(len(asked), -1, -1, -1), index)
     # Padding stands at the end, where causality already hides it.
     positions = torch.arange(past + gap, past + gap + width).expand(len(asked), -1)
-    best = model(ids, past_key_values=cache, position_ids=positions).logits.argmax(-1).tolist()
+    best = model(ids, **as_cache(cache), position_ids=positions).logits.argmax(-1).tolist()
     return [
         row[len(head) - 1 : len(head) - 1 + len(answer)] == answer
         for row, head, answer in zip(best, heads, answers, strict=True)

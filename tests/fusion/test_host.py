@@ -18,6 +18,7 @@ from ragkv.fusion import placement
 from ragkv.fusion.bus import Bus
 from ragkv.fusion.layout import lay_out
 from ragkv.kernels import api
+from ragkv.model.cache import cache_argument
 from ragkv.testing import SMALL, random_ids, tiny_model
 
 VIEWS = {"select", "slice", "unsqueeze", "view", "detach", "split", "lift_fresh", "empty", "_reshape_alias"}
@@ -168,10 +169,10 @@ def test_what_is_brought_is_not_taken_layer_by_layer_of_each_chunk(codec, monkey
     launched, called, ran = [], {}, {}
     for layers, count in product((8, 24), (5, 10)):
         model, store = tiny_model(num_hidden_layers=layers), TieredStore(cpu_codec=codec)
-        out = SimpleNamespace(logits=torch.zeros(1, 1, SMALL["vocab_size"]))
+        out, named = SimpleNamespace(logits=torch.zeros(1, 1, SMALL["vocab_size"])), cache_argument(type(model).forward)
 
-        def forward(past_key_values, *, layers=layers, out=out, **given):
-            past_key_values.before(layers - 1)
+        def forward(*, layers=layers, out=out, named=named, **given):
+            given[named].before(layers - 1)
             return out
 
         with Engine(model, template=PromptTemplate(prefix=[1, 5]), store=store, method=Reuse()) as engine:
