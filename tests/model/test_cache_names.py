@@ -8,6 +8,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ragkv import CacheBlend, Engine, PromptTemplate
 from ragkv.model.cache import cache_argument
+from ragkv.model.packing import packs
 from ragkv.testing import random_ids, tiny_model
 
 TEMPLATE, PASSAGES, QUESTION = PromptTemplate(prefix=[1, 5]), [random_ids(20), random_ids(30)], random_ids(5)
@@ -52,8 +53,9 @@ def test_nothing_that_is_deprecated_is_called():
 
 
 def answers(model):
-    """Logits of a prompt, and ids of an answer, of beams, of answers that are packed."""
-    with Engine(model, template=TEMPLATE, graphs=None) as engine:
+    """Logits of a prompt, and ids of an answer and of beams; rows of several prompts go through one forward, too."""
+    with Engine(model, template=TEMPLATE) as engine:
+        assert packs(engine.decoder)
         chunks = engine.add(PASSAGES)
         logits = engine.fuse(chunks[::-1], QUESTION, method=CacheBlend(0.3)).logits
         asked = [engine.generate(chunks, QUESTION, max_new_tokens=4, eos_token_id=None, num_beams=n) for n in (1, 2)]

@@ -190,6 +190,18 @@ def test_a_failure_is_raised_and_undone(cuda, monkeypatch):
     assert ("begin", "another pool") in cuda.calls
 
 
+def test_a_failed_graph_s_pool_is_not_used_again_by_those_that_go_on(cuda, monkeypatch):
+    monkeypatch.setattr(module, "_failed", [])
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    capture, ran = CudaCapture(GPU), []
+    kept = capture(lambda cut: torch.ones(1))
+    with pytest.raises(ZeroDivisionError):
+        capture(lambda cut: ran.append(1) or 1 / (2 - len(ran)))
+    again = capture(lambda cut: torch.ones(1))
+    assert kept(pytest.fail) is not again(pytest.fail)
+    assert [call[1] for call in cuda.calls if call[0] == "begin"] == ["pool", "pool", None, "another pool"]
+
+
 def test_a_failure_behind_a_cut_is_undone_too(cuda, monkeypatch):
     monkeypatch.setattr(module, "_failed", [])
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)

@@ -5,6 +5,7 @@ import torch
 
 from ragkv import Engine, ModelChangedError, PromptTemplate, Reuse
 from ragkv.model import decoding
+from ragkv.model.decoder import Decoder
 from ragkv.testing import random_ids, tiny_model
 
 PASSAGES, QUESTION = [random_ids(n) for n in (30, 17)], random_ids(6)
@@ -165,3 +166,18 @@ def test_nobody_draws_beside_a_capture(monkeypatch):
     for scores in (torch.ones(1, 9).as_subclass(OnGpu), torch.ones(1, 9)):
         decoding._Choice(scores, sample=True)
     assert held == [True, False] and not decoding.capturing.locked()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"eos_token_id": [2, 9], "min_new_tokens": 3},
+        {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_what_is_asked_of_an_answer_is_made_out_without_the_device(asked):
+    """On a meta device: whoever looks at a number there fails, as on a GPU it would wait for the prompt."""
+    said = torch.tensor([random_ids(9)])
+    settings = decoding.Settings(Decoder(tiny_model()), None, {"max_new_tokens": 8, **asked})
+    processors, criteria = settings.resolve(said.to("meta"), said, 0.0)
+    assert processors and not bool(criteria(said, None).all())

@@ -42,10 +42,11 @@ def main(arguments: list[str]) -> int:
             "TRITON_LIBCUDA_PATH": str(libraries),
             "TRITON_INTERPRET": "1" if numbers else "0",
             "FAKE_CUDA": "1",
-            "FAKE_CUDA_COPIES": str(1 << 62) if numbers else os.environ.get("FAKE_CUDA_COPIES", str(1 << 16)),
             "PYTHONPATH": os.pathsep.join(map(str, (tree, HERE, HERE.parent))),
             "HF_HUB_OFFLINE": "1",
         }
+        if not numbers:
+            env["FAKE_CUDA_COPIES"] = str(1 << 16)
         return subprocess.run([sys.executable, "-P", __file__, "inside", *arguments], env=env).returncode
 
 

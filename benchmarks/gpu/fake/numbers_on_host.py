@@ -49,10 +49,8 @@ class OnHost(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
         given = tree_flatten((args, kwargs))[0]
-        cuda = any(
-            getattr(each, "device", each) == torch.device("cuda", 0) for each in given if isinstance(each, Tensor)
-        )
-        cuda = cuda or any(isinstance(each, torch.device) and each.type == "cuda" for each in given)
+        places = [each.device if isinstance(each, Tensor) else each for each in given]
+        cuda = any(isinstance(place, torch.device) and place.type == "cuda" for place in places)
         views = any(each.alias_info and not each.alias_info.is_write for each in func._schema.arguments)
         if not cuda or name in _MEMORY or (views and name not in ("_to_copy", "contiguous")):
             return func(*args, **kwargs)
