@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
+import re
 import threading
 import weakref
 from bisect import bisect_left
@@ -84,8 +86,15 @@ def allocate(size: int) -> tuple[Tensor, int]:
 
 
 def taken(size: int) -> int:
-    """Bytes that the memory of so many takes: PyTorch rounds blocks of pinned memory up to powers of two."""
-    return 1 << (size - 1).bit_length() if size > 0 and _pins() else size
+    """Bytes that the memory of so many takes: PyTorch rounds pinned memory up to powers of two, up to the size that it is told."""
+    return 1 << (size - 1).bit_length() if 0 < size <= _rounded_bytes() and _pins() else size
+
+
+def _rounded_bytes() -> float:
+    """The largest that is rounded, by PYTORCH_ALLOC_CONF; PyTorch has no public way to ask."""
+    settings: str = getattr(torch._C, "_accelerator_getAllocatorSettings", str)()
+    limits = re.findall(r"pinned_max_(?:round_threshold|cached_size)_mb:\s*(\d+)", settings)
+    return min((int(limit) << 20 for limit in limits), default=math.inf)
 
 
 def _pins() -> bool:

@@ -35,6 +35,25 @@ def test_pinned_memory_is_counted_in_powers_of_two(computing, size, takes):
     assert Payload(size).taken_bytes == buffers.taken(size) == takes and computing == [size]
 
 
+@pytest.mark.parametrize(
+    ("settings", "takes"),
+    [
+        ("", 8 << 20),
+        ("pinned_max_round_threshold_mb:1", 5 << 20),
+        ("expandable_segments:True, pinned_max_round_threshold_mb:5", 8 << 20),
+        ("pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:2", 5 << 20),
+    ],
+)
+def test_pytorch_may_be_told_to_pin_what_is_asked_for(computing, monkeypatch, settings, takes):
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: settings, raising=False)
+    assert buffers.taken(5 << 20) == takes
+
+
+def test_a_pytorch_that_cannot_be_told_rounds(computing, monkeypatch):
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings", raising=False)
+    assert buffers.taken(5 << 20) == 8 << 20
+
+
 @pytest.mark.parametrize("disk", [False, True])
 def test_what_is_pinned_stays_within_the_budget(computing, folder, kv, key, disk):
     """Each of the chunks is a little more than a power of two."""
