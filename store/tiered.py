@@ -19,7 +19,7 @@ from ragkv.errors import ArgumentTypeError, OfOneProcess, RecordError, StoreErro
 from ragkv.folder.filesystem import folder_path
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import DiskTier, stored_size
+from ragkv.store.disk import DiskTier
 from ragkv.store.gpu import GpuTier
 from ragkv.store.keeping import Keeping
 from ragkv.store.keys import checked_keys
@@ -288,7 +288,8 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         """Bytes that a chunk's KV would take where they are kept; with ``codec`` on disk, in that one. Stores nothing."""
         levels = self._levels if codec is None else Levels(get_codec(codec))
         offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
-        return self._tiers.home.size(self._tiers.home.prepare(offers[0])) if codec is None else stored_size(offers[0])
+        home = self._tiers.home
+        return home.size(home.prepare(offers[0])) if codec is None else DiskTier.size(offers[0])
 
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""

@@ -318,7 +318,7 @@ def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp
     assert two.get(key(1)) is not None and two.get(key(2)) is not None
     remover = two if process == "this" else machine(url, two.path.name)
     if "much else" in process:
-        monkeypatch.setattr("ragkv.store.books.LOGGED_REMOVALS", 1)
+        monkeypatch.setattr("ragkv.store.folder_books.LOGGED_REMOVALS", 1)
         remover.remove_many([key(3), key(4)])
     remover.remove(key(1))
     remover.flush()
