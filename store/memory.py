@@ -57,7 +57,7 @@ class MemoryTier(Tier):
     ) -> None:
         super().__init__(time.monotonic)
         self.facts: dict[str, bytes] = {}
-        self.lock: threading.RLock = lock
+        self.lock = lock
         self._form, self._formed_bytes, self._selective, self._gone = form, formed_bytes, selective, gone
         self._held: dict[bytes, Source] = {}
         self._books = MemoryBooks()
