@@ -27,6 +27,7 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 _LATE = 1.1
 _LOOKED_INTO = 8
 MOST_ASKED = 1024  # keys that are asked for together
+AVOIDED_S = 10.0
 
 
 @dataclass
@@ -70,6 +71,14 @@ class Heads:
         level = logging.DEBUG if self.breaker.broken else logging.WARNING
         self.breaker.failed()
         logger.log(level, "the pool is left alone for %.0f s: %s", self.breaker.left_s, str(error))
+
+    def lost(self, key: bytes, error: PoolError) -> None:
+        """The pool did not give a chunk that it had."""
+        if isinstance(error, GoneError):
+            self.manifest.note([key], False)
+        else:
+            self.failed(error)
+        self.manifest.avoid(key, AVOIDED_S)
 
     def which(self, keys: Sequence[bytes], limit_s: float) -> Collection[bytes]:
         """Those that are there, or of which that is not known after so much longer than lately."""

@@ -102,7 +102,7 @@ def test_what_several_readers_were_not_given_is_not_damaged(stored, relay, s3, m
     tier = store._tiers.behind[0]
     with store.read([key(1)]), store.read([key(1)]):
         for _ in range(2):
-            tier._lose(key(1), PoolError("away"))
+            tier._heads.lost(key(1), PoolError("away"))
         for _ in range(2):
             tier.damaged(key(1))
     store.flush()
