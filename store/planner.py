@@ -79,9 +79,7 @@ class Planner(Generic[AnyBooks]):
         self.drop(key)
         worth = self._worth(key, row)
         if selective and not _worthy(row, worth, victims):
-            self._age(worth)
-            self._used(row, 1)
-            self._haunt(key, row)
+            self._refuse(key, row, worth)
             return None
         for victim, (gone, reason) in victims.items():
             self._age(gone.priority)
@@ -91,7 +89,7 @@ class Planner(Generic[AnyBooks]):
         return row
 
     def wants(self, key: bytes, size_bytes: int, terms: Terms, *, usage: Usage | None = None) -> bool:
-        """Whether :meth:`admit` would keep an entry that is not here, if selective. Changes nothing.
+        """Whether :meth:`admit` would keep an entry that is not here, if selective; what it would not is refused, as there.
 
         Raises:
             StoreFullError: as there.
@@ -99,12 +97,20 @@ class Planner(Generic[AnyBooks]):
         counters = self.books.counters
         row, old = self._arriving(key, size_bytes, terms, usage)
         returns = counters.returns
-        try:
-            self._note_return(old)
-            victims = self._room_for(key, row, old, frozenset())
-            return _worthy(row, self._worth(key, row), victims)
-        finally:
-            counters.returns = returns
+        self._note_return(old)
+        victims, worth = self._room_for(key, row, old, frozenset()), self._worth(key, row)
+        if _worthy(row, worth, victims):
+            counters.returns = returns  # it is noted once it is admitted
+            return True
+        self.drop(key)
+        self._refuse(key, row, worth)
+        return False
+
+    def _refuse(self, key: bytes, row: Row, worth: float) -> None:
+        """Remembers an entry that is not kept, as a ghost."""
+        self._age(worth)
+        self._used(row, 1)
+        self._haunt(key, row)
 
     def _arriving(self, key: bytes, size_bytes: int, terms: Terms, usage: Usage | None) -> tuple[Row, Row | None]:
         """The row of an entry that comes, its use not counted, and what is known under its key."""

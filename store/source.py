@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of Source
 """A chunk as a tier holds it, opened for reading: what a batch takes its layers from."""
 
 from __future__ import annotations
@@ -161,13 +162,11 @@ class Recorded(Source):
         """Its bytes, as far as they were loaded."""
 
     def parts(self, layer: int) -> Parts:
-        """See :class:`Source`."""
         parts = self.record.parts(self.payload, layer)
         self.record.check(layer, *parts)
         return parts
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See :class:`Source`."""
         return self.record.layer(self.payload, layer)
 
 
@@ -185,5 +184,4 @@ class InMemory(Recorded):
 
     @property
     def whole(self) -> tuple[Record, Payload]:
-        """See :class:`Source`."""
         return self.record, self._payload

@@ -115,8 +115,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             self._policy,
             leases,
             lock,
-            form=self._levels.for_memory,
-            formed_bytes=self._levels.bytes_in_memory,
+            self._levels,
             selective=selective or self.path is not None,
             # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
             gone=(lambda key: gpu.remove([key])) if gpu and self.path is None else (lambda key: None),

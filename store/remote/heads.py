@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.errors import RecordError
+from ragkv.lazy import keep_last
 from ragkv.store.remote.envelope import ID, ForeignError, Opened
-from ragkv.store.remote.manifest import Manifest, remember
+from ragkv.store.remote.manifest import MOST_KNOWN, Manifest
 from ragkv.store.remote.pool import Breaker, GoneError, PoolError
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.speed import Speed
@@ -153,7 +154,7 @@ class Heads:
             return None
         if not opened.row.alive(time.time()):
             return None
-        remember(self.seen, key, (opened.row, opened.id))
+        keep_last(self.seen, key, (opened.row, opened.id), MOST_KNOWN)
         return opened
 
     def _read(self, keys: Sequence[bytes], limit_s: float) -> tuple[dict[bytes, memoryview], set[bytes]]:

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
-from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
+from ragkv.errors import StoreError
+from ragkv.store.remote.pool import ClosedError, Pool, PoolError, needing, shown
 
 _RETRIES = 2
 _MOST_VALUE = 512 << 20  # Redis' own limit
@@ -134,12 +134,8 @@ class RedisPool(Pool):
 
 
 def _redis() -> Any:
-    try:
+    with needing("Redis and Valkey need the package redis: pip install 'ragkv[redis]'"):
         import redis
         import redis.backoff
         import redis.retry
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Redis and Valkey need the package redis: pip install 'ragkv[redis]' ({error})"
-        ) from error
     return redis

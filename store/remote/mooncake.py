@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of pool.Pool
 """A pool in Mooncake's store (arXiv:2407.00079): memory that processes lend, over TCP or RDMA, found through one master."""
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class MooncakePool(Pool):
         return cls(member, name, prefix=f"{parts.path.strip('/') or 'ragkv'}/", limit_s=limit_s, requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
-        """See :class:`Pool`."""
         wanted = _Range(self._prefix + name, start, stop, Future())
         with self._lock:
             (self._small if stop - start <= _SMALL_BYTES else self._large).append(wanted)
@@ -98,7 +98,6 @@ class MooncakePool(Pool):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """See :class:`Pool`."""
         self._here.together = True
         try:
             yield

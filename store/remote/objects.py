@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, ClassVar, Self, TypeVar
 
-from ragkv.errors import MissingPackageError, StoreError
+from ragkv.errors import StoreError
 from ragkv.store.remote.loop import Loop
-from ragkv.store.remote.pool import GoneError, Pool, PoolError, shown
+from ragkv.store.remote.pool import GoneError, Pool, PoolError, needing, shown
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
@@ -227,14 +227,10 @@ def _plain_http() -> bool:
 
 
 def _obstore() -> Any:
-    try:
+    with needing("object stores need the package obstore: pip install 'ragkv[remote]'"):
         import obstore
         import obstore.exceptions
         import obstore.store
-    except ImportError as error:
-        raise MissingPackageError(
-            f"object stores need the package obstore: pip install 'ragkv[remote]' ({error})"
-        ) from error
     return obstore
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ragkv.errors import StoreError
+from ragkv.errors import MissingPackageError, StoreError
 
 _SLOWEST_S = 60.0
 
@@ -177,6 +177,15 @@ def end(future: Future[Any]) -> None:
     """Cancels what nobody works on any more; whoever waits for several at once is told, too."""
     future.cancel()
     future.set_running_or_notify_cancel()
+
+
+@contextmanager
+def needing(what: str) -> Iterator[None]:
+    """To import a client: where it is not installed, a MissingPackageError says what is needed."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackageError(f"{what} ({error})") from error
 
 
 def shown(url: str) -> str:
