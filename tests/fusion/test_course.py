@@ -1,12 +1,9 @@
 """Chunks on their way from a pool: what needs none of them is computed meanwhile, and what is late is computed, exactly."""
 
-import importlib.util
-import sys
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Timer
 from time import perf_counter
 
@@ -35,15 +32,7 @@ from ragkv.model.turns import looking
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
-
-
-def load(name):
-    """A script; benchmarks/ is not installed."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # they import each other by these names
-    spec.loader.exec_module(module)
-    return module
-
+from tests.scripts import load
 
 simulation, links = load("simulation"), load("links")
 
