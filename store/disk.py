@@ -142,8 +142,6 @@ class DiskTier(Tier):
                 written.add(entry.key)
             for name, value in facts.items():
                 txn.put("facts", name.encode(), value)
-        for key in written:
-            self._unreadable.pop(key, None)
         size = sum(entry.record.payload_bytes for entry in compress(entries, kept))
         with self._counting:
             self.written_bytes += size

@@ -55,8 +55,6 @@ class Prefetch:
                     tiers.finish(key, source)
                 except RecordError as error:
                     tiers.drop_damaged(key, source, error)
-                finally:
-                    source.release()
         tiers.count_load(read, perf_counter() - started)
         return read
 

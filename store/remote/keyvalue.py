@@ -79,10 +79,7 @@ class RedisPool(Pool):
         lifetime_ms = None if lifetime_s > _LONGEST_S else max(1, int(lifetime_s * 1000))
         self._wait(lambda: self._client.set(self._prefix + name, memoryview(data), px=lifetime_ms))
 
-    def delete(self, name: str) -> None:
-        self.delete_all([name])
-
-    def delete_all(self, names: Sequence[str]) -> None:
+    def delete(self, *names: str) -> None:
         """See :class:`Pool`. One round trip."""
         self._wait(lambda: self._client.unlink(*(self._prefix + name for name in names)))
 

@@ -103,10 +103,7 @@ class ObjectPool(Pool):
         """See :class:`Pool`. Large ones in parts, several at once. It does not go by itself: give the bucket a rule for that."""
         self._wait(self._ask(self._client.put_async, self._writer, name, data, turns=self._large))
 
-    def delete(self, name: str) -> None:
-        self.delete_all([name])
-
-    def delete_all(self, names: Sequence[str]) -> None:
+    def delete(self, *names: str) -> None:
         """See :class:`Pool`. S3 alone deletes several at once, and does not mind those that are not there; where what speaks like
         it refuses that, they go one by one from then on.
         """

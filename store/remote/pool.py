@@ -66,13 +66,8 @@ class Pool(ABC):
         """Stores a value, in place of what has its name. It may go after its lifetime."""
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Deletes a value; an unknown one is fine."""
-
-    def delete_all(self, names: Sequence[str]) -> None:
-        """Deletes several values, in one request where that can be done."""
-        for name in names:
-            self.delete(name)
+    def delete(self, *names: str) -> None:
+        """Deletes values, in one request where that can be done; unknown ones are fine."""
 
     @abstractmethod
     def which(self, names: Sequence[str]) -> set[str]:

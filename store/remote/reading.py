@@ -16,7 +16,7 @@ from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.remote.envelope import Opened
 from ragkv.store.remote.heads import Heads
-from ragkv.store.remote.pool import GoneError, Pool, PoolError
+from ragkv.store.remote.pool import GoneError, PoolError
 from ragkv.store.remote.records import name_of
 from ragkv.store.remote.speed import Watched
 from ragkv.store.source import Progress
@@ -40,11 +40,6 @@ class Fetch:
     _expected: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def pool(self) -> Pool:
-        """Where they are."""
-        return self.heads.records.pool
-
     def join(self, reading: Reading) -> None:
         """One more chunk."""
         self._readings.append(reading)
@@ -62,7 +57,7 @@ class Fetch:
         if not backwards:
             order.sort(key=lambda each: each[0])
         asked = list[tuple[Future[Any], int]]()
-        with self.pool.together():
+        with self.heads.records.pool.together():
             for _, reading, group in order:
                 with suppress(StoreError):  # whoever reads it asks again, and is told
                     future = reading.ask(group)
@@ -144,7 +139,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.groups = _groups(self.opened, len(self.begun), self.range_bytes)
-        self._left = list(self.groups)
+        self._left, self._pool = list(self.groups), self.fetch.heads.records.pool
         self.fetch.join(self)
 
     @property
@@ -197,7 +192,7 @@ class Reading:
                 if group.segments.start < wanted.stop and wanted.start < group.segments.stop:
                     self.fetch.start()
                     future = self.ask(group)
-                    count += self._take(group, self.begun if future is None else self.fetch.pool.answer(future))
+                    count += self._take(group, self.begun if future is None else self._pool.answer(future))
         except PoolError as error:
             if not self._users:
                 raise StoreError(FINISHED) from error
@@ -219,7 +214,7 @@ class Reading:
             if group.asked is None and group.stop > len(self.begun):
                 if not self._users:
                     raise StoreError(FINISHED)
-                group.asked = self.fetch.pool.begin(name_of(self.key), group.start, group.stop)
+                group.asked = self._pool.begin(name_of(self.key), group.start, group.stop)
             return group.asked
 
     def here(self, limit_s: float) -> bool:

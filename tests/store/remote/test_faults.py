@@ -75,9 +75,9 @@ def test_a_server_that_fails_is_not_taken_for_one_that_cannot(relay, s3, machine
     relay.fault, relay.when = "503", lambda method, path: method == "POST" and "delete" in path
     pool = machine(s3).remote._pool
     with pytest.raises(PoolError, match="503"):
-        pool.delete_all(["a", "b"])
+        pool.delete("a", "b")
     relay.fault = ""
-    pool.delete_all(["a", "b"])
+    pool.delete("a", "b")
     assert not [method for method, _ in relay.asked if method == "DELETE"]
 
 
