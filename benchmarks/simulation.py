@@ -100,19 +100,18 @@ class Simulated:
     def __init__(
         self, link: Link, layout: Layout, rates: Rates, numbers: Sequence[int], token_bytes: float, known: float | None
     ):
-        self.link, self.rates, self.known = link, rates, known
-        self.tokens = {number: len(layout.chunks[number].chunk) for number in numbers}
-        self.starts = {number: layout.chunks[number].start for number in numbers}
-        self.token_bytes, self.began, self.late, self.seen = token_bytes, link.now, 0, known
+        self.link, self.rates, self.known, self.token_bytes = link, rates, known, token_bytes
+        self.chunks = {number: layout.chunks[number] for number in numbers}
+        self.began, self.late, self.seen = link.now, 0, known
         self.asked: dict[int, list[Request]] = {}
         self.placed = set[int]()
 
     def away(self) -> list[int]:
-        return list(self.tokens)
+        return list(self.chunks)
 
     def begin(self) -> None:
-        for number, tokens in reversed(self.tokens.items()):
-            size = round(tokens * self.token_bytes)
+        for number, placed in reversed(self.chunks.items()):
+            size = round(len(placed.chunk) * self.token_bytes)
             self.asked[number] = [self.link.ask(min(RANGE_BYTES, size - at)) for at in range(0, size, RANGE_BYTES)]
 
     def here(self, number: int, limit_s: float) -> bool:
@@ -136,10 +135,10 @@ class Simulated:
 
     def place_front(self, stop: int) -> None:
         for number in self.asked.keys() - self.placed:
-            if self.starts[number] < stop:
+            if self.chunks[number].start < stop:
                 assert all(request.done for request in self.asked[number])
                 self.placed.add(number)
-                self.spend(self.rates.tiers["cpu"].seconds(self.tokens[number]))
+                self.spend(self.rates.tiers["cpu"].seconds(len(self.chunks[number].chunk)))
 
     def spend(self, seconds: float) -> None:
         """The processor works; the network does too."""
@@ -223,11 +222,10 @@ def simulate(
     return Ran(link.now, selection.name, view.late + coming.late, coming.seen, view.start_s, dict(selection.reckoned))
 
 
-def prompt(chunks: int, tokens: int, question: int = 32) -> Layout:
-    """Chunks of two documents that stand alone, and a question."""
-    return lay_out(
-        (0,), (), [Chunk((number,) * tokens) for number in range(chunks)], (0,) * question, torch.device("cpu")
-    )
+def prompt(chunks: int, tokens: int) -> Layout:
+    """Chunks that stand alone, and a question."""
+    alone = [Chunk((number,) * tokens) for number in range(chunks)]
+    return lay_out((0,), (), alone, (0,) * 32, torch.device("cpu"))
 
 
 #: Tokens a second that are prefilled, and bytes of a token: a 6-layer model on one core; and one of 8B on a large accelerator, to
