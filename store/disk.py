@@ -44,7 +44,6 @@ class DiskTier(Tier):
         readonly: never write.
 
     Attributes:
-        readonly: whether nothing can be written.
         notes: notes with each entry that it is to be sent to a pool; None where there is none.
     """
 
@@ -73,7 +72,7 @@ class DiskTier(Tier):
         self._touched: Counter[bytes] = Counter()
         self._counting = threading.Lock()
         self.environment: Environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
-        self.readonly: bool = self.environment.readonly
+        self.readonly = self.environment.readonly
         try:
             check_version(self.environment)
         except BaseException:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, checked_namespace
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import DiskTier
 from ragkv.store.keys import checked_keys
 from ragkv.store.levels import Levels
+from ragkv.store.pages import stored_size
 from ragkv.store.policy import Policy
 from ragkv.store.rope import RotationLike, ropes_of
 from ragkv.store.terms import Item, checked_names
@@ -38,8 +38,7 @@ class Keeping(ABC):
     @property
     def readonly(self) -> bool:
         """Whether its folder is open for reading only."""
-        home = self._tiers.home
-        return isinstance(home, DiskTier) and home.readonly
+        return self._tiers.home.readonly
 
     @property
     def codecs(self) -> tuple[Codec, Codec | None]:
@@ -53,7 +52,7 @@ class Keeping(ABC):
         levels = self._levels if codec is None else Levels(get_codec(codec))
         offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
         home = self._tiers.home
-        return home.size(home.prepare(offers[0])) if codec is None else DiskTier.size(offers[0])
+        return home.size(home.prepare(offers[0])) if codec is None else stored_size(offers[0])
 
     @property
     def uses_costs(self) -> bool:

@@ -9,7 +9,6 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import compress
 from time import perf_counter
@@ -248,7 +247,7 @@ class Tiers:
         file_bytes = self.home.environment.file_bytes() if isinstance(self.home, DiskTier) else 0
         pools = {tier.name: pool for tier in self.behind if (pool := tier.pool()) is not None}
         with self.lock:
-            return replace(self.counted().stats(entries, sizes, file_bytes), pools=pools)
+            return self.counted().stats(entries=entries, bytes=sizes, file_bytes=file_bytes, pools=pools)
 
     def share(self) -> int:
         """Offers tiers behind all that is stored; how many chunks any of them may want."""
