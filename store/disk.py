@@ -38,9 +38,7 @@ class DiskTier(Tier):
     Args:
         path: the folder; made if it is not there.
         budget_bytes: what the records may take, in whole pages.
-        policy: which entries go first.
-        held: keys that must not be evicted now.
-        selective: keep a new entry only where it is worth more than what it would evict.
+        policy, held, selective: see :class:`~ragkv.store.memory.MemoryTier`.
         readonly: never write.
 
     Attributes:
@@ -116,11 +114,8 @@ class DiskTier(Tier):
     ) -> list[bool]:
         """Stores records and small facts in one transaction, all or none; durable when it returns.
 
-        Args:
-            entries: the records.
-            facts: the facts.
-            still: of what arrived from a pool: whether it is wanted still. It is not noted to be sent there, and is left where it
-                is stored or to be deleted.
+        ``still`` says of what arrived from a pool whether it is wanted still. It is not noted to be sent there, and is left where
+        it is stored or to be deleted.
         """
         kept: list[bool] = []
         written: set[bytes] = set()

@@ -107,15 +107,9 @@ class Tiers:
                     del self.leases[key]
 
     def put_many(self, offers: Sequence[Offer], above: Sequence[Offer], facts: Mapping[str, bytes]) -> list[bool]:
-        """Stores chunks and facts at home; whether each is worth it. Other tiers keep copies as far as they can.
+        """Stores chunks and facts at home, or raises a StoreError; whether each is worth it.
 
-        Args:
-            offers: what is stored.
-            above: the same for the tiers above, in whatever codec.
-            facts: stored with them.
-
-        Raises:
-            StoreError: a fact is none, or home cannot keep them all.
+        Other tiers keep copies as far as they can: those ``above`` of the same chunks in whatever codec.
         """
         check_facts(facts)
         started = perf_counter()
@@ -144,9 +138,7 @@ class Tiers:
     def where(self, keys: Iterable[bytes], limit_s: float | None = None) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing.
 
-        Args:
-            keys: which.
-            limit_s: see :meth:`Tier.missing_away`; without it whatever has to be asked is.
+        Without the limit, see :meth:`Tier.missing_away`, whatever has to be asked is.
         """
         self.copies.catch_up()
         wanted, places = list(dict.fromkeys(keys)), dict[bytes, str]()
@@ -159,13 +151,7 @@ class Tiers:
         return places
 
     def find(self, keys: Collection[bytes], used: bool = False, asking: Asking | None = None) -> dict[bytes, Source]:
-        """Opens chunks, each in the first tier that has it.
-
-        Args:
-            keys: which.
-            used: count a use of each.
-            asking: how it is asked for what comes over a network; by default whoever reads has time.
-        """
+        """Opens chunks, each in the first tier that has it; ``used``: counts a use of each."""
         self.copies.catch_up()
         wanted, asking = list(dict.fromkeys(keys)), asking or Asking()
         sources: dict[bytes, Source] = {}
