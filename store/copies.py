@@ -16,13 +16,7 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 
 
 class Copies:
-    """What the tiers above home hold. None of it is needed.
-
-    Args:
-        above: these tiers.
-        home: where chunks are stored.
-        lock: guards the tiers in memory.
-    """
+    """What the tiers above home hold. None of it is needed."""
 
     def __init__(self, above: Sequence[MemoryTier], home: MemoryTier | DiskTier, lock: threading.RLock) -> None:
         self._above, self._home, self._lock = above, home, lock

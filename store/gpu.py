@@ -26,8 +26,7 @@ class GpuTier(MemoryTier):
     Args:
         budget_bytes: what the pool may take.
         device: where it lies.
-        policy: which entries go first.
-        held, lock: see :class:`MemoryTier`.
+        policy, held, lock: see :class:`MemoryTier`.
 
     Raises:
         StoreError: there is no such device.

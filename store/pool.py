@@ -125,11 +125,6 @@ class BlockPool:
 class Pooled(Source):
     """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch.
 
-    Args:
-        pool: which.
-        record: its header.
-        brought: its numbers, see :meth:`BlockPool.bring`.
-
     Raises:
         StoreFullError: so many blocks are not free.
     """

@@ -14,11 +14,7 @@ from ragkv.store.tiers import Tiers
 
 
 class Prefetch:
-    """Moves chunks between tiers, in a thread that begins when it is first needed.
-
-    Args:
-        tiers: of a store.
-    """
+    """Moves chunks between the tiers of a store, in a thread that begins when it is first needed."""
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers

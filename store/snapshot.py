@@ -139,12 +139,7 @@ class DiskSnapshot:
 
 
 class Loading(Recorded):
-    """A record on its way from a snapshot to memory, segment by segment. Safe for several threads.
-
-    Attributes:
-        key: what it is stored under.
-        row: what the books said of it.
-    """
+    """A record on its way from a snapshot to memory, segment by segment. Safe for several threads."""
 
     def __init__(self, snapshot: DiskSnapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         super().__init__("disk", record)

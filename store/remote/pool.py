@@ -35,11 +35,8 @@ class Pool(ABC):
 
     What is written is seen whole or not at all. Whatever goes wrong is a :class:`PoolError`.
 
-    Args:
-        name: where it is, without secrets.
-
     Attributes:
-        name: see above.
+        name: where it is, without secrets.
         quick: asking it is so fast that nobody need know beforehand what is there.
         forks: whether a forked child can use it.
         most_bytes: what one value may have.

@@ -94,14 +94,7 @@ class Fetch:
 
 @dataclass(eq=False)
 class Group:
-    """Segments that are asked for together.
-
-    Attributes:
-        segments: which.
-        start: their first byte in the object.
-        stop: the byte behind their last.
-        asked: the request, once it was made.
-    """
+    """Segments that are asked for together: their first byte in the object, the one behind their last, and the request for them."""
 
     segments: range
     start: int

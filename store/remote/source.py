@@ -19,14 +19,7 @@ from ragkv.store.source import Asking, Progress, Recorded, Source
 
 
 class Sources:
-    """Opens chunks.
-
-    Args:
-        tier: its tier's name.
-        heads: the pool's.
-        range_bytes: of one request, about.
-        arrived: told what was read to its end.
-    """
+    """Opens chunks; ``arrived`` is told what was read to its end."""
 
     def __init__(self, tier: str, heads: Heads, range_bytes: int, arrived: Callable[[Reading], None]) -> None:
         self._tier, self._heads, self._range_bytes, self._arrived = tier, heads, range_bytes, arrived
@@ -62,12 +55,7 @@ class Sources:
 
 
 class RemoteSource(Recorded):
-    """What one user reads of a chunk in a pool.
-
-    Args:
-        tier: its tier's name.
-        reading: which it has joined.
-    """
+    """What one user reads of a chunk in a pool, who has joined its reading."""
 
     away: bool = True
 
