@@ -17,6 +17,7 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -104,33 +105,22 @@ class Popularity(Policy):
         return self._uses[key] * (usage.cost_s or 1.0) / usage.size_bytes
 
 
-class Tier:
-    """A tier of the store as its planner sees it: the books, without the tensors."""
-
-    def __init__(self, budget_bytes: int, policy: Policy, selective: bool) -> None:
-        self.planner, self.selective = Planner(MemoryBooks(), policy, budget_bytes), selective
-
-    def serve(self, request: Request) -> bool:
-        """Whether it is there. What is missing is computed and put, unless it is larger than the tier."""
-        row = self.planner.books.row(request.key)
-        if row is not None and row.usage.size_bytes:
-            self.planner.use(request.key, row)
-            return True
-        try:
-            self.planner.admit(request.key, request.tokens, Terms(cost_s=request.cost_s), selective=self.selective)
-        except StoreFullError:
-            pass
-        return False
-
-
 def replay(requests: Sequence[Request], policy: Policy, budget_bytes: int, *, selective: bool = False) -> Outcome:
-    """Serves requests from a tier that is empty at first; ``selective`` admits only what is worth more than what it evicts."""
-    tier, found = Tier(budget_bytes, policy, selective), []
+    """Serves requests from a tier, its books without the tensors, that is empty at first.
+
+    What is missing is computed and put, unless it is larger than the tier; ``selective``: only what is worth more than it evicts.
+    """
+    planner, found = Planner(MemoryBooks(), policy, budget_bytes), []
     for position, request in enumerate(requests):
         if isinstance(policy, Belady):
             policy.position = position
-        if tier.serve(request):
+        row = planner.books.row(request.key)
+        if row is not None and row.usage.size_bytes:
+            planner.use(request.key, row)
             found.append(request)
+            continue
+        with suppress(StoreFullError):
+            planner.admit(request.key, request.tokens, Terms(cost_s=request.cost_s), selective=selective)
     saved, total = (sum(request.cost_s for request in some) for some in (found, requests))
     tokens, all_tokens = (sum(request.tokens for request in some) for some in (found, requests))
     return Outcome(len(found) / len(requests), tokens / all_tokens, saved, saved / total if total else 0.0)

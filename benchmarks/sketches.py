@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import ragkv
+from ragkv.closeness import divergence, same_top
 from ragkv.evaluation.cases import Case
 from ragkv.evaluation.formats import read_cases
 from ragkv.evaluation.statistics import Resampling, difference
@@ -99,19 +100,6 @@ class Study:
             turned.append((query * cos[0] + halves * sin[0])[:, prefix:].float())
         return turned
 
-    def attention(
-        self,
-        queries: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        layers: Sequence[int],
-        channels: int | None,
-        spans: Sequence[tuple[int, int]],
-    ) -> Tensor:
-        """Of the question to each chunk's tokens, by its sketch; ``[R]``."""
-        sizes, within = [stop - start for start, stop in spans], slice(spans[0][0], spans[-1][1])
-        found = [self.sketched(layer, queries[layer], keys[layer][:, within], channels, sizes) for layer in layers]
-        return torch.stack(found).mean(0)
-
     def sketched(self, layer: int, query: Tensor, key: Tensor, channels: int | None, sizes: Sequence[int]) -> Tensor:
         """Attention ``[T]`` of a question's queries to keys, by their sketch."""
         shared = self.heads // self.key_heads
@@ -125,16 +113,10 @@ class Study:
         return (weights.mean(0) + weights[-1]) / 2
 
     def layerwise(
-        self,
-        whole: ragkv.FusedPrompt,
-        start: int,
-        suffix: int,
-        channels: int | None,
-        sizes: Sequence[int],
-        share: float,
+        self, whole: ragkv.FusedPrompt, every: Tensor, channels: int | None, sizes: Sequence[int], share: float
     ) -> Tensor:
         """Next-token logits where each layer sees only the groups of tokens that its sketch chooses."""
-        ids, groups = whole.input_ids[0], of_groups(sizes)
+        groups, start, suffix = of_groups(sizes), int(every[0]), int(every[-1]) + 1
 
         def attention(
             module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any
@@ -154,13 +136,14 @@ class Study:
         AttentionMaskInterface.register("sketched", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         before, self.model.config._attn_implementation = self.model.config._attn_implementation, "sketched"
         try:
-            return self.without(whole, ids, torch.arange(start, suffix), start, suffix)
+            return self.without(whole, every, every)
         finally:
             self.model.config._attn_implementation = before
 
-    def without(self, whole: ragkv.FusedPrompt, ids: Tensor, slots: Tensor, start: int, suffix: int) -> Tensor:
-        """Next-token logits of a prompt of whose chunks only some tokens are there, at their places."""
-        held = torch.cat((torch.arange(start), slots))
+    def without(self, whole: ragkv.FusedPrompt, every: Tensor, slots: Tensor) -> Tensor:
+        """Next-token logits of a prompt of whose chunks, every slot of which is given, only some tokens are there."""
+        ids, suffix = whole.input_ids[0], int(every[-1]) + 1
+        held = torch.cat((torch.arange(int(every[0])), slots))
         cache = DynamicCache()
         for number, layer in enumerate(whole.past_key_values.layers):
             cache.update(layer.keys[:, :, held].contiguous(), layer.values[:, :, held].contiguous(), number)
@@ -198,12 +181,6 @@ def of_groups(sizes: Sequence[int]) -> list[int]:
     return [min(GROUP, size - at) for size in sizes for at in range(0, size, GROUP)]
 
 
-def kl(one: Tensor, other: Tensor) -> float:
-    """Of the first token, in nats."""
-    one, other = one.float().log_softmax(-1), other.float().log_softmax(-1)
-    return float((one.exp() * (one - other)).sum())
-
-
 def best(scores: Sequence[float], sizes: Sequence[int], share: float) -> list[int]:
     """Numbers of the highest that fit into a share of all, ascending."""
     room, kept = share * sum(sizes), list[int]()
@@ -225,19 +202,18 @@ def asked(
     ids, sizes = whole.input_ids[0], [len(chunk) for chunk in chunks]
     reused = attention[0]
     start, suffix = len(ids) - whole.report.suffix_tokens - sum(sizes), len(ids) - whole.report.suffix_tokens
-    ends = [start + sum(sizes[: index + 1]) for index in range(len(sizes))]
-    spans = [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    keys = [layer.keys[0].float() for layer in whole.past_key_values.layers]
+    keys = [layer.keys[0, :, start:suffix].float() for layer in whole.past_key_values.layers]
     positions = torch.cat((torch.arange(start), torch.arange(suffix, len(ids))))
     queries = study.queries(torch.cat((ids[:start], ids[suffix:])), start, positions)
     if number < CALIBRATION:
-        study.calibrate(queries, [key[:, start:suffix] for key in keys])
+        study.calibrate(queries, keys)
         return
 
     seen: dict[str, Tensor] = {} if layerwise else {"the model's attention": reused}
     for name, (shares, channels) in ({} if layerwise else SKETCHES).items():
         layers = [min(study.layers - 1, round(share * study.layers)) for share in shares]
-        seen[name] = study.attention(queries, keys, layers, channels, spans)
+        by_layer = [study.sketched(layer, queries[layer], keys[layer], channels, sizes) for layer in layers]
+        seen[name] = torch.stack(by_layer).mean(0)
     query = embedder.encode_query(case.question)
     near = [float(each @ query) for each in embedder.encode_documents(texts)]
     drawn = [random.Random(f"{case.id}/{index}").random() for index in range(len(texts))]
@@ -245,24 +221,20 @@ def asked(
     gold = {index for index, place in enumerate(case.retrieved) if place in case.gold}
 
     def row(logits: Tensor, slots: Tensor | None = None) -> dict[str, float]:
-        found = {
-            "kl_reuse": kl(whole.logits[0], logits),
-            "top1": float(logits.argmax() == whole.logits[0].argmax()),
-        }
+        found = {"kl_reuse": divergence(whole.logits[0], logits), "top1": same_top(whole.logits[0], logits)}
         if full is not None:
-            found["kl_full"] = kl(full, logits)
+            found["kl_full"] = divergence(full, logits)
         if slots is not None:
             found["mass"] = float(reused[slots - start].sum() / reused.sum())
             found["tokens"] = len(slots) / sum(sizes)
         return found
 
     every = torch.arange(start, suffix)
-    yield "all", 1.0, row(study.without(whole, ids, every, start, suffix), every)
+    yield "all", 1.0, row(study.without(whole, every, every), every)
     parts = of_groups(sizes)
     for share in SHARES:
         for name, count in LAYERWISE.items() if layerwise else ():
-            logits = study.layerwise(whole, start, suffix, count, sizes, share)
-            yield f"groups of each layer: {name}", share, row(logits)
+            yield f"groups of each layer: {name}", share, row(study.layerwise(whole, every, count, sizes, share))
         ranked: dict[str, list[float] | Tensor] = {
             "retriever": near,
             **({} if layerwise else {"chance": drawn}),
@@ -271,7 +243,7 @@ def asked(
         for name, tokens in ranked.items():
             each = tokens if isinstance(tokens, list) else [float(part.mean()) for part in tokens.split(sizes)]
             kept = best(each, sizes, share)
-            slots = torch.cat([every[:0], *[torch.arange(*spans[index]) for index in kept]])
+            slots = torch.cat([every[:0], *[every.split(sizes)[index] for index in kept]])
             logits = study.engine.fuse([chunks[index] for index in kept], question, method="reuse").logits[0]
             found = row(logits, slots)
             yield f"passages: {name}", share, found | {"gold": len(gold & set(kept)) / max(1, len(gold))}
@@ -279,7 +251,7 @@ def asked(
                 continue
             kept = best([float(part.mean()) for part in tokens.split(parts)], parts, share)
             slots = torch.cat([every.split(parts)[index] for index in kept])
-            yield f"groups: {name}", share, row(study.without(whole, ids, slots, start, suffix), slots)
+            yield f"groups: {name}", share, row(study.without(whole, every, slots), slots)
 
 
 def main() -> None:

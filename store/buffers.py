@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import os
 import re
 import threading
 import weakref
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ragkv.forks import anew_in_forks
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
@@ -28,6 +29,10 @@ class _Spares:
     """Maps whose tensors are all gone, by size."""
 
     def __init__(self) -> None:
+        self.anew()
+
+    def anew(self) -> None:
+        """In a child: another thread may have held the lock, and it is not there."""
         # Reentrant: a tensor may be collected, and come here, while this very thread holds the lock.
         self._lock = threading.RLock()
         self._maps: list[tuple[int, mmap.mmap]] = []
@@ -52,17 +57,7 @@ class _Spares:
                 self._total += length
 
 
-_spares = _Spares()
-
-
-def _after_fork() -> None:
-    global _spares
-    _spares = _Spares()
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may have held the lock, and it is not in the child.
-    os.register_at_fork(after_in_child=_after_fork)
+_spares: _Spares = anew_in_forks(_Spares())
 
 
 def allocate(size: int) -> tuple[Tensor, int]:

@@ -16,17 +16,10 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 
 
 class Copies:
-    """What the tiers above home hold. None of it is needed.
-
-    Args:
-        above: these tiers.
-        home: where chunks are stored.
-        lock: guards the tiers in memory.
-    """
+    """What the tiers above home hold. None of it is needed."""
 
     def __init__(self, above: Sequence[MemoryTier], home: MemoryTier | DiskTier, lock: threading.RLock) -> None:
-        self._above, self._home = above, home
-        self.lock: threading.RLock = lock
+        self._above, self._home, self._lock = above, home, lock
         self._known_removals = home.removed()[0]
 
     def offer(self, offer: Offer, origin: Tier, above: Sequence[Tier]) -> None:
@@ -40,13 +33,13 @@ class Copies:
                 logger.warning("%s is not kept in %s: %s", offer.key.hex(), tier.name, repr(error))
 
     def _offer(self, offer: Offer, origin: Tier, tier: Tier) -> None:
-        with self.lock:
+        with self._lock:
             there = self._there(offer, origin)
             if there is None or not tier.wants(there):
                 return
         # What takes long is done of what is wanted alone, and not under the lock.
         prepared = tier.prepare(there)
-        with self.lock:
+        with self._lock:
             # Asked again: what is removed from below after this is removed from above after this.
             there = self._there(offer, origin)
             if there is not None:
@@ -61,7 +54,7 @@ class Copies:
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """Something else stands under these keys below, or nothing."""
-        with self.lock:
+        with self._lock:
             for tier in self._above:
                 tier.remove(keys)
 
@@ -71,7 +64,7 @@ class Copies:
             return
         removals, gone = self._home.removed(self._known_removals)
         if gone or gone is None:
-            with self.lock:
+            with self._lock:
                 for tier in self._above:
                     held = tier.find(tier.stored() if gone is None else [*gone, *tier.computed_of(gone)])
                     tier.remove([key for key, copy in held.items() if not copy.put_s or copy.put_s != self._put_s(key)])

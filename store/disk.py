@@ -14,23 +14,22 @@ from itertools import compress
 from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError
-from ragkv.folder import Environment, Transaction, seal
-from ragkv.store.books import DATABASES, FolderBooks, check_version, removed_since
+from ragkv.folder import Environment, Transaction
 from ragkv.store.buffers import taken
+from ragkv.store.folder_books import DATABASES, FolderBooks, check_version, removed_since
 from ragkv.store.keys import PATH, labelled, tags_of
 from ragkv.store.memory import NO_FACTS
 from ragkv.store.notes import FolderNotes
+from ragkv.store.pages import delete, store, stored_size
 from ragkv.store.planner import Planner
 from ragkv.store.policy import PGDSF, Policy
 from ragkv.store.rows import Counters, Row
-from ragkv.store.snapshot import DiskSnapshot, Loading, segment_key
+from ragkv.store.snapshot import DiskSnapshot, Loading
 from ragkv.store.source import Source
 from ragkv.store.stats import Tally
 from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
-
-PAGE_BYTES = 4096
 
 
 class DiskTier(Tier):
@@ -39,17 +38,15 @@ class DiskTier(Tier):
     Args:
         path: the folder; made if it is not there.
         budget_bytes: what the records may take, in whole pages.
-        policy: which entries go first.
-        held: keys that must not be evicted now.
-        selective: keep a new entry only where it is worth more than what it would evict.
+        policy, held, selective: see :class:`~ragkv.store.memory.MemoryTier`.
         readonly: never write.
 
     Attributes:
-        readonly: whether nothing can be written.
         notes: notes with each entry that it is to be sent to a pool; None where there is none.
     """
 
     name = "disk"
+    size = staticmethod(stored_size)
 
     def __init__(
         self,
@@ -73,7 +70,7 @@ class DiskTier(Tier):
         self._touched: Counter[bytes] = Counter()
         self._counting = threading.Lock()
         self.environment: Environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
-        self.readonly: bool = self.environment.readonly
+        self.readonly = self.environment.readonly
         try:
             check_version(self.environment)
         except BaseException:
@@ -117,11 +114,8 @@ class DiskTier(Tier):
     ) -> list[bool]:
         """Stores records and small facts in one transaction, all or none; durable when it returns.
 
-        Args:
-            entries: the records.
-            facts: the facts.
-            still: of what arrived from a pool: whether it is wanted still. It is not noted to be sent there, and is left where it
-                is stored or to be deleted.
+        ``still`` says of what arrived from a pool whether it is wanted still. It is not noted to be sent there, and is left where
+        it is stored or to be deleted.
         """
         kept: list[bool] = []
         written: set[bytes] = set()
@@ -135,18 +129,13 @@ class DiskTier(Tier):
                     planner.books.log_removal(entry.key)
                 row = planner.admit(entry.key, self.size(entry), entry.terms, passed=written, selective=self._selective)
                 if row is not None:
-                    data = entry.payload.data.numpy()
-                    txn.put("entries", entry.key, entry.record.pack(entry.key))
-                    for index, (start, stop) in enumerate(entry.record.spans):
-                        txn.put("segments", segment_key(entry.key, index), data[start:stop])
+                    store(txn, entry)
                     if self.notes is not None and still is None:
                         self.notes.send(txn, entry.key)
                 kept.append(row is not None)
                 written.add(entry.key)
             for name, value in facts.items():
                 txn.put("facts", name.encode(), value)
-        for key in written:
-            self._unreadable.pop(key, None)
         size = sum(entry.record.payload_bytes for entry in compress(entries, kept))
         with self._counting:
             self.written_bytes += size
@@ -172,10 +161,6 @@ class DiskTier(Tier):
             for name in names:
                 planner.books.txn.delete("facts", name)
         return gone
-
-    def size(self, entry: Offer) -> int:
-        """Bytes that an entry takes here, in whole pages."""
-        return stored_size(entry)
 
     def damaged(self, key: bytes) -> None:
         try:
@@ -268,31 +253,22 @@ class DiskTier(Tier):
         """A small durable value."""
         return self._get("facts", name.encode())
 
-    def flush(self, limit_s: float = math.inf) -> None:
-        """Puts the uses that were noted into the books, and syncs."""
-        self._settle(None)
-
-    def _settle(self, done: Tally | None) -> None:
-        """Does so, and adds what a process did to the folder's history."""
-        if (self._touched or (done is not None and done.any)) and not self.readonly:
-            with self._planner() as planner:
-                if done is not None:
-                    history = Tally.known(planner.books.txn.get("state", b"history"))
-                    history.add_closing(done, self.now(), planner.books.entries, planner.books.counters.used_bytes)
-                    planner.books.txn.put("state", b"history", seal(b"history", history.to_bytes()))
-        self.environment.sync()
-
     def history(self) -> Tally:
         """What all processes that closed the folder in good order did, since it was made."""
         return Tally.known(self._get("state", b"history"))
 
-    def close(self, done: Tally | None = None) -> None:
-        """Flushes, adds what this process did to the folder's history, and gives the folder back.
+    def flush(self, limit_s: float = math.inf, done: Tally | None = None) -> None:
+        """Puts the uses that were noted into the books, and what a process did into the folder's history, and syncs."""
+        if (self._touched or (done is not None and done.any)) and not self.readonly:
+            with self._planner() as planner:
+                if done is not None:
+                    planner.books.add_history(done, self.now())
+        self.environment.sync()
 
-        Where that fails, only uses that were noted are lost.
-        """
+    def close(self, done: Tally | None = None) -> None:
+        """Flushes, and gives the folder back. Where that fails, only uses that were noted are lost."""
         try:
-            self._settle(done)
+            self.flush(done=done)
         except StoreError as error:
             logger.warning("how often entries were used could not be written down: %s", str(error))
         finally:
@@ -329,10 +305,7 @@ class DiskTier(Tier):
         """Deletes a record, also one that the books do not know; whether there was one. What is not here cannot be sent."""
         if self.notes is not None:
             self.notes.unsend(txn, key)
-        index = 0
-        while txn.delete("segments", segment_key(key, index)):
-            index += 1
-        return txn.delete("entries", key)
+        return delete(txn, key)
 
     def _welcome(self, txn: Transaction, key: bytes) -> bool:
         """Whether a chunk of a pool may come: it is neither here nor to be deleted there."""
@@ -362,13 +335,3 @@ class DiskTier(Tier):
     def _get(self, database: str, key: bytes) -> bytes | None:
         with self.environment.transaction() as txn:
             return txn.get(database, key)
-
-
-def stored_size(entry: Offer) -> int:
-    """Bytes that an entry takes on disk, in whole pages."""
-    return _pages(len(entry.record.pack(entry.key))) + sum(_pages(stop - start) for start, stop in entry.record.spans)
-
-
-def _pages(count: int) -> int:
-    """Bytes of the pages that a value of ``count`` bytes takes, its page header included."""
-    return -(-(count + 16) // PAGE_BYTES) * PAGE_BYTES

@@ -10,6 +10,7 @@ import torch
 from ragkv.errors import StoreError, StoreFullError
 from ragkv.store.codecs import Raw
 from ragkv.store.encode import gathered
+from ragkv.store.levels import Levels
 from ragkv.store.memory import MemoryTier
 from ragkv.store.policy import Policy
 from ragkv.store.pool import BlockPool, Pooled, kinds_of
@@ -25,8 +26,7 @@ class GpuTier(MemoryTier):
     Args:
         budget_bytes: what the pool may take.
         device: where it lies.
-        policy: which entries go first.
-        held, lock: see :class:`MemoryTier`.
+        policy, held, lock: see :class:`MemoryTier`.
 
     Raises:
         StoreError: there is no such device.
@@ -50,7 +50,7 @@ class GpuTier(MemoryTier):
             ) from error
         if kind == "cuda" and not torch.cuda.is_available():
             raise StoreError("gpu_bytes needs a GPU that torch can use: set gpu_bytes=0 to do without")
-        super().__init__(budget_bytes, policy, held, lock, selective=True)
+        super().__init__(budget_bytes, policy, held, lock, Levels(Raw()), selective=True)
         self._device = device
         self._pool: BlockPool | None = None
 

@@ -1,14 +1,20 @@
-"""What is asked of the tier where chunks are kept, its home: pins, quotas, small facts, and what its books say."""
+"""What is asked of the tier where chunks are kept, its home: pins, quotas, small facts, what its books say, and how it keeps."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
+from ragkv.chunk import ChunkKV
 from ragkv.errors import StoreError, checked_namespace
+from ragkv.store.codecs import Codec, get_codec
 from ragkv.store.keys import checked_keys
-from ragkv.store.terms import checked_names
+from ragkv.store.levels import Levels
+from ragkv.store.pages import stored_size
+from ragkv.store.policy import Policy
+from ragkv.store.rope import RotationLike, ropes_of
+from ragkv.store.terms import Item, checked_names
 from ragkv.store.tiers import Tiers
 
 
@@ -16,6 +22,8 @@ class Keeping(ABC):
     """The part of a store that is about its home: the disk, or memory without one."""
 
     _tiers: Tiers
+    _levels: Levels
+    _policy: Policy
 
     @property
     @abstractmethod
@@ -26,6 +34,30 @@ class Keeping(ABC):
     def budget_bytes(self) -> int:
         """What all chunks may take where they are kept: on disk, or in memory without one."""
         return self._tiers.home.budget_bytes
+
+    @property
+    def readonly(self) -> bool:
+        """Whether its folder is open for reading only."""
+        return self._tiers.home.readonly
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec | None]:
+        """How KV are encoded where they are kept, and in CPU memory; ``None``: there as decoding the former gives them."""
+        return self._levels.below, self._levels.memory
+
+    def stored_bytes(
+        self, kv: ChunkKV, *, rotations: Sequence[RotationLike | None] = (), codec: str | Codec | None = None
+    ) -> int:
+        """Bytes that a chunk's KV would take where they are kept; with ``codec`` on disk, in that one. Stores nothing."""
+        levels = self._levels if codec is None else Levels(get_codec(codec))
+        offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
+        home = self._tiers.home
+        return home.size(home.prepare(offers[0])) if codec is None else stored_size(offers[0])
+
+    @property
+    def uses_costs(self) -> bool:
+        """Whether the eviction policy looks at what entries cost to compute."""
+        return self._policy.uses_costs
 
     def pinned(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the chunks that are stored and pinned now, each once and in order."""

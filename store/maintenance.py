@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import refuse_open, replace_damaged, salvage
-from ragkv.store.disk import DATABASES, DiskTier
+from ragkv.store.disk import DiskTier
+from ragkv.store.folder_books import DATABASES
 from ragkv.store.payload import Payload
 from ragkv.store.policy import PGDSF
 from ragkv.store.record import Record

@@ -6,16 +6,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import product
 
-from ragkv.errors import StoreFullError
 from ragkv.store.books import MemoryBooks
 from ragkv.store.keys import PATH, labelled, tags_of
-from ragkv.store.payload import Payload
+from ragkv.store.levels import Levels
 from ragkv.store.planner import Planner
 from ragkv.store.policy import Policy
-from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.source import InMemory, Source
 from ragkv.store.tier import Offer, Tier
@@ -31,8 +28,7 @@ class MemoryTier(Tier):
         policy: which entries go first.
         held: keys that must not be evicted now.
         lock: guards the tier; shared by the tiers of a store that are in memory.
-        form: turns a record into one of the codec that is kept here.
-        formed_bytes: what that will take; None where only doing so tells.
+        levels: say in which codec chunks are kept here.
         selective: keep a new entry only where it is worth more than what it would evict.
         gone: told the key of every entry that leaves.
 
@@ -49,16 +45,15 @@ class MemoryTier(Tier):
         policy: Policy,
         held: Container[bytes],
         lock: threading.RLock,
+        levels: Levels,
         *,
-        form: Callable[[Record, Payload], tuple[Record, Payload]] = lambda record, payload: (record, payload),
-        formed_bytes: Callable[[Record, Payload], int | None] = lambda record, payload: payload.taken_bytes,
         selective: bool = False,
         gone: Callable[[bytes], object] = lambda key: None,
     ) -> None:
         super().__init__(time.monotonic)
         self.facts: dict[str, bytes] = {}
-        self.lock: threading.RLock = lock
-        self._form, self._formed_bytes, self._selective, self._gone = form, formed_bytes, selective, gone
+        self.lock = lock
+        self._levels, self._selective, self._gone = levels, selective, gone
         self._held: dict[bytes, Source] = {}
         self._books = MemoryBooks()
         self._planner = Planner(
@@ -98,16 +93,12 @@ class MemoryTier(Tier):
             # What is here takes another's place, whatever it is worth; and without a size nothing can be said.
             if not self._selective or size is None or entry.key in self._held:
                 return True
-            with suppress(StoreFullError):  # which it then says again
-                if self._planner.wants(entry.key, size, entry.terms, usage=entry.usage):
-                    return True
-            self._planner.admit(entry.key, size, entry.terms, usage=entry.usage, selective=True)
-            return False
+            return self._planner.wants(entry.key, size, entry.terms, usage=entry.usage)
 
     def prepare(self, entry: Offer) -> Offer:
         if entry.ready:
             return entry
-        record, payload = self._form(entry.record, entry.payload)
+        record, payload = self._levels.for_memory(entry.record, entry.payload)
         return entry._replace(record=record, payload=payload)
 
     def admit(self, entries: Sequence[Offer], facts: Mapping[str, bytes] = NO_FACTS) -> list[bool]:
@@ -179,7 +170,7 @@ class MemoryTier(Tier):
 
     def expected(self, entry: Offer) -> int | None:
         """What :meth:`size` will be of an entry that is not prepared; None where that is not known."""
-        return self.size(entry) if entry.ready else self._formed_bytes(entry.record, entry.payload)
+        return self.size(entry) if entry.ready else self._levels.bytes_in_memory(entry.record, entry.payload)
 
     def size(self, entry: Offer) -> int:
         """Bytes that an entry takes here."""

@@ -1,62 +1,25 @@
 """Which entries a tier keeps: admission, victims, quotas, pins, lifetimes, ghosts and the policy's clock.
 
-Logic alone: what is known of entries lies in :class:`Books`, in memory or in a folder, and their payloads in the tier.
+Logic alone: what is known of entries lies in its :class:`~ragkv.store.books.Books`, and their payloads in the tier.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from ragkv.errors import StoreFullError
+from ragkv.store.books import NO_QUOTA, Books
 from ragkv.store.policy import Policy, Usage
-from ragkv.store.rows import Counters, Row, namespace_id
+from ragkv.store.rows import Row, namespace_id
 from ragkv.store.terms import Terms
 
 GHOSTS_PER_ENTRY, LEAST_GHOSTS = 4, 1024
-NO_QUOTA = (1 << 64) - 1
 _SLOW = 20  # the mean of few entries must not jump
-
-
-class Books(Protocol):
-    """A row for each entry and for each ghost (an entry that was evicted), and the orders they stand in."""
-
-    counters: Counters
-
-    @property
-    def entries(self) -> int:
-        """How many entries there are; ghosts are none."""
-
-    def row(self, key: bytes) -> Row | None:
-        """What is known of an entry or a ghost."""
-
-    def place(self, key: bytes, row: Row) -> None:
-        """Writes a row down, where it stands (among what may be evicted, or the ghosts; what is pinned nowhere), and its alarms."""
-
-    def lift(self, key: bytes, row: Row) -> None:
-        """Takes that back, before the row is changed."""
-
-    def strike(self, key: bytes) -> None:
-        """Forgets the row of what was lifted."""
-
-    def due(self, now: float) -> list[bytes]:
-        """What may have expired, or whose pin may have ended. It is not told again."""
-
-    def least(self, namespace: bytes | None = None) -> Generator[tuple[bytes, Row], None, None]:
-        """What may be evicted, of all or of one namespace, least priority first. Nothing may be placed meanwhile."""
-
-    def oldest_ghost(self) -> bytes | None:
-        """The ghost whose use is longest ago."""
-
-    def space(self, namespace: bytes) -> tuple[int, int]:
-        """Bytes of a namespace's entries, and its quota; (0, NO_QUOTA) where nothing was said of it."""
-
-    def set_space(self, namespace: bytes, used_bytes: int, quota_bytes: int) -> None:
-        """See :meth:`space`. The nameless namespace is never set."""
 
 
 AnyBooks = TypeVar("AnyBooks", bound=Books)
@@ -116,8 +79,7 @@ class Planner(Generic[AnyBooks]):
         self.drop(key)
         worth = self._worth(key, row)
         if selective and not _worthy(row, worth, victims):
-            self._age(worth)
-            self._haunt(key, row, uses=1)
+            self._refuse(key, row, worth)
             return None
         for victim, (gone, reason) in victims.items():
             self._age(gone.priority)
@@ -127,7 +89,7 @@ class Planner(Generic[AnyBooks]):
         return row
 
     def wants(self, key: bytes, size_bytes: int, terms: Terms, *, usage: Usage | None = None) -> bool:
-        """Whether :meth:`admit` would keep an entry that is not here, if selective. Changes nothing.
+        """Whether :meth:`admit` would keep an entry that is not here, if selective; what it would not is refused, as there.
 
         Raises:
             StoreFullError: as there.
@@ -135,12 +97,20 @@ class Planner(Generic[AnyBooks]):
         counters = self.books.counters
         row, old = self._arriving(key, size_bytes, terms, usage)
         returns = counters.returns
-        try:
-            self._note_return(old)
-            victims = self._room_for(key, row, old, frozenset())
-            return _worthy(row, self._worth(key, row), victims)
-        finally:
-            counters.returns = returns
+        self._note_return(old)
+        victims, worth = self._room_for(key, row, old, frozenset()), self._worth(key, row)
+        if _worthy(row, worth, victims):
+            counters.returns = returns  # it is noted once it is admitted
+            return True
+        self.drop(key)
+        self._refuse(key, row, worth)
+        return False
+
+    def _refuse(self, key: bytes, row: Row, worth: float) -> None:
+        """Remembers an entry that is not kept, as a ghost."""
+        self._age(worth)
+        self._used(row, 1)
+        self._haunt(key, row)
 
     def _arriving(self, key: bytes, size_bytes: int, terms: Terms, usage: Usage | None) -> tuple[Row, Row | None]:
         """The row of an entry that comes, its use not counted, and what is known under its key."""
@@ -232,9 +202,8 @@ class Planner(Generic[AnyBooks]):
     def set_quota(self, namespace: str, quota_bytes: int | None) -> None:
         """Bounds what a namespace's entries may take. Takes effect with its next entry."""
         name = namespace_id(namespace)
-        self.books.set_space(
-            name, self.books.space(name)[0], NO_QUOTA if quota_bytes is None else min(quota_bytes, NO_QUOTA)
-        )
+        quota = NO_QUOTA if quota_bytes is None else min(quota_bytes, NO_QUOTA)
+        self.books.set_space(name, self.books.space(name)[0], quota)
 
     def _room_for(self, key: bytes, row: Row, old: Row | None, passed: Set[bytes]) -> dict[bytes, tuple[Row, str]]:
         """The entries to evict for a new one, with the reason."""
@@ -248,9 +217,8 @@ class Planner(Generic[AnyBooks]):
         freed += sum(victim.usage.size_bytes for victim in own.values())
         missing = self.books.counters.used_bytes - freed + size - self.budget_bytes
         others = self._victims(missing, passed | own.keys())
-        return {name: (victim, "quota") for name, victim in own.items()} | {
-            name: (victim, "budget") for name, victim in others.items()
-        }
+        reasons = {"quota": own, "budget": others}
+        return {name: (victim, why) for why, found in reasons.items() for name, victim in found.items()}
 
     def _victims(self, missing: int, passed: Set[bytes], namespace: bytes | None = None) -> dict[bytes, Row]:
         """The entries of least priority that free so many bytes."""
@@ -313,10 +281,8 @@ class Planner(Generic[AnyBooks]):
         if self.policy.half_life:
             counters.clock += times / self._half_life()
 
-    def _haunt(self, key: bytes, row: Row, uses: int = 0) -> None:
+    def _haunt(self, key: bytes, row: Row) -> None:
         """Remembers how an entry was used that is not there; the oldest ghost goes when there are too many."""
-        if uses:
-            self._used(row, uses)
         row.usage.size_bytes = 0
         row.expires_s, row.pinned_from_s, row.pinned_until_s = math.inf, 0.0, 0.0
         self.books.counters.ghosts += 1

@@ -30,7 +30,7 @@ class BlockPool:
     """N blocks. Safe for several threads.
 
     Args:
-        like: KV of whose layers, heads, dims and dtype all others must be.
+        like: a chunk, of whose layers, heads, dims and dtype all others must be.
         budget_bytes: the most that the pool may take.
         device: where.
 
@@ -38,7 +38,7 @@ class BlockPool:
         StoreFullError: not one block fits.
     """
 
-    def __init__(self, like: ChunkKV | Record, budget_bytes: int, device: torch.device | str) -> None:
+    def __init__(self, like: Record, budget_bytes: int, device: torch.device | str) -> None:
         self.kinds: tuple[Kind, ...] = kinds_of(like)
         self.block_bytes: int = BLOCK_TOKENS * sum(heads * dim * dtype.itemsize for heads, dim, dtype in self.kinds)
         self.count: int = budget_bytes // self.block_bytes
@@ -92,7 +92,7 @@ class BlockPool:
         Raises:
             StoreError: they do not fit in here.
         """
-        if kinds_of(kv) != self.kinds:
+        if tuple((side.shape[0], side.shape[2], side.dtype) for pair in kv for side in pair) != self.kinds:
             raise StoreError("the chunk has other layers, heads or dtypes than the pool")
         brought = [room.new_empty(len(room), room.shape[2], len(kv), room.shape[4]) for room in self._rooms.values()]
         given = (side for pair in kv for side in pair)
@@ -125,17 +125,12 @@ class BlockPool:
 class Pooled(Source):
     """A chunk in a pool. Its blocks are given back when nobody refers to it: no tier, and no batch.
 
-    Args:
-        pool: which.
-        chunk: what is known of it.
-        brought: its numbers, see :meth:`BlockPool.bring`.
-
     Raises:
         StoreFullError: so many blocks are not free.
     """
 
-    def __init__(self, pool: BlockPool, chunk: Record | ChunkKV, brought: Sequence[Tensor]) -> None:
-        super().__init__("gpu", chunk)
+    def __init__(self, pool: BlockPool, record: Record, brought: Sequence[Tensor]) -> None:
+        super().__init__("gpu", record)
         self.codec, self.unrotated = "raw", False  # whatever the record's was
         self._pool = pool
         blocks = pool.allocate(pool.blocks_for(self.tokens))
@@ -160,9 +155,7 @@ class Pooled(Source):
         return {"": keys}, {"": values}
 
 
-def kinds_of(chunk: ChunkKV | Record) -> tuple[Kind, ...]:
+def kinds_of(record: Record) -> tuple[Kind, ...]:
     """What must be equal in all chunks of a pool: of layer 0's K and V, layer 1's, and so on."""
-    if isinstance(chunk, ChunkKV):
-        return tuple((side.shape[0], side.shape[2], side.dtype) for pair in chunk for side in pair)
-    pairs = zip(chunk.shapes, chunk.dtypes, strict=True)
+    pairs = zip(record.shapes, record.dtypes, strict=True)
     return tuple((heads, dim, dtype) for pair, dtype in pairs for heads, _, dim in pair)

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 from typing import Any
 
@@ -250,13 +250,8 @@ class Record:
         return record
 
     def _metadata(self) -> dict[str, str]:
-        runs: list[tuple[int, list[object]]] = []
-        for dtype, (key, value) in zip(self.dtypes, self.shapes, strict=True):
-            kind: list[object] = [NAMES[dtype], key[0], key[2], value[0], value[2]]
-            if runs and runs[-1][1] == kind:
-                runs[-1] = (runs[-1][0] + 1, kind)
-            else:
-                runs.append((1, kind))
+        sides = zip(self.dtypes, self.shapes, strict=True)
+        kinds = groupby([NAMES[dtype], key[0], key[2], value[0], value[2]] for dtype, (key, value) in sides)
         return {
             "format": f"ragkv-{VERSION}",
             "space": self.space,
@@ -269,7 +264,7 @@ class Record:
             "codec": self.codec,
             "base": str(self.base),
             "tokens": str(self.tokens),
-            "layers": json.dumps([[count, *kind] for count, kind in runs], separators=(",", ":")),
+            "layers": json.dumps([[len(list(run)), *kind] for kind, run in kinds], separators=(",", ":")),
             "segment_bytes": str(self.segment_bytes),
             "xxh3_64": "".join(f"{number:016x}" for number in self.checksums),
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from ragkv.errors import RecordError, StoreError
 from ragkv.folder import Environment, Transaction
+from ragkv.store.pages import segment_key
 from ragkv.store.payload import Payload, extents
 from ragkv.store.record import Record
 from ragkv.store.rows import Row
 from ragkv.store.source import Recorded
 from ragkv.store.target import Target
-
-_SEGMENT = struct.Struct(">I")
 
 # K's and V's memory, as uint8 [H, N x bytes of a token].
 Rows = tuple[Any, Any]
@@ -141,12 +139,7 @@ class DiskSnapshot:
 
 
 class Loading(Recorded):
-    """A record on its way from a snapshot to memory, segment by segment. Safe for several threads.
-
-    Attributes:
-        key: what it is stored under.
-        row: what the books said of it.
-    """
+    """A record on its way from a snapshot to memory, segment by segment. Safe for several threads."""
 
     def __init__(self, snapshot: DiskSnapshot, key: bytes, record: Record, row: Row, *, keep: bool = True) -> None:
         super().__init__("disk", record)
@@ -244,8 +237,3 @@ class Loading(Recorded):
                 target.check(stored, start)
             rows[layer] = target.rows
         return rows
-
-
-def segment_key(key: bytes, index: int) -> bytes:
-    """What a segment is stored under."""
-    return key + _SEGMENT.pack(index)

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of Source
 """A chunk as a tier holds it, opened for reading: what a batch takes its layers from."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ragkv.chunk import Attended, ChunkKV
+from ragkv.chunk import Attended
 from ragkv.store.payload import Payload
 from ragkv.store.record import Record
 from ragkv.store.target import Target
@@ -56,11 +57,9 @@ class Source(ABC):
 
     Attributes:
         tier: its tier's name.
-        label: what whoever put it knows it by; empty where nothing was said.
-        base: position at which the chunk's first token stood.
+        record: its header; what that says of the chunk is here, too.
         tokens: T.
         layers: L.
-        sensitivity: ``[T]``, see :class:`~ragkv.chunk.ChunkKV`, like ``foreign``, ``rows`` and ``attended``.
         codec: how :meth:`parts` are encoded.
         unrotated: whether the keys among :meth:`parts` are as they were before rotary embedding.
         slots: ``[T]`` int64 on the CPU: where in a pool each token lies, block x P + place in it; None elsewhere.
@@ -71,29 +70,26 @@ class Source(ABC):
         put_s: when it was put where the store keeps it, by that tier's clock; None where nobody knows, as of what came from a pool.
     """
 
-    codec: str = "raw"
-    unrotated: bool = False
     slots: Tensor | None = None
     away: bool = False
     level: str = ""
     key: bytes = b""
     put_s: float | None = None
 
-    def __init__(self, tier: str, chunk: Record | ChunkKV) -> None:
+    def __init__(self, tier: str, record: Record) -> None:
         self.tier: str = tier
-        self.label: str = chunk.label if isinstance(chunk, Record) else ""
-        self.base: int = chunk.base
-        self.sensitivity: Tensor | None = chunk.sensitivity
-        self.foreign: str = chunk.foreign
-        self.rows: Tensor | None = chunk.rows
-        self.attended: Attended | None = chunk.attended
+        self.record: Record = record
+        self.label: str = record.label
+        self.base: int = record.base
+        self.tokens: int = record.tokens
+        self.layers: int = len(record.shapes)
+        self.sensitivity: Tensor | None = record.sensitivity
+        self.foreign: str = record.foreign
+        self.rows: Tensor | None = record.rows
+        self.attended: Attended | None = record.attended
+        self.codec: str = record.codec
+        self.unrotated: bool = record.turned_back
         self.kept: dict[str, Any] = {}
-        if isinstance(chunk, Record):
-            self.tokens: int = chunk.tokens
-            self.layers: int = len(chunk.shapes)
-            self.codec, self.unrotated = chunk.codec, chunk.turned_back
-        else:
-            self.tokens, self.layers = len(chunk), len(chunk.keys)
 
     @property
     def direct(self) -> bool:
@@ -145,15 +141,7 @@ class Source(ABC):
 
 
 class Recorded(Source):
-    """A chunk as a record.
-
-    Attributes:
-        record: its header.
-    """
-
-    def __init__(self, tier: str, record: Record) -> None:
-        super().__init__(tier, record)
-        self.record: Record = record
+    """A chunk as the bytes of its record."""
 
     @property
     @abstractmethod
@@ -161,13 +149,11 @@ class Recorded(Source):
         """Its bytes, as far as they were loaded."""
 
     def parts(self, layer: int) -> Parts:
-        """See :class:`Source`."""
         parts = self.record.parts(self.payload, layer)
         self.record.check(layer, *parts)
         return parts
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See :class:`Source`."""
         return self.record.layer(self.payload, layer)
 
 
@@ -185,5 +171,4 @@ class InMemory(Recorded):
 
     @property
     def whole(self) -> tuple[Record, Payload]:
-        """See :class:`Source`."""
         return self.record, self._payload

@@ -252,12 +252,10 @@ class Tally:
         evictions = {tier: sum(reasons.values()) for tier, reasons in self.evictions.items() if reasons}
         return Sample(round(at_s), dict(self.hits), self.misses, evictions, entries, size_bytes)
 
-    def stats(self, entries: dict[str, int], sizes: dict[str, int], file_bytes: int) -> StoreStats:
+    def stats(self, **held: Any) -> StoreStats:
         """The numbers so far, beside what the tiers hold."""
         return StoreStats(
-            entries=entries,
-            bytes=sizes,
-            file_bytes=file_bytes,
+            **held,
             hits=dict(self.hits),
             misses=self.misses,
             tokens_hit=self.tokens_hit,
@@ -304,14 +302,14 @@ class Tally:
                 tally.latency[stage] = Latency(int(item["count"]), float(item["total_s"]), buckets)
             for method, item in facts.get("checks", {}).items():  # earlier versions wrote none
                 tally.checks[str(method)] = Checks(int(item["count"]), float(item["kl"]), int(item["agreed"]))
-            tally.samples = [_read_sample(*item) for item in facts.get("samples", [])]
+            tally.samples = [
+                Sample(float(at_s), _counts(hits), int(misses), _counts(evictions), int(count), int(size))
+                for at_s, hits, misses, evictions, count, size in facts.get("samples", [])
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"the numbers of a store cannot be read: {error}") from error
         return tally
 
 
-def _read_sample(at_s: Any, hits: Any, misses: Any, evictions: Any, entries: Any, size_bytes: Any) -> Sample:
-    def counts(item: Any) -> dict[str, int]:
-        return {str(tier): int(count) for tier, count in item.items()}
-
-    return Sample(float(at_s), counts(hits), int(misses), counts(evictions), int(entries), int(size_bytes))
+def _counts(item: Any) -> dict[str, int]:
+    return {str(tier): int(count) for tier, count in item.items()}

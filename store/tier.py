@@ -53,6 +53,7 @@ class Tier(ABC):
     Attributes:
         name: one a store; what :attr:`Batch.tiers` and the statistics call it.
         volatile: whether admitting costs no more than a copy: it is offered what is read from below it.
+        readonly: whether nothing can be written.
         budget_bytes: what its entries may take together; it evicts by itself to stay within, never what a batch holds.
         above_bytes: the largest budget of the volatile tiers above: what is larger is not kept there. The store says so.
         evictions: entries dropped by this process, by reason.
@@ -62,6 +63,7 @@ class Tier(ABC):
 
     name: str
     volatile: bool = False
+    readonly: bool = False
     budget_bytes: int
     above_bytes: int = 0
 

@@ -19,13 +19,14 @@ from ragkv.errors import ArgumentTypeError, OfOneProcess, RecordError, StoreErro
 from ragkv.folder.filesystem import folder_path
 from ragkv.store.batch import Batch
 from ragkv.store.codecs import Codec, get_codec
-from ragkv.store.disk import DiskTier, stored_size
+from ragkv.store.disk import DiskTier
 from ragkv.store.gpu import GpuTier
 from ragkv.store.keeping import Keeping
 from ragkv.store.keys import checked_keys
 from ragkv.store.levels import Levels
 from ragkv.store.memory import NO_FACTS, MemoryTier
 from ragkv.store.policy import Policy, get_policy
+from ragkv.store.prefetch import Prefetch
 from ragkv.store.rates import Loading
 from ragkv.store.remote import RemoteTier
 from ragkv.store.rope import RotationLike, ropes_of
@@ -114,8 +115,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             self._policy,
             leases,
             lock,
-            form=self._levels.for_memory,
-            formed_bytes=self._levels.bytes_in_memory,
+            self._levels,
             selective=selective or self.path is not None,
             # Without a disk, memory is where a chunk is stored: what leaves it is not to be found above either.
             gone=(lambda key: gpu.remove([key])) if gpu and self.path is None else (lambda key: None),
@@ -132,6 +132,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         except BaseException:
             home.close()
             raise
+        self._prefetch = Prefetch(self._tiers)
 
     def put(
         self,
@@ -218,7 +219,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             moved: what :meth:`prefetch` was given for these chunks: they are counted as hits of where they were.
             asking: how it is asked for what comes over a network; by default whoever reads has time.
         """
-        return self._open.read(checked_keys(keys), moved or {}, asking or Asking())
+        return self._open.read(checked_keys(keys), moved or {}, asking)
 
     def prefetch(self, keys: Sequence[bytes], moved: dict[bytes, Moved] | None = None) -> Future[int]:
         """Starts moving chunks to memory, one after the other in a thread of the store. That is no use of them for the policy.
@@ -230,12 +231,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         Returns:
             A future of the bytes read; nobody needs to wait for it.
         """
-        return self._open.prefetch(checked_keys(keys), {} if moved is None else moved)
-
-    @property
-    def uses_costs(self) -> bool:
-        """Whether the eviction policy looks at what entries cost to compute."""
-        return self._policy.uses_costs
+        return self._prefetch.begin(checked_keys(keys), {} if moved is None else moved)
 
     def contains(self, key: bytes) -> bool:
         """Whether the chunk is stored, in any tier. Does not count as a use."""
@@ -272,24 +268,6 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
         """What the GPU tier will take of its device when the first chunk comes to it; 0 where it has, or where there is none."""
         return 0 if self._gpu is None else self._gpu.unclaimed_bytes
 
-    @property
-    def readonly(self) -> bool:
-        """Whether its folder is open for reading only."""
-        return self._disk is not None and self._disk.readonly
-
-    @property
-    def codecs(self) -> tuple[Codec, Codec | None]:
-        """How KV are encoded where they are kept, and in CPU memory; ``None``: there as decoding the former gives them."""
-        return self._levels.below, self._levels.memory
-
-    def stored_bytes(
-        self, kv: ChunkKV, *, rotations: Sequence[RotationLike | None] = (), codec: str | Codec | None = None
-    ) -> int:
-        """Bytes that a chunk's KV would take where they are kept; with ``codec`` on disk, in that one. Stores nothing."""
-        levels = self._levels if codec is None else Levels(get_codec(codec))
-        offers, _ = levels.offers([Item(bytes(32), kv, 0.0, "")], "", ropes_of(rotations), "", math.inf)
-        return self._tiers.home.size(self._tiers.home.prepare(offers[0])) if codec is None else stored_size(offers[0])
-
     def remove(self, key: bytes) -> bool:
         """Forgets a chunk in every tier; whether it was stored. Open batches keep what they hold."""
         return self.remove_many([key]) == 1
@@ -300,7 +278,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
 
     def headers(self, keys: Iterable[bytes]) -> dict[bytes, Source]:
         """What is known of stored chunks, their KV left aside: base, tokens, rows, what they attended to. Not a use of them."""
-        sources = self._open.find(checked_keys(keys), used=False)
+        sources = self._open.find(checked_keys(keys))
         for source in sources.values():
             source.release()
         return sources
@@ -345,6 +323,7 @@ class TieredStore(Keeping, OfOneProcess, instead="open its folder where it is ne
             if self._tiers.leases:
                 raise StoreError("the store cannot be closed while batches are open")
             self._closed = True
+        self._prefetch.close()  # it reads from what is closed next
         self._tiers.close()
 
     @property

@@ -8,9 +8,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import compress
 from time import perf_counter
@@ -67,7 +65,7 @@ class Tiers:
         if len(self.named) < len(self.tiers):
             raise StoreError(f"tiers need names of their own, got {[tier.name for tier in self.tiers]}")
         for tier in self.tiers:
-            tier.above_bytes = max((upper.budget_bytes for upper in self._over(tier)), default=0)
+            tier.above_bytes = max((upper.budget_bytes for upper in self.over(tier)), default=0)
         with ExitStack() as stood:
             for tier in self.behind:
                 tier.stand_behind(home)
@@ -78,49 +76,12 @@ class Tiers:
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self.tally: Tally = Tally()
         self.copies: Copies = Copies(self.above, home, lock)
-        # Prefetches; its thread begins when it is first needed.
-        self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
         _tiers.add(self)
 
-    def prefetch(self, keys: Iterable[bytes], moved: dict[bytes, Moved]) -> Future[int]:
-        """Begins to move chunks to memory, see :meth:`load`."""
-        try:
-            return self._background.submit(self.load, keys, moved)
-        except RuntimeError as error:  # another thread closed it just now
-            raise StoreError("the store is closed") from error
-
-    def load(self, keys: Iterable[bytes], moved: dict[bytes, Moved]) -> int:
-        """Moves chunks to memory; the bytes that were read. What proves damaged is dropped.
-
-        ``moved`` is told of each before it is in memory.
-        """
-        read, started = 0, perf_counter()
-        # All at once: a pool is asked for them together.
-        with ExitStack() as opened:
-            sources = self.find(list(filter(self._below, keys)), used=False)
-            for source in sources.values():
-                opened.callback(source.release)
-            for key, source in sources.items():
-                try:
-                    if source.whole is None and self._below(key) and any(self._over(self.named[source.tier])):
-                        moved[key] = Moved(source.tier, source.load())
-                        read += moved[key].bytes_read
-                    self.finish(key, source)
-                except RecordError as error:
-                    self.drop_damaged(key, source, error)
-                finally:
-                    source.release()
-        self.count_load(read, perf_counter() - started)
-        return read
-
-    def _below(self, key: bytes) -> bool:
-        """Whether a chunk is not in memory."""
-        return all(tier.missing([key]) for tier in self.tiers if tier.volatile)
-
-    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved], asking: Asking) -> Batch:
+    def read(self, keys: Sequence[bytes], moved: Mapping[bytes, Moved], asking: Asking | None) -> Batch:
         """Opens a batch: nothing of it is evicted until it says so with :meth:`release`.
 
-        ``moved`` is what :meth:`load` was told to fill for it.
+        ``moved`` is what :meth:`~ragkv.store.prefetch.Prefetch.load` was told to fill for it.
         """
         started, leased = perf_counter(), Counter(keys)
         with self.lock:
@@ -146,15 +107,9 @@ class Tiers:
                     del self.leases[key]
 
     def put_many(self, offers: Sequence[Offer], above: Sequence[Offer], facts: Mapping[str, bytes]) -> list[bool]:
-        """Stores chunks and facts at home; whether each is worth it. Other tiers keep copies as far as they can.
+        """Stores chunks and facts at home, or raises a StoreError; whether each is worth it.
 
-        Args:
-            offers: what is stored.
-            above: the same for the tiers above, in whatever codec.
-            facts: stored with them.
-
-        Raises:
-            StoreError: a fact is none, or home cannot keep them all.
+        Other tiers keep copies as far as they can: those ``above`` of the same chunks in whatever codec.
         """
         check_facts(facts)
         started = perf_counter()
@@ -176,16 +131,14 @@ class Tiers:
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Which chunks cannot be read from any tier, each once and in order."""
-        keys = list(dict.fromkeys(keys))
+        keys = dict.fromkeys(keys)
         there = self.where(keys)
         return [key for key in keys if key not in there]
 
     def where(self, keys: Iterable[bytes], limit_s: float | None = None) -> dict[bytes, str]:
         """The tier that each chunk would be read from now; those that are in none are not named. Opens nothing.
 
-        Args:
-            keys: which.
-            limit_s: see :meth:`Tier.missing_away`; without it whatever has to be asked is.
+        Without the limit, see :meth:`Tier.missing_away`, whatever has to be asked is.
         """
         self.copies.catch_up()
         wanted, places = list(dict.fromkeys(keys)), dict[bytes, str]()
@@ -197,22 +150,16 @@ class Tiers:
                     wanted = missing
         return places
 
-    def find(self, keys: Collection[bytes], used: bool, asking: Asking | None = None) -> dict[bytes, Source]:
-        """Opens chunks, each in the first tier that has it.
-
-        Args:
-            keys: which.
-            used: count a use of each.
-            asking: how it is asked for what comes over a network.
-        """
+    def find(self, keys: Collection[bytes], used: bool = False, asking: Asking | None = None) -> dict[bytes, Source]:
+        """Opens chunks, each in the first tier that has it; ``used``: counts a use of each."""
         self.copies.catch_up()
-        wanted = list(dict.fromkeys(keys))
+        wanted, asking = list(dict.fromkeys(keys)), asking or Asking()
         sources: dict[bytes, Source] = {}
         try:
             for tier in self.tiers:
                 if wanted:
                     with self._spared(tier):
-                        sources |= tier.find(wanted) if asking is None else tier.find_away(wanted, asking)
+                        sources |= tier.find_away(wanted, asking)
                     wanted = [key for key in wanted if key not in sources]
             for tier in self.tiers if used and sources else ():
                 with self._spared(tier):
@@ -228,7 +175,7 @@ class Tiers:
         if source.level:
             return
         origin = self.named[source.tier]
-        above = [tier for tier in self._over(origin) if tier in self.behind or tier.missing([key])]
+        above = [tier for tier in self.over(origin) if tier in self.behind or tier.missing([key])]
         if above and source.whole is not None:
             self.copies.offer(Offer(key, *source.whole, Terms(), put_s=source.put_s), origin, above)
 
@@ -268,16 +215,12 @@ class Tiers:
                 self.tally.latency["load"].add(seconds)
 
     def after_fork(self) -> None:
-        """In a child: whatever thread held a lock is not in it, and the parent's batches and numbers are not its own."""
-        self.lock = self.copies.lock = threading.RLock()
+        """In a child: the parent's batches and numbers are not its own."""
         for batch in self._batches:
             batch.disown()
         self.leases.clear()
         self.tally = Tally()
-        self._background = ThreadPoolExecutor(1, "ragkv-prefetch")
         for tier in self.tiers:
-            if isinstance(tier, MemoryTier):
-                tier.lock = self.lock
             tier.after_fork()
 
     def stats(self) -> StoreStats:
@@ -290,7 +233,7 @@ class Tiers:
         file_bytes = self.home.environment.file_bytes() if isinstance(self.home, DiskTier) else 0
         pools = {tier.name: pool for tier in self.behind if (pool := tier.pool()) is not None}
         with self.lock:
-            return replace(self.counted().stats(entries, sizes, file_bytes), pools=pools)
+            return self.counted().stats(entries=entries, bytes=sizes, file_bytes=file_bytes, pools=pools)
 
     def share(self) -> int:
         """Offers tiers behind all that is stored; how many chunks any of them may want."""
@@ -306,8 +249,6 @@ class Tiers:
 
     def close(self) -> None:
         """Closes the tiers."""
-        # A prefetch reads from the map: it must be over before that is gone.
-        self._background.shutdown(cancel_futures=True)
         for tier in reversed(self.tiers):  # those behind read from home
             with self._spared(tier):
                 if isinstance(tier, DiskTier):
@@ -321,9 +262,15 @@ class Tiers:
         self.tally.bytes_written = sum(tier.written_bytes for tier in self.tiers)
         return self.tally
 
-    def _over(self, tier: Tier) -> list[Tier]:
+    def over(self, tier: Tier) -> list[Tier]:
         """The tiers that are offered what is read from this one."""
         return [upper for upper in self.tiers[: self.tiers.index(tier)] if upper.volatile]
+
+    def below(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """Those of the chunks that are in no such tier."""
+        for tier in self.tiers:
+            keys = tier.missing(keys) if tier.volatile else keys
+        return keys
 
     @contextmanager
     def _spared(self, tier: Tier) -> Iterator[None]:
@@ -350,8 +297,7 @@ def _after_fork(in_child: bool) -> None:
     for tiers in _forking.held:
         if in_child:
             tiers.after_fork()
-        else:
-            tiers.lock.release()
+        tiers.lock.release()
     _forking.held.clear()
 
 

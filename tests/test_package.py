@@ -73,11 +73,9 @@ def imports(path: Path) -> set[str]:
         ("kernels", {"ragkv.kernels", "ragkv.errors"}),
         ("ragkv/folder", {"ragkv.folder", "ragkv.errors"}),
         ("ragkv/background.py", {"ragkv.forks"}),
+        ("ragkv/forks.py", set()),
         ("ragkv/lazy.py", set()),
-        (
-            "store",
-            {"ragkv.store", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.background", "ragkv.lazy"},
-        ),
+        ("store", {f"ragkv.{name}" for name in ("store", "folder", "chunk", "errors", "background", "forks", "lazy")}),
         (
             "retrieval",
             {"ragkv.retrieval", "ragkv.folder", "ragkv.chunk", "ragkv.errors", "ragkv.forks", "ragkv.tokenizer"},

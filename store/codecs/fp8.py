@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of base.Codec
 """8-bit floating point numbers."""
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class Fp8(Codec):
         return {"": (numbers / scale).to(torch.float8_e4m3fn), "scale": scale}
 
     def check(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> None:
-        """See the base class."""
         numbers, scale = parts[""], parts.get("scale")
         wanted = (shape[0], 1, shape[2]) if side == "k" else (shape[0], shape[1], 1)
         if scale is None or tuple(numbers.shape) != tuple(shape) or tuple(scale.shape) != wanted:
@@ -40,6 +40,5 @@ class Fp8(Codec):
             raise RecordError(f"e4m3 and float32 were stored, the record has {numbers.dtype} and {scale.dtype}")
 
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
-        """See the base class."""
         self.check(parts, shape, dtype, side)
         return (parts[""].float() * parts["scale"]).to(dtype)

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of base.Codec
 """Integers for groups of numbers: what the codecs int8 and int4 share."""
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ class Grouped(Codec):
         return {"": self.pack(integers.flatten(2)), "step": step.squeeze(-1), "low": low.squeeze(-1)}
 
     def check(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> None:
-        """See the base class."""
         (heads, _, _), (lines, length) = shape, _lines(shape, side)
         try:
             packed, step, low = parts[""], parts["step"], parts["low"]
@@ -65,7 +65,6 @@ class Grouped(Codec):
             raise RecordError(f"the parts do not make up {shape} numbers: {error}") from error
 
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype, side: Side) -> Tensor:
-        """See the base class."""
         self.check(parts, shape, dtype, side)
         (lines, length), step, low = _lines(shape, side), parts["step"], parts["low"]
         integers = self.unpack(parts[""]).view(shape[0], lines, step.shape[2], -1)

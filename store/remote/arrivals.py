@@ -8,7 +8,7 @@ from threading import Event
 
 from ragkv.background import Background
 from ragkv.store.disk import DiskTier
-from ragkv.store.remote.source import Reading
+from ragkv.store.remote.reading import Reading
 from ragkv.store.tier import Offer
 
 _MOST_BYTES = 256 << 20

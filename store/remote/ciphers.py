@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ragkv.errors import MissingPackageError, RecordError, StoreError
+from ragkv.errors import RecordError, StoreError
+from ragkv.store.remote.pool import needing
 from ragkv.store.rows import namespace_id
 
 #: What stands in an object's head: how it is encrypted.
@@ -144,12 +145,8 @@ def _hint(secret: bytes) -> bytes:
 
 
 def _cryptography() -> tuple[Any, Any, Any]:
-    try:
+    with needing("encryption needs the package cryptography: pip install 'ragkv[encryption]'"):
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.ciphers import aead
         from cryptography.hazmat.primitives.kdf import hkdf
-    except ImportError as error:
-        raise MissingPackageError(
-            f"encryption needs the package cryptography: pip install 'ragkv[encryption]' ({error})"
-        ) from error
     return hashes, hkdf, aead

@@ -89,13 +89,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Opened:
-    """An object whose header was read.
-
-    Attributes:
-        record: the record's header.
-        row: on what terms it is kept.
-        head: the object's.
-    """
+    """An object whose header was read: the record's header, on what terms it is kept, and the object's own head."""
 
     record: Record
     row: Row

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ragkv.errors import RecordError
+from ragkv.lazy import keep_last
 from ragkv.store.remote.envelope import ID, ForeignError, Opened
-from ragkv.store.remote.manifest import Manifest, remember
+from ragkv.store.remote.manifest import MOST_KNOWN, Manifest
 from ragkv.store.remote.pool import Breaker, GoneError, PoolError
 from ragkv.store.remote.records import Records
 from ragkv.store.remote.speed import Speed
@@ -27,6 +28,7 @@ logger: logging.Logger = logging.getLogger("ragkv.store")
 _LATE = 1.1
 _LOOKED_INTO = 8
 MOST_ASKED = 1024  # keys that are asked for together
+AVOIDED_S = 10.0
 
 
 @dataclass
@@ -70,6 +72,14 @@ class Heads:
         level = logging.DEBUG if self.breaker.broken else logging.WARNING
         self.breaker.failed()
         logger.log(level, "the pool is left alone for %.0f s: %s", self.breaker.left_s, str(error))
+
+    def lost(self, key: bytes, error: PoolError) -> None:
+        """The pool did not give a chunk that it had."""
+        if isinstance(error, GoneError):
+            self.manifest.note([key], False)
+        else:
+            self.failed(error)
+        self.manifest.avoid(key, AVOIDED_S)
 
     def which(self, keys: Sequence[bytes], limit_s: float) -> Collection[bytes]:
         """Those that are there, or of which that is not known after so much longer than lately."""
@@ -144,7 +154,7 @@ class Heads:
             return None
         if not opened.row.alive(time.time()):
             return None
-        remember(self.seen, key, (opened.row, opened.id))
+        keep_last(self.seen, key, (opened.row, opened.id), MOST_KNOWN)
         return opened
 
     def _read(self, keys: Sequence[bytes], limit_s: float) -> tuple[dict[bytes, memoryview], set[bytes]]:

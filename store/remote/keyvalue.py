@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
-from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import ClosedError, Pool, PoolError, shown
+from ragkv.errors import StoreError
+from ragkv.store.remote.pool import ClosedError, Pool, PoolError, needing, shown
 
 _RETRIES = 2
 _MOST_VALUE = 512 << 20  # Redis' own limit
@@ -79,10 +79,7 @@ class RedisPool(Pool):
         lifetime_ms = None if lifetime_s > _LONGEST_S else max(1, int(lifetime_s * 1000))
         self._wait(lambda: self._client.set(self._prefix + name, memoryview(data), px=lifetime_ms))
 
-    def delete(self, name: str) -> None:
-        self.delete_all([name])
-
-    def delete_all(self, names: Sequence[str]) -> None:
+    def delete(self, *names: str) -> None:
         """See :class:`Pool`. One round trip."""
         self._wait(lambda: self._client.unlink(*(self._prefix + name for name in names)))
 
@@ -134,12 +131,8 @@ class RedisPool(Pool):
 
 
 def _redis() -> Any:
-    try:
+    with needing("Redis and Valkey need the package redis: pip install 'ragkv[redis]'"):
         import redis
         import redis.backoff
         import redis.retry
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Redis and Valkey need the package redis: pip install 'ragkv[redis]' ({error})"
-        ) from error
     return redis

@@ -7,20 +7,18 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import numpy as np
 
+from ragkv.lazy import keep_last
 from ragkv.store.remote.pool import Pool
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
 _SHARE = 20  # a listing takes at most one part of the time in so many
 _MOST = 100_000  # keys that are kept whole
-_MOST_KNOWN = 4096  # of which there is more to say
+MOST_KNOWN = 4096  # of which there is more to say
 _FIRST = 8  # bytes of a key that are kept: the keys are hashes
-
-Known = TypeVar("Known")
 
 
 class Manifest:
@@ -87,7 +85,7 @@ class Manifest:
 
     def avoid(self, key: bytes, seconds: float = math.inf) -> None:
         """Leaves a key alone for so long, or until something is noted of it."""
-        remember(self._avoided, key, self._now() + seconds)
+        keep_last(self._avoided, key, self._now() + seconds, MOST_KNOWN)
 
     def avoids(self, key: bytes) -> bool:
         """Whether a key is to be left alone."""
@@ -123,13 +121,6 @@ class Manifest:
             self._listed, self._bytes = listed, total
             self._done = {key: what for key, what in self._done.items() if what[0] >= begun}
             self._due_s, self._good_until_s, self._thread = now + every, now + 2 * every, None
-
-
-def remember(known: dict[bytes, Known], key: bytes, what: Known) -> None:
-    """Notes something of a key, and forgets what was noted first where that is too much."""
-    known[key] = what
-    for first in list(known)[:-_MOST_KNOWN]:  # at once: other threads note, too
-        known.pop(first, None)
 
 
 def _first(key: bytes) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ragkv.errors import MissingPackageError
-from ragkv.store.remote.pool import PoolError
+from ragkv.forks import anew_in_forks
+from ragkv.store.remote.pool import PoolError, needing
 
 _ADMIN_PORT = 9003
 
@@ -42,6 +41,12 @@ class Members:
     def __init__(self) -> None:
         self._clients: dict[Member, Any] = {}
         self._parents: list[Any] = []  # which must not end in a child: that would wait for threads that are not there
+        self.anew()
+
+    def anew(self) -> None:
+        """In a child: none of the parent's."""
+        self._parents += self._clients.values()
+        self._clients = {}
         self._joining: dict[Member, threading.Lock] = {}
 
     def client(self, member: Member, limit_s: float) -> Any:
@@ -55,11 +60,6 @@ class Members:
                 if member not in self._clients:
                     self._clients[member] = _join(member, limit_s)
         return self._clients[member]
-
-    def after_fork(self) -> None:
-        """In a child: none of the parent's."""
-        self._parents += self._clients.values()
-        self._clients, self._joining = {}, {}
 
 
 def _join(member: Member, limit_s: float) -> Any:
@@ -76,8 +76,7 @@ def _join(member: Member, limit_s: float) -> Any:
     return client
 
 
-members: Members = Members()
-os.register_at_fork(after_in_child=members.after_fork)
+members: Members = anew_in_forks(Members())
 
 
 def client_class() -> Callable[[], Any]:
@@ -86,12 +85,10 @@ def client_class() -> Callable[[], Any]:
     Raises:
         MissingPackageError: it is not installed.
     """
-    try:
+    with needing(
+        "Mooncake's store needs its package, and libibverbs1 of the system also without RDMA: pip install 'ragkv[mooncake]', "
+        "apt install libibverbs1"
+    ):
         from mooncake.store import MooncakeDistributedStore
-    except ImportError as error:
-        raise MissingPackageError(
-            "Mooncake's store needs its package, and libibverbs1 of the system also without RDMA: "
-            f"pip install 'ragkv[mooncake]', apt install libibverbs1 ({error})"
-        ) from error
     made: Callable[[], Any] = MooncakeDistributedStore
     return made

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - methods without a docstring keep the contract of pool.Pool
 """A pool in Mooncake's store (arXiv:2407.00079): memory that processes lend, over TCP or RDMA, found through one master."""
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class MooncakePool(Pool):
         return cls(member, name, prefix=f"{parts.path.strip('/') or 'ragkv'}/", limit_s=limit_s, requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
-        """See :class:`Pool`."""
         wanted = _Range(self._prefix + name, start, stop, Future())
         with self._lock:
             (self._small if stop - start <= _SMALL_BYTES else self._large).append(wanted)
@@ -98,7 +98,6 @@ class MooncakePool(Pool):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """See :class:`Pool`."""
         self._here.together = True
         try:
             yield
@@ -113,13 +112,10 @@ class MooncakePool(Pool):
         """See :class:`Pool`. It does not go by itself when its lifetime ends."""
         self._wait(self._submit(self._write, self._prefix + name, data), max(self._limit_s, _WRITE_S))
 
-    def delete(self, name: str) -> None:
+    def delete(self, *names: str) -> None:
         """See :class:`Pool`. Also while it is read: who does gets an error, or bytes that checksums refuse."""
-
-        def run() -> None:
-            self._check(self._joined().remove(self._prefix + name, True), _NOT_FOUND)
-
-        self.answer(self._submit(run))
+        for name in names:
+            self.answer(self._submit(self._remove, self._prefix + name))
 
     def which(self, names: Sequence[str]) -> set[str]:
         """See :class:`Pool`. One round trip."""
@@ -246,6 +242,9 @@ class MooncakePool(Pool):
         with self._registered(client, room):
             self._check(client.upsert_from(key, room.ctypes.data, room.nbytes))
         self._answered = time.monotonic()
+
+    def _remove(self, key: str) -> None:
+        self._check(self._joined().remove(key, True), _NOT_FOUND)
 
     @contextmanager
     def _registered(self, client: Any, room: np.ndarray[Any, Any]) -> Iterator[None]:

@@ -4,28 +4,24 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import os
 import re
-import threading
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
-from typing import Any, ClassVar, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from ragkv.errors import MissingPackageError, StoreError
-from ragkv.store.remote.pool import GoneError, Pool, PoolError, end, shown
+from ragkv.errors import StoreError
+from ragkv.store.remote.loop import Loop
+from ragkv.store.remote.pool import GoneError, Pool, PoolError, needing, shown
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
 _RETRIES = 2
 _REQUEST_S = 60.0  # of one that goes on
 _WRITE_S = 30.0  # what is sent may take long before an answer comes
-_END_S, _LET_GO_S = 0.5, 0.05
 _LISTED = 1000
 _SMALL_BYTES = 64 << 10
 # What a server answers that does not know a request; 403 is about who asks.
@@ -34,15 +30,10 @@ _PLAIN = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 
 Answer = TypeVar("Answer")
-_Begun: TypeAlias = tuple[Coroutine[Any, Any, Any], Future[Any]]  # a request, and its answer
-
-_pools: weakref.WeakSet[ObjectPool] = weakref.WeakSet()
 
 
 class ObjectPool(Pool):
     """Objects below a prefix.
-
-    Requests run on a loop in a thread of its own: whoever waits for one waits in Python, and may stop to.
 
     Args:
         store: one of ``obstore.store``'s. It retries by itself, and should give up soon (``client_options``, ``retry_config``).
@@ -59,13 +50,11 @@ class ObjectPool(Pool):
         super().__init__(name)
         self.quick = quick
         self._client, self._store, self._writer = _obstore(), store, writer or store
-        self._at_once, self._deleter = isinstance(store, self._client.store.S3Store), self._writer
+        # What deletes one object after the other; None while several go at once.
+        self._deleter = None if isinstance(store, self._client.store.S3Store) else self._writer
         # What is small does not stand in line behind what is large.
         self._small, self._large = asyncio.Semaphore(requests), asyncio.Semaphore(requests)
-        self._lock, self._here = threading.Lock(), threading.local()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
-        _pools.add(self)
+        self._loop = Loop()
 
     @classmethod
     def open(cls, url: str, limit_s: float, requests: int) -> Self:
@@ -96,94 +85,60 @@ class ObjectPool(Pool):
         return cls(store, name, writer=writer, quick=scheme in ("memory", "file"), requests=requests)
 
     def begin(self, name: str, start: int, stop: int) -> Future[Any]:
-        return self._begin(self._read(name, start, stop))
+        return self._loop.begin(self._read(name, start, stop))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """See :class:`Pool`. The loop is woken once: whoever wakes it waits until it sleeps again."""
-        self._here.begun = begun = list[_Begun]()
-        try:
+        with self._loop.together():
             yield
-        finally:
-            self._here.begun = None
-            if begun:
-                self._wake(begun)
 
     def which(self, names: Sequence[str]) -> set[str]:
         """See :class:`Pool`. As many requests as names, several at once."""
         with self.together():
-            begun = [self._begin(self._size(name)) for name in names]
+            begun = [self._loop.begin(self._size(name)) for name in names]
         sizes = self.answers(begun)
         return {name for name, size in zip(names, sizes, strict=True) if size is not None}
 
     def write(self, name: str, data: bytes | bytearray, lifetime_s: float) -> None:
         """See :class:`Pool`. Large ones in parts, several at once. It does not go by itself: give the bucket a rule for that."""
-        self.answer(self._begin(self._ask(self._client.put_async, self._writer, name, data, turns=self._large)))
+        self._wait(self._ask(self._client.put_async, self._writer, name, data, turns=self._large))
 
-    def delete(self, name: str) -> None:
-        self.delete_all([name])
-
-    def delete_all(self, names: Sequence[str]) -> None:
+    def delete(self, *names: str) -> None:
         """See :class:`Pool`. S3 alone deletes several at once, and does not mind those that are not there; where what speaks like
         it refuses that, they go one by one from then on.
         """
-        if self._at_once:
+        deleter = self._deleter
+        if deleter is None:
             try:
-                self.answer(self._begin(self._ask(self._client.delete_async, self._writer, list(names))))
+                self._wait(self._ask(self._client.delete_async, self._writer, list(names)))
                 return
             except (FileNotFoundError, PoolError) as error:
                 # S3 says 404 of no object here: whoever does so does not know the request.
                 if not isinstance(error, FileNotFoundError) and not _REFUSED.search(str(error)):
                     raise
-                self._deleter = _one_by_one(self._writer)
+                deleter = _one_by_one(self._writer)
         with self.together():
-            begun = [self._begin(self._gone(name)) for name in names]
+            begun = [self._loop.begin(self._gone(deleter, name)) for name in names]
         for each in begun:
             self.answer(each)
-        if self._at_once:
-            self._at_once = False
+        if self._deleter is None:
+            self._deleter = deleter
             logger.warning("%s: deleting several objects in one request is refused, they go one by one", self.name)
 
     def names(self, below: str = "") -> Iterator[tuple[str, int]]:
         listed = self._client.list(self._store, prefix=below or None, chunk_size=_LISTED)
-        while page := self.answer(self._begin(self._page(listed))):
+        while page := self._wait(self._page(listed)):
             yield from ((item["path"], item["size"]) for item in page)
 
     def after_fork(self) -> None:
         """See :class:`Pool`. It is closed."""
-        self._lock, self._loop, self._closed = threading.Lock(), None, True
+        self._loop.after_fork()
 
     def close(self) -> None:
-        with self._lock:
-            loop, self._loop, self._closed = self._loop, None, True
-        if loop is not None:
-            asyncio.run_coroutine_threadsafe(_end(), loop)
-            self._thread.join(_END_S)
+        self._loop.close()
 
-    def _begin(self, request: Coroutine[Any, Any, Answer]) -> Future[Answer]:
-        future = Future[Answer]()
-        begun: list[_Begun] | None = getattr(self._here, "begun", None)
-        if begun is None:
-            self._wake([(request, future)])
-        else:
-            begun.append((request, future))
-        return future
-
-    def _wake(self, begun: list[_Begun]) -> None:
-        """Has the loop begin requests."""
-        with self._lock:
-            if not self._closed and self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=_run_loop, args=[self._loop], name="ragkv-pool-loop", daemon=True
-                )
-                self._thread.start()
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(_run, self._loop, begun)
-                return
-        for request, future in begun:
-            request.close()
-            end(future)
+    def _wait(self, request: Coroutine[Any, Any, Answer]) -> Answer:
+        return self.answer(self._loop.begin(request))
 
     async def _read(self, name: str, start: int, stop: int) -> Any:
         try:
@@ -197,9 +152,9 @@ class ObjectPool(Pool):
                 raise
             return None if size is None else b""
 
-    async def _gone(self, name: str) -> None:
+    async def _gone(self, deleter: Any, name: str) -> None:
         with suppress(FileNotFoundError):
-            await self._ask(self._client.delete_async, self._deleter, name)
+            await self._ask(self._client.delete_async, deleter, name)
 
     async def _size(self, name: str) -> int | None:
         try:
@@ -238,58 +193,6 @@ class ObjectPool(Pool):
                 raise PoolError(f"{self.name}: {_reason(error)}") from error
 
 
-@atexit.register
-def _close_all() -> None:
-    """What is on its way when the program ends must not come back to it."""
-    for pool in list(_pools):
-        pool.close()
-
-
-def _run(loop: asyncio.AbstractEventLoop, begun: Sequence[_Begun]) -> None:
-    """On a loop: begins requests; one that nobody waits for any more is ended."""
-    for request, future in begun:
-        task = loop.create_task(request)
-        task.add_done_callback(partial(_tell, future))
-        future.add_done_callback(partial(_end_unwanted, loop, task))
-
-
-def _tell(future: Future[Any], task: asyncio.Task[Any]) -> None:
-    if task.cancelled():
-        end(future)
-    elif future.set_running_or_notify_cancel():
-        error = task.exception()
-        if error is None:
-            future.set_result(task.result())
-        else:
-            future.set_exception(error)
-
-
-def _end_unwanted(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], future: Future[Any]) -> None:
-    if future.cancelled() and not task.done():
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(task.cancel)
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Until it is ended; with it go its sockets."""
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-
-
-async def _end() -> None:
-    """On a loop: ends what is on its way, then the loop."""
-    loop = asyncio.get_running_loop()
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    if tasks:  # the client's own threads let go of them a moment later, and panic where Python has ended by then
-        await asyncio.sleep(_LET_GO_S)
-    loop.call_soon(loop.stop)
-
-
 def _one_by_one(store: Any) -> Any:
     """The same bucket, whose client sends a request for each object that is deleted."""
     config = {**store.config, "disable_bulk_delete": True}
@@ -321,14 +224,10 @@ def _plain_http() -> bool:
 
 
 def _obstore() -> Any:
-    try:
+    with needing("object stores need the package obstore: pip install 'ragkv[remote]'"):
         import obstore
         import obstore.exceptions
         import obstore.store
-    except ImportError as error:
-        raise MissingPackageError(
-            f"object stores need the package obstore: pip install 'ragkv[remote]' ({error})"
-        ) from error
     return obstore
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ragkv.errors import StoreError
+from ragkv.errors import MissingPackageError, StoreError
 
 _SLOWEST_S = 60.0
 
@@ -35,11 +35,8 @@ class Pool(ABC):
 
     What is written is seen whole or not at all. Whatever goes wrong is a :class:`PoolError`.
 
-    Args:
-        name: where it is, without secrets.
-
     Attributes:
-        name: see above.
+        name: where it is, without secrets.
         quick: asking it is so fast that nobody need know beforehand what is there.
         forks: whether a forked child can use it.
         most_bytes: what one value may have.
@@ -66,13 +63,8 @@ class Pool(ABC):
         """Stores a value, in place of what has its name. It may go after its lifetime."""
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Deletes a value; an unknown one is fine."""
-
-    def delete_all(self, names: Sequence[str]) -> None:
-        """Deletes several values, in one request where that can be done."""
-        for name in names:
-            self.delete(name)
+    def delete(self, *names: str) -> None:
+        """Deletes values, in one request where that can be done; unknown ones are fine."""
 
     @abstractmethod
     def which(self, names: Sequence[str]) -> set[str]:
@@ -177,6 +169,15 @@ def end(future: Future[Any]) -> None:
     """Cancels what nobody works on any more; whoever waits for several at once is told, too."""
     future.cancel()
     future.set_running_or_notify_cancel()
+
+
+@contextmanager
+def needing(what: str) -> Iterator[None]:
+    """To import a client: where it is not installed, a MissingPackageError says what is needed."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackageError(f"{what} ({error})") from error
 
 
 def shown(url: str) -> str:

@@ -96,7 +96,7 @@ class Records:
 
     def delete_all(self, keys: Sequence[bytes]) -> None:
         """Deletes those that are there."""
-        self.pool.delete_all(list(map(name_of, keys)))
+        self.pool.delete(*map(name_of, keys))
 
 
 def name_of(key: bytes) -> str:

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import compress
-from weakref import WeakValueDictionary
 
 from ragkv.errors import ArgumentError, OfOneProcess, StoreError, instance, whole_number
 from ragkv.store.disk import DiskTier
@@ -17,16 +16,17 @@ from ragkv.store.notes import DELETE, SEND, FolderNotes, MemoryNotes, Notes, sha
 from ragkv.store.rates import Loading
 from ragkv.store.remote.arrivals import Arrivals
 from ragkv.store.remote.envelope import Envelope
-from ragkv.store.remote.heads import MOST_ASKED, Heads
+from ragkv.store.remote.heads import AVOIDED_S, MOST_ASKED, Heads
 from ragkv.store.remote.levels import level_key, ordered
 from ragkv.store.remote.manifest import Manifest
 from ragkv.store.remote.opening import open_pool
-from ragkv.store.remote.pool import GoneError, Pool, PoolError
+from ragkv.store.remote.pool import Pool
 from ragkv.store.remote.pruning import Pruned, Pruner
 from ragkv.store.remote.publications import Publications
+from ragkv.store.remote.reading import Fetch, Reading
 from ragkv.store.remote.records import Records, key_of
 from ragkv.store.remote.sending import Sender
-from ragkv.store.remote.source import Fetch, Reading, RemoteSource
+from ragkv.store.remote.source import Sources
 from ragkv.store.remote.speed import Speed
 from ragkv.store.remote.uploads import Uploads
 from ragkv.store.rows import Row
@@ -36,7 +36,6 @@ from ragkv.store.tier import Offer, Tier
 
 logger: logging.Logger = logging.getLogger("ragkv.store")
 
-_AVOIDED_S = 10.0
 _LONGEST_S = 86_400  # clients take no more than their own count of milliseconds
 
 
@@ -104,17 +103,15 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         envelope = Envelope(encryption_key)
         self._pool = open_pool(pool, limit_s, requests) if isinstance(pool, str) else pool
         self._records = Records(self._pool, envelope)
-        self.readonly: bool = readonly
+        self.readonly = readonly
         self.publications: Publications = Publications(self._pool, envelope)
-        self._range_bytes = range_bytes
         self._levels = ordered(levels)
         self._speed = Speed(levels=self._levels)
         self._manifest = Manifest(self._pool, refresh_s, key_of)
         self._counts: Counter[str] = Counter()  # of what PoolStats has
         self._heads = Heads(self._records, self._speed, self._manifest, self._counts, self._drop)
+        self._sources = Sources(name, self._heads, range_bytes, self._arrived)
         self._sending = uploads
-        # What is on its way: whoever else wants it joins.
-        self._readings: WeakValueDictionary[bytes, Reading] = WeakValueDictionary()
         self._off = False
         self._notes: Notes = MemoryNotes()
         self._home: Tier | None = None
@@ -145,16 +142,14 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         return self.find_away(keys, Asking())
 
     def find_away(self, keys: Sequence[bytes], asking: Asking) -> dict[bytes, Source]:
-        removals = 0 if self._home is None else self._home.removed()[0]
-        fetch = Fetch(self._pool, self._lose, self._speed, self._counts, removals)
+        fetch = Fetch(self._heads, 0 if self._home is None else self._home.removed()[0])
         listed = self._listed
         likely = self._likely(keys, listed)
         levels = {level_key(key, asking.levels[key]): key for key in likely if key in asking.levels}
-        at_levels = self._opened(fetch, self._likely(list(levels), listed), asking, levels)
+        at_levels = self._sources.open(fetch, self._likely(list(levels), listed), asking, levels)
         found = {levels[key]: source for key, source in at_levels.items()}
         left = [key for key in likely if key not in found and key not in asking.late]
-        found |= self._opened(fetch, left, asking, {})
-        return found
+        return found | self._sources.open(fetch, left, asking, {})
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """See :class:`Tier`. What a fresh listing names is taken to be there, as far as what is looked into can be read."""
@@ -232,7 +227,7 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         if seen is not None:
             self._drop(key, seen[1], "a segment is not what was stored")
         else:  # read so long ago that nobody knows which object it was
-            self._manifest.avoid(key, _AVOIDED_S)
+            self._manifest.avoid(key, AVOIDED_S)
 
     def loading(self) -> Loading | None:
         return self._speed.loading
@@ -286,8 +281,7 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         self.evictions.clear()
         self._counts.clear()
         self._off = not self._pool.forks
-        self._readings = WeakValueDictionary()
-        for part in (self._pool, self._manifest, self._heads, self._notes, self._arrivals):
+        for part in (self._pool, self._manifest, self._heads, self._sources, self._notes, self._arrivals):
             if part is not None:
                 part.after_fork()
         if self._uploads is not None:
@@ -314,25 +308,6 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         known -= self._notes.deleting(known)
         return [key for key in wanted if key in known]
 
-    def _opened(
-        self, fetch: Fetch, keys: Sequence[bytes], asking: Asking, levels: Mapping[bytes, bytes]
-    ) -> dict[bytes, Source]:
-        """Objects that are there, to be read together; of those that hold levels, which chunks these are of."""
-        found: dict[bytes, Source] = {}
-        for key in keys:
-            reading = self._readings.get(key)
-            if reading is not None and reading.join():
-                found[key] = RemoteSource(self.name, reading)
-        opened, late = self._heads.open([key for key in keys if key not in found], asking.limit_s)
-        for key, (one, head) in opened.items():
-            level = asking.levels[levels[key]] if key in levels else ""
-            reading = Reading(fetch, key, one, head, self._range_bytes, self._arrived, level)
-            self._readings[key] = reading
-            reading.join()
-            found[key] = RemoteSource(self.name, reading)
-        asking.late.update(levels.get(key, key) for key in late)
-        return found
-
     def _drop(self, key: bytes, number: bytes, why: str) -> None:
         """An object is damaged: it is a miss from now on, and deleted, where it still is the one of this id."""
         self.evictions["damaged"] += 1
@@ -341,20 +316,12 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         if self._uploads is not None:
             self._uploads.note({key: DELETE + number})
 
-    def _lose(self, key: bytes, error: PoolError) -> None:
-        """The pool did not give a chunk that it had."""
-        if isinstance(error, GoneError):
-            self._manifest.note([key], False)
-        else:
-            self._heads.failed(error)
-        self._manifest.avoid(key, _AVOIDED_S)
-
     def _still(self, key: bytes) -> bool:
         """Whether nobody removed a chunk that is being read since it was looked for."""
-        reading = self._readings.get(key)
-        if reading is None or self._home is None:
+        removals = self._sources.removals(key)
+        if removals is None or self._home is None:
             return True
-        _, gone = self._home.removed(reading.fetch.removals)
+        _, gone = self._home.removed(removals)
         return gone is not None and key not in gone
 
     def _arrived(self, reading: Reading) -> None:

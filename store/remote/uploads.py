@@ -83,7 +83,8 @@ class Uploads:
         self.wake()
         while True:
             self._strike()
-            left, rest_s = len(self._notes), until - time.monotonic()
+            # What is under way is left to do also where another process has struck its note.
+            left, rest_s = len(self._notes) or len(self._busy), until - time.monotonic()
             if not left:
                 return
             if rest_s <= 0 or self._closed:

@@ -1,9 +1,5 @@
 """What stands in front of documents: the benchmark's templates and figures."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from ragkv import PromptTemplate, bundled
@@ -11,17 +7,14 @@ from ragkv.evaluation import Bench, Case
 from ragkv.evaluation.cases import everything
 from ragkv.prompt import Encoder
 from ragkv.testing import tiny_model
+from tests.scripts import load
 
 CHAT = "{% for m in messages %}<eos>{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}<eos>assistant:"
-PATH = Path(__file__).parents[2] / "benchmarks" / "fronts.py"
 
 
 @pytest.fixture(scope="module")
 def fronts():
-    spec = importlib.util.spec_from_file_location("benchmarks_fronts", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("fronts")
 
 
 @pytest.mark.parametrize("chat", [None, CHAT])

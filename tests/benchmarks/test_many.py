@@ -1,25 +1,21 @@
 """The comparison of many at once: it runs on packed weights as on others, and says on which."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ragkv import Engine, bundled
 from ragkv.testing import tiny_model
+from tests.scripts import load
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_side_by_side_beside_one_by_one(weights, tmp_path, monkeypatch):
     if weights and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("FBGEMM is not in this PyTorch")
-    file = Path(__file__).parents[2] / "benchmarks" / "many.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_many", file)
-    many = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(many)
+    many = load("many")
     model, out, packed = tmp_path / "model", tmp_path / "out.json", []
     tiny_model(vocab_size=1792).save_pretrained(model)
     bundled.load()[1].save_pretrained(model)

@@ -1,22 +1,16 @@
 """The walk over all model types: what it says of one that is driven, of one that is refused, and of one that dies."""
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "models.py"
+from tests.scripts import load
 
 
 @pytest.fixture(scope="module")
 def models():
-    spec = importlib.util.spec_from_file_location("benchmarks_models", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("models")
 
 
 def test_a_default_config_is_shrunk_and_what_is_inside(models):

@@ -1,23 +1,19 @@
 """The comparison of packed weights: beside itself nothing differs, packed a little does."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ragkv import bundled
 from ragkv.testing import tiny_model
+from tests.scripts import load
 
 
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is not in this PyTorch")
 def test_packed_beside_float32(tmp_path, monkeypatch):
-    file = Path(__file__).parents[2] / "benchmarks" / "packed.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_packed", file)
-    packed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(packed)
+    packed = load("packed")
     model, data, out = (tmp_path / name for name in ("model", "cases.jsonl", "out.json"))
     tiny_model(vocab_size=1792).save_pretrained(model)
     bundled.load()[1].save_pretrained(model)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 from string import ascii_lowercase
 
 import numpy as np
@@ -18,16 +15,7 @@ from ragkv import bundled
 from ragkv.errors import DocumentError
 from ragkv.report import ChunkReport, FusionReport
 from ragkv.store.policy import GDSF, LFU, LRFU, LRU, PGDSF
-
-
-def load(name):
-    """A script; benchmarks/ is not installed."""
-    file = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # they import each other by these names
-    spec.loader.exec_module(module)
-    return module
-
+from tests.scripts import load
 
 streams, units, policies = load("streams"), load("units"), load("policies")
 Belady, compare, replay = policies.Belady, policies.compare, policies.replay

@@ -1,9 +1,6 @@
 """The study's sets and tables; asking itself is ``ragkv eval``."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,16 +8,7 @@ from ragkv import PromptTemplate, bundled
 from ragkv.evaluation import Bench, Case
 from ragkv.evaluation.cases import everything
 from ragkv.testing import tiny_model
-
-
-def load(name):
-    """A script; benchmarks/ is not installed."""
-    file = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from tests.scripts import load
 
 study, unnamed, ceiling = load("study"), load("unnamed"), load("ceiling")
 

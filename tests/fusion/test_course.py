@@ -1,12 +1,9 @@
 """Chunks on their way from a pool: what needs none of them is computed meanwhile, and what is late is computed, exactly."""
 
-import importlib.util
-import sys
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Timer
 from time import perf_counter
 
@@ -35,11 +32,9 @@ from ragkv.model.turns import looking
 from ragkv.store import CostProfile, Loading, Rates, RemoteTier
 from ragkv.store.remote.pool import PoolError
 from ragkv.testing import random_ids, tiny_model
+from tests.scripts import load
 
-file = Path(__file__).parents[2] / "benchmarks" / "links.py"
-spec = importlib.util.spec_from_file_location("benchmarks_links", file)
-links = sys.modules["benchmarks_links"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(links)
+simulation, links = load("simulation"), load("links")
 
 TEMPLATE = PromptTemplate(prefix=[1, 5, 6], after_chunk=[10])
 QUESTION = random_ids(9)
@@ -47,19 +42,21 @@ QUESTION = random_ids(9)
 SLOW, QUICK = (CostProfile((0, 1000), (0, 1000), ((0.0, s), (0.0, s))) for s in (100.0, 0.01))
 
 
-@pytest.mark.parametrize("speed", links.SPEEDS.values(), ids=links.SPEEDS)
+@pytest.mark.parametrize("speed", simulation.SPEEDS.values(), ids=simulation.SPEEDS)
 @pytest.mark.parametrize("known", [True, False], ids=["known", "not known"])
 @pytest.mark.parametrize(("chunks", "tokens"), [(16, 256), (4, 128)])
 def test_within_both_bounds_over_links_that_drop(chunks, tokens, speed, known):
     """On a clock of its own: 10 % of computing, and of long prompts 15 % of the better of loading and computing."""
-    tokens_per_s, token_bytes = links.MACHINES["small"]
-    rates, layout = links.figures(tokens_per_s, token_bytes), links.prompt(chunks, tokens)
+    tokens_per_s, token_bytes = simulation.MACHINES["small"]
+    rates, layout = simulation.figures(tokens_per_s, token_bytes), simulation.prompt(chunks, tokens)
     full_s = rates.compute_s(layout.tokens)
     same = layout, rates, token_bytes
-    steady = links.simulate(SensitiveTokens(), *same, links.Link([(0.0, speed)]), None)
-    for kind, trace in links.traces(speed, full_s).items():
-        loaded = links.simulate(SensitiveTokens(), *same, links.Link(trace), None)
-        own = links.simulate(Auto(), *same, links.Link(trace), *((steady.seen, steady.start_s) if known else (None,)))
+    steady = simulation.simulate(SensitiveTokens(), *same, simulation.Link([(0.0, speed)]), None)
+    for kind, trace in simulation.traces(speed, full_s).items():
+        loaded = simulation.simulate(SensitiveTokens(), *same, simulation.Link(trace), None)
+        own = simulation.simulate(
+            Auto(), *same, simulation.Link(trace), *((steady.seen, steady.start_s) if known else (None,))
+        )
         assert own.seconds <= 1.1 * full_s, (kind, own)
         if chunks > 4 and kind != "ten times as fast":  # which the next prompt knows
             assert own.seconds <= 1.15 * min(loaded.seconds, full_s), (kind, own)
@@ -68,11 +65,11 @@ def test_within_both_bounds_over_links_that_drop(chunks, tokens, speed, known):
 
 
 def test_where_loading_and_computing_are_equally_fast_it_is_faster_than_both():
-    tokens_per_s, token_bytes = links.MACHINES["small"]
-    rates, layout = links.figures(tokens_per_s, token_bytes), links.prompt(16, 256)
+    tokens_per_s, token_bytes = simulation.MACHINES["small"]
+    rates, layout = simulation.figures(tokens_per_s, token_bytes), simulation.prompt(16, 256)
     full_s = rates.compute_s(layout.tokens)
     speed = token_bytes * layout.tokens / full_s
-    own = links.simulate(Auto(), layout, rates, token_bytes, links.Link([(0.0, speed)]), speed)
+    own = simulation.simulate(Auto(), layout, rates, token_bytes, simulation.Link([(0.0, speed)]), speed)
     assert own.seconds < 0.75 * full_s
     assert own.seconds == pytest.approx(own.reckoned["chosen"] / 1e3, rel=0.1), "it is what was reckoned"
     assert own.reckoned["computed"] == pytest.approx(full_s * 1e3) and own.reckoned["loaded"] > own.reckoned["chosen"]

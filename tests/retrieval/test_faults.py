@@ -13,6 +13,7 @@ import pytest
 from ragkv.errors import RagKVError, RecordError
 from ragkv.retrieval import Catalogue
 from ragkv.retrieval.rescue import rescue
+from tests.damage import cut_short, flip_bits
 
 from .conftest import HashEmbedder, put
 
@@ -88,26 +89,6 @@ def damage(times, filled, folder, forked, harm, may_end=0) -> Counter[str]:
         outcomes["signal" if "signal" in outcome else outcome] += 1
         assert outcomes["signal"] <= may_end, outcome
     return outcomes
-
-
-def flip_bits(seed):
-    chance = random.Random(seed)
-
-    def harm(file):
-        size = os.fstat(file.fileno()).st_size
-        for _ in range(chance.choice((1, 1, 8, 64))):
-            place = chance.randrange(size)
-            file.seek(place)
-            (byte,) = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
-
-    return harm
-
-
-def cut_short(seed):
-    chance = random.Random(seed)
-    return lambda file: file.truncate(chance.randrange(1, os.fstat(file.fileno()).st_size))
 
 
 @pytest.mark.parametrize("harm", [flip_bits(5), cut_short(5)], ids=["flipped", "cut"])

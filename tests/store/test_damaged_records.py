@@ -10,7 +10,7 @@ import torch
 from ragkv.errors import RagKVError, RecordError, StoreError
 from ragkv.store import Target, TieredStore
 from ragkv.store.keys import label_of, path_key
-from ragkv.store.snapshot import segment_key
+from ragkv.store.pages import segment_key
 
 
 def test_damaged_segment_is_named_dropped_and_put_again(folder, kv, key, same, caplog, damage):

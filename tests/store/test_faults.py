@@ -14,6 +14,7 @@ import torch
 
 from ragkv.errors import RagKVError, RecordError, StoreError
 from ragkv.store import TieredStore
+from tests.damage import cut_short, flip, flip_bits
 
 SIZES = (5, 60, 300)
 
@@ -151,26 +152,6 @@ def damage(times, filled, tmp_path, kv, key, forked, harm, may_end=False):
     return outcomes
 
 
-def flip_bits(seed):
-    chance = random.Random(seed)
-
-    def harm(file):
-        size = os.fstat(file.fileno()).st_size
-        for _ in range(chance.choice((1, 1, 8, 64))):
-            place = chance.randrange(size)
-            file.seek(place)
-            (byte,) = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
-
-    return harm
-
-
-def cut_short(seed):
-    chance = random.Random(seed)
-    return lambda file: file.truncate(chance.randrange(os.fstat(file.fileno()).st_size))
-
-
 @pytest.mark.parametrize("harm", [flip_bits(5), cut_short(5)], ids=["flipped", "cut"])
 def test_damage_is_a_miss_or_a_named_error(filled, tmp_path, kv, key, forked, harm):
     outcomes = damage(15, filled, tmp_path, kv, key, forked, harm)
@@ -282,11 +263,7 @@ def test_damage_aimed_at_index_pages(filled, tmp_path, kv, key, forked):
     chance = random.Random(11)
 
     def harm(file):
-        place = chance.choice(pages) + chance.randrange(chance.choice((64, 4096)))
-        file.seek(place)
-        (byte,) = file.read(1)
-        file.seek(place)
-        file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+        flip(file, chance.choice(pages) + chance.randrange(chance.choice((64, 4096))), chance)
 
     outcomes = damage(1000, filled, tmp_path, kv, key, forked, harm, may_end=True)
     print(dict(outcomes))

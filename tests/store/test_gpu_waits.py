@@ -46,7 +46,7 @@ def test_the_gpu_tier_is_filled_without_waiting(gpu, folder, kv, key, same, disk
     if disk:
         with gpu, TieredStore(folder, codec=codec, gpu_bytes=1 << 20, cpu_bytes=1 << 20) as store:
             gpu.waits.clear()
-            store._tiers.load([key(0)], {})
+            store._prefetch.load([key(0)], {})
             held(store, key(0), want[0])
             assert gpu.waits == []
 
@@ -152,5 +152,5 @@ def test_what_memory_does_not_want_is_not_decoded(folder, kv, key, free):
         seen = free(store)
         store.put(key(9), kv(9, tokens=64), cost_s=1e-3)
         for _ in range(5):
-            assert store._tiers.load([key(9)], {}) > 0
+            assert store._prefetch.load([key(9)], {}) > 0
         assert seen == [] and store.stats().entries["cpu"] == 4

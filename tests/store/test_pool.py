@@ -9,6 +9,8 @@ import torch
 
 from ragkv.errors import StoreError, StoreFullError
 from ragkv.store import TieredStore
+from ragkv.store.codecs import Raw
+from ragkv.store.encode import encode
 from ragkv.store.pool import BlockPool, Pooled
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -19,13 +21,17 @@ def device(request):
     return request.param
 
 
+def record(kv):
+    return encode(kv, codec=Raw())[0]
+
+
 def pooled(pool, kv):
-    return Pooled(pool, kv, pool.bring(kv))
+    return Pooled(pool, record(kv), pool.bring(kv))
 
 
 def test_chunks_come_and_go_without_a_hole(kv, device):
     """After any order of puts and releases every block is usable, whatever the sizes were."""
-    pool = BlockPool(kv(0), 40 * 16 * 2 * 8 * 4 * 6, device)
+    pool = BlockPool(record(kv(0)), 40 * 16 * 2 * 8 * 4 * 6, device)
     assert pool.count == 40
     chance, held = random.Random(1), {}
     for step in range(200):
@@ -47,17 +53,17 @@ def test_chunks_come_and_go_without_a_hole(kv, device):
 
 def test_a_pool_that_was_made_in_inference_mode_is_filled_outside(kv, device):
     with torch.inference_mode():
-        pool = BlockPool(kv(0), 40 * 16 * 2 * 8 * 4 * 6, device)
+        pool = BlockPool(record(kv(0)), 40 * 16 * 2 * 8 * 4 * 6, device)
     assert torch.equal(pooled(pool, kv(1, tokens=20)).layer(0)[0].cpu(), kv(1, tokens=20).keys[0])
 
 
 def test_a_pool_that_is_full_takes_nothing(kv, device):
-    pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
+    pool = BlockPool(record(kv(0)), 4 * 16 * 2 * 8 * 4 * 6, device)
     with pytest.raises(StoreFullError):
         pool.allocate(5)
     assert pool.free_blocks == 4
     with pytest.raises(StoreFullError):
-        BlockPool(kv(0), 1000, device)
+        BlockPool(record(kv(0)), 1000, device)
     with pytest.raises(StoreError, match="other layers"):
         pool.bring(kv(1, heads=4))
 
@@ -94,7 +100,7 @@ def test_no_gpu_is_named():
 
 
 def test_a_chunk_that_cannot_be_copied_leaves_no_block_taken(kv, device, monkeypatch):
-    pool = BlockPool(kv(0), 4 * 16 * 2 * 8 * 4 * 6, device)
+    pool = BlockPool(record(kv(0)), 4 * 16 * 2 * 8 * 4 * 6, device)
 
     def fail(slots, brought):
         raise torch.OutOfMemoryError("the device is full")

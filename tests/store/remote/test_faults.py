@@ -75,9 +75,9 @@ def test_a_server_that_fails_is_not_taken_for_one_that_cannot(relay, s3, machine
     relay.fault, relay.when = "503", lambda method, path: method == "POST" and "delete" in path
     pool = machine(s3).remote._pool
     with pytest.raises(PoolError, match="503"):
-        pool.delete_all(["a", "b"])
+        pool.delete("a", "b")
     relay.fault = ""
-    pool.delete_all(["a", "b"])
+    pool.delete("a", "b")
     assert not [method for method, _ in relay.asked if method == "DELETE"]
 
 
@@ -102,7 +102,7 @@ def test_what_several_readers_were_not_given_is_not_damaged(stored, relay, s3, m
     tier = store._tiers.behind[0]
     with store.read([key(1)]), store.read([key(1)]):
         for _ in range(2):
-            tier._lose(key(1), PoolError("away"))
+            tier._heads.lost(key(1), PoolError("away"))
         for _ in range(2):
             tier.damaged(key(1))
     store.flush()
@@ -318,7 +318,7 @@ def test_what_is_removed_while_it_comes_to_the_folder_does_not_come(machine, tmp
     assert two.get(key(1)) is not None and two.get(key(2)) is not None
     remover = two if process == "this" else machine(url, two.path.name)
     if "much else" in process:
-        monkeypatch.setattr("ragkv.store.books.LOGGED_REMOVALS", 1)
+        monkeypatch.setattr("ragkv.store.folder_books.LOGGED_REMOVALS", 1)
         remover.remove_many([key(3), key(4)])
     remover.remove(key(1))
     remover.flush()

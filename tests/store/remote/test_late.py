@@ -242,7 +242,7 @@ def test_no_more_is_read_of_a_header_than_it_takes(machine, kv, key, same, monke
     same(two.get(key(1)), kv(1, tokens=4))
     assert asked == [(0, 64 << 10)] * 2
     for number in range(5_000):
-        two._tiers.behind[0]._lose(b"%032d" % number, PoolError("no answer"))
+        two._tiers.behind[0]._heads.lost(b"%032d" % number, PoolError("no answer"))
     two.read([key(0)]).close()
     assert len(two._tiers.behind[0]._manifest._avoided) == 4096
     one.remove_many([key(0), key(1)])

@@ -98,7 +98,7 @@ def test_what_was_to_be_sent_and_is_there_already_is_known_to_be(pool, tmp_path,
 
 
 def test_of_what_was_read_the_last_few_thousand_are_remembered(pool, machine, kv, key, monkeypatch):
-    monkeypatch.setattr("ragkv.store.remote.manifest._MOST_KNOWN", 3)
+    monkeypatch.setattr("ragkv.store.remote.heads.MOST_KNOWN", 3)
     one, store, keys = machine(pool.name), machine(RemoteTier(pool)), [key(number) for number in range(6)]
     one.put_many([(each, kv(number), 0.0) for number, each in enumerate(keys)])
     one.flush()

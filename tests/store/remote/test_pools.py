@@ -275,9 +275,9 @@ def test_an_object_store_is_woken_once_for_all_chunks(tmp_path, machine, kv, key
     for number in range(5):
         one.put(key(number), kv(number, tokens=700, layers=9))
     one.flush()
-    pool, woken = two.remote._pool, []
-    wake = pool._wake
-    monkeypatch.setattr(pool, "_wake", lambda begun: (woken.append(len(begun)), wake(begun))[1])
+    loop, woken = two.remote._pool._loop, []
+    wake = loop._wake
+    monkeypatch.setattr(loop, "_wake", lambda begun: (woken.append(len(begun)), wake(begun))[1])
     with two.read([key(number) for number in range(5)]) as batch:
         for layer in range(9):
             for index in range(5):

@@ -251,6 +251,7 @@ def test_what_one_process_removes_while_another_sends_it_does_not_stay(url, fold
                     other.flush()
                 assert not objects()
             write(*args)
+            time.sleep(0.2)  # nothing is noted any more, and a flush waits all the same
 
         pool.write = late
         one.put(key(1), kv(1))
