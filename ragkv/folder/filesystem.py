@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -90,17 +91,17 @@ def size(count: int) -> str:
 def filesystem_of(path: Path) -> str:
     """The type of the file system that a path lies on or would be made on; empty where that is not known."""
     try:
-        lines = MOUNTS.read_text().splitlines()
+        lines = os.fsdecode(MOUNTS.read_bytes()).split("\n")
     except OSError:
         return ""
     place = path.resolve()
     best, kind = -1, ""
     for line in lines:
-        fields = line.split()
+        fields = line.split(" ")
         if len(fields) < 3:
             continue
         # Blanks in a mount point are written as octal escapes.
-        point = Path(fields[1].encode().decode("unicode_escape"))
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[1]))
         if (place == point or point in place.parents) and len(point.parts) >= best:
             best, kind = len(point.parts), fields[2]
     return kind
