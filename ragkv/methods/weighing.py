@@ -108,7 +108,7 @@ def weighed(method: Method, view: View, rates: Rates, ttft_s: float = inf) -> We
     full_s = rates.compute_s(view.layout.tokens - view.layout.held, view.layout.held)
     full = Way(frozenset(order), 0.0, full_s, full_s)
     # What the question is run for before anything is chosen; such a method looks at all that is stored.
-    look_s = rates.compute_s(len(view.layout.suffix), view.layout.suffix_start) if method.runs_question else 0.0
+    look_s = rates.compute_s(view.layout.suffix_tokens, view.layout.suffix_start) if method.runs_question else 0.0
     loaded = way(0)
     loaded = loaded._replace(compute_s=loaded.compute_s + look_s, prompt_s=loaded.prompt_s + look_s)
     steps = range(1, len(order), -(-len(order) // _STEPS))
@@ -170,7 +170,7 @@ def _way(
 ) -> Way:
     """A prompt some of whose stored chunks are computed, and of the others a share; some of these come at lossy levels."""
     layout, tiers = view.layout, view.tiers
-    reusable, known = len(layout.reusable), layout.held or layout.opening
+    reusable, known = layout.chunk_tokens, layout.held or layout.opening
     loaded, open_to_repair, kept, decode_s = dict[str, float](), Counter[bool](), 0, 0.0
     for number, (placed, tier) in enumerate(zip(layout.chunks, tiers, strict=True)):
         there = tier is not None and number not in computed  # missing chunks are read in any case
