@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ragkv.errors import MissingPackageError, RetrievalError
+from ragkv.errors import MissingPackageError, RetrievalError, first_line
 
 
 @runtime_checkable
@@ -87,8 +87,7 @@ def _loaded(name: str) -> Callable[[str, list[str]], Any]:
     try:
         model = CrossEncoder(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RetrievalError(f"the reranker {name!r} cannot be loaded: {reason[0]}") from error
+        raise RetrievalError(f"the reranker {name!r} cannot be loaded: {first_line(error)}") from error
     # Fast tokenizers keep their truncation as state, so two threads must not tokenise at once.
     lock = threading.Lock()
 

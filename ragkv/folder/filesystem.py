@@ -80,14 +80,6 @@ def has_data(folder: Path) -> bool:
     return (folder / "data.mdb").is_file()
 
 
-def size(count: int) -> str:
-    """Bytes for people: ``1.5 MiB``."""
-    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
-
-
 def filesystem_of(path: Path) -> str:
     """The type of the file system that a path lies on or would be made on; empty where that is not known."""
     try:

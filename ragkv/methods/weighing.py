@@ -15,6 +15,7 @@ from math import inf
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+from ragkv.amounts import milliseconds
 from ragkv.fusion.view import View
 from ragkv.methods.base import Method
 from ragkv.store import Rates
@@ -232,4 +233,4 @@ def _said(tokens: Counter[str], loaded: Way, full_s: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+    return milliseconds(seconds * 1e3)

@@ -15,6 +15,7 @@ from ragkv.errors import (
     ModelNotFoundError,
     UnknownArgumentError,
     UnsupportedModelError,
+    first_line,
     instance,
 )
 from ragkv.prompt import PromptTemplate
@@ -175,7 +176,7 @@ def _check_places(device: Any, dtype: Any) -> None:
     try:
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"there is no device {device!r}: {_reason(error):.80}") from error
+        raise ArgumentError(f"there is no device {device!r}: {first_line(error):.80}") from error
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
@@ -229,7 +230,7 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
             import_module("gguf"), import_module("accelerate")
         yield
     except OSError as error:
-        raise ModelNotFoundError(_not_found(what, name, _reason(error))) from error
+        raise ModelNotFoundError(_not_found(what, name, first_line(error))) from error
     except ImportError as error:
         if gguf_file is None:
             raise
@@ -239,16 +240,12 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
     except (ValueError, KeyError, NotImplementedError, struct.error) as error:
         if gguf_file is None:
             bare = what == "model" and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json"))
-            reason = "there is no config.json in this folder" if bare else _reason(error)
+            reason = "there is no config.json in this folder" if bare else first_line(error)
             raise ModelNotFoundError(_not_found(what, name, reason)) from error
         raise UnsupportedModelError(
-            f"{gguf_file} in {str(name)!r} cannot be read: {_reason(error)}; give a GGUF file of an architecture that transformers "
-            "reads from one, or the model's own folder"
+            f"{gguf_file} in {str(name)!r} cannot be read: {first_line(error)}; give a GGUF file of an architecture that "
+            "transformers reads from one, or the model's own folder"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _not_found(what: str, name: object, reason: str) -> str:
