@@ -163,6 +163,8 @@ def _verify(weights: Path) -> None:
 
 
 def _load(name: str, device: str | None, local_files_only: bool) -> SentenceTransformer:
+    from safetensors import SafetensorError
+
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -171,7 +173,7 @@ def _load(name: str, device: str | None, local_files_only: bool) -> SentenceTran
         ) from error
     try:
         return SentenceTransformer(name, device=device, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RetrievalError(f"the embedder {name!r} cannot be loaded: {first_line(error)}") from error
 
 

@@ -78,6 +78,8 @@ def _by_number(ranked: Any, count: int) -> list[float]:
 
 @lru_cache(maxsize=2)
 def _loaded(name: str) -> Callable[[str, list[str]], Any]:
+    from safetensors import SafetensorError
+
     try:
         from sentence_transformers import CrossEncoder
     except ImportError as error:
@@ -86,7 +88,7 @@ def _loaded(name: str) -> Callable[[str, list[str]], Any]:
         ) from error
     try:
         model = CrossEncoder(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RetrievalError(f"the reranker {name!r} cannot be loaded: {first_line(error)}") from error
     # Fast tokenizers keep their truncation as state, so two threads must not tokenise at once.
     lock = threading.Lock()

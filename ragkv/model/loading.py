@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from ragkv.errors import (
     ArgumentError,
     MissingPackageError,
@@ -229,7 +231,7 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
         if gguf_file is not None:
             import_module("gguf"), import_module("accelerate")
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # not there, or cut short
         raise ModelNotFoundError(_not_found(what, name, first_line(error))) from error
     except ImportError as error:
         if gguf_file is None:
