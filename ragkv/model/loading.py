@@ -34,13 +34,8 @@ PLACE = ("revision", "subfolder", "gguf_file")
 
 #: How files are fetched: they hold for a tokenizer of another name too.
 _FETCHING = (
-    "trust_remote_code",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "proxies",
-    "code_revision",
+    *("trust_remote_code", "token", "cache_dir", "local_files_only"),
+    *("force_download", "proxies", "code_revision"),
 )
 
 _OF_WEIGHTS = (
