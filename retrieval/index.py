@@ -228,7 +228,7 @@ def as_numbers(what: str, given: Any) -> NDArray[np.float32]:
     """
     try:
         return np.ascontiguousarray(given, np.float32)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last of a tensor that takes part in a gradient
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of a tensor that takes part in a gradient
         raise RetrievalError(f"{what} must be numbers, as many in each row: {error!s:.80}") from error
 
 
@@ -255,7 +255,10 @@ def checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
     Raises:
         RetrievalError: they are none.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise RetrievalError(f"ids must be whole numbers of shape [n]: {error!s:.80}") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise RetrievalError(f"ids must be whole numbers of shape [n], got {array.dtype} of shape {array.shape}")
     # faiss says "no result" with id -1.
