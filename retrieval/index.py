@@ -228,7 +228,7 @@ def as_numbers(what: str, given: Any) -> NDArray[np.float32]:
     """
     try:
         return np.ascontiguousarray(given, np.float32)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of a tensor that takes part in a gradient
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of a tensor with a gradient
         raise RetrievalError(f"{what} must be numbers, as many in each row: {error!s:.80}") from error
 
 

@@ -48,10 +48,10 @@ class Schema:
                 f"schema must be a JSON schema as a dict, a pydantic model's class, or 'json'; got {given!r:.80}"
             )
         try:
-            text = json.dumps(plain)
-        except (TypeError, ValueError) as error:
+            text = json.dumps(plain, allow_nan=False)
+            self.grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=_SPACING)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ArgumentError(f"schema holds what is no JSON: {error}") from error
-        self.grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=_SPACING)
         wrong = LLMatcher.validate_grammar(self.grammar)
         if wrong:
             raise ArgumentError(f"schema cannot be kept: {wrong}")

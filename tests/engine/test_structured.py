@@ -94,6 +94,8 @@ def test_an_answer_that_is_cut_keeps_its_text(reading):
         ({"type": "wrong"}, "Invalid type"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"const": {1, 2}}, "no JSON"),
+        ({"const": float("nan")}, "no JSON"),
+        ({"const": "\ud800"}, "no JSON"),
         ("xml", "'xml'"),
         (7, "pydantic"),
     ],
