@@ -145,6 +145,16 @@ class OfOneProcess:
         )
 
 
+def in_one_line(error: Exception) -> str:
+    """All that an error says."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is called where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def instance(name: str, value: Any, kinds: type | UnionType, must: str) -> None:
     """Check that an argument is of some type; ``True`` and ``False`` are no numbers.
 

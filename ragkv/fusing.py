@@ -262,11 +262,11 @@ class Fusing(Looking, Places):
     def seen(self, work: Plan) -> Seen | None:
         """Takes what is attended to, where that is kept, or asked for at the checks."""
         layout = self.layout
-        kept = bool(self.paths.chunks) and len(work.rows) > layout.tokens - layout.suffix_start
+        kept = bool(self.paths.chunks) and len(work.rows) > layout.suffix_tokens
         if not self._attended or not (kept or work.checks):
             return None
         chunks = [placed.chunk for placed in layout.chunks]
-        return Seen(self.decoder, chunks, layout.chunks_start, layout.tokens - layout.suffix_start)
+        return Seen(self.decoder, chunks, layout.chunks_start, layout.suffix_tokens)
 
     def course(self, work: Plan, rates: Rates | None) -> Course | None:
         """Where chunks come over a network, the rows in the order in which they can be computed meanwhile.

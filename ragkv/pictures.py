@@ -11,8 +11,8 @@ from pathlib import PurePath
 from time import localtime, strftime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ragkv.amounts import milliseconds, number, size
 from ragkv.errors import MissingPackageError
-from ragkv.folder.filesystem import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def advice_picture(advice: Advice) -> Figure:
     for (words, colour), seconds in lines.items():
         axes.plot(lengths, seconds, color=colour, linewidth=1.8, label=words)
     axes.set(xscale="log", yscale="log", xlim=(1, most))
-    axes.yaxis.set_major_formatter(lambda value, _: _ms(value * 1e3))
+    axes.yaxis.set_major_formatter(lambda value, _: milliseconds(value * 1e3))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _dress(axes, "First token after, by the chunk tokens of the prompt", "tokens")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6, **_LEGEND)
@@ -184,7 +184,7 @@ def _draw_prompt(axes: Axes, report: Report) -> None:
     axes.set_xlim(0, max(total, 1))
     axes.set_ylim(-0.5, 1.05)
     share = f"{fusion.budget:.1%} of the chunks recomputed" if fusion.chunks else "no chunk placed"
-    _dress(axes, f"The prompt: {_number(total, 'token')}, {_number(len(fusion.chunks), 'chunk')}; {share}", "tokens")
+    _dress(axes, f"The prompt: {number(total, 'token')}, {number(len(fusion.chunks), 'chunk')}; {share}", "tokens")
     axes.set_yticks([0, 0.82], ["KV from", "recomputed"])
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=8, **_LEGEND)
 
@@ -203,7 +203,7 @@ def _draw_key(axes: Axes, report: Report, columns: int, lines: int) -> None:
         column, line = divmod(at, lines)
         axes.text(column, line + 0.5, words, va="center", color=_INK, fontsize=8, parse_math=False)
     standing = fusion.sources.count("prompt")
-    there = f"; {_number(standing, 'passage')} found for the question stood in the prompt already" if standing else ""
+    there = f"; {number(standing, 'passage')} found for the question stood in the prompt already" if standing else ""
     axes.set_title(f"Chunks: document, passage, tokens recomputed{there}", loc="left", fontsize=8, color=_INK, pad=3)
 
 
@@ -215,17 +215,17 @@ def _draw_times(axes: Axes, report: Report) -> None:
     at = 0.0
     for stage, (words, colour) in _STAGES.items():
         if spent[stage]:
-            label = f"{words} {_ms(spent[stage])}"
+            label = f"{words} {milliseconds(spent[stage])}"
             axes.barh(0, spent[stage], left=at, height=1, color=colour, edgecolor=_PAPER, linewidth=0.8, label=label)
             at += spent[stage]
     axes.set_xlim(0, whole or 1.0)
     axes.set_ylim(-0.5, 0.5)
     if report.first_token_ms:
         ahead = fusion.speculated == "used"
-        first = f"{_ms(report.first_token_ms)}, the prompt begun before" if ahead else _ms(whole)
-        title = f"First token after {first}; {_number(report.new_tokens - 1, 'token')} more in {_ms(report.decode_ms)}"
+        first = f"{milliseconds(report.first_token_ms)}, the prompt begun before" if ahead else milliseconds(whole)
+        title = f"First token after {first}; {number(report.new_tokens - 1, 'token')} more in {milliseconds(report.decode_ms)}"
     else:
-        title = f"The prompt after {_ms(whole)}; {_number(report.new_tokens, 'token')} in {_ms(report.decode_ms)}"
+        title = f"The prompt after {milliseconds(whole)}; {number(report.new_tokens, 'token')} in {milliseconds(report.decode_ms)}"
     _dress(axes, title, "ms")
     axes.set_yticks([0], ["time"])
     axes.legend(loc="upper left", bbox_to_anchor=(0, -1.6), ncols=5, **_LEGEND)
@@ -300,11 +300,3 @@ def _by_tier(counts: Sequence[Mapping[str, int]]) -> dict[tuple[str, str], list[
 
 def _look(source: str) -> tuple[str, str]:
     return _SOURCES.get(source, (source, _OTHER))
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _ms(value: float) -> str:
-    return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.1f} ms"

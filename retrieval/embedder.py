@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128
 
-from ragkv.errors import MissingPackageError, OfOneProcess, RetrievalError, half_a_pair, instance
+from ragkv.errors import MissingPackageError, OfOneProcess, RetrievalError, first_line, half_a_pair, instance
 from ragkv.forks import ForkedLock
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def _verify(weights: Path) -> None:
 
 
 def _load(name: str, device: str | None, local_files_only: bool) -> SentenceTransformer:
+    from safetensors import SafetensorError
+
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -171,9 +173,8 @@ def _load(name: str, device: str | None, local_files_only: bool) -> SentenceTran
         ) from error
     try:
         return SentenceTransformer(name, device=device, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RetrievalError(f"the embedder {name!r} cannot be loaded: {reason[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RetrievalError(f"the embedder {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _space_near_middle(text: str) -> int:

@@ -18,19 +18,8 @@ _BYTE_ORDER_MARKS = (
 )
 # Most of those that browsers know (https://encoding.spec.whatwg.org): among more, short texts are taken for others too often.
 _DETECTED = [
-    *(
-        "cp1252",
-        "cp1250",
-        "cp1251",
-        "cp1253",
-        "cp1254",
-        "cp1255",
-        "cp1256",
-        "iso8859_2",
-        "iso8859_5",
-        "koi8_r",
-        "cp874",
-    ),
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256"),
+    *("iso8859_2", "iso8859_5", "koi8_r", "cp874"),
     *("cp932", "euc_jp", "iso2022_jp", "gb18030", "big5", "cp949", "euc_kr", "utf_16_le", "utf_16_be"),
 ]
 # Languages that Windows-1252 has not the letters of, in which it is sometimes taken for likeliest all the same.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ragkv.chunk import digest
 from ragkv.folder import Transaction
 from ragkv.retrieval import records
-from ragkv.retrieval.changes import merged, replaced
+from ragkv.retrieval.changes import merged, noted_unused, replaced
 from ragkv.retrieval.records import ArchivedDocument
 from ragkv.retrieval.snapshot import Snapshot
 
@@ -86,9 +86,7 @@ def taken_over(
             taken += 1
             txn.put("meta", records.came_key(key, namespace), mark)
     txn.put("meta", _name(namespace), publication + len(present).to_bytes(4, "little"))
-    after = Snapshot(txn)
-    left = sorted(key for key in unused if not after.names(key))
-    return Following(taken, tuple(sorted(removed)), tuple(sorted(kept)), tuple(left))
+    return Following(taken, tuple(sorted(removed)), tuple(sorted(kept)), noted_unused(txn, unused))
 
 
 def _name(namespace: str) -> bytes:

@@ -116,7 +116,7 @@ class FaissIndex(OfOneProcess, instead="a retriever fills another one from its c
         Raises:
             RetrievalError: shapes do not fit, a number is not finite, an id is given twice or known already.
         """
-        keys, rows = _checked_ids(ids), self._checked_vectors(vectors, rank=2)
+        keys, rows = checked_ids(ids), self._checked_vectors(vectors, rank=2)
         if len(keys) != len(rows):
             raise RetrievalError(f"every vector needs one id: got {len(keys)} ids for {len(rows)} vectors")
         with self._lock:
@@ -131,7 +131,7 @@ class FaissIndex(OfOneProcess, instead="a retriever fills another one from its c
 
     def remove(self, ids: ArrayLike) -> int:
         """Removes vectors and says how many there were; ids that it does not have are passed over."""
-        keys = _checked_ids(ids)
+        keys = checked_ids(ids)
         with self._lock:
             gone = self._known.intersection(keys.tolist())
             if gone:
@@ -159,7 +159,7 @@ class FaissIndex(OfOneProcess, instead="a retriever fills another one from its c
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise RetrievalError(f"the number of results must be a whole number of at least 1, got {k!r}")
         faiss: Any = self._faiss
-        params = None if among is None else faiss.SearchParameters(sel=faiss.IDSelectorBatch(_checked_ids(among)))
+        params = None if among is None else faiss.SearchParameters(sel=faiss.IDSelectorBatch(checked_ids(among)))
         with self._lock:
             count = min(int(k), len(self))
             if not count:
@@ -228,7 +228,7 @@ def as_numbers(what: str, given: Any) -> NDArray[np.float32]:
     """
     try:
         return np.ascontiguousarray(given, np.float32)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last of a tensor that takes part in a gradient
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of a tensor with a gradient
         raise RetrievalError(f"{what} must be numbers, as many in each row: {error!s:.80}") from error
 
 
@@ -249,8 +249,16 @@ def faiss_here() -> Any:
     return faiss
 
 
-def _checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(ids)
+def checked_ids(ids: ArrayLike) -> NDArray[np.int64]:
+    """Ids as int64 ``[n]``.
+
+    Raises:
+        RetrievalError: they are none.
+    """
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise RetrievalError(f"ids must be whole numbers of shape [n]: {error!s:.80}") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise RetrievalError(f"ids must be whole numbers of shape [n], got {array.dtype} of shape {array.shape}")
     # faiss says "no result" with id -1.

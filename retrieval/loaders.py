@@ -35,6 +35,7 @@ _NO_TEXT = (
         "an archive: unpack it, and add the folder",
     ),
 )
+_LARGEST = 256 << 20
 _MARKDOWN = (".md", ".markdown", ".mdown", ".mdx", ".qmd", ".rmd")
 
 
@@ -70,7 +71,7 @@ def load_files(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     encoding: str | None = None,
-    max_bytes: int = 256 << 20,
+    max_bytes: int = _LARGEST,
 ) -> Iterator[LoadedFile | SkippedFile]:
     """Reads files, and folders with all that is in them, one after the other in a fixed order.
 
@@ -115,7 +116,7 @@ def hidden_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     return len(found - named)
 
 
-def load(path: str, converter: Converter, encoding: str | None, max_bytes: int = 256 << 20) -> LoadedFile | SkippedFile:
+def load(path: str, converter: Converter, encoding: str | None, max_bytes: int = _LARGEST) -> LoadedFile | SkippedFile:
     """One file; see :func:`load_files`."""
     try:
         text, outline = text_of(Path(path), file_bytes(path, max_bytes), converter, encoding)
@@ -124,7 +125,7 @@ def load(path: str, converter: Converter, encoding: str | None, max_bytes: int =
     return LoadedFile(os.path.realpath(path), text, outline)
 
 
-def read_file(path: str | os.PathLike[str], *, encoding: str | None = None, max_bytes: int = 256 << 20) -> str:
+def read_file(path: str | os.PathLike[str], *, encoding: str | None = None, max_bytes: int = _LARGEST) -> str:
     """The text of one file.
 
     Args:
@@ -195,7 +196,7 @@ def _walk(path: str) -> Iterator[str | SkippedFile]:
             yield from _walk(inner)
 
 
-def file_bytes(path: str | os.PathLike[str], max_bytes: int = 256 << 20) -> bytes:
+def file_bytes(path: str | os.PathLike[str], max_bytes: int = _LARGEST) -> bytes:
     """A whole file.
 
     Raises:

@@ -47,10 +47,10 @@ def sections(text: str) -> tuple[tuple[int, str], ...]:
     """The sections of a Markdown text; headings with nothing between them begin one section."""
     found: list[tuple[int, str]] = []
     above: list[tuple[int, str]] = []
-    end = -1
+    end = 0
     for heading in headings(text):
         above = [(level, title) for level, title in above if level < heading.level]
-        nested = bool(above) and not text[end : heading.start].strip() if end >= 0 else False
+        nested = bool(above) and not text[end : heading.start].strip()
         above.append((heading.level, heading.title))
         start = found.pop()[0] if nested else heading.start
         found.append((start, " > ".join(title for _, title in above if title)))

@@ -261,8 +261,13 @@ def document_payload(document: Document) -> bytes:
     return json.dumps(vars(document), ensure_ascii=False).encode()
 
 
+def document_of(key: bytes, record: bytes) -> Document:
+    """The document of a sealed record, which may be damaged (:class:`~ragkv.errors.RecordError`)."""
+    return document_from(opened("a document", key, record))
+
+
 def document_from(payload: bytes) -> Document:
-    """The document of a record."""
+    """The document of a record's payload."""
     facts = json.loads(payload)
     given = {name: facts[name] for name in _FIELDS if name in facts}  # fewer in those of former versions
     tuples = {name: tuple(given[name]) for name in ("passage_ids", "pages", "headings") if name in given}

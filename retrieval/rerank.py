@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ragkv.errors import MissingPackageError, RetrievalError
+from ragkv.errors import MissingPackageError, RetrievalError, first_line
 
 
 @runtime_checkable
@@ -78,6 +78,8 @@ def _by_number(ranked: Any, count: int) -> list[float]:
 
 @lru_cache(maxsize=2)
 def _loaded(name: str) -> Callable[[str, list[str]], Any]:
+    from safetensors import SafetensorError
+
     try:
         from sentence_transformers import CrossEncoder
     except ImportError as error:
@@ -86,9 +88,8 @@ def _loaded(name: str) -> Callable[[str, list[str]], Any]:
         ) from error
     try:
         model = CrossEncoder(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RetrievalError(f"the reranker {name!r} cannot be loaded: {reason[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RetrievalError(f"the reranker {name!r} cannot be loaded: {first_line(error)}") from error
     # Fast tokenizers keep their truncation as state, so two threads must not tokenise at once.
     lock = threading.Lock()
 

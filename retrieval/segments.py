@@ -20,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from ragkv.errors import OfOneProcess, RecordError, RetrievalError
 from ragkv.retrieval.arrays import ArrayFile, write_arrays
-from ragkv.retrieval.index import FaissIndex, faiss_here, read_whole, write_whole
+from ragkv.retrieval.index import FaissIndex, checked_ids, faiss_here, read_whole, write_whole
 
 _LOG = logging.getLogger("ragkv.retrieval")
 
@@ -69,11 +69,12 @@ class SegmentedIndex(OfOneProcess, instead="a retriever fills another one from i
 
     def add(self, ids: ArrayLike, vectors: ArrayLike) -> None:
         """Adds vectors under new ids: all of them or, where it raises, none; see :meth:`FaissIndex.add`."""
+        keys = checked_ids(ids)
         with self._lock:
             for part in self._segments:
-                if (known := part.rows(ids)).size:
+                if (known := part.rows(keys)).size:
                     raise RetrievalError(f"id {part.ids[known].min()} is in the index already: remove it first")
-            self._tail.add(ids, vectors)
+            self._tail.add(keys, vectors)
             if self._folder is not None and len(self._tail) > self._size:
                 self._spill(self._folder)
 

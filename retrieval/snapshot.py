@@ -71,7 +71,7 @@ class Snapshot:
         prefix = records.namespace_prefix(namespace) if namespace else b""
         for key, record in self._txn.items("documents", prefix):
             try:
-                document = records.document_from(records.opened("a document", key, record))
+                document = records.document_of(key, record)
             except RecordError as error:
                 if damaged is None:
                     raise
@@ -221,9 +221,7 @@ class Snapshot:
     def _document(self, key: bytes) -> Document | None:
         if key not in self._documents:
             record = self._txn.get("documents", key)
-            self._documents[key] = (
-                None if record is None else records.document_from(records.opened("a document", key, record))
-            )
+            self._documents[key] = None if record is None else records.document_of(key, record)
         return self._documents[key]
 
     def _text(self, passage_id: int) -> tuple[bytes, str]:

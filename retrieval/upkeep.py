@@ -76,7 +76,7 @@ def damage(txn: Transaction) -> Damage:
     for key, record in txn.items("documents"):
         name = "a document whose name is lost"
         try:
-            document = records.document_from(records.opened("a document", key, record))
+            document = records.document_of(key, record)
             name = document.source
             texts = view.texts(document)
         except RagKVError:
@@ -233,7 +233,7 @@ def _uses(txn: Transaction, document: Document) -> set[tuple[bytes, bytes]]:
 def _documents(txn: Transaction, found: list[str]) -> Iterator[Document]:
     for key, record in txn.items("documents"):
         try:
-            document = records.document_from(records.opened("a document", key, record))
+            document = records.document_of(key, record)
         except RagKVError as error:
             found.append(str(error))
             continue

@@ -282,6 +282,22 @@ def test_generation_arguments_are_looked_at_before_the_prompt_is_computed(model,
     assert not engine.stats().forwards
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forced_eos_token_id": {}},
+        {"exponential_decay_length_penalty": []},
+        {"exponential_decay_length_penalty": {2.5: 1}},
+        {"begin_suppress_tokens": [{}]},
+    ],
+    ids=str,
+)
+def test_what_transformers_stumbles_over_is_refused(model, options):
+    engine = Engine(model, TOKENIZER, template=TEMPLATE, method=Reuse())
+    refused(engine.generate, [[5]], [7], **options, match="transformers refuses the generation arguments")
+    assert not engine.stats().forwards
+
+
 def test_numbers_are_numbers(tmp_path):
     for method, name, wrong in (
         (CacheBlend, "ratio", ("x", None)),

@@ -160,14 +160,16 @@ def read_questions(path: str | Path) -> list[dict[str, Any]] | None:
         CalibrationError: a line is none, though the first one is.
     """
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        first = json.loads(lines[0]) if lines else None
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        first = next((json.loads(line) for line in lines if line.strip()), None)
     except ValueError:
         return None
     if not isinstance(first, dict) or "question" not in first or any(field in first for field in _PASSAGES):
         return None
     found = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             asked = record["question"]

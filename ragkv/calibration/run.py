@@ -26,6 +26,7 @@ from ragkv.errors import (
     PromptTooLongError,
     RetrievalError,
     UnsupportedModelError,
+    in_one_line,
     whole_number,
 )
 from ragkv.methods import FullPrefill, Method
@@ -232,7 +233,7 @@ class _Run:
                 kept.keep_rows(self._engine.store, self._of, self._rows)
         except PromptError as error:
             long = isinstance(error, PromptTooLongError)
-            self._left_out["longer than the model's positions" if long else " ".join(str(error).split())] += 1
+            self._left_out["longer than the model's positions" if long else in_one_line(error)] += 1
             return None
         except RetrievalError:
             self._left_out["no passage was found"] += 1
@@ -278,4 +279,4 @@ def _unless_refused(measure: Callable[..., dict[str, Any]], method: Method, **op
     except (MethodError, UnsupportedModelError) as error:
         if method == FullPrefill():
             raise
-        return {"refused": " ".join(str(error).split())}
+        return {"refused": in_one_line(error)}

@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    from ragkv.errors import RagKVError
+    from ragkv.errors import RagKVError, in_one_line
 
-    text = " ".join(str(error).split())
+    text = in_one_line(error)
     if isinstance(error, RagKVError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -16,6 +16,7 @@ from ragkv.cli.answers import as_dict, generation_of, milliseconds
 from ragkv.cli.opening import open_rag
 from ragkv.cli.questions import Answers, Question, read_questions
 from ragkv.cli.searching import search_of
+from ragkv.errors import in_one_line
 
 if TYPE_CHECKING:
     from ragkv.rag import RAG
@@ -112,7 +113,7 @@ class _Batch:
             if answer.schema is not None:
                 _ = answer.value  # an answer that was cut is there, and a failure
         except Exception as error:
-            return {**line, "error": {"type": type(error).__name__, "message": " ".join(str(error).split())}}, error
+            return {**line, "error": {"type": type(error).__name__, "message": in_one_line(error)}}, error
         return line, None
 
     def _failure(self, question: Question, error: Exception) -> None:

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             make_bench=partial(_bench, args),
         )
-    path.write_text(page(result.summary, result.tokens, upwards), encoding="utf-8")
-    (folder / "tables.md").write_text(tables(result.summary, upwards), encoding="utf-8")
+    path.write_text(page(result.summary, result.tokens, upwards), "utf-8", errors="replace")
+    (folder / "tables.md").write_text(tables(result.summary, upwards), "utf-8", errors="replace")
     if args.json:
         show.as_json({**result.summary, "page": str(path)})
     else:

@@ -20,19 +20,8 @@ _PATIENCE_S = 10.0
 
 # Options of the command line that are called as in Python.
 _ALIKE = (
-    *(
-        "model",
-        "tokenizer",
-        "dtype",
-        "weights",
-        "revision",
-        "subfolder",
-        "gguf_file",
-        "system",
-        "namespace",
-        "embedder",
-        "foreign",
-    ),
+    *("model", "tokenizer", "dtype", "weights", "revision", "subfolder", "gguf_file"),
+    *("system", "namespace", "embedder", "foreign"),
     *("cache_dir", "local_files_only", "trust_remote_code", "method", "chunk_tokens", "codec", "cpu_codec", "behind"),
 )
 

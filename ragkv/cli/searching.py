@@ -110,13 +110,16 @@ def _meant(condition: dict[str, Any], rag: RAG, namespace: str | None) -> dict[s
     from ragkv.retrieval.naming import matching, unknown
 
     test = condition.get("source")
-    if not isinstance(test, dict) or not isinstance(test.get("$eq", test.get("$ne")), str):
+    if not isinstance(test, dict) or len(test) != 1:
         return condition
-    (sign, target), *_ = test.items()
+    ((sign, target),) = test.items()
+    if sign not in ("$eq", "$ne") or not isinstance(target, str):
+        return condition
     within = rag.engine.documents.namespace if namespace is None else namespace
     sources = [document.source for document in rag.retriever.catalogue.documents(within)]
     meant = matching(sources, target)
     if not meant:
         raise RagKVError(unknown(sources, target, "'ragkv docs'"))
-    among = {**condition, "source": {"$in": meant}}
-    return among if sign == "$eq" else {"$not": among}
+    among: dict[str, Any] = {"source": {"$in": meant}}
+    others = {name: wanted for name, wanted in condition.items() if name != "source"}
+    return {"$and": [others, among if sign == "$eq" else {"$not": among}]}

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ragkv.folder.filesystem import size
+from ragkv.amounts import milliseconds as milliseconds  # for the commands
+from ragkv.amounts import number as number
+from ragkv.amounts import size as size
 
 if TYPE_CHECKING:
     from ragkv.retrieval import SkippedFile
@@ -88,22 +90,12 @@ def kv(sizes: dict[str, int]) -> str:
     return f"; {size(sizes['disk'])} of KV on disk" if "disk" in sizes else f"; {size(sizes['cpu'])} of KV in memory"
 
 
-def milliseconds(value: float) -> str:
-    """A time for people: ``3.2 ms``, ``1.25 s``."""
-    return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.1f} ms"
-
-
 def duration(seconds: float) -> str:
     """A long time for people: ``5 s``, ``3 min``, ``2 h``, ``9 d``."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def number(count: int, noun: str, nouns: str = "") -> str:
-    """A count with its noun: ``1 file``, ``2 files``."""
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def plain(text: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from ragkv.evaluation.errors import EvaluationError
 
 Row = dict[str, Any]
+# What is no Unicode, as a file's name may be, becomes an escape that JSON reads back.
+_ESCAPED = "backslashreplace"
 
 
 class Rows:
@@ -41,7 +43,7 @@ class Rows:
 
     def add(self, row: Row) -> None:
         """Keep a row, on disk before the call returns."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8", errors=_ESCAPED) as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._keep(row)
 
@@ -83,5 +85,5 @@ class Rows:
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is there whole or not at all."""
     half = path.with_suffix(".part")
-    half.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    half.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors=_ESCAPED)
     os.replace(half, path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ragkv.chunk import Chunk, digest
+from ragkv.errors import in_one_line
 from ragkv.evaluation import longbench, metrics
 from ragkv.evaluation.arms import Arm
 from ragkv.evaluation.bench import REFUSALS, Bench, CaseChunks, Outcome
@@ -86,7 +87,7 @@ class Group:
         try:
             key = self._fuse(*self.reading.given(arm, self.case, self.charged), arm.rotated)
         except REFUSALS as error:
-            return " ".join(str(error).split())
+            return in_one_line(error)
         report = self._known[key].report if key in self._known else self._fused[key][0].report
         self.charged[arm.name] = report.budget
         return key

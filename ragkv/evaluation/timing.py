@@ -112,5 +112,5 @@ class Peak:
 
 
 def _high_water() -> int:
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", errors="replace") as status:  # the process's name need not be Unicode
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024

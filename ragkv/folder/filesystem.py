@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -79,28 +80,20 @@ def has_data(folder: Path) -> bool:
     return (folder / "data.mdb").is_file()
 
 
-def size(count: int) -> str:
-    """Bytes for people: ``1.5 MiB``."""
-    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
-
-
 def filesystem_of(path: Path) -> str:
     """The type of the file system that a path lies on or would be made on; empty where that is not known."""
     try:
-        lines = MOUNTS.read_text().splitlines()
+        lines = os.fsdecode(MOUNTS.read_bytes()).split("\n")
     except OSError:
         return ""
     place = path.resolve()
     best, kind = -1, ""
     for line in lines:
-        fields = line.split()
+        fields = line.split(" ")
         if len(fields) < 3:
             continue
         # Blanks in a mount point are written as octal escapes.
-        point = Path(fields[1].encode().decode("unicode_escape"))
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[1]))
         if (place == point or point in place.parents) and len(point.parts) >= best:
             best, kind = len(point.parts), fields[2]
     return kind

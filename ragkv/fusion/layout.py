@@ -99,6 +99,21 @@ class Layout:
         """N."""
         return len(self.ids)
 
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens the chunks have."""
+        return self.suffix_start - self.chunks_start
+
+    @property
+    def suffix_tokens(self) -> int:
+        """How many tokens the suffix has."""
+        return self.tokens - self.suffix_start
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prefix, of each chunk and of the suffix."""
+        return [self.chunks_start, *(len(placed.chunk) for placed in self.chunks), self.suffix_tokens]
+
     @lazy
     def even(self) -> bool:
         """Whether every token's position is its slot."""
@@ -113,7 +128,7 @@ class Layout:
     @lazy
     def end(self) -> int:
         """The position behind its last token."""
-        return self._suffix_position + self.tokens - self.suffix_start
+        return self._suffix_position + self.suffix_tokens
 
     @property
     def _suffix_position(self) -> int:
@@ -168,13 +183,11 @@ class Layout:
     @property
     def owners(self) -> Tensor:
         """``[N]`` the number of the chunk that each token belongs to: -1 in the prefix, one more than the last in the suffix."""
-        lengths = [
-            self.chunks_start,
-            *map(len, (placed.chunk for placed in self.chunks)),
-            self.tokens - self.suffix_start,
-        ]
-        numbers = torch.arange(len(lengths), device="cpu") - 1
-        numbers = torch.repeat_interleave(numbers, torch.tensor(lengths, device="cpu"), output_size=self.tokens)
+        numbers, lengths = (
+            torch.arange(-1, len(self.chunks) + 1, device="cpu"),
+            torch.tensor(self.lengths, device="cpu"),
+        )
+        numbers = torch.repeat_interleave(numbers, lengths, output_size=self.tokens)
         return sent(numbers, self.ids.device)
 
     def span(self, *chunks: Placed, first: int | None = None) -> Tensor:

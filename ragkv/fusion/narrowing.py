@@ -127,7 +127,7 @@ class Narrowing(Pass):
         """Ask which rows to keep, given all rows' fresh ``[1, H, S, D]``; returns them as indices into the present rows."""
         assert self.work.narrow is not None
         with self.timer.stage("select"):
-            stop = len(self.rows) - (self.layout.tokens - self.layout.suffix_start)
+            stop = len(self.rows) - self.layout.suffix_tokens
             inside = slice(stop - self.fresh[number], stop)
             held, tokens = self.cache.layers[number], self.rows[inside].to(keys.device)
             fresh = keys[0][:, inside], values[0][:, inside]
@@ -144,7 +144,7 @@ class Narrowing(Pass):
         self.piece = self.rows
         self._seen_by(self.rows)
         behind = layer + 1
-        fresh = len(keep) - (self.layout.tokens - self.layout.suffix_start)
+        fresh = len(keep) - self.layout.suffix_tokens
         self.fresh[behind:] = [fresh] * (len(self.fresh) - behind)
 
     def _take_all(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Pass:
     @property
     def budget(self) -> float:
         """The budget really charged: fresh reusable tokens over layers x reusable tokens."""
-        reusable = self.layout.suffix_start - self.layout.chunks_start
+        reusable = self.layout.chunk_tokens
         return sum(self.fresh) / (len(self.fresh) * reusable) if reusable else 0.0
 
     def logits(self) -> Tensor:
@@ -115,7 +115,7 @@ class Pass:
     def _trailing(self) -> bool:
         """Whether the rows are the prompt's last ones: the suffix, or all chunks too; else a device is asked where nobody knows."""
         layout = self.layout
-        if len(self.rows) in (layout.tokens - layout.suffix_start, layout.tokens - layout.chunks_start):
+        if len(self.rows) in (layout.suffix_tokens, layout.tokens - layout.chunks_start):
             return True
         if self._known is not None:
             return self._known

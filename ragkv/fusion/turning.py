@@ -65,11 +65,6 @@ class Turning:
     def _positions(self) -> tuple[Tensor, Tensor]:
         """``[N]`` where each token stood when its KV were made, and where it stands."""
         layout = self._layout
-        lengths = [
-            layout.chunks_start,
-            *(len(placed.chunk) for placed in layout.chunks),
-            layout.tokens - layout.suffix_start,
-        ]
         back = [0, *(placed.base - placed.position for placed in layout.chunks), 0]
-        moved = torch.from_numpy(np.repeat(np.array(back, dtype=np.int64), lengths))
+        moved = torch.from_numpy(np.repeat(np.array(back, dtype=np.int64), layout.lengths))
         return layout.positions + sent(moved, layout.ids.device), layout.positions

@@ -160,19 +160,15 @@ class CataloguedDocuments:
 
     def kept(self, view: Snapshot, listed: Document) -> ChunkedDocument | None:
         """A document as the model reads it, if that is kept."""
-        reading = view.reading(reading_key(bytes.fromhex(listed.id), self.documents.setting))
-        if reading is None:
-            return None
-        document = _parsed(reading, listed)
-        return document and replace(document, id=listed.id, behind=reading.behind)
+        reading, document = self._kept(view, listed)
+        return replace(document, id=listed.id, behind=reading.behind) if reading and document else None
 
     def read(self, view: Snapshot, listed: Document) -> Reading:
         """How the model reads a document: as it is kept, or found out now and kept by :meth:`keep_made`.
 
         The latter in a folder that another model has used so far.
         """
-        reading = view.reading(reading_key(bytes.fromhex(listed.id), self.documents.setting))
-        document = None if reading is None else _parsed(reading, listed)
+        reading, document = self._kept(view, listed)
         if reading is None or document is None:
             reading = self.reading(self.documents.cut(view.texts(listed), listed.id, any_length=True))
         elif document.id != listed.id:
@@ -256,6 +252,10 @@ class CataloguedDocuments:
                 if passage is not None and passage.text == text:
                     hits[name] = Hit.of(passage, 1.0, self.read(view, listed))
         return hits
+
+    def _kept(self, view: Snapshot, listed: Document) -> tuple[Reading | None, ChunkedDocument | None]:
+        reading = view.reading(reading_key(listed.key, self.documents.setting))
+        return reading, None if reading is None else _parsed(reading, listed)
 
     def _now(self, hit: Hit) -> Reading:
         with self._catalogue.snapshot() as view:

@@ -15,10 +15,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 _CONFIGURATION = "configuration "
 # Their values say nothing to people.
 _TOKENS = "tokenizer or the template's before_chunk and after_chunk"
-_PLAIN = {
-    *("model", "weights", "template prefix", _TOKENS),
-    *("template around passages, question and answer", "foreign text"),
-}
+_AROUND = "template around passages, question and answer"
+_PLAIN = {"model", "weights", "template prefix", _TOKENS, _AROUND, "foreign text"}
 
 
 def described(documents: Documents) -> dict[str, str]:
@@ -61,7 +59,7 @@ def warn_of_differences(catalogue: Catalogue, documents: Documents) -> None:
     if not before or before == now:
         return
     with catalogue.snapshot() as view:
-        unread = sum(documents.setting not in view.read_for(bytes.fromhex(listed.id)) for listed in view.documents())
+        unread = sum(documents.setting not in view.read_for(listed.key) for listed in view.documents())
     if unread:
         logger.warning(
             "documents of %s that are read again when they are asked for: %d; what differs from when they were read: %s",

@@ -96,7 +96,7 @@ class ChunkedDocument:
         return save(arrays, {"format": _FRONTED if fronts else _FORMAT, "document": json.dumps(header)})
 
     @classmethod
-    def from_bytes(cls, data: bytes, texts: Sequence[str | None] = ()) -> ChunkedDocument:
+    def from_bytes(cls, data: bytes) -> ChunkedDocument:
         """The document of :meth:`to_bytes`.
 
         Raises:
@@ -117,7 +117,6 @@ class ChunkedDocument:
                 firsts=firsts,
                 marks=dict(header["marks"]),
                 fronts=fronts,
-                texts=texts,
             )
             contexts = arrays["contexts"].tobytes()
             known = [

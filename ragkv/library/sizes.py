@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 
+from ragkv.amounts import size
 from ragkv.errors import StoreError, StoreFullError
-from ragkv.folder.filesystem import size
 from ragkv.library.documents import Documents
 from ragkv.model.cache import random_kv
 from ragkv.store.codecs import CODECS

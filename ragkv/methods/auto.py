@@ -90,6 +90,6 @@ class Auto(Method):
     def _picked(self, layout: Layout) -> Method:
         if not len(layout.behind_another):
             return Reuse()
-        if len(layout.reusable) <= len(layout.suffix):
+        if layout.chunk_tokens <= layout.suffix_tokens:
             return FullPrefill()
         return self.repair

@@ -104,5 +104,5 @@ def highest(scores: Tensor, candidates: Tensor, ratio: float, layout: Layout) ->
         ratio: share of all R tokens to take; fewer where there are fewer candidates.
         layout: the prompt.
     """
-    wanted = min(len(candidates), round(ratio * len(layout.reusable)))
+    wanted = min(len(candidates), round(ratio * layout.chunk_tokens))
     return candidates[torch.topk(scores[candidates - layout.chunks_start], wanted).indices]

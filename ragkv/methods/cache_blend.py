@@ -86,8 +86,7 @@ class CacheBlend(Method):
             return check.tokens[score > self.threshold * score.mean()]
         assert self.check_layer is not None  # since select
         share = self.gradual[check.layer - self.check_layer] if self.gradual else self.ratio
-        reusable = check.layout.suffix_start - check.layout.chunks_start
-        wanted = min(len(score), round(share * reusable))
+        wanted = min(len(score), round(share * check.layout.chunk_tokens))
         return check.tokens[torch.topk(score, wanted).indices]
 
     def _score(self, check: Check) -> Tensor:

@@ -58,7 +58,7 @@ class CacheCraft(Method):
     def expected_budget(self, view: View) -> float:
         """That of chunks that were read behind no others."""
         layout = view.layout
-        return min(1.0, self.alpha / 2) * len(layout.inexact) / max(1, len(layout.reusable))
+        return min(1.0, self.alpha / 2) * len(layout.inexact) / max(1, layout.chunk_tokens)
 
     def select(self, view: View) -> Selection:
         """Of each chunk that is not exact where it stands, the tokens that the best variant needs."""

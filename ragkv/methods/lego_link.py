@@ -27,7 +27,7 @@ class LegoLink(Method):
 
     def expected_budget(self, view: View) -> float:
         """The share of the chunk tokens that it selects."""
-        return len(self.select(view).tokens) / max(1, len(view.layout.reusable))
+        return len(self.select(view).tokens) / max(1, view.layout.chunk_tokens)
 
     def select(self, view: View) -> Selection:
         """The first k tokens of the chunks that are not exact."""

@@ -36,4 +36,4 @@ class Random(Method):
         seed = int.from_bytes(digest(str(self.seed), layout.listed())[:7], "little")
         seeded = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(candidates), generator=seeded, device="cpu")
-        return candidates[order[: round(self.ratio * len(layout.reusable))].to(candidates.device)]
+        return candidates[order[: round(self.ratio * layout.chunk_tokens)].to(candidates.device)]

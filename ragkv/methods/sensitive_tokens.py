@@ -47,7 +47,7 @@ class SensitiveTokens(Method):
         """The ratio, or as much as is not spared."""
         return min(
             self.ratio,
-            sum(len(placed.chunk) for placed in self._open(view).values()) / max(1, len(view.layout.reusable)),
+            sum(len(placed.chunk) for placed in self._open(view).values()) / max(1, view.layout.chunk_tokens),
         )
 
     def select(self, view: View) -> Selection:
@@ -58,7 +58,7 @@ class SensitiveTokens(Method):
         layout, chunks = view.layout, self._open(view)
         if not chunks or self.ratio == 1:
             return Selection(layout.span(*chunks.values()), whole=frozenset(chunks))
-        reusable = len(layout.reusable)
+        reusable = layout.chunk_tokens
         spared = sum(len(layout.chunks[number].chunk) for number in view.spared)
         return highest_of(self.scores(view), chunks, self.ratio * (reusable - spared) / reusable, layout)
 

@@ -15,6 +15,7 @@ from math import inf
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+from ragkv.amounts import milliseconds
 from ragkv.fusion.view import View
 from ragkv.methods.base import Method
 from ragkv.store import Rates
@@ -108,7 +109,7 @@ def weighed(method: Method, view: View, rates: Rates, ttft_s: float = inf) -> We
     full_s = rates.compute_s(view.layout.tokens - view.layout.held, view.layout.held)
     full = Way(frozenset(order), 0.0, full_s, full_s)
     # What the question is run for before anything is chosen; such a method looks at all that is stored.
-    look_s = rates.compute_s(len(view.layout.suffix), view.layout.suffix_start) if method.runs_question else 0.0
+    look_s = rates.compute_s(view.layout.suffix_tokens, view.layout.suffix_start) if method.runs_question else 0.0
     loaded = way(0)
     loaded = loaded._replace(compute_s=loaded.compute_s + look_s, prompt_s=loaded.prompt_s + look_s)
     steps = range(1, len(order), -(-len(order) // _STEPS))
@@ -170,7 +171,7 @@ def _way(
 ) -> Way:
     """A prompt some of whose stored chunks are computed, and of the others a share; some of these come at lossy levels."""
     layout, tiers = view.layout, view.tiers
-    reusable, known = len(layout.reusable), layout.held or layout.opening
+    reusable, known = layout.chunk_tokens, layout.held or layout.opening
     loaded, open_to_repair, kept, decode_s = dict[str, float](), Counter[bool](), 0, 0.0
     for number, (placed, tier) in enumerate(zip(layout.chunks, tiers, strict=True)):
         there = tier is not None and number not in computed  # missing chunks are read in any case
@@ -232,4 +233,4 @@ def _said(tokens: Counter[str], loaded: Way, full_s: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+    return milliseconds(seconds * 1e3)

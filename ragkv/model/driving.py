@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ragkv.kernels import Impl
 from ragkv.model.attending import Masses, attending
@@ -71,15 +72,16 @@ class Driving:
     @torch.no_grad()
     def run(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the last hidden states ``[S, hidden size]``."""
-        return self._out(self.backbone, ids, positions, cache, mask)[0][0]
+        return self.out(self.backbone, ids, positions, cache, mask)[0][0]
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any = None, rows: int = 1) -> Tensor:
         """Run ``ids [S]`` at ``positions [S]`` and return the next-token logits ``[rows, V]`` of the last ones."""
         keep = {"logits_to_keep": rows} if self.keeps_last else {}
-        return self._out(self.model, ids, positions, cache, mask, **keep).logits[0, -rows:]
+        return self.out(self.model, ids, positions, cache, mask, **keep).logits[0, -rows:]
 
-    def _out(self, module: nn.Module, ids: Tensor, positions: Tensor, cache: FusedCache, mask: Any, **more: int) -> Any:
+    def out(self, module: nn.Module, ids: Tensor, positions: Tensor, cache: Cache, mask: Any, **more: Any) -> Any:
+        """What the model, or its backbone, gives for ``ids [S]`` at ``positions [S]``."""
         with self.turns, self.few_rows(len(ids)):
             return module(
                 input_ids=ids[None],

@@ -144,7 +144,10 @@ class Settings:
             )
         # Whatever transformers refuses, before the prompt is paid for.
         ids = torch.zeros(1, 1, dtype=torch.long, device="cpu")
-        self._resolve(ids, ids, 1)
+        try:
+            self._resolve(ids, ids, 1)
+        except (LookupError, RuntimeError) as error:  # it does not look at the form of all of them
+            raise ArgumentError(f"transformers refuses the generation arguments: {error!r}") from error
 
     def asked(self, prompt_tokens: int) -> int | None:
         """Tokens to generate behind a prompt, where the call says how many.

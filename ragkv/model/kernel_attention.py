@@ -49,7 +49,7 @@ def span_rules(rules: Sequence[Rule], device: torch.device | str = "cpu") -> lis
     """The closed form of every layer's rule, found by trying; ``None`` where one has none that ragkv knows.
 
     Args:
-        rules: from :func:`ragkv.masks.layer_rules`.
+        rules: from :func:`ragkv.model.masks.layer_rules`.
         device: where the rules' own tensors are.
     """
     found = {id(rule): _closed_form(rule, device) for rule in {id(rule): rule for rule in rules}.values()}
@@ -68,7 +68,7 @@ def serves(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
 
 
 class SpanBuilder:
-    """Spans for one set of query positions, made once per distinct rule: a :class:`ragkv.masks.MaskBuilder` without masks.
+    """Spans for one set of query positions, made once per distinct rule: a :class:`ragkv.model.masks.MaskBuilder` without masks.
 
     Args:
         rules: one a layer.

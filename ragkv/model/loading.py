@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from ragkv.errors import (
     ArgumentError,
     MissingPackageError,
     ModelNotFoundError,
     UnknownArgumentError,
     UnsupportedModelError,
+    first_line,
     instance,
 )
 from ragkv.prompt import PromptTemplate
@@ -31,13 +34,8 @@ PLACE = ("revision", "subfolder", "gguf_file")
 
 #: How files are fetched: they hold for a tokenizer of another name too.
 _FETCHING = (
-    "trust_remote_code",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "proxies",
-    "code_revision",
+    *("trust_remote_code", "token", "cache_dir", "local_files_only"),
+    *("force_download", "proxies", "code_revision"),
 )
 
 _OF_WEIGHTS = (
@@ -175,7 +173,7 @@ def _check_places(device: Any, dtype: Any) -> None:
     try:
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"there is no device {device!r}: {_reason(error):.80}") from error
+        raise ArgumentError(f"there is no device {device!r}: {first_line(error):.80}") from error
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
@@ -228,8 +226,8 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
         if gguf_file is not None:
             import_module("gguf"), import_module("accelerate")
         yield
-    except OSError as error:
-        raise ModelNotFoundError(_not_found(what, name, _reason(error))) from error
+    except (OSError, SafetensorError) as error:  # not there, or cut short
+        raise ModelNotFoundError(_not_found(what, name, first_line(error))) from error
     except ImportError as error:
         if gguf_file is None:
             raise
@@ -239,16 +237,12 @@ def _found(what: str, name: str | os.PathLike[str], gguf_file: str | None = None
     except (ValueError, KeyError, NotImplementedError, struct.error) as error:
         if gguf_file is None:
             bare = what == "model" and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json"))
-            reason = "there is no config.json in this folder" if bare else _reason(error)
+            reason = "there is no config.json in this folder" if bare else first_line(error)
             raise ModelNotFoundError(_not_found(what, name, reason)) from error
         raise UnsupportedModelError(
-            f"{gguf_file} in {str(name)!r} cannot be read: {_reason(error)}; give a GGUF file of an architecture that transformers "
-            "reads from one, or the model's own folder"
+            f"{gguf_file} in {str(name)!r} cannot be read: {first_line(error)}; give a GGUF file of an architecture that "
+            "transformers reads from one, or the model's own folder"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _not_found(what: str, name: object, reason: str) -> str:

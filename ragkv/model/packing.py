@@ -22,7 +22,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ragkv.kernels import implementation
 from ragkv.kernels.upload import sent
 from ragkv.model.attention import grouped, grouped_sdpa, switched
-from ragkv.model.cache import cache_argument
 from ragkv.model.decoder import Decoder
 from ragkv.model.kernel_attention import KernelAttention, SpanBuilder, SpanRule, span_rules
 from ragkv.model.masks import LayerMasks, MaskBuilder, SameMask, for_model
@@ -70,19 +69,10 @@ def run_packed(decoder: Decoder, parts: Sequence[Rows]) -> list[Tensor]:
     ends = list(accumulate(map(len, parts)))
     last = [at for end, part in zip(ends, parts, strict=True) for at in range(end - part.wanted, end)]
     wanted = torch.tensor(last, dtype=torch.long, device="cpu")  # sent from there, for which nobody waits
-    with _attention(decoder, parts, ends) as (cache, mask), decoder.few_rows(ends[-1]):
-        ids = torch.cat([part.ids for part in parts])[None]
-        positions = torch.cat([part.positions for part in parts])[None]
+    with _attention(decoder, parts, ends) as (cache, mask):
+        ids, positions = torch.cat([part.ids for part in parts]), torch.cat([part.positions for part in parts])
         keep = {"logits_to_keep": sent(wanted, ids.device)} if last and decoder.keeps_last else {}
-        module = decoder.model if last else decoder.backbone
-        out = module(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=True,
-            **{cache_argument(type(module).forward): cache},
-            **keep,
-        )
+        out = decoder.out(decoder.model if last else decoder.backbone, ids, positions, cache, mask, **keep)
     if not last:
         return [out[0][0, :0] for _ in parts]
     logits = out.logits[0] if keep else out.logits[0].index_select(0, sent(wanted, out.logits.device))
@@ -123,10 +113,8 @@ class _Attention:
     def __init__(self, decoder: Decoder, cache: _Packed, masks: Sequence[LayerMasks]):
         self.cache, self.masks, self.loaded = cache, masks, decoder.attention
         self.grouped = grouped(decoder.model, decoder.config)
-        impl, eager = (
-            implementation(decoder.kernels, decoder.device, decoder.dtype),
-            "sdpa" if self.loaded == "sdpa" else "eager",
-        )
+        impl = implementation(decoder.kernels, decoder.device, decoder.dtype)
+        eager = "sdpa" if self.loaded == "sdpa" else "eager"
         self.kernels = [
             KernelAttention(impl, part.scores)
             if part.scores is not None or (decoder.spans is not None and not part.limited)

@@ -42,16 +42,16 @@ class Schema:
         except ImportError as error:
             raise MissingPackageError("schema= needs llguidance: pip install 'ragkv[json]'") from error
         self._model: Any = given if hasattr(given, "model_json_schema") and isinstance(given, type) else None
-        plain = {"type": "object"} if given == "json" else given if self._model is None else given.model_json_schema()
-        if not isinstance(plain, dict):
+        plain = {"type": "object"} if given == "json" else given
+        if self._model is None and not isinstance(plain, dict):
             raise ArgumentError(
                 f"schema must be a JSON schema as a dict, a pydantic model's class, or 'json'; got {given!r:.80}"
             )
         try:
-            text = json.dumps(plain)
-        except (TypeError, ValueError) as error:
+            text = json.dumps(plain if self._model is None else given.model_json_schema(), allow_nan=False)
+            self.grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=_SPACING)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last of pydantic, and of too many levels
             raise ArgumentError(f"schema holds what is no JSON: {error}") from error
-        self.grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=_SPACING)
         wrong = LLMatcher.validate_grammar(self.grammar)
         if wrong:
             raise ArgumentError(f"schema cannot be kept: {wrong}")

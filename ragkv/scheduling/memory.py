@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -64,7 +65,7 @@ def unused_bytes(device: torch.device) -> int:
 def _groups() -> list[Path]:
     """The process's control group and all that hold it (cgroup v2)."""
     with suppress(OSError, StopIteration):
-        lines = _OWN.read_text().splitlines()
+        lines = os.fsdecode(_OWN.read_bytes()).split("\n")  # a name need not be Unicode
         own = _CGROUP / next(line for line in lines if line.startswith("0::")).removeprefix("0::").lstrip("/")
         return [group for group in (own, *own.parents) if group.is_relative_to(_CGROUP)]
     return [_CGROUP]

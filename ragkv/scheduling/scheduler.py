@@ -314,10 +314,11 @@ class Scheduler:
             return False
         if self.memory_bytes is not None:
             return ticket.needs_bytes + sum(other.needs_bytes for other in self._running) <= self.memory_bytes
-        if not self._running:
+        here = self._beside(ticket)
+        if not here:
             return True  # nobody would give anything back
         free = self._free.bytes(ticket.device)
-        promised = sum(other.answer_bytes for other in self._running)
+        promised = sum(other.answer_bytes for other in here)
         return free is None or ticket.new_bytes + promised <= _SHARE * free
 
     def _never(self, ticket: Ticket) -> str:
@@ -328,8 +329,12 @@ class Scheduler:
         free = self._free.bytes(ticket.device)
         if free is None:
             return ""
-        free += sum(other.needs_bytes for other in self._running if other.device == ticket.device)
+        free += sum(other.needs_bytes for other in self._beside(ticket))
         return f"{ticket.new_bytes:,} bytes, more than the {free:,} there are" if ticket.new_bytes > free else ""
+
+    def _beside(self, ticket: Ticket) -> list[Ticket]:
+        """Those that take memory of the same device now."""
+        return [other for other in self._running if other.device == ticket.device]
 
     def _of(self, ticket: Ticket) -> Service:
         name = ticket.namespace

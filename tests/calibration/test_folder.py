@@ -144,6 +144,7 @@ def test_data_that_brings_its_documents(home, capsys):
     [
         ('{"question": "a?"}\n{"question": 3}\n', 'line 2 must be {"question": "...", "answers": [...]}'),
         ('{"question": "a?"}\n["question"]\n', "line 2 must be"),
+        ('\n{"question": "a?"}\n\n["question"]\n', "line 4 must be"),
         ("", "it is empty"),
         ('{"nothing": 1}\n', 'or of lines {"question": ...}'),
         ('{"question": "a?"}\n' * 5, "no documents in "),

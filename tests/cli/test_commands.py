@@ -327,8 +327,13 @@ def test_ask_finds_as_it_is_told(files, tmp_path, capsys):
         '{"year": [1, 1950]}',
         "year=[1950]",
         "source=king*",
+        '{"source": {"$ne": "*.md"}, "year": 1950}',
     ):
         assert asked("--where", where)[0] == {"kingstead"}, where
+    assert asked("--top-k", 9, "--where", '{"source": {"$ne": "king*"}, "$not": {"year": 1950}}')[0] == {
+        "blackstead.md",
+        "clearport.md",
+    }
     assert asked("--where", f"source={files}")[0] == {"blackstead.md", "clearport.md"}
     assert asked("--where", "source=*.md", "--where", f"source!={files}/clearport.md")[0] == {"blackstead.md"}
     hits = asked("--hybrid", "--hops", 2, "--top-k", 1)[1]

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 import jsonschema
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 
 from ragkv import ArgumentError, Engine, FullPrefill, IncompleteAnswerError, MissingPackageError, bundled
 from ragkv.testing import random_ids
@@ -94,6 +95,9 @@ def test_an_answer_that_is_cut_keeps_its_text(reading):
         ({"type": "wrong"}, "Invalid type"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"const": {1, 2}}, "no JSON"),
+        ({"const": float("nan")}, "no JSON"),
+        ({"const": "\ud800"}, "no JSON"),
+        (create_model("Town", mayor=(Callable, ...)), "no JSON"),
         ("xml", "'xml'"),
         (7, "pydantic"),
     ],

@@ -53,6 +53,15 @@ def test_several_jobs_need_to_make_their_benches(tiny_bench, tmp_path, plan):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_are_no_unicode(tiny_bench, tmp_path, plan):
+    """A file's name on the command line need not be."""
+    named = {"model": "m\udcff", "data": "d\udcff", "command": "ragkv eval --data d\udcff", "timed": 0}
+    for orders in (1, 2):  # the second goes on in what the first has written
+        found = evaluate(tiny_bench, plan(**named, orders=orders), tmp_path).summary
+        assert json.loads((tmp_path / "summary.json").read_text())["data"] == found["data"] == "d\udcff"
+    assert len(lines(tmp_path)) == 2 * 2 * len(ARMS)
+
+
 def test_a_run(tiny_bench, tmp_path, plan):
     found = evaluate(tiny_bench, plan(), tmp_path).summary
     rows = [json.loads(line) for line in lines(tmp_path)]

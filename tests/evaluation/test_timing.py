@@ -1,6 +1,7 @@
 """What a prompt costs when nothing is in memory, and the memory that it takes."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +43,17 @@ def test_the_peak_is_what_was_taken_and_given_back():
     with Peak(torch.device("cpu")) as after:
         pass
     assert after.bytes < 8 << 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_a_process_may_be_called_anything():
+    """A script's name is cut after 15 bytes, in the middle of a letter too."""
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    name.write_bytes("fråga-på-svenska".encode()[:11] + b"\xc3")
+    try:
+        with Peak(torch.device("cpu")) as peak:
+            pass
+    finally:
+        name.write_bytes(before)
+    assert peak.bytes is not None

@@ -323,6 +323,16 @@ def test_network_file_systems_are_refused(tmp_path, monkeypatch, kind):
     Environment.open(tmp_path / "local", DATABASES).close()
 
 
+@pytest.mark.parametrize("name", ["Büro", os.fsdecode(b"\xff")], ids=["letters", "no Unicode"])
+def test_network_file_systems_whose_names_are_not_ascii(tmp_path, monkeypatch, name):
+    mounts = tmp_path / "mounts"
+    mounts.write_bytes(os.fsencode(f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path / name} nfs4 rw 0 0\n"))
+    monkeypatch.setattr("ragkv.folder.filesystem.MOUNTS", mounts)
+    with pytest.raises(StoreError, match="nfs4"):
+        Environment.open(tmp_path / name / "folder", DATABASES)
+    Environment.open(tmp_path / "local", DATABASES).close()
+
+
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "folder").write_text("x")
     with pytest.raises(StoreError, match="cannot be made"):

@@ -45,8 +45,8 @@ def test_a_record_whose_bytes_changed_is_none(long):
 
 
 def test_its_record_holds_all_of_it(long):
-    again = ChunkedDocument.from_bytes(long.to_bytes(), [f"text {number}" for number in range(12)])
-    assert list(map(facts, again)) == list(map(facts, long)) and again[3].text == "text 3"
+    again = ChunkedDocument.from_bytes(long.to_bytes())
+    assert list(map(facts, again)) == list(map(facts, long))
     for chunk, other in zip(again, long, strict=True):
         assert list(map(facts, chunk.lineage())) == list(map(facts, other.lineage()))
         assert facts(chunk.lineage()[-1]) == facts(chunk)

@@ -89,7 +89,9 @@ def test_a_model_that_is_not_there(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ModelNotFoundError, match=r"the tokenizer .*gone.*tokenizer= \(--tokenizer\)"):
         load_model(tmp_path, "cpu", {}, tmp_path / "gone")
-    (tmp_path / "model.safetensors").unlink()
+    weights, data = tmp_path / "model.safetensors", (tmp_path / "model.safetensors").read_bytes()
     words = PreTrainedTokenizerFast.from_pretrained(MODEL_PATH, local_files_only=True)
-    with pytest.raises(ModelNotFoundError, match=r"cannot be loaded: .*--model"):
-        load_model(tmp_path, "cpu", {}, words)
+    for left in (data[: len(data) // 2], b"version https://git-lfs.github.com/spec/v1", b"", None):
+        weights.unlink() if left is None else weights.write_bytes(left)  # cut short, or not fetched
+        with pytest.raises(ModelNotFoundError, match=r"cannot be loaded: .*--model"):
+            load_model(tmp_path, "cpu", {}, words)

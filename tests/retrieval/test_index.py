@@ -81,6 +81,8 @@ def test_removed_is_not_found(index, vectors):
         ([2**64 - 1], np.ones((1, D)), "fit int64"),
         ([1.5], np.ones((1, D)), "whole numbers"),
         ([[1]], np.ones((1, D)), "shape"),
+        ([[1], [2, 3]], np.ones((2, D)), "whole numbers"),
+        ([1], [[10**400] * D], "vectors must be numbers"),
     ],
 )
 def test_bad_vectors_change_nothing(index, ids, rows, message):

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from ragkv.errors import MissingPackageError, RetrievalError
-from ragkv.retrieval import Retrieval, Retriever
+from ragkv.retrieval import Retrieval, Retriever, SentenceTransformerEmbedder
+from ragkv.retrieval.rerank import _loaded
 
 TEXTS = [f"passage {number} about a boat" for number in range(30)]
 
@@ -109,6 +110,12 @@ def test_a_cross_encoder_by_name(retriever, tmp_path):
     want = CrossEncoder(str(tmp_path)).rank("boat 3", TEXTS, top_k=4)
     assert [hit.score for hit in hits] == pytest.approx([row["score"] for row in want], abs=1e-5)
     assert hits == retriever.search("boat 3", 4, rerank=CrossEncoder(str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    _loaded.cache_clear()
+    with pytest.raises(RetrievalError, match=r"the reranker .* cannot be loaded"):
+        retriever.search("boat 3", rerank=tmp_path)
+    with pytest.raises(RetrievalError, match=r"the embedder .* cannot be loaded"):
+        SentenceTransformerEmbedder(tmp_path)
 
 
 def test_one_that_is_not_there(retriever, tmp_path, monkeypatch):

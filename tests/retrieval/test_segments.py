@@ -83,6 +83,9 @@ def test_changes_are_those_of_an_exact_one(pair, vectors, tmp_path):
     taken = next(int(each) for each in index.ids() if each not in index._tail.ids())
     with pytest.raises(RetrievalError, match=f"id {taken} is in the index already"):
         index.add([5000, taken], vectors[:2])
+    for wrong in (["x", "y"], [0.5, 1.5], [[5000], [5001]], [-1, 5000]):
+        with pytest.raises(RetrievalError, match="ids must be"):
+            index.add(wrong, vectors[:2])
     assert len(index) == len(exact), "none was added"
     index.remove(index.ids())
     assert len(index) == 0 == len(index.search(vectors[0], 3)[0]) and index._segments == []

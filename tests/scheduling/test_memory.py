@@ -1,5 +1,7 @@
 """What is free: the least of what the system and the control group leave."""
 
+import os
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_this_machine_says_what_it_has():
 
 
 @pytest.mark.parametrize(("limit", "left"), [("max", None), (str(10 << 20), (10 << 20) - (3 << 20) + (1 << 20))])
-@pytest.mark.parametrize("own", ["/", "/system.slice/rag.service", "/system.slice"])
+@pytest.mark.parametrize("own", ["/", "/system.slice/rag.service", "/system.slice", "/system.slice/\udcff.service"])
 def test_a_control_group_limits_it(tmp_path, monkeypatch, limit, left, own):
     before = memory.free_bytes(CPU)
     limited = tmp_path / "groups" / ("" if own == "/" else "system.slice")  # the service's own has no limit
@@ -23,7 +25,7 @@ def test_a_control_group_limits_it(tmp_path, monkeypatch, limit, left, own):
     (limited / "memory.max").write_text(limit + "\n")
     (limited / "memory.current").write_text(f"{3 << 20}\n")
     (limited / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 20}\n")
-    (tmp_path / "cgroup").write_text(f"1:cpu:/old\n0::{own}\n")
+    (tmp_path / "cgroup").write_bytes(os.fsencode(f"1:cpu:/old\n0::{own}\n"))
     monkeypatch.setattr(memory, "_CGROUP", tmp_path / "groups")
     monkeypatch.setattr(memory, "_OWN", tmp_path / "cgroup")
     found = memory.free_bytes(CPU)

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from ragkv import ArgumentError, ArgumentTypeError, DeadlineError, Fair, OverloadedError, RagKVError, Scheduler
 from ragkv.scheduling import memory
@@ -133,6 +134,21 @@ def test_free_memory_is_looked_at_and_looked_at_again(monkeypatch):
     second.end()
     assert third.began.wait(10)
     third.end()
+
+
+def test_what_runs_on_another_device_leaves_this_one_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    line, there = Scheduler(), torch.device("meta")
+    first = Asking(line, Ticket("", 10, needs_bytes=90, answer_bytes=60, device=there))
+    assert first.began.wait(10)
+    first.computed.set()
+    second = Asking(line, Ticket("", 10, needs_bytes=90))  # nobody would give anything back of its own
+    assert second.began.wait(10)
+    second.computed.set()
+    third = Asking(line, Ticket("", 10, needs_bytes=80, device=there))
+    assert not third.began.wait(0.05)  # 60 are promised there
+    for one in (first, second, third):
+        one.end()
 
 
 def test_a_prompt_looks_once_at_free_memory(monkeypatch):
