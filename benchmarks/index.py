@@ -43,7 +43,7 @@ def pieces(kind: str, count: int, dimension: int) -> Iterator[NDArray[np.float32
 
 def anonymous_bytes() -> int:
     """Memory that is not a file's: what is mapped can be given back at any time."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 

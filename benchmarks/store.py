@@ -191,7 +191,9 @@ def many_entries(folder: Path, count: int) -> dict[str, float]:
 
 def unshared_bytes() -> int:
     """Memory of this process that is not a mapped file."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text(errors="replace").splitlines() if ":" in line
+    )
     return int(fields["RssAnon"].split()[0]) * 1024
 
 

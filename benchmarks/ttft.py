@@ -206,7 +206,7 @@ class _Peak:
 
 def _resident() -> int:
     """Anonymous memory only: pages of the store's file that are mapped belong to the page cache."""
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", errors="replace") as status:
         return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) * 1024
 
 
