@@ -3,12 +3,14 @@
     python benchmarks/gpu/fake/fake.py benchmarks/gpu/run.py ttft graphs --tokens 4096 16384 --out /tmp/rows.jsonl
     python benchmarks/gpu/fake/fake.py benchmarks/gpu/fake/waits.py
     python benchmarks/gpu/fake/fake.py --numbers -m pytest tests/kernels/fused/test_graphs.py -k llama
+    python benchmarks/gpu/fake/fake.py --late 1 benchmarks/gpu/fake/races.py
 
 So PyTorch itself runs all that the host does on a GPU: launches, copies, streams, events, graphs. CUDA's rules hold (runtime.cpp),
 sizes are those of an H200, memory that nobody writes to is not taken, and times are the host's alone. Numbers mean nothing; what an
 engine finds out of its model is computed on the CPU (no_numbers.py). With ``--numbers`` everything is, and what comes out is right,
-and slow (numbers_on_host.py). Wants g++ and a PyTorch made for CUDA 13, which PyPI's is on Linux. ``FAKE_CUDA_ERRORS=1`` tells of
-every error.
+and slow (numbers_on_host.py). With ``--late SEED`` work is done when it is waited for, or before by chance, in an order that
+streams and events allow, so that whoever forgot to wait finds wrong numbers (late.cpp). Wants g++ and a PyTorch made for CUDA 13,
+which PyPI's is on Linux. ``FAKE_CUDA_ERRORS=1`` tells of every error.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ ROOT = HERE.parents[2]
 def main(arguments: list[str]) -> int:
     from libraries import build
 
-    numbers, libraries = arguments[:1] == ["--numbers"], build()
+    libraries = build()
+    if arguments[:1] == ["--late"]:
+        os.environ["FAKE_CUDA_LATE"] = str(int(arguments[1]))
+        arguments = ["--numbers", *arguments[2:]]
+    numbers = arguments[:1] == ["--numbers"]
     with tempfile.TemporaryDirectory() as tree:  # the folders as one package, as an installation would lay them out
         package = Path(tree) / "ragkv"
         package.mkdir()

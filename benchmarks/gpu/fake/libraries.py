@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # What each stands for, and what it is made of; what else such a library exports returns 0.
 LIBRARIES = {
-    "libcudart.so.13": ("runtime.cpp", "device.cpp"),
+    "libcudart.so.13": ("runtime.cpp", "memory.cpp", "streams.cpp", "late.cpp", "device.cpp"),
     "libcublas.so.13": ("blas.cpp",),
     "libcublasLt.so.13": ("blas.cpp",),
 }
