@@ -14,12 +14,13 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
 from ragkv.store import TieredStore
-from ragkv.store.remote import RemoteTier
+from ragkv.store.remote import RemoteTier, heads
 
 # Known to all: Azurite's own.
 AZURITE = "devstoreaccount1"
@@ -321,6 +322,19 @@ def machine(tmp_path):
     yield make
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """A store some seconds later, by its own clocks and that of all pools."""
+
+    def moved(store, seconds):
+        for tier in store._tiers.tiers:
+            tier.now = lambda: time.time() + seconds
+        monkeypatch.setattr(heads, "time", SimpleNamespace(time=lambda: time.time() + seconds))
+        return store
+
+    return moved
 
 
 @pytest.fixture
