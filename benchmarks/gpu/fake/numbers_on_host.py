@@ -71,8 +71,6 @@ class OnHost(TorchDispatchMode):
         here = partial(_here, pinned=direct, written=written)
         args_here, kwargs_here = tree_map(here, args), tree_map(here, kwargs)
         kwargs_here.pop("pin_memory", None)
-        if name == "histc":  # of whole numbers only CUDA has it
-            args_here = (args_here[0].float(), *args_here[1:])
         masks = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
         if (masks or name in _COUNTED) and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream().synchronize()
@@ -81,7 +79,8 @@ class OnHost(TorchDispatchMode):
         out_here = tree_map(on_host, out)
 
         def run() -> None:
-            got = func(*args_here, **kwargs_here)
+            first = (args_here[0].float(),) if name == "histc" else args_here[:1]  # of whole numbers only CUDA has it
+            got = func(*first, *args_here[1:], **kwargs_here)
             for target, source in zip(tree_flatten(out_here)[0], tree_flatten(got)[0], strict=True):
                 if isinstance(target, Tensor) and target.data_ptr() != source.data_ptr():
                     target.copy_(source)
