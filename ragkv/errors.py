@@ -1,6 +1,8 @@
 """Everything that ragkv raises on purpose derives from :class:`RagKVError`."""
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from types import UnionType
 from typing import Any, ClassVar, NoReturn, Self, get_args
 
@@ -202,6 +204,16 @@ def no_question(value: Any) -> str:
     if len(parts) > 1 and all(isinstance(part, str) for part in parts):
         return f"there is one question at a time: ask these {len(parts)} one by one"
     return f"the question must be a str that is not blank, got {value!r:.80}"
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number that a float can be, which infinity is; neither NaN nor a truth value."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def whole_number(name: str, value: int, least: int = 0) -> int:

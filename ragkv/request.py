@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, Protocol, cast
 
 from ragkv.chunk import Chunk
-from ragkv.errors import ArgumentError, PromptTooLongError, instance
+from ragkv.errors import ArgumentError, PromptTooLongError, instance, is_number
 from ragkv.fusion.layout import Layout, lay_out
 from ragkv.library.documents import Documents
 from ragkv.library.given import several
@@ -89,8 +89,8 @@ def scheduling(generation: dict[str, Any]) -> dict[str, Any]:
     """What of a call's generation arguments says when it is answered, as a :class:`Request` has it; it is taken out of them."""
     priority, deadline_s = generation.pop("priority", 0), generation.pop("deadline_s", math.inf)
     instance("priority", priority, int, "a whole number: those of a higher one go first")
-    if not isinstance(deadline_s, int | float) or isinstance(deadline_s, bool) or not deadline_s > 0:
-        raise ArgumentError(f"deadline_s must be seconds, more than 0, got {deadline_s!r}")
+    if not is_number(deadline_s) or not deadline_s > 0:
+        raise ArgumentError(f"deadline_s must be seconds, more than 0, got {deadline_s!r:.80}")
     stop = stopping(generation)
     asked_s = perf_counter() if stop is None else stop.asked_s
     return {"stop": stop, "priority": priority, "deadline_s": asked_s + deadline_s}

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from numbers import Real
 
 from ragkv.chunk import Chunk
-from ragkv.errors import ArgumentError, ArgumentTypeError, listable
+from ragkv.errors import ArgumentError, ArgumentTypeError, is_number, listable
 
 
 def route(
@@ -46,7 +46,12 @@ def route(
     figures = [*replicas.values(), bound]
     if not all(isinstance(figure, Real) for figure in figures):
         raise ArgumentTypeError(f"loads and bound must be numbers, got {replicas!r:.80}, {bound!r:.80}")
-    if not replicas or not all(map(math.isfinite, figures)) or min(figures[:-1]) < 0 or bound < 1:
+    if (
+        not replicas
+        or not all(is_number(one) and math.isfinite(one) for one in figures)
+        or min(figures[:-1]) < 0
+        or bound < 1
+    ):
         raise ArgumentError(
             "route needs replicas, finite loads of at least 0 and a finite bound of at least 1, "
             f"got {replicas!r:.80}, {bound}: leave out a replica that is down"

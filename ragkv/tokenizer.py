@@ -191,7 +191,7 @@ def _whole(value: Any) -> int:
     if type(value) is int:
         return value
     plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
-    if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
+    if isinstance(plain, bool | type) or not isinstance(plain, SupportsIndex):
         raise PromptError(f"token ids must be whole numbers, got {plain!r}")
     return index(plain)
 

@@ -215,6 +215,7 @@ def test_ids_of_all_kinds(ids):
     ("ids", "what"),
     [
         ([5, True], "whole numbers, got True"),
+        ([5, int], "whole numbers, got <class 'int'>"),
         ([5, np.True_], "whole numbers, got True"),
         (np.array([True]), "whole numbers, got True"),
         (torch.tensor([True]), "whole numbers, got True"),

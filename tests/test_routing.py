@@ -88,6 +88,7 @@ def test_wrong_types():
     [
         (["x"], {"a": math.inf, "b": 0}, {}, ArgumentError, "finite loads"),
         (["x"], {"a": 0}, {"bound": math.inf}, ArgumentError, "finite bound"),
+        (["x"], {"a": 10**400, "b": 0}, {}, ArgumentError, "finite loads"),
         (["x"], {"a": "1"}, {}, ArgumentTypeError, "must be numbers"),
         (["x"], {"a": None}, {}, ArgumentTypeError, "must be numbers"),
         (["x"], {"a": 0}, {"bound": "2"}, ArgumentTypeError, "must be numbers"),

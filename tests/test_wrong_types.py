@@ -261,6 +261,8 @@ def test_what_no_file_can_be_called_is_no_file(rag, name):
     [
         {"num_beams": 2, "length_penalty": "x"},
         {"guidance_scale": "x"},
+        pytest.param({"do_sample": True, "temperature": 10**400}, id="beyond all floats"),
+        {"forced_eos_token_id": True},
         {"repetition_penalty": "x"},
         {"watermarking_config": 3},
         {"bad_words_ids": [[10**6]]},

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from ragkv.errors import ArgumentError, ArgumentTypeError, UnknownArgumentError, instance, whole_number
+from ragkv.errors import ArgumentError, ArgumentTypeError, UnknownArgumentError, instance, is_number, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,7 +167,7 @@ def check_values(config: GenerationConfig, vocabulary: int) -> None:
     """
     for name in _NUMBERS:
         value: Any = getattr(config, name, None)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
+        if value is not None and not is_number(value):
             said = "a number of seconds" if name == "max_time" else "a number"
             raise ArgumentTypeError(f"{name} must be {said}, got {value!r:.80}")
     for name in _WHOLE:
@@ -185,7 +183,7 @@ def check_values(config: GenerationConfig, vocabulary: int) -> None:
         value = getattr(config, name, None)
         if name == "sequence_bias":  # what its form is, transformers looks at
             value = list(value) if isinstance(value, Mapping) else [pair[:1] for pair in _lists(value)]
-        wrong = [token for token in _flat(value) if not 0 <= token < vocabulary]
+        wrong = [token for token in _flat(value) if isinstance(token, bool) or not 0 <= token < vocabulary]
         if wrong:
             raise ArgumentError(f"{name}: {wrong[0]} is none of the model's {vocabulary} ids")
 

@@ -341,6 +341,7 @@ def test_a_line_for_several_engines():
         ({"priority": "high"}, ArgumentTypeError),
         ({"deadline_s": 0}, ArgumentError),
         ({"deadline_s": "soon"}, ArgumentError),
+        ({"deadline_s": 10**400}, ArgumentError),  # beyond all floats
     ],
 )
 def test_bad_arguments_are_named(engine, options, error):
