@@ -46,7 +46,6 @@ class DiskTier(Tier):
     """
 
     name = "disk"
-    size = staticmethod(stored_size)
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class DiskTier(Tier):
         self._touched: Counter[bytes] = Counter()
         self._counting = threading.Lock()
         self.environment: Environment = Environment.open(path, DATABASES, map_bytes=4 * budget_bytes, readonly=readonly)
-        self.readonly = self.environment.readonly
+        self.readonly: bool = self.environment.readonly
         try:
             check_version(self.environment)
         except BaseException:
@@ -99,6 +98,10 @@ class DiskTier(Tier):
             if found:
                 unused.pop_all()
         return found
+
+    def size(self, entry: Offer) -> int:
+        """Bytes that an entry takes here, in whole pages."""
+        return stored_size(entry)
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         now = self.now()

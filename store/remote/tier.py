@@ -103,7 +103,7 @@ class RemoteTier(Tier, OfOneProcess, instead="make one where it is needed, Remot
         envelope = Envelope(encryption_key)
         self._pool = open_pool(pool, limit_s, requests) if isinstance(pool, str) else pool
         self._records = Records(self._pool, envelope)
-        self.readonly = readonly
+        self.readonly: bool = readonly
         self.publications: Publications = Publications(self._pool, envelope)
         self._levels = ordered(levels)
         self._speed = Speed(levels=self._levels)
