@@ -83,6 +83,21 @@ def test_fork_is_survived(folder, kv, key, same, forked):
         same(store.get(key(2)), kv(2))
 
 
+def test_a_child_has_threads_of_its_own(folder, kv, key, same, forked):
+    """What its parent's had begun is begun anew, and nothing that was taken to fork stays taken."""
+    with TieredStore(folder) as store:
+        store.put(key(1), kv(1))
+        store.prefetch([key(1)]).result()
+
+        def child():
+            store.prefetch([key(1)]).result(5)
+            with ThreadPoolExecutor(1) as pool:
+                same(pool.submit(store.get, key(1)).result(), kv(1))
+            return "ok"
+
+        assert forked(child, timeout_s=20) == "ok"
+
+
 def test_a_child_closes_a_batch_that_a_thread_of_its_parent_reads(folder, kv, key, forked, monkeypatch):
     """The thread holds the chunk's lock, and is not in the child to let go of it."""
     inside, read = threading.Event(), DiskSnapshot.segment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from ragkv.errors import RecordError, UploadError
 from ragkv.store import Asking
 from ragkv.store.remote import RemoteTier
 from ragkv.store.remote.arrivals import Arrivals
-from ragkv.store.remote.pool import Breaker, PoolError
+from ragkv.store.remote.objects import ObjectPool
+from ragkv.store.remote.pool import Breaker, ClosedError, PoolError
 from ragkv.store.remote.records import name_of
 
 
@@ -255,6 +257,22 @@ def test_a_forked_child_asks_for_itself():
         assert not tier._heads.breaker._lock.locked() and tier._heads.breaker.allows()
     assert tier.pool().unanswered == 0
     tier.close()
+
+
+def test_an_object_store_is_closed_in_a_child(tmp_path, forked):
+    """The thread that asks it is its parent's: a request would wait for ever, or for as long as it may."""
+    pool = ObjectPool.open(f"file://{tmp_path}", 60.0, 4)
+    pool.write("one", b"bytes", math.inf)
+
+    def child():
+        pool.after_fork()
+        with pytest.raises(ClosedError):
+            list(pool.names())
+        return "ok"
+
+    assert forked(child, timeout_s=20) == "ok"
+    assert [*pool.names()] == [("one", 5)]
+    pool.close()
 
 
 def test_one_object_that_is_refused_is_a_miss_of_that_alone(relay, s3, machine, kv, key, same):
